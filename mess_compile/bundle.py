@@ -1,0 +1,190 @@
+"""Write a bundle from a plan and its graphs, and verify one."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx.external_data_helper import uses_external_data
+
+from mess_compile import files
+from mess_compile.candidates import CandidateNetwork, GraphSet
+from mess_compile.latency import StageGraphs, stage_graphs
+from mess_compile.runtime import archive, cascade, manifest, verify
+from mess_compile.runtime.engine import open_library
+from mess_compile.runtime.errors import InputError, StaleError
+from mess_compile.search.plan import Plan, Stage
+
+_FOLDER = "graphs"
+_REFERENCE = "onnxruntime"
+_WEIGHT = re.compile(r"weights/([0-9a-f]{64})")
+_EXPORT = "run `mess-compile export`"
+_Sources = dict[str, Path | bytes]
+
+
+def write_bundle(
+    path: Path,
+    graph_set: GraphSet,
+    plan: Plan,
+    thresholds: NDArray[np.float32],
+    golden_frames: Sequence[NDArray[np.uint8]],
+    provenance: Mapping[str, str],
+) -> manifest.Manifest:
+    """Write the plan's graphs, the weights they name and the golden frames to one file; all of it or nothing.
+
+    `thresholds` is (T, K); golden frames are uint8 (H, W, 3), and what they must give is computed here, in ONNX
+    Runtime. Equal content gives equal bytes. Raises StaleError when the plan was made from other graphs, InputError
+    when a graph or weight is missing or damaged or there is no golden frame.
+    """
+    _check_plan_fits(plan, graph_set)
+    if not golden_frames:
+        raise InputError("a bundle needs at least one golden frame to verify itself by")
+    names = stage_graphs(graph_set.candidate, [stage.head for stage in plan.stages])
+    sources = _graph_sources(graph_set, names)
+    plain = _manifest(path.stem, graph_set, plan, names, thresholds, sources, provenance)
+    with files.replaced(path) as temporary:
+        archive.write_archive(temporary, plain, sources)
+        golden, arrays = _golden(temporary, plan.device, golden_frames)
+        sources.update(arrays)
+        complete = replace(plain, golden=golden, files=_files(sources))
+        archive.write_archive(temporary, complete, sources)
+    return complete
+
+
+def verify_bundle(path: Path, target: str | None = None) -> tuple[verify.Check, ...]:
+    """Hashes and golden frames. Raises BundleError when a byte of the bundle was changed."""
+    with cascade.load(path, target) as loaded:
+        return verify.verify(loaded)
+
+
+def _check_plan_fits(plan: Plan, graph_set: GraphSet) -> None:
+    if plan.network != graph_set.candidate.identity or plan.gate != graph_set.gate:
+        what = "network" if plan.network != graph_set.candidate.identity else "gate"
+        raise StaleError(f"the plan was made for another {what} than {graph_set.root} holds: run `mess-compile search`")
+
+
+def _graph_sources(graph_set: GraphSet, names: Sequence[StageGraphs]) -> _Sources:
+    """Paths in the bundle -> files: every graph once, and the weights that they name."""
+    sources: _Sources = {}
+    for name in dict.fromkeys(graph for stage in names for graph in (stage.segment, stage.head, stage.output)):
+        path = graph_set.path(name)
+        _check_hash(path, graph_set.graphs[name].sha256)
+        sources[f"{_FOLDER}/{path.name}"] = path
+        for location in _weight_locations(path):
+            weight = path.parent / location
+            if f"{_FOLDER}/{location}" not in sources:
+                _check_hash(weight, weight.name)
+            sources[f"{_FOLDER}/{location}"] = weight
+    return sources
+
+
+def _weight_locations(path: Path) -> Iterator[str]:
+    model = onnx.load(str(path), load_external_data=False)
+    for tensor in model.graph.initializer:
+        if uses_external_data(tensor):
+            location = {entry.key: entry.value for entry in tensor.external_data}["location"]
+            if not _WEIGHT.fullmatch(location):
+                raise InputError(f"{path} keeps {tensor.name} in {location!r}, outside its weight store: {_EXPORT}")
+            yield location
+
+
+def _check_hash(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {_EXPORT}")
+    if files.sha256_of_file(path) != sha256:
+        raise InputError(f"{path} was changed after export: {_EXPORT}")
+
+
+def _manifest(
+    name: str,
+    graph_set: GraphSet,
+    plan: Plan,
+    names: Sequence[StageGraphs],
+    thresholds: NDArray[np.float32],
+    sources: _Sources,
+    provenance: Mapping[str, str],
+) -> manifest.Manifest:
+    gate = graph_set.gate
+    stages = (_stage(stage, graphs, graph_set) for stage, graphs in zip(plan.stages, names, strict=True))
+    return manifest.Manifest(
+        name=name,
+        network=_network(graph_set.candidate),
+        gate=manifest.Gate(gate.confidence, gate.edge_aware, tuple(tuple(map(float, row)) for row in thresholds)),
+        plans=(
+            manifest.Plan(
+                target=plan.device,
+                library=plan.library,
+                precision=plan.precision,
+                setting=plan.setting,
+                stages=tuple(stages),
+                predicted=manifest.Figures(**asdict(plan.predicted)),
+                baseline=manifest.Figures(**asdict(plan.baseline)),
+            ),
+        ),
+        golden=(),
+        files=_files(sources),
+        provenance=dict(provenance),
+    )
+
+
+def _network(candidate: CandidateNetwork) -> manifest.Network:
+    return manifest.Network(
+        backbone=candidate.backbone,
+        identity=candidate.identity,
+        classes=candidate.classes,
+        colours=candidate.colours,
+        input_hw=candidate.input_hw,
+        gmacs=candidate.baseline_macs / 1e9,
+    )
+
+
+def _stage(stage: Stage, graphs: StageGraphs, graph_set: GraphSet) -> manifest.Stage:
+    height, width = graph_set.candidate.exit_point(stage.exit_point).hw
+    segment, head, output = (
+        f"{_FOLDER}/{graph_set.path(name).name}" for name in (graphs.segment, graphs.head, graphs.output)
+    )
+    return manifest.Stage(
+        exit_point=stage.exit_point,
+        head=stage.head,
+        segment=segment,
+        head_graph=head,
+        output=output,
+        row=stage.row,
+        cut=stage.cut,
+        cells=height * width,
+    )
+
+
+def _files(sources: _Sources) -> dict[str, manifest.File]:
+    return {name: archive.file_of(source) for name, source in sorted(sources.items())}
+
+
+def _golden(
+    bundle: Path, target: str, frames: Sequence[NDArray[np.uint8]]
+) -> tuple[tuple[manifest.Golden, ...], dict[str, bytes]]:
+    """What the cascade makes of the frames, and the arrays to keep beside."""
+    cases: list[manifest.Golden] = []
+    arrays: dict[str, bytes] = {}
+    with cascade.load(bundle, target, open_library(_REFERENCE)) as loaded:
+        for number, frame in enumerate(frames):
+            prediction = loaded(frame)
+            cells = loaded.plan.stages[prediction.exit - 1].cells
+            count = round(prediction.confidence * cells)
+            case = manifest.Golden(
+                target, f"golden/{number}.npy", f"golden/{number}.labels.npy", prediction.exit, count
+            )
+            cases.append(case)
+            arrays[case.frame], arrays[case.labels] = _npy(frame), _npy(prediction.labels)
+    return tuple(cases), arrays
+
+
+def _npy(array: NDArray[np.uint8]) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return stream.getvalue()

@@ -1,0 +1,293 @@
+"""The candidate network as data: exit points, heads, segments, workloads. No torch, no ONNX."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mess_compile import files
+from mess_compile.runtime.errors import InputError
+
+CRM_DIVISORS = (1, 2, 4, 8)
+MAX_BLOCKS = 3
+HEAD_KINDS = ("fcn", "dlb")
+CONFIDENCES = ("top1", "margin", "entropy")
+DEFAULT_THRESHOLDS = (0.40, 0.50, 0.60, 0.70, 0.75, 0.80, 0.85, 0.90, 0.93, 0.96, 0.98, 0.99)
+_HEAD_NAME = re.compile(r"(fcn|dlb)-crm([1-9]\d*)-b(\d)(-rdi)?")
+_GRAPHS_REMEDY = "run `mess-compile export`"
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """One point of the head space: CRM -> extra blocks (dilated further by RDI) -> FCN or DeepLabV3 head.
+
+    `crm` divides the channels (1: no module); `blocks` counts the extra 3x3 blocks; source: the MESS poster.
+    """
+
+    kind: str = "fcn"
+    crm: int = 1
+    blocks: int = 0
+    rdi: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in HEAD_KINDS or self.crm not in CRM_DIVISORS or not 0 <= self.blocks <= MAX_BLOCKS:
+            raise InputError(
+                f"head {self.name}: kind is one of {HEAD_KINDS}, crm one of {CRM_DIVISORS}, blocks 0 to {MAX_BLOCKS}"
+            )
+        if self.rdi and self.blocks == 0:
+            raise InputError(f"head {self.name}: RDI means nothing without blocks; drop -rdi")
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-crm{self.crm}-b{self.blocks}" + ("-rdi" if self.rdi else "")
+
+
+def head_config_from_name(name: str) -> HeadConfig:
+    """Parse `fcn-crm4-b2-rdi`. Raises InputError."""
+    match = _HEAD_NAME.fullmatch(name)
+    if match is None:
+        raise InputError(f"head {name!r} is not of the form KIND-crmN-bN[-rdi], such as fcn-crm4-b2-rdi or dlb-crm1-b0")
+    return HeadConfig(match[1], int(match[2]), int(match[3]), match[4] is not None)
+
+
+def head_grid() -> tuple[HeadConfig, ...]:
+    """The paper's head space: 64 nominal configurations, 56 distinct."""
+    return tuple(
+        HeadConfig(kind, crm, blocks, rdi)
+        for kind in HEAD_KINDS
+        for crm in CRM_DIVISORS
+        for blocks in range(MAX_BLOCKS + 1)
+        for rdi in ((False, True) if blocks else (False,))
+    )
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """A place on the backbone where heads may attach.
+
+    `name` is exit1..exitN, the tensor's name in every graph; `block` the backbone module it follows; `macs` the
+    backbone's cumulative workload up to here (convolution MACs + 2 per BatchNorm element).
+    """
+
+    name: str
+    block: str
+    channels: int
+    hw: tuple[int, int]
+    macs: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """One candidate head; `exit_point` counts from 1, `config` is a HeadConfig's name or a foreign name."""
+
+    exit_point: int
+    config: str
+    macs: int
+
+    @property
+    def name(self) -> str:
+        return f"exit{self.exit_point}.{self.config}"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How a head's logits become counts of confident cells: see DESIGN.md, Definitions, Gate.
+
+    `thresholds` are the plain pixel thresholds of the T rows; `edge_aware` switches Eq. 2-3 on.
+    """
+
+    confidence: str = "top1"
+    edge_aware: bool = True
+    thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
+
+    def __post_init__(self) -> None:
+        if self.confidence not in CONFIDENCES:
+            raise InputError(f"confidence {self.confidence!r} is not one of {', '.join(CONFIDENCES)}")
+
+
+@dataclass(frozen=True)
+class CandidateNetwork:
+    """The overprovisioned network. `baseline` names the final exit's head; `identity` is a SHA-256 of all that
+    decides its outputs (weights and architecture), by which statistics recognise their network."""
+
+    backbone: str
+    classes: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    input_hw: tuple[int, int]
+    exit_points: tuple[ExitPoint, ...]
+    heads: tuple[Head, ...]
+    baseline: str
+    identity: str
+
+    def head(self, name: str) -> Head:
+        for head in self.heads:
+            if head.name == name:
+                return head
+        raise InputError(f"no head {name!r} in this network; it has {', '.join(h.name for h in self.heads)}")
+
+    def exit_point(self, number: int) -> ExitPoint:
+        """The exit point by its number, from 1."""
+        return self.exit_points[number - 1]
+
+    def heads_at(self, number: int) -> tuple[Head, ...]:
+        return tuple(head for head in self.heads if head.exit_point == number)
+
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """All N(N+1)/2 pairs (a, b), 0 <= a < b <= N; 0 is the image."""
+        n = len(self.exit_points)
+        return tuple((a, b) for a in range(n) for b in range(a + 1, n + 1))
+
+    def segment_macs(self, a: int, b: int) -> int:
+        start = self.exit_points[a - 1].macs if a else 0
+        return self.exit_points[b - 1].macs - start
+
+    @property
+    def baseline_macs(self) -> int:
+        return self.exit_points[-1].macs + self.head(self.baseline).macs
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def candidate_from_json(content: dict[str, Any]) -> CandidateNetwork:
+    """Inverse of `CandidateNetwork.to_json`. Raises KeyError, TypeError or ValueError on damaged content."""
+    exit_points = tuple(
+        ExitPoint(str(p["name"]), str(p["block"]), int(p["channels"]), _pair(p["hw"]), int(p["macs"]))
+        for p in content["exit_points"]
+    )
+    heads = tuple(Head(int(h["exit_point"]), str(h["config"]), int(h["macs"])) for h in content["heads"])
+    classes = tuple(str(name) for name in content["classes"])
+    colours = tuple((int(r), int(g), int(b)) for r, g, b in content["colours"])
+    if not heads or not exit_points or any(not 1 <= h.exit_point <= len(exit_points) for h in heads):
+        raise ValueError("heads and exit points do not fit each other")
+    if len(colours) != len(classes):
+        raise ValueError(f"{len(colours)} colours for {len(classes)} classes")
+    network = CandidateNetwork(
+        backbone=str(content["backbone"]),
+        classes=classes,
+        colours=colours,
+        input_hw=_pair(content["input_hw"]),
+        exit_points=exit_points,
+        heads=heads,
+        baseline=str(content["baseline"]),
+        identity=str(content["identity"]),
+    )
+    if network.head(network.baseline).exit_point != len(exit_points):
+        raise ValueError(f"the baseline head {network.baseline} is not at the final exit")
+    return network
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, second = values
+    return int(first), int(second)
+
+
+def segment_name(a: int, b: int) -> str:
+    return f"segment-{a}-{b}"
+
+
+def head_graph_name(head: str) -> str:
+    return f"head-{head}"
+
+
+def output_name(hw: tuple[int, int]) -> str:
+    """The output graph shared by all exits whose feature map has this size."""
+    return f"output-{hw[0]}x{hw[1]}"
+
+
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph's input or output: numpy dtype name and static shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file below `graphs/`.
+
+    `sha256` is over the ONNX bytes, which name every weight by its own hash. `bytes` counts the weights;
+    `workspace_bytes` is the estimated peak of live activations.
+    """
+
+    name: str
+    path: str
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    macs: int
+    bytes: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True)
+class GraphSet:
+    """What `export` leaves in `graphs/`: the candidate network, the gate, and every graph by name."""
+
+    root: Path
+    candidate: CandidateNetwork
+    gate: Gate
+    graphs: dict[str, GraphSpec]
+
+    def spec(self, name: str) -> GraphSpec:
+        if name not in self.graphs:
+            raise InputError(f"{self.root} has no graph {name!r}: {_GRAPHS_REMEDY}")
+        return self.graphs[name]
+
+    def path(self, name: str) -> Path:
+        return self.root / self.spec(name).path
+
+
+def write_graph_set(graph_set: GraphSet) -> None:
+    """Write `index.json` into the set's root."""
+    content = {
+        "candidate": graph_set.candidate.to_json(),
+        "gate": asdict(graph_set.gate),
+        "graphs": [asdict(spec) for spec in graph_set.graphs.values()],
+    }
+    files.write_json(graph_set.root / "index.json", "mess-graphs", 1, content)
+
+
+def read_graph_set(root: Path) -> GraphSet:
+    """Read `index.json`. Raises InputError."""
+    path = root / "index.json"
+    content = files.read_json(path, "mess-graphs", 1, _GRAPHS_REMEDY)
+
+    def decode() -> GraphSet:
+        gate = content["gate"]
+        specs = (_graph_spec_from_json(spec) for spec in content["graphs"])
+        return GraphSet(
+            root=root,
+            candidate=candidate_from_json(content["candidate"]),
+            gate=Gate(gate["confidence"], bool(gate["edge_aware"]), tuple(float(t) for t in gate["thresholds"])),
+            graphs={spec.name: spec for spec in specs},
+        )
+
+    graph_set: GraphSet = files.decoded(path, _GRAPHS_REMEDY, decode)
+    return graph_set
+
+
+def _graph_spec_from_json(content: dict[str, Any]) -> GraphSpec:
+    if not re.fullmatch(r"[\w.-]+\.onnx", content["path"]):
+        raise ValueError(f"graph path {content['path']!r}")
+    return GraphSpec(
+        name=str(content["name"]),
+        path=str(content["path"]),
+        sha256=str(content["sha256"]),
+        inputs=_tensors_from_json(content["inputs"]),
+        outputs=_tensors_from_json(content["outputs"]),
+        macs=int(content["macs"]),
+        bytes=int(content["bytes"]),
+        workspace_bytes=int(content["workspace_bytes"]),
+    )
+
+
+def _tensors_from_json(content: Any) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(str(t["name"]), str(t["dtype"]), tuple(int(d) for d in t["shape"])) for t in content)

@@ -1,0 +1,501 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mess_compile import __version__
+from mess_compile.runtime.errors import InputError, MessError
+
+if TYPE_CHECKING:
+    from mess_compile.workspace import Workspace
+
+_HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class _Group(click.Group):
+    """Unknown commands get the nearest known name; what goes wrong is one line and exit code 1."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx) from error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MessError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            _fail("stopped; what was finished is kept, and the same command continues")
+        except MemoryError:
+            _fail("out of memory; use a smaller input, batch or group of heads")
+        except BrokenPipeError:
+            sys.exit(1)
+        except OSError as error:
+            _fail(_os_message(error))
+
+
+def _fail(message: str) -> None:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(1)
+
+
+def _os_message(error: OSError) -> str:
+    place = f" ({error.filename})" if error.filename else ""
+    remedies = {
+        errno.ENOSPC: "the disk is full: free some space and run the same command again",
+        errno.EROFS: "the file system is read-only: work in a folder that can be written (-C DIR)",
+        errno.EACCES: "permission denied: work in a folder that can be written (-C DIR)",
+        errno.EPERM: "permission denied: work in a folder that can be written (-C DIR)",
+    }
+    return remedies.get(error.errno or 0, error.strerror or str(error)) + place
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("-C", "folder", type=_FOLDER, default=".", help="The workspace: the current folder by default.")
+@click.version_option(__version__)
+@click.pass_context
+def main(ctx: click.Context, folder: Path) -> None:
+    """Compile multi-exit segmentation networks for a device.
+
+    \b
+    mess-compile export                     cut the candidate network into graphs
+    mess-compile profile --device host      measure them on the device
+    mess-compile search --max-err 1%        choose exits, heads and thresholds
+    mess-compile bundle                     write what the device runs
+    """
+    from mess_compile.workspace import Workspace
+
+    if not folder.is_dir():
+        raise InputError(f"workspace {folder} does not exist: create the folder or name another with -C DIR")
+    ctx.obj = Workspace(folder)
+
+
+def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    click.echo(json.dumps(content, default=str))
+
+
+def _next(*commands: str) -> None:
+    click.echo("next: " + "\n      ".join(commands))
+
+
+@contextmanager
+def _progress(as_json: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error while it is a terminal; silence otherwise."""
+    if as_json or not sys.stderr.isatty():
+        yield lambda label, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description:<24.24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A plain table, left column left, the others right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    if title:
+        click.echo(title)
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        click.echo("  ".join(cells).rstrip())
+
+
+def _print_tables(tables: Any) -> None:
+    for table in tables:
+        _table(table.title, list(table.header), [list(row) for row in table.rows])
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, separator, width = text.lower().partition("x")
+    if not separator or not height.isdecimal() or not width.isdecimal() or min(int(height), int(width)) < 32:
+        raise InputError(f"size {text!r} is not HEIGHTxWIDTH of at least 32x32, such as 360x480")
+    return int(height), int(width)
+
+
+def _rates(rates: Any) -> str:
+    return " ".join(f"{rate:.0%}" for rate in rates)
+
+
+@main.command()
+@click.argument("folder", type=_FOLDER, default="demo")
+def demo(folder: Path) -> None:
+    """The whole flow on generated street scenes: train, export, profile, search, bundle, run, bench."""
+    from mess_compile import demo as demonstration
+
+    demonstration.run_demo(folder, main)
+
+
+@main.command()
+@click.option("--data", type=_FOLDER, required=True, help="Folder with train/ and val/, or images/ and labels/.")
+@click.option("--backbone", type=click.Choice(["mobilenetv2", "resnet50"]), default="mobilenetv2", show_default=True)
+@_HW
+@click.option("--output-stride", type=click.Choice(["8", "16"]), default="8", show_default=True)
+@click.option("--width", default=1.0, show_default=True, help="Width multiplier of mobilenetv2.")
+@click.option("--exits", default="6", show_default=True, help="Number of exits, or block names: features.6,...")
+@click.option(
+    "--heads",
+    default="fcn-crm1-b0,fcn-crm1-b1,fcn-crm1-b2-rdi,fcn-crm1-b3-rdi,fcn-crm2-b3-rdi",
+    show_default=True,
+    help="Heads at every early exit, or exitN.NAME at one; `grid` is the whole space.",
+)
+@click.option("--epochs", nargs=2, type=int, default=(60, 20), show_default=True, help="Epochs of stage 1 and 2.")
+@click.option("--batch", default=8, show_default=True)
+@click.option("--learning-rate", default=2e-3, show_default=True)
+@click.option("--distillation", type=click.Choice(["pfd", "kd", "none"]), default="pfd", show_default=True)
+@click.option("--alpha", default=0.5, show_default=True, help="Weight of the teacher against the labels.")
+@click.option("--temperature", default=1.0, show_default=True, help="Temperature of the teacher.")
+@click.option("--head-memory", default=4096, show_default=True, help="MiB for the heads that train in one pass.")
+@click.option("--weights", type=_FILE, help="torchvision ImageNet weights of the backbone (.pth or .safetensors).")
+@click.option("--seed", default=0, show_default=True)
+@click.pass_obj
+def train(workspace: Workspace, /, data: Path, **options: Any) -> None:
+    """Train a candidate network in two stages; the same command continues an interrupted training."""
+    from mess_compile import steps
+    from mess_compile.runtime.errors import EngineError
+
+    try:
+        from mess_compile.training import losses, stages
+    except ModuleNotFoundError as error:
+        raise EngineError(f"{error.name} is not installed: run `pip install 'mess-compile[torch]'`") from error
+    exits = options["exits"]
+    choice = steps.NetworkChoice(
+        backbone=options["backbone"],
+        input_hw=_size(options["input_hw"]),
+        exits=int(exits) if exits.isdecimal() else tuple(exits.split(",")),
+        heads=tuple(options["heads"].split(",")),
+        output_stride=int(options["output_stride"]),
+        width=options["width"],
+    )
+    distillation = losses.Distillation(options["distillation"], options["alpha"], options["temperature"])
+    recipe = stages.Recipe(
+        epochs=options["epochs"],
+        batch=options["batch"],
+        learning_rate=options["learning_rate"],
+        distillation=distillation,
+        head_memory_mib=options["head_memory"],
+        seed=options["seed"],
+    )
+    steps.train(workspace, data, choice, recipe, click.echo, options["weights"])
+    click.echo(f"candidate network in {workspace.candidate}")
+    _next("mess-compile export")
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path, exists=True), required=False)
+@click.option("--confidence", type=click.Choice(["top1", "margin", "entropy"]), default="top1", show_default=True)
+@click.option("--plain", is_flag=True, help="Leave the edge-aware step (Eq. 2-3) of the gate out.")
+@_json_option
+@click.pass_obj
+def export(workspace: Workspace, source: Path | None, confidence: str, plain: bool, as_json: bool) -> None:
+    """Cut a candidate network (or a multi-exit ONNX) into checked graphs."""
+    from mess_compile import inspection, steps
+    from mess_compile.candidates import Gate
+
+    with _progress(as_json) as progress:
+        graph_set = steps.export(workspace, source, Gate(confidence, not plain), progress)
+    candidate = graph_set.candidate
+    if as_json:
+        return _print_json(inspection.inspect_graphs(graph_set).content)
+    weights = sum(path.stat().st_size for path in (workspace.graphs / "weights").iterdir())
+    click.echo(
+        f"{len(graph_set.graphs)} graphs in {workspace.graphs}: {len(candidate.segments())} segments, "
+        f"{len(candidate.heads)} heads; weights {weights / 2**20:.1f} MiB; all agree with the whole network"
+    )
+    return _next("mess-compile profile --device host")
+
+
+@main.command()
+@click.option("--data", type=_FOLDER, help="Labelled images; remembered.")
+@click.option("--split", help="val by default; val[:50] takes the first 50 files. Remembered.")
+@_json_option
+@click.pass_obj
+def evaluate(workspace: Workspace, data: Path | None, split: str | None, as_json: bool) -> None:
+    """Record how sure and how right every head is on labelled images."""
+    from mess_compile import inspection, steps
+
+    with _progress(as_json) as progress:
+        found = steps.evaluate(workspace, data, split, progress)
+    described = inspection.inspect_statistics(found)
+    if as_json:
+        return _print_json(described.content)
+    _print_tables(described.tables)
+    return _next("mess-compile search --max-err 1%")
+
+
+@main.command()
+@click.option("--device", help="A known device (see `mess-compile devices`); remembered.")
+@_json_option
+@click.pass_obj
+def profile(workspace: Workspace, device: str | None, as_json: bool) -> None:
+    """Measure every graph on the device; a killed measurement continues."""
+    from mess_compile import inspection, steps
+
+    with _progress(as_json) as progress:
+        table = steps.profile(workspace, device, progress)
+    if as_json:
+        return _print_json(inspection.inspect_latency(table).content)
+    baseline = table.latency("baseline", "fp32")
+    click.echo(
+        f"{len(table.entries)} entries measured on {table.device} ({table.library} {table.library_version}, "
+        f"{table.environment['cpu']}, {table.environment['cores']} cores): baseline {baseline.mean_ms:.2f} ms "
+        f"(p99 {baseline.p99_ms:.2f})"
+    )
+    return _next("mess-compile search --max-err 1%")
+
+
+@main.command()
+@click.option("--device", help="The device profiled last by default.")
+@click.option("--split", help="The statistics to choose on; the last evaluated by default.")
+@click.option("--max-err", help="Percentage points of mIoU below the baseline, such as 1%.")
+@click.option("--max-latency", help="Mean over images: 20ms, or 0.5x of the baseline.")
+@click.option("--max-memory", help="Such as 64MiB.")
+@click.option("--max-workload", help="GMACs such as 3.5, or 0.5x of the baseline.")
+@click.option("--baseline", help="Replaces the final exit's mIoU, such as 54.24%.")
+@click.option(
+    "--setting",
+    type=click.Choice(["input-dependent", "budgeted", "anytime"]),
+    default="input-dependent",
+    show_default=True,
+)
+@click.option(
+    "--optimise", type=click.Choice(["latency", "accuracy", "workload", "memory"]), help="latency by default."
+)
+@click.option("--deadline", help="Anytime: optimise the mIoU at this time, such as 20ms, instead of the area under it.")
+@click.option("--max-exits", type=click.IntRange(0, 2), default=2, show_default=True, help="Early exits at most.")
+@_json_option
+@click.pass_obj
+def search(workspace: Workspace, /, device: str | None, split: str | None, as_json: bool, **options: Any) -> None:
+    """Choose exits, heads and thresholds that satisfy a requirement, and prove the choice."""
+    from mess_compile import steps
+    from mess_compile.search.plan import result_to_json
+
+    requirement = _requirement(options)
+    with _progress(as_json) as progress:
+        result = steps.search(workspace, device, split, requirement, progress)
+    if as_json:
+        return _print_json(result_to_json(result))
+    _print_plan(result.plan)
+    certificate = result.certificate
+    click.echo(
+        f"best of {certificate.space:,} plans ({certificate.evaluated:,} evaluated, the others duplicates of these), "
+        f"gap {certificate.gap:g}; front of {len(result.front)} plans"
+    )
+    click.echo(f"chosen on the images of {result.plan.predicted.split}: a result from tuning data")
+    return _next("mess-compile bundle")
+
+
+def _requirement(options: dict[str, Any]) -> Any:
+    from mess_compile.search import requirement as parsing
+
+    def parsed(name: str, parse: Callable[[str], Any]) -> Any:
+        return None if options[name] is None else parse(options[name])
+
+    return parsing.Requirement(
+        setting=options["setting"],
+        objective=options["optimise"],
+        max_err_pp=parsed("max_err", parsing.parse_max_err),
+        max_latency=parsed("max_latency", parsing.parse_max_latency),
+        max_memory_bytes=parsed("max_memory", parsing.parse_max_memory),
+        max_workload=parsed("max_workload", parsing.parse_max_workload),
+        baseline_miou=parsed("baseline", parsing.parse_baseline),
+        max_exits=options["max_exits"],
+        deadline_ms=parsed("deadline", parsing.parse_milliseconds),
+    )
+
+
+def _print_plan(plan: Any) -> None:
+    rows = []
+    for number, (stage, rate) in enumerate(zip(plan.stages, plan.predicted.exit_rates, strict=True), start=1):
+        threshold = f"{plan.gate.thresholds[stage.row]:.2f}"
+        cut = "-" if stage.cut is None else str(stage.cut)
+        rows.append([f"exit {number}", stage.head, threshold, cut, f"{rate:.0%}"])
+    _table(f"plan for {plan.device}, {plan.setting}", ["", "head", "pixels sure at", "leaves at count", "images"], rows)
+    names = ["", "mIoU %", "latency ms", "p95 ms", "GMACs", "memory MiB"]
+    figures = [["baseline", *_figures(plan.baseline)], ["plan", *_figures(plan.predicted)]]
+    _table(f"{plan.predicted.source} latency, {plan.predicted.images} images of {plan.predicted.split}", names, figures)
+    latency, workload = (
+        plan.baseline.latency_ms / plan.predicted.latency_ms,
+        plan.baseline.gmacs / plan.predicted.gmacs,
+    )
+    click.echo(f"predicted {latency:.2f}x in latency, {workload:.2f}x in workload")
+
+
+def _figures(figures: Any) -> list[str]:
+    return [
+        f"{figures.miou:.2f}",
+        f"{figures.latency_ms:.2f}",
+        f"{figures.p95_ms:.2f}",
+        f"{figures.gmacs:.3f}",
+        f"{figures.memory_bytes / 2**20:.1f}",
+    ]
+
+
+@main.command()
+@click.argument("plan", type=_FILE, required=False)
+@click.option("-o", "--output", type=_FILE, help="DEVICE.mess in the workspace by default.")
+@_json_option
+@click.pass_obj
+def bundle(workspace: Workspace, plan: Path | None, output: Path | None, as_json: bool) -> None:
+    """Write the chosen plan and its graphs as one file for the device."""
+    from mess_compile import steps
+
+    path, manifest = steps.bundle(workspace, plan, output)
+    size = path.stat().st_size
+    if as_json:
+        return _print_json({"bundle": str(path), "bytes": size, "files": len(manifest.files)})
+    click.echo(f"{path}: {size / 2**20:.2f} MiB, {len(manifest.files)} files, {len(manifest.golden)} golden frames")
+    return _next(f"mess-compile run {path} IMAGE...", f"mess-compile bench {path} --data DIR")
+
+
+@main.command()
+@click.argument("bundle", type=_FILE)
+@click.argument("images", type=_FILE, nargs=-1, required=True)
+@click.option("-o", "--output", type=_FOLDER, default="predictions", show_default=True)
+@click.option("--progressive", is_flag=True, help="Also a strip: the input, and every exit's labels.")
+@click.option("--truth", type=_FOLDER, help="Folder of label PNGs to show at the end of the strip.")
+@_json_option
+def run(
+    bundle: Path, images: tuple[Path, ...], output: Path, progressive: bool, truth: Path | None, as_json: bool
+) -> None:
+    """Segment images: a palette PNG of the labels and an overlay for each."""
+    from mess_compile import steps
+
+    if truth is not None and not progressive:
+        raise click.UsageError("--truth is shown in the strip of --progressive; add it.")
+
+    def tell(result: steps.ImageResult) -> None:
+        if not as_json:
+            click.echo(
+                f"{result.image}: exit {result.exit}, confidence {result.confidence:.3f}, {result.latency_ms:.2f} ms "
+                f"-> {', '.join(str(path) for path in result.pictures)}"
+            )
+
+    results = steps.run(bundle, images, output, progressive, truth, tell)
+    if as_json:
+        return _print_json({"images": [asdict(result) for result in results]})
+    return _next(f"mess-compile bench {bundle} --data DIR")
+
+
+@main.command()
+@click.argument("bundle", type=_FILE)
+@click.option("--data", type=_FOLDER, help="Labelled images; the workspace's by default.")
+@click.option("--split", default="val", show_default=True, help="Report on images that nothing was tuned on.")
+@click.option("--passes", default=3, show_default=True, help="How often every image is measured.")
+@_json_option
+@click.pass_obj
+def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, passes: int, as_json: bool) -> None:
+    """Measured against predicted, and against the single-exit baseline in the same run."""
+    from mess_compile import steps
+
+    with _progress(as_json) as progress:
+        result = steps.bench(workspace, bundle, data, split, passes, progress)
+    if as_json:
+        return _print_json(asdict(result))
+    columns = ("baseline", "predicted", "replayed", "measured")
+    rows = [
+        [name, f"{c.miou:.2f}", f"{c.latency_ms:.2f}", f"{c.gmacs:.3f}", _rates(c.exit_rates)]
+        for name, c in ((name, getattr(result, name)) for name in columns)
+    ]
+    _table(
+        f"{result.images} images of {result.split}, {result.passes} passes",
+        ["", "mIoU %", "latency ms", "GMACs", "exits"],
+        rows,
+    )
+    low, high = result.latency_ratio_range
+    click.echo(
+        f"measured against the baseline in the same run: {result.latency_ratio:.2f}x in latency (passes {low:.2f} to "
+        f"{high:.2f}), {result.workload_ratio:.2f}x in workload, {result.miou_difference:+.2f} pp of mIoU"
+    )
+    for near in result.disagreements:
+        click.echo(
+            f"{near.image}: replayed exit {near.replayed_exit}, measured {near.measured_exit}, "
+            f"{near.counts_from_cut} counts from the cut"
+        )
+    return _next("mess-compile search with another requirement, or take the bundle to the device")
+
+
+@main.command()
+@click.argument("bundle", type=_FILE)
+@_json_option
+def verify(bundle: Path, as_json: bool) -> None:
+    """Hashes and golden frames: does this machine compute what was evaluated?"""
+    from mess_compile.bundle import verify_bundle
+
+    checks = verify_bundle(bundle)
+    good = all(check.passed for check in checks)
+    if as_json:
+        _print_json({"passed": good, "checks": [asdict(check) for check in checks]})
+    else:
+        for check in checks:
+            click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
+    sys.exit(0 if good else 1)
+
+
+@main.command()
+@_json_option
+@click.pass_obj
+def devices(workspace: Workspace, as_json: bool) -> None:
+    """Known targets, ours and the workspace's own."""
+    from mess_compile.targets import known_targets
+
+    targets = known_targets(workspace.root)
+    if as_json:
+        return _print_json({"devices": [asdict(target) for target in targets.values()]})
+    rows = [[t.name, t.library, ",".join(t.precisions), t.description] for t in targets.values()]
+    return _table("", ["device", "library", "precisions", "description"], rows)
+
+
+@main.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """What this machine can train, build and run."""
+    from mess_compile.doctor import examine
+
+    findings = examine()
+    if as_json:
+        return _print_json({"findings": [asdict(finding) for finding in findings]})
+    for finding in findings:
+        click.echo(f"{'yes' if finding.possible else 'no '}  {finding.what}: {finding.detail}")
+    return None
+
+
+@main.command()
+@click.argument("thing")
+@click.option("--classes", default=21, show_default=True, help="Classes, when THING is a backbone.")
+@click.option("--input", "input_hw", default="512x512", show_default=True, help="Input size, when THING is a backbone.")
+@click.option("--exits", default=6, show_default=True, help="Exit points, when THING is a backbone.")
+@_json_option
+@click.pass_obj
+def inspect(workspace: Workspace, thing: str, classes: int, input_hw: str, exits: int, as_json: bool) -> None:
+    """What is in a backbone (resnet50, mobilenetv2), bundle, or the workspace's graphs, statistics, latency or plan."""
+    from mess_compile import inspection
+
+    found = inspection.inspect(workspace, thing, classes, _size(input_hw), exits)
+    if as_json:
+        return _print_json(found.content)
+    return _print_tables(found.tables)

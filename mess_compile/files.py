@@ -1,0 +1,90 @@
+"""State on disk: JSON with a format and a version, written aside and renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mess_compile.runtime.errors import InputError
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; rename it to `path` when the body ends well, remove it otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    os.chmod(name, 0o644)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Like `replaced`, for a folder: the old folder stays until the new one is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    os.chmod(temporary, 0o755)
+    old = temporary.with_name(temporary.name + ".old")
+    try:
+        yield temporary
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, format: str, version: int, content: dict[str, Any]) -> None:
+    """Write `content` with its `format` and `version` in front; all of it or nothing."""
+    text = json.dumps({"format": format, "version": version, **content}, indent=1) + "\n"
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path, format: str, version: int, remedy: str) -> dict[str, Any]:
+    """Read what `write_json` wrote.
+
+    Raises InputError naming the file, what is wrong with it and the remedy.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: {remedy}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not JSON ({error}): {remedy}") from error
+    if not isinstance(content, dict) or content.get("format") != format:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise InputError(f"{path} has format {found!r}, not {format!r}: {remedy}")
+    if content.get("version") != version:
+        raise InputError(f"{path} has version {content.get('version')!r}; this release reads {version}: {remedy}")
+    return content
+
+
+def decoded(path: Path, remedy: str, decode: Callable[[], Any]) -> Any:
+    """Run `decode` on content read from `path`; a wrong or missing key becomes an InputError."""
+    try:
+        return decode()
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error

@@ -1,0 +1,1 @@
+"""ONNX in, ONNX out: cut, gate, output graph, weight store, checks."""

@@ -1,0 +1,217 @@
+"""Cut the whole network into segments, gated heads and output graphs (DESIGN.md, decision 2)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from mess_compile import files
+from mess_compile.candidates import (
+    BASELINE,
+    CandidateNetwork,
+    Gate,
+    GraphSet,
+    GraphSpec,
+    Head,
+    candidate_from_json,
+    head_graph_name,
+    output_name,
+    segment_name,
+    write_graph_set,
+)
+from mess_compile.graph.fold import has_subgraph
+from mess_compile.graph.gate import append_gate
+from mess_compile.graph.output import append_output, output_graph
+from mess_compile.graph.store import read_model, write_graph
+from mess_compile.graph.workload import activations, count_macs
+from mess_compile.runtime.errors import InputError
+
+NETWORK = "network.onnx"
+METADATA_KEY = "mess"
+_REMEDY = f"see README.md for what the metadata entry {METADATA_KEY!r} of a multi-exit ONNX holds"
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of what was done, how many are done, and of how many."""
+
+
+def logits_name(head: str) -> str:
+    """The whole network's output of one head."""
+    return f"logits:{head}"
+
+
+def import_network(model: onnx.ModelProto) -> gs.Graph:
+    """The network with known shapes, ready to be cut; external weights stay references.
+
+    Raises InputError for dynamic shapes and for control flow, whose tensors cannot be followed.
+    """
+    activations(model)
+    for node in model.graph.node:
+        if has_subgraph(node):
+            raise InputError(f"node {node.name or node.op_type!r} holds a subgraph: export without control flow")
+    return gs.import_onnx(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True))
+
+
+def cut(network: gs.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
+    """The part of `network` between tensors, by name; weights stay references.
+
+    Raises InputError naming a tensor that does not exist, that the outputs need although `inputs` do not bound it,
+    or that the outputs do not depend on.
+    """
+    tensors = network.tensors()
+    for name in (*inputs, *outputs):
+        if name not in tensors:
+            raise InputError(f"the network has no tensor {name!r}: the whole-network ONNX must name it")
+    wanted, reached, nodes = [tensors[name] for name in outputs], set(), set()
+    while wanted:
+        tensor = wanted.pop()
+        if tensor.name in inputs:
+            reached.add(tensor.name)
+        elif tensor.inputs:
+            if id(tensor.inputs[0]) not in nodes:
+                nodes.add(id(tensor.inputs[0]))
+                wanted.extend(tensor.inputs[0].inputs)
+        elif not isinstance(tensor, gs.Constant) and tensor.name:
+            raise InputError(
+                f"{', '.join(outputs)} is not bounded by {', '.join(inputs)}: it also needs {tensor.name!r}; "
+                "does a connection pass around the exit point?"
+            )
+    for name in inputs:
+        if name not in reached:
+            raise InputError(f"{', '.join(outputs)} does not depend on {name!r}")
+    part = gs.Graph(
+        nodes=[node for node in network.nodes if id(node) in nodes],
+        inputs=[tensors[name] for name in inputs],
+        outputs=[tensors[name] for name in outputs],
+        opset=network.opset,
+        import_domains=network.import_domains,
+    )
+    model: onnx.ModelProto = gs.export_onnx(part)
+    return model
+
+
+def candidate_from_metadata(model: onnx.ModelProto, path: Path) -> CandidateNetwork:
+    """The candidate network that a whole-network ONNX describes; workloads left out are 0, the identity "".
+
+    Raises InputError naming what is missing or wrong.
+    """
+    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
+    if text is None:
+        raise InputError(f"{path} has no metadata entry {METADATA_KEY!r}, which names exit points and heads: {_REMEDY}")
+
+    def decode() -> CandidateNetwork:
+        content = json.loads(text)
+        for part in (*content["exit_points"], *content["heads"]):
+            part.setdefault("macs", 0)
+        return candidate_from_json({"identity": "", **content})
+
+    candidate: CandidateNetwork = files.decoded(path, _REMEDY, decode)
+    return candidate
+
+
+def cut_network(folder: Path, gate: Gate, progress: Progress) -> GraphSet:
+    """Cut `folder/network.onnx` into every graph that a plan can need, beside it, and write `index.json`.
+
+    Segments a-b for all 0 <= a < b <= N, every head with its gate, an output graph per size of feature map, and the
+    baseline. Raises InputError when the network is not what its metadata say.
+    """
+    model = read_model(folder / NETWORK)
+    network = import_network(model)
+    candidate = candidate_from_metadata(model, folder / NETWORK)
+    _check_tensors(candidate, network)
+    if not candidate.identity:
+        candidate = replace(candidate, identity=files.sha256_of_file(folder / NETWORK))
+    if 0 in [point.macs for point in candidate.exit_points] + [head.macs for head in candidate.heads]:
+        candidate = _with_counted_macs(candidate, network)
+    jobs = _jobs(network, candidate, gate)
+    specs: dict[str, GraphSpec] = {}
+    for done, (name, macs, make) in enumerate(jobs, start=1):
+        specs[name] = write_graph(make(), folder, name, macs)
+        progress(name, done, len(jobs))
+    graph_set = GraphSet(folder, candidate, gate, specs)
+    write_graph_set(graph_set)
+    return graph_set
+
+
+_Job = tuple[str, int, Callable[[], onnx.ModelProto]]
+
+
+def _jobs(network: gs.Graph, candidate: CandidateNetwork, gate: Gate) -> list[_Job]:
+    """Name, workload and maker of every graph."""
+    classes, hw = len(candidate.classes), candidate.input_hw
+    jobs: list[_Job] = []
+    for a, b in candidate.segments():
+        make = partial(cut, network, [_exit_tensor(a)], [_exit_tensor(b)])
+        jobs.append((segment_name(a, b), candidate.segment_macs(a, b), make))
+    for head in candidate.heads:
+        jobs.append((head_graph_name(head.name), head.macs, partial(_gated_head, network, head, gate, classes)))
+    for feature_hw in sorted({candidate.exit_point(head.exit_point).hw for head in candidate.heads}):
+        jobs.append((output_name(feature_hw), 0, partial(output_graph, classes, feature_hw, hw)))
+    jobs.append((BASELINE, candidate.baseline_macs, partial(_baseline, network, candidate)))
+    return jobs
+
+
+def _exit_tensor(number: int) -> str:
+    return f"exit{number}" if number else "image"
+
+
+def _gated_head(network: gs.Graph, head: Head, gate: Gate, classes: int) -> onnx.ModelProto:
+    model = cut(network, [_exit_tensor(head.exit_point)], [logits_name(head.name)])
+    _rename_output(model, "logits")
+    append_gate(model, gate, classes)
+    return model
+
+
+def _baseline(network: gs.Graph, candidate: CandidateNetwork) -> onnx.ModelProto:
+    model = cut(network, ["image"], [logits_name(candidate.baseline)])
+    _rename_output(model, "logits")
+    append_output(model, len(candidate.classes), candidate.input_hw)
+    return model
+
+
+def _rename_output(model: onnx.ModelProto, name: str) -> None:
+    """Rename the only output wherever it is written or read."""
+    old = model.graph.output[0].name
+    model.graph.output[0].name = name
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [name if item == old else item for item in names]
+
+
+def _with_counted_macs(candidate: CandidateNetwork, network: gs.Graph) -> CandidateNetwork:
+    points = tuple(
+        replace(point, macs=count_macs(cut(network, ["image"], [_exit_tensor(number)])))
+        for number, point in enumerate(candidate.exit_points, start=1)
+    )
+    heads = tuple(
+        replace(head, macs=count_macs(cut(network, [_exit_tensor(head.exit_point)], [logits_name(head.name)])))
+        for head in candidate.heads
+    )
+    return replace(candidate, exit_points=points, heads=heads)
+
+
+def _check_tensors(candidate: CandidateNetwork, network: gs.Graph) -> None:
+    """Hold the metadata's shapes against the graph's, and names against what a file name may hold."""
+    expected = {"image": ("uint8", (1, *candidate.input_hw, 3))}
+    for number, point in enumerate(candidate.exit_points, start=1):
+        expected[_exit_tensor(number)] = ("float32", (1, point.channels, *point.hw))
+    for head in candidate.heads:
+        if not re.fullmatch(r"[\w.-]+", head.config):
+            raise InputError(f"head {head.name!r}: a head's name holds letters, digits, '_', '-' and '.' only")
+        hw = candidate.exit_point(head.exit_point).hw
+        expected[logits_name(head.name)] = ("float32", (1, len(candidate.classes), *hw))
+    tensors = network.tensors()
+    for name, (dtype, shape) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise InputError(f"the network has no tensor {name!r}: the whole-network ONNX must name it")
+        if (np.dtype(tensor.dtype).name, tuple(tensor.shape)) != (dtype, shape):
+            found = f"{np.dtype(tensor.dtype).name} {tuple(tensor.shape)}"
+            raise InputError(f"tensor {name!r} is {found}; the metadata ask for {dtype} {shape}")

@@ -1,0 +1,54 @@
+"""Fold what does not depend on the image: Constant nodes, sizes computed from sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+from onnx import TensorProto, numpy_helper
+from onnx.external_data_helper import uses_external_data
+from onnx.reference import ReferenceEvaluator
+
+from mess_compile.graph.nodes import OPSET, keep
+
+_SIZES = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
+_SUBGRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+
+
+def fold_constants(model: onnx.ModelProto) -> None:
+    """Turn Constant nodes, and nodes that compute integers from constants, into initializers.
+
+    One form to cut, share and store; and TensorRT 8.5 wants initializers where ONNX allows computed sizes.
+    """
+    graph = model.graph
+    known = {tensor.name: tensor for tensor in graph.initializer if not uses_external_data(tensor)}
+    folded, kept = {}, []
+    for node in graph.node:
+        value = _value(node, known) if _is_foldable(node, known) else None
+        if value is None:
+            kept.append(node)
+        else:
+            folded[node.output[0]] = known[node.output[0]] = numpy_helper.from_array(value, node.output[0])
+    read = {name for node in kept for name in node.input} | {value.name for value in graph.output}
+    graph.initializer.extend(tensor for name, tensor in folded.items() if name in read)
+    keep(graph.node, kept)
+
+
+def has_subgraph(node: onnx.NodeProto) -> bool:
+    return any(attribute.type in _SUBGRAPHS for attribute in node.attribute)
+
+
+def _is_foldable(node: onnx.NodeProto, known: dict[str, onnx.TensorProto]) -> bool:
+    if node.op_type == "Constant":
+        return not node.domain
+    sizes = all(name in known and known[name].data_type in _SIZES for name in node.input if name)
+    return sizes and bool(node.input) and len(node.output) == 1 and not node.domain and not has_subgraph(node)
+
+
+def _value(node: onnx.NodeProto, known: dict[str, onnx.TensorProto]) -> Any:
+    """The node's output, or None where the evaluator cannot compute it: then the engine library will."""
+    feeds = {name: numpy_helper.to_array(known[name]) for name in node.input if name}
+    try:
+        return next(iter(ReferenceEvaluator(node, opsets={"": OPSET}).run(None, feeds)))
+    except Exception:
+        return None

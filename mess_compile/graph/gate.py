@@ -1,0 +1,104 @@
+"""The gate: a head's logits -> how many cells are sure enough, per row of thresholds (MESS, Eq. 1-3).
+
+Defined in DESIGN.md under Definitions, Gate. Every node is one that TensorRT 8.5 takes: no MatMul, no sort.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from mess_compile.candidates import Gate
+from mess_compile.graph.nodes import add, constant
+from mess_compile.runtime.errors import InputError
+
+HALF = 0.49
+"""Half of a window of at most 25 cells is above this, anything less than half is below (12/25 = 0.48)."""
+
+
+def append_gate(model: onnx.ModelProto, gate: Gate, classes: int) -> None:
+    """Append the gate to a graph that ends in `logits` f32 (1, K, h, w), K = `classes`.
+
+    Adds the input `thresholds` f32 (T, K), row j holding the threshold of each predicted class, and the output
+    `counts` int32 (T,), the number of confident cells of each row; T is the number of the gate's thresholds.
+    Raises InputError for a single class, which has no confidence.
+    """
+    if classes < 2:
+        raise InputError(f"a gate needs at least 2 classes, this network has {classes}")
+    graph, rows = model.graph, len(gate.thresholds)
+    graph.input.append(helper.make_tensor_value_info("thresholds", TensorProto.FLOAT, (rows, classes)))
+    labels = add(graph, "ArgMax", ["logits"], "gate/labels", axis=1, keepdims=1, select_last_index=0)  # (1, 1, h, w)
+    confidence = _confidence(graph, gate.confidence, labels, classes)  # (1, 1, h, w)
+    limits = _limits(graph, labels)  # (T, 1, h, w)
+    sure = add(graph, "GreaterOrEqual", [confidence, limits], "gate/sure")  # (T, 1, h, w)
+    sure = add(graph, "Cast", [sure], "gate/sure_float", to=TensorProto.FLOAT)
+    if gate.edge_aware:
+        sure = _median_at_edges(graph, labels, sure)
+    total = constant(graph, "gate/total_axes", [1, 2, 3], "int64")
+    counts = add(graph, "ReduceSum", [sure, total], "gate/total", keepdims=0)  # (T,), exact below 2^24 cells
+    add(graph, "Cast", [counts], "counts", to=TensorProto.INT32)
+    graph.output.append(helper.make_tensor_value_info("counts", TensorProto.INT32, (rows,)))
+
+
+def _limits(graph: onnx.GraphProto, labels: str) -> str:
+    """The threshold of each cell's class, (T, 1, h, w): whole rows of T gathered, then brought to the front."""
+    indices = add(graph, "Squeeze", [labels, constant(graph, "gate/first", [0], "int64")], "gate/indices")  # (1, h, w)
+    by_class = add(graph, "Transpose", ["thresholds"], "gate/by_class", perm=[1, 0])  # (K, T)
+    by_cell = add(graph, "Gather", [by_class, indices], "gate/by_cell", axis=0)  # (1, h, w, T)
+    return add(graph, "Transpose", [by_cell], "gate/limits", perm=[3, 0, 1, 2])
+
+
+def _confidence(graph: onnx.GraphProto, kind: str, labels: str, classes: int) -> str:
+    """Confidence per cell, (1, 1, h, w), in 0..1.
+
+    With p = softmax(logits), best first: top1 p1, margin p1 - p2, entropy 1 + sum(p ln p) / ln K. Here in terms of
+    z = logits - max, with p = exp z / sum(exp z) and p1 = 1 / sum(exp z): ONNX Runtime is several times faster at
+    reductions over the class axis than at Softmax and TopK over it.
+    """
+    class_axis = constant(graph, "gate/class_axis", [1], "int64")
+    one = constant(graph, "gate/one", 1.0, "float32")
+    best = add(graph, "ReduceMax", ["logits"], "gate/best", axes=[1], keepdims=1)  # (1, 1, h, w)
+    z = add(graph, "Sub", ["logits", best], "gate/z")
+    powers = add(graph, "Exp", [z], "gate/powers")
+    total = add(graph, "ReduceSum", [powers, class_axis], "gate/sum", keepdims=1)  # (1, 1, h, w)
+    if kind == "top1":
+        return add(graph, "Div", [one, total], "gate/confidence")
+    if kind == "margin":
+        indices = constant(graph, "gate/class_index", np.arange(classes).reshape(1, classes, 1, 1), "int64")
+        chosen = add(graph, "Equal", [indices, labels], "gate/chosen")
+        lowest = constant(graph, "gate/lowest", np.finfo(np.float32).min, "float32")
+        others = add(graph, "Where", [chosen, lowest, z], "gate/others")
+        second = add(graph, "ReduceMax", [others], "gate/second", axes=[1], keepdims=1)
+        lead = add(graph, "Sub", [one, add(graph, "Exp", [second], "gate/second_power")], "gate/lead")
+        return add(graph, "Div", [lead, total], "gate/confidence")
+    weighted = add(graph, "Mul", [powers, z], "gate/weighted")  # 0 where exp z underflows
+    weighted_sum = add(graph, "ReduceSum", [weighted, class_axis], "gate/weighted_sum", keepdims=1)
+    mean_z = add(graph, "Div", [weighted_sum, total], "gate/mean_z")
+    negative_entropy = add(graph, "Sub", [mean_z, add(graph, "Log", [total], "gate/log_sum")], "gate/negative_entropy")
+    log_classes = constant(graph, "gate/log_classes", math.log(classes), "float32")
+    relative = add(graph, "Div", [negative_entropy, log_classes], "gate/relative")
+    return add(graph, "Add", [relative, one], "gate/confidence")
+
+
+def _median_at_edges(graph: onnx.GraphProto, labels: str, sure: str) -> str:
+    """Eq. 2-3: at cells beside another label, whether the upper median of the 5 x 5 window reaches the threshold.
+
+    labels (1, 1, h, w), sure (T, 1, h, w) of zeros and ones -> (T, 1, h, w) of zeros and ones.
+    """
+    values = add(graph, "Cast", [labels], "gate/label_values", to=TensorProto.FLOAT)
+    window = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [1, 1]}
+    highest = add(graph, "MaxPool", [values], "gate/highest", **window)
+    negated = add(graph, "Neg", [values], "gate/negated")
+    minus_lowest = add(graph, "MaxPool", [negated], "gate/minus_lowest", **window)
+    spread = add(graph, "Add", [highest, minus_lowest], "gate/spread")
+    edge = add(graph, "Greater", [spread, constant(graph, "gate/same", 0.5, "float32")], "gate/edge")  # (1, 1, h, w)
+    neighbours = add(
+        graph, "AveragePool", [sure], "gate/neighbours",
+        kernel_shape=[5, 5], pads=[2, 2, 2, 2], strides=[1, 1], count_include_pad=0,
+    )  # fmt: skip
+    mixed = add(graph, "Where", [edge, neighbours, sure], "gate/mixed")
+    majority = add(graph, "Greater", [mixed, constant(graph, "gate/half", HALF, "float32")], "gate/majority")
+    return add(graph, "Cast", [majority], "gate/majority_float", to=TensorProto.FLOAT)

@@ -1,0 +1,125 @@
+"""ONNX files that share one store of weights, each weight a file named by the SHA-256 of its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from math import prod
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
+
+from mess_compile import files
+from mess_compile.candidates import GraphSpec
+from mess_compile.graph.nodes import IR_VERSION, OPSET
+from mess_compile.graph.workload import count_macs, tensor_spec, workspace_bytes
+from mess_compile.runtime.errors import InputError
+
+INLINE_BYTES = 1024
+"""Smaller tensors stay in the ONNX file: shape inference reads some of them."""
+WEIGHTS = "weights"
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """An ONNX model without its external weights. Raises InputError for anything else."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except DecodeError as error:
+        raise InputError(f"{path} is not an ONNX model, or is truncated: {error}") from error
+    if not model.graph.node:
+        raise InputError(f"{path} is not an ONNX model, or has no nodes")
+    return model
+
+
+def store_weight(tensor: onnx.TensorProto, folder: Path) -> None:
+    """Move a tensor's bytes to `folder/weights/SHA256` and leave a reference, when it holds at least 1024 bytes."""
+    data = tensor.raw_data or numpy_helper.to_array(tensor).tobytes()
+    if len(data) < INLINE_BYTES:
+        return
+    location = f"{WEIGHTS}/{hashlib.sha256(data).hexdigest()}"
+    if not (folder / location).exists():
+        with files.replaced(folder / location) as temporary:
+            temporary.write_bytes(data)
+    reference = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    reference.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "0"), ("length", str(len(data)))):
+        reference.external_data.add(key=key, value=value)
+    tensor.CopyFrom(reference)
+
+
+def externalise(model: onnx.ModelProto, folder: Path, source: Path | None = None) -> None:
+    """Move all weights of `model` into the store in `folder`; `source` is the folder of its own external data.
+
+    One weight is in memory at a time. References are left alone without `source`: they point into the store.
+    Raises InputError when external data is missing, short or outside `source`.
+    """
+    for tensor in model.graph.initializer:
+        if external_data_helper.uses_external_data(tensor):
+            if source is None:
+                continue
+            _load(tensor, source)
+        store_weight(tensor, folder)
+
+
+def _load(tensor: onnx.TensorProto, source: Path) -> None:
+    try:
+        external_data_helper.load_external_data_for_tensor(tensor, str(source))
+    except (onnx.checker.ValidationError, OSError, ValueError) as error:
+        raise InputError(f"weight {tensor.name!r}: its external data in {source} cannot be read: {error}") from error
+    tensor.ClearField("external_data")
+    tensor.data_location = TensorProto.DEFAULT
+    found, expected = len(tensor.raw_data), _weight_bytes(tensor)
+    if found != expected:
+        raise InputError(f"weight {tensor.name!r} has {found} of {expected} bytes in {source}: is a file truncated?")
+
+
+def write_model(model: onnx.ModelProto, path: Path) -> None:
+    """Check and write a model whose weights are in the store beside it; equal models give equal bytes.
+
+    Raises InputError when the model is not valid ONNX of opset 17.
+    """
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
+    if opset != OPSET:
+        raise InputError(f"graph {path.stem} has opset {opset}, TensorRT 8.5 takes {OPSET}: export at opset {OPSET}")
+    _strip(model, path.stem)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise InputError(f"graph {path.stem} is not valid ONNX: {error}") from error
+
+
+def write_graph(model: onnx.ModelProto, folder: Path, name: str, macs: int | None = None) -> GraphSpec:
+    """Write `folder/NAME.onnx`, its weights into the store, and describe it; MACs are counted when not given."""
+    externalise(model, folder)
+    path = folder / f"{name}.onnx"
+    write_model(model, path)
+    return GraphSpec(
+        name=name,
+        path=path.name,
+        sha256=files.sha256_of_file(path),
+        inputs=tuple(tensor_spec(value) for value in model.graph.input),
+        outputs=tuple(tensor_spec(value) for value in model.graph.output),
+        macs=count_macs(model) if macs is None else macs,
+        bytes=sum(_weight_bytes(tensor) for tensor in model.graph.initializer),
+        workspace_bytes=workspace_bytes(model),
+    )
+
+
+def _weight_bytes(tensor: onnx.TensorProto) -> int:
+    return int(prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def _strip(model: onnx.ModelProto, name: str) -> None:
+    """Take out what names a producer or changes from run to run."""
+    for field in ("producer_name", "producer_version", "doc_string", "model_version", "domain"):
+        model.ClearField(field)
+    model.ir_version = IR_VERSION
+    model.graph.name = name
+    model.graph.ClearField("doc_string")
+    model.graph.ClearField("value_info")
+    for part in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        part.ClearField("doc_string")

@@ -1,0 +1,1 @@
+"""torch: backbones, heads, the overprovisioned network."""

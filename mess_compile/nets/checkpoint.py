@@ -1,0 +1,135 @@
+"""The candidate network on disk: `network.json` and content-named safetensors, convolutions in fp16."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mess_compile import files
+from mess_compile.candidates import head_config_from_name
+from mess_compile.nets.network import Architecture, OverprovisionedNetwork
+from mess_compile.runtime.errors import InputError
+
+_REMEDY = "train a candidate network with `mess-compile train`, or name the folder of one"
+
+
+def architecture_to_json(architecture: Architecture) -> dict[str, Any]:
+    return {
+        "backbone": architecture.backbone,
+        "width": architecture.width,
+        "output_stride": architecture.output_stride,
+        "input_hw": list(architecture.input_hw),
+        "classes": list(architecture.classes),
+        "colours": [list(colour) for colour in architecture.colours],
+        "exit_blocks": list(architecture.exit_blocks),
+        "heads": [f"exit{number}.{config.name}" for number, config in architecture.heads],
+    }
+
+
+def architecture_from_json(content: dict[str, Any]) -> Architecture:
+    """Inverse of `architecture_to_json`. Raises KeyError, TypeError, ValueError or InputError."""
+    heads = []
+    for name in content["heads"]:
+        exit_point, config = str(name).split(".", 1)
+        heads.append((int(exit_point.removeprefix("exit")), head_config_from_name(config)))
+    height, width = content["input_hw"]
+    return Architecture(
+        backbone=str(content["backbone"]),
+        classes=tuple(str(name) for name in content["classes"]),
+        colours=tuple((int(r), int(g), int(b)) for r, g, b in content["colours"]),
+        input_hw=(int(height), int(width)),
+        exit_blocks=tuple(str(name) for name in content["exit_blocks"]),
+        heads=tuple(heads),
+        output_stride=int(content["output_stride"]),
+        width=float(content["width"]),
+    )
+
+
+def save_candidate(network: OverprovisionedNetwork, folder: Path) -> None:
+    """Write the network; convolution weights are rounded to fp16, BatchNorm stays fp32.
+
+    The weights come first, under a name of their content; the rename of `network.json` makes them current.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: _stored(value) for key, value in network.state_dict().items() if "num_batches" not in key}
+    temporary = folder / ".weights.safetensors"
+    try:
+        save_file(state, temporary)
+        digest = files.sha256_of_file(temporary)
+        name = f"weights-{digest[:16]}.safetensors"
+        temporary.replace(folder / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    content = architecture_to_json(network.architecture) | {"weights": name, "weights_sha256": digest}
+    files.write_json(folder / "network.json", "mess-candidate", 1, content)
+    for old in folder.glob("weights-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def _stored(value: torch.Tensor) -> torch.Tensor:
+    value = value.detach().cpu().contiguous()
+    return value.half() if value.ndim == 4 else value.float()
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """What `network.json` describes. Raises InputError."""
+    path = folder / "network.json"
+    content = files.read_json(path, "mess-candidate", 1, _REMEDY)
+    architecture: Architecture = files.decoded(path, _REMEDY, lambda: architecture_from_json(content))
+    return architecture
+
+
+def load_candidate(folder: Path) -> OverprovisionedNetwork:
+    """The network in evaluation mode, fp32. Raises InputError naming what is missing, damaged or does not fit."""
+    path = folder / "network.json"
+    architecture = read_architecture(folder)
+    content = files.read_json(path, "mess-candidate", 1, _REMEDY)
+    weights = folder / str(content.get("weights"))
+    if not re.fullmatch(r"weights-[0-9a-f]{16}\.safetensors", weights.name) or not weights.is_file():
+        raise InputError(f"{weights} does not exist, though {path} names it: {_REMEDY}")
+    digest = files.sha256_of_file(weights)
+    if digest != content.get("weights_sha256"):
+        raise InputError(f"{weights} is damaged (its SHA-256 is not the one in {path}): restore it or train again")
+    network = OverprovisionedNetwork(architecture)
+    load_weights(network, load_state(weights), str(weights))
+    described = json.dumps(architecture_to_json(architecture), sort_keys=True)
+    identity = hashlib.sha256(f"{described}\n{digest}".encode()).hexdigest()
+    network.candidate = replace(network.candidate, identity=identity)
+    return network.eval()
+
+
+def load_weights(network: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load a whole state. Raises InputError naming parameters that are missing, extra or of another shape."""
+    wanted = {key: value for key, value in network.state_dict().items() if "num_batches" not in key}
+    wrong = sorted(wanted.keys() ^ state.keys())
+    wrong += [key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape]
+    if wrong:
+        raise InputError(f"{source} does not fit the network: {len(wrong)} parameters differ, first {wrong[0]}")
+    network.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
+
+
+def load_state(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from `.safetensors`, or from a foreign `.pth` by the unpickler that runs no code.
+
+    Raises InputError.
+    """
+    if not path.is_file():
+        raise InputError(f"weights {path} do not exist")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+        raise InputError(f"{path} cannot be read as weights ({error})") from error
+    except Exception as error:  # pickle.UnpicklingError: whatever the file would have executed is refused here
+        raise InputError(f"{path} holds more than tensors and was refused ({type(error).__name__})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path} is not a state dict (a mapping of names to tensors)")
+    return state

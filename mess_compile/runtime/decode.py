@@ -1,0 +1,57 @@
+"""JSON values to frozen dataclasses, strictly: no missing or unknown key, no type coerced, no infinity."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from typing import Any, Dict, Tuple, Union
+
+
+class DecodeError(Exception):
+    """The message names the place, the value found and what it should be."""
+
+
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """`value` as `kind`: a dataclass, str, int, float, bool, Optional, Tuple or Dict[str, ...] of these."""
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Union:
+        return None if value is None else decode(arguments[0], value, where)
+    if origin is tuple:
+        return _decode_tuple(arguments, value, where)
+    if origin is dict:
+        items = _of_type(dict, value, where, "an object").items()
+        return {key: decode(arguments[1], item, f"{where}[{key}]") for key, item in items}
+    return _decode_scalar(kind, value, where)
+
+
+def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
+    content: Dict[str, Any] = _of_type(dict, value, where, "an object")
+    kinds = typing.get_type_hints(kind)
+    missing, unknown = sorted(set(kinds) - set(content)), sorted(set(content) - set(kinds))
+    if missing or unknown:
+        raise DecodeError(f"{where} lacks {missing} and has unknown {unknown}"[:300])
+    return kind(**{name: decode(kinds[name], content[name], f"{where}.{name}") for name in kinds})
+
+
+def _decode_tuple(kinds: Tuple[Any, ...], value: Any, where: str) -> Tuple[Any, ...]:
+    items = _of_type(list, value, where, "a list")
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(items)
+    if len(items) != len(kinds):
+        raise DecodeError(f"{where} has {len(items)} entries, not {len(kinds)}")
+    return tuple(decode(kind, item, f"{where}[{index}]") for index, (kind, item) in enumerate(zip(kinds, items)))
+
+
+def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    return _of_type(kind, value, where, {str: "text", bool: "true or false", int: "an integer"}.get(kind, "a number"))
+
+
+def _of_type(kind: Any, value: Any, where: str, words: str) -> Any:
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise DecodeError(f"{where} is {value!r:.80}, not {words}")
+    return value

@@ -1,0 +1,93 @@
+"""A scripted engine library: graphs are Python functions, time is a counter. Stands in for every real one in tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Dict, List, Mapping, Tuple
+
+import numpy as np
+
+from mess_compile.runtime.engine import TensorSpec
+from mess_compile.runtime.errors import EngineError
+
+Compute = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class FakeGraph:
+    """What a graph file is scripted to be; `cost_ns` is what one run adds to the library's clock."""
+
+    inputs: Tuple[TensorSpec, ...]
+    outputs: Tuple[TensorSpec, ...]
+    compute: Compute
+    cost_ns: int = 0
+
+
+@dataclass
+class FakeTensor:
+    values: np.ndarray
+    valid: bool = True
+
+
+@dataclass
+class FakeLibrary:
+    """Loads graphs by file stem; `log` lists what happened as (verb, graph), `now_ns` is the clock."""
+
+    graphs: Mapping[str, FakeGraph]
+    name: str = "fake"
+    version: str = "1"
+    log: List[Tuple[str, str]] = field(default_factory=list)
+    now_ns: int = 0
+
+    def clock_ns(self) -> int:
+        return self.now_ns
+
+    def load(self, path: Path) -> FakeEngine:
+        if path.stem not in self.graphs:
+            raise EngineError(f"there is no graph {path}")
+        self.log.append(("load", path.stem))
+        return FakeEngine(self, path.stem, self.graphs[path.stem])
+
+    def upload(self, array: np.ndarray) -> FakeTensor:
+        return FakeTensor(array.copy())
+
+    def download(self, tensor: FakeTensor) -> np.ndarray:
+        if not tensor.valid:
+            raise EngineError("this tensor was overwritten: its engine has run again since")
+        values: np.ndarray = tensor.values.copy()
+        return values
+
+    def close(self) -> None:
+        self.log.append(("close", ""))
+
+
+class FakeEngine:
+    """Checks what a real engine would: names, shapes, dtypes, and that outputs are used before they are overwritten."""
+
+    def __init__(self, library: FakeLibrary, name: str, graph: FakeGraph) -> None:
+        self._library, self._name, self._graph = library, name, graph
+        self._closed = False
+        self._last: List[FakeTensor] = []
+        self.inputs = {spec.name: spec for spec in graph.inputs}
+        self.outputs = {spec.name: spec for spec in graph.outputs}
+
+    def run(self, feeds: Mapping[str, FakeTensor]) -> Dict[str, FakeTensor]:
+        if self._closed or set(feeds) != set(self.inputs):
+            raise EngineError(f"{self._name}: closed, or fed {sorted(feeds)} for {sorted(self.inputs)}")
+        arrays = {name: self._library.download(tensor) for name, tensor in feeds.items()}
+        for name, array in arrays.items():
+            spec = self.inputs[name]
+            if (str(array.dtype), array.shape) != (spec.dtype, spec.shape):
+                raise EngineError(f"{self._name}: {name} is {array.dtype} {array.shape}, not {spec.dtype} {spec.shape}")
+        for tensor in self._last:
+            tensor.valid = False
+        self._library.log.append(("run", self._name))
+        self._library.now_ns += self._graph.cost_ns
+        results = {name: FakeTensor(values) for name, values in self._graph.compute(arrays).items()}
+        self._last = list(results.values())
+        return results
+
+    def close(self) -> None:
+        self._closed = True
+        self._library.log.append(("close", self._name))

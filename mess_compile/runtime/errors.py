@@ -1,0 +1,25 @@
+"""The one exception tree. Python 3.8 syntax: this file travels to the device."""
+
+
+class MessError(Exception):
+    """Something that the user can put right; the message says what, the value, and the remedy."""
+
+
+class InputError(MessError):
+    """A file, folder or value from outside is missing, damaged, foreign or out of range."""
+
+
+class StaleError(MessError):
+    """An artefact was made from something that has changed since."""
+
+
+class RequirementError(MessError):
+    """No plan satisfies the requirement; the message names the best that can be reached."""
+
+
+class BundleError(MessError):
+    """A bundle is truncated, edited, unsigned or of another version; nothing of it was executed."""
+
+
+class EngineError(MessError):
+    """An engine library is missing, or could not load or run a graph."""

@@ -1,0 +1,215 @@
+"""What a bundle says of itself: `manifest.json`, read strictly."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Dict, Optional, Tuple
+
+from mess_compile.runtime import decode
+from mess_compile.runtime.errors import BundleError
+
+FORMAT = "mess-bundle"
+VERSION = 1
+MANIFEST = "manifest.json"
+SETTINGS = ("input-dependent", "budgeted", "anytime")
+SOURCES = ("measured", "estimated")
+MAX_SIDE = 1 << 14
+_PATH = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,120}(?:/(?!\.)[A-Za-z0-9_.-]{1,120}){0,3}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Network:
+    """The candidate network that the graphs were cut from; `gmacs` is its baseline's workload."""
+
+    backbone: str
+    identity: str
+    classes: Tuple[str, ...]
+    colours: Tuple[Tuple[int, int, int], ...]
+    input_hw: Tuple[int, int]
+    gmacs: float
+
+
+@dataclass(frozen=True)
+class Gate:
+    """`thresholds` is the (T, K) input of every head graph."""
+
+    confidence: str
+    edge_aware: bool
+    thresholds: Tuple[Tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One exit: its graphs as paths in the bundle, and the decision `counts[row] >= cut` over `cells` cells.
+
+    `cut` is None where no decision is taken: at the last exit, and everywhere in the anytime setting.
+    """
+
+    exit_point: int
+    head: str
+    segment: str
+    head_graph: str
+    output: str
+    row: int
+    cut: Optional[int]
+    cells: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the search foretold on its `images` of `split`; `miou` in percent, `source` measured or estimated."""
+
+    latency_ms: float
+    p95_ms: float
+    worst_ms: float
+    miou: float
+    gmacs: float
+    memory_bytes: int
+    exit_rates: Tuple[float, ...]
+    images: int
+    split: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan for one target."""
+
+    target: str
+    library: str
+    precision: str
+    setting: str
+    stages: Tuple[Stage, ...]
+    predicted: Figures
+    baseline: Figures
+
+    def graphs(self) -> Tuple[str, ...]:
+        """Paths of the graphs, each once, in the order of their first run."""
+        paths = (path for stage in self.stages for path in (stage.segment, stage.head_graph, stage.output))
+        return tuple(dict.fromkeys(paths))
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A frame (.npy, uint8 (H, W, 3)) and what the plan for `target` makes of it.
+
+    `labels` (.npy, uint8 (H, W)), `exit` from 1, `count` of the exit's row.
+    """
+
+    target: str
+    frame: str
+    labels: str
+    exit: int
+    count: int
+
+
+@dataclass(frozen=True)
+class File:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`files` lists every file of the bundle but the manifest itself."""
+
+    name: str
+    network: Network
+    gate: Gate
+    plans: Tuple[Plan, ...]
+    golden: Tuple[Golden, ...]
+    files: Dict[str, File]
+    provenance: Dict[str, str]
+
+
+def manifest_to_json(manifest: Manifest) -> str:
+    """The text of `manifest.json`; equal manifests give equal text."""
+    content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    content["files"] = dict(sorted(content["files"].items()))
+    content["provenance"] = dict(sorted(content["provenance"].items()))
+    return json.dumps(content, indent=1) + "\n"
+
+
+def manifest_from_json(text: str) -> Manifest:
+    """Read `manifest.json`. Raises BundleError naming the field, the value and what it should be."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise BundleError(f"{MANIFEST} is not of the format {FORMAT}")
+    if content.get("version") != VERSION or isinstance(content["version"], bool):
+        raise BundleError(f"{MANIFEST} has version {content.get('version')!r}; this release reads {VERSION}: update it")
+    fields = {key: value for key, value in content.items() if key not in ("format", "version")}
+    try:
+        manifest: Manifest = decode.decode(Manifest, fields, "manifest")
+        _check(manifest)
+    except (decode.DecodeError, RecursionError, OverflowError) as error:
+        raise BundleError(f"{MANIFEST}: {error}") from error
+    return manifest
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise decode.DecodeError(message)
+
+
+def _check(manifest: Manifest) -> None:
+    for path, file in manifest.files.items():
+        _need(_PATH.fullmatch(path) is not None and path != MANIFEST, f"files has the path {path!r}")
+        _need(_SHA256.fullmatch(file.sha256) is not None, f"files[{path}].sha256 is {file.sha256!r}")
+        _need(file.bytes >= 0, f"files[{path}].bytes is {file.bytes}")
+    _check_network(manifest.network)
+    rows = manifest.gate.thresholds
+    wide = all(len(row) == len(manifest.network.classes) for row in rows)
+    _need(bool(rows) and wide, f"gate.thresholds has rows that do not fit {len(manifest.network.classes)} classes")
+    _need(bool(manifest.plans), "plans is empty")
+    targets = [plan.target for plan in manifest.plans]
+    _need(len(set(targets)) == len(targets), f"plans has a target twice: {', '.join(targets)}")
+    for plan in manifest.plans:
+        _check_plan(plan, manifest)
+    for index, golden in enumerate(manifest.golden):
+        _check_golden(golden, f"golden[{index}]", manifest)
+
+
+def _check_network(network: Network) -> None:
+    _need(all(1 <= side <= MAX_SIDE for side in network.input_hw), f"network.input_hw is {network.input_hw}")
+    _need(2 <= len(network.classes) <= 255, f"network.classes has {len(network.classes)} entries, not 2 to 255")
+    _need(len(network.colours) == len(network.classes), "network.colours does not fit network.classes")
+    _need(all(0 <= v <= 255 for colour in network.colours for v in colour), "network.colours is outside 0 to 255")
+
+
+def _check_plan(plan: Plan, manifest: Manifest) -> None:
+    where = f"the plan for {plan.target!r}"
+    _need(plan.setting in SETTINGS, f"{where} has setting {plan.setting!r}, not one of {', '.join(SETTINGS)}")
+    _need(bool(plan.stages), f"{where} has no stages")
+    points = [stage.exit_point for stage in plan.stages]
+    _need(points == sorted(set(points)) and points[0] >= 1, f"{where} has exit points {points}, not ascending from 1")
+    for figures in (plan.predicted, plan.baseline):
+        _need(figures.source in SOURCES, f"{where} has source {figures.source!r}")
+    _need(len(plan.predicted.exit_rates) == len(plan.stages), f"{where}: exit_rates does not fit its stages")
+    for stage in plan.stages:
+        _check_stage(stage, plan, f"{where}, exit point {stage.exit_point}", manifest)
+
+
+def _check_stage(stage: Stage, plan: Plan, where: str, manifest: Manifest) -> None:
+    for path in (stage.segment, stage.head_graph, stage.output):
+        _need(path in manifest.files and path.endswith(".onnx"), f"{where}: {path!r} is not a graph of the bundle")
+    _need(0 <= stage.row < len(manifest.gate.thresholds), f"{where}: row is {stage.row}")
+    _need(stage.cells >= 1, f"{where}: cells is {stage.cells}")
+    decides = plan.setting != "anytime" and stage is not plan.stages[-1]
+    _need((stage.cut is not None) == decides, f"{where}: cut is {stage.cut}")
+    _need(stage.cut is None or 0 <= stage.cut <= stage.cells + 1, f"{where}: cut is {stage.cut}")
+
+
+def _check_golden(golden: Golden, where: str, manifest: Manifest) -> None:
+    for path in (golden.frame, golden.labels):
+        _need(path in manifest.files and path.endswith(".npy"), f"{where}: {path!r} is not an array of the bundle")
+    plans = [plan for plan in manifest.plans if plan.target == golden.target]
+    _need(bool(plans), f"{where}: there is no plan for {golden.target!r}")
+    _need(1 <= golden.exit <= len(plans[0].stages), f"{where}: exit is {golden.exit}")
+    cells = plans[0].stages[golden.exit - 1].cells
+    _need(0 <= golden.count <= cells, f"{where}: count is {golden.count}, not 0 to {cells}")

@@ -1,0 +1,1 @@
+"""From latency table and exit statistics to a plan."""

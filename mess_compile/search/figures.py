@@ -1,0 +1,177 @@
+"""The exact figures of any plan, from latency table, statistics and graphs. No network runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.candidates import BASELINE, CandidateNetwork, GraphSet, TensorSpec
+from mess_compile.latency import (
+    LatencyTable,
+    Quantity,
+    baseline_cost_ns,
+    path_costs_ns,
+    report_times_ns,
+    stage_graphs,
+)
+from mess_compile.latency import check_current as check_table_current
+from mess_compile.runtime.errors import InputError
+from mess_compile.search.plan import Figures, Plan, Report, Stage, check_plan_current
+from mess_compile.statistics import ExitStatistics, head_miou, miou
+from mess_compile.statistics import check_current as check_statistics_current
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """All that a plan's figures follow from: the graphs, what they cost in `precision`, and what the exits said.
+
+    Raises InputError when the statistics hold no images, StaleError when table or statistics are of other graphs.
+    """
+
+    graph_set: GraphSet
+    table: LatencyTable
+    statistics: ExitStatistics
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if not self.statistics.images:
+            raise InputError("the statistics hold no images: run `mess-compile evaluate` on data with labels")
+        check_statistics_current(self.statistics, self.graph_set)
+        check_table_current(self.table, self.graph_set)
+
+    @property
+    def candidate(self) -> CandidateNetwork:
+        return self.graph_set.candidate
+
+
+def figures_of_stages(evidence: Evidence, setting: str, stages: Sequence[Stage]) -> Figures:
+    """Figures of the plan with these `stages`; definitions in DESIGN.md. Raises InputError when evidence lacks."""
+    statistics = evidence.statistics
+    heads = [stage.head for stage in stages]
+    exits = exits_taken(statistics, stages)
+    costs = np.array(exit_costs_ns(evidence, setting, heads), np.int64)[exits]  # (n,)
+    workload = np.array(exit_macs(evidence.candidate, heads), np.int64)[exits]  # (n,)
+    return Figures(
+        latency_ms=int(costs.sum()) / statistics.images / 1e6,
+        p95_ms=_percentile(costs, 95) / 1e6,
+        worst_ms=exit_costs_ns(evidence, setting, heads, "p99_ms")[-1] / 1e6,
+        miou=_best_report(statistics, heads) if setting == "anytime" else mixture_miou(statistics, heads, exits),
+        gmacs=int(workload.sum()) / statistics.images / 1e9,
+        memory_bytes=memory_bytes(evidence.graph_set, heads),
+        exit_rates=tuple(int((exits == i).sum()) / statistics.images for i in range(len(stages))),
+        images=statistics.images,
+        split=statistics.split,
+        source=evidence.table.source,
+    )
+
+
+def baseline_figures(evidence: Evidence, baseline_miou: float | None = None) -> Figures:
+    """Figures of the single-exit network; `baseline_miou` (percent) replaces its mIoU on the statistics' images."""
+    candidate, table = evidence.candidate, evidence.table
+    latency_ms = baseline_cost_ns(table, evidence.precision) / 1e6
+    measured = head_miou(evidence.statistics, candidate.baseline)
+    return Figures(
+        latency_ms=latency_ms,
+        p95_ms=latency_ms,
+        worst_ms=baseline_cost_ns(table, evidence.precision, "p99_ms") / 1e6,
+        miou=measured if baseline_miou is None else baseline_miou,
+        gmacs=candidate.baseline_macs / 1e9,
+        memory_bytes=_memory_of_graphs(evidence.graph_set, [BASELINE]),
+        exit_rates=(1.0,),
+        images=evidence.statistics.images,
+        split=evidence.statistics.split,
+        source=table.source,
+    )
+
+
+def replay(plan: Plan, evidence: Evidence) -> tuple[NDArray[np.intp], Figures]:
+    """`plan` on the images of `evidence`: the exit (from 1) that each image takes, and the figures.
+
+    Raises StaleError when the plan is of another network or gate.
+    """
+    check_plan_current(plan, evidence.graph_set)
+    exits = exits_taken(evidence.statistics, plan.stages) + 1
+    return exits, figures_of_stages(evidence, plan.setting, plan.stages)
+
+
+def exits_taken(statistics: ExitStatistics, stages: Sequence[Stage]) -> NDArray[np.intp]:
+    """The index (n,), from 0, of the first stage whose count reaches its cut; the last stage takes who is left."""
+    taken = np.full(statistics.images, len(stages) - 1, np.intp)
+    for index in reversed(range(len(stages) - 1)):
+        stage = stages[index]
+        if stage.cut is not None:
+            taken[statistics.counts[:, statistics.head_index(stage.head), stage.row] >= stage.cut] = index
+    return taken
+
+
+def exit_costs_ns(
+    evidence: Evidence, setting: str, heads: Sequence[str], quantity: Quantity = "mean_ms"
+) -> tuple[int, ...]:
+    """What an image costs that ends at each exit, in ns; in the anytime setting earlier reports are paid for too."""
+    costs = report_times_ns if setting == "anytime" else path_costs_ns
+    return costs(evidence.table, evidence.candidate, heads, evidence.precision, quantity)
+
+
+def exit_macs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[int, ...]:
+    """Workload of an image that ends at each exit: the backbone up to it and every head on the way."""
+    macs, spent = [], 0
+    for name in heads:
+        head = candidate.head(name)
+        spent += head.macs
+        macs.append(candidate.exit_point(head.exit_point).macs + spent)
+    return tuple(macs)
+
+
+def mixture_miou(statistics: ExitStatistics, heads: Sequence[str], exits: NDArray[np.intp]) -> float:
+    """mIoU in percent when image i leaves at `heads[exits[i]]`: the IoU of the summed intersections and unions."""
+    images = np.arange(statistics.images)
+    index = np.array([statistics.head_index(head) for head in heads])[exits]
+    return miou(
+        statistics.intersection[images, index].sum(axis=0),
+        statistics.predicted[images, index].sum(axis=0),
+        statistics.labelled.sum(axis=0),
+    )
+
+
+def anytime_reports(evidence: Evidence, heads: Sequence[str]) -> tuple[Report, ...]:
+    """When each exit reports, and the best mIoU (percent) any exit has reached by then."""
+    best, reports = 0.0, []
+    for head, time in zip(heads, exit_costs_ns(evidence, "anytime", heads), strict=True):
+        best = max(best, head_miou(evidence.statistics, head))
+        reports.append(Report(time / 1e6, best))
+    return tuple(reports)
+
+
+def _best_report(statistics: ExitStatistics, heads: Sequence[str]) -> float:
+    return max(head_miou(statistics, head) for head in heads)
+
+
+def plan_graphs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[str, ...]:
+    """The names of all graphs of a plan that leaves through `heads`, each once."""
+    stages = stage_graphs(candidate, heads)
+    return tuple(dict.fromkeys(name for stage in stages for name in (stage.segment, stage.head, stage.output)))
+
+
+def memory_bytes(graph_set: GraphSet, heads: Sequence[str]) -> int:
+    """Weights + the largest workspace + inputs and outputs of the graphs of a plan that leaves through `heads`."""
+    return _memory_of_graphs(graph_set, plan_graphs(graph_set.candidate, heads))
+
+
+def _memory_of_graphs(graph_set: GraphSet, names: Iterable[str]) -> int:
+    specs = [graph_set.spec(name) for name in names]
+    tensors = {tensor for spec in specs for tensor in (*spec.inputs, *spec.outputs)}
+    weights = sum(spec.bytes for spec in specs)
+    return weights + max(spec.workspace_bytes for spec in specs) + sum(_tensor_bytes(tensor) for tensor in tensors)
+
+
+def _tensor_bytes(tensor: TensorSpec) -> int:
+    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+
+
+def _percentile(costs: NDArray[np.int64], percent: int) -> int:
+    """The smallest cost that at least `percent` of the images do not exceed."""
+    return int(np.sort(costs)[-(-percent * costs.size // 100) - 1])

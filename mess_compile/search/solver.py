@@ -1,0 +1,153 @@
+"""The search: the best plan under a requirement, the front it stands on, and the certificate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.latency import baseline_cost_ns
+from mess_compile.runtime.errors import RequirementError
+from mess_compile.search.figures import Evidence, anytime_reports, baseline_figures, figures_of_stages
+from mess_compile.search.plan import Certificate, Plan, SearchResult
+from mess_compile.search.requirement import Requirement
+from mess_compile.search.rows import Progress, Rows, rows_of_plans, stages_of_row, text_of_stages
+
+Mask = NDArray[np.bool_]
+
+
+def search(evidence: Evidence, requirement: Requirement, progress: Progress = lambda done, total: None) -> SearchResult:
+    """The optimum over the whole space, by enumeration; the space and the order of equals are those of issue 6.
+
+    The front (mean latency, mIoU) is of the plans that keep the memory and workload bounds. `progress` is told
+    (chains of heads done, in all). Raises RequirementError naming the best that can be reached when no plan satisfies
+    the requirement.
+    """
+    rows = rows_of_plans(evidence, requirement, progress)
+    bounds = _bounds(evidence, requirement, rows.plans)
+    feasible = _kept(rows, bounds)
+    if not feasible.any():
+        raise RequirementError(_refusal(rows, bounds))
+    chosen = _best(evidence, rows, np.flatnonzero(feasible), _objective(rows.plans, requirement)[feasible])
+    fixed = _kept(rows, [bound for bound in bounds if bound.column in ("memory_bytes", "macs")])
+    certificate = Certificate(rows.space, rows.evaluated, rows.space - rows.evaluated, gap=0.0, exhaustive=True)
+    return SearchResult(
+        plan=_plan(evidence, requirement, rows, chosen),
+        front=tuple(_plan(evidence, requirement, rows, index) for index in _front(evidence, rows, fixed)),
+        certificate=certificate,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Bound:
+    """A bound on one column: at least `limit` for mIoU, at most for the others. `unit` of them make one in messages."""
+
+    column: str
+    name: str
+    limit: float
+    unit: float
+    suffix: str
+
+    @property
+    def sign(self) -> int:
+        return -1 if self.column == "miou" else 1
+
+    def kept(self, plans: NDArray[np.void]) -> Mask:
+        kept: Mask = self.sign * plans[self.column] <= self.sign * self.limit
+        return kept
+
+    def text(self, value: float) -> str:
+        return f"{self.name} {value / self.unit:.4g} {self.suffix}"
+
+    def __str__(self) -> str:
+        return f"{self.name} {'>=' if self.sign < 0 else '<='} {self.limit / self.unit:.4g} {self.suffix}"
+
+
+def _bounds(evidence: Evidence, requirement: Requirement, plans: NDArray[np.void]) -> list[_Bound]:
+    images = evidence.statistics.images
+    bounds = []
+    if requirement.max_err_pp is not None:
+        baseline = baseline_figures(evidence, requirement.baseline_miou)
+        bounds.append(_Bound("miou", "mIoU", baseline.miou - requirement.max_err_pp, 1, "%"))
+    if requirement.max_latency is not None:
+        limit = requirement.max_latency.resolved(baseline_cost_ns(evidence.table, evidence.precision), 1e6)
+        bounds.append(_Bound("cost_ns", "latency", float(limit * images), 1e6 * images, "ms"))
+    if requirement.max_workload is not None:
+        limit = requirement.max_workload.resolved(evidence.candidate.baseline_macs, 1e9)
+        bounds.append(_Bound("macs", "workload", float(limit * images), 1e9 * images, "GMACs"))
+    if requirement.max_memory_bytes is not None:
+        bounds.append(_Bound("memory_bytes", "memory", requirement.max_memory_bytes, 1 << 20, "MiB"))
+    return bounds
+
+
+def _kept(rows: Rows, bounds: list[_Bound]) -> Mask:
+    kept = np.ones(len(rows.plans), np.bool_)
+    for bound in bounds:
+        kept &= bound.kept(rows.plans)
+    return kept
+
+
+def _refusal(rows: Rows, bounds: list[_Bound]) -> str:
+    wanted = " and ".join(map(str, bounds))
+    reachable = []
+    for bound in bounds:
+        others = [other for other in bounds if other is not bound]
+        values = rows.plans[bound.column][_kept(rows, others)]
+        if values.size:
+            best = bound.text((bound.sign * values).min() * bound.sign)
+            reachable.append(best + (f" with {' and '.join(map(str, others))}" if others else ""))
+    if not reachable:
+        best_alone = (bound.text((bound.sign * rows.plans[bound.column]).min() * bound.sign) for bound in bounds)
+        reachable = [f"{text} alone" for text in best_alone]
+    return f"no plan satisfies {wanted}; best reachable: {', or '.join(reachable)}"
+
+
+def _objective(plans: NDArray[np.void], requirement: Requirement) -> NDArray[Any]:
+    """What is to be minimised."""
+    if requirement.setting == "anytime":
+        return -plans["score"]
+    if requirement.objective == "accuracy":
+        return -plans["miou"]
+    columns = {"latency": "cost_ns", "workload": "macs", "memory": "memory_bytes"}
+    return plans[columns[requirement.objective or "latency"]]
+
+
+def _best(evidence: Evidence, rows: Rows, among: NDArray[np.intp], objective: NDArray[Any]) -> int:
+    """The row of `among` least by its `objective`, then by mIoU (greatest), number of graphs and text."""
+    among = among[objective == objective.min()]
+    among = among[rows.plans["miou"][among] == rows.plans["miou"][among].max()]
+    among = among[rows.plans["graphs"][among] == rows.plans["graphs"][among].min()]
+    return min(map(int, among), key=lambda i: text_of_stages(stages_of_row(evidence, rows, rows.plans[i])))
+
+
+def _front(evidence: Evidence, rows: Rows, kept: Mask) -> list[int]:
+    """The rows that no other beats in latency and mIoU, from the fastest to the most accurate."""
+    among = np.flatnonzero(kept)
+    cost, miou = rows.plans["cost_ns"][among], rows.plans["miou"][among]
+    order = np.lexsort((-miou, cost))
+    among, cost, miou = among[order], cost[order], miou[order]
+    before = np.concatenate([[-1.0], np.maximum.accumulate(miou)[:-1]])
+    front = []
+    for start in np.flatnonzero(miou > before):
+        end = np.searchsorted(cost, cost[start], side="right")
+        front.append(_best(evidence, rows, among[start:end], cost[start:end]))
+    return front
+
+
+def _plan(evidence: Evidence, requirement: Requirement, rows: Rows, index: int) -> Plan:
+    stages = stages_of_row(evidence, rows, rows.plans[index])
+    anytime = requirement.setting == "anytime"
+    return Plan(
+        device=evidence.table.device,
+        library=evidence.table.library,
+        precision=evidence.precision,
+        setting=requirement.setting,
+        network=evidence.candidate.identity,
+        gate=evidence.graph_set.gate,
+        stages=stages,
+        predicted=figures_of_stages(evidence, requirement.setting, stages),
+        baseline=baseline_figures(evidence, requirement.baseline_miou),
+        reports=anytime_reports(evidence, [stage.head for stage in stages]) if anytime else (),
+    )

@@ -1,0 +1,83 @@
+"""The space of plans: chains of heads, and per early head every decision that its statistics can tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.candidates import CandidateNetwork
+from mess_compile.statistics import ExitStatistics
+
+CUTS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """The distinct decisions of one early head, in text order of (row, cut).
+
+    `leaves` (options, n) tells which images leave; of decisions that part the images alike only the first is here.
+    `total` counts them all.
+    """
+
+    rows: NDArray[np.int64]
+    cuts: NDArray[np.int64]
+    leaves: NDArray[np.bool_]
+    total: int
+
+    @property
+    def row_rank(self) -> NDArray[np.int64]:
+        """The rank of each option's row in text order."""
+        return np.cumsum(np.diff(self.rows, prepend=self.rows[:1]) != 0)
+
+
+def nobody(images: int) -> Options:
+    """The one decision by which no image leaves: it stands in for an early head that is not there."""
+    return Options(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros((1, images), np.bool_), 1)
+
+
+def head_options(statistics: ExitStatistics, head: str) -> Options:
+    """All pairs of a threshold row and a cut of `head`, without duplicates in effect."""
+    counts = np.asarray(statistics.counts[:, statistics.head_index(head)])  # (n, rows)
+    decisions = [(row, cut) for row in range(counts.shape[1]) for cut in cut_grid(counts[:, row])]
+    first_of: dict[bytes, tuple[int, int]] = {}
+    for row, cut in sorted(decisions, key=lambda decision: (str(decision[0]), str(decision[1]))):
+        first_of.setdefault(np.packbits(counts[:, row] >= cut).tobytes(), (row, cut))
+    rows = np.array([row for row, _ in first_of.values()], np.int64)
+    cuts = np.array([cut for _, cut in first_of.values()], np.int64)
+    return Options(rows, cuts, counts.T[rows] >= cuts[:, None], len(decisions))
+
+
+def cut_grid(counts: NDArray[np.int32]) -> tuple[int, ...]:
+    """Cuts midway (rounded up) between neighbouring observed counts: all, or of more than 32 those at even ranks.
+
+    Source: DESIGN.md, Gate; the ranks are ceil(j * M / 33), j = 1..32, of the M cuts.
+    """
+    observed = np.unique(counts).astype(np.int64)
+    cuts = ((observed[:-1] + observed[1:] + 1) // 2).tolist()
+    total = len(cuts)
+    if total > CUTS:
+        cuts = [cuts[-(-j * total // (CUTS + 1)) - 1] for j in range(1, CUTS + 1)]
+    return tuple(cuts)
+
+
+def chains(candidate: CandidateNetwork, early_exits: int) -> Iterator[tuple[str, ...]]:
+    """Every choice of one head at each of 0 to `early_exits` ever deeper exit points, to be followed by a last exit."""
+    final = len(candidate.exit_points)
+
+    def extended(chain: tuple[str, ...], deepest: int) -> Iterator[tuple[str, ...]]:
+        yield chain
+        if len(chain) < early_exits:
+            for head in candidate.heads:
+                if deepest < head.exit_point < final:
+                    yield from extended((*chain, head.name), head.exit_point)
+
+    return extended((), 0)
+
+
+def last_heads(candidate: CandidateNetwork, chain: tuple[str, ...]) -> tuple[str, ...]:
+    """The heads at which a plan that begins with `chain` may end."""
+    deepest = candidate.head(chain[-1]).exit_point if chain else 0
+    return tuple(head.name for head in candidate.heads if head.exit_point > deepest)

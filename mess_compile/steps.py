@@ -1,0 +1,313 @@
+"""The Python API: one function per command, working in a workspace, from artefact to artefact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile import __version__, latency, scenes, statistics
+from mess_compile.candidates import Gate, GraphSet, read_graph_set
+from mess_compile.dataset import open_dataset, read_frame, read_labels, samples
+from mess_compile.runtime import cascade as runtime_cascade
+from mess_compile.runtime import frames
+from mess_compile.runtime.engine import open_library
+from mess_compile.runtime.errors import InputError, MessError, StaleError
+from mess_compile.runtime.manifest import Manifest
+from mess_compile.search import plan as plans
+from mess_compile.search.requirement import Requirement
+from mess_compile.targets import Target, find_target
+from mess_compile.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mess_compile.bench import Bench
+    from mess_compile.runtime.profile import Effort
+    from mess_compile.training.stages import Recipe
+
+Progress = Callable[[str, int, int], None]
+CHECKED_FRAMES = 3
+GOLDEN_FRAMES = 4
+
+
+@dataclass(frozen=True)
+class NetworkChoice:
+    """What to train: backbone, input size, where the exits are (a count, or block names), and heads at every early
+    exit (configuration names, or `exitN.NAME` for one exit alone)."""
+
+    backbone: str
+    input_hw: tuple[int, int]
+    exits: int | tuple[str, ...]
+    heads: tuple[str, ...]
+    output_stride: int = 8
+    width: float = 1.0
+
+
+def train(
+    workspace: Workspace,
+    data: Path,
+    choice: NetworkChoice,
+    recipe: Recipe,
+    report: Callable[[str], None],
+    imagenet: Path | None = None,
+) -> None:
+    """Train a candidate network on `DATA/train` and write it to the workspace; `DATA/val` is looked at on the way."""
+    stages, network = _torch_module("training.stages"), _torch_module("nets.network")
+    folder = open_dataset(data, "train")
+    exits = choice.exits
+    if isinstance(exits, int):
+        blocks = network.block_workloads(choice.backbone, choice.input_hw, choice.output_stride, choice.width)
+        exits = network.place_exits(blocks, exits)
+    architecture = network.Architecture(
+        backbone=choice.backbone,
+        classes=folder.classes.names,
+        colours=folder.classes.colours,
+        input_hw=choice.input_hw,
+        exit_blocks=exits,
+        heads=network.with_final_head(network.heads_from_names(choice.heads, len(exits)), len(exits)),
+        output_stride=choice.output_stride,
+        width=choice.width,
+    )
+    validation = open_dataset(data, "val", folder.classes)
+    stages.train(architecture, folder, validation, workspace.candidate, recipe, report, imagenet)
+    workspace.remember(data=data)
+
+
+def export(workspace: Workspace, source: Path | None, gate: Gate, progress: Progress) -> GraphSet:
+    """Cut a checkpoint folder or a whole-network ONNX into `graphs/`, checked on frames of the workspace's data.
+
+    Without data, or when they cannot be read, the frames are generated scenes.
+    """
+    source = source or workspace.candidate
+    if source.is_file():
+        from mess_compile.graph import cut, foreign, store
+
+        hw = cut.candidate_from_metadata(store.read_model(source), source).input_hw
+        return foreign.import_onnx(source, workspace.graphs, gate, _checked_frames(workspace, hw), progress)
+    module, checkpoint = _torch_module("export"), _torch_module("nets.checkpoint")
+    hw = checkpoint.read_architecture(source).input_hw
+    graph_set: GraphSet = module.export_checkpoint(
+        source, workspace.graphs, gate, _checked_frames(workspace, hw), progress
+    )
+    return graph_set
+
+
+def _checked_frames(workspace: Workspace, hw: tuple[int, int]) -> list[NDArray[np.uint8]]:
+    if workspace.memory().data is not None:
+        try:
+            data = open_dataset(workspace.data_folder(None), "val")
+            chosen = data.items[:: max(1, len(data.items) // CHECKED_FRAMES)][:CHECKED_FRAMES]
+            return [frames.resize(read_frame(item.image), hw) for item in chosen]
+        except InputError:
+            pass  # the data may have moved since; generated frames check the same arithmetic
+    return _scene_frames(hw, CHECKED_FRAMES)
+
+
+def _scene_frames(hw: tuple[int, int], count: int) -> list[NDArray[np.uint8]]:
+    return [scenes.make_scene(seed, hw, seed / max(1, count - 1)).frame for seed in range(count)]
+
+
+def evaluate(
+    workspace: Workspace, data: Path | None, split: str | None, progress: Progress
+) -> statistics.ExitStatistics:
+    """Run every head on a labelled split and write its exit statistics; both are remembered for `search`."""
+    from mess_compile.evaluation import evaluate as evaluate_images
+
+    graph_set = read_graph_set(workspace.graphs)
+    root = workspace.data_folder(data)
+    split = split or workspace.memory().split or "val"
+    folder = open_dataset(root, split)
+    if folder.classes.names != graph_set.candidate.classes:
+        raise InputError(
+            f"{root} has {len(folder.classes.names)} classes ({', '.join(folder.classes.names)}), the network "
+            f"{len(graph_set.candidate.classes)} ({', '.join(graph_set.candidate.classes)}): use its own class list"
+        )
+    library = open_library("onnxruntime")
+    images = ((s.id, s.group, s.frame, s.labels) for s in samples(folder))
+    found = evaluate_images(
+        graph_set,
+        library,
+        images,
+        device="host",
+        split=split,
+        progress=lambda done: progress("evaluate", done, len(folder.items)),
+    )
+    statistics.write_statistics(workspace.statistics(split), found)
+    workspace.remember(data=root, split=split)
+    return found
+
+
+def profile(
+    workspace: Workspace, device: str | None, progress: Progress, effort: Effort | None = None
+) -> latency.LatencyTable:
+    """Measure every graph on the device and write its latency table; the device is remembered."""
+    from mess_compile import profiling
+
+    target = _target(workspace, device)
+    graph_set = read_graph_set(workspace.graphs)
+    library = open_library(target.library)
+    table = profiling.profile_graphs(graph_set, library, target.name, workspace.latency(target.name), progress, effort)
+    workspace.remember(device=target.name)
+    return table
+
+
+def _target(workspace: Workspace, device: str | None) -> Target:
+    name = device or workspace.memory().device
+    if name is None:
+        raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
+    return find_target(name, workspace.root)
+
+
+def search(
+    workspace: Workspace, device: str | None, split: str | None, requirement: Requirement, progress: Progress
+) -> plans.SearchResult:
+    """Find the best plan for the device under `requirement` and write it; evaluates first when statistics are stale."""
+    from mess_compile.search.figures import Evidence
+    from mess_compile.search.solver import search as solve
+
+    target = _target(workspace, device)
+    graph_set = read_graph_set(workspace.graphs)
+    table = latency.read_latency_table(workspace.latency(target.name))
+    latency.check_current(table, graph_set)
+    found = _current_statistics(workspace, graph_set, split, progress)
+    result = solve(Evidence(graph_set, table, found), requirement)
+    plans.write_result(workspace.plan(target.name), result)
+    return result
+
+
+def _current_statistics(
+    workspace: Workspace, graph_set: GraphSet, split: str | None, progress: Progress
+) -> statistics.ExitStatistics:
+    memory = workspace.memory()
+    split = split or memory.split or "val"
+    try:
+        found = statistics.read_statistics(workspace.statistics(split))
+        statistics.check_current(found, graph_set)
+        return found
+    except (InputError, StaleError):
+        if memory.data is None:
+            raise
+        return evaluate(workspace, None, split, progress)
+
+
+def bundle(workspace: Workspace, plan: Path | None, output: Path | None) -> tuple[Path, Manifest]:
+    """Write the plan of the device profiled last, or of the file `plan`, as a bundle."""
+    from mess_compile import bundle as bundles
+
+    graph_set = read_graph_set(workspace.graphs)
+    chosen = plans.read_result(plan or workspace.plan(_target(workspace, None).name)).plan
+    plans.check_plan_current(chosen, graph_set)
+    path = output or workspace.bundle(chosen.device)
+    manifest = bundles.write_bundle(
+        path,
+        graph_set,
+        chosen,
+        statistics.threshold_table(graph_set.gate, len(graph_set.candidate.classes)),
+        _scene_frames(graph_set.candidate.input_hw, GOLDEN_FRAMES),
+        {"mess_compile": __version__, "golden_frames": "generated street scenes"},
+    )
+    return path, manifest
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What `run` made of one image, and the pictures it wrote."""
+
+    image: Path
+    exit: int
+    exit_point: int
+    confidence: float
+    latency_ms: float
+    pictures: tuple[Path, ...]
+
+
+def run(
+    bundle: Path,
+    images: Sequence[Path],
+    output: Path,
+    progressive: bool,
+    truth: Path | None,
+    done: Callable[[ImageResult], None],
+) -> tuple[ImageResult, ...]:
+    """Segment images with a bundle: a palette PNG of labels and an overlay each, and on request the refinement strip.
+
+    `truth` is a folder of label PNGs named as the images, shown at the end of the strip. Raises InputError,
+    BundleError.
+    """
+    with runtime_cascade.load(bundle) as cascade:
+        results = []
+        for image in images:
+            results.append(_run_image(cascade, image, output, progressive, truth))
+            done(results[-1])
+        return tuple(results)
+
+
+def _run_image(
+    cascade: runtime_cascade.Cascade, image: Path, output: Path, progressive: bool, truth: Path | None
+) -> ImageResult:
+    from mess_compile.report import pictures
+
+    frame = read_frame(image)
+    prediction = cascade(frame)
+    colours = cascade.manifest.network.colours
+    drawn = {
+        "labels": pictures.label_picture(prediction.labels, colours),
+        "overlay": pictures.overlay_picture(frame, prediction.labels, colours),
+    }
+    if progressive:
+        drawn["progressive"] = pictures.strip_picture(_panels(cascade, frame, prediction.exit, image, truth))
+    paths = []
+    for kind, picture in drawn.items():
+        paths.append(output / f"{image.stem}.{kind}.png")
+        pictures.save_picture(paths[-1], picture)
+    return ImageResult(
+        image, prediction.exit, prediction.exit_point, prediction.confidence, prediction.latency_ms, tuple(paths)
+    )
+
+
+def _panels(
+    cascade: runtime_cascade.Cascade, frame: NDArray[np.uint8], taken: int, image: Path, truth: Path | None
+) -> list[tuple[str, NDArray[np.uint8]]]:
+    from mess_compile.dataset import ClassList
+
+    network = cascade.manifest.network
+    panels = [("input", frame)]
+    for prediction in cascade.refine(frame):
+        mark = " (taken)" if prediction.exit == taken else ""
+        caption = f"exit {prediction.exit}{mark}  sure {prediction.confidence:.0%}  {prediction.latency_ms:.1f} ms"
+        panels.append((caption, frames.overlay(frame, prediction.labels, network.colours)))
+    if truth is not None:
+        classes = ClassList(network.classes, network.colours, frozenset(range(len(network.classes), 256)))
+        labels = read_labels(truth / f"{image.stem}.png", classes)
+        if labels.shape != frame.shape[:2]:
+            raise InputError(f"{truth / image.stem}.png is {labels.shape}, but {image} is {frame.shape[:2]}")
+        shown = frames.overlay(frame, np.where(labels == 255, 0, labels), network.colours)
+        shown[labels == 255] = 0
+        panels.append(("truth", shown))
+    return panels
+
+
+def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, passes: int, progress: Progress) -> Bench:
+    """Measure a bundle made in this workspace on a labelled split, beside the baseline."""
+    from mess_compile import bench as benches
+
+    folder = open_dataset(workspace.data_folder(data), split)
+    graph_set = read_graph_set(workspace.graphs)
+    device = _target(workspace, None).name
+    table = latency.read_latency_table(workspace.latency(device))
+    latency.check_current(table, graph_set)
+    return benches.bench(bundle, graph_set, table, folder, passes, progress)
+
+
+def _torch_module(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(f"mess_compile.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "safetensors"):
+            raise
+        raise MessError(f"{error.name} is not installed: run `pip install 'mess-compile[torch]'`") from error

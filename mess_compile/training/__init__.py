@@ -1,0 +1,1 @@
+"""torch: losses and the two stages of training."""

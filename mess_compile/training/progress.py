@@ -1,0 +1,114 @@
+"""Saved progress of a training run: one epoch is the most that can be lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from mess_compile import files
+from mess_compile.nets.checkpoint import load_state
+from mess_compile.runtime.errors import InputError
+
+_REMEDY = "remove the folder `training` in it to start over"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands: stage, group of heads, finished epochs of it, weights and optimiser state by name."""
+
+    stage: int
+    group: int
+    epoch: int
+    weights: dict[str, torch.Tensor]
+    optimiser: dict[str, torch.Tensor]
+
+
+def progress_of(
+    stage: int, group: int, epoch: int, network: nn.Module, optimiser: torch.optim.Optimizer | None
+) -> Progress:
+    """Where a running training stands; without an optimiser, before the first epoch of a stage."""
+    weights = {key: value.detach().clone() for key, value in network.state_dict().items() if "num_batches" not in key}
+    state = optimiser.state_dict()["state"] if optimiser is not None else {}
+    tensors = {f"{index}.{key}": value.detach() for index, values in state.items() for key, value in values.items()}
+    return Progress(stage, group, epoch, weights, tensors)
+
+
+def restore_optimiser(optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in progress.optimiser.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+
+
+def save_progress(folder: Path, progress: Progress, described: dict[str, Any]) -> None:
+    """Write the tensors under a new name, then make them current by replacing `progress.json`."""
+    place = folder / "training"
+    place.mkdir(parents=True, exist_ok=True)
+    name = f"stage{progress.stage}-group{progress.group}-epoch{progress.epoch}.safetensors"
+    tensors = {f"weights.{key}": value.contiguous() for key, value in progress.weights.items()}
+    tensors |= {f"optimiser.{key}": value.contiguous() for key, value in progress.optimiser.items()}
+    with files.replaced(place / name) as temporary:
+        save_file(tensors, temporary)
+    content = {"stage": progress.stage, "group": progress.group, "epoch": progress.epoch, "tensors": name}
+    files.write_json(place / "progress.json", "mess-training", 1, content | {"training": described})
+    for old in place.glob("stage*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def read_progress(folder: Path, described: dict[str, Any]) -> Progress | None:
+    """What an interrupted training left in `folder`, if anything.
+
+    Raises InputError when it is of another training, naming what differs, or damaged.
+    """
+    path = folder / "training" / "progress.json"
+    if not path.exists():
+        return None
+    content = files.read_json(path, "mess-training", 1, _REMEDY)
+    saved = content.get("training")
+    if not isinstance(saved, dict) or not _same(saved, described):
+        raise InputError(
+            f"{folder} holds an unfinished training that differs in {_difference(saved, described)}: {_REMEDY}"
+        )
+    state = load_state(path.parent / str(content["tensors"]))
+    return Progress(
+        int(content["stage"]),
+        int(content["group"]),
+        int(content["epoch"]),
+        _prefixed(state, "weights."),
+        _prefixed(state, "optimiser."),
+    )
+
+
+def _prefixed(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def remove_progress(folder: Path) -> None:
+    place = folder / "training"
+    (place / "progress.json").unlink(missing_ok=True)
+    for old in place.glob("stage*.safetensors"):
+        old.unlink()
+    place.rmdir()
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}".lstrip(".")).items()}
+    return {name: list(value) if isinstance(value, tuple) else value}
+
+
+def _same(saved: Any, described: Any) -> bool:
+    return _flat(saved) == _flat(described)
+
+
+def _difference(saved: Any, described: dict[str, Any]) -> str:
+    old, new = _flat(saved), _flat(described)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return "; ".join(f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in changed[:3])

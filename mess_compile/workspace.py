@@ -1,0 +1,77 @@
+"""The folder that every command works in: where each artefact lives, and what is remembered between commands."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from mess_compile import files
+from mess_compile.runtime.errors import InputError
+
+_REMEDY = "remove it; it only remembers the last device, data and split"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What later commands use unless told otherwise: device profiled last, data folder, and the tuning split."""
+
+    device: str | None = None
+    data: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Workspace:
+    root: Path
+
+    @property
+    def candidate(self) -> Path:
+        return self.root / "candidate"
+
+    @property
+    def graphs(self) -> Path:
+        return self.root / "graphs"
+
+    def statistics(self, split: str) -> Path:
+        """The folder of a split's statistics: `val[:50]` lives in `statistics/val_0-50`."""
+        match = re.fullmatch(r"([\w-]+)\[(\d*):(\d*)\]", split)
+        name = f"{match[1]}_{match[2] or 0}-{match[3] or 'end'}" if match else split
+        return self.root / "statistics" / name
+
+    def latency(self, device: str) -> Path:
+        return self.root / "latency" / f"{device}.json"
+
+    def plan(self, device: str) -> Path:
+        return self.root / "plans" / f"{device}.json"
+
+    def bundle(self, device: str) -> Path:
+        return self.root / f"{device}.mess"
+
+    def memory(self) -> Memory:
+        """Raises InputError when `workspace.json` is damaged."""
+        path = self.root / "workspace.json"
+        if not path.exists():
+            return Memory()
+        content = files.read_json(path, "mess-workspace", 1, _REMEDY)
+        texts = {name: content.get(name) for name in ("device", "data", "split")}
+        if not all(value is None or isinstance(value, str) for value in texts.values()):
+            raise InputError(f"{path} is damaged (device, data and split are texts): {_REMEDY}")
+        return Memory(**texts)
+
+    def remember(self, device: str | None = None, data: Path | None = None, split: str | None = None) -> None:
+        """Keep what is given, leave the rest as it was. The data folder is kept relative to the workspace."""
+        given = {"device": device, "split": split}
+        given["data"] = None if data is None else os.path.relpath(data.resolve(), self.root.resolve())
+        known = self.memory()
+        memory = replace(known, **{name: value for name, value in given.items() if value is not None})
+        if memory != known:
+            files.write_json(self.root / "workspace.json", "mess-workspace", 1, asdict(memory))
+
+    def data_folder(self, data: Path | None) -> Path:
+        """The data folder given or remembered. Raises InputError when there is neither."""
+        remembered = self.memory().data
+        if data is None and remembered is None:
+            raise InputError("no data folder is known in this workspace: name one with --data DIR")
+        return data if data is not None else self.root / str(remembered)

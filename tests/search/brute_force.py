@@ -1,0 +1,176 @@
+"""The search of issue 6 written plainly, image by image and plan by plan, apart from the code under test."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mess_compile.candidates import Head
+from mess_compile.search.figures import Evidence
+
+
+@dataclass(frozen=True)
+class BrutePlan:
+    """A plan and its figures: sums over images in ns and MACs, mIoU in percent."""
+
+    points: tuple[int, ...]
+    heads: tuple[str, ...]
+    rows: tuple[int, ...]
+    cuts: tuple[int, ...]
+    cost_ns: int
+    macs: int
+    memory: int
+    graphs: int
+    miou: float
+    score: float = 0.0
+
+    @property
+    def text(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(map(str, self.points)), self.heads, tuple(map(str, self.rows)), tuple(map(str, self.cuts))
+
+
+def all_plans(evidence: Evidence, setting: str, max_exits: int, deadline_ns: int | None = None) -> Iterator[BrutePlan]:
+    candidate = evidence.graph_set.candidate
+    for size in range((0 if setting == "budgeted" else max_exits) + 1):
+        for heads in itertools.product(candidate.heads, repeat=size + 1):
+            points = [head.exit_point for head in heads]
+            if any(b <= a for a, b in itertools.pairwise(points)):
+                continue
+            if setting == "anytime":
+                yield anytime_plan(evidence, heads, deadline_ns)
+                continue
+            decisions = [list(decisions_of(evidence, head.name)) for head in heads[:-1]]
+            for chosen in itertools.product(*decisions):
+                yield mixture_plan(evidence, heads, chosen)
+
+
+def decisions_of(evidence: Evidence, head: str) -> Iterator[tuple[int, int]]:
+    statistics = evidence.statistics
+    index = statistics.heads.index(head)
+    for row in range(statistics.counts.shape[2]):
+        observed = sorted({int(count) for count in statistics.counts[:, index, row]})
+        cuts = [math.ceil((a + b) / 2) for a, b in itertools.pairwise(observed)]
+        if len(cuts) > 32:
+            cuts = [cuts[math.ceil(j * len(cuts) / 33) - 1] for j in range(1, 33)]
+        for cut in cuts:
+            yield row, cut
+
+
+def mixture_plan(evidence: Evidence, heads: tuple[Head, ...], chosen: tuple[tuple[int, int], ...]) -> BrutePlan:
+    statistics = evidence.statistics
+    exits = []
+    for image in range(statistics.images):
+        taken = len(heads) - 1
+        for stage, (row, cut) in reversed(list(enumerate(chosen))):
+            if statistics.counts[image, statistics.heads.index(heads[stage].name), row] >= cut:
+                taken = stage
+        exits.append(taken)
+    return BrutePlan(
+        points=tuple(head.exit_point for head in heads),
+        heads=tuple(head.name for head in heads),
+        rows=tuple(row for row, _ in chosen),
+        cuts=tuple(cut for _, cut in chosen),
+        cost_ns=sum(path_cost(evidence, heads, taken) for taken in exits),
+        macs=sum(path_macs(evidence, heads, taken) for taken in exits),
+        memory=memory(evidence, heads),
+        graphs=len(graphs_of(evidence, heads)),
+        miou=miou_of(evidence, [heads[taken].name for taken in exits]),
+    )
+
+
+def anytime_plan(evidence: Evidence, heads: tuple[Head, ...], deadline_ns: int | None) -> BrutePlan:
+    now, best, score, times, bests = ns(evidence, "upload"), 0.0, 0.0, [], []
+    horizon = ns(evidence, "upload") + ns(evidence, "baseline") + ns(evidence, "download")
+    previous = 0
+    for head in heads:
+        for graph in graphs_of_stage(evidence, previous, head):
+            now += ns(evidence, graph)
+        now += ns(evidence, "download")
+        previous = head.exit_point
+        best = max(best, miou_of(evidence, [head.name] * evidence.statistics.images))
+        times.append(now)
+        bests.append(best)
+    if deadline_ns is None:
+        for i, time in enumerate(times):
+            until = times[i + 1] if i + 1 < len(times) else horizon
+            if min(until, horizon) > time:
+                score += bests[i] * (min(until, horizon) - time)
+        score /= horizon
+    else:
+        for time, value in zip(times, bests, strict=True):
+            score = value if time <= deadline_ns else score
+    return BrutePlan(
+        points=tuple(head.exit_point for head in heads),
+        heads=tuple(head.name for head in heads),
+        rows=(),
+        cuts=(),
+        cost_ns=now * evidence.statistics.images,
+        macs=path_macs(evidence, heads, len(heads) - 1) * evidence.statistics.images,
+        memory=memory(evidence, heads),
+        graphs=len(graphs_of(evidence, heads)),
+        miou=best,
+        score=score,
+    )
+
+
+def ns(evidence: Evidence, graph: str) -> int:
+    return round(evidence.table.entries[graph, evidence.precision].mean_ms * 1e6)
+
+
+def graphs_of_stage(evidence: Evidence, previous: int, head: Head) -> list[str]:
+    height, width = evidence.graph_set.candidate.exit_points[head.exit_point - 1].hw
+    return [f"segment-{previous}-{head.exit_point}", f"head-{head.name}", f"output-{height}x{width}"]
+
+
+def graphs_of(evidence: Evidence, heads: tuple[Head, ...]) -> set[str]:
+    names: set[str] = set()
+    previous = 0
+    for head in heads:
+        names |= set(graphs_of_stage(evidence, previous, head))
+        previous = head.exit_point
+    return names
+
+
+def path_cost(evidence: Evidence, heads: tuple[Head, ...], taken: int) -> int:
+    cost, previous = ns(evidence, "upload") + ns(evidence, "download"), 0
+    for stage in range(taken + 1):
+        segment, head, output = graphs_of_stage(evidence, previous, heads[stage])
+        cost += ns(evidence, segment) + ns(evidence, head)
+        if stage < len(heads) - 1:
+            cost += ns(evidence, "null")
+        if stage == taken:
+            cost += ns(evidence, output)
+        previous = heads[stage].exit_point
+    return cost
+
+
+def path_macs(evidence: Evidence, heads: tuple[Head, ...], taken: int) -> int:
+    backbone = evidence.graph_set.candidate.exit_points[heads[taken].exit_point - 1].macs
+    return backbone + sum(head.macs for head in heads[: taken + 1])
+
+
+def memory(evidence: Evidence, heads: tuple[Head, ...]) -> int:
+    specs = [evidence.graph_set.graphs[name] for name in graphs_of(evidence, heads)]
+    widths = {"uint8": 1, "int32": 4, "float32": 4}
+    buffers = {}
+    for spec in specs:
+        for tensor in spec.inputs + spec.outputs:
+            buffers[tensor.name, tensor.shape] = math.prod(tensor.shape) * widths[tensor.dtype]
+    return sum(spec.bytes for spec in specs) + max(spec.workspace_bytes for spec in specs) + sum(buffers.values())
+
+
+def miou_of(evidence: Evidence, head_of_image: list[str]) -> float:
+    statistics = evidence.statistics
+    ious = []
+    for k in range(len(statistics.classes)):
+        labelled = sum(int(pixels) for pixels in statistics.labelled[:, k])
+        if labelled == 0:
+            continue
+        intersection = predicted = 0
+        for image, name in enumerate(head_of_image):
+            intersection += int(statistics.intersection[image, statistics.heads.index(name), k])
+            predicted += int(statistics.predicted[image, statistics.heads.index(name), k])
+        ious.append(intersection / (predicted + labelled - intersection))
+    return 100.0 * (sum(ious) / len(ious))

@@ -1,0 +1,140 @@
+"""Small candidate networks, latency tables and statistics for the tests of the search, made up number by number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mess_compile.candidates import (
+    BASELINE,
+    CandidateNetwork,
+    ExitPoint,
+    Gate,
+    GraphSet,
+    GraphSpec,
+    Head,
+    TensorSpec,
+    head_graph_name,
+    output_name,
+    segment_name,
+)
+from mess_compile.latency import PSEUDO_GRAPHS, Latency, LatencyTable
+from mess_compile.search.figures import Evidence
+from mess_compile.statistics import ExitStatistics, threshold_table
+
+CONFIGS = ("fcn-crm1-b0", "dlb-crm2-b0", "fcn-crm4-b2-rdi")
+HW = (4, 6)
+
+
+def candidate_network(heads_per_point: tuple[int, ...], classes: int = 3, seed: int = 0) -> CandidateNetwork:
+    """A network of `len(heads_per_point)` early exit points and the final one, with random workloads."""
+    rng = np.random.default_rng(seed)
+    counts = (*heads_per_point, 1)
+    macs = np.cumsum(rng.integers(1, 5, len(counts)) * 1000)
+    sizes = [(4, 6) if i % 2 else (2, 3) for i in range(len(counts))]
+    return CandidateNetwork(
+        backbone="made-up",
+        classes=tuple(f"class{k}" for k in range(classes)),
+        colours=((0, 0, 0),) * classes,
+        input_hw=(8, 12),
+        exit_points=tuple(
+            ExitPoint(f"exit{i + 1}", f"block{i}", 4, sizes[i], int(macs[i])) for i in range(len(counts))
+        ),
+        heads=tuple(
+            Head(i + 1, CONFIGS[j], int(rng.integers(1, 4)) * 500)
+            for i, count in enumerate(counts)
+            for j in range(count)
+        ),
+        baseline=f"exit{len(counts)}.{CONFIGS[0]}",
+        identity="made-up-identity",
+    )
+
+
+def graph_set(candidate: CandidateNetwork, rows: int, seed: int = 0) -> GraphSet:
+    """Graph specs with random sizes; no file exists."""
+    rng = np.random.default_rng(seed)
+    gate = Gate(thresholds=tuple(np.linspace(0.4, 0.9, rows).tolist()))
+    image = TensorSpec("image", "uint8", (1, *candidate.input_hw, 3))
+    labels = TensorSpec("labels", "uint8", (1, *candidate.input_hw))
+    specs: dict[str, GraphSpec] = {}
+
+    def add(name: str, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> None:
+        sizes = [int(size) for size in rng.integers(1, 4, 2) * 1000]
+        specs[name] = GraphSpec(name, f"{name}.onnx", f"sha-{name}", tuple(inputs), tuple(outputs), 0, *sizes)
+
+    def feature(b: int) -> TensorSpec:
+        point = candidate.exit_point(b)
+        return TensorSpec(point.name, "float32", (1, point.channels, *point.hw))
+
+    for a, b in candidate.segments():
+        add(segment_name(a, b), [feature(a) if a else image], [feature(b)])
+    for head in candidate.heads:
+        hw = candidate.exit_point(head.exit_point).hw
+        logits = TensorSpec("logits", "float32", (1, len(candidate.classes), *hw))
+        thresholds = TensorSpec("thresholds", "float32", (rows, len(candidate.classes)))
+        counts = TensorSpec("counts", "int32", (rows,))
+        add(head_graph_name(head.name), [feature(head.exit_point), thresholds], [logits, counts])
+        if output_name(hw) not in specs:
+            add(output_name(hw), [logits], [labels])
+    add(BASELINE, [image], [labels])
+    return GraphSet(Path("graphs"), candidate, gate, specs)
+
+
+def latency_table(graphs: GraphSet, seed: int = 0) -> LatencyTable:
+    """Whole microseconds from a small range, so that different plans cost the same now and then."""
+    rng = np.random.default_rng(seed)
+
+    def entry(name: str, sha256: str) -> Latency:
+        mean_ms = int(rng.integers(1, 6)) / 1000
+        return Latency(name, sha256, "fp32", mean_ms, mean_ms, mean_ms, mean_ms, mean_ms * 2, 30, "measured")
+
+    names = {**{name: spec.sha256 for name, spec in graphs.graphs.items()}, **dict.fromkeys(PSEUDO_GRAPHS, "")}
+    entries = {(name, "fp32"): entry(name, sha256) for name, sha256 in names.items()}
+    return LatencyTable("host", "onnxruntime", "1.0", graphs.candidate.identity, {}, "measured", entries)
+
+
+def exit_statistics(
+    graphs: GraphSet, images: int, seed: int = 0, levels: int = 6, twins: bool = False
+) -> ExitStatistics:
+    """Random statistics; counts take `levels` values, pixels few, so that ties are frequent.
+
+    Of `twins`, every second image has the pixels of the one before: which of them leaves makes no difference.
+    """
+    rng = np.random.default_rng(seed)
+    candidate = graphs.candidate
+    heads, classes, rows = len(candidate.heads), len(candidate.classes), len(graphs.gate.thresholds)
+    labelled = rng.integers(0, 5, (images, classes))
+    labelled[0, 0] += 1
+    intersection = np.minimum(rng.integers(0, 5, (images, heads, classes)), labelled[:, None])
+    predicted = intersection + rng.integers(0, 3, (images, heads, classes))
+    if twins:
+        odd = np.arange(1, images, 2)
+        for array in (labelled, intersection, predicted):
+            array[odd] = array[odd - 1]
+    counts = np.sort(rng.integers(0, levels, (images, heads, rows)), axis=2)[:, :, ::-1] * 3
+    return ExitStatistics(
+        heads=tuple(head.name for head in candidate.heads),
+        classes=candidate.classes,
+        cells=tuple(levels * 3 for _ in range(heads)),
+        thresholds=threshold_table(graphs.gate, classes),
+        counts=np.ascontiguousarray(counts, np.int32),
+        intersection=intersection.astype(np.int64),
+        predicted=predicted.astype(np.int64),
+        labelled=labelled.astype(np.int64),
+        image_id=tuple(f"image{i}" for i in range(images)),
+        group=tuple(f"drive{i % 2}" for i in range(images)),
+        network=candidate.identity,
+        gate=graphs.gate,
+        precision="fp32",
+        device="host",
+        library="onnxruntime",
+        split="val",
+    )
+
+
+def evidence(
+    heads_per_point: tuple[int, ...], rows: int, images: int, seed: int, levels: int = 6, twins: bool = False
+) -> Evidence:
+    graphs = graph_set(candidate_network(heads_per_point, seed=seed), rows, seed)
+    return Evidence(graphs, latency_table(graphs, seed), exit_statistics(graphs, images, seed, levels, twins))

@@ -1,0 +1,156 @@
+"""A plan's figures on paper: latency, workload, memory and mIoU of a case worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mess_compile.candidates import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
+from mess_compile.latency import Latency, LatencyTable
+from mess_compile.runtime.errors import InputError, StaleError
+from mess_compile.search.figures import Evidence, anytime_reports, baseline_figures, figures_of_stages, replay
+from mess_compile.search.plan import Report, Stage
+from mess_compile.search.requirement import Requirement
+from mess_compile.search.rows import area
+from mess_compile.search.solver import search
+from mess_compile.statistics import ExitStatistics
+from tests.search.cases import evidence
+
+HEADS = ("exit1.fcn-crm1-b0", "exit2.fcn-crm1-b0")
+STAGES = (Stage(1, HEADS[0], 0, 5), Stage(2, HEADS[1], 0, None))
+COSTS_MS = {
+    "upload": 1.0,
+    "segment-0-1": 2.0,
+    "segment-1-2": 4.0,
+    "segment-0-2": 5.5,
+    f"head-{HEADS[0]}": 0.5,
+    f"head-{HEADS[1]}": 0.7,
+    "output-2x2": 0.3,
+    "download": 0.1,
+    "null": 0.05,
+    "baseline": 7.0,
+}
+
+
+def by_hand() -> Evidence:
+    """Two exit points, two classes, four images of 10 pixels; images 0 and 2 are easy."""
+    points = (ExitPoint("exit1", "b1", 3, (2, 2), 1000), ExitPoint("exit2", "b2", 3, (2, 2), 3000))
+    heads = (Head(1, "fcn-crm1-b0", 10), Head(2, "fcn-crm1-b0", 20))
+    candidate = CandidateNetwork("tiny", ("road", "sky"), ((0, 0, 0), (1, 1, 1)), (4, 4), points, heads, HEADS[1], "id")
+    gate = Gate(thresholds=(0.5,))
+    image = TensorSpec("image", "uint8", (1, 4, 4, 3))  # 48 bytes
+    exit1, exit2 = (TensorSpec(f"exit{b}", "float32", (1, 3, 2, 2)) for b in (1, 2))  # 48 bytes each
+    thresholds = TensorSpec("thresholds", "float32", (1, 2))  # 8 bytes
+    logits, counts = TensorSpec("logits", "float32", (1, 2, 2, 2)), TensorSpec("counts", "int32", (1,))  # 32, 4
+    labels = TensorSpec("labels", "uint8", (1, 4, 4))  # 16 bytes
+    ends = {
+        "segment-0-1": ((image,), (exit1,), 100, 7),
+        "segment-1-2": ((exit1,), (exit2,), 200, 9),
+        "segment-0-2": ((image,), (exit2,), 300, 9),
+        f"head-{HEADS[0]}": ((exit1, thresholds), (logits, counts), 10, 50),
+        f"head-{HEADS[1]}": ((exit2, thresholds), (logits, counts), 20, 60),
+        "output-2x2": ((logits,), (labels,), 0, 40),
+        "baseline": ((image,), (labels,), 320, 70),
+    }
+    specs = {n: GraphSpec(n, f"{n}.onnx", n, i, o, 0, weights, space) for n, (i, o, weights, space) in ends.items()}
+    entries = {
+        (n, "fp32"): Latency(n, n if n in ends else "", "fp32", ms, ms, ms, ms, 2 * ms, 30, "measured")
+        for n, ms in COSTS_MS.items()
+    }
+    statistics = ExitStatistics(
+        heads=HEADS,
+        classes=candidate.classes,
+        cells=(4, 4),
+        thresholds=np.full((1, 2), 0.5, np.float32),
+        counts=np.array([[[9], [9]], [[1], [9]], [[5], [9]], [[4], [9]]], np.int32),
+        intersection=np.array([[[5, 3], [5, 4]], [[1, 2], [4, 4]], [[6, 2], [6, 3]], [[0, 1], [3, 5]]]),
+        predicted=np.array([[[6, 4], [5, 5]], [[5, 5], [5, 5]], [[7, 3], [6, 4]], [[6, 4], [4, 6]]]),
+        labelled=np.array([[5, 5], [5, 5], [6, 4], [4, 6]]),
+        image_id=("a", "b", "c", "d"),
+        group=("g",) * 4,
+        network="id",
+        gate=gate,
+        precision="fp32",
+        device="host",
+        library="onnxruntime",
+        split="val[:4]",
+    )
+    table = LatencyTable("host", "onnxruntime", "1", "id", {}, "measured", entries)
+    return Evidence(GraphSet(Path("graphs"), candidate, gate, specs), table, statistics)
+
+
+def test_figures_of_a_plan_by_hand() -> None:
+    figures = figures_of_stages(by_hand(), "input-dependent", STAGES)
+    early, late = 1 + 2 + 0.5 + 0.05 + 0.3 + 0.1, 1 + 2 + 0.5 + 0.05 + 4 + 0.7 + 0.3 + 0.1
+    assert figures.latency_ms == pytest.approx((early + late) / 2)
+    assert figures.p95_ms == pytest.approx(late)
+    assert figures.worst_ms == pytest.approx(2 * late)
+    assert figures.gmacs == pytest.approx((1010 + 3030) / 2 / 1e9)
+    assert figures.memory_bytes == (100 + 200 + 10 + 20) + 60 + (48 + 48 + 48 + 8 + 32 + 4 + 16)
+    assert figures.exit_rates == (0.5, 0.5)
+    road, sky = (5 + 4 + 6 + 3) / (6 + 5 + 7 + 4 + 20 - 18), (3 + 4 + 2 + 5) / (4 + 5 + 3 + 6 + 20 - 14)
+    assert figures.miou == pytest.approx(100 * (road + sky) / 2)
+    assert (figures.images, figures.split, figures.source) == (4, "val[:4]", "measured")
+
+
+def test_figures_of_the_baseline_by_hand() -> None:
+    figures = baseline_figures(by_hand())
+    assert figures.latency_ms == pytest.approx(8.1)
+    assert figures.worst_ms == pytest.approx(16.2)
+    assert figures.gmacs == pytest.approx(3020 / 1e9)
+    assert figures.memory_bytes == 320 + 70 + 48 + 16
+    assert figures.miou == pytest.approx(100 * (18 / (20 + 20 - 18) + 16 / (20 + 20 - 16)) / 2)
+    assert baseline_figures(by_hand(), 54.24).miou == 54.24
+
+
+def test_a_fused_segment_and_no_decision_when_there_is_one_exit() -> None:
+    figures = figures_of_stages(by_hand(), "budgeted", (Stage(2, HEADS[1], 0, None),))
+    assert figures.latency_ms == pytest.approx(1 + 5.5 + 0.7 + 0.3 + 0.1)
+    assert figures.exit_rates == (1.0,)
+
+
+def test_an_anytime_plan_pays_for_every_report() -> None:
+    case = by_hand()
+    first = 1 + 2 + 0.5 + 0.3 + 0.1
+    second = first + 4 + 0.7 + 0.3 + 0.1
+    final = 100 * (18 / 22 + 16 / 24) / 2
+    early = 100 * (12 / (24 + 20 - 12) + 8 / (16 + 20 - 8)) / 2
+    assert anytime_reports(case, HEADS) == (
+        Report(pytest.approx(first), pytest.approx(early)),
+        Report(pytest.approx(second), pytest.approx(final)),
+    )
+    figures = figures_of_stages(case, "anytime", [dataclasses.replace(stage, cut=None) for stage in STAGES])
+    assert (figures.latency_ms, figures.miou) == (pytest.approx(second), pytest.approx(final))
+    assert figures.exit_rates == (0.0, 1.0)
+
+
+def test_the_area_counts_only_what_is_reported_before_the_baseline_would_be() -> None:
+    assert area((2, 6, 12), (30.0, 50.0, 90.0), 10) == pytest.approx((4 * 30 + 4 * 50) / 10)
+    assert area((12,), (30.0,), 10) == 0.0
+
+
+def test_a_replay_takes_the_exits_that_other_images_take() -> None:
+    case = by_hand()
+    plan = dataclasses.replace(search(case, Requirement()).plan, stages=STAGES)
+    exits, figures = replay(plan, case)
+    assert exits.tolist() == [1, 2, 1, 2]
+    others = dataclasses.replace(case, statistics=case.statistics.select([3, 1, 0]))
+    exits, figures = replay(plan, others)
+    assert exits.tolist() == [2, 2, 1]
+    assert figures.exit_rates == (1 / 3, 2 / 3)
+    assert figures.images == 3
+    with pytest.raises(StaleError, match="another network"):
+        replay(dataclasses.replace(plan, network="other"), case)
+
+
+def test_evidence_without_images_or_of_other_graphs_is_refused() -> None:
+    case = evidence((1,), 2, 4, seed=0)
+    with pytest.raises(InputError, match="no images"):
+        dataclasses.replace(case, statistics=case.statistics.select([]))
+    with pytest.raises(StaleError, match="another network"):
+        dataclasses.replace(case, statistics=dataclasses.replace(case.statistics, network="other"))
+    with pytest.raises(StaleError, match="profile --device host"):
+        dataclasses.replace(case, table=dataclasses.replace(case.table, network="other"))

@@ -1,0 +1,91 @@
+"""A requirement is read the way a user means it, or refused with an example of how to write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mess_compile.runtime.errors import InputError
+from mess_compile.search.requirement import (
+    Limit,
+    Requirement,
+    parse_baseline,
+    parse_max_err,
+    parse_max_latency,
+    parse_max_memory,
+    parse_max_workload,
+    parse_milliseconds,
+)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (parse_max_err, "1%", 1.0),
+        (parse_max_err, " 0.1 % ", 0.1),
+        (parse_max_err, "0%", 0.0),
+        (parse_baseline, "54.24%", 54.24),
+        (parse_milliseconds, "20ms", 20.0),
+        (parse_max_latency, "20 ms", Limit(20.0)),
+        (parse_max_latency, "0.5x", Limit(0.5, relative=True)),
+        (parse_max_latency, ".5x", Limit(0.5, relative=True)),
+        (parse_max_workload, "3.5", Limit(3.5)),
+        (parse_max_workload, "1x", Limit(1.0, relative=True)),
+        (parse_max_memory, "64MiB", 67108864),
+        (parse_max_memory, "1.5 GB", 1500000000),
+        (parse_max_memory, "512B", 512),
+    ],
+)
+def test_values_are_read_in_their_units(parse: Callable[[str], Any], text: str, value: Any) -> None:
+    assert parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "example"),
+    [
+        (parse_max_err, "1", "write 1% for one percentage point of mIoU"),
+        (parse_max_err, "-1%", "write 1%"),
+        (parse_max_err, "nan%", "write 1%"),
+        (parse_baseline, "154%", "at most 100%"),
+        (parse_baseline, "0.5424", "write 54.24%"),
+        (parse_milliseconds, "20", "write 20ms"),
+        (parse_milliseconds, "2s", "write 20ms"),
+        (parse_max_latency, "20", "write 20ms, or 0.5x of the baseline"),
+        (parse_max_latency, "0ms", "write 20ms"),
+        (parse_max_latency, "1" + "0" * 400 + "ms", "write 20ms"),
+        (parse_max_latency, "-1x", "write 0.5x"),
+        (parse_max_workload, "3.5 GFLOPs", "write 3.5 for 3.5 GMACs"),
+        (parse_max_memory, "64", "write 64MiB"),
+        (parse_max_memory, "64mb", "write 64MiB"),
+        (parse_max_memory, "0MiB", "write 64MiB"),
+    ],
+)
+def test_what_is_not_understood_is_refused_with_an_example(
+    parse: Callable[[str], Any], text: str, example: str
+) -> None:
+    with pytest.raises(InputError) as refusal:
+        parse(text)
+    assert example in str(refusal.value)
+
+
+def test_limits_become_integers_in_the_units_of_the_search() -> None:
+    assert Limit(20.1).resolved(baseline=7, unit=1e6) == 20_100_000
+    assert Limit(0.5, relative=True).resolved(baseline=1_000_000, unit=1e6) == 500_000
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"setting": "sometimes"},
+        {"objective": "beauty"},
+        {"setting": "anytime", "objective": "latency"},
+        {"deadline_ms": 20.0},
+        {"max_exits": 3},
+        {"max_exits": -1},
+    ],
+)
+def test_contradictory_requirements_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        Requirement(**fields)

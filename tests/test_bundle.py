@@ -1,0 +1,150 @@
+"""A bundle holds what its plan needs, nothing else, and proves itself: what is lost otherwise is trust in a device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from mess_compile import bundle, runtime
+from mess_compile.candidates import GraphSet
+from mess_compile.runtime.archive import file_of, open_archive, write_archive
+from mess_compile.runtime.errors import BundleError, InputError, StaleError
+from mess_compile.runtime.manifest import Manifest
+from mess_compile.search.plan import Plan
+from tests import small_network
+from tests.small_network import frame
+
+
+@pytest.fixture
+def graphs(tmp_path: Path) -> GraphSet:
+    return small_network.graph_set(tmp_path / "graphs")
+
+
+def write(graphs: GraphSet, plan: Plan, golden: int = 2) -> Manifest:
+    frames = [frame(seed) for seed in range(golden)]
+    path = graphs.root.parent / "tiny.mess"
+    return bundle.write_bundle(path, graphs, plan, small_network.thresholds(), frames, {"made-by": "a test"})
+
+
+def test_a_bundle_holds_the_plans_graphs_and_their_weights_alone(graphs: GraphSet) -> None:
+    manifest = write(graphs, small_network.plan(None, (2,), "budgeted"))
+    names = {"segment-0-2", f"head-{small_network.HEADS[1]}", "output-4x6"}
+    found = {Path(name).stem for name in manifest.files if name.endswith(".onnx")}
+    assert found == names
+    weights = {name.removeprefix("graphs/") for name in manifest.files if "/weights/" in name}
+    models = [onnx.load(str(graphs.path(name)), load_external_data=False) for name in names]
+    named = {e.value for m in models for t in m.graph.initializer for e in t.external_data if e.key == "location"}
+    assert weights == named
+    assert len(weights) == 3
+
+
+def test_a_fused_plan_runs_the_fused_segment(graphs: GraphSet) -> None:
+    manifest = write(graphs, small_network.plan(None, (2,), "budgeted"))
+    assert manifest.plans[0].stages[0].segment == "graphs/segment-0-2.onnx"
+    with runtime.load(graphs.root.parent / "tiny.mess", threads=1) as cascade:
+        np.testing.assert_array_equal(cascade(frame(3)).labels, small_network.expected(frame(3))[1][1])
+
+
+def test_the_manifest_carries_plan_gate_and_network(graphs: GraphSet) -> None:
+    manifest = write(graphs, small_network.plan(18))
+    assert manifest.name == "tiny"
+    assert [(s.exit_point, s.head, s.row, s.cut, s.cells) for s in manifest.plans[0].stages] == [
+        (1, small_network.HEADS[0], 2, 18, 24),
+        (2, small_network.HEADS[1], 2, None, 24),
+    ]
+    np.testing.assert_array_equal(np.array(manifest.gate.thresholds, np.float32), small_network.thresholds())
+    assert manifest.network.gmacs == pytest.approx(210e-9)
+    assert manifest.provenance == {"made-by": "a test"}
+    assert manifest.plans[0].predicted.miou == 60.0
+
+
+def test_golden_frames_carry_what_the_network_says_of_them(graphs: GraphSet) -> None:
+    manifest = write(graphs, small_network.plan(18))
+    archive = open_archive(graphs.root.parent / "tiny.mess")
+    for seed, golden in enumerate(manifest.golden):
+        results = small_network.expected(frame(seed))
+        exit_ = 1 if results[0][0][2] >= 18 else 2
+        counts, labels = results[exit_ - 1]
+        assert (golden.exit, golden.count) == (exit_, counts[2])
+        np.testing.assert_array_equal(archive.array(golden.frame), frame(seed))
+        np.testing.assert_array_equal(archive.array(golden.labels), labels)
+    archive.close()
+
+
+def test_a_fresh_bundle_verifies(graphs: GraphSet) -> None:
+    write(graphs, small_network.plan(18))
+    checks = bundle.verify_bundle(graphs.root.parent / "tiny.mess")
+    assert [check.name for check in checks] == ["hashes", "golden/0.npy", "golden/1.npy"]
+    assert all(check.passed for check in checks)
+
+
+def forged(path: Path, change: dict[str, bytes], **fields: object) -> None:
+    """Write the bundle again with other content, hashes and seal made to fit, as another engine might compute it."""
+    archive = open_archive(path)
+    sources = {name: (archive.folder / name).read_bytes() for name in archive.manifest.files} | change
+    listed = {name: file_of(content) for name, content in sources.items()}
+    write_archive(path, replace(archive.manifest, files=listed, **fields), sources)  # type: ignore[arg-type]
+    archive.close()
+
+
+def test_other_labels_and_another_exit_fail_verification(graphs: GraphSet) -> None:
+    path = graphs.root.parent / "tiny.mess"
+    manifest = write(graphs, small_network.plan(18))
+    labels = small_network.expected(frame(0))[0][1].copy()
+    labels[0, 0] += 1
+    forged(path, {"golden/0.labels.npy": bundle._npy(labels)})
+    assert [check.passed for check in bundle.verify_bundle(path)] == [True, False, True]
+    write(graphs, small_network.plan(18))
+    moved = (manifest.golden[0], replace(manifest.golden[1], exit=1))
+    forged(path, {}, golden=moved)
+    checks = bundle.verify_bundle(path)
+    assert [check.passed for check in checks] == [True, True, False]
+    assert "exit 2, expected 1" in checks[2].detail
+
+
+def test_a_changed_bundle_is_not_verified_but_refused(graphs: GraphSet) -> None:
+    path = graphs.root.parent / "tiny.mess"
+    write(graphs, small_network.plan(18))
+    content = bytearray(path.read_bytes())
+    content[500] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(BundleError, match="changed after it was written"):
+        bundle.verify_bundle(path)
+
+
+def test_a_plan_of_other_graphs_is_stale(graphs: GraphSet) -> None:
+    with pytest.raises(StaleError, match="another network"):
+        write(graphs, replace(small_network.plan(), network="0" * 64))
+    with pytest.raises(StaleError, match="another gate"):
+        write(graphs, replace(small_network.plan(), gate=replace(graphs.gate, confidence="margin")))
+
+
+def test_damaged_graphs_and_weights_are_refused_and_the_old_bundle_stays(graphs: GraphSet) -> None:
+    path = graphs.root.parent / "tiny.mess"
+    write(graphs, small_network.plan(18))
+    old = path.read_bytes()
+    weight = next((graphs.root / "weights").iterdir())
+    good = weight.read_bytes()
+    for content in (good[:-1] + b"\0\0", good[:-1]):
+        weight.write_bytes(content)
+        with pytest.raises(InputError, match=r"changed after export: run `mess-compile export`"):
+            write(graphs, small_network.plan(18))
+    weight.unlink()
+    with pytest.raises(InputError, match="is missing"):
+        write(graphs, small_network.plan(18))
+    weight.write_bytes(good)
+    graph = graphs.path("segment-1-2")
+    graph.write_bytes(graph.read_bytes() + b"\0")
+    with pytest.raises(InputError, match=r"segment-1-2\.onnx was changed"):
+        write(graphs, small_network.plan(18))
+    assert path.read_bytes() == old
+    assert [p.name for p in graphs.root.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_bundle_without_golden_frames_is_refused(graphs: GraphSet) -> None:
+    with pytest.raises(InputError, match="golden"):
+        write(graphs, small_network.plan(), golden=0)

@@ -1,0 +1,158 @@
+"""A user's own folder: what is wrong with it is said by name, before an hour of training."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mess_compile import scenes
+from mess_compile.dataset import CAMVID, ClassList, open_dataset, read_class_list, read_frame, read_sample, samples
+from mess_compile.runtime.errors import InputError
+
+CAMVID_FOLDER = Path(os.environ.get("MESS_CAMVID", Path(__file__).parents[2] / "shared" / "data" / "camvid"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    for kind in ("images", "labels"):
+        (root / kind).mkdir(parents=True)
+    for index in range(10):
+        Image.fromarray(np.full((6, 8, 3), index, np.uint8)).save(root / "images" / f"drive_{index:03d}.png")
+        Image.fromarray(np.full((6, 8), index % 2, np.uint8)).save(root / "labels" / f"drive_{index:03d}.png")
+    (root / "classes.txt").write_text("road 128 64 128\ncar # anything with wheels\nignore 7\n")
+    return root
+
+
+def ids(root: Path, split: str) -> list[str]:
+    return [item.id for item in open_dataset(root, split).items]
+
+
+def test_without_splits_the_last_fifth_is_val_so_that_neighbouring_frames_stay_together(folder: Path) -> None:
+    assert ids(folder, "train") == [f"drive_{index:03d}" for index in range(8)]
+    assert ids(folder, "val") == ["drive_008", "drive_009"]
+
+
+def test_a_slice_of_a_split_counts_files_in_order(folder: Path) -> None:
+    assert ids(folder, "train[2:4]") == ["drive_002", "drive_003"]
+    assert ids(folder, "train[:1]") == ["drive_000"]
+    assert len(ids(folder, "train[6:]")) == 2
+
+
+def test_groups_are_sequences(folder: Path) -> None:
+    assert {item.group for item in open_dataset(folder, "train").items} == {"drive"}
+
+
+def test_class_lists_hold_colours_comments_and_void(folder: Path) -> None:
+    classes = read_class_list(folder / "classes.txt")
+    assert classes.names == ("road", "car")
+    assert classes.colours[0] == (128, 64, 128)
+    assert classes.ignored == {7, 255}
+
+
+@pytest.mark.parametrize("line", ["road 1 2", "road 300 0 0", "ignore", "ignore x", "two words"])
+def test_a_wrong_line_of_the_class_list_is_named(folder: Path, line: str) -> None:
+    (folder / "classes.txt").write_text(f"sky\n{line}\n")
+    with pytest.raises(InputError, match=r"classes\.txt, line 2"):
+        read_class_list(folder / "classes.txt")
+
+
+def test_a_missing_class_list_says_how_to_write_one(folder: Path) -> None:
+    (folder / "classes.txt").unlink()
+    with pytest.raises(InputError, match="one class per line"):
+        open_dataset(folder, "train")
+
+
+def test_void_becomes_255_and_a_value_out_of_range_is_named(folder: Path) -> None:
+    data = open_dataset(folder, "train")
+    labels = np.full((6, 8), 7, np.uint8)
+    Image.fromarray(labels).save(data.items[0].label)
+    assert (read_sample(data.items[0], data.classes).labels == 255).all()
+    labels[2, 3] = 5
+    Image.fromarray(labels).save(data.items[0].label)
+    with pytest.raises(InputError, match=r"value 5.*2 classes"):
+        read_sample(data.items[0], data.classes)
+
+
+def test_sizes_that_differ_are_named(folder: Path) -> None:
+    data = open_dataset(folder, "train")
+    Image.fromarray(np.zeros((6, 9), np.uint8)).save(data.items[0].label)
+    with pytest.raises(InputError, match=r"6 x 8.*6 x 9"):
+        read_sample(data.items[0], data.classes)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "1", "F"])
+def test_images_that_are_not_8_bit_are_refused(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "frame.tiff"
+    Image.new(mode, (4, 4)).save(path)
+    with pytest.raises(InputError, match="mode"):
+        read_frame(path)
+
+
+def test_colour_labels_are_refused(folder: Path) -> None:
+    data = open_dataset(folder, "train")
+    Image.new("RGB", (8, 6)).save(data.items[0].label)
+    with pytest.raises(InputError, match="single-channel"):
+        read_sample(data.items[0], data.classes)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n truncated"])
+def test_a_damaged_image_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "frame.png"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"frame\.png"):
+        read_frame(path)
+
+
+def test_a_missing_label_a_missing_folder_and_a_missing_split_are_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "labels" / "drive_003.png").unlink()
+    with pytest.raises(InputError, match="drive_003"):
+        open_dataset(folder, "train")
+    with pytest.raises(InputError, match="nowhere"):
+        open_dataset(tmp_path / "nowhere", "train")
+    with pytest.raises(InputError, match="no split 'test'"):
+        open_dataset(folder, "test")
+    with pytest.raises(InputError, match="not of the form"):
+        open_dataset(folder, "val[")
+
+
+def test_scenes_are_repeatable_and_their_folder_is_a_data_set(tmp_path: Path) -> None:
+    first, again = (scenes.make_scene(3, (48, 64)) for _ in range(2))
+    assert (first.frame == again.frame).all()
+    assert (first.labels == again.labels).all()
+    scenes.write_scenes(tmp_path / "scenes", {"train": 2, "val": 1}, (48, 64))
+    found = list(samples(open_dataset(tmp_path / "scenes", "train")))
+    assert [s.id for s in found] == ["scene_000000", "scene_000001"]
+    assert (found[0].frame == scenes.make_scene(0, (48, 64)).frame).all()
+    assert open_dataset(tmp_path / "scenes", "val").classes == scenes.SCENE_CLASSES
+
+
+def test_hard_scenes_are_noisier_than_easy_ones() -> None:
+    def roughness(difficulty: float) -> float:
+        frames = [scenes.make_scene(seed, (96, 128), difficulty).frame.astype(float) for seed in range(8)]
+        return float(np.mean([np.abs(np.diff(frame, axis=1)).mean() for frame in frames]))
+
+    assert roughness(1.0) > 2 * roughness(0.0)
+
+
+@pytest.mark.skipif(not CAMVID_FOLDER.is_dir(), reason="CamVid is not here; MESS_CAMVID names another place")
+def test_camvid_is_recognised_as_it_lies() -> None:
+    data = open_dataset(CAMVID_FOLDER, "val[:50]")
+    assert data.classes == CAMVID
+    assert len(data.items) == 50
+    assert len(open_dataset(CAMVID_FOLDER, "val[60:]").items) == 41
+    sample = read_sample(data.items[0], data.classes)
+    assert sample.frame.shape == (360, 480, 3)
+    assert set(np.unique(sample.labels)) <= {*range(11), 255}
+
+
+def test_default_colours_are_distinct() -> None:
+    from mess_compile.dataset import default_colour
+
+    assert len({default_colour(index) for index in range(255)}) == 255
+    assert default_colour(0) == (128, 0, 0)  # PASCAL VOC's aeroplane
+    assert ClassList(("a", "b"), ((0, 0, 0),) * 2).ignored == {255}

@@ -1,0 +1,117 @@
+"""Statistics from the real engine equal those counted pixel by pixel from a numpy version of the same network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mess_compile.candidates import GraphSet
+from mess_compile.evaluation import LabelledImage, evaluate
+from mess_compile.runtime.engine import Library, open_library
+from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.frames import resize
+from mess_compile.statistics import check_current, merge
+from tests import small_network
+
+IGNORED = frozenset({11, 255})
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> GraphSet:
+    return small_network.graph_set(tmp_path_factory.mktemp("graphs"))
+
+
+@pytest.fixture
+def library() -> Iterator[Library]:
+    opened = open_library("onnxruntime", threads=1)
+    yield opened
+    opened.close()
+
+
+def labelled_image(seed: int, hw: tuple[int, int] = small_network.HW) -> LabelledImage:
+    labels = np.random.default_rng(seed).choice(np.array([0, 1, 2, 11, 255], np.uint8), hw)
+    return f"image{seed}", "drive", small_network.frame(seed, hw), labels
+
+
+def scored_by_hand(guess: NDArray[np.uint8], labels: NDArray[np.uint8]) -> tuple[list[int], list[int], list[int]]:
+    intersection, predicted, labelled = [0, 0, 0], [0, 0, 0], [0, 0, 0]
+    for y, row in enumerate(labels.tolist()):
+        for x, truth in enumerate(row):
+            if truth not in IGNORED:
+                predicted[guess[y, x]] += 1
+                labelled[truth] += 1
+                intersection[truth] += int(guess[y, x] == truth)
+    return intersection, predicted, labelled
+
+
+def test_counts_and_pixels_of_every_head_and_image(graphs: GraphSet, library: Library) -> None:
+    images = [labelled_image(seed) for seed in range(3)]
+    told: list[int] = []
+    found = evaluate(
+        graphs, library, images, device="host", split="val", ignore=IGNORED, progress=lambda done: told.append(done)
+    )
+    check_current(found, graphs)
+    for i, (_, _, frame, labels) in enumerate(images):
+        for h, (counts, guess) in enumerate(small_network.expected(frame)):
+            assert found.counts[i, h].tolist() == counts.tolist()
+            intersection, predicted, labelled = scored_by_hand(guess, labels)
+            assert found.intersection[i, h].tolist() == intersection
+            assert found.predicted[i, h].tolist() == predicted
+            assert found.labelled[i].tolist() == labelled
+    assert found.counts.dtype == np.int32
+    assert found.intersection.dtype == found.predicted.dtype == found.labelled.dtype == np.int64
+    assert (found.image_id, found.group) == (("image0", "image1", "image2"), ("drive",) * 3)
+    assert (found.cells, found.library, found.split) == ((24, 24), "onnxruntime", "val")
+    assert told == [1, 2, 3]
+
+
+def test_frames_of_another_size_are_scored_at_their_own_size(graphs: GraphSet, library: Library) -> None:
+    _, _, frame, labels = labelled_image(9, (20, 30))
+    found = evaluate(graphs, library, [("x", "g", frame, labels)], device="host", split="val", ignore=IGNORED)
+    height, width = small_network.HW
+    for h, (_, guess) in enumerate(small_network.expected(resize(frame, small_network.HW))):
+        rows = [int((i + 0.5) * height / 20) for i in range(20)]
+        columns = [int((j + 0.5) * width / 30) for j in range(30)]
+        intersection, predicted, _ = scored_by_hand(guess[np.ix_(rows, columns)], labels)
+        assert found.intersection[0, h].tolist() == intersection
+        assert found.predicted[0, h].tolist() == predicted
+
+
+def test_shards_equal_one_run(graphs: GraphSet, library: Library) -> None:
+    images = [labelled_image(seed) for seed in range(4)]
+    whole = evaluate(graphs, library, images, device="host", split="val", ignore=IGNORED)
+    shards = [
+        evaluate(graphs, library, part, device="host", split="val", ignore=IGNORED) for part in (images[:1], images[1:])
+    ]
+    merged = merge(shards)
+    for name in ("counts", "intersection", "predicted", "labelled"):
+        np.testing.assert_array_equal(getattr(merged, name), getattr(whole, name))
+
+
+def test_a_label_out_of_range_is_named_with_its_image(graphs: GraphSet, library: Library) -> None:
+    image = labelled_image(0)
+    with pytest.raises(
+        InputError, match=r"image image0: label 11 is out of range: the network has 3 classes \(0 to 2\)"
+    ):
+        evaluate(graphs, library, [image], device="host", split="val")
+
+
+def test_labels_of_another_size_are_named_with_their_image(graphs: GraphSet, library: Library) -> None:
+    name, group, frame, labels = labelled_image(0)
+    with pytest.raises(InputError, match=r"image image0: labels of shape \(4, 12\) do not fit a frame of \(8, 12\)"):
+        evaluate(graphs, library, [(name, group, frame, labels[:4])], device="host", split="val", ignore=IGNORED)
+
+
+def test_no_images_are_refused(graphs: GraphSet, library: Library) -> None:
+    with pytest.raises(InputError, match="no images"):
+        evaluate(graphs, library, [], device="host", split="val")
+
+
+def test_an_image_without_countable_pixels_counts_nothing(graphs: GraphSet, library: Library) -> None:
+    name, group, frame, labels = labelled_image(0)
+    empty = np.full_like(labels, 255)
+    found = evaluate(graphs, library, [(name, group, frame, empty)], device="host", split="val")
+    assert found.labelled.sum() == found.predicted.sum() == found.intersection.sum() == 0

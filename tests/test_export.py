@@ -1,0 +1,118 @@
+"""Export: what torch trained is what the device runs, every exit of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from mess_compile.candidates import Gate, HeadConfig, read_graph_set
+from mess_compile.export import export_checkpoint, export_network, torch_reference
+from mess_compile.graph.check import check_stages
+from mess_compile.graph.cut import candidate_from_metadata, cut_network
+from mess_compile.nets.checkpoint import load_candidate, save_candidate
+from mess_compile.nets.network import OverprovisionedNetwork
+from mess_compile.runtime.errors import InputError
+from tests.graph import tiny
+from tests.networks import random_network
+
+HEADS = (
+    (1, HeadConfig("fcn", 4, 2, rdi=True)),
+    (1, HeadConfig("fcn", 1, 1)),
+    (2, HeadConfig("dlb", 8)),
+    (3, HeadConfig("dlb", 4, 1)),
+)
+
+
+@pytest.fixture(scope="module")
+def network() -> OverprovisionedNetwork:
+    return random_network(HEADS)
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[np.ndarray]:
+    generator = np.random.default_rng(5)
+    return [generator.integers(0, 256, (64, 96, 3), dtype=np.uint8) for _ in range(2)]
+
+
+def torch_logits(network: OverprovisionedNetwork, frame: np.ndarray) -> dict[str, np.ndarray]:
+    """ImageNet normalisation written out, BatchNorm not folded."""
+    x = (frame / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    with torch.inference_mode():
+        _, logits = network(torch.from_numpy(x.transpose(2, 0, 1)[None].astype(np.float32)))
+    return {name: values.numpy() for name, values in logits.items()}
+
+
+@pytest.mark.parametrize("backbone", ["mobilenetv2", "resnet50"])
+def test_onnx_and_torch_agree_on_every_exit(tmp_path: Path, backbone: str, frames: list[np.ndarray]) -> None:
+    network = random_network(HEADS, backbone, seed=1)
+    path = export_network(network, tmp_path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    found = dict(zip(names, session.run(names, {"image": frames[0][None]}), strict=True))
+    expected = torch_logits(network, frames[0])
+    assert set(names) == {"exit1", "exit2", "exit3"} | {f"logits:{name}" for name in expected}
+    for name, logits in expected.items():
+        assert np.abs(found[f"logits:{name}"] - logits).max() <= 1e-4 * max(1, np.abs(logits).max())
+
+
+def test_the_file_is_opset_17_and_describes_itself(tmp_path: Path, network: OverprovisionedNetwork) -> None:
+    path = export_network(network, tmp_path)
+    model = onnx.load(str(path), load_external_data=False)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
+    assert candidate_from_metadata(model, path) == network.candidate
+    kinds = {node.op_type for node in model.graph.node}
+    assert kinds == {"Cast", "Transpose", "Sub", "Div", "Conv", "Clip", "Relu", "Add", "ReduceMean", "Expand", "Concat"}
+    assert [node.op_type for node in model.graph.node][:2] == ["Cast", "Transpose"]  # TensorRT: no Transpose of uint8
+
+
+def test_the_same_network_gives_the_same_bytes(tmp_path: Path, network: OverprovisionedNetwork) -> None:
+    contents = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        export_network(network, tmp_path / name)
+        cut_network(tmp_path / name, Gate(), tiny.nothing)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        contents.append([(path.relative_to(tmp_path / name), path.read_bytes()) for path in files])
+    assert contents[0] == contents[1]
+
+
+def test_a_checkpoint_becomes_checked_graphs(
+    tmp_path: Path, network: OverprovisionedNetwork, frames: list[np.ndarray]
+) -> None:
+    save_candidate(network, tmp_path / "candidate")
+    steps: list[str] = []
+    graph_set = export_checkpoint(
+        tmp_path / "candidate", tmp_path / "graphs", Gate("entropy"), frames, lambda name, *_: steps.append(name)
+    )
+    loaded = load_candidate(tmp_path / "candidate").candidate
+    assert graph_set == read_graph_set(tmp_path / "graphs")
+    assert graph_set.candidate == loaded
+    assert graph_set.candidate.identity != ""
+    assert graph_set.graphs["segment-1-3"].macs == loaded.exit_points[2].macs - loaded.exit_points[0].macs
+    assert graph_set.graphs["baseline"].macs == loaded.exit_points[2].macs + loaded.head("exit3.fcn-crm1-b0").macs
+    assert {"network.onnx", "segment-1-3", "checked segment-1-3", "checked head-exit2.dlb-crm8-b0"} <= set(steps)
+
+
+def test_swapped_heads_are_seen(tmp_path: Path, network: OverprovisionedNetwork, frames: list[np.ndarray]) -> None:
+    export_network(network, tmp_path)
+    graph_set = cut_network(tmp_path, Gate(), tiny.nothing)
+    check_stages(graph_set, torch_reference(network), frames, tiny.nothing)
+    one, other = (graph_set.graphs[f"head-exit1.{name}"] for name in ("fcn-crm4-b2-rdi", "fcn-crm1-b1"))
+    graph_set.graphs[one.name] = replace(one, path=other.path)
+    graph_set.graphs[other.name] = replace(other, path=one.path)
+    with pytest.raises(InputError, match=r"head-exit1\.fcn-crm4-b2-rdi deviates"):
+        check_stages(graph_set, torch_reference(network), frames, tiny.nothing)
+
+
+def test_frames_of_another_size_leave_no_half_made_folder(tmp_path: Path, network: OverprovisionedNetwork) -> None:
+    save_candidate(network, tmp_path / "candidate")
+    frames = [np.zeros((64, 64, 3), np.uint8)]
+    with pytest.raises(InputError, match=r"\(64, 96, 3\)"):
+        export_checkpoint(tmp_path / "candidate", tmp_path / "graphs", Gate(), frames, tiny.nothing)
+    assert [path.name for path in tmp_path.iterdir()] == ["candidate"]

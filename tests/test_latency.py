@@ -1,0 +1,87 @@
+"""Latency tables keep what was measured, and say which graphs they no longer fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from mess_compile.latency import check_current, path_costs_ns, read_latency_table, stage_graphs, write_latency_table
+from mess_compile.runtime.errors import InputError, StaleError
+from tests.search.cases import candidate_network, graph_set, latency_table
+
+GRAPHS = graph_set(candidate_network((1, 1)), rows=2)
+TABLE = latency_table(GRAPHS)
+HEADS = ("exit1.fcn-crm1-b0", "exit3.fcn-crm1-b0")
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    table = dataclasses.replace(TABLE, environment={"threads": "2"})
+    write_latency_table(tmp_path / "latency" / "host.json", table)
+    assert read_latency_table(tmp_path / "latency" / "host.json") == table
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("mean_ms", float("nan")), ("p99_ms", -1.0), ("source", "guessed"), ("runs", "many"), ("graph", None)],
+)
+def test_a_damaged_table_is_refused_with_the_remedy(tmp_path: Path, field: str, value: object) -> None:
+    path = tmp_path / "xavier.json"
+    write_latency_table(path, TABLE)
+    content = json.loads(path.read_text())
+    if value is None:
+        del content["entries"][0][field]
+    else:
+        content["entries"][0][field] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="run `mess-compile profile --device xavier`"):
+        read_latency_table(path)
+
+
+def test_a_missing_table_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="run `mess-compile profile --device xavier`"):
+        read_latency_table(tmp_path / "xavier.json")
+
+
+def test_graphs_that_changed_are_named() -> None:
+    check_current(TABLE, GRAPHS)
+    specs = dict(GRAPHS.graphs)
+    specs["segment-1-2"] = dataclasses.replace(specs["segment-1-2"], sha256="another")
+    with pytest.raises(StaleError, match=r"\(segment-1-2\): run `mess-compile profile --device host`"):
+        check_current(TABLE, dataclasses.replace(GRAPHS, graphs=specs))
+
+
+def test_graphs_that_were_never_measured_are_named() -> None:
+    entries = {key: entry for key, entry in TABLE.entries.items() if key[0] not in ("baseline", "null")}
+    with pytest.raises(StaleError, match=r"lacks graphs \(baseline, null\)"):
+        check_current(dataclasses.replace(TABLE, entries=entries), GRAPHS)
+    with pytest.raises(StaleError, match="and 9 more"):
+        check_current(dataclasses.replace(TABLE, entries={}), GRAPHS)
+
+
+def test_a_table_of_another_network_is_stale() -> None:
+    with pytest.raises(StaleError, match="another network"):
+        check_current(dataclasses.replace(TABLE, network="other"), GRAPHS)
+
+
+def test_a_path_is_the_sum_of_what_it_runs() -> None:
+    def ms(name: str) -> float:
+        return TABLE.entries[name, "fp32"].mean_ms
+
+    first = ms("upload") + ms("segment-0-1") + ms("head-exit1.fcn-crm1-b0") + ms("null")
+    last = first + ms("segment-1-3") + ms("head-exit3.fcn-crm1-b0")
+    ends = ms("output-2x3") + ms("download")
+    expected = [round((first + ends) * 1e6), round((last + ends) * 1e6)]
+    assert list(path_costs_ns(TABLE, GRAPHS.candidate, HEADS, "fp32")) == expected
+
+
+def test_what_a_plan_needs_and_the_table_lacks_is_named() -> None:
+    with pytest.raises(InputError, match="no fp16 entry for upload: run `mess-compile profile --device host`"):
+        path_costs_ns(TABLE, GRAPHS.candidate, HEADS, "fp16")
+
+
+def test_exits_out_of_order_are_refused() -> None:
+    with pytest.raises(InputError, match="ever deeper"):
+        stage_graphs(GRAPHS.candidate, HEADS[::-1])

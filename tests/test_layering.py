@@ -1,0 +1,83 @@
+"""Arrows point down only: a user of the device side must never need torch, ONNX or click."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "mess_compile"
+TOP = ("cli", "demo", "steps", "inspection", "bench", "profiling", "doctor")
+ALLOWED = {
+    "candidates": {"files", "runtime"},
+    "files": {"runtime"},
+    "dataset": {"runtime"},
+    "scenes": {"files", "dataset", "runtime"},
+    "workspace": {"files", "runtime"},
+    "targets": {"files", "runtime"},
+    "latency": {"files", "candidates", "runtime"},
+    "statistics": {"files", "candidates", "runtime"},
+    "evaluation": {"candidates", "statistics", "runtime"},
+    "search": {"files", "candidates", "latency", "statistics", "search", "runtime"},
+    "graph": {"files", "candidates", "graph", "runtime"},
+    "bundle": {"files", "candidates", "latency", "search", "graph", "runtime"},
+    "nets": {"files", "candidates", "nets", "runtime"},
+    "training": {"files", "candidates", "dataset", "nets", "training", "runtime"},
+    "export": {"files", "candidates", "graph", "nets", "runtime"},
+    "report": {"files", "report", "runtime"},
+    "runtime": {"runtime"},
+}
+TORCH = {"nets", "training", "export"}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        if relative.name != "__init__.py" or len(relative.parts) > 1:
+            yield relative.parts[0].removesuffix(".py"), path
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "mess_compile":
+            yield from (f"mess_compile.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize(("part", "path"), list(modules()), ids=lambda value: str(value)[-40:])
+def test_arrows_point_down(part: str, path: Path) -> None:
+    for name in imports(path):
+        words = name.split(".")
+        if words[0] == "mess_compile" and len(words) > 1 and words[1] != "__version__":
+            assert part in TOP or words[1] in ALLOWED[part], f"{path.name} imports {name}"
+        if words[0] in ("torch", "safetensors"):
+            assert part in TORCH, f"{path.name} imports {name}"
+        if words[0] == "onnxruntime":
+            assert path.name == "onnxruntime_engine.py"
+        if part == "runtime":
+            assert words[0] in {*sys.stdlib_module_names, "numpy", "mess_compile", "onnxruntime"}, f"{path} {name}"
+
+
+def test_a_user_does_not_wait_for_heavy_imports_to_read_the_help() -> None:
+    code = (
+        "import sys; from mess_compile.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('numpy', 'torch', 'onnx', 'onnxruntime', 'rich', 'PIL') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip().endswith("[]")
+
+
+def test_the_command_line_runs_without_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from mess_compile import steps, inspection, bench, profiling, demo, doctor, bundle, evaluation"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
