@@ -173,7 +173,9 @@ def search(
     table = latency.read_latency_table(workspace.latency(target.name))
     latency.check_current(table, graph_set)
     found = _current_statistics(workspace, graph_set, split, progress)
-    result = solve(Evidence(graph_set, table, found), requirement)
+    result = solve(
+        Evidence(graph_set, table, found), requirement, lambda done, total: progress("search", done, total)
+    )
     plans.write_result(workspace.plan(target.name), result)
     return result
 

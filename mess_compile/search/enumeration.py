@@ -12,6 +12,7 @@ from mess_compile.search.space import Options
 from mess_compile.statistics import ExitStatistics
 
 STATES = 8192
+UNTHREADED_SIZE = 1 << 18
 Floats = NDArray[np.float64]
 Index = NDArray[np.intp]
 Ints = NDArray[np.int64]
@@ -131,8 +132,8 @@ def best_outcomes(
     `first_leaves` (options, n) tells which images each of the first head's options sends away.
     """
     base = scores.of_head[last]
-    sums = (scores.of_head[early[1]] - base).T @ states.leaves  # (2 * classes, states)
-    fixed = (scores.of_head[early[0]] - base).T @ first_leaves.T + base.sum(axis=0)[:, None]
+    sums = _product(scores.of_head[early[1]] - base, states.leaves)  # (2 * classes, states)
+    fixed = _product(scores.of_head[early[0]] - base, first_leaves.T.astype(np.float64)) + base.sum(axis=0)[:, None]
     sums += fixed[:, states.first]
     miou = scores.miou(sums)
     best = np.maximum.reduceat(miou, states.starts)
@@ -140,6 +141,20 @@ def best_outcomes(
     group = np.searchsorted(states.starts, at_best, side="right") - 1
     member = at_best[np.unique(group, return_index=True)[1]]
     return Outcomes(states.first[member], states.second[member], states.at_first, states.at_second, best)
+
+
+def _product(weights: Floats, leaves: Floats) -> Floats:
+    """`weights.T @ leaves`, in slices that OpenBLAS computes in one thread.
+
+    Two threads gain little on matrices of this size, and with another process on the cores they wait for each other:
+    a product then takes twenty times as long.
+    """
+    product = np.empty((weights.shape[1], leaves.shape[1]))
+    step = max(8, UNTHREADED_SIZE // weights.size)
+    for start in range(0, leaves.shape[1], step):
+        part = slice(start, start + step)
+        np.matmul(weights.T, leaves[:, part], out=product[:, part])
+    return product
 
 
 def merged(parts: list[Outcomes]) -> Outcomes:

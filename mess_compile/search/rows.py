@@ -178,7 +178,7 @@ def stages_of_row(evidence: Evidence, rows: Rows, plan: Any) -> tuple[Stage, ...
 
 
 def text_of_stages(stages: Sequence[Stage]) -> tuple[tuple[str, ...], ...]:
-    """What decides between equals: exit points, head names, threshold rows, cuts, as text (issue 6)."""
+    """What decides between equals: exit points, head names, threshold rows, cuts, as text (issue 5)."""
     early = [stage for stage in stages if stage.cut is not None]
     return (
         tuple(str(stage.exit_point) for stage in stages),

@@ -1,4 +1,4 @@
-"""The search of issue 6 written plainly, image by image and plan by plan, apart from the code under test."""
+"""The search of issue 5 written plainly, image by image and plan by plan, apart from the code under test."""
 
 from __future__ import annotations
 
