@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ HEAD_KINDS = ("fcn", "dlb")
 CONFIDENCES = ("top1", "margin", "entropy")
 DEFAULT_THRESHOLDS = (0.40, 0.50, 0.60, 0.70, 0.75, 0.80, 0.85, 0.90, 0.93, 0.96, 0.98, 0.99)
 _HEAD_NAME = re.compile(r"(fcn|dlb)-crm([1-9]\d*)-b(\d)(-rdi)?")
+MAX_SIDE = 1 << 14
+DTYPES = ("uint8", "int32", "int64", "float32")
 _GRAPHS_REMEDY = "run `mess-compile export`"
 
 
@@ -154,16 +157,18 @@ class CandidateNetwork:
 def candidate_from_json(content: dict[str, Any]) -> CandidateNetwork:
     """Inverse of `CandidateNetwork.to_json`. Raises KeyError, TypeError or ValueError on damaged content."""
     exit_points = tuple(
-        ExitPoint(str(p["name"]), str(p["block"]), int(p["channels"]), _pair(p["hw"]), int(p["macs"]))
+        ExitPoint(str(p["name"]), str(p["block"]), int(p["channels"]), _pair(p["hw"]), _count(p["macs"]))
         for p in content["exit_points"]
     )
-    heads = tuple(Head(int(h["exit_point"]), str(h["config"]), int(h["macs"])) for h in content["heads"])
+    heads = tuple(Head(int(h["exit_point"]), str(h["config"]), _count(h["macs"])) for h in content["heads"])
     classes = tuple(str(name) for name in content["classes"])
     colours = tuple((int(r), int(g), int(b)) for r, g, b in content["colours"])
     if not heads or not exit_points or any(not 1 <= h.exit_point <= len(exit_points) for h in heads):
         raise ValueError("heads and exit points do not fit each other")
     if len(colours) != len(classes):
         raise ValueError(f"{len(colours)} colours for {len(classes)} classes")
+    if not all(1 <= side <= MAX_SIDE for side in _pair(content["input_hw"])):
+        raise ValueError(f"input_hw {content['input_hw']} is not of sides from 1 to {MAX_SIDE}")
     network = CandidateNetwork(
         backbone=str(content["backbone"]),
         classes=classes,
@@ -177,6 +182,14 @@ def candidate_from_json(content: dict[str, Any]) -> CandidateNetwork:
     if network.head(network.baseline).exit_point != len(exit_points):
         raise ValueError(f"the baseline head {network.baseline} is not at the final exit")
     return network
+
+
+def _count(value: Any) -> int:
+    """A workload or size: sums over a data set must fit 64 bits."""
+    number = int(value)
+    if not 0 <= number < 1 << 48:
+        raise ValueError(f"{number} is no workload or size")
+    return number
 
 
 def _pair(values: Any) -> tuple[int, int]:
@@ -283,11 +296,16 @@ def _graph_spec_from_json(content: dict[str, Any]) -> GraphSpec:
         sha256=str(content["sha256"]),
         inputs=_tensors_from_json(content["inputs"]),
         outputs=_tensors_from_json(content["outputs"]),
-        macs=int(content["macs"]),
-        bytes=int(content["bytes"]),
-        workspace_bytes=int(content["workspace_bytes"]),
+        macs=_count(content["macs"]),
+        bytes=_count(content["bytes"]),
+        workspace_bytes=_count(content["workspace_bytes"]),
     )
 
 
 def _tensors_from_json(content: Any) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(str(t["name"]), str(t["dtype"]), tuple(int(d) for d in t["shape"])) for t in content)
+    specs = tuple(TensorSpec(str(t["name"]), str(t["dtype"]), tuple(int(d) for d in t["shape"])) for t in content)
+    for spec in specs:
+        _count(math.prod(spec.shape))
+        if spec.dtype not in DTYPES:
+            raise ValueError(f"tensor {spec.name} has dtype {spec.dtype!r}, not one of {', '.join(DTYPES)}")
+    return specs

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mess_compile import __version__
-from mess_compile.runtime.errors import InputError, MessError
+from mess_compile.console import Group, fail, print_json, print_next, print_table, progress_bar, quoted
+from mess_compile.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
@@ -24,51 +22,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-class _Group(click.Group):
-    """Unknown commands get the nearest known name; what goes wrong is one line and exit code 1."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            import difflib
-
-            near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx) from error
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except MessError as error:
-            _fail(str(error))
-        except KeyboardInterrupt:
-            _fail("stopped; what was finished is kept, and the same command continues")
-        except MemoryError:
-            _fail("out of memory; use a smaller input, batch or group of heads")
-        except BrokenPipeError:
-            sys.exit(1)
-        except OSError as error:
-            _fail(_os_message(error))
-
-
-def _fail(message: str) -> None:
-    click.echo(f"error: {message}", err=True)
-    sys.exit(1)
-
-
-def _os_message(error: OSError) -> str:
-    place = f" ({error.filename})" if error.filename else ""
-    remedies = {
-        errno.ENOSPC: "the disk is full: free some space and run the same command again",
-        errno.EROFS: "the file system is read-only: work in a folder that can be written (-C DIR)",
-        errno.EACCES: "permission denied: work in a folder that can be written (-C DIR)",
-        errno.EPERM: "permission denied: work in a folder that can be written (-C DIR)",
-    }
-    return remedies.get(error.errno or 0, error.strerror or str(error)) + place
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("-C", "folder", type=_FOLDER, default=".", help="The workspace: the current folder by default.")
 @click.version_option(__version__)
 @click.pass_context
@@ -92,48 +46,19 @@ def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
 
 
-def _print_json(content: dict[str, Any]) -> None:
-    click.echo(json.dumps(content, default=str))
-
-
-def _next(*commands: str) -> None:
-    click.echo("next: " + "\n      ".join(commands))
-
-
-@contextmanager
-def _progress(as_json: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error while it is a terminal; silence otherwise."""
-    if as_json or not sys.stderr.isatty():
-        yield lambda label, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description:<24.24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
-
-
-def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """A plain table, left column left, the others right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    if title:
-        click.echo(title)
-    for row in [header, *rows]:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        click.echo("  ".join(cells).rstrip())
-
-
 def _print_tables(tables: Any) -> None:
     for table in tables:
-        _table(table.title, list(table.header), [list(row) for row in table.rows])
+        print_table(table.title, table.header, table.rows)
 
 
 def _size(text: str) -> tuple[int, int]:
+    from mess_compile.candidates import MAX_SIDE
+
     height, separator, width = text.lower().partition("x")
     if not separator or not height.isdecimal() or not width.isdecimal() or min(int(height), int(width)) < 32:
         raise InputError(f"size {text!r} is not HEIGHTxWIDTH of at least 32x32, such as 360x480")
+    if max(int(height), int(width)) > MAX_SIDE:
+        raise InputError(f"size {text!r} is more than {MAX_SIDE}x{MAX_SIDE}")
     return int(height), int(width)
 
 
@@ -171,11 +96,12 @@ def demo(folder: Path) -> None:
 @click.option("--temperature", default=1.0, show_default=True, help="Temperature of the teacher.")
 @click.option("--head-memory", default=4096, show_default=True, help="MiB for the heads that train in one pass.")
 @click.option("--weights", type=_FILE, help="torchvision ImageNet weights of the backbone (.pth or .safetensors).")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@_json_option
 @click.pass_obj
-def train(workspace: Workspace, /, data: Path, **options: Any) -> None:
+def train(workspace: Workspace, /, data: Path, as_json: bool, **options: Any) -> None:
     """Train a candidate network in two stages; the same command continues an interrupted training."""
-    from mess_compile import steps
+    from mess_compile import inspection, steps
     from mess_compile.runtime.errors import EngineError
 
     try:
@@ -200,13 +126,16 @@ def train(workspace: Workspace, /, data: Path, **options: Any) -> None:
         head_memory_mib=options["head_memory"],
         seed=options["seed"],
     )
-    steps.train(workspace, data, choice, recipe, click.echo, options["weights"])
+    report = partial(click.echo, err=as_json)
+    candidate = steps.train(workspace, data, choice, recipe, report, options["weights"])
+    if as_json:
+        return print_json({"folder": str(workspace.candidate), **inspection.inspect_candidate(candidate).content})
     click.echo(f"candidate network in {workspace.candidate}")
-    _next("mess-compile export")
+    return print_next("export")
 
 
 @main.command()
-@click.argument("source", type=click.Path(path_type=Path, exists=True), required=False)
+@click.argument("source", type=click.Path(path_type=Path), required=False)
 @click.option("--confidence", type=click.Choice(["top1", "margin", "entropy"]), default="top1", show_default=True)
 @click.option("--plain", is_flag=True, help="Leave the edge-aware step (Eq. 2-3) of the gate out.")
 @_json_option
@@ -216,17 +145,17 @@ def export(workspace: Workspace, source: Path | None, confidence: str, plain: bo
     from mess_compile import inspection, steps
     from mess_compile.candidates import Gate
 
-    with _progress(as_json) as progress:
+    with progress_bar(as_json) as progress:
         graph_set = steps.export(workspace, source, Gate(confidence, not plain), progress)
     candidate = graph_set.candidate
     if as_json:
-        return _print_json(inspection.inspect_graphs(graph_set).content)
-    weights = sum(path.stat().st_size for path in (workspace.graphs / "weights").iterdir())
+        return print_json(inspection.inspect_graphs(graph_set).content)
+    weights = sum(path.stat().st_size for path in (workspace.graphs / "weights").glob("*"))
     click.echo(
         f"{len(graph_set.graphs)} graphs in {workspace.graphs}: {len(candidate.segments())} segments, "
         f"{len(candidate.heads)} heads; weights {weights / 2**20:.1f} MiB; all agree with the whole network"
     )
-    return _next("mess-compile profile --device host")
+    return print_next("profile --device host")
 
 
 @main.command()
@@ -238,13 +167,13 @@ def evaluate(workspace: Workspace, data: Path | None, split: str | None, as_json
     """Record how sure and how right every head is on labelled images."""
     from mess_compile import inspection, steps
 
-    with _progress(as_json) as progress:
+    with progress_bar(as_json) as progress:
         found = steps.evaluate(workspace, data, split, progress)
     described = inspection.inspect_statistics(found)
     if as_json:
-        return _print_json(described.content)
+        return print_json(described.content)
     _print_tables(described.tables)
-    return _next("mess-compile search --max-err 1%")
+    return print_next("search --max-err 1%")
 
 
 @main.command()
@@ -255,17 +184,17 @@ def profile(workspace: Workspace, device: str | None, as_json: bool) -> None:
     """Measure every graph on the device; a killed measurement continues."""
     from mess_compile import inspection, steps
 
-    with _progress(as_json) as progress:
+    with progress_bar(as_json) as progress:
         table = steps.profile(workspace, device, progress)
     if as_json:
-        return _print_json(inspection.inspect_latency(table).content)
+        return print_json(inspection.inspect_latency(table).content)
     baseline = table.latency("baseline", "fp32")
     click.echo(
         f"{len(table.entries)} entries measured on {table.device} ({table.library} {table.library_version}, "
         f"{table.environment['cpu']}, {table.environment['cores']} cores): baseline {baseline.mean_ms:.2f} ms "
         f"(p99 {baseline.p99_ms:.2f})"
     )
-    return _next("mess-compile search --max-err 1%")
+    return print_next("search --max-err 1%")
 
 
 @main.command()
@@ -295,10 +224,10 @@ def search(workspace: Workspace, /, device: str | None, split: str | None, as_js
     from mess_compile.search.plan import result_to_json
 
     requirement = _requirement(options)
-    with _progress(as_json) as progress:
+    with progress_bar(as_json) as progress:
         result = steps.search(workspace, device, split, requirement, progress)
     if as_json:
-        return _print_json(result_to_json(result))
+        return print_json(result_to_json(result))
     _print_plan(result.plan)
     certificate = result.certificate
     click.echo(
@@ -306,7 +235,7 @@ def search(workspace: Workspace, /, device: str | None, split: str | None, as_js
         f"gap {certificate.gap:g}; front of {len(result.front)} plans"
     )
     click.echo(f"chosen on the images of {result.plan.predicted.split}: a result from tuning data")
-    return _next("mess-compile bundle")
+    return print_next("bundle")
 
 
 def _requirement(options: dict[str, Any]) -> Any:
@@ -334,10 +263,14 @@ def _print_plan(plan: Any) -> None:
         threshold = f"{plan.gate.thresholds[stage.row]:.2f}"
         cut = "-" if stage.cut is None else str(stage.cut)
         rows.append([f"exit {number}", stage.head, threshold, cut, f"{rate:.0%}"])
-    _table(f"plan for {plan.device}, {plan.setting}", ["", "head", "pixels sure at", "leaves at count", "images"], rows)
+    print_table(
+        f"plan for {plan.device}, {plan.setting}", ["", "head", "pixels sure at", "leaves at count", "images"], rows
+    )
     names = ["", "mIoU %", "latency ms", "p95 ms", "GMACs", "memory MiB"]
     figures = [["baseline", *_figures(plan.baseline)], ["plan", *_figures(plan.predicted)]]
-    _table(f"{plan.predicted.source} latency, {plan.predicted.images} images of {plan.predicted.split}", names, figures)
+    print_table(
+        f"{plan.predicted.source} latency, {plan.predicted.images} images of {plan.predicted.split}", names, figures
+    )
     latency, workload = (
         plan.baseline.latency_ms / plan.predicted.latency_ms,
         plan.baseline.gmacs / plan.predicted.gmacs,
@@ -367,9 +300,9 @@ def bundle(workspace: Workspace, plan: Path | None, output: Path | None, as_json
     path, manifest = steps.bundle(workspace, plan, output)
     size = path.stat().st_size
     if as_json:
-        return _print_json({"bundle": str(path), "bytes": size, "files": len(manifest.files)})
+        return print_json({"bundle": str(path), "bytes": size, "files": len(manifest.files)})
     click.echo(f"{path}: {size / 2**20:.2f} MiB, {len(manifest.files)} files, {len(manifest.golden)} golden frames")
-    return _next(f"mess-compile run {path} IMAGE...", f"mess-compile bench {path} --data DIR")
+    return print_next(f"run {quoted(path)} IMAGE...", f"bench {quoted(path)} --data DIR")
 
 
 @main.command()
@@ -397,8 +330,8 @@ def run(
 
     results = steps.run(bundle, images, output, progressive, truth, tell)
     if as_json:
-        return _print_json({"images": [asdict(result) for result in results]})
-    return _next(f"mess-compile bench {bundle} --data DIR")
+        return print_json({"images": [asdict(result) for result in results]})
+    return print_next(f"bench {quoted(bundle)} --data DIR")
 
 
 @main.command()
@@ -412,16 +345,16 @@ def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, pas
     """Measured against predicted, and against the single-exit baseline in the same run."""
     from mess_compile import steps
 
-    with _progress(as_json) as progress:
+    with progress_bar(as_json) as progress:
         result = steps.bench(workspace, bundle, data, split, passes, progress)
     if as_json:
-        return _print_json(asdict(result))
+        return print_json(asdict(result))
     columns = ("baseline", "predicted", "replayed", "measured")
     rows = [
         [name, f"{c.miou:.2f}", f"{c.latency_ms:.2f}", f"{c.gmacs:.3f}", _rates(c.exit_rates)]
         for name, c in ((name, getattr(result, name)) for name in columns)
     ]
-    _table(
+    print_table(
         f"{result.images} images of {result.split}, {result.passes} passes",
         ["", "mIoU %", "latency ms", "GMACs", "exits"],
         rows,
@@ -436,7 +369,7 @@ def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, pas
             f"{near.image}: replayed exit {near.replayed_exit}, measured {near.measured_exit}, "
             f"{near.counts_from_cut} counts from the cut"
         )
-    return _next("mess-compile search with another requirement, or take the bundle to the device")
+    return print_next("search --max-err 0.1%", f"verify {quoted(bundle)}")
 
 
 @main.command()
@@ -449,11 +382,15 @@ def verify(bundle: Path, as_json: bool) -> None:
     checks = verify_bundle(bundle)
     good = all(check.passed for check in checks)
     if as_json:
-        _print_json({"passed": good, "checks": [asdict(check) for check in checks]})
+        print_json({"passed": good, "checks": [asdict(check) for check in checks]})
     else:
         for check in checks:
             click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
-    sys.exit(0 if good else 1)
+    if not good:
+        failed = ", ".join(check.name for check in checks if not check.passed)
+        fail(f"{bundle} does not compute here what it was made to ({failed}): write it again on this machine")
+    if not as_json:
+        print_next(f"run {quoted(bundle)} IMAGE...")
 
 
 @main.command()
@@ -465,9 +402,10 @@ def devices(workspace: Workspace, as_json: bool) -> None:
 
     targets = known_targets(workspace.root)
     if as_json:
-        return _print_json({"devices": [asdict(target) for target in targets.values()]})
+        return print_json({"devices": [asdict(target) for target in targets.values()]})
     rows = [[t.name, t.library, ",".join(t.precisions), t.description] for t in targets.values()]
-    return _table("", ["device", "library", "precisions", "description"], rows)
+    print_table("", ["device", "library", "precisions", "description"], rows)
+    return print_next("profile --device host")
 
 
 @main.command()
@@ -478,15 +416,17 @@ def doctor(as_json: bool) -> None:
 
     findings = examine()
     if as_json:
-        return _print_json({"findings": [asdict(finding) for finding in findings]})
+        return print_json({"findings": [asdict(finding) for finding in findings]})
     for finding in findings:
         click.echo(f"{'yes' if finding.possible else 'no '}  {finding.what}: {finding.detail}")
-    return None
+    return print_next("demo", "train --data DIR")
 
 
 @main.command()
 @click.argument("thing")
-@click.option("--classes", default=21, show_default=True, help="Classes, when THING is a backbone.")
+@click.option(
+    "--classes", type=click.IntRange(2, 255), default=21, show_default=True, help="Classes, when THING is a backbone."
+)
 @click.option("--input", "input_hw", default="512x512", show_default=True, help="Input size, when THING is a backbone.")
 @click.option("--exits", default=6, show_default=True, help="Exit points, when THING is a backbone.")
 @_json_option
@@ -497,5 +437,14 @@ def inspect(workspace: Workspace, thing: str, classes: int, input_hw: str, exits
 
     found = inspection.inspect(workspace, thing, classes, _size(input_hw), exits)
     if as_json:
-        return _print_json(found.content)
-    return _print_tables(found.tables)
+        return print_json(found.content)
+    _print_tables(found.tables)
+    return print_next(_after_inspection(thing))
+
+
+def _after_inspection(thing: str) -> str:
+    if thing in ("resnet50", "mobilenetv2"):
+        return f"train --data DIR --backbone {thing}"
+    after = {"graphs": "profile --device host", "plan": "bundle"}
+    after |= dict.fromkeys(("statistics", "latency"), "search --max-err 1%")
+    return after.get(thing, f"run {quoted(Path(thing))} IMAGE...")

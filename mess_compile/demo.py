@@ -42,8 +42,8 @@ def _commands(folder: Path) -> list[list[str]]:
     shown = sorted(str(path) for path in images.iterdir() if path.suffix in IMAGE_SUFFIXES)[:PICTURES]
     truth = str(folder / "data" / "test" / "labels")
     train = [*here, "train", "--data", data, "--input", f"{INPUT_HW[0]}x{INPUT_HW[1]}", "--width", "0.5"]
-    train += ["--exits", "features.3,features.6,features.10,features.13,features.17", "--epochs", "7", "4"]
-    train += ["--heads", "fcn-crm1-b0,fcn-crm1-b1,fcn-crm1-b2-rdi", "--learning-rate", "0.004"]
+    train += ["--exits", "features.3,features.6,features.10,features.17", "--epochs", "10", "4"]
+    train += ["--heads", "fcn-crm1-b0,fcn-crm1-b1,fcn-crm2-b2-rdi", "--learning-rate", "0.004"]
     commands = [] if (folder / "candidate" / "network.json").is_file() else [train]
     return [
         *commands,

@@ -64,7 +64,7 @@ def torch_reference(network: OverprovisionedNetwork) -> Reference:
 
     def logits(frame: Array) -> dict[str, Array]:
         with torch.inference_mode():
-            _, found = network.eval()(normalise(torch.from_numpy(np.ascontiguousarray(frame))[None]))
+            _, found = network.eval()(normalise(torch.tensor(frame)[None]))
         return {name: values.numpy() for name, values in found.items()}
 
     return logits

@@ -52,6 +52,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             os.replace(path, old)
         os.replace(temporary, path)
     finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
@@ -71,8 +73,8 @@ def read_json(path: Path, format: str, version: int, remedy: str) -> dict[str, A
     if not path.is_file():
         raise InputError(f"{path} does not exist: {remedy}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}): {remedy}") from error
     if not isinstance(content, dict) or content.get("format") != format:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
@@ -82,9 +84,15 @@ def read_json(path: Path, format: str, version: int, remedy: str) -> dict[str, A
     return content
 
 
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
 def decoded(path: Path, remedy: str, decode: Callable[[], Any]) -> Any:
-    """Run `decode` on content read from `path`; a wrong or missing key becomes an InputError."""
+    """Run `decode` on content read from `path`; a wrong value or missing key becomes an InputError naming the file."""
     try:
         return decode()
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except InputError as error:
+        raise InputError(f"{path} is damaged ({error}): {remedy}") from error
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error

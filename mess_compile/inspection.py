@@ -70,6 +70,11 @@ def inspect_backbone(backbone: str, classes: int, hw: tuple[int, int], exits: in
             heads=network.with_final_head(heads, exits),
         )
     )
+    return inspect_candidate(candidate)
+
+
+def inspect_candidate(candidate: CandidateNetwork) -> Inspection:
+    """Workload of every exit point, segment and head of a candidate network."""
     return Inspection(_workloads(candidate), _workload_tables(candidate))
 
 
@@ -92,7 +97,7 @@ def _workloads(candidate: CandidateNetwork) -> dict[str, Any]:
 
 
 def _workload_tables(candidate: CandidateNetwork) -> tuple[Table, ...]:
-    total = candidate.exit_points[-1].macs
+    total = candidate.exit_points[-1].macs or 1
     points = tuple(
         (p.name, p.block, str(p.channels), f"{p.hw[0]}x{p.hw[1]}", f"{_gmacs(p.macs):.3f}", f"{p.macs / total:.1%}")
         for p in candidate.exit_points

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ UPLOAD, DOWNLOAD, NULL = "upload", "download", "null"
 PSEUDO_GRAPHS = (UPLOAD, DOWNLOAD, NULL)
 SOURCES = ("measured", "estimated")
 Quantity = Literal["mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms"]
+_MOST_MS = 1e9  # sums over a data set, in ns, must fit 64 bits
 _QUANTITIES: tuple[Quantity, ...] = ("mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms")
 
 
@@ -209,7 +209,7 @@ def _table_from_json(content: dict[str, Any]) -> LatencyTable:
 def _latency_from_json(content: dict[str, Any]) -> Latency:
     milliseconds = {name: float(content[name]) for name in _QUANTITIES}
     for name, value in milliseconds.items():
-        if not math.isfinite(value) or value < 0:
+        if not 0 <= value <= _MOST_MS:
             raise ValueError(f"{name} of {content['graph']} is {value}")
     return Latency(
         graph=str(content["graph"]),

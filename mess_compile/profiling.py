@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def profile_graphs(
     """
     effort = effort or profile.Effort()
     jobs = profiling_jobs(graph_set)
-    samples = _Samples(path.with_suffix(".samples.jsonl"), _header(graph_set, library, effort))
+    names = {job.name for job in jobs}
+    samples = _Samples(path.with_suffix(".samples.jsonl"), _header(graph_set, library, effort), names)
     visited = samples.visited()
     total, done = len(jobs) * effort.visits, sum(visited.values())
     progress("profile", done, total)
@@ -91,12 +93,14 @@ def _header(graph_set: GraphSet, library: Library, effort: profile.Effort) -> di
 
 
 class _Samples:
-    """Visits on disk, one JSON line each behind a header; a half-written last line is dropped."""
+    """Visits on disk, one JSON line each behind a header; a half-written or damaged line is dropped."""
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], names: Collection[str]) -> None:
         self.path = path
+        self.names = names
         self.visits: dict[str, list[tuple[float, ...]]] = {}
-        first, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else [""]
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        first, *lines = text.splitlines() or [""]
         kept = [json.dumps(header)]
         if first == kept[0]:
             kept += [line for line in lines if self._take(line)]
@@ -106,11 +110,13 @@ class _Samples:
     def _take(self, line: str) -> bool:
         try:
             content = json.loads(line)
-            visit = tuple(float(value) for value in content["samples_ms"])
-            self.visits.setdefault(str(content["graph"]), []).append(visit)
-        except (ValueError, KeyError, TypeError):
+            name, visit = content["graph"], tuple(float(value) for value in content["samples_ms"])
+            usable = name in self.names and visit and all(0 <= value < math.inf for value in visit)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return False
-        return True
+        if usable:
+            self.visits.setdefault(name, []).append(visit)
+        return bool(usable)
 
     def visited(self) -> dict[str, int]:
         return {name: len(visits) for name, visits in self.visits.items()}

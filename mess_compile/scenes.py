@@ -50,7 +50,7 @@ class _Canvas:
     def _colour(self, label: int) -> tuple[int, int, int]:
         base = np.array(_PAINT[label], float)
         grey = base.mean()
-        mixed = base + self.difficulty * 0.7 * (grey - base) + self.rng.normal(0, 12 + 30 * self.difficulty, 3)
+        mixed = base + self.difficulty * 0.7 * (grey - base) + self.rng.normal(0, 10 + 20 * self.difficulty, 3)
         red, green, blue = (int(v) for v in np.clip(mixed, 0, 255))
         return red, green, blue
 
@@ -75,7 +75,7 @@ def make_scene(seed: int, hw: tuple[int, int], difficulty: float | None = None) 
     `difficulty` in 0..1 (drawn from the seed by default) sets how crowded, colourless, dark, blurred and noisy it is.
     """
     rng = np.random.default_rng(seed)
-    drawn = float(rng.beta(0.8, 0.8))
+    drawn = float(rng.beta(0.6, 0.6))
     hard = drawn if difficulty is None else difficulty
     canvas = _Canvas(hw, rng, hard)
     horizon = hw[0] * rng.uniform(0.38, 0.52)
@@ -128,7 +128,7 @@ def _photograph(canvas: _Canvas, hard: float) -> NDArray[np.uint8]:
     frame = np.asarray(blurred, float)
     shade = np.linspace(1.0, 1.0 - 0.5 * hard * rng.random(), canvas.width)[None, :, None]
     gain = 1.0 - 0.55 * hard * rng.random()
-    noise = rng.normal(0.0, 3.0 + 22.0 * hard, frame.shape)
+    noise = rng.normal(0.0, 3.0 + 15.0 * hard, frame.shape)
     return np.clip(frame * gain * shade + noise, 0, 255).astype(np.uint8)
 
 

@@ -157,10 +157,16 @@ def write_statistics(folder: Path, statistics: ExitStatistics) -> None:
         arrays = {}
         for name, dtype in _ARRAYS.items():
             path = temporary / f"{name}.npy"
-            np.save(path, np.ascontiguousarray(getattr(statistics, name), dtype=dtype))
+            _write_array(path, np.ascontiguousarray(getattr(statistics, name), dtype=dtype))
             arrays[name] = files.sha256_of_file(path)
         content = {**content, "gate": asdict(statistics.gate), "sha256": arrays}
         files.write_json(temporary / "statistics.json", "mess-statistics", 1, content)
+
+
+def _write_array(path: Path, array: NDArray[Any]) -> None:
+    with path.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+        stream.write(array.reshape(-1).view(np.uint8).data)  # numpy's own write hides what the system says
 
 
 def read_statistics(folder: Path) -> ExitStatistics:
@@ -214,3 +220,5 @@ def _check_shapes(statistics: ExitStatistics) -> None:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, not {np.dtype(_ARRAYS[name])} {shape}")
     if len(statistics.group) != n or len(statistics.cells) != heads:
         raise ValueError("image ids, groups, heads and cells do not fit each other")
+    if min(statistics.cells, default=1) < 1:
+        raise ValueError(f"cells {statistics.cells} are not positive")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import __version__, latency, scenes, statistics
-from mess_compile.candidates import Gate, GraphSet, read_graph_set
+from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, read_graph_set
 from mess_compile.dataset import open_dataset, read_frame, read_labels, samples
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime import frames
@@ -53,7 +53,7 @@ def train(
     recipe: Recipe,
     report: Callable[[str], None],
     imagenet: Path | None = None,
-) -> None:
+) -> CandidateNetwork:
     """Train a candidate network on `DATA/train` and write it to the workspace; `DATA/val` is looked at on the way."""
     stages, network = _torch_module("training.stages"), _torch_module("nets.network")
     folder = open_dataset(data, "train")
@@ -72,8 +72,10 @@ def train(
         width=choice.width,
     )
     validation = open_dataset(data, "val", folder.classes)
-    stages.train(architecture, folder, validation, workspace.candidate, recipe, report, imagenet)
+    trained = stages.train(architecture, folder, validation, workspace.candidate, recipe, report, imagenet)
     workspace.remember(data=data)
+    candidate: CandidateNetwork = trained.candidate
+    return candidate
 
 
 def export(workspace: Workspace, source: Path | None, gate: Gate, progress: Progress) -> GraphSet:
@@ -173,9 +175,7 @@ def search(
     table = latency.read_latency_table(workspace.latency(target.name))
     latency.check_current(table, graph_set)
     found = _current_statistics(workspace, graph_set, split, progress)
-    result = solve(
-        Evidence(graph_set, table, found), requirement, lambda done, total: progress("search", done, total)
-    )
+    result = solve(Evidence(graph_set, table, found), requirement, lambda done, total: progress("search", done, total))
     plans.write_result(workspace.plan(target.name), result)
     return result
 
@@ -202,6 +202,7 @@ def bundle(workspace: Workspace, plan: Path | None, output: Path | None) -> tupl
     graph_set = read_graph_set(workspace.graphs)
     chosen = plans.read_result(plan or workspace.plan(_target(workspace, None).name)).plan
     plans.check_plan_current(chosen, graph_set)
+    find_target(chosen.device, workspace.root)
     path = output or workspace.bundle(chosen.device)
     manifest = bundles.write_bundle(
         path,
@@ -239,6 +240,12 @@ def run(
     `truth` is a folder of label PNGs named as the images, shown at the end of the strip. Raises InputError,
     BundleError.
     """
+    stems = [image.stem for image in images]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"two images are named {twice}: their pictures would share a name; run them one by one (-o DIR)"
+        )
     with runtime_cascade.load(bundle) as cascade:
         results = []
         for image in images:

@@ -55,7 +55,7 @@ def _read_target(path: Path) -> Target:
     remedy = "see profiles/host.toml for an example"
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not TOML ({error}): {remedy}") from error
 
     def decode() -> Target:

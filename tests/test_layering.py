@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "mess_compile"
 TOP = ("cli", "demo", "steps", "inspection", "bench", "profiling", "doctor")
 ALLOWED = {
     "candidates": {"files", "runtime"},
+    "console": {"runtime"},
     "files": {"runtime"},
     "dataset": {"runtime"},
     "scenes": {"files", "dataset", "runtime"},

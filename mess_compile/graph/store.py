@@ -26,7 +26,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
     except DecodeError as error:
         raise InputError(f"{path} is not an ONNX model, or is truncated: {error}") from error
     if not model.graph.node:

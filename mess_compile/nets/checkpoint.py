@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mess_compile import files
-from mess_compile.candidates import head_config_from_name
+from mess_compile.candidates import MAX_SIDE, head_config_from_name
 from mess_compile.nets.network import Architecture, OverprovisionedNetwork
 from mess_compile.runtime.errors import InputError
 
@@ -41,6 +43,8 @@ def architecture_from_json(content: dict[str, Any]) -> Architecture:
         exit_point, config = str(name).split(".", 1)
         heads.append((int(exit_point.removeprefix("exit")), head_config_from_name(config)))
     height, width = content["input_hw"]
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise ValueError(f"input_hw {content['input_hw']} is not of sides from 1 to {MAX_SIDE}")
     return Architecture(
         backbone=str(content["backbone"]),
         classes=tuple(str(name) for name in content["classes"]),
@@ -62,7 +66,7 @@ def save_candidate(network: OverprovisionedNetwork, folder: Path) -> None:
     state = {key: _stored(value) for key, value in network.state_dict().items() if "num_batches" not in key}
     temporary = folder / ".weights.safetensors"
     try:
-        save_file(state, temporary)
+        write_tensors(temporary, state)
         digest = files.sha256_of_file(temporary)
         name = f"weights-{digest[:16]}.safetensors"
         temporary.replace(folder / name)
@@ -73,6 +77,16 @@ def save_candidate(network: OverprovisionedNetwork, folder: Path) -> None:
     for old in folder.glob("weights-*.safetensors"):
         if old.name != name:
             old.unlink()
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file. Raises OSError with the number that safetensors only mentions in its text."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _stored(value: torch.Tensor) -> torch.Tensor:

@@ -186,7 +186,7 @@ def _exit_points(architecture: Architecture) -> tuple[ExitPoint, ...]:
         if name not in names:
             raise InputError(f"{architecture.backbone} has no block {name!r}; it has {', '.join(names)}")
     order = [names.index(name) for name in architecture.exit_blocks]
-    if order != sorted(set(order)) or order[-1] != len(blocks) - 1:
+    if order != sorted(set(order)) or order[-1:] != [len(blocks) - 1]:
         raise InputError(f"exit blocks {', '.join(architecture.exit_blocks)} are not in order, ending with {names[-1]}")
     return tuple(replace(blocks[index], name=f"exit{number}") for number, index in enumerate(order, start=1))
 

@@ -11,7 +11,7 @@ import stat
 import struct
 import zipfile
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import BinaryIO, Dict, List, Mapping, Tuple, Union
 
 import numpy as np
@@ -63,7 +63,8 @@ def open_archive(path: Path) -> Archive:
     except (zipfile.BadZipFile, EOFError, ValueError, OverflowError, RuntimeError, struct.error) as error:
         raise BundleError(f"{path} is not a bundle ({error}): {_DAMAGED}") from error
     except OSError as error:
-        raise InputError(f"bundle {path} cannot be unpacked: {error}") from error
+        place = gettempdir()
+        raise InputError(f"bundle {path} cannot be read, or not unpacked in {place} (set TMPDIR): {error}") from error
 
 
 def _check_seal(stream: BinaryIO, path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mess_compile import files
 from mess_compile.candidates import Gate, GraphSet
-from mess_compile.runtime.errors import StaleError
+from mess_compile.runtime.errors import InputError, StaleError
 
 SETTINGS = ("input-dependent", "budgeted", "anytime")
 _FRONT_FIELDS = ("stages", "predicted", "reports")
@@ -104,13 +104,19 @@ class SearchResult:
 
 
 def check_plan_current(plan: Plan, graph_set: GraphSet) -> None:
-    """Raises StaleError when `plan` was made for another network or gate than `graph_set`."""
+    """Raises StaleError when `plan` was made for another network or gate than `graph_set`, InputError when its stages
+    do not fit these."""
     for what, different in (
         ("network", plan.network != graph_set.candidate.identity),
         ("gate", plan.gate != graph_set.gate),
     ):
         if different:
             raise StaleError(f"the plan for {plan.device} is of another {what} than {graph_set.root}: {_REMEDY}")
+    for stage in plan.stages:
+        if graph_set.candidate.head(stage.head).exit_point != stage.exit_point:
+            raise InputError(f"the plan for {plan.device} has {stage.head} at exit point {stage.exit_point}: {_REMEDY}")
+        if not 0 <= stage.row < len(plan.gate.thresholds):
+            raise InputError(f"the plan for {plan.device} has threshold row {stage.row}, not in its gate: {_REMEDY}")
 
 
 def result_to_json(result: SearchResult) -> dict[str, Any]:

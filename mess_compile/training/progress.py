@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from mess_compile import files
-from mess_compile.nets.checkpoint import load_state
+from mess_compile.nets.checkpoint import load_state, write_tensors
 from mess_compile.runtime.errors import InputError
 
 _REMEDY = "remove the folder `training` in it to start over"
@@ -54,7 +53,7 @@ def save_progress(folder: Path, progress: Progress, described: dict[str, Any]) -
     tensors = {f"weights.{key}": value.contiguous() for key, value in progress.weights.items()}
     tensors |= {f"optimiser.{key}": value.contiguous() for key, value in progress.optimiser.items()}
     with files.replaced(place / name) as temporary:
-        save_file(tensors, temporary)
+        write_tensors(temporary, tensors)
     content = {"stage": progress.stage, "group": progress.group, "epoch": progress.epoch, "tensors": name}
     files.write_json(place / "progress.json", "mess-training", 1, content | {"training": described})
     for old in place.glob("stage*.safetensors"):

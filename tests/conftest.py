@@ -1,0 +1,71 @@
+"""One small finished workspace for every test that needs one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mess_compile import scenes, steps
+from mess_compile.candidates import Gate
+from mess_compile.runtime import profile
+from mess_compile.search.requirement import Requirement
+from mess_compile.workspace import Workspace
+from tests.commands import contents
+
+HW = (64, 96)
+EFFORT = profile.Effort(visits=2, min_runs=4, min_s=0.0, warm_up_s=0.0)
+CHOICE = steps.NetworkChoice("mobilenetv2", HW, exits=3, heads=("fcn-crm1-b0", "fcn-crm2-b1"), width=0.25)
+
+
+def quiet(*told: object) -> None:
+    pass
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace after train, export, evaluate, profile, search and bundle; its plan has two exits or more.
+
+    Look only: `workspace` is a copy to work in.
+    """
+    from mess_compile.training.stages import Recipe
+
+    workspace = Workspace(tmp_path_factory.mktemp("finished") / "workspace")
+    data = workspace.root / "data"
+    scenes.write_scenes(data, {"train": 24, "val": 12, "test": 6}, HW)
+    steps.train(workspace, data, CHOICE, Recipe(epochs=(6, 3), batch=4, learning_rate=0.02), quiet)
+    steps.export(workspace, None, Gate(), quiet)
+    steps.evaluate(workspace, None, "val", quiet)
+    steps.profile(workspace, "host", quiet, EFFORT)
+    result = steps.search(workspace, None, None, Requirement(objective="accuracy"), quiet)
+    assert len(result.plan.stages) > 1, "the tests of the cascade want a plan with an early exit"
+    steps.bundle(workspace, None, None)
+    return workspace.root
+
+
+@pytest.fixture
+def workspace(finished: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the finished workspace: hard links, for commands never change a file but put another in its place."""
+    before = contents(finished)
+    yield Path(shutil.copytree(finished, tmp_path / "workspace", copy_function=os.link))
+    assert contents(finished) == before, "a file was changed where it lies: a killed command would leave half of it"
+
+
+@pytest.fixture
+def brief_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`profile` measures for milliseconds."""
+    monkeypatch.setattr(profile, "Effort", lambda: EFFORT)
+
+
+@pytest.fixture
+def nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a command unpacks for a moment is gone when it ends."""
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    yield
+    assert not list(place.iterdir())

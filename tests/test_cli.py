@@ -1,0 +1,391 @@
+"""The commands as a user meets them: what they print, what they say to do next, how they end."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from PIL import Image
+
+from mess_compile import steps
+from mess_compile.cli import main
+from mess_compile.runtime.profile import Effort
+from mess_compile.workspace import Workspace
+from tests.commands import TRAIN, done, first, printed_json, run
+
+pytestmark = pytest.mark.usefixtures("brief_profile")
+COLUMNS = ("baseline", "predicted", "replayed", "measured")
+WORKLOADS = {"backbone", "classes", "input_hw", "baseline", "exit_points", "segments", "heads"}
+KEYS = {
+    "train": {"folder", *WORKLOADS},
+    "export": {"gate", "graphs", *WORKLOADS},
+    "evaluate": {"split", "images", "device", "library", "precision", "threshold", "heads"},
+    "profile": {"device", "library", "library_version", "source", "environment", "entries"},
+    "search": {"source", "plan", "front", "certificate"},
+    "bundle": {"bundle", "bytes", "files"},
+    "run": {"images"},
+    "bench": {"bundle", "split", "images", "passes", "latency_ratio", "workload_ratio", "disagreements", *COLUMNS},
+    "verify": {"passed", "checks"},
+    "devices": {"devices"},
+    "doctor": {"findings"},
+    "inspect": WORKLOADS,
+}
+
+
+@pytest.fixture
+def arguments(workspace: Path) -> Callable[[str], tuple[str | Path, ...]]:
+    """How a user would call each command in the finished workspace."""
+    image = first(workspace / "data" / "test" / "images")
+    extra: dict[str, tuple[str | Path, ...]] = {
+        "train": (*TRAIN[1:], "--data", workspace / "data"),
+        "search": ("--max-err", "50%"),
+        "run": (workspace / "host.mess", image, "-o", workspace / "predictions"),
+        "bench": (workspace / "host.mess", "--split", "test", "--passes", "1"),
+        "verify": (workspace / "host.mess",),
+        "inspect": ("graphs",),
+    }
+    return lambda command: ("-C", workspace, command, *extra.get(command, ()))
+
+
+@pytest.mark.parametrize("command", KEYS)
+def test_programs_get_one_object_with_the_documented_keys(
+    arguments: Callable[[str], tuple[str | Path, ...]], command: str
+) -> None:
+    assert printed_json(*arguments(command)).keys() >= KEYS[command]
+
+
+@pytest.mark.parametrize("command", KEYS)
+def test_every_command_ends_with_what_to_do_next_there(
+    arguments: Callable[[str], tuple[str | Path, ...]], command: str, workspace: Path
+) -> None:
+    shown = done(*arguments(command))
+    proposed = re.findall(r"^(?:next: |      )mess-compile -C (\S+) (\S+)(.*)$", shown, re.MULTILINE)
+    assert proposed
+    assert shown.rstrip().endswith("".join(proposed[-1][1:]))
+    for folder, name, rest in proposed:
+        assert folder == str(workspace)
+        options = main.commands[name].params
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert any(option in parameter.opts for parameter in options if isinstance(parameter, click.Option))
+
+
+def test_every_command_is_covered_here() -> None:
+    assert set(main.commands) == {*KEYS, "demo"}
+
+
+def test_a_command_in_the_current_folder_proposes_commands_there(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)
+    assert "next: mess-compile run host.mess IMAGE..." in done("bundle")
+
+
+def test_a_mistyped_command_gets_the_nearest_one() -> None:
+    result = run("exprot")
+    assert result.exit_code == 2
+    assert "Did you mean 'export'?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("search", "--max-exits", "7"),
+        ("train",),
+        ("run",),
+        ("inspect", "resnet50", "--classes", "0"),
+        ("export", "--confidence", "luck"),
+        ("evaluate", "--bogus"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_help_is_not_an_error() -> None:
+    for command in main.commands:
+        assert done(command, "--help").startswith("Usage: ")
+
+
+def test_the_papers_baselines_have_the_papers_workload() -> None:
+    small = printed_json("inspect", "mobilenetv2", "--classes", "21", "--input", "512x512", "--exits", "1")
+    assert str(small["baseline"]["gmacs"]).startswith("8.78")
+    content = printed_json("inspect", "resnet50", "--classes", "21", "--input", "512x512")
+    assert str(content["baseline"]["gmacs"]).startswith("138.63")
+    assert len(content["exit_points"]) == 6
+    assert len(content["segments"]) == 21
+    assert len(content["heads"]) == 5 * 56 + 1
+    whole = next(segment for segment in content["segments"] if segment["name"] == "segment-0-6")
+    final = next(head for head in content["heads"] if head["exit_point"] == 6)
+    assert whole["gmacs"] + final["gmacs"] == pytest.approx(content["baseline"]["gmacs"])
+
+
+CHAIN = """
+import json, sys
+from mess_compile.cli import main
+from mess_compile.runtime import profile
+effort = profile.Effort(visits=1, min_runs=1, min_s=0.0, warm_up_s=0.0)
+profile.Effort = lambda: effort
+for command in json.loads(sys.argv[1]):
+    main.main(command, standalone_mode=False)
+"""
+
+
+def test_nothing_but_results_is_printed_along_the_whole_chain(workspace: Path, tmp_path: Path) -> None:
+    """In a process of its own: warnings of libraries would show on standard error."""
+    bundle, image = workspace / "host.mess", first(workspace / "data" / "val" / "images")
+    chain: list[tuple[str | Path, ...]] = [
+        (*TRAIN, "--data", workspace / "data"),
+        ("export",),
+        ("profile", "--device", "host"),
+        ("search", "--max-err", "100%"),
+        ("bundle",),
+        ("run", bundle, image, "-o", tmp_path),
+        ("bench", bundle, "--data", workspace / "data", "--passes", "1"),
+    ]
+    commands = json.dumps([["-C", *command] for command in [(workspace, *words) for words in chain]], default=str)
+    ended = subprocess.run([sys.executable, "-c", CHAIN, commands], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.count("next: mess-compile") == len(chain)
+
+
+class TestRun:
+    def test_pictures_have_the_frames_own_size_and_labels_are_values(self, workspace: Path, tmp_path: Path) -> None:
+        image = tmp_path / "frame.png"
+        Image.open(first(workspace / "data" / "test" / "images")).resize((150, 70)).save(image)
+        content = printed_json("run", workspace / "host.mess", image, "-o", tmp_path / "out")
+        assert {Path(path).name for path in content["images"][0]["pictures"]} == {
+            "frame.labels.png",
+            "frame.overlay.png",
+        }
+        labels = Image.open(tmp_path / "out" / "frame.labels.png")
+        assert (labels.mode, labels.size) == ("P", (150, 70))
+        assert np.asarray(labels).max() < 8
+        assert Image.open(tmp_path / "out" / "frame.overlay.png").size == (150, 70)
+
+    def test_the_strip_shows_the_input_every_exit_and_the_truth(self, workspace: Path, tmp_path: Path) -> None:
+        test = workspace / "data" / "test"
+        image = first(test / "images")
+        exits = len(printed_json("inspect", workspace / "host.mess")["plans"][0]["stages"])
+        widths = []
+        for truth in ((), ("--truth", test / "labels")):
+            done("run", workspace / "host.mess", image, "--progressive", "-o", tmp_path, *truth)
+            widths.append(Image.open(tmp_path / f"{image.stem}.progressive.png").width)
+        panel = widths[1] - widths[0]
+        assert abs(widths[0] / panel - (1 + exits)) < 0.1
+
+    def test_truth_without_the_strip_is_wrong_usage(self, workspace: Path) -> None:
+        image = first(workspace / "data" / "test" / "images")
+        assert run("run", workspace / "host.mess", image, "--truth", workspace).exit_code == 2
+
+
+def miou_of_pictures(pairs: list[tuple[np.ndarray, np.ndarray]], classes: int) -> float:
+    """From a confusion matrix, pixel by pixel."""
+    confusion = [[0] * classes for _ in range(classes)]
+    for guess, truth in pairs:
+        for predicted, actual in zip(guess.ravel().tolist(), truth.ravel().tolist(), strict=True):
+            if actual != 255:
+                confusion[actual][predicted] += 1
+    shares = []
+    for k in range(classes):
+        union = sum(confusion[k]) + sum(row[k] for row in confusion) - confusion[k][k]
+        if sum(confusion[k]):
+            shares.append(confusion[k][k] / union)
+    return 100 * sum(shares) / len(shares)
+
+
+class TestBench:
+    """Three columns that must tell one story, or nobody can trust the predicted one."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def bench(finished: Path) -> dict[str, Any]:
+        return printed_json("-C", finished, "bench", finished / "host.mess", "--split", "test", "--passes", "2")
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def predictions(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+        """What `run` says of the same images, with the labels it writes and the truth."""
+        images = sorted((finished / "data" / "test" / "images").iterdir())
+        content = printed_json("run", finished / "host.mess", *images, "-o", tmp_path_factory.mktemp("predictions"))
+        for result in content["images"]:
+            result["labels"] = np.asarray(Image.open(result["pictures"][0]))
+            truth = finished / "data" / "test" / "labels" / f"{Path(result['image']).stem}.png"
+            result["truth"] = np.asarray(Image.open(truth))
+        return list(content["images"])
+
+    def test_measured_and_replayed_exits_agree(
+        self, bench: dict[str, Any], predictions: list[dict[str, Any]], finished: Path
+    ) -> None:
+        exits = len(bench["predicted"]["exit_rates"])
+        expected = [sum(p["exit"] == e for p in predictions) / len(predictions) for e in range(1, exits + 1)]
+        assert bench["disagreements"] == []
+        assert bench["measured"]["exit_rates"] == bench["replayed"]["exit_rates"] == expected
+        assert bench["measured"]["gmacs"] == bench["replayed"]["gmacs"]
+
+    def test_miou_is_that_of_the_pictures_run_writes(
+        self, bench: dict[str, Any], predictions: list[dict[str, Any]]
+    ) -> None:
+        expected = miou_of_pictures([(p["labels"], p["truth"]) for p in predictions], 8)
+        assert bench["measured"]["miou"] == pytest.approx(expected, abs=1e-9)
+        assert bench["replayed"]["miou"] == bench["measured"]["miou"]
+
+    def test_the_baselines_miou_is_that_of_its_graph(self, bench: dict[str, Any], finished: Path) -> None:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(finished / "graphs" / "baseline.onnx"))
+        pairs = []
+        for image in sorted((finished / "data" / "test" / "images").iterdir()):
+            guess = session.run(["labels"], {"image": np.asarray(Image.open(image))[None]})[0][0]
+            pairs.append((guess, np.asarray(Image.open(image.parent.parent / "labels" / image.name))))
+        assert bench["baseline"]["miou"] == pytest.approx(miou_of_pictures(pairs, 8), abs=1e-9)
+
+    def test_workload_is_the_backbone_and_heads_that_ran(
+        self, bench: dict[str, Any], predictions: list[dict[str, Any]], finished: Path
+    ) -> None:
+        graphs = printed_json("-C", finished, "inspect", "graphs")
+        stages = printed_json("inspect", finished / "host.mess")["plans"][0]["stages"]
+        heads = {head["name"]: head["gmacs"] for head in graphs["heads"]}
+        points = [point["gmacs"] for point in graphs["exit_points"]]
+        spent = [
+            points[p["exit_point"] - 1] + sum(heads[stage["head"]] for stage in stages[: p["exit"]])
+            for p in predictions
+        ]
+        assert bench["measured"]["gmacs"] == pytest.approx(sum(spent) / len(spent))
+
+    def test_on_the_tuning_images_the_prediction_comes_true(self, finished: Path) -> None:
+        bench = printed_json("-C", finished, "bench", finished / "host.mess", "--split", "val", "--passes", "1")
+        plan = printed_json("-C", finished, "inspect", "plan")["plan"]["predicted"]
+        for column in COLUMNS[1:]:
+            assert bench[column]["exit_rates"] == plan["exit_rates"]
+            assert bench[column]["miou"] == pytest.approx(plan["miou"], abs=1e-9)
+            assert bench[column]["gmacs"] == pytest.approx(plan["gmacs"])
+        assert bench["replayed"]["latency_ms"] == pytest.approx(plan["latency_ms"])
+
+    def test_the_ratio_is_of_times_measured_in_the_same_run(self, bench: dict[str, Any]) -> None:
+        ratio = bench["baseline"]["latency_ms"] / bench["measured"]["latency_ms"]
+        assert bench["latency_ratio"] == pytest.approx(ratio)
+        assert bench["latency_ratio_range"][0] <= bench["latency_ratio_range"][1]
+        assert bench["workload_ratio"] == pytest.approx(bench["baseline"]["gmacs"] / bench["measured"]["gmacs"])
+
+
+EFFORT = Effort(visits=3, min_runs=3, min_s=0.09, warm_up_s=0.0)
+PROFILE = f"""
+import sys
+from pathlib import Path
+from mess_compile import steps
+from mess_compile.runtime.profile import Effort
+from mess_compile.workspace import Workspace
+steps.profile(Workspace(Path(sys.argv[1])), "host", lambda *told: None, {EFFORT!r})
+"""
+
+
+def started(*arguments: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, *arguments], stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_lines(process: subprocess.Popen[str], path: Path, count: int) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+class TestProfile:
+    """Measuring takes hours on a small device: a break may cost no visit, and no visit may count twice."""
+
+    @pytest.fixture
+    @staticmethod
+    def samples(workspace: Path) -> Iterator[Path]:
+        (workspace / "latency" / "host.json").unlink()
+        path = workspace / "latency" / "host.samples.jsonl"
+        yield path
+        assert not path.exists()
+
+    def test_a_killed_one_continues(self, workspace: Path, samples: Path) -> None:
+        process = started("-c", PROFILE, workspace)
+        wait_for_lines(process, samples, 8)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kept = samples.read_text().splitlines()[1:]
+        assert not (workspace / "latency" / "host.json").exists()
+        with samples.open("a") as stream:
+            stream.write('{"graph": "baseline", "samples_')
+        told: list[tuple[int, int]] = []
+        last = ""
+
+        def watch(label: str, visits: int, total: int) -> None:
+            nonlocal last
+            told.append((visits, total))
+            last = samples.read_text()
+
+        table = steps.profile(Workspace(workspace), None, watch, EFFORT)
+        lines = last.splitlines()[1:]
+        assert lines[: len(kept)] == kept
+        assert told[0] == (len(kept), 3 * len(table.entries))
+        assert len(told) == 1 + 3 * len(table.entries) - len(kept)
+        visits: dict[str, list[list[float]]] = {}
+        for line in map(json.loads, lines):
+            visits.setdefault(line["graph"], []).append(line["samples_ms"])
+        for (graph, _), entry in table.entries.items():
+            assert len(visits[graph]) == 3
+            measured = [value for visit in visits[graph] for value in visit]
+            assert entry.runs == len(measured)
+            assert entry.mean_ms == pytest.approx(sum(measured) / len(measured))
+
+    def test_ctrl_c_keeps_what_was_measured(self, workspace: Path, samples: Path) -> None:
+        code = "from mess_compile.cli import main; main()"
+        process = started("-c", code, "-C", workspace, "profile", "--device", "host")
+        wait_for_lines(process, samples, 2)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+        assert process.returncode == 1
+        assert stderr.startswith("error: stopped; what was finished is kept")
+        assert stderr.count("\n") == 1
+        assert len(samples.read_text().splitlines()) >= 2
+        done("-C", workspace, "profile")
+
+    def test_samples_of_other_graphs_do_not_count(self, workspace: Path, samples: Path) -> None:
+        done("-C", workspace, "profile")
+        samples.write_text(
+            '{"format": "mess-latency-samples", "graphs": {}}\n{"graph": "baseline", "samples_ms": [9e9]}\n'
+        )
+        done("-C", workspace, "profile")
+        table = printed_json("-C", workspace, "inspect", "latency")
+        assert all(entry["mean_ms"] < 1e6 for entry in table["entries"])
+
+    @pytest.mark.parametrize("text", ["", "\n", "[]\n", "\xff\xfe"])
+    def test_damaged_samples_are_measured_again(self, workspace: Path, samples: Path, text: str) -> None:
+        samples.write_text(text, encoding="latin-1")
+        done("-C", workspace, "profile")
+
+
+def test_a_slice_of_a_split_is_remembered(workspace: Path) -> None:
+    content = printed_json("-C", workspace, "evaluate", "--split", "val[:5]")
+    assert (content["split"], content["images"]) == ("val[:5]", 5)
+    assert printed_json("-C", workspace, "search")["plan"]["predicted"]["images"] == 5
+
+
+def test_search_evaluates_when_nobody_did(workspace: Path) -> None:
+    shutil.rmtree(workspace / "statistics")
+    assert "12 images of val" in done("-C", workspace, "search")
+
+
+def test_our_own_profiles_can_be_replaced(workspace: Path) -> None:
+    (workspace / "profiles").mkdir()
+    (workspace / "profiles" / "host.toml").write_text(
+        'name = "host"\ndescription = "my own"\nlibrary = "onnxruntime"\nprecisions = ["fp32"]\n'
+    )
+    content = printed_json("-C", workspace, "devices")
+    assert [target["description"] for target in content["devices"] if target["name"] == "host"] == ["my own"]
