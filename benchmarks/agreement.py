@@ -2,8 +2,9 @@
 
     python benchmarks/agreement.py examples/camvid --data DIR --split val
 
-For every head named (default: those of the plan's early exits, then one per early exit point) and some threshold rows,
-the cut is the one of the plan, or lies midway between the observed counts: the hardest place to agree.
+The early exits of the workspace's plan with its own cuts, then the heaviest head of each early exit point with the cut
+at the median of the counts: the hardest place to agree. "Same threshold" asks both for the same confident share of the
+image; "matched" lets the paper's policy exit as many images as the gate does, its surest ones.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mess_compile.runtime.engine import open_library
 from mess_compile.search.plan import read_result
 from mess_compile.statistics import threshold_table
 from mess_compile.workspace import Workspace
-from tests.paper_gate import agreement
+from tests.paper_gate import image_confidence
 
 ROWS = (0.7, 0.9)
 
@@ -57,11 +58,22 @@ def main() -> None:
             counts.append(int(library.download(found["counts"])[row]))
         kind = "median" if cut is None else "plan's"
         cut = int(np.ceil(np.median(counts))) if cut is None else cut
-        result = agreement(logits, counts, cut, gate.thresholds[row], candidate.input_hw, gate.confidence)
-        shares.append((kind, result.share))
-        print(f"{head}, pixels at {gate.thresholds[row]:.2f}, {kind} cut {cut}: {result.share:.1%} of {result.images}")
-    for kind in dict.fromkeys(kind for kind, _ in shares):
-        print(f"{kind} cuts: {np.mean([share for k, share in shares if k == kind]):.1%} of the decisions alike")
+        limit = gate.thresholds[row]
+        paper = np.array([image_confidence(x, limit, candidate.input_hw, gate.confidence) for x in logits])
+        ours = np.array(counts) >= cut
+        cells = logits[0].shape[1] * logits[0].shape[2]
+        same = float((ours == (paper >= cut / cells)).mean())
+        surest = np.argsort(np.argsort(-paper, kind="stable"), kind="stable") < ours.sum()
+        matched = float((ours == surest).mean())
+        correlation = float(np.corrcoef(paper, counts)[0, 1])
+        shares.append((kind, same, matched))
+        print(
+            f"{head}, pixels at {limit:.2f}, {kind} cut {cut}, {len(images)} images: same threshold "
+            f"{same:.1%}, matched {matched:.1%}; correlation of the shares {correlation:.3f}"
+        )
+    for kind in dict.fromkeys(kind for kind, *_ in shares):
+        same, matched = np.mean([values for k, *values in shares if k == kind], axis=0)
+        print(f"{kind} cuts: {same:.1%} of the decisions alike at the same threshold, {matched:.1%} matched")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file. Raises OSError with the number that safetensors only mentions in its text."""
     try:
         save_file(tensors, path)
+        path.chmod(0o644)
     except SafetensorError as error:
         number = re.search(r"(?:os error|code:) (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO

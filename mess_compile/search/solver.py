@@ -19,7 +19,7 @@ Mask = NDArray[np.bool_]
 
 
 def search(evidence: Evidence, requirement: Requirement, progress: Progress = lambda done, total: None) -> SearchResult:
-    """The optimum over the whole space, by enumeration; the space and the order of equals are those of the search issue (5).
+    """The optimum over the whole space, by enumeration; space and order of equals are those of the search issue (5).
 
     The front (mean latency, mIoU) is of the plans that keep the memory and workload bounds. `progress` is told
     (chains of heads done, in all). Raises RequirementError naming the best that can be reached when no plan satisfies

@@ -1,0 +1,37 @@
+"""The first thing a newcomer runs: it must end well, show a cascade at work, and leave pictures to look at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+PROGRAM = Path(sys.executable).parent / "mess-compile"
+
+
+def test_the_demo_ends_with_a_cascade_at_work(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    done = subprocess.run([PROGRAM, "demo", folder], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((folder / "plans" / "host.json").read_text())["plan"]
+    assert sum(rate >= 0.1 for rate in plan["predicted"]["exit_rates"]) >= 2
+    assert plan["predicted"]["miou"] >= plan["baseline"]["miou"] - 1
+    lines = done.stdout.splitlines()
+    assert {
+        line.split()[0] for line in lines if line.startswith(("baseline ", "predicted ", "replayed ", "measured "))
+    } == {
+        "baseline",
+        "predicted",
+        "replayed",
+        "measured",
+    }
+    pictures = [Path(line.strip()) for line in lines if line.endswith(".progressive.png")]
+    named = [picture for picture in pictures if picture.parent == folder / "predictions"]
+    assert len(named) >= 4
+    for picture in named:
+        with Image.open(picture) as image:
+            panels = 2 + len(plan["stages"])  # input and truth beside every exit
+            assert image.convert("RGB").width > 300 * panels

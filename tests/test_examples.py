@@ -1,0 +1,80 @@
+"""The examples' commands are what newcomers copy: they must work as written, in an untouched copy."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CAMVID = EXAMPLES / "camvid"
+PROGRAM = Path(sys.executable).parent / "mess-compile"
+EXPORT_SECONDS, SEARCH_SECONDS = 60, 30
+
+
+def commands(readme: Path, title: str) -> list[list[str]]:
+    """The commands of the indented block below a heading."""
+    section = re.split(r"^## ", readme.read_text(), flags=re.MULTILINE)
+    body = next(part for part in section if part.startswith(title))
+    return [line.split("#")[0].split()[1:] for line in body.splitlines() if line.startswith("    mess-compile")]
+
+
+def run(folder: Path, arguments: list[str]) -> tuple[str, float]:
+    started = time.monotonic()
+    done = subprocess.run([PROGRAM, *arguments], cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout, time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def camvid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the example with what its commands without data leave behind."""
+    folder = tmp_path_factory.mktemp("examples") / "camvid"
+    kept = subprocess.run(["git", "ls-files", "."], cwd=CAMVID, capture_output=True, text=True, check=True)
+    for name in kept.stdout.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(CAMVID / name, folder / name)
+    seconds = {}
+    for arguments in commands(CAMVID / "README.md", "Without the data"):
+        _, seconds[arguments[0]] = run(folder, arguments)
+    assert list(seconds) == ["export", "profile", "search", "bundle", "verify"]
+    return folder
+
+
+def test_the_camvid_example_works_without_the_data(camvid: Path) -> None:
+    plan = json.loads((camvid / "plans" / "host.json").read_text())["plan"]
+    assert plan["predicted"]["miou"] >= plan["baseline"]["miou"] - 1
+    assert plan["predicted"]["latency_ms"] < plan["baseline"]["latency_ms"]
+    assert plan["predicted"]["images"] == 50
+
+
+def test_the_camvid_network_is_the_one_promised(camvid: Path) -> None:
+    shown, _ = run(camvid, ["inspect", "graphs", "--json"])
+    graphs = json.loads(shown)
+    early = {head["exit_point"] for head in graphs["heads"]} - {len(graphs["exit_points"])}
+    assert len(early) == 5
+    assert sum(head["exit_point"] in early for head in graphs["heads"]) >= 20
+    assert graphs["input_hw"] == [180, 240]
+    assert sum(path.stat().st_size for path in (camvid / "candidate").iterdir()) <= 25e6
+
+
+def test_the_final_exit_is_worth_leaving_early_from(camvid: Path) -> None:
+    shown, _ = run(camvid, ["inspect", "statistics", "--json"])
+    heads = {head["name"]: head["miou"] for head in json.loads(shown)["heads"]}
+    assert heads["exit6.fcn-crm1-b0"] >= 55
+
+
+def test_the_example_keeps_no_image_and_no_place_of_its_makers() -> None:
+    kept = subprocess.run(["git", "ls-files", "."], cwd=EXAMPLES, capture_output=True, text=True, check=True)
+    names = kept.stdout.splitlines()
+    assert not [name for name in names if name.endswith((".jpg", ".jpeg"))]
+    for name in names:
+        if name.endswith((".json", ".md")):
+            assert "/work" not in (EXAMPLES / name).read_text()
