@@ -46,11 +46,15 @@ class NearCut:
 
 @dataclass(frozen=True)
 class Bench:
-    """`latency_ratio` and `workload_ratio` are baseline over cascade; `p95_ms` of the measured cascade."""
+    """`latency_ratio` and `workload_ratio` are baseline over cascade; `p95_ms` is of the measured cascade.
+
+    `tuned_on` counts the images among these that the plan was chosen on.
+    """
 
     bundle: str
     split: str
     images: int
+    tuned_on: int
     passes: int
     baseline: Column
     predicted: Column
@@ -102,12 +106,14 @@ def bench(
     graph_set: GraphSet,
     table: LatencyTable,
     data: DataSet,
+    ids_of_split: Callable[[str], frozenset[str]],
     passes: int,
     progress: Callable[[str, int, int], None],
 ) -> Bench:
     """Run the cascade and the baseline in turn on every image, `passes` times; score both.
 
-    `table` gives the replayed column its latencies. Raises InputError when bundle, workspace and data do not fit.
+    `table` gives the replayed column its latencies; `ids_of_split` the ids of the images of a split that plans were
+    chosen on. Raises InputError when bundle, workspace and data do not fit.
     """
     if passes < 1:
         raise InputError(f"passes is {passes}: at least 1 is needed")
@@ -117,7 +123,8 @@ def bench(
         with closing(cascade.library.load(graph_set.path(BASELINE))) as engine:
             single = _Baseline(engine, cascade.library, graph_set.candidate.input_hw)
             run = _measure(cascade, single, items, passes, progress)
-        return _compared(bundle, cascade, graph_set, table, data, items, run)
+        tuned_on = ids_of_split(cascade.plan.predicted.split)
+        return _compared(bundle, cascade, graph_set, table, data.split, items, tuned_on, run)
 
 
 def _check_fits(cascade: runtime_cascade.Cascade, graph_set: GraphSet, data: DataSet, bundle: Path) -> None:
@@ -174,8 +181,9 @@ def _compared(
     cascade: runtime_cascade.Cascade,
     graph_set: GraphSet,
     table: LatencyTable,
-    data: DataSet,
+    split: str,
     items: Sequence[Sample],
+    tuned_on: frozenset[str],
     run: _Run,
 ) -> Bench:
     plan, candidate = cascade.plan, graph_set.candidate
@@ -191,8 +199,9 @@ def _compared(
     baseline = Column(run.baseline_miou, baseline_ms, candidate.baseline_macs / 1e9, (1.0,))
     return Bench(
         bundle=str(bundle),
-        split=data.split,
+        split=split,
         images=len(items),
+        tuned_on=sum(sample.id in tuned_on for sample in items),
         passes=run.latency_ms.shape[1],
         baseline=baseline,
         predicted=Column(predicted.miou, predicted.latency_ms, predicted.gmacs, predicted.exit_rates),

@@ -364,6 +364,11 @@ def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, pas
         f"measured against the baseline in the same run: {result.latency_ratio:.2f}x in latency (passes {low:.2f} to "
         f"{high:.2f}), {result.workload_ratio:.2f}x in workload, {result.miou_difference:+.2f} pp of mIoU"
     )
+    if result.tuned_on:
+        click.echo(
+            f"the plan was chosen on {result.tuned_on} of these {result.images} images: a result from tuning data; "
+            "--split names others"
+        )
     for near in result.disagreements:
         click.echo(
             f"{near.image}: replayed exit {near.replayed_exit}, measured {near.measured_exit}, "

@@ -308,7 +308,11 @@ def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, pas
     device = _target(workspace, None).name
     table = latency.read_latency_table(workspace.latency(device))
     latency.check_current(table, graph_set)
-    return benches.bench(bundle, graph_set, table, folder, passes, progress)
+
+    def ids_of_split(name: str) -> frozenset[str]:
+        return frozenset(statistics.read_statistics(workspace.statistics(name)).image_id)
+
+    return benches.bench(bundle, graph_set, table, folder, ids_of_split, passes, progress)
 
 
 def _torch_module(name: str) -> Any:

@@ -230,6 +230,7 @@ class TestBench:
         exits = len(bench["predicted"]["exit_rates"])
         expected = [sum(p["exit"] == e for p in predictions) / len(predictions) for e in range(1, exits + 1)]
         assert bench["disagreements"] == []
+        assert bench["tuned_on"] == 0
         assert bench["measured"]["exit_rates"] == bench["replayed"]["exit_rates"] == expected
         assert bench["measured"]["gmacs"] == bench["replayed"]["gmacs"]
 
@@ -265,6 +266,7 @@ class TestBench:
 
     def test_on_the_tuning_images_the_prediction_comes_true(self, finished: Path) -> None:
         bench = printed_json("-C", finished, "bench", finished / "host.mess", "--split", "val", "--passes", "1")
+        assert bench["tuned_on"] == bench["images"]  # a user must not take these figures for a report
         plan = printed_json("-C", finished, "inspect", "plan")["plan"]["predicted"]
         for column in COLUMNS[1:]:
             assert bench[column]["exit_rates"] == plan["exit_rates"]

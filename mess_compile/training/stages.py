@@ -186,6 +186,7 @@ def _pretrain(network: OverprovisionedNetwork, run: _Run, progress: Progress | N
 def _pretrain_epoch(
     network: OverprovisionedNetwork, names: Sequence[str], run: _Run, epoch: int, optimiser: torch.optim.AdamW
 ) -> NDArray[np.float64]:
+    """The mean loss of every exit; not a number for one whose turn did not come."""
     sums, counts = np.zeros(len(names)), np.zeros(len(names))
     final = len(names) - 1
     for index, (images, labels) in enumerate(run.batches.epoch(epoch)):
@@ -199,11 +200,11 @@ def _pretrain_epoch(
         for i, part in zip(trained, parts, strict=True):
             sums[i] += part.item()
             counts[i] += 1
-    return sums / np.maximum(counts, 1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def _shown(values: NDArray[np.float64]) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
+    return " ".join("-" if np.isnan(value) else f"{value:.2f}" for value in values)
 
 
 def _with_all_heads(architecture: Architecture, progress: Progress) -> OverprovisionedNetwork:
