@@ -42,7 +42,7 @@ def find_target(name: str, workspace: Path) -> Target:
     if name in targets:
         return targets[name]
     near = difflib.get_close_matches(name, targets, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known devices: {', '.join(targets)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"known devices: {', '.join(targets)}."
     raise InputError(f"unknown device {name!r}: {hint} Add your own as {workspace / 'profiles' / 'NAME.toml'}")
 
 
