@@ -6,20 +6,21 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.candidates import BASELINE, GraphSet
 from mess_compile.dataset import DataSet, Sample, samples
-from mess_compile.latency import LatencyTable, path_costs_ns
+from mess_compile.evaluation import evaluate
+from mess_compile.latency import LatencyTable
 from mess_compile.runtime import cascade as runtime_cascade
-from mess_compile.runtime import frames
+from mess_compile.runtime import frames, manifest
 from mess_compile.runtime.engine import Engine, Library
 from mess_compile.runtime.errors import InputError
-from mess_compile.search.figures import exit_macs
-from mess_compile.statistics import Ints, miou
+from mess_compile.search.figures import Evidence, exit_macs, replay
+from mess_compile.search.plan import Figures, Stage
+from mess_compile.statistics import ExitStatistics, Ints, miou
 
 WARM_UP_FRAMES = 5
 
@@ -102,41 +103,53 @@ class _Baseline:
 
 
 def bench(
-    bundle: Path,
+    cascade: runtime_cascade.Cascade,
     graph_set: GraphSet,
     table: LatencyTable,
     data: DataSet,
-    ids_of_split: Callable[[str], frozenset[str]],
+    tuned_on: frozenset[str],
     passes: int,
     progress: Callable[[str, int, int], None],
 ) -> Bench:
-    """Run the cascade and the baseline in turn on every image, `passes` times; score both.
+    """Run the cascade and the baseline in turn on every image, `passes` times; replay the plan from fresh statistics.
 
-    `table` gives the replayed column its latencies; `ids_of_split` the ids of the images of a split that plans were
-    chosen on. Raises InputError when bundle, workspace and data do not fit.
+    `table` gives the replayed column its latencies; `tuned_on` holds the ids of the images that the plan was chosen on.
+    Raises InputError when bundle, workspace and data do not fit, or the plan is one that takes no decision to compare.
     """
     if passes < 1:
         raise InputError(f"passes is {passes}: at least 1 is needed")
-    with runtime_cascade.load(bundle, target=table.device) as cascade:
-        _check_fits(cascade, graph_set, data, bundle)
-        items = list(samples(data))
-        with closing(cascade.library.load(graph_set.path(BASELINE))) as engine:
-            single = _Baseline(engine, cascade.library, graph_set.candidate.input_hw)
-            run = _measure(cascade, single, items, passes, progress)
-        tuned_on = ids_of_split(cascade.plan.predicted.split)
-        return _compared(bundle, cascade, graph_set, table, data.split, items, tuned_on, run)
+    _check_fits(cascade, graph_set, data)
+    items = list(samples(data))
+    with closing(cascade.library.load(graph_set.path(BASELINE))) as engine:
+        single = _Baseline(engine, cascade.library, graph_set.candidate.input_hw)
+        run = _measure(cascade, single, items, passes, progress)
+    images = ((s.id, s.group, s.frame, s.labels) for s in items)
+    found = evaluate(
+        graph_set,
+        cascade.library,
+        images,
+        device=table.device,
+        split=data.split,
+        progress=lambda done: progress("replay", done, len(items)),
+    )
+    return _compared(cascade, Evidence(graph_set, table, found, cascade.plan.precision), items, tuned_on, run)
 
 
-def _check_fits(cascade: runtime_cascade.Cascade, graph_set: GraphSet, data: DataSet, bundle: Path) -> None:
-    network = cascade.manifest.network
+def _check_fits(cascade: runtime_cascade.Cascade, graph_set: GraphSet, data: DataSet) -> None:
+    name, network = cascade.manifest.name, cascade.manifest.network
+    if cascade.plan.setting == "anytime":
+        raise InputError(
+            f"bundle {name} is of the anytime setting, where every exit reports: look at it with "
+            "`mess-compile run --progressive`; bench compares plans whose images leave"
+        )
     if network.identity != graph_set.candidate.identity:
         raise InputError(
-            f"{bundle} holds another network than {graph_set.root}: run `mess-compile bundle` here, or bench it in its "
-            "own workspace (-C DIR)"
+            f"bundle {name} holds another network than {graph_set.root}: run `mess-compile bundle` here, or bench it "
+            "in its own workspace (-C DIR)"
         )
     if data.classes.names != network.classes:
         raise InputError(
-            f"{data.root} has the classes {', '.join(data.classes.names)}; {bundle} was trained on "
+            f"{data.root} has the classes {', '.join(data.classes.names)}; bundle {name} was trained on "
             f"{', '.join(network.classes)}"
         )
 
@@ -177,40 +190,30 @@ def _measure(
 
 
 def _compared(
-    bundle: Path,
     cascade: runtime_cascade.Cascade,
-    graph_set: GraphSet,
-    table: LatencyTable,
-    split: str,
+    evidence: Evidence,
     items: Sequence[Sample],
     tuned_on: frozenset[str],
     run: _Run,
 ) -> Bench:
-    plan, candidate = cascade.plan, graph_set.candidate
-    heads = [stage.head for stage in plan.stages]
-    gmacs = [macs / 1e9 for macs in exit_macs(candidate, heads)]
-    costs_ms = [cost / 1e6 for cost in path_costs_ns(table, candidate, heads, plan.precision)]
-    replayed_exits, margins, replayed_miou = _replay(cascade, items)
+    plan, candidate = cascade.plan, evidence.candidate
+    stages = tuple(Stage(stage.exit_point, stage.head, stage.row, stage.cut) for stage in plan.stages)
+    replayed_exits, replayed = replay(evidence, plan.setting, stages)
+    gmacs = [macs / 1e9 for macs in exit_macs(candidate, [stage.head for stage in stages])]
     per_pass = run.latency_ms.mean(axis=2)  # (2, passes)
     ratios = per_pass[1] / per_pass[0]
-    predicted = plan.predicted
     measured_ms, baseline_ms = (float(value) for value in run.latency_ms.mean(axis=(1, 2)))
-    measured = Column(run.cascade_miou, measured_ms, _mean_at(gmacs, run.exits), _rates(run.exits, len(heads)))
+    measured = Column(run.cascade_miou, measured_ms, _mean_at(gmacs, run.exits), _rates(run.exits, len(stages)))
     baseline = Column(run.baseline_miou, baseline_ms, candidate.baseline_macs / 1e9, (1.0,))
     return Bench(
-        bundle=str(bundle),
-        split=split,
+        bundle=cascade.manifest.name,
+        split=evidence.statistics.split,
         images=len(items),
         tuned_on=sum(sample.id in tuned_on for sample in items),
         passes=run.latency_ms.shape[1],
         baseline=baseline,
-        predicted=Column(predicted.miou, predicted.latency_ms, predicted.gmacs, predicted.exit_rates),
-        replayed=Column(
-            replayed_miou,
-            _mean_at(costs_ms, replayed_exits),
-            _mean_at(gmacs, replayed_exits),
-            _rates(replayed_exits, len(heads)),
-        ),
+        predicted=_column(plan.predicted),
+        replayed=_column(replayed),
         measured=measured,
         latency_ratio=baseline_ms / measured_ms,
         latency_ratio_range=(float(ratios.min()), float(ratios.max())),
@@ -218,29 +221,25 @@ def _compared(
         miou_difference=measured.miou - baseline.miou,
         p95_ms=float(np.percentile(run.latency_ms[0].mean(axis=0), 95)),
         disagreements=tuple(
-            NearCut(sample.id, replayed, real, margin)
-            for sample, replayed, real, margin in zip(items, replayed_exits, run.exits, margins, strict=True)
-            if replayed != real
+            NearCut(sample.id, int(expected), real, _counts_from_cut(evidence.statistics, index, stages))
+            for index, (sample, expected, real) in enumerate(zip(items, replayed_exits, run.exits, strict=True))
+            if expected != real
         ),
     )
 
 
-def _replay(cascade: runtime_cascade.Cascade, items: Sequence[Sample]) -> tuple[list[int], list[int], float]:
-    """Exits (from 1), distances from the nearest cut in counts, and mIoU, from every stage's counts and labels."""
-    score = _Score(len(cascade.manifest.network.classes))
-    exits, margins = [], []
-    for sample in items:
-        results = cascade.stages(sample.frame)
-        decisions = [
-            int(result.counts[stage.row]) - stage.cut
-            for result, stage in zip(results, cascade.plan.stages, strict=True)
-            if stage.cut is not None
-        ]
-        passed = [number for number, distance in enumerate(decisions, start=1) if distance >= 0]
-        exits.append(passed[0] if passed else len(results))
-        margins.append(min((abs(distance) for distance in decisions), default=0))
-        score.add(results[exits[-1] - 1].labels, sample.labels)
-    return exits, margins, score.miou
+def _column(figures: Figures | manifest.Figures) -> Column:
+    return Column(figures.miou, figures.latency_ms, figures.gmacs, figures.exit_rates)
+
+
+def _counts_from_cut(statistics: ExitStatistics, image: int, stages: Sequence[Stage]) -> int:
+    """How far the image's count lies from the nearest cut that it was held against."""
+    distances = [
+        abs(int(statistics.counts[image, statistics.head_index(stage.head), stage.row]) - stage.cut)
+        for stage in stages
+        if stage.cut is not None
+    ]
+    return min(distances)
 
 
 def _mean_at(values: Sequence[float], exits: Sequence[int]) -> float:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import uses_external_data
 
 from mess_compile import files
-from mess_compile.candidates import CandidateNetwork, GraphSet
+from mess_compile.candidates import CandidateNetwork, GraphSet, check_hash
 from mess_compile.latency import StageGraphs, stage_graphs
 from mess_compile.runtime import archive, cascade, manifest, verify
 from mess_compile.runtime.engine import open_library
@@ -74,12 +74,12 @@ def _graph_sources(graph_set: GraphSet, names: Sequence[StageGraphs]) -> _Source
     sources: _Sources = {}
     for name in dict.fromkeys(graph for stage in names for graph in (stage.segment, stage.head, stage.output)):
         path = graph_set.path(name)
-        _check_hash(path, graph_set.graphs[name].sha256)
+        check_hash(path, graph_set.graphs[name].sha256)
         sources[f"{_FOLDER}/{path.name}"] = path
         for location in _weight_locations(path):
             weight = path.parent / location
             if f"{_FOLDER}/{location}" not in sources:
-                _check_hash(weight, weight.name)
+                check_hash(weight, weight.name)
             sources[f"{_FOLDER}/{location}"] = weight
     return sources
 
@@ -92,13 +92,6 @@ def _weight_locations(path: Path) -> Iterator[str]:
             if not _WEIGHT.fullmatch(location):
                 raise InputError(f"{path} keeps {tensor.name} in {location!r}, outside its weight store: {_EXPORT}")
             yield location
-
-
-def _check_hash(path: Path, sha256: str) -> None:
-    if not path.is_file():
-        raise InputError(f"{path} is missing: {_EXPORT}")
-    if files.sha256_of_file(path) != sha256:
-        raise InputError(f"{path} was changed after export: {_EXPORT}")
 
 
 def _manifest(

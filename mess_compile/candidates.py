@@ -270,6 +270,7 @@ def write_graph_set(graph_set: GraphSet) -> None:
 
 def read_graph_set(root: Path) -> GraphSet:
     """Read `index.json`. Raises InputError."""
+    files.recovered(root)
     path = root / "index.json"
     content = files.read_json(path, "mess-graphs", 1, _GRAPHS_REMEDY)
 
@@ -285,6 +286,23 @@ def read_graph_set(root: Path) -> GraphSet:
 
     graph_set: GraphSet = files.decoded(path, _GRAPHS_REMEDY, decode)
     return graph_set
+
+
+def verify_graph_set(graph_set: GraphSet) -> None:
+    """Hash every graph and every stored weight. Raises InputError naming one that is missing or was changed."""
+    for name, spec in graph_set.graphs.items():
+        check_hash(graph_set.path(name), spec.sha256)
+    weights = graph_set.root / "weights"
+    for weight in sorted(weights.iterdir()) if weights.is_dir() else ():
+        check_hash(weight, weight.name)
+
+
+def check_hash(path: Path, sha256: str) -> None:
+    """Raises InputError when a graph or weight is missing or its bytes are not those that `export` wrote."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {_GRAPHS_REMEDY}")
+    if files.sha256_of_file(path) != sha256:
+        raise InputError(f"{path} was changed after export: {_GRAPHS_REMEDY}")
 
 
 def _graph_spec_from_json(content: dict[str, Any]) -> GraphSpec:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
+STEADY_SPREAD = 0.1
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -101,13 +102,9 @@ def demo(folder: Path) -> None:
 @click.pass_obj
 def train(workspace: Workspace, /, data: Path, as_json: bool, **options: Any) -> None:
     """Train a candidate network in two stages; the same command continues an interrupted training."""
-    from mess_compile import inspection, steps
-    from mess_compile.runtime.errors import EngineError
+    from mess_compile import extras, inspection, steps
 
-    try:
-        from mess_compile.training import losses, stages
-    except ModuleNotFoundError as error:
-        raise EngineError(f"{error.name} is not installed: run `pip install 'mess-compile[torch]'`") from error
+    losses, stages = extras.torch_module("training.losses"), extras.torch_module("training.stages")
     exits = options["exits"]
     choice = steps.NetworkChoice(
         backbone=options["backbone"],
@@ -194,6 +191,9 @@ def profile(workspace: Workspace, device: str | None, as_json: bool) -> None:
         f"{table.environment['cpu']}, {table.environment['cores']} cores): baseline {baseline.mean_ms:.2f} ms "
         f"(p99 {baseline.p99_ms:.2f})"
     )
+    spread = float(table.environment["median_spread"])
+    verdict = "steady" if spread <= STEADY_SPREAD else "unstable: profile again when nothing else runs"
+    click.echo(f"visits to a graph lie {spread:.1%} apart in their medians (the middle graph): {verdict}")
     return print_next("search --max-err 1%")
 
 

@@ -36,6 +36,8 @@ def run_demo(folder: Path, program: click.Command) -> None:
         _run(program, ["-C", str(folder), "search", "--max-err", requirement])
         if _shows_two_exits(folder):
             break
+    else:
+        click.echo(f"no requirement tried lets two exits take {SHOWN_SHARE:.0%} of the images each on this machine")
     for line in _commands_after_search(folder):
         _run(program, line)
     strips = sorted((folder / "predictions").glob("*.progressive.png"))

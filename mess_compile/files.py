@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mess_compile.runtime.errors import InputError
+
+_OLD = ".old"
 
 
 def sha256_of_file(path: Path) -> str:
@@ -26,15 +30,19 @@ def sha256_of_file(path: Path) -> str:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it to `path` when the body ends well, remove it otherwise."""
+    """Give a temporary path beside `path`; rename it to `path` when the body ends well, remove it otherwise.
+
+    Temporaries that killed runs left for the same `path` are removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    os.chmod(name, 0o644)
     temporary = Path(name)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with _held(handle):
+            os.chmod(name, 0o644)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -43,19 +51,75 @@ def replaced(path: Path) -> Iterator[Path]:
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Like `replaced`, for a folder: the old folder stays until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    recovered(path)
+    _remove_leftovers(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    os.chmod(temporary, 0o755)
-    old = temporary.with_name(temporary.name + ".old")
+    old = temporary.with_name(temporary.name + _OLD)
     try:
-        yield temporary
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
+        with _held(os.open(temporary, os.O_RDONLY)):
+            os.chmod(temporary, 0o755)
+            yield temporary
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+            if old.exists():
+                os.replace(old, temporary)  # half removed, it must not look like a folder to recover
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def recovered(folder: Path) -> None:
+    """Give back the `folder` that a run killed between the two renames of `replaced_folder` left set aside."""
+    if folder.exists() or not folder.parent.is_dir():
+        return
+    aside = [left for left in _leftovers(folder) if left.suffix == _OLD]
+    if aside:
+        os.replace(max(aside, key=lambda left: left.stat().st_mtime), folder)
+
+
+def _remove_leftovers(path: Path) -> None:
+    for left in _leftovers(path):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _leftovers(path: Path) -> list[Path]:
+    """What killed runs left beside `path`, by the names that `tempfile` gives; living runs hold theirs."""
+    name = re.compile(rf"(\.{re.escape(path.name)}\.[a-z0-9_]{{8}})(?:{re.escape(_OLD)})?")
+    matches = [match for match in map(name.fullmatch, os.listdir(path.parent)) if match]
+    return [path.with_name(match[0]) for match in matches if not _is_held(path.with_name(match[1]))]
+
+
+@contextmanager
+def _held(descriptor: int) -> Iterator[None]:
+    """Show other runs that a temporary is in use; the system lets go of it when this run is killed."""
+    try:
+        with suppress(OSError):  # a file system without locks: `_is_held` then keeps everything
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_held(temporary: Path) -> bool:
+    try:
+        descriptor = os.open(temporary, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def write_json(path: Path, format: str, version: int, content: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mess_compile import latency, statistics
+from mess_compile import extras, latency, statistics
 from mess_compile.candidates import CandidateNetwork, GraphSet, head_grid, read_graph_set, segment_name
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.errors import InputError
@@ -56,8 +56,7 @@ def inspect(workspace: Workspace, thing: str, classes: int, hw: tuple[int, int],
 
 def inspect_backbone(backbone: str, classes: int, hw: tuple[int, int], exits: int) -> Inspection:
     """Workloads of a backbone with the paper's head space: convolution MACs + 2 per BatchNorm element (facts: MESS)."""
-    from mess_compile.nets import network
-
+    network = extras.torch_module("nets.network")
     blocks = network.place_exits(network.block_workloads(backbone, hw), exits)
     heads = [(number, config) for number in range(1, exits) for config in head_grid()]
     candidate = network.described(

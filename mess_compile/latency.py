@@ -40,8 +40,8 @@ class LatencyTable:
     """All latencies of one target, by (graph, precision).
 
     Beside the graphs there are three pseudo graphs: `upload` (frame to device), `download` (labels back) and `null`
-    (what one decision costs: an enqueue and a read of the counts). `network` is the candidate network's identity,
-    `environment` what the measurement depended on (clocks, threads, versions).
+    (what a decision costs beside its head: on a CPU a read of the counts and a comparison). `network` is the candidate
+    network's identity, `environment` what the measurement depended on (machine, cores, spread).
     """
 
     device: str

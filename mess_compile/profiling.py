@@ -62,7 +62,7 @@ def profiling_jobs(graph_set: GraphSet) -> list[profile.Job]:
     def job(name: str, predecessor: str | None) -> profile.Job:
         return profile.Job(name, graph_set.path(name), predecessor)
 
-    jobs = [job(BASELINE, None)]
+    jobs = [job(BASELINE, segment_name(0, len(candidate.exit_points)))]
     for a, b in candidate.segments():
         jobs.append(job(segment_name(a, b), head_graph_name(_typical_head(candidate, a)) if a else BASELINE))
     for head in candidate.heads:
@@ -87,6 +87,7 @@ def _header(graph_set: GraphSet, library: Library, effort: profile.Effort) -> di
         "format": _FORMAT,
         "version": _VERSION,
         "library": f"{library.name} {library.version}",
+        "machine": {name: describe_machine()[name] for name in ("cpu", "cores")},
         "graphs": {name: spec.sha256 for name, spec in sorted(graph_set.graphs.items())},
         "effort": repr(effort),
     }

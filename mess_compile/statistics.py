@@ -171,6 +171,7 @@ def _write_array(path: Path, array: NDArray[Any]) -> None:
 
 def read_statistics(folder: Path) -> ExitStatistics:
     """Read what `write_statistics` wrote; arrays are memory-mapped. Raises InputError when missing or damaged."""
+    files.recovered(folder)
     path = folder / "statistics.json"
     content = files.read_json(path, "mess-statistics", 1, _REMEDY)
     arrays = {name: _read_array(folder / f"{name}.npy", content) for name in _ARRAYS}

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile import __version__, latency, scenes, statistics
-from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, read_graph_set
+from mess_compile import __version__, extras, latency, scenes, statistics
+from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, read_graph_set, verify_graph_set
 from mess_compile.dataset import open_dataset, read_frame, read_labels, samples
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime import frames
 from mess_compile.runtime.engine import open_library
-from mess_compile.runtime.errors import InputError, MessError, StaleError
+from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.runtime.manifest import Manifest
 from mess_compile.search import plan as plans
 from mess_compile.search.requirement import Requirement
@@ -55,7 +55,7 @@ def train(
     imagenet: Path | None = None,
 ) -> CandidateNetwork:
     """Train a candidate network on `DATA/train` and write it to the workspace; `DATA/val` is looked at on the way."""
-    stages, network = _torch_module("training.stages"), _torch_module("nets.network")
+    stages, network = extras.torch_module("training.stages"), extras.torch_module("nets.network")
     folder = open_dataset(data, "train")
     exits = choice.exits
     if isinstance(exits, int):
@@ -89,7 +89,7 @@ def export(workspace: Workspace, source: Path | None, gate: Gate, progress: Prog
 
         hw = cut.candidate_from_metadata(store.read_model(source), source).input_hw
         return foreign.import_onnx(source, workspace.graphs, gate, _checked_frames(workspace, hw), progress)
-    module, checkpoint = _torch_module("export"), _torch_module("nets.checkpoint")
+    module, checkpoint = extras.torch_module("export"), extras.torch_module("nets.checkpoint")
     hw = checkpoint.read_architecture(source).input_hw
     graph_set: GraphSet = module.export_checkpoint(
         source, workspace.graphs, gate, _checked_frames(workspace, hw), progress
@@ -118,7 +118,7 @@ def evaluate(
     """Run every head on a labelled split and write its exit statistics; both are remembered for `search`."""
     from mess_compile.evaluation import evaluate as evaluate_images
 
-    graph_set = read_graph_set(workspace.graphs)
+    graph_set = _verified_graphs(workspace)
     root = workspace.data_folder(data)
     split = split or workspace.memory().split or "val"
     folder = open_dataset(root, split)
@@ -149,11 +149,18 @@ def profile(
     from mess_compile import profiling
 
     target = _target(workspace, device)
-    graph_set = read_graph_set(workspace.graphs)
+    graph_set = _verified_graphs(workspace)
     library = open_library(target.library)
     table = profiling.profile_graphs(graph_set, library, target.name, workspace.latency(target.name), progress, effort)
     workspace.remember(device=target.name)
     return table
+
+
+def _verified_graphs(workspace: Workspace) -> GraphSet:
+    """The graphs whose bytes are still those that export wrote."""
+    graph_set = read_graph_set(workspace.graphs)
+    verify_graph_set(graph_set)
+    return graph_set
 
 
 def _target(workspace: Workspace, device: str | None) -> Target:
@@ -177,6 +184,7 @@ def search(
     found = _current_statistics(workspace, graph_set, split, progress)
     result = solve(Evidence(graph_set, table, found), requirement, lambda done, total: progress("search", done, total))
     plans.write_result(workspace.plan(target.name), result)
+    workspace.remember(device=target.name)
     return result
 
 
@@ -304,23 +312,10 @@ def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, pas
     from mess_compile import bench as benches
 
     folder = open_dataset(workspace.data_folder(data), split)
-    graph_set = read_graph_set(workspace.graphs)
-    device = _target(workspace, None).name
-    table = latency.read_latency_table(workspace.latency(device))
-    latency.check_current(table, graph_set)
-
-    def ids_of_split(name: str) -> frozenset[str]:
-        return frozenset(statistics.read_statistics(workspace.statistics(name)).image_id)
-
-    return benches.bench(bundle, graph_set, table, folder, ids_of_split, passes, progress)
-
-
-def _torch_module(name: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(f"mess_compile.{name}")
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "safetensors"):
-            raise
-        raise MessError(f"{error.name} is not installed: run `pip install 'mess-compile[torch]'`") from error
+    graph_set = _verified_graphs(workspace)
+    with runtime_cascade.load(bundle) as cascade:
+        plan = cascade.plan
+        table = latency.read_latency_table(workspace.latency(plan.target))
+        tuning = workspace.statistics(plan.predicted.split)
+        tuned_on = statistics.read_statistics(tuning).image_id if tuning.is_dir() else ()
+        return benches.bench(cascade, graph_set, table, folder, frozenset(tuned_on), passes, progress)

@@ -106,6 +106,18 @@ def test_other_labels_and_another_exit_fail_verification(graphs: GraphSet) -> No
     assert "exit 2, expected 1" in checks[2].detail
 
 
+@pytest.mark.parametrize(("off", "passed"), [(-2, False), (-1, True), (1, True), (2, False)])
+def test_a_gate_that_counts_otherwise_fails_verification(graphs: GraphSet, off: int, passed: bool) -> None:
+    path = graphs.root.parent / "tiny.mess"
+    manifest = write(graphs, small_network.plan(None, (2,), "budgeted"))
+    count = int(small_network.expected(frame(0))[1][0][2])
+    assert 2 <= count <= 22
+    forged(path, {}, golden=(replace(manifest.golden[0], count=count + off), manifest.golden[1]))
+    check = bundle.verify_bundle(path)[1]
+    assert check.passed is passed
+    assert f"{count} confident cells, expected {count + off};" in check.detail
+
+
 def test_a_changed_bundle_is_not_verified_but_refused(graphs: GraphSet) -> None:
     path = graphs.root.parent / "tiny.mess"
     write(graphs, small_network.plan(18))

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mess_compile import files
+from mess_compile.candidates import read_graph_set, verify_graph_set, write_graph_set
+from mess_compile.runtime.errors import InputError
+from mess_compile.statistics import read_statistics, write_statistics
+from tests import small_network
+from tests.search import cases
+from tests.search.cases import candidate_network, exit_statistics
 
 
 class Stopped(BaseException):
@@ -54,3 +63,96 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(
     with pytest.raises(OSError, match="went away"), files.replaced_folder(tmp_path / "graphs") as temporary:
         (temporary / "new").touch()
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["graphs", "old"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mess_compile import files
+
+rename, calls = os.replace, []
+
+def replace(source, target):
+    calls.append(target)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+
+os.replace = replace
+path = Path(sys.argv[1])
+with (files.replaced_folder if path.is_dir() else files.replaced)(path) as temporary:
+    (temporary / "new" if temporary.is_dir() else temporary).write_text("new")
+"""
+
+
+def kill_at_rename(path: Path, number: int) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), str(number)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def folder_of_a_killed_run(tmp_path: Path, number: int) -> Path:
+    graphs = tmp_path / "graphs"
+    graphs.mkdir()
+    (graphs / "old").touch()
+    kill_at_rename(graphs, number)
+    assert len(list(tmp_path.iterdir())) == 2
+    return graphs
+
+
+def test_a_reader_gets_back_the_folder_that_a_killed_run_had_set_aside(tmp_path: Path) -> None:
+    graphs = folder_of_a_killed_run(tmp_path, 2)
+    assert not graphs.exists()
+    files.recovered(graphs)
+    assert [p.name for p in graphs.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_next_write_of_a_folder_clears_away_what_a_killed_run_left(tmp_path: Path, number: int) -> None:
+    graphs = folder_of_a_killed_run(tmp_path, number)
+    with pytest.raises(Stopped), files.replaced_folder(graphs) as temporary:
+        stop_after((temporary / "newer").write_text, "half")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["graphs", "new" if number == 3 else "old"]
+
+
+def test_the_next_write_of_a_file_clears_away_what_a_killed_run_left_and_nothing_else(tmp_path: Path) -> None:
+    plan, others = tmp_path / "plan", {"plan", ".plan.json", ".plan.json.abcd1234", ".plan", "plan.abcd1234"}
+    for name in others:
+        (tmp_path / name).touch()
+    kill_at_rename(plan, 1)
+    assert len(list(tmp_path.iterdir())) == len(others) + 1
+    with files.replaced(plan) as temporary:
+        temporary.write_text("newer")
+    assert {p.name for p in tmp_path.iterdir()} == others
+    assert plan.read_text() == "newer"
+
+
+def test_a_write_leaves_the_temporaries_of_a_living_run_alone(tmp_path: Path) -> None:
+    with files.replaced(tmp_path / "plan") as first, files.replaced_folder(tmp_path / "graphs") as second:
+        with files.replaced(tmp_path / "plan"), files.replaced_folder(tmp_path / "graphs"):
+            assert first.exists()
+            assert second.exists()
+        (second / "last").touch()
+    assert [p.name for p in (tmp_path / "graphs").iterdir()] == ["last"]
+
+
+def test_statistics_and_graphs_are_read_where_a_killed_run_had_set_them_aside(tmp_path: Path) -> None:
+    graphs = small_network.graph_set(tmp_path / "graphs")
+    write_graph_set(graphs)
+    kill_at_rename(graphs.root, 2)
+    assert read_graph_set(graphs.root).graphs == graphs.graphs
+    written = exit_statistics(cases.graph_set(candidate_network((1,)), rows=2), 3)
+    write_statistics(tmp_path / "val", written)
+    kill_at_rename(tmp_path / "val", 2)
+    assert read_statistics(tmp_path / "val").image_id == written.image_id
+
+
+@pytest.mark.parametrize("name", ["segment-1-2.onnx", "weights"])
+def test_a_graph_or_weight_changed_after_export_is_named(tmp_path: Path, name: str) -> None:
+    graphs = small_network.graph_set(tmp_path / "graphs")
+    verify_graph_set(graphs)
+    path = graphs.root / name
+    path = next(path.iterdir()) if path.is_dir() else path
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=rf"{path.name} was changed after export: run `mess-compile export`"):
+        verify_graph_set(graphs)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mess_compile"
-TOP = ("cli", "demo", "steps", "inspection", "bench", "profiling", "doctor")
+TOP = ("extras", "cli", "demo", "steps", "inspection", "bench", "profiling", "doctor")
 ALLOWED = {
     "candidates": {"files", "runtime"},
     "console": {"runtime"},
@@ -74,6 +74,13 @@ def test_a_user_does_not_wait_for_heavy_imports_to_read_the_help() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip().endswith("[]")
+
+
+def test_a_missing_extra_is_named_with_its_install_line() -> None:
+    code = "import sys; sys.modules['torch'] = None\nfrom mess_compile.cli import main\nmain(['inspect', 'resnet50'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: torch is not installed: run `pip install 'mess-compile[torch]'`\n"
 
 
 def test_the_command_line_runs_without_torch() -> None:

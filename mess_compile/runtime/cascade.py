@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Dict, Iterator, List, Optional, Tuple, Type, Union
+from typing import Dict, Iterator, Optional, Tuple, Type, Union
 
 import numpy as np
 
@@ -30,14 +30,6 @@ class Prediction:
     exit_point: int
     confidence: float
     latency_ms: float
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """One exit's answer without any decision: `counts` int32 (T,), `labels` uint8 (H, W) at the frame's own size."""
-
-    counts: np.ndarray
-    labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -108,16 +100,6 @@ class Cascade:
                 return
             features, logits, counts = self._advance(stage, features)
             yield self._prediction(frame, self._labels(stage, logits), number, int(counts[stage.row]), start)
-
-    def stages(self, frame: np.ndarray) -> Tuple[StageResult, ...]:
-        """Run every stage; all rows' counts and the labels of each, from which any decision can be replayed."""
-        features = self.library.upload(self._image(frame))
-        results: List[StageResult] = []
-        for stage in self._stages:
-            features, logits, counts = self._advance(stage, features)
-            labels = resize_labels(self._labels(stage, logits), frame.shape[:2])
-            results.append(StageResult(counts, labels))
-        return tuple(results)
 
     def _image(self, frame: np.ndarray) -> np.ndarray:
         return resize(check_frame(frame), self.manifest.network.input_hw)[None]

@@ -43,9 +43,9 @@ class Effort:
     `max_s` seconds or `max_runs` times (and once per visit). A graph just loaded warms up first.
     """
 
-    visits: int = 3
+    visits: int = 5
     min_runs: int = 30
-    min_s: float = 0.3
+    min_s: float = 1.0
     max_s: float = 5.0
     max_runs: int = 3000
     warm_up_s: float = 0.2

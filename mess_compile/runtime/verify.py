@@ -11,6 +11,7 @@ from mess_compile.runtime.cascade import Cascade
 from mess_compile.runtime.manifest import Golden
 
 LABELS_EQUAL_PERCENT = 99.9
+COUNT_TOLERANCE = 1
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Check:
 def verify(cascade: Cascade) -> Tuple[Check, ...]:
     """The checks of a loaded bundle: its hashes, which loading has proven, and every golden frame of its plan.
 
-    A golden frame passes when it leaves at the exit it left at, with 99.9 % of its labels equal. Raises BundleError
+    A golden frame passes when it leaves at the exit it left at, with 99.9 % of its labels equal and its
+    confident cells counted to within one. Raises BundleError
     for a golden file that is not a plain array, EngineError.
     """
     files = len(cascade.manifest.files)
@@ -41,6 +43,14 @@ def _golden(cascade: Cascade, golden: Golden) -> Check:
     if prediction.labels.shape != labels.shape:
         return Check(golden.frame, False, f"labels are {prediction.labels.shape}, expected {labels.shape}")
     equal = 100.0 * float(np.mean(prediction.labels == labels))
-    passed = prediction.exit == golden.exit and equal >= LABELS_EQUAL_PERCENT
-    detail = f"exit {prediction.exit}, expected {golden.exit}; {equal:.3f} % of the labels are equal"
+    count = round(prediction.confidence * cascade.plan.stages[prediction.exit - 1].cells)
+    passed = (
+        prediction.exit == golden.exit
+        and abs(count - golden.count) <= COUNT_TOLERANCE
+        and equal >= LABELS_EQUAL_PERCENT
+    )
+    detail = (
+        f"exit {prediction.exit}, expected {golden.exit}; {count} confident cells, expected {golden.count}; "
+        f"{equal:.3f} % of the labels are equal"
+    )
     return Check(golden.frame, passed, detail)

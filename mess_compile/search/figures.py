@@ -19,8 +19,8 @@ from mess_compile.latency import (
     stage_graphs,
 )
 from mess_compile.latency import check_current as check_table_current
-from mess_compile.runtime.errors import InputError
-from mess_compile.search.plan import Figures, Plan, Report, Stage, check_plan_current
+from mess_compile.runtime.errors import InputError, StaleError
+from mess_compile.search.plan import Figures, Report, Stage
 from mess_compile.statistics import ExitStatistics, head_miou, miou
 from mess_compile.statistics import check_current as check_statistics_current
 
@@ -42,6 +42,12 @@ class Evidence:
             raise InputError("the statistics hold no images: run `mess-compile evaluate` on data with labels")
         check_statistics_current(self.statistics, self.graph_set)
         check_table_current(self.table, self.graph_set)
+        recipe, priced = (self.statistics.library, self.statistics.precision), (self.table.library, self.precision)
+        if recipe != priced:
+            raise StaleError(
+                f"the statistics are of {' '.join(recipe)}, the latency table of {' '.join(priced)}: a plan needs both "
+                "of one recipe; run `mess-compile evaluate` and `mess-compile profile` alike"
+            )
 
     @property
     def candidate(self) -> CandidateNetwork:
@@ -88,14 +94,9 @@ def baseline_figures(evidence: Evidence, baseline_miou: float | None = None) -> 
     )
 
 
-def replay(plan: Plan, evidence: Evidence) -> tuple[NDArray[np.intp], Figures]:
-    """`plan` on the images of `evidence`: the exit (from 1) that each image takes, and the figures.
-
-    Raises StaleError when the plan is of another network or gate.
-    """
-    check_plan_current(plan, evidence.graph_set)
-    exits = exits_taken(evidence.statistics, plan.stages) + 1
-    return exits, figures_of_stages(evidence, plan.setting, plan.stages)
+def replay(evidence: Evidence, setting: str, stages: Sequence[Stage]) -> tuple[NDArray[np.intp], Figures]:
+    """A plan on the images of `evidence`: the exit (from 1) that each image takes, and the figures."""
+    return exits_taken(evidence.statistics, stages) + 1, figures_of_stages(evidence, setting, stages)
 
 
 def exits_taken(statistics: ExitStatistics, stages: Sequence[Stage]) -> NDArray[np.intp]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,9 @@ def save_progress(folder: Path, progress: Progress, described: dict[str, Any]) -
         write_tensors(temporary, tensors)
     content = {"stage": progress.stage, "group": progress.group, "epoch": progress.epoch, "tensors": name}
     files.write_json(place / "progress.json", "mess-training", 1, content | {"training": described})
-    for old in place.glob("stage*.safetensors"):
-        if old.name != name:
-            old.unlink()
+    for old in place.iterdir():
+        if old.name not in (name, "progress.json"):
+            old.unlink()  # the epoch before, or what a killed save left behind
 
 
 def read_progress(folder: Path, described: dict[str, Any]) -> Progress | None:
@@ -90,11 +91,7 @@ def _prefixed(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Te
 
 
 def remove_progress(folder: Path) -> None:
-    place = folder / "training"
-    (place / "progress.json").unlink(missing_ok=True)
-    for old in place.glob("stage*.safetensors"):
-        old.unlink()
-    place.rmdir()
+    shutil.rmtree(folder / "training")
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

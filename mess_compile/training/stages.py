@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from mess_compile import files
 from mess_compile.candidates import HeadConfig
 from mess_compile.dataset import DataSet, read_labels
 from mess_compile.nets.backbones import load_imagenet
@@ -89,6 +91,8 @@ def train(
         "architecture": architecture_to_json(architecture),
         "recipe": asdict(recipe),
         "images": len(data.items),
+        "image_ids_sha256": hashlib.sha256("\n".join(item.id for item in data.items).encode()).hexdigest(),
+        "imagenet_sha256": None if imagenet is None else _sha256_of_weights(imagenet),
     }
     progress = read_progress(folder, described)
     if len(data.items) < 2:
@@ -110,6 +114,12 @@ def train(
     save_candidate(network, folder)
     remove_progress(folder)
     return network
+
+
+def _sha256_of_weights(path: Path) -> str:
+    if not path.is_file():
+        raise InputError(f"weights {path} do not exist")
+    return files.sha256_of_file(path)
 
 
 def _histograms(data: DataSet) -> Iterator[NDArray[np.int64]]:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from mess_compile.candidates import Gate, GraphSpec, TensorSpec, read_graph_set
 from mess_compile.graph.cut import cut, cut_network, import_network
@@ -92,6 +92,20 @@ def test_a_foreign_networks_workloads_are_counted_from_its_convolutions(tmp_path
     graph_set = read_graph_set(tmp_path / "graphs")
     assert graph_set.candidate.exit_points[2].macs == stem + middle + last
     assert len(graph_set.candidate.identity) == 64
+
+
+def test_an_edited_copy_is_another_network_whatever_identity_it_claims(tmp_path: Path) -> None:
+    model = tiny.tiny_network(identity="a" * 64)
+    imported(model, tmp_path)
+    first = read_graph_set(tmp_path / "graphs").candidate.identity
+    weight = next(tensor for tensor in model.graph.initializer if numpy_helper.to_array(tensor).size == 12 * 8 * 9)
+    values = numpy_helper.to_array(weight).copy()
+    values.flat[0] += 1.0
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    imported(model, tmp_path)
+    second = read_graph_set(tmp_path / "graphs").candidate.identity
+    assert len({"a" * 64, first, second}) == 3
+    assert len(first) == len(second) == 64
 
 
 def test_the_written_graphs_compute_what_the_whole_network_computes(tmp_path: Path) -> None:

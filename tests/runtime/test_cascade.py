@@ -59,14 +59,6 @@ def test_a_count_at_the_cut_leaves_and_one_below_stays(tmp_path: Path) -> None:
             assert loaded(frame(0)).exit == wanted
 
 
-def test_stages_answer_as_if_nothing_was_decided(cascade: Cascade) -> None:
-    for seed in range(10):
-        results = cascade.stages(frame(seed))
-        for result, (counts, labels) in zip(results, small_network.expected(frame(seed)), strict=True):
-            np.testing.assert_array_equal(result.counts, counts)
-            np.testing.assert_array_equal(result.labels, labels)
-
-
 def test_refining_gives_every_exit_in_order_with_growing_time(cascade: Cascade) -> None:
     predictions = list(cascade.refine(frame(0)))
     assert [p.exit for p in predictions] == [1, 2]
@@ -85,7 +77,7 @@ def test_a_frame_of_another_size_comes_back_at_its_own(cascade: Cascade) -> None
     large = frame(0).repeat(4, axis=0).repeat(4, axis=1)
     prediction = cascade(large)
     assert prediction.labels.shape == (32, 48)
-    assert [s.labels.shape for s in cascade.stages(large)] == [(32, 48)] * 2
+    assert [p.labels.shape for p in cascade.refine(large)] == [(32, 48)] * 2
     assert cascade(frame(1, (5, 7))).labels.shape == (5, 7)
 
 
@@ -100,7 +92,7 @@ def test_the_same_frame_gives_the_same_answer_after_others(cascade: Cascade) -> 
 
 @pytest.mark.parametrize("wrong", [np.zeros((8, 12), np.uint8), np.zeros((8, 12, 3), np.float32), None])
 def test_what_is_no_frame_is_refused(cascade: Cascade, wrong: object) -> None:
-    for call in (cascade, cascade.stages, lambda f: list(cascade.refine(f))):
+    for call in (cascade, lambda f: list(cascade.refine(f))):
         with pytest.raises(InputError, match="a frame is"):
             call(wrong)  # type: ignore[arg-type]
 

@@ -13,9 +13,7 @@ from mess_compile.latency import Latency, LatencyTable
 from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.search.figures import Evidence, anytime_reports, baseline_figures, figures_of_stages, replay
 from mess_compile.search.plan import Report, Stage
-from mess_compile.search.requirement import Requirement
 from mess_compile.search.rows import area
-from mess_compile.search.solver import search
 from mess_compile.statistics import ExitStatistics
 from tests.search.cases import evidence
 
@@ -134,16 +132,19 @@ def test_the_area_counts_only_what_is_reported_before_the_baseline_would_be() ->
 
 def test_a_replay_takes_the_exits_that_other_images_take() -> None:
     case = by_hand()
-    plan = dataclasses.replace(search(case, Requirement()).plan, stages=STAGES)
-    exits, figures = replay(plan, case)
+    exits, figures = replay(case, "input-dependent", STAGES)
     assert exits.tolist() == [1, 2, 1, 2]
     others = dataclasses.replace(case, statistics=case.statistics.select([3, 1, 0]))
-    exits, figures = replay(plan, others)
+    exits, figures = replay(others, "input-dependent", STAGES)
     assert exits.tolist() == [2, 2, 1]
     assert figures.exit_rates == (1 / 3, 2 / 3)
     assert figures.images == 3
-    with pytest.raises(StaleError, match="another network"):
-        replay(dataclasses.replace(plan, network="other"), case)
+
+
+def test_statistics_and_latencies_of_two_recipes_make_no_plan() -> None:
+    case = by_hand()
+    with pytest.raises(StaleError, match="one recipe"):
+        dataclasses.replace(case, statistics=dataclasses.replace(case.statistics, library="tensorrt"))
 
 
 def test_evidence_without_images_or_of_other_graphs_is_refused() -> None:

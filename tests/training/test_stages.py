@@ -72,6 +72,28 @@ def test_a_killed_training_continues_and_redoes_one_epoch_at_most(data: Path, tm
     assert not (tmp_path / "candidate" / "training").exists()
 
 
+def test_what_a_killed_save_left_behind_does_not_spoil_the_end(data: Path, tmp_path: Path) -> None:
+    place = tmp_path / "candidate" / "training"
+    place.mkdir(parents=True)
+    for name in (".stage1-group0-epoch1.safetensors.x1", ".progress.json.x2", "stage1-group0-epoch9.safetensors"):
+        (place / name).write_bytes(b"half")
+    run(data, tmp_path / "candidate")
+    assert load_candidate(tmp_path / "candidate")
+    assert not place.exists()
+
+
+def test_other_images_or_weights_are_another_training(data: Path, tmp_path: Path) -> None:
+    def kill(text: str) -> None:
+        if "epoch 2" in text:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(data, tmp_path / "candidate", report=kill)
+    scenes.write_scenes(tmp_path / "data", {"train": 8, "val": 2}, HW, seed=100)
+    with pytest.raises(InputError, match="image_ids"):
+        run(tmp_path / "data", tmp_path / "candidate")
+
+
 def test_another_training_in_the_folder_is_not_overwritten(data: Path, tmp_path: Path) -> None:
     def kill(text: str) -> None:
         if "epoch 2" in text:  # an epoch is reported, then saved: the first one is kept
