@@ -18,8 +18,8 @@ from mess_compile.candidates import CandidateNetwork, GraphSet, check_hash
 from mess_compile.latency import StageGraphs, stage_graphs
 from mess_compile.runtime import archive, cascade, manifest, verify
 from mess_compile.runtime.engine import open_library
-from mess_compile.runtime.errors import InputError, StaleError
-from mess_compile.search.plan import Plan, Stage
+from mess_compile.runtime.errors import InputError
+from mess_compile.search.plan import Plan, Stage, check_plan_current
 
 _FOLDER = "graphs"
 _REFERENCE = "onnxruntime"
@@ -42,7 +42,7 @@ def write_bundle(
     Runtime. Equal content gives equal bytes. Raises StaleError when the plan was made from other graphs, InputError
     when a graph or weight is missing or damaged or there is no golden frame.
     """
-    _check_plan_fits(plan, graph_set)
+    check_plan_current(plan, graph_set)
     if not golden_frames:
         raise InputError("a bundle needs at least one golden frame to verify itself by")
     names = stage_graphs(graph_set.candidate, [stage.head for stage in plan.stages])
@@ -61,12 +61,6 @@ def verify_bundle(path: Path, target: str | None = None) -> tuple[verify.Check, 
     """Hashes and golden frames. Raises BundleError when a byte of the bundle was changed."""
     with cascade.load(path, target) as loaded:
         return verify.verify(loaded)
-
-
-def _check_plan_fits(plan: Plan, graph_set: GraphSet) -> None:
-    if plan.network != graph_set.candidate.identity or plan.gate != graph_set.gate:
-        what = "network" if plan.network != graph_set.candidate.identity else "gate"
-        raise StaleError(f"the plan was made for another {what} than {graph_set.root} holds: run `mess-compile search`")
 
 
 def _graph_sources(graph_set: GraphSet, names: Sequence[StageGraphs]) -> _Sources:

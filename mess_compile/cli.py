@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
-STEADY_SPREAD = 0.1
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -192,7 +191,8 @@ def profile(workspace: Workspace, device: str | None, as_json: bool) -> None:
         f"(p99 {baseline.p99_ms:.2f})"
     )
     spread = float(table.environment["median_spread"])
-    verdict = "steady" if spread <= STEADY_SPREAD else "unstable: profile again when nothing else runs"
+    verdict = table.environment["verdict"]
+    verdict += ": profile again when nothing else runs" if verdict == "unstable" else ""
     click.echo(f"visits to a graph lie {spread:.1%} apart in their medians (the middle graph): {verdict}")
     return print_next("search --max-err 1%")
 

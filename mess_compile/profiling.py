@@ -20,6 +20,8 @@ from mess_compile.runtime.engine import Library
 from mess_compile.statistics import threshold_table
 
 Progress = Callable[[str, int, int], None]
+STEADY_SPREAD = 0.1
+"""Share by which the visits to the middle graph may lie apart in their medians."""
 _FORMAT, _VERSION = "mess-latency-samples", 1
 
 
@@ -149,7 +151,9 @@ def _table(
             runs=summary.runs,
             source="measured",
         )
-    environment = describe_machine() | {"median_spread": f"{np.median(spreads):.3f}"}
+    spread = float(np.median(spreads))
+    verdict = "steady" if spread <= STEADY_SPREAD else "unstable"
+    environment = describe_machine() | {"median_spread": f"{spread:.3f}", "verdict": verdict}
     return LatencyTable(
         device, library.name, library.version, graph_set.candidate.identity, environment, "measured", entries
     )

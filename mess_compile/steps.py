@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +210,6 @@ def bundle(workspace: Workspace, plan: Path | None, output: Path | None) -> tupl
 
     graph_set = read_graph_set(workspace.graphs)
     chosen = plans.read_result(plan or workspace.plan(_target(workspace, None).name)).plan
-    plans.check_plan_current(chosen, graph_set)
     find_target(chosen.device, workspace.root)
     path = output or workspace.bundle(chosen.device)
     manifest = bundles.write_bundle(
@@ -248,11 +248,10 @@ def run(
     `truth` is a folder of label PNGs named as the images, shown at the end of the strip. Raises InputError,
     BundleError.
     """
-    stems = [image.stem for image in images]
-    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
-    if twice is not None:
+    (stem, often), *_ = Counter(image.stem for image in images).most_common(1) or [("", 0)]
+    if often > 1:
         raise InputError(
-            f"two images are named {twice}: their pictures would share a name; run them one by one (-o DIR)"
+            f"two images are named {stem}: their pictures would share a name; run them one by one (-o DIR)"
         )
     with runtime_cascade.load(bundle) as cascade:
         results = []
@@ -315,7 +314,8 @@ def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, pas
     graph_set = _verified_graphs(workspace)
     with runtime_cascade.load(bundle) as cascade:
         plan = cascade.plan
-        table = latency.read_latency_table(workspace.latency(plan.target))
+        table = latency.read_latency_table(workspace.latency(find_target(plan.target, workspace.root).name))
+        latency.check_current(table, graph_set)  # now, rather than after minutes of measuring
         tuning = workspace.statistics(plan.predicted.split)
         tuned_on = statistics.read_statistics(tuning).image_id if tuning.is_dir() else ()
         return benches.bench(cascade, graph_set, table, folder, frozenset(tuned_on), passes, progress)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from math import prod
 
-import numpy as np
 import onnx
 from onnx import helper
 
@@ -42,11 +41,6 @@ def activations(model: onnx.ModelProto) -> dict[str, TensorSpec]:
     return found
 
 
-def tensor_bytes(tensor: TensorSpec) -> int:
-    """Size of a tensor's values; bool takes a byte."""
-    return prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
-
-
 def count_macs(model: onnx.ModelProto) -> int:
     """Convolution MACs plus 2 per element that passes a BatchNorm: the convention of the paper's tables."""
     shapes = activations(model)
@@ -67,7 +61,7 @@ def workspace_bytes(model: onnx.ModelProto) -> int:
 
     An estimate: engines that compute in place or fuse need less.
     """
-    sizes = {name: tensor_bytes(tensor) for name, tensor in activations(model).items()}
+    sizes = {name: tensor.bytes for name, tensor in activations(model).items()}
     outside = {value.name for value in (*model.graph.input, *model.graph.output)}
     last_use = {name: step for step, node in enumerate(model.graph.node) for name in (*node.output, *node.input)}
     live = peak = 0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.candidates import BASELINE, CandidateNetwork, GraphSet, TensorSpec
+from mess_compile.candidates import BASELINE, CandidateNetwork, GraphSet
 from mess_compile.latency import (
     LatencyTable,
     Quantity,
@@ -166,11 +165,7 @@ def _memory_of_graphs(graph_set: GraphSet, names: Iterable[str]) -> int:
     specs = [graph_set.spec(name) for name in names]
     tensors = {tensor for spec in specs for tensor in (*spec.inputs, *spec.outputs)}
     weights = sum(spec.bytes for spec in specs)
-    return weights + max(spec.workspace_bytes for spec in specs) + sum(_tensor_bytes(tensor) for tensor in tensors)
-
-
-def _tensor_bytes(tensor: TensorSpec) -> int:
-    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+    return weights + max(spec.workspace_bytes for spec in specs) + sum(tensor.bytes for tensor in tensors)
 
 
 def _percentile(costs: NDArray[np.int64], percent: int) -> int:
