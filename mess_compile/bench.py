@@ -1,4 +1,4 @@
-"""A bundle against the truth: predicted, replayed and measured, beside the single-exit baseline in the same run."""
+"""A bundle against the truth: predicted, replayed and measured, beside the best single-exit graph in the same run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.candidates import BASELINE, GraphSet
+from mess_compile.candidates import GraphSet
 from mess_compile.dataset import DataSet, Sample, samples
 from mess_compile.evaluation import evaluate
 from mess_compile.latency import LatencyTable
@@ -46,10 +46,19 @@ class NearCut:
 
 
 @dataclass(frozen=True)
+class OtherBaseline:
+    """A single-exit graph that is no better on these images; mIoU in percent."""
+
+    name: str
+    miou: float
+
+
+@dataclass(frozen=True)
 class Bench:
     """`latency_ratio` and `workload_ratio` are baseline over cascade; `p95_ms` is of the measured cascade.
 
-    `tuned_on` counts the images among these that the plan was chosen on.
+    `baseline` is of the graph `baseline_name`, the best single-exit graph in mIoU on these images. `tuned_on` counts
+    the images among these that the plan was chosen on.
     """
 
     bundle: str
@@ -57,7 +66,9 @@ class Bench:
     images: int
     tuned_on: int
     passes: int
+    baseline_name: str
     baseline: Column
+    other_baselines: tuple[OtherBaseline, ...]
     predicted: Column
     replayed: Column
     measured: Column
@@ -88,7 +99,7 @@ class _Score:
 
 
 class _Baseline:
-    """The single-exit network on the cascade's own engine library."""
+    """A single-exit network on the cascade's own engine library."""
 
     def __init__(self, engine: Engine, library: Library, hw: tuple[int, int]) -> None:
         self._engine, self._library, self._hw = engine, library, hw
@@ -111,7 +122,7 @@ def bench(
     passes: int,
     progress: Callable[[str, int, int], None],
 ) -> Bench:
-    """Run the cascade and the baseline in turn on every image, `passes` times; replay the plan from fresh statistics.
+    """Replay the plan from fresh statistics; run cascade and baseline in turn on every image, `passes` times.
 
     `table` gives the replayed column its latencies; `tuned_on` holds the ids of the images that the plan was chosen on.
     Raises InputError when bundle, workspace and data do not fit, or the plan is one that takes no decision to compare.
@@ -120,9 +131,6 @@ def bench(
         raise InputError(f"passes is {passes}: at least 1 is needed")
     _check_fits(cascade, graph_set, data)
     items = list(samples(data))
-    with closing(cascade.library.load(graph_set.path(BASELINE))) as engine:
-        single = _Baseline(engine, cascade.library, graph_set.candidate.input_hw)
-        run = _measure(cascade, single, items, passes, progress)
     images = ((s.id, s.group, s.frame, s.labels) for s in items)
     found = evaluate(
         graph_set,
@@ -132,7 +140,11 @@ def bench(
         split=data.split,
         progress=lambda done: progress("replay", done, len(items)),
     )
-    return _compared(cascade, Evidence(graph_set, table, found, cascade.plan.precision), items, tuned_on, run)
+    evidence = Evidence(graph_set, table, found, cascade.plan.precision)
+    with closing(cascade.library.load(graph_set.path(evidence.baseline))) as engine:
+        single = _Baseline(engine, cascade.library, graph_set.candidate.input_hw)
+        run = _measure(cascade, single, items, passes, progress)
+    return _compared(cascade, evidence, items, tuned_on, run)
 
 
 def _check_fits(cascade: runtime_cascade.Cascade, graph_set: GraphSet, data: DataSet) -> None:
@@ -199,11 +211,11 @@ def _compared(
     plan, candidate = cascade.plan, evidence.candidate
     stages = tuple(Stage(stage.exit_point, stage.head, stage.row, stage.cut) for stage in plan.stages)
     replayed_exits, replayed = replay(evidence, plan.setting, stages)
-    gmacs = [macs / 1e9 for macs in exit_macs(candidate, [stage.head for stage in stages])]
+    macs = exit_macs(candidate, [stage.head for stage in stages])
     per_pass = run.latency_ms.mean(axis=2)  # (2, passes)
     ratios = per_pass[1] / per_pass[0]
     measured_ms, baseline_ms = (float(value) for value in run.latency_ms.mean(axis=(1, 2)))
-    measured = Column(run.cascade_miou, measured_ms, _mean_at(gmacs, run.exits), _rates(run.exits, len(stages)))
+    measured = Column(run.cascade_miou, measured_ms, _mean_at(macs, run.exits) / 1e9, _rates(run.exits, len(stages)))
     baseline = Column(run.baseline_miou, baseline_ms, candidate.baseline_macs / 1e9, (1.0,))
     return Bench(
         bundle=cascade.manifest.name,
@@ -211,7 +223,13 @@ def _compared(
         images=len(items),
         tuned_on=sum(sample.id in tuned_on for sample in items),
         passes=run.latency_ms.shape[1],
+        baseline_name=evidence.baseline,
         baseline=baseline,
+        other_baselines=tuple(
+            OtherBaseline(name, evidence.baseline_miou(name))
+            for name in evidence.graph_set.baselines
+            if name != evidence.baseline
+        ),
         predicted=_column(plan.predicted),
         replayed=_column(replayed),
         measured=measured,
@@ -242,7 +260,7 @@ def _counts_from_cut(statistics: ExitStatistics, image: int, stages: Sequence[St
     return min(distances)
 
 
-def _mean_at(values: Sequence[float], exits: Sequence[int]) -> float:
+def _mean_at(values: Sequence[int], exits: Sequence[int]) -> float:
     return sum(values[number - 1] for number in exits) / len(exits)
 
 

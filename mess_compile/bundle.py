@@ -112,6 +112,7 @@ def _manifest(
                 stages=tuple(stages),
                 predicted=manifest.Figures(**asdict(plan.predicted)),
                 baseline=manifest.Figures(**asdict(plan.baseline)),
+                baseline_name=plan.baseline_name,
             ),
         ),
         golden=(),

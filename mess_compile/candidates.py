@@ -15,10 +15,13 @@ from mess_compile.runtime.errors import InputError
 
 CRM_DIVISORS = (1, 2, 4, 8)
 MAX_BLOCKS = 3
-HEAD_KINDS = ("fcn", "dlb")
+HEAD_KINDS = ("fcn", "dlb", "sep", "lra")
+HEAD_WIDTHS = {"dlb": 256, "sep": 64, "lra": 128}
+"""Default width of the kinds that have one of their own; an FCN head's follows from its channels."""
+MAX_HEAD_WIDTH = 512
 CONFIDENCES = ("top1", "margin", "entropy")
 DEFAULT_THRESHOLDS = (0.40, 0.50, 0.60, 0.70, 0.75, 0.80, 0.85, 0.90, 0.93, 0.96, 0.98, 0.99)
-_HEAD_NAME = re.compile(r"(fcn|dlb)-crm([1-9]\d*)-b(\d)(-rdi)?")
+_HEAD_NAME = re.compile(r"([a-z]+)([1-9]\d{0,3})?-crm([1-9]\d*)-b(\d)(-rdi)?")
 MAX_SIDE = 1 << 14
 DTYPES = ("uint8", "int32", "int64", "float32")
 _GRAPHS_REMEDY = "run `mess-compile export`"
@@ -26,15 +29,18 @@ _GRAPHS_REMEDY = "run `mess-compile export`"
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """One point of the head space: CRM -> extra blocks (dilated further by RDI) -> FCN or DeepLabV3 head.
+    """One point of the head space: CRM -> extra blocks (dilated further by RDI) -> head.
 
-    `crm` divides the channels (1: no module); `blocks` counts the extra 3x3 blocks; source: the MESS poster.
+    `crm` divides the channels (1: no module); `blocks` counts the extra 3x3 blocks; `fcn` and `dlb` (DeepLabV3) are the
+    MESS poster's. `sep` is an ASPP of depthwise separable convolutions, `lra` the lite reduced ASPP of MobileNetV3;
+    `width` is the number of channels within a `dlb`, `sep` or `lra`.
     """
 
     kind: str = "fcn"
     crm: int = 1
     blocks: int = 0
     rdi: bool = False
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in HEAD_KINDS or self.crm not in CRM_DIVISORS or not 0 <= self.blocks <= MAX_BLOCKS:
@@ -43,25 +49,39 @@ class HeadConfig:
             )
         if self.rdi and self.blocks == 0:
             raise InputError(f"head {self.name}: RDI means nothing without blocks; drop -rdi")
+        if self.kind not in HEAD_WIDTHS and self.width is not None:
+            raise InputError(f"head {self.name}: a {self.kind} head has no width of its own; drop the {self.width}")
+        if self.width is not None and not 8 <= self.width <= MAX_HEAD_WIDTH:
+            raise InputError(f"head {self.name}: width {self.width} is not between 8 and {MAX_HEAD_WIDTH}")
+        if self.width == HEAD_WIDTHS.get(self.kind, 0):
+            object.__setattr__(self, "width", None)  # one head, one name
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-crm{self.crm}-b{self.blocks}" + ("-rdi" if self.rdi else "")
+        return f"{self.kind}{self.width or ''}-crm{self.crm}-b{self.blocks}" + ("-rdi" if self.rdi else "")
+
+    @property
+    def channels(self) -> int:
+        """The width that is built, of a kind that has one."""
+        return self.width or HEAD_WIDTHS[self.kind]
 
 
 def head_config_from_name(name: str) -> HeadConfig:
-    """Parse `fcn-crm4-b2-rdi`. Raises InputError."""
+    """Parse `fcn-crm4-b2-rdi` or `sep96-crm1-b0`. Raises InputError."""
     match = _HEAD_NAME.fullmatch(name)
     if match is None:
-        raise InputError(f"head {name!r} is not of the form KIND-crmN-bN[-rdi], such as fcn-crm4-b2-rdi or dlb-crm1-b0")
-    return HeadConfig(match[1], int(match[2]), int(match[3]), match[4] is not None)
+        raise InputError(
+            f"head {name!r} is not of the form KIND[WIDTH]-crmN-bN[-rdi], such as fcn-crm4-b2-rdi or sep96-crm1-b0"
+        )
+    width = None if match[2] is None else int(match[2])
+    return HeadConfig(match[1], int(match[3]), int(match[4]), match[5] is not None, width)
 
 
 def head_grid() -> tuple[HeadConfig, ...]:
     """The paper's head space: 64 nominal configurations, 56 distinct."""
     return tuple(
         HeadConfig(kind, crm, blocks, rdi)
-        for kind in HEAD_KINDS
+        for kind in ("fcn", "dlb")
         for crm in CRM_DIVISORS
         for blocks in range(MAX_BLOCKS + 1)
         for rdi in ((False, True) if blocks else (False,))
@@ -212,7 +232,8 @@ def output_name(hw: tuple[int, int]) -> str:
     return f"output-{hw[0]}x{hw[1]}"
 
 
-BASELINE = "baseline"
+BASELINE, BASELINE_ALONE = "baseline", "baseline-alone"
+"""The single-exit graphs: the candidate network's final exit, and a network of one exit that was trained alone."""
 
 
 @dataclass(frozen=True)
@@ -249,12 +270,21 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class GraphSet:
-    """What `export` leaves in `graphs/`: the candidate network, the gate, and every graph by name."""
+    """What `export` leaves in `graphs/`: the candidate network, the gate, and every graph by name.
+
+    `baseline_alone` is the identity of the single-exit network trained alone, None without one.
+    """
 
     root: Path
     candidate: CandidateNetwork
     gate: Gate
     graphs: dict[str, GraphSpec]
+    baseline_alone: str | None = None
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The graphs that plans are held against: image to labels, one exit, no gate, all of one workload."""
+        return (BASELINE,) if self.baseline_alone is None else (BASELINE, BASELINE_ALONE)
 
     def spec(self, name: str) -> GraphSpec:
         if name not in self.graphs:
@@ -270,6 +300,7 @@ def write_graph_set(graph_set: GraphSet) -> None:
     content = {
         "candidate": graph_set.candidate.to_json(),
         "gate": asdict(graph_set.gate),
+        "baseline_alone": graph_set.baseline_alone,
         "graphs": [asdict(spec) for spec in graph_set.graphs.values()],
     }
     files.write_json(graph_set.root / "index.json", "mess-graphs", 1, content)
@@ -283,12 +314,16 @@ def read_graph_set(root: Path) -> GraphSet:
 
     def decode() -> GraphSet:
         gate = content["gate"]
-        specs = (_graph_spec_from_json(spec) for spec in content["graphs"])
+        specs = {spec.name: spec for spec in map(_graph_spec_from_json, content["graphs"])}
+        alone = content.get("baseline_alone")
+        if (alone is None) == (BASELINE_ALONE in specs):
+            raise ValueError(f"baseline_alone is {alone!r}, which does not fit the graphs")
         return GraphSet(
             root=root,
             candidate=candidate_from_json(content["candidate"]),
             gate=Gate(gate["confidence"], bool(gate["edge_aware"]), tuple(float(t) for t in gate["thresholds"])),
-            graphs={spec.name: spec for spec in specs},
+            graphs=specs,
+            baseline_alone=None if alone is None else str(alone),
         )
 
     graph_set: GraphSet = files.decoded(path, _GRAPHS_REMEDY, decode)

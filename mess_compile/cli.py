@@ -46,9 +46,11 @@ def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
 
 
-def _print_tables(tables: Any) -> None:
-    for table in tables:
+def _print_inspection(found: Any) -> None:
+    for table in found.tables:
         print_table(table.title, table.header, table.rows)
+    for note in found.notes:
+        click.echo(click.wrap_text(note, width=100))
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -75,35 +77,75 @@ def demo(folder: Path) -> None:
     demonstration.run_demo(folder, main)
 
 
+def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `train` takes beside data and workspace, grouped as in its help: network, schedule, losses, machines."""
+    options = (
+        click.option(
+            "--backbone", type=click.Choice(["mobilenetv2", "resnet50"]), default="mobilenetv2", show_default=True
+        ),
+        _HW,
+        click.option("--output-stride", type=click.Choice(["8", "16"]), default="8", show_default=True),
+        click.option("--width", default=1.0, show_default=True, help="Width multiplier of mobilenetv2."),
+        click.option("--exits", default="6", show_default=True, help="Number of exits, or block names: features.6,..."),
+        click.option(
+            "--heads",
+            default="fcn-crm1-b0,fcn-crm1-b1,fcn-crm1-b2-rdi,fcn-crm1-b3-rdi,fcn-crm2-b3-rdi",
+            show_default=True,
+            help="Heads at every early exit, or exitN.NAME at one; `grid` is the paper's space.",
+        ),
+        click.option("--weights", type=_FILE, help="torchvision ImageNet weights (.pth, .safetensors)."),
+        click.option("--baseline", is_flag=True, help="Train the single-exit network alone, for as many epochs."),
+        click.option("--epochs", nargs=2, type=int, default=(60, 20), show_default=True, help="Of stage 1 and 2."),
+        click.option("--batch", default=8, show_default=True, help="Images of a step, over all processes."),
+        click.option("--learning-rate", default=2e-3, show_default=True),
+        click.option("--crop", help="Size of the training crops, such as 240x320; the input size by default."),
+        click.option("--full-size-epochs", default=0, show_default=True, help="Last epochs of stage 1, at input size."),
+        click.option("--no-augment", is_flag=True, help="Whole frames at input size instead of random crops."),
+        click.option(
+            "--order",
+            type=click.Choice(["round-robin", "joint", "final"]),
+            default="round-robin",
+            show_default=True,
+            help="Exits that a step of stage 1 trains.",
+        ),
+        click.option("--stage1-head", default="fcn-crm1-b0", show_default=True, help="Early heads of stage 1."),
+        click.option("--exit-weight", default=1.0, show_default=True, help="An early exit's loss beside the final's."),
+        click.option("--ema", default=0.0, show_default=True, help="Decay per step of a moving average in stage 1."),
+        click.option("--lovasz", default=0.0, show_default=True, help="Weight of Lovasz-softmax beside cross-entropy."),
+        click.option("--class-power", default=0.5, show_default=True, help="0: all classes weigh alike."),
+        click.option(
+            "--loss-resolution",
+            type=click.Choice(["labels", "cells"]),
+            default="labels",
+            show_default=True,
+            help="Losses at the labels' resolution, or at the head's.",
+        ),
+        click.option("--distillation", type=click.Choice(["pfd", "kd", "none"]), default="pfd", show_default=True),
+        click.option("--alpha", default=0.5, show_default=True, help="Weight of the teacher against the labels."),
+        click.option("--temperature", default=1.0, show_default=True, help="Temperature of the teacher."),
+        click.option("--head-memory", default=4096, show_default=True, help="MiB for heads that train in one pass."),
+        click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+        click.option("--accelerator", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+        click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine."),
+        click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both themselves."),
+        click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True),
+        click.option("--accumulate", default=1, show_default=True, help="Pieces of a batch, one after the other."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.option("--data", type=_FOLDER, required=True, help="Folder with train/ and val/, or images/ and labels/.")
-@click.option("--backbone", type=click.Choice(["mobilenetv2", "resnet50"]), default="mobilenetv2", show_default=True)
-@_HW
-@click.option("--output-stride", type=click.Choice(["8", "16"]), default="8", show_default=True)
-@click.option("--width", default=1.0, show_default=True, help="Width multiplier of mobilenetv2.")
-@click.option("--exits", default="6", show_default=True, help="Number of exits, or block names: features.6,...")
-@click.option(
-    "--heads",
-    default="fcn-crm1-b0,fcn-crm1-b1,fcn-crm1-b2-rdi,fcn-crm1-b3-rdi,fcn-crm2-b3-rdi",
-    show_default=True,
-    help="Heads at every early exit, or exitN.NAME at one; `grid` is the whole space.",
-)
-@click.option("--epochs", nargs=2, type=int, default=(60, 20), show_default=True, help="Epochs of stage 1 and 2.")
-@click.option("--batch", default=8, show_default=True)
-@click.option("--learning-rate", default=2e-3, show_default=True)
-@click.option("--distillation", type=click.Choice(["pfd", "kd", "none"]), default="pfd", show_default=True)
-@click.option("--alpha", default=0.5, show_default=True, help="Weight of the teacher against the labels.")
-@click.option("--temperature", default=1.0, show_default=True, help="Temperature of the teacher.")
-@click.option("--head-memory", default=4096, show_default=True, help="MiB for the heads that train in one pass.")
-@click.option("--weights", type=_FILE, help="torchvision ImageNet weights of the backbone (.pth or .safetensors).")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--data", type=_FOLDER, required=True, help="CamVid, Cityscapes, VOC, COCO, or a folder of your own.")
+@_train_options
 @_json_option
 @click.pass_obj
 def train(workspace: Workspace, /, data: Path, as_json: bool, **options: Any) -> None:
     """Train a candidate network in two stages; the same command continues an interrupted training."""
     from mess_compile import extras, inspection, steps
 
-    losses, stages = extras.torch_module("training.losses"), extras.torch_module("training.stages")
+    recipes, parallel = extras.torch_module("training.recipe"), extras.torch_module("training.parallel")
     exits = options["exits"]
     choice = steps.NetworkChoice(
         backbone=options["backbone"],
@@ -113,21 +155,30 @@ def train(workspace: Workspace, /, data: Path, as_json: bool, **options: Any) ->
         output_stride=int(options["output_stride"]),
         width=options["width"],
     )
-    distillation = losses.Distillation(options["distillation"], options["alpha"], options["temperature"])
-    recipe = stages.Recipe(
-        epochs=options["epochs"],
-        batch=options["batch"],
-        learning_rate=options["learning_rate"],
-        distillation=distillation,
+    recipe = recipes.Recipe(
+        crop_hw=_size(options["crop"]) if options["crop"] else None,
+        augment=not options["no_augment"],
+        distillation=recipes.Distillation(options["distillation"], options["alpha"], options["temperature"]),
         head_memory_mib=options["head_memory"],
-        seed=options["seed"],
+        **_picked(options, "epochs batch learning_rate full_size_epochs order stage1_head exit_weight ema lovasz"),
+        **_picked(options, "class_power loss_resolution seed"),
     )
+    machines = parallel.Machines(**_picked(options, "accelerator devices nodes precision accumulate"))
     report = partial(click.echo, err=as_json)
-    candidate = steps.train(workspace, data, choice, recipe, report, options["weights"])
+    step, folder = (
+        (steps.train_baseline, workspace.baseline) if options["baseline"] else (steps.train, workspace.candidate)
+    )
+    candidate = step(workspace, data, choice, recipe, report, options["weights"], machines)
+    if candidate is None:  # one of many processes; the first one speaks
+        return None
     if as_json:
-        return print_json({"folder": str(workspace.candidate), **inspection.inspect_candidate(candidate).content})
-    click.echo(f"candidate network in {workspace.candidate}")
+        return print_json({"folder": str(folder), **inspection.inspect_candidate(candidate).content})
+    click.echo(f"{'baseline' if options['baseline'] else 'candidate network'} in {folder}")
     return print_next("export")
+
+
+def _picked(options: dict[str, Any], names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names.split()}
 
 
 @main.command()
@@ -151,6 +202,8 @@ def export(workspace: Workspace, source: Path | None, confidence: str, plain: bo
         f"{len(graph_set.graphs)} graphs in {workspace.graphs}: {len(candidate.segments())} segments, "
         f"{len(candidate.heads)} heads; weights {weights / 2**20:.1f} MiB; all agree with the whole network"
     )
+    if graph_set.baseline_alone is not None:
+        click.echo(f"{' and '.join(graph_set.baselines)}: plans are held against the better one in mIoU")
     return print_next("profile --device host")
 
 
@@ -168,7 +221,7 @@ def evaluate(workspace: Workspace, data: Path | None, split: str | None, as_json
     described = inspection.inspect_statistics(found)
     if as_json:
         return print_json(described.content)
-    _print_tables(described.tables)
+    _print_inspection(described)
     return print_next("search --max-err 1%")
 
 
@@ -204,7 +257,7 @@ def profile(workspace: Workspace, device: str | None, as_json: bool) -> None:
 @click.option("--max-latency", help="Mean over images: 20ms, or 0.5x of the baseline.")
 @click.option("--max-memory", help="Such as 64MiB.")
 @click.option("--max-workload", help="GMACs such as 3.5, or 0.5x of the baseline.")
-@click.option("--baseline", help="Replaces the final exit's mIoU, such as 54.24%.")
+@click.option("--baseline", help="Replaces the baseline's mIoU, such as 54.24%.")
 @click.option(
     "--setting",
     type=click.Choice(["input-dependent", "budgeted", "anytime"]),
@@ -267,7 +320,7 @@ def _print_plan(plan: Any) -> None:
         f"plan for {plan.device}, {plan.setting}", ["", "head", "pixels sure at", "leaves at count", "images"], rows
     )
     names = ["", "mIoU %", "latency ms", "p95 ms", "GMACs", "memory MiB"]
-    figures = [["baseline", *_figures(plan.baseline)], ["plan", *_figures(plan.predicted)]]
+    figures = [[plan.baseline_name, *_figures(plan.baseline)], ["plan", *_figures(plan.predicted)]]
     print_table(
         f"{plan.predicted.source} latency, {plan.predicted.images} images of {plan.predicted.split}", names, figures
     )
@@ -342,27 +395,30 @@ def run(
 @_json_option
 @click.pass_obj
 def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, passes: int, as_json: bool) -> None:
-    """Measured against predicted, and against the single-exit baseline in the same run."""
+    """Measured against predicted, and against the better single-exit baseline in the same run."""
     from mess_compile import steps
 
     with progress_bar(as_json) as progress:
         result = steps.bench(workspace, bundle, data, split, passes, progress)
     if as_json:
         return print_json(asdict(result))
-    columns = ("baseline", "predicted", "replayed", "measured")
+    columns = {result.baseline_name: result.baseline}
+    columns |= {name: getattr(result, name) for name in ("predicted", "replayed", "measured")}
     rows = [
         [name, f"{c.miou:.2f}", f"{c.latency_ms:.2f}", f"{c.gmacs:.3f}", _rates(c.exit_rates)]
-        for name, c in ((name, getattr(result, name)) for name in columns)
+        for name, c in columns.items()
     ]
     print_table(
         f"{result.images} images of {result.split}, {result.passes} passes",
         ["", "mIoU %", "latency ms", "GMACs", "exits"],
         rows,
     )
+    for other in result.other_baselines:
+        click.echo(f"{result.baseline_name} is the better baseline here: {other.name} has {other.miou:.2f} % mIoU")
     low, high = result.latency_ratio_range
     click.echo(
-        f"measured against the baseline in the same run: {result.latency_ratio:.2f}x in latency (passes {low:.2f} to "
-        f"{high:.2f}), {result.workload_ratio:.2f}x in workload, {result.miou_difference:+.2f} pp of mIoU"
+        f"measured against {result.baseline_name} in the same run: {result.latency_ratio:.2f}x in latency (passes "
+        f"{low:.2f} to {high:.2f}), {result.workload_ratio:.2f}x in workload, {result.miou_difference:+.2f} pp of mIoU"
     )
     if result.tuned_on:
         click.echo(
@@ -443,7 +499,7 @@ def inspect(workspace: Workspace, thing: str, classes: int, input_hw: str, exits
     found = inspection.inspect(workspace, thing, classes, _size(input_hw), exits)
     if as_json:
         return print_json(found.content)
-    _print_tables(found.tables)
+    _print_inspection(found)
     return print_next(_after_inspection(thing))
 
 

@@ -1,9 +1,10 @@
-"""Labelled images in folders: class lists, splits, groups, frames and labels. numpy and Pillow only."""
+"""Data sets of labelled images: a split opened, its class list, its frames and labels decoded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,51 +12,38 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from mess_compile.coco import Outlines, draw_labels
+from mess_compile.layouts import (
+    ALWAYS_IGNORED,
+    CAMVID,
+    ClassList,
+    Item,
+    LabelFile,
+    default_colour,
+    find_layout,
+    is_camvid,
+)
 from mess_compile.runtime.errors import InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-ALWAYS_IGNORED = 255
-VALIDATION_SHARE = 0.2
-_CAMVID_NAME = re.compile(r"(0001TP|0006R0|0016E5|Seq05VD)_f?\d+")
-_SPLIT = re.compile(r"([\w-]+)(?:\[(\d*):(\d*)\])?")
-
-
-@dataclass(frozen=True)
-class ClassList:
-    """Class names and colours by label value; `ignored` label values count nowhere."""
-
-    names: tuple[str, ...]
-    colours: tuple[tuple[int, int, int], ...]
-    ignored: frozenset[int] = frozenset({ALWAYS_IGNORED})
-
-
-CAMVID = ClassList(
-    names=("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"),
-    colours=(
-        (128, 128, 128),
-        (128, 0, 0),
-        (192, 192, 128),
-        (128, 64, 128),
-        (0, 0, 192),
-        (128, 128, 0),
-        (192, 128, 128),
-        (64, 64, 128),
-        (64, 0, 128),
-        (64, 64, 0),
-        (0, 128, 192),
-    ),
-    ignored=frozenset({11, ALWAYS_IGNORED}),
-)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One labelled image; `group` is its sequence (the name before its last number)."""
-
-    id: str
-    group: str
-    image: Path
-    label: Path
+__all__ = [
+    "ALWAYS_IGNORED",
+    "CAMVID",
+    "ClassList",
+    "DataSet",
+    "Item",
+    "LabelFile",
+    "Outlines",
+    "Sample",
+    "check_trainable",
+    "default_colour",
+    "open_dataset",
+    "read_class_list",
+    "read_frame",
+    "read_labels",
+    "read_sample",
+    "samples",
+]
+_SPLIT = re.compile(r"([\w-]+)(?:\[(\d{0,9}):(\d{0,9})\])?")
 
 
 @dataclass(frozen=True)
@@ -79,60 +67,41 @@ class Sample:
 
 
 def open_dataset(root: Path, split: str, classes: ClassList | None = None) -> DataSet:
-    """Open `ROOT/SPLIT/images` + `ROOT/SPLIT/labels`, or `ROOT/images` + `ROOT/labels`, or CamVid as distributed.
+    """Open a split of a data set in one of the layouts of `layouts.LAYOUTS`, recognised from what lies in `root`.
 
-    `split` may carry a slice in the order of file names: `val[:50]`, `val[60:]`. In a folder without splits the last
-    fifth of the files is `val` and the rest `train`: neighbouring video frames then stay together. Classes come from
-    `ROOT/classes.txt` unless given. Raises InputError.
+    `split` may carry a slice in the order of file names, or of PASCAL VOC's list: `val[:50]`, `val[60:]`. In a plain
+    folder without splits the last fifth of the files is `val` and the rest `train`: neighbouring video frames then
+    stay together. There, classes come from `ROOT/classes.txt` unless given. Raises InputError.
     """
     match = _SPLIT.fullmatch(split)
     if match is None:
         raise InputError(f"split {split!r} is not of the form NAME or NAME[START:STOP], such as val or val[:50]")
     if not root.is_dir():
-        raise InputError(f"data folder {root} does not exist: --data names a folder with images/ and labels/ in it")
-    folder, share = _split_folder(root, match[1])
-    items = _items(folder)
-    if share is not None:
-        border = len(items) - max(1, round(len(items) * VALIDATION_SHARE))
-        items = items[border:] if share == "val" else items[:border]
+        raise InputError(f"data folder {root} does not exist: --data names the folder that the data set lies in")
     start, stop = (int(text) if text else None for text in (match[2], match[3]))
-    items = items[start:stop]
+    try:
+        layout = find_layout(root)
+        found = tuple(layout.find_items(root, match[1]))
+    except OSError as error:
+        raise InputError(f"{root} cannot be looked into ({error}): give yourself read access") from error
+    items = found[start:stop]
     if not items:
-        raise InputError(f"split {split!r} of {root} has no images")
-    return DataSet(root, split, classes or _class_list(root, items), items)
+        reason = f"the slice leaves none of {len(found)}" if found else f"expected {layout.expected}"
+        raise InputError(f"split {split!r} of {root} has no images: {reason}")
+    return DataSet(root, split, _class_list(root, items, layout.classes, classes), items)
 
 
-def _split_folder(root: Path, split: str) -> tuple[Path, str | None]:
-    if (root / split / "images").is_dir():
-        return root / split, None
-    if (root / "images").is_dir() and split in ("train", "val"):
-        return root, split
-    found = sorted(path.parent.name for path in root.glob("*/images")) or ["none"]
-    raise InputError(f"{root} has no split {split!r} (found: {', '.join(found)}): expected {root / split / 'images'}")
-
-
-def _items(folder: Path) -> tuple[Item, ...]:
-    labels = folder / "labels"
-    if not labels.is_dir():
-        raise InputError(f"{labels} does not exist: every image needs a label PNG of the same name there")
-    images = sorted(p for p in (folder / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    missing = [path.name for path in images if not (labels / f"{path.stem}.png").is_file()]
-    if missing:
-        raise InputError(
-            f"{len(missing)} images in {folder} have no label, first {missing[0]}: put its PNG in {labels}"
-        )
-    return tuple(Item(p.stem, _group(p.stem), p, labels / f"{p.stem}.png") for p in images)
-
-
-def _group(stem: str) -> str:
-    return re.sub(r"[_-]?[a-z]?\d+$", "", stem) or "all"
-
-
-def _class_list(root: Path, items: tuple[Item, ...]) -> ClassList:
+def _class_list(root: Path, items: tuple[Item, ...], known: ClassList | None, given: ClassList | None) -> ClassList:
+    if known is not None:
+        if given is not None and given.names != known.names:
+            raise InputError(f"{root} has the classes {', '.join(known.names)}, not {', '.join(given.names)}")
+        return known
+    if given is not None:
+        return given
     path = root / "classes.txt"
     if path.is_file():
         return read_class_list(path)
-    if all(_CAMVID_NAME.fullmatch(item.id) for item in items):
+    if is_camvid(items):
         return CAMVID
     raise InputError(
         f"{path} does not exist: write one class per line, in the order of label values: NAME or NAME R G B"
@@ -153,7 +122,7 @@ def read_class_list(path: Path) -> ClassList:
         words = line.split("#")[0].split()
         if not words:
             continue
-        numbers = [int(word) for word in words[1:] if word.isdecimal() and int(word) <= 255]
+        numbers = [int(word) for word in words[1:] if word.isdecimal() and len(word) <= 3 and int(word) <= 255]
         if len(numbers) != len(words) - 1 or len(numbers) not in ((1,) if words[0] == "ignore" else (0, 3)):
             raise InputError(f"{path}, line {number}: {line.strip()!r} is not NAME, NAME R G B or ignore VALUE")
         if words[0] == "ignore":
@@ -168,64 +137,94 @@ def read_class_list(path: Path) -> ClassList:
     return ClassList(tuple(names), tuple(colours), frozenset(ignored))
 
 
-def default_colour(index: int) -> tuple[int, int, int]:
-    """The PASCAL VOC palette's colour of a label value: its bits dealt to red, green and blue from the top."""
-    red = green = blue = 0
-    value = index + 1
-    for bit in range(7, -1, -1):
-        red |= (value & 1) << bit
-        green |= (value >> 1 & 1) << bit
-        blue |= (value >> 2 & 1) << bit
-        value >>= 3
-    return red, green, blue
-
-
 def read_frame(path: Path) -> NDArray[np.uint8]:
     """An image file as uint8 (H, W, 3). Raises InputError for what is not an 8-bit image."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("RGB", "L", "P", "RGBA"):
-                raise InputError(f"{path} has mode {image.mode}: convert it to 8-bit RGB")
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError as error:
-        raise InputError(f"image {path} does not exist") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image ({error})") from error
+    with _opened(path, "image") as image:
+        if image.mode not in ("RGB", "L", "P", "RGBA"):
+            raise InputError(f"{path} has mode {image.mode}: convert it to 8-bit RGB")
+        return np.asarray(image.convert("RGB"))
 
 
-def read_labels(path: Path, classes: ClassList) -> NDArray[np.uint8]:
-    """A label PNG as uint8 (H, W); ignored values become 255. Raises InputError for values outside the class list."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P"):
-                raise InputError(f"label {path} has mode {image.mode}: labels are 8-bit single-channel PNGs of values")
-            labels = np.array(image)
-    except FileNotFoundError as error:
-        raise InputError(f"label {path} does not exist") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image ({error})") from error
-    labels[np.isin(labels, sorted(classes.ignored))] = ALWAYS_IGNORED
-    wrong = np.unique(labels[(labels >= len(classes.names)) & (labels != ALWAYS_IGNORED)])
+def read_labels(label: Path | LabelFile | Outlines, classes: ClassList) -> NDArray[np.uint8]:
+    """An item's labels, or those in a PNG, as uint8 (H, W); ignored values become 255.
+
+    Safe to call from several threads. Raises InputError for values that stand for no class.
+    """
+    if isinstance(label, Outlines):
+        return draw_labels(label)
+    path = label.path if isinstance(label, LabelFile) else label
+    with _opened(path, "label") as image:
+        if image.mode not in ("L", "P"):
+            raise InputError(f"label {path} has mode {image.mode}: labels are 8-bit single-channel PNGs of values")
+        stored = np.asarray(image)
+    table = np.array(label.classes if isinstance(label, LabelFile) else _classes_of_values(classes))
+    wrong = np.flatnonzero((np.bincount(stored.ravel(), minlength=256) > 0) & (table < 0))
     if wrong.size:
-        raise InputError(
-            f"label {path} holds the value {wrong[0]}, but the {len(classes.names)} classes are 0 to "
-            f"{len(classes.names) - 1}: correct classes.txt (add `ignore {wrong[0]}` for a void value) or the label"
-        )
+        raise InputError(f"label {path} holds the value {wrong[0]}, but {_remedy(label, classes, int(wrong[0]))}")
+    labels: NDArray[np.uint8] = table.astype(np.uint8)[stored]
     return labels
+
+
+def _classes_of_values(classes: ClassList) -> tuple[int, ...]:
+    """The class of each of the 256 label values; 255 for void, -1 for what is neither."""
+    void = classes.ignored | {ALWAYS_IGNORED}
+    return tuple(
+        ALWAYS_IGNORED if value in void else value if value < len(classes.names) else -1 for value in range(256)
+    )
+
+
+def _remedy(label: Path | LabelFile, classes: ClassList, value: int) -> str:
+    if isinstance(label, LabelFile):
+        return f"this data set uses 0 to {max(np.flatnonzero(np.array(label.classes[:255]) >= 0))} and 255: correct it"
+    return (
+        f"the {len(classes.names)} classes are 0 to {len(classes.names) - 1}: correct classes.txt (add "
+        f"`ignore {value}` for a void value) or the label"
+    )
+
+
+@contextmanager
+def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError as error:
+        raise InputError(f"{kind} {path} does not exist") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as an image ({error})") from error
 
 
 def read_sample(item: Item, classes: ClassList) -> Sample:
     """Frame and labels of one item. Raises InputError, also when their sizes differ."""
     frame, labels = read_frame(item.image), read_labels(item.label, classes)
     if frame.shape[:2] != labels.shape:
-        raise InputError(f"{item.image} is {_size(frame)}, but its label {item.label} is {_size(labels)}")
+        label = f"its label {item.label_path} is" if item.label_path else "by its annotations"
+        raise InputError(f"{item.image} is {_size(frame)}, but {label} {_size(labels)}")
     return Sample(item.id, item.group, frame, labels)
 
 
 def samples(data: DataSet) -> Iterator[Sample]:
-    """All samples of a data set, in the order of file names."""
+    """All samples of a data set, in the order of its items."""
     for item in data.items:
         yield read_sample(item, data.classes)
+
+
+def check_trainable(data: DataSet) -> NDArray[np.int64]:
+    """Labelled pixels of each class, (K,), over the whole split: every label is read.
+
+    Raises InputError when fewer than two classes have labelled pixels: a network would learn to say one thing.
+    """
+    counts = np.zeros(256, np.int64)
+    for item in data.items:
+        counts += np.bincount(read_labels(item.label, data.classes).ravel(), minlength=256)
+    counts = counts[: len(data.classes.names)]
+    labelled = [name for name, count in zip(data.classes.names, counts, strict=True) if count]
+    if len(labelled) < 2:
+        found = f"of {labelled[0]} alone" if labelled else "of no class"
+        raise InputError(
+            f"split {data.split!r} of {data.root} has labelled pixels {found} in its {len(data.items)} images: "
+            "training needs two classes or more; correct the labels or the class list"
+        )
+    return counts
 
 
 def _size(array: NDArray[np.uint8]) -> str:

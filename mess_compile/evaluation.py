@@ -1,4 +1,4 @@
-"""Exit statistics from labelled images: every head of a candidate network, run and scored once per image."""
+"""Exit statistics from labelled images: every head and the baseline trained alone, run and scored once per image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from contextlib import ExitStack, closing
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.candidates import CandidateNetwork, GraphSet, head_graph_name, output_name, segment_name
+from mess_compile.candidates import (
+    BASELINE_ALONE,
+    CandidateNetwork,
+    GraphSet,
+    head_graph_name,
+    output_name,
+    segment_name,
+)
 from mess_compile.runtime import frames
 from mess_compile.runtime.engine import Engine, Library
 from mess_compile.runtime.errors import InputError
@@ -31,7 +38,8 @@ def evaluate(
 ) -> ExitStatistics:
     """Run every head of the candidate network on labelled `images`: (id, group, frame, labels) each.
 
-    Frames are uint8 (H, W, 3) of any size, labels uint8 (H, W) of the same; label values in `ignore` count nowhere.
+    The baseline trained alone, where the graph set has one, runs on them too. Frames are uint8 (H, W, 3) of any size,
+    labels uint8 (H, W) of the same; label values in `ignore` count nowhere.
     `progress` is told the number of images done. Raises InputError naming the image for labels that are out of range
     or of another size, EngineError when a graph does not run.
     """
@@ -68,6 +76,7 @@ def evaluate(
         device=device,
         library=library.name,
         split=split,
+        baseline_alone=graph_set.baseline_alone,
     )
 
 
@@ -77,7 +86,7 @@ def _cells(candidate: CandidateNetwork, exit_point: int) -> int:
 
 
 class _Exits:
-    """The engines of every segment a -> a+1, head and output graph of a candidate network."""
+    """The engines of every segment a -> a+1, head and output graph, and of the baseline trained alone."""
 
     def __init__(self, graph_set: GraphSet, library: Library, stack: ExitStack) -> None:
         def load(name: str) -> Engine:
@@ -90,9 +99,13 @@ class _Exits:
         self._segments = [load(segment_name(a, a + 1)) for a in range(len(candidate.exit_points))]
         self._heads = {head.name: load(head_graph_name(head.name)) for head in candidate.heads}
         self._outputs = {hw: load(output_name(hw)) for hw in {point.hw for point in candidate.exit_points}}
+        self._alone = load(BASELINE_ALONE) if graph_set.baseline_alone is not None else None
 
-    def run(self, frame: Image) -> Iterator[tuple[NDArray[np.int32], Image]]:
-        """Yield counts (T,) and labels, at the network's input size, of every head in the network's order."""
+    def run(self, frame: Image) -> Iterator[tuple[NDArray[np.int32] | None, Image]]:
+        """Yield counts (T,) and labels, at the network's input size, of every head in the network's order.
+
+        The labels of the baseline trained alone come last, without counts.
+        """
         candidate, download = self._candidate, self._library.download
         tensors = {"image": self._library.upload(frames.resize(frame, candidate.input_hw)[None])}
         name = "image"
@@ -105,17 +118,20 @@ class _Exits:
             output = self._outputs[candidate.exit_point(head.exit_point).hw]
             labels = output.run({"logits": made["logits"]})["labels"]
             yield download(made["counts"]), download(labels)[0]
+        if self._alone is not None:
+            yield None, download(self._alone.run({"image": tensors["image"]})["labels"])[0]
 
 
 def _scored(
-    guesses: Iterable[tuple[NDArray[np.int32], Image]], labels: Image, known: NDArray[np.bool_], classes: int
+    guesses: Iterable[tuple[NDArray[np.int32] | None, Image]], labels: Image, known: NDArray[np.bool_], classes: int
 ) -> tuple[NDArray[np.int32], Ints, Ints, Ints]:
-    """Counts (heads, T), intersection and predicted (heads, K), labelled (K,) of one image."""
+    """Counts (heads, T), intersection and predicted (scored, K), labelled (K,) of one image."""
     truth = labels[known]
     counts, intersection, predicted = [], [], []
     for row, guess in guesses:
         guessed = frames.resize_labels(guess, (labels.shape[0], labels.shape[1]))[known]
-        counts.append(row)
+        if row is not None:
+            counts.append(row)
         intersection.append(np.bincount(truth[truth == guessed], minlength=classes))
         predicted.append(np.bincount(guessed, minlength=classes))
     return np.stack(counts), np.stack(intersection), np.stack(predicted), np.bincount(truth, minlength=classes)

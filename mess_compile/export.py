@@ -14,35 +14,73 @@ from onnx import numpy_helper
 from torch import nn
 
 from mess_compile import files
-from mess_compile.candidates import Gate, GraphSet, read_graph_set
-from mess_compile.graph.check import Array, Reference, check_stages
-from mess_compile.graph.cut import METADATA_KEY, NETWORK, Progress, cut_network, logits_name
+from mess_compile.candidates import BASELINE_ALONE, Gate, GraphSet, read_graph_set
+from mess_compile.graph.check import Array, Reference, check_baseline_alone, check_stages
+from mess_compile.graph.cut import METADATA_KEY, NETWORK, Progress, add_baseline_alone, cut_network, logits_name
 from mess_compile.graph.fold import fold_constants
 from mess_compile.graph.nodes import OPSET, keep
 from mess_compile.graph.store import read_model, store_weight, write_model
 from mess_compile.nets.checkpoint import load_candidate
-from mess_compile.nets.network import MEAN, STD, OverprovisionedNetwork, normalise
+from mess_compile.nets.network import MEAN, STD, Architecture, OverprovisionedNetwork, normalise
+from mess_compile.runtime.errors import InputError
 
 
 def export_checkpoint(
-    checkpoint: Path, graphs: Path, gate: Gate, frames: Sequence[Array], progress: Progress
+    checkpoint: Path,
+    graphs: Path,
+    gate: Gate,
+    frames: Sequence[Array],
+    progress: Progress,
+    baseline: Path | None = None,
 ) -> GraphSet:
     """Export the candidate network in folder `checkpoint`, cut it into the folder `graphs`, and check every graph.
 
-    `frames` are uint8 (H, W, 3) at the network's input size, on which torch and the graphs must agree. The folder
-    `graphs` is replaced when all is well. Raises InputError.
+    `frames` are uint8 (H, W, 3) at the network's input size, on which torch and the graphs must agree; `baseline` is
+    the folder of a single-exit network trained alone, which becomes one more graph. The folder `graphs` is replaced
+    when all is well. Raises InputError.
     """
     network = load_candidate(checkpoint)
+    alone = None if baseline is None else _load_baseline(baseline, network.architecture)
     with files.replaced_folder(graphs) as folder:
         export_network(network, folder)
         progress(NETWORK, 1, 1)
         graph_set = cut_network(folder, gate, progress)
         check_stages(graph_set, torch_reference(network), frames, progress)
+        if alone is not None:
+            graph_set = add_baseline_alone(graph_set, export_network(alone, folder, "alone.onnx"))
+            check_baseline_alone(graph_set, torch_reference(alone), frames)
+            progress(f"checked {BASELINE_ALONE}", 1, 1)
     return read_graph_set(graphs)
 
 
-def export_network(network: OverprovisionedNetwork, folder: Path) -> Path:
-    """Write `folder/network.onnx`, opset 17, its weights in the store, BatchNorm folded into the convolutions.
+def _load_baseline(folder: Path, candidate: Architecture) -> OverprovisionedNetwork:
+    """The network in `folder`. Raises InputError when it is not the candidate network with the final exit alone."""
+    network = load_candidate(folder)
+    found, wanted = _decisive(network.architecture), _decisive(candidate)
+    differences = [f"{what} {found[what]}, not {wanted[what]}" for what in found if found[what] != wanted[what]]
+    if len(network.candidate.heads) > 1:
+        differences.append(f"{len(network.candidate.heads)} heads, not 1")
+    if differences:
+        raise InputError(
+            f"the baseline in {folder} does not fit the candidate network, it has {' and '.join(differences)}: train "
+            f"it with the same options (`mess-compile train --baseline`), or remove {folder}"
+        )
+    return network
+
+
+def _decisive(architecture: Architecture) -> dict[str, str | float]:
+    """What a baseline must share with the candidate network, to answer the same task with the same workload."""
+    return {
+        "backbone": architecture.backbone,
+        "width": architecture.width,
+        "output stride": architecture.output_stride,
+        "input size": "{}x{}".format(*architecture.input_hw),
+        "classes": ", ".join(architecture.classes),
+    }
+
+
+def export_network(network: OverprovisionedNetwork, folder: Path, name: str = NETWORK) -> Path:
+    """Write `folder/NAME`, opset 17, its weights in the store, BatchNorm folded into the convolutions.
 
     Input `image` uint8 (1, H, W, 3); outputs `exit1`.. and `logits:HEAD`, described in the metadata entry `mess`.
     Weights go from the network to the store one at a time; the network is left in eval mode.
@@ -50,13 +88,14 @@ def export_network(network: OverprovisionedNetwork, folder: Path) -> Path:
     network.eval()
     candidate = network.candidate
     names = [point.name for point in candidate.exit_points] + [logits_name(head.name) for head in candidate.heads]
-    _write_structure(_FromFrame(network), candidate.input_hw, names, folder / NETWORK)
-    model = read_model(folder / NETWORK)
+    path = folder / name
+    _write_structure(_FromFrame(network), candidate.input_hw, names, path)
+    model = read_model(path)
     fold_constants(model)
     _attach_weights(model, {f"network.{key}": value for key, value in network.state_dict().items()}, folder)
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(candidate.to_json()))
-    write_model(model, folder / NETWORK)
-    return folder / NETWORK
+    write_model(model, path)
+    return path
 
 
 def torch_reference(network: OverprovisionedNetwork) -> Reference:

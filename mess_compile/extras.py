@@ -13,6 +13,8 @@ def torch_module(name: str) -> Any:
     try:
         return importlib.import_module(f"mess_compile.{name}")
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "safetensors"):
+        if error.name not in ("torch", "safetensors", "lightning_fabric"):
             raise
-        raise EngineError(f"{error.name} is not installed: run `pip install 'mess-compile[torch]'`") from error
+        raise EngineError(
+            f"{error.name.replace('_', '-')} is not installed: run `pip install 'mess-compile[torch]'`"
+        ) from error

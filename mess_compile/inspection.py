@@ -7,8 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mess_compile import extras, latency, statistics
-from mess_compile.candidates import CandidateNetwork, GraphSet, head_grid, read_graph_set, segment_name
+from mess_compile import diagnosis, extras, latency, statistics
+from mess_compile.candidates import (
+    BASELINE_ALONE,
+    CandidateNetwork,
+    GraphSet,
+    head_grid,
+    read_graph_set,
+    segment_name,
+)
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.errors import InputError
 from mess_compile.search import plan as plans
@@ -16,6 +23,12 @@ from mess_compile.workspace import Workspace
 
 BACKBONES = ("resnet50", "mobilenetv2")
 ARTEFACTS = ("graphs", "statistics", "latency", "plan")
+_CONCLUSIONS = {
+    "gate": "a better gate would help more than better heads",
+    "heads": "better heads would help more than a better gate",
+    "both": "a better gate and better heads would help alike",
+    "neither": "a better gate or better heads would bring little",
+}
 
 
 @dataclass(frozen=True)
@@ -27,10 +40,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`content` is what `--json` prints."""
+    """`content` is what `--json` prints; `notes` are sentences that follow the tables."""
 
     content: dict[str, Any]
     tables: tuple[Table, ...]
+    notes: tuple[str, ...] = ()
 
 
 def inspect(workspace: Workspace, thing: str, classes: int, hw: tuple[int, int], exits: int) -> Inspection:
@@ -117,6 +131,7 @@ def inspect_graphs(graph_set: GraphSet) -> Inspection:
     """The graphs that export left: tensors, workload, weights."""
     graphs = [asdict(spec) for spec in graph_set.graphs.values()]
     content = _workloads(graph_set.candidate) | {"gate": asdict(graph_set.gate), "graphs": graphs}
+    content["baseline_alone"] = _identified(graph_set.baseline_alone, gmacs=content["baseline"]["gmacs"])
     rows = tuple(
         (s.name, f"{_gmacs(s.macs):.4f}", f"{s.bytes / 2**20:.2f}", f"{s.workspace_bytes / 2**20:.2f}")
         for s in graph_set.graphs.values()
@@ -126,29 +141,113 @@ def inspect_graphs(graph_set: GraphSet) -> Inspection:
 
 
 def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
-    """mIoU of every head on its own, and how often it is sure at the middle threshold row."""
-    row = len(found.gate.thresholds) // 2
-    heads = [
-        {"name": head, "miou": statistics.head_miou(found, head), "sure": _mean_confidence(found, index, row)}
-        for index, head in enumerate(found.heads)
-    ]
+    """Every head on its own: mIoU, how often it is sure at the middle threshold row, and what limits leaving there."""
+    diagnosed = diagnosis.diagnose(found)
+    early = {one.head: one for one in diagnosed.heads}
+    heads = [_head_content(found, head, early.get(head), diagnosed.max_errs_pp) for head in found.heads]
+    verdicts = diagnosis.verdicts(diagnosed)
+    alone = None if found.baseline_alone is None else statistics.head_miou(found, BASELINE_ALONE)
     content = {
         "split": found.split,
         "images": found.images,
         "device": found.device,
         "library": found.library,
         "precision": found.precision,
-        "threshold": found.gate.thresholds[row],
+        "threshold": found.gate.thresholds[_middle_row(found)],
+        "tolerance_pp": diagnosed.tolerance_pp,
         "heads": heads,
+        "limits": [_verdict_content(verdict) for verdict in verdicts],
+        "baseline_alone": _identified(found.baseline_alone, miou=alone),
     }
-    rows = tuple((str(h["name"]), f"{h['miou']:.2f}", f"{h['sure']:.1%}") for h in heads)
-    title = f"{found.images} images of {found.split}, {found.library} {found.precision} on {found.device}"
-    sure = f"cells sure at {found.gate.thresholds[row]:g}"
-    return Inspection(content, (Table(title, ("head", "mIoU %", sure), rows),))
+    title = (
+        f"{found.images} images of {found.split}, {found.library} {found.precision} on {found.device}: "
+        "what search tunes on, not a test result"
+    )
+    table = _statistics_table(title, heads, diagnosed.max_errs_pp)
+    notes = (*_legend(found, diagnosed), *map(_verdict_sentence, verdicts)) if verdicts else ()
+    if alone is not None:
+        notes = (f"{BASELINE_ALONE}, the single-exit network trained alone: {alone:.2f} % mIoU", *notes)
+    return Inspection(content, (table,), notes)
 
 
-def _mean_confidence(found: statistics.ExitStatistics, index: int, row: int) -> float:
-    return float(found.counts[:, index, row].mean()) / found.cells[index]
+def _identified(identity: str | None, **figures: float | None) -> dict[str, Any] | None:
+    """What there is to say of the baseline trained alone, None without one."""
+    return None if identity is None else {"identity": identity, **figures}
+
+
+def _middle_row(found: statistics.ExitStatistics) -> int:
+    return len(found.gate.thresholds) // 2
+
+
+def _head_content(
+    found: statistics.ExitStatistics, head: str, early: diagnosis.HeadDiagnosis | None, errors: Sequence[float]
+) -> dict[str, Any]:
+    index = found.head_index(head)
+    sure = float(found.counts[:, index, _middle_row(found)].mean()) / found.cells[index]
+    content: dict[str, Any] = {"name": head, "miou": statistics.head_miou(found, head), "sure": sure}
+    if early is None:
+        names = ("coverage", "auroc", "auroc_threshold", "auroc_middle", "gate_share", "oracle_share", "oracle_miou")
+        return content | dict.fromkeys(names)
+    return content | {
+        "coverage": early.coverage,
+        "auroc": early.auroc,
+        "auroc_threshold": None if early.auroc_row is None else found.gate.thresholds[early.auroc_row],
+        "auroc_middle": early.auroc_middle,
+        "gate_share": {f"{error:g}": share for error, share in zip(errors, early.gate_share, strict=True)},
+        "oracle_share": {f"{error:g}": share for error, share in zip(errors, early.oracle_share, strict=True)},
+        "oracle_miou": early.oracle_miou,
+    }
+
+
+def _verdict_content(verdict: diagnosis.Verdict) -> dict[str, Any]:
+    return {
+        "max_err_pp": verdict.max_err_pp,
+        "gate_share": verdict.gate_share,
+        "oracle_share": verdict.oracle_share,
+        "limit": verdict.limit,
+        "exits": [asdict(one) | {"limit": one.limit} for one in verdict.exits],
+    }
+
+
+def _statistics_table(title: str, heads: Sequence[dict[str, Any]], errors: Sequence[float]) -> Table:
+    shares = [(f"{kind}_share", f"{error:g}") for error in errors for kind in ("gate", "oracle")]
+    rows = tuple(
+        (
+            head["name"],
+            f"{head['miou']:.2f}",
+            f"{head['sure']:.0%}",
+            _share(head["coverage"]),
+            "-" if head["auroc"] is None else f"{head['auroc']:.2f}",
+            *(_share((head[kind] or {}).get(error)) for kind, error in shares),
+        )
+        for head in heads
+    )
+    columns = tuple(f"{kind.removesuffix('_share')} {error}%" for kind, error in shares)
+    return Table(title, ("head", "mIoU %", "sure", "coverage", "AUROC", *columns), rows)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _legend(found: statistics.ExitStatistics, diagnosed: diagnosis.Diagnosis) -> tuple[str, ...]:
+    errors = " or ".join(f"{error:g}" for error in diagnosed.max_errs_pp)
+    return (
+        f"sure: cells sure at {found.gate.thresholds[_middle_row(found)]:g}",
+        f"coverage: images on which the head is as good as {diagnosed.final}, to {diagnosed.tolerance_pp:g} pp of mIoU",
+        "AUROC: how well its confidence tells them at the best threshold; 0.5 is chance",
+        f"gate: images that may leave there within {errors} pp of mIoU, by the best threshold and cut",
+        "oracle: those that may with perfect knowledge (greedy: at least so many)",
+    )
+
+
+def _verdict_sentence(verdict: diagnosis.Verdict) -> str:
+    exits = ", ".join(f"exit {one.exit_point} {one.limit}" for one in verdict.exits)
+    return (
+        f"at {verdict.max_err_pp:g}%, the best head of each early exit could let {verdict.oracle_share:.0%} of images "
+        f"leave with perfect knowledge (mean over exits), its gate lets {verdict.gate_share:.0%}: "
+        f"{_CONCLUSIONS[verdict.limit]} (limited by: {exits})"
+    )
 
 
 def inspect_latency(table: latency.LatencyTable) -> Inspection:
@@ -211,7 +310,7 @@ def inspect_bundle(path: Path) -> Inspection:
         title = (
             f"{plan.target}, {plan.library} {plan.precision}, {plan.setting}: predicted {figures.latency_ms:.2f} ms, "
             f"{figures.miou:.2f} % mIoU ({figures.source}, {figures.images} images of {figures.split}); "
-            f"baseline {plan.baseline.latency_ms:.2f} ms, {plan.baseline.miou:.2f} %"
+            f"{plan.baseline_name} {plan.baseline.latency_ms:.2f} ms, {plan.baseline.miou:.2f} %"
         )
         tables.append(Table(title, ("exit", "head", "row", "leaves at count"), _stage_rows(plan.stages)))
     return Inspection(asdict(manifest), tuple(tables))

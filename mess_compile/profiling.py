@@ -64,7 +64,7 @@ def profiling_jobs(graph_set: GraphSet) -> list[profile.Job]:
     def job(name: str, predecessor: str | None) -> profile.Job:
         return profile.Job(name, graph_set.path(name), predecessor)
 
-    jobs = [job(BASELINE, segment_name(0, len(candidate.exit_points)))]
+    jobs = [job(name, segment_name(0, len(candidate.exit_points))) for name in graph_set.baselines]
     for a, b in candidate.segments():
         jobs.append(job(segment_name(a, b), head_graph_name(_typical_head(candidate, a)) if a else BASELINE))
     for head in candidate.heads:

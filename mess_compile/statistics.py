@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import files
-from mess_compile.candidates import Gate, GraphSet
+from mess_compile.candidates import BASELINE_ALONE, Gate, GraphSet
 from mess_compile.runtime.errors import InputError, StaleError
 
 Ints = NDArray[np.int64]
@@ -32,8 +32,9 @@ class ExitStatistics:
     """What one recipe's exits said and got right, per image.
 
     `cells` is each head's feature-map size, `thresholds` (T, K); `counts` (n, heads, T) the confident cells per
-    threshold row; `intersection` and `predicted` (n, heads, K), `labelled` (n, K) pixels per class at the frame's own
-    size, ignored pixels in none of them. `group` is the image's sequence; `network` the candidate network's identity.
+    threshold row; `intersection` and `predicted` (n, scored, K), `labelled` (n, K) pixels per class at the frame's own
+    size, ignored pixels in none of them. `group` is the image's sequence; `network` the candidate network's identity,
+    `baseline_alone` that of the baseline trained alone, None when there was none to score.
     """
 
     heads: tuple[str, ...]
@@ -52,16 +53,22 @@ class ExitStatistics:
     device: str
     library: str
     split: str
+    baseline_alone: str | None = None
 
     @property
     def images(self) -> int:
         return len(self.image_id)
 
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The heads, and the baseline trained alone, which has pixels but no counts."""
+        return self.heads if self.baseline_alone is None else (*self.heads, BASELINE_ALONE)
+
     def head_index(self, head: str) -> int:
-        """Raises InputError when the statistics do not hold this head."""
-        if head not in self.heads:
+        """The place of a head among the heads, or of `BASELINE_ALONE` behind them. Raises InputError."""
+        if head not in self.scored:
             raise InputError(f"the statistics hold no head {head!r}: {_REMEDY}")
-        return self.heads.index(head)
+        return self.scored.index(head)
 
     def select(self, indices: Sequence[int]) -> ExitStatistics:
         """The statistics of these images, in this order."""
@@ -93,7 +100,7 @@ def miou(intersection: Ints, predicted: Ints, labelled: Ints) -> float:
 
 
 def head_miou(statistics: ExitStatistics, head: str) -> float:
-    """mIoU in percent when every image leaves at `head`."""
+    """mIoU in percent when every image leaves at `head`, or goes to the baseline trained alone."""
     index = statistics.head_index(head)
     return miou(
         statistics.intersection[:, index].sum(axis=0),
@@ -116,7 +123,7 @@ def merge(shards: Sequence[ExitStatistics]) -> ExitStatistics:
         raise InputError("there are no statistics to merge")
     first = shards[0]
     for shard in shards[1:]:
-        for field in ("heads", "classes", "cells", "gate", *_TEXTS):
+        for field in ("heads", "classes", "cells", "gate", "baseline_alone", *_TEXTS):
             if getattr(shard, field) != getattr(first, field):
                 raise InputError(f"cannot merge statistics whose {field} differ; evaluate all shards alike")
     ids = [image for shard in shards for image in shard.image_id]
@@ -135,10 +142,11 @@ def merge(shards: Sequence[ExitStatistics]) -> ExitStatistics:
 
 
 def check_current(statistics: ExitStatistics, graph_set: GraphSet) -> None:
-    """Raises StaleError when `statistics` are of another network, other heads or another gate than `graph_set`."""
+    """Raises StaleError when `statistics` are of another network, baseline, gate or other heads than `graph_set`."""
     candidate = graph_set.candidate
     differs = {
         "network": statistics.network != candidate.identity,
+        "baseline": statistics.baseline_alone != graph_set.baseline_alone,
         "gate": statistics.gate != graph_set.gate,
         "heads": statistics.heads != tuple(head.name for head in candidate.heads),
         "classes": statistics.classes != candidate.classes,
@@ -150,7 +158,7 @@ def check_current(statistics: ExitStatistics, graph_set: GraphSet) -> None:
 
 def write_statistics(folder: Path, statistics: ExitStatistics) -> None:
     """Write `statistics.json` and one `.npy` per array; the old folder stays until the new one is complete."""
-    content: dict[str, Any] = {name: getattr(statistics, name) for name in _TEXTS}
+    content: dict[str, Any] = {name: getattr(statistics, name) for name in (*_TEXTS, "baseline_alone")}
     for name in ("heads", "classes", "cells", "image_id", "group"):
         content[name] = list(getattr(statistics, name))
     with files.replaced_folder(folder) as temporary:
@@ -189,7 +197,7 @@ def _read_array(path: Path, content: dict[str, Any]) -> Any:
 
 
 def _statistics_from_json(content: dict[str, Any], arrays: dict[str, Any]) -> ExitStatistics:
-    gate = content["gate"]
+    gate, alone = content["gate"], content.get("baseline_alone")
     texts: dict[str, Any] = {name: str(content[name]) for name in _TEXTS}
     statistics = ExitStatistics(
         **arrays,
@@ -199,6 +207,7 @@ def _statistics_from_json(content: dict[str, Any], arrays: dict[str, Any]) -> Ex
         image_id=tuple(map(str, content["image_id"])),
         group=tuple(map(str, content["group"])),
         gate=Gate(gate["confidence"], bool(gate["edge_aware"]), tuple(map(float, gate["thresholds"]))),
+        baseline_alone=None if alone is None else str(alone),
         **texts,
     )
     _check_shapes(statistics)
@@ -207,12 +216,12 @@ def _statistics_from_json(content: dict[str, Any], arrays: dict[str, Any]) -> Ex
 
 def _check_shapes(statistics: ExitStatistics) -> None:
     n, heads, classes = statistics.images, len(statistics.heads), len(statistics.classes)
-    rows = len(statistics.gate.thresholds)
+    rows, scored = len(statistics.gate.thresholds), len(statistics.scored)
     expected = {
         "thresholds": (rows, classes),
         "counts": (n, heads, rows),
-        "intersection": (n, heads, classes),
-        "predicted": (n, heads, classes),
+        "intersection": (n, scored, classes),
+        "predicted": (n, scored, classes),
         "labelled": (n, classes),
     }
     for name, shape in expected.items():

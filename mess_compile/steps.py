@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mess_compile import __version__, extras, latency, scenes, statistics
 from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, read_graph_set, verify_graph_set
-from mess_compile.dataset import open_dataset, read_frame, read_labels, samples
+from mess_compile.dataset import DataSet, open_dataset, read_frame, read_labels, samples
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime import frames
 from mess_compile.runtime.engine import open_library
@@ -26,8 +26,10 @@ from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
     from mess_compile.bench import Bench
+    from mess_compile.nets.network import Architecture
     from mess_compile.runtime.profile import Effort
-    from mess_compile.training.stages import Recipe
+    from mess_compile.training.parallel import Machines
+    from mess_compile.training.recipe import Recipe
 
 Progress = Callable[[str, int, int], None]
 CHECKED_FRAMES = 3
@@ -54,15 +56,56 @@ def train(
     recipe: Recipe,
     report: Callable[[str], None],
     imagenet: Path | None = None,
-) -> CandidateNetwork:
-    """Train a candidate network on `DATA/train` and write it to the workspace; `DATA/val` is looked at on the way."""
-    stages, network = extras.torch_module("training.stages"), extras.torch_module("nets.network")
+    machines: Machines | None = None,
+) -> CandidateNetwork | None:
+    """Train a candidate network on the split train and write it to the workspace; val is looked at on the way.
+
+    Of several processes the first returns it, the others None.
+    """
+    stages = extras.torch_module("training.stages")
     folder = open_dataset(data, "train")
+    validation = open_dataset(data, "val", folder.classes)
+    architecture = _architecture(choice, folder)
+    candidate: CandidateNetwork | None = stages.train(
+        architecture, folder, validation, workspace.candidate, recipe, report, imagenet, machines
+    )
+    if candidate is not None:
+        workspace.remember(data=data)
+    return candidate
+
+
+def train_baseline(
+    workspace: Workspace,
+    data: Path,
+    choice: NetworkChoice,
+    recipe: Recipe,
+    report: Callable[[str], None],
+    imagenet: Path | None = None,
+    machines: Machines | None = None,
+) -> CandidateNetwork | None:
+    """Train the single-exit network of `choice` alone, for the epochs of both stages, and write it to `baseline/`.
+
+    `export` puts it beside the candidate network's final exit, and the better of the two is what a plan is held
+    against.
+    """
+    stages = extras.torch_module("training.stages")
+    folder = open_dataset(data, "train")
+    validation = open_dataset(data, "val", folder.classes)
+    architecture = _architecture(replace(choice, exits=1, heads=()), folder)
+    budget = replace(recipe, epochs=(sum(recipe.epochs), 0))
+    baseline: CandidateNetwork | None = stages.train(
+        architecture, folder, validation, workspace.baseline, budget, report, imagenet, machines
+    )
+    return baseline
+
+
+def _architecture(choice: NetworkChoice, folder: DataSet) -> Architecture:
+    network = extras.torch_module("nets.network")
     exits = choice.exits
     if isinstance(exits, int):
         blocks = network.block_workloads(choice.backbone, choice.input_hw, choice.output_stride, choice.width)
         exits = network.place_exits(blocks, exits)
-    architecture = network.Architecture(
+    architecture: Architecture = network.Architecture(
         backbone=choice.backbone,
         classes=folder.classes.names,
         colours=folder.classes.colours,
@@ -72,20 +115,23 @@ def train(
         output_stride=choice.output_stride,
         width=choice.width,
     )
-    validation = open_dataset(data, "val", folder.classes)
-    trained = stages.train(architecture, folder, validation, workspace.candidate, recipe, report, imagenet)
-    workspace.remember(data=data)
-    candidate: CandidateNetwork = trained.candidate
-    return candidate
+    return architecture
 
 
 def export(workspace: Workspace, source: Path | None, gate: Gate, progress: Progress) -> GraphSet:
     """Cut a checkpoint folder or a whole-network ONNX into `graphs/`, checked on frames of the workspace's data.
 
-    Without data, or when they cannot be read, the frames are generated scenes.
+    Without data, or when they cannot be read, the frames are generated scenes. The network in `baseline/` becomes a
+    graph beside a checkpoint's.
     """
     source = source or workspace.candidate
+    baseline = workspace.baseline if (workspace.baseline / "network.json").is_file() else None
     if source.is_file():
+        if baseline is not None:
+            raise InputError(
+                f"{baseline} holds a baseline for a checkpoint of `mess-compile train`, which cannot stand beside "
+                f"{source}: export in a workspace of its own (-C DIR), or remove {baseline}"
+            )
         from mess_compile.graph import cut, foreign, store
 
         hw = cut.candidate_from_metadata(store.read_model(source), source).input_hw
@@ -93,7 +139,7 @@ def export(workspace: Workspace, source: Path | None, gate: Gate, progress: Prog
     module, checkpoint = extras.torch_module("export"), extras.torch_module("nets.checkpoint")
     hw = checkpoint.read_architecture(source).input_hw
     graph_set: GraphSet = module.export_checkpoint(
-        source, workspace.graphs, gate, _checked_frames(workspace, hw), progress
+        source, workspace.graphs, gate, _checked_frames(workspace, hw), progress, baseline
     )
     return graph_set
 

@@ -31,6 +31,11 @@ class Workspace:
         return self.root / "candidate"
 
     @property
+    def baseline(self) -> Path:
+        """The single-exit network trained alone, when there is one."""
+        return self.root / "baseline"
+
+    @property
     def graphs(self) -> Path:
         return self.root / "graphs"
 

@@ -32,7 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Look only: `workspace` is a copy to work in.
     """
-    from mess_compile.training.stages import Recipe
+    from mess_compile.training.recipe import Recipe
 
     workspace = Workspace(tmp_path_factory.mktemp("finished") / "workspace")
     data = workspace.root / "data"

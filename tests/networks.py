@@ -24,14 +24,15 @@ def random_network(
     classes: int = 4,
     width: float = 0.25,
     seed: int = 0,
+    exits: int = 3,
 ) -> OverprovisionedNetwork:
-    """Three exit points, BatchNorm with statistics far from those of initialisation."""
+    """BatchNorm has statistics far from those of initialisation."""
     torch.manual_seed(seed)
     width = width if backbone == "mobilenetv2" else 1.0
-    blocks = place_exits(block_workloads(backbone, input_hw, width=width), 3)
+    blocks = place_exits(block_workloads(backbone, input_hw, width=width), exits)
     names = tuple(f"class {index}" for index in range(classes))
     colours = tuple((index, index, index) for index in range(classes))
-    architecture = Architecture(backbone, names, colours, input_hw, blocks, with_final_head(heads, 3), width=width)
+    architecture = Architecture(backbone, names, colours, input_hw, blocks, with_final_head(heads, exits), width=width)
     network = OverprovisionedNetwork(architecture).eval()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

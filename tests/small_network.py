@@ -28,6 +28,8 @@ HEADS = ("exit1.fcn-crm1-b0", "exit2.fcn-crm1-b0")
 _RANDOM = np.random.default_rng(7)
 FIRST, SECOND = _RANDOM.normal(0, 0.02, (CHANNELS, 3)), _RANDOM.normal(0, 1, (CHANNELS, CHANNELS))
 CLASSIFIERS = _RANDOM.normal(0, 1, (2, len(CLASSES), CHANNELS))
+ALONE = _RANDOM.normal(0, 1, (len(CLASSES), CHANNELS))
+"""Classifier of a baseline trained alone, whose backbone is one convolution."""
 
 
 def frame(seed: int, hw: tuple[int, int] = HW) -> NDArray[np.uint8]:
@@ -48,6 +50,12 @@ def expected(image: NDArray[np.uint8]) -> list[tuple[NDArray[np.int64], NDArray[
     return results
 
 
+def expected_alone(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Labels (H, W) of the baseline trained alone, by matrix products."""
+    logits = np.maximum(image[::2, ::2].astype(np.float64) @ FIRST.T, 0) @ ALONE.T
+    return logits.argmax(axis=2).astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
+
+
 def candidate() -> CandidateNetwork:
     points = tuple(ExitPoint(f"exit{n}", f"block{n}", CHANNELS, CELLS_HW, 100 * n) for n in (1, 2))
     heads = tuple(Head(n, "fcn-crm1-b0", 10) for n in (1, 2))
@@ -56,7 +64,7 @@ def candidate() -> CandidateNetwork:
     )
 
 
-def graph_set(root: Path) -> GraphSet:
+def graph_set(root: Path, baseline_alone: str | None = None) -> GraphSet:
     """All graphs of the network, written to `root` with their weights in one store."""
     root.mkdir(parents=True, exist_ok=True)
     image, exits = ("image", "uint8", (1, *HW, 3)), [(f"exit{n}", "float32", (1, CHANNELS, *CELLS_HW)) for n in (1, 2)]
@@ -70,8 +78,11 @@ def graph_set(root: Path) -> GraphSet:
         f"head-{HEADS[1]}": ([exits[1], thresholds], [logits, counts], _head("exit2", CLASSIFIERS[1])),
         "output-4x6": ([logits], [labels], _output()),
     }
+    if baseline_alone:
+        nodes = _first("middle") + _conv("middle", "logits", ALONE, relu=False) + _output()
+        graphs["baseline-alone"] = ([image], [labels], nodes)
     specs = {name: _write(root, name, *parts) for name, parts in graphs.items()}
-    return GraphSet(root, candidate(), Gate(thresholds=ROWS), specs)
+    return GraphSet(root, candidate(), Gate(thresholds=ROWS), specs, baseline_alone)
 
 
 def plan(cut: int | None = 18, exits: Sequence[int] = (1, 2), setting: str = "input-dependent") -> Plan:

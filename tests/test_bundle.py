@@ -60,6 +60,7 @@ def test_the_manifest_carries_plan_gate_and_network(graphs: GraphSet) -> None:
     assert manifest.network.gmacs == pytest.approx(210e-9)
     assert manifest.provenance == {"made-by": "a test"}
     assert manifest.plans[0].predicted.miou == 60.0
+    assert manifest.plans[0].baseline_name == "baseline"
 
 
 def test_golden_frames_carry_what_the_network_says_of_them(graphs: GraphSet) -> None:
@@ -131,6 +132,8 @@ def test_a_changed_bundle_is_not_verified_but_refused(graphs: GraphSet) -> None:
 def test_a_plan_of_other_graphs_is_stale(graphs: GraphSet) -> None:
     with pytest.raises(StaleError, match="another network"):
         write(graphs, replace(small_network.plan(), network="0" * 64))
+    with pytest.raises(StaleError, match="another baseline"):
+        write(graphs, replace(small_network.plan(), baseline_alone="a" * 64))
     with pytest.raises(StaleError, match="another gate"):
         write(graphs, replace(small_network.plan(), gate=replace(graphs.gate, confidence="margin")))
 

@@ -29,13 +29,14 @@ COLUMNS = ("baseline", "predicted", "replayed", "measured")
 WORKLOADS = {"backbone", "classes", "input_hw", "baseline", "exit_points", "segments", "heads"}
 KEYS = {
     "train": {"folder", *WORKLOADS},
-    "export": {"gate", "graphs", *WORKLOADS},
-    "evaluate": {"split", "images", "device", "library", "precision", "threshold", "heads"},
+    "export": {"gate", "graphs", "baseline_alone", *WORKLOADS},
+    "evaluate": {"split", "images", "device", "library", "precision", "threshold", "heads", "baseline_alone"},
     "profile": {"device", "library", "library_version", "source", "environment", "entries"},
     "search": {"source", "plan", "front", "certificate"},
     "bundle": {"bundle", "bytes", "files"},
     "run": {"images"},
-    "bench": {"bundle", "split", "images", "passes", "latency_ratio", "workload_ratio", "disagreements", *COLUMNS},
+    "bench": {"bundle", "split", "images", "passes", "latency_ratio", "workload_ratio", "disagreements", *COLUMNS}
+    | {"baseline_name", "other_baselines"},
     "verify": {"passed", "checks"},
     "devices": {"devices"},
     "doctor": {"findings"},

@@ -7,10 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mess_compile import scenes
-from mess_compile.dataset import CAMVID, ClassList, open_dataset, read_class_list, read_frame, read_sample, samples
+from mess_compile.dataset import (
+    CAMVID,
+    ClassList,
+    check_trainable,
+    default_colour,
+    open_dataset,
+    read_class_list,
+    read_frame,
+    read_labels,
+    read_sample,
+    samples,
+)
 from mess_compile.runtime.errors import InputError
 
 CAMVID_FOLDER = Path(os.environ.get("MESS_CAMVID", Path(__file__).parents[2] / "shared" / "data" / "camvid"))
@@ -43,6 +56,22 @@ def test_a_slice_of_a_split_counts_files_in_order(folder: Path) -> None:
     assert len(ids(folder, "train[6:]")) == 2
 
 
+BORDER = st.none() | st.integers(0, 12)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(BORDER, BORDER)
+def test_two_slices_that_meet_share_no_image_and_lose_none(folder: Path, start: int | None, stop: int | None) -> None:
+    names = [f"drive_{index:03d}" for index in range(8)]
+    wanted = names[start:stop]
+    split = f"train[{'' if start is None else start}:{'' if stop is None else stop}]"
+    if wanted:
+        assert ids(folder, split) == wanted
+    else:
+        with pytest.raises(InputError, match="leaves none of 8"):
+            ids(folder, split)
+
+
 def test_groups_are_sequences(folder: Path) -> None:
     assert {item.group for item in open_dataset(folder, "train").items} == {"drive"}
 
@@ -54,7 +83,7 @@ def test_class_lists_hold_colours_comments_and_void(folder: Path) -> None:
     assert classes.ignored == {7, 255}
 
 
-@pytest.mark.parametrize("line", ["road 1 2", "road 300 0 0", "ignore", "ignore x", "two words"])
+@pytest.mark.parametrize("line", ["road 1 2", "road 300 0 0", "ignore", "ignore x", "two words", "r 1 2 " + "3" * 5000])
 def test_a_wrong_line_of_the_class_list_is_named(folder: Path, line: str) -> None:
     (folder / "classes.txt").write_text(f"sky\n{line}\n")
     with pytest.raises(InputError, match=r"classes\.txt, line 2"):
@@ -76,6 +105,44 @@ def test_void_becomes_255_and_a_value_out_of_range_is_named(folder: Path) -> Non
     Image.fromarray(labels).save(data.items[0].label)
     with pytest.raises(InputError, match=r"value 5.*2 classes"):
         read_sample(data.items[0], data.classes)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(2, 255), st.sets(st.integers(0, 255)), st.lists(st.integers(0, 255), min_size=1, max_size=30))
+def test_every_label_value_is_its_class_or_void_or_named(
+    tmp_path: Path, classes: int, ignored: set[int], values: list[int]
+) -> None:
+    Image.fromarray(np.array([values], np.uint8)).save(tmp_path / "label.png")
+    listed = ClassList(tuple(map(str, range(classes))), ((0, 0, 0),) * classes, frozenset(ignored))
+    void = ignored | {255}
+    wrong = sorted(value for value in values if value >= classes and value not in void)
+    if wrong:
+        with pytest.raises(InputError, match=rf"label\.png holds the value {wrong[0]}, .* `ignore {wrong[0]}`"):
+            read_labels(tmp_path / "label.png", listed)
+    else:
+        found = read_labels(tmp_path / "label.png", listed)
+        assert found.dtype == np.uint8
+        assert found.tolist() == [[255 if value in void else value for value in values]]
+
+
+def test_labelled_pixels_are_counted_over_the_whole_split(folder: Path) -> None:
+    labels = np.full((6, 8), 7, np.uint8)
+    labels[0, :3] = 1
+    Image.fromarray(labels).save(folder / "labels" / "drive_000.png")
+    counts = check_trainable(open_dataset(folder, "train"))
+    assert counts.tolist() == [3 * 48, 3 + 4 * 48]  # drives 0, 2, 4 and 6 were all road
+    assert counts.dtype == np.int64
+
+
+def test_a_split_in_which_one_class_is_labelled_is_refused_before_training(folder: Path) -> None:
+    for path in (folder / "labels").iterdir():
+        Image.fromarray(np.array([[1] * 4, [7] * 4], np.uint8)).save(path)
+    with pytest.raises(InputError, match=r"'train' of .* labelled pixels of car alone in its 8 images"):
+        check_trainable(open_dataset(folder, "train"))
+    for path in (folder / "labels").iterdir():
+        Image.fromarray(np.full((6, 8), 255, np.uint8)).save(path)
+    with pytest.raises(InputError, match="of no class"):
+        check_trainable(open_dataset(folder, "train"))
 
 
 def test_sizes_that_differ_are_named(folder: Path) -> None:
@@ -116,8 +183,9 @@ def test_a_missing_label_a_missing_folder_and_a_missing_split_are_named(folder: 
         open_dataset(tmp_path / "nowhere", "train")
     with pytest.raises(InputError, match="no split 'test'"):
         open_dataset(folder, "test")
-    with pytest.raises(InputError, match="not of the form"):
-        open_dataset(folder, "val[")
+    for split in ("val[", "../val", "val[:" + "9" * 5000 + "]"):
+        with pytest.raises(InputError, match="not of the form"):
+            open_dataset(folder, split)
 
 
 def test_scenes_are_repeatable_and_their_folder_is_a_data_set(tmp_path: Path) -> None:
@@ -151,8 +219,6 @@ def test_camvid_is_recognised_as_it_lies() -> None:
 
 
 def test_default_colours_are_distinct() -> None:
-    from mess_compile.dataset import default_colour
-
     assert len({default_colour(index) for index in range(255)}) == 255
     assert default_colour(0) == (128, 0, 0)  # PASCAL VOC's aeroplane
     assert ClassList(("a", "b"), ((0, 0, 0),) * 2).ignored == {255}

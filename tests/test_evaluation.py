@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from mess_compile.evaluation import LabelledImage, evaluate
 from mess_compile.runtime.engine import Library, open_library
 from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.frames import resize
-from mess_compile.statistics import check_current, merge
+from mess_compile.statistics import check_current, head_miou, merge
 from tests import small_network
 
 IGNORED = frozenset({11, 255})
@@ -78,6 +79,21 @@ def test_frames_of_another_size_are_scored_at_their_own_size(graphs: GraphSet, l
         intersection, predicted, _ = scored_by_hand(guess[np.ix_(rows, columns)], labels)
         assert found.intersection[0, h].tolist() == intersection
         assert found.predicted[0, h].tolist() == predicted
+
+
+def test_the_baseline_trained_alone_is_scored_like_a_head(tmp_path: Path, library: Library) -> None:
+    graphs = small_network.graph_set(tmp_path, baseline_alone="a" * 64)
+    images = [labelled_image(seed) for seed in range(3)]
+    found = evaluate(graphs, library, images, device="host", split="val", ignore=IGNORED)
+    check_current(found, graphs)
+    assert (found.baseline_alone, found.counts.shape) == ("a" * 64, (3, 2, 4))
+    right, guessed, pixels = np.zeros(3), np.zeros(3), np.zeros(3)
+    for i, (_, _, frame, labels) in enumerate(images):
+        intersection, predicted, labelled = scored_by_hand(small_network.expected_alone(frame), labels)
+        assert found.intersection[i, 2].tolist() == intersection
+        assert found.predicted[i, 2].tolist() == predicted
+        right, guessed, pixels = right + intersection, guessed + predicted, pixels + labelled
+    assert head_miou(found, "baseline-alone") == pytest.approx(100 * np.mean(right / (guessed + pixels - right)))
 
 
 def test_shards_equal_one_run(graphs: GraphSet, library: Library) -> None:

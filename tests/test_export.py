@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +15,7 @@ import torch
 
 from mess_compile.candidates import Gate, HeadConfig, read_graph_set
 from mess_compile.export import export_checkpoint, export_network, torch_reference
-from mess_compile.graph.check import check_stages
+from mess_compile.graph.check import check_baseline_alone, check_stages
 from mess_compile.graph.cut import candidate_from_metadata, cut_network
 from mess_compile.nets.checkpoint import load_candidate, save_candidate
 from mess_compile.nets.network import OverprovisionedNetwork
@@ -97,6 +99,78 @@ def test_a_checkpoint_becomes_checked_graphs(
     assert graph_set.graphs["segment-1-3"].macs == loaded.exit_points[2].macs - loaded.exit_points[0].macs
     assert graph_set.graphs["baseline"].macs == loaded.exit_points[2].macs + loaded.head("exit3.fcn-crm1-b0").macs
     assert {"network.onnx", "segment-1-3", "checked segment-1-3", "checked head-exit2.dlb-crm8-b0"} <= set(steps)
+
+
+@pytest.fixture(scope="module")
+def alone() -> OverprovisionedNetwork:
+    return random_network((), seed=1, exits=1)
+
+
+def saved(folder: Path, network: OverprovisionedNetwork, **changes: Any) -> Path:
+    """A checkpoint whose description differs from the network's by `changes`."""
+    save_candidate(network, folder)
+    path = folder / "network.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_the_baseline_trained_alone_becomes_one_graph_that_agrees_with_torch(
+    tmp_path: Path, network: OverprovisionedNetwork, alone: OverprovisionedNetwork, frames: list[np.ndarray]
+) -> None:
+    folders = saved(tmp_path / "candidate", network), saved(tmp_path / "baseline", alone)
+    graph_set = export_checkpoint(folders[0], tmp_path / "graphs", Gate(), frames, tiny.nothing, folders[1])
+    rounded = load_candidate(folders[1])
+    assert graph_set == read_graph_set(tmp_path / "graphs")
+    assert graph_set.baselines == ("baseline", "baseline-alone")
+    assert graph_set.baseline_alone == rounded.candidate.identity
+    assert graph_set.graphs["baseline-alone"].macs == graph_set.graphs["baseline"].macs
+    session = onnxruntime.InferenceSession(str(graph_set.path("baseline-alone")), providers=["CPUExecutionProvider"])
+    for frame in frames:
+        (logits,) = torch_logits(rounded, frame).values()
+        pixels = torch.nn.functional.interpolate(torch.from_numpy(logits), (64, 96), mode="bilinear").numpy()[0]
+        labels = session.run(["labels"], {"image": frame[None]})[0]
+        chosen = np.take_along_axis(pixels, labels.astype(np.int64), axis=0)[0]
+        assert (pixels.max(axis=0) - chosen).max() <= 2e-4 * np.abs(logits).max()
+    assert {path.suffix for path in (tmp_path / "graphs").iterdir()} == {".onnx", ".json", ""}
+    assert not (tmp_path / "graphs" / "alone.onnx").exists()
+
+
+def test_another_networks_labels_from_the_baseline_are_seen(
+    tmp_path: Path, network: OverprovisionedNetwork, alone: OverprovisionedNetwork, frames: list[np.ndarray]
+) -> None:
+    folders = saved(tmp_path / "candidate", network), saved(tmp_path / "baseline", alone)
+    graph_set = export_checkpoint(folders[0], tmp_path / "graphs", Gate(), frames, tiny.nothing, folders[1])
+    check_baseline_alone(graph_set, torch_reference(load_candidate(folders[1])), frames)
+    with pytest.raises(InputError, match=r"baseline-alone: \d+ labels of frame 0 are not those of the network"):
+        check_baseline_alone(graph_set, torch_reference(random_network((), seed=2, exits=1)), frames)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "difference"),
+    [
+        ({"backbone": "resnet50"}, {}, "backbone resnet50, not mobilenetv2 and width 1.0, not 0.25"),
+        ({"width": 0.5}, {}, "width 0.5, not 0.25"),
+        ({"input_hw": (64, 64)}, {}, "input size 64x64, not 64x96"),
+        ({"classes": 3}, {}, "classes class 0, class 1, class 2, not class 0, class 1, class 2, class 3"),
+        ({}, {"output_stride": 16}, "output stride 16, not 8"),
+        ({"heads": [(1, HeadConfig("dlb"))]}, {}, "2 heads, not 1"),
+    ],
+)
+def test_a_baseline_of_another_architecture_is_refused_by_name(
+    tmp_path: Path,
+    network: OverprovisionedNetwork,
+    frames: list[np.ndarray],
+    options: dict[str, Any],
+    changes: dict[str, Any],
+    difference: str,
+) -> None:
+    unlike = random_network(**({"heads": (), "exits": 1} | options))
+    folders = saved(tmp_path / "candidate", network), saved(tmp_path / "baseline", unlike, **changes)
+    with pytest.raises(InputError) as refusal:
+        export_checkpoint(folders[0], tmp_path / "graphs", Gate(), frames, tiny.nothing, folders[1])
+    assert f"{folders[1]} does not fit the candidate network, it has {difference}: train" in str(refusal.value)
+    assert f"(`mess-compile train --baseline`), or remove {folders[1]}" in str(refusal.value)
+    assert not (tmp_path / "graphs").exists()
 
 
 def test_swapped_heads_are_seen(tmp_path: Path, network: OverprovisionedNetwork, frames: list[np.ndarray]) -> None:

@@ -11,23 +11,26 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mess_compile"
-TOP = ("extras", "cli", "demo", "steps", "inspection", "bench", "profiling", "doctor")
+TOP = ("__main__", "extras", "cli", "demo", "steps", "inspection", "bench", "profiling", "doctor")
 ALLOWED = {
     "candidates": {"files", "runtime"},
     "console": {"runtime"},
     "files": {"runtime"},
-    "dataset": {"runtime"},
+    "coco": {"files", "runtime"},
+    "layouts": {"coco", "runtime"},
+    "dataset": {"coco", "layouts", "runtime"},
     "scenes": {"files", "dataset", "runtime"},
     "workspace": {"files", "runtime"},
     "targets": {"files", "runtime"},
     "latency": {"files", "candidates", "runtime"},
     "statistics": {"files", "candidates", "runtime"},
+    "diagnosis": {"statistics", "runtime"},
     "evaluation": {"candidates", "statistics", "runtime"},
     "search": {"files", "candidates", "latency", "statistics", "search", "runtime"},
     "graph": {"files", "candidates", "graph", "runtime"},
     "bundle": {"files", "candidates", "latency", "search", "graph", "runtime"},
     "nets": {"files", "candidates", "nets", "runtime"},
-    "training": {"files", "candidates", "dataset", "nets", "training", "runtime"},
+    "training": {"files", "candidates", "dataset", "nets", "statistics", "training", "runtime"},
     "export": {"files", "candidates", "graph", "nets", "runtime"},
     "report": {"files", "report", "runtime"},
     "runtime": {"runtime"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,17 @@ GRAPHS = graph_set(candidate_network((2, 1)), rows=3)
 
 def statistics(images: int = 7) -> ExitStatistics:
     return exit_statistics(GRAPHS, images, seed=5)
+
+
+def with_alone(of: ExitStatistics, seed: int = 0) -> ExitStatistics:
+    """With a baseline trained alone that is right on a random part of the labelled pixels."""
+    right = np.random.default_rng(seed).integers(0, of.labelled + 1)
+    return dataclasses.replace(
+        of,
+        intersection=np.concatenate([of.intersection, right[:, None]], axis=1),
+        predicted=np.concatenate([of.predicted, right[:, None] + 1], axis=1),
+        baseline_alone="a" * 64,
+    )
 
 
 def miou_from_confusion(truth: NDArray[np.int64], guess: NDArray[np.int64], classes: int) -> float:
@@ -82,23 +94,63 @@ def test_shards_merge_to_the_bytes_of_one_process(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes()
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.booleans(), st.integers(0, 10**6))
+def test_images_of_shards_keep_their_own_figures(shard_of_image: list[int], alone: bool, seed: int) -> None:
+    """Whatever images a shard gets, with a baseline trained alone or without."""
+    whole = exit_statistics(GRAPHS, len(shard_of_image), seed)
+    if alone:
+        whole = with_alone(whole, seed)
+    chosen = [[i for i, shard in enumerate(shard_of_image) if shard == number] for number in range(3)]
+    merged = merge([whole.select(images) for images in chosen])
+    order = [i for images in chosen for i in images]
+    assert merged.image_id == tuple(f"image{i}" for i in order)
+    assert merged.baseline_alone == whole.baseline_alone
+    for place, image in enumerate(order):
+        for name in ("counts", "intersection", "predicted", "labelled"):
+            assert getattr(merged, name)[place].tolist() == getattr(whole, name)[image].tolist()
+    for name in whole.scored:
+        assert head_miou(merged, name) == head_miou(whole, name)
+
+
 def test_what_cannot_be_merged_is_named() -> None:
     whole = statistics()
     with pytest.raises(InputError, match="image2 is in more than one shard"):
         merge([whole.select([0, 2]), whole.select([2, 3])])
     with pytest.raises(InputError, match="network differ"):
         merge([whole.select([0]), dataclasses.replace(whole.select([1]), network="other")])
+    with pytest.raises(InputError, match="baseline_alone differ"):
+        merge([whole.select([0]), with_alone(whole).select([1])])
     with pytest.raises(InputError, match="no statistics"):
         merge([])
 
 
-def test_what_is_written_is_read_again_memory_mapped(tmp_path: Path) -> None:
-    written = statistics()
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_is_written_is_read_again_memory_mapped(tmp_path: Path, alone: bool) -> None:
+    written = with_alone(statistics()) if alone else statistics()
     write_statistics(tmp_path / "statistics", written)
     found = read_statistics(tmp_path / "statistics")
     assert isinstance(found.counts, np.memmap)
     for field in dataclasses.fields(ExitStatistics):
         np.testing.assert_array_equal(getattr(found, field.name), getattr(written, field.name))
+
+
+def test_statistics_from_before_baselines_were_trained_alone_are_still_read(tmp_path: Path) -> None:
+    write_statistics(tmp_path, statistics())
+    index = tmp_path / "statistics.json"
+    content = json.loads(index.read_text())
+    del content["baseline_alone"]
+    index.write_text(json.dumps(content))
+    assert read_statistics(tmp_path).baseline_alone is None
+
+
+def test_a_baseline_cannot_be_edited_in_or_out(tmp_path: Path) -> None:
+    for written, name in ((with_alone(statistics()), None), (statistics(), "b" * 64)):
+        write_statistics(tmp_path, written)
+        index = tmp_path / "statistics.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"baseline_alone": name}))
+        with pytest.raises(InputError, match=r"intersection is int64 .* run `mess-compile evaluate`"):
+            read_statistics(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["counts", "intersection", "predicted", "labelled", "thresholds"])
@@ -128,6 +180,7 @@ def test_statistics_of_another_network_gate_or_heads_are_stale() -> None:
     check_current(current, GRAPHS)
     for what, changed in {
         "network": dataclasses.replace(current, network="other"),
+        "baseline": with_alone(current),
         "gate": dataclasses.replace(current, gate=Gate(confidence="entropy")),
         "heads": dataclasses.replace(current, heads=current.heads[::-1]),
         "classes": dataclasses.replace(current, classes=("a", "b", "c")),

@@ -11,7 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from mess_compile.candidates import BASELINE, GraphSet, Head, head_graph_name, output_name, segment_name
+from mess_compile.candidates import (
+    BASELINE,
+    BASELINE_ALONE,
+    GraphSet,
+    Head,
+    head_graph_name,
+    output_name,
+    segment_name,
+)
 from mess_compile.graph.cut import Progress
 from mess_compile.graph.nodes import OPSET
 from mess_compile.graph.store import read_model
@@ -47,9 +55,24 @@ def check_stages(graph_set: GraphSet, reference: Reference, frames: Sequence[Arr
             logits = [np.reshape(outputs[head.name], (1, -1, *hw)) for outputs in expected]
             _check_head(library, graph_set, head, features[head.exit_point], logits)
             if head.name == graph_set.candidate.baseline:
-                painted = _run(library, graph_set.path(BASELINE), [{"image": x} for x in features[0]])
-                _compare_labels(BASELINE, [outputs["labels"] for outputs in painted], logits)
+                _check_baseline(library, graph_set, BASELINE, frames, logits)
             progress(f"checked {head_graph_name(head.name)}", done, len(heads))
+
+
+def check_baseline_alone(graph_set: GraphSet, reference: Reference, frames: Sequence[Array]) -> None:
+    """Hold the graph of the single-exit network trained alone against that network, like `check_stages`."""
+    _check_form(graph_set, BASELINE_ALONE)
+    expected = [logits for frame in frames for logits in reference(frame).values()]
+    with closing(engine.open_library("onnxruntime")) as library:
+        _check_baseline(library, graph_set, BASELINE_ALONE, frames, expected)
+
+
+def _check_baseline(
+    library: engine.Library, graph_set: GraphSet, name: str, frames: Sequence[Array], logits: Sequence[Array]
+) -> None:
+    """A single-exit graph gives the labels that the network's logits (1, K, h, w) mean."""
+    painted = _run(library, graph_set.path(name), [{"image": frame[None]} for frame in frames])
+    _compare_labels(name, [outputs["labels"] for outputs in painted], logits)
 
 
 def _check_head(

@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from mess_compile import files
 from mess_compile.candidates import (
     BASELINE,
+    BASELINE_ALONE,
     CandidateNetwork,
     Gate,
     GraphSet,
@@ -138,6 +139,22 @@ def cut_network(folder: Path, gate: Gate, progress: Progress) -> GraphSet:
     graph_set = GraphSet(folder, candidate, gate, specs)
     write_graph_set(graph_set)
     return graph_set
+
+
+def add_baseline_alone(graph_set: GraphSet, whole: Path) -> GraphSet:
+    """Cut the single-exit network that was trained alone, and list its graph in `index.json`.
+
+    `whole` is that network's ONNX, beside the other graphs, and is removed. Raises InputError.
+    """
+    model = read_model(whole)
+    candidate = candidate_from_metadata(model, whole)
+    graph = _baseline(import_network(model), candidate)
+    spec = write_graph(graph, graph_set.root, BASELINE_ALONE, candidate.baseline_macs)
+    whole.unlink()
+    graphs = {**graph_set.graphs, BASELINE_ALONE: spec}
+    complete = replace(graph_set, graphs=graphs, baseline_alone=candidate.identity)
+    write_graph_set(complete)
+    return complete
 
 
 _Job = tuple[str, int, Callable[[], onnx.ModelProto]]

@@ -1,4 +1,4 @@
-"""Segmentation heads: CRM -> extra blocks with RDI -> FCN or DeepLabV3 head."""
+"""Segmentation heads: CRM -> extra blocks with RDI -> FCN, DeepLabV3, separable ASPP or LR-ASPP head."""
 
 from __future__ import annotations
 
@@ -8,45 +8,75 @@ from torch import nn
 from mess_compile.candidates import HeadConfig
 
 ASPP_RATES = (12, 24, 36)
-ASPP_WIDTH = 256
+SEPARABLE_RATES = (3, 6, 12)
+"""Smaller than DeepLabV3's: at an early exit the map has not seen far, and gaps between taps cost more than reach."""
 
 
-def _conv_bn_relu(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> nn.Sequential:
+def _conv_bn_relu(inputs: int, outputs: int, kernel: int, dilation: int = 1, groups: int = 1) -> nn.Sequential:
     padding = dilation * (kernel // 2)
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False),
+        nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, groups=groups, bias=False),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     )
 
 
+def _separable(inputs: int, outputs: int, dilation: int = 1) -> nn.Sequential:
+    """Depthwise 3x3, then 1x1, each with BatchNorm and ReLU (Xception, DeepLabV3+)."""
+    return nn.Sequential(*_conv_bn_relu(inputs, inputs, 3, dilation, groups=inputs), *_conv_bn_relu(inputs, outputs, 1))
+
+
 class ImagePooling(nn.Module):
     """The image-level branch of ASPP: mean over the map, 1x1 convolution, spread over the map again."""
 
-    def __init__(self, inputs: int) -> None:
+    def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        self.conv = _conv_bn_relu(inputs, ASPP_WIDTH, 1)
+        self.conv = _conv_bn_relu(inputs, width, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pooled: torch.Tensor = self.conv(x.mean((2, 3), keepdim=True))
         return pooled.expand(-1, -1, x.shape[2], x.shape[3])
 
 
-class DeepLabV3Head(nn.Module):
-    """torchvision's DeepLabHead: ASPP (1x1; 3x3 at rates 12, 24, 36; image pooling) -> 1x1 -> 3x3 -> 1x1."""
+class AsppHead(nn.Module):
+    """ASPP (1x1; 3x3 at three rates; image pooling) -> 1x1 -> 3x3 -> 1x1, `width` channels throughout.
 
-    def __init__(self, inputs: int, classes: int) -> None:
+    Dense with width 256 it is torchvision's DeepLabHead; separable, every 3x3 is a depthwise and a 1x1.
+    """
+
+    def __init__(self, inputs: int, classes: int, width: int, separable: bool) -> None:
         super().__init__()
+        rates, conv = (SEPARABLE_RATES, _separable) if separable else (ASPP_RATES, _dense)
         self.branches = nn.ModuleList(
-            [_conv_bn_relu(inputs, ASPP_WIDTH, 1)]
-            + [_conv_bn_relu(inputs, ASPP_WIDTH, 3, rate) for rate in ASPP_RATES]
-            + [ImagePooling(inputs)]
+            [_conv_bn_relu(inputs, width, 1)]
+            + [conv(inputs, width, rate) for rate in rates]
+            + [ImagePooling(inputs, width)]
         )
-        self.project = nn.Sequential(_conv_bn_relu(5 * ASPP_WIDTH, ASPP_WIDTH, 1), nn.Dropout(0.5))
-        self.classify = nn.Sequential(_conv_bn_relu(ASPP_WIDTH, ASPP_WIDTH, 3), nn.Conv2d(ASPP_WIDTH, classes, 1))
+        dropout = 0.1 if separable else 0.5
+        self.project = nn.Sequential(_conv_bn_relu(5 * width, width, 1), nn.Dropout(dropout))
+        self.classify = nn.Sequential(conv(width, width, 1), nn.Conv2d(width, classes, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.classify(self.project(torch.cat([branch(x) for branch in self.branches], dim=1)))
+        return y
+
+
+def _dense(inputs: int, outputs: int, dilation: int) -> nn.Sequential:
+    return _conv_bn_relu(inputs, outputs, 3, dilation)
+
+
+class LiteAsppHead(nn.Module):
+    """LR-ASPP of MobileNetV3 without its skip: a 1x1 branch, weighted by a sigmoid of the pooled map -> 1x1."""
+
+    def __init__(self, inputs: int, classes: int, width: int) -> None:
+        super().__init__()
+        self.branch = _conv_bn_relu(inputs, width, 1)
+        self.scale = nn.Conv2d(inputs, width, 1)
+        self.classify = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.scale(x.mean((2, 3), keepdim=True)).sigmoid()
+        y: torch.Tensor = self.classify(self.branch(x) * weight)
         return y
 
 
@@ -63,5 +93,13 @@ def build_head(config: HeadConfig, inputs: int, classes: int) -> nn.Sequential:
     channels = max(1, inputs // config.crm)
     layers: list[nn.Module] = [_conv_bn_relu(inputs, channels, 1)] if config.crm > 1 else []
     layers += [_conv_bn_relu(channels, channels, 3, 2**i if config.rdi else 1) for i in range(config.blocks)]
-    layers.append(DeepLabV3Head(channels, classes) if config.kind == "dlb" else _fcn_head(channels, classes))
+    layers.append(_final_part(config, channels, classes))
     return nn.Sequential(*layers)
+
+
+def _final_part(config: HeadConfig, channels: int, classes: int) -> nn.Module:
+    if config.kind == "fcn":
+        return _fcn_head(channels, classes)
+    if config.kind == "lra":
+        return LiteAsppHead(channels, classes, config.channels)
+    return AsppHead(channels, classes, config.channels, separable=config.kind == "sep")

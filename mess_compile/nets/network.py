@@ -112,9 +112,13 @@ def described(architecture: Architecture) -> CandidateNetwork:
 
 def normalise(frames: torch.Tensor) -> torch.Tensor:
     """uint8 frames (n, H, W, 3) -> float (n, 3, H, W), ImageNet mean and deviation removed."""
-    mean = torch.tensor(MEAN).view(1, 3, 1, 1) * 255
-    std = torch.tensor(STD).view(1, 3, 1, 1) * 255
+    mean, std = (torch.tensor(values, device=frames.device).view(1, 3, 1, 1) * 255 for values in (MEAN, STD))
     return (frames.permute(0, 3, 1, 2).float() - mean) / std
+
+
+def features_of(network: OverprovisionedNetwork, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """uint8 frames (n, H, W, 3) -> the map at every exit point, each (n, C_i, h_i, w_i)."""
+    return network.features(normalise(frames).contiguous(memory_format=torch.channels_last))
 
 
 def count_macs(build: Callable[[], nn.Module], channels: int, hw: tuple[int, int]) -> int:

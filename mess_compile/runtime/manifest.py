@@ -11,7 +11,7 @@ from mess_compile.runtime import decode
 from mess_compile.runtime.errors import BundleError
 
 FORMAT = "mess-bundle"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 SETTINGS = ("input-dependent", "budgeted", "anytime")
 SOURCES = ("measured", "estimated")
@@ -76,7 +76,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan for one target."""
+    """The plan for one target; `baseline` are the figures of the single-exit graph `baseline_name`."""
 
     target: str
     library: str
@@ -85,6 +85,7 @@ class Plan:
     stages: Tuple[Stage, ...]
     predicted: Figures
     baseline: Figures
+    baseline_name: str
 
     def graphs(self) -> Tuple[str, ...]:
         """Paths of the graphs, each once, in the order of their first run."""
@@ -142,7 +143,8 @@ def manifest_from_json(text: str) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BundleError(f"{MANIFEST} is not of the format {FORMAT}")
     if content.get("version") != VERSION or isinstance(content["version"], bool):
-        raise BundleError(f"{MANIFEST} has version {content.get('version')!r}; this release reads {VERSION}: update it")
+        remedy = "update it, or write the bundle again"
+        raise BundleError(f"{MANIFEST} has version {content.get('version')!r}; this release reads {VERSION}: {remedy}")
     fields = {key: value for key, value in content.items() if key not in ("format", "version")}
     try:
         manifest: Manifest = decode.decode(Manifest, fields, "manifest")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mess_compile import files
-from mess_compile.candidates import Gate, GraphSet
+from mess_compile.candidates import BASELINE, Gate, GraphSet
 from mess_compile.runtime.errors import InputError, StaleError
 
 SETTINGS = ("input-dependent", "budgeted", "anytime")
@@ -63,8 +63,9 @@ class Report:
 class Plan:
     """Chosen exits for one target, with predicted figures beside the baseline's.
 
-    `network` is the candidate network's identity and `gate` the gate whose rows the stages name; `reports` is empty
-    but for the anytime setting.
+    `network` is the candidate network's identity and `gate` the gate whose rows the stages name; `baseline` are the
+    figures of the single-exit graph `baseline_name`, and `baseline_alone` the identity of the one trained alone, if
+    there was one to choose. `reports` is empty but for the anytime setting.
     """
 
     device: str
@@ -76,6 +77,8 @@ class Plan:
     stages: tuple[Stage, ...]
     predicted: Figures
     baseline: Figures
+    baseline_name: str = BASELINE
+    baseline_alone: str | None = None
     reports: tuple[Report, ...] = ()
 
 
@@ -104,10 +107,11 @@ class SearchResult:
 
 
 def check_plan_current(plan: Plan, graph_set: GraphSet) -> None:
-    """Raises StaleError when `plan` was made for another network or gate than `graph_set`, InputError when its stages
-    do not fit these."""
+    """Raises StaleError when `plan` was made for another network, baseline or gate than `graph_set`, InputError when
+    its stages do not fit these."""
     for what, different in (
         ("network", plan.network != graph_set.candidate.identity),
+        ("baseline", plan.baseline_alone != graph_set.baseline_alone),
         ("gate", plan.gate != graph_set.gate),
     ):
         if different:
@@ -161,7 +165,7 @@ def _result_from_json(content: dict[str, Any]) -> SearchResult:
 def _plan_from_json(content: dict[str, Any]) -> Plan:
     if content["setting"] not in SETTINGS:
         raise ValueError(f"setting {content['setting']!r}")
-    gate = content["gate"]
+    gate, alone = content["gate"], content.get("baseline_alone")
     return Plan(
         device=str(content["device"]),
         library=str(content["library"]),
@@ -172,6 +176,8 @@ def _plan_from_json(content: dict[str, Any]) -> Plan:
         stages=_stages_from_json(content["stages"]),
         predicted=_figures_from_json(content["predicted"]),
         baseline=_figures_from_json(content["baseline"]),
+        baseline_name=str(content.get("baseline_name", BASELINE)),
+        baseline_alone=None if alone is None else str(alone),
         reports=_reports_from_json(content["reports"]),
     )
 

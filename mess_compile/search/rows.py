@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.latency import baseline_cost_ns
 from mess_compile.search.enumeration import Outcomes, Scores, best_outcomes, merged, states_of_pair, undominated
 from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs
 from mess_compile.search.plan import Stage
@@ -62,7 +61,7 @@ def rows_of_plans(evidence: Evidence, requirement: Requirement, progress: Progre
 
 
 def _anytime_rows(evidence: Evidence, requirement: Requirement, whole: list[tuple[str, ...]]) -> Rows:
-    horizon = baseline_cost_ns(evidence.table, evidence.precision)
+    horizon = evidence.baseline_cost_ns()
     deadline = None if requirement.deadline_ms is None else round(requirement.deadline_ms * 1e6)
     mious = {head: head_miou(evidence.statistics, head) for head in evidence.statistics.heads}
     plans = np.concatenate([_fixed_columns(evidence, "anytime", index, heads) for index, heads in enumerate(whole)])

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.latency import baseline_cost_ns
 from mess_compile.runtime.errors import RequirementError
 from mess_compile.search.figures import Evidence, anytime_reports, baseline_figures, figures_of_stages
 from mess_compile.search.plan import Certificate, Plan, SearchResult
@@ -72,7 +71,7 @@ def _bounds(evidence: Evidence, requirement: Requirement, plans: NDArray[np.void
         baseline = baseline_figures(evidence, requirement.baseline_miou)
         bounds.append(_Bound("miou", "mIoU", baseline.miou - requirement.max_err_pp, 1, "%"))
     if requirement.max_latency is not None:
-        limit = requirement.max_latency.resolved(baseline_cost_ns(evidence.table, evidence.precision), 1e6)
+        limit = requirement.max_latency.resolved(evidence.baseline_cost_ns(), 1e6)
         bounds.append(_Bound("cost_ns", "latency", float(limit * images), 1e6 * images, "ms"))
     if requirement.max_workload is not None:
         limit = requirement.max_workload.resolved(evidence.candidate.baseline_macs, 1e9)
@@ -149,5 +148,7 @@ def _plan(evidence: Evidence, requirement: Requirement, rows: Rows, index: int) 
         stages=stages,
         predicted=figures_of_stages(evidence, requirement.setting, stages),
         baseline=baseline_figures(evidence, requirement.baseline_miou),
+        baseline_name=evidence.baseline,
+        baseline_alone=evidence.graph_set.baseline_alone,
         reports=anytime_reports(evidence, [stage.head for stage in stages]) if anytime else (),
     )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
@@ -12,21 +16,44 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mess_compile.dataset import ALWAYS_IGNORED, DataSet, Sample, read_sample
+from mess_compile.runtime import frames
+from mess_compile.runtime.errors import InputError
 
 SCALE_RANGE = (0.5, 2.0)
 JITTER = 0.25
 _CACHED_BYTES = 1 << 30
+_THREADS = max(1, min(8, (os.cpu_count() or 2) // 2))
+Image8 = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of every batch this process makes: `rank` of `world`, in `accumulate` pieces one after the other."""
+
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
 
 
 class Batches:
-    """Endless supply of epochs: `epoch(number)` yields (frames (n, h, w, 3), labels (n, h, w)), both uint8 tensors.
+    """Endless supply of epochs: `epoch(number, hw)` yields lists of (frames (n, h, w, 3), labels (n, h, w)), uint8
+    tensors; the pieces of a list together are this process's part of one batch.
 
-    The order and every crop follow from (seed, epoch), so a continued run sees what an unbroken one would have.
+    The order and every crop follow from (seed, epoch, place in the epoch), so a continued run sees what an unbroken
+    one would have, and several processes together what one would.
     """
 
-    def __init__(self, data: DataSet, hw: tuple[int, int], batch: int, seed: int) -> None:
-        self._data, self._hw, self._seed = data, hw, seed
+    def __init__(
+        self, data: DataSet, input_hw: tuple[int, int], batch: int, seed: int, augment: bool, shard: Shard
+    ) -> None:
+        self._data, self._input_hw, self._seed, self._augment, self._shard = data, input_hw, seed, augment, shard
         self.batch = min(batch, len(data.items))
+        pieces = shard.world * shard.accumulate
+        if self.batch % pieces or self.batch // pieces < 2:
+            raise InputError(
+                f"a batch of {self.batch} images cannot be shared by {shard.world} processes in {shard.accumulate} "
+                f"pieces of at least 2 (BatchNorm): choose a multiple of {pieces} from {2 * pieces}"
+            )
         first = read_sample(data.items[0], data.classes)
         slots = max(1, _CACHED_BYTES // (first.frame.nbytes + first.labels.nbytes))
         self._read = lru_cache(maxsize=slots)(lambda index: read_sample(data.items[index], data.classes))
@@ -35,41 +62,74 @@ class Batches:
         """Batches in an epoch; a smaller rest is left out, since BatchNorm needs more than one image."""
         return len(self._data.items) // self.batch
 
-    def epoch(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        rng = np.random.default_rng((self._seed, number))
-        order = rng.permutation(len(self._data.items))
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            waiting = pool.submit(self._make, order[: self.batch], rng)
-            for start in range(self.batch, (len(self) + 1) * self.batch, self.batch):
-                ready = waiting.result()
-                if start < len(self) * self.batch:
-                    waiting = pool.submit(self._make, order[start : start + self.batch], rng)
+    @property
+    def at_once(self) -> int:
+        """Images that this process computes with at one time."""
+        return self.batch // (self._shard.world * self._shard.accumulate)
+
+    def names(self, number: int, index: int) -> tuple[str, ...]:
+        """The images of batch `index` of an epoch."""
+        order = self._order(number)[index * self.batch : (index + 1) * self.batch]
+        return tuple(self._data.items[int(image)].id for image in order)
+
+    def _order(self, number: int) -> NDArray[np.int64]:
+        return np.random.default_rng((self._seed, number)).permutation(len(self._data.items))
+
+    def epoch(self, number: int, hw: tuple[int, int]) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+        indices = iter(range(len(self)))
+        with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+            waiting = deque(pool.submit(self._make, number, index, hw) for index in islice(indices, 2 * _THREADS))
+            while waiting:
+                ready = waiting.popleft().result()
+                waiting.extend(pool.submit(self._make, number, index, hw) for index in islice(indices, 1))
                 yield ready
 
-    def _make(self, indices: NDArray[np.int64], rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        crops = [augmented(self._read(int(index)), self._hw, rng) for index in indices]
-        frames, labels = zip(*crops, strict=True)
-        return torch.from_numpy(np.stack(frames)), torch.from_numpy(np.stack(labels))
+    def _make(self, number: int, index: int, hw: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        shard, order = self._shard, self._order(number)
+        pieces = []
+        for piece in range(shard.accumulate):
+            start = index * self.batch + piece * self.batch // shard.accumulate
+            places = range(start + shard.rank, start + self.batch // shard.accumulate, shard.world)
+            crops = [self._crop(number, place, int(order[place]), hw) for place in places]
+            images, labels = (torch.from_numpy(np.stack(part)) for part in zip(*crops, strict=True))
+            pieces.append((images, labels))
+        return pieces
+
+    def _crop(self, number: int, place: int, image: int, hw: tuple[int, int]) -> tuple[Image8, Image8]:
+        sample = self._read(image)
+        if not self._augment:
+            return frames.resize(sample.frame, hw), frames.resize_labels(sample.labels, hw)
+        return augmented(sample, self._input_hw, hw, np.random.default_rng((self._seed, number, place)))
 
 
 def augmented(
-    sample: Sample, hw: tuple[int, int], rng: np.random.Generator
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """A random crop of size `hw` at a random scale, flipped at random, colours disturbed; padding is ignored."""
-    height, width = hw
-    factor = float(np.exp(rng.uniform(*np.log(SCALE_RANGE))))
-    scaled = (max(1, round(width * factor)), max(1, round(height * factor)))
-    frame = np.asarray(Image.fromarray(sample.frame).resize(scaled, Image.Resampling.BILINEAR))
-    labels = np.asarray(Image.fromarray(sample.labels).resize(scaled, Image.Resampling.NEAREST))
-    missing = ((0, max(0, height - scaled[1])), (0, max(0, width - scaled[0])))
+    sample: Sample, input_hw: tuple[int, int], hw: tuple[int, int], rng: np.random.Generator
+) -> tuple[Image8, Image8]:
+    """A random crop of size `hw`, flipped at random, colours disturbed, from the sample at a random scale.
+
+    At scale 1 the whole sample has the network's input size. What lies outside the sample is black and ignored.
+    """
+    scale = float(np.exp(rng.uniform(*np.log(SCALE_RANGE))))
+    rows, top = _span(sample.labels.shape[0], input_hw[0] * scale, hw[0], rng)
+    columns, left = _span(sample.labels.shape[1], input_hw[1] * scale, hw[1], rng)
+    box, size = (left[0], top[0], left[1], top[1]), (columns, rows)
+    frame = np.asarray(Image.fromarray(sample.frame).resize(size, Image.Resampling.BILINEAR, box))
+    labels = np.asarray(Image.fromarray(sample.labels).resize(size, Image.Resampling.NEAREST, box))
+    frame = _jittered(frame, rng)
+    missing = ((0, hw[0] - rows), (0, hw[1] - columns))
     frame = np.pad(frame, (*missing, (0, 0)))
     labels = np.pad(labels, missing, constant_values=ALWAYS_IGNORED)
-    top = int(rng.integers(labels.shape[0] - height + 1))
-    left = int(rng.integers(labels.shape[1] - width + 1))
-    frame, labels = frame[top : top + height, left : left + width], labels[top : top + height, left : left + width]
     if rng.random() < 0.5:
         frame, labels = frame[:, ::-1], labels[:, ::-1]
-    return _jittered(frame, rng), np.ascontiguousarray(labels)
+    return np.ascontiguousarray(frame), np.ascontiguousarray(labels)
+
+
+def _span(length: int, scaled: float, wanted: int, rng: np.random.Generator) -> tuple[int, tuple[float, float]]:
+    """Pixels made along one side, and the part (start, stop) of the sample's `length` pixels they are made of."""
+    pixels = max(1, min(wanted, round(scaled)))
+    part = min(length, pixels * length / scaled)
+    start = float(rng.uniform(0, length - part))
+    return pixels, (start, min(float(length), start + part))
 
 
 def _jittered(frame: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:

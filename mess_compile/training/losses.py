@@ -1,8 +1,7 @@
-"""Soft targets for cross-entropy and Positive Filtering Distillation at full label resolution."""
+"""Cross-entropy, Positive Filtering Distillation and Lovasz-softmax at label resolution."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,43 +10,34 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from mess_compile.dataset import ALWAYS_IGNORED
-from mess_compile.runtime.errors import InputError
+from mess_compile.training.recipe import Distillation
 
-DISTILLATIONS = ("pfd", "kd", "none")
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """How the final exit teaches a head: Positive Filtering Distillation, plain distillation or none (CE alone).
-
-    Per pixel: alpha * [teacher is right] * T^2 * KL(teacher || head) + (1 - alpha) * CE; the name is the MESS paper's,
-    the formula our reading of it (facts: unconfirmed). Plain distillation leaves the bracket out.
-    """
-
-    kind: str = "pfd"
-    alpha: float = 0.5
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in DISTILLATIONS or not 0 <= self.alpha <= 1 or not self.temperature > 0:
-            raise InputError(f"distillation {self}: kind is one of {DISTILLATIONS}, alpha 0 to 1, temperature above 0")
+LOVASZ_STRIDE = 4
+"""Lovasz looks at every fourth pixel of every fourth row: it sorts all it sees."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What all heads of a batch learn: `hard` and `soft` weights per class, (n, K, H, W) each, and the pixel count."""
+    """What all heads of a batch learn.
 
-    hard: torch.Tensor
-    soft: torch.Tensor | None
-    temperature: float
-    pixels: int
+    `labels` (n, H, W) int64, 255 ignored, cross-entropy with `weights` (K,) times `hard`; `soft` (n, K, H, W) or None,
+    cross-entropy at `temperature`; both summed over pixels and divided by `pixels`. `lovasz` weighs the Lovasz-softmax.
+    """
+
+    labels: torch.Tensor
+    weights: torch.Tensor
+    pixels: float
+    lovasz: float = 0.0
+    hard: float = 1.0
+    soft: torch.Tensor | None = None
+    temperature: float = 1.0
 
 
-def class_weights(histograms: Iterable[NDArray[np.int64]], classes: int) -> torch.Tensor:
-    """Weight of each class: the root of (median frequency / frequency), within 0.5 and 3, mean 1 over pixels."""
-    counts = np.sum(list(histograms), axis=0)[:classes].astype(float)
+def class_weights(counts: NDArray[np.int64], power: float) -> torch.Tensor:
+    """Weight of each class from its pixel count: (median frequency / frequency) ** power, within 0.5 and 3, mean 1
+    over pixels."""
     frequency = np.maximum(counts, 1) / counts.sum()
-    weights = np.clip(np.sqrt(np.median(frequency) / frequency), 0.5, 3.0)
+    weights = np.clip((np.median(frequency) / frequency) ** power, 0.5, 3.0)
     return torch.tensor(weights / (weights * frequency).sum(), dtype=torch.float32)
 
 
@@ -56,38 +46,64 @@ def upsampled(logits: torch.Tensor, hw: tuple[int, int]) -> torch.Tensor:
     return functional.interpolate(logits, hw, mode="bilinear", align_corners=False)
 
 
-def hard_targets(labels: torch.Tensor, weights: torch.Tensor) -> Targets:
-    """Labels (n, H, W) uint8 -> weighted one-hot targets; ignored pixels weigh nothing."""
-    classes = len(weights)
-    index = labels.long()
-    valid = index != ALWAYS_IGNORED
-    one_hot = functional.one_hot(index.where(valid, torch.tensor(0)), classes).movedim(3, 1).float()
-    hard = one_hot * weights.view(1, -1, 1, 1) * valid.unsqueeze(1)
-    return Targets(hard, None, 1.0, max(1, int(valid.sum())))
+def at_cells(labels: torch.Tensor, stride: int) -> torch.Tensor:
+    """Labels (n, H, W) -> (n, ceil(H / stride), ceil(W / stride)): the label in the middle of every cell."""
+    hw = [-(-side // stride) for side in labels.shape[1:]]
+    return functional.interpolate(labels[:, None].float(), hw, mode="nearest-exact")[:, 0].to(labels.dtype)
 
 
-def distilled_targets(
-    labels: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor, distillation: Distillation
-) -> Targets:
-    """Targets for heads taught by `teacher` logits (n, K, H, W)."""
-    targets = hard_targets(labels, weights)
+def labelled_pixels(labels: torch.Tensor) -> int:
+    return int((labels != ALWAYS_IGNORED).sum())
+
+
+def hard_targets(labels: torch.Tensor, weights: torch.Tensor, pixels: float, lovasz: float = 0.0) -> Targets:
+    """Labels (n, H, W) uint8 as the only teacher; ignored pixels weigh nothing."""
+    return Targets(labels.long(), weights, max(1.0, pixels), lovasz)
+
+
+def distilled(targets: Targets, teacher: torch.Tensor, distillation: Distillation) -> Targets:
+    """`targets` taught by `teacher` logits (n, K, H, W) as well."""
     if distillation.kind == "none":
         return targets
     alpha, temperature = distillation.alpha, distillation.temperature
-    right = targets.hard.sum(1) > 0
+    right = targets.labels != ALWAYS_IGNORED
     if distillation.kind == "pfd":
-        right &= teacher.argmax(1) == labels.long()
+        right &= teacher.argmax(1) == targets.labels
     soft = (teacher / temperature).softmax(1) * (alpha * temperature**2) * right.unsqueeze(1)
-    hard = targets.hard * (1 - alpha)
-    if temperature == 1.0:
-        return Targets(hard + soft, None, 1.0, targets.pixels)
-    return Targets(hard, soft, temperature, targets.pixels)
+    return Targets(targets.labels, targets.weights, targets.pixels, targets.lovasz, 1 - alpha, soft, temperature)
 
 
 def loss_of(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Mean over labelled pixels, at label resolution; the teacher's own entropy, a constant, is left out."""
-    full = upsampled(logits, (targets.hard.shape[2], targets.hard.shape[3]))
-    loss = -(targets.hard * full.log_softmax(1)).sum()
+    """Sum over labelled pixels / `targets.pixels`; the teacher's own entropy, a constant, is left out."""
+    full = upsampled(logits.float(), (targets.labels.shape[1], targets.labels.shape[2]))
+    logs = full.log_softmax(1)
+    loss = targets.hard * functional.nll_loss(
+        logs, targets.labels, targets.weights, ignore_index=ALWAYS_IGNORED, reduction="sum"
+    )
     if targets.soft is not None:
-        loss = loss - (targets.soft * (full / targets.temperature).log_softmax(1)).sum()
-    return loss / targets.pixels
+        warm = logs if targets.temperature == 1 else (full / targets.temperature).log_softmax(1)
+        loss = loss - (targets.soft * warm).sum()
+    loss = loss / targets.pixels
+    if targets.lovasz:
+        middle = LOVASZ_STRIDE // 2
+        seen = (..., slice(middle, None, LOVASZ_STRIDE), slice(middle, None, LOVASZ_STRIDE))
+        loss = loss + targets.lovasz * lovasz_softmax(logs[seen].exp(), targets.labels[seen])
+    return loss
+
+
+def lovasz_softmax(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Lovasz-softmax (Berman et al. 2018, classes present) of probabilities (n, K, h, w) against labels (n, h, w).
+
+    The Jaccard loss of all these pixels together, extended to probabilities; 0 when nothing is labelled.
+    """
+    classes = probabilities.shape[1]
+    known = labels != ALWAYS_IGNORED
+    p = probabilities.movedim(1, 3)[known]  # (pixels, K)
+    truth = functional.one_hot(labels[known], classes).to(p.dtype)
+    errors, order = (truth - p).abs().sort(0, descending=True)
+    truth = truth.gather(0, order)
+    total = truth.sum(0)
+    jaccard = 1 - (total - truth.cumsum(0)) / (total + (1 - truth).cumsum(0))
+    steps = torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
+    present = (total > 0).to(p.dtype)
+    return ((errors * steps).sum(0) * present).sum() / present.sum().clamp(min=1)

@@ -19,23 +19,34 @@ _REMEDY = "remove the folder `training` in it to start over"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands: stage, group of heads, finished epochs of it, weights and optimiser state by name."""
+    """Where training stands: stage, group of heads, finished epochs of it; weights, optimiser state and moving average
+    (empty without one) by name."""
 
     stage: int
     group: int
     epoch: int
     weights: dict[str, torch.Tensor]
     optimiser: dict[str, torch.Tensor]
+    average: dict[str, torch.Tensor]
 
 
 def progress_of(
-    stage: int, group: int, epoch: int, network: nn.Module, optimiser: torch.optim.Optimizer | None
+    stage: int,
+    group: int,
+    epoch: int,
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer | None,
+    average: dict[str, torch.Tensor],
 ) -> Progress:
     """Where a running training stands; without an optimiser, before the first epoch of a stage."""
-    weights = {key: value.detach().clone() for key, value in network.state_dict().items() if "num_batches" not in key}
+    weights = {key: value for key, value in network.state_dict().items() if "num_batches" not in key}
     state = optimiser.state_dict()["state"] if optimiser is not None else {}
-    tensors = {f"{index}.{key}": value.detach() for index, values in state.items() for key, value in values.items()}
-    return Progress(stage, group, epoch, weights, tensors)
+    tensors = {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
+    return Progress(stage, group, epoch, _copied(weights), _copied(tensors), _copied(average))
+
+
+def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, progress: Progress) -> None:
@@ -51,8 +62,9 @@ def save_progress(folder: Path, progress: Progress, described: dict[str, Any]) -
     place = folder / "training"
     place.mkdir(parents=True, exist_ok=True)
     name = f"stage{progress.stage}-group{progress.group}-epoch{progress.epoch}.safetensors"
-    tensors = {f"weights.{key}": value.contiguous() for key, value in progress.weights.items()}
-    tensors |= {f"optimiser.{key}": value.contiguous() for key, value in progress.optimiser.items()}
+    tensors = {f"weights.{key}": value for key, value in progress.weights.items()}
+    tensors |= {f"optimiser.{key}": value for key, value in progress.optimiser.items()}
+    tensors |= {f"average.{key}": value for key, value in progress.average.items()}
     with files.replaced(place / name) as temporary:
         write_tensors(temporary, tensors)
     content = {"stage": progress.stage, "group": progress.group, "epoch": progress.epoch, "tensors": name}
@@ -83,6 +95,7 @@ def read_progress(folder: Path, described: dict[str, Any]) -> Progress | None:
         int(content["epoch"]),
         _prefixed(state, "weights."),
         _prefixed(state, "optimiser."),
+        _prefixed(state, "average."),
     )
 
 

@@ -2,44 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
 from mess_compile.dataset import DataSet, samples
-from mess_compile.nets.network import OverprovisionedNetwork, normalise
+from mess_compile.nets.network import OverprovisionedNetwork, features_of
 from mess_compile.runtime import frames
+from mess_compile.statistics import miou
 from mess_compile.training.losses import upsampled
 
 
 @torch.no_grad()
-def validate(network: OverprovisionedNetwork, data: DataSet, names: Sequence[str]) -> dict[str, float]:
-    """mIoU in percent of each named head, at the frames' own size (DESIGN.md, mIoU); the network in eval mode."""
-    classes, hw = len(network.candidate.classes), network.candidate.input_hw
-    confusion = {name: np.zeros((classes, classes), np.int64) for name in names}
-    for sample in samples(data):
-        frame = torch.from_numpy(frames.resize(sample.frame, hw)[None].copy())
-        features = network.features(normalise(frame).contiguous(memory_format=torch.channels_last))
-        valid = sample.labels < classes
-        for name in names:
-            logits = network.head_module(name)(features[network.candidate.head(name).exit_point - 1])
-            labels = upsampled(logits, hw).argmax(1)[0].numpy().astype(np.uint8)
-            labels = frames.resize_labels(labels, (sample.labels.shape[0], sample.labels.shape[1]))
-            pairs = sample.labels[valid].astype(np.int64) * classes + labels[valid]
-            confusion[name] += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-    return {name: _miou(matrix) for name, matrix in confusion.items()}
+def validate(network: OverprovisionedNetwork, data: DataSet, names: Sequence[str], fabric: Fabric) -> dict[str, float]:
+    """mIoU in percent of each named head, at the frames' own size (DESIGN.md, mIoU); the network in eval mode.
+
+    Every process takes its share of the images; all return the same.
+    """
+    classes = len(network.candidate.classes)
+    confusion = torch.zeros((len(names), classes, classes), dtype=torch.int64, device=fabric.device)
+    share = replace(data, items=data.items[fabric.global_rank :: fabric.world_size])
+    for sample in samples(share):
+        truth = torch.from_numpy(sample.labels).to(fabric.device).long()
+        valid = truth < classes
+        for index, labels in enumerate(_labels(network, sample.frame, names, fabric.device)):
+            guess = frames.resize_labels(labels.byte().cpu().numpy(), (truth.shape[0], truth.shape[1]))
+            pairs = truth[valid] * classes + torch.from_numpy(guess).to(fabric.device)[valid]
+            confusion[index] += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    if fabric.world_size > 1:
+        confusion = fabric.all_reduce(confusion, reduce_op="sum")  # type: ignore[assignment]
+    return {name: _miou(matrix) for name, matrix in zip(names, confusion.cpu().numpy(), strict=True)}
+
+
+def _labels(
+    network: OverprovisionedNetwork, frame: NDArray[np.uint8], names: Sequence[str], device: torch.device
+) -> Iterator[torch.Tensor]:
+    """The label map (h, w) of every named head at the network's input size."""
+    hw = network.candidate.input_hw
+    features = features_of(network, torch.tensor(frames.resize(frame, hw)[None], device=device))
+    for name in names:
+        logits = network.head_module(name)(features[network.candidate.head(name).exit_point - 1])
+        yield upsampled(logits, hw).argmax(1)[0]
 
 
 def _miou(confusion: NDArray[np.int64]) -> float:
-    labelled = confusion.sum(1)
-    union = labelled + confusion.sum(0) - confusion.diagonal()
-    present = labelled > 0
-    return float(100 * (confusion.diagonal()[present] / union[present]).mean())
+    diagonal = confusion.diagonal()
+    return miou(diagonal, confusion.sum(0), confusion.sum(1))
 
 
-def miou_line(network: OverprovisionedNetwork, data: DataSet, names: Sequence[str]) -> str:
+def miou_line(network: OverprovisionedNetwork, data: DataSet, names: Sequence[str], fabric: Fabric) -> str:
     """The mIoU of every named head, in words."""
-    miou = validate(network, data, names)
-    return f"mIoU on {data.split}: " + " ".join(f"{name} {value:.1f}" for name, value in miou.items())
+    found = validate(network, data, names, fabric)
+    return f"mIoU on {data.split}: " + " ".join(f"{name} {value:.1f}" for name, value in found.items())

@@ -82,7 +82,7 @@ def mixture_plan(evidence: Evidence, heads: tuple[Head, ...], chosen: tuple[tupl
 
 def anytime_plan(evidence: Evidence, heads: tuple[Head, ...], deadline_ns: int | None) -> BrutePlan:
     now, best, score, times, bests = ns(evidence, "upload"), 0.0, 0.0, [], []
-    horizon = ns(evidence, "upload") + ns(evidence, "baseline") + ns(evidence, "download")
+    horizon = ns(evidence, "upload") + ns(evidence, baseline_of(evidence)[0]) + ns(evidence, "download")
     previous = 0
     for head in heads:
         for graph in graphs_of_stage(evidence, previous, head):
@@ -113,6 +113,17 @@ def anytime_plan(evidence: Evidence, heads: tuple[Head, ...], deadline_ns: int |
         miou=best,
         score=score,
     )
+
+
+def baseline_of(evidence: Evidence) -> tuple[str, float]:
+    """The single-exit graph of the highest mIoU on the images, and that mIoU; of equals the candidate network's own."""
+    images = evidence.statistics.images
+    name, miou = "baseline", miou_of(evidence, [evidence.candidate.baseline] * images)
+    if evidence.graph_set.baseline_alone is not None:
+        alone = miou_of(evidence, ["baseline-alone"] * images)
+        if alone > miou:
+            name, miou = "baseline-alone", alone
+    return name, miou
 
 
 def ns(evidence: Evidence, graph: str) -> int:
@@ -163,6 +174,7 @@ def memory(evidence: Evidence, heads: tuple[Head, ...]) -> int:
 
 def miou_of(evidence: Evidence, head_of_image: list[str]) -> float:
     statistics = evidence.statistics
+    scored = [*statistics.heads, "baseline-alone"]
     ious = []
     for k in range(len(statistics.classes)):
         labelled = sum(int(pixels) for pixels in statistics.labelled[:, k])
@@ -170,7 +182,7 @@ def miou_of(evidence: Evidence, head_of_image: list[str]) -> float:
             continue
         intersection = predicted = 0
         for image, name in enumerate(head_of_image):
-            intersection += int(statistics.intersection[image, statistics.heads.index(name), k])
-            predicted += int(statistics.predicted[image, statistics.heads.index(name), k])
+            intersection += int(statistics.intersection[image, scored.index(name), k])
+            predicted += int(statistics.predicted[image, scored.index(name), k])
         ious.append(intersection / (predicted + labelled - intersection))
     return 100.0 * (sum(ious) / len(ious))

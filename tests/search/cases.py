@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
 from mess_compile.candidates import (
     BASELINE,
+    BASELINE_ALONE,
     CandidateNetwork,
     ExitPoint,
     Gate,
@@ -92,6 +94,31 @@ def latency_table(graphs: GraphSet, seed: int = 0) -> LatencyTable:
     names = {**{name: spec.sha256 for name, spec in graphs.graphs.items()}, **dict.fromkeys(PSEUDO_GRAPHS, "")}
     entries = {(name, "fp32"): entry(name, sha256) for name, sha256 in names.items()}
     return LatencyTable("host", "onnxruntime", "1.0", graphs.candidate.identity, {}, "measured", entries)
+
+
+def with_baseline_alone(case: Evidence, mean_ms: float, seed: int = 0) -> Evidence:
+    """The same case with a network trained alone: random pixels, and the latency given."""
+    graphs, statistics, table = case.graph_set, case.statistics, case.table
+    spec = dataclasses.replace(graphs.spec(BASELINE), name=BASELINE_ALONE, sha256="sha-alone", bytes=12345)
+    rng = np.random.default_rng(seed)
+    right = np.minimum(rng.integers(0, 6, statistics.labelled.shape), statistics.labelled)
+    predicted = right + rng.integers(0, 2, right.shape)
+    entry = dataclasses.replace(
+        table.latency(BASELINE, "fp32"), graph=BASELINE_ALONE, sha256="sha-alone", mean_ms=mean_ms
+    )
+    return dataclasses.replace(
+        case,
+        graph_set=dataclasses.replace(
+            graphs, graphs={**graphs.graphs, BASELINE_ALONE: spec}, baseline_alone="alone-identity"
+        ),
+        table=dataclasses.replace(table, entries={**table.entries, (BASELINE_ALONE, "fp32"): entry}),
+        statistics=dataclasses.replace(
+            statistics,
+            intersection=np.concatenate([statistics.intersection, right[:, None]], axis=1),
+            predicted=np.concatenate([statistics.predicted, predicted[:, None]], axis=1),
+            baseline_alone="alone-identity",
+        ),
+    )
 
 
 def exit_statistics(

@@ -104,6 +104,45 @@ def test_figures_of_the_baseline_by_hand() -> None:
     assert baseline_figures(by_hand(), 54.24).miou == 54.24
 
 
+def with_alone(case: Evidence, right: tuple[int, int]) -> Evidence:
+    """A baseline trained alone at 6.5 ms that is right on so many pixels of each class on every image, and no other."""
+    pixels = np.tile(right, (4, 1, 1))
+    table, graphs, statistics = case.table, case.graph_set, case.statistics
+    spec = dataclasses.replace(graphs.graphs["baseline"], name="baseline-alone", bytes=310)
+    entry = dataclasses.replace(table.entries["baseline", "fp32"], graph="baseline-alone", mean_ms=6.5, p99_ms=13.0)
+    return dataclasses.replace(
+        case,
+        table=dataclasses.replace(table, entries={**table.entries, ("baseline-alone", "fp32"): entry}),
+        graph_set=dataclasses.replace(
+            graphs, graphs={**graphs.graphs, "baseline-alone": spec}, baseline_alone="alone-id"
+        ),
+        statistics=dataclasses.replace(
+            statistics,
+            intersection=np.concatenate([statistics.intersection, pixels], axis=1),
+            predicted=np.concatenate([statistics.predicted, pixels], axis=1),
+            baseline_alone="alone-id",
+        ),
+    )
+
+
+def test_a_better_baseline_trained_alone_takes_the_place_of_the_final_exit() -> None:
+    case = with_alone(by_hand(), (5, 4))
+    figures = baseline_figures(case)
+    assert case.baseline == "baseline-alone"
+    assert figures.miou == pytest.approx(100 * (20 / 20 + 16 / 20) / 2)
+    assert figures.latency_ms == pytest.approx(1 + 6.5 + 0.1)
+    assert figures.worst_ms == pytest.approx(2 + 13 + 0.2)
+    assert figures.gmacs == pytest.approx(3020 / 1e9)
+    assert figures.memory_bytes == 310 + 70 + 48 + 16
+    assert baseline_figures(case, 54.24) == dataclasses.replace(figures, miou=54.24)
+
+
+def test_a_worse_baseline_trained_alone_changes_nothing() -> None:
+    case = with_alone(by_hand(), (4, 3))
+    assert case.baseline == "baseline"
+    assert baseline_figures(case) == baseline_figures(by_hand())
+
+
 def test_a_fused_segment_and_no_decision_when_there_is_one_exit() -> None:
     figures = figures_of_stages(by_hand(), "budgeted", (Stage(2, HEADS[1], 0, None),))
     assert figures.latency_ms == pytest.approx(1 + 5.5 + 0.7 + 0.3 + 0.1)

@@ -13,12 +13,14 @@ from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.search.plan import check_plan_current, read_result, write_result
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.solver import search
-from tests.search.cases import evidence
+from tests.search.cases import evidence, with_baseline_alone
 
 
 @pytest.mark.parametrize("setting", ["input-dependent", "budgeted", "anytime"])
-def test_what_is_written_is_read_again(tmp_path: Path, setting: str) -> None:
-    result = search(evidence((2, 1), 3, 8, seed=4), Requirement(setting=setting))
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_is_written_is_read_again(tmp_path: Path, setting: str, alone: bool) -> None:
+    case = evidence((2, 1), 3, 8, seed=4)
+    result = search(with_baseline_alone(case, 0.002) if alone else case, Requirement(setting=setting))
     write_result(tmp_path / "plans" / "host.json", result)
     assert read_result(tmp_path / "plans" / "host.json") == result
 
@@ -67,5 +69,7 @@ def test_a_plan_of_another_network_or_gate_is_stale() -> None:
     check_plan_current(plan, case.graph_set)
     with pytest.raises(StaleError, match="another network"):
         check_plan_current(dataclasses.replace(plan, network="other"), case.graph_set)
+    with pytest.raises(StaleError, match=r"another baseline than graphs: run `mess-compile search`"):
+        check_plan_current(plan, with_baseline_alone(case, 0.002).graph_set)
     with pytest.raises(StaleError, match="another gate"):
         check_plan_current(dataclasses.replace(plan, gate=Gate(confidence="margin")), case.graph_set)

@@ -14,8 +14,8 @@ from mess_compile.search.figures import Evidence
 from mess_compile.search.plan import Plan
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search
-from tests.search.brute_force import BrutePlan, all_plans, ns
-from tests.search.cases import evidence
+from tests.search.brute_force import BrutePlan, all_plans, baseline_of, ns
+from tests.search.cases import evidence, with_baseline_alone
 
 OBJECTIVES = {
     "latency": lambda plan: plan.cost_ns,
@@ -58,7 +58,8 @@ def cases(draw: st.DrawFn) -> Evidence:
     heads = tuple(draw(st.lists(st.integers(1, 2), min_size=1, max_size=3)))
     rows = draw(st.integers(1, 3 if len(heads) < 3 else 2))
     images, seed, levels = draw(st.integers(3, 9)), draw(st.integers(0, 10**6)), draw(st.integers(2, 5))
-    return evidence(heads, rows, images, seed, levels, twins=draw(st.booleans()))
+    case = evidence(heads, rows, images, seed, levels, twins=draw(st.booleans()))
+    return with_baseline_alone(case, draw(st.integers(1, 9)) / 1000, seed) if draw(st.booleans()) else case
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,6 +103,28 @@ def test_the_plan_is_the_best_of_all_plans_that_satisfy(
     assert result.plan.predicted.memory_bytes == best.memory
     assert result.certificate.space == len(plans)
     assert result.certificate.gap == 0.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.sampled_from([0.0, 1.0, 10.0]), st.sampled_from([0.5, 1.0, 2.0]))
+def test_a_plan_is_held_against_the_better_baseline(case: Evidence, max_err_pp: float, share: float) -> None:
+    """A network trained alone that beats the final exit raises what a plan must reach, else savings are flattered."""
+    name, miou = baseline_of(case)
+    n, cost_ns = case.statistics.images, ns(case, "upload") + ns(case, name) + ns(case, "download")
+    requirement = Requirement(max_err_pp=max_err_pp, max_latency=Limit(share, relative=True))
+    feasible = [
+        plan
+        for plan in all_plans(case, "input-dependent", 2)
+        if plan.miou >= miou - max_err_pp and plan.cost_ns <= round(share * cost_ns) * n
+    ]
+    if not feasible:
+        with pytest.raises(RequirementError, match=f"mIoU >= {miou - max_err_pp:.4g} %"):
+            search(case, requirement)
+        return
+    plan = search(case, requirement).plan
+    assert identity(plan) == brute_identity(min(feasible, key=lambda plan: key(plan, "latency")))
+    assert (plan.baseline_name, plan.baseline_alone) == (name, case.graph_set.baseline_alone)
+    assert (plan.baseline.miou, plan.baseline.latency_ms) == (miou, cost_ns / 1e6)
 
 
 @settings(max_examples=25, deadline=None)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mess_compile.runtime.errors import InputError
 from mess_compile.training import losses
-from mess_compile.training.losses import Distillation
+from mess_compile.training.recipe import Distillation
 
 RNG = np.random.default_rng(0)
 Array = NDArray[np.float64]
@@ -44,12 +44,8 @@ def by_hand(kind: str, alpha: float, temperature: float) -> float:
 @pytest.mark.parametrize("kind", ["pfd", "kd", "none"])
 @pytest.mark.parametrize(("alpha", "temperature"), [(0.5, 1.0), (0.3, 1.0), (0.7, 2.5)])
 def test_distillation_is_the_formula(kind: str, alpha: float, temperature: float) -> None:
-    targets = losses.distilled_targets(
-        torch.from_numpy(LABELS)[None],
-        torch.from_numpy(TEACHER)[None].float(),
-        torch.from_numpy(WEIGHTS).float(),
-        Distillation(kind, alpha, temperature),
-    )
+    hard = losses.hard_targets(torch.from_numpy(LABELS)[None], torch.from_numpy(WEIGHTS).float(), 5)
+    targets = losses.distilled(hard, torch.from_numpy(TEACHER)[None].float(), Distillation(kind, alpha, temperature))
     loss = losses.loss_of(torch.from_numpy(HEAD)[None].float(), targets)
     assert loss.item() == pytest.approx(by_hand(kind, alpha, temperature), rel=1e-5)
 
@@ -59,9 +55,10 @@ def test_a_teacher_that_is_wrong_everywhere_teaches_nothing() -> None:
     for y in range(2):
         for x in range(3):
             wrong[(int(LABELS[y, x]) + 1) % 3, y, x] = 9.0
-    weights, labels = torch.ones(3), torch.from_numpy(LABELS)[None]
-    targets = losses.distilled_targets(labels, torch.from_numpy(wrong)[None].float(), weights, Distillation("pfd", 0.4))
-    assert torch.allclose(targets.hard, 0.6 * losses.hard_targets(labels, weights).hard)
+    targets = losses.hard_targets(torch.from_numpy(LABELS)[None], torch.ones(3), 5)
+    taught = losses.distilled(targets, torch.from_numpy(wrong)[None].float(), Distillation("pfd", 0.4))
+    head = torch.from_numpy(HEAD)[None].float()
+    assert losses.loss_of(head, taught).item() == pytest.approx(0.6 * losses.loss_of(head, targets).item())
 
 
 def test_the_loss_is_taken_at_label_resolution() -> None:
@@ -69,16 +66,62 @@ def test_the_loss_is_taken_at_label_resolution() -> None:
     labels = torch.randint(0, 3, (1, 8, 12), dtype=torch.uint8)
     full = torch.nn.functional.interpolate(logits, (8, 12), mode="bilinear", align_corners=False)
     expected = torch.nn.functional.cross_entropy(full, labels.long())
-    assert losses.loss_of(logits, losses.hard_targets(labels, torch.ones(3))).item() == pytest.approx(expected.item())
+    assert losses.loss_of(logits, losses.hard_targets(labels, torch.ones(3), 96)).item() == pytest.approx(
+        expected.item()
+    )
 
 
 def test_rare_classes_weigh_more_within_bounds() -> None:
-    counts = np.zeros(256, np.int64)
-    counts[:3] = 10_000, 100, 1
-    counts[255] = 500
-    weights = losses.class_weights([counts], 3)
+    weights = losses.class_weights(np.array([10_000, 100, 1]), 0.5)
     assert weights[0] < weights[1] < weights[2]
     assert weights[2] / weights[0] == pytest.approx(3.0 / 0.5)
+    assert torch.allclose(losses.class_weights(np.array([10_000, 100, 1]), 0.0), torch.ones(3))
+
+
+def test_labels_at_cells_are_those_in_the_middle_of_the_cells() -> None:
+    labels = torch.arange(12 * 16, dtype=torch.uint8).view(1, 12, 16)
+    cells = losses.at_cells(labels, 8)
+    assert cells.tolist() == [
+        [[int(labels[0, 3, 4]), int(labels[0, 3, 12])], [int(labels[0, 9, 4]), int(labels[0, 9, 12])]]
+    ]
+
+
+def jaccard_extension(p: Array, truth: NDArray[np.int64]) -> float:
+    """Lovasz extension of the Jaccard loss by its definition: sum of sorted errors times the loss's increments."""
+    values = []
+    for k in np.unique(truth):
+        foreground = truth == k
+        errors = np.where(foreground, 1 - p[:, k], p[:, k])
+        order = np.argsort(-errors, kind="stable")
+        before, total = 0.0, 0.0
+        for i in range(1, len(order) + 1):
+            wrong = np.zeros(len(truth), bool)
+            wrong[order[:i]] = True  # mispredicted pixels so far
+            hit = (foreground & ~wrong).sum()
+            loss = 1 - hit / (foreground | (wrong & ~foreground)).sum()
+            total += errors[order[i - 1]] * (loss - before)
+            before = loss
+        values.append(total)
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lovasz_is_the_extension_of_the_jaccard_loss(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits, labels = rng.normal(0, 2, (1, 3, 4, 5)), rng.integers(0, 3, (1, 4, 5))
+    p = torch.from_numpy(logits).softmax(1)
+    expected = jaccard_extension(p[0].reshape(3, -1).T.numpy(), labels.ravel())
+    assert losses.lovasz_softmax(p, torch.from_numpy(labels)).item() == pytest.approx(expected)
+
+
+def test_lovasz_ignores_void_and_survives_a_batch_without_labels() -> None:
+    p = torch.randn(1, 3, 4, 5).softmax(1)
+    labels = torch.randint(0, 3, (1, 4, 5))
+    labels[0, :2] = 255
+    assert losses.lovasz_softmax(p, labels).item() == pytest.approx(
+        losses.lovasz_softmax(p[:, :, 2:], labels[:, 2:]).item()
+    )
+    assert losses.lovasz_softmax(p, torch.full((1, 4, 5), 255)).item() == 0
 
 
 @pytest.mark.parametrize("wrong", [("x", 0.5, 1.0), ("kd", 1.5, 1.0), ("kd", 0.5, 0.0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mess_compile import scenes
 from mess_compile.dataset import DataSet, Sample, open_dataset
 from mess_compile.nets import network
 from mess_compile.nets.checkpoint import load_candidate
 from mess_compile.runtime.errors import InputError
-from mess_compile.training import stages
-from mess_compile.training.augment import Batches, augmented
-from mess_compile.training.stages import Recipe, head_groups, train
+from mess_compile.training import loop, pretraining, stages
+from mess_compile.training.augment import Batches, Shard, augmented
+from mess_compile.training.distilling import head_groups
+from mess_compile.training.pretraining import trained_exits
+from mess_compile.training.recipe import Recipe
+from mess_compile.training.stages import train
 from tests.networks import random_network
 
 HW = (48, 64)
@@ -109,14 +114,14 @@ def test_stage_two_leaves_backbone_and_final_exit_alone(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[dict[str, torch.Tensor]] = []
-    original = stages._train_heads
+    original = stages.train_heads
 
     def spied(net: network.OverprovisionedNetwork, *rest: object) -> None:
         kept.append({key: value.clone() for key, value in net.state_dict().items()})
         original(net, *rest)  # type: ignore[arg-type]
         kept.append(net.state_dict())
 
-    monkeypatch.setattr(stages, "_train_heads", spied)
+    monkeypatch.setattr(stages, "train_heads", spied)
     run(data, tmp_path / "candidate")
     before, after = kept
     changed = {key for key in before if not torch.equal(before[key], after[key])}
@@ -149,26 +154,170 @@ def test_crops_keep_frame_and_labels_together() -> None:
     rows, columns = np.mgrid[: HW[0], : HW[1]]
     labels = (2 * (rows >= 20) + (columns >= 30)).astype(np.uint8)
     coded = Sample("coded", "coded", np.repeat(labels[:, :, None] * 40 + 40, 3, axis=2), labels)
-    for seed in range(20):
-        frame, cropped = augmented(coded, HW, np.random.default_rng(seed))
-        assert frame.shape == (*HW, 3)
-        assert cropped.shape == HW
+    for seed, hw in itertools.product(range(20), (HW, (24, 40))):
+        frame, cropped = augmented(coded, HW, hw, np.random.default_rng(seed))
+        assert frame.shape == (*hw, 3)
+        assert cropped.shape == hw
         grey = {label: frame[cropped == label].astype(float).mean(axis=1) for label in range(4)}
         middles = [np.median(values) for values in grey.values() if len(values)]
         assert middles == sorted(middles)
         for values in grey.values():  # one grey per label, but where two regions mix
-            assert not len(values) or (np.abs(values - np.median(values)) > 3).mean() < 0.25
+            assert len(values) < 400 or (np.abs(values - np.median(values)) > 3).mean() < 0.25
+
+
+def test_a_crop_shows_objects_at_the_size_that_the_network_will_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mess_compile.training.augment.SCALE_RANGE", (1.0, 1.0))
+    labels = np.zeros((96, 128), np.uint8)
+    labels[40:60, 50:80] = 1  # 20 x 30 pixels of a frame twice the input size: 10 x 15 for the network
+    sample = Sample("one", "one", np.zeros((96, 128, 3), np.uint8), labels)
+    areas = [(augmented(sample, HW, HW, np.random.default_rng(seed))[1] == 1).sum() for seed in range(8)]
+    assert areas == [150] * 8
+
+
+def batches(data: Path, batch: int = 4, shard: Shard | None = None, augment: bool = True) -> Batches:
+    return Batches(open_dataset(data, "train"), HW, batch, 3, augment, shard or Shard())
 
 
 def test_an_epoch_can_be_repeated(data: Path) -> None:
-    batches = Batches(open_dataset(data, "train"), HW, 4, seed=3)
-    first, again, other = (list(batches.epoch(number)) for number in (1, 1, 2))
-    assert len(first) == len(batches) == 2
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0][0], other[0][0])
+    made = batches(data)
+    first, again, other = (list(made.epoch(number, HW)) for number in (1, 1, 2))
+    assert len(first) == len(made) == 2
+    assert all(
+        torch.equal(a[0][0], b[0][0]) and torch.equal(a[0][1], b[0][1]) for a, b in zip(first, again, strict=True)
+    )
+    assert not torch.equal(first[0][0][0], other[0][0][0])
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": (0, 1)}, {"batch": 1}, {"learning_rate": 0.0}, {"head_memory_mib": 0}])
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (2, 2)])
+def test_processes_and_pieces_together_see_the_images_of_one(data: Path, world: int, accumulate: int) -> None:
+    whole = [frames for pieces in batches(data, 8).epoch(0, HW) for frames, _ in pieces]
+    parts = [
+        frames
+        for rank in range(world)
+        for pieces in batches(data, 8, Shard(rank, world, accumulate)).epoch(0, HW)
+        for frames, _ in pieces
+    ]
+    images = sorted(frame.numpy().tobytes() for frames in parts for frame in frames)
+    assert images == sorted(frame.numpy().tobytes() for frames in whole for frame in frames)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(data: Path) -> None:
+    with pytest.raises(InputError, match="multiple of 3 from 6"):
+        batches(data, 8, Shard(0, 3, 1))
+
+
+def test_the_names_of_a_batch_are_those_of_its_images(data: Path) -> None:
+    made = batches(data, augment=False)
+    by_name = {item.id: np.asarray(Image.open(item.image)) for item in open_dataset(data, "train").items}
+    for index, pieces in enumerate(made.epoch(0, HW)):
+        expected = [by_name[name] for name in made.names(0, index)]
+        assert all(np.array_equal(frame, wanted) for frame, wanted in zip(pieces[0][0].numpy(), expected, strict=True))
+
+
+def test_each_order_trains_its_exits() -> None:
+    assert [trained_exits("round-robin", step, 3) for step in range(3)] == [[0, 2], [1, 2], [0, 2]]
+    assert trained_exits("joint", 5, 3) == [0, 1, 2]
+    assert trained_exits("final", 5, 3) == [2]
+    assert trained_exits("round-robin", 5, 1) == [0]
+
+
+def test_the_last_epochs_see_the_input_size() -> None:
+    recipe = Recipe(epochs=(5, 2), crop_hw=(24, 32), full_size_epochs=2)
+    assert [recipe.crop(epoch, HW) for epoch in range(5)] == [(24, 32)] * 3 + [HW] * 2
+    assert recipe.head_crop(HW) == (24, 32)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"order": "joint", "stage1_head": "sep8-crm1-b0", "lovasz": 0.5},
+        {"order": "final", "ema": 0.9, "crop_hw": (32, 48), "full_size_epochs": 1},
+        {"augment": False, "loss_resolution": "cells", "class_power": 0.0},
+    ],
+)
+def test_every_way_of_training_is_continued_to_the_same_network(
+    data: Path, tmp_path: Path, other: dict[str, object]
+) -> None:
+    recipe = replace(RECIPE, **other)  # type: ignore[arg-type]
+    run(data, tmp_path / "unbroken", recipe)
+    with pytest.raises(Killed):
+        run(data, tmp_path / "broken", recipe, killed_at("stage 1 epoch 2"))
+    run(data, tmp_path / "broken", recipe)
+    states = [load_candidate(tmp_path / name).state_dict() for name in ("unbroken", "broken")]
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
+
+
+def killed_at(words: str) -> Callable[[str], None]:
+    def report(line: str) -> None:
+        if words in line:
+            raise Killed
+
+    return report
+
+
+def test_a_network_of_one_exit_is_the_baseline_trained_alone(data: Path, tmp_path: Path) -> None:
+    images = open_dataset(data, "train")
+    alone = replace(architecture(images), exit_blocks=("features.17",), heads=network.with_final_head((), 1))
+    lines: list[str] = []
+    train(alone, images, images, tmp_path / "baseline", replace(RECIPE, epochs=(2, 0)), lines.append)
+    assert [h.name for h in load_candidate(tmp_path / "baseline").candidate.heads] == ["exit1.fcn-crm1-b0"]
+    assert not any("stage 2" in line for line in lines)
+
+
+def test_a_loss_that_is_not_a_number_names_the_batch_and_keeps_the_last_epoch(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = pretraining.losses.loss_of, []
+
+    def poisoned(*arguments: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        found = original(*arguments)  # type: ignore[arg-type]
+        return found * float("nan") if len(calls) > 2 * 2 else found  # the first batch of the second epoch
+
+    monkeypatch.setattr(pretraining.losses, "loss_of", poisoned)
+    with pytest.raises(InputError, match=r"stage 1, epoch 2, batch 1 \(scene.*learning-rate"):
+        run(data, tmp_path / "candidate")
+    monkeypatch.undo()
+    lines: list[str] = []
+    run(data, tmp_path / "candidate", report=lines.append)
+    assert "continuing stage 1 after epoch 1" in lines
+
+
+@pytest.mark.parametrize(("room", "words"), [(2, "2 fit: --batch 2"), (1, "not even 2 fit")])
+def test_memory_that_runs_out_says_which_batch_fits(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, words: str
+) -> None:
+    original = pretraining.features_of
+
+    def hungry(net: network.OverprovisionedNetwork, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if len(frames) > room:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        return original(net, frames)
+
+    monkeypatch.setattr(pretraining, "features_of", hungry)
+    with pytest.raises(InputError, match=f"out of memory.*batch 1, with 4 images.*{words}"):
+        run(data, tmp_path / "candidate")
+
+
+def test_other_failures_of_a_step_are_not_called_memory() -> None:
+    assert not loop._is_exhaustion(RuntimeError("shapes differ"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": (0, 1)},
+        {"batch": 1},
+        {"learning_rate": 0.0},
+        {"head_memory_mib": 0},
+        {"order": "random"},
+        {"loss_resolution": "half"},
+        {"ema": 1.0},
+        {"lovasz": -1.0},
+        {"stage1_head": "fcn"},
+        {"full_size_epochs": -1},
+    ],
+)
 def test_impossible_recipes_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(InputError):
         Recipe(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,309 @@
+"""The data sets that are known by how they lie on disk: their class lists, and the items of a split.
+
+Looks at names, and at COCO's annotations; `dataset` decodes images and labels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mess_compile import coco
+from mess_compile.runtime.errors import InputError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+ALWAYS_IGNORED = 255
+VALIDATION_SHARE = 0.2
+_CAMVID_NAME = re.compile(r"(0001TP|0006R0|0016E5|Seq05VD)_f?\d+")
+_CITYSCAPES_IMAGE = "_leftImg8bit.png"
+_CITYSCAPES_IDS = range(34)  # -1, the licence plate, is 255 in a PNG
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """Class names and colours by label value; `ignored` label values count nowhere."""
+
+    names: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    ignored: frozenset[int] = frozenset({ALWAYS_IGNORED})
+
+
+@dataclass(frozen=True)
+class LabelFile:
+    """A label PNG of a data set that fixes what its values mean: `classes` holds the class of each of the 256 values,
+    255 for void, -1 for a value that it does not use."""
+
+    path: Path
+    classes: tuple[int, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One labelled image. `group` is its video sequence; an image that is of none is its own group. `label` says where
+    the labels come from: a PNG (a bare path where the class list says what its values mean) or outlines to draw."""
+
+    id: str
+    group: str
+    image: Path
+    label: Path | LabelFile | coco.Outlines
+
+    @property
+    def label_path(self) -> Path | None:
+        """The label PNG; None where the labels are drawn."""
+        if isinstance(self.label, coco.Outlines):
+            return None
+        return self.label.path if isinstance(self.label, LabelFile) else self.label
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way for a data set to lie on disk. A folder that has one of `marks` (glob patterns) is taken to be of this
+    layout; `expected` tells the user what belongs there. `classes` is None where the folder says them itself."""
+
+    name: str
+    marks: tuple[str, ...]
+    expected: str
+    classes: ClassList | None
+    find_items: Callable[[Path, str], Iterable[Item]]
+
+
+def default_colour(index: int) -> tuple[int, int, int]:
+    """The PASCAL VOC palette's colour of a label value: its bits dealt to red, green and blue from the top."""
+    red = green = blue = 0
+    value = index + 1
+    for bit in range(7, -1, -1):
+        red |= (value & 1) << bit
+        green |= (value >> 1 & 1) << bit
+        blue |= (value >> 2 & 1) << bit
+        value >>= 3
+    return red, green, blue
+
+
+def _class_values(stored: Iterable[int], used: Iterable[int]) -> tuple[int, ...]:
+    """A `LabelFile.classes`: class k is stored as the k-th of `stored`; the rest of `used` is void, as is 255."""
+    classes = dict.fromkeys([*used, ALWAYS_IGNORED], ALWAYS_IGNORED)
+    classes.update((value, number) for number, value in enumerate(stored))
+    return tuple(classes.get(value, -1) for value in range(256))
+
+
+CAMVID = ClassList(
+    names=("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"),
+    colours=(
+        (128, 128, 128),
+        (128, 0, 0),
+        (192, 192, 128),
+        (128, 64, 128),
+        (0, 0, 192),
+        (128, 128, 0),
+        (192, 128, 128),
+        (64, 64, 128),
+        (64, 0, 128),
+        (64, 64, 0),
+        (0, 128, 192),
+    ),
+    ignored=frozenset({11, ALWAYS_IGNORED}),
+)
+
+_CITYSCAPES = (  # labelId, name, colour; in the order of trainIds
+    (7, "road", (128, 64, 128)),
+    (8, "sidewalk", (244, 35, 232)),
+    (11, "building", (70, 70, 70)),
+    (12, "wall", (102, 102, 156)),
+    (13, "fence", (190, 153, 153)),
+    (17, "pole", (153, 153, 153)),
+    (19, "traffic light", (250, 170, 30)),
+    (20, "traffic sign", (220, 220, 0)),
+    (21, "vegetation", (107, 142, 35)),
+    (22, "terrain", (152, 251, 152)),
+    (23, "sky", (70, 130, 180)),
+    (24, "person", (220, 20, 60)),
+    (25, "rider", (255, 0, 0)),
+    (26, "car", (0, 0, 142)),
+    (27, "truck", (0, 0, 70)),
+    (28, "bus", (0, 60, 100)),
+    (31, "train", (0, 80, 100)),
+    (32, "motorcycle", (0, 0, 230)),
+    (33, "bicycle", (119, 11, 32)),
+)
+CITYSCAPES = ClassList(tuple(name for _, name, _ in _CITYSCAPES), tuple(colour for _, _, colour in _CITYSCAPES))
+_LABEL_IDS = _class_values((value for value, _, _ in _CITYSCAPES), _CITYSCAPES_IDS)
+_TRAIN_IDS = _class_values(range(len(_CITYSCAPES)), ())
+
+_VOC_NAMES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+# a plain class list has no background: its first default colour is VOC's second
+VOC = ClassList(_VOC_NAMES, tuple(default_colour(value - 1) for value in range(len(_VOC_NAMES))))
+_VOC_VALUES = _class_values(range(len(_VOC_NAMES)), ())
+
+
+def is_camvid(items: Iterable[Item]) -> bool:
+    """CamVid is known by the names of its four drives."""
+    return all(_CAMVID_NAME.fullmatch(item.id) for item in items)
+
+
+def _find_plain(root: Path, split: str) -> Iterable[Item]:
+    if (root / split / "images").is_dir():
+        return _paired(root / split / "images", root / split / "labels")
+    if not (root / "images").is_dir() or split not in ("train", "val"):
+        raise _no_split(root, split, (path.parent.name for path in root.glob("*/images")), root / split / "images")
+    items = _paired(root / "images", root / "labels")
+    border = len(items) - max(1, round(len(items) * VALIDATION_SHARE))
+    return items[border:] if split == "val" else items[:border]
+
+
+def _find_segnet(root: Path, split: str) -> Iterable[Item]:
+    if not (root / split).is_dir():
+        found = (path.name.removesuffix("annot") for path in root.glob("*annot"))
+        raise _no_split(root, split, found, root / split)
+    return _paired(root / split, root / f"{split}annot")
+
+
+def _paired(images: Path, labels: Path) -> list[Item]:
+    if not labels.is_dir():
+        raise InputError(f"{labels} does not exist: every image needs a label PNG of the same name there")
+    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return _labelled([Item(path.stem, _sequence(path.stem), path, labels / f"{path.stem}.png") for path in paths])
+
+
+def _sequence(stem: str) -> str:
+    return re.sub(r"[_-]?[a-z]?\d+$", "", stem) or "all"
+
+
+def _find_cityscapes(root: Path, split: str) -> Iterable[Item]:
+    images, labels = root / "leftImg8bit" / split, root / "gtFine" / split
+    if not images.is_dir():
+        raise _no_split(root, split, (path.parent.name for path in root.glob("leftImg8bit/*/*")), images)
+    if not labels.is_dir():
+        raise InputError(f"{labels} does not exist: unpack Cityscapes' gtFine_trainvaltest.zip beside leftImg8bit")
+    return _labelled([_cityscapes_item(image, labels) for image in sorted(images.glob(f"*/*{_CITYSCAPES_IMAGE}"))])
+
+
+def _cityscapes_item(image: Path, labels: Path) -> Item:
+    name = image.name.removesuffix(_CITYSCAPES_IMAGE)
+    sequence = name.rpartition("_")[0] or name
+    return Item(name, sequence, image, _cityscapes_label(labels / image.parent.name, name))
+
+
+def _cityscapes_label(folder: Path, name: str) -> LabelFile:
+    ids, train_ids = folder / f"{name}_gtFine_labelIds.png", folder / f"{name}_gtFine_labelTrainIds.png"
+    if train_ids.is_file() and not ids.is_file():
+        return LabelFile(train_ids, _TRAIN_IDS)
+    return LabelFile(ids, _LABEL_IDS)
+
+
+def _find_voc(root: Path, split: str) -> Iterable[Item]:
+    places = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
+    year = next((place for place in places if (place / "JPEGImages").is_dir()), None)
+    if year is None:
+        raise InputError(f"{root} has no JPEGImages: unpack PASCAL VOC's VOCtrainval_11-May-2012.tar there")
+    images, labels, lists = year / "JPEGImages", year / "SegmentationClass", year / "ImageSets" / "Segmentation"
+    if not labels.is_dir():
+        raise InputError(f"{labels} does not exist: PASCAL VOC's label PNGs lie there")
+    names = _listed(root, lists, split)
+    _check_present(lists / f"{split}.txt", [f"{name}.jpg" for name in names], images)
+    return _labelled(
+        [Item(name, name, images / f"{name}.jpg", LabelFile(labels / f"{name}.png", _VOC_VALUES)) for name in names]
+    )
+
+
+def _listed(root: Path, lists: Path, split: str) -> list[str]:
+    path = lists / f"{split}.txt"
+    if not path.is_file():
+        raise _no_split(root, split, (found.stem for found in lists.glob("*.txt")), path)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
+    twice = len(names) - len(set(names))
+    if twice:
+        raise InputError(f"{path} names {twice} images more than once: keep one line for each")
+    return names
+
+
+def _find_coco(root: Path, split: str) -> Iterable[Item]:
+    coco.drawing_library()  # a missing extra is said now, not in the middle of a training
+    path, images = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
+    if not path.is_file():
+        found = (path.stem[len("instances_") : -len("2017")] for path in root.glob("annotations/instances_*2017.json"))
+        raise _no_split(root, split, found, path)
+    if not images.is_dir():
+        raise InputError(f"{images} does not exist: unpack COCO's {split}2017.zip there")
+    outlines = coco.read_outlines(path, only_trained=split == "train")
+    _check_present(path, [name for name, _ in outlines], images)
+    return [Item(Path(name).stem, Path(name).stem, images / name, label) for name, label in outlines]
+
+
+def _check_present(source: Path, names: Iterable[str], folder: Path) -> None:
+    """Names are compared with those that lie there, so that none can lead out of the folder."""
+    here = {path.name for path in folder.iterdir()}
+    missing = [name for name in names if name not in here]
+    if missing:
+        raise InputError(
+            f"{source} names {len(missing)} images that do not exist in {folder}, first {missing[0]!r:.80}: put them "
+            "there or correct the list"
+        )
+
+
+def _labelled(items: list[Item]) -> list[Item]:
+    missing = [item for item in items if item.label_path and not item.label_path.is_file()]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(items)} images have no label, first {missing[0].image}: put it at "
+            f"{missing[0].label_path}"
+        )
+    return items
+
+
+def _no_split(root: Path, split: str, found: Iterable[str], expected: Path) -> InputError:
+    names = ", ".join(sorted(set(found))) or "none"
+    return InputError(f"{root} has no split {split!r} (found: {names}): expected {expected}")
+
+
+LAYOUTS = (
+    Layout(
+        "Cityscapes",
+        ("leftImg8bit", "gtFine"),
+        "leftImg8bit/SPLIT/CITY/*_leftImg8bit.png and gtFine/SPLIT/CITY/*_gtFine_labelIds.png (or _labelTrainIds.png)",
+        CITYSCAPES,
+        _find_cityscapes,
+    ),
+    Layout(
+        "PASCAL VOC",
+        ("JPEGImages", "SegmentationClass", "VOC2012", "VOCdevkit"),
+        "JPEGImages/*.jpg, SegmentationClass/*.png and ImageSets/Segmentation/SPLIT.txt, here or in VOCdevkit/VOC2012",
+        VOC,
+        _find_voc,
+    ),
+    Layout(
+        "COCO",
+        ("annotations/instances_*2017.json", "train2017/*.jpg", "val2017/*.jpg"),
+        "annotations/instances_SPLIT2017.json and SPLIT2017/*.jpg",
+        VOC,
+        _find_coco,
+    ),
+    Layout(
+        "CamVid of the SegNet tutorial",
+        ("trainannot", "valannot", "testannot"),
+        "SPLIT/*.png and SPLITannot/*.png",
+        None,
+        _find_segnet,
+    ),
+    Layout(
+        "plain folders",
+        ("images", "*/images"),
+        "SPLIT/images/* and SPLIT/labels/*.png, or images/* and labels/*.png, with a classes.txt",
+        None,
+        _find_plain,
+    ),
+)
+
+
+def find_layout(root: Path) -> Layout:
+    """The layout of a folder, from what lies in it. Raises InputError that lists the layouts known."""
+    for layout in LAYOUTS:
+        if any(any(root.glob(mark)) for mark in layout.marks):
+            return layout
+    known = "; ".join(f"{layout.name}: {layout.expected}" for layout in LAYOUTS)
+    raise InputError(f"{root} holds no data set in a known layout; these are known: {known}")

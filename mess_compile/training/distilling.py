@@ -1,0 +1,115 @@
+"""Stage 2: every head on the frozen backbone, taught by the labels and the final exit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mess_compile.nets.network import OverprovisionedNetwork, features_of
+from mess_compile.training import loop, losses
+from mess_compile.training.loop import Piece, Run
+from mess_compile.training.parallel import synchronise_norms
+from mess_compile.training.progress import Progress, progress_of, restore_optimiser
+
+_BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, fp32
+
+
+def head_groups(network: OverprovisionedNetwork, memory_mib: int) -> tuple[tuple[str, ...], ...]:
+    """Names of the early heads in groups whose weights and optimiser state fit `memory_mib`, at least one a group."""
+    groups: list[list[str]] = []
+    room = 0.0
+    for head in network.candidate.heads:
+        if head.name == network.candidate.baseline:
+            continue
+        parameters = sum(p.numel() for p in network.head_module(head.name).parameters())
+        need = parameters * _BYTES_PER_PARAMETER / 2**20
+        if not groups or need > room:
+            groups.append([])
+            room = memory_mib
+        groups[-1].append(head.name)
+        room -= need
+    return tuple(tuple(group) for group in groups)
+
+
+def train_heads(network: OverprovisionedNetwork, run: Run, progress: Progress) -> None:
+    """Train the early heads in place; heads do not influence each other, so a group trains in one pass."""
+    network.eval().requires_grad_(False)
+    network.to(run.fabric.device)
+    groups = head_groups(network, run.recipe.head_memory_mib)
+    for number, names in enumerate(groups):
+        if number >= progress.group:
+            _train_group(network, names, run, progress, number, len(groups))
+
+
+def _train_group(
+    network: OverprovisionedNetwork, names: Sequence[str], run: Run, progress: Progress, number: int, groups: int
+) -> None:
+    modules = nn.ModuleList(network.head_module(name) for name in names)
+    modules.requires_grad_(True).train()
+    synchronise_norms(modules)
+    optimiser = loop.optimiser_of(list(modules.parameters()), run.recipe)
+    first = progress.epoch if number == progress.group else 0
+    if first:
+        restore_optimiser(optimiser, progress)
+    epochs = run.recipe.epochs[1]
+    for epoch in range(first, epochs):
+        started = time.monotonic()
+        loop.seed_epoch(run, 2, number, epoch)
+        mean = _epoch(network, names, modules, run, epoch, optimiser)
+        run.report(
+            f"stage 2 group {number + 1}/{groups} epoch {epoch + 1}/{epochs}  loss per head {loop.shown(mean)}  "
+            f"{time.monotonic() - started:.0f} s"
+        )
+        run.save(progress_of(2, number, epoch + 1, network, optimiser, {}))
+    modules.requires_grad_(False).eval()
+
+
+def _epoch(
+    network: OverprovisionedNetwork,
+    names: Sequence[str],
+    heads: nn.ModuleList,
+    run: Run,
+    epoch: int,
+    optimiser: torch.optim.Optimizer,
+) -> NDArray[np.float64]:
+    sums = np.zeros(len(names))
+    points = [network.candidate.head(name).exit_point for name in names]
+    steps = run.recipe.epochs[1] * len(run.batches)
+    backward = partial(_backward, network, heads, points, run)
+    for index, pieces in enumerate(run.batches.epoch(run.recipe.epochs[0] + epoch, run.recipe.head_crop(run.input_hw))):
+        with loop.exhaustion_named(run, 2, epoch, index, pieces, backward):
+            found = backward(pieces)
+        loop.check_finite(run, found, 2, epoch, index)
+        loop.take_step(optimiser, run, epoch * len(run.batches) + index, steps)
+        sums += found
+    return sums / len(run.batches)
+
+
+def _backward(
+    network: OverprovisionedNetwork,
+    heads: nn.ModuleList,
+    points: Sequence[int],
+    run: Run,
+    pieces: Sequence[Piece],
+) -> list[float]:
+    """Leave the gradients of a batch; its loss at every head. Only one head's activations are ever held."""
+    sums = [0.0] * len(heads)
+    for frames, targets in loop.pieces_with_targets(run, pieces):
+        with torch.no_grad(), run.fabric.autocast():
+            features = features_of(network, frames)
+            teacher = network.head_module(network.candidate.baseline)(features[-1])
+        size = (targets.labels.shape[1], targets.labels.shape[2])
+        taught = losses.distilled(targets, losses.upsampled(teacher.float(), size), run.recipe.distillation)
+        for i, (head, point) in enumerate(zip(heads, points, strict=True)):
+            with run.fabric.autocast():
+                logits = head(features[point - 1])
+            loss = losses.loss_of(logits, taught)
+            run.fabric.backward(loss)
+            sums[i] += loss.item()
+    return sums

@@ -1,0 +1,124 @@
+"""Stage 1, exit-aware pre-training: the backbone learns to serve its early exits as well as the final one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mess_compile.nets.checkpoint import load_weights
+from mess_compile.nets.network import OverprovisionedNetwork, features_of
+from mess_compile.training import loop, losses
+from mess_compile.training.loop import Piece, Run
+from mess_compile.training.parallel import synchronise_norms
+from mess_compile.training.progress import Progress, progress_of, restore_optimiser
+from mess_compile.training.validate import miou_line
+
+VALIDATE_EVERY = 5
+SAVED = "the saved progress"
+
+
+def pretrain(network: OverprovisionedNetwork, run: Run, progress: Progress | None) -> None:
+    """Train `network`, one head at every exit point, in place; continues from `progress`."""
+    network.to(run.fabric.device)
+    synchronise_norms(network)
+    optimiser = loop.optimiser_of(list(network.parameters()), run.recipe)
+    average = _average_of(network, run.recipe.ema)
+    if progress is not None:
+        load_weights(network, progress.weights, SAVED)
+        restore_optimiser(optimiser, progress)
+        if average is not None:
+            average.load(progress.average)
+        run.report(f"continuing stage 1 after epoch {progress.epoch}")
+    names, epochs = [head.name for head in network.candidate.heads], run.recipe.epochs[0]
+    for epoch in range(progress.epoch if progress else 0, epochs):
+        started = time.monotonic()
+        loop.seed_epoch(run, 1, 0, epoch)
+        mean = _epoch(network.train(), names, optimiser, run, epoch, average)
+        line = f"stage 1 epoch {epoch + 1}/{epochs}  loss per exit {loop.shown(mean)}"
+        if (epoch + 1) % VALIDATE_EVERY == 0 or epoch + 1 == epochs:
+            line += "  " + miou_line(network.eval(), run.validation, names, run.fabric)
+        run.report(f"{line}  {time.monotonic() - started:.0f} s")
+        averaged = {} if average is None else average.weights
+        run.save(progress_of(1, 0, epoch + 1, network, optimiser, averaged))
+    if average is not None:
+        load_weights(network, average.weights, "the moving average")
+
+
+class _Average:
+    """Exponential moving average of a network's floating-point state."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self._state = {k: v for k, v in network.state_dict().items() if v.is_floating_point()}  # views
+        self._decay = decay
+        self.weights = {key: value.detach().clone() for key, value in self._state.items()}
+
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        for key, value in weights.items():
+            self.weights[key].copy_(value)
+
+    def update(self, step: int) -> None:
+        decay = min(self._decay, (1 + step) / (10 + step))  # a young average must forget the random start
+        for key, value in self._state.items():
+            self.weights[key].lerp_(value.detach(), 1 - decay)
+
+
+def _average_of(network: nn.Module, decay: float) -> _Average | None:
+    return _Average(network, decay) if decay else None
+
+
+def trained_exits(order: str, step: int, exits: int) -> list[int]:
+    """Indices of the exits that a step trains, from 0; the last one is the final exit."""
+    final = exits - 1
+    if order == "final" or final == 0:
+        return [final]
+    if order == "joint":
+        return list(range(exits))
+    return [step % final, final]
+
+
+def _epoch(
+    network: OverprovisionedNetwork,
+    names: Sequence[str],
+    optimiser: torch.optim.Optimizer,
+    run: Run,
+    epoch: int,
+    average: _Average | None,
+) -> NDArray[np.float64]:
+    """The mean loss of every exit; not a number for one that was not trained."""
+    sums, counts = np.zeros(len(names)), np.zeros(len(names))
+    steps = run.recipe.epochs[0] * len(run.batches)
+    hw = run.recipe.crop(epoch, run.input_hw)
+    for index, pieces in enumerate(run.batches.epoch(epoch, hw)):
+        step = epoch * len(run.batches) + index
+        trained = trained_exits(run.recipe.order, step, len(names))
+        backward = partial(_backward, network, [names[i] for i in trained], run)
+        with loop.exhaustion_named(run, 1, epoch, index, pieces, backward):
+            found = backward(pieces)
+        loop.check_finite(run, found, 1, epoch, index)
+        loop.take_step(optimiser, run, step, steps)
+        if average is not None:
+            average.update(step)
+        sums[trained] += found
+        counts[trained] += 1
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _backward(network: OverprovisionedNetwork, names: Sequence[str], run: Run, pieces: Sequence[Piece]) -> list[float]:
+    """Leave the gradients of a batch, the final exit's head last in `names`; the loss at every named head."""
+    sums = [0.0] * len(names)
+    points = [network.candidate.head(name).exit_point for name in names]
+    weights = [run.recipe.exit_weight] * (len(names) - 1) + [1.0]
+    for frames, targets in loop.pieces_with_targets(run, pieces):
+        with run.fabric.autocast():
+            features = features_of(network, frames)
+            logits = [network.head_module(name)(features[point - 1]) for name, point in zip(names, points, strict=True)]
+        parts = [losses.loss_of(values, targets) for values in logits]
+        run.fabric.backward(torch.stack([w * part for w, part in zip(weights, parts, strict=True)]).sum())
+        sums = [total + part.item() for total, part in zip(sums, parts, strict=True)]
+    return sums

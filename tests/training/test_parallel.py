@@ -1,0 +1,206 @@
+"""Several processes must train the network that one would, and lose at most an epoch when one of them dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mess_compile import scenes
+from mess_compile.dataset import open_dataset
+from mess_compile.nets.checkpoint import load_candidate
+from mess_compile.nets.network import Architecture, heads_from_names, with_final_head
+from mess_compile.runtime.errors import InputError
+from mess_compile.training import parallel
+from mess_compile.training.parallel import Machines
+from mess_compile.training.recipe import Recipe
+from mess_compile.training.stages import train
+
+HW = (48, 64)
+TRAIN = ["train", "--data", "data", "--input", "48x64", "--width", "0.25", "--exits", "features.6,features.17"]
+TRAIN += ["--heads", "fcn-crm1-b0", "--batch", "8", "--accelerator", "cpu"]
+AGAIN = "run the same command again, it continues after the last finished epoch"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    scenes.write_scenes(tmp_path / "data", {"train": 16, "val": 3}, HW)
+    return tmp_path
+
+
+def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mess_compile", "-C", str(folder), *TRAIN, *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return output
+
+
+def trained(folder: Path, *arguments: str) -> tuple[dict[str, torch.Tensor], str]:
+    output = finished(started(folder, *arguments))
+    state = load_candidate(folder / "candidate").state_dict()
+    (folder / "candidate" / "network.json").unlink()
+    return state, output
+
+
+class Enough(BaseException):
+    pass
+
+
+def first_gradient(folder: str, name: str) -> None:
+    """Train until the first step, without dropout, and save the gradient that the optimiser is given."""
+
+    def stop(optimiser: torch.optim.Optimizer, *rest: object) -> None:
+        found = [p.grad for group in optimiser.param_groups for p in group["params"]]
+        torch.save(torch.cat([grad.flatten() for grad in found]), f"{folder}/{name}.pt")
+        raise Enough
+
+    torch.optim.AdamW.step = stop  # type: ignore[assignment, method-assign]
+    nn.functional.dropout = lambda x, *rest, **more: x  # type: ignore[assignment]
+    data = open_dataset(Path(folder) / "data", "train")
+    blocks = ("features.6", "features.17")
+    heads = with_final_head(heads_from_names(("fcn-crm1-b0",), 2), 2)
+    shape = Architecture("mobilenetv2", data.classes.names, data.classes.colours, HW, blocks, heads, width=0.25)
+    with suppress(Enough):
+        train(shape, data, data, Path(folder) / "candidate", Recipe(batch=8), print)
+
+
+def as_torchrun_starts_it(rank: int, port: int, folder: str) -> None:
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    first_gradient(folder, str(rank))
+
+
+def alone(rank: int, folder: str) -> None:
+    first_gradient(folder, "alone")
+
+
+def spawned(worker: Callable[..., None], arguments: tuple[object, ...], processes: int) -> None:
+    torch.multiprocessing.spawn(worker, arguments, nprocs=processes)  # type: ignore[no-untyped-call]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_two_processes_step_by_the_gradient_of_one(folder: Path) -> None:
+    """Fed the same batch, normalised over the same images. What is left is the order of additions, which a deep random
+    network makes a few per cent of; without averaging or synchronised norms the two would have nothing in common."""
+    spawned(alone, (str(folder),), 1)
+    spawned(as_torchrun_starts_it, (free_port(), str(folder)), 2)
+    whole, *parts = (torch.load(folder / f"{name}.pt") for name in ("alone", "0", "1"))
+    assert whole.norm() > 0
+    assert torch.equal(*parts)
+    assert (parts[0] - whole).norm() < 0.1 * whole.norm()
+
+
+def test_only_one_of_two_processes_speaks(folder: Path) -> None:
+    _, output = trained(folder, "--epochs", "1", "1", "--devices", "2")
+    assert "2 batches of 8 per epoch, 2 processes on cpu" in output
+    for words in ("training on 16 images", "stage 1 epoch 1/1", "stage 2 group 1/1 epoch 1/1", "mIoU on val", "next:"):
+        assert output.count(words) == 1 + (words == "mIoU on val"), words
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the other process in /proc")
+def test_a_killed_process_is_one_clear_line_and_the_same_command_continues(folder: Path) -> None:
+    arguments = ("--epochs", "4", "1", "--devices", "2")
+    process = started(folder, *arguments)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("stage 1 epoch 2"):
+            break
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert errors == f"error: a process of the 2 that train together is gone: {AGAIN}\n"
+    output = finished(started(folder, *arguments))
+    assert "continuing stage 1 after epoch" in output
+    assert load_candidate(folder / "candidate").candidate.heads
+
+
+def test_pieces_of_a_batch_train_as_it_would_whole(folder: Path) -> None:
+    """But for BatchNorm, which sees one piece at a time: with its running values near, losses agree."""
+    step = ("--epochs", "1", "1", "--learning-rate", "1e-4")
+    losses = []
+    for pieces in ("1", "4"):
+        _, output = trained(folder, *step, "--accumulate", pieces)
+        line = next(line for line in output.splitlines() if line.startswith("stage 1 epoch 1"))
+        losses.append([float(word) for word in line.split("exit ")[1].split()[:2]])
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_bf16_trains(folder: Path) -> None:
+    _, output = trained(folder, "--epochs", "1", "1", "--precision", "bf16")
+    assert "bf16-mixed" in output
+
+
+def normalise_half(rank: int, port: int, folder: str) -> None:
+    """One of two processes that normalise half a batch each."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    images = torch.load(f"{folder}/images.pt")
+    norm = nn.Sequential(nn.BatchNorm2d(3))
+    parallel.synchronise_norms(norm)
+    half = images[rank::2].clone().requires_grad_()
+    made = norm(half)
+    (made.square().sum() * (rank + 1)).backward()
+    torch.save((made.detach(), half.grad, norm[0].running_mean, norm[0].running_var), f"{folder}/{rank}.pt")
+
+
+def test_synchronised_norms_are_batchnorm_over_all_images(tmp_path: Path) -> None:
+    images = torch.randn(6, 3, 4, 5) * 3 + 1
+    torch.save(images, tmp_path / "images.pt")
+    spawned(normalise_half, (free_port(), str(tmp_path)), 2)
+    norm = nn.BatchNorm2d(3)
+    whole = images.clone().requires_grad_()
+    made = norm(whole)
+    (made[0::2].square().sum() + 2 * made[1::2].square().sum()).backward()
+    for rank in range(2):
+        part, gradient, mean, variance = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.allclose(part, made[rank::2], atol=1e-5)
+        assert whole.grad is not None
+        assert torch.allclose(gradient, whole.grad[rank::2], atol=1e-5)
+        assert torch.allclose(mean, norm.running_mean, atol=1e-6)
+        assert torch.allclose(variance, norm.running_var, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"devices": 0}, "positive"),
+        ({"precision": "int4"}, "int4"),
+        ({"accelerator": "abacus"}, "abacus"),
+        ({"accumulate": 0}, "positive"),
+    ],
+)
+def test_impossible_machines_are_refused(wrong: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Machines(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_missing_gpu_is_said() -> None:
+    with pytest.raises(InputError, match="shows 0 CUDA devices"):
+        parallel.launch(Machines(accelerator="cuda"))
