@@ -94,6 +94,8 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Heads at every early exit, or exitN.NAME at one; `grid` is the paper's space.",
         ),
         click.option("--weights", type=_FILE, help="torchvision ImageNet weights (.pth, .safetensors)."),
+        click.option("--from", "source", type=_FOLDER, help="Start stage 2 from this candidate: --epochs 0 N."),
+        click.option("--teacher", type=_FOLDER, help="Another candidate, whose final exit teaches in stage 2."),
         click.option("--baseline", is_flag=True, help="Train the single-exit network alone, for as many epochs."),
         click.option("--epochs", nargs=2, type=int, default=(60, 20), show_default=True, help="Of stage 1 and 2."),
         click.option("--batch", default=8, show_default=True, help="Images of a step, over all processes."),
@@ -165,10 +167,13 @@ def train(workspace: Workspace, /, data: Path, as_json: bool, **options: Any) ->
     )
     machines = parallel.Machines(**_picked(options, "accelerator devices nodes precision accumulate"))
     report = partial(click.echo, err=as_json)
-    step, folder = (
-        (steps.train_baseline, workspace.baseline) if options["baseline"] else (steps.train, workspace.candidate)
-    )
-    candidate = step(workspace, data, choice, recipe, report, options["weights"], machines)
+    arguments = (workspace, data, choice, recipe, report, options["weights"], machines)
+    if options["baseline"] and (options["source"] or options["teacher"]):
+        raise InputError("--baseline trains a whole network for the sum of --epochs: it has no --from or --teacher")
+    if options["baseline"]:
+        folder, candidate = workspace.baseline, steps.train_baseline(*arguments)
+    else:
+        folder, candidate = workspace.candidate, steps.train(*arguments, options["source"], options["teacher"])
     if candidate is None:  # one of many processes; the first one speaks
         return None
     if as_json:
@@ -210,14 +215,20 @@ def export(workspace: Workspace, source: Path | None, confidence: str, plain: bo
 @main.command()
 @click.option("--data", type=_FOLDER, help="Labelled images; remembered.")
 @click.option("--split", help="val by default; val[:50] takes the first 50 files. Remembered.")
+@click.option("--devices", default=1, show_default=True, help="Processes on each machine that share the images.")
+@click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both themselves.")
 @_json_option
 @click.pass_obj
-def evaluate(workspace: Workspace, data: Path | None, split: str | None, as_json: bool) -> None:
+def evaluate(
+    workspace: Workspace, data: Path | None, split: str | None, devices: int, nodes: int, as_json: bool
+) -> None:
     """Record how sure and how right every head is on labelled images."""
     from mess_compile import inspection, steps
 
     with progress_bar(as_json) as progress:
-        found = steps.evaluate(workspace, data, split, progress)
+        found = steps.evaluate(workspace, data, split, progress, devices, nodes)
+    if found is None:  # one of many processes; the first one speaks
+        return None
     described = inspection.inspect_statistics(found)
     if as_json:
         return print_json(described.content)

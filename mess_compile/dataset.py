@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ __all__ = [
     "Outlines",
     "Sample",
     "check_trainable",
+    "count_labels",
     "default_colour",
     "open_dataset",
     "read_class_list",
@@ -208,15 +211,25 @@ def samples(data: DataSet) -> Iterator[Sample]:
         yield read_sample(item, data.classes)
 
 
+def count_labels(data: DataSet) -> NDArray[np.int64]:
+    """Labelled pixels of each class, (K,), over the whole split. Raises InputError for a label that cannot be read."""
+
+    def counted(item: Item) -> NDArray[np.int64]:
+        return np.bincount(read_labels(item.label, data.classes).ravel(), minlength=256)
+
+    counts = np.zeros(256, np.int64)
+    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) // 2)) as pool:
+        for found in pool.map(counted, data.items):
+            counts += found
+    return counts[: len(data.classes.names)]
+
+
 def check_trainable(data: DataSet) -> NDArray[np.int64]:
-    """Labelled pixels of each class, (K,), over the whole split: every label is read.
+    """Labelled pixels of each class, (K,), over the whole split.
 
     Raises InputError when fewer than two classes have labelled pixels: a network would learn to say one thing.
     """
-    counts = np.zeros(256, np.int64)
-    for item in data.items:
-        counts += np.bincount(read_labels(item.label, data.classes).ravel(), minlength=256)
-    counts = counts[: len(data.classes.names)]
+    counts = count_labels(data)
     labelled = [name for name, count in zip(data.classes.names, counts, strict=True) if count]
     if len(labelled) < 2:
         found = f"of {labelled[0]} alone" if labelled else "of no class"

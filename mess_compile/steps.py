@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from mess_compile import __version__, extras, latency, scenes, statistics
 from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, read_graph_set, verify_graph_set
-from mess_compile.dataset import DataSet, open_dataset, read_frame, read_labels, samples
+from mess_compile.dataset import DataSet, open_dataset, read_frame, read_labels
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime import frames
 from mess_compile.runtime.engine import open_library
@@ -26,6 +28,7 @@ from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
     from mess_compile.bench import Bench
+    from mess_compile.evaluation import Share
     from mess_compile.nets.network import Architecture
     from mess_compile.runtime.profile import Effort
     from mess_compile.training.parallel import Machines
@@ -57,17 +60,22 @@ def train(
     report: Callable[[str], None],
     imagenet: Path | None = None,
     machines: Machines | None = None,
+    source: Path | None = None,
+    teacher: Path | None = None,
 ) -> CandidateNetwork | None:
     """Train a candidate network on the split train and write it to the workspace; val is looked at on the way.
 
-    Of several processes the first returns it, the others None.
+    `source` is the folder of a candidate network that stage 2 alone starts from; `teacher` that of one whose final exit
+    teaches instead of the network's own. Of several processes the first returns the network, the others None.
     """
     stages = extras.torch_module("training.stages")
+    if source is not None and source.resolve() == workspace.candidate.resolve():
+        raise InputError(f"--from {source} is where the result goes: copy or move that folder first")
     folder = open_dataset(data, "train")
     validation = open_dataset(data, "val", folder.classes)
     architecture = _architecture(choice, folder)
     candidate: CandidateNetwork | None = stages.train(
-        architecture, folder, validation, workspace.candidate, recipe, report, imagenet, machines
+        architecture, folder, validation, workspace.candidate, recipe, report, imagenet, machines, source, teacher
     )
     if candidate is not None:
         workspace.remember(data=data)
@@ -160,10 +168,14 @@ def _scene_frames(hw: tuple[int, int], count: int) -> list[NDArray[np.uint8]]:
 
 
 def evaluate(
-    workspace: Workspace, data: Path | None, split: str | None, progress: Progress
-) -> statistics.ExitStatistics:
-    """Run every head on a labelled split and write its exit statistics; both are remembered for `search`."""
-    from mess_compile.evaluation import evaluate as evaluate_images
+    workspace: Workspace, data: Path | None, split: str | None, progress: Progress, devices: int = 1, nodes: int = 1
+) -> statistics.ExitStatistics | None:
+    """Run every head on a labelled split and write its exit statistics; both are remembered for `search`.
+
+    `devices` processes on each of `nodes` machines share the images, also under torchrun or SLURM; of several the
+    first returns the statistics, the others None.
+    """
+    from mess_compile import evaluation
 
     graph_set = _verified_graphs(workspace)
     root = workspace.data_folder(data)
@@ -174,19 +186,33 @@ def evaluate(
             f"{root} has {len(folder.classes.names)} classes ({', '.join(folder.classes.names)}), the network "
             f"{len(graph_set.candidate.classes)} ({', '.join(graph_set.candidate.classes)}): use its own class list"
         )
-    library = open_library("onnxruntime")
-    images = ((s.id, s.group, s.frame, s.labels) for s in samples(folder))
-    found = evaluate_images(
-        graph_set,
-        library,
-        images,
-        device="host",
-        split=split,
-        progress=lambda done: progress("evaluate", done, len(folder.items)),
-    )
-    statistics.write_statistics(workspace.statistics(split), found)
-    workspace.remember(data=root, split=split)
+    with _shared(devices, nodes) as share:
+        found = evaluation.evaluate_data(
+            graph_set,
+            open_library("onnxruntime", max(1, (os.cpu_count() or 1) // devices) if devices > 1 else None),
+            folder,
+            workspace.statistics(split),
+            share,
+            device="host",
+            progress=lambda done: progress("evaluate", min(done, len(folder.items)), len(folder.items)),
+        )
+    if found is not None:
+        workspace.remember(data=root, split=split)
     return found
+
+
+@contextmanager
+def _shared(devices: int, nodes: int) -> Iterator[Share]:
+    from mess_compile.evaluation import Share
+
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    if devices * nodes == 1 and not launched:
+        yield Share()
+        return
+    parallel = extras.torch_module("training.parallel")
+    fabric = parallel.launch(parallel.Machines("cpu", devices, nodes))
+    with parallel.lost_process_named(fabric):
+        yield Share(fabric.global_rank, fabric.world_size, fabric.barrier)
 
 
 def profile(
@@ -247,7 +273,9 @@ def _current_statistics(
     except (InputError, StaleError):
         if memory.data is None:
             raise
-        return evaluate(workspace, None, split, progress)
+        made = evaluate(workspace, None, split, progress)
+        assert made is not None, "a search is one process"
+        return made
 
 
 def bundle(workspace: Workspace, plan: Path | None, output: Path | None) -> tuple[Path, Manifest]:

@@ -99,7 +99,7 @@ class TestData:
     def test_labels_of_another_size(self, workspace: Path, command: Any, places: tuple[Path, ...]) -> None:
         for place in places:
             for label in (place / "labels").iterdir():
-                save_image(label, np.zeros((32, 48), np.uint8))
+                save_image(label, np.eye(32, 48, dtype=np.uint8))
         assert "64 x 96" in refused(workspace, *command)
 
     def test_labels_of_another_mode(self, workspace: Path, command: Any, places: tuple[Path, ...]) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
+from mess_compile import evaluation, scenes, steps
 from mess_compile.candidates import GraphSet
 from mess_compile.evaluation import LabelledImage, evaluate
 from mess_compile.runtime.engine import Library, open_library
 from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.frames import resize
 from mess_compile.statistics import check_current, head_miou, merge
+from mess_compile.workspace import Workspace
 from tests import small_network
+from tests.commands import contents
 
 IGNORED = frozenset({11, 255})
 
@@ -131,3 +137,61 @@ def test_an_image_without_countable_pixels_counts_nothing(graphs: GraphSet, libr
     empty = np.full_like(labels, 255)
     found = evaluate(graphs, library, [(name, group, frame, empty)], device="host", split="val")
     assert found.labelled.sum() == found.predicted.sum() == found.intersection.sum() == 0
+
+
+class Killed(BaseException):
+    pass
+
+
+def told(counts: list[int], at: int | None = None) -> Callable[[str, int, int], None]:
+    """Notes how many images are done, and kills the evaluation at one of them."""
+
+    def progress(label: str, done: int, total: int) -> None:
+        counts.append(done)
+        if done == at:
+            raise Killed
+
+    return progress
+
+
+def test_a_killed_evaluation_continues_with_the_images_it_lacks(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "BLOCK", 4)
+    place = Workspace(workspace)
+    expected = contents(place.statistics("val"))
+    with pytest.raises(Killed):
+        steps.evaluate(place, None, "val", told([], at=10))
+    assert contents(place.statistics("val")) == expected, "what was there stays until all is done"
+    counts: list[int] = []
+    steps.evaluate(place, None, "val", told(counts))
+    assert counts == [9, 10, 11, 12], "the first two blocks of four were finished"
+    assert contents(place.statistics("val")) == expected
+    assert [path.name for path in (workspace / "statistics").iterdir()] == ["val"]
+
+
+def test_blocks_of_images_that_changed_are_not_taken_up_again(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "BLOCK", 4)
+    place = Workspace(workspace)
+    with pytest.raises(Killed):
+        steps.evaluate(place, None, "val", told([], at=10))
+    first = min((workspace / "data" / "val" / "labels").iterdir())
+    changed = np.asarray(Image.open(first)).copy()
+    changed[0] = 255
+    first.unlink()
+    Image.fromarray(changed).save(first)
+    counts: list[int] = []
+    steps.evaluate(place, None, "val", told(counts))
+    assert counts == list(range(1, 13))
+
+
+def test_two_processes_write_the_statistics_of_one(workspace: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    scenes.write_scenes(data, {"train": 2, "val": 70}, (64, 96))
+    steps.evaluate(Workspace(workspace), data, "val", told([]))
+    alone = contents(workspace / "statistics" / "val")
+    command = [sys.executable, "-m", "mess_compile", "-C", str(workspace), "evaluate", "--data", str(data)]
+    done = subprocess.run([*command, "--devices", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("next: ") == 1, "only one process speaks"
+    assert contents(workspace / "statistics" / "val") == alone

@@ -25,7 +25,7 @@ ALLOWED = {
     "latency": {"files", "candidates", "runtime"},
     "statistics": {"files", "candidates", "runtime"},
     "diagnosis": {"statistics", "runtime"},
-    "evaluation": {"candidates", "statistics", "runtime"},
+    "evaluation": {"candidates", "dataset", "statistics", "runtime"},
     "search": {"files", "candidates", "latency", "statistics", "search", "runtime"},
     "graph": {"files", "candidates", "graph", "runtime"},
     "bundle": {"files", "candidates", "latency", "search", "graph", "runtime"},

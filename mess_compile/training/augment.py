@@ -12,12 +12,14 @@ from itertools import islice
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from PIL import Image
 
 from mess_compile.dataset import ALWAYS_IGNORED, DataSet, Sample, read_sample
 from mess_compile.runtime import frames
 from mess_compile.runtime.errors import InputError
+from mess_compile.training.recipe import Recipe
 
 SCALE_RANGE = (0.5, 2.0)
 JITTER = 0.25
@@ -34,6 +36,10 @@ class Shard:
     world: int = 1
     accumulate: int = 1
 
+    @staticmethod
+    def of(fabric: Fabric, accumulate: int) -> Shard:
+        return Shard(fabric.global_rank, fabric.world_size, accumulate)
+
 
 class Batches:
     """Endless supply of epochs: `epoch(number, hw)` yields lists of (frames (n, h, w, 3), labels (n, h, w)), uint8
@@ -43,11 +49,10 @@ class Batches:
     one would have, and several processes together what one would.
     """
 
-    def __init__(
-        self, data: DataSet, input_hw: tuple[int, int], batch: int, seed: int, augment: bool, shard: Shard
-    ) -> None:
-        self._data, self._input_hw, self._seed, self._augment, self._shard = data, input_hw, seed, augment, shard
-        self.batch = min(batch, len(data.items))
+    def __init__(self, data: DataSet, input_hw: tuple[int, int], recipe: Recipe, shard: Shard) -> None:
+        self._data, self._input_hw, self._shard = data, input_hw, shard
+        self._seed, self._augment = recipe.seed, recipe.augment
+        self.batch = min(recipe.batch, len(data.items))
         pieces = shard.world * shard.accumulate
         if self.batch % pieces or self.batch // pieces < 2:
             raise InputError(
@@ -66,6 +71,10 @@ class Batches:
     def at_once(self) -> int:
         """Images that this process computes with at one time."""
         return self.batch // (self._shard.world * self._shard.accumulate)
+
+    @property
+    def pieces(self) -> int:
+        return self._shard.accumulate
 
     def names(self, number: int, index: int) -> tuple[str, ...]:
         """The images of batch `index` of an epoch."""

@@ -62,11 +62,9 @@ def _train_group(
         started = time.monotonic()
         loop.seed_epoch(run, 2, number, epoch)
         mean = _epoch(network, names, modules, run, epoch, optimiser)
-        run.report(
-            f"stage 2 group {number + 1}/{groups} epoch {epoch + 1}/{epochs}  loss per head {loop.shown(mean)}  "
-            f"{time.monotonic() - started:.0f} s"
-        )
-        run.save(progress_of(2, number, epoch + 1, network, optimiser, {}))
+        line = f"stage 2 group {number + 1}/{groups} epoch {epoch + 1}/{epochs}  loss per head {loop.shown(mean)}"
+        saved = partial(progress_of, 2, number, epoch + 1, network, optimiser, {})
+        loop.finish_epoch(run, f"{line}  {time.monotonic() - started:.0f} s", network, saved)
     modules.requires_grad_(False).eval()
 
 
@@ -83,9 +81,7 @@ def _epoch(
     steps = run.recipe.epochs[1] * len(run.batches)
     backward = partial(_backward, network, heads, points, run)
     for index, pieces in enumerate(run.batches.epoch(run.recipe.epochs[0] + epoch, run.recipe.head_crop(run.input_hw))):
-        with loop.exhaustion_named(run, 2, epoch, index, pieces, backward):
-            found = backward(pieces)
-        loop.check_finite(run, found, 2, epoch, index)
+        found = loop.computed(run, 2, epoch, index, pieces, backward)
         loop.take_step(optimiser, run, epoch * len(run.batches) + index, steps)
         sums += found
     return sums / len(run.batches)
@@ -103,7 +99,7 @@ def _backward(
     for frames, targets in loop.pieces_with_targets(run, pieces):
         with torch.no_grad(), run.fabric.autocast():
             features = features_of(network, frames)
-            teacher = network.head_module(network.candidate.baseline)(features[-1])
+            teacher = _taught_by(run.teacher or network, frames, None if run.teacher else features)
         size = (targets.labels.shape[1], targets.labels.shape[2])
         taught = losses.distilled(targets, losses.upsampled(teacher.float(), size), run.recipe.distillation)
         for i, (head, point) in enumerate(zip(heads, points, strict=True)):
@@ -113,3 +109,12 @@ def _backward(
             run.fabric.backward(loss)
             sums[i] += loss.item()
     return sums
+
+
+def _taught_by(
+    teacher: OverprovisionedNetwork, frames: torch.Tensor, features: tuple[torch.Tensor, ...] | None
+) -> torch.Tensor:
+    """Logits (n, K, h, w) of the teacher's final exit; its maps of these frames may be known already."""
+    features = features or features_of(teacher, frames)
+    logits: torch.Tensor = teacher.head_module(teacher.candidate.baseline)(features[-1])
+    return logits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +13,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mess_compile.dataset import DataSet
+from mess_compile.nets.network import OverprovisionedNetwork
 from mess_compile.runtime.errors import InputError
 from mess_compile.training import losses
 from mess_compile.training.augment import Batches
-from mess_compile.training.parallel import average_gradients, summed
+from mess_compile.training.parallel import average_gradients, refuse_if_any, summed
 from mess_compile.training.progress import Progress
 from mess_compile.training.recipe import Recipe
 
 WARM_UP_SHARE = 0.05
+_KEPT = "the epochs before this one are kept"
 Piece = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -36,6 +37,7 @@ class Run:
     input_hw: tuple[int, int]
     stride: int  # pixels of a side to one cell of the final exit's map
     validation: DataSet
+    teacher: OverprovisionedNetwork | None  # of stage 2; the network's own final exit without one
     report: Callable[[str], None]
     save: Callable[[Progress], None]
 
@@ -84,52 +86,65 @@ def pieces_with_targets(run: Run, pieces: Sequence[Piece]) -> Iterator[tuple[tor
         yield run.fabric.to_device(frames), targets
 
 
-@contextmanager
-def exhaustion_named(
-    run: Run, stage: int, epoch: int, index: int, pieces: Sequence[Piece], backward: Callable[[Sequence[Piece]], object]
-) -> Iterator[None]:
-    """Turns memory that runs out into an InputError naming the batch, and how many of its images fit."""
+def computed(
+    run: Run,
+    stage: int,
+    epoch: int,
+    index: int,
+    pieces: Sequence[Piece],
+    backward: Callable[[Sequence[Piece]], list[float]],
+) -> list[float]:
+    """The losses of `backward(pieces)`. Raises InputError naming the batch when memory runs out, with the number of
+    pieces that fit, or when a loss is not a number."""
+    place = f"in stage {stage}, epoch {epoch + 1}, batch {index + 1}"
     try:
-        yield
-        return
+        found = backward(pieces)
     except RuntimeError as error:
         if not _is_exhaustion(error):
             raise
-    fits = _images_that_fit(run.batches.at_once, pieces[0], backward)
-    remedy = f"{fits} fit: --batch {fits}" if fits else "not even 2 fit: choose a smaller --crop or --input"
-    raise InputError(
-        f"out of memory on {run.fabric.device} in stage {stage}, epoch {epoch + 1}, batch {index + 1}, with "
-        f"{run.batches.at_once} images at once: {remedy}; progress up to this epoch is kept"
-    )
+        found = []
+    if not found:  # outside the handler, which keeps what the failed attempt had allocated
+        raise InputError(
+            f"out of memory on {run.fabric.device} {place}, with {run.batches.at_once} images at once: "
+            f"{_what_fits(run, pieces[0], backward)}; {_KEPT}"
+        )
+    names = ", ".join(run.batches.names(run.recipe.epochs[0] * (stage - 1) + epoch, index))
+    message = f"the loss is not a number {place} ({names}): {_KEPT}; look at these images, or start over with a smaller"
+    wrong = not all(math.isfinite(value) for value in found)
+    refuse_if_any(run.fabric, wrong, f"{message} --learning-rate")
+    return found
 
 
 def _is_exhaustion(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _images_that_fit(images: int, piece: Piece, backward: Callable[[Sequence[Piece]], object]) -> int:
-    """The largest half, quarter... of `images` that computes, 0 when that is below the 2 that BatchNorm needs."""
-    while (images := images // 2) >= 2:
+def _what_fits(run: Run, piece: Piece, backward: Callable[[Sequence[Piece]], object]) -> str:
+    """Tries smaller and smaller pieces; alone only, since others would have to compute them as well."""
+    images = run.batches.at_once
+    for parts in (n for n in range(2, images // 2 + 1) if images % n == 0):
+        if run.fabric.world_size > 1:
+            return f"continue with --accumulate {parts * run.batches.pieces}"
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         try:
-            backward([(piece[0][:images], piece[1][:images])])
-            return images
+            backward([(piece[0][: images // parts], piece[1][: images // parts])])
         except RuntimeError as error:
-            if not _is_exhaustion(error):
-                raise
-    return 0
+            if _is_exhaustion(error):
+                continue
+            raise
+        return f"{images // parts} fit, continue with --accumulate {parts * run.batches.pieces}"
+    return "not even 2 fit, start over with a smaller --crop or --input"
 
 
-def check_finite(run: Run, values: Sequence[float], stage: int, epoch: int, index: int) -> None:
-    """Raises InputError naming the batch when a loss is not a number."""
-    if all(math.isfinite(value) for value in values):
-        return
-    names = ", ".join(run.batches.names(run.recipe.epochs[0] * (stage - 1) + epoch, index))
-    raise InputError(
-        f"the loss is not a number in stage {stage}, epoch {epoch + 1}, batch {index + 1} ({names}): progress up to "
-        "this epoch is kept; look at these images, or start over with a smaller --learning-rate"
-    )
+def finish_epoch(run: Run, line: str, network: nn.Module, progress: Callable[[], Progress]) -> None:
+    """Report an epoch and save where the training stands. Raises InputError when its last step spoiled the weights."""
+    run.report(line)
+    spoiled = not all(bool(value.isfinite().all()) for value in network.state_dict().values())
+    message = f"the weights are not numbers after {line.split('  ')[0]}: {_KEPT}; start over with a smaller"
+    refuse_if_any(run.fabric, spoiled, f"{message} --learning-rate")
+    if run.fabric.global_rank == 0:
+        run.save(progress())
 
 
 def shown(values: NDArray[np.float64]) -> str:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +16,16 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed, nn
 
 from mess_compile.runtime.errors import InputError
 
 ACCELERATORS = ("auto", "cpu", "cuda")
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+_GONE = "a process of those that share the work is gone: run the same command again, it continues where they were"
+_failing = threading.Event()
+"""Set by the main thread when a collective operation failed: it says so itself."""
 _LOST = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "socket", "timed out")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -49,30 +57,96 @@ class Machines:
 
 def launch(machines: Machines) -> Fabric:
     """Join the other processes, starting those of this machine when nobody else has. Raises InputError."""
-    devices, nodes = machines.devices, machines.nodes
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // devices
-    _check_available(machines.accelerator, devices)
-    many = devices * nodes > 1
+    devices, nodes = _counts_of_launcher() or (machines.devices, machines.nodes)
+    if nodes > 1 and not _launched_elsewhere():
+        raise InputError(f"{nodes} nodes find each other through a launcher: start this command by torchrun or srun")
+    if machines.accelerator != "cpu" and (machines.accelerator == "cuda" or torch.cuda.is_available()):
+        _check_devices(devices)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    fabric = Fabric(
-        accelerator=machines.accelerator,
-        devices=devices,
-        num_nodes=nodes,
-        strategy="ddp" if many else "auto",
-        precision=PRECISIONS[machines.precision],  # type: ignore[arg-type]
-    )
-    fabric.launch()
+    try:
+        fabric = Fabric(
+            accelerator=machines.accelerator,
+            devices=devices,
+            num_nodes=nodes,
+            strategy="ddp" if devices * nodes > 1 else "auto",
+            precision=PRECISIONS[machines.precision],  # type: ignore[arg-type]
+        )
+        fabric.launch()
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
+        raise InputError(f"{devices} x {nodes} processes could not be started or joined: {error}") from error
     if fabric.device.type == "cpu":
         _keep_freed_memory()
+    _watch_in_its_place(_children(fabric))
     return fabric
 
 
-def _check_available(accelerator: str, devices: int) -> None:
+def _counts_of_launcher() -> tuple[int, int] | None:
+    """Processes on each machine, and machines, as torchrun or srun set them; None when neither started this."""
+    try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            devices = int(os.environ["LOCAL_WORLD_SIZE"])
+            return devices, int(os.environ["WORLD_SIZE"]) // devices
+        if "SLURM_PROCID" in os.environ and int(os.environ["SLURM_NTASKS"]) > 1:
+            return int(os.environ["SLURM_NTASKS_PER_NODE"]), int(os.environ["SLURM_NNODES"])
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"the launcher's variables do not say how many processes there are ({error}): start by "
+            "`torchrun --nproc-per-node N`, or by `srun --nodes M --ntasks-per-node N`"
+        ) from error
+    return None
+
+
+def is_child() -> bool:
+    """Whether this process is not the first on its machine; known before `launch`."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"
+
+
+def _launched_elsewhere() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ
+
+
+def _check_devices(devices: int) -> None:
     count = torch.cuda.device_count()
-    if accelerator == "cuda" and count < devices:
-        raise InputError(f"--accelerator cuda --devices {devices}: this machine shows {count} CUDA devices")
+    if count < devices:
+        raise InputError(
+            f"{devices} CUDA devices are asked for, this machine shows {count}: --devices, or --accelerator cpu"
+        )
+
+
+def _children(fabric: Fabric) -> list[subprocess.Popen[bytes]]:
+    """The processes that this one started for its machine: none where a launcher did, or another process started us."""
+    return list(getattr(fabric.strategy.launcher, "procs", []))
+
+
+def _watch_in_its_place(children: list[subprocess.Popen[bytes]]) -> None:
+    """Watch the other processes; Fabric's own watcher would kill this one without a word."""
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined]  # it ends when it has nobody to watch
+    threading.Thread(target=_watch, args=(children,), daemon=True).start()
+
+
+def _watch(children: list[subprocess.Popen[bytes]]) -> None:
+    """End with the others: a process waits for ever for one that is gone, and outlives the one that started it."""
+    parent = os.getppid()
+    while True:
+        time.sleep(0.5)
+        if not children and os.getppid() != parent:
+            os._exit(1)
+        if any(child.poll() for child in children):
+            break
+    if not _failing.wait(timeout=5) and not _has_spoken(children):  # a failing collective says it first
+        print(f"error: {_GONE}", file=sys.stderr, flush=True)
+    if _failing.is_set():
+        return  # the main thread ends by itself
+    for child in children:
+        child.kill()
+    os._exit(1)
+
+
+def _has_spoken(children: list[subprocess.Popen[bytes]]) -> bool:
+    """Whether a child ended by a refusal of its own, which it has printed."""
+    return any(child.poll() == 1 for child in children)
 
 
 def _keep_freed_memory() -> None:
@@ -161,16 +235,33 @@ def summed(fabric: Fabric, value: float) -> float:
     """The sum of `value` over all processes."""
     if fabric.world_size == 1:
         return value
-    total = fabric.all_reduce(torch.tensor(value, dtype=torch.float64), reduce_op="sum")
-    return float(total)  # type: ignore[arg-type]
+    total = torch.tensor(value, dtype=torch.float64, device=fabric.device)
+    distributed.all_reduce(total)
+    return float(total)
 
 
 @contextmanager
-def lost_process_named(fabric: Fabric, remedy: str) -> Iterator[None]:
-    """Turns the failure of a collective operation into one InputError ending in `remedy`."""
+def lost_process_named(fabric: Fabric) -> Iterator[None]:
+    """Turns the failure of a collective operation into one InputError, or into a silent end where another process has
+    said why."""
     try:
         yield
     except RuntimeError as error:
         if fabric.world_size == 1 or not any(word in str(error).lower() for word in _LOST):
             raise
-        raise InputError(f"a process of the {fabric.world_size} that train together is gone: {remedy}") from error
+        _failing.set()
+        children = _children(fabric)
+        if children:
+            time.sleep(1)  # until the child that failed has ended
+        if _has_spoken(children) or (fabric.global_rank and not _launched_elsewhere()):
+            os._exit(1)  # at once: what the library leaves running would complain on its way out
+        raise InputError(f"{_GONE} ({str(error).splitlines()[0][:120]})") from error
+
+
+def refuse_if_any(fabric: Fabric, wrong: bool, message: str) -> None:
+    """Raises InputError(message) in the first process when it is `wrong` in any, and ends the others; all call it."""
+    if not summed(fabric, float(wrong)):
+        return
+    if fabric.global_rank:
+        sys.exit(0)
+    raise InputError(message)

@@ -43,9 +43,9 @@ def pretrain(network: OverprovisionedNetwork, run: Run, progress: Progress | Non
         line = f"stage 1 epoch {epoch + 1}/{epochs}  loss per exit {loop.shown(mean)}"
         if (epoch + 1) % VALIDATE_EVERY == 0 or epoch + 1 == epochs:
             line += "  " + miou_line(network.eval(), run.validation, names, run.fabric)
-        run.report(f"{line}  {time.monotonic() - started:.0f} s")
         averaged = {} if average is None else average.weights
-        run.save(progress_of(1, 0, epoch + 1, network, optimiser, averaged))
+        saved = partial(progress_of, 1, 0, epoch + 1, network, optimiser, averaged)
+        loop.finish_epoch(run, f"{line}  {time.monotonic() - started:.0f} s", network, saved)
     if average is not None:
         load_weights(network, average.weights, "the moving average")
 
@@ -98,9 +98,7 @@ def _epoch(
         step = epoch * len(run.batches) + index
         trained = trained_exits(run.recipe.order, step, len(names))
         backward = partial(_backward, network, [names[i] for i in trained], run)
-        with loop.exhaustion_named(run, 1, epoch, index, pieces, backward):
-            found = backward(pieces)
-        loop.check_finite(run, found, 1, epoch, index)
+        found = loop.computed(run, 1, epoch, index, pieces, backward)
         loop.take_step(optimiser, run, step, steps)
         if average is not None:
             average.update(step)

@@ -62,9 +62,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         head_config_from_name(self.stage1_head)
-        if self.epochs[0] < 1 or self.epochs[1] < 0 or self.batch < 2 or not self.learning_rate > 0:
+        if min(self.epochs) < 0 or sum(self.epochs) < 1 or self.batch < 2 or not self.learning_rate > 0:
             raise InputError(
-                f"epochs {self.epochs} must be positive, batch {self.batch} at least 2, "
+                f"epochs {self.epochs} cannot be negative or all 0, batch {self.batch} at least 2, "
                 f"learning rate {self.learning_rate} positive"
             )
         if self.order not in ORDERS or self.loss_resolution not in LOSS_RESOLUTIONS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,16 @@ import torch
 
 from mess_compile import files
 from mess_compile.candidates import CandidateNetwork, head_config_from_name
-from mess_compile.dataset import DataSet, check_trainable
+from mess_compile.dataset import DataSet, check_trainable, count_labels
 from mess_compile.nets.backbones import load_imagenet
-from mess_compile.nets.checkpoint import architecture_to_json, load_state, load_weights, save_candidate
+from mess_compile.nets.checkpoint import architecture_to_json, load_candidate, load_state, load_weights, save_candidate
 from mess_compile.nets.network import Architecture, OverprovisionedNetwork, with_final_head
 from mess_compile.runtime.errors import InputError
 from mess_compile.training import losses
 from mess_compile.training.augment import Batches, Shard
 from mess_compile.training.distilling import train_heads
 from mess_compile.training.loop import Run
-from mess_compile.training.parallel import Machines, launch, lost_process_named
+from mess_compile.training.parallel import Machines, is_child, launch, lost_process_named
 from mess_compile.training.pretraining import SAVED, pretrain
 from mess_compile.training.progress import Progress, progress_of, read_progress, remove_progress, save_progress
 from mess_compile.training.recipe import Recipe
@@ -37,35 +37,46 @@ def train(
     report: Callable[[str], None],
     imagenet: Path | None = None,
     machines: Machines | None = None,
+    source: Path | None = None,
+    teacher: Path | None = None,
 ) -> CandidateNetwork | None:
     """Train both stages and write the candidate network to `folder`; continues what an earlier call left there.
 
     Progress is saved after each epoch. With several processes every one of them calls this; they share the folder, and
-    all but the first return None. Without early heads stage 1 is all there is. Raises InputError when `folder` holds
-    another unfinished training, the data do not suffice, the loss is not a number, memory runs out, or a process is
-    gone.
+    all but the first return None. `source` is the folder of a candidate network to start stage 2 from, stage 1 then
+    having no epochs; `teacher` that of one whose final exit teaches instead of the network's own. Raises InputError
+    when `folder` holds another unfinished training, `source` another architecture, the data do not suffice, the loss is
+    not a number, memory runs out, or a process is gone.
     """
     machines = machines or Machines()
+    kept, teaching = (load_candidate(path) if path else None for path in (source, teacher))
+    _check_stages(architecture, recipe, kept)
+    _check_teacher(architecture, teaching)
+    described = _described(architecture, data, recipe, imagenet, (kept, teaching))
+    progress, counts = None, None
+    if not is_child():  # before others are started, so that what is wrong is said once
+        progress = read_progress(folder, described)
+        counts = check_trainable(data)
+        count_labels(validation)
     fabric = launch(machines)
     first = fabric.global_rank == 0
-    described = _described(architecture, data, recipe, imagenet)
-    progress = read_progress(folder, described)
-    shard = Shard(fabric.global_rank, fabric.world_size, machines.accumulate)
-    batches = Batches(data, architecture.input_hw, recipe.batch, recipe.seed, recipe.augment, shard)
-    run = Run(
-        fabric=fabric,
-        batches=batches,
-        weights=losses.class_weights(check_trainable(data), recipe.class_power).to(fabric.device),
-        recipe=recipe,
-        input_hw=architecture.input_hw,
-        stride=architecture.output_stride,
-        validation=validation,
-        report=report if first else lambda line: None,
-        save=(lambda p: save_progress(folder, p, described)) if first else lambda p: None,
-    )
-    with lost_process_named(fabric, "run the same command again, it continues after the last finished epoch"):
+    with lost_process_named(fabric):
+        progress, counts = fabric.broadcast((progress, counts))
+        assert counts is not None, "the first process has counted"
+        run = Run(
+            fabric=fabric,
+            batches=Batches(data, architecture.input_hw, recipe, Shard.of(fabric, machines.accumulate)),
+            weights=losses.class_weights(counts, recipe.class_power).to(fabric.device),
+            recipe=recipe,
+            input_hw=architecture.input_hw,
+            stride=architecture.output_stride,
+            validation=validation,
+            teacher=teaching.to(fabric.device) if teaching else None,
+            report=report if first else lambda line: None,
+            save=lambda found: save_progress(folder, found, described),
+        )
         run.report(_opening(run, len(data.items)))
-        network = _trained(architecture, run, progress, imagenet)
+        network = _trained(architecture, run, progress, imagenet, kept)
         fabric.barrier()
     if not first:
         return None
@@ -74,7 +85,13 @@ def train(
     return network.candidate
 
 
-def _described(architecture: Architecture, data: DataSet, recipe: Recipe, imagenet: Path | None) -> dict[str, Any]:
+def _described(
+    architecture: Architecture,
+    data: DataSet,
+    recipe: Recipe,
+    imagenet: Path | None,
+    others: Sequence[OverprovisionedNetwork | None],
+) -> dict[str, Any]:
     """What makes a training this one and no other. Machines are no part of it: it may continue on others."""
     return {
         "architecture": architecture_to_json(architecture),
@@ -82,6 +99,7 @@ def _described(architecture: Architecture, data: DataSet, recipe: Recipe, imagen
         "images": len(data.items),
         "image_ids_sha256": hashlib.sha256("\n".join(item.id for item in data.items).encode()).hexdigest(),
         "imagenet_sha256": None if imagenet is None else _sha256_of_weights(imagenet),
+        "source_and_teacher": [None if other is None else other.candidate.identity for other in others],
     }
 
 
@@ -101,23 +119,33 @@ def _opening(run: Run, images: int) -> str:
 
 
 def _trained(
-    architecture: Architecture, run: Run, progress: Progress | None, imagenet: Path | None
+    architecture: Architecture,
+    run: Run,
+    progress: Progress | None,
+    imagenet: Path | None,
+    source: OverprovisionedNetwork | None,
 ) -> OverprovisionedNetwork:
-    early = len(architecture.heads) > 1
-    if progress is None or progress.stage == 1:
-        torch.manual_seed(run.recipe.seed)
-        bare = _bare_network(architecture, run.recipe, imagenet)
-        pretrain(bare, run, progress)
-        if not early:
-            return bare
-        progress = progress_of(2, 0, 0, bare, None, {})
-        run.save(progress)
-    elif progress.epoch or progress.group:
+    recipe = run.recipe
+    torch.manual_seed(recipe.seed)
+    if source is None:
+        source = _bare_network(architecture, recipe, imagenet)
+        if progress is None or progress.stage == 1:
+            pretrain(source, run, progress)
+            progress = progress_of(2, 0, 0, source, None, {})
+            if recipe.epochs[1] and run.fabric.global_rank == 0:
+                run.save(progress)
+        elif not (progress.group or progress.epoch):
+            load_weights(source, progress.weights, SAVED)
+    torch.manual_seed(recipe.seed)
+    network = _with_all_heads(architecture, source)
+    progress = progress or progress_of(2, 0, 0, network, None, {})
+    if progress.group or progress.epoch:
         run.report(f"continuing stage 2, group {progress.group + 1}, after epoch {progress.epoch}")
-    torch.manual_seed(run.recipe.seed)
-    network = _with_all_heads(architecture, run.recipe, progress)
-    train_heads(network, run, progress)
+        load_weights(network, progress.weights, SAVED)
+    if recipe.epochs[1]:
+        train_heads(network, run, progress)
     names = [head.name for head in network.candidate.heads]
+    network.to(run.fabric.device)
     run.report(miou_line(network.eval(), run.validation, names, run.fabric))
     return network
 
@@ -128,12 +156,6 @@ def _bare_architecture(architecture: Architecture, recipe: Recipe) -> Architectu
     return replace(architecture, heads=with_final_head(heads, exits))
 
 
-def _build(architecture: Architecture) -> OverprovisionedNetwork:
-    network = OverprovisionedNetwork(architecture)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network
-
-
 def _bare_network(architecture: Architecture, recipe: Recipe, imagenet: Path | None) -> OverprovisionedNetwork:
     """Stage 1 trains one head at every exit point."""
     bare = _build(_bare_architecture(architecture, recipe))
@@ -142,15 +164,47 @@ def _bare_network(architecture: Architecture, recipe: Recipe, imagenet: Path | N
     return bare
 
 
-def _with_all_heads(architecture: Architecture, recipe: Recipe, progress: Progress) -> OverprovisionedNetwork:
-    """The whole network with stage 1's weights, or with those that stage 2 had reached."""
-    network = _build(architecture)
-    if progress.group or progress.epoch:
-        load_weights(network, progress.weights, SAVED)
-        return network
-    bare = _build(_bare_architecture(architecture, recipe))
-    load_weights(bare, progress.weights, SAVED)
-    network.backbone.load_state_dict(bare.backbone.state_dict())
-    for name in bare.heads.keys() & network.heads.keys():
-        network.heads[name].load_state_dict(bare.heads[name].state_dict())
+def _build(architecture: Architecture) -> OverprovisionedNetwork:
+    network = OverprovisionedNetwork(architecture)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
+
+
+def _with_all_heads(architecture: Architecture, source: OverprovisionedNetwork) -> OverprovisionedNetwork:
+    """The whole network with the backbone of `source`, and those of its heads that it has."""
+    network = _build(architecture)
+    network.backbone.load_state_dict(source.backbone.state_dict())
+    for name in source.heads.keys() & network.heads.keys():
+        network.heads[name].load_state_dict(source.heads[name].state_dict())
+    return network
+
+
+def _check_stages(architecture: Architecture, recipe: Recipe, source: OverprovisionedNetwork | None) -> None:
+    """Nothing may stay untrained, and a given backbone must be the one that is asked for. Raises InputError."""
+    if (recipe.epochs[0] == 0) != (source is not None):
+        raise InputError(
+            f"stage 1 has {recipe.epochs[0]} epochs: 0 go with --from, which names the candidate network whose "
+            "backbone is kept; without it, stage 1 makes the backbone"
+        )
+    known = source.architecture if source else _bare_architecture(architecture, recipe)
+    trained = known.heads[-1:] if recipe.order == "final" and not source else known.heads
+    untrained = [f"exit{number}.{head.name}" for number, head in architecture.heads if (number, head) not in trained]
+    if recipe.epochs[1] == 0 and untrained:
+        raise InputError(
+            f"stage 2 has 0 epochs: nothing would train {untrained[0]}; give it some, or leave the head out"
+        )
+    wanted, found = (architecture_to_json(a) for a in (architecture, known))
+    for name in found.keys() - {"heads", "colours"}:
+        if wanted[name] != found[name]:
+            raise InputError(
+                f"--from names a network whose {name} is {found[name]}, but {wanted[name]} is asked for: only heads "
+                "may differ"
+            )
+
+
+def _check_teacher(architecture: Architecture, teacher: OverprovisionedNetwork | None) -> None:
+    if teacher is not None and teacher.architecture.classes != architecture.classes:
+        raise InputError(
+            f"the teacher knows the classes {', '.join(teacher.architecture.classes)}, the data "
+            f"{', '.join(architecture.classes)}: a teacher must have learnt the same classes"
+        )

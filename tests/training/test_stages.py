@@ -17,11 +17,11 @@ from mess_compile.dataset import DataSet, Sample, open_dataset
 from mess_compile.nets import network
 from mess_compile.nets.checkpoint import load_candidate
 from mess_compile.runtime.errors import InputError
-from mess_compile.training import loop, pretraining, stages
+from mess_compile.training import distilling, loop, pretraining, stages
 from mess_compile.training.augment import Batches, Shard, augmented
 from mess_compile.training.distilling import head_groups
 from mess_compile.training.pretraining import trained_exits
-from mess_compile.training.recipe import Recipe
+from mess_compile.training.recipe import Distillation, Recipe
 from mess_compile.training.stages import train
 from tests.networks import random_network
 
@@ -175,7 +175,8 @@ def test_a_crop_shows_objects_at_the_size_that_the_network_will_see(monkeypatch:
 
 
 def batches(data: Path, batch: int = 4, shard: Shard | None = None, augment: bool = True) -> Batches:
-    return Batches(open_dataset(data, "train"), HW, batch, 3, augment, shard or Shard())
+    recipe = Recipe(batch=batch, seed=3, augment=augment)
+    return Batches(open_dataset(data, "train"), HW, recipe, shard or Shard())
 
 
 def test_an_epoch_can_be_repeated(data: Path) -> None:
@@ -236,12 +237,14 @@ def test_the_last_epochs_see_the_input_size() -> None:
     ],
 )
 def test_every_way_of_training_is_continued_to_the_same_network(
-    data: Path, tmp_path: Path, other: dict[str, object]
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, object]
 ) -> None:
+    monkeypatch.setattr(distilling, "_BYTES_PER_PARAMETER", 1e9)  # every head is a group of its own
     recipe = replace(RECIPE, **other)  # type: ignore[arg-type]
     run(data, tmp_path / "unbroken", recipe)
-    with pytest.raises(Killed):
-        run(data, tmp_path / "broken", recipe, killed_at("stage 1 epoch 2"))
+    for place in ("stage 1 epoch 2", "stage 2 group 1/4 epoch 2", "stage 2 group 3/4 epoch 2"):
+        with pytest.raises(Killed):
+            run(data, tmp_path / "broken", recipe, killed_at(place))
     run(data, tmp_path / "broken", recipe)
     states = [load_candidate(tmp_path / name).state_dict() for name in ("unbroken", "broken")]
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
@@ -264,6 +267,95 @@ def test_a_network_of_one_exit_is_the_baseline_trained_alone(data: Path, tmp_pat
     assert not any("stage 2" in line for line in lines)
 
 
+def test_heads_are_added_to_a_backbone_that_stays(data: Path, tmp_path: Path) -> None:
+    images = open_dataset(data, "train")
+    bare = replace(
+        architecture(images), heads=network.with_final_head(network.heads_from_names(("fcn-crm1-b0",), 3), 3)
+    )
+    train(bare, images, images, tmp_path / "bare", replace(RECIPE, epochs=(2, 0)), print)
+    recipe = replace(RECIPE, epochs=(0, 2))
+    train(architecture(images), images, images, tmp_path / "grown", recipe, print, source=tmp_path / "bare")
+    before, after = (load_candidate(tmp_path / name) for name in ("bare", "grown"))
+    assert len(after.candidate.heads) > len(before.candidate.heads)
+    old, new = before.backbone.state_dict(), after.backbone.state_dict()
+    assert all(torch.equal(new[key], value) for key, value in old.items())
+    final = before.candidate.baseline
+    states = [net.head_module(final).state_dict() for net in (before, after)]
+    assert all(torch.equal(states[1][key], value) for key, value in states[0].items())
+
+
+@pytest.mark.parametrize(
+    ("epochs", "given", "words"),
+    [
+        ((0, 2), False, "0 go with --from"),
+        ((1, 1), True, "0 go with --from"),
+        ((1, 0), False, "nothing would train exit1.fcn-crm2-b1"),
+    ],
+)
+def test_nothing_stays_untrained(
+    data: Path, tmp_path: Path, epochs: tuple[int, int], given: bool, words: str, finished: Path
+) -> None:
+    images = open_dataset(data, "train")
+    source = finished / "candidate" if given else None
+    with pytest.raises(InputError, match=words):
+        train(architecture(images), images, images, tmp_path, replace(RECIPE, epochs=epochs), print, source=source)
+
+
+def test_the_final_exit_alone_leaves_no_untrained_heads_behind(data: Path, tmp_path: Path) -> None:
+    images = open_dataset(data, "train")
+    bare = replace(
+        architecture(images), heads=network.with_final_head(network.heads_from_names(("fcn-crm1-b0",), 3), 3)
+    )
+    with pytest.raises(InputError, match="nothing would train exit1"):
+        train(bare, images, images, tmp_path, replace(RECIPE, epochs=(1, 0), order="final"), print)
+
+
+def test_another_network_teaches(data: Path, tmp_path: Path, finished: Path) -> None:
+    """With alpha 1 the labels do not matter: other teachers make other heads."""
+    images = open_dataset(data, "train")
+    recipe = replace(RECIPE, epochs=(1, 1), distillation=Distillation("kd", alpha=1.0))
+    run(data, tmp_path / "own", recipe)
+    train(architecture(images), images, images, tmp_path / "taught", recipe, print, teacher=finished / "candidate")
+    own, taught = (load_candidate(tmp_path / name).state_dict() for name in ("own", "taught"))
+    changed = {key.split(".")[0] for key in own if not torch.equal(own[key], taught[key])}
+    assert changed == {"heads"}
+
+
+def test_a_teacher_of_other_classes_is_refused(data: Path, tmp_path: Path, finished: Path) -> None:
+    images = open_dataset(data, "train")
+    other = replace(architecture(images), classes=("a", "b"), colours=((0, 0, 0), (1, 1, 1)))
+    with pytest.raises(InputError, match="same classes"):
+        train(other, images, images, tmp_path, RECIPE, print, teacher=finished / "candidate")
+
+
+def test_weights_that_a_last_step_spoiled_are_not_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.take_step
+    steps: list[int] = []
+
+    def spoil(optimiser: torch.optim.Optimizer, *rest: object) -> None:
+        original(optimiser, *rest)  # type: ignore[arg-type]
+        steps.append(1)
+        if len(steps) == 4:  # the last of the second epoch
+            optimiser.param_groups[0]["params"][0].data[0] = float("nan")
+
+    monkeypatch.setattr(loop, "take_step", spoil)
+    with pytest.raises(InputError, match="not numbers after stage 1 epoch 2/2"):
+        run(data, tmp_path / "candidate")
+    monkeypatch.undo()
+    lines: list[str] = []
+    run(data, tmp_path / "candidate", report=lines.append)
+    assert "continuing stage 1 after epoch 1" in lines
+
+
+def test_a_backbone_of_another_architecture_is_named(data: Path, tmp_path: Path, finished: Path) -> None:
+    images = open_dataset(data, "train")
+    recipe = replace(RECIPE, epochs=(0, 2))
+    with pytest.raises(InputError, match=r"--from names a network whose (input_hw|exit_blocks) is .* asked for"):
+        train(architecture(images), images, images, tmp_path, recipe, print, source=finished / "candidate")
+
+
 def test_a_loss_that_is_not_a_number_names_the_batch_and_keeps_the_last_epoch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +375,7 @@ def test_a_loss_that_is_not_a_number_names_the_batch_and_keeps_the_last_epoch(
     assert "continuing stage 1 after epoch 1" in lines
 
 
-@pytest.mark.parametrize(("room", "words"), [(2, "2 fit: --batch 2"), (1, "not even 2 fit")])
+@pytest.mark.parametrize(("room", "words"), [(2, "2 fit, continue with --accumulate 2"), (1, "not even 2 fit")])
 def test_memory_that_runs_out_says_which_batch_fits(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, words: str
 ) -> None:
@@ -306,7 +398,8 @@ def test_other_failures_of_a_step_are_not_called_memory() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"epochs": (0, 1)},
+        {"epochs": (0, 0)},
+        {"epochs": (-1, 2)},
         {"batch": 1},
         {"learning_rate": 0.0},
         {"head_memory_mib": 0},
