@@ -258,6 +258,17 @@ def lost_process_named(fabric: Fabric) -> Iterator[None]:
         raise InputError(f"{_GONE} ({str(error).splitlines()[0][:120]})") from error
 
 
+@contextmanager
+def said_once(fabric: Fabric) -> Iterator[None]:
+    """For what every process refuses alike: the first one says it, the others end."""
+    try:
+        yield
+    except InputError:
+        if fabric.global_rank:
+            os._exit(0)
+        raise
+
+
 def refuse_if_any(fabric: Fabric, wrong: bool, message: str) -> None:
     """Raises InputError(message) in the first process when it is `wrong` in any, and ends the others; all call it."""
     if not summed(fabric, float(wrong)):

@@ -21,7 +21,7 @@ from mess_compile.training import losses
 from mess_compile.training.augment import Batches, Shard
 from mess_compile.training.distilling import train_heads
 from mess_compile.training.loop import Run
-from mess_compile.training.parallel import Machines, is_child, launch, lost_process_named
+from mess_compile.training.parallel import Machines, is_child, launch, lost_process_named, said_once
 from mess_compile.training.pretraining import SAVED, pretrain
 from mess_compile.training.progress import Progress, progress_of, read_progress, remove_progress, save_progress
 from mess_compile.training.recipe import Recipe
@@ -63,9 +63,11 @@ def train(
     with lost_process_named(fabric):
         progress, counts = fabric.broadcast((progress, counts))
         assert counts is not None, "the first process has counted"
+        with said_once(fabric):
+            batches = Batches(data, architecture.input_hw, recipe, Shard.of(fabric, machines.accumulate))
         run = Run(
             fabric=fabric,
-            batches=Batches(data, architecture.input_hw, recipe, Shard.of(fabric, machines.accumulate)),
+            batches=batches,
             weights=losses.class_weights(counts, recipe.class_power).to(fabric.device),
             recipe=recipe,
             input_hw=architecture.input_hw,

@@ -174,6 +174,14 @@ def test_processes_end_when_the_first_one_is_killed(folder: Path) -> None:
     assert not is_running(child)
 
 
+def test_a_batch_that_cannot_be_shared_is_said_once(folder: Path) -> None:
+    process = started(folder, *LONG, "--batch", "3")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.startswith("error: a batch of 3 images cannot be shared by 2 processes")
+    assert errors.count("\n") == 1
+
+
 def test_a_damaged_image_is_said_once_whoever_meets_it(folder: Path) -> None:
     for image in (folder / "data" / "train" / "images").iterdir():
         image.write_bytes(image.read_bytes()[:100])
