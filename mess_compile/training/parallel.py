@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import logging
 import os
@@ -76,8 +77,16 @@ def launch(machines: Machines) -> Fabric:
         raise InputError(f"{devices} x {nodes} processes could not be started or joined: {error}") from error
     if fabric.device.type == "cpu":
         _keep_freed_memory()
-    _watch_in_its_place(_children(fabric))
+    if fabric.world_size > 1:
+        _watch_in_its_place(_children(fabric))
+        atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """End the library's threads first: one that lets go of a tensor while Python ends aborts the process."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _counts_of_launcher() -> tuple[int, int] | None:

@@ -174,6 +174,23 @@ def test_processes_end_when_the_first_one_is_killed(folder: Path) -> None:
     assert not is_running(child)
 
 
+SHELL = """
+import subprocess, sys, time
+subprocess.Popen(sys.argv[1:], stdout=open("log", "w"), stderr=subprocess.STDOUT)
+while "stage 1 epoch 1/" not in open("log").read():
+    time.sleep(0.1)
+"""
+
+
+def test_a_training_alone_goes_on_when_the_shell_that_started_it_is_gone(folder: Path) -> None:
+    command = [sys.executable, "-m", "mess_compile", "-C", str(folder), *TRAIN, "--epochs", "12", "1"]
+    subprocess.run([sys.executable, "-c", SHELL, *command], cwd=folder, env=ENVIRONMENT, timeout=60)
+    deadline = time.monotonic() + 60
+    while not (folder / "candidate" / "network.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert load_candidate(folder / "candidate").candidate.heads
+
+
 def test_a_batch_that_cannot_be_shared_is_said_once(folder: Path) -> None:
     process = started(folder, *LONG, "--batch", "3")
     _, errors = process.communicate(timeout=120)
