@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile import __version__, extras, latency, scenes, statistics
+from mess_compile import __version__, extras, latency, launcher, scenes, statistics
 from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, read_graph_set, verify_graph_set
 from mess_compile.dataset import DataSet, open_dataset, read_frame, read_labels
 from mess_compile.runtime import cascade as runtime_cascade
@@ -68,15 +68,9 @@ def train(
     `source` is the folder of a candidate network that stage 2 alone starts from; `teacher` that of one whose final exit
     teaches instead of the network's own. Of several processes the first returns the network, the others None.
     """
-    stages = extras.torch_module("training.stages")
     if source is not None and source.resolve() == workspace.candidate.resolve():
         raise InputError(f"--from {source} is where the result goes: copy or move that folder first")
-    folder = open_dataset(data, "train")
-    validation = open_dataset(data, "val", folder.classes)
-    architecture = _architecture(choice, folder)
-    candidate: CandidateNetwork | None = stages.train(
-        architecture, folder, validation, workspace.candidate, recipe, report, imagenet, machines, source, teacher
-    )
+    candidate = _trained(data, choice, workspace.candidate, recipe, report, imagenet, machines, source, teacher)
     if candidate is not None:
         workspace.remember(data=data)
     return candidate
@@ -96,15 +90,19 @@ def train_baseline(
     `export` puts it beside the candidate network's final exit, and the better of the two is what a plan is held
     against.
     """
+    alone, budget = replace(choice, exits=1, heads=()), replace(recipe, epochs=(sum(recipe.epochs), 0))
+    return _trained(data, alone, workspace.baseline, budget, report, imagenet, machines)
+
+
+def _trained(data: Path, choice: NetworkChoice, folder: Path, recipe: Recipe, *how: Any) -> CandidateNetwork | None:
+    """Train on the split train and write to `folder`; `how` are the further arguments of `stages.train`."""
     stages = extras.torch_module("training.stages")
-    folder = open_dataset(data, "train")
-    validation = open_dataset(data, "val", folder.classes)
-    architecture = _architecture(replace(choice, exits=1, heads=()), folder)
-    budget = replace(recipe, epochs=(sum(recipe.epochs), 0))
-    baseline: CandidateNetwork | None = stages.train(
-        architecture, folder, validation, workspace.baseline, budget, report, imagenet, machines
+    images = open_dataset(data, "train")
+    validation = open_dataset(data, "val", images.classes)
+    network: CandidateNetwork | None = stages.train(
+        _architecture(choice, images), images, validation, folder, recipe, *how
     )
-    return baseline
+    return network
 
 
 def _architecture(choice: NetworkChoice, folder: DataSet) -> Architecture:
@@ -175,6 +173,12 @@ def evaluate(
     `devices` processes on each of `nodes` machines share the images, also under torchrun or SLURM; of several the
     first returns the statistics, the others None.
     """
+    return _evaluated(workspace, data, split, progress, *(launcher.counts() or (devices, nodes)))
+
+
+def _evaluated(
+    workspace: Workspace, data: Path | None, split: str | None, progress: Progress, devices: int, nodes: int
+) -> statistics.ExitStatistics | None:
     from mess_compile import evaluation
 
     graph_set = _verified_graphs(workspace)
@@ -186,10 +190,11 @@ def evaluate(
             f"{root} has {len(folder.classes.names)} classes ({', '.join(folder.classes.names)}), the network "
             f"{len(graph_set.candidate.classes)} ({', '.join(graph_set.candidate.classes)}): use its own class list"
         )
+    threads = max(1, (os.cpu_count() or 1) // devices) if devices > 1 else None
     with _shared(devices, nodes) as share:
         found = evaluation.evaluate_data(
             graph_set,
-            open_library("onnxruntime", max(1, (os.cpu_count() or 1) // devices) if devices > 1 else None),
+            open_library("onnxruntime", threads),
             folder,
             workspace.statistics(split),
             share,
@@ -205,8 +210,7 @@ def evaluate(
 def _shared(devices: int, nodes: int) -> Iterator[Share]:
     from mess_compile.evaluation import Share
 
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    if devices * nodes == 1 and not launched:
+    if devices * nodes == 1:
         yield Share()
         return
     parallel = extras.torch_module("training.parallel")
@@ -273,7 +277,7 @@ def _current_statistics(
     except (InputError, StaleError):
         if memory.data is None:
             raise
-        made = evaluate(workspace, None, split, progress)
+        made = _evaluated(workspace, None, split, progress, 1, 1)
         assert made is not None, "a search is one process"
         return made
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -195,3 +198,24 @@ def test_two_processes_write_the_statistics_of_one(workspace: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("next: ") == 1, "only one process speaks"
     assert contents(workspace / "statistics" / "val") == alone
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the other process in /proc")
+def test_a_process_that_is_killed_costs_its_block_of_images_only(workspace: Path, tmp_path: Path) -> None:
+    data, place = tmp_path / "data", workspace / "statistics"
+    scenes.write_scenes(data, {"train": 2, "val": 200}, (64, 96))
+    command = [sys.executable, "-m", "mess_compile", "-C", str(workspace), "evaluate", "--data", str(data)]
+    process = subprocess.Popen([*command, "--devices", "2"], stderr=subprocess.PIPE, text=True)
+    while not list(place.glob(".val.parts-*/*/*")) and process.poll() is None:
+        time.sleep(0.01)
+    (other,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(other), signal.SIGKILL)
+    errors = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 1
+    assert errors[-1].startswith("error: a process of those that share the work is gone: run the same command again")
+    assert len([line for line in errors if "error" in line]) == 1, errors
+    assert list(place.glob(".val.parts-*/*")), "finished blocks are kept"
+    assert subprocess.run([*command, "--devices", "2"], capture_output=True).returncode == 0
+    shared = contents(place / "val")
+    steps.evaluate(Workspace(workspace), data, "val", told([]))
+    assert contents(place / "val") == shared

@@ -62,6 +62,7 @@ class Batches:
         first = read_sample(data.items[0], data.classes)
         slots = max(1, _CACHED_BYTES // (first.frame.nbytes + first.labels.nbytes))
         self._read = lru_cache(maxsize=slots)(lambda index: read_sample(data.items[index], data.classes))
+        self._order = lru_cache(maxsize=1)(self._order_of)
 
     def __len__(self) -> int:
         """Batches in an epoch; a smaller rest is left out, since BatchNorm needs more than one image."""
@@ -81,7 +82,7 @@ class Batches:
         order = self._order(number)[index * self.batch : (index + 1) * self.batch]
         return tuple(self._data.items[int(image)].id for image in order)
 
-    def _order(self, number: int) -> NDArray[np.int64]:
+    def _order_of(self, number: int) -> NDArray[np.int64]:
         return np.random.default_rng((self._seed, number)).permutation(len(self._data.items))
 
     def epoch(self, number: int, hw: tuple[int, int]) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:

@@ -108,11 +108,17 @@ def computed(
             f"out of memory on {run.fabric.device} {place}, with {run.batches.at_once} images at once: "
             f"{_what_fits(run, pieces[0], backward)}; {_KEPT}"
         )
-    names = ", ".join(run.batches.names(run.recipe.epochs[0] * (stage - 1) + epoch, index))
-    message = f"the loss is not a number {place} ({names}): {_KEPT}; look at these images, or start over with a smaller"
     wrong = not all(math.isfinite(value) for value in found)
-    refuse_if_any(run.fabric, wrong, f"{message} --learning-rate")
+    refuse_if_any(run.fabric, wrong, lambda: _spoiled(run, stage, epoch, index, place))
     return found
+
+
+def _spoiled(run: Run, stage: int, epoch: int, index: int, place: str) -> str:
+    names = ", ".join(run.batches.names(run.recipe.epochs[0] * (stage - 1) + epoch, index))
+    return (
+        f"the loss is not a number {place} ({names}): {_KEPT}; look at these images, or start over with a smaller "
+        "--learning-rate"
+    )
 
 
 def _is_exhaustion(error: RuntimeError) -> bool:
@@ -142,7 +148,7 @@ def finish_epoch(run: Run, line: str, network: nn.Module, progress: Callable[[],
     run.report(line)
     spoiled = not all(bool(value.isfinite().all()) for value in network.state_dict().values())
     message = f"the weights are not numbers after {line.split('  ')[0]}: {_KEPT}; start over with a smaller"
-    refuse_if_any(run.fabric, spoiled, f"{message} --learning-rate")
+    refuse_if_any(run.fabric, spoiled, lambda: f"{message} --learning-rate")
     if run.fabric.global_rank == 0:
         run.save(progress())
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed, nn
 
+from mess_compile import launcher
 from mess_compile.runtime.errors import InputError
 
 ACCELERATORS = ("auto", "cpu", "cuda")
@@ -58,8 +59,8 @@ class Machines:
 
 def launch(machines: Machines) -> Fabric:
     """Join the other processes, starting those of this machine when nobody else has. Raises InputError."""
-    devices, nodes = _counts_of_launcher() or (machines.devices, machines.nodes)
-    if nodes > 1 and not _launched_elsewhere():
+    devices, nodes = launcher.counts() or (machines.devices, machines.nodes)
+    if nodes > 1 and not launcher.started_this():
         raise InputError(f"{nodes} nodes find each other through a launcher: start this command by torchrun or srun")
     if machines.accelerator != "cpu" and (machines.accelerator == "cuda" or torch.cuda.is_available()):
         _check_devices(devices)
@@ -87,31 +88,6 @@ def _leave() -> None:
     """End the library's threads first: one that lets go of a tensor while Python ends aborts the process."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _counts_of_launcher() -> tuple[int, int] | None:
-    """Processes on each machine, and machines, as torchrun or srun set them; None when neither started this."""
-    try:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            devices = int(os.environ["LOCAL_WORLD_SIZE"])
-            return devices, int(os.environ["WORLD_SIZE"]) // devices
-        if "SLURM_PROCID" in os.environ and int(os.environ["SLURM_NTASKS"]) > 1:
-            return int(os.environ["SLURM_NTASKS_PER_NODE"]), int(os.environ["SLURM_NNODES"])
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"the launcher's variables do not say how many processes there are ({error}): start by "
-            "`torchrun --nproc-per-node N`, or by `srun --nodes M --ntasks-per-node N`"
-        ) from error
-    return None
-
-
-def is_child() -> bool:
-    """Whether this process is not the first on its machine; known before `launch`."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"
-
-
-def _launched_elsewhere() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ
 
 
 def _check_devices(devices: int) -> None:
@@ -262,7 +238,7 @@ def lost_process_named(fabric: Fabric) -> Iterator[None]:
         children = _children(fabric)
         if children:
             time.sleep(1)  # until the child that failed has ended
-        if _has_spoken(children) or (fabric.global_rank and not _launched_elsewhere()):
+        if _has_spoken(children) or (fabric.global_rank and not launcher.started_this()):
             os._exit(1)  # at once: what the library leaves running would complain on its way out
         raise InputError(f"{_GONE} ({str(error).splitlines()[0][:120]})") from error
 
@@ -278,10 +254,10 @@ def said_once(fabric: Fabric) -> Iterator[None]:
         raise
 
 
-def refuse_if_any(fabric: Fabric, wrong: bool, message: str) -> None:
-    """Raises InputError(message) in the first process when it is `wrong` in any, and ends the others; all call it."""
+def refuse_if_any(fabric: Fabric, wrong: bool, message: Callable[[], str]) -> None:
+    """Raises InputError in the first process when something is `wrong` in any, and ends the others; all call it."""
     if not summed(fabric, float(wrong)):
         return
     if fabric.global_rank:
         sys.exit(0)
-    raise InputError(message)
+    raise InputError(message())

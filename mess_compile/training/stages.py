@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mess_compile import files
+from mess_compile import files, launcher
 from mess_compile.candidates import CandidateNetwork, head_config_from_name
 from mess_compile.dataset import DataSet, check_trainable, count_labels
 from mess_compile.nets.backbones import load_imagenet
@@ -21,7 +21,7 @@ from mess_compile.training import losses
 from mess_compile.training.augment import Batches, Shard
 from mess_compile.training.distilling import train_heads
 from mess_compile.training.loop import Run
-from mess_compile.training.parallel import Machines, is_child, launch, lost_process_named, said_once
+from mess_compile.training.parallel import Machines, launch, lost_process_named, said_once
 from mess_compile.training.pretraining import SAVED, pretrain
 from mess_compile.training.progress import Progress, progress_of, read_progress, remove_progress, save_progress
 from mess_compile.training.recipe import Recipe
@@ -54,7 +54,7 @@ def train(
     _check_teacher(architecture, teaching)
     described = _described(architecture, data, recipe, imagenet, (kept, teaching))
     progress, counts = None, None
-    if not is_child():  # before others are started, so that what is wrong is said once
+    if not launcher.is_child():  # before others are started, so that what is wrong is said once
         progress = read_progress(folder, described)
         counts = check_trainable(data)
         count_labels(validation)

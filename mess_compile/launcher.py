@@ -1,0 +1,33 @@
+"""What torchrun and SLURM say of the processes that they start."""
+
+from __future__ import annotations
+
+import os
+
+from mess_compile.runtime.errors import InputError
+
+
+def counts() -> tuple[int, int] | None:
+    """Processes on each machine, and machines; None when no launcher started this. Raises InputError."""
+    try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            devices = int(os.environ["LOCAL_WORLD_SIZE"])
+            return devices, int(os.environ["WORLD_SIZE"]) // devices
+        if "SLURM_PROCID" in os.environ and int(os.environ["SLURM_NTASKS"]) > 1:
+            return int(os.environ["SLURM_NTASKS_PER_NODE"]), int(os.environ["SLURM_NNODES"])
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"the launcher's variables do not say how many processes there are ({error}): start by "
+            "`torchrun --nproc-per-node N`, or by `srun --nodes M --ntasks-per-node N`"
+        ) from error
+    return None
+
+
+def is_child() -> bool:
+    """Whether this process is not the first on its machine."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"
+
+
+def started_this() -> bool:
+    """Whether a launcher did, so that it ends the other processes too."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ
