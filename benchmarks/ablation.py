@@ -39,6 +39,7 @@ HEADS = (
 TAUGHT = ("fcn-crm1-b0", "sep-crm1-b0")
 """Heads of the rows on teaching and on stage 1: one of the paper's, one of ours."""
 GATED = "sep-crm1-b0"
+ALONE = "final exit only"
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One choice: its group and name, the backbone it trains on (name and recipe of stage 1), the recipe of stage 2."""
+    """One choice: its group and name, the backbone it trains on (name and recipe of stage 1), the recipe of stage 2, and
+    the backbone whose final exit teaches (its own by default)."""
 
     group: str
     name: str
     backbone: str
     stage1: Recipe
     stage2: Recipe
+    teacher: str | None = None
 
 
 def rows(options: Options, seed: int) -> list[Row]:
@@ -71,7 +74,7 @@ def rows(options: Options, seed: int) -> list[Row]:
     orders = {
         "round-robin": plain,
         "joint": replace(plain, order="joint"),
-        "final exit only": replace(plain, order="final"),
+        ALONE: replace(plain, order="final"),
     }
     beside = {
         "separable ASPP at the early exits": replace(plain, stage1_head="sep-crm1-b0"),
@@ -91,16 +94,24 @@ def rows(options: Options, seed: int) -> list[Row]:
     }
     found = [Row("stage 1", name, name, recipe, heads) for name, recipe in orders.items()]
     found += [Row("beside round-robin", name, name, recipe, heads) for name, recipe in beside.items()]
-    return found + [Row("stage 2", name, "round-robin", plain, recipe) for name, recipe in teaching.items()]
+    found += [Row("stage 2", name, "round-robin", plain, recipe) for name, recipe in teaching.items()]
+    return [*found, Row("stage 2", f"Positive Filtering, taught by {ALONE}", "round-robin", plain, heads, ALONE)]
 
 
-def trained(folder: Path, options: Options, recipe: Recipe, heads: tuple[str, ...], source: Path | None) -> Workspace:
+def trained(
+    folder: Path,
+    options: Options,
+    recipe: Recipe,
+    heads: tuple[str, ...],
+    source: Path | None = None,
+    teacher: Path | None = None,
+) -> Workspace:
     """The workspace of a finished training; what was trained before is used again."""
     folder.mkdir(parents=True, exist_ok=True)
     workspace = Workspace(folder)
     if not (workspace.candidate / "network.json").is_file():
         choice = steps.NetworkChoice("mobilenetv2", options.input_hw, EXITS, heads)
-        steps.train(workspace, Path(options.data), choice, recipe, print, source=source)
+        steps.train(workspace, Path(options.data), choice, recipe, print, source=source, teacher=teacher)
     return workspace
 
 
@@ -184,13 +195,15 @@ def seed_figures(options: Options, place: Path, seed: int) -> dict[str, dict[str
     for row in rows(options, seed):
         if f"{row.group}/{row.name}" not in figures:
             bare = () if row.stage1.order == "final" else (row.stage1.stage1_head,)
-            source = trained(place / _slug(f"stage 1 {row.backbone}"), options, row.stage1, bare, None).candidate
+            source = trained(_backbone(place, row.backbone), options, row.stage1, bare).candidate
+            teacher = None if row.teacher is None else _backbone(place, row.teacher) / "candidate"
             teaching = row.name if row.group == "stage 2" else "Positive Filtering"
             folder = place / _slug(f"{row.backbone} {teaching}")
-            keep(f"{row.group}/{row.name}", exit_figures(trained(folder, options, row.stage2, TAUGHT, source), options))
+            workspace = trained(folder, options, row.stage2, TAUGHT, source, teacher)
+            keep(f"{row.group}/{row.name}", exit_figures(workspace, options))
     if f"heads/{HEADS[-1]}" not in figures:
         heads = rows(options, seed)[0].stage2
-        workspace = trained(place / "heads", options, heads, HEADS, place / "stage-1-round-robin" / "candidate")
+        workspace = trained(place / "heads", options, heads, HEADS, _backbone(place, "round-robin") / "candidate")
         for name, found in head_figures(workspace, options).items():
             keep(f"heads/{name}", found)
     for confidence, edge_aware in product(CONFIDENCES, (False, True)):
@@ -208,6 +221,10 @@ def _known_figures(path: Path, options: Options) -> dict[str, dict[str, float]]:
         sys.exit(f"error: {path} holds figures made with other options ({content['options']}): name another --out")
     figures: dict[str, dict[str, float]] = content["figures"]
     return figures
+
+
+def _backbone(place: Path, name: str) -> Path:
+    return place / _slug(f"stage 1 {name}")
 
 
 def _slug(text: str) -> str:

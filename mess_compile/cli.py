@@ -188,17 +188,20 @@ def _picked(options: dict[str, Any], names: str) -> dict[str, Any]:
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path), required=False)
+@click.option("--exits", type=_FILE, help="TOML that names another framework's tensors; with MODEL.onnx.")
 @click.option("--confidence", type=click.Choice(["top1", "margin", "entropy"]), default="top1", show_default=True)
 @click.option("--plain", is_flag=True, help="Leave the edge-aware step (Eq. 2-3) of the gate out.")
 @_json_option
 @click.pass_obj
-def export(workspace: Workspace, source: Path | None, confidence: str, plain: bool, as_json: bool) -> None:
+def export(
+    workspace: Workspace, source: Path | None, exits: Path | None, confidence: str, plain: bool, as_json: bool
+) -> None:
     """Cut a candidate network (or a multi-exit ONNX) into checked graphs."""
     from mess_compile import inspection, steps
     from mess_compile.candidates import Gate
 
     with progress_bar(as_json) as progress:
-        graph_set = steps.export(workspace, source, Gate(confidence, not plain), progress)
+        graph_set = steps.export(workspace, source, Gate(confidence, not plain), progress, exits)
     candidate = graph_set.candidate
     if as_json:
         return print_json(inspection.inspect_graphs(graph_set).content)
@@ -234,6 +237,46 @@ def evaluate(
         return print_json(described.content)
     _print_inspection(described)
     return print_next("search --max-err 1%")
+
+
+@main.command()
+@click.option("--device", help="A known device (see `mess-compile devices`); the one profiled last by default.")
+@click.option("--precision", default="fp32", show_default=True, help="One or more of fp32, fp16, int8: fp32,fp16.")
+@click.option("--data", type=_FOLDER, help="Images that fp16 and int8 are judged on; the workspace's by default.")
+@click.option("--jobs", type=click.IntRange(1), help="Processes that build at once; one on each core by default.")
+@_json_option
+@click.pass_obj
+def build(
+    workspace: Workspace, device: str | None, precision: str, data: Path | None, jobs: int | None, as_json: bool
+) -> None:
+    """Build the device's engines of every graph; what is there and unchanged is kept."""
+    from mess_compile import steps
+
+    with progress_bar(as_json) as progress:
+        builds = steps.build(workspace, device, tuple(precision.split(",")), data, jobs, progress)
+    if as_json:
+        return print_json({"builds": [asdict(each) for each in builds]})
+    for each in builds:
+        _print_engines(each.engines, workspace.engines(each.engines.device, each.engines.recipe))
+        for fallen in each.fallbacks:
+            click.echo(f"{fallen.graph} is {fallen.used}, not {fallen.wanted}: {fallen.reason}")
+    if all(len(each.engines.failed) == len(each.engines.entries) for each in builds):
+        fail(f"no graph builds for {builds[0].engines.device}")
+    return print_next(f"profile --device {builds[0].engines.device}")
+
+
+def _print_engines(engines: Any, folder: Path) -> None:
+    made = [entry for entry in engines.entries if entry.error is None]
+    click.echo(
+        f"{len(made)} engines of {len(engines.entries)} graphs in {engines.recipe} for {engines.device} "
+        f"({engines.library} {engines.library_version}) in {folder}, {engines.built} of them built now, "
+        f"{sum(entry.bytes for entry in made) / 2**20:.1f} MiB"
+    )
+    for name in dict.fromkeys(name for entry in made for name in entry.rewrites):
+        count = sum(name in entry.rewrites for entry in made)
+        click.echo(f"rewritten for this target, outputs alike: {count} graphs, {name}")
+    for entry in engines.failed:
+        click.echo(f"FAILED  {entry.graph} ({entry.precision}): {entry.error}")
 
 
 @main.command()
@@ -469,15 +512,21 @@ def verify(bundle: Path, as_json: bool) -> None:
 @_json_option
 @click.pass_obj
 def devices(workspace: Workspace, as_json: bool) -> None:
-    """Known targets, ours and the workspace's own."""
-    from mess_compile.targets import known_targets
+    """Known targets, ours and the workspace's own, and which of them this machine is."""
+    from mess_compile import machine as machines
+    from mess_compile import targets
 
-    targets = known_targets(workspace.root)
+    machine = machines.this_machine()
+    known = targets.known_targets(workspace.root).values()
+    here = targets.targets_here(known, machine)
     if as_json:
-        return print_json({"devices": [asdict(target) for target in targets.values()]})
-    rows = [[t.name, t.library, ",".join(t.precisions), t.description] for t in targets.values()]
-    print_table("", ["device", "library", "precisions", "description"], rows)
-    return print_next("profile --device host")
+        found = [{**asdict(t), "here": t in here, "differences": targets.differences(t, machine)} for t in known]
+        return print_json({"devices": found, "machine": asdict(machine)})
+    rows = [["yes" if target in here else "", *targets.in_cells(target)] for target in known]
+    header = ["device", "here", "library", "precisions", "capability", "peak TFLOP/s, TOP/s", "GB/s", "description"]
+    print_table("", header, [[name, mark, *rest] for mark, name, *rest in rows])
+    click.echo(f"this machine: {machines.in_words(machine)}")
+    return print_next(f"profile --device {here[0].name if here else 'NAME'}")
 
 
 @main.command()

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import __version__, extras, latency, launcher, scenes, statistics
-from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, read_graph_set, verify_graph_set
+from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, check_hash, read_graph_set, verify_graph_set
 from mess_compile.dataset import DataSet, open_dataset, read_frame, read_labels
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime import frames
@@ -23,12 +24,14 @@ from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.runtime.manifest import Manifest
 from mess_compile.search import plan as plans
 from mess_compile.search.requirement import Requirement
-from mess_compile.targets import Target, find_target
+from mess_compile.targets import Target, find_target, refuse_unless_here
 from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
     from mess_compile.bench import Bench
+    from mess_compile.building import EngineSet
     from mess_compile.evaluation import Share
+    from mess_compile.graph.recipe import Fallback
     from mess_compile.nets.network import Architecture
     from mess_compile.runtime.profile import Effort
     from mess_compile.training.parallel import Machines
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 CHECKED_FRAMES = 3
 GOLDEN_FRAMES = 4
+PRECISION_FRAMES = 24
 
 
 @dataclass(frozen=True)
@@ -124,12 +128,16 @@ def _architecture(choice: NetworkChoice, folder: DataSet) -> Architecture:
     return architecture
 
 
-def export(workspace: Workspace, source: Path | None, gate: Gate, progress: Progress) -> GraphSet:
+def export(
+    workspace: Workspace, source: Path | None, gate: Gate, progress: Progress, exits: Path | None = None
+) -> GraphSet:
     """Cut a checkpoint folder or a whole-network ONNX into `graphs/`, checked on frames of the workspace's data.
 
-    Without data, or when they cannot be read, the frames are generated scenes. The network in `baseline/` becomes a
-    graph beside a checkpoint's.
+    `exits` is the TOML that names the tensors of an ONNX which does not describe itself. Without data, or when they
+    cannot be read, the frames are generated scenes. The network in `baseline/` becomes a graph beside a checkpoint's.
     """
+    if exits is not None and source is None:
+        raise InputError(f"{exits} names tensors of a model: `mess-compile export MODEL.onnx --exits {exits}`")
     source = source or workspace.candidate
     baseline = workspace.baseline if (workspace.baseline / "network.json").is_file() else None
     if source.is_file():
@@ -140,8 +148,13 @@ def export(workspace: Workspace, source: Path | None, gate: Gate, progress: Prog
             )
         from mess_compile.graph import cut, foreign, store
 
+        if exits is not None:
+            frames_of = partial(_checked_frames, workspace)
+            return foreign.import_with_exits(source, exits, workspace.graphs, gate, frames_of, progress)
         hw = cut.candidate_from_metadata(store.read_model(source), source).input_hw
         return foreign.import_onnx(source, workspace.graphs, gate, _checked_frames(workspace, hw), progress)
+    if exits is not None:
+        raise InputError(f"{source} is no ONNX file, which --exits {exits} asks for")
     module, checkpoint = extras.torch_module("export"), extras.torch_module("nets.checkpoint")
     hw = checkpoint.read_architecture(source).input_hw
     graph_set: GraphSet = module.export_checkpoint(
@@ -219,6 +232,58 @@ def _shared(devices: int, nodes: int) -> Iterator[Share]:
         yield Share(fabric.global_rank, fabric.world_size, fabric.barrier)
 
 
+@dataclass(frozen=True)
+class RecipeBuild:
+    """The engines of one recipe, and the graphs that are in a safer precision than was wanted."""
+
+    engines: EngineSet
+    fallbacks: tuple[Fallback, ...]
+
+
+def build(
+    workspace: Workspace,
+    device: str | None,
+    precisions: Sequence[str],
+    data: Path | None,
+    jobs: int | None,
+    progress: Progress,
+) -> tuple[RecipeBuild, ...]:
+    """Build the target's engines of every graph and precision, in `jobs` processes (None: one on each core).
+
+    TensorRT-RTX builds ahead of time on any machine, the classic library on the device itself only. fp16 and int8 are
+    settled first, on images of `data`: a graph that loses too much is built in a safer precision.
+    """
+    from mess_compile import building, recipes
+
+    target = _target(workspace, device)
+    if target.library == "tensorrt":
+        refuse_unless_here(target, workspace.root)
+    graph_set = read_graph_set(workspace.graphs)
+    for name, spec in graph_set.graphs.items():
+        check_hash(graph_set.path(name), spec.sha256)
+    unknown = [precision for precision in precisions if precision not in target.precisions]
+    if unknown:
+        raise InputError(f"{target.name} computes in {', '.join(target.precisions)}, not in {unknown[0]!r}")
+    images = partial(_real_images, workspace, data, graph_set.candidate.input_hw)
+    found = []
+    for precision in precisions:
+        made = recipes.precise_graphs(graph_set, precision, target.precisions, workspace.recipes, images, progress)
+        folder = workspace.engines(target.name, made.recipe.name)
+        processes = jobs or os.cpu_count() or 1
+        engines = building.build_engines(made.graph_set, made.recipe, target, folder, processes, progress)
+        found.append(RecipeBuild(engines, made.fallbacks))
+    return tuple(found)
+
+
+def _real_images(workspace: Workspace, data: Path | None, hw: tuple[int, int], split: str) -> list[NDArray[np.uint8]]:
+    """Images from all over a split, at the network's input size. Raises InputError when no data are known."""
+    if data is None and workspace.memory().data is None:
+        raise InputError("fp16 and int8 are judged on real images: name a data folder with --data DIR")
+    items = open_dataset(workspace.data_folder(data), split).items
+    chosen = items[:: max(1, len(items) // PRECISION_FRAMES)][:PRECISION_FRAMES]
+    return [frames.resize(read_frame(item.image), hw) for item in chosen]
+
+
 def profile(
     workspace: Workspace, device: str | None, progress: Progress, effort: Effort | None = None
 ) -> latency.LatencyTable:
@@ -226,6 +291,7 @@ def profile(
     from mess_compile import profiling
 
     target = _target(workspace, device)
+    refuse_unless_here(target, workspace.root)
     graph_set = _verified_graphs(workspace)
     library = open_library(target.library)
     table = profiling.profile_graphs(graph_set, library, target.name, workspace.latency(target.name), progress, effort)

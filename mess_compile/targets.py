@@ -1,14 +1,20 @@
-"""Targets: what is compiled for. One TOML file each, ours in `profiles/`, the user's in `WORKSPACE/profiles/`."""
+"""Targets: what is compiled for, and whether this machine is that.
+
+One TOML file each, ours in `profiles/`, the user's in `WORKSPACE/profiles/`.
+"""
 
 from __future__ import annotations
 
 import difflib
+import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from mess_compile import files
-from mess_compile.runtime.engine import LIBRARIES
+from mess_compile import machine as machines
+from mess_compile.machine import Gpu, Machine, dotted
 from mess_compile.runtime.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -16,23 +22,65 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+LIBRARIES = ("onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt_rtx")
+PRECISIONS = ("fp32", "fp16", "int8")
+RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
+_ON_GPU = LIBRARIES[1:]
+_MEMORY_SEEN = (0.85, 1.05)  # of what the data sheet says, by the driver: systems and error correction take some
+_MAX_BYTES = 65536
 _PACKAGE = Path(__file__).resolve().parent
-PRECISIONS = ("fp32",)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Dense arithmetic at the highest clock; None where the device has no units for it."""
+
+    fp32_tflops: float
+    fp16_tflops: float | None = None
+    int8_tops: float | None = None
+
+    def of(self, precision: str) -> float | None:
+        """TFLOP/s or TOP/s."""
+        return dict(zip(PRECISIONS, (self.fp32_tflops, self.fp16_tflops, self.int8_tops), strict=True))[precision]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a field's value comes from."""
+
+    field: str
+    text: str
 
 
 @dataclass(frozen=True)
 class Target:
-    """A device, its engine library, and the precisions to consider."""
+    """A device, its engine library, and the precisions to consider.
+
+    `library_versions` are accepted beginnings ("8.5" takes 8.5.2.2); `compute_capability` such as (8, 7); `gpu` is how
+    the driver's name of the GPU ends, one of `boards` is in the device tree's name of the board; `opset` is the newest
+    that the library's parser takes. What a target leaves out (None, empty) is not asked of a machine.
+    """
 
     name: str
     description: str
     library: str
     precisions: tuple[str, ...]
+    library_versions: tuple[str, ...] = ()
+    compute_capability: tuple[int, int] | None = None
+    gpu: str | None = None
+    boards: tuple[str, ...] = ()
+    opset: int | None = None
+    peak: Peak | None = None
+    memory_bandwidth_gb_per_s: float | None = None
+    memory_gib: float | None = None
+    power_modes: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = ()
 
 
-def known_targets(workspace: Path) -> dict[str, Target]:
+def known_targets(workspace: Path | None = None) -> dict[str, Target]:
     """All targets by name; one beside the workspace replaces ours of the same name. Raises InputError."""
-    targets = (_read_target(path) for folder in _folders(workspace) for path in sorted(folder.glob("*.toml")))
+    folders = (_shipped(), *([workspace / "profiles"] if workspace else []))
+    targets = (_read_target(path) for folder in folders for path in sorted(folder.glob("*.toml")))
     return {target.name: target for target in targets}
 
 
@@ -46,28 +94,220 @@ def find_target(name: str, workspace: Path) -> Target:
     raise InputError(f"unknown device {name!r}: {hint} Add your own as {workspace / 'profiles' / 'NAME.toml'}")
 
 
-def _folders(workspace: Path) -> tuple[Path, ...]:
+def differences(target: Target, machine: Machine) -> tuple[str, ...]:
+    """What keeps `machine` from being `target`, in words with both values; empty when it is that target."""
+    gpu = _gpu_differences(target, machine.gpus[0] if machine.gpus else None)
+    return (*_board_differences(target, machine.board), *gpu, *_library_differences(target, machine))
+
+
+def targets_here(targets: Iterable[Target], machine: Machine) -> tuple[Target, ...]:
+    """The targets that `machine` is, those with a GPU first."""
+    return tuple(sorted((t for t in targets if not differences(t, machine)), key=lambda t: t.gpu is None))
+
+
+def in_cells(target: Target) -> tuple[str, ...]:
+    """For a table: name, library, precisions, compute capability, a peak each, bandwidth, description."""
+    peaks = [target.peak.of(precision) for precision in target.precisions] if target.peak else []
+    bandwidth = target.memory_bandwidth_gb_per_s
+    return (
+        target.name,
+        target.library,
+        ",".join(target.precisions),
+        dotted(target.compute_capability) if target.compute_capability else "-",
+        ",".join(f"{peak:.4g}" for peak in peaks) or "-",
+        f"{bandwidth:g}" if bandwidth else "-",
+        target.description,
+    )
+
+
+def refuse_unless_here(target: Target, workspace: Path | None = None) -> None:
+    """Raises InputError with what differs between this machine and `target`, and what to do."""
+    machine = machines.this_machine()
+    found = differences(target, machine)
+    if found:
+        raise InputError(
+            f"this machine is not {target.name!r}: {'; '.join(found)}: {_remedy(target, machine, workspace)}"
+        )
+
+
+def _remedy(target: Target, machine: Machine, workspace: Path | None) -> str:
+    if any(not differences(target, replace(machine, gpus=(gpu,))) for gpu in machine.gpus[1:]):
+        return "another GPU of this machine is; put it first with CUDA_VISIBLE_DEVICES"
+    names = [here.name for here in targets_here(known_targets(workspace).values(), machine)]
+    own = f"describe this machine in {(workspace or Path()) / 'profiles' / 'NAME.toml'}"
+    return f"name what it is (--device {' or '.join(names)}), or {own}" if names else own
+
+
+def _board_differences(target: Target, board: str | None) -> tuple[str, ...]:
+    if not target.boards or any(name.lower() in (board or "").lower() for name in target.boards):
+        return ()
+    return (f"the board is {board or 'no Jetson'}, not {' or '.join(target.boards)}",)
+
+
+def _gpu_differences(target: Target, gpu: Gpu | None) -> tuple[str, ...]:
+    wanted = target.compute_capability
+    if target.gpu is None or wanted is None:
+        return ()
+    if gpu is None:
+        return (f"no NVIDIA GPU is visible, not {target.gpu} (compute capability {dotted(wanted)})",)
+    found = []
+    if not gpu.name.lower().endswith(target.gpu.lower()):  # "RTX 2080" is also in "RTX 2080 Ti"
+        found.append(f"the GPU is {gpu.name}, not {target.gpu}")
+    if gpu.compute_capability not in (None, wanted):
+        found.append(f"the compute capability is {dotted(gpu.compute_capability)}, not {dotted(wanted)}")
+    return (*found, *_memory_differences(target.memory_gib, gpu.memory_gib))
+
+
+def _memory_differences(wanted_gib: float | None, seen_gib: float | None) -> tuple[str, ...]:
+    if wanted_gib is None or seen_gib is None:
+        return ()
+    lowest, highest = (factor * wanted_gib for factor in _MEMORY_SEEN)
+    if lowest <= seen_gib <= highest:
+        return ()
+    return (f"the GPU's memory is {seen_gib:.1f} GiB, not {wanted_gib:g} GiB",)
+
+
+def _library_differences(target: Target, machine: Machine) -> tuple[str, ...]:
+    """A library that is not installed is no difference: opening it names the line that installs it."""
+    module = target.library.partition("-")[0]
+    version = machine.version(module)
+    accepted = target.library_versions
+    if version is None or not accepted or any(f"{version}.".startswith(f"{begins}.") for begins in accepted):
+        return ()
+    return (f"{module} is {version}, not {' or '.join(accepted)}",)
+
+
+def _shipped() -> Path:
     installed = _PACKAGE / "profiles"
-    return (installed if installed.is_dir() else _PACKAGE.parent / "profiles", workspace / "profiles")
+    return installed if installed.is_dir() else _PACKAGE.parent / "profiles"
 
 
 def _read_target(path: Path) -> Target:
-    remedy = "see profiles/host.toml for an example"
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _target_from(_read_toml(path), path.stem)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}: see {_shipped() / 'xavier.toml'} for an example") from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """Raises ValueError, for a file that never ends or is not one as well."""
+    try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        with path.open("rb") as stream:
+            content = stream.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from error
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+    try:
+        return tomllib.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not TOML ({error}): {remedy}") from error
+        raise ValueError(f"it is not TOML ({error})") from error
 
-    def decode() -> Target:
-        precisions = tuple(str(precision) for precision in content["precisions"])
-        target = Target(str(content["name"]), str(content["description"]), str(content["library"]), precisions)
-        if target.name != path.stem:
-            raise ValueError(f"name is {target.name!r}, the file's name says {path.stem!r}")
-        if target.library not in LIBRARIES:
-            raise ValueError(f"library is {target.library!r}, not one of {', '.join(LIBRARIES)}")
-        if not precisions or set(precisions) - set(PRECISIONS):
-            raise ValueError(f"precisions is {precisions}, not of {', '.join(PRECISIONS)}")
-        return target
 
-    target: Target = files.decoded(path, remedy, decode)
+def _target_from(content: dict[str, Any], stem: str) -> Target:
+    needed: tuple[str, ...] = ("name", "description", "library", "precisions")
+    if content.get("library") in _ON_GPU:
+        needed += ("compute_capability", "gpu", "opset")
+    checked = _checked(content, _FIELDS, needed)
+    if "peak" in checked:
+        checked["peak"] = Peak(**_checked(checked["peak"], _PEAK, ("fp32_tflops",), "peak."))
+    if "sources" in checked:
+        texts = _checked(checked["sources"], dict.fromkeys(_FIELDS, _TEXT), (), "sources.")
+        checked["sources"] = tuple(Source(field, text) for field, text in texts.items())
+    target = Target(**checked)
+    _check_together(target, stem)
     return target
+
+
+def _check_together(target: Target, stem: str) -> None:
+    capability, library = target.compute_capability, target.library
+    if target.name != stem:
+        raise ValueError(f"name is {target.name!r}, the file's name says {stem!r}")
+    if (target.gpu is None) != (capability is None):
+        raise ValueError("gpu and compute_capability go together, one of them is missing")
+    if library == "tensorrt_rtx" and capability and capability not in RTX_CAPABILITIES:
+        known = ", ".join(map(dotted, RTX_CAPABILITIES))
+        raise ValueError(f"compute_capability is {dotted(capability)}, {library} builds for {known}")
+    without = [precision for precision in target.precisions if target.peak and target.peak.of(precision) is None]
+    if without:
+        raise ValueError(f"peak has no figure for {without[0]}, which precisions names")
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A value that `passes` is kept as `read` gives it."""
+
+    passes: Callable[[Any], bool]
+    words: str
+    read: Callable[[Any], Any] = lambda value: value
+
+
+def _checked(
+    content: dict[str, Any], known: dict[str, _Field], needed: tuple[str, ...], place: str = ""
+) -> dict[str, Any]:
+    """Raises ValueError naming the first field that is unknown, wrong or missing."""
+    for name, value in content.items():
+        if name not in known:
+            near = difflib.get_close_matches(name[:80], known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"only {', '.join(known)} are"
+            raise ValueError(f"{place}{name[:80]!r} is no field, {hint}")
+        if not known[name].passes(value):
+            raise ValueError(f"{place}{name} is {_shown(value)}, not {known[name].words}")
+    for name in needed:
+        if name not in content:
+            raise ValueError(f"{place}{name} is missing, {known[name].words}")
+    return {name: known[name].read(value) for name, value in content.items()}
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # Python does not write integers of thousands of digits
+        return "a very large number"
+
+
+def _matches(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: type(value) is str and re.fullmatch(pattern, value) is not None
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and 0 < len(value) <= 300 and value.isprintable() and value == value.strip()
+
+
+def _is_list_of(passes: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is list and 0 < len(value) <= 50 and all(passes(item) for item in value)
+
+
+def _are_precisions(value: Any) -> bool:
+    return _is_list_of(PRECISIONS.__contains__)(value) and len(set(value)) == len(value) and "fp32" in value
+
+
+_TEXT = _Field(_is_text, "one line of text")
+_TEXTS = _Field(_is_list_of(_is_text), "a list of texts", tuple)
+_FIGURE = _Field(
+    lambda value: type(value) in (int, float) and 0 < value <= 1e6, "a number above 0 and at most 1000000", float
+)
+_TABLE = _Field(lambda value: type(value) is dict, "a table")
+_PEAK = {"fp32_tflops": _FIGURE, "fp16_tflops": _FIGURE, "int8_tops": _FIGURE}
+_FIELDS = {
+    "name": _Field(_matches("[A-Za-z0-9][A-Za-z0-9._-]{0,63}"), "letters, digits, '.', '_' and '-'"),
+    "description": _TEXT,
+    "library": _Field(lambda value: value in LIBRARIES, f"one of {', '.join(LIBRARIES)}"),
+    "precisions": _Field(_are_precisions, f"a list of {', '.join(PRECISIONS)} with fp32 among them", tuple),
+    "library_versions": _Field(
+        _is_list_of(_matches(r"[0-9]{1,9}([.][0-9]{1,9}){0,3}")), "a list of versions such as '8.5'", tuple
+    ),
+    "compute_capability": _Field(
+        _matches("[1-9][0-9]?[.][0-9]"), "text such as '8.7'", lambda text: tuple(map(int, text.split(".")))
+    ),
+    "gpu": _TEXT,
+    "boards": _TEXTS,
+    "opset": _Field(lambda value: type(value) is int and 1 <= value <= 99, "an integer from 1 to 99"),
+    "peak": _TABLE,
+    "memory_bandwidth_gb_per_s": _FIGURE,
+    "memory_gib": _FIGURE,
+    "power_modes": _TEXTS,
+    "sources": _TABLE,
+}

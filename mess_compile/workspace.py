@@ -48,6 +48,14 @@ class Workspace:
     def latency(self, device: str) -> Path:
         return self.root / "latency" / f"{device}.json"
 
+    @property
+    def recipes(self) -> Path:
+        """Graph sets in other precisions than fp32, a folder for each recipe."""
+        return self.root / "recipes"
+
+    def engines(self, device: str, recipe: str) -> Path:
+        return self.root / "engines" / device / recipe
+
     def plan(self, device: str) -> Path:
         return self.root / "plans" / f"{device}.json"
 

@@ -174,7 +174,7 @@ class TestImagesOfRun:
 class TestDevice:
     def test_an_unknown_one(self, workspace: Path) -> None:
         assert "did you mean 'host'?" in refused(workspace, "profile", "--device", "hots")
-        assert "known devices: host" in refused(workspace, "search", "--device", "xavier")
+        assert "known devices: gtx-1080ti, h200, host" in refused(workspace, "search", "--device", "toaster")
         assert "../../etc" in refused(workspace, "profile", "--device", "../../etc")
 
     def test_none_was_profiled(self, workspace: Path) -> None:

@@ -31,6 +31,7 @@ KEYS = {
     "train": {"folder", *WORKLOADS},
     "export": {"gate", "graphs", "baseline_alone", *WORKLOADS},
     "evaluate": {"split", "images", "device", "library", "precision", "threshold", "heads", "baseline_alone"},
+    "build": {"builds"},
     "profile": {"device", "library", "library_version", "source", "environment", "entries"},
     "search": {"source", "plan", "front", "certificate"},
     "bundle": {"bundle", "bytes", "files"},
@@ -50,6 +51,7 @@ def arguments(workspace: Path) -> Callable[[str], tuple[str | Path, ...]]:
     image = first(workspace / "data" / "test" / "images")
     extra: dict[str, tuple[str | Path, ...]] = {
         "train": (*TRAIN[1:], "--data", workspace / "data"),
+        "build": ("--device", "rtx-4090"),
         "search": ("--max-err", "50%"),
         "run": (workspace / "host.mess", image, "-o", workspace / "predictions"),
         "bench": (workspace / "host.mess", "--split", "test", "--passes", "1"),

@@ -37,7 +37,7 @@ from mess_compile.runtime.errors import InputError
 
 NETWORK = "network.onnx"
 METADATA_KEY = "mess"
-_REMEDY = f"see README.md for what the metadata entry {METADATA_KEY!r} of a multi-exit ONNX holds"
+_REMEDY = f"name its tensors with --exits exits.toml, or see README.md for what the entry {METADATA_KEY!r} holds"
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of what was done, how many are done, and of how many."""

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx import TensorProto, helper
 
 from mess_compile import files
-from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, read_graph_set
+from mess_compile.candidates import CandidateNetwork, ExitPoint, Gate, GraphSet, Head, TensorSpec, read_graph_set
 from mess_compile.graph.check import Array, Reference, check_stages
+from mess_compile.graph.conform import (
+    at_our_opset,
+    check_standard,
+    check_valid,
+    fixed_input,
+    fold_shapes,
+    name_outputs,
+    prune,
+    share_weights,
+)
 from mess_compile.graph.cut import METADATA_KEY, NETWORK, Progress, cut_network, logits_name
+from mess_compile.graph.exits import Exits, InputRule, read_exits
 from mess_compile.graph.fold import fold_constants
+from mess_compile.graph.nodes import OPSET, add, constant, empty_model, keep
+from mess_compile.graph.places import Places, find_places
 from mess_compile.graph.store import externalise, read_model, write_model
 from mess_compile.runtime import engine
+from mess_compile.runtime.errors import InputError
+
+_ORIGINAL = "original.onnx"
+_OURS = re.compile(r"image|exit\d+|logits|labels|counts|thresholds|(logits:|gate/|input/|output/).*", re.DOTALL)
+"""Names that the whole-network form and the cuts give to tensors of their own."""
+
+FramesOf = Callable[[tuple[int, int]], Sequence[Array]]
+"""Input size (H, W) -> frames uint8 (H, W, 3) of that size."""
 
 
 def import_onnx(source: Path, graphs: Path, gate: Gate, frames: Sequence[Array], progress: Progress) -> GraphSet:
@@ -28,6 +51,8 @@ def import_onnx(source: Path, graphs: Path, gate: Gate, frames: Sequence[Array],
     Raises InputError or EngineError.
     """
     model = read_model(source)
+    check_valid(model, source)
+    check_standard(model)
     fold_constants(model)
     _drop_identity(model)
     with files.replaced_folder(graphs) as folder:
@@ -38,6 +63,147 @@ def import_onnx(source: Path, graphs: Path, gate: Gate, frames: Sequence[Array],
             whole = _onnx_reference(library, source, graph_set.candidate)
             check_stages(graph_set, whole, frames, progress)
     return read_graph_set(graphs)
+
+
+def import_with_exits(
+    source: Path, toml: Path, graphs: Path, gate: Gate, frames_of: FramesOf, progress: Progress
+) -> GraphSet:
+    """Cut another framework's ONNX at the tensors that the file `toml` names, into the folder `graphs`.
+
+    The model has one image input, (1, 3, H, W) or (1, H, W, 3), float32 or uint8; nodes that no exit needs are left
+    out. All graphs are checked against the model as it came, its input computed by numpy. The folder is replaced when
+    all is well. Raises InputError or EngineError.
+    """
+    exits, model = read_exits(toml), read_model(source)
+    check_valid(model, source)
+    name_outputs(model, exits)
+    check_standard(model)
+    image = fixed_input(model, exits.input)
+    with files.replaced_folder(graphs) as folder:
+        externalise(model, folder, source.parent)
+        places = _write_both(model, image, exits, source.stem, folder)
+        graph_set = cut_network(folder, gate, progress)
+        frames = frames_of(graph_set.candidate.input_hw)
+        with closing(engine.open_library("onnxruntime")) as library:
+            whole = _original_reference(library, folder / _ORIGINAL, exits.input, image, places)
+            check_stages(graph_set, whole, frames, progress)
+        (folder / _ORIGINAL).unlink()
+    return read_graph_set(graphs)
+
+
+def _write_both(model: onnx.ModelProto, image: TensorSpec, exits: Exits, name: str, folder: Path) -> Places:
+    """Write the model as it came, ending in all logits, and its whole-network form."""
+    original = onnx.ModelProto.FromString(model.SerializeToString())
+    model = at_our_opset(model)
+    fold_shapes(model)
+    share_weights(model)
+    hw = exits.input.hw(image.shape)
+    places = find_places(model, image.name, hw, exits)
+    _write_original(original, places, folder)
+    _rename(model, _new_names(model, image, places))
+    _prepend_input(model, image, exits.input)
+    _describe(model, _candidate(exits, places, hw, name), places)
+    write_model(model, folder / NETWORK)
+    return places
+
+
+def _new_names(model: onnx.ModelProto, image: TensorSpec, places: Places) -> dict[str, str]:
+    """What tensors are called in the whole-network form; those that have one of its names make way."""
+    taken = dict.fromkeys(name for node in model.graph.node for name in (*node.input, *node.output))
+    names = {}
+    for name in filter(_OURS.fullmatch, list(taken)):
+        names[name] = f"model/{name}"
+        while names[name] in taken:
+            names[name] += "_"
+        taken[names[name]] = None
+    names |= {spec.name: where for where, spec in places.exits.items()}
+    names |= {spec.name: logits_name(head) for head, spec in places.logits.items()}
+    return names | ({image.name: "image"} if image.dtype == "uint8" else {})
+
+
+def _rename(model: onnx.ModelProto, names: dict[str, str]) -> None:
+    graph = model.graph
+    for node in graph.node:
+        for field in (node.input, node.output):
+            field[:] = [names.get(name, name) for name in field]
+    for value in (*graph.initializer, *graph.input):
+        value.name = names.get(value.name, value.name)
+
+
+def _prepend_input(model: onnx.ModelProto, image: TensorSpec, rule: InputRule) -> None:
+    """Put the way from `image` uint8 (1, H, W, 3) to the model's own input in front of a model that wants float32."""
+    if image.dtype == "uint8":
+        return
+    frame = helper.make_tensor_value_info("image", TensorProto.UINT8, (1, *rule.hw(image.shape), 3))
+    front = empty_model([frame]).graph
+    _normalise(front, rule, model.graph.input[0].name)
+    keep(model.graph.node, [*front.node, *model.graph.node])
+    model.graph.initializer.extend(front.initializer)
+    keep(model.graph.input, [frame])
+
+
+def _normalise(graph: onnx.GraphProto, rule: InputRule, target: str) -> None:
+    """(x - mean) / std of bytes x, in the order that TensorRT parses: cast, then transpose."""
+    values = add(graph, "Cast", ["image"], "input/float", to=TensorProto.FLOAT)  # (1, H, W, 3)
+    if rule.layout == "NCHW":
+        values = add(graph, "Transpose", [values], "input/planes", perm=[0, 3, 1, 2])  # (1, 3, H, W)
+    if rule.channels == "BGR":
+        order = constant(graph, "input/order", [2, 1, 0], "int64")
+        values = add(graph, "Gather", [values, order], "input/bgr", axis=rule.layout.index("C"))
+    shape = (1, 3, 1, 1) if rule.layout == "NCHW" else (1, 1, 1, 3)
+    for op, numbers, neutral in zip(("Sub", "Div"), rule.of_bytes, (0, 1), strict=True):
+        if np.any(numbers != neutral):
+            factor = constant(graph, f"input/{op}.values", numbers.reshape(shape), "float32")
+            values = add(graph, op, [values, factor], f"input/{op}")
+    graph.node[-1].output[0] = target
+
+
+def _candidate(exits: Exits, places: Places, hw: tuple[int, int], backbone: str) -> CandidateNetwork:
+    """Workloads are counted and the identity is taken when the network is cut."""
+    points = tuple(
+        ExitPoint(name, rule.tensor, spec.shape[1], (spec.shape[2], spec.shape[3]), 0)
+        for (name, spec), rule in zip(places.exits.items(), exits.points, strict=True)
+    )
+    heads = tuple(
+        Head(number, head.name, 0) for number, rule in enumerate(exits.points, start=1) for head in rule.heads
+    )
+    return CandidateNetwork(backbone, exits.classes, exits.colours, hw, points, heads, exits.baseline, "")
+
+
+def _describe(model: onnx.ModelProto, candidate: CandidateNetwork, places: Places) -> None:
+    """Outputs and metadata as `cut_network` expects them."""
+    outputs = {**places.exits, **{logits_name(head): spec for head, spec in places.logits.items()}}
+    prune(model, [_float_output(name, spec) for name, spec in outputs.items()])
+    del model.metadata_props[:]
+    model.metadata_props.add(key=METADATA_KEY, value=json.dumps(candidate.to_json()))
+
+
+def _float_output(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, spec.shape)
+
+
+def _write_original(model: onnx.ModelProto, places: Places, folder: Path) -> None:
+    """Write the model as it came, at its own opset, ending in all logits."""
+    made = {name for node in model.graph.node for name in node.output}
+    lost = [spec.name for spec in places.logits.values() if spec.name not in made]
+    if lost:
+        raise InputError(f"the conversion to opset {OPSET} changed the name of {lost[0]!r}: export at opset {OPSET}")
+    prune(model, [_float_output(spec.name, spec) for spec in places.logits.values()])
+    (folder / _ORIGINAL).write_bytes(model.SerializeToString())
+
+
+def _original_reference(
+    library: engine.Library, path: Path, rule: InputRule, image: TensorSpec, places: Places
+) -> Reference:
+    """The model as it came, run whole on inputs that numpy computed."""
+    whole = library.load(path)
+
+    def logits(frame: Array) -> dict[str, Array]:
+        values = frame[None] if image.dtype == "uint8" else rule.of_frame(frame)
+        outputs = whole.run({image.name: library.upload(values)})
+        return {head: np.array(library.download(outputs[spec.name])) for head, spec in places.logits.items()}
+
+    return logits
 
 
 def _drop_identity(model: onnx.ModelProto) -> None:

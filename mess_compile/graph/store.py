@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from math import prod
 from pathlib import Path
 
@@ -32,6 +33,36 @@ def read_model(path: Path) -> onnx.ModelProto:
     if not model.graph.node:
         raise InputError(f"{path} is not an ONNX model, or has no nodes")
     return model
+
+
+def read_whole_model(path: Path) -> onnx.ModelProto:
+    """A graph with its weights out of the store beside it. Raises InputError when one is missing or was changed."""
+    model = read_model(path)
+    for tensor in model.graph.initializer:
+        if external_data_helper.uses_external_data(tensor):
+            location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+            _take(tensor, _stored(path.parent, location))
+    return model
+
+
+def _stored(folder: Path, location: str) -> bytes:
+    """The bytes of a weight in the store, which are those that its name says."""
+    sha256 = location.removeprefix(f"{WEIGHTS}/")
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise InputError(f"{location!r} is not a weight of the store in {folder}: run `mess-compile export`")
+    try:
+        data = (folder / WEIGHTS / sha256).read_bytes()
+    except OSError as error:
+        raise InputError(f"{folder / location} cannot be read ({error.strerror}): run `mess-compile export`") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise InputError(f"{folder / location} was changed after export: run `mess-compile export`")
+    return data
+
+
+def _take(tensor: onnx.TensorProto, data: bytes) -> None:
+    tensor.raw_data = data
+    tensor.ClearField("external_data")
+    tensor.data_location = TensorProto.DEFAULT
 
 
 def store_weight(tensor: onnx.TensorProto, folder: Path) -> None:

@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Dict, Iterator, Optional, Tuple, Type, Union
+from typing import Dict, Iterator, List, Optional, Tuple, Type, Union
 
 import numpy as np
 
 from mess_compile.runtime.archive import Archive, open_archive
 from mess_compile.runtime.engine import LIBRARIES, Engine, Library, Tensor, TensorSpec, open_library
-from mess_compile.runtime.errors import BundleError, InputError
+from mess_compile.runtime.errors import BundleError, EngineError, InputError
 from mess_compile.runtime.frames import check_frame, resize, resize_labels
 from mess_compile.runtime.manifest import Manifest, Plan, Stage
 
@@ -148,21 +148,33 @@ def load(
     """
     archive = open_archive(Path(path))
     try:
-        plan = _choose(archive.manifest, target, library)
-        return Cascade(archive, plan, library or open_library(plan.library, threads))
+        plans = _matching(archive.manifest, target, library)
+        if library is not None:
+            return Cascade(archive, plans[0], library)
+        return Cascade(archive, *_first_that_opens(plans, threads))
     except BaseException:
         archive.close()
         raise
 
 
-def _choose(manifest: Manifest, target: Optional[str], library: Optional[Library]) -> Plan:
+def _matching(manifest: Manifest, target: Optional[str], library: Optional[Library]) -> List[Plan]:
     known = LIBRARIES if library is None else (library.name,)
-    for plan in manifest.plans:
-        if plan.target == target or (target is None and plan.library in known):
-            return plan
-    has = ", ".join(f"{plan.target} ({plan.library})" for plan in manifest.plans)
-    wanted = f"the target {target}" if target is not None else f"a library of {', '.join(known)}"
-    raise InputError(f"bundle {manifest.name} has no plan for {wanted}; it has {has}")
+    plans = [p for p in manifest.plans if p.target == target or (target is None and p.library in known)]
+    if not plans:
+        has = ", ".join(f"{plan.target} ({plan.library})" for plan in manifest.plans)
+        wanted = f"the target {target}" if target is not None else f"a library of {', '.join(known)}"
+        raise InputError(f"bundle {manifest.name} has no plan for {wanted}; it has {has}")
+    return plans
+
+
+def _first_that_opens(plans: List[Plan], threads: Optional[int]) -> Tuple[Plan, Library]:
+    """Raises EngineError for the last plan when the library of none is here."""
+    for plan in plans[:-1]:
+        try:
+            return plan, open_library(plan.library, threads)
+        except EngineError:
+            continue
+    return plans[-1], open_library(plans[-1].library, threads)
 
 
 def _check_graphs(stage: Stage, source: str, engines: Tuple[Engine, Engine, Engine], manifest: Manifest) -> None:

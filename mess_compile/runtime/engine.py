@@ -15,7 +15,7 @@ import numpy as np
 from mess_compile.runtime.errors import InputError
 
 Tensor = Any
-LIBRARIES = ("onnxruntime",)
+LIBRARIES = ("onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt_rtx")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Library(Protocol):
     def version(self) -> str: ...
 
     def load(self, path: Path) -> Engine:
-        """The engine of one ONNX file. Raises EngineError naming the file."""
+        """The engine of one ONNX file, for TensorRT of one serialised engine. Raises EngineError naming the file."""
         ...
 
     def upload(self, array: np.ndarray) -> Tensor:
@@ -74,8 +74,12 @@ def open_library(name: str, threads: Optional[int] = None) -> Library:
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, not a number from 1")
-    if name == "onnxruntime":
+    if name.startswith("onnxruntime") and name in LIBRARIES:
         from mess_compile.runtime import onnxruntime_engine
 
-        return onnxruntime_engine.open_library(threads)
+        return onnxruntime_engine.open_library(name, threads)
+    if name in LIBRARIES:
+        from mess_compile.runtime import tensorrt_engine
+
+        return tensorrt_engine.open_library(name)
     raise InputError(f"engine library {name!r} is not one of {', '.join(LIBRARIES)}")

@@ -1,9 +1,9 @@
-"""The engine library ONNX Runtime on the CPU."""
+"""The engine library ONNX Runtime, on the CPU or through its CUDA and TensorRT providers."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Mapping, Optional
 
 import numpy as np
 
@@ -17,35 +17,63 @@ _DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8", "tensor(int32)"
 _FATAL = 4  # what goes wrong is raised; the log would say it a second time
 
 
-def open_library(threads: Optional[int] = None) -> OnnxRuntime:
-    """Raises EngineError when onnxruntime is not installed."""
+PROVIDERS = {
+    "onnxruntime": ("CPUExecutionProvider",),
+    "onnxruntime-cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "onnxruntime-tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+"""What each engine library runs graphs by, and by what the nodes that it does not take."""
+
+
+def open_library(name: str = "onnxruntime", threads: Optional[int] = None) -> OnnxRuntime:
+    """Raises EngineError when onnxruntime is not installed, or lacks the provider."""
+    package = "onnxruntime" if name == "onnxruntime" else "onnxruntime-gpu"
     try:
         import onnxruntime
     except ImportError as error:
-        raise EngineError(f"ONNX Runtime cannot be imported ({error}): run `pip install onnxruntime`") from error
-    return OnnxRuntime(onnxruntime, threads)
+        raise EngineError(f"ONNX Runtime cannot be imported ({error}): run `pip install {package}`") from error
+    provider, available = PROVIDERS[name][0], onnxruntime.get_available_providers()
+    if provider not in available:
+        raise EngineError(
+            f"ONNX Runtime {onnxruntime.__version__} has {', '.join(available)}, not {provider}: run "
+            f"`pip uninstall onnxruntime && pip install {package}` on a machine with an NVIDIA GPU"
+        )
+    return OnnxRuntime(onnxruntime, name, threads)
 
 
 class OnnxRuntime:
     """Sessions of one process; each has its own thread pool, which sleeps between runs."""
 
-    name = "onnxruntime"
-
-    def __init__(self, module: Any, threads: Optional[int]) -> None:
+    def __init__(self, module: Any, name: str, threads: Optional[int]) -> None:
         self._module = module
         self._threads = threads
+        self._device = "cpu" if name == "onnxruntime" else "cuda"
+        self.name = name
         self.version: str = module.__version__
 
     def load(self, path: Path) -> OnnxRuntimeEngine:
         if not path.is_file():
             raise EngineError(f"there is no graph {path}")
+        wanted = PROVIDERS[self.name]
         try:
             session = self._module.InferenceSession(
-                str(path), self._options(), providers=["CPUExecutionProvider"], enable_fallback=0
+                str(path), self._options(), providers=list(wanted), enable_fallback=0
             )
         except Exception as error:
             raise EngineError(f"ONNX Runtime {self.version} cannot load {path}: {_one_line(error)}") from error
-        return OnnxRuntimeEngine(session, path)
+        if session.get_providers()[0] != wanted[0]:
+            raise EngineError(
+                f"ONNX Runtime {self.version} could not start {wanted[0]}: are the CUDA and cuDNN that it was built "
+                "for installed, with a driver that fits them?"
+            )
+        return OnnxRuntimeEngine(session, path, self._buffers)
+
+    def _buffers(self, specs: Iterable[TensorSpec]) -> Optional[Dict[str, Tensor]]:
+        """Where a GPU's outputs stay; on the CPU each run makes its own, which is faster."""
+        if self._device == "cpu":
+            return None
+        make = self._module.OrtValue.ortvalue_from_shape_and_type
+        return {spec.name: make(spec.shape, np.dtype(spec.dtype), self._device, 0) for spec in specs}
 
     def _options(self) -> Any:
         options = self._module.SessionOptions()
@@ -59,7 +87,7 @@ class OnnxRuntime:
         return options
 
     def upload(self, array: np.ndarray) -> Tensor:
-        return self._module.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        return self._module.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)
 
     def download(self, tensor: Tensor) -> np.ndarray:
         values: np.ndarray = tensor.numpy()
@@ -72,12 +100,18 @@ class OnnxRuntime:
 class OnnxRuntimeEngine:
     """One session."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, path: Path) -> None:
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        path: Path,
+        buffers: Callable[[Iterable[TensorSpec]], Optional[Dict[str, Tensor]]],
+    ) -> None:
         self._session: Optional[onnxruntime.InferenceSession] = session
         self._path = path
         self.inputs = {spec.name: spec for spec in map(self._spec, session.get_inputs())}
         self.outputs = {spec.name: spec for spec in map(self._spec, session.get_outputs())}
         self._names = list(self.outputs)
+        self._buffers = buffers(self.outputs.values())
 
     def _spec(self, node: Any) -> TensorSpec:
         shape = tuple(node.shape)
@@ -89,12 +123,28 @@ class OnnxRuntimeEngine:
         if self._session is None:
             raise EngineError(f"the engine of {self._path.name} is closed")
         try:
+            if self._buffers is not None:
+                return self._run_bound(self._session, feeds, self._buffers)
             return dict(zip(self._names, self._session.run_with_ort_values(self._names, feeds)))
         except Exception as error:
             raise EngineError(f"ONNX Runtime cannot run {self._path.name}: {_one_line(error)}") from error
 
+    @staticmethod
+    def _run_bound(
+        session: onnxruntime.InferenceSession, feeds: Mapping[str, Tensor], buffers: Dict[str, Tensor]
+    ) -> Dict[str, Tensor]:
+        """Inputs and outputs stay on the GPU: without binding every output would be copied to the host."""
+        binding = session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in buffers.items():
+            binding.bind_ortvalue_output(name, value)
+        session.run_with_iobinding(binding)
+        return dict(buffers)
+
     def close(self) -> None:
         self._session = None
+        self._buffers = None
 
 
 def _one_line(error: Exception) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from mess_compile.runtime import onnxruntime_engine
 from mess_compile.runtime.engine import TensorSpec, open_library
 from mess_compile.runtime.engine_fake import FakeGraph, FakeLibrary
 from mess_compile.runtime.errors import EngineError, InputError
@@ -108,3 +111,51 @@ def test_the_fake_refuses_a_tensor_that_its_engine_has_overwritten() -> None:
     engine.run(feeds)
     with pytest.raises(EngineError, match="overwritten"):
         library.download(old["x"])
+
+
+def buffers_on_the_cpu(specs: Iterable[TensorSpec]) -> dict[str, onnxruntime.OrtValue]:
+    make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+    return {spec.name: make(spec.shape, np.dtype(spec.dtype), "cpu", 0) for spec in specs}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("onnxruntime", id="as a GPU would"),
+        pytest.param("onnxruntime-cuda", marks=pytest.mark.gpu),
+        pytest.param("onnxruntime-tensorrt", marks=pytest.mark.gpu),
+    ],
+)
+def test_outputs_that_stay_on_the_device_are_those_of_plain_runs(
+    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The binding that keeps tensors on a GPU works on the CPU too: without a GPU it is tested there."""
+    if onnxruntime_engine.PROVIDERS[name][0] not in onnxruntime.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has no {onnxruntime_engine.PROVIDERS[name][0]}")
+    library = open_library(name)
+    if name == "onnxruntime":
+        monkeypatch.setattr(library, "_buffers", buffers_on_the_cpu)
+    first, second = library.load(root / "segment-0-1.onnx"), library.load(root / "segment-1-2.onnx")
+    for seed in range(3):
+        image = small_network.frame(seed)
+        features = first.run({"image": library.upload(image[None])})
+        assert features["exit1"] is first.run({"image": library.upload(image[None])})["exit1"]
+        values = library.download(second.run(features)["exit2"])[0].transpose(1, 2, 0)
+        wanted = np.maximum(image[::2, ::2] @ small_network.FIRST.T, 0) @ small_network.SECOND.T
+        np.testing.assert_allclose(values, np.maximum(wanted, 0), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
+def test_without_the_gpu_provider_the_message_names_the_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EngineError, match=r"has CPUExecutionProvider, not .*pip install onnxruntime-gpu"):
+        open_library(name)
+
+
+def test_a_provider_that_does_not_start_is_said(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime would fall back to the CPU without a word, and the figures would be the CPU's."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    if "CUDAExecutionProvider" in onnxruntime.get_all_providers() and onnxruntime.get_device() == "GPU":
+        pytest.skip("this machine has the provider")
+    with pytest.raises(EngineError, match="could not start CUDAExecutionProvider"):
+        open_library("onnxruntime-cuda").load(root / "segment-0-1.onnx")

@@ -1,0 +1,306 @@
+"""Engines of every graph for one target: a cache on disk, built in processes, continued after a break."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mess_compile import files
+from mess_compile.candidates import GraphSet
+from mess_compile.graph import lint, rewrite, store
+from mess_compile.graph.recipe import PrecisionRecipe
+from mess_compile.runtime import tensorrt_build, tensorrt_module
+from mess_compile.runtime.engine import Library, TensorSpec, open_library
+from mess_compile.runtime.errors import InputError, MessError
+from mess_compile.runtime.tensorrt_build import BuildOptions
+from mess_compile.targets import Target
+
+Progress = Callable[[str, int, int], None]
+PREPARATION = 1
+"""Raised when lint or rewrites change what is built from the same graph: engines of before are then built again."""
+TOLERANCE = 1e-4
+"""Of a rewritten graph's outputs, relative to the largest magnitude (at least 1)."""
+_FORMAT, _VERSION, _INDEX = "mess-engines", 1, "index.json"
+_MAKING = ".making-"
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """One engine in `engines/DEVICE/RECIPE/`, or why there is none.
+
+    `key` is a hash over all that decides the engine; `sha256` is that of the file `KEY.engine`; `rewrites` names the
+    passes that the target needed; `error` is the lint's, parser's or builder's own word.
+    """
+
+    graph: str
+    precision: str
+    key: str
+    sha256: str
+    bytes: int
+    seconds: float
+    rewrites: tuple[str, ...]
+    error: str | None
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """What `build` leaves for one target; `built` counts the engines of this call, the others were kept."""
+
+    device: str
+    recipe: str
+    library: str
+    library_version: str
+    built: int
+    entries: tuple[EngineEntry, ...]
+
+    @property
+    def failed(self) -> tuple[EngineEntry, ...]:
+        return tuple(entry for entry in self.entries if entry.error is not None)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a process needs to build one engine."""
+
+    graph: str
+    source: Path
+    key: str
+    options: BuildOptions
+    parser: lint.Parser
+    folder: Path
+
+
+def build_engines(
+    graph_set: GraphSet,
+    recipe: PrecisionRecipe,
+    target: Target,
+    folder: Path,
+    jobs: int,
+    progress: Progress,
+) -> EngineSet:
+    """Build what `folder` (engines/DEVICE/RECIPE) lacks, in up to `jobs` processes of one graph at a time.
+
+    `graph_set` holds the graphs in the precisions that `recipe` says.
+
+    A graph that fails becomes an entry with its error; the rest goes on. The index is written after every graph, so a
+    killed call continues. Raises InputError when the target's library builds no engines, EngineError when it is not
+    installed.
+    """
+    if target.library.startswith("onnxruntime"):
+        raise InputError(f"{target.name} needs no engines: ONNX Runtime compiles each graph when it loads it")
+    version = str(tensorrt_module.import_module(target.library).__version__)
+    wanted = [_job(graph_set, name, recipe.precision(name), target, version, folder) for name in graph_set.graphs]
+    known = _intact(folder, _read_index(folder))
+    found = {job.graph: known[job.key] for job in wanted if job.key in known}
+    missing = [job for job in wanted if job.graph not in found]
+    kept = len(found)
+    progress("build", kept, len(wanted))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def engines() -> EngineSet:
+        entries = tuple(found[name] for name in graph_set.graphs if name in found)
+        return EngineSet(target.name, recipe.name, target.library, version, len(found) - kept, entries)
+
+    for entry in _built(missing, jobs if target.library == "tensorrt_rtx" else 1):
+        found[entry.graph] = entry
+        _write_index(folder, engines())
+        progress("build", len(found), len(wanted))
+    if missing:
+        _remove_others(folder, {entry.key for entry in found.values()})
+    return engines()
+
+
+def _job(graph_set: GraphSet, name: str, precision: str, target: Target, version: str, folder: Path) -> _Job:
+    capability = target.compute_capability
+    named = None if capability is None else f"SM{capability[0]}{capability[1]}"
+    options = BuildOptions(target.library, precision, named)
+    decides = (PREPARATION, graph_set.spec(name).sha256, asdict(options), version, target.name, target.opset)
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    parser = lint.Parser(target.library, version, target.opset, capability)
+    return _Job(name, graph_set.path(name), key, options, parser, folder)
+
+
+def _built(jobs: Sequence[_Job], processes: int) -> Iterator[EngineEntry]:
+    """Entries as they are made; jobs in flight when a process dies are tried once more, each alone."""
+    left = list(jobs)
+    while left:
+        suspects: list[_Job] = []
+        with _pool(processes) as pool:
+            yield from _built_until_broken(pool, left, suspects, processes)
+        yield from map(_built_alone, suspects)
+
+
+def _built_until_broken(
+    pool: ProcessPoolExecutor, left: list[_Job], suspects: list[_Job], processes: int
+) -> Iterator[EngineEntry]:
+    """Takes jobs from `left`, never more at once than there are processes; those of a broken pool go to `suspects`."""
+    running: dict[Future[EngineEntry], _Job] = {}
+    while running or (left and not suspects):
+        while left and not suspects and len(running) < processes:
+            job = left.pop(0)
+            running[pool.submit(_build, job)] = job
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job = running.pop(future)
+            try:
+                entry = future.result()
+            except BrokenProcessPool:
+                suspects.append(job)
+                continue
+            yield entry
+
+
+def _built_alone(job: _Job) -> EngineEntry:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(_build, job).result()
+        except BrokenProcessPool:
+            return _failed(job, "the builder crashed, or was killed for the memory it took")
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    """Fresh processes: TensorRT's logger and locks do not survive a fork."""
+    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_parent)
+
+
+def _leave_interrupts_to_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _failed(job: _Job, error: str) -> EngineEntry:
+    return EngineEntry(job.graph, job.options.precision, job.key, "", 0, 0.0, (), error)
+
+
+def _build(job: _Job) -> EngineEntry:
+    """In a process of its own: lint, rewrite, check, build, write."""
+    started = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix=_MAKING, dir=job.folder) as place:
+            path = Path(place) / f"{job.graph}.onnx"
+            rewrites = _prepare(job, path)
+            engine = _engine(path, job)
+        with files.replaced(job.folder / f"{job.key}.engine") as temporary:
+            temporary.write_bytes(engine)
+    except MessError as error:
+        return _failed(job, str(error))
+    sha256 = hashlib.sha256(engine).hexdigest()
+    seconds = round(time.monotonic() - started, 3)
+    return EngineEntry(job.graph, job.options.precision, job.key, sha256, len(engine), seconds, rewrites, None)
+
+
+def _engine(path: Path, job: _Job) -> bytes:
+    """Classic TensorRT shares a timing cache between the graphs of a device; one of another device it does not take."""
+    cache = job.folder.parent / f"timing-{job.parser.version}.cache"
+    known = cache.read_bytes() if job.options.library == "tensorrt" and cache.is_file() else None
+    built = tensorrt_build.build_engine(path, job.options, known)
+    if built.timing_cache is not None:
+        with files.replaced(cache) as temporary:
+            temporary.write_bytes(built.timing_cache)
+    return built.engine
+
+
+def _prepare(job: _Job, path: Path) -> tuple[str, ...]:
+    """Write the graph as the target takes it, weights included, and name the passes that changed it."""
+    model = store.read_whole_model(job.source)
+    changed, rewrites = rewrite.rewritten(model, job.parser, job.options.precision)
+    complaints = lint.lint(changed, job.graph, job.parser)
+    if complaints:
+        raise InputError("; ".join(str(complaint) for complaint in complaints[:3]))
+    onnx.save(changed, str(path))
+    if rewrites:
+        _check_equal(job.source, path)
+    return rewrites
+
+
+def _check_equal(before: Path, after: Path) -> None:
+    """Raises InputError when a rewritten graph computes something else on values drawn at random."""
+    with closing(open_library("onnxruntime", 1)) as library:
+        expected, found = (_computed(library, path) for path in (before, after))
+    for name, values in expected.items():
+        apart = float(np.abs(values - found[name]).max()) / max(1.0, float(np.abs(values).max()))
+        if not apart <= TOLERANCE:
+            raise InputError(f"{before.stem} is not the same after it was rewritten: {name} lies {apart:.2g} apart")
+
+
+def _computed(library: Library, path: Path) -> dict[str, NDArray[np.float64]]:
+    """The outputs of a graph for inputs that are the same in every call."""
+    rng = np.random.default_rng(0)
+    with closing(library.load(path)) as engine:
+        feeds = {name: library.upload(_drawn(rng, spec)) for name, spec in engine.inputs.items()}
+        return {name: library.download(tensor).astype(np.float64) for name, tensor in engine.run(feeds).items()}
+
+
+def _drawn(rng: np.random.Generator, spec: TensorSpec) -> NDArray[Any]:
+    if spec.dtype == "uint8":
+        return rng.integers(0, 256, spec.shape, dtype=np.uint8)
+    return rng.random(spec.shape, dtype=np.float32)
+
+
+def _intact(folder: Path, entries: Sequence[EngineEntry]) -> dict[str, EngineEntry]:
+    """Entries by key whose engine is there, byte for byte; what failed is tried again."""
+    made = [entry for entry in entries if entry.error is None]
+    with ThreadPoolExecutor() as pool:
+        good = pool.map(lambda entry: _is_intact(folder / f"{entry.key}.engine", entry), made)
+        return {entry.key: entry for entry, intact in zip(made, good, strict=True) if intact}
+
+
+def _is_intact(path: Path, entry: EngineEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.bytes and files.sha256_of_file(path) == entry.sha256
+
+
+def _remove_others(folder: Path, keys: set[str]) -> None:
+    """Engines that no graph has any more, and what killed processes left."""
+    for left in folder.glob(f"{_MAKING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for path in folder.glob("*.engine"):
+        if path.stem not in keys:
+            path.unlink(missing_ok=True)
+
+
+def _write_index(folder: Path, engines: EngineSet) -> None:
+    told = {name: getattr(engines, name) for name in ("device", "recipe", "library", "library_version")}
+    entries = [asdict(entry) for entry in engines.entries]
+    files.write_json(folder / _INDEX, _FORMAT, _VERSION, {**told, "entries": entries})
+
+
+def _read_index(folder: Path) -> tuple[EngineEntry, ...]:
+    """What earlier calls built; nothing where the index is missing or damaged, since engines can be made again."""
+    try:
+        content = files.read_json(folder / _INDEX, _FORMAT, _VERSION, "")
+        entries: tuple[EngineEntry, ...] = files.decoded(
+            folder / _INDEX, "", lambda: tuple(map(_entry_from_json, content["entries"]))
+        )
+    except InputError:
+        return ()
+    return entries
+
+
+def _entry_from_json(content: dict[str, Any]) -> EngineEntry:
+    if not re.fullmatch(r"[0-9a-f]{64}", content["key"]):
+        raise ValueError(f"key {content['key']!r}")
+    return EngineEntry(
+        graph=str(content["graph"]),
+        precision=str(content["precision"]),
+        key=content["key"],
+        sha256=str(content["sha256"]),
+        bytes=int(content["bytes"]),
+        seconds=float(content["seconds"]),
+        rewrites=tuple(str(name) for name in content["rewrites"]),
+        error=None if content["error"] is None else str(content["error"]),
+    )

@@ -1,0 +1,183 @@
+"""What this machine is: its NVIDIA GPUs, its board, its engine libraries. Whatever cannot be asked is left out.
+
+Standard library alone. Run as a script, this file asks the CUDA driver and prints what it says: a driver that crashes
+or hangs then takes only that process with it, and no later fork of ours carries an open CUDA.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+_PATIENCE_S = 20
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+_SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits")
+_DISTRIBUTIONS = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11"),
+    "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its driver's name; `compute_capability` such as (8, 7). None is what nothing here could tell."""
+
+    name: str
+    compute_capability: tuple[int, int] | None = None
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class InstalledLibrary:
+    name: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs in the order of the CUDA driver, the first one being used; `board` and `l4t` (Jetson Linux) of a Jetson."""
+
+    gpus: tuple[Gpu, ...] = ()
+    board: str | None = None
+    l4t: str | None = None
+    libraries: tuple[InstalledLibrary, ...] = ()
+
+    def version(self, library: str) -> str | None:
+        """The installed version of an engine library, or None."""
+        return next((found.version for found in self.libraries if found.name == library), None)
+
+
+def this_machine(root: Path = Path("/")) -> Machine:
+    """Ask the driver and the files under `root`; never raises."""
+    gpus = _gpus_of_cuda()
+    if gpus is None:
+        gpus = _gpus_of_smi() or _gpus_of_proc(root)
+    release = re.search(r"R([0-9]+) \(release\), REVISION: ([0-9.]+)", _read(root / "etc" / "nv_tegra_release"))
+    board = _read(root / "proc" / "device-tree" / "model").strip()
+    return Machine(gpus, board or None, ".".join(release.groups()) if release else None, _libraries())
+
+
+def in_words(machine: Machine) -> str:
+    """One line for people."""
+    system = f"{machine.board or 'a Jetson'}, Jetson Linux {machine.l4t}" if machine.l4t else machine.board
+    gpus = [_gpu_in_words(gpu) for gpu in machine.gpus] or ["no NVIDIA GPU"]
+    libraries = [f"{library.name} {library.version}" for library in machine.libraries] or ["no engine library"]
+    return ", ".join([*([system] if system else []), *gpus, *libraries])
+
+
+def dotted(capability: tuple[int, int]) -> str:
+    """A compute capability as data sheets write it."""
+    return f"{capability[0]}.{capability[1]}"
+
+
+def _gpu_in_words(gpu: Gpu) -> str:
+    capability = gpu.compute_capability and f"compute capability {dotted(gpu.compute_capability)}"
+    memory = gpu.memory_gib and f"{gpu.memory_gib:.1f} GiB"
+    told = ", ".join(fact for fact in (capability, memory) if fact)
+    return f"{gpu.name} ({told})" if told else gpu.name
+
+
+def _gpus_of_cuda() -> tuple[Gpu, ...] | None:
+    """What programs that use CUDA get to see here, or None when the driver does not answer."""
+    try:
+        rows = json.loads(_output(sys.executable, "-I", __file__))
+        return tuple(Gpu(name, (major, minor), size / 2**30) for name, major, minor, size in rows)
+    except (ValueError, TypeError):
+        return None
+
+
+def _gpus_of_smi() -> tuple[Gpu, ...]:
+    rows = [line.split(", ") for line in _output(*_SMI).splitlines()]
+    return tuple(_gpu_of_smi(*row) for row in rows if len(row) == 3)
+
+
+def _gpu_of_smi(name: str, capability: str, mebibytes: str) -> Gpu:
+    """A Jetson's nvidia-smi says `[N/A]` for the memory, and `Orin (nvgpu)` where CUDA says `Orin`."""
+    numbers = re.fullmatch("([0-9]{1,2})[.]([0-9])", capability)
+    memory_gib = int(mebibytes) / 1024 if re.fullmatch("[0-9]{1,9}", mebibytes.strip()) else None
+    return Gpu(name.replace(" (nvgpu)", ""), (int(numbers[1]), int(numbers[2])) if numbers else None, memory_gib)
+
+
+def _gpus_of_proc(root: Path) -> tuple[Gpu, ...]:
+    texts = [_read(path) for path in sorted((root / "proc" / "driver" / "nvidia" / "gpus").glob("*/information"))]
+    models = [re.search(r"^Model:\s*(\S.*?)\s*$", text, re.MULTILINE) for text in texts]
+    return tuple(Gpu(model[1]) for model in models if model)
+
+
+def _libraries() -> tuple[InstalledLibrary, ...]:
+    """Versions from the package metadata: importing an engine library takes seconds, and may start CUDA."""
+    found = {name: _version(distributions) for name, distributions in _DISTRIBUTIONS.items()}
+    return tuple(InstalledLibrary(name, version) for name, version in found.items() if version)
+
+
+def _version(distributions: tuple[str, ...]) -> str | None:
+    for distribution in distributions:
+        try:
+            version = metadata.version(distribution)
+        except (metadata.PackageNotFoundError, OSError, ValueError, KeyError):
+            continue
+        if version:  # a damaged installation has none
+            return version
+    return None
+
+
+def _read(path: Path) -> str:
+    """The first 4 KiB, printable characters and line ends alone (the device tree ends its texts with a NUL)."""
+    try:
+        with path.open("rb") as stream:
+            text = stream.read(4096).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_PATIENCE_S, text=True, errors="replace"
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _ask_cuda() -> list[tuple[str, int, int, int]] | None:
+    """Name, compute capability in two numbers and bytes of each GPU by the driver; None when it cannot say."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        status = cuda.cuInit(0)
+        if status != 0:
+            return [] if status == _NO_DEVICE else None
+        count = ctypes.c_int()
+        _succeed(cuda.cuDeviceGetCount(ctypes.byref(count)))
+        return [_ask_gpu(cuda, index) for index in range(count.value)]
+    except (OSError, AttributeError):
+        return None
+
+
+def _ask_gpu(cuda: ctypes.CDLL, index: int) -> tuple[str, int, int, int]:
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    size, name = ctypes.c_size_t(), ctypes.create_string_buffer(256)
+    _succeed(cuda.cuDeviceGet(ctypes.byref(device), index))
+    _succeed(cuda.cuDeviceGetName(name, len(name), device))
+    _succeed(cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device))
+    _succeed(cuda.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device))
+    _succeed(cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device))
+    return name.value.decode("utf-8", "replace"), major.value, minor.value, size.value
+
+
+def _succeed(status: int) -> None:
+    if status != 0:
+        raise OSError(f"the CUDA driver returned {status}")
+
+
+if __name__ == "__main__":
+    print(json.dumps(_ask_cuda()))

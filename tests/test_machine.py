@@ -1,0 +1,168 @@
+"""A user is told what their machine is, and never shown a traceback of a driver that is missing, old, ill or lying."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mess_compile import machine
+from mess_compile.machine import Gpu, InstalledLibrary, Machine, this_machine
+
+DRIVER = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+int cuInit(unsigned flags) { BEGIN return 0; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int index) { *device = index + 40; return 0; }
+int cuDeviceGetName(char *name, int size, int device) {
+    snprintf(name, size, "%s", device == 40 ? "NVIDIA GeForce RTX 4090" : "NVIDIA GeForce GTX 1080 Ti"); return 0; }
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = (size_t)(device == 40 ? 24 : 11) << 30; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    int known = attribute == 75 ? (device == 40 ? 8 : 6) : attribute == 76 ? (device == 40 ? 9 : 1) : -1;
+    *value = known; return known < 0; }
+"""
+TWO = (Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24.0), Gpu("NVIDIA GeForce GTX 1080 Ti", (6, 1), 11.0))
+SMI = "NVIDIA H200, 9.0, 143771"
+
+
+def install_driver(folder: Path, monkeypatch: pytest.MonkeyPatch, begin: str) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to make a driver with")
+    (folder / "driver.c").write_text(DRIVER.replace("BEGIN", begin))
+    command = [compiler, "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(folder / "driver.c")]
+    subprocess.run(command, check=True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(folder))
+
+
+def install_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str, code: int = 0) -> None:
+    tool = folder / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + f"exit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither CUDA nor nvidia-smi can be asked, whatever the machine that the test runs on has."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+class TestDriver:
+    def test_gpus_come_in_the_order_in_which_cuda_counts_them(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        install_driver(tmp_path, monkeypatch, "")
+        assert this_machine(tmp_path).gpus == TWO
+
+    def test_a_gpu_that_cuda_hides_is_not_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """CUDA_VISIBLE_DEVICES='' hides a card from CUDA and not from nvidia-smi; an engine would not find it."""
+        install_driver(tmp_path, monkeypatch, "return 100;")
+        install_smi(tmp_path, monkeypatch, SMI)
+        assert this_machine(tmp_path).gpus == ()
+
+    @pytest.mark.parametrize("ill", ["abort();", "return 803;", "sleep(60);", "_exit(0);", "*(volatile int *)0 = 1;"])
+    def test_an_ill_driver_takes_nothing_with_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ill: str
+    ) -> None:
+        monkeypatch.setattr(machine, "_PATIENCE_S", 2)
+        install_driver(tmp_path, monkeypatch, ill)
+        install_smi(tmp_path, monkeypatch, SMI)
+        assert this_machine(tmp_path).gpus == (Gpu("NVIDIA H200", (9, 0), 143771 / 1024),)
+
+    def test_a_library_that_is_no_driver(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "libcuda.so.1").write_bytes(b"no library")
+        monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+        install_smi(tmp_path, monkeypatch)
+        assert this_machine(tmp_path).gpus == ()
+
+
+@pytest.mark.usefixtures("no_driver")
+class TestWithoutCuda:
+    def test_a_machine_without_a_gpu(self, tmp_path: Path) -> None:
+        found = this_machine(tmp_path)
+        assert (found.gpus, found.board, found.l4t) == ((), None, None)
+
+    @pytest.mark.parametrize(
+        ("line", "gpu"),
+        [
+            ("NVIDIA GeForce RTX 2080, 7.5, 8192", Gpu("NVIDIA GeForce RTX 2080", (7, 5), 8.0)),
+            ("NVIDIA GB10, 12.1, [N/A]", Gpu("NVIDIA GB10", (12, 1))),
+            ("Orin (nvgpu), [N/A], [N/A]", Gpu("Orin")),
+        ],
+    )
+    def test_nvidia_smi_is_asked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, gpu: Gpu) -> None:
+        install_smi(tmp_path, monkeypatch, line)
+        assert this_machine(tmp_path).gpus == (gpu,)
+
+    @pytest.mark.parametrize(
+        ("line", "code"), [("No devices were found", 0), ("Field compute_cap is not valid", 2), (SMI, 9), ("a, b", 0)]
+    )
+    def test_nvidia_smi_without_an_answer_leaves_the_kernel_modules_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: int
+    ) -> None:
+        install_smi(tmp_path, monkeypatch, line, code=code)
+        folder = tmp_path / "proc" / "driver" / "nvidia" / "gpus"
+        write(folder / "0000:02:00.0" / "information", b"Model: \t\t NVIDIA GeForce RTX 4090\nIRQ:   \t\t 74\n")
+        write(folder / "0000:01:00.0" / "information", b"Model: \t\t NVIDIA GeForce GTX 1080 Ti\n")
+        write(folder / "0000:03:00.0" / "information", b"IRQ:   \t\t 75\n")
+        assert this_machine(tmp_path).gpus == (Gpu("NVIDIA GeForce GTX 1080 Ti"), Gpu("NVIDIA GeForce RTX 4090"))
+
+    def test_a_jetson_is_known_by_its_files(self, tmp_path: Path) -> None:
+        write(tmp_path / "proc" / "device-tree" / "model", b"NVIDIA Jetson AGX Orin Developer Kit\0")
+        release = (
+            b"# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 2025\n"
+        )
+        write(tmp_path / "etc" / "nv_tegra_release", release)
+        found = this_machine(tmp_path)
+        assert (found.board, found.l4t) == ("NVIDIA Jetson AGX Orin Developer Kit", "36.4.3")
+
+    @pytest.mark.parametrize("name", ["proc/device-tree/model", "etc/nv_tegra_release"])
+    def test_a_folder_where_a_file_should_be(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).mkdir(parents=True)
+        assert this_machine(tmp_path).board is None
+
+    @pytest.mark.parametrize("content", [b"", b"\0", b"\xff\xfe", b"\x1b[2J", b"R35 (release)", b"x" * 100_000])
+    def test_files_of_another_kind(self, tmp_path: Path, content: bytes) -> None:
+        write(tmp_path / "proc" / "device-tree" / "model", content)
+        write(tmp_path / "etc" / "nv_tegra_release", content)
+        write(tmp_path / "proc" / "driver" / "nvidia" / "gpus" / "0" / "information", content)
+        found = this_machine(tmp_path)
+        assert (found.gpus, found.l4t) == ((), None)
+        assert machine.in_words(found).isprintable()
+
+
+@given(st.lists(st.text(max_size=60), max_size=4))
+def test_whatever_nvidia_smi_prints_is_no_crash(lines: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "_output", lambda *command: "\n".join(lines))
+        assert all(isinstance(gpu, Gpu) for gpu in machine._gpus_of_smi())
+        assert machine._gpus_of_cuda() is None
+
+
+def test_libraries_are_known_without_importing_them() -> None:
+    tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
+    assert this_machine().version("tensorrt_rtx") == tensorrt_rtx.__version__
+    assert this_machine().version("no_such_library") is None
+
+
+def test_one_line_says_it_all() -> None:
+    xavier = Machine(
+        (Gpu("Xavier", (7, 2), 30.98),), "Jetson-AGX", "35.4.1", (InstalledLibrary("tensorrt", "8.5.2.2"),)
+    )
+    expected = "Jetson-AGX, Jetson Linux 35.4.1, Xavier (compute capability 7.2, 31.0 GiB), tensorrt 8.5.2.2"
+    assert machine.in_words(xavier) == expected
+    assert machine.in_words(Machine()) == "no NVIDIA GPU, no engine library"
