@@ -262,7 +262,7 @@ def build(
             click.echo(f"{fallen.graph} is {fallen.used}, not {fallen.wanted}: {fallen.reason}")
     if all(len(each.engines.failed) == len(each.engines.entries) for each in builds):
         fail(f"no graph builds for {builds[0].engines.device}")
-    return print_next(f"profile --device {builds[0].engines.device}")
+    return print_next("profile --device host")
 
 
 def _print_engines(engines: Any, folder: Path) -> None:
@@ -531,11 +531,12 @@ def devices(workspace: Workspace, as_json: bool) -> None:
 
 @main.command()
 @_json_option
-def doctor(as_json: bool) -> None:
+@click.pass_obj
+def doctor(workspace: Workspace, as_json: bool) -> None:
     """What this machine can train, build and run."""
     from mess_compile.doctor import examine
 
-    findings = examine()
+    findings = examine(workspace.root)
     if as_json:
         return print_json({"findings": [asdict(finding) for finding in findings]})
     for finding in findings:

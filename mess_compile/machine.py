@@ -19,6 +19,7 @@ _PATIENCE_S = 20
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 _SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits")
+_SMI_POWER = ("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader,nounits")
 _DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11"),
@@ -71,6 +72,18 @@ def in_words(machine: Machine) -> str:
     gpus = [_gpu_in_words(gpu) for gpu in machine.gpus] or ["no NVIDIA GPU"]
     libraries = [f"{library.name} {library.version}" for library in machine.libraries] or ["no engine library"]
     return ", ".join([*([system] if system else []), *gpus, *libraries])
+
+
+def power_in_words(root: Path = Path("/")) -> str:
+    """Power mode and clocks, as far as the board, the GPU's driver and the kernel tell them."""
+    told = [f"power mode {mode}" for mode in re.findall(r"NV Power Mode: *(\S+)", _output("nvpmodel", "-q"))]
+    for row in _output(*_SMI_POWER).splitlines():
+        told.append("GPU at {} of {} MHz, power limit {} W".format(*(row.split(", ") + ["?"] * 3)[:3]))
+    cpu = root / "sys" / "devices" / "system" / "cpu" / "cpu0" / "cpufreq"
+    kilohertz, governor = _read(cpu / "scaling_cur_freq").strip(), _read(cpu / "scaling_governor").strip()
+    if kilohertz.isdecimal():
+        told.append(f"CPU at {int(kilohertz) // 1000} MHz, governor {governor or 'unknown'}")
+    return "; ".join(told) or "neither board, driver nor kernel tells them here"
 
 
 def dotted(capability: tuple[int, int]) -> str:

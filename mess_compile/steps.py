@@ -292,6 +292,8 @@ def profile(
 
     target = _target(workspace, device)
     refuse_unless_here(target, workspace.root)
+    if not target.library.startswith("onnxruntime"):
+        raise InputError(f"{target.name} runs engines of {target.library}, which `profile` does not measure yet")
     graph_set = _verified_graphs(workspace)
     library = open_library(target.library)
     table = profiling.profile_graphs(graph_set, library, target.name, workspace.latency(target.name), progress, effort)

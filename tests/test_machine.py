@@ -166,3 +166,26 @@ def test_one_line_says_it_all() -> None:
     expected = "Jetson-AGX, Jetson Linux 35.4.1, Xavier (compute capability 7.2, 31.0 GiB), tensorrt 8.5.2.2"
     assert machine.in_words(xavier) == expected
     assert machine.in_words(Machine()) == "no NVIDIA GPU, no engine library"
+
+
+class TestPower:
+    def test_clocks_and_power_mode_are_told_by_whoever_knows(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        install_smi(tmp_path, monkeypatch, "1200, 1980, 450.00")
+        (tmp_path / "nvpmodel").write_text("#!/bin/sh\necho 'NV Power Mode: MAXN'\necho 0\n")
+        (tmp_path / "nvpmodel").chmod(0o755)
+        place = tmp_path / "sys" / "devices" / "system" / "cpu" / "cpu0" / "cpufreq"
+        write(place / "scaling_cur_freq", b"2265600\n")
+        (place / "scaling_governor").write_text("schedutil\n")
+        assert machine.power_in_words(tmp_path) == (
+            "power mode MAXN; GPU at 1200 of 1980 MHz, power limit 450.00 W; CPU at 2265 MHz, governor schedutil"
+        )
+
+    @pytest.mark.parametrize("line", ["", "nonsense", "1, 2, 3, 4, 5"])
+    def test_nonsense_is_no_crash(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, no_driver: None
+    ) -> None:
+        assert machine.power_in_words(tmp_path / "nothing") == "neither board, driver nor kernel tells them here"
+        install_smi(tmp_path, monkeypatch, line)
+        assert "\n" not in machine.power_in_words(tmp_path / "nothing")

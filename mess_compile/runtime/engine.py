@@ -64,6 +64,10 @@ class Library(Protocol):
         """The tensor's values as an array of the caller's own; waits for the runs that produce them."""
         ...
 
+    def synchronise(self) -> None:
+        """Wait for every upload and run so far; a GPU's go on behind the caller's back."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -29,16 +29,27 @@ class FakeTensor:
     values: np.ndarray
     valid: bool = True
 
+    def read(self) -> np.ndarray:
+        if not self.valid:
+            raise EngineError("this tensor was overwritten: its engine has run again since")
+        values: np.ndarray = self.values.copy()
+        return values
+
 
 @dataclass
 class FakeLibrary:
-    """Loads graphs by file stem; `log` lists what happened as (verb, graph), `now_ns` is the clock."""
+    """Loads graphs by file stem; `log` lists what happened as (verb, graph), `now_ns` is the clock.
+
+    When it is `queued`, runs take their time behind the caller's back, as a GPU's do.
+    """
 
     graphs: Mapping[str, FakeGraph]
     name: str = "fake"
     version: str = "1"
     log: List[Tuple[str, str]] = field(default_factory=list)
     now_ns: int = 0
+    queued: bool = False
+    pending_ns: int = 0
 
     def clock_ns(self) -> int:
         return self.now_ns
@@ -53,10 +64,12 @@ class FakeLibrary:
         return FakeTensor(array.copy())
 
     def download(self, tensor: FakeTensor) -> np.ndarray:
-        if not tensor.valid:
-            raise EngineError("this tensor was overwritten: its engine has run again since")
-        values: np.ndarray = tensor.values.copy()
-        return values
+        self.synchronise()
+        return tensor.read()
+
+    def synchronise(self) -> None:
+        self.now_ns += self.pending_ns
+        self.pending_ns = 0
 
     def close(self) -> None:
         self.log.append(("close", ""))
@@ -75,7 +88,7 @@ class FakeEngine:
     def run(self, feeds: Mapping[str, FakeTensor]) -> Dict[str, FakeTensor]:
         if self._closed or set(feeds) != set(self.inputs):
             raise EngineError(f"{self._name}: closed, or fed {sorted(feeds)} for {sorted(self.inputs)}")
-        arrays = {name: self._library.download(tensor) for name, tensor in feeds.items()}
+        arrays = {name: tensor.read() for name, tensor in feeds.items()}
         for name, array in arrays.items():
             spec = self.inputs[name]
             if (str(array.dtype), array.shape) != (spec.dtype, spec.shape):
@@ -83,7 +96,9 @@ class FakeEngine:
         for tensor in self._last:
             tensor.valid = False
         self._library.log.append(("run", self._name))
-        self._library.now_ns += self._graph.cost_ns
+        self._library.pending_ns += self._graph.cost_ns
+        if not self._library.queued:
+            self._library.synchronise()
         results = {name: FakeTensor(values) for name, values in self._graph.compute(arrays).items()}
         self._last = list(results.values())
         return results

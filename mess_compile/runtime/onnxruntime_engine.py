@@ -36,7 +36,7 @@ def open_library(name: str = "onnxruntime", threads: Optional[int] = None) -> On
     if provider not in available:
         raise EngineError(
             f"ONNX Runtime {onnxruntime.__version__} has {', '.join(available)}, not {provider}: run "
-            f"`pip uninstall onnxruntime && pip install {package}` on a machine with an NVIDIA GPU"
+            f"`pip uninstall -y onnxruntime && pip install {package}` on a machine with an NVIDIA GPU"
         )
     return OnnxRuntime(onnxruntime, name, threads)
 
@@ -92,6 +92,9 @@ class OnnxRuntime:
     def download(self, tensor: Tensor) -> np.ndarray:
         values: np.ndarray = tensor.numpy()
         return values
+
+    def synchronise(self) -> None:
+        """Nothing to wait for: a run returns when its outputs are there."""
 
     def close(self) -> None:
         pass

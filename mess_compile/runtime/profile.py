@@ -166,9 +166,7 @@ class _Bench:
 
         def timed(produced: Mapping[str, Tensor]) -> int:
             feeds = {**pooled, **{name: produced[name] for name in fresh}}
-            start = self._clock_ns()
-            engine.run(feeds)
-            return self._clock_ns() - start
+            return self._spent_ns(lambda: engine.run(feeds))
 
         return timed
 
@@ -182,12 +180,15 @@ class _Bench:
     def _transfer(self, job: Job) -> Callable[[Mapping[str, Tensor]], int]:
         action = self._transfer_action(job)
 
-        def timed(produced: Mapping[str, Tensor]) -> int:
-            start = self._clock_ns()
-            action(produced)
-            return self._clock_ns() - start
+        return lambda produced: self._spent_ns(lambda: action(produced))
 
-        return timed
+    def _spent_ns(self, action: Callable[[], object]) -> int:
+        """From what ran before being done, until this is."""
+        self._library.synchronise()
+        start = self._clock_ns()
+        action()
+        self._library.synchronise()
+        return self._clock_ns() - start
 
     def _transfer_action(self, job: Job) -> Callable[[Mapping[str, Tensor]], object]:
         library, image = self._library, self._image

@@ -152,6 +152,7 @@ def test_without_the_gpu_provider_the_message_names_the_package(name: str, monke
         open_library(name)
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")
 def test_a_provider_that_does_not_start_is_said(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime would fall back to the CPU without a word, and the figures would be the CPU's."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])

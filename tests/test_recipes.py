@@ -1,0 +1,87 @@
+"""fp16 and int8 engines: settled once on the user's own images, and never something else than was asked in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mess_compile.candidates import read_graph_set
+from mess_compile.recipes import recipe_name
+from tests.commands import done, printed_json, run
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install mess-compile[rtx]")
+
+
+def build(workspace: Path, precision: str) -> list[dict[str, object]]:
+    content = printed_json("-C", workspace, "build", "--device", "rtx-4090", "--precision", precision)
+    return [each["engines"] for each in content["builds"]]
+
+
+def test_each_precision_has_its_engines_and_is_settled_once(workspace: Path) -> None:
+    names = set(read_graph_set(workspace / "graphs").graphs)
+    plain, half, whole = build(workspace, "fp32,fp16,int8")
+    for engines, recipe in ((plain, "fp32"), (half, "fp16"), (whole, "int8")):
+        assert engines["recipe"] == recipe
+        entries = engines["entries"]
+        assert isinstance(entries, list)
+        assert {entry["graph"] for entry in entries} == names
+        assert not [entry["error"] for entry in entries if entry["error"]]
+        assert [path for entry in entries for path in (workspace / "engines").glob(f"*/{recipe}/{entry['key']}.engine")]
+    settled = json.loads((workspace / "recipes" / "fp16" / "recipe.json").read_text())
+    assert set(settled["recipe"]["precisions"].values()) == {"fp16", "fp32"}, "output graphs have nothing to convert"
+    assert (settled["judged_frames"], settled["calibration_frames"]) == (12, 0)
+    before = (workspace / "recipes" / "fp16" / "recipe.json").stat().st_mtime_ns
+    assert [engines["built"] for engines in build(workspace, "fp32,fp16")] == [0, 0]
+    assert (workspace / "recipes" / "fp16" / "recipe.json").stat().st_mtime_ns == before
+    damaged = workspace / "recipes" / "fp16" / "recipe.json"
+    damaged.write_text(damaged.read_text().replace("fp16", "fp8", 3))
+    assert build(workspace, "fp16")[0]["built"] == 0, "settled again, into the same graphs"
+    assert "fp8" not in damaged.read_text()
+
+
+def test_precisions_are_judged_on_real_images_only(workspace: Path) -> None:
+    memory = workspace / "workspace.json"
+    content = json.loads(memory.read_text())
+    memory.unlink()
+    memory.write_text(json.dumps({**content, "data": None}))
+    result = run("-C", workspace, "build", "--device", "rtx-4090", "--precision", "fp16")
+    assert result.exit_code == 1
+    assert "fp16 and int8 are judged on real images: name a data folder with --data DIR" in result.stderr
+    assert not (workspace / "recipes").exists()
+    done("-C", workspace, "build", "--device", "rtx-4090", "--precision", "fp16", "--data", workspace / "data")
+
+
+@pytest.mark.parametrize("precision", ["fp64", "", "fp32,fp64", "FP16"])
+def test_a_precision_that_the_device_lacks_is_refused_before_anything_is_built(workspace: Path, precision: str) -> None:
+    result = run("-C", workspace, "build", "--device", "rtx-4090", "--precision", precision)
+    assert result.exit_code == 1
+    assert "rtx-4090 computes in fp32, fp16, int8, not in" in result.stderr
+    assert not (workspace / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "allowed", "name"),
+    [
+        ("fp16", ("fp32", "fp16", "int8"), "fp16"),
+        ("int8", ("fp32", "fp16", "int8"), "int8"),
+        ("int8", ("fp32", "int8"), "int8-fp32"),
+    ],
+)
+def test_targets_that_fall_back_to_other_precisions_share_no_recipe(
+    wanted: str, allowed: tuple[str, ...], name: str
+) -> None:
+    assert recipe_name(wanted, allowed) == name
+
+
+def test_classic_tensorrt_is_built_on_its_device_alone(workspace: Path) -> None:
+    result = run("-C", workspace, "build", "--device", "xavier")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: this machine is not 'xavier': ")
+
+
+def test_a_device_that_this_machine_is_not_is_not_measured_here(workspace: Path) -> None:
+    result = run("-C", workspace, "profile", "--device", "rtx-4090")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: this machine is not 'rtx-4090': ")
