@@ -56,8 +56,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One choice: its group and name, the backbone it trains on (name and recipe of stage 1), the recipe of stage 2, and
-    the backbone whose final exit teaches (its own by default)."""
+    """One choice: its group and name, the backbone it trains on (name and recipe of stage 1), the recipe of stage 2.
+
+    `teacher` is the backbone whose final exit teaches, its own by default.
+    """
 
     group: str
     name: str
