@@ -218,18 +218,25 @@ def export(
 @main.command()
 @click.option("--data", type=_FOLDER, help="Labelled images; remembered.")
 @click.option("--split", help="val by default; val[:50] takes the first 50 files. Remembered.")
-@click.option("--devices", default=1, show_default=True, help="Processes on each machine that share the images.")
+@click.option("--accelerator", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine that share the images.")
 @click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both themselves.")
 @_json_option
 @click.pass_obj
 def evaluate(
-    workspace: Workspace, data: Path | None, split: str | None, devices: int, nodes: int, as_json: bool
+    workspace: Workspace,
+    data: Path | None,
+    split: str | None,
+    accelerator: str,
+    devices: int,
+    nodes: int,
+    as_json: bool,
 ) -> None:
     """Record how sure and how right every head is on labelled images."""
     from mess_compile import inspection, steps
 
     with progress_bar(as_json) as progress:
-        found = steps.evaluate(workspace, data, split, progress, devices, nodes)
+        found = steps.evaluate(workspace, data, split, progress, devices, nodes, accelerator)
     if found is None:  # one of many processes; the first one speaks
         return None
     described = inspection.inspect_statistics(found)

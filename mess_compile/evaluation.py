@@ -111,10 +111,14 @@ def _evaluated(
 
 @dataclass(frozen=True)
 class Share:
-    """Which blocks of images are this process's: every `world`-th from `rank`; `wait` returns when all got there."""
+    """Which blocks of images are this process's: every `world`-th from `rank`; `wait` returns when all got there.
+
+    `gpu` is the one of this machine that it has for itself, where there are some.
+    """
 
     rank: int = 0
     world: int = 1
+    gpu: int = 0
     wait: Callable[[], None] = lambda: None
 
 

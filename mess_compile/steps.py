@@ -179,18 +179,32 @@ def _scene_frames(hw: tuple[int, int], count: int) -> list[NDArray[np.uint8]]:
 
 
 def evaluate(
-    workspace: Workspace, data: Path | None, split: str | None, progress: Progress, devices: int = 1, nodes: int = 1
+    workspace: Workspace,
+    data: Path | None,
+    split: str | None,
+    progress: Progress,
+    devices: int = 1,
+    nodes: int = 1,
+    accelerator: str = "cpu",
 ) -> statistics.ExitStatistics | None:
     """Run every head on a labelled split and write its exit statistics; both are remembered for `search`.
 
-    `devices` processes on each of `nodes` machines share the images, also under torchrun or SLURM; of several the
-    first returns the statistics, the others None.
+    On the `cpu`, or by ONNX Runtime's `cuda` provider, then a GPU for each process. `devices` processes on each of
+    `nodes` machines share the images, also under torchrun or SLURM; of several the first returns the statistics, the
+    others None.
     """
-    return _evaluated(workspace, data, split, progress, *(launcher.counts() or (devices, nodes)))
+    library = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda"}[accelerator]
+    return _evaluated(workspace, data, split, progress, library, *(launcher.counts() or (devices, nodes)))
 
 
 def _evaluated(
-    workspace: Workspace, data: Path | None, split: str | None, progress: Progress, devices: int, nodes: int
+    workspace: Workspace,
+    data: Path | None,
+    split: str | None,
+    progress: Progress,
+    library: str,
+    devices: int,
+    nodes: int,
 ) -> statistics.ExitStatistics | None:
     from mess_compile import evaluation
 
@@ -207,7 +221,7 @@ def _evaluated(
     with _shared(devices, nodes) as share:
         found = evaluation.evaluate_data(
             graph_set,
-            open_library("onnxruntime", threads),
+            open_library(library, threads, share.gpu if library == "onnxruntime-cuda" else 0),
             folder,
             workspace.statistics(split),
             share,
@@ -229,7 +243,7 @@ def _shared(devices: int, nodes: int) -> Iterator[Share]:
     parallel = extras.torch_module("training.parallel")
     fabric = parallel.launch(parallel.Machines("cpu", devices, nodes))
     with parallel.lost_process_named(fabric):
-        yield Share(fabric.global_rank, fabric.world_size, fabric.barrier)
+        yield Share(fabric.global_rank, fabric.world_size, fabric.local_rank, fabric.barrier)
 
 
 @dataclass(frozen=True)
@@ -345,7 +359,7 @@ def _current_statistics(
     except (InputError, StaleError):
         if memory.data is None:
             raise
-        made = _evaluated(workspace, None, split, progress, 1, 1)
+        made = _evaluated(workspace, None, split, progress, "onnxruntime", 1, 1)
         assert made is not None, "a search is one process"
         return made
 

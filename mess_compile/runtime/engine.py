@@ -71,8 +71,8 @@ class Library(Protocol):
     def close(self) -> None: ...
 
 
-def open_library(name: str, threads: Optional[int] = None) -> Library:
-    """Open an engine library by its name; `threads` is for CPU libraries (None: every core).
+def open_library(name: str, threads: Optional[int] = None, gpu: int = 0) -> Library:
+    """Open an engine library by its name; `threads` is for the CPU (None: every core), `gpu` which of several.
 
     Raises InputError for an unknown name, EngineError when the library is not installed.
     """
@@ -81,8 +81,10 @@ def open_library(name: str, threads: Optional[int] = None) -> Library:
     if name.startswith("onnxruntime") and name in LIBRARIES:
         from mess_compile.runtime import onnxruntime_engine
 
-        return onnxruntime_engine.open_library(name, threads)
+        return onnxruntime_engine.open_library(name, threads, gpu)
     if name in LIBRARIES:
+        if gpu:
+            raise InputError(f"{name} runs on the first GPU: put number {gpu} first with CUDA_VISIBLE_DEVICES")
         from mess_compile.runtime import tensorrt_engine
 
         return tensorrt_engine.open_library(name)

@@ -25,7 +25,7 @@ PROVIDERS = {
 """What each engine library runs graphs by, and by what the nodes that it does not take."""
 
 
-def open_library(name: str = "onnxruntime", threads: Optional[int] = None) -> OnnxRuntime:
+def open_library(name: str = "onnxruntime", threads: Optional[int] = None, gpu: int = 0) -> OnnxRuntime:
     """Raises EngineError when onnxruntime is not installed, or lacks the provider."""
     package = "onnxruntime" if name == "onnxruntime" else "onnxruntime-gpu"
     try:
@@ -38,16 +38,16 @@ def open_library(name: str = "onnxruntime", threads: Optional[int] = None) -> On
             f"ONNX Runtime {onnxruntime.__version__} has {', '.join(available)}, not {provider}: run "
             f"`pip uninstall -y onnxruntime && pip install {package}` on a machine with an NVIDIA GPU"
         )
-    return OnnxRuntime(onnxruntime, name, threads)
+    return OnnxRuntime(onnxruntime, name, threads, gpu)
 
 
 class OnnxRuntime:
     """Sessions of one process; each has its own thread pool, which sleeps between runs."""
 
-    def __init__(self, module: Any, name: str, threads: Optional[int]) -> None:
+    def __init__(self, module: Any, name: str, threads: Optional[int], gpu: int) -> None:
         self._module = module
         self._threads = threads
-        self._device = "cpu" if name == "onnxruntime" else "cuda"
+        self._place = ("cpu", 0) if name == "onnxruntime" else ("cuda", gpu)
         self.name = name
         self.version: str = module.__version__
 
@@ -55,9 +55,10 @@ class OnnxRuntime:
         if not path.is_file():
             raise EngineError(f"there is no graph {path}")
         wanted = PROVIDERS[self.name]
+        options = [{} if name == "CPUExecutionProvider" else {"device_id": str(self._place[1])} for name in wanted]
         try:
             session = self._module.InferenceSession(
-                str(path), self._options(), providers=list(wanted), enable_fallback=0
+                str(path), self._options(), providers=list(zip(wanted, options)), enable_fallback=0
             )
         except Exception as error:
             raise EngineError(f"ONNX Runtime {self.version} cannot load {path}: {_one_line(error)}") from error
@@ -70,10 +71,10 @@ class OnnxRuntime:
 
     def _buffers(self, specs: Iterable[TensorSpec]) -> Optional[Dict[str, Tensor]]:
         """Where a GPU's outputs stay; on the CPU each run makes its own, which is faster."""
-        if self._device == "cpu":
+        if self._place[0] == "cpu":
             return None
         make = self._module.OrtValue.ortvalue_from_shape_and_type
-        return {spec.name: make(spec.shape, np.dtype(spec.dtype), self._device, 0) for spec in specs}
+        return {spec.name: make(spec.shape, np.dtype(spec.dtype), *self._place) for spec in specs}
 
     def _options(self) -> Any:
         options = self._module.SessionOptions()
@@ -87,7 +88,7 @@ class OnnxRuntime:
         return options
 
     def upload(self, array: np.ndarray) -> Tensor:
-        return self._module.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)
+        return self._module.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *self._place)
 
     def download(self, tensor: Tensor) -> np.ndarray:
         values: np.ndarray = tensor.numpy()
