@@ -234,7 +234,8 @@ def _slug(text: str) -> str:
 
 
 def table(found: Sequence[dict[str, dict[str, float]]]) -> str:
-    """Markdown: per row and column the mean over seeds, and half the distance between the lowest and the highest."""
+    """Markdown: per row and column the mean over seeds, and half the distance between the lowest and the highest; a dash
+    where a seed has no figure (an AUROC of images that are all as good, or all worse)."""
     lines: list[str] = []
     for group, names in groupby(found[0], key=lambda name: name.split("/")[0]):
         members = list(names)
@@ -243,7 +244,7 @@ def table(found: Sequence[dict[str, dict[str, float]]]) -> str:
         for name in members:
             values = np.array([[seed[name].get(column, np.nan) for column in columns] for seed in found])
             middle, spread = values.mean(axis=0), (values.max(axis=0) - values.min(axis=0)) / 2
-            cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(middle, spread, strict=True)]
+            cells = ["-" if np.isnan(m) else f"{m:.1f} ± {s:.1f}" for m, s in zip(middle, spread, strict=True)]
             lines.append(f"| {name.split('/', 1)[1]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
