@@ -234,8 +234,10 @@ def _slug(text: str) -> str:
 
 
 def table(found: Sequence[dict[str, dict[str, float]]]) -> str:
-    """Markdown: per row and column the mean over seeds, and half the distance between the lowest and the highest; a dash
-    where a seed has no figure (an AUROC of images that are all as good, or all worse)."""
+    """Markdown: per row and column the mean over seeds, and half the distance between the lowest and the highest.
+
+    A dash where a seed has no figure: an AUROC of images that are all as good, or all worse.
+    """
     lines: list[str] = []
     for group, names in groupby(found[0], key=lambda name: name.split("/")[0]):
         members = list(names)
