@@ -11,6 +11,7 @@ One kind of head at a time is exported and built, so that memory stays bounded.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -105,7 +106,8 @@ def rows(backbone: str, hw: tuple[int, int], exits: int, heads: Sequence[HeadCon
                         )
 
 
-def report(found: Sequence[Row]) -> None:
+def report(found: Sequence[Row]) -> bool:
+    """Prints a table; whether all was built."""
     print(f"{'backbone':12} {'precision':9} {'for':5} {'engines':>7} {'failed':>6} {'seconds':>8} {'MiB':>8}")
     for key in dict.fromkeys((row.backbone, row.precision, row.capability) for row in found):
         part = [row for row in found if (row.backbone, row.precision, row.capability) == key]
@@ -122,6 +124,7 @@ def report(found: Sequence[Row]) -> None:
     for ratio, key in large:
         pair = [sizes[(*key, capability)] / 2**20 for capability in CAPABILITIES]
         print(f"LARGE  {' '.join(key)}: {pair[0]:.2f} MiB, {ratio:.2f} x {pair[1]:.2f}")
+    return all(row.error is None for row in found)
 
 
 def main() -> None:
@@ -138,8 +141,9 @@ def main() -> None:
     start = time.monotonic()
     for backbone in given.backbone:
         found += rows(backbone, tuple(given.input), given.exits, heads)
-    report(found)
+    good = report(found)
     print(f"{len(found)} engines in {time.monotonic() - start:.0f} s")
+    sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":

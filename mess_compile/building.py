@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mess_compile import files
+from mess_compile import files, workers
 from mess_compile.candidates import GraphSet
 from mess_compile.graph import lint, rewrite, store
 from mess_compile.graph.recipe import PrecisionRecipe
@@ -103,26 +102,62 @@ def build_engines(
     killed call continues. Raises InputError when the target's library builds no engines, EngineError when it is not
     installed.
     """
+    version = library_version(target)
+    with _alone_in(folder):
+        return _engines(graph_set, recipe, target, version, folder, jobs, progress)
+
+
+def library_version(target: Target) -> str:
+    """Of the library that builds for the target. Raises InputError when none does, EngineError when it is missing."""
     if target.library.startswith("onnxruntime"):
         raise InputError(f"{target.name} needs no engines: ONNX Runtime compiles each graph when it loads it")
-    version = str(tensorrt_module.import_module(target.library).__version__)
+    return str(tensorrt_module.import_module(target.library).__version__)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Raises InputError when another process builds here: each would take the other's files for left-overs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process builds in {folder}: wait for it, or stop it") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _engines(
+    graph_set: GraphSet,
+    recipe: PrecisionRecipe,
+    target: Target,
+    version: str,
+    folder: Path,
+    jobs: int,
+    progress: Progress,
+) -> EngineSet:
     wanted = [_job(graph_set, name, recipe.precision(name), target, version, folder) for name in graph_set.graphs]
-    known = _intact(folder, _read_index(folder))
+    index = _read_index(folder)
+    known = _intact(folder, index)
     found = {job.graph: known[job.key] for job in wanted if job.key in known}
     missing = [job for job in wanted if job.graph not in found]
     kept = len(found)
     progress("build", kept, len(wanted))
-    folder.mkdir(parents=True, exist_ok=True)
 
     def engines() -> EngineSet:
         entries = tuple(found[name] for name in graph_set.graphs if name in found)
-        return EngineSet(target.name, recipe.name, target.library, version, len(found) - kept, entries)
+        built = sum(entry.error is None for entry in entries) - kept
+        return EngineSet(target.name, recipe.name, target.library, version, built, entries)
 
-    for entry in _built(missing, jobs if target.library == "tensorrt_rtx" else 1):
+    processes = jobs if target.library == "tensorrt_rtx" else 1
+    for entry in workers.results(_build, missing, processes, _crashed):
         found[entry.graph] = entry
         _write_index(folder, engines())
         progress("build", len(found), len(wanted))
-    if missing:
+    if engines().entries != index:
+        _write_index(folder, engines())
         _remove_others(folder, {entry.key for entry in found.values()})
     return engines()
 
@@ -131,60 +166,26 @@ def _job(graph_set: GraphSet, name: str, precision: str, target: Target, version
     capability = target.compute_capability
     named = None if capability is None else f"SM{capability[0]}{capability[1]}"
     options = BuildOptions(target.library, precision, named)
-    decides = (PREPARATION, graph_set.spec(name).sha256, asdict(options), version, target.name, target.opset)
+    decides = (
+        PREPARATION,
+        graph_set.spec(name).sha256,
+        asdict(options),
+        version,
+        target.name,
+        target.gpu,
+        target.opset,
+    )
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
     parser = lint.Parser(target.library, version, target.opset, capability)
     return _Job(name, graph_set.path(name), key, options, parser, folder)
 
 
-def _built(jobs: Sequence[_Job], processes: int) -> Iterator[EngineEntry]:
-    """Entries as they are made; jobs in flight when a process dies are tried once more, each alone."""
-    left = list(jobs)
-    while left:
-        suspects: list[_Job] = []
-        with _pool(processes) as pool:
-            yield from _built_until_broken(pool, left, suspects, processes)
-        yield from map(_built_alone, suspects)
-
-
-def _built_until_broken(
-    pool: ProcessPoolExecutor, left: list[_Job], suspects: list[_Job], processes: int
-) -> Iterator[EngineEntry]:
-    """Takes jobs from `left`, never more at once than there are processes; those of a broken pool go to `suspects`."""
-    running: dict[Future[EngineEntry], _Job] = {}
-    while running or (left and not suspects):
-        while left and not suspects and len(running) < processes:
-            job = left.pop(0)
-            running[pool.submit(_build, job)] = job
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            job = running.pop(future)
-            try:
-                entry = future.result()
-            except BrokenProcessPool:
-                suspects.append(job)
-                continue
-            yield entry
-
-
-def _built_alone(job: _Job) -> EngineEntry:
-    with _pool(1) as pool:
-        try:
-            return pool.submit(_build, job).result()
-        except BrokenProcessPool:
-            return _failed(job, "the builder crashed, or was killed for the memory it took")
-
-
-def _pool(processes: int) -> ProcessPoolExecutor:
-    """Fresh processes: TensorRT's logger and locks do not survive a fork."""
-    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_parent)
-
-
-def _leave_interrupts_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _failed(job: _Job, error: str) -> EngineEntry:
     return EngineEntry(job.graph, job.options.precision, job.key, "", 0, 0.0, (), error)
+
+
+def _crashed(job: _Job) -> EngineEntry:
+    return _failed(job, "the builder crashed, or was killed for the memory it took")
 
 
 def _build(job: _Job) -> EngineEntry:
@@ -199,6 +200,10 @@ def _build(job: _Job) -> EngineEntry:
             temporary.write_bytes(engine)
     except MessError as error:
         return _failed(job, str(error))
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of the libraries, on a graph that no export of ours wrote
+        return _failed(job, tensorrt_module.one_line(f"{type(error).__name__}: {error}"))
     sha256 = hashlib.sha256(engine).hexdigest()
     seconds = round(time.monotonic() - started, 3)
     return EngineEntry(job.graph, job.options.precision, job.key, sha256, len(engine), seconds, rewrites, None)

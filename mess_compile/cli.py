@@ -262,14 +262,14 @@ def build(
     with progress_bar(as_json) as progress:
         builds = steps.build(workspace, device, tuple(precision.split(",")), data, jobs, progress)
     if as_json:
-        return print_json({"builds": [asdict(each) for each in builds]})
-    for each in builds:
+        print_json({"builds": [asdict(each) for each in builds]})
+    for each in () if as_json else builds:
         _print_engines(each.engines, workspace.engines(each.engines.device, each.engines.recipe))
         for fallen in each.fallbacks:
             click.echo(f"{fallen.graph} is {fallen.used}, not {fallen.wanted}: {fallen.reason}")
     if all(len(each.engines.failed) == len(each.engines.entries) for each in builds):
         fail(f"no graph builds for {builds[0].engines.device}")
-    return print_next("profile --device host")
+    return None if as_json else print_next("profile --device host")
 
 
 def _print_engines(engines: Any, folder: Path) -> None:

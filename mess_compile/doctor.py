@@ -11,6 +11,7 @@ from pathlib import Path
 from mess_compile import machine as machines
 from mess_compile.machine import Machine, dotted
 from mess_compile.runtime import onnxruntime_engine
+from mess_compile.runtime.errors import InputError
 from mess_compile.targets import RTX_CAPABILITIES, known_targets, targets_here
 
 
@@ -55,8 +56,8 @@ def _module(what: str, name: str, remedy: str, more: Callable[[object], str]) ->
     try:
         module = importlib.import_module(name)
         return Finding(what, True, f"{name} {module.__version__}{more(module)}")
-    except (ImportError, OSError, AttributeError) as error:
-        return Finding(what, False, f"{name} cannot be imported ({error}): {remedy}")
+    except Exception as error:  # an ill driver raises what it likes, and this is the command for ill machines
+        return Finding(what, False, f"{name} cannot be used ({' '.join(str(error).split())[:200]}): {remedy}")
 
 
 def _gpu(machine: Machine) -> Finding:
@@ -66,7 +67,10 @@ def _gpu(machine: Machine) -> Finding:
 
 
 def _target(machine: Machine, workspace: Path | None) -> Finding:
-    names = [target.name for target in targets_here(known_targets(workspace).values(), machine)]
+    try:
+        names = [target.name for target in targets_here(known_targets(workspace).values(), machine)]
+    except InputError as error:
+        return Finding("known targets that this machine is", False, str(error))
     return Finding(
         "known targets that this machine is", bool(names), ", ".join(names) or "none: write profiles/NAME.toml"
     )

@@ -44,31 +44,38 @@ class PreciseGraphs:
 
 
 def precise_graphs(
-    graph_set: GraphSet, wanted: str, allowed: Sequence[str], folder: Path, images: Images, progress: Progress
+    graph_set: GraphSet,
+    wanted: str,
+    allowed: Sequence[str],
+    folder: Path,
+    tune: str,
+    images: Images,
+    progress: Progress,
 ) -> PreciseGraphs:
     """The graphs in the `wanted` precision, or the next safer one of `allowed` for those that lose too much.
 
     fp32 is the graphs themselves. Other recipes are kept below `folder` and taken again for the same graphs; else they
-    are settled on images of val, int8 calibrated on images of train. Raises what `images` and `settle` do.
+    are settled on images of the split `tune`, int8 calibrated on images of train. Raises what `images` and `settle` do.
     """
     if wanted == "fp32":
         return PreciseGraphs(graph_set, PrecisionRecipe("fp32", dict.fromkeys(graph_set.graphs, "fp32")), ())
-    place, made_from = folder / recipe_name(wanted, allowed), _source_of(graph_set, allowed)
-    known = _known(place, made_from)
+    place = folder / recipe_name(wanted, allowed)
+    made_from = _source_of(graph_set, place.name)
+    known = _known(place, made_from, set(graph_set.graphs))
     if known is None:
-        known = _settled(graph_set, wanted, allowed, place, images, progress, made_from)
+        known = _settled(graph_set, wanted, allowed, place, tune, images, progress, made_from)
         _write_recipe(place, known)
     return PreciseGraphs(read_graph_set(place), known.recipe, known.fallbacks)
 
 
-def _known(place: Path, made_from: str) -> SettledRecipe | None:
+def _known(place: Path, made_from: str, graphs: set[str]) -> SettledRecipe | None:
     """An earlier call's recipe; None when it was made from other graphs, or anything of it is missing or damaged."""
     try:
         known = _read_recipe(place)
         verify_graph_set(read_graph_set(place))
     except InputError:
         return None
-    return known if known.made_from == made_from else None
+    return known if known.made_from == made_from and set(known.recipe.precisions) == graphs else None
 
 
 def _settled(
@@ -76,11 +83,12 @@ def _settled(
     wanted: str,
     allowed: Sequence[str],
     place: Path,
+    tune: str,
     images: Images,
     progress: Progress,
     made_from: str,
 ) -> SettledRecipe:
-    judged, calibration = images("val"), images("train") if wanted == "int8" else []
+    judged, calibration = images(tune), images("train") if wanted == "int8" else []
     with closing(open_library("onnxruntime")) as library:
         recipe, fallbacks = settle(
             graph_set, wanted, judged, place, library, progress, calibration=calibration, allowed=allowed
@@ -95,10 +103,10 @@ def recipe_name(wanted: str, allowed: Sequence[str]) -> str:
     return wanted if len(kept) == len(safer) else "-".join([wanted, *kept])
 
 
-def _source_of(graph_set: GraphSet, allowed: Sequence[str]) -> str:
+def _source_of(graph_set: GraphSet, name: str) -> str:
     """By which a settled recipe knows the graphs that it was made from."""
     parts = [f"{name} {spec.sha256}" for name, spec in sorted(graph_set.graphs.items())]
-    return hashlib.sha256("\n".join([str(_SETTLING), *sorted(allowed), *parts]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([str(_SETTLING), name, *parts]).encode()).hexdigest()
 
 
 def _write_recipe(folder: Path, settled: SettledRecipe) -> None:

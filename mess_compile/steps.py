@@ -279,11 +279,15 @@ def build(
     if unknown:
         raise InputError(f"{target.name} computes in {', '.join(target.precisions)}, not in {unknown[0]!r}")
     images = partial(_real_images, workspace, data, graph_set.candidate.input_hw)
+    tune = workspace.memory().split or "val"
+    building.library_version(target)
     found = []
     for precision in precisions:
-        made = recipes.precise_graphs(graph_set, precision, target.precisions, workspace.recipes, images, progress)
+        made = recipes.precise_graphs(
+            graph_set, precision, target.precisions, workspace.recipes, tune, images, progress
+        )
         folder = workspace.engines(target.name, made.recipe.name)
-        processes = jobs or os.cpu_count() or 1
+        processes = jobs or len(os.sched_getaffinity(0))
         engines = building.build_engines(made.graph_set, made.recipe, target, folder, processes, progress)
         found.append(RecipeBuild(engines, made.fallbacks))
     return tuple(found)
@@ -294,8 +298,8 @@ def _real_images(workspace: Workspace, data: Path | None, hw: tuple[int, int], s
     if data is None and workspace.memory().data is None:
         raise InputError("fp16 and int8 are judged on real images: name a data folder with --data DIR")
     items = open_dataset(workspace.data_folder(data), split).items
-    chosen = items[:: max(1, len(items) // PRECISION_FRAMES)][:PRECISION_FRAMES]
-    return [frames.resize(read_frame(item.image), hw) for item in chosen]
+    places = np.unique(np.linspace(0, len(items) - 1, PRECISION_FRAMES).round().astype(int))
+    return [frames.resize(read_frame(items[place].image), hw) for place in places]
 
 
 def profile(

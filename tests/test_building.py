@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,7 +78,7 @@ def names(graphs: GraphSet, folder: Path) -> set[str]:
     for entry in found.entries:
         assert entry.error is not None or files.sha256_of_file(folder / f"{entry.key}.engine") == entry.sha256
     new = {entry.graph for entry in found.entries if before.get(entry.key) != entry}
-    assert found.built >= len(new)
+    assert found.built == len(new)
     return new
 
 
@@ -149,7 +151,7 @@ def test_a_graph_that_does_not_build_is_said_and_the_rest_goes_on(graphs: GraphS
     assert failed.graph == BROKEN
     assert failed.error is not None
     assert "Det" in failed.error
-    assert found.built == len(graphs.graphs)
+    assert found.built == len(graphs.graphs) - 1
     assert len(list((tmp_path / "new").glob("*.engine"))) == len(graphs.graphs) - 1
 
 
@@ -175,21 +177,87 @@ def test_a_builder_that_crashes_costs_its_graph_alone(
     assert {entry.graph for entry in found.entries} == set(graphs.graphs)
 
 
-def test_an_interrupted_build_continues(workspace: Path) -> None:
+def begun(workspace: Path) -> subprocess.Popen[str]:
+    """A build that has finished its first graph, in a process group of its own."""
     command = [sys.executable, "-m", "mess_compile", "-C", str(workspace), "build", "--device", "rtx-4090"]
-    index = workspace / "engines" / "rtx-4090" / "fp32" / "index.json"
     process = subprocess.Popen([*command, "--jobs", "1"], stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not index.exists() and process.poll() is None:
-        pass
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process gets it
+    while not index_of(workspace).exists() and process.poll() is None:
+        time.sleep(0.01)
+    return process
+
+
+def index_of(workspace: Path) -> Path:
+    return workspace / "engines" / "rtx-4090" / "fp32" / "index.json"
+
+
+def ends(group: int) -> bool:
+    """Whether a process group is empty within 20 seconds."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_interrupted_build_ends_at_once_and_continues(workspace: Path, times: int) -> None:
+    process = begun(workspace)
+    for _ in range(times):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process gets it
+        time.sleep(0.02)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
-    assert errors.splitlines()[-1].startswith("error: stopped; what was finished is kept")
-    kept = len(building._read_index(index.parent))
+    assert process.returncode != 0
+    assert ends(process.pid)
+    if times == 1:
+        assert errors.splitlines()[-1].startswith("error: stopped; what was finished is kept")
+        assert "Traceback" not in errors
+    kept = len(building._read_index(index_of(workspace).parent))
     (found,) = (each["engines"] for each in printed_json("-C", workspace, "build", "--device", "rtx-4090")["builds"])
     assert not [entry["error"] for entry in found["entries"] if entry["error"]]
     assert found["built"] == len(found["entries"]) - kept > 0
-    assert not [path for path in index.parent.iterdir() if path.is_dir()], "half-made graphs are gone"
+    left = [path.name for path in index_of(workspace).parent.iterdir() if path.suffix not in (".engine", ".json")]
+    assert not left, "half-made graphs are gone"
+
+
+def test_builders_do_not_outlive_a_killed_build(workspace: Path) -> None:
+    process = begun(workspace)
+    process.kill()
+    process.communicate(timeout=60)
+    assert ends(process.pid)
+
+
+def test_two_builds_of_one_target_do_not_share_a_folder(graphs: GraphSet, folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(InputError, match="another process builds in"):
+            build(graphs, folder)
+    finally:
+        os.close(descriptor)
+
+
+def test_graphs_that_are_gone_leave_no_engines(graphs: GraphSet, folder: Path) -> None:
+    less = replace(graphs, graphs={name: spec for name, spec in graphs.graphs.items() if name != BROKEN})
+    assert build(less, folder).built == 0
+    assert {entry.graph for entry in building._read_index(folder)} == set(less.graphs)
+    assert len(list(folder.glob("*.engine"))) == len({entry.key for entry in building._read_index(folder)})
+
+
+def test_a_graph_that_upsets_a_library_is_a_failure_of_its_own(graphs: GraphSet, tmp_path: Path) -> None:
+    path = graphs.path(BROKEN)
+    model = onnx.load(str(path), load_external_data=False)
+    conv = next(node for node in model.graph.node if node.op_type == "Conv")
+    del conv.input[1:]
+    onnx.save(model, str(path))
+    spec = replace(graphs.spec(BROKEN), sha256=files.sha256_of_file(path))
+    turing = replace(ampere(), compute_capability=(7, 5))
+    wrong = replace(graphs, graphs={**graphs.graphs, BROKEN: spec})
+    found = build_engines(wrong, plain(graphs), turing, tmp_path / "new", 2, tiny.nothing)
+    assert [entry.graph for entry in found.failed] == [BROKEN]
+    assert found.built == len(graphs.graphs) - 1
 
 
 def test_what_builds_no_engines_says_so(workspace: Path) -> None:

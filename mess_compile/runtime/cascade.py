@@ -57,10 +57,10 @@ class Cascade:
             for path in plan.graphs():
                 self._engines[path] = library.load(archive.folder / path)
             self._stages = tuple(self._loaded(index) for index in range(len(plan.stages)))
+            self._thresholds = library.upload(np.array(self.manifest.gate.thresholds, np.float32))
         except BaseException:
             self.close()
             raise
-        self._thresholds = library.upload(np.array(self.manifest.gate.thresholds, np.float32))
 
     def _loaded(self, index: int) -> _LoadedStage:
         stage = self.plan.stages[index]

@@ -82,9 +82,10 @@ def _hold_to_precision(trt: Any, config: Any, network: Any, precision: str) -> N
     flags = trt.BuilderFlag
     if precision == "fp32" or not hasattr(flags, "FP16"):
         return
-    config.set_flag(flags.FP16)
-    if precision == "int8":
+    if precision == "int8":  # explicit by Q/DQ; the rest has nothing but fp32 to choose
         config.set_flag(flags.INT8)
+        return
+    config.set_flag(flags.FP16)
     config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
     for index in range(network.num_layers):
         layer = network.get_layer(index)

@@ -1,0 +1,108 @@
+"""Jobs in fresh processes: one that dies takes no other job with it, and none outlives the process that asked."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait as wait_for_sentinels
+from typing import TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def results(
+    work: Callable[[Job], Result], jobs: Sequence[Job], processes: int, crashed: Callable[[Job], Result]
+) -> Iterator[Result]:
+    """`work(job)` of every job as it is done, up to `processes` at once; `crashed(job)` of one that ends its process.
+
+    Jobs in flight when a process dies are tried once more, each alone. Raises what `work` does.
+    """
+    left = list(jobs)
+    while left:
+        suspects: list[Job] = []
+        with _pool(processes) as pool:
+            yield from _until_broken(pool, work, left, suspects, processes)
+        for job in suspects:
+            yield _alone(work, job, crashed)
+
+
+def _until_broken(
+    pool: ProcessPoolExecutor,
+    work: Callable[[Job], Result],
+    left: list[Job],
+    suspects: list[Job],
+    processes: int,
+) -> Iterator[Result]:
+    """Takes jobs from `left`, never more at once than there are processes; those of a broken pool go to `suspects`."""
+    running: dict[Future[Result], Job] = {}
+    broken = False
+    while running or (left and not broken):
+        while left and not broken and len(running) < processes:
+            try:
+                future = _submitted(pool, work, left[0])
+            except BrokenProcessPool:
+                broken = True
+            else:
+                running[future] = left.pop(0)
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job = running.pop(future)
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                broken = True
+                suspects.append(job)
+                continue
+            yield result
+
+
+def _alone(work: Callable[[Job], Result], job: Job, crashed: Callable[[Job], Result]) -> Result:
+    with _pool(1) as pool:
+        try:
+            return _submitted(pool, work, job).result()
+        except BrokenProcessPool:
+            return crashed(job)
+
+
+@contextmanager
+def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Spawned, not forked: an engine library's logger and locks do not survive a fork. Killed when anything goes wrong:
+    what is under way may take minutes."""
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_the_parent
+    )
+    try:
+        yield pool
+    except BaseException:
+        for child in set(multiprocessing.active_children()) - before:
+            child.kill()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, work: Callable[[Job], Result], job: Job) -> Future[Result]:
+    """Processes that start here inherit that interrupts are blocked: a terminal sends them to every process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(work, job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait_for_sentinels([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
