@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import onnx
@@ -12,6 +13,9 @@ from onnx.reference import ReferenceEvaluator
 from mess_compile.graph.nodes import OPSET, keep
 
 _SIZES = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
+_GROWING = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Range": 1, "Pad": 1, "OneHot": 1}
+"""Operators whose output may be far larger than their inputs, and which input says how large."""
+_MOST_ELEMENTS = 1 << 20
 _SUBGRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
@@ -45,8 +49,18 @@ def _is_foldable(node: onnx.NodeProto, known: dict[str, onnx.TensorProto]) -> bo
     return sizes and bool(node.input) and len(node.output) == 1 and not node.domain and not has_subgraph(node)
 
 
+def _grows(node: onnx.NodeProto, known: dict[str, onnx.TensorProto]) -> bool:
+    """Whether a few bytes of sizes ask for an array that no size is: it would fill the memory."""
+    if node.op_type not in _GROWING:
+        return False
+    sizes = numpy_helper.to_array(known[node.input[_GROWING[node.op_type]]]).ravel().tolist()
+    return prod(max(1, abs(int(size))) for size in sizes) > _MOST_ELEMENTS
+
+
 def _value(node: onnx.NodeProto, known: dict[str, onnx.TensorProto]) -> Any:
     """The node's output, or None where the evaluator cannot compute it: then the engine library will."""
+    if _grows(node, known):
+        return None
     feeds = {name: numpy_helper.to_array(known[name]) for name in node.input if name}
     try:
         return next(iter(ReferenceEvaluator(node, opsets={"": OPSET}).run(None, feeds)))

@@ -176,11 +176,17 @@ def check_calibration(frames: int) -> None:
         )
 
 
-def _quantised(model: onnx.ModelProto, feeds: Iterator[Feed]) -> onnx.ModelProto:
+def quantiser() -> Any:
+    """ONNX Runtime's. Raises EngineError when it is not installed."""
     try:
         from onnxruntime import quantization
     except ImportError as error:
         raise EngineError(f"ONNX Runtime cannot be imported ({error}): run `pip install onnxruntime`") from error
+    return quantization
+
+
+def _quantised(model: onnx.ModelProto, feeds: Iterator[Feed]) -> onnx.ModelProto:
+    quantization = quantiser()
     # Says that the quantiser's own preparation is done: it would rewrite the gate, and shapes are static already.
     model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     with TemporaryDirectory() as folder:

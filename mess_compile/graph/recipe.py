@@ -21,6 +21,7 @@ from mess_compile.graph.precision import (
     Array,
     Feed,
     check_calibration,
+    quantiser,
     to_fp16,
     to_int8,
 )
@@ -99,6 +100,7 @@ def settle(
     """
     start = bold_recipe(graph_set, wanted)
     if wanted == "int8":
+        quantiser()
         check_calibration(len(calibration))
     else:
         calibration = ()
