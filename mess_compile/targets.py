@@ -201,7 +201,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     if len(content) > _MAX_BYTES:
         raise ValueError(f"it has more than {_MAX_BYTES} bytes")
     try:
-        return tomllib.loads(content.decode("utf-8"))
+        found: dict[str, Any] = tomllib.loads(content.decode("utf-8"))
+        return found
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not TOML ({error})") from error
 
