@@ -246,6 +246,7 @@ def normalise_half(rank: int, port: int, folder: str) -> None:
     made = norm(half)
     (made.square().sum() * (rank + 1)).backward()
     torch.save((made.detach(), half.grad, norm[0].running_mean, norm[0].running_var), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()  # its threads must not outlive Python
 
 
 def test_synchronised_norms_are_batchnorm_over_all_images(tmp_path: Path) -> None:
