@@ -27,7 +27,7 @@ from mess_compile.graph import lint, rewrite, store
 from mess_compile.graph.recipe import PrecisionRecipe
 from mess_compile.runtime import tensorrt_build, tensorrt_module
 from mess_compile.runtime.engine import Library, TensorSpec, open_library
-from mess_compile.runtime.errors import InputError, MessError
+from mess_compile.runtime.errors import InputError, MessError, one_line
 from mess_compile.runtime.tensorrt_build import BuildOptions
 from mess_compile.targets import Target
 
@@ -203,7 +203,7 @@ def _build(job: _Job) -> EngineEntry:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of the libraries, on a graph that no export of ours wrote
-        return _failed(job, tensorrt_module.one_line(f"{type(error).__name__}: {error}"))
+        return _failed(job, one_line(f"{type(error).__name__}: {error}"))
     sha256 = hashlib.sha256(engine).hexdigest()
     seconds = round(time.monotonic() - started, 3)
     return EngineEntry(job.graph, job.options.precision, job.key, sha256, len(engine), seconds, rewrites, None)

@@ -103,10 +103,10 @@ def recipe_name(wanted: str, allowed: Sequence[str]) -> str:
     return wanted if len(kept) == len(safer) else "-".join([wanted, *kept])
 
 
-def _source_of(graph_set: GraphSet, name: str) -> str:
+def _source_of(graph_set: GraphSet, recipe: str) -> str:
     """By which a settled recipe knows the graphs that it was made from."""
     parts = [f"{name} {spec.sha256}" for name, spec in sorted(graph_set.graphs.items())]
-    return hashlib.sha256("\n".join([str(_SETTLING), name, *parts]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([str(_SETTLING), recipe, *parts]).encode()).hexdigest()
 
 
 def _write_recipe(folder: Path, settled: SettledRecipe) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mess_compile import machine as machines
 from mess_compile.machine import Gpu, Machine, dotted
+from mess_compile.runtime.engine import LIBRARIES
 from mess_compile.runtime.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -22,7 +23,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-LIBRARIES = ("onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt_rtx")
 PRECISIONS = ("fp32", "fp16", "int8")
 RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 _ON_GPU = LIBRARIES[1:]

@@ -23,3 +23,8 @@ class BundleError(MessError):
 
 class EngineError(MessError):
     """An engine library is missing, or could not load or run a graph."""
+
+
+def one_line(text: object) -> str:
+    """What a library says, for a message of ours."""
+    return " ".join(str(text).split())[:300]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Mapping, Option
 import numpy as np
 
 from mess_compile.runtime.engine import Tensor, TensorSpec
-from mess_compile.runtime.errors import EngineError
+from mess_compile.runtime.errors import EngineError, one_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -61,7 +61,7 @@ class OnnxRuntime:
                 str(path), self._options(), providers=list(zip(wanted, options)), enable_fallback=0
             )
         except Exception as error:
-            raise EngineError(f"ONNX Runtime {self.version} cannot load {path}: {_one_line(error)}") from error
+            raise EngineError(f"ONNX Runtime {self.version} cannot load {path}: {one_line(error)}") from error
         if session.get_providers()[0] != wanted[0]:
             raise EngineError(
                 f"ONNX Runtime {self.version} could not start {wanted[0]}: are the CUDA and cuDNN that it was built "
@@ -131,7 +131,7 @@ class OnnxRuntimeEngine:
                 return self._run_bound(self._session, feeds, self._buffers)
             return dict(zip(self._names, self._session.run_with_ort_values(self._names, feeds)))
         except Exception as error:
-            raise EngineError(f"ONNX Runtime cannot run {self._path.name}: {_one_line(error)}") from error
+            raise EngineError(f"ONNX Runtime cannot run {self._path.name}: {one_line(error)}") from error
 
     @staticmethod
     def _run_bound(
@@ -149,7 +149,3 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         self._session = None
         self._buffers = None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, List, Optional
 
 from mess_compile.runtime import tensorrt_module
-from mess_compile.runtime.errors import EngineError, InputError
+from mess_compile.runtime.errors import EngineError, InputError, one_line
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 
@@ -109,4 +109,4 @@ def _network_flags(trt: Any) -> int:
 def _parser_words(parser: Any, logger: Any) -> str:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     told = "; ".join(f"node {error.node()}: {error.desc()}" for error in errors)
-    return tensorrt_module.one_line(told) or str(logger.words())
+    return one_line(told) or str(logger.words())

@@ -14,7 +14,7 @@ from mess_compile.runtime import tensorrt_module
 from mess_compile.runtime.cuda import Cuda, open_cuda
 from mess_compile.runtime.device_memory import Block, DeviceMemory, DeviceTensor
 from mess_compile.runtime.engine import Tensor, TensorSpec
-from mess_compile.runtime.errors import EngineError
+from mess_compile.runtime.errors import EngineError, one_line
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8"}
 
@@ -62,7 +62,7 @@ class TensorRt:
         try:
             return self._module.Runtime(self._listener)
         except (RuntimeError, TypeError) as error:
-            words = f"{tensorrt_module.one_line(error)}: {self._listener.words()}"
+            words = f"{one_line(error)}: {self._listener.words()}"
             raise EngineError(f"{self.name} {self.version} does not start on {self._cuda.device}: {words}") from error
 
     def load(self, path: Path) -> TensorRtEngine:

@@ -7,7 +7,7 @@ import importlib
 from collections import deque
 from typing import Any, Deque
 
-from mess_compile.runtime.errors import EngineError
+from mess_compile.runtime.errors import EngineError, one_line
 
 INSTALL = {
     "tensorrt": "JetPack has it (`sudo apt install python3-libnvinfer`); elsewhere run `pip install tensorrt`",
@@ -66,7 +66,3 @@ def set_scratch(context: Any, address: int, size: int) -> None:
         context.set_device_memory(address, size)
     else:
         context.device_memory = address
-
-
-def one_line(text: object) -> str:
-    return " ".join(str(text).split())[:300]
