@@ -1,0 +1,254 @@
+"""The system's own ssh with its configuration: one connection to a device, held open, that programs there share."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import select
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from mess_compile.runtime.errors import InputError, MessError, one_line
+
+CONNECT_S = 60.0
+"""For all of connecting: an agent may ask its user for a touch. The network's own share is 10 s."""
+_SETTINGS = (
+    *("BatchMode=yes", "LogLevel=ERROR", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3"),
+    *("ControlPersist=no", "RequestTTY=no", "RemoteCommand=none", "PermitLocalCommand=no", "ClearAllForwardings=yes"),
+    *("ForwardAgent=no", "ForwardX11=no"),
+)
+_UP = b"mess-compile is connected\n"
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+_HOST = re.compile(
+    rf"(?P<scheme>ssh://)?(?P<user>{_NAME}@)?"
+    rf"(?:(?P<name>{_NAME})|\[(?P<six>[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?)\])(?::(?P<port>[0-9]{{1,5}}))?"
+)
+_REMEDIES = (
+    ("Host key verification failed", "run `{login}` once and accept its host key"),
+    ("Permission denied|Too many authentication", "check that `{login}` works without a password (`ssh-copy-id`)"),
+    ("Could not resolve hostname", "check the name, or add it to ~/.ssh/config"),
+    ("Connection refused", "is the device up, and does its ssh server listen on this port?"),
+    ("timed out|No route to host|unreachable", "is the device switched on, and on this network?"),
+)
+
+
+class RemoteError(MessError):
+    """A device cannot be reached, or cannot do what it was asked; `lost`: the connection was there and was cut."""
+
+    def __init__(self, message: str, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
+@dataclass(frozen=True)
+class Host:
+    """`text` as the user wrote it; `destination` and `port` as ssh takes them, None where its configuration decides."""
+
+    text: str
+    destination: str
+    port: int | None
+
+    @property
+    def login(self) -> str:
+        """The line by which a user connects."""
+        return f"ssh {self.destination}" if self.port is None else f"ssh -p {self.port} {self.destination}"
+
+
+def parse_host(text: str) -> Host:
+    """From ssh://user@host[:port], user@host or a name of ~/.ssh/config; an IPv6 address stands in brackets.
+
+    Raises InputError for anything else: options, a path, a password (which the message does not repeat).
+    """
+    if ":" in text.removeprefix("ssh://").rpartition("@")[0]:
+        raise InputError("the host holds a password, and none is used: write ssh://user@host, and run `ssh-copy-id`")
+    match = _HOST.fullmatch(text)
+    port = int(match["port"]) if match and match["port"] else None
+    usable = match and (port is None or (match["scheme"] and 0 < port < 1 << 16)) and _is_ipv6(match["six"])
+    if not match or not usable:
+        raise InputError(f"host {text[:80]!r}: write ssh://user@host, ssh://user@host:port or a name of ~/.ssh/config")
+    return Host(text, (match["user"] or "") + (match["name"] or match["six"]), port)
+
+
+def _is_ipv6(text: str | None) -> bool:
+    with suppress(ValueError):
+        return text is None or bool(ipaddress.IPv6Address(text))
+    return False
+
+
+class Connection:
+    """A connection, for one thread: made when it is first needed, and again after it was lost.
+
+    Keys, agent, jump hosts and host keys are those of the user's ssh; `options` are further arguments for it.
+    """
+
+    def __init__(self, host: Host, options: Sequence[str] = ()) -> None:
+        self.host = host
+        self._options = tuple(options)
+        self._folder: str | None = None
+        self._master: subprocess.Popen[bytes] | None = None
+        self._said = ""
+
+    def open(self) -> None:
+        """Hold a session that ends with this process: its program there reads what we never write.
+
+        Raises RemoteError with ssh's own words and the remedy.
+        """
+        if self._master is not None and self._master.poll() is None:
+            return
+        self.close()
+        try:
+            self._folder = _private_folder()
+            there = f"echo {_UP.decode().strip()}; exec cat >/dev/null"
+            with (Path(self._folder) / "said").open("wb") as said:
+                command = self._command("-M", "--", self.host.destination, there)
+                self._master = _started(command, subprocess.PIPE, subprocess.PIPE, said)
+            self._await_up(self._master)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._master is not None:
+            self._master.terminate()
+            _end(self._master, 2.0)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._master = self._folder = None
+
+    @contextmanager
+    def client(
+        self, script: str, arguments: Sequence[str], output: int | IO[bytes], errors: int | IO[bytes]
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """The ssh of a shell script that runs there, through the connection and never beside it."""
+        self.open()
+        text = "exec " + shlex.join(["sh", "-c", script, "sh", *arguments])
+        command = self._command("-o", "ControlMaster=no", "-o", "ProxyCommand=false", "--", self.host.destination, text)
+        client = _started(command, subprocess.PIPE, output, errors)
+        try:
+            yield client
+        finally:
+            _end(client, 0.0)
+
+    def code(self, client: subprocess.Popen[bytes]) -> int:
+        """The code of the script there, once its ssh has ended. Raises RemoteError when the connection was lost."""
+        code = client.wait()
+        if (code == 255 or code < 0) and not (self._socket() in str(client.args) and self._is_up()):
+            reason = last_line(self._said) or "ssh was ended"
+            raise RemoteError(f"{self.host.text}: the connection was lost ({reason}): run the command again", lost=True)
+        return code
+
+    def _is_up(self) -> bool:
+        """ssh's own word on the connection: 255 is what it says of a lost one, but a program may end so, too."""
+        if _started(self._command("-O", "check", "--", self.host.destination)).wait() == 0:
+            return True
+        if self._master is not None:
+            _end(self._master, 2.0)
+        self._hear()
+        return False
+
+    def _hear(self) -> None:
+        """Keep what ssh said of the connection, for its folder goes."""
+        assert self._folder
+        self._said = (Path(self._folder) / "said").read_text(errors="replace")
+
+    def _command(self, *arguments: str) -> list[str]:
+        assert self._folder
+        settings = [part for setting in _SETTINGS for part in ("-o", setting)]
+        port = [] if self.host.port is None else ["-p", str(self.host.port)]
+        return ["ssh", *self._options, *settings, "-S", self._socket(), *port, *arguments]
+
+    def _socket(self) -> str:
+        """Another one for every connection: what ran over an earlier one ended with it."""
+        return f"{self._folder}/s".replace("%", "%%")
+
+    def _await_up(self, master: subprocess.Popen[bytes]) -> None:
+        assert master.stdout
+        heard, until = b"", time.monotonic() + CONNECT_S
+        while not heard.endswith(_UP):
+            if not _readable(master.stdout, until - time.monotonic()):
+                remedy = f"check that `{self.host.login}` works"
+                raise RemoteError(f"{self.host.text}: no connection after {CONNECT_S:g} s: {remedy}")
+            block = os.read(master.stdout.fileno(), 1 << 16)
+            if not block:
+                master.wait()
+                self._hear()
+                raise _refusal(self.host, self._said)
+            heard += block
+        if heard != _UP:
+            noise = one_line(heard.removesuffix(_UP).decode(errors="replace"))[:80]
+            remedy = "let ~/.bashrc print only in interactive shells"
+            raise RemoteError(f"{self.host.text}: its shell prints {noise!r} before every answer: {remedy}")
+
+
+def _refusal(host: Host, said: str) -> RemoteError:
+    """Why there is no connection, in ssh's words, and what to do."""
+    if "IDENTIFICATION HAS CHANGED" in said:
+        return _changed_key(host, said)
+    remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, said)), "check that `{login}` works")
+    reason = last_line(said) or "ssh ended without a word"
+    return RemoteError(f"{host.text}: {reason}: {remedy.format(login=host.login)}")
+
+
+def _changed_key(host: Host, said: str) -> RemoteError:
+    line = re.search(r"Offending (?:\S+ )?key in (\S+)", said)
+    name = re.search(r"Host key for (\S+) has changed", said)
+    where = f" ({line[1]})" if line else ""
+    key = name[1] if name else host.destination.rpartition("@")[2]
+    remedy = f"if the device was set up anew, remove the old key with `ssh-keygen -R '{key}'`"
+    return RemoteError(f"{host.text}: its host key is not the one that is known{where}: {remedy}")
+
+
+def last_line(text: str) -> str:
+    """The last thing said: the error after a traceback, the refusal after a warning."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return one_line(lines[-1]).rstrip(".") if lines else ""
+
+
+def _started(
+    command: Sequence[str],
+    given: int | IO[bytes] = subprocess.DEVNULL,
+    output: int | IO[bytes] = subprocess.DEVNULL,
+    errors: int | IO[bytes] = subprocess.DEVNULL,
+) -> subprocess.Popen[bytes]:
+    """In a session of its own: Ctrl-C is for us alone, and nobody is asked for a password, by jump hosts neither."""
+    environment = {**os.environ, "SSH_ASKPASS_REQUIRE": "never"}
+    try:
+        return subprocess.Popen(
+            command, stdin=given, stdout=output, stderr=errors, env=environment, start_new_session=True
+        )
+    except (FileNotFoundError, PermissionError) as error:
+        raise RemoteError("ssh is not installed here: run `apt-get install openssh-client`") from error
+
+
+def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """Wait, then kill; and let go of the pipes."""
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            with suppress(OSError):
+                pipe.close()
+
+
+def _private_folder() -> str:
+    """Short, for a socket's path has room for some 100 bytes."""
+    place = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="mess-", dir=place if len(os.fsencode(place)) <= 50 else "/tmp")
+
+
+def _readable(stream: IO[bytes], patience_s: float) -> bool:
+    waiting = select.poll()
+    waiting.register(stream, select.POLLIN)
+    return bool(waiting.poll(max(0.0, patience_s) * 1e3))
