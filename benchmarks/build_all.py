@@ -25,7 +25,6 @@ from mess_compile.candidates import Gate, GraphSet, HeadConfig, head_config_from
 from mess_compile.export import export_network
 from mess_compile.graph.cut import cut_network
 from mess_compile.graph.precision import is_fp16, to_fp16
-from mess_compile.graph.recipe import PrecisionRecipe
 from mess_compile.graph.store import read_whole_model, write_graph
 from mess_compile.nets.network import (
     Architecture,
@@ -70,21 +69,20 @@ def exported(backbone: str, hw: tuple[int, int], exits: int, head: HeadConfig, f
     return graph_set
 
 
-def in_fp16(graph_set: GraphSet, folder: Path) -> tuple[GraphSet, dict[str, str]]:
-    """Every graph as `to_fp16` leaves it, one at a time, and its precision."""
+def in_fp16(graph_set: GraphSet, folder: Path) -> GraphSet:
+    """Every graph as `to_fp16` leaves it, one at a time."""
     folder.mkdir()
-    specs, precisions = {}, {}
+    specs = {}
     for name, spec in graph_set.graphs.items():
         model = to_fp16(read_whole_model(graph_set.path(name)))
-        precisions[name] = "fp16" if is_fp16(model) else "fp32"
-        specs[name] = write_graph(model, folder, name, spec.macs)
-    return replace(graph_set, root=folder, graphs=specs), precisions
+        precision = "fp16" if is_fp16(model) else "fp32"
+        specs[name] = replace(write_graph(model, folder, name, spec.macs), precision=precision, wanted="fp16")
+    return replace(graph_set, root=folder, graphs=specs, recipe="fp16")
 
 
-def built(graph_set: GraphSet, precisions: dict[str, str], capability: tuple[int, int], folder: Path) -> EngineSet:
+def built(graph_set: GraphSet, capability: tuple[int, int], folder: Path) -> EngineSet:
     target = replace(find_target("rtx-4090", Path()), name="any", compute_capability=capability)
-    recipe = PrecisionRecipe("any", precisions)
-    return build_engines(graph_set, recipe, target, folder, 1, lambda *told: None)
+    return build_engines(graph_set, target, folder, 1, lambda *told: None)
 
 
 def rows(backbone: str, hw: tuple[int, int], exits: int, heads: Sequence[HeadConfig]) -> Iterator[Row]:
@@ -97,9 +95,9 @@ def rows(backbone: str, hw: tuple[int, int], exits: int, heads: Sequence[HeadCon
                 kept = {n: s for n, s in graphs.graphs.items() if n.startswith("head-") and not n.endswith(final)}
                 graphs = replace(graphs, graphs=kept)
             halved = in_fp16(graphs, Path(place) / "fp16")
-            for found, precisions in ((graphs, dict.fromkeys(graphs.graphs, "fp32")), halved):
+            for found in (graphs, halved):
                 for capability in CAPABILITIES:
-                    engines = built(found, precisions, capability, Path(place) / f"{found.root.name}-{capability}")
+                    engines = built(found, capability, Path(place) / f"{found.root.name}-{capability}")
                     for entry in engines.entries:
                         yield Row(
                             backbone, entry.graph, found.root.name, capability, entry.bytes, entry.seconds, entry.error

@@ -66,7 +66,9 @@ def made_up_graphs(candidate: CandidateNetwork, rows: int) -> tuple[GraphSet, La
         for name, ms in costs.items()
     }
     gate = Gate(thresholds=tuple(np.linspace(DEFAULT_THRESHOLDS[0], DEFAULT_THRESHOLDS[-1], rows).tolist()))
-    table = LatencyTable("made-up", "none", "0", candidate.identity, {}, "estimated", entries)
+    table = LatencyTable(
+        "made-up", "none", "0", candidate.identity, {}, "estimated", entries, {"fp32": candidate.identity}
+    )
     return GraphSet(Path("graphs"), candidate, gate, specs), table
 
 

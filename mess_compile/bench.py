@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mess_compile.candidates import GraphSet
 from mess_compile.dataset import DataSet, Sample, samples
+from mess_compile.engines import EngineFiles
 from mess_compile.evaluation import evaluate
 from mess_compile.latency import LatencyTable
 from mess_compile.runtime import cascade as runtime_cascade
@@ -115,7 +116,7 @@ class _Baseline:
 
 def bench(
     cascade: runtime_cascade.Cascade,
-    graph_set: GraphSet,
+    engines: EngineFiles,
     table: LatencyTable,
     data: DataSet,
     tuned_on: frozenset[str],
@@ -129,19 +130,20 @@ def bench(
     """
     if passes < 1:
         raise InputError(f"passes is {passes}: at least 1 is needed")
+    graph_set = engines.graph_set
     _check_fits(cascade, graph_set, data)
     items = list(samples(data))
     images = ((s.id, s.group, s.frame, s.labels) for s in items)
     found = evaluate(
-        graph_set,
+        engines,
         cascade.library,
         images,
         device=table.device,
         split=data.split,
         progress=lambda done: progress("replay", done, len(items)),
     )
-    evidence = Evidence(graph_set, table, found, cascade.plan.precision)
-    with closing(cascade.library.load(graph_set.path(evidence.baseline))) as engine:
+    evidence = Evidence(graph_set, table, found)
+    with closing(cascade.library.load(engines.path(evidence.baseline))) as engine:
         single = _Baseline(engine, cascade.library, graph_set.candidate.input_hw)
         run = _measure(cascade, single, items, passes, progress)
     return _compared(cascade, evidence, items, tuned_on, run)
@@ -227,7 +229,7 @@ def _compared(
         baseline=baseline,
         other_baselines=tuple(
             OtherBaseline(name, evidence.baseline_miou(name))
-            for name in evidence.graph_set.baselines
+            for name in evidence.baselines
             if name != evidence.baseline
         ),
         predicted=_column(plan.predicted),

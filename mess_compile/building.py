@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from mess_compile import files, workers
 from mess_compile.candidates import GraphSet
+from mess_compile.engines import EngineFiles
 from mess_compile.graph import lint, rewrite, store
-from mess_compile.graph.recipe import PrecisionRecipe
 from mess_compile.runtime import tensorrt_build, tensorrt_module
 from mess_compile.runtime.engine import Library, TensorSpec, open_library
 from mess_compile.runtime.errors import InputError, MessError, one_line
@@ -86,17 +86,8 @@ class _Job:
     folder: Path
 
 
-def build_engines(
-    graph_set: GraphSet,
-    recipe: PrecisionRecipe,
-    target: Target,
-    folder: Path,
-    jobs: int,
-    progress: Progress,
-) -> EngineSet:
+def build_engines(graph_set: GraphSet, target: Target, folder: Path, jobs: int, progress: Progress) -> EngineSet:
     """Build what `folder` (engines/DEVICE/RECIPE) lacks, in up to `jobs` processes of one graph at a time.
-
-    `graph_set` holds the graphs in the precisions that `recipe` says.
 
     A graph that fails becomes an entry with its error; the rest goes on. The index is written after every graph, so a
     killed call continues. Raises InputError when the target's library builds no engines, EngineError when it is not
@@ -104,7 +95,7 @@ def build_engines(
     """
     version = library_version(target)
     with _alone_in(folder):
-        return _engines(graph_set, recipe, target, version, folder, jobs, progress)
+        return _engines(graph_set, target, version, folder, jobs, progress)
 
 
 def library_version(target: Target) -> str:
@@ -131,14 +122,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _engines(
     graph_set: GraphSet,
-    recipe: PrecisionRecipe,
     target: Target,
     version: str,
     folder: Path,
     jobs: int,
     progress: Progress,
 ) -> EngineSet:
-    wanted = [_job(graph_set, name, recipe.precision(name), target, version, folder) for name in graph_set.graphs]
+    wanted = [_job(graph_set, name, target, version, folder) for name in graph_set.graphs]
     index = _read_index(folder)
     known = _intact(folder, index)
     found = {job.graph: known[job.key] for job in wanted if job.key in known}
@@ -149,7 +139,7 @@ def _engines(
     def engines() -> EngineSet:
         entries = tuple(found[name] for name in graph_set.graphs if name in found)
         built = sum(entry.error is None for entry in entries) - kept
-        return EngineSet(target.name, recipe.name, target.library, version, built, entries)
+        return EngineSet(target.name, graph_set.recipe, target.library, version, built, entries)
 
     processes = jobs if target.library == "tensorrt_rtx" else 1
     for entry in workers.results(_build, missing, processes, _crashed):
@@ -162,10 +152,54 @@ def _engines(
     return engines()
 
 
-def _job(graph_set: GraphSet, name: str, precision: str, target: Target, version: str, folder: Path) -> _Job:
+def engine_files(graph_set: GraphSet, engines: EngineSet, folder: Path) -> EngineFiles:
+    """What a library loads for each graph: the engines in `folder`."""
+    made = {entry.graph: folder / f"{entry.key}.engine" for entry in engines.entries if entry.error is None}
+    return EngineFiles(graph_set, made, {entry.graph: str(entry.error) for entry in engines.failed})
+
+
+def target_forms(graph_set: GraphSet, target: Target, folder: Path, progress: Progress) -> EngineFiles:
+    """Every graph as the target's parser takes it, to be built elsewhere: itself, or rewritten for it in `folder`.
+
+    What was rewritten before is taken again. Graphs that the parser does not take are failed.
+    """
+    parser = parser_of(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, failed = {}, {}
+    for name, spec in graph_set.graphs.items():
+        decides = (PREPARATION, spec.sha256, spec.precision, asdict(parser))
+        form = folder / f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.onnx"
+        own = form.with_suffix(".own")
+        try:
+            if not form.exists() and not own.exists():
+                _write_form(graph_set.path(name), spec.precision, parser, form, own)
+            paths[name] = form if form.exists() else graph_set.path(name)
+        except InputError as error:
+            failed[name] = str(error)
+        progress("prepare", len(paths) + len(failed), len(graph_set.graphs))
+    return EngineFiles(graph_set, paths, failed)
+
+
+def _write_form(source: Path, precision: str, parser: lint.Parser, form: Path, own: Path) -> None:
+    """Write `form`, or where the graph needs none the empty file `own`."""
+    with tempfile.TemporaryDirectory(prefix=_MAKING, dir=form.parent) as place:
+        made = Path(place) / source.name
+        if prepare_graph(source, precision, parser, made):
+            made.replace(form)
+        else:
+            own.touch()
+
+
+def parser_of(target: Target, version: str | None = None) -> lint.Parser:
+    """What the target's library takes; of its oldest accepted version where `version` is not known."""
+    oldest = version or (target.library_versions or ("",))[0]
+    return lint.Parser(target.library, oldest, target.opset, target.compute_capability)
+
+
+def _job(graph_set: GraphSet, name: str, target: Target, version: str, folder: Path) -> _Job:
     capability = target.compute_capability
     named = None if capability is None else f"SM{capability[0]}{capability[1]}"
-    options = BuildOptions(target.library, precision, named)
+    options = BuildOptions(target.library, graph_set.spec(name).precision, named)
     decides = (
         PREPARATION,
         graph_set.spec(name).sha256,
@@ -176,8 +210,7 @@ def _job(graph_set: GraphSet, name: str, precision: str, target: Target, version
         target.opset,
     )
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-    parser = lint.Parser(target.library, version, target.opset, capability)
-    return _Job(name, graph_set.path(name), key, options, parser, folder)
+    return _Job(name, graph_set.path(name), key, options, parser_of(target, version), folder)
 
 
 def _failed(job: _Job, error: str) -> EngineEntry:
@@ -194,7 +227,7 @@ def _build(job: _Job) -> EngineEntry:
     try:
         with tempfile.TemporaryDirectory(prefix=_MAKING, dir=job.folder) as place:
             path = Path(place) / f"{job.graph}.onnx"
-            rewrites = _prepare(job, path)
+            rewrites = prepare_graph(job.source, job.options.precision, job.parser, path)
             engine = _engine(path, job)
         with files.replaced(job.folder / f"{job.key}.engine") as temporary:
             temporary.write_bytes(engine)
@@ -220,16 +253,19 @@ def _engine(path: Path, job: _Job) -> bytes:
     return built.engine
 
 
-def _prepare(job: _Job, path: Path) -> tuple[str, ...]:
-    """Write the graph as the target takes it, weights included, and name the passes that changed it."""
-    model = store.read_whole_model(job.source)
-    changed, rewrites = rewrite.rewritten(model, job.parser, job.options.precision)
-    complaints = lint.lint(changed, job.graph, job.parser)
+def prepare_graph(source: Path, precision: str, parser: lint.Parser, path: Path) -> tuple[str, ...]:
+    """Write a graph to `path` as the parser takes it, weights included, and name the passes that changed it.
+
+    Raises InputError when the parser does not take it, or a rewritten graph computes something else.
+    """
+    model = store.read_whole_model(source)
+    changed, rewrites = rewrite.rewritten(model, parser, precision)
+    complaints = lint.lint(changed, source.stem, parser)
     if complaints:
         raise InputError("; ".join(str(complaint) for complaint in complaints[:3]))
     onnx.save(changed, str(path))
     if rewrites:
-        _check_equal(job.source, path)
+        _check_equal(source, path)
     return rewrites
 
 

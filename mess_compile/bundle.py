@@ -35,18 +35,20 @@ def write_bundle(
     thresholds: NDArray[np.float32],
     golden_frames: Sequence[NDArray[np.uint8]],
     provenance: Mapping[str, str],
+    forms: Mapping[str, Path] | None = None,
 ) -> manifest.Manifest:
     """Write the plan's graphs, the weights they name and the golden frames to one file; all of it or nothing.
 
-    `thresholds` is (T, K); golden frames are uint8 (H, W, 3), and what they must give is computed here, in ONNX
-    Runtime. Equal content gives equal bytes. Raises StaleError when the plan was made from other graphs, InputError
+    `forms` are graphs as the target's parser takes them, where it does not take their own. `thresholds` is (T, K);
+    golden frames are uint8 (H, W, 3), and what they must give is computed here, in ONNX Runtime. Equal content gives
+    equal bytes. Raises StaleError when the plan was made from other graphs, InputError
     when a graph or weight is missing or damaged or there is no golden frame.
     """
     check_plan_current(plan, graph_set)
     if not golden_frames:
         raise InputError("a bundle needs at least one golden frame to verify itself by")
     names = stage_graphs(graph_set.candidate, [stage.head for stage in plan.stages])
-    sources = _graph_sources(graph_set, names)
+    sources = _graph_sources(graph_set, names, forms or {})
     plain = _manifest(path.stem, graph_set, plan, names, thresholds, sources, provenance)
     with files.replaced(path) as temporary:
         archive.write_archive(temporary, plain, sources)
@@ -63,13 +65,14 @@ def verify_bundle(path: Path, target: str | None = None) -> tuple[verify.Check, 
         return verify.verify(loaded)
 
 
-def _graph_sources(graph_set: GraphSet, names: Sequence[StageGraphs]) -> _Sources:
+def _graph_sources(graph_set: GraphSet, names: Sequence[StageGraphs], forms: Mapping[str, Path]) -> _Sources:
     """Paths in the bundle -> files: every graph once, and the weights that they name."""
     sources: _Sources = {}
     for name in dict.fromkeys(graph for stage in names for graph in (stage.segment, stage.head, stage.output)):
         path = graph_set.path(name)
         check_hash(path, graph_set.graphs[name].sha256)
-        sources[f"{_FOLDER}/{path.name}"] = path
+        key, path = f"{_FOLDER}/{path.name}", forms.get(name, path)
+        sources[key] = path
         for location in _weight_locations(path):
             weight = path.parent / location
             if f"{_FOLDER}/{location}" not in sources:
@@ -113,6 +116,14 @@ def _manifest(
                 predicted=manifest.Figures(**asdict(plan.predicted)),
                 baseline=manifest.Figures(**asdict(plan.baseline)),
                 baseline_name=plan.baseline_name,
+                precisions={
+                    f"{_FOLDER}/{graph_set.path(graph.name).name}": manifest.GraphPrecision(
+                        graph.precision, graph.wanted
+                    )
+                    for graph in plan.graphs
+                },
+                tuned_by=plan.tuned_by,
+                power_mode=plan.power_mode,
             ),
         ),
         golden=(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mess_compile import files
+from mess_compile.runtime.engine import FP32, PRECISIONS
 from mess_compile.runtime.errors import InputError
 
 CRM_DIVISORS = (1, 2, 4, 8)
@@ -255,7 +257,8 @@ class GraphSpec:
     """One ONNX file below `graphs/`.
 
     `sha256` is over the ONNX bytes, which name every weight by its own hash. `bytes` counts the weights;
-    `workspace_bytes` is the estimated peak of live activations.
+    `workspace_bytes` is the estimated peak of live activations. `precision` is what the graph computes in, `wanted`
+    what its recipe asked of it: they differ where the graph fell back to a safer one.
     """
 
     name: str
@@ -266,13 +269,16 @@ class GraphSpec:
     macs: int
     bytes: int
     workspace_bytes: int
+    precision: str = FP32
+    wanted: str = FP32
 
 
 @dataclass(frozen=True)
 class GraphSet:
     """What `export` leaves in `graphs/`: the candidate network, the gate, and every graph by name.
 
-    `baseline_alone` is the identity of the single-exit network trained alone, None without one.
+    `baseline_alone` is the identity of the single-exit network trained alone, None without one. `recipe` names the
+    precision recipe that the graphs were converted by.
     """
 
     root: Path
@@ -280,6 +286,15 @@ class GraphSet:
     gate: Gate
     graphs: dict[str, GraphSpec]
     baseline_alone: str | None = None
+    recipe: str = FP32
+
+    @property
+    def identity(self) -> str:
+        """Of all that decides the outputs: the network's, and for another recipe than fp32 that of its graphs too."""
+        if self.recipe == FP32:
+            return self.candidate.identity
+        parts = [f"{name} {spec.sha256}" for name, spec in sorted(self.graphs.items())]
+        return hashlib.sha256("\n".join([self.candidate.identity, self.recipe, *parts]).encode()).hexdigest()
 
     @property
     def baselines(self) -> tuple[str, ...]:
@@ -301,6 +316,7 @@ def write_graph_set(graph_set: GraphSet) -> None:
         "candidate": graph_set.candidate.to_json(),
         "gate": asdict(graph_set.gate),
         "baseline_alone": graph_set.baseline_alone,
+        "recipe": graph_set.recipe,
         "graphs": [asdict(spec) for spec in graph_set.graphs.values()],
     }
     files.write_json(graph_set.root / "index.json", "mess-graphs", 1, content)
@@ -324,16 +340,22 @@ def read_graph_set(root: Path) -> GraphSet:
             gate=Gate(gate["confidence"], bool(gate["edge_aware"]), tuple(float(t) for t in gate["thresholds"])),
             graphs=specs,
             baseline_alone=None if alone is None else str(alone),
+            recipe=str(content.get("recipe", FP32)),
         )
 
     graph_set: GraphSet = files.decoded(path, _GRAPHS_REMEDY, decode)
     return graph_set
 
 
-def verify_graph_set(graph_set: GraphSet) -> None:
-    """Hash every graph and every stored weight. Raises InputError naming one that is missing or was changed."""
+def check_graphs(graph_set: GraphSet) -> None:
+    """Hash every graph, not its weights. Raises InputError naming one that is missing or was changed."""
     for name, spec in graph_set.graphs.items():
         check_hash(graph_set.path(name), spec.sha256)
+
+
+def verify_graph_set(graph_set: GraphSet) -> None:
+    """Hash every graph and every stored weight. Raises InputError naming one that is missing or was changed."""
+    check_graphs(graph_set)
     weights = graph_set.root / "weights"
     for weight in sorted(weights.iterdir()) if weights.is_dir() else ():
         check_hash(weight, weight.name)
@@ -359,7 +381,15 @@ def _graph_spec_from_json(content: dict[str, Any]) -> GraphSpec:
         macs=_count(content["macs"]),
         bytes=_count(content["bytes"]),
         workspace_bytes=_count(content["workspace_bytes"]),
+        precision=_precision(content.get("precision", FP32)),
+        wanted=_precision(content.get("wanted", FP32)),
     )
+
+
+def _precision(text: Any) -> str:
+    if text not in PRECISIONS:
+        raise ValueError(f"precision {text!r} is not one of {', '.join(PRECISIONS)}")
+    return str(text)
 
 
 def _tensors_from_json(content: Any) -> tuple[TensorSpec, ...]:

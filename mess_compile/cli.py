@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 _HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_PRECISION = click.option("--precision", default="fp32", show_default=True, help="fp32, fp16 or int8.")
+_PRECISIONS = click.option(
+    "--precision", default="fp32", show_default=True, help="One or more of fp32, fp16, int8: fp32,fp16."
+)
+_JUDGED = click.option(
+    "--data", type=_FOLDER, help="Images that fp16 and int8 are judged on; the workspace's by default."
+)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -218,25 +226,20 @@ def export(
 @main.command()
 @click.option("--data", type=_FOLDER, help="Labelled images; remembered.")
 @click.option("--split", help="val by default; val[:50] takes the first 50 files. Remembered.")
+@click.option("--device", help="Run the engines of this device instead of ONNX Runtime here.")
+@click.option("--host", help="Where the device is: ssh://user@host[:port]; the one that it was profiled at by default.")
+@_PRECISION
 @click.option("--accelerator", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine that share the images.")
 @click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both themselves.")
 @_json_option
 @click.pass_obj
-def evaluate(
-    workspace: Workspace,
-    data: Path | None,
-    split: str | None,
-    accelerator: str,
-    devices: int,
-    nodes: int,
-    as_json: bool,
-) -> None:
+def evaluate(workspace: Workspace, /, data: Path | None, split: str | None, as_json: bool, **options: Any) -> None:
     """Record how sure and how right every head is on labelled images."""
     from mess_compile import inspection, steps
 
     with progress_bar(as_json) as progress:
-        found = steps.evaluate(workspace, data, split, progress, devices, nodes, accelerator)
+        found = steps.evaluate(workspace, data, split, progress, **options)
     if found is None:  # one of many processes; the first one speaks
         return None
     described = inspection.inspect_statistics(found)
@@ -248,8 +251,8 @@ def evaluate(
 
 @main.command()
 @click.option("--device", help="A known device (see `mess-compile devices`); the one profiled last by default.")
-@click.option("--precision", default="fp32", show_default=True, help="One or more of fp32, fp16, int8: fp32,fp16.")
-@click.option("--data", type=_FOLDER, help="Images that fp16 and int8 are judged on; the workspace's by default.")
+@_PRECISIONS
+@_JUDGED
 @click.option("--jobs", type=click.IntRange(1), help="Processes that build at once; one on each core by default.")
 @_json_option
 @click.pass_obj
@@ -262,7 +265,8 @@ def build(
     with progress_bar(as_json) as progress:
         builds = steps.build(workspace, device, tuple(precision.split(",")), data, jobs, progress)
     if as_json:
-        print_json({"builds": [asdict(each) for each in builds]})
+        told = [{"engines": asdict(e.engines), "fallbacks": [asdict(f) for f in e.fallbacks]} for e in builds]
+        print_json({"builds": told})
     for each in () if as_json else builds:
         _print_engines(each.engines, workspace.engines(each.engines.device, each.engines.recipe))
         for fallen in each.fallbacks:
@@ -288,27 +292,95 @@ def _print_engines(engines: Any, folder: Path) -> None:
 
 @main.command()
 @click.option("--device", help="A known device (see `mess-compile devices`); remembered.")
+@click.option("--host", help="Where the device is: ssh://user@host[:port], or a name of ~/.ssh/config; remembered.")
+@click.option("--all", "everything", is_flag=True, help="Over SSH: every graph, not only what could change the answer.")
+@click.option(
+    "--for", "wishes", multiple=True, help='Over SSH: what plans are wanted, such as "--max-err 1%", the default.'
+)
+@click.option("--budget", help="Over SSH: the time that it may take, such as 30min; what is left then is estimated.")
+@click.option("--seconds", type=float, help="The time that a graph which never is steady may take; 5 by default.")
+@click.option(
+    "--lock-clocks", is_flag=True, help="Hold the clocks while measuring; they are put back whatever happens."
+)
+@click.option("--estimate", is_flag=True, help="Without the device: what was not measured is estimated, and marked.")
+@_PRECISIONS
+@_JUDGED
 @_json_option
 @click.pass_obj
-def profile(workspace: Workspace, device: str | None, as_json: bool) -> None:
-    """Measure every graph on the device; a killed measurement continues."""
-    from mess_compile import inspection, steps
+def profile(
+    workspace: Workspace,
+    device: str | None,
+    host: str | None,
+    everything: bool,
+    wishes: tuple[str, ...],
+    budget: str | None,
+    seconds: float | None,
+    lock_clocks: bool,
+    estimate: bool,
+    precision: str,
+    data: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure the graphs on the device: all of them here, over SSH what could change the answer.
 
+    A measurement that was broken off continues with the same command.
+    """
+    from mess_compile import inspection, steps
+    from mess_compile.runtime import profile as measuring
+
+    if seconds is not None and not 0 < seconds <= 3600:
+        raise InputError(f"--seconds {seconds:g} is not between 0 and 3600")
+    if estimate and host is not None:
+        raise click.UsageError("--estimate goes without the device: drop --host, or measure there.")
+    if everything and (wishes or budget):
+        raise click.UsageError("--all measures everything: drop --for and --budget.")
+    thrift = None if everything else _thrift(wishes, budget)
+    precisions, tell = tuple(precision.split(",")), partial(click.echo, err=True)
     with progress_bar(as_json) as progress:
-        table = steps.profile(workspace, device, progress)
+        if estimate:
+            table = steps.estimate(workspace, device, progress, precisions, data)
+        else:
+            effort = None if seconds is None else replace(measuring.Effort(), max_s=seconds)
+            table = steps.profile(
+                workspace, device, progress, precisions, data, effort, host, thrift, tell, lock_clocks
+            )
     if as_json:
         return print_json(inspection.inspect_latency(table).content)
-    baseline = table.latency("baseline", "fp32")
-    click.echo(
-        f"{len(table.entries)} entries measured on {table.device} ({table.library} {table.library_version}, "
-        f"{table.environment['cpu']}, {table.environment['cores']} cores): baseline {baseline.mean_ms:.2f} ms "
-        f"(p99 {baseline.p99_ms:.2f})"
-    )
-    spread = float(table.environment["median_spread"])
-    verdict = table.environment["verdict"]
-    verdict += ": profile again when nothing else runs" if verdict == "unstable" else ""
-    click.echo(f"visits to a graph lie {spread:.1%} apart in their medians (the middle graph): {verdict}")
+    _print_table_made(table)
     return print_next("search --max-err 1%")
+
+
+def _print_table_made(table: Any) -> None:
+    told = table.environment
+    estimated = [entry for entry in table.entries.values() if entry.source == "estimated"]
+    if estimated:
+        widest = max(entry.error for entry in estimated)
+        click.echo(
+            f"{len(estimated)} of {len(table.entries)} entries for {table.device} ESTIMATED from "
+            f"{told.get('estimated_from', 'those that were measured')}: each may be wrong by a factor, up to "
+            f"{widest:.1f} (`inspect latency`)"
+        )
+    if "coverage" in told:
+        click.echo(told["coverage"])
+    if len(estimated) == len(table.entries):
+        return
+    baselines = [entry for (graph, _), entry in table.entries.items() if graph == "baseline"]
+    figures = ", ".join(f"{e.mean_ms:.2f} ms in {e.precision} (p99 {e.p99_ms:.2f})" for e in baselines)
+    click.echo(
+        f"{len(table.entries) - len(estimated)} entries measured on {table.device} ({table.library} "
+        f"{table.library_version}, {told['cpu']}, {told['cores']} cores): baseline {figures or 'not among them'}"
+    )
+    if "protocol" in told:
+        click.echo(f"protocol: {told['protocol']}")
+    for failure in table.failed.values():
+        click.echo(f"FAILED  {failure.graph} ({failure.precision}), not in any plan: {failure.error}")
+    spread, unsteady = float(told["reference_spread"]), float(told["unsteady"])
+    click.echo(
+        f"{told['verdict']}: the reference moved by {spread:.1%} between rounds, {unsteady:.0%} of the graphs did not "
+        "settle"
+    )
+    if told["verdict"] == "unstable":
+        click.echo(f"likely cause: {told['likely_cause']}; profile again when that is gone")
 
 
 @main.command()
@@ -330,16 +402,20 @@ def profile(workspace: Workspace, device: str | None, as_json: bool) -> None:
 )
 @click.option("--deadline", help="Anytime: optimise the mIoU at this time, such as 20ms, instead of the area under it.")
 @click.option("--max-exits", type=click.IntRange(0, 2), default=2, show_default=True, help="Early exits at most.")
+@click.option("--precision", help="Recipes to search, of those profiled: fp32,fp16. All of them by default.")
 @_json_option
 @click.pass_obj
-def search(workspace: Workspace, /, device: str | None, split: str | None, as_json: bool, **options: Any) -> None:
+def search(
+    workspace: Workspace, /, device: str | None, split: str | None, precision: str | None, as_json: bool, **options: Any
+) -> None:
     """Choose exits, heads and thresholds that satisfy a requirement, and prove the choice."""
     from mess_compile import steps
     from mess_compile.search.plan import result_to_json
 
     requirement = _requirement(options)
     with progress_bar(as_json) as progress:
-        result = steps.search(workspace, device, split, requirement, progress)
+        recipes = None if precision is None else tuple(precision.split(","))
+        result = steps.search(workspace, device, split, requirement, progress, recipes)
     if as_json:
         return print_json(result_to_json(result))
     _print_plan(result.plan)
@@ -348,8 +424,31 @@ def search(workspace: Workspace, /, device: str | None, split: str | None, as_js
         f"best of {certificate.space:,} plans ({certificate.evaluated:,} evaluated, the others duplicates of these), "
         f"gap {certificate.gap:g}; front of {len(result.front)} plans"
     )
-    click.echo(f"chosen on the images of {result.plan.predicted.split}: a result from tuning data")
+    click.echo(
+        f"chosen on the images of {result.plan.predicted.split}, as {result.plan.tuned_by} sees them: a result from "
+        "tuning data"
+    )
     return print_next("bundle")
+
+
+def _thrift(wishes: tuple[str, ...], budget: str | None) -> Any:
+    from mess_compile import steps
+    from mess_compile.search.requirement import parse_seconds
+
+    thrift = steps.Thrift() if budget is None else steps.Thrift(budget_s=parse_seconds(budget))
+    return replace(thrift, requirements=tuple(map(_wish, wishes))) if wishes else thrift
+
+
+def _wish(text: str) -> Any:
+    """A requirement as the options of `search` say it."""
+    known = {"device", "split", "precision", "as_json"}
+    try:
+        options = search.make_context("profile --for", shlex.split(text)).params
+    except (click.UsageError, ValueError) as error:
+        raise InputError(
+            f'--for {text!r}: {error}; it takes the options of `search`, such as "--max-err 1%"'
+        ) from error
+    return _requirement({name: value for name, value in options.items() if name not in known})
 
 
 def _requirement(options: dict[str, Any]) -> Any:
@@ -378,7 +477,9 @@ def _print_plan(plan: Any) -> None:
         cut = "-" if stage.cut is None else str(stage.cut)
         rows.append([f"exit {number}", stage.head, threshold, cut, f"{rate:.0%}"])
     print_table(
-        f"plan for {plan.device}, {plan.setting}", ["", "head", "pixels sure at", "leaves at count", "images"], rows
+        f"plan for {plan.device}, {plan.setting}, {plan.precision}",
+        ["", "head", "pixels sure at", "leaves at count", "images"],
+        rows,
     )
     names = ["", "mIoU %", "latency ms", "p95 ms", "GMACs", "memory MiB"]
     figures = [[plan.baseline_name, *_figures(plan.baseline)], ["plan", *_figures(plan.predicted)]]
@@ -390,6 +491,9 @@ def _print_plan(plan: Any) -> None:
         plan.baseline.gmacs / plan.predicted.gmacs,
     )
     click.echo(f"predicted {latency:.2f}x in latency, {workload:.2f}x in workload")
+    for graph in plan.graphs:
+        if graph.precision != graph.wanted:
+            click.echo(f"{graph.name} runs in {graph.precision}: in {graph.wanted} it lost too much")
 
 
 def _figures(figures: Any) -> list[str]:
@@ -510,7 +614,10 @@ def verify(bundle: Path, as_json: bool) -> None:
             click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
     if not good:
         failed = ", ".join(check.name for check in checks if not check.passed)
-        fail(f"{bundle} does not compute here what it was made to ({failed}): write it again on this machine")
+        remedy = (
+            "write it again on this machine" if failed != "power mode" else "set the power mode back, or profile again"
+        )
+        fail(f"{bundle} does not compute here what it was made to ({failed}): {remedy}")
     if not as_json:
         print_next(f"run {quoted(bundle)} IMAGE...")
 
@@ -520,8 +627,8 @@ def verify(bundle: Path, as_json: bool) -> None:
 @click.pass_obj
 def devices(workspace: Workspace, as_json: bool) -> None:
     """Known targets, ours and the workspace's own, and which of them this machine is."""
-    from mess_compile import machine as machines
     from mess_compile import targets
+    from mess_compile.runtime import machine as machines
 
     machine = machines.this_machine()
     known = targets.known_targets(workspace.root).values()

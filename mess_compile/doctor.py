@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mess_compile import machine as machines
-from mess_compile.machine import Machine, dotted
+from mess_compile.runtime import machine as machines
 from mess_compile.runtime import onnxruntime_engine
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.machine import Machine, dotted
 from mess_compile.targets import RTX_CAPABILITIES, known_targets, targets_here
+
+_NEWER_DRIVER = "sudo ubuntu-drivers install"
+_JETPACK = "sudo apt install nvidia-jetpack"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ def examine(workspace: Path | None = None) -> tuple[Finding, ...]:
     return (
         Finding("cores for this process", True, str(len(os.sched_getaffinity(0)))),
         _gpu(machine),
+        _driver(machine),
+        _toolkit(machine),
         Finding("clocks and power", True, machines.power_in_words()),
         _target(machine, workspace),
         _module("run and profile on the CPU", "onnxruntime", "pip install 'mess-compile[cpu]'", _no_more),
@@ -35,7 +40,9 @@ def examine(workspace: Path | None = None) -> tuple[Finding, ...]:
         _provider(machine, "onnxruntime-tensorrt"),
         _module("train and export networks", "torch", "pip install 'mess-compile[torch]'", _torch_device),
         _module("build engines ahead of time", "tensorrt_rtx", "pip install 'mess-compile[rtx]'", _capabilities),
+        _ahead_of_time(machine),
         _classic(machine),
+        _trtexec(machine),
     )
 
 
@@ -63,7 +70,24 @@ def _module(what: str, name: str, remedy: str, more: Callable[[object], str]) ->
 def _gpu(machine: Machine) -> Finding:
     if machine.gpus:
         return Finding("GPU", True, machines.in_words(machine))
-    return Finding("GPU", False, "no NVIDIA driver answers; where there is a card: sudo ubuntu-drivers install")
+    return Finding("GPU", False, f"no NVIDIA driver answers; where there is a card: {_NEWER_DRIVER}")
+
+
+def _driver(machine: Machine) -> Finding:
+    what = "NVIDIA driver"
+    if machine.driver is None and machine.cuda is None:
+        return Finding(
+            what, False, f"there is none; where there is a card: {_JETPACK if machine.l4t else _NEWER_DRIVER}"
+        )
+    return Finding(what, True, f"{machine.driver or 'of unknown version'}, runs CUDA up to {machine.cuda or 'unknown'}")
+
+
+def _toolkit(machine: Machine) -> Finding:
+    found = machines.toolkit()
+    remedy = _JETPACK if machine.l4t else "sudo apt install nvidia-cuda-toolkit"
+    return Finding(
+        "CUDA toolkit", found is not None, found or f"there is none, and only pycuda is built with it: {remedy}"
+    )
 
 
 def _target(machine: Machine, workspace: Path | None) -> Finding:
@@ -89,8 +113,38 @@ def _provider(machine: Machine, library: str) -> Finding:
 
 
 def _classic(machine: Machine) -> Finding:
-    remedy = "JetPack's own (sudo apt install python3-libnvinfer), else pip install 'mess-compile[tensorrt]'"
-    found = _module("build and run classic TensorRT engines here", "tensorrt", remedy, _no_more)
-    if found.possible and not machine.gpus:
-        return Finding(found.what, False, f"{found.detail}, but there is no GPU to build for")
+    what, remedy = "build and run classic TensorRT engines here", "pip install 'mess-compile[tensorrt]'"
+    system = machines.system_tensorrt()
+    if machine.l4t or system:  # JetPack's module is for the system's Python
+        see = "and make the environment with `python3 -m venv --system-site-packages`"
+        has = f"; the system has {system}" if system else ""
+        remedy = f"sudo apt install python3-libnvinfer, {see}{has}"
+    return _on_gpu(machine, _module(what, "tensorrt", remedy, _no_more), "tensorrt")
+
+
+def _ahead_of_time(machine: Machine) -> Finding:
+    found = _module("run engines built ahead of time", "tensorrt_rtx", "pip install 'mess-compile[rtx]'", _no_more)
+    found = _on_gpu(machine, found, "tensorrt_rtx")
+    capability = machine.gpus[0].compute_capability if machine.gpus else None
+    if found.possible and capability and capability not in RTX_CAPABILITIES:
+        return replace(found, possible=False, detail=f"{found.detail}, which has nothing for {dotted(capability)}")
     return found
+
+
+def _on_gpu(machine: Machine, found: Finding, library: str) -> Finding:
+    """A library that is installed, and no use without a GPU and a driver that is new enough."""
+    if found.possible and not machine.gpus:
+        return replace(found, possible=False, detail=f"{found.detail}, but there is no GPU")
+    wanted, newest = machines.cuda_of(library), machine.cuda
+    if found.possible and wanted and newest and int(newest.partition(".")[0]) < wanted:
+        words = f"{found.detail} is for CUDA {wanted}, and the driver runs up to {newest}: {_NEWER_DRIVER}"
+        return replace(found, possible=False, detail=words)
+    return found
+
+
+def _trtexec(machine: Machine) -> Finding:
+    found = machines.trtexec()
+    remedy = "sudo apt install libnvinfer-bin"
+    if not machine.l4t:
+        remedy += ", from NVIDIA's repository of packages"
+    return Finding("measure with trtexec, where Python cannot", found is not None, found or f"it is not here: {remedy}")

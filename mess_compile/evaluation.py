@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +17,17 @@ from numpy.typing import NDArray
 from mess_compile.candidates import (
     BASELINE_ALONE,
     CandidateNetwork,
-    GraphSet,
     head_graph_name,
     output_name,
     segment_name,
 )
 from mess_compile.dataset import ALWAYS_IGNORED, DataSet, Item, samples
-from mess_compile.runtime import frames
-from mess_compile.runtime.engine import Engine, Library
+from mess_compile.engines import EngineFiles
+from mess_compile.runtime.engine import Library
 from mess_compile.runtime.errors import InputError, MessError
+from mess_compile.runtime.scoring import Exits, HeadEngines, Score, open_scorer
 from mess_compile.statistics import (
     ExitStatistics,
-    Ints,
     check_current,
     merge,
     read_statistics,
@@ -35,77 +35,125 @@ from mess_compile.statistics import (
     write_statistics,
 )
 
+if TYPE_CHECKING:
+    from mess_compile.sessions import Session
+
 Image = NDArray[np.uint8]
 BLOCK = 32
-"""Images between two savings of `evaluate_data`."""
+"""Images between two savings of `evaluate_data` and `evaluate_there`, and those that lie on a device at a time."""
 LabelledImage = tuple[str, str, Image, Image]
+Scoring = Callable[[Iterable[tuple[Image, Image, NDArray[np.bool_]]]], Iterator[Score]]
+"""Frames, their labels, and which of these count -> a score each, in the same order."""
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where statistics come from."""
+
+    engines: EngineFiles
+    library: str
+    device: str
+    split: str
 
 
 def evaluate(
-    graph_set: GraphSet,
+    engines: EngineFiles,
     library: Library,
     images: Iterable[LabelledImage],
     *,
     device: str,
     split: str,
     ignore: frozenset[int] = frozenset({255}),
-    precision: str = "fp32",
     progress: Callable[[int], None] = lambda done: None,
 ) -> ExitStatistics:
-    """Run every head of the candidate network on labelled `images`: (id, group, frame, labels) each.
+    """Run every head that has engines on labelled `images`: (id, group, frame, labels) each.
 
-    The baseline trained alone, where the graph set has one, runs on them too. Frames are uint8 (H, W, 3) of any size,
+    The baseline trained alone, where there is one, runs on them too. Frames are uint8 (H, W, 3) of any size,
     labels uint8 (H, W) of the same; label values in `ignore` count nowhere.
     `progress` is told the number of images done. Raises InputError naming the image for labels that are out of range
     or of another size, EngineError when a graph does not run.
     """
-    with ExitStack() as stack:
-        exits = _Exits(graph_set, library, stack)
-        return _evaluated(exits, images, device, split, ignore, precision, progress)
+    with _scoring_here(engines, library) as score:
+        return _evaluated(_Origin(engines, library.name, device, split), score, images, ignore, progress)
 
 
 def _evaluated(
-    exits: _Exits,
+    origin: _Origin,
+    score: Scoring,
     images: Iterable[LabelledImage],
-    device: str,
-    split: str,
     ignore: frozenset[int],
-    precision: str,
     progress: Callable[[int], None],
 ) -> ExitStatistics:
-    graph_set = exits.graph_set
+    graph_set, heads = origin.engines.graph_set, origin.engines.heads
     candidate = graph_set.candidate
     classes = len(candidate.classes)
     ids: list[str] = []
     groups: list[str] = []
-    scores: list[tuple[NDArray[np.int32], Ints, Ints, Ints]] = []
-    for image_id, group, frame, labels in images:
-        known = _countable(image_id, frame, labels, classes, ignore)
-        scores.append(_scored(exits.run(frame), labels, known, classes))
-        ids.append(image_id)
-        groups.append(group)
-        progress(len(ids))
-    if not ids:
-        raise InputError(f"there are no images to evaluate in split {split!r}")
-    counts, intersection, predicted, labelled = zip(*scores, strict=True)
+    scores: list[Score] = []
+
+    def countable() -> Iterator[tuple[Image, Image, NDArray[np.bool_]]]:
+        for image_id, group, frame, labels in images:
+            known = _countable(image_id, frame, labels, classes, ignore)
+            ids.append(image_id)
+            groups.append(group)
+            yield frame, labels, known
+
+    for each in score(countable()):
+        scores.append(each)
+        progress(len(scores))
+    if not scores:
+        raise InputError(f"there are no images to evaluate in split {origin.split!r}")
     return ExitStatistics(
-        heads=tuple(head.name for head in candidate.heads),
+        heads=heads,
         classes=candidate.classes,
-        cells=tuple(_cells(candidate, head.exit_point) for head in candidate.heads),
+        cells=tuple(_cells(candidate, candidate.head(head).exit_point) for head in heads),
         thresholds=threshold_table(graph_set.gate, classes),
-        counts=np.stack(counts),
-        intersection=np.stack(intersection),
-        predicted=np.stack(predicted),
-        labelled=np.stack(labelled),
+        counts=np.stack([each.counts for each in scores]),
+        intersection=np.stack([each.intersection for each in scores]),
+        predicted=np.stack([each.predicted for each in scores]),
+        labelled=np.stack([each.labelled for each in scores]),
         image_id=tuple(ids),
         group=tuple(groups),
-        network=candidate.identity,
+        network=graph_set.identity,
         gate=graph_set.gate,
-        precision=precision,
-        device=device,
-        library=exits.library.name,
-        split=split,
-        baseline_alone=graph_set.baseline_alone,
+        precision=graph_set.recipe,
+        device=origin.device,
+        library=origin.library,
+        split=origin.split,
+        baseline_alone=graph_set.baseline_alone if BASELINE_ALONE in origin.engines.paths else None,
+    )
+
+
+@contextmanager
+def _scoring_here(engines: EngineFiles, library: Library) -> Iterator[Scoring]:
+    exits, graph_set = _exits(engines), engines.graph_set
+    paths = {name: engines.path(name) for name in exits.engines}
+    thresholds = threshold_table(graph_set.gate, len(graph_set.candidate.classes))
+    with open_scorer(exits, paths, library, thresholds) as scorer:
+        yield lambda images: (scorer.score(*image) for image in images)
+
+
+def _exits(engines: EngineFiles) -> Exits:
+    """What runs: every head that can, the segments that lead there, the baseline trained alone.
+
+    Where a segment between neighbours has no engine, a longer one leads to the exit point. Raises InputError when no
+    head runs.
+    """
+    graph_set, candidate = engines.graph_set, engines.graph_set.candidate
+    heads = [candidate.head(name) for name in engines.heads]
+    if not heads:
+        raise InputError(f"no head runs in {graph_set.recipe}: {'; '.join(engines.failed.values())[:300]}")
+    return Exits(
+        input_hw=candidate.input_hw,
+        classes=len(candidate.classes),
+        segments=tuple((a, b, segment_name(a, b)) for b, a in engines.sources.items()),
+        heads=tuple(
+            HeadEngines(
+                head_graph_name(head.name), head.exit_point, output_name(candidate.exit_point(head.exit_point).hw)
+            )
+            for head in heads
+        ),
+        alone=BASELINE_ALONE if BASELINE_ALONE in engines.paths else None,
     )
 
 
@@ -123,7 +171,7 @@ class Share:
 
 
 def evaluate_data(
-    graph_set: GraphSet,
+    engines: EngineFiles,
     library: Library,
     data: DataSet,
     folder: Path,
@@ -137,17 +185,67 @@ def evaluate_data(
     Several processes share the folder; the first one merges, the others return None. The bytes written do not depend
     on their number. Raises what `evaluate` does.
     """
+    origin = _Origin(engines, library.name, device, data.split)
+    with _scoring_here(engines, library) as score:
+        return _by_blocks(origin, score, data, folder, share, progress)
+
+
+def built_there(session: Session, forms: EngineFiles) -> EngineFiles:
+    """Have the graphs of `forms` that statistics need built on a device, and leave out what does not build.
+
+    Longer segments are built where a shorter one fails alone. Raises RemoteError, InputError when no head is left.
+    """
+    built: set[str] = set()
+    while True:
+        missing = {name: job for name, job in _jobs(forms).items() if name not in built}
+        if not missing:
+            return forms
+        names = {f"{name}@{precision}": name for name, (_, precision) in missing.items()}
+        failed = session.build({job: missing[name] for job, name in names.items()})
+        broken = {name: failed[job] for job, name in names.items() if job in failed}
+        paths = {name: path for name, path in forms.paths.items() if name not in broken}
+        forms = EngineFiles(forms.graph_set, paths, {**forms.failed, **broken})
+        built |= set(missing)
+
+
+def _jobs(engines: EngineFiles) -> dict[str, tuple[Path, str]]:
+    """Path and precision of every graph that runs."""
+    names = _exits(engines).engines
+    return {name: (engines.path(name), engines.graph_set.spec(name).precision) for name in names}
+
+
+def evaluate_there(
+    session: Session,
+    engines: EngineFiles,
+    data: DataSet,
+    folder: Path,
+    *,
+    device: str,
+    progress: Callable[[int], None],
+) -> ExitStatistics:
+    """Like `evaluate_data`, by the engines of a device that is elsewhere: those that `built_there` left.
+
+    No more than a block of images lies there at a time. Blocks that were done before the connection broke are kept
+    here. Raises what `evaluate` does, and RemoteError.
+    """
+    with session.scoring(_jobs(engines), _exits(engines)) as score:
+        origin = _Origin(engines, session.library, device, data.split)
+        found = _by_blocks(origin, score, data, folder, Share(), progress)
+    assert found is not None, "the first of one process"
+    return found
+
+
+def _by_blocks(
+    origin: _Origin, score: Scoring, data: DataSet, folder: Path, share: Share, progress: Callable[[int], None]
+) -> ExitStatistics | None:
     parts = folder.with_name(f".{folder.name}.parts-{_fingerprint(data)}")
     blocks = [data.items[start : start + BLOCK] for start in range(0, len(data.items), BLOCK)]
-    with ExitStack() as stack:
-        exits = _Exits(graph_set, library, stack)
-        for index in range(share.rank, len(blocks), share.world):
-            if not _is_done(parts / str(index), blocks[index], exits, device):
-                block = replace(data, items=blocks[index])
-                images = ((s.id, s.group, s.frame, s.labels) for s in samples(block))
-                told = partial(_told, progress, index * BLOCK, share)
-                found = _evaluated(exits, images, device, data.split, frozenset({ALWAYS_IGNORED}), "fp32", told)
-                write_statistics(parts / str(index), found)
+    for index in range(share.rank, len(blocks), share.world):
+        if not _is_done(parts / str(index), blocks[index], origin):
+            images = ((s.id, s.group, s.frame, s.labels) for s in samples(replace(data, items=blocks[index])))
+            told = partial(_told, progress, index * BLOCK, share)
+            found = _evaluated(origin, score, images, frozenset({ALWAYS_IGNORED}), told)
+            write_statistics(parts / str(index), found)
     share.wait()
     if share.rank:
         return None
@@ -173,70 +271,19 @@ def _fingerprint(data: DataSet) -> str:
     return digest.hexdigest()[:16]
 
 
-def _is_done(part: Path, items: Sequence[Item], exits: _Exits, device: str) -> bool:
+def _is_done(part: Path, items: Sequence[Item], origin: _Origin) -> bool:
     try:
         found = read_statistics(part)
-        check_current(found, exits.graph_set)
+        check_current(found, origin.engines.graph_set)
     except MessError:
         return False
-    here = (tuple(item.id for item in items), exits.library.name, device)
-    return (found.image_id, found.library, found.device) == here
+    here = (tuple(item.id for item in items), origin.library, origin.device, origin.engines.heads)
+    return (found.image_id, found.library, found.device, found.heads) == here
 
 
 def _cells(candidate: CandidateNetwork, exit_point: int) -> int:
     height, width = candidate.exit_point(exit_point).hw
     return height * width
-
-
-class _Exits:
-    """The engines of every segment a -> a+1, head and output graph, and of the baseline trained alone."""
-
-    def __init__(self, graph_set: GraphSet, library: Library, stack: ExitStack) -> None:
-        def load(name: str) -> Engine:
-            return stack.enter_context(closing(library.load(graph_set.path(name))))
-
-        candidate = graph_set.candidate
-        self.graph_set, self.library = graph_set, library
-        self._thresholds = library.upload(threshold_table(graph_set.gate, len(candidate.classes)))
-        self._segments = [load(segment_name(a, a + 1)) for a in range(len(candidate.exit_points))]
-        self._heads = {head.name: load(head_graph_name(head.name)) for head in candidate.heads}
-        self._outputs = {hw: load(output_name(hw)) for hw in {point.hw for point in candidate.exit_points}}
-        self._alone = load(BASELINE_ALONE) if graph_set.baseline_alone is not None else None
-
-    def run(self, frame: Image) -> Iterator[tuple[NDArray[np.int32] | None, Image]]:
-        """Yield counts (T,) and labels, at the network's input size, of every head in the network's order.
-
-        The labels of the baseline trained alone come last, without counts.
-        """
-        candidate, download = self.graph_set.candidate, self.library.download
-        tensors = {"image": self.library.upload(frames.resize(frame, candidate.input_hw)[None])}
-        name = "image"
-        for b, segment in enumerate(self._segments, start=1):
-            tensors.update(segment.run({name: tensors[name]}))
-            name = f"exit{b}"
-        for head in candidate.heads:
-            point = f"exit{head.exit_point}"
-            made = self._heads[head.name].run({point: tensors[point], "thresholds": self._thresholds})
-            output = self._outputs[candidate.exit_point(head.exit_point).hw]
-            labels = output.run({"logits": made["logits"]})["labels"]
-            yield download(made["counts"]), download(labels)[0]
-        if self._alone is not None:
-            yield None, download(self._alone.run({"image": tensors["image"]})["labels"])[0]
-
-
-def _scored(
-    guesses: Iterable[tuple[NDArray[np.int32] | None, Image]], labels: Image, known: NDArray[np.bool_], classes: int
-) -> tuple[NDArray[np.int32], Ints, Ints, Ints]:
-    """Counts (heads, T), intersection and predicted (scored, K), labelled (K,) of one image."""
-    truth = labels[known]
-    counts, intersection, predicted = [], [], []
-    for row, guess in guesses:
-        guessed = frames.resize_labels(guess, (labels.shape[0], labels.shape[1]))[known]
-        if row is not None:
-            counts.append(row)
-        intersection.append(np.bincount(truth[truth == guessed], minlength=classes))
-        predicted.append(np.bincount(guessed, minlength=classes))
-    return np.stack(counts), np.stack(intersection), np.stack(predicted), np.bincount(truth, minlength=classes)
 
 
 def _countable(image_id: str, frame: Image, labels: Image, classes: int, ignore: frozenset[int]) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""State on disk: JSON with a format and a version, written aside and renamed."""
+"""State on disk: JSON with a format and a version, written aside and renamed; and TOML that people write."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,12 @@ from typing import Any
 
 from mess_compile.runtime.errors import InputError
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MAX_TOML_BYTES = 1 << 18
 _OLD = ".old"
 
 
@@ -150,6 +157,27 @@ def read_json(path: Path, format: str, version: int, remedy: str) -> dict[str, A
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no number")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a file that a person wrote, of at most MAX_TOML_BYTES.
+
+    Raises ValueError saying what is wrong with it, for one that never ends or is no file as well.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        with path.open("rb") as stream:
+            content = stream.read(MAX_TOML_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from error
+    if len(content) > MAX_TOML_BYTES:
+        raise ValueError(f"it has more than {MAX_TOML_BYTES} bytes")
+    try:
+        found: dict[str, Any] = tomllib.loads(content.decode("utf-8"))
+        return found
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not TOML ({error})") from error
 
 
 def decoded(path: Path, remedy: str, decode: Callable[[], Any]) -> Any:

@@ -259,7 +259,9 @@ def inspect_latency(table: latency.LatencyTable) -> Inspection:
         "library_version": table.library_version,
         "source": table.source,
         "environment": table.environment,
+        "recipes": list(table.recipes),
         "entries": entries,
+        "failed": [asdict(failure) for failure in table.failed.values()],
     }
     rows = tuple(
         (
@@ -270,7 +272,7 @@ def inspect_latency(table: latency.LatencyTable) -> Inspection:
             f"{e.p95_ms:.3f}",
             f"{e.p99_ms:.3f}",
             str(e.runs),
-            e.source,
+            e.source if e.error is None else f"estimated, x{e.error:.1f}",
         )
         for e in table.entries.values()
     )
@@ -278,14 +280,16 @@ def inspect_latency(table: latency.LatencyTable) -> Inspection:
         f"{table.device}: {table.library} {table.library_version}, {table.environment.get('cpu', 'unknown processor')}"
     )
     header = ("graph", "precision", "mean ms", "p50", "p95", "p99", "runs", "source")
-    return Inspection(content, (Table(title, header, rows),))
+    notes = tuple(f"{f.graph} in {f.precision} is in no plan: {f.error}" for f in table.failed.values())
+    return Inspection(content, (Table(title, header, rows),), notes)
 
 
 def inspect_plan(result: plans.SearchResult) -> Inspection:
     """The front of a search, fastest first; the chosen plan is marked."""
     rows = tuple(
         (
-            "chosen" if point.stages == result.plan.stages else "",
+            "chosen" if (point.stages, point.precision) == (result.plan.stages, result.plan.precision) else "",
+            point.precision,
             f"{point.predicted.latency_ms:.3f}",
             f"{point.predicted.miou:.2f}",
             f"{point.predicted.gmacs:.3f}",
@@ -295,7 +299,7 @@ def inspect_plan(result: plans.SearchResult) -> Inspection:
         for point in result.front
     )
     title = f"front for {result.plan.device}, {result.plan.predicted.source} latency"
-    header = ("", "latency ms", "mIoU %", "GMACs", "exits", "heads")
+    header = ("", "precision", "latency ms", "mIoU %", "GMACs", "exits", "heads")
     return Inspection(plans.result_to_json(result), (Table(title, header, rows),))
 
 
@@ -304,7 +308,7 @@ def inspect_bundle(path: Path) -> Inspection:
     archive = open_archive(path)
     archive.close()
     manifest = archive.manifest
-    tables = []
+    tables, notes = [], []
     for plan in manifest.plans:
         figures = plan.predicted
         title = (
@@ -313,7 +317,12 @@ def inspect_bundle(path: Path) -> Inspection:
             f"{plan.baseline_name} {plan.baseline.latency_ms:.2f} ms, {plan.baseline.miou:.2f} %"
         )
         tables.append(Table(title, ("exit", "head", "row", "leaves at count"), _stage_rows(plan.stages)))
-    return Inspection(asdict(manifest), tuple(tables))
+        notes += [
+            f"{path} runs in {found.used}: in {found.wanted} it lost too much"
+            for path, found in plan.precisions.items()
+            if found.used != found.wanted
+        ]
+    return Inspection(asdict(manifest), tuple(tables), tuple(notes))
 
 
 def _stage_rows(stages: Sequence[Any]) -> tuple[tuple[str, ...], ...]:

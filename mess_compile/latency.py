@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mess_compile import files
 from mess_compile.candidates import CandidateNetwork, GraphSet, head_graph_name, output_name, segment_name
+from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError, StaleError
 
 UPLOAD, DOWNLOAD, NULL = "upload", "download", "null"
@@ -21,7 +22,14 @@ _QUANTITIES: tuple[Quantity, ...] = ("mean_ms", "p50_ms", "p90_ms", "p95_ms", "p
 
 @dataclass(frozen=True)
 class Latency:
-    """What one graph costs in one precision. `sha256` is that of the graph measured, empty for pseudo graphs."""
+    """What one graph costs in one precision, in wall time. `sha256` is that of the graph, empty for pseudo graphs.
+
+    `steady` says that its last windows lay together. What the library or the device does not tell is None:
+    `device_ms`, the mean between events on the GPU; `file_bytes` of what is loaded, `scratch_bytes` that a run needs;
+    `energy_mj` of a run, the module's mean power in these windows times `mean_ms`. An estimate has an `error`, the
+    factor by which it may be too low or too high (90 % of those that were checked are within). `shared_with` names the
+    graph of equal structure that was measured in its stead.
+    """
 
     graph: str
     sha256: str
@@ -33,15 +41,33 @@ class Latency:
     p99_ms: float
     runs: int
     source: str
+    steady: bool = True
+    device_ms: float | None = None
+    file_bytes: int | None = None
+    scratch_bytes: int | None = None
+    energy_mj: float | None = None
+    error: float | None = None
+    shared_with: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A graph that has no engine on the target, in the words of its lint, parser or builder."""
+
+    graph: str
+    sha256: str
+    precision: str
+    error: str
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """All latencies of one target, by (graph, precision).
+    """All latencies of one target, by (graph, precision), and the graphs that `failed` there.
 
     Beside the graphs there are three pseudo graphs: `upload` (frame to device), `download` (labels back) and `null`
     (what a decision costs beside its head: on a CPU a read of the counts and a comparison). `network` is the candidate
-    network's identity, `environment` what the measurement depended on (machine, cores, spread).
+    network's identity, `recipes` what was profiled, each with the identity of its graphs; `environment` what the
+    measurement depended on (machine, cores, spread). A plan's latency is made of wall times.
     """
 
     device: str
@@ -51,29 +77,27 @@ class LatencyTable:
     environment: dict[str, str]
     source: str
     entries: dict[tuple[str, str], Latency]
+    recipes: dict[str, str] = field(default_factory=dict)
+    failed: dict[tuple[str, str], Failure] = field(default_factory=dict)
 
-    def latency(self, graph: str, precision: str) -> Latency:
+    def latency(self, graph: str, precision: str = FP32) -> Latency:
         """Raises InputError naming the graph and what to run."""
         entry = self.entries.get((graph, precision))
         if entry is None:
             raise InputError(f"the latency table of {self.device} has no {precision} entry for {graph}: {self.remedy}")
         return entry
 
-    def cost_ns(self, graph: str, precision: str, quantity: Quantity = "mean_ms") -> int:
+    def cost_ns(self, graph: str, precision: str = FP32, quantity: Quantity = "mean_ms") -> int:
         milliseconds: float = getattr(self.latency(graph, precision), quantity)
         return round(milliseconds * 1e6)
-
-    @property
-    def precisions(self) -> tuple[str, ...]:
-        return tuple(sorted({precision for _, precision in self.entries}))
 
     @property
     def remedy(self) -> str:
         return _remedy(self.device)
 
 
-def _remedy(device: str) -> str:
-    return f"run `mess-compile profile --device {device}`"
+def _remedy(device: str, more: str = "") -> str:
+    return f"run `mess-compile profile --device {device}{more}`"
 
 
 @dataclass(frozen=True)
@@ -102,68 +126,73 @@ def stage_graphs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[Sta
 
 
 def path_costs_ns(
-    table: LatencyTable,
-    candidate: CandidateNetwork,
-    heads: Sequence[str],
-    precision: str,
-    quantity: Quantity = "mean_ms",
+    table: LatencyTable, graph_set: GraphSet, heads: Sequence[str], quantity: Quantity = "mean_ms"
 ) -> tuple[int, ...]:
-    """What an image costs that leaves at each of the plan's exits, in ns.
+    """What an image costs that leaves at each of the plan's exits, in ns, by the precisions of `graph_set`.
 
     Upload + segments + gated heads up to the exit taken + one null stage per decision + output graph + download; the
     last exit decides nothing. Source: DESIGN.md, Latency of a plan. Raises InputError when the table lacks a graph.
     """
     costs: list[int] = []
-    spent = table.cost_ns(UPLOAD, precision, quantity)
-    download = table.cost_ns(DOWNLOAD, precision, quantity)
-    stages = stage_graphs(candidate, heads)
+    spent = table.cost_ns(UPLOAD, quantity=quantity)
+    download = table.cost_ns(DOWNLOAD, quantity=quantity)
+    stages = stage_graphs(graph_set.candidate, heads)
     for stage in stages:
-        spent += table.cost_ns(stage.segment, precision, quantity) + table.cost_ns(stage.head, precision, quantity)
+        spent += graph_cost_ns(table, graph_set, stage.segment, quantity)
+        spent += graph_cost_ns(table, graph_set, stage.head, quantity)
         if stage is not stages[-1]:
-            spent += table.cost_ns(NULL, precision, quantity)
-        costs.append(spent + table.cost_ns(stage.output, precision, quantity) + download)
+            spent += table.cost_ns(NULL, quantity=quantity)
+        costs.append(spent + graph_cost_ns(table, graph_set, stage.output, quantity) + download)
     return tuple(costs)
 
 
 def report_times_ns(
-    table: LatencyTable,
-    candidate: CandidateNetwork,
-    heads: Sequence[str],
-    precision: str,
-    quantity: Quantity = "mean_ms",
+    table: LatencyTable, graph_set: GraphSet, heads: Sequence[str], quantity: Quantity = "mean_ms"
 ) -> tuple[int, ...]:
     """When each exit's labels are there in the anytime setting, in ns: every report pays output graph and download."""
     times: list[int] = []
-    now = table.cost_ns(UPLOAD, precision, quantity)
-    for stage in stage_graphs(candidate, heads):
-        for graph in (stage.segment, stage.head, stage.output, DOWNLOAD):
-            now += table.cost_ns(graph, precision, quantity)
+    now = table.cost_ns(UPLOAD, quantity=quantity)
+    for stage in stage_graphs(graph_set.candidate, heads):
+        for graph in (stage.segment, stage.head, stage.output):
+            now += graph_cost_ns(table, graph_set, graph, quantity)
+        now += table.cost_ns(DOWNLOAD, quantity=quantity)
         times.append(now)
     return tuple(times)
 
 
-def baseline_cost_ns(table: LatencyTable, baseline: str, precision: str, quantity: Quantity = "mean_ms") -> int:
+def baseline_cost_ns(table: LatencyTable, graph_set: GraphSet, baseline: str, quantity: Quantity = "mean_ms") -> int:
     """What an image costs on a single-exit network: upload + the graph `baseline` + download, in ns."""
-    return sum(table.cost_ns(graph, precision, quantity) for graph in (UPLOAD, baseline, DOWNLOAD))
+    transfers = (table.cost_ns(transfer, quantity=quantity) for transfer in (UPLOAD, DOWNLOAD))
+    return sum(transfers) + graph_cost_ns(table, graph_set, baseline, quantity)
+
+
+def graph_cost_ns(table: LatencyTable, graph_set: GraphSet, graph: str, quantity: Quantity = "mean_ms") -> int:
+    """Of a graph in the precision that it has in `graph_set`. Raises InputError when the table lacks it."""
+    return table.cost_ns(graph, graph_set.spec(graph).precision, quantity)
+
+
+def runs_there(table: LatencyTable, graph_set: GraphSet, graph: str) -> bool:
+    """Whether the target has a graph of this name in its precision; one that failed to build it has not."""
+    return (graph, graph_set.spec(graph).precision) in table.entries
 
 
 def check_current(table: LatencyTable, graph_set: GraphSet) -> None:
     """Raises StaleError naming the graphs that changed since `table` was made, or that it lacks."""
-    precisions = table.precisions or ("fp32",)
-    wanted = {**{name: spec.sha256 for name, spec in graph_set.graphs.items()}, **dict.fromkeys(PSEUDO_GRAPHS, "")}
-    changed: dict[str, None] = {}
-    missing: dict[str, None] = {}
-    for name, sha256 in wanted.items():
-        for precision in precisions:
-            entry = table.entries.get((name, precision))
-            if entry is None:
-                missing[name] = None
-            elif entry.sha256 != sha256:
-                changed[name] = None
+    recipes = ",".join(recipe.partition("-")[0] for recipe in (*table.recipes, graph_set.recipe))
+    if graph_set.recipe not in table.recipes:
+        raise StaleError(
+            f"the latency table of {table.device} has {', '.join(table.recipes) or 'no recipe'}, not "
+            f"{graph_set.recipe}: {_remedy(table.device, f' --precision {recipes}')}"
+        )
+    wanted = {(name, spec.precision): spec.sha256 for name, spec in graph_set.graphs.items()}
+    known: dict[tuple[str, str], Latency | Failure] = {**table.failed, **table.entries}
+    keys = (*wanted, *((pseudo, FP32) for pseudo in PSEUDO_GRAPHS))
+    changed = [key[0] for key in keys if key in known and known[key].sha256 != wanted.get(key, "")]
+    missing = [key[0] for key in keys if key not in known]
     for verb, names in (("was made from other graphs than these", changed), ("lacks graphs", missing)):
         if names:
-            raise StaleError(f"the latency table of {table.device} {verb} ({_listed(list(names))}): {table.remedy}")
-    if table.network != graph_set.candidate.identity:
+            raise StaleError(f"the latency table of {table.device} {verb} ({_listed(names)}): {table.remedy}")
+    if table.network != graph_set.candidate.identity or table.recipes[graph_set.recipe] != graph_set.identity:
         raise StaleError(f"the latency table of {table.device} was made from another network: {table.remedy}")
 
 
@@ -175,25 +204,29 @@ def _listed(names: list[str], most: int = 6) -> str:
 def write_latency_table(path: Path, table: LatencyTable) -> None:
     """Write `latency/<device>.json`; all of it or nothing."""
     content = {name: getattr(table, name) for name in _TABLE_FIELDS}
-    entries = [asdict(entry) for _, entry in sorted(table.entries.items())]
-    files.write_json(path, "mess-latency", 1, {**content, "entries": entries})
+    lists = {name: [asdict(each) for _, each in sorted(getattr(table, name).items())] for name in ("entries", "failed")}
+    files.write_json(path, "mess-latency", 2, {**content, **lists})
 
 
-_TABLE_FIELDS = ("device", "library", "library_version", "network", "environment", "source")
+_TABLE_FIELDS = ("device", "library", "library_version", "network", "environment", "source", "recipes")
 
 
 def read_latency_table(path: Path) -> LatencyTable:
     """Read `latency/<device>.json`. Raises InputError when it is missing or damaged."""
     remedy = _remedy(path.stem)
-    content = files.read_json(path, "mess-latency", 1, remedy)
+    content = files.read_json(path, "mess-latency", 2, remedy)
     table: LatencyTable = files.decoded(path, remedy, lambda: _table_from_json(content))
     return table
 
 
 def _table_from_json(content: dict[str, Any]) -> LatencyTable:
     entries = [_latency_from_json(entry) for entry in content["entries"]]
+    failures = [
+        Failure(*(str(each[name]) for name in ("graph", "sha256", "precision", "error"))) for each in content["failed"]
+    ]
     by_key = {(entry.graph, entry.precision): entry for entry in entries}
-    if len(by_key) != len(entries):
+    failed = {(failure.graph, failure.precision): failure for failure in failures}
+    if len(by_key | failed) != len(entries) + len(failures):
         raise ValueError("a graph is there twice")
     return LatencyTable(
         device=str(content["device"]),
@@ -203,22 +236,35 @@ def _table_from_json(content: dict[str, Any]) -> LatencyTable:
         environment={str(key): str(value) for key, value in content["environment"].items()},
         source=_source(content["source"]),
         entries=by_key,
+        recipes={str(name): str(identity) for name, identity in content["recipes"].items()},
+        failed=failed,
     )
 
 
 def _latency_from_json(content: dict[str, Any]) -> Latency:
-    milliseconds = {name: float(content[name]) for name in _QUANTITIES}
-    for name, value in milliseconds.items():
-        if not 0 <= value <= _MOST_MS:
-            raise ValueError(f"{name} of {content['graph']} is {value}")
+    times: dict[str, Any] = {name: _checked(content, name) for name in _QUANTITIES}
+    times |= {name: None if content[name] is None else _checked(content, name) for name in _MEASURES}
+    times |= {name: None if content[name] is None else int(content[name]) for name in _SIZES}
     return Latency(
         graph=str(content["graph"]),
         sha256=str(content["sha256"]),
         precision=str(content["precision"]),
         runs=int(content["runs"]),
         source=_source(content["source"]),
-        **milliseconds,
+        steady=bool(content["steady"]),
+        shared_with=None if content["shared_with"] is None else str(content["shared_with"]),
+        **times,
     )
+
+
+_MEASURES, _SIZES = ("device_ms", "energy_mj", "error"), ("file_bytes", "scratch_bytes")
+
+
+def _checked(content: dict[str, Any], name: str) -> float:
+    value = float(content[name])
+    if not 0 <= value <= _MOST_MS:
+        raise ValueError(f"{name} of {content['graph']} is {value}")
+    return value
 
 
 def _source(text: Any) -> str:

@@ -33,8 +33,8 @@ class ExitStatistics:
 
     `cells` is each head's feature-map size, `thresholds` (T, K); `counts` (n, heads, T) the confident cells per
     threshold row; `intersection` and `predicted` (n, scored, K), `labelled` (n, K) pixels per class at the frame's own
-    size, ignored pixels in none of them. `group` is the image's sequence; `network` the candidate network's identity,
-    `baseline_alone` that of the baseline trained alone, None when there was none to score.
+    size, ignored pixels in none of them. `group` is the image's sequence; `precision` names the recipe, `network`
+    is the identity of its graphs, `baseline_alone` that of the baseline trained alone, None when there was none.
     """
 
     heads: tuple[str, ...]
@@ -142,13 +142,18 @@ def merge(shards: Sequence[ExitStatistics]) -> ExitStatistics:
 
 
 def check_current(statistics: ExitStatistics, graph_set: GraphSet) -> None:
-    """Raises StaleError when `statistics` are of another network, baseline, gate or other heads than `graph_set`."""
+    """Raises StaleError when `statistics` are of another network, recipe, baseline, gate or heads than `graph_set`.
+
+    They may lack heads, and on another device than this the baseline, that have no engine where they were recorded.
+    """
     candidate = graph_set.candidate
     differs = {
-        "network": statistics.network != candidate.identity,
-        "baseline": statistics.baseline_alone != graph_set.baseline_alone,
+        "recipe": statistics.precision != graph_set.recipe,
+        "network": statistics.network != graph_set.identity,
+        "baseline": statistics.baseline_alone != graph_set.baseline_alone
+        and not (statistics.baseline_alone is None and statistics.device != "host"),
         "gate": statistics.gate != graph_set.gate,
-        "heads": statistics.heads != tuple(head.name for head in candidate.heads),
+        "heads": statistics.heads != tuple(h.name for h in candidate.heads if h.name in statistics.heads),
         "classes": statistics.classes != candidate.classes,
     }
     for what, different in differs.items():

@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mess_compile import machine as machines
-from mess_compile.machine import Gpu, Machine, dotted
-from mess_compile.runtime.engine import LIBRARIES
+from mess_compile import files
+from mess_compile.runtime import machine as machines
+from mess_compile.runtime.engine import FP32, LIBRARIES, PRECISIONS
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.machine import Gpu, Machine, dotted
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-PRECISIONS = ("fp32", "fp16", "int8")
 RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 _ON_GPU = LIBRARIES[1:]
 _MEMORY_SEEN = (0.85, 1.05)  # of what the data sheet says, by the driver: systems and error correction take some
-_MAX_BYTES = 65536
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -41,7 +34,7 @@ class Peak:
 
     def of(self, precision: str) -> float | None:
         """TFLOP/s or TOP/s."""
-        return dict(zip(PRECISIONS, (self.fp32_tflops, self.fp16_tflops, self.int8_tops), strict=True))[precision]
+        return {"fp32": self.fp32_tflops, "fp16": self.fp16_tflops, "int8": self.int8_tops}[precision]
 
 
 @dataclass(frozen=True)
@@ -120,13 +113,22 @@ def in_cells(target: Target) -> tuple[str, ...]:
     )
 
 
-def refuse_unless_here(target: Target, workspace: Path | None = None) -> None:
-    """Raises InputError with what differs between this machine and `target`, and what to do."""
+def refuse_unless_here(target: Target, workspace: Path | None = None, ways: str | None = None) -> None:
+    """Raises InputError with what differs between this machine and `target`, and what to do: `ways` if given."""
     machine = machines.this_machine()
     found = differences(target, machine)
     if found:
+        remedy = ways or _remedy(target, machine, workspace)
+        raise InputError(f"this machine is not {target.name!r}: {'; '.join(found)}: {remedy}")
+
+
+def refuse_unless_there(target: Target, machine: Machine, host: str) -> None:
+    """Raises InputError with what differs between the machine at `host` and `target`."""
+    found = differences(target, machine)
+    if found:
         raise InputError(
-            f"this machine is not {target.name!r}: {'; '.join(found)}: {_remedy(target, machine, workspace)}"
+            f"{host} is not {target.name!r}: {'; '.join(found)}: name what it is (--device), or describe it in "
+            "profiles/NAME.toml"
         )
 
 
@@ -184,27 +186,9 @@ def _shipped() -> Path:
 
 def _read_target(path: Path) -> Target:
     try:
-        return _target_from(_read_toml(path), path.stem)
+        return _target_from(files.read_toml(path), path.stem)
     except ValueError as error:
         raise InputError(f"{path}: {error}: see {_shipped() / 'xavier.toml'} for an example") from error
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    """Raises ValueError, for a file that never ends or is not one as well."""
-    try:
-        if not path.is_file():
-            raise ValueError("it is not a file")
-        with path.open("rb") as stream:
-            content = stream.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"it cannot be read ({error.strerror})") from error
-    if len(content) > _MAX_BYTES:
-        raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-    try:
-        found: dict[str, Any] = tomllib.loads(content.decode("utf-8"))
-        return found
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not TOML ({error})") from error
 
 
 def _target_from(content: dict[str, Any], stem: str) -> Target:
@@ -282,7 +266,7 @@ def _is_list_of(passes: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _are_precisions(value: Any) -> bool:
-    return _is_list_of(PRECISIONS.__contains__)(value) and len(set(value)) == len(value) and "fp32" in value
+    return _is_list_of(PRECISIONS.__contains__)(value) and len(set(value)) == len(value) and FP32 in value
 
 
 _TEXT = _Field(_is_text, "one line of text")
@@ -296,7 +280,7 @@ _FIELDS = {
     "name": _Field(_matches("[A-Za-z0-9][A-Za-z0-9._-]{0,63}"), "letters, digits, '.', '_' and '-'"),
     "description": _TEXT,
     "library": _Field(lambda value: value in LIBRARIES, f"one of {', '.join(LIBRARIES)}"),
-    "precisions": _Field(_are_precisions, f"a list of {', '.join(PRECISIONS)} with fp32 among them", tuple),
+    "precisions": _Field(_are_precisions, f"a list of {', '.join(reversed(PRECISIONS))} with fp32 among them", tuple),
     "library_versions": _Field(
         _is_list_of(_matches(r"[0-9]{1,9}([.][0-9]{1,9}){0,3}")), "a list of versions such as '8.5'", tuple
     ),

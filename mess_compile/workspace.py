@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from mess_compile import files
+from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError
 
+HOST = "host"
+"""The machine that mess-compile itself runs on, as a device."""
 _REMEDY = "remove it; it only remembers the last device, data and split"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What later commands use unless told otherwise: device profiled last, data folder, and the tuning split."""
+    """What later commands use unless told otherwise: device profiled last, data folder, and the tuning split.
+
+    `hosts` are those over which a device was reached, by its name.
+    """
 
     device: str | None = None
     data: str | None = None
     split: str | None = None
+    hosts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,15 @@ class Workspace:
     def graphs(self) -> Path:
         return self.root / "graphs"
 
-    def statistics(self, split: str) -> Path:
-        """The folder of a split's statistics: `val[:50]` lives in `statistics/val_0-50`."""
+    def statistics(self, split: str, recipe: str = FP32, device: str = HOST) -> Path:
+        """The folder of a split's statistics: `val[:50]` lives in `statistics/val_0-50`.
+
+        Those of another recipe than fp32, or recorded on a device, have their own: `statistics/xavier/fp16/val`.
+        """
         match = re.fullmatch(r"([\w-]+)\[(\d*):(\d*)\]", split)
         name = f"{match[1]}_{match[2] or 0}-{match[3] or 'end'}" if match else split
-        return self.root / "statistics" / name
+        place = Path() if (recipe, device) == (FP32, HOST) else Path(device, recipe)
+        return self.root / "statistics" / place / name
 
     def latency(self, device: str) -> Path:
         return self.root / "latency" / f"{device}.json"
@@ -55,6 +67,14 @@ class Workspace:
 
     def engines(self, device: str, recipe: str) -> Path:
         return self.root / "engines" / device / recipe
+
+    def clocks(self, device: str) -> Path:
+        """What the clocks were before they were locked for a measurement."""
+        return self.root / "latency" / f"{device}.clocks.json"
+
+    def forms(self, device: str) -> Path:
+        """Graphs rewritten for a device's parser."""
+        return self.root / "forms" / device
 
     def plan(self, device: str) -> Path:
         return self.root / "plans" / f"{device}.json"
@@ -69,15 +89,26 @@ class Workspace:
             return Memory()
         content = files.read_json(path, "mess-workspace", 1, _REMEDY)
         texts = {name: content.get(name) for name in ("device", "data", "split")}
-        if not all(value is None or isinstance(value, str) for value in texts.values()):
-            raise InputError(f"{path} is damaged (device, data and split are texts): {_REMEDY}")
-        return Memory(**texts)
+        hosts = content.get("hosts", {})
+        are_texts = all(value is None or isinstance(value, str) for value in texts.values())
+        if not are_texts or not isinstance(hosts, dict) or not all(isinstance(host, str) for host in hosts.values()):
+            raise InputError(f"{path} is damaged (device, data, split and hosts are texts): {_REMEDY}")
+        return Memory(**texts, hosts=hosts)
 
-    def remember(self, device: str | None = None, data: Path | None = None, split: str | None = None) -> None:
-        """Keep what is given, leave the rest as it was. The data folder is kept relative to the workspace."""
-        given = {"device": device, "split": split}
+    def remember(
+        self,
+        device: str | None = None,
+        data: Path | None = None,
+        split: str | None = None,
+        host: str | None = None,
+    ) -> None:
+        """Keep what is given, leave the rest as it was. The data folder is kept relative to the workspace, `host` for
+        the `device`."""
+        given: dict[str, Any] = {"device": device, "split": split}
         given["data"] = None if data is None else os.path.relpath(data.resolve(), self.root.resolve())
         known = self.memory()
+        if host is not None and device is not None:
+            given["hosts"] = {**known.hosts, device: host}
         memory = replace(known, **{name: value for name, value in given.items() if value is not None})
         if memory != known:
             files.write_json(self.root / "workspace.json", "mess-workspace", 1, asdict(memory))

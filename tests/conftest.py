@@ -18,7 +18,7 @@ from mess_compile.workspace import Workspace
 from tests.commands import contents
 
 HW = (64, 96)
-EFFORT = profile.Effort(visits=2, min_runs=4, min_s=0.0, warm_up_s=0.0)
+EFFORT = profile.Effort(window_s=0.002, window_runs=2, windows=2, max_s=0.02, warm_up_s=0.0)
 CHOICE = steps.NetworkChoice("mobilenetv2", HW, exits=3, heads=("fcn-crm1-b0", "fcn-crm2-b1"), width=0.25)
 
 
@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps.train(workspace, data, CHOICE, Recipe(epochs=(6, 3), batch=4, learning_rate=0.02), quiet)
     steps.export(workspace, None, Gate(), quiet)
     steps.evaluate(workspace, None, "val", quiet)
-    steps.profile(workspace, "host", quiet, EFFORT)
+    steps.profile(workspace, "host", quiet, effort=EFFORT)
     result = steps.search(workspace, None, None, Requirement(objective="accuracy"), quiet)
     assert len(result.plan.stages) > 1, "the tests of the cascade want a plan with an early exit"
     steps.bundle(workspace, None, None)

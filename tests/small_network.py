@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from mess_compile import bundle, files
 from mess_compile.candidates import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
 from mess_compile.runtime.manifest import Manifest
-from mess_compile.search.plan import Figures, Plan, Stage
+from mess_compile.search.figures import plan_graphs
+from mess_compile.search.plan import Figures, Plan, PlanGraph, Stage
 
 HW, CELLS_HW, CHANNELS = (8, 12), (4, 6), 4
 CLASSES = ("sky", "road", "car")
@@ -92,7 +93,20 @@ def plan(cut: int | None = 18, exits: Sequence[int] = (1, 2), setting: str = "in
     figures = Figures(1.5, 2.0, 2.5, 60.0, 0.1, 1000, rates, 10, "val", "measured")
     baseline = replace(figures, exit_rates=(1.0,))
     gate = Gate(thresholds=ROWS)
-    return Plan("host", "onnxruntime", "fp32", setting, "f" * 64, gate, tuple(stages), figures, baseline)
+    graphs = tuple(PlanGraph(name, "fp32", "fp32") for name in plan_graphs(candidate(), [s.head for s in stages]))
+    return Plan(
+        "host",
+        "onnxruntime",
+        "fp32",
+        setting,
+        "f" * 64,
+        gate,
+        tuple(stages),
+        graphs,
+        figures,
+        baseline,
+        "onnxruntime on host",
+    )
 
 
 def thresholds() -> NDArray[np.float32]:

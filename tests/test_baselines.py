@@ -28,7 +28,7 @@ from tests.networks import random_network
 
 HW = (64, 96)
 NAMES = scenes.SCENE_CLASSES.names
-EFFORT = Effort(visits=1, min_runs=1, min_s=0.0, warm_up_s=0.0)
+EFFORT = Effort(window_s=0.0, window_runs=1, windows=1, warm_up_s=0.0)
 
 
 def quiet(*told: object) -> None:
@@ -77,7 +77,7 @@ def strong(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_random(workspace.baseline, seed=1, exits=1)
     draw_labels(workspace.root, "baseline")
     steps.export(workspace, None, Gate(), quiet)
-    steps.profile(workspace, "host", quiet, EFFORT)
+    steps.profile(workspace, "host", quiet, effort=EFFORT)
     return chosen(workspace)
 
 
@@ -182,7 +182,7 @@ class TestAnother:
         assert "baseline and baseline-alone: plans are held against the better one in mIoU" in shown
         assert "made from other graphs than these (baseline-alone)" in refused(workspace, "search")
         assert "another baseline" in refused(workspace, "bundle")
-        steps.profile(Workspace(workspace), "host", quiet, EFFORT)
+        steps.profile(Workspace(workspace), "host", quiet, effort=EFFORT)
         edit(workspace / "workspace.json", lambda content: content.update(data=None))
         assert "the statistics are of another baseline" in refused(workspace, "search")
 

@@ -20,7 +20,6 @@ from mess_compile.building import EngineEntry, build_engines
 from mess_compile.candidates import Gate, GraphSet, HeadConfig, read_graph_set, write_graph_set
 from mess_compile.export import export_network
 from mess_compile.graph.cut import cut_network
-from mess_compile.graph.recipe import PrecisionRecipe
 from mess_compile.runtime.errors import InputError
 from mess_compile.targets import Target, find_target
 from tests.commands import printed_json, run
@@ -62,18 +61,14 @@ def ampere() -> Target:
 
 
 def build(graphs: GraphSet, folder: Path) -> building.EngineSet:
-    return build_engines(graphs, plain(graphs), ampere(), folder, 2, tiny.nothing)
-
-
-def plain(graphs: GraphSet) -> PrecisionRecipe:
-    return PrecisionRecipe("fp32", dict.fromkeys(graphs.graphs, "fp32"))
+    return build_engines(graphs, ampere(), folder, 2, tiny.nothing)
 
 
 def names(graphs: GraphSet, folder: Path) -> set[str]:
     """The graphs that a call builds anew."""
     before = {entry.key: entry for entry in building._read_index(folder)}
     counts: list[int] = []
-    found = build_engines(graphs, plain(graphs), ampere(), folder, 1, lambda label, done, total: counts.append(done))
+    found = build_engines(graphs, ampere(), folder, 1, lambda label, done, total: counts.append(done))
     assert counts[-1] == len(graphs.graphs)
     for entry in found.entries:
         assert entry.error is not None or files.sha256_of_file(folder / f"{entry.key}.engine") == entry.sha256
@@ -127,9 +122,14 @@ def test_a_damaged_index_costs_time_only(graphs: GraphSet, folder: Path, text: s
     assert not found.failed
 
 
+def in_precision(graphs: GraphSet, precision: str) -> GraphSet:
+    spec = replace(graphs.spec(BROKEN), precision=precision)
+    return replace(graphs, graphs={**graphs.graphs, BROKEN: spec})
+
+
 def test_another_capability_precision_or_library_version_is_another_engine(graphs: GraphSet) -> None:
     keys = {
-        building._job(graphs, BROKEN, precision, target, version, Path()).key
+        building._job(in_precision(graphs, precision), BROKEN, target, version, Path()).key
         for target in (ampere(), replace(ampere(), compute_capability=(8, 9)), replace(ampere(), name="other"))
         for version in ("1.7.1", "1.7.2")
         for precision in ("fp32", "fp16")
@@ -255,7 +255,7 @@ def test_a_graph_that_upsets_a_library_is_a_failure_of_its_own(graphs: GraphSet,
     spec = replace(graphs.spec(BROKEN), sha256=files.sha256_of_file(path))
     turing = replace(ampere(), compute_capability=(7, 5))
     wrong = replace(graphs, graphs={**graphs.graphs, BROKEN: spec})
-    found = build_engines(wrong, plain(graphs), turing, tmp_path / "new", 2, tiny.nothing)
+    found = build_engines(wrong, turing, tmp_path / "new", 2, tiny.nothing)
     assert [entry.graph for entry in found.failed] == [BROKEN]
     assert found.built == len(graphs.graphs) - 1
 

@@ -57,7 +57,10 @@ class TestStale:
             workspace / "graphs" / "index.json",
             lambda content: content["candidate"].update(identity="1" * 64),
         )
-        edit(workspace / "latency" / "host.json", lambda content: content.update(network="1" * 64))
+        edit(
+            workspace / "latency" / "host.json",
+            lambda content: content.update(network="1" * 64, recipes={"fp32": "1" * 64}),
+        )
         assert "holds another network" in refused(workspace, "bench", finished / "host.mess")
 
     @pytest.mark.parametrize("command", ["evaluate", "profile", "bundle"])

@@ -17,6 +17,7 @@ from PIL import Image
 
 from mess_compile import evaluation, scenes, steps
 from mess_compile.candidates import GraphSet
+from mess_compile.engines import plain_files
 from mess_compile.evaluation import LabelledImage, evaluate
 from mess_compile.runtime.engine import Library, open_library
 from mess_compile.runtime.errors import InputError
@@ -61,7 +62,13 @@ def test_counts_and_pixels_of_every_head_and_image(graphs: GraphSet, library: Li
     images = [labelled_image(seed) for seed in range(3)]
     told: list[int] = []
     found = evaluate(
-        graphs, library, images, device="host", split="val", ignore=IGNORED, progress=lambda done: told.append(done)
+        plain_files(graphs),
+        library,
+        images,
+        device="host",
+        split="val",
+        ignore=IGNORED,
+        progress=lambda done: told.append(done),
     )
     check_current(found, graphs)
     for i, (_, _, frame, labels) in enumerate(images):
@@ -80,7 +87,9 @@ def test_counts_and_pixels_of_every_head_and_image(graphs: GraphSet, library: Li
 
 def test_frames_of_another_size_are_scored_at_their_own_size(graphs: GraphSet, library: Library) -> None:
     _, _, frame, labels = labelled_image(9, (20, 30))
-    found = evaluate(graphs, library, [("x", "g", frame, labels)], device="host", split="val", ignore=IGNORED)
+    found = evaluate(
+        plain_files(graphs), library, [("x", "g", frame, labels)], device="host", split="val", ignore=IGNORED
+    )
     height, width = small_network.HW
     for h, (_, guess) in enumerate(small_network.expected(resize(frame, small_network.HW))):
         rows = [int((i + 0.5) * height / 20) for i in range(20)]
@@ -93,7 +102,7 @@ def test_frames_of_another_size_are_scored_at_their_own_size(graphs: GraphSet, l
 def test_the_baseline_trained_alone_is_scored_like_a_head(tmp_path: Path, library: Library) -> None:
     graphs = small_network.graph_set(tmp_path, baseline_alone="a" * 64)
     images = [labelled_image(seed) for seed in range(3)]
-    found = evaluate(graphs, library, images, device="host", split="val", ignore=IGNORED)
+    found = evaluate(plain_files(graphs), library, images, device="host", split="val", ignore=IGNORED)
     check_current(found, graphs)
     assert (found.baseline_alone, found.counts.shape) == ("a" * 64, (3, 2, 4))
     right, guessed, pixels = np.zeros(3), np.zeros(3), np.zeros(3)
@@ -107,9 +116,10 @@ def test_the_baseline_trained_alone_is_scored_like_a_head(tmp_path: Path, librar
 
 def test_shards_equal_one_run(graphs: GraphSet, library: Library) -> None:
     images = [labelled_image(seed) for seed in range(4)]
-    whole = evaluate(graphs, library, images, device="host", split="val", ignore=IGNORED)
+    whole = evaluate(plain_files(graphs), library, images, device="host", split="val", ignore=IGNORED)
     shards = [
-        evaluate(graphs, library, part, device="host", split="val", ignore=IGNORED) for part in (images[:1], images[1:])
+        evaluate(plain_files(graphs), library, part, device="host", split="val", ignore=IGNORED)
+        for part in (images[:1], images[1:])
     ]
     merged = merge(shards)
     for name in ("counts", "intersection", "predicted", "labelled"):
@@ -121,24 +131,26 @@ def test_a_label_out_of_range_is_named_with_its_image(graphs: GraphSet, library:
     with pytest.raises(
         InputError, match=r"image image0: label 11 is out of range: the network has 3 classes \(0 to 2\)"
     ):
-        evaluate(graphs, library, [image], device="host", split="val")
+        evaluate(plain_files(graphs), library, [image], device="host", split="val")
 
 
 def test_labels_of_another_size_are_named_with_their_image(graphs: GraphSet, library: Library) -> None:
     name, group, frame, labels = labelled_image(0)
     with pytest.raises(InputError, match=r"image image0: labels of shape \(4, 12\) do not fit a frame of \(8, 12\)"):
-        evaluate(graphs, library, [(name, group, frame, labels[:4])], device="host", split="val", ignore=IGNORED)
+        evaluate(
+            plain_files(graphs), library, [(name, group, frame, labels[:4])], device="host", split="val", ignore=IGNORED
+        )
 
 
 def test_no_images_are_refused(graphs: GraphSet, library: Library) -> None:
     with pytest.raises(InputError, match="no images"):
-        evaluate(graphs, library, [], device="host", split="val")
+        evaluate(plain_files(graphs), library, [], device="host", split="val")
 
 
 def test_an_image_without_countable_pixels_counts_nothing(graphs: GraphSet, library: Library) -> None:
     name, group, frame, labels = labelled_image(0)
     empty = np.full_like(labels, 255)
-    found = evaluate(graphs, library, [(name, group, frame, empty)], device="host", split="val")
+    found = evaluate(plain_files(graphs), library, [(name, group, frame, empty)], device="host", split="val")
     assert found.labelled.sum() == found.predicted.sum() == found.intersection.sum() == 0
 
 

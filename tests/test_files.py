@@ -156,3 +156,37 @@ def test_a_graph_or_weight_changed_after_export_is_named(tmp_path: Path, name: s
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(InputError, match=rf"{path.name} was changed after export: run `mess-compile export`"):
         verify_graph_set(graphs)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a = ", "it is not TOML"),
+        (b"\xff\xfe", "it is not TOML"),
+        (b"a = " + b"[" * 20000, "it is not TOML"),
+        (b"#" * (files.MAX_TOML_BYTES + 1), "it has more than 262144 bytes"),
+    ],
+)
+def test_toml_that_a_person_got_wrong_is_told_in_words(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "mine.toml").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        files.read_toml(tmp_path / "mine.toml")
+
+
+@pytest.mark.parametrize("kind", ["absent", "folder", "pipe", "endless"])
+def test_toml_that_never_ends_is_not_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "mine.toml"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"^it is not a file$"):
+        files.read_toml(path)
+
+
+def test_toml_of_the_largest_size_is_read(tmp_path: Path) -> None:
+    text = 'name = "naïve"\n'
+    (tmp_path / "mine.toml").write_text(text + "#" * (files.MAX_TOML_BYTES - len(text.encode())), encoding="utf-8")
+    assert files.read_toml(tmp_path / "mine.toml") == {"name": "naïve"}

@@ -74,12 +74,13 @@ def test_a_path_is_the_sum_of_what_it_runs() -> None:
     last = first + ms("segment-1-3") + ms("head-exit3.fcn-crm1-b0")
     ends = ms("output-2x3") + ms("download")
     expected = [round((first + ends) * 1e6), round((last + ends) * 1e6)]
-    assert list(path_costs_ns(TABLE, GRAPHS.candidate, HEADS, "fp32")) == expected
+    assert list(path_costs_ns(TABLE, GRAPHS, HEADS)) == expected
 
 
 def test_what_a_plan_needs_and_the_table_lacks_is_named() -> None:
-    with pytest.raises(InputError, match="no fp16 entry for upload: run `mess-compile profile --device host`"):
-        path_costs_ns(TABLE, GRAPHS.candidate, HEADS, "fp16")
+    specs = {name: dataclasses.replace(spec, precision="fp16") for name, spec in GRAPHS.graphs.items()}
+    with pytest.raises(InputError, match="no fp16 entry for segment-0-1: run `mess-compile profile --device host`"):
+        path_costs_ns(TABLE, dataclasses.replace(GRAPHS, graphs=specs), HEADS)
 
 
 def test_exits_out_of_order_are_refused() -> None:

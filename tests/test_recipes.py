@@ -31,12 +31,13 @@ def test_each_precision_has_its_engines_and_is_settled_once(workspace: Path) -> 
         folder = workspace / "engines" / "rtx-4090" / recipe
         assert all((folder / f"{entry['key']}.engine").is_file() for entry in entries)
     settled = json.loads((workspace / "recipes" / "fp16" / "recipe.json").read_text())
-    assert set(settled["recipe"]["precisions"].values()) == {"fp16", "fp32"}, "output graphs have nothing to convert"
+    specs = read_graph_set(workspace / "recipes" / "fp16").graphs
+    assert {spec.precision for spec in specs.values()} == {"fp16", "fp32"}, "output graphs have nothing to convert"
     assert (settled["judged_frames"], settled["calibration_frames"]) == (12, 0)
     before = (workspace / "recipes" / "fp16" / "recipe.json").stat().st_mtime_ns
     assert [engines["built"] for engines in build(workspace, "fp32,fp16")] == [0, 0]
     assert (workspace / "recipes" / "fp16" / "recipe.json").stat().st_mtime_ns == before
-    damaged = workspace / "recipes" / "fp16" / "recipe.json"
+    damaged = workspace / "recipes" / "fp16" / "index.json"
     damaged.write_text(damaged.read_text().replace("fp16", "fp8", 3))
     assert build(workspace, "fp16")[0]["built"] == 0, "settled again, into the same graphs"
     assert "fp8" not in damaged.read_text()

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mess_compile import machine as machines
 from mess_compile import targets
-from mess_compile.machine import Gpu, InstalledLibrary, Machine
+from mess_compile.runtime import machine as machines
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.machine import Gpu, InstalledLibrary, Machine
 from mess_compile.targets import Peak, Target, differences, find_target, known_targets, refuse_unless_here
 from tests.commands import complaint, done, printed_json
 

@@ -7,20 +7,15 @@ import difflib
 import math
 import re
 import reprlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mess_compile import files
 from mess_compile.graph.check import Array
 from mess_compile.runtime.errors import InputError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SCALES = {"0-1": (0.0, 1.0), "0-255": (0.0, 255.0), "-1-1": (-1.0, 1.0)}
 """What the bytes 0 and 255 become, before mean and std."""
@@ -112,12 +107,8 @@ def read_exits(path: Path) -> Exits:
     if not path.is_file():
         raise InputError(f"{path} does not exist: it names the tensors of exit points and heads; {_REMEDY}")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not TOML ({error}): {_REMEDY}") from error
-    try:
-        return _exits(content)
-    except InputError as error:
+        return _exits(files.read_toml(path))
+    except (InputError, ValueError) as error:
         raise InputError(f"{path}: {error}; {_REMEDY}") from error
 
 

@@ -128,8 +128,8 @@ def lint(model: onnx.ModelProto, graph: str, parser: Parser) -> tuple[Complaint,
 def operators(parser: Parser) -> Mapping[str, str]:
     """Operators that the parser has, each with the kinds of data it takes."""
     tables = [_OPERATORS_8_5]
-    tables += [] if _is_before(parser, (8, 6)) else [_ADDED_8_6]
-    tables += [] if _is_before(parser, (10, 0)) else [_ADDED_10]
+    tables += [] if is_before(parser, (8, 6)) else [_ADDED_8_6]
+    tables += [] if is_before(parser, (10, 0)) else [_ADDED_10]
     tables += [_ADDED_RTX] if parser.library == RTX else []
     return {name: kinds for table in tables for kinds, names in table.items() for name in names.split()}
 
@@ -139,7 +139,7 @@ def builds_for_turing(parser: Parser) -> bool:
     return parser.library == RTX and parser.compute_capability == (7, 5)
 
 
-def _is_before(parser: Parser, version: tuple[int, int]) -> bool:
+def is_before(parser: Parser, version: tuple[int, int]) -> bool:
     """Whether the parser is that of a classic TensorRT before `version`, major and minor."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", parser.version)[:2])
     if not numbers:
@@ -179,7 +179,7 @@ def _boundary(graph: onnx.GraphProto, facts: _Facts, parser: Parser) -> Iterator
         if value.name not in facts.static:
             yield value.name, ("this input has no static shape", "export with fixed sizes and batch 1")
     for value in (*graph.input, *graph.output):
-        if parser.library == CLASSIC and _is_before(parser, (10, 0)) and facts.types[value.name] == TensorProto.INT64:
+        if parser.library == CLASSIC and is_before(parser, (10, 0)) and facts.types[value.name] == TensorProto.INT64:
             yield value.name, ("TensorRT 8 makes int32 of int64 inputs and outputs", "Cast to int32 in the graph")
 
 
@@ -236,7 +236,7 @@ def _bytes(node: onnx.NodeProto, facts: _Facts, parser: Parser) -> _Finding | No
 def _initializers(node: onnx.NodeProto, facts: _Facts, parser: Parser) -> _Finding | None:
     place = 1 if _is_reduction(node) else _INITIALIZERS.get(node.op_type, len(node.input))
     names = node.input[place : place + 1]
-    if node.op_type == "InstanceNormalization" and _is_before(parser, (8, 6)):
+    if node.op_type == "InstanceNormalization" and is_before(parser, (8, 6)):
         names = node.input[1:]
     for name in filter(None, names):
         if name not in facts.initializers:
@@ -245,7 +245,7 @@ def _initializers(node: onnx.NodeProto, facts: _Facts, parser: Parser) -> _Findi
 
 
 def _details(node: onnx.NodeProto, facts: _Facts, parser: Parser) -> _Finding | None:
-    op, old = node.op_type, _is_before(parser, (10, 0))
+    op, old = node.op_type, is_before(parser, (10, 0))
     attributes = {attribute.name: attribute for attribute in node.attribute}
     mode = attributes.get("coordinate_transformation_mode")
     if op == "Resize" and mode and mode.s not in _RESIZE:
@@ -264,6 +264,8 @@ def _is_reduction(node: onnx.NodeProto) -> bool:
 
 
 def _quantisation(node: onnx.NodeProto, facts: _Facts, old: bool) -> _Finding | None:
+    if old and node.op_type == "DequantizeLinear" and node.input[0] in facts.initializers:
+        return "TensorRT 8 takes no weights of int8", "keep them in float, with a QuantizeLinear before"
     if len(node.input) < 3:
         return (f"TensorRT 8 wants a zero point in {node.op_type}", "write one of zero") if old else None
     if not is_zero(facts.initializers.get(node.input[2])):

@@ -17,7 +17,6 @@ from mess_compile.graph.agreement import agreement_of, compare, labels_of, loade
 from mess_compile.graph.cut import Progress
 from mess_compile.graph.precision import (
     CONVERTED,
-    PRECISIONS,
     Array,
     Feed,
     check_calibration,
@@ -26,7 +25,7 @@ from mess_compile.graph.precision import (
     to_int8,
 )
 from mess_compile.graph.store import WEIGHTS, read_model, read_whole_model, write_graph
-from mess_compile.runtime.engine import Library
+from mess_compile.runtime.engine import PRECISIONS, Library
 from mess_compile.runtime.errors import EngineError, InputError, MessError
 
 
@@ -87,7 +86,7 @@ def settle(
     *,
     calibration: Sequence[Array] = (),
     allowed: Sequence[str] = PRECISIONS,
-) -> tuple[PrecisionRecipe, tuple[Fallback, ...]]:
+) -> tuple[GraphSet, tuple[Fallback, ...]]:
     """Convert every graph to the `wanted` precision, or to the next safer one of `allowed` that passes, into `folder`.
 
     Frames are real images, uint8 (H, W, 3) at the network's input size: `frames` to judge on and, for int8,
@@ -95,7 +94,8 @@ def settle(
     that the settled ones before it give. One passes when it alone, and the path up to it, keep enough labels of every
     head at its exit point (a segment is judged by the heads in fp32). Where the path has lost too much before a graph
     in fp32, the nearest one before is lowered and the walk begins again with that.
-    `folder` becomes a graph set of the same names, and is replaced when all is well. Raises InputError for bad frames
+    `folder` becomes a graph set of the same names, whose recipe has the folder's name, and is replaced when all is
+    well. Raises InputError for bad frames
     and for a network that is not finite in fp32, EngineError when a graph does not run.
     """
     start = bold_recipe(graph_set, wanted)
@@ -110,8 +110,13 @@ def settle(
             settling = _Settling(graph_set, start, allowed, library, made, Path(scratch))
             settling.settle(frames, calibration, progress)
         _drop_unread_weights(made)
-        write_graph_set(replace(graph_set, root=made, graphs=settling.specs))
-    return settling.recipe, tuple(
+        specs = {
+            name: replace(spec, precision=settling.recipe.precision(name), wanted=start.precision(name))
+            for name, spec in settling.specs.items()
+        }
+        found = replace(graph_set, root=made, graphs=specs, recipe=folder.name)
+        write_graph_set(found)
+    return replace(found, root=folder), tuple(
         Fallback(name, start.precision(name), settling.recipe.precision(name), "; ".join(reasons))
         for name, reasons in settling.reasons.items()
     )

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
-from mess_compile.graph.lint import CLASSIC, Parser, builds_for_turing, is_zero
+from mess_compile.graph.lint import CLASSIC, Parser, builds_for_turing, is_before, is_zero
 from mess_compile.graph.nodes import keep
 from mess_compile.runtime.errors import InputError
 
@@ -90,6 +92,51 @@ def _with_nodes(model: onnx.ModelProto, nodes: list[NodeProto]) -> onnx.ModelPro
     return changed
 
 
+def quantise_weights_in_graph(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Keep weights of int8 in float32, with a QuantizeLinear that makes the same eight bits of them.
+
+    TensorRT 8 quantises weights itself and refuses those that are int8 in the file. Raises InputError when a weight is
+    in another file.
+    """
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    parts: list[NodeProto] = []
+    made: dict[str, TensorProto] = {}
+    for node in model.graph.node:
+        weight = tensors.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if weight is not None and weight.data_type == TensorProto.INT8 and node.input[1] in tensors:
+            made[f"{node.output[0]}/float"] = _dequantised(weight, tensors[node.input[1]], node)
+            parts += _in_pair(node)
+        else:
+            parts.append(node)
+    if not made:
+        return model
+    changed = _with_nodes(model, parts)
+    read = {name for node in parts for name in node.input}
+    kept = [tensor for tensor in changed.graph.initializer if tensor.name in read]
+    keep(changed.graph.initializer, [*kept, *made.values()])
+    return changed
+
+
+def _in_pair(node: NodeProto) -> list[NodeProto]:
+    """QuantizeLinear and DequantizeLinear of a weight in float, for a DequantizeLinear of one in int8."""
+    name = node.output[0]
+    first, second = NodeProto(), NodeProto()
+    first.CopyFrom(node)
+    second.CopyFrom(node)
+    first.op_type, first.name = "QuantizeLinear", f"{name}/quantised"
+    first.input[0], first.output[0] = f"{name}/float", f"{name}/quantised"
+    second.input[0] = first.output[0]
+    return [first, second]
+
+
+def _dequantised(weight: TensorProto, scale: TensorProto, node: NodeProto) -> TensorProto:
+    values, steps = _values(weight).astype(np.float32), _values(scale)
+    if steps.ndim:
+        axis = next((part.i for part in node.attribute if part.name == "axis"), 1)
+        steps = steps.reshape([-1 if place == axis % values.ndim else 1 for place in range(values.ndim)])
+    return numpy_helper.from_array(values * steps, f"{node.output[0]}/float")
+
+
 def group_depthwise(model: onnx.ModelProto, channels: int) -> onnx.ModelProto:
     """Turn static depthwise convolutions into grouped ones of `channels` per group, the new weights zero.
 
@@ -113,17 +160,76 @@ def group_depthwise(model: onnx.ModelProto, channels: int) -> onnx.ModelProto:
 
 def _group_sizes(graph: onnx.GraphProto, channels: int) -> Iterator[tuple[tuple[int, str], int]]:
     """(index of the node, its weight) of each static depthwise convolution, and the channels that a group will have."""
+    for index, (node, kernel, _) in _static_convolutions(graph).items():
+        groups = _group(node).i
+        if groups > 1 and _is_depthwise(kernel, groups):
+            yield (index, kernel.name), _group_size(groups, channels)
+
+
+def pad_channels(model: onnx.ModelProto, channels: int) -> onnx.ModelProto:
+    """Give convolutions of fewer input channels than `channels` that many, the new ones zero, in maps and weights.
+
+    For SM75, TensorRT-RTX pads the three channels of an image itself, with maps of zeros that it stores in the engine:
+    2 MiB for fp16 at 512 x 512. A Pad node makes them in each run. Raises InputError when a weight is in another file.
+    """
+    places = tuple(_narrow_convolutions(model.graph, channels))
+    if not places:
+        return model
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    del changed.graph.value_info[:]  # shapes of weights and maps
+    tensors = {tensor.name: tensor for tensor in changed.graph.initializer}
+    pads: dict[str, NodeProto] = {}
+    parts: list[NodeProto] = []
+    for index, node in enumerate(changed.graph.node):
+        for kernel in (kernel for reader, kernel in places if reader == index):
+            source, missing = node.input[0], channels - tensors[kernel].dims[1]
+            if source not in pads:
+                pads[source] = helper.make_node("Pad", [source, f"{source}/pads"], [f"{source}/wide"])
+                values = np.array([0, 0, 0, 0, 0, missing, 0, 0])
+                changed.graph.initializer.append(numpy_helper.from_array(values, f"{source}/pads"))
+                parts.append(pads[source])
+            node.input[0] = pads[source].output[0]
+            tensors[kernel].CopyFrom(_widened(tensors[kernel], missing))
+        parts.append(node)
+    keep(changed.graph.node, parts)
+    return changed
+
+
+def _narrow_convolutions(graph: onnx.GraphProto, channels: int) -> Iterator[tuple[int, str]]:
+    """(index of the node that reads the map, name of the kernel) of each that has too few channels, in two dimensions.
+
+    The map is read by the convolution, or by the Q/DQ nodes before it.
+    """
+    places = {name: index for index, node in enumerate(graph.node) for name in node.output}
+    for index, (node, kernel, maps) in _static_convolutions(graph).items():
+        if _group(node).i == 1 and len(kernel.dims) == 4 and kernel.dims[1] < channels:
+            yield (places[maps[-2]] if len(maps) > 1 else index), kernel.name
+
+
+def _widened(weight: TensorProto, missing: int) -> TensorProto:
+    """The weight (O, C, h, w) with `missing` more input channels of zeros."""
+    narrow = _values(weight)
+    zeros = np.zeros((len(narrow), missing, *narrow.shape[2:]), narrow.dtype)
+    return numpy_helper.from_array(np.concatenate([narrow, zeros], axis=1), weight.name)
+
+
+def _static_convolutions(graph: onnx.GraphProto) -> dict[int, tuple[NodeProto, TensorProto, list[str]]]:
+    """By index: the node, its kernel, and the names of the map that it reads, the last one that before Q/DQ nodes.
+
+    Kernels, and what Q/DQ nodes make of them and of maps, belong to the convolution alone.
+    """
     fed = {value.name for value in graph.input}
     weights = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in fed}
     makers = {name: node for node in graph.node for name in node.output}
     readers = Counter([name for node in graph.node for name in node.input] + [value.name for value in graph.output])
+    found = {}
     for index, node in enumerate(graph.node):
-        if node.op_type != "Conv" or node.domain or _group(node).i < 2:
-            continue
-        names, groups = _kernel(node, makers, weights), _group(node).i
-        alone = all(readers[name] == 1 for name in names)
-        if alone and names[-1] in weights and _is_depthwise(weights[names[-1]], groups):
-            yield (index, names[-1]), _group_size(groups, channels)
+        if node.op_type == "Conv" and not node.domain:
+            maps, names = (_before_quantisation(name, makers, weights) for name in node.input[:2])
+            if names[-1] in weights and all(readers[name] == 1 for name in (*names, *maps[:-1])):
+                found[index] = (node, weights[names[-1]], maps)
+    return found
 
 
 def _is_depthwise(kernel: TensorProto, groups: int) -> bool:
@@ -134,9 +240,9 @@ def _group(node: NodeProto) -> onnx.AttributeProto:
     return next((part for part in node.attribute if part.name == "group"), helper.make_attribute("group", 1))
 
 
-def _kernel(conv: NodeProto, makers: Mapping[str, NodeProto], weights: Mapping[str, TensorProto]) -> list[str]:
-    """The kernel's name and, through Q/DQ nodes that keep zeros zero, the names that it is made from."""
-    names = [conv.input[1]]
+def _before_quantisation(name: str, makers: Mapping[str, NodeProto], weights: Mapping[str, TensorProto]) -> list[str]:
+    """A tensor's name and, through Q/DQ nodes that keep zeros zero, the names that it is made from."""
+    names = [name]
     while names[-1] in makers and _keeps_zeros(makers[names[-1]], weights):
         names.append(makers[names[-1]].input[0])
     return names
@@ -160,26 +266,37 @@ def _group_size(count: int, channels: int) -> int:
 
 def _spread(weight: TensorProto, groups: int, size: int) -> TensorProto:
     """The weight (O, 1, ...) of `groups` depthwise channels, for groups of `size`: (O, size, ...)."""
-    if uses_external_data(weight):
-        raise InputError(f"weight {weight.name!r} is in another file: read the graph with its weights")
-    narrow = numpy_helper.to_array(weight)
+    narrow = _values(weight)
     outputs = np.arange(len(narrow))
     wide = np.zeros((len(narrow), size, *narrow.shape[2:]), narrow.dtype)
     wide[outputs, outputs // (len(narrow) // groups) % size] = narrow[:, 0]
     return numpy_helper.from_array(wide, weight.name)
 
 
+def _values(weight: TensorProto) -> NDArray[Any]:
+    if uses_external_data(weight):
+        raise InputError(f"weight {weight.name!r} is in another file: read the graph with its weights")
+    return numpy_helper.to_array(weight)
+
+
+def _in_tensorrt_8(parser: Parser, _: str) -> bool:
+    return parser.library == CLASSIC and is_before(parser, (10, 0))
+
+
+def _turing_in_fp16(parser: Parser, precision: str) -> bool:
+    return builds_for_turing(parser) and precision == "fp16"
+
+
+def _turing_in_others(parser: Parser, precision: str) -> bool:
+    return builds_for_turing(parser) and precision != "fp16"
+
+
 PASSES = (
     Pass("uint8 through float", lambda parser, _: parser.library == CLASSIC, cast_bytes_through_float),
-    Pass(
-        "depthwise in groups of 4",
-        lambda parser, precision: builds_for_turing(parser) and precision != "fp16",
-        partial(group_depthwise, channels=4),
-    ),
-    Pass(
-        "depthwise in groups of 8",
-        lambda parser, precision: builds_for_turing(parser) and precision == "fp16",
-        partial(group_depthwise, channels=8),
-    ),
+    Pass("weights quantised in the graph", _in_tensorrt_8, quantise_weights_in_graph),
+    Pass("depthwise in groups of 4", _turing_in_others, partial(group_depthwise, channels=4)),
+    Pass("depthwise in groups of 8", _turing_in_fp16, partial(group_depthwise, channels=8)),
+    Pass("images in 4 channels", _turing_in_others, partial(pad_channels, channels=4)),
+    Pass("images in 8 channels", _turing_in_fp16, partial(pad_channels, channels=8)),
 )
 """In the order in which they run."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from mess_compile.runtime.archive import Archive, open_archive
 from mess_compile.runtime.engine import LIBRARIES, Engine, Library, Tensor, TensorSpec, open_library
+from mess_compile.runtime.engine_cache import loadable
 from mess_compile.runtime.errors import BundleError, EngineError, InputError
 from mess_compile.runtime.frames import check_frame, resize, resize_labels
 from mess_compile.runtime.manifest import Manifest, Plan, Stage
@@ -55,7 +56,8 @@ class Cascade:
         self._engines: Dict[str, Engine] = {}
         try:
             for path in plan.graphs():
-                self._engines[path] = library.load(archive.folder / path)
+                graph = loadable(library, archive.folder / path, plan.precisions[path].used)
+                self._engines[path] = library.load(graph)
             self._stages = tuple(self._loaded(index) for index in range(len(plan.stages)))
             self._thresholds = library.upload(np.array(self.manifest.gate.thresholds, np.float32))
         except BaseException:
@@ -140,10 +142,12 @@ def load(
     target: Optional[str] = None,
     library: Optional[Library] = None,
     threads: Optional[int] = None,
+    cuda_graphs: bool = False,
 ) -> Cascade:
     """Verify a bundle and load its plan for `target`, or the first plan that this machine has a library for.
 
-    `threads` is for CPU libraries (None: every core). The cascade closes `library` with itself. Raises InputError,
+    `threads` is for CPU libraries (None: every core), `cuda_graphs` for TensorRT: stages as one launch each; `profile`
+    measures without. The cascade closes `library` with itself. Raises InputError,
     BundleError, EngineError.
     """
     archive = open_archive(Path(path))
@@ -151,7 +155,7 @@ def load(
         plans = _matching(archive.manifest, target, library)
         if library is not None:
             return Cascade(archive, plans[0], library)
-        return Cascade(archive, *_first_that_opens(plans, threads))
+        return Cascade(archive, *_first_that_opens(plans, threads, cuda_graphs))
     except BaseException:
         archive.close()
         raise
@@ -167,14 +171,14 @@ def _matching(manifest: Manifest, target: Optional[str], library: Optional[Libra
     return plans
 
 
-def _first_that_opens(plans: List[Plan], threads: Optional[int]) -> Tuple[Plan, Library]:
+def _first_that_opens(plans: List[Plan], threads: Optional[int], cuda_graphs: bool) -> Tuple[Plan, Library]:
     """Raises EngineError for the last plan when the library of none is here."""
     for plan in plans[:-1]:
         try:
-            return plan, open_library(plan.library, threads)
+            return plan, open_library(plan.library, threads, cuda_graphs=cuda_graphs)
         except EngineError:
             continue
-    return plans[-1], open_library(plans[-1].library, threads)
+    return plans[-1], open_library(plans[-1].library, threads, cuda_graphs=cuda_graphs)
 
 
 def _check_graphs(stage: Stage, source: str, engines: Tuple[Engine, Engine, Engine], manifest: Manifest) -> None:

@@ -15,6 +15,9 @@ import numpy as np
 from mess_compile.runtime.errors import InputError
 
 Tensor = Any
+PRECISIONS = ("int8", "fp16", "fp32")
+"""From the boldest to the safest; a graph that fails in one falls back to the next."""
+FP32 = PRECISIONS[-1]
 LIBRARIES = ("onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt_rtx")
 
 
@@ -27,6 +30,17 @@ class TensorSpec:
     shape: Tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Timing:
+    """One run alone: `wall_ms` from the call until its results are there, `device_ms` between events on the device.
+
+    Device time includes the gaps in which the device waits for its next kernel; None where the library has no events.
+    """
+
+    wall_ms: float
+    device_ms: Optional[float] = None
+
+
 class Engine(Protocol):
     """One compiled graph."""
 
@@ -36,8 +50,17 @@ class Engine(Protocol):
     @property
     def outputs(self) -> Dict[str, TensorSpec]: ...
 
+    @property
+    def scratch_bytes(self) -> Optional[int]:
+        """Memory that a run needs besides weights, inputs and outputs; None where the library does not tell."""
+        ...
+
     def run(self, feeds: Mapping[str, Tensor]) -> Dict[str, Tensor]:
         """Compute every output. An output tensor is valid until the same engine runs again. Raises EngineError."""
+        ...
+
+    def run_timed(self, feeds: Mapping[str, Tensor]) -> Timing:
+        """Wait for what came before, then time one run until its results are there; they are given up."""
         ...
 
     def close(self) -> None: ...
@@ -51,6 +74,11 @@ class Library(Protocol):
 
     @property
     def version(self) -> str: ...
+
+    @property
+    def builds_for(self) -> Optional[Tuple[str, Tuple[int, int]]]:
+        """The GPU's name and compute capability where engines are built from graphs; None where graphs are loaded."""
+        ...
 
     def load(self, path: Path) -> Engine:
         """The engine of one ONNX file, for TensorRT of one serialised engine. Raises EngineError naming the file."""
@@ -71,10 +99,11 @@ class Library(Protocol):
     def close(self) -> None: ...
 
 
-def open_library(name: str, threads: Optional[int] = None, gpu: int = 0) -> Library:
+def open_library(name: str, threads: Optional[int] = None, gpu: int = 0, cuda_graphs: bool = False) -> Library:
     """Open an engine library by its name; `threads` is for the CPU (None: every core), `gpu` which of several.
 
-    Raises InputError for an unknown name, EngineError when the library is not installed.
+    With `cuda_graphs` TensorRT launches a stage that runs on the same tensors again as one CUDA graph. Raises
+    InputError for an unknown name, EngineError when the library is not installed.
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, not a number from 1")
@@ -87,5 +116,5 @@ def open_library(name: str, threads: Optional[int] = None, gpu: int = 0) -> Libr
             raise InputError(f"{name} runs on the first GPU: put number {gpu} first with CUDA_VISIBLE_DEVICES")
         from mess_compile.runtime import tensorrt_engine
 
-        return tensorrt_engine.open_library(name)
+        return tensorrt_engine.open_library(name, cuda_graphs)
     raise InputError(f"engine library {name!r} is not one of {', '.join(LIBRARIES)}")

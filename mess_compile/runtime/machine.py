@@ -9,17 +9,20 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any, List, Mapping, Optional, Tuple
 
 _PATIENCE_S = 20
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 _SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits")
 _SMI_POWER = ("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,power.limit", "--format=csv,noheader,nounits")
+_SMI_DRIVER = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 _DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11"),
@@ -32,8 +35,8 @@ class Gpu:
     """A GPU by its driver's name; `compute_capability` such as (8, 7). None is what nothing here could tell."""
 
     name: str
-    compute_capability: tuple[int, int] | None = None
-    memory_gib: float | None = None
+    compute_capability: Optional[Tuple[int, int]] = None
+    memory_gib: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -44,34 +47,48 @@ class InstalledLibrary:
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs in the order of the CUDA driver, the first one being used; `board` and `l4t` (Jetson Linux) of a Jetson."""
+    """GPUs in the order of the CUDA driver, the first one being used; `board` and `l4t` (Jetson Linux) of a Jetson.
 
-    gpus: tuple[Gpu, ...] = ()
-    board: str | None = None
-    l4t: str | None = None
-    libraries: tuple[InstalledLibrary, ...] = ()
+    `driver` is NVIDIA's, such as 550.54.15, and `cuda` the newest CUDA that it runs, such as 12.4.
+    """
 
-    def version(self, library: str) -> str | None:
+    gpus: Tuple[Gpu, ...] = ()
+    board: Optional[str] = None
+    l4t: Optional[str] = None
+    libraries: Tuple[InstalledLibrary, ...] = ()
+    driver: Optional[str] = None
+    cuda: Optional[str] = None
+
+    def version(self, library: str) -> Optional[str]:
         """The installed version of an engine library, or None."""
         return next((found.version for found in self.libraries if found.name == library), None)
 
 
 def this_machine(root: Path = Path("/")) -> Machine:
     """Ask the driver and the files under `root`; never raises."""
-    gpus = _gpus_of_cuda()
+    told = _told_by_cuda()
+    gpus = _gpus_of_cuda(told)
     if gpus is None:
         gpus = _gpus_of_smi() or _gpus_of_proc(root)
     release = re.search(r"R([0-9]+) \(release\), REVISION: ([0-9.]+)", _read(root / "etc" / "nv_tegra_release"))
     board = _read(root / "proc" / "device-tree" / "model").strip()
-    return Machine(gpus, board or None, ".".join(release.groups()) if release else None, _libraries())
+    return Machine(
+        gpus=gpus,
+        board=board or None,
+        l4t=".".join(release.groups()) if release else None,
+        libraries=_libraries(),
+        driver=_driver(root),
+        cuda=_newest_cuda(told),
+    )
 
 
 def in_words(machine: Machine) -> str:
     """One line for people."""
     system = f"{machine.board or 'a Jetson'}, Jetson Linux {machine.l4t}" if machine.l4t else machine.board
     gpus = [_gpu_in_words(gpu) for gpu in machine.gpus] or ["no NVIDIA GPU"]
+    driver = [f"driver {machine.driver}"] if machine.driver else []
     libraries = [f"{library.name} {library.version}" for library in machine.libraries] or ["no engine library"]
-    return ", ".join([*([system] if system else []), *gpus, *libraries])
+    return ", ".join([*([system] if system else []), *gpus, *driver, *libraries])
 
 
 def power_in_words(root: Path = Path("/")) -> str:
@@ -86,7 +103,37 @@ def power_in_words(root: Path = Path("/")) -> str:
     return "; ".join(told) or "neither board, driver nor kernel tells them here"
 
 
-def dotted(capability: tuple[int, int]) -> str:
+def toolkit(root: Path = Path("/")) -> Optional[str]:
+    """Version and place of the CUDA toolkit, with which programs are compiled: none of ours, but pycuda is."""
+    folder = root / "usr" / "local" / "cuda"
+    found = re.search(r'"cuda"\s*:\s*\{[^}]*"version"\s*:\s*"([0-9.]+)"', _read(folder / "version.json"))
+    found = found or re.search(r"CUDA Version ([0-9.]+)", _read(folder / "version.txt"))
+    if found:
+        return f"{found[1]} in {folder}"
+    released = re.search(r"release ([0-9.]+)", _output("nvcc", "--version"))
+    return f"{released[1]} at {shutil.which('nvcc')}" if released else None
+
+
+def trtexec(root: Path = Path("/")) -> Optional[str]:
+    """Where TensorRT's own program for building and timing engines is: JetPack has it outside the search path."""
+    place = root / "usr" / "src" / "tensorrt" / "bin" / "trtexec"
+    return str(place) if place.is_file() else shutil.which("trtexec")
+
+
+def system_tensorrt(root: Path = Path("/")) -> Optional[str]:
+    """Version of the TensorRT library that the system has, whether or not this Python sees its module."""
+    names = [path.name for path in (root / "usr" / "lib").glob("*-linux-gnu*/libnvinfer.so.*")]
+    versions = [re.fullmatch(r"libnvinfer\.so\.([0-9]+(?:\.[0-9]+)+)", name) for name in sorted(names)]
+    return next((version[1] for version in versions if version), None)
+
+
+def cuda_of(library: str) -> Optional[int]:
+    """The major version of CUDA that the installed package of an engine library is for, where its name says so."""
+    names = [name for name in _DISTRIBUTIONS[library] if re.search("-cu[0-9]+$", name) and _version((name,))]
+    return int(names[0].rpartition("-cu")[2]) if names else None
+
+
+def dotted(capability: Tuple[int, int]) -> str:
     """A compute capability as data sheets write it."""
     return f"{capability[0]}.{capability[1]}"
 
@@ -98,16 +145,41 @@ def _gpu_in_words(gpu: Gpu) -> str:
     return f"{gpu.name} ({told})" if told else gpu.name
 
 
-def _gpus_of_cuda() -> tuple[Gpu, ...] | None:
+def _told_by_cuda() -> Mapping[str, Any]:
+    """What a process of its own heard from the driver; empty when it did not come back."""
+    try:
+        source = __loader__.get_source(__name__)  # type: ignore[name-defined]  # it may lie in a zip file
+        told = json.loads(_output(sys.executable, "-I", "-c", source))
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _gpus_of_cuda(told: Mapping[str, Any]) -> Optional[Tuple[Gpu, ...]]:
     """What programs that use CUDA get to see here, or None when the driver does not answer."""
     try:
-        rows = json.loads(_output(sys.executable, "-I", __file__))
-        return tuple(Gpu(name, (major, minor), size / 2**30) for name, major, minor, size in rows)
-    except (ValueError, TypeError):
+        return tuple(Gpu(name, (major, minor), size / 2**30) for name, major, minor, size in told["gpus"])
+    except (KeyError, ValueError, TypeError):
         return None
 
 
-def _gpus_of_smi() -> tuple[Gpu, ...]:
+def _newest_cuda(told: Mapping[str, Any]) -> Optional[str]:
+    number = told.get("cuda")
+    if isinstance(number, int) and number >= 1000:
+        return f"{number // 1000}.{number % 1000 // 10}"
+    found = re.search(r"CUDA (?:UMD )?Version: *([0-9]{1,3}[.][0-9]{1,2})", _output("nvidia-smi"))
+    return found[1] if found else None
+
+
+def _driver(root: Path) -> Optional[str]:
+    text = _read(root / "proc" / "driver" / "nvidia" / "version")
+    found = re.search(r"Kernel Module\s+(?:for \S+\s+)?([0-9]+(?:[.][0-9]+)+)", text)
+    if found is None:
+        found = re.match(r"([0-9]+(?:[.][0-9]+)+)$", _output(*_SMI_DRIVER), re.MULTILINE)
+    return found[1] if found else None
+
+
+def _gpus_of_smi() -> Tuple[Gpu, ...]:
     rows = [line.split(", ") for line in _output(*_SMI).splitlines()]
     return tuple(_gpu_of_smi(*row) for row in rows if len(row) == 3)
 
@@ -119,19 +191,19 @@ def _gpu_of_smi(name: str, capability: str, mebibytes: str) -> Gpu:
     return Gpu(name.replace(" (nvgpu)", ""), (int(numbers[1]), int(numbers[2])) if numbers else None, memory_gib)
 
 
-def _gpus_of_proc(root: Path) -> tuple[Gpu, ...]:
+def _gpus_of_proc(root: Path) -> Tuple[Gpu, ...]:
     texts = [_read(path) for path in sorted((root / "proc" / "driver" / "nvidia" / "gpus").glob("*/information"))]
     models = [re.search(r"^Model:\s*(\S.*?)\s*$", text, re.MULTILINE) for text in texts]
     return tuple(Gpu(model[1]) for model in models if model)
 
 
-def _libraries() -> tuple[InstalledLibrary, ...]:
+def _libraries() -> Tuple[InstalledLibrary, ...]:
     """Versions from the package metadata: importing an engine library takes seconds, and may start CUDA."""
     found = {name: _version(distributions) for name, distributions in _DISTRIBUTIONS.items()}
     return tuple(InstalledLibrary(name, version) for name, version in found.items() if version)
 
 
-def _version(distributions: tuple[str, ...]) -> str | None:
+def _version(distributions: Tuple[str, ...]) -> Optional[str]:
     for distribution in distributions:
         try:
             version = metadata.version(distribution)
@@ -162,10 +234,27 @@ def _output(*command: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def _ask_cuda() -> list[tuple[str, int, int, int]] | None:
-    """Name, compute capability in two numbers and bytes of each GPU by the driver; None when it cannot say."""
+def _ask_cuda() -> dict[str, object]:
+    """What the driver says of itself (12040 is CUDA 12.4) and of its GPUs; None is what it cannot say."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return {}
+    return {"cuda": _ask_version(cuda), "gpus": _ask_gpus(cuda)}
+
+
+def _ask_version(cuda: ctypes.CDLL) -> Optional[int]:
+    version = ctypes.c_int()
+    try:
+        _succeed(cuda.cuDriverGetVersion(ctypes.byref(version)))
+    except (OSError, AttributeError):
+        return None
+    return version.value
+
+
+def _ask_gpus(cuda: ctypes.CDLL) -> Optional[List[Tuple[str, int, int, int]]]:
+    """Name, compute capability in two numbers and bytes of each GPU."""
+    try:
         status = cuda.cuInit(0)
         if status != 0:
             return [] if status == _NO_DEVICE else None
@@ -176,7 +265,7 @@ def _ask_cuda() -> list[tuple[str, int, int, int]] | None:
         return None
 
 
-def _ask_gpu(cuda: ctypes.CDLL, index: int) -> tuple[str, int, int, int]:
+def _ask_gpu(cuda: ctypes.CDLL, index: int) -> Tuple[str, int, int, int]:
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     size, name = ctypes.c_size_t(), ctypes.create_string_buffer(256)
     _succeed(cuda.cuDeviceGet(ctypes.byref(device), index))

@@ -8,15 +8,23 @@ from dataclasses import asdict, dataclass
 from typing import Dict, Optional, Tuple
 
 from mess_compile.runtime import decode
+from mess_compile.runtime.engine import PRECISIONS
 from mess_compile.runtime.errors import BundleError
 
 FORMAT = "mess-bundle"
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 SETTINGS = ("input-dependent", "budgeted", "anytime")
 SOURCES = ("measured", "estimated")
 MAX_SIDE = 1 << 14
 _PATH = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,120}(?:/(?!\.)[A-Za-z0-9_.-]{1,120}){0,3}")
+_NAMES = {
+    "precision": re.compile(r"[a-z0-9-]{1,32}"),
+    "target": re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"),
+    "tuned_by": re.compile(r"[a-z_-]{1,40} on [A-Za-z0-9][A-Za-z0-9._-]{0,63}"),
+    "split": re.compile(r"[\w-]{1,64}(?:\[\d*:\d*\])?"),
+}
+"""They become paths in a workspace."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -75,8 +83,20 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class GraphPrecision:
+    """What a graph computes in, and what its recipe wanted: they differ where it fell back to a safer one."""
+
+    used: str
+    wanted: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The plan for one target; `baseline` are the figures of the single-exit graph `baseline_name`."""
+    """The plan for one target; `baseline` are the figures of the single-exit graph `baseline_name`.
+
+    `precision` names the recipe, `precisions` says it of each graph by its path. `tuned_by` is the engine library and
+    device whose statistics the exits and thresholds were chosen on, `power_mode` the one that the latencies hold in.
+    """
 
     target: str
     library: str
@@ -86,6 +106,14 @@ class Plan:
     predicted: Figures
     baseline: Figures
     baseline_name: str
+    precisions: Dict[str, GraphPrecision]
+    tuned_by: str
+    power_mode: Optional[str]
+
+    @property
+    def boldest(self) -> str:
+        """The boldest precision that any of the graphs computes in."""
+        return min((found.used for found in self.precisions.values()), key=PRECISIONS.index)
 
     def graphs(self) -> Tuple[str, ...]:
         """Paths of the graphs, each once, in the order of their first run."""
@@ -186,6 +214,9 @@ def _check_network(network: Network) -> None:
 
 def _check_plan(plan: Plan, manifest: Manifest) -> None:
     where = f"the plan for {plan.target!r}"
+    for name, pattern in _NAMES.items():
+        text = plan.predicted.split if name == "split" else getattr(plan, name)
+        _need(pattern.fullmatch(text) is not None, f"{where} has {name} {text!r:.80}")
     _need(plan.setting in SETTINGS, f"{where} has setting {plan.setting!r}, not one of {', '.join(SETTINGS)}")
     _need(bool(plan.stages), f"{where} has no stages")
     points = [stage.exit_point for stage in plan.stages]
@@ -195,6 +226,11 @@ def _check_plan(plan: Plan, manifest: Manifest) -> None:
     _need(len(plan.predicted.exit_rates) == len(plan.stages), f"{where}: exit_rates does not fit its stages")
     for stage in plan.stages:
         _check_stage(stage, plan, f"{where}, exit point {stage.exit_point}", manifest)
+    odd = sorted(set(plan.precisions) ^ set(plan.graphs()))
+    _need(not odd, f"{where}: graphs and precisions disagree on {', '.join(map(repr, odd))}"[:300])
+    for path, found in plan.precisions.items():
+        known = found.used in PRECISIONS and found.wanted in PRECISIONS
+        _need(known, f"{where}: {path} is {found.used!r}, wanted {found.wanted!r}; known are {', '.join(PRECISIONS)}")
 
 
 def _check_stage(stage: Stage, plan: Plan, where: str, manifest: Manifest) -> None:

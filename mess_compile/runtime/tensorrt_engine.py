@@ -13,21 +13,10 @@ import numpy as np
 from mess_compile.runtime import tensorrt_module
 from mess_compile.runtime.cuda import Cuda, open_cuda
 from mess_compile.runtime.device_memory import Block, DeviceMemory, DeviceTensor
-from mess_compile.runtime.engine import Tensor, TensorSpec
+from mess_compile.runtime.engine import Tensor, TensorSpec, Timing
 from mess_compile.runtime.errors import EngineError, one_line
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8"}
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One run alone: `wall_ms` from the call until its results are there, `device_ms` between events on the stream.
-
-    Device time includes the gaps in which the device waits for its next kernel.
-    """
-
-    wall_ms: float
-    device_ms: float
 
 
 def open_library(name: str, cuda_graphs: bool = False) -> TensorRt:
@@ -50,6 +39,7 @@ class TensorRt:
     def __init__(self, name: str, module: Any, cuda: Cuda, cuda_graphs: bool) -> None:
         self.name = name
         self.version = str(module.__version__)
+        self.builds_for = cuda.device.name, cuda.device.capability
         self._module, self._cuda, self._cuda_graphs = module, cuda, cuda_graphs
         self._memory = DeviceMemory(cuda)
         self._engines: weakref.WeakSet[TensorRtEngine] = weakref.WeakSet()
@@ -169,6 +159,11 @@ class TensorRtEngine:
         if dtype not in DTYPES or min(shape, default=1) < 1 or not on_device:
             raise EngineError(f"{self._path}: {name} is {dtype} {shape}; tensors have static shapes, on the device")
         return TensorSpec(name, DTYPES[dtype], shape)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Device memory that a run needs besides weights, inputs and outputs: of the block that all engines share."""
+        return self._scratch_size
 
     def _prepare(self) -> None:
         """Everything that can run out of memory happens here, not in the first run."""

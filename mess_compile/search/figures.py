@@ -9,44 +9,46 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.candidates import BASELINE, CandidateNetwork, GraphSet
+from mess_compile.candidates import BASELINE, CandidateNetwork, GraphSet, Head, head_graph_name
 from mess_compile.latency import (
+    PSEUDO_GRAPHS,
     LatencyTable,
     Quantity,
     baseline_cost_ns,
     path_costs_ns,
     report_times_ns,
+    runs_there,
     stage_graphs,
 )
 from mess_compile.latency import check_current as check_table_current
-from mess_compile.runtime.errors import InputError, StaleError
-from mess_compile.search.plan import Figures, Report, Stage
+from mess_compile.runtime.engine import FP32
+from mess_compile.runtime.errors import InputError
+from mess_compile.search.plan import Figures, PlanGraph, Report, Stage
 from mess_compile.statistics import ExitStatistics, head_miou, miou
 from mess_compile.statistics import check_current as check_statistics_current
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """All that a plan's figures follow from: the graphs, what they cost in `precision`, and what the exits said.
+    """All that a plan's figures follow from: the graphs of one recipe, what they cost, and what the exits said.
 
-    Raises InputError when the statistics hold no images, StaleError when table or statistics are of other graphs.
+    Raises InputError when the statistics hold no images or no baseline runs on the target, StaleError when table or
+    statistics are of other graphs.
     """
 
     graph_set: GraphSet
     table: LatencyTable
     statistics: ExitStatistics
-    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         if not self.statistics.images:
             raise InputError("the statistics hold no images: run `mess-compile evaluate` on data with labels")
         check_statistics_current(self.statistics, self.graph_set)
         check_table_current(self.table, self.graph_set)
-        recipe, priced = (self.statistics.library, self.statistics.precision), (self.table.library, self.precision)
-        if recipe != priced:
-            raise StaleError(
-                f"the statistics are of {' '.join(recipe)}, the latency table of {' '.join(priced)}: a plan needs both "
-                "of one recipe; run `mess-compile evaluate` and `mess-compile profile` alike"
+        if not self.baselines:
+            raise InputError(
+                f"no baseline in {self.graph_set.recipe} runs on {self.table.device}, so that nothing can be compared "
+                f"with it: see `mess-compile build --device {self.table.device}`"
             )
 
     @property
@@ -54,16 +56,45 @@ class Evidence:
         return self.graph_set.candidate
 
     @cached_property
+    def heads(self) -> tuple[Head, ...]:
+        """The heads that run on the target and have statistics, in the network's order."""
+        known = set(self.statistics.heads)
+        return tuple(
+            head for head in self.candidate.heads if head.name in known and self.runs([head_graph_name(head.name)])
+        )
+
+    def runs(self, graphs: Iterable[str]) -> bool:
+        """Whether the target has every one of these graphs."""
+        return all(runs_there(self.table, self.graph_set, graph) for graph in graphs)
+
+    def source(self, graphs: Iterable[str]) -> str:
+        """ "estimated" when the latency of any of these graphs, or of a pseudo graph, is."""
+        keys = [(graph, self.graph_set.spec(graph).precision) for graph in graphs]
+        keys += [(pseudo, FP32) for pseudo in PSEUDO_GRAPHS]
+        return "estimated" if any(self.table.entries[key].source == "estimated" for key in keys) else "measured"
+
+    def has_graphs_of(self, heads: Sequence[str]) -> bool:
+        """Whether the target has every graph of a cascade that leaves through `heads`."""
+        return self.runs(plan_graphs(self.candidate, heads))
+
+    @cached_property
+    def baselines(self) -> tuple[str, ...]:
+        """The single-exit graphs that run on the target and have statistics."""
+        scored = {BASELINE: self.candidate.baseline}
+        known = self.statistics.scored
+        return tuple(name for name in self.graph_set.baselines if scored.get(name, name) in known and self.runs([name]))
+
+    @cached_property
     def baseline(self) -> str:
         """The single-exit graph that plans are held against: the best in mIoU on these images, of equals the first."""
-        return max(self.graph_set.baselines, key=self.baseline_miou)
+        return max(self.baselines, key=self.baseline_miou)
 
     def baseline_miou(self, name: str) -> float:
         """mIoU in percent of a single-exit graph; that of the candidate network is its final exit."""
         return head_miou(self.statistics, self.candidate.baseline if name == BASELINE else name)
 
     def baseline_cost_ns(self, quantity: Quantity = "mean_ms") -> int:
-        return baseline_cost_ns(self.table, self.baseline, self.precision, quantity)
+        return baseline_cost_ns(self.table, self.graph_set, self.baseline, quantity)
 
 
 def figures_of_stages(evidence: Evidence, setting: str, stages: Sequence[Stage]) -> Figures:
@@ -83,7 +114,7 @@ def figures_of_stages(evidence: Evidence, setting: str, stages: Sequence[Stage])
         exit_rates=tuple(int((exits == i).sum()) / statistics.images for i in range(len(stages))),
         images=statistics.images,
         split=statistics.split,
-        source=evidence.table.source,
+        source=evidence.source(plan_graphs(evidence.candidate, heads)),
     )
 
 
@@ -104,7 +135,7 @@ def baseline_figures(evidence: Evidence, baseline_miou: float | None = None) -> 
         exit_rates=(1.0,),
         images=evidence.statistics.images,
         split=evidence.statistics.split,
-        source=evidence.table.source,
+        source=evidence.source([evidence.baseline]),
     )
 
 
@@ -128,7 +159,7 @@ def exit_costs_ns(
 ) -> tuple[int, ...]:
     """What an image costs that ends at each exit, in ns; in the anytime setting earlier reports are paid for too."""
     costs = report_times_ns if setting == "anytime" else path_costs_ns
-    return costs(evidence.table, evidence.candidate, heads, evidence.precision, quantity)
+    return costs(evidence.table, evidence.graph_set, heads, quantity)
 
 
 def exit_macs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[int, ...]:
@@ -169,6 +200,13 @@ def plan_graphs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[str,
     """The names of all graphs of a plan that leaves through `heads`, each once."""
     stages = stage_graphs(candidate, heads)
     return tuple(dict.fromkeys(name for stage in stages for name in (stage.segment, stage.head, stage.output)))
+
+
+def graphs_of_stages(evidence: Evidence, stages: Sequence[Stage]) -> tuple[PlanGraph, ...]:
+    """The graphs of a plan with these stages, in the order of their first run."""
+    names = plan_graphs(evidence.candidate, [stage.head for stage in stages])
+    specs = [evidence.graph_set.spec(name) for name in names]
+    return tuple(PlanGraph(spec.name, spec.precision, spec.wanted) for spec in specs)
 
 
 def memory_bytes(graph_set: GraphSet, heads: Sequence[str]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from mess_compile.candidates import BASELINE, Gate, GraphSet
 from mess_compile.runtime.errors import InputError, StaleError
 
 SETTINGS = ("input-dependent", "budgeted", "anytime")
-_FRONT_FIELDS = ("stages", "predicted", "reports")
+_FRONT_FIELDS = ("precision", "network", "stages", "graphs", "predicted", "baseline", "baseline_name", "reports")
 _REMEDY = "run `mess-compile search`"
 
 
@@ -60,12 +60,24 @@ class Report:
 
 
 @dataclass(frozen=True)
+class PlanGraph:
+    """A graph of a plan, the precision that it runs in, and the one that its recipe wanted."""
+
+    name: str
+    precision: str
+    wanted: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """Chosen exits for one target, with predicted figures beside the baseline's.
 
-    `network` is the candidate network's identity and `gate` the gate whose rows the stages name; `baseline` are the
-    figures of the single-exit graph `baseline_name`, and `baseline_alone` the identity of the one trained alone, if
-    there was one to choose. `reports` is empty but for the anytime setting.
+    `precision` names the recipe that `graphs` (each once, in the order of their first run) belong to. `network` is the
+    identity of the recipe's graphs and `gate` the gate whose rows the stages name; `baseline` are the figures of the
+    single-exit graph `baseline_name`, and `baseline_alone` the identity of the one trained alone, if there was one to
+    choose. `tuned_by` says where the statistics were recorded: exits and thresholds may do otherwise on a target that
+    is not that. `power_mode` is the one that latencies were measured in, where the device tells it. `reports` is empty
+    but for the anytime setting.
     """
 
     device: str
@@ -75,8 +87,11 @@ class Plan:
     network: str
     gate: Gate
     stages: tuple[Stage, ...]
+    graphs: tuple[PlanGraph, ...]
     predicted: Figures
     baseline: Figures
+    tuned_by: str
+    power_mode: str | None = None
     baseline_name: str = BASELINE
     baseline_alone: str | None = None
     reports: tuple[Report, ...] = ()
@@ -110,7 +125,8 @@ def check_plan_current(plan: Plan, graph_set: GraphSet) -> None:
     """Raises StaleError when `plan` was made for another network, baseline or gate than `graph_set`, InputError when
     its stages do not fit these."""
     for what, different in (
-        ("network", plan.network != graph_set.candidate.identity),
+        ("recipe", plan.precision != graph_set.recipe),
+        ("network", plan.network != graph_set.identity),
         ("baseline", plan.baseline_alone != graph_set.baseline_alone),
         ("gate", plan.gate != graph_set.gate),
     ):
@@ -124,7 +140,7 @@ def check_plan_current(plan: Plan, graph_set: GraphSet) -> None:
 
 
 def result_to_json(result: SearchResult) -> dict[str, Any]:
-    """`plan`, `front`, `certificate` and `source`; a point of the front is its stages, figures and reports."""
+    """`plan`, `front`, `certificate` and `source`; a point of the front is what may differ from the chosen plan."""
     return {
         "source": result.plan.predicted.source,
         "plan": asdict(result.plan),
@@ -135,27 +151,19 @@ def result_to_json(result: SearchResult) -> dict[str, Any]:
 
 def write_result(path: Path, result: SearchResult) -> None:
     """Write `plans/<device>.json`; all of it or nothing."""
-    files.write_json(path, "mess-plan", 1, result_to_json(result))
+    files.write_json(path, "mess-plan", 2, result_to_json(result))
 
 
 def read_result(path: Path) -> SearchResult:
     """Read what `write_result` wrote. Raises InputError when it is missing or damaged."""
-    content = files.read_json(path, "mess-plan", 1, _REMEDY)
+    content = files.read_json(path, "mess-plan", 2, _REMEDY)
     result: SearchResult = files.decoded(path, _REMEDY, lambda: _result_from_json(content))
     return result
 
 
 def _result_from_json(content: dict[str, Any]) -> SearchResult:
     plan = _plan_from_json(content["plan"])
-    front = tuple(
-        replace(
-            plan,
-            stages=_stages_from_json(point["stages"]),
-            predicted=_figures_from_json(point["predicted"]),
-            reports=_reports_from_json(point["reports"]),
-        )
-        for point in content["front"]
-    )
+    front = tuple(_plan_from_json({**content["plan"], **point}) for point in content["front"])
     proof = content["certificate"]
     counts = {name: int(proof[name]) for name in ("space", "evaluated", "duplicates")}
     certificate = Certificate(**counts, gap=float(proof["gap"]), exhaustive=bool(proof["exhaustive"]))
@@ -174,8 +182,11 @@ def _plan_from_json(content: dict[str, Any]) -> Plan:
         network=str(content["network"]),
         gate=Gate(gate["confidence"], bool(gate["edge_aware"]), tuple(float(t) for t in gate["thresholds"])),
         stages=_stages_from_json(content["stages"]),
+        graphs=tuple(PlanGraph(str(g["name"]), str(g["precision"]), str(g["wanted"])) for g in content["graphs"]),
         predicted=_figures_from_json(content["predicted"]),
         baseline=_figures_from_json(content["baseline"]),
+        tuned_by=str(content["tuned_by"]),
+        power_mode=None if content["power_mode"] is None else str(content["power_mode"]),
         baseline_name=str(content.get("baseline_name", BASELINE)),
         baseline_alone=None if alone is None else str(alone),
         reports=_reports_from_json(content["reports"]),

@@ -82,6 +82,14 @@ def parse_milliseconds(text: str, option: str = "--deadline") -> float:
     return _positive(text, rf"{_NUMBER}\s*ms", option, "20ms")
 
 
+def parse_seconds(text: str, option: str = "--budget") -> float:
+    """Seconds from `90s`, `30min` or `2h`. Raises InputError."""
+    match = re.fullmatch(rf"{_NUMBER}\s*(s|min|h)", text.strip())
+    if match is None or not _usable(match[1]):
+        raise InputError(f"{option} {text!r} is not understood: write 30min (units: s, min, h)")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
+
+
 def parse_max_latency(text: str) -> Limit:
     """From `20ms`, or `0.5x` of the baseline's latency. Raises InputError."""
     if text.strip().endswith("x"):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile.runtime.errors import RequirementError
 from mess_compile.search.enumeration import Outcomes, Scores, best_outcomes, merged, states_of_pair, undominated
 from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs
 from mess_compile.search.plan import Stage
@@ -49,15 +50,31 @@ class Rows:
 
 def rows_of_plans(evidence: Evidence, requirement: Requirement, progress: Progress) -> Rows:
     """Evaluate every plan of the requirement's setting; `progress` is told (chains done, chains in all)."""
-    beginnings = list(chains(evidence.candidate, requirement.early_exits))
+    beginnings = list(chains(evidence.heads, len(evidence.candidate.exit_points), requirement.early_exits))
     if requirement.setting == "anytime":
-        whole = [(*early, last) for early in beginnings for last in last_heads(evidence.candidate, early)]
+        whole = [(*early, last) for early in beginnings for last in _lasts(evidence, early)]
+        _refuse_without_plans(evidence, whole)
         return _anytime_rows(evidence, requirement, whole)
     ledger = _Ledger(evidence)
     for done, early in enumerate(beginnings, start=1):
         ledger.add(early)
         progress(done, len(beginnings))
+    _refuse_without_plans(evidence, ledger.chains)
     return ledger.rows()
+
+
+def _refuse_without_plans(evidence: Evidence, found: Sequence[tuple[str, ...]]) -> None:
+    if not found:
+        device = evidence.table.device
+        raise RequirementError(
+            f"no plan has all its graphs on {device}: see what failed with `mess-compile inspect latency`"
+        )
+
+
+def _lasts(evidence: Evidence, early: tuple[str, ...]) -> tuple[str, ...]:
+    """The last heads of the plans that begin with `early`, as far as the target has all their graphs."""
+    lasts = last_heads(evidence.heads, early)
+    return tuple(last for last in lasts if evidence.has_graphs_of((*early, last)))
 
 
 def _anytime_rows(evidence: Evidence, requirement: Requirement, whole: list[tuple[str, ...]]) -> Rows:
@@ -105,14 +122,16 @@ class _Ledger:
         self._scores = Scores(evidence.statistics)
         self._options: dict[str, Options] = {}
         self._nobody = nobody(evidence.statistics.images)
-        self._chains: list[tuple[str, ...]] = []
+        self.chains: list[tuple[str, ...]] = []
         self._rows: list[NDArray[np.void]] = []
         self._space = 0
         self._evaluated = 0
 
     def add(self, early: tuple[str, ...]) -> None:
         """Evaluate every plan whose early heads are these."""
-        lasts = last_heads(self._evidence.candidate, early)
+        lasts = _lasts(self._evidence, early)
+        if not lasts:
+            return
         if not early:
             for last in lasts:
                 self._add_single(last)
@@ -136,9 +155,9 @@ class _Ledger:
         return self._options[head]
 
     def _add_single(self, head: str) -> None:
-        row = _fixed_columns(self._evidence, "budgeted", len(self._chains), (head,))
+        row = _fixed_columns(self._evidence, "budgeted", len(self.chains), (head,))
         row["miou"] = head_miou(self._evidence.statistics, head)
-        self._chains.append((head,))
+        self.chains.append((head,))
         self._rows.append(row)
         self._space += 1
         self._evaluated += 1
@@ -148,18 +167,18 @@ class _Ledger:
         macs = exit_macs(self._evidence.candidate, heads)
         if list(costs) == sorted(costs):
             best = undominated(best)
-        fixed = _fixed_columns(self._evidence, "input-dependent", len(self._chains), heads)
+        fixed = _fixed_columns(self._evidence, "input-dependent", len(self.chains), heads)
         rows = np.repeat(fixed, len(best.miou))
         rows["first"], rows["second"], rows["miou"] = best.first, best.second, best.miou
         for at, index in ((best.at_first, 0), (best.at_second, len(heads) - 2)):
             rows["cost_ns"] -= at * (costs[-1] - costs[index])
             rows["macs"] -= at * (macs[-1] - macs[index])
-        self._chains.append(heads)
+        self.chains.append(heads)
         self._rows.append(rows)
 
     def rows(self) -> Rows:
         plans = np.concatenate(self._rows)
-        return Rows(tuple(self._chains), self._options, plans, self._space, self._evaluated)
+        return Rows(tuple(self.chains), self._options, plans, self._space, self._evaluated)
 
 
 def stages_of_row(evidence: Evidence, rows: Rows, plan: Any) -> tuple[Stage, ...]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.runtime.errors import RequirementError
-from mess_compile.search.figures import Evidence, anytime_reports, baseline_figures, figures_of_stages
+from mess_compile.runtime.errors import InputError, RequirementError, StaleError
+from mess_compile.search.figures import (
+    Evidence,
+    anytime_reports,
+    baseline_figures,
+    figures_of_stages,
+    graphs_of_stages,
+)
 from mess_compile.search.plan import Certificate, Plan, SearchResult
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.rows import Progress, Rows, rows_of_plans, stages_of_row, text_of_stages
@@ -37,6 +44,65 @@ def search(evidence: Evidence, requirement: Requirement, progress: Progress = la
         front=tuple(_plan(evidence, requirement, rows, index) for index in _front(evidence, rows, fixed)),
         certificate=certificate,
     )
+
+
+def search_recipes(
+    evidences: Sequence[Evidence], requirement: Requirement, progress: Progress = lambda done, total: None
+) -> SearchResult:
+    """The optimum over the plans of several precision recipes of one network; of equals that of the first.
+
+    The error counts from the best baseline of any of them, latency and workload relative to each recipe's own: an
+    int8 plan near a poor int8 baseline satisfies nobody. Raises RequirementError for each when none has a plan,
+    InputError for the anytime setting, whose area ends at the baseline's latency, when there are several.
+    """
+    if len(evidences) > 1 and requirement.setting == "anytime":
+        names = ", ".join(evidence.graph_set.recipe for evidence in evidences)
+        raise InputError(f"the anytime setting compares plans of one recipe: name one of {names} with --precision")
+    if len({evidence.statistics.image_id for evidence in evidences}) > 1:
+        raise StaleError(
+            "the recipes' statistics are of different images, so that their figures cannot be compared: run "
+            "`mess-compile evaluate --precision ...` on the same data for each"
+        )
+    if requirement.baseline_miou is None and len(evidences) > 1:
+        best = max(evidence.baseline_miou(evidence.baseline) for evidence in evidences)
+        requirement = replace(requirement, baseline_miou=best)
+    found, refusals = [], []
+    for evidence in evidences:
+        try:
+            found.append(search(evidence, requirement, progress))
+        except RequirementError as error:
+            refusals.append(f"{evidence.graph_set.recipe}: {error}" if len(evidences) > 1 else str(error))
+    if not found:
+        raise RequirementError("; ".join(refusals))
+    proofs = [result.certificate for result in found]
+    return SearchResult(
+        plan=min((result.plan for result in found), key=lambda plan: _order(plan, requirement)),
+        front=_merged([plan for result in found for plan in result.front]),
+        certificate=replace(
+            proofs[0], **{name: sum(getattr(p, name) for p in proofs) for name in ("space", "evaluated", "duplicates")}
+        ),
+    )
+
+
+def _order(plan: Plan, requirement: Requirement) -> tuple[float, float, int]:
+    """By objective, then mIoU (greatest), then number of graphs."""
+    figures = plan.predicted
+    objectives: dict[str, float] = {
+        "latency": figures.latency_ms,
+        "accuracy": -figures.miou,
+        "workload": figures.gmacs,
+        "memory": figures.memory_bytes,
+    }
+    return objectives[requirement.objective or "latency"], -figures.miou, len(plan.graphs)
+
+
+def _merged(plans: list[Plan]) -> tuple[Plan, ...]:
+    """Those that no other beats in latency and mIoU, from the fastest to the most accurate."""
+    front: list[Plan] = []
+    for plan in sorted(plans, key=lambda plan: (plan.predicted.latency_ms, -plan.predicted.miou)):
+        if not front or plan.predicted.miou > front[-1].predicted.miou:
+            front.append(plan)
+    return tuple(front)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,11 +207,14 @@ def _plan(evidence: Evidence, requirement: Requirement, rows: Rows, index: int) 
     return Plan(
         device=evidence.table.device,
         library=evidence.table.library,
-        precision=evidence.precision,
+        precision=evidence.graph_set.recipe,
         setting=requirement.setting,
-        network=evidence.candidate.identity,
+        network=evidence.graph_set.identity,
         gate=evidence.graph_set.gate,
         stages=stages,
+        graphs=graphs_of_stages(evidence, stages),
+        tuned_by=f"{evidence.statistics.library} on {evidence.statistics.device}",
+        power_mode=evidence.table.environment.get("power_mode"),
         predicted=figures_of_stages(evidence, requirement.setting, stages),
         baseline=baseline_figures(evidence, requirement.baseline_miou),
         baseline_name=evidence.baseline,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.candidates import CandidateNetwork
+from mess_compile.candidates import Head
 from mess_compile.statistics import ExitStatistics
 
 CUTS = 32
@@ -63,21 +63,20 @@ def cut_grid(counts: NDArray[np.int32]) -> tuple[int, ...]:
     return tuple(cuts)
 
 
-def chains(candidate: CandidateNetwork, early_exits: int) -> Iterator[tuple[str, ...]]:
-    """Every choice of one head at each of 0 to `early_exits` ever deeper exit points, to be followed by a last exit."""
-    final = len(candidate.exit_points)
+def chains(heads: Sequence[Head], final: int, early_exits: int) -> Iterator[tuple[str, ...]]:
+    """Every choice of one of `heads` at each of 0 to `early_exits` ever deeper exit points before the `final` one."""
 
     def extended(chain: tuple[str, ...], deepest: int) -> Iterator[tuple[str, ...]]:
         yield chain
         if len(chain) < early_exits:
-            for head in candidate.heads:
+            for head in heads:
                 if deepest < head.exit_point < final:
                     yield from extended((*chain, head.name), head.exit_point)
 
     return extended((), 0)
 
 
-def last_heads(candidate: CandidateNetwork, chain: tuple[str, ...]) -> tuple[str, ...]:
-    """The heads at which a plan that begins with `chain` may end."""
-    deepest = candidate.head(chain[-1]).exit_point if chain else 0
-    return tuple(head.name for head in candidate.heads if head.exit_point > deepest)
+def last_heads(heads: Sequence[Head], chain: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `heads` at which a plan that begins with `chain` may end."""
+    deepest = max((head.exit_point for head in heads if head.name in chain), default=0)
+    return tuple(head.name for head in heads if head.exit_point > deepest)

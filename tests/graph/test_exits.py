@@ -547,6 +547,7 @@ def test_external_data_behind_a_link_that_leads_out_is_refused(tmp_path: Path) -
         (TOML, "classes = ", "is not TOML"),
         (TOML, "a = " + "[" * 20000, "is not TOML"),
         (TOML, "a = " + "9" * 5000, "is not TOML"),
+        (TOML, "# " * 200000, "has more than 262144 bytes"),
         ("classes", "clases", "has an entry 'clases': did you mean 'classes'"),
         ("\n[input]", "[other]", "the file has an entry 'other'"),
         ('"sky"]', '"road"]', "classes has 4 names, 3 of them distinct"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mess_compile.candidates import CONFIDENCES, Gate, GraphSet, HeadConfig
 from mess_compile.export import export_network
 from mess_compile.graph.cut import cut_network
 from mess_compile.graph.lint import Parser, lint, operators
+from mess_compile.graph.precision import MIN_CALIBRATION_FRAMES, to_fp16, to_int8
 from mess_compile.graph.rewrite import rewritten
 from mess_compile.graph.store import read_model, read_whole_model
 from mess_compile.runtime.errors import InputError
@@ -79,6 +81,39 @@ def test_every_graph_of_ours_passes_on_every_target(graph_set: GraphSet, parser:
         graph, _ = rewritten(read_whole_model(graph_set.path(name)), parser, "fp32")
         assert lint(graph, name, parser) == ()
         assert lint(read_model(graph_set.path(name)), name, parser) == (), "weights are not asked for"
+
+
+def converted(graph: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+    """The graph in fp16 or int8, calibrated on noise: only its nodes matter here."""
+    random = np.random.default_rng(0)
+
+    def drawn(value: onnx.ValueInfoProto) -> np.ndarray:
+        shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        is_image = value.type.tensor_type.elem_type == TensorProto.UINT8
+        return random.integers(0, 256, shape, np.uint8) if is_image else random.random(shape, np.float32)
+
+    if precision == "fp16":
+        return to_fp16(graph)
+    return to_int8(graph, [{value.name: drawn(value) for value in graph.graph.input}] * MIN_CALIBRATION_FRAMES)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_every_graph_of_ours_passes_in_every_precision(network: Path, tmp_path: Path, precision: str) -> None:
+    """Heads of every kind with their gate, segments, outputs and the baseline."""
+    shutil.copytree(network, tmp_path, dirs_exist_ok=True)
+    graph_set = cut_network(tmp_path, Gate(), tiny.nothing)
+    changed = set()
+    for name in graph_set.graphs:
+        graph = converted(read_whole_model(graph_set.path(name)), precision)
+        assert ("counts" in [value.name for value in graph.graph.output]) == name.startswith("head-")
+        for parser in (XAVIER, GTX_1080, ORIN, RTX_2080, RTX_3080, SERVER):
+            after, names = rewritten(graph, parser, precision)
+            changed.update(names)
+            assert lint(after, name, parser) == ()
+        if precision == "int8" and not name.startswith("output"):
+            weights = [complaint.remedy for complaint in lint(graph, name, XAVIER)]
+            assert set(weights) == {"keep them in float, with a QuantizeLinear before"}, "were it not rewritten"
+    assert ("weights quantised in the graph" in changed) == (precision == "int8")
 
 
 FOUR, MAPS, INTEGERS = (F32, (1, 4)), (F32, (1, 4, 8, 8)), (I32, (1, 4))

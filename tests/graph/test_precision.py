@@ -18,8 +18,10 @@ from mess_compile.export import export_network
 from mess_compile.graph.agreement import loaded, run, thresholds_of
 from mess_compile.graph.cut import cut_network
 from mess_compile.graph.gate import append_gate
+from mess_compile.graph.lint import Parser
 from mess_compile.graph.nodes import add, empty_model
 from mess_compile.graph.precision import MIN_CALIBRATION_FRAMES, Feed, to_fp16, to_int8
+from mess_compile.graph.rewrite import rewritten
 from mess_compile.graph.store import read_whole_model, write_graph
 from mess_compile.runtime import engine
 from mess_compile.runtime.errors import InputError
@@ -29,6 +31,8 @@ from tests.networks import random_network
 
 RANDOM = np.random.default_rng(5)
 HEADS = ((1, HeadConfig("fcn", 4, 2, rdi=True)), (2, HeadConfig("dlb", 8)))
+RTX_2080 = Parser("tensorrt_rtx", "1.7.1.116", 17, (7, 5))
+RTX_3080 = Parser("tensorrt_rtx", "1.7.1.116", 17, (8, 6))
 CELLS = (45, 61)  # 2745, odd and above 2048: fp16 cannot hold it
 
 
@@ -180,8 +184,46 @@ def test_every_kind_of_graph_keeps_its_ends_and_its_gate(
     half_weights = {t.name for t in converted["fp16"].graph.initializer if t.data_type == TensorProto.FLOAT16}
     assert all(node.input[1] in half_weights for node in convolutions[1])
     sources = {name: node.op_type for node in converted["int8"].graph.node for name in node.output}
-    assert all({sources[name] for name in node.input[:2]} == {"DequantizeLinear"} for node in convolutions[2])
+    quantised = [{sources.get(name) for name in node.input[:2]} == {"DequantizeLinear"} for node in convolutions[2]]
+    assert quantised == [not is_depthwise(node) for node in convolutions[2]]
     assert all(t.data_type != TensorProto.INT32 for t in converted["int8"].graph.initializer), "TensorRT takes no bias"
+
+
+def is_depthwise(node: onnx.NodeProto) -> bool:
+    """No other convolution of these networks has groups."""
+    return any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute)
+
+
+def depthwise_between(channels: int) -> onnx.ModelProto:
+    """x (1, 16, 32, 48) -> 1x1 -> depthwise 3x3 on `channels` -> 1x1 -> logits, as a block of MobileNetV2."""
+    x, logits = (helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 16, 32, 48)) for name in ("x", "logits"))
+    model = empty_model([x])
+    for name, shape in (("up", (channels, 16, 1, 1)), ("deep", (channels, 1, 3, 3)), ("down", (16, channels, 1, 1))):
+        model.graph.initializer.append(numpy_helper.from_array(RANDOM.normal(size=shape).astype(np.float32), name))
+    add(model.graph, "Conv", ["x", "up"], "wide")
+    add(model.graph, "Conv", ["wide", "deep"], "deeper", group=channels, pads=[1] * 4)
+    add(model.graph, "Conv", ["deeper", "down"], "logits")
+    model.graph.output.append(logits)
+    return model
+
+
+@pytest.mark.parametrize(("parser", "capability"), [(RTX_2080, "SM75"), (RTX_3080, "SM86")])
+def test_an_int8_engine_is_not_several_times_larger_for_its_depthwise_convolutions(
+    parser: Parser, capability: str, tmp_path: Path
+) -> None:
+    """It was 9 times as large as in fp32, for Ampere too, while they were in eight bits."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install mess-compile[rtx]")
+    from tests.graph.test_tensorrt import build
+
+    model, frame = depthwise_between(576), {"x": RANDOM.normal(size=(1, 16, 32, 48)).astype(np.float32)}
+    quantised = to_int8(model, [frame] * MIN_CALIBRATION_FRAMES)
+    read = [[node.input[0] for node in form.graph.node if is_depthwise(node)] for form in (model, quantised)]
+    assert read == [["wide"], ["wide"]], "not through eight bits"
+    sizes = []
+    for form, precision in ((model, "fp32"), (quantised, "int8")):
+        write_graph(rewritten(form, parser, precision)[0], tmp_path, "graph", 1)
+        sizes.append(build(tmp_path / "graph.onnx", capability))
+    assert sizes[1] < 3 * sizes[0]
 
 
 @pytest.mark.parametrize("capability", ["SM75", "SM86"])

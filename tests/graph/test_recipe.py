@@ -80,10 +80,17 @@ def used(graph_set: GraphSet) -> dict[str, str]:
     return found
 
 
+def settled(*arguments: object, **options: object) -> tuple[PrecisionRecipe, tuple[Fallback, ...]]:
+    """As `settle`, with the precisions that the written graphs are said to have."""
+    found, fallbacks = settle(*arguments, **options)  # type: ignore[arg-type]
+    assert found == read_graph_set(found.root)
+    return PrecisionRecipe(found.recipe, {name: spec.precision for name, spec in found.graphs.items()}), fallbacks
+
+
 def test_a_healthy_network_is_fp16_but_for_graphs_without_convolutions(library: engine.Library, tmp_path: Path) -> None:
     graph_set = graphs(tmp_path / "graphs")
     told: list[str] = []
-    recipe, fallbacks = settle(
+    recipe, fallbacks = settled(
         graph_set, "fp16", JUDGED, tmp_path / "fp16", library, lambda name, done, total: told.append(name)
     )
     converted = read_graph_set(tmp_path / "fp16")
@@ -103,7 +110,7 @@ def test_a_healthy_network_is_fp16_but_for_graphs_without_convolutions(library: 
 
 def test_every_path_of_an_int8_recipe_gives_the_labels_of_fp32(library: engine.Library, tmp_path: Path) -> None:
     graph_set = graphs(tmp_path / "graphs")
-    recipe, fallbacks = settle(
+    recipe, fallbacks = settled(
         graph_set, "int8", JUDGED, tmp_path / "int8", library, tiny.nothing, calibration=CALIBRATION
     )
     converted = read_graph_set(tmp_path / "int8")
@@ -128,7 +135,7 @@ def test_every_path_of_an_int8_recipe_gives_the_labels_of_fp32(library: engine.L
 def test_a_network_that_overflows_fp16_ends_in_fp32_there(library: engine.Library, tmp_path: Path) -> None:
     """The maps are large within the graphs that begin at the image; between the graphs they are as ever."""
     graph_set = graphs(tmp_path / "graphs", overflowing)
-    recipe, fallbacks = settle(graph_set, "fp16", JUDGED, tmp_path / "fp16", library, tiny.nothing)
+    recipe, fallbacks = settled(graph_set, "fp16", JUDGED, tmp_path / "fp16", library, tiny.nothing)
     from_image = {"segment-0-1", "segment-0-2", "segment-0-3", "baseline"}
     assert {fallback.graph for fallback in fallbacks} == from_image
     for name in from_image:
@@ -142,7 +149,7 @@ def test_a_network_that_overflows_fp16_ends_in_fp32_there(library: engine.Librar
 def test_a_weight_beyond_fp16_keeps_its_graph_in_fp32(library: engine.Library, tmp_path: Path) -> None:
     graph_set = graphs(tmp_path / "graphs", out_of_range)
     values = tiny_weight("logits:exit2.wide.weight").ravel() * np.float64(1e6)
-    recipe, (found,) = settle(graph_set, "fp16", JUDGED, tmp_path / "fp16", library, tiny.nothing)
+    recipe, (found,) = settled(graph_set, "fp16", JUDGED, tmp_path / "fp16", library, tiny.nothing)
     assert (found.graph, found.wanted, found.used) == ("head-exit2.wide", "fp16", "fp32")
     assert f"'logits:exit2.wide.weight' holds {values[np.abs(values).argmax()]:.6g}" in found.reason
     assert recipe.precision("head-exit2.small") == "fp16"
@@ -156,7 +163,7 @@ def tiny_weight(name: str) -> np.ndarray:
 def test_what_was_lost_before_a_graph_is_put_right_before_it(library: engine.Library, tmp_path: Path) -> None:
     """fp16 maps of the first exit are good for its own head and useless for what follows, in any precision."""
     graph_set = graphs(tmp_path / "graphs", delicate)
-    recipe, fallbacks = settle(graph_set, "fp16", JUDGED, tmp_path / "fp16", library, tiny.nothing)
+    recipe, fallbacks = settled(graph_set, "fp16", JUDGED, tmp_path / "fp16", library, tiny.nothing)
     reasons = {fallback.graph: fallback.reason for fallback in fallbacks}
     assert recipe.precision("segment-0-1") == "fp32"
     assert reasons["segment-0-1"].startswith("fp16: segment-1-2: ")

@@ -18,6 +18,7 @@ from mess_compile.candidates import Gate, GraphSet, HeadConfig
 from mess_compile.export import export_network
 from mess_compile.graph.cut import cut_network
 from mess_compile.graph.lint import Parser, lint
+from mess_compile.graph.precision import to_fp16
 from mess_compile.graph.rewrite import PASSES, rewritten
 from mess_compile.graph.store import read_model, read_whole_model
 from mess_compile.runtime.errors import InputError
@@ -29,6 +30,7 @@ RTX_2080 = Parser("tensorrt_rtx", "1.7.1.116", 17, (7, 5))
 RTX_3080 = Parser("tensorrt_rtx", "1.7.1.116", 17, (8, 6))
 HEADS = ((1, HeadConfig("fcn", 4, 1)), (1, HeadConfig("sep", 4)), (2, HeadConfig("lra", 2)), (2, HeadConfig("dlb", 8)))
 FOURS, EIGHTS, FLOAT = "depthwise in groups of 4", "depthwise in groups of 8", "uint8 through float"
+IN_FOUR, IN_EIGHT, PAIRS = "images in 4 channels", "images in 8 channels", "weights quantised in the graph"
 Arrays = dict[str, NDArray[np.generic]]
 node, info, weight = helper.make_node, helper.make_tensor_value_info, numpy_helper.from_array
 
@@ -111,7 +113,9 @@ def test_depthwise_convolutions_in_groups_compute_the_same(
     assert before.SerializeToString() == bytes_before
     wanted = 8 if precision == "fp16" else 4
     fits = channels < wanted or any(channels % size == 0 for size in range(wanted, 4 * wanted + 1))
-    assert names == (((EIGHTS if wanted == 8 else FOURS),) if fits else ())
+    expected = [EIGHTS if wanted == 8 else FOURS] if fits else []
+    expected += [IN_EIGHT if wanted == 8 else IN_FOUR] if channels < wanted else []  # one group that is not full
+    assert list(names) == expected
     if channels % wanted == 0:
         assert after.graph.initializer[0].dims[1] == wanted
     check_equal(before, after, maps(channels))
@@ -152,8 +156,83 @@ def test_quantised_weights_are_grouped_behind_their_scales(per_channel: bool) ->
     check_equal(before, after, maps(8))
 
 
+def plain(channels: int, dtype: type[np.generic] = np.float32, scales: bool = False) -> onnx.ModelProto:
+    """A convolution 3x3 of a map of few channels, as the first of a network; with `scales`, both go through int8."""
+    random = np.random.default_rng(channels)
+    weights = [weight(random.standard_normal((5, channels, 3, 3)).astype(dtype), "w")]
+    nodes, names = [], ["x", "w"]
+    if scales:
+        weights += [weight(np.int8(0), "z"), weight(np.float32(0.02), "s")]
+        for name in names:
+            nodes.append(node("QuantizeLinear", [name, "s", "z"], [f"{name}q"]))
+            nodes.append(node("DequantizeLinear", [f"{name}q", "s", "z"], [f"{name}d"]))
+        names = ["xd", "wd"]
+    nodes.append(node("Conv", names, ["y"], pads=[1] * 4, strides=[2, 2]))
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return model(nodes, [info("x", kind, (1, channels, 13, 17))], [info("y", kind, (1, 5, 7, 9))], weights)
+
+
+@pytest.mark.parametrize("scales", [True, False])
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_images_in_more_channels_compute_the_same(channels: int, scales: bool) -> None:
+    before = plain(channels, scales=scales)
+    bytes_before = before.SerializeToString()
+    after, names = rewritten(before, RTX_2080, "int8" if scales else "fp32")
+    assert before.SerializeToString() == bytes_before
+    assert names == (IN_FOUR,)
+    assert after.graph.node[0].op_type == "Pad", "before eight bits, which follow the convolution"
+    assert list(after.graph.initializer[0].dims) == [5, 4, 3, 3]
+    check_equal(before, after, maps(channels))
+
+
+def test_two_convolutions_of_one_image_share_its_channels() -> None:
+    before = plain(3)
+    before.graph.initializer.append(weight(np.ones((2, 3, 3, 3), np.float32), "v"))
+    before.graph.node.append(node("Conv", ["x", "v"], ["z"]))
+    before.graph.node.append(node("Relu", ["x"], ["r"]))
+    before.graph.output.extend([info("z", 1, (1, 2, 11, 15)), info("r", 1, (1, 3, 13, 17))])
+    after, names = rewritten(before, RTX_2080, "fp32")
+    assert names == (IN_FOUR,)
+    assert [each.op_type for each in after.graph.node] == ["Pad", "Conv", "Conv", "Relu"]
+    check_equal(before, after, maps(3))
+
+
+def test_images_have_eight_channels_in_fp16() -> None:
+    before = plain(3, np.float16)
+    after, names = rewritten(before, RTX_2080, "fp16")
+    assert names == (IN_EIGHT,)
+    assert numpy_helper.to_array(after.graph.initializer[0]).dtype == np.float16
+    check_equal(before, after, {"x": maps(3)["x"].astype(np.float16)})
+
+
+@pytest.mark.parametrize("parser", [XAVIER, Parser("tensorrt", "8.6.1", 17, (6, 1))], ids=["8.5", "8.6"])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_tensorrt_8_gets_weights_in_float_that_become_the_same_eight_bits(per_channel: bool, parser: Parser) -> None:
+    """Else it stops with "invalid weights type of Int8", as issue 2163 of its repository says."""
+    before = quantised(per_channel=per_channel)
+    bytes_before = before.SerializeToString()
+    assert len(lint(before, "head", parser)) == 1
+    after, names = rewritten(before, parser, "int8")
+    assert before.SerializeToString() == bytes_before
+    assert names == (PAIRS,)
+    assert lint(after, "head", parser) == ()
+    assert {tensor.name for tensor in after.graph.initializer} == {"ws", "wz", "s", "z", "wd/float"}
+    for each in (before, after):
+        each.graph.output.append(info("wd", 1, (8, 1, 3, 3)))
+    check_equal(before, after, maps(8))
+    scales = np.abs(run(before, maps(8))["wd"]).max()
+    np.testing.assert_allclose(run(after, maps(8))["wd"], run(before, maps(8))["wd"], atol=1e-6 * scales)
+
+
+@pytest.mark.parametrize("parser", [RTX_2080, RTX_3080, Parser("tensorrt", "10.3", 20, (8, 7))])
+def test_newer_parsers_read_weights_of_int8(parser: Parser) -> None:
+    before = quantised()
+    assert PAIRS not in rewritten(before, parser, "int8")[1]
+    assert lint(before, "head", parser) == ()
+
+
 def left_alone() -> dict[str, onnx.ModelProto]:
-    """Convolutions whose weights are not a depthwise kernel of their own."""
+    """Convolutions with channels enough, or whose weights are not theirs alone."""
     shared = convolution(8, pads=[1] * 4)
     shared.graph.node.append(node("Conv", ["y", "w"], ["z"], group=8))
     shared.graph.output.append(info("z", 1, (1, 8, 11, 15)))
@@ -162,8 +241,11 @@ def left_alone() -> dict[str, onnx.ModelProto]:
     paired = convolution(8)
     paired.graph.initializer[0].CopyFrom(weight(np.ones((8, 2, 3, 3), np.float32), "w"))
     paired.graph.node[0].attribute[0].i = 4
-    whole = convolution(1)
-    return {"shared": shared, "fed": fed, "paired": paired, "whole": whole, "offset": quantised(zero=3)}
+    wide, wide_shared = plain(4), plain(3)
+    wide_shared.graph.output.append(info("w", 1, (5, 3, 3, 3)))
+    return {
+        "shared": shared, "fed": fed, "paired": paired, "offset": quantised(zero=3), "wide": wide, "shown": wide_shared,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", left_alone())
@@ -250,7 +332,9 @@ def test_every_exported_graph_computes_the_same_for_every_target(graph_set: Grap
             used.update((parser, each) for each in names)
             if names:
                 check_equal(graph, after, feeds(graph))
-    assert used == {(RTX_2080, FOURS), (RTX_2080, EIGHTS)}, "our graphs are already as TensorRT 8.5 takes them"
+    assert used == {(RTX_2080, name) for name in (FOURS, EIGHTS, IN_FOUR, IN_EIGHT)}, (
+        "our graphs are already as TensorRT 8.5 takes them"
+    )
 
 
 def engine_bytes(graph: onnx.ModelProto, capability: str) -> int:
@@ -276,6 +360,18 @@ def test_an_engine_for_turing_is_not_several_times_larger(graph_set: GraphSet, p
     assert engine_bytes(after, "SM75") <= 2 * newer < engine_bytes(graph, "SM75")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_engine_of_a_first_segment_holds_no_empty_image(precision: str) -> None:
+    """One map of zeros of the image's size for every channel that Turing pads: 1.5 MiB at this size in fp32."""
+    before = plain(3)
+    for value, shape in ((before.graph.input[0], (1, 3, 640, 640)), (before.graph.output[0], (1, 5, 320, 320))):
+        value.CopyFrom(info(value.name, 1, shape))
+    graph = to_fp16(before) if precision == "fp16" else before
+    after, names = rewritten(graph, RTX_2080, precision)
+    assert len(names) == 1
+    assert engine_bytes(after, "SM75") < 1 << 20 < engine_bytes(graph, "SM75")
+
+
 def test_every_pass_has_a_name_of_its_own() -> None:
-    assert {each.name for each in PASSES} == {FOURS, EIGHTS, FLOAT}
-    assert len(PASSES) == 3
+    assert {each.name for each in PASSES} == {FOURS, EIGHTS, IN_FOUR, IN_EIGHT, FLOAT, PAIRS}
+    assert len(PASSES) == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from mess_compile.runtime import onnxruntime_engine
-from mess_compile.runtime.engine import TensorSpec, open_library
+from mess_compile.runtime.engine import TensorSpec, Timing, open_library
 from mess_compile.runtime.engine_fake import FakeGraph, FakeLibrary
 from mess_compile.runtime.errors import EngineError, InputError
 from tests import small_network
@@ -37,6 +38,21 @@ def test_an_engine_tells_its_tensors(root: Path) -> None:
     engine = open_library("onnxruntime").load(root / "segment-0-1.onnx")
     assert engine.inputs == {"image": TensorSpec("image", "uint8", (1, 8, 12, 3))}
     assert engine.outputs == {"exit1": TensorSpec("exit1", "float32", (1, 4, 4, 6))}
+
+
+def test_a_timed_run_is_a_run(root: Path) -> None:
+    library = open_library("onnxruntime", threads=1)
+    engine = library.load(root / "segment-0-1.onnx")
+    image = library.upload(small_network.frame(3)[None])
+    before = library.download(engine.run({"image": image})["exit1"])
+    start = time.perf_counter()
+    timing = engine.run_timed({"image": image})
+    assert 0 < timing.wall_ms <= 1e3 * (time.perf_counter() - start)
+    assert (timing.device_ms, engine.scratch_bytes) == (None, None)
+    np.testing.assert_array_equal(library.download(engine.run({"image": image})["exit1"]), before)
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.run_timed({"image": image})
 
 
 def test_the_array_given_to_upload_may_be_a_view(root: Path) -> None:
@@ -111,6 +127,17 @@ def test_the_fake_refuses_a_tensor_that_its_engine_has_overwritten() -> None:
     engine.run(feeds)
     with pytest.raises(EngineError, match="overwritten"):
         library.download(old["x"])
+
+
+def test_the_fake_times_a_run_apart_from_what_is_queued() -> None:
+    spec = TensorSpec("x", "float32", (1,))
+    graph = FakeGraph((spec,), (spec,), lambda feeds: feeds, cost_ns=3_000_000, device_ns=2_000_000)
+    library = FakeLibrary({"g": graph}, queued=True)
+    engine = library.load(Path("g.onnx"))
+    feeds = {"x": library.upload(np.ones(1, np.float32))}
+    engine.run(feeds)
+    assert engine.run_timed(feeds) == Timing(3.0, 2.0)
+    assert library.now_ns == 6_000_000
 
 
 def buffers_on_the_cpu(specs: Iterable[TensorSpec]) -> dict[str, onnxruntime.OrtValue]:

@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mess_compile import machine
-from mess_compile.machine import Gpu, InstalledLibrary, Machine, this_machine
+from mess_compile.runtime import machine
+from mess_compile.runtime.machine import Gpu, InstalledLibrary, Machine, this_machine
 
 DRIVER = r"""
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 int cuInit(unsigned flags) { BEGIN return 0; }
+int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
 int cuDeviceGetCount(int *count) { *count = 2; return 0; }
 int cuDeviceGet(int *device, int index) { *device = index + 40; return 0; }
 int cuDeviceGetName(char *name, int size, int device) {
@@ -150,7 +151,10 @@ def test_whatever_nvidia_smi_prints_is_no_crash(lines: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "_output", lambda *command: "\n".join(lines))
         assert all(isinstance(gpu, Gpu) for gpu in machine._gpus_of_smi())
-        assert machine._gpus_of_cuda() is None
+        told = machine._told_by_cuda()
+        assert machine._gpus_of_cuda(told) is None
+        assert machine._newest_cuda(told) is None or "CUDA" in "".join(lines)
+        assert machine._driver(Path("/nothing")) is None or any(line[:1].isdecimal() for line in lines)
 
 
 def test_libraries_are_known_without_importing_them() -> None:
@@ -166,6 +170,80 @@ def test_one_line_says_it_all() -> None:
     expected = "Jetson-AGX, Jetson Linux 35.4.1, Xavier (compute capability 7.2, 31.0 GiB), tensorrt 8.5.2.2"
     assert machine.in_words(xavier) == expected
     assert machine.in_words(Machine()) == "no NVIDIA GPU, no engine library"
+
+
+KERNEL_MODULES = {
+    "550.54.15": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC",
+    "565.57.01": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  565.57.01  Release Build  (dvs@U16)",
+    "540.4.0": "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  540.4.0  Release Build  (buildbrain@mobile)",
+}
+"""As the kernel modules of a server, of a server with the open ones and of JetPack 6 tell it."""
+
+
+class TestVersions:
+    @pytest.mark.parametrize("version", KERNEL_MODULES)
+    def test_the_driver_is_known_by_its_kernel_module(self, tmp_path: Path, no_driver: None, version: str) -> None:
+        write(tmp_path / "proc" / "driver" / "nvidia" / "version", KERNEL_MODULES[version].encode())
+        found = this_machine(tmp_path)
+        assert (found.driver, found.cuda) == (version, None)
+        assert f"driver {version}" in machine.in_words(found)
+
+    @pytest.mark.parametrize("begin", ["", "return 100;", "return 803;"])
+    def test_the_newest_cuda_is_known_without_a_gpu_that_works(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: str
+    ) -> None:
+        install_driver(tmp_path, monkeypatch, begin)
+        install_smi(tmp_path, monkeypatch)
+        assert this_machine(tmp_path).cuda == "12.4"
+
+    def test_a_driver_that_does_not_answer_leaves_nvidia_smi(
+        self, tmp_path: Path, no_driver: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        install_smi(tmp_path, monkeypatch, "535.183.01", "| NVIDIA-SMI 535.183.01    CUDA Version: 12.2     |")
+        found = this_machine(tmp_path)
+        assert (found.driver, found.cuda) == ("535.183.01", "12.2")
+
+    @pytest.mark.parametrize(
+        ("name", "content", "version"),
+        [
+            ("version.json", b'{\n "cuda" : {\n  "name" : "CUDA SDK",\n  "version" : "12.6.68"\n }', "12.6.68"),
+            ("version.txt", b"CUDA Version 10.2.300\n", "10.2.300"),
+        ],
+    )
+    def test_the_toolkit_is_known_by_its_file(
+        self, tmp_path: Path, no_driver: None, name: str, content: bytes, version: str
+    ) -> None:
+        write(tmp_path / "usr" / "local" / "cuda" / name, content)
+        assert machine.toolkit(tmp_path) == f"{version} in {tmp_path}/usr/local/cuda"
+
+    def test_the_toolkit_is_known_by_its_compiler(
+        self, tmp_path: Path, no_driver: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert machine.toolkit(tmp_path) is None
+        (tmp_path / "nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.4, V11.4.315'\n")
+        (tmp_path / "nvcc").chmod(0o755)
+        assert machine.toolkit(tmp_path) == f"11.4 at {tmp_path}/nvcc"
+
+    def test_trtexec_is_found_where_jetpack_hides_it(self, tmp_path: Path, no_driver: None) -> None:
+        assert machine.trtexec(tmp_path) is None
+        (tmp_path / "trtexec").touch(0o755)
+        assert machine.trtexec(tmp_path) == str(tmp_path / "trtexec")
+        place = tmp_path / "usr" / "src" / "tensorrt" / "bin" / "trtexec"
+        write(place, b"")
+        assert machine.trtexec(tmp_path) == str(place)
+
+    @pytest.mark.parametrize(
+        ("names", "version"),
+        [((), None), (("libnvinfer.so.8", "libnvinfer.so.8.5.2"), "8.5.2"), (("libnvinfer.so.10",), None)],
+    )
+    def test_the_systems_tensorrt_is_known_by_its_library(
+        self, tmp_path: Path, names: tuple[str, ...], version: str | None
+    ) -> None:
+        folder = tmp_path / "usr" / "lib" / "aarch64-linux-gnu"
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).touch()
+        assert machine.system_tensorrt(tmp_path) == version
 
 
 class TestPower:

@@ -54,6 +54,7 @@ class Built:
     engines: Path
     name: str = "built"
     version: str = "1"
+    builds_for: None = None
 
     def load(self, path: Path) -> tensorrt_engine.TensorRtEngine:
         return self.library.load(self.engines / f"{path.stem}.engine")
@@ -190,6 +191,7 @@ def test_a_timed_run_tells_the_device_from_the_wall(place: Place) -> None:
         engine.run(feeds)
         timing = engine.run_timed(feeds)
         assert timing.wall_ms > 0
+        assert timing.device_ms is not None
         assert timing.device_ms == pytest.approx(COST_MS) if place.exact else 0 < timing.device_ms <= timing.wall_ms
         library.synchronise()
 
@@ -219,10 +221,16 @@ def test_the_profiler_measures_every_stage(place: Place) -> None:
         for name, before in zip(names, (None, *names), strict=False)
     ]
     jobs += [profile.Job(profile.NULL, None, names[1]), profile.Job(profile.UPLOAD, None)]
-    effort = profile.Effort(visits=1, min_runs=2, min_s=0, warm_up_s=0)
+    effort = profile.Effort(window_s=0, window_runs=2, windows=1, warm_up_s=0)
     with closing(place.open()) as library:
-        visits = list(profile.measure(library, jobs, frame(0), small_network.thresholds(), effort))
-    assert {visit.name for visit in visits} == {*names, profile.NULL, profile.UPLOAD}
+        events = list(profile.measure(library, jobs, frame(0), small_network.thresholds(), names[0], effort))
+    found = [event for event in events if isinstance(event, profile.Window)]
+    assert {window.job for window in found} == {*names, profile.NULL, profile.UPLOAD}
+    for window in found:
+        assert len(window.device_ms) == (len(window.wall_ms) if window.job in names else 0)
+    opened = [event for event in events if isinstance(event, profile.Opened)]
+    assert {event.job for event in opened} == set(names)
+    assert all(event.file_bytes > 0 and event.scratch_bytes is not None for event in opened)
 
 
 def test_a_wrong_feed_is_an_engine_error_that_names_the_graph(place: Place) -> None:
@@ -368,6 +376,7 @@ def test_engines_share_one_scratch_block_as_large_as_the_largest_need(
             for engine in engines:  # each also after the block has moved
                 engine.run({"image": image})
             library.synchronise()
+        assert [engine.scratch_bytes for engine in engines] == [1000, 5000, 3000]
         sizes = [region.values.size for region in driver.regions.values()]
         assert sorted(size for size in sizes if size >= 1000) == [5000]
 

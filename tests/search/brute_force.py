@@ -127,7 +127,7 @@ def baseline_of(evidence: Evidence) -> tuple[str, float]:
 
 
 def ns(evidence: Evidence, graph: str) -> int:
-    return round(evidence.table.entries[graph, evidence.precision].mean_ms * 1e6)
+    return round(evidence.table.entries[graph, "fp32"].mean_ms * 1e6)
 
 
 def graphs_of_stage(evidence: Evidence, previous: int, head: Head) -> list[str]:

@@ -93,7 +93,8 @@ def latency_table(graphs: GraphSet, seed: int = 0) -> LatencyTable:
 
     names = {**{name: spec.sha256 for name, spec in graphs.graphs.items()}, **dict.fromkeys(PSEUDO_GRAPHS, "")}
     entries = {(name, "fp32"): entry(name, sha256) for name, sha256 in names.items()}
-    return LatencyTable("host", "onnxruntime", "1.0", graphs.candidate.identity, {}, "measured", entries)
+    recipes = {graphs.recipe: graphs.identity}
+    return LatencyTable("host", "onnxruntime", "1.0", graphs.candidate.identity, {}, "measured", entries, recipes)
 
 
 def with_baseline_alone(case: Evidence, mean_ms: float, seed: int = 0) -> Evidence:

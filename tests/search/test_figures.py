@@ -76,7 +76,7 @@ def by_hand() -> Evidence:
         library="onnxruntime",
         split="val[:4]",
     )
-    table = LatencyTable("host", "onnxruntime", "1", "id", {}, "measured", entries)
+    table = LatencyTable("host", "onnxruntime", "1", "id", {}, "measured", entries, {"fp32": "id"})
     return Evidence(GraphSet(Path("graphs"), candidate, gate, specs), table, statistics)
 
 
@@ -182,8 +182,12 @@ def test_a_replay_takes_the_exits_that_other_images_take() -> None:
 
 def test_statistics_and_latencies_of_two_recipes_make_no_plan() -> None:
     case = by_hand()
-    with pytest.raises(StaleError, match="one recipe"):
-        dataclasses.replace(case, statistics=dataclasses.replace(case.statistics, library="tensorrt"))
+    with pytest.raises(StaleError, match="another recipe"):
+        dataclasses.replace(case, statistics=dataclasses.replace(case.statistics, precision="fp16"))
+    with pytest.raises(
+        StaleError, match="has fp16, not fp32: run `mess-compile profile --device host --precision fp16"
+    ):
+        dataclasses.replace(case, table=dataclasses.replace(case.table, recipes={"fp16": "id"}))
 
 
 def test_evidence_without_images_or_of_other_graphs_is_refused() -> None:

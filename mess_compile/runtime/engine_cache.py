@@ -1,0 +1,84 @@
+"""Engines that a device builds for itself from ONNX files, kept in a folder of the user's own.
+
+An engine is code: it is taken from that folder alone, and only with the hash that it was written with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Optional
+
+from mess_compile.runtime import tensorrt_build
+from mess_compile.runtime.engine import Library
+from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.tensorrt_build import BuildOptions
+
+
+def default_folder() -> Path:
+    """Where engines are kept unless told otherwise; `XDG_CACHE_HOME` moves it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mess-compile" / "engines"
+
+
+def loadable(library: Library, graph: Path, precision: str, folder: Optional[Path] = None) -> Path:
+    """What `library` loads for an ONNX file: the file itself, or an engine built from it for the device that is here.
+
+    The graph is in the form that the library's parser takes, its weights inside or named by their hashes. An engine is
+    built once (minutes, on a Jetson) and kept in `folder`. Raises InputError when others can write there, EngineError
+    in the builder's words.
+    """
+    if library.builds_for is None:
+        return graph
+    folder = folder or default_folder()
+    _own(folder)
+    name, (major, minor) = library.builds_for
+    capability = f"SM{major}{minor}" if library.name == "tensorrt_rtx" else None
+    options = BuildOptions(library.name, precision, capability)
+    decides = (hashlib.sha256(graph.read_bytes()).hexdigest(), repr(options), library.version, name, major, minor)
+    path = folder / f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.engine"
+    if not _is_intact(path):
+        _build(graph, path, options, folder / f"timing-{library.version}.cache")
+    return path
+
+
+def _own(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise InputError(
+            f"others can write in {folder}, and engines are code: `chmod go-w` it, or set XDG_CACHE_HOME to a folder "
+            "of your own"
+        )
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        known = path.with_suffix(".sha256").read_text(encoding="ascii")
+        return hashlib.sha256(path.read_bytes()).hexdigest() == known
+    except (OSError, ValueError):
+        return False
+
+
+def _build(graph: Path, path: Path, options: BuildOptions, timing: Path) -> None:
+    """Classic TensorRT keeps what it timed for the builds to come; a cache of another device it does not take."""
+    known = timing.read_bytes() if options.library == "tensorrt" and timing.is_file() else None
+    built = tensorrt_build.build_engine(graph, options, known)
+    _write(path, built.engine)
+    _write(path.with_suffix(".sha256"), hashlib.sha256(built.engine).hexdigest().encode("ascii"))
+    if built.timing_cache is not None:
+        _write(timing, built.timing_cache)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of it or nothing, also when two processes build at once."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".making-")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

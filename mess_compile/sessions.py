@@ -1,0 +1,294 @@
+"""A device elsewhere that builds, measures and scores for us: what it needs is pushed by hash, what it says is read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+import zipfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import mess_compile
+from mess_compile import files
+from mess_compile.graph.store import WEIGHTS, read_model
+from mess_compile.remote import Remote, RemoteError
+from mess_compile.runtime import decode, frames, power, scoring, session
+from mess_compile.runtime.errors import EngineError, InputError
+from mess_compile.runtime.profile import Effort, Job, Opened, Window
+from mess_compile.runtime.scoring import Exits, Score
+from mess_compile.runtime.session import Hello, Wanted, Wish
+
+Progress = Callable[[str, int, int], None]
+Image = NDArray[np.uint8]
+Counted = tuple[Image, Image, NDArray[np.bool_]]
+"""A frame (H, W, 3), its labels (H, W), and which of these count."""
+STORE = ".mess-compile"
+"""Below the home folder there."""
+_PID = "session.pid"
+
+
+@dataclass
+class Session:
+    """A device that does what we wish; `python` starts Python 3.8 or newer there, with numpy and an engine library."""
+
+    remote: Remote
+    library: str
+    frame: NDArray[np.uint8]
+    thresholds: NDArray[np.float32]
+    progress: Progress
+    lock_clocks: bool = False
+    python: str = "python3"
+    hello: Hello | None = None
+    states: list[power.DeviceState] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def greet(self) -> Hello:
+        """What the device is, before anything is built there. Raises RemoteError, EngineError."""
+        for _ in self._wish(self._wished("greet", (), (), "", Effort())):
+            pass
+        if self.hello is None:
+            raise InputError(f"{self.remote.host.text} ended without a word: is its Python 3.8 or newer?")
+        return self.hello
+
+    def build(self, jobs: Mapping[str, tuple[Path, str]]) -> dict[str, str]:
+        """Build an engine of every job's graph (path, precision) there; why those that failed did.
+
+        A graph whose builder crashes is tried once. Raises RemoteError, InputError.
+        """
+        wanted = [Wanted(name, files.sha256_of_file(path), precision, None) for name, (path, precision) in jobs.items()]
+        self._push_graphs([path for path, _ in jobs.values()])
+        left = wanted
+        while left:
+            crashed = self._build(left)
+            if crashed is None:
+                return self.failed
+            self.failed[crashed] = "the builder crashed there, or was killed for the memory it took"
+            left = [each for each in wanted if each.name not in self.failed]
+        return self.failed
+
+    def _build(self, jobs: Sequence[Wanted]) -> str | None:
+        """The job whose builder ended the program there; None when it came to its end."""
+        building, done = "", 0
+        try:
+            for kind, content in self._wish(self._wished("build", jobs, (), "", Effort())):
+                if kind == "building":
+                    building = content
+                elif kind in ("built", "failed"):
+                    building, done = "", done + 1
+                    self.progress("build there", done, len(jobs))
+        except RemoteError as error:
+            if error.lost or not building:
+                raise
+            return building
+        return None
+
+    def measure(
+        self,
+        run: str,
+        jobs: Sequence[Job],
+        precisions: Mapping[str, str],
+        measured: Sequence[str],
+        reference: str,
+        effort: Effort,
+        earlier: Sequence[Window],
+    ) -> Iterator[Opened | Window]:
+        """Measure `measured` there and yield what is new; windows that only one side knows are not measured again."""
+        wanted = [
+            Wanted(
+                job.name,
+                None if job.path is None else files.sha256_of_file(job.path),
+                precisions[job.name],
+                job.predecessor,
+            )
+            for job in jobs
+        ]
+        self._push_graphs([job.path for job in jobs if job.path is not None])
+        wish = self._wished(run, wanted, measured, reference, effort)
+        yield from self._exchanged(wish, earlier)
+        for kind, content in self._wish(wish):
+            event = session.event_of(json.dumps({kind: content})) if kind in ("opened", "window") else None
+            if event is not None:
+                yield event
+
+    @contextmanager
+    def scoring(
+        self, jobs: Mapping[str, tuple[Path, str]], exits: Exits
+    ) -> Iterator[Callable[[Iterable[Counted]], Iterator[Score]]]:
+        """Have the engines of `exits` open there, built from `jobs` (graph, precision), as long as the context lasts.
+
+        What is yielded scores images, which lie there until all of them are scored. Raises RemoteError, EngineError in
+        the device's words, InputError when it says what cannot be.
+        """
+        wanted = [Wanted(name, files.sha256_of_file(path), precision, None) for name, (path, precision) in jobs.items()]
+        self._push_graphs([path for path, _ in jobs.values()])
+        with closing(self._wish(self._wished("score", wanted, (), "", Effort(), exits))) as said:
+            yield lambda images: self._scores(said, exits, images)
+
+    def _scores(self, said: Iterator[tuple[str, Any]], exits: Exits, images: Iterable[Counted]) -> Iterator[Score]:
+        labelled: list[NDArray[np.int64]] = []
+
+        def travelling() -> Iterator[tuple[Image, Image]]:
+            for frame, labels, known in images:
+                labelled.append(np.bincount(labels[known], minlength=exits.classes))
+                marked = np.where(known, labels, np.uint8(scoring.IGNORED))
+                yield frames.resize(frame, exits.input_hw), marked
+
+        with tempfile.TemporaryDirectory(prefix="mess-") as folder:
+            path = Path(folder) / "images"
+            scoring.write_images(path, travelling())
+            self._awaited(said, "ready")
+            block = files.sha256_of_file(path)
+            self.remote.push({block: path}, f"{STORE}/{session.IMAGES}", lambda done, total: None)
+        for index, truth in enumerate(labelled):
+            content = self._awaited(said, "scored")
+            try:
+                yield scoring.score_of(content, block, index, truth, exits, len(self.thresholds))
+            except decode.DecodeError as error:
+                raise self._nonsense(error) from error
+
+    def _awaited(self, said: Iterator[tuple[str, Any]], kind: str) -> Any:
+        """What a line says of a `kind` that is now due. Raises RemoteError when a line of ours was lost."""
+        for heard, content in said:
+            if heard == kind:
+                return content
+            if heard in ("ready", "scored"):
+                break
+        raise RemoteError(f"{self.remote.host.text} has not told all of its scores: run the same command again")
+
+    def _exchanged(self, wish: Wish, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
+        """Give the device the windows that it lacks, and yield those that we lack."""
+        path = f"{STORE}/{session.RESULTS}/{_name(wish)}.jsonl"
+        there = [
+            session.event_of(line) for line in (self.remote.read(path) or b"").decode(errors="replace").splitlines()
+        ]
+        known = {(window.job, window.round) for window in earlier}
+        lacking = [e for e in there if e is not None and not (isinstance(e, Window) and (e.job, e.round) in known)]
+        yield from lacking
+        ours = [json.dumps(dict([session.told(event)])) for event in (*earlier, *lacking)]
+        self._write(path, "".join(f"{line}\n" for line in ours).encode())
+
+    def _wished(
+        self,
+        run: str,
+        jobs: Sequence[Wanted],
+        measured: Sequence[str],
+        reference: str,
+        effort: Effort,
+        exits: Exits | None = None,
+    ) -> Wish:
+        rows = tuple(tuple(map(float, row)) for row in self.thresholds)
+        frame = hashlib.sha256(_npy(self.frame)).hexdigest()
+        return Wish(
+            run, self.library, tuple(jobs), tuple(measured), reference, effort, frame, rows, exits, self.lock_clocks
+        )
+
+    def _wish(self, wish: Wish) -> Generator[tuple[str, Any], None, None]:
+        """Have a wish done; yields what the device says. Raises RemoteError, EngineError in its words."""
+        text = session.wish_to_json(wish).encode()
+        code, name = self._sent(session.WISHES, _runtime_zip(), text)
+        there = f"{STORE}/{session.WISHES}/{code}"
+        command = ("env", f"PYTHONPATH={there}", self.python, "-u", "-m", "mess_compile.runtime.session", STORE, name)
+        error = ""
+        try:
+            for line in self.remote.lines(command, f"{STORE}/{_PID}"):
+                for kind, content in _said(line).items():
+                    error = str(content) if kind == "error" else error
+                    self._heard(kind, content)
+                    yield kind, content
+        except RemoteError as failure:
+            if error and not failure.lost:
+                raise EngineError(f"{self.remote.host.text}: {error}") from failure
+            raise
+
+    def _heard(self, kind: str, content: Any) -> None:
+        try:
+            if kind == "hello":
+                self.hello = decode.decode(Hello, content, "hello")
+            elif kind == "state":
+                self.states.append(power.state_from_json(content))
+            elif kind == "failed":
+                self.failed[str(content["job"])] = str(content["error"])
+        except (decode.DecodeError, ValueError, KeyError, TypeError) as error:
+            raise self._nonsense(error) from error
+
+    def _nonsense(self, error: Exception) -> InputError:
+        return InputError(f"{self.remote.host.text} says something else than expected: {error}")
+
+    def _push_graphs(self, paths: Sequence[Path]) -> None:
+        """Graphs, the weights that they name, and the frame."""
+        graphs = {files.sha256_of_file(path): path for path in paths}
+        weights = {weight.name: weight for path in paths for weight in weights_of(path)}
+        told = lambda done, total: self.progress("send", done, total)  # noqa: E731
+        if weights:
+            self.remote.push(weights, f"{STORE}/{session.GRAPHS}/{WEIGHTS}", told)
+        with tempfile.TemporaryDirectory(prefix="mess-") as folder:
+            frame = _written(Path(folder), _npy(self.frame))
+            self.remote.push({**graphs, **frame}, f"{STORE}/{session.GRAPHS}", told)
+
+    def _sent(self, place: str, *contents: bytes) -> list[str]:
+        """Have small files there, and return their names."""
+        with tempfile.TemporaryDirectory(prefix="mess-") as folder:
+            paths = _written(Path(folder), *contents)
+            self.remote.push(paths, f"{STORE}/{place}", lambda done, total: None)
+        return list(paths)
+
+    def _write(self, path: str, content: bytes) -> None:
+        script = 'mkdir -p "$(dirname "$1")" && cat >"$1.new" && mv "$1.new" "$1"'
+        done = self.remote.run(("sh", "-c", script, "sh", path), content, patience_s=600.0)
+        if done.code:
+            raise self.remote.failure(path, done.code, done.errors)
+
+
+def _said(line: str) -> dict[str, Any]:
+    """What a line says; nothing when it is not ours (engine libraries print, too)."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _written(folder: Path, *contents: bytes) -> dict[str, Path]:
+    """A file each, by their names, in this order."""
+    paths = {}
+    for content in contents:
+        name = hashlib.sha256(content).hexdigest()
+        paths[name] = folder / name
+        paths[name].write_bytes(content)
+    return paths
+
+
+def _name(wish: Wish) -> str:
+    return hashlib.sha256(session.wish_to_json(wish).encode()).hexdigest()
+
+
+def weights_of(graph: Path) -> Iterator[Path]:
+    for tensor in read_model(graph).graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                yield graph.parent / entry.value
+
+
+def _npy(array: NDArray[Any]) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _runtime_zip() -> bytes:
+    """The device side as Python imports it, the same bytes each time."""
+    package = Path(mess_compile.__file__).parent
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as content:
+        for path in (package / "__init__.py", *sorted((package / "runtime").glob("*.py"))):
+            info = zipfile.ZipInfo(f"mess_compile/{path.relative_to(package)}", (1980, 1, 1, 0, 0, 0))
+            content.writestr(info, path.read_bytes())
+    return stream.getvalue()
