@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo test test-all lint clean
 
 venv: $(VENV)/ready
 
@@ -21,6 +21,9 @@ lint: venv
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+test-all: lint
+	$(VENV)/bin/python -m pytest -m ''
 
 clean:
 	rm -rf $(VENV) demo

@@ -65,7 +65,7 @@ def _commands_before_search(folder: Path) -> list[list[str]]:
     return [
         *([] if (folder / "candidate" / "network.json").is_file() else [train]),
         [*here, "export"],
-        [*here, "profile", "--device", "host", "--seconds", "1"],
+        [*here, "profile", "--device", "host", "--seconds", "0.5"],
         [*here, "evaluate", "--data", data],
     ]
 

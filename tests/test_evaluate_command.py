@@ -28,6 +28,7 @@ def device(running: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
     return running
 
 
+@pytest.mark.slow
 def test_statistics_of_a_device_over_ssh_are_those_of_this_machine(workspace: Path, device: Device) -> None:
     place = Workspace(workspace).statistics("val")
     expected = contents(place)
@@ -38,22 +39,26 @@ def test_statistics_of_a_device_over_ssh_are_those_of_this_machine(workspace: Pa
     done("-C", workspace, "search", "--max-err", "100%")
 
 
+@pytest.mark.slow
 def test_a_device_that_is_something_else_is_refused(workspace: Path, device: Device) -> None:
     message = complaint("-C", workspace, "evaluate", "--device", "xavier", "--host", device.host)
     assert f"{device.host}: tensorrt cannot be imported" in message
     assert not (device.home / ".mess-compile" / "images").exists()
 
 
+@pytest.mark.slow
 def test_a_device_elsewhere_is_reached_where_it_was_profiled(workspace: Path, device: Device) -> None:
     assert "reach it with --host ssh://user@host" in complaint("-C", workspace, "evaluate", "--device", "xavier")
     Workspace(workspace).remember(device="xavier", host=device.host)
     assert f"{device.host}: tensorrt cannot be imported" in complaint("-C", workspace, "evaluate", "--device", "xavier")
 
 
+@pytest.mark.slow
 def test_a_host_without_its_device_s_name_is_refused(workspace: Path) -> None:
     assert "say which it is with --device NAME" in complaint("-C", workspace, "evaluate", "--host", "ssh://xavier")
 
 
+@pytest.mark.slow
 def test_a_device_with_other_software_is_one_line(workspace: Path, device: Device) -> None:
     device.use_python(device.bare_python)
     assert "numpy" in complaint("-C", workspace, "evaluate", "--device", "host", "--host", device.host)

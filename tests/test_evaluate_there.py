@@ -118,6 +118,7 @@ def refusal(device: Device, graphs: GraphSet, data: DataSet, tmp_path: Path, wat
     return message
 
 
+@pytest.mark.slow
 def test_the_device_writes_the_statistics_of_this_machine_and_keeps_no_image(
     device: Device, graphs: GraphSet, data: DataSet, tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_the_device_writes_the_statistics_of_this_machine_and_keeps_no_image(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "there"]
 
 
+@pytest.mark.slow
 def test_heads_that_do_not_build_there_are_left_out_and_the_others_are_reached(
     device: Device, graphs: GraphSet, data: DataSet, tmp_path: Path
 ) -> None:
@@ -157,6 +159,7 @@ def test_heads_that_do_not_build_there_are_left_out_and_the_others_are_reached(
     assert contents(tmp_path / "there") == here(engines, first, tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_a_network_of_which_no_head_runs_is_refused_before_anything_is_sent(
     device: Device, graphs: GraphSet, data: DataSet, tmp_path: Path
 ) -> None:
@@ -166,6 +169,7 @@ def test_a_network_of_which_no_head_runs_is_refused_before_anything_is_sent(
     assert not (device.home / STORE).exists()
 
 
+@pytest.mark.slow
 def test_after_a_break_in_the_middle_the_same_command_continues(
     device: Device, graphs: GraphSet, data: DataSet, tmp_path: Path
 ) -> None:
@@ -181,6 +185,7 @@ def test_after_a_break_in_the_middle_the_same_command_continues(
 
 
 @pytest.mark.parametrize("how", ["cut", "kill"])
+@pytest.mark.slow
 def test_a_break_between_two_blocks_is_one_line_and_the_first_is_kept(
     device: Device, graphs: GraphSet, data: DataSet, tmp_path: Path, how: str
 ) -> None:
@@ -207,6 +212,7 @@ def command(entry: Path, device: Device) -> bytes:
     return words if ours else b""
 
 
+@pytest.mark.slow
 def test_a_user_who_stops_it_leaves_nothing_running_there(
     device: Device, graphs: GraphSet, data: DataSet, tmp_path: Path
 ) -> None:
@@ -218,6 +224,7 @@ def test_a_user_who_stops_it_leaves_nothing_running_there(
     assert not any(command(entry, device) for entry in Path("/proc").iterdir() if entry.name.isdecimal())
 
 
+@pytest.mark.slow
 def test_a_full_disk_there_is_one_line_and_the_blocks_before_it_are_kept(
     device: Device, graphs: GraphSet, data: DataSet, tmp_path: Path
 ) -> None:
@@ -228,11 +235,13 @@ def test_a_full_disk_there_is_one_line_and_the_blocks_before_it_are_kept(
     assert [path.name for path in tmp_path.glob(".there.parts-*/*")] == ["0"]
 
 
+@pytest.mark.slow
 def test_a_device_without_numpy(device: Device, graphs: GraphSet, data: DataSet, tmp_path: Path) -> None:
     device.use_python(device.bare_python)
     assert "No module named 'numpy'" in refusal(device, graphs, data, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_graph_that_does_not_load_there_is_named_in_the_library_s_words(
     device: Device, data: DataSet, tmp_path: Path
 ) -> None:
@@ -245,6 +254,7 @@ def test_a_graph_that_does_not_load_there_is_named_in_the_library_s_words(
         there(device, engines, data, tmp_path / "there")
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_gone_since_it_was_built_is_named(device: Device, graphs: GraphSet) -> None:
     exits = Exits(small_network.HW, 3, ((0, 1, "segment-0-1"),), (), None)
     with (
@@ -266,6 +276,7 @@ def test_an_engine_that_is_gone_since_it_was_built_is_named(device: Device, grap
     ],
     ids=["no number", "a spoilt line"],
 )
+@pytest.mark.slow
 def test_nonsense_is_one_line_and_never_statistics(
     device: Device, graphs: GraphSet, data: DataSet, tmp_path: Path, change: str, words: str
 ) -> None:

@@ -251,6 +251,7 @@ def sent_as(workspace: Path, graph: str) -> str:
     )
 
 
+@pytest.mark.slow
 def test_trtexec_alone_gives_a_table_that_names_its_protocol(mine: Path, standin: Standin) -> None:
     broken = "head-exit1.fcn-crm1-b0"
     standin.break_graph(sent_as(mine, broken))
@@ -286,6 +287,7 @@ def test_trtexec_alone_gives_a_table_that_names_its_protocol(mine: Path, standin
     assert os.listdir(standin.device.home) == [".mess-compile"], "nothing else is left in the user's home"
 
 
+@pytest.mark.slow
 def test_a_cut_in_the_middle_is_one_line_and_the_same_command_continues(mine: Path, standin: Standin) -> None:
     def watch(label: str, done: int, total: int) -> None:
         if len(samples(mine)) >= 5:
@@ -310,6 +312,7 @@ def test_a_cut_in_the_middle_is_one_line_and_the_same_command_continues(mine: Pa
     assert table.environment["protocol"] == PROTOCOL_DIFFERENCE
 
 
+@pytest.mark.slow
 def test_a_cut_while_building_leaves_nothing_running_and_what_was_built(
     standin: Standin, session: TrtexecSession, jobs: dict[str, tuple[Path, str]], remote: Remote, tmp_path: Path
 ) -> None:
@@ -344,6 +347,7 @@ def commands() -> Iterator[str]:
     ("version", "packed", "build", "options"),
     [("11.1.0", "110100", " [b42]", OPTIONS_11)],
 )
+@pytest.mark.slow
 def test_newer_releases_are_asked_in_their_own_options(
     standin: Standin,
     session: TrtexecSession,
@@ -368,6 +372,7 @@ def test_newer_releases_are_asked_in_their_own_options(
             assert event.spent_s == pytest.approx(12 * EVERY_MS / 1e3)
 
 
+@pytest.mark.slow
 def test_a_device_tells_what_it_is(session: TrtexecSession) -> None:
     assert session.hello is not None
     assert session.hello.machine == Machine(
@@ -378,6 +383,7 @@ def test_a_device_tells_what_it_is(session: TrtexecSession) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_builder_that_crashes_takes_one_graph_with_it(
     standin: Standin, session: TrtexecSession, jobs: dict[str, tuple[Path, str]]
 ) -> None:
@@ -389,6 +395,7 @@ def test_a_builder_that_crashes_takes_one_graph_with_it(
     assert {event.job for event in measured(session, jobs)} == {*jobs}
 
 
+@pytest.mark.slow
 def test_engines_and_timing_caches_that_were_damaged_are_made_again(
     standin: Standin, session: TrtexecSession, jobs: dict[str, tuple[Path, str]], remote: Remote, tmp_path: Path
 ) -> None:
@@ -409,6 +416,7 @@ def test_engines_and_timing_caches_that_were_damaged_are_made_again(
     assert not third.with_suffix(".sha256").exists(), "it is built again by the next call"
 
 
+@pytest.mark.slow
 def test_a_folder_of_engines_that_others_can_write_is_refused(
     standin: Standin, session: TrtexecSession, jobs: dict[str, tuple[Path, str]]
 ) -> None:
@@ -419,6 +427,7 @@ def test_a_folder_of_engines_that_others_can_write_is_refused(
         session.build(jobs)
 
 
+@pytest.mark.slow
 def test_nonsense_instead_of_times_is_one_line_that_names_the_graph(
     standin: Standin, session: TrtexecSession, jobs: dict[str, tuple[Path, str]]
 ) -> None:
@@ -430,6 +439,7 @@ def test_nonsense_instead_of_times_is_one_line_that_names_the_graph(
     assert standin.device.host in str(caught.value)
 
 
+@pytest.mark.slow
 def test_of_many_runs_some_are_kept_from_all_over_the_window(
     standin: Standin, session: TrtexecSession, jobs: dict[str, tuple[Path, str]]
 ) -> None:
@@ -456,6 +466,7 @@ def test_of_many_runs_some_are_kept_from_all_over_the_window(
     ],
     ids=["full", "another version", "another program", "no GPU", "neither Python nor trtexec"],
 )
+@pytest.mark.slow
 def test_what_is_wrong_there_is_one_line_with_the_remedy(
     mine: Path, standin: Standin, provoke: Callable[[Standin], object], told: str
 ) -> None:
@@ -468,6 +479,7 @@ def test_what_is_wrong_there_is_one_line_with_the_remedy(
     assert not table_path(mine).exists()
 
 
+@pytest.mark.slow
 def test_a_device_that_is_something_else_is_sent_nothing(mine: Path, standin: Standin) -> None:
     (mine / "profiles" / "mine.toml").write_text(TARGET.replace("Stand-in", "Xavier"))
     message = run(*words(mine, standin)).stderr.splitlines()[-1]
@@ -475,6 +487,7 @@ def test_a_device_that_is_something_else_is_sent_nothing(mine: Path, standin: St
     assert not (standin.device.home / ".mess-compile" / "graphs").exists()
 
 
+@pytest.mark.slow
 def test_trtexec_stands_in_for_a_python_that_is_no_use_and_for_no_other_failure(
     standin: Standin, remote: Remote, tmp_path: Path
 ) -> None:
@@ -494,6 +507,7 @@ def test_trtexec_stands_in_for_a_python_that_is_no_use_and_for_no_other_failure(
     assert in_place_of_python(remote, target, tmp_path, quiet, error) is None, "a Python that has all it needs"
 
 
+@pytest.mark.slow
 def test_state_of_a_jetson_is_read_off_what_its_files_say() -> None:
     text = (
         "zone 41500 CPU-therm\nzone 38000 GPU-therm\nzone  broken\ndevfreq 1377000000 1377000000 17000000.gv11b\n"

@@ -126,7 +126,7 @@ def test_nothing_stays_on_disk_after_closing_or_failing(
     with runtime.load(bundle, threads=1):
         assert len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(cascade_module, "open_library", lambda name, threads: FakeLibrary({}))
+    monkeypatch.setattr(cascade_module, "open_library", lambda name, threads, cuda_graphs: FakeLibrary({}))
     with pytest.raises(runtime.EngineError):
         runtime.load(bundle)
     assert list(tmp_path.iterdir()) == []

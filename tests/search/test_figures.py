@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from mess_compile.candidates import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
-from mess_compile.latency import Latency, LatencyTable
-from mess_compile.runtime.errors import InputError, StaleError
+from mess_compile.latency import Failure, Latency, LatencyTable
+from mess_compile.runtime.errors import InputError, RequirementError, StaleError
 from mess_compile.search.figures import Evidence, anytime_reports, baseline_figures, figures_of_stages, replay
 from mess_compile.search.plan import Report, Stage
+from mess_compile.search.requirement import Requirement
 from mess_compile.search.rows import area
+from mess_compile.search.solver import search_recipes
 from mess_compile.statistics import ExitStatistics
 from tests.search.cases import evidence
 
@@ -198,3 +200,20 @@ def test_evidence_without_images_or_of_other_graphs_is_refused() -> None:
         dataclasses.replace(case, statistics=dataclasses.replace(case.statistics, network="other"))
     with pytest.raises(StaleError, match="profile --device host"):
         dataclasses.replace(case, table=dataclasses.replace(case.table, network="other"))
+
+
+def test_recipes_that_saw_different_images_are_not_compared() -> None:
+    case = by_hand()
+    other = dataclasses.replace(case, statistics=case.statistics.select([0, 1]))
+    with pytest.raises(StaleError, match="statistics are of different images"):
+        search_recipes([case, other], Requirement())
+
+
+def test_a_target_without_a_whole_plan_says_so() -> None:
+    case = evidence((1,), 2, 4, seed=0)
+    kept = {key: entry for key, entry in case.table.entries.items() if not key[0].startswith("output-")}
+    gone = {key: Failure(key[0], f"sha-{key[0]}", "fp32", "no") for key in case.table.entries if key not in kept}
+    lacking = dataclasses.replace(case, table=dataclasses.replace(case.table, entries=kept, failed=gone))
+    for setting in ("input-dependent", "anytime"):
+        with pytest.raises(RequirementError, match="no plan has all its graphs on host"):
+            search_recipes([lacking], Requirement(setting=setting))
