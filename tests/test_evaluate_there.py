@@ -118,7 +118,6 @@ def refusal(device: Device, graphs: GraphSet, data: DataSet, tmp_path: Path, wat
     return message
 
 
-@pytest.mark.slow
 def test_the_device_writes_the_statistics_of_this_machine_and_keeps_no_image(
     device: Device, graphs: GraphSet, data: DataSet, tmp_path: Path
 ) -> None:

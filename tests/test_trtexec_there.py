@@ -251,7 +251,6 @@ def sent_as(workspace: Path, graph: str) -> str:
     )
 
 
-@pytest.mark.slow
 def test_trtexec_alone_gives_a_table_that_names_its_protocol(mine: Path, standin: Standin) -> None:
     broken = "head-exit1.fcn-crm1-b0"
     standin.break_graph(sent_as(mine, broken))
