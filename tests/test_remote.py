@@ -22,6 +22,8 @@ from mess_compile.remote import Host, Pushed, Remote, RemoteError, parse_host
 from mess_compile.runtime.errors import InputError
 from tests.remote_device import Device, remote_device
 
+pytestmark = pytest.mark.slow
+
 MB = 1 << 20
 SLEEPER = ("sh", "-c", "echo $$; exec sleep 600")
 
