@@ -213,6 +213,7 @@ def test_two_processes_write_the_statistics_of_one(workspace: Path, tmp_path: Pa
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the other process in /proc")
+@pytest.mark.slow
 def test_a_process_that_is_killed_costs_its_block_of_images_only(workspace: Path, tmp_path: Path) -> None:
     data, place = tmp_path / "data", workspace / "statistics"
     scenes.write_scenes(data, {"train": 2, "val": 200}, (64, 96))

@@ -128,6 +128,7 @@ def test_an_estimate_is_marked_all_the_way(unmeasured: Path) -> None:
     assert "estimated" in done("inspect", unmeasured / "xavier.mess")
 
 
+@pytest.mark.slow
 def test_what_was_measured_stays_when_the_rest_is_estimated(unmeasured: Path, device: Device) -> None:
     done("-C", unmeasured, "profile", "--device", "host", "--host", device.host, "--all")
     before = read_latency_table(unmeasured / "latency" / "host.json")
@@ -135,6 +136,7 @@ def test_what_was_measured_stays_when_the_rest_is_estimated(unmeasured: Path, de
     assert read_latency_table(unmeasured / "latency" / "host.json").entries == before.entries
 
 
+@pytest.mark.slow
 def test_what_runs_there_is_the_device_s_own_python(unmeasured: Path, device: Device) -> None:
     """No path to the workspace, nothing of this environment but numpy and the engine library."""
     done("-C", unmeasured, "profile", "--device", "host", "--host", device.host)
@@ -144,7 +146,7 @@ def test_what_runs_there_is_the_device_s_own_python(unmeasured: Path, device: De
     assert "No module named 'mess_compile'" in found.stderr
 
 
-@pytest.mark.parametrize("how", ["cut", "kill", "reboot"])
+@pytest.mark.parametrize("how", ["cut", "kill", pytest.param("reboot", marks=pytest.mark.slow)])
 def test_a_break_in_the_middle_is_one_line_and_the_same_command_continues(
     unmeasured: Path, device: Device, how: str
 ) -> None:
@@ -195,6 +197,7 @@ def _sessions(device: Device) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_windows_that_only_the_device_has_are_taken_over(unmeasured: Path, device: Device) -> None:
     """Measured there, but the connection was gone before the lines arrived."""
     with pytest.raises(RemoteError):
@@ -210,6 +213,7 @@ def test_windows_that_only_the_device_has_are_taken_over(unmeasured: Path, devic
     assert len(set(last)) == len(last)
 
 
+@pytest.mark.slow
 def test_a_killed_command_here_leaves_nothing_running_there(unmeasured: Path, device: Device) -> None:
     code = "from mess_compile.cli import main; main()"
     words = ["-C", unmeasured, "profile", "--device", "host", "--host", device.host]

@@ -116,6 +116,7 @@ def test_processes_and_pieces_step_by_the_gradient_of_the_whole_batch(folder: Pa
         assert (part - whole).norm() < 0.02 * whole.norm()  # the order of additions, made large by many layers
 
 
+@pytest.mark.slow
 def test_only_one_of_two_processes_speaks(folder: Path) -> None:
     _, output = trained(folder, "--epochs", "1", "1", "--devices", "2")
     assert "2 batches of 8 per epoch, 2 processes on cpu" in output
@@ -147,6 +148,7 @@ LONG = ("--epochs", "4", "1", "--devices", "2")
 
 
 @NEEDS_PROC
+@pytest.mark.slow
 def test_a_killed_process_is_one_clear_line_and_the_same_command_continues(folder: Path) -> None:
     process = started(folder, *LONG)
     until(process, "stage 1 epoch 2")
@@ -191,6 +193,7 @@ def test_a_training_alone_goes_on_when_the_shell_that_started_it_is_gone(folder:
     assert load_candidate(folder / "candidate").candidate.heads
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_said_once(folder: Path) -> None:
     process = started(folder, *LONG, "--batch", "3")
     _, errors = process.communicate(timeout=120)
@@ -209,6 +212,7 @@ def test_a_damaged_image_is_said_once_whoever_meets_it(folder: Path) -> None:
     assert "is gone" not in errors
 
 
+@pytest.mark.slow
 def test_bf16_computes_in_bf16_and_learns_the_same(folder: Path) -> None:
     losses = []
     for precision in ("fp32", "bf16"):
