@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 PROGRAM = Path(sys.executable).parent / "mess-compile"
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_a_cascade_at_work(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     done = subprocess.run([PROGRAM, "demo", folder], capture_output=True, text=True, timeout=600)
