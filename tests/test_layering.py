@@ -29,6 +29,21 @@ ALLOWED = {
     "engines": {"candidates", "runtime"},
     "evaluation": {"candidates", "dataset", "engines", "sessions", "statistics", "runtime"},
     "recipes": {"files", "candidates", "engines", "graph", "runtime"},
+    "compiling": {
+        *("building", "candidates", "dataset", "engines", "graph", "recipes", "targets", "workspace", "runtime"),
+    },
+    "elsewhere": {
+        *("building", "candidates", "compiling", "engines", "profiling", "remote", "sessions", "targets"),
+        *("trtexec_session", "workspace", "runtime"),
+    },
+    "recording": {
+        *("candidates", "compiling", "dataset", "elsewhere", "engines", "evaluation", "extras", "launcher", "recipes"),
+        *("remote", "statistics", "targets", "workspace", "runtime"),
+    },
+    "measuring": {
+        *("candidates", "compiling", "elsewhere", "engines", "forecast", "latency", "profiling", "recording", "remote"),
+        *("search", "sparing", "targets", "trtexec_session", "workspace", "runtime"),
+    },
     "workers": set(),
     "building": {"files", "workers", "candidates", "engines", "graph", "targets", "runtime"},
     "samples": {"files", "runtime"},

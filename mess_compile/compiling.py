@@ -1,0 +1,134 @@
+"""A workspace's graphs in each precision, as the library of a target that is here loads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.candidates import GraphSet, check_graphs, read_graph_set, verify_graph_set
+from mess_compile.dataset import open_dataset, read_frame
+from mess_compile.engines import EngineFiles, plain_files
+from mess_compile.runtime import frames
+from mess_compile.runtime.engine import PRECISIONS
+from mess_compile.runtime.errors import InputError
+from mess_compile.targets import Target, find_target
+from mess_compile.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mess_compile.building import EngineSet
+    from mess_compile.graph.recipe import Fallback
+    from mess_compile.recipes import PreciseGraphs
+
+Progress = Callable[[str, int, int], None]
+PRECISION_FRAMES = 24
+
+
+@dataclass(frozen=True)
+class RecipeBuild:
+    """The engines of one recipe, and the graphs that are in a safer precision than was wanted."""
+
+    graph_set: GraphSet
+    engines: EngineSet
+    fallbacks: tuple[Fallback, ...]
+
+
+def engines_of(
+    workspace: Workspace,
+    target: Target,
+    precisions: Sequence[str],
+    data: Path | None,
+    jobs: int | None,
+    progress: Progress,
+) -> Iterator[RecipeBuild]:
+    """Have the target's engines of every graph in each precision, and yield them recipe by recipe."""
+    from mess_compile import building
+
+    graph_set = read_graph_set(workspace.graphs)
+    check_graphs(graph_set)
+    refuse_other_precisions(target, precisions)
+    building.library_version(target)
+    for precision in precisions:
+        made = in_precision(workspace, graph_set, precision, target.precisions, data, progress)
+        folder = workspace.engines(target.name, made.graph_set.recipe)
+        processes = jobs or len(os.sched_getaffinity(0))
+        engines = building.build_engines(made.graph_set, target, folder, processes, progress)
+        yield RecipeBuild(made.graph_set, engines, made.fallbacks)
+
+
+def refuse_other_precisions(target: Target, precisions: Sequence[str]) -> None:
+    unknown = [precision for precision in precisions if precision not in target.precisions]
+    if unknown:
+        raise InputError(f"{target.name} computes in {', '.join(target.precisions)}, not in {unknown[0]!r}")
+
+
+def in_precision(
+    workspace: Workspace,
+    graph_set: GraphSet,
+    precision: str,
+    allowed: Sequence[str],
+    data: Path | None,
+    progress: Progress,
+) -> PreciseGraphs:
+    """The graphs in a precision; settled on the workspace's images, or anew on those of `data` when it is named."""
+    from mess_compile import recipes
+
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r} is not one of {', '.join(reversed(PRECISIONS))}")
+    images = partial(_real_images, workspace, data, graph_set.candidate.input_hw)
+    tune = workspace.memory().split or "val"
+    return recipes.precise_graphs(
+        graph_set, precision, allowed, workspace.recipes, tune, images, progress, renewed=data is not None
+    )
+
+
+def engine_files(
+    workspace: Workspace,
+    target: Target,
+    precisions: Sequence[str],
+    data: Path | None,
+    jobs: int | None,
+    progress: Progress,
+) -> tuple[EngineFiles, ...]:
+    """What the target's library loads, in each precision; engines are built where they are missing."""
+    if target.library.startswith("onnxruntime"):
+        graph_set = verified_graphs(workspace)
+        refuse_other_precisions(target, precisions)
+        made = (in_precision(workspace, graph_set, p, target.precisions, data, progress) for p in precisions)
+        return tuple(plain_files(each.graph_set) for each in made)
+    from mess_compile import building
+
+    return tuple(
+        building.engine_files(made.graph_set, made.engines, workspace.engines(target.name, made.graph_set.recipe))
+        for made in engines_of(workspace, target, precisions, data, jobs, progress)
+    )
+
+
+def _real_images(workspace: Workspace, data: Path | None, hw: tuple[int, int], split: str) -> list[NDArray[np.uint8]]:
+    """Images from all over a split, at the network's input size. Raises InputError when no data are known."""
+    if data is None and workspace.memory().data is None:
+        raise InputError("fp16 and int8 are judged on real images: name a data folder with --data DIR")
+    items = open_dataset(workspace.data_folder(data), split).items
+    places = np.unique(np.linspace(0, len(items) - 1, PRECISION_FRAMES).round().astype(int))
+    return [frames.resize(read_frame(items[place].image), hw) for place in places]
+
+
+def verified_graphs(workspace: Workspace) -> GraphSet:
+    """The graphs whose bytes are still those that export wrote."""
+    graph_set = read_graph_set(workspace.graphs)
+    verify_graph_set(graph_set)
+    return graph_set
+
+
+def target_of(workspace: Workspace, device: str | None) -> Target:
+    """The device that is named, or the one profiled last. Raises InputError when there is neither."""
+    name = device or workspace.memory().device
+    if name is None:
+        raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
+    return find_target(name, workspace.root)

@@ -1,0 +1,189 @@
+"""Exit statistics of a workspace: recorded here or on a device, and those that are current."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from mess_compile import extras, launcher, statistics
+from mess_compile.candidates import CandidateNetwork, GraphSet, read_graph_set, verify_graph_set
+from mess_compile.compiling import engine_files, in_precision, verified_graphs
+from mess_compile.dataset import DataSet, open_dataset
+from mess_compile.elsewhere import forms_there, session_there
+from mess_compile.engines import EngineFiles
+from mess_compile.runtime import machine
+from mess_compile.runtime.engine import FP32, PRECISIONS, open_library
+from mess_compile.runtime.errors import InputError, StaleError
+from mess_compile.targets import Target, find_target, refuse_unless_here, targets_here
+from mess_compile.workspace import HOST, Workspace
+
+if TYPE_CHECKING:
+    from mess_compile.evaluation import Share
+
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate(
+    workspace: Workspace,
+    data: Path | None,
+    split: str | None,
+    progress: Progress,
+    devices: int = 1,
+    nodes: int = 1,
+    accelerator: str = "cpu",
+    device: str | None = None,
+    precision: str = FP32,
+    host: str | None = None,
+) -> statistics.ExitStatistics | None:
+    """Run every head on a labelled split and write its exit statistics; both are remembered for `search`.
+
+    Here by ONNX Runtime, on the `cpu` or by its `cuda` provider, then a GPU for each process; or by the engines of
+    `device`, which this machine is, or which is at `host` (ssh://user@host; the one remembered for it by default).
+    `devices` processes on each of `nodes` machines share the images, also under torchrun or SLURM; of several the first
+    returns the statistics, the others None.
+    """
+    library = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda"}[accelerator]
+    counts = launcher.counts() or (devices, nodes)
+    if host is None and device in (None, HOST):
+        graph_set = verified_graphs(workspace)
+        made = in_precision(workspace, graph_set, precision, PRECISIONS, data, progress)
+        return _evaluated_here(workspace, made.graph_set, data, split, progress, library, *counts)
+    if device is None:
+        raise InputError(f"--host {host} says where a device is: say which it is with --device NAME")
+    if accelerator != "cpu" or counts != (1, 1):
+        raise InputError(f"--device {device} says what runs the graphs: drop --accelerator, --devices and --nodes")
+    target = find_target(device, workspace.root)
+    if host is None and not targets_here((target,), machine.this_machine()):
+        host = workspace.memory().hosts.get(target.name)
+    if host is not None:
+        return _evaluated_there(workspace, target, precision, data, split, progress, host)
+    refuse_unless_here(target, workspace.root, "reach it with --host ssh://user@host, or run this command on it")
+    (engines,) = engine_files(workspace, target, (precision,), data, None, progress)
+    return _evaluated(workspace, engines, data, split, progress, target.library, 1, 1, target.name)
+
+
+def _evaluated_here(
+    workspace: Workspace,
+    graph_set: GraphSet,
+    data: Path | None,
+    split: str | None,
+    progress: Progress,
+    library: str,
+    devices: int,
+    nodes: int,
+) -> statistics.ExitStatistics | None:
+    """By ONNX Runtime on this machine, which computes fp16 as a GPU would."""
+    from mess_compile import recipes
+
+    with TemporaryDirectory(prefix="mess-") as folder:
+        engines = recipes.reference_files(graph_set, Path(folder))
+        return _evaluated(workspace, engines, data, split, progress, library, devices, nodes, HOST)
+
+
+def _evaluated(
+    workspace: Workspace,
+    engines: EngineFiles,
+    data: Path | None,
+    split: str | None,
+    progress: Progress,
+    library: str,
+    devices: int,
+    nodes: int,
+    device: str,
+) -> statistics.ExitStatistics | None:
+    from mess_compile import evaluation
+
+    root, folder = _labelled(workspace, engines.graph_set.candidate, data, split)
+    threads = max(1, (os.cpu_count() or 1) // devices) if devices > 1 else None
+    with _shared(devices, nodes) as share:
+        found = evaluation.evaluate_data(
+            engines,
+            open_library(library, threads, share.gpu if library == "onnxruntime-cuda" else 0),
+            folder,
+            workspace.statistics(folder.split, engines.graph_set.recipe, device),
+            share,
+            device=device,
+            progress=lambda done: progress("evaluate", min(done, len(folder.items)), len(folder.items)),
+        )
+    if found is not None:
+        workspace.remember(data=root, split=folder.split)
+    return found
+
+
+def _evaluated_there(
+    workspace: Workspace,
+    target: Target,
+    precision: str,
+    data: Path | None,
+    split: str | None,
+    progress: Progress,
+    host: str,
+) -> statistics.ExitStatistics:
+    from mess_compile import evaluation
+    from mess_compile.remote import Remote, parse_host
+
+    root, folder = _labelled(workspace, read_graph_set(workspace.graphs).candidate, data, split)
+    with Remote(parse_host(host)) as remote:
+        (forms,) = forms_there(workspace, target, (precision,), data, progress)
+        session = session_there(remote, target, forms.graph_set, progress)
+        found = evaluation.evaluate_there(
+            session,
+            evaluation.built_there(session, forms),
+            folder,
+            workspace.statistics(folder.split, forms.graph_set.recipe, target.name),
+            device=target.name,
+            progress=lambda done: progress("evaluate", done, len(folder.items)),
+        )
+    workspace.remember(data=root, split=folder.split)
+    return found
+
+
+def _labelled(
+    workspace: Workspace, candidate: CandidateNetwork, data: Path | None, split: str | None
+) -> tuple[Path, DataSet]:
+    """The data folder, and its split, given or remembered. Raises InputError when its classes are not the network's."""
+    root = workspace.data_folder(data)
+    folder = open_dataset(root, split or workspace.memory().split or "val")
+    if folder.classes.names != candidate.classes:
+        raise InputError(
+            f"{root} has {len(folder.classes.names)} classes ({', '.join(folder.classes.names)}), the network "
+            f"{len(candidate.classes)} ({', '.join(candidate.classes)}): use its own class list"
+        )
+    return root, folder
+
+
+@contextmanager
+def _shared(devices: int, nodes: int) -> Iterator[Share]:
+    from mess_compile.evaluation import Share
+
+    if devices * nodes == 1:
+        yield Share()
+        return
+    parallel = extras.torch_module("training.parallel")
+    fabric = parallel.launch(parallel.Machines("cpu", devices, nodes))
+    with parallel.lost_process_named(fabric):
+        yield Share(fabric.global_rank, fabric.world_size, fabric.local_rank, fabric.barrier)
+
+
+def current_statistics(
+    workspace: Workspace, graph_set: GraphSet, device: str, split: str | None, progress: Progress
+) -> statistics.ExitStatistics:
+    """Of the device itself where there are some, else of this machine, which records them when it can."""
+    memory = workspace.memory()
+    split = split or memory.split or "val"
+    for place in dict.fromkeys((device, HOST)):
+        try:
+            found = statistics.read_statistics(workspace.statistics(split, graph_set.recipe, place))
+            statistics.check_current(found, graph_set)
+            return found
+        except (InputError, StaleError):
+            if place == HOST and memory.data is None:
+                raise
+    verify_graph_set(graph_set)
+    made = _evaluated_here(workspace, graph_set, None, split, progress, "onnxruntime", 1, 1)
+    assert made is not None, "a search is one process"
+    return made
