@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -42,10 +42,11 @@ _MAKING = ".making-"
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """One engine in `engines/DEVICE/RECIPE/`, or why there is none.
+    """One engine in `engines/DEVICE/RECIPE/`, or in a device's own store, or why there is none.
 
-    `key` is a hash over all that decides the engine; `sha256` is that of the file `KEY.engine`; `rewrites` names the
-    passes that the target needed; `error` is the lint's, parser's or builder's own word.
+    `key` is a hash over all that decides the engine; `sha256` is that of the file `KEY.engine`, and `rewrites` names
+    the passes that the target needed, both empty for an engine elsewhere; `error` is the lint's, parser's or builder's
+    own word.
     """
 
     graph: str
@@ -86,8 +87,17 @@ class _Job:
     folder: Path
 
 
-def build_engines(graph_set: GraphSet, target: Target, folder: Path, jobs: int, progress: Progress) -> EngineSet:
+def build_engines(
+    graph_set: GraphSet,
+    target: Target,
+    folder: Path,
+    jobs: int,
+    progress: Progress,
+    wanted: Collection[str] | None = None,
+) -> EngineSet:
     """Build what `folder` (engines/DEVICE/RECIPE) lacks, in up to `jobs` processes of one graph at a time.
+
+    Of the graphs that are `wanted` (None: of all); what is there of the others is kept.
 
     A graph that fails becomes an entry with its error; the rest goes on. The index is written after every graph, so a
     killed call continues. Raises InputError when the target's library builds no engines, EngineError when it is not
@@ -95,13 +105,20 @@ def build_engines(graph_set: GraphSet, target: Target, folder: Path, jobs: int, 
     """
     version = library_version(target)
     with _alone_in(folder):
-        return _engines(graph_set, target, version, folder, jobs, progress)
+        return _engines(
+            graph_set, target, version, folder, jobs, progress, graph_set.graphs if wanted is None else wanted
+        )
+
+
+def refuse_without_engines(target: Target) -> None:
+    """Raises InputError when the target's library builds none."""
+    if target.library.startswith("onnxruntime"):
+        raise InputError(f"{target.name} needs no engines: ONNX Runtime compiles each graph when it loads it")
 
 
 def library_version(target: Target) -> str:
     """Of the library that builds for the target. Raises InputError when none does, EngineError when it is missing."""
-    if target.library.startswith("onnxruntime"):
-        raise InputError(f"{target.name} needs no engines: ONNX Runtime compiles each graph when it loads it")
+    refuse_without_engines(target)
     return str(tensorrt_module.import_module(target.library).__version__)
 
 
@@ -127,14 +144,16 @@ def _engines(
     folder: Path,
     jobs: int,
     progress: Progress,
+    wanted: Collection[str],
 ) -> EngineSet:
-    wanted = [_job(graph_set, name, target, version, folder) for name in graph_set.graphs]
+    every = [_job(graph_set, name, target, version, folder) for name in graph_set.graphs]
     index = _read_index(folder)
     known = _intact(folder, index)
-    found = {job.graph: known[job.key] for job in wanted if job.key in known}
-    missing = [job for job in wanted if job.graph not in found]
+    found = {job.graph: known[job.key] for job in every if job.key in known}
+    missing = [job for job in every if job.graph in wanted and job.graph not in found]
     kept = len(found)
-    progress("build", kept, len(wanted))
+    total = kept + len(missing)
+    progress("build", kept, total)
 
     def engines() -> EngineSet:
         entries = tuple(found[name] for name in graph_set.graphs if name in found)
@@ -145,7 +164,7 @@ def _engines(
     for entry in workers.results(_build, missing, processes, _crashed):
         found[entry.graph] = entry
         _write_index(folder, engines())
-        progress("build", len(found), len(wanted))
+        progress("build", len(found), total)
     if engines().entries != index:
         _write_index(folder, engines())
         _remove_others(folder, {entry.key for entry in found.values()})

@@ -254,33 +254,47 @@ def evaluate(workspace: Workspace, /, data: Path | None, split: str | None, as_j
 @_PRECISIONS
 @_JUDGED
 @click.option("--jobs", type=click.IntRange(1), help="Processes that build at once; one on each core by default.")
+@click.option("--host", help="Build on the device itself: ssh://user@host[:port]; remembered.")
 @_json_option
 @click.pass_obj
 def build(
-    workspace: Workspace, device: str | None, precision: str, data: Path | None, jobs: int | None, as_json: bool
+    workspace: Workspace,
+    device: str | None,
+    precision: str,
+    data: Path | None,
+    jobs: int | None,
+    host: str | None,
+    as_json: bool,
 ) -> None:
-    """Build the device's engines of every graph; what is there and unchanged is kept."""
+    """Build the device's engines of every graph, here or there; what is there and unchanged is kept.
+
+    A build that was broken off continues with the same command.
+    """
     from mess_compile import steps
 
+    precisions, tell = tuple(precision.split(",")), partial(click.echo, err=True)
     with progress_bar(as_json) as progress:
-        builds = steps.build(workspace, device, tuple(precision.split(",")), data, jobs, progress)
+        builds = steps.build(workspace, device, precisions, data, jobs, progress, host, tell)
     if as_json:
-        told = [{"engines": asdict(e.engines), "fallbacks": [asdict(f) for f in e.fallbacks]} for e in builds]
+        told = [
+            {"engines": asdict(e.engines), "fallbacks": [asdict(f) for f in e.fallbacks], "place": e.place}
+            for e in builds
+        ]
         print_json({"builds": told})
     for each in () if as_json else builds:
-        _print_engines(each.engines, workspace.engines(each.engines.device, each.engines.recipe))
+        _print_engines(each.engines, each.place)
         for fallen in each.fallbacks:
             click.echo(f"{fallen.graph} is {fallen.used}, not {fallen.wanted}: {fallen.reason}")
     if all(len(each.engines.failed) == len(each.engines.entries) for each in builds):
         fail(f"no graph builds for {builds[0].engines.device}")
-    return None if as_json else print_next("profile --device host")
+    return None if as_json else print_next(f"profile --device {builds[0].engines.device}")
 
 
-def _print_engines(engines: Any, folder: Path) -> None:
+def _print_engines(engines: Any, place: str) -> None:
     made = [entry for entry in engines.entries if entry.error is None]
     click.echo(
         f"{len(made)} engines of {len(engines.entries)} graphs in {engines.recipe} for {engines.device} "
-        f"({engines.library} {engines.library_version}) in {folder}, {engines.built} of them built now, "
+        f"({engines.library} {engines.library_version}) in {place}, {engines.built} of them built now, "
         f"{sum(entry.bytes for entry in made) / 2**20:.1f} MiB"
     )
     for name in dict.fromkeys(name for entry in made for name in entry.rewrites):
@@ -292,12 +306,21 @@ def _print_engines(engines: Any, folder: Path) -> None:
 
 @main.command()
 @click.option("--device", help="A known device (see `mess-compile devices`); remembered.")
-@click.option("--host", help="Where the device is: ssh://user@host[:port], or a name of ~/.ssh/config; remembered.")
-@click.option("--all", "everything", is_flag=True, help="Over SSH: every graph, not only what could change the answer.")
 @click.option(
-    "--for", "wishes", multiple=True, help='Over SSH: what plans are wanted, such as "--max-err 1%", the default.'
+    "--host",
+    "hosts",
+    multiple=True,
+    help="Where the device is: ssh://user@host[:port], or a name of ~/.ssh/config; remembered. Of several devices of "
+    "one kind that share the work the first is the one that plans are for.",
 )
-@click.option("--budget", help="Over SSH: the time that it may take, such as 30min; what is left then is estimated.")
+@click.option("--all", "everything", is_flag=True, help="Every graph; over SSH not only what could change the answer.")
+@click.option(
+    "--for",
+    "wishes",
+    multiple=True,
+    help='Only what could change the answer to this, such as "--max-err 1%", the default over SSH.',
+)
+@click.option("--budget", help="The time that it may take, such as 30min; what is left then is estimated.")
 @click.option("--seconds", type=float, help="The time that a graph which never is steady may take; 5 by default.")
 @click.option(
     "--lock-clocks", is_flag=True, help="Hold the clocks while measuring; they are put back whatever happens."
@@ -310,7 +333,7 @@ def _print_engines(engines: Any, folder: Path) -> None:
 def profile(
     workspace: Workspace,
     device: str | None,
-    host: str | None,
+    hosts: tuple[str, ...],
     everything: bool,
     wishes: tuple[str, ...],
     budget: str | None,
@@ -321,7 +344,7 @@ def profile(
     data: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure the graphs on the device: all of them here, over SSH what could change the answer.
+    """Measure the graphs on the device: all of them here, over SSH what could change the answer, unless told otherwise.
 
     A measurement that was broken off continues with the same command.
     """
@@ -330,8 +353,10 @@ def profile(
 
     if seconds is not None and not 0 < seconds <= 3600:
         raise InputError(f"--seconds {seconds:g} is not between 0 and 3600")
-    if estimate and host is not None:
-        raise click.UsageError("--estimate goes without the device: drop --host, or measure there.")
+    measured_by = {"--host": hosts, "--all": everything, "--for": wishes, "--budget": budget, "--seconds": seconds}
+    asked = [option for option, value in {**measured_by, "--lock-clocks": lock_clocks}.items() if value]
+    if estimate and asked:
+        raise click.UsageError(f"--estimate goes without the device: drop {', '.join(asked)}, or measure there.")
     if everything and (wishes or budget):
         raise click.UsageError("--all measures everything: drop --for and --budget.")
     thrift = None if everything else _thrift(wishes, budget)
@@ -342,7 +367,7 @@ def profile(
         else:
             effort = None if seconds is None else replace(measuring.Effort(), max_s=seconds)
             table = steps.profile(
-                workspace, device, progress, precisions, data, effort, host, thrift, tell, lock_clocks
+                workspace, device, progress, precisions, data, effort, hosts or None, thrift, tell, lock_clocks
             )
     if as_json:
         return print_json(inspection.inspect_latency(table).content)
@@ -372,6 +397,8 @@ def _print_table_made(table: Any) -> None:
     )
     if "protocol" in told:
         click.echo(f"protocol: {told['protocol']}")
+    if "beside" in told:
+        click.echo(f"beside {told['host']}, apart from this table: {told['beside']}")
     for failure in table.failed.values():
         click.echo(f"FAILED  {failure.graph} ({failure.precision}), not in any plan: {failure.error}")
     spread, unsteady = float(told["reference_spread"]), float(told["unsteady"])
@@ -435,6 +462,8 @@ def _thrift(wishes: tuple[str, ...], budget: str | None) -> Any:
     from mess_compile import steps
     from mess_compile.search.requirement import parse_seconds
 
+    if not wishes and budget is None:
+        return steps.Thrift(by_default=True)
     thrift = steps.Thrift() if budget is None else steps.Thrift(budget_s=parse_seconds(budget))
     return replace(thrift, requirements=tuple(map(_wish, wishes))) if wishes else thrift
 

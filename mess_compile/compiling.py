@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mess_compile.candidates import GraphSet, check_graphs, read_graph_set, verify_graph_set
 from mess_compile.dataset import open_dataset, read_frame
 from mess_compile.engines import EngineFiles, plain_files
+from mess_compile.jobs import job_names
 from mess_compile.runtime import frames
 from mess_compile.runtime.engine import PRECISIONS
 from mess_compile.runtime.errors import InputError
@@ -32,11 +33,12 @@ PRECISION_FRAMES = 24
 
 @dataclass(frozen=True)
 class RecipeBuild:
-    """The engines of one recipe, and the graphs that are in a safer precision than was wanted."""
+    """The engines of one recipe, where they are, and the graphs that are in a safer precision than was wanted."""
 
     graph_set: GraphSet
     engines: EngineSet
     fallbacks: tuple[Fallback, ...]
+    place: str
 
 
 def engines_of(
@@ -59,13 +61,22 @@ def engines_of(
         folder = workspace.engines(target.name, made.graph_set.recipe)
         processes = jobs or len(os.sched_getaffinity(0))
         engines = building.build_engines(made.graph_set, target, folder, processes, progress)
-        yield RecipeBuild(made.graph_set, engines, made.fallbacks)
+        yield RecipeBuild(made.graph_set, engines, made.fallbacks, str(folder))
 
 
 def refuse_other_precisions(target: Target, precisions: Sequence[str]) -> None:
     unknown = [precision for precision in precisions if precision not in target.precisions]
     if unknown:
         raise InputError(f"{target.name} computes in {', '.join(target.precisions)}, not in {unknown[0]!r}")
+
+
+def precise_graphs(
+    workspace: Workspace, target: Target, precisions: Sequence[str], data: Path | None, progress: Progress
+) -> tuple[PreciseGraphs, ...]:
+    """The workspace's graphs in each of the target's precisions that is named; see `in_precision`."""
+    graph_set = verified_graphs(workspace)
+    refuse_other_precisions(target, precisions)
+    return tuple(in_precision(workspace, graph_set, p, target.precisions, data, progress) for p in precisions)
 
 
 def in_precision(
@@ -98,9 +109,7 @@ def engine_files(
 ) -> tuple[EngineFiles, ...]:
     """What the target's library loads, in each precision; engines are built where they are missing."""
     if target.library.startswith("onnxruntime"):
-        graph_set = verified_graphs(workspace)
-        refuse_other_precisions(target, precisions)
-        made = (in_precision(workspace, graph_set, p, target.precisions, data, progress) for p in precisions)
+        made = precise_graphs(workspace, target, precisions, data, progress)
         return tuple(plain_files(each.graph_set) for each in made)
     from mess_compile import building
 
@@ -108,6 +117,27 @@ def engine_files(
         building.engine_files(made.graph_set, made.engines, workspace.engines(target.name, made.graph_set.recipe))
         for made in engines_of(workspace, target, precisions, data, jobs, progress)
     )
+
+
+def built_here(
+    workspace: Workspace,
+    target: Target,
+    progress: Progress,
+    forms: Sequence[EngineFiles],
+    jobs: Collection[str] | None,
+) -> tuple[EngineFiles, ...]:
+    """Have engines of some jobs' graphs (None: of all) in the workspace; a `Build` of `places`."""
+    from mess_compile import building
+
+    built, processes = [], len(os.sched_getaffinity(0))
+    for each in forms:
+        folder = workspace.engines(target.name, each.graph_set.recipe)
+        wanted = {graph for graph, job in job_names(each).items() if jobs is None or job in jobs}
+        engines = building.build_engines(each.graph_set, target, folder, processes, progress, wanted)
+        found = building.engine_files(each.graph_set, engines, folder)
+        paths = {name: path for name, path in (each.paths | found.paths).items() if name not in found.failed}
+        built.append(EngineFiles(each.graph_set, paths, each.failed | found.failed))
+    return tuple(built)
 
 
 def _real_images(workspace: Workspace, data: Path | None, hw: tuple[int, int], split: str) -> list[NDArray[np.uint8]]:

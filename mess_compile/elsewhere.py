@@ -1,4 +1,4 @@
-"""A target that is reached over SSH: the graphs as its library takes them, and a session on it."""
+"""A target that is reached over SSH: the graphs as its library takes them, a session on it, and engines built there."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile.candidates import GraphSet
-from mess_compile.compiling import in_precision, refuse_other_precisions, verified_graphs
+from mess_compile.compiling import RecipeBuild, precise_graphs
 from mess_compile.engines import EngineFiles, plain_files
+from mess_compile.jobs import job_name
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import MessError
 from mess_compile.targets import Target, refuse_unless_there
 from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
+    from mess_compile.building import EngineEntry, EngineSet
     from mess_compile.remote import Remote
     from mess_compile.sessions import Session
     from mess_compile.trtexec_session import TrtexecSession
@@ -26,22 +28,75 @@ def forms_there(
     workspace: Workspace, target: Target, precisions: Sequence[str], data: Path | None, progress: Progress
 ) -> tuple[EngineFiles, ...]:
     """The graphs as the library there takes them."""
-    graph_set = verified_graphs(workspace)
-    refuse_other_precisions(target, precisions)
-    made = [in_precision(workspace, graph_set, p, target.precisions, data, progress).graph_set for p in precisions]
+    made = precise_graphs(workspace, target, precisions, data, progress)
+    return tuple(_form(workspace, target, each.graph_set, progress) for each in made)
+
+
+def _form(workspace: Workspace, target: Target, graph_set: GraphSet, progress: Progress) -> EngineFiles:
     if target.library.startswith("onnxruntime"):
-        return tuple(map(plain_files, made))
+        return plain_files(graph_set)
     from mess_compile import building
 
-    return tuple(building.target_forms(each, target, workspace.forms(target.name), progress) for each in made)
+    return building.target_forms(graph_set, target, workspace.forms(target.name), progress)
+
+
+def build_there(
+    workspace: Workspace,
+    target: Target,
+    precisions: Sequence[str],
+    data: Path | None,
+    host: str,
+    progress: Progress,
+    tell: Callable[[str], None],
+) -> tuple[RecipeBuild, ...]:
+    """Have the target's engines of every graph and precision at `host`; what is there and unchanged is kept.
+
+    A call that was cut is continued by the next. Raises RemoteError, InputError, EngineError.
+    """
+    from mess_compile import building, places
+    from mess_compile.remote import Remote, parse_host
+    from mess_compile.runtime import session as device_side
+    from mess_compile.sessions import STORE
+
+    building.refuse_without_engines(target)
+    with Remote(parse_host(host)) as remote:
+        made = precise_graphs(workspace, target, precisions, data, progress)
+        forms = [_form(workspace, target, each.graph_set, progress) for each in made]
+        session = any_session_there(workspace, remote, target, made[0].graph_set, progress, tell)
+        built = places.built_there(session, forms)
+    folder = f"{host}, ~/{STORE}/{device_side.ENGINES}"
+    return tuple(
+        RecipeBuild(each.graph_set, _engines_there(target, session, files), each.fallbacks, folder)
+        for each, files in zip(made, built, strict=True)
+    )
+
+
+def _engines_there(target: Target, session: Session | TrtexecSession, files: EngineFiles) -> EngineSet:
+    from mess_compile.building import EngineSet
+
+    assert session.hello is not None, "it has said hello before it built"
+    entries = tuple(_entry(session, files, name) for name in files.graph_set.graphs)
+    names = {job_name(entry.graph, entry.precision) for entry in entries if entry.error is None}
+    count = sum(session.built[name].now for name in names)
+    return EngineSet(target.name, files.graph_set.recipe, target.library, session.hello.version, count, entries)
+
+
+def _entry(session: Session | TrtexecSession, files: EngineFiles, graph: str) -> EngineEntry:
+    from mess_compile.building import EngineEntry
+
+    precision = files.graph_set.spec(graph).precision
+    if graph in files.failed:
+        return EngineEntry(graph, precision, "", "", 0, 0.0, (), files.failed[graph])
+    its = session.built[job_name(graph, precision)]
+    return EngineEntry(graph, precision, its.key, "", its.bytes, its.seconds, (), None)
 
 
 def session_there(remote: Remote, target: Target, graph_set: GraphSet, progress: Progress) -> Session:
     """A device that has shown that it is the target."""
-    from mess_compile import profiling
+    from mess_compile import places
     from mess_compile.sessions import Session
 
-    session = Session(remote, target.library, *profiling.fed(graph_set), progress)
+    session = Session(remote, target.library, *places.fed(graph_set), progress)
     refuse_unless_there(target, session.greet().machine, remote.host.text)
     return session
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile import latency
-from mess_compile.candidates import read_graph_set
+from mess_compile.candidates import GraphSet, read_graph_set
 from mess_compile.compiling import (
     RecipeBuild,
+    built_here,
     engine_files,
     engines_of,
-    in_precision,
-    refuse_other_precisions,
+    precise_graphs,
     target_of,
-    verified_graphs,
 )
-from mess_compile.elsewhere import any_session_there, forms_there
-from mess_compile.engines import EngineFiles
+from mess_compile.elsewhere import any_session_there, build_there, forms_there
+from mess_compile.engines import EngineFiles, plain_files
 from mess_compile.recording import current_statistics
 from mess_compile.runtime import machine
 from mess_compile.runtime.engine import FP32, open_library
@@ -33,8 +32,11 @@ from mess_compile.targets import Target, find_target, known_targets, refuse_unle
 from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
+    from mess_compile.places import Place
+    from mess_compile.remote import Remote
     from mess_compile.runtime.profile import Effort
     from mess_compile.sparing import Subject
+    from mess_compile.thrift import Errand
 
 Progress = Callable[[str, int, int], None]
 
@@ -46,16 +48,69 @@ def build(
     data: Path | None,
     jobs: int | None,
     progress: Progress,
+    host: str | None = None,
+    tell: Callable[[str], None] = lambda words: None,
 ) -> tuple[RecipeBuild, ...]:
     """Build the target's engines of every graph and precision, in `jobs` processes (None: one on each core).
 
-    TensorRT-RTX builds ahead of time on any machine, the classic library on the device itself only. fp16 and int8 are
-    settled first, on images of `data`: a graph that loses too much is built in a safer precision.
+    TensorRT-RTX builds ahead of time on any machine, the classic library on the device alone: this machine, or the one
+    at `host` (ssh://user@host; the one remembered for it by default), one at a time. fp16 and int8 are settled first,
+    on images of `data`: a graph that loses too much is built in a safer precision.
     """
     target = target_of(workspace, device)
+    if host is None and target.library == "tensorrt":
+        host = _host_of(workspace, target)
+    if host is not None:
+        if jobs is not None:
+            raise InputError(f"engines are built one at a time at {host}: drop --jobs {jobs}")
+        built = build_there(workspace, target, precisions, data, host, progress, tell)
+        workspace.remember_host(target.name, host)
+        return built
     if target.library == "tensorrt":
-        refuse_unless_here(target, workspace.root)
+        refuse_unless_here(target, workspace.root, "build there with --host ssh://user@host, or run this command on it")
     return tuple(engines_of(workspace, target, precisions, data, jobs, progress))
+
+
+def _host_of(workspace: Workspace, target: Target) -> str | None:
+    """Where the target was reached, if this machine is another."""
+    if targets_here((target,), machine.this_machine()):
+        return None
+    return workspace.memory().hosts.get(target.name)
+
+
+@dataclass(frozen=True)
+class Thrift:
+    """What a sparing profile is for: `requirements` that plans are searched by, and the seconds that it may take.
+
+    One that nobody asked for, `by_default`, is for devices over SSH, where measuring everything takes hours.
+    """
+
+    requirements: tuple[Requirement, ...] = (Requirement(max_err_pp=1.0),)
+    budget_s: float = math.inf
+    by_default: bool = False
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What `profile` was asked for, and who hears of it."""
+
+    workspace: Workspace
+    target: Target
+    precisions: Sequence[str]
+    data: Path | None
+    progress: Progress
+    tell: Callable[[str], None]
+    effort: Effort | None
+    thrift: Thrift | None
+    lock_clocks: bool
+    started: float
+
+    @property
+    def path(self) -> Path:
+        return self.workspace.latency(self.target.name)
+
+    def in_time(self) -> bool:
+        return self.thrift is None or time.monotonic() - self.started < self.thrift.budget_s
 
 
 def profile(
@@ -65,7 +120,7 @@ def profile(
     precisions: Sequence[str] = (FP32,),
     data: Path | None = None,
     effort: Effort | None = None,
-    host: str | None = None,
+    host: str | Sequence[str] | None = None,
     thrift: Thrift | None = None,
     tell: Callable[[str], None] = lambda words: None,
     lock_clocks: bool = False,
@@ -73,131 +128,92 @@ def profile(
     """Measure every graph in each precision on the device and write its latency table; the device is remembered.
 
     The device is this machine, or at `host` (ssh://user@host), which is remembered with it. Engines that are missing
-    are built there first; a graph that has none is noted in the table. With `thrift`, over SSH, only what could change
-    the answer is built and measured, and the rest estimated; `tell` hears what comes next, and how long it should take,
-    and when trtexec measures in place of a Python that cannot be used at `host`. With `lock_clocks` the clocks are held
-    while it is measured, and put back whatever happens.
+    are built there first; a graph that has none is noted in the table. With `thrift` only what could change the answer
+    is built and measured, and the rest estimated; `tell` hears what comes next, and how long it should take, and when
+    trtexec measures in place of a Python that cannot be used at `host`. Of several hosts, devices of one kind, the
+    first is the one that the table is of: the others share its work, and have tables beside it. With `lock_clocks` the
+    clocks are held while it is measured, and put back whatever happens.
     """
     target = target_of(workspace, device)
-    if host is None and target not in targets_here((target,), machine.this_machine()):
-        host = workspace.memory().hosts.get(target.name)
-    if host is None:
-        table = _profile_here(workspace, target, precisions, data, progress, effort, lock_clocks)
-    else:
-        table = _profile_there(workspace, target, precisions, data, progress, effort, host, thrift, tell, lock_clocks)
-    workspace.remember(device=target.name, host=host)
-    return table
-
-
-@dataclass(frozen=True)
-class Thrift:
-    """What a sparing profile is for: `requirements` that plans are searched by, and the seconds that it may take."""
-
-    requirements: tuple[Requirement, ...] = (Requirement(max_err_pp=1.0),)
-    budget_s: float = math.inf
-
-
-def estimate(
-    workspace: Workspace,
-    device: str | None,
-    progress: Progress,
-    precisions: Sequence[str] = (FP32,),
-    data: Path | None = None,
-) -> latency.LatencyTable:
-    """Write a latency table without the device: what was measured of these graphs is kept, the rest is estimated.
-
-    Calibrated by what was measured on it, or of this network on other devices of its sort in this workspace.
-    """
-    from mess_compile.forecast import forecast
-
-    target = target_of(workspace, device)
-    plain = verified_graphs(workspace)
-    refuse_other_precisions(target, precisions)
-    made = [in_precision(workspace, plain, p, target.precisions, data, progress).graph_set for p in precisions]
-    tables = dict(_tables(workspace))
-    known = tables.get(target.name)
-    others = [(find_target(name, workspace.root), table) for name, table in tables.items()]
-    table = forecast(made, target, known, others, plain)
-    latency.write_latency_table(workspace.latency(target.name), table)
-    workspace.remember(device=target.name)
-    return table
-
-
-def _tables(workspace: Workspace) -> Iterator[tuple[str, latency.LatencyTable]]:
-    """Those that can be read, by the name of a known device."""
-    for name in known_targets(workspace.root):
-        path = workspace.latency(name)
-        if path.is_file():
-            with suppress(InputError):
-                yield name, latency.read_latency_table(path)
-
-
-def _profile_here(
-    workspace: Workspace,
-    target: Target,
-    precisions: Sequence[str],
-    data: Path | None,
-    progress: Progress,
-    effort: Effort | None,
-    lock_clocks: bool,
-) -> latency.LatencyTable:
-    from mess_compile import profiling
-    from mess_compile.runtime import clocks
-
-    ways = "reach it with --host ssh://user@host, run this command on it, or go without it by --estimate"
-    refuse_unless_here(target, workspace.root, ways)
-    engines = engine_files(workspace, target, precisions, data, None, progress)
-    keep = workspace.clocks(target.name)
-    with clocks.lock_clocks(keep) if lock_clocks else nullcontext(), closing(open_library(target.library)) as library:
-        place = profiling.here(library, target.name, engines[0].graph_set)
-        return profiling.profile_graphs(engines, place, workspace.latency(target.name), progress, effort)
-
-
-def _profile_there(
-    workspace: Workspace,
-    target: Target,
-    precisions: Sequence[str],
-    data: Path | None,
-    progress: Progress,
-    effort: Effort | None,
-    host: str,
-    thrift: Thrift | None,
-    tell: Callable[[str], None],
-    lock_clocks: bool,
-) -> latency.LatencyTable:
-    from mess_compile import profiling, trtexec_session
-    from mess_compile.remote import Remote, parse_host
-
-    started, path = time.monotonic(), workspace.latency(target.name)
+    known = _host_of(workspace, target) if host is None else host
+    hosts = [known] if isinstance(known, str) else [*(known or ())]
+    if thrift is not None and thrift.by_default and not hosts:
+        thrift = None
     if thrift and len(precisions) > 1 and any(wish.setting == "anytime" for wish in thrift.requirements):
         raise InputError("the anytime setting compares plans of one recipe: profile one --precision for it")
-    with Remote(parse_host(host)) as remote:
-        forms = forms_there(workspace, target, precisions, data, progress)
-        session = any_session_there(workspace, remote, target, forms[0].graph_set, progress, tell)
-        by_trtexec = isinstance(session, trtexec_session.TrtexecSession)
-        if isinstance(session, trtexec_session.TrtexecSession):
-            if lock_clocks:
-                raise InputError("clocks are locked by the Python there, which cannot be used: lock them there by hand")
-        else:
-            session.lock_clocks = lock_clocks
-        transfers = trtexec_session.transfers(read_graph_set(workspace.graphs), target) if by_trtexec else None
-        place = profiling.there(session, target.name, transfers)
-        if thrift is None:
-            return profiling.profile_graphs(profiling.built_there(session, forms), place, path, progress, effort)
-        subject = _subject(workspace, target, forms, thrift.requirements, progress)
-        if not subject.requirements:
-            tell("no statistics, nor data to record them by (`mess-compile evaluate --data`): a fair share is measured")
-        return profiling.profile_sparingly(
-            forms,
-            place,
-            partial(profiling.build_there, session),
-            subject,
-            path,
-            progress,
-            lambda: time.monotonic() - started < thrift.budget_s,
-            tell,
-            effort,
+    started = time.monotonic()
+    order = _Order(workspace, target, precisions, data, progress, tell, effort, thrift, lock_clocks, started)
+    table = _profile_there(order, hosts) if hosts else _profile_here(order)
+    workspace.remember(device=target.name, host=hosts[0] if hosts else None)
+    return table
+
+
+def _profile_here(order: _Order) -> latency.LatencyTable:
+    from mess_compile import places, profiling, thrift
+    from mess_compile.runtime import clocks
+
+    workspace, target = order.workspace, order.target
+    ways = "reach it with --host ssh://user@host, run this command on it, or go without it by --estimate"
+    refuse_unless_here(target, workspace.root, ways)
+    if order.thrift is None:
+        engines = engine_files(workspace, target, order.precisions, order.data, None, order.progress)
+    else:
+        made = precise_graphs(workspace, target, order.precisions, order.data, order.progress)
+        engines = tuple(plain_files(each.graph_set) for each in made)
+    compiled = target.library.startswith("onnxruntime")
+    build = places.as_they_are if compiled else partial(built_here, workspace, target, order.progress)
+    locked = clocks.lock_clocks(workspace.clocks(target.name)) if order.lock_clocks else nullcontext()
+    with locked, closing(open_library(target.library)) as library:
+        place = places.here(library, target.name, engines[0].graph_set, build)
+        if order.thrift is None:
+            return profiling.profile_graphs(engines, place, order.path, order.progress, order.effort)
+        return thrift.profile_sparingly(_errand(order, engines, place))
+
+
+def _profile_there(order: _Order, hosts: Sequence[str]) -> latency.LatencyTable:
+    from mess_compile import profiling, sharing, thrift
+    from mess_compile.remote import Remote, parse_host
+
+    with ExitStack() as connected:
+        remotes = [connected.enter_context(Remote(parse_host(host))) for host in hosts]
+        forms = forms_there(order.workspace, order.target, order.precisions, order.data, order.progress)
+        reached = [_place_at(order, remote, forms[0].graph_set) for remote in remotes]
+        if len(hosts) > 1:
+            errand = _errand(order, forms, reached[0])
+            return sharing.profile_shared(errand, dict(zip(hosts, reached, strict=True)), order.thrift is None)
+        (place,) = reached
+        if order.thrift is None:
+            return profiling.profile_graphs(place.build(forms, None), place, order.path, order.progress, order.effort)
+        return thrift.profile_sparingly(_errand(order, forms, place))
+
+
+def _place_at(order: _Order, remote: Remote, graph_set: GraphSet) -> Place:
+    """The device there, by its Python or by trtexec."""
+    from mess_compile import places, trtexec_session
+
+    session = any_session_there(order.workspace, remote, order.target, graph_set, order.progress, order.tell)
+    transfers = None
+    if not isinstance(session, trtexec_session.TrtexecSession):
+        session.lock_clocks = order.lock_clocks
+    elif order.lock_clocks:
+        raise InputError("clocks are locked by the Python there, which cannot be used: lock them there by hand")
+    else:
+        transfers = trtexec_session.transfers(read_graph_set(order.workspace.graphs), order.target)
+    return places.there(session, order.target.name, transfers)
+
+
+def _errand(order: _Order, forms: Sequence[EngineFiles], place: Place) -> Errand:
+    from mess_compile import thrift
+    from mess_compile.runtime import profile as measuring
+
+    requirements = order.thrift.requirements if order.thrift else ()
+    subject = _subject(order.workspace, order.target, forms, requirements, order.progress)
+    if requirements and not subject.requirements:
+        order.tell(
+            "no statistics, nor data to record them by (`mess-compile evaluate --data`): a fair share is measured"
         )
+    effort = order.effort or measuring.Effort()
+    return thrift.Errand(tuple(forms), place, subject, order.path, order.progress, order.tell, order.in_time, effort)
 
 
 def _subject(
@@ -213,9 +229,61 @@ def _subject(
     graph_sets = tuple(each.graph_set for each in forms)
     precisions = [spec.precision for each in graph_sets for spec in each.graphs.values()]
     found = {}
-    with suppress(InputError, StaleError):
-        for each in graph_sets:
+    for each in graph_sets if requirements else ():
+        with suppress(InputError, StaleError):
             found[each.recipe] = current_statistics(workspace, each, target.name, None, progress)
-    twins = {twin: first for each in graph_sets for twin, first in sparing.twins(each).items()}
     priors = forecast.priors_of(read_graph_set(workspace.graphs), target, precisions)
-    return sparing.Subject(graph_sets, priors, found, requirements if found else (), twins)
+    return sparing.Subject(graph_sets, priors, found, requirements if found else (), sparing.twins(*graph_sets))
+
+
+def estimate(
+    workspace: Workspace,
+    device: str | None,
+    progress: Progress,
+    precisions: Sequence[str] = (FP32,),
+    data: Path | None = None,
+) -> latency.LatencyTable:
+    """Write a latency table without the device: what was measured of these graphs is kept, the rest is estimated.
+
+    Recipes of which something was measured stay in it, whichever are named. Calibrated by what was measured on it, or
+    of this network on other devices of its sort in this workspace.
+    """
+    from mess_compile.forecast import forecast
+
+    target = target_of(workspace, device)
+    made = [each.graph_set for each in precise_graphs(workspace, target, precisions, data, progress)]
+    plain = read_graph_set(workspace.graphs)
+    tables = dict(_tables(workspace))
+    known = tables.get(target.name)
+    others = [(find_target(name, workspace.root), table) for name, table in tables.items()]
+    table = forecast([*made, *_measured_besides(workspace, plain, known, made)], target, known, others, plain)
+    latency.write_latency_table(workspace.latency(target.name), table)
+    workspace.remember(device=target.name)
+    return table
+
+
+def _measured_besides(
+    workspace: Workspace, plain: GraphSet, known: latency.LatencyTable | None, made: Sequence[GraphSet]
+) -> Iterator[GraphSet]:
+    """The recipes other than `made` of which `known` holds measurements that are none of theirs, if still current."""
+    from mess_compile import recipes
+
+    if known is None:
+        return
+    told = {(name, spec.precision) for each in made for name, spec in each.graphs.items()}
+    for recipe, identity in known.recipes.items():
+        settled = recipes.settled_graphs(plain, recipe, workspace.recipes)
+        if settled is None or settled.graph_set.identity != identity or recipe in {each.recipe for each in made}:
+            continue
+        keys = {(name, spec.precision) for name, spec in settled.graph_set.graphs.items()} - told
+        if any(known.entries[key].source == "measured" for key in keys & known.entries.keys()):
+            yield settled.graph_set
+
+
+def _tables(workspace: Workspace) -> Iterator[tuple[str, latency.LatencyTable]]:
+    """Those that can be read, by the name of a known device."""
+    for name in known_targets(workspace.root):
+        path = workspace.latency(name)
+        if path.is_file():
+            with suppress(InputError):
+                yield name, latency.read_latency_table(path)

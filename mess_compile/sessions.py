@@ -35,6 +35,19 @@ STORE = ".mess-compile"
 _PID = "session.pid"
 
 
+@dataclass(frozen=True)
+class BuiltThere:
+    """An engine on a device: the name that all which decides it gives, its size, and how long it took to build.
+
+    `now` says that this session built it; else it was there.
+    """
+
+    key: str
+    bytes: int
+    seconds: float
+    now: bool
+
+
 @dataclass
 class Session:
     """A device that does what we wish; `python` starts Python 3.8 or newer there, with numpy and an engine library."""
@@ -49,6 +62,7 @@ class Session:
     hello: Hello | None = None
     states: list[power.DeviceState] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    built: dict[str, BuiltThere] = field(default_factory=dict)
 
     def greet(self) -> Hello:
         """What the device is, before anything is built there. Raises RemoteError, EngineError."""
@@ -216,6 +230,9 @@ class Session:
                 self.states.append(power.state_from_json(content))
             elif kind == "failed":
                 self.failed[str(content["job"])] = str(content["error"])
+            elif kind == "built":
+                its = {name: content[name] for name in ("key", "bytes", "seconds", "now")}
+                self.built.setdefault(str(content["job"]), decode.decode(BuiltThere, its, "built"))
         except (decode.DecodeError, ValueError, KeyError, TypeError) as error:
             raise self._nonsense(error) from error
 

@@ -61,8 +61,9 @@ class Subject:
     """What is profiled: the graph sets of some recipes of one network, and what is known without any measurement.
 
     `priors` has for each precision of a graph, and for fp32, what the target's figures allow for each graph and pseudo
-    graph; `statistics` are by recipe; `twins` are those of all graph sets. The lower ends of bars are taken `slack`
-    times lower than they are: above 1 less is missed, and more is measured.
+    graph; `statistics` are by recipe; `twins` are those of all graph sets; `elsewhere` is what measurements on other
+    devices of the kind say, in place of an estimate. The lower ends of bars are taken `slack` times lower than they
+    are: above 1 less is missed, and more is measured.
     """
 
     graph_sets: tuple[GraphSet, ...]
@@ -71,6 +72,7 @@ class Subject:
     requirements: tuple[Requirement, ...] = ()
     twins: Mapping[Key, Key] = field(default_factory=dict)
     slack: float = 1.0
+    elsewhere: Mapping[Key, Estimate] = field(default_factory=dict)
 
     @cached_property
     def specs(self) -> dict[Key, GraphSpec]:
@@ -82,16 +84,17 @@ def _key(graph_set: GraphSet, graph: str) -> Key:
     return graph, graph_set.spec(graph).precision
 
 
-def twins(graph_set: GraphSet) -> dict[Key, Key]:
-    """The graphs that equal an earlier one in structure and precision, with the first of them.
+def twins(*graph_sets: GraphSet) -> dict[Key, Key]:
+    """The graphs that equal an earlier one in structure and precision, with the first of them, which equals none.
 
-    Equal are operators, attributes, shapes and dtypes, of weights too; names and the weights' values are not compared.
+    Recipes share the graphs that are alike in both. Equal are operators, attributes, shapes and dtypes, of weights too;
+    names and the weights' values are not compared.
     """
     first: dict[str, Key] = {}
     found: dict[Key, Key] = {}
-    for spec in graph_set.graphs.values():
-        structure = f"{spec.precision} {structure_of(read_model(graph_set.path(spec.name)))}"
-        key = (spec.name, spec.precision)
+    paths = {_key(graphs, name): graphs.path(name) for graphs in reversed(graph_sets) for name in graphs.graphs}
+    for key in dict.fromkeys(_key(graphs, name) for graphs in graph_sets for name in graphs.graphs):
+        structure = f"{key[1]} {structure_of(read_model(paths[key]))}"
         if first.setdefault(structure, key) != key:
             found[key] = first[structure]
     return found
@@ -304,7 +307,7 @@ def estimates(subject: Subject, table: LatencyTable) -> dict[Key, Estimate]:
         within = segment_bounds(subject.graph_sets[0].candidate, measured)
         for name, each in calibrated(measured, graphs).items():
             found[name, precision] = _narrowed(each, *within.get(name, (0.0, math.inf)))
-    return found
+    return found | {key: each for key, each in subject.elsewhere.items() if key in found}
 
 
 def _narrowed(estimate: Estimate, low_ms: float, high_ms: float) -> Estimate:

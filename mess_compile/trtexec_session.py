@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from mess_compile.runtime.machine import InstalledLibrary, Machine
 from mess_compile.runtime.power import DeviceState
 from mess_compile.runtime.profile import Effort, Job, Opened, Window
 from mess_compile.runtime.session import ENGINES, GRAPHS, Hello
-from mess_compile.sessions import STORE
+from mess_compile.sessions import STORE, BuiltThere
 from mess_compile.targets import Target
 
 Progress = Callable[[str, int, int], None]
@@ -138,6 +139,7 @@ class TrtexecSession:
     hello: Hello | None = None
     states: list[DeviceState] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    built: dict[str, BuiltThere] = field(default_factory=dict)
     _program: str = field(default=trtexec.PROGRAM, init=False)
     _engines: dict[str, _Kept] = field(default_factory=dict, init=False)
 
@@ -177,19 +179,20 @@ class TrtexecSession:
         wanted = {name: (files.sha256_of_file(path), precision) for name, (path, precision) in jobs.items()}
         keys = {name: self._key(*graph) for name, graph in wanted.items()}
         known = self._kept(set(keys.values()))
-        built = False
+        made: dict[str, float] = {}
         for done, (name, key) in enumerate(keys.items(), 1):
             if key not in known:
-                run = self._built(*wanted[name], key)
-                built |= run.code == 0
+                started, run = time.monotonic(), self._built(*wanted[name], key)
                 if run.code == 0:
-                    known[key] = _Kept(key, run.file_bytes)
+                    known[key], made[key] = _Kept(key, run.file_bytes), time.monotonic() - started
                 else:
                     self.failed[name] = _why_not_built(run)
             if key in known:
                 self._engines[name] = known[key]
+                seconds = round(made.get(key, 0.0), 3)
+                self.built.setdefault(name, BuiltThere(key, known[key].file_bytes, seconds, key in made))
             self.progress("build there", done, len(keys))
-        if built and self.remote.read(self._cache) is not None:
+        if made and self.remote.read(self._cache) is not None:
             self.remote.pull(self._cache, self.caches / Path(self._cache).name)
         self.states.append(self._state())
         return self.failed

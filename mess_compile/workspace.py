@@ -113,6 +113,13 @@ class Workspace:
         if memory != known:
             files.write_json(self.root / "workspace.json", "mess-workspace", 1, asdict(memory))
 
+    def remember_host(self, device: str, host: str) -> None:
+        """Where a device is, whichever was profiled last."""
+        known = self.memory()
+        if known.hosts.get(device) != host:
+            memory = replace(known, hosts={**known.hosts, device: host})
+            files.write_json(self.root / "workspace.json", "mess-workspace", 1, asdict(memory))
+
     def data_folder(self, data: Path | None) -> Path:
         """The data folder given or remembered. Raises InputError when there is neither."""
         remembered = self.memory().data

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mess_compile"
-TOP = ("__main__", "extras", "cli", "demo", "steps", "inspection", "bench", "profiling", "doctor")
+TOP = ("__main__", "extras", "cli", "demo", "steps", "inspection", "bench", "doctor")
 ALLOWED = {
     "candidates": {"files", "runtime"},
     "console": {"runtime"},
@@ -27,13 +27,21 @@ ALLOWED = {
     "statistics": {"files", "candidates", "runtime"},
     "diagnosis": {"statistics", "runtime"},
     "engines": {"candidates", "runtime"},
+    "jobs": {"candidates", "engines", "latency", "runtime"},
+    "places": {
+        *("candidates", "engines", "jobs", "latency", "scenes", "sessions", "statistics", "trtexec_session", "runtime"),
+    },
+    "profiling": {"engines", "jobs", "latency", "places", "samples", "runtime"},
+    "thrift": {"engines", "jobs", "latency", "places", "profiling", "samples", "sparing", "runtime"},
+    "sharing": {"estimate", "latency", "places", "sparing", "thrift", "runtime"},
     "evaluation": {"candidates", "dataset", "engines", "sessions", "statistics", "runtime"},
     "recipes": {"files", "candidates", "engines", "graph", "runtime"},
     "compiling": {
-        *("building", "candidates", "dataset", "engines", "graph", "recipes", "targets", "workspace", "runtime"),
+        *("building", "candidates", "dataset", "engines", "graph", "jobs", "recipes", "targets", "workspace"),
+        *("runtime",),
     },
     "elsewhere": {
-        *("building", "candidates", "compiling", "engines", "profiling", "remote", "sessions", "targets"),
+        *("building", "candidates", "compiling", "engines", "jobs", "places", "remote", "sessions", "targets"),
         *("trtexec_session", "workspace", "runtime"),
     },
     "recording": {
@@ -41,8 +49,9 @@ ALLOWED = {
         *("remote", "statistics", "targets", "workspace", "runtime"),
     },
     "measuring": {
-        *("candidates", "compiling", "elsewhere", "engines", "forecast", "latency", "profiling", "recording", "remote"),
-        *("search", "sparing", "targets", "trtexec_session", "workspace", "runtime"),
+        *("candidates", "compiling", "elsewhere", "engines", "forecast", "latency", "places", "profiling", "recipes"),
+        *("recording", "remote", "search", "sharing", "sparing", "targets", "thrift", "trtexec_session", "workspace"),
+        *("runtime",),
     },
     "workers": set(),
     "building": {"files", "workers", "candidates", "engines", "graph", "targets", "runtime"},

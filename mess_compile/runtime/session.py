@@ -123,15 +123,27 @@ def _built(library: Library, wish: Wish, store: Path, say: Say) -> List[Job]:
         path = None if wanted.graph is None else store / GRAPHS / wanted.graph
         if path is not None:
             say("building", wanted.name)
-            start = time.monotonic()
+            start, known = time.monotonic(), _engines_in(store / ENGINES)
             try:
                 path = loadable(library, path, wanted.precision, store / ENGINES)
             except MessError as error:
                 say("failed", {"job": wanted.name, "error": str(error)})
                 continue
-            say("built", {"job": wanted.name, "seconds": round(time.monotonic() - start, 3)})
+            say("built", {"job": wanted.name, "seconds": round(time.monotonic() - start, 3), **_made(path, known)})
         jobs.append(Job(wanted.name, path, wanted.predecessor))
     return jobs
+
+
+def _engines_in(folder: Path) -> Dict[Path, int]:
+    """The engines that are there, each with the time of its writing in ns."""
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*.engine")}
+
+
+def _made(path: Path, known: Dict[Path, int]) -> Dict[str, Any]:
+    """What `BuiltThere` of the other side says of what the library loads; `known` was there before."""
+    found = path.stat()
+    now = path.suffix == ".engine" and known.get(path) != found.st_mtime_ns
+    return {"key": path.stem, "bytes": found.st_size, "now": now}
 
 
 def _measure(library: Library, wish: Wish, jobs: List[Job], store: Path, name: str, say: Say) -> None:
