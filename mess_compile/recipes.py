@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ from mess_compile.runtime.engine import FP32, PRECISIONS, open_library
 from mess_compile.runtime.errors import InputError
 
 _FILE, _FORMAT, _REMEDY = "recipe.json", "mess-recipe", "run `mess-compile build --precision ...`"
+_KEPT = ".settling-"
+"""Begins the name of a folder in which an interrupted settling continues."""
 _SETTLING = 2
 """Raised when conversion or checks change what comes out: recipes of before are then settled again."""
 Images = Callable[[str], list[Array]]
@@ -58,7 +61,7 @@ def precise_graphs(
 
     fp32 is the graphs themselves. Other recipes are kept below `folder` and taken again for the same graphs, when
     `renewed` for the same images as well; else they are settled on images of the split `tune`, int8 calibrated on
-    images of train. Raises what `images` and `settle` do.
+    images of train; what a killed call has found out of each graph is kept. Raises what `images` and `settle` do.
     """
     if wanted == FP32:
         return PreciseGraphs(graph_set, ())
@@ -71,12 +74,15 @@ def precise_graphs(
     seen = _sha256_of(judged, calibration)
     if known is not None and known.images == seen:
         return known
+    kept = folder / f"{_KEPT}{place.name}-{made_from[:16]}"
     with closing(open_library("onnxruntime")) as library:
         converted, fallbacks = settle(
-            graph_set, wanted, judged, place, library, progress, calibration=calibration, allowed=allowed
+            graph_set, wanted, judged, place, library, progress, calibration=calibration, allowed=allowed, kept=kept
         )
     settled = PreciseGraphs(converted, fallbacks, made_from, seen, len(judged), len(calibration))
     _write(settled)
+    for left in folder.glob(f"{_KEPT}{place.name}-{'?' * 16}"):  # of other graphs, too
+        shutil.rmtree(left, ignore_errors=True)
     return settled
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from mess_compile import recipes, scenes
 from mess_compile.candidates import read_graph_set
+from mess_compile.graph import kept
 from mess_compile.recipes import recipe_name
+from mess_compile.runtime.engine import PRECISIONS
 from tests.commands import done, printed_json, run
+from tests.conftest import HW
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install mess-compile[rtx]")
 
@@ -41,6 +48,36 @@ def test_each_precision_has_its_engines_and_is_settled_once(workspace: Path) -> 
     damaged.write_text(damaged.read_text().replace("fp16", "fp8", 3))
     assert build(workspace, "fp16")[0]["built"] == 0, "settled again, into the same graphs"
     assert "fp8" not in damaged.read_text()
+
+
+def test_an_interrupted_settling_is_continued_by_the_same_command(workspace: Path, monkeypatch: Any) -> None:
+    """Ctrl-C here; a kill in the middle is among the tests of settling itself."""
+    graphs, seen = read_graph_set(workspace / "graphs"), scene_images(12)
+    written: list[str] = []
+    keep = kept.Kept.keep
+    monkeypatch.setattr(
+        kept.Kept, "keep", lambda self, key, tried, source: (written.append(key), keep(self, key, tried, source))
+    )
+
+    def settled(progress: Callable[[str, int, int], None]) -> None:
+        folder = workspace / "recipes"
+        recipes.precise_graphs(graphs, "fp16", PRECISIONS, folder, "val", lambda split: seen, progress)
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        settled(stop)
+    first = len(written)
+    settled(lambda *told: None)
+    assert first >= 5
+    assert len(set(written)) == len(written) > first, "no graph is tried twice"
+    assert [path.name for path in (workspace / "recipes").iterdir()] == ["fp16"], "nothing is left of the way there"
+
+
+def scene_images(count: int) -> list[np.ndarray]:
+    return [scenes.make_scene(seed, HW).frame for seed in range(count)]
 
 
 def test_precisions_are_judged_on_real_images_only(workspace: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from mess_compile import files
 from mess_compile.candidates import GraphSet, GraphSpec, head_graph_name, segment_name, write_graph_set
 from mess_compile.graph.agreement import agreement_of, compare, labels_of, loaded, run, thresholds_of, verdict
 from mess_compile.graph.cut import Progress
+from mess_compile.graph.kept import Kept, Tried
 from mess_compile.graph.precision import (
     CONVERTED,
     Array,
@@ -86,6 +88,7 @@ def settle(
     *,
     calibration: Sequence[Array] = (),
     allowed: Sequence[str] = PRECISIONS,
+    kept: Path | None = None,
 ) -> tuple[GraphSet, tuple[Fallback, ...]]:
     """Convert every graph to the `wanted` precision, or to the next safer one of `allowed` that passes, into `folder`.
 
@@ -95,8 +98,9 @@ def settle(
     head at its exit point (a segment is judged by the heads in fp32). Where the path has lost too much before a graph
     in fp32, the nearest one before is lowered and the walk begins again with that.
     `folder` becomes a graph set of the same names, whose recipe has the folder's name, and is replaced when all is
-    well. Raises InputError for bad frames
-    and for a network that is not finite in fp32, EngineError when a graph does not run.
+    well. What is found out of each graph is written to the folder `kept`, if given: a call that was broken off
+    continues there, and the caller removes it. Raises InputError for bad frames and for a network that is not finite in
+    fp32, EngineError when a graph does not run.
     """
     start = bold_recipe(graph_set, wanted)
     if wanted == "int8":
@@ -107,7 +111,7 @@ def settle(
     _check_frames(graph_set, (*frames, *calibration))
     with files.replaced_folder(folder) as made:
         with TemporaryDirectory(dir=made) as scratch:
-            settling = _Settling(graph_set, start, allowed, library, made, Path(scratch))
+            settling = _Settling(graph_set, start, allowed, library, made, Path(scratch), Kept(kept))
             settling.settle(frames, calibration, progress)
         _drop_unread_weights(made)
         specs = {
@@ -171,7 +175,9 @@ class _Settling:
         library: Library,
         folder: Path,
         scratch: Path,
+        kept: Kept,
     ) -> None:
+        self.kept, self.decides = kept, ""
         self.graph_set, self.recipe, self.allowed = graph_set, recipe, allowed
         self.library, self.folder, self.scratch = library, folder, scratch
         self.reasons: dict[str, tuple[str, ...]] = {}
@@ -179,6 +185,7 @@ class _Settling:
         self.labels: dict[str, list[Feed]] = {}
 
     def settle(self, frames: Sequence[Array], calibration: Sequence[Array], progress: Progress) -> None:
+        self.decides = self._decides(frames, calibration)
         judged = self._stored("judged", "image", ({"image": frame[None]} for frame in frames))
         calibrating = self._stored("calibrating", "image", ({"image": frame[None]} for frame in calibration))
         self._keep_labels(judged)
@@ -191,6 +198,12 @@ class _Settling:
             self.recipe = replace(recipe, precisions={**recipe.precisions, blamed: self.recipe.precision(blamed)})
             self.reasons = {**reasons, blamed: self.reasons[blamed]}
             self.specs = {}
+
+    def _decides(self, *groups: Sequence[Array]) -> str:
+        """Of all graphs, images and the library that computes: a hash."""
+        sources = [(name, spec.sha256) for name, spec in self.graph_set.graphs.items()]
+        images = [[hashlib.sha256(frame.tobytes()).hexdigest() for frame in frames] for frames in groups]
+        return self.kept.key(sources, images, self.library.name, self.library.version)
 
     def _keep_labels(self, maps: _Maps) -> None:
         """Labels of every head on the path in fp32."""
@@ -235,6 +248,18 @@ class _Settling:
 
     def _failure(self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check) -> str | None:
         """Convert, write and check a graph; why it must not be used, None when it may."""
+        path = [(graph, self.specs[graph].sha256) for graph in before]
+        key = self.kept.key(self.decides, name, self.recipe.precision(name), path)
+        tried = self.kept.take(key, self.folder)
+        if tried is None:
+            reason = self._tried(name, before, calibrating, check)
+            tried = Tried(reason, None if reason else self.specs[name])
+            self.kept.keep(key, tried, self.folder)
+        if tried.spec is not None:
+            self.specs[name] = tried.spec
+        return tried.reason
+
+    def _tried(self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check) -> str | None:
         precision = self.recipe.precision(name)
         boldest = min((precision, *map(self.recipe.precision, before)), key=PRECISIONS.index)
         model = read_whole_model(self.graph_set.path(name))

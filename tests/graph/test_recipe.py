@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +22,7 @@ from mess_compile.graph.store import externalise, read_model, write_model
 from mess_compile.runtime import engine
 from mess_compile.runtime.errors import InputError
 from mess_compile.scenes import make_scene
+from tests.commands import contents
 from tests.graph import tiny
 
 FRAMES = [make_scene(seed, tiny.HW).frame for seed in range(40)]
@@ -226,3 +230,59 @@ def test_the_bold_recipe_names_every_graph(tmp_path: Path) -> None:
     }
     assert {name for name, precision in recipe.precisions.items() if precision == "int8"} == convolutions
     assert set(recipe.precisions) == set(graph_set.graphs)
+
+
+KILLED = """
+import os, signal
+from contextlib import closing
+from pathlib import Path
+from mess_compile.candidates import read_graph_set
+from mess_compile.graph.recipe import settle
+from mess_compile.runtime import engine
+from tests.graph.test_recipe import CALIBRATION, JUDGED
+
+def die(name, done, total):
+    done < 6 or os.kill(os.getpid(), signal.SIGKILL)
+
+root = Path({root!r})
+with closing(engine.open_library("onnxruntime", 1)) as library:
+    graphs = read_graph_set(root / "graphs")
+    settle(graphs, "int8", JUDGED, root / "int8", library, die, calibration=CALIBRATION, kept=root / "kept")
+"""
+
+
+def test_a_killed_settling_continues_where_it_was(library: engine.Library, tmp_path: Path) -> None:
+    graph_set = graphs(tmp_path / "graphs")
+
+    def settled_in(place: Path) -> dict[str, bytes]:
+        settle(
+            graph_set,
+            "int8",
+            JUDGED,
+            place / "int8",
+            library,
+            tiny.nothing,
+            calibration=CALIBRATION,
+            kept=place / "kept",
+        )
+        return contents(place / "int8")
+
+    def kept() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*.json")}
+
+    whole = settled_in(tmp_path / "whole")
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(root=str(tmp_path))])
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "int8").exists()
+    before = kept()
+    assert len(before) >= 6
+    assert settled_in(tmp_path) == whole
+    assert before.items() <= kept().items(), "what was found out is not found out again"
+    assert kept().keys() == {path.name for path in (tmp_path / "whole" / "kept").glob("*.json")}
+    graph, *_ = sorted((tmp_path / "kept").glob("*.onnx"))
+    graph.write_bytes(graph.read_bytes()[:-1])
+    next((tmp_path / "kept").glob("*.json")).write_text("{")
+    weight = next((tmp_path / "kept" / "weights").iterdir())
+    weight.unlink()
+    weight.write_bytes(b"of something else")
+    assert settled_in(tmp_path) == whole, "damaged results are none"
