@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -167,6 +168,51 @@ def test_recipes_share_one_search_and_the_fallbacks_are_told(workspace: Path, de
     done("-C", workspace, "bundle")
     assert f"graphs/{name}.onnx runs in fp32: in fp16 it lost too much" in done("inspect", workspace / "xavier.mess")
     assert done("verify", workspace / "xavier.mess").count("ok  ") == 5
+
+
+@pytest.mark.parametrize(("measured", "asked"), [("fp16", "fp32"), ("fp32", "fp16")])
+def test_an_estimate_in_one_precision_forgets_nothing_measured_in_another(
+    workspace: Path, device: Device, measured: str, asked: str
+) -> None:
+    path = workspace / "latency" / "xavier.json"
+    done("-C", workspace, "profile", "--device", "xavier", "--precision", measured)
+    before = read_latency_table(path)
+    done("-C", workspace, "profile", "--device", "xavier", "--estimate", "--precision", asked)
+    after = read_latency_table(path)
+    assert before.entries.items() <= after.entries.items()
+    assert set(after.recipes) == {"fp32", "fp16"}
+    assert after.entries["baseline", asked].source == "estimated"
+    assert printed_json("-C", workspace, "search", "--precision", measured)["source"] == "measured"
+    done("-C", workspace, "search", "--max-err", "100%")
+    (workspace / "recipes" / "fp16" / "recipe.json").unlink(missing_ok=True)
+    done("-C", workspace, "profile", "--device", "xavier", "--estimate")
+    assert set(read_latency_table(path).recipes) == {"fp32"}, "a recipe that is gone cannot be searched"
+
+
+def test_a_sparing_profile_here_builds_only_what_it_measures(workspace: Path, device: Device) -> None:
+    result = run("-C", workspace, "profile", "--device", "xavier", "--for", "--max-err 100%")
+    assert result.exit_code == 0, result.stderr
+    told = re.search(r"measured (\d+) of (\d+) graphs", result.stdout)
+    assert told is not None
+    table = read_latency_table(workspace / "latency" / "xavier.json")
+    measured = {graph for (graph, _), entry in table.entries.items() if entry.source == "measured" and entry.runs}
+    assert {graph for graph in measured if (workspace / "graphs" / f"{graph}.onnx").exists()} <= set(device.built)
+    assert len(device.built) < int(told[2]), "engines take most of the time"
+    assert printed_json("-C", workspace, "search", "--max-err", "100%")["source"] == "measured"
+    built = len(device.built)
+    done("-C", workspace, "profile", "--device", "xavier", "--all")
+    assert len(device.built) == int(told[2]) > built, "what was built is taken again"
+    assert read_latency_table(workspace / "latency" / "xavier.json").source == "measured"
+
+
+def test_a_sparing_profile_goes_around_what_does_not_build(workspace: Path, device: Device) -> None:
+    device.broken = {"segment-1-2", "head-exit1.fcn-crm1-b0"}
+    done("-C", workspace, "profile", "--device", "xavier", "--for", "--max-err 100%")
+    table = read_latency_table(workspace / "latency" / "xavier.json")
+    assert {graph for graph, _ in table.failed} <= device.broken
+    plan = printed_json("-C", workspace, "search", "--max-err", "100%")
+    assert plan["source"] == "measured"
+    assert not {graph["name"] for graph in plan["plan"]["graphs"]} & device.broken
 
 
 def test_a_recipe_that_was_not_profiled_is_named(workspace: Path, device: Device) -> None:

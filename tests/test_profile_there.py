@@ -119,6 +119,28 @@ def test_a_budget_that_is_used_up_leaves_a_table(unmeasured: Path, device: Devic
     assert printed_json("-C", unmeasured, "search", "--max-err", "100%")["source"] == "estimated"
 
 
+def test_a_budget_and_a_requirement_hold_on_this_machine_too(unmeasured: Path, brief_profile: None) -> None:
+    assert "measured 0 of" in done("-C", unmeasured, "profile", "--device", "host", "--budget", "0.001s")
+    told = run("-C", unmeasured, "profile", "--device", "host", "--for", "--max-err 100%").stderr
+    assert "graphs: what plans are held against" in told
+    table = read_latency_table(unmeasured / "latency" / "host.json")
+    assert table.source == "estimated", "the rest was not measured"
+    assert printed_json("-C", unmeasured, "search", "--max-err", "100%")["source"] == "measured"
+    done("-C", unmeasured, "profile", "--device", "host")
+    assert read_latency_table(unmeasured / "latency" / "host.json").source == "measured", "all, unless told otherwise"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--for", "--max-err 1%"), ("--budget", "1min"), ("--all",), ("--seconds", "1"), ("--lock-clocks",)],
+    ids=lambda options: options[0],
+)
+def test_what_measures_does_not_go_with_an_estimate(unmeasured: Path, options: tuple[str, ...]) -> None:
+    result = run("-C", unmeasured, "profile", "--device", "xavier", "--estimate", *options)
+    assert result.exit_code == 2
+    assert f"--estimate goes without the device: drop {options[0]}, or measure there." in result.stderr
+
+
 def test_an_estimate_is_marked_all_the_way(unmeasured: Path) -> None:
     shown = done("-C", unmeasured, "profile", "--device", "xavier", "--estimate")
     assert re.search(r"(\d+) of \1 entries for xavier ESTIMATED from its data sheet", shown)
