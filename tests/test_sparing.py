@@ -20,12 +20,12 @@ from mess_compile.estimate import TERMS, Roofline
 from mess_compile.latency import PSEUDO_GRAPHS, Failure, LatencyTable
 from mess_compile.search.figures import Evidence
 from mess_compile.search.requirement import Limit, Requirement
-from mess_compile.search.solver import search
+from mess_compile.search.solver import search, search_recipes
 from mess_compile.sparing import Key, Subject, Wanted
 from tests import small_network
 from tests.graph.tiny import tiny_network
 from tests.search.brute_force import BrutePlan, all_plans, baseline_of, ns
-from tests.search.cases import evidence
+from tests.search.cases import evidence, exit_statistics
 from tests.search.test_solver import brute_identity, cases, identity, key
 
 FP32 = "fp32"
@@ -130,6 +130,116 @@ def test_an_anytime_plan_is_the_same_too(case: Evidence, microseconds: int | Non
     about = subject(case, requirement)
     table = sparing.optimistic_table(about, settled(about, case.table))
     assert identity(search(replace(case, table=table), requirement).plan) == brute_identity(expected)
+
+
+# Several recipes
+
+
+small_cases = st.builds(
+    evidence,
+    st.lists(st.integers(1, 2), min_size=1, max_size=2).map(tuple),
+    rows=st.integers(1, 2),
+    images=st.integers(3, 7),
+    seed=st.integers(0, 10**6),
+    levels=st.integers(2, 5),
+)
+
+
+def in_fp16(case: Evidence, seed: int) -> tuple[Evidence, LatencyTable]:
+    """The network in a second recipe, where some graphs fell back to fp32, with statistics of its own; and what
+    everything takes, which the plain enumeration reads by the names of fp32."""
+    rng = np.random.default_rng(seed)
+    graphs, truth = case.graph_set, case.table
+    lowered = {name: spec for name, spec in graphs.graphs.items() if rng.random() < 0.7}
+    specs = {
+        name: replace(spec, precision="fp16", sha256=f"half-{name}") if name in lowered else spec
+        for name, spec in graphs.graphs.items()
+    }
+    half = replace(graphs, graphs=specs, recipe="fp16")
+    taken = {name: int(rng.integers(1, 6)) / 1000 for name in lowered}
+    entries = {
+        (name, "fp16"): replace(
+            truth.latency(name), mean_ms=ms, precision="fp16", sha256=f"half-{name}", p50_ms=ms, p95_ms=ms, p99_ms=ms
+        )
+        for name, ms in taken.items()
+    }
+    recipes = {**truth.recipes, "fp16": half.identity}
+    whole = replace(truth, entries={**truth.entries, **entries}, recipes=recipes)
+    seen = exit_statistics(graphs, case.statistics.images, seed)
+    seen = replace(seen, network=half.identity, precision="fp16", labelled=case.statistics.labelled)
+    seen = replace(seen, intersection=np.minimum(seen.intersection, seen.labelled[:, None]))
+    as_fp32 = {
+        (name, FP32): replace(truth.latency(name), mean_ms=taken.get(name, entry.mean_ms))
+        for (name, _), entry in truth.entries.items()
+    }
+    return Evidence(half, whole, seen), replace(truth, entries=as_fp32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    small_cases, st.sampled_from(["latency", "accuracy", "workload", "memory"]), st.integers(0, 10**6), st.floats(0, 30)
+)
+def test_the_best_plan_of_several_recipes_is_found_too(
+    case: Evidence, objective: str, seed: int, max_err_pp: float
+) -> None:
+    half, as_fp32 = in_fp16(case, seed)
+    plain = replace(case, table=half.table)
+    requirement = Requirement(objective=objective, max_err_pp=max_err_pp)
+    prior = priors(case)[FP32]
+    about = Subject(
+        (case.graph_set, half.graph_set),
+        {FP32: prior, "fp16": prior},
+        {"fp32": case.statistics, "fp16": half.statistics},
+        (requirement,),
+        slack=SURE,
+    )
+    table = settled(about, half.table)
+    enumerated = {
+        "fp32": case,
+        "fp16": replace(
+            half,
+            graph_set=case.graph_set,
+            table=as_fp32,
+            statistics=replace(half.statistics, network=case.statistics.network, precision=FP32),
+        ),
+    }
+    least = max(baseline_of(each)[1] for each in enumerated.values()) - max_err_pp
+    found = {recipe: best(each, objective, lambda plan: plan.miou >= least) for recipe, each in enumerated.items()}
+    ordered = sorted((key(plan, objective)[:3], recipe == "fp16") for recipe, plan in found.items() if plan)
+    assert ordered, "a baseline that is the best of all satisfies"
+    recipe = "fp16" if ordered[0][1] else "fp32"
+    optimistic = sparing.optimistic_table(about, table)
+    plan = search_recipes([replace(each, table=optimistic) for each in (plain, half)], requirement).plan
+    expected = found[recipe]
+    assert expected is not None
+    assert (plan.precision, identity(plan)) == (recipe, brute_identity(expected))
+    assert {(graph.name, graph.precision) for graph in plan.graphs} <= table.entries.keys()
+
+
+def test_every_recipe_has_its_baseline_and_calibration_measured_first() -> None:
+    case = evidence((2, 2), 2, images=5, seed=11)
+    half, _ = in_fp16(case, seed=11)
+    prior = priors(case)[FP32]
+    about = Subject((case.graph_set, half.graph_set), {FP32: prior, "fp16": prior})
+    wanted = sparing.next_batch(about, nothing_of(half.table))
+    assert wanted is not None
+    assert {key for key in wanted.graphs if key[0] == BASELINE} == {
+        (BASELINE, graphs.spec(BASELINE).precision) for graphs in about.graph_sets
+    }
+    for precision in (FP32, "fp16"):
+        assert sum(key[1] == precision and key[0] not in PSEUDO_GRAPHS for key in wanted.graphs) >= sparing.FEWEST
+
+
+def test_a_kind_of_equal_graphs_is_one_in_all_recipes(tmp_path: Path) -> None:
+    """In fp16 the first head of the kind is another graph, the others fell back to fp32."""
+    graphs = small_network.graph_set(tmp_path)
+    third = replace(graphs.spec(HEADS[1][0]), name="head-third")
+    graphs = replace(graphs, graphs={**graphs.graphs, third.name: third})
+    specs = graphs.graphs | {HEADS[0][0]: replace(graphs.spec(HEADS[0][0]), precision="fp16")}
+    half = replace(graphs, graphs=specs, recipe="fp16")
+    found = sparing.twins(graphs, half)
+    assert found == {HEADS[1]: HEADS[0], (third.name, FP32): HEADS[0]}
+    assert not found.keys() & set(found.values())
 
 
 def test_good_estimates_leave_most_graphs_unmeasured() -> None:
