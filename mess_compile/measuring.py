@@ -137,6 +137,8 @@ def profile(
     target = target_of(workspace, device)
     known = _host_of(workspace, target) if host is None else host
     hosts = [known] if isinstance(known, str) else [*(known or ())]
+    if len(set(hosts)) < len(hosts):
+        raise InputError(f"--host {max(hosts, key=hosts.count)} is named twice: name each device once")
     if thrift is not None and thrift.by_default and not hosts:
         thrift = None
     if thrift and len(precisions) > 1 and any(wish.setting == "anytime" for wish in thrift.requirements):

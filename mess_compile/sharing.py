@@ -113,10 +113,16 @@ def _share(errand: Errand, courses: Sequence[Course], everything: bool) -> bool:
 
 def _wanted(subject: Subject, courses: Sequence[Course], everything: bool) -> Wanted | None:
     first = courses[0]
-    if not everything:
-        return sparing.next_batch(replace(subject, elsewhere=_from_others(first, courses)), first.table)
-    left = tuple(key for key in subject.specs if not any(_is_known(course, key) for course in courses))
-    return Wanted(left, "every graph on one of the devices") if left else None
+    if everything:
+        wanted = Wanted(tuple(subject.specs), "every graph on one of the devices")
+    else:
+        known = replace(subject, elsewhere=_from_others(first, courses))
+        batch = sparing.next_batch(known, first.table)
+        if batch is None or subject.requirements:
+            return batch  # what a plan rests on is measured on the first device itself
+        wanted = batch
+    left = tuple(key for key in wanted.graphs if not any(_is_known(course, key) for course in courses))
+    return replace(wanted, graphs=left) if left else None
 
 
 def _is_known(course: Course, key: Key) -> bool:

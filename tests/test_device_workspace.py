@@ -170,7 +170,9 @@ def test_recipes_share_one_search_and_the_fallbacks_are_told(workspace: Path, de
     assert done("verify", workspace / "xavier.mess").count("ok  ") == 5
 
 
-@pytest.mark.parametrize(("measured", "asked"), [("fp16", "fp32"), ("fp32", "fp16")])
+@pytest.mark.parametrize(
+    ("measured", "asked"), [("fp16", "fp32"), pytest.param("fp32", "fp16", marks=pytest.mark.slow)]
+)
 def test_an_estimate_in_one_precision_forgets_nothing_measured_in_another(
     workspace: Path, device: Device, measured: str, asked: str
 ) -> None:
@@ -205,6 +207,19 @@ def test_a_sparing_profile_here_builds_only_what_it_measures(workspace: Path, de
     assert read_latency_table(workspace / "latency" / "xavier.json").source == "measured"
 
 
+@pytest.mark.slow
+def test_a_sparing_profile_over_recipes_answers_as_a_whole_one_does(workspace: Path, device: Device) -> None:
+    both, wish = ("--precision", "fp32,fp16"), ("--max-err", "100%", "--max-latency", "0.5x", "--optimise", "accuracy")
+    done("-C", workspace, "profile", "--device", "xavier", *both, "--for", " ".join(wish))
+    sparing = printed_json("-C", workspace, "search", *wish)
+    assert sparing["source"] == "measured"
+    table = read_latency_table(workspace / "latency" / "xavier.json")
+    assert set(table.recipes) == {"fp32", "fp16"}
+    for precision in table.recipes:
+        assert table.entries["baseline", precision].source == "measured", "what both are held against"
+
+
+@pytest.mark.slow
 def test_a_sparing_profile_goes_around_what_does_not_build(workspace: Path, device: Device) -> None:
     device.broken = {"segment-1-2", "head-exit1.fcn-crm1-b0"}
     done("-C", workspace, "profile", "--device", "xavier", "--for", "--max-err 100%")

@@ -126,8 +126,6 @@ def test_a_budget_and_a_requirement_hold_on_this_machine_too(unmeasured: Path, b
     table = read_latency_table(unmeasured / "latency" / "host.json")
     assert table.source == "estimated", "the rest was not measured"
     assert printed_json("-C", unmeasured, "search", "--max-err", "100%")["source"] == "measured"
-    done("-C", unmeasured, "profile", "--device", "host")
-    assert read_latency_table(unmeasured / "latency" / "host.json").source == "measured", "all, unless told otherwise"
 
 
 @pytest.mark.parametrize(
