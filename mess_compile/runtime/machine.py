@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 _PATIENCE_S = 20
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
@@ -234,7 +234,7 @@ def _output(*command: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def _ask_cuda() -> dict[str, object]:
+def _ask_cuda() -> Dict[str, object]:
     """What the driver says of itself (12040 is CUDA 12.4) and of its GPUs; None is what it cannot say."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
