@@ -119,6 +119,6 @@ def any_session_there(
         session = trtexec_session.in_place_of_python(remote, target, caches, progress, error)
         if session is None:
             raise
-        tell(f"note: {error}; until then trtexec measures there, by a protocol of its own that the table names")
+        tell(f"note: {error}; until then trtexec builds and measures there, by a protocol that the table names")
     refuse_unless_there(target, session.greet().machine, remote.host.text)
     return session

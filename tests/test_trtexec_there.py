@@ -520,3 +520,16 @@ def test_state_of_a_jetson_is_read_off_what_its_files_say() -> None:
         load_average=0.25,
     )
     assert state_from_text("zone \nload x\nmode \n") == DeviceState()
+
+
+@pytest.mark.slow
+def test_build_takes_trtexec_where_python_cannot_be_used(mine: Path, standin: Standin) -> None:
+    command = ("-C", mine, "build", "--device", "mine", "--host", standin.device.host)
+    (first,) = printed_json(*command)["builds"]
+    graphs = set(read_graph_set(mine / "graphs").graphs)
+    assert {entry["graph"] for entry in first["engines"]["entries"]} == graphs
+    assert first["engines"]["built"] == len(graphs) == len(standin.called("--saveEngine"))
+    assert (first["engines"]["library_version"], first["engines"]["entries"][0]["error"]) == ("8.5.2", None)
+    (again,) = printed_json(*command)["builds"]
+    assert again["engines"]["built"] == 0
+    assert len(standin.called("--saveEngine")) == len(graphs)
