@@ -191,6 +191,7 @@ def test_an_estimate_in_one_precision_forgets_nothing_measured_in_another(
     assert set(read_latency_table(path).recipes) == {"fp32"}, "a recipe that is gone cannot be searched"
 
 
+@pytest.mark.slow
 def test_a_sparing_profile_here_builds_only_what_it_measures(workspace: Path, device: Device) -> None:
     result = run("-C", workspace, "profile", "--device", "xavier", "--for", "--max-err 100%")
     assert result.exit_code == 0, result.stderr
