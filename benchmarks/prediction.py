@@ -24,11 +24,18 @@ from PIL import Image, ImageDraw
 from mess_compile import scenes
 from mess_compile.bundle import write_bundle
 from mess_compile.candidates import BASELINE, GraphSet, read_graph_set
-from mess_compile.latency import LatencyTable, baseline_cost_ns, check_current, path_costs_ns, read_latency_table
+from mess_compile.latency import (
+    LatencyTable,
+    baseline_cost_ns,
+    check_current,
+    content_sha256,
+    path_costs_ns,
+    read_latency_table,
+)
 from mess_compile.runtime.cascade import Cascade, load
 from mess_compile.runtime.engine import Engine
 from mess_compile.search.figures import plan_graphs
-from mess_compile.search.plan import Figures, Plan, PlanGraph, Stage
+from mess_compile.search.plan import Figures, Plan, PlanGraph, Stage, default_point
 from mess_compile.statistics import threshold_table
 
 FRAMES, WARM_UP = 8, 3
@@ -73,6 +80,9 @@ def random_plan(graph_set: GraphSet, table: LatencyTable, rng: random.Random) ->
         predicted=nothing,
         baseline=replace(nothing, exit_rates=(1.0,)),
         tuned_by="onnxruntime on host",
+        table_sha256=content_sha256(table),
+        statistics_sha256="",
+        operating_points=(default_point(stages, nothing),),
         baseline_alone=graph_set.baseline_alone,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from mess_compile.latency import StageGraphs, stage_graphs
 from mess_compile.runtime import archive, cascade, manifest, verify
 from mess_compile.runtime.engine import open_library
 from mess_compile.runtime.errors import InputError
-from mess_compile.search.plan import Plan, Stage, check_plan_current
+from mess_compile.search.plan import Figures, Plan, Stage, check_plan_current
 
 _FOLDER = "graphs"
 _REFERENCE = "onnxruntime"
@@ -113,8 +113,8 @@ def _manifest(
                 precision=plan.precision,
                 setting=plan.setting,
                 stages=tuple(stages),
-                predicted=manifest.Figures(**asdict(plan.predicted)),
-                baseline=manifest.Figures(**asdict(plan.baseline)),
+                predicted=_figures(plan.predicted),
+                baseline=_figures(plan.baseline),
                 baseline_name=plan.baseline_name,
                 precisions={
                     f"{_FOLDER}/{graph_set.path(graph.name).name}": manifest.GraphPrecision(
@@ -130,6 +130,10 @@ def _manifest(
         files=_files(sources),
         provenance=dict(provenance),
     )
+
+
+def _figures(figures: Figures) -> manifest.Figures:
+    return manifest.Figures(**{each.name: getattr(figures, each.name) for each in fields(manifest.Figures)})
 
 
 def _network(candidate: CandidateNetwork) -> manifest.Network:

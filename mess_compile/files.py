@@ -35,6 +35,11 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_json(content: Any) -> str:
+    """Hex SHA-256 of what JSON can hold, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` when the body ends well, remove it otherwise.

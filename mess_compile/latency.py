@@ -203,9 +203,18 @@ def _listed(names: list[str], most: int = 6) -> str:
 
 def write_latency_table(path: Path, table: LatencyTable) -> None:
     """Write `latency/<device>.json`; all of it or nothing."""
+    files.write_json(path, "mess-latency", 2, _table_to_json(table))
+
+
+def content_sha256(table: LatencyTable) -> str:
+    """A hash of all that the table holds."""
+    return files.sha256_of_json(_table_to_json(table))
+
+
+def _table_to_json(table: LatencyTable) -> dict[str, Any]:
     content = {name: getattr(table, name) for name in _TABLE_FIELDS}
     lists = {name: [asdict(each) for _, each in sorted(getattr(table, name).items())] for name in ("entries", "failed")}
-    files.write_json(path, "mess-latency", 2, {**content, **lists})
+    return {**content, **lists}
 
 
 _TABLE_FIELDS = ("device", "library", "library_version", "network", "environment", "source", "recipes")

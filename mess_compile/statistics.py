@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -163,17 +164,29 @@ def check_current(statistics: ExitStatistics, graph_set: GraphSet) -> None:
 
 def write_statistics(folder: Path, statistics: ExitStatistics) -> None:
     """Write `statistics.json` and one `.npy` per array; the old folder stays until the new one is complete."""
-    content: dict[str, Any] = {name: getattr(statistics, name) for name in (*_TEXTS, "baseline_alone")}
-    for name in ("heads", "classes", "cells", "image_id", "group"):
-        content[name] = list(getattr(statistics, name))
     with files.replaced_folder(folder) as temporary:
         arrays = {}
         for name, dtype in _ARRAYS.items():
             path = temporary / f"{name}.npy"
             _write_array(path, np.ascontiguousarray(getattr(statistics, name), dtype=dtype))
             arrays[name] = files.sha256_of_file(path)
-        content = {**content, "gate": asdict(statistics.gate), "sha256": arrays}
-        files.write_json(temporary / "statistics.json", "mess-statistics", 1, content)
+        files.write_json(temporary / "statistics.json", "mess-statistics", 1, _to_json(statistics, arrays))
+
+
+def content_sha256(statistics: ExitStatistics) -> str:
+    """A hash of all that the statistics hold."""
+    arrays = {
+        name: hashlib.sha256(np.ascontiguousarray(getattr(statistics, name), dtype=dtype).data).hexdigest()
+        for name, dtype in _ARRAYS.items()
+    }
+    return files.sha256_of_json(_to_json(statistics, arrays))
+
+
+def _to_json(statistics: ExitStatistics, arrays: dict[str, str]) -> dict[str, Any]:
+    content: dict[str, Any] = {name: getattr(statistics, name) for name in (*_TEXTS, "baseline_alone")}
+    for name in ("heads", "classes", "cells", "image_id", "group"):
+        content[name] = list(getattr(statistics, name))
+    return {**content, "gate": asdict(statistics.gate), "sha256": arrays}
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> None:

@@ -20,7 +20,7 @@ from mess_compile import bundle, files
 from mess_compile.candidates import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
 from mess_compile.runtime.manifest import Manifest
 from mess_compile.search.figures import plan_graphs
-from mess_compile.search.plan import Figures, Plan, PlanGraph, Stage
+from mess_compile.search.plan import Figures, Plan, PlanGraph, Stage, default_point
 
 HW, CELLS_HW, CHANNELS = (8, 12), (4, 6), 4
 CLASSES = ("sky", "road", "car")
@@ -106,6 +106,9 @@ def plan(cut: int | None = 18, exits: Sequence[int] = (1, 2), setting: str = "in
         figures,
         baseline,
         "onnxruntime on host",
+        "a" * 64,
+        "b" * 64,
+        (default_point(stages, figures),),
     )
 
 

@@ -21,11 +21,13 @@ from mess_compile.latency import (
     stage_graphs,
 )
 from mess_compile.latency import check_current as check_table_current
+from mess_compile.latency import content_sha256 as table_content_sha256
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError
 from mess_compile.search.plan import Figures, PlanGraph, Report, Stage
 from mess_compile.statistics import ExitStatistics, head_miou, miou
 from mess_compile.statistics import check_current as check_statistics_current
+from mess_compile.statistics import content_sha256 as statistics_content_sha256
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,14 @@ class Evidence:
     def baseline_miou(self, name: str) -> float:
         """mIoU in percent of a single-exit graph; that of the candidate network is its final exit."""
         return head_miou(self.statistics, self.candidate.baseline if name == BASELINE else name)
+
+    @cached_property
+    def table_sha256(self) -> str:
+        return table_content_sha256(self.table)
+
+    @cached_property
+    def statistics_sha256(self) -> str:
+        return statistics_content_sha256(self.statistics)
 
     def baseline_cost_ns(self, quantity: Quantity = "mean_ms") -> int:
         return baseline_cost_ns(self.table, self.graph_set, self.baseline, quantity)

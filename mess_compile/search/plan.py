@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,18 @@ from mess_compile.candidates import BASELINE, Gate, GraphSet
 from mess_compile.runtime.errors import InputError, StaleError
 
 SETTINGS = ("input-dependent", "budgeted", "anytime")
-_FRONT_FIELDS = ("precision", "network", "stages", "graphs", "predicted", "baseline", "baseline_name", "reports")
+FRONT_AXES = ("latency", "miou", "memory")
+FRONT_BY = ("latency", "miou")
+DEFAULT_POINT = "default"
+POINT_NAMES = ("fastest", "fast", DEFAULT_POINT, "accurate", "most-accurate")
+VERSION = 3
+_FRONT_FIELDS = (
+    *("precision", "network", "stages", "graphs", "predicted", "baseline", "baseline_name", "statistics_sha256"),
+    *("operating_points", "reports", "optimism", "guarantee"),
+)
 _REMEDY = "run `mess-compile search`"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PLAIN: dict[Any, type] = {"int": int, "float": float, "str": str}
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,8 @@ class Figures:
 
     `latency_ms` is the mean over images, `p95_ms` the percentile of their path costs, `worst_ms` the deepest path at
     p99; `miou` in percent; `gmacs` the mean over images; `exit_rates` the share of images that end at each exit;
-    `source` tells measured from estimated latencies.
+    `source` tells measured from estimated latencies; `energy_mj` is the mean over images, None where the latency table
+    does not tell the energy of every graph.
     """
 
     latency_ms: float
@@ -49,6 +63,63 @@ class Figures:
     images: int
     split: str
     source: str
+    energy_mj: float | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """When an image leaves at one exit: `row` and `cut` as in `Stage`."""
+
+    row: int
+    cut: int | None
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """One set of thresholds of a plan: a decision for each stage, and its figures."""
+
+    name: str
+    decisions: tuple[Decision, ...]
+    predicted: Figures
+
+
+@dataclass(frozen=True)
+class Optimism:
+    """By how much the figures of a plan flatter it because it was chosen on the images that they are taken on.
+
+    By cross-validation over `folds`, in the words of `method`: expect `miou_pp` percentage points less mIoU, with
+    a spread of `spread_pp` between folds, and `latency_percent` more latency.
+    """
+
+    miou_pp: float
+    latency_percent: float
+    folds: int
+    spread_pp: float
+    method: str
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What was certified for unseen images, on images that the plan was not chosen on; all bounds with `confidence`.
+
+    `risk_bound_pp` bounds the mean per-image risk by `risk_method`, which holds in finite samples, `miou_drop_bound_pp`
+    the drop of mIoU below the baseline by `miou_method`, a bootstrap; the limits are those that were asked for.
+    `tested` counts the plans that were tested in turn, `groups` the sequences that the images certified on belong to.
+    """
+
+    confidence: float
+    seed: int
+    images_chosen: int
+    images_certified: int
+    groups: int
+    risk_bound_pp: float
+    risk_limit_pp: float
+    risk_method: str
+    miou_drop_bound_pp: float
+    miou_drop_limit_pp: float
+    miou_method: str
+    assumption: str
+    tested: int
 
 
 @dataclass(frozen=True)
@@ -91,10 +162,15 @@ class Plan:
     predicted: Figures
     baseline: Figures
     tuned_by: str
+    table_sha256: str
+    statistics_sha256: str
+    operating_points: tuple[OperatingPoint, ...]
     power_mode: str | None = None
     baseline_name: str = BASELINE
     baseline_alone: str | None = None
     reports: tuple[Report, ...] = ()
+    optimism: Optimism | None = None
+    guarantee: Guarantee | None = None
 
 
 @dataclass(frozen=True)
@@ -114,11 +190,22 @@ class Certificate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The chosen plan, the front of latency and mIoU it stands on, and the proof."""
+    """The chosen plan, the front of latency and mIoU (and what else `front_by` names) it stands on, and the proof."""
 
     plan: Plan
     front: tuple[Plan, ...]
     certificate: Certificate
+    front_by: tuple[str, ...] = FRONT_BY
+
+
+def decisions_of(stages: Sequence[Stage]) -> tuple[Decision, ...]:
+    """The decision of each stage."""
+    return tuple(Decision(stage.row, stage.cut) for stage in stages)
+
+
+def default_point(stages: Sequence[Stage], predicted: Figures) -> OperatingPoint:
+    """The operating point that a plan with these stages is itself."""
+    return OperatingPoint(DEFAULT_POINT, decisions_of(stages), predicted)
 
 
 def check_plan_current(plan: Plan, graph_set: GraphSet) -> None:
@@ -139,11 +226,19 @@ def check_plan_current(plan: Plan, graph_set: GraphSet) -> None:
             raise InputError(f"the plan for {plan.device} has threshold row {stage.row}, not in its gate: {_REMEDY}")
 
 
+def check_sources_current(device: str, known: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raises StaleError naming what a plan was searched from that has changed: hashes by what they are of."""
+    for what, sha256 in found.items():
+        if known.get(what, sha256) != sha256:
+            raise StaleError(f"the {what} changed since the plan for {device} was searched: {_REMEDY}")
+
+
 def result_to_json(result: SearchResult) -> dict[str, Any]:
     """`plan`, `front`, `certificate` and `source`; a point of the front is what may differ from the chosen plan."""
     return {
         "source": result.plan.predicted.source,
         "plan": asdict(result.plan),
+        "front_by": list(result.front_by),
         "front": [{name: asdict(point)[name] for name in _FRONT_FIELDS} for point in result.front],
         "certificate": asdict(result.certificate),
     }
@@ -151,12 +246,12 @@ def result_to_json(result: SearchResult) -> dict[str, Any]:
 
 def write_result(path: Path, result: SearchResult) -> None:
     """Write `plans/<device>.json`; all of it or nothing."""
-    files.write_json(path, "mess-plan", 2, result_to_json(result))
+    files.write_json(path, "mess-plan", VERSION, result_to_json(result))
 
 
 def read_result(path: Path) -> SearchResult:
     """Read what `write_result` wrote. Raises InputError when it is missing or damaged."""
-    content = files.read_json(path, "mess-plan", 2, _REMEDY)
+    content = files.read_json(path, "mess-plan", VERSION, _REMEDY)
     result: SearchResult = files.decoded(path, _REMEDY, lambda: _result_from_json(content))
     return result
 
@@ -167,13 +262,17 @@ def _result_from_json(content: dict[str, Any]) -> SearchResult:
     proof = content["certificate"]
     counts = {name: int(proof[name]) for name in ("space", "evaluated", "duplicates")}
     certificate = Certificate(**counts, gap=float(proof["gap"]), exhaustive=bool(proof["exhaustive"]))
-    return SearchResult(plan, front, certificate)
+    front_by = tuple(map(str, content["front_by"]))
+    if not set(FRONT_BY) <= set(front_by) <= set(FRONT_AXES):
+        raise ValueError(f"a front by {front_by}")
+    return SearchResult(plan, front, certificate, front_by)
 
 
 def _plan_from_json(content: dict[str, Any]) -> Plan:
     if content["setting"] not in SETTINGS:
         raise ValueError(f"setting {content['setting']!r}")
     gate, alone = content["gate"], content.get("baseline_alone")
+    stages = _stages_from_json(content["stages"])
     return Plan(
         device=str(content["device"]),
         library=str(content["library"]),
@@ -181,16 +280,61 @@ def _plan_from_json(content: dict[str, Any]) -> Plan:
         setting=str(content["setting"]),
         network=str(content["network"]),
         gate=Gate(gate["confidence"], bool(gate["edge_aware"]), tuple(float(t) for t in gate["thresholds"])),
-        stages=_stages_from_json(content["stages"]),
+        stages=stages,
         graphs=tuple(PlanGraph(str(g["name"]), str(g["precision"]), str(g["wanted"])) for g in content["graphs"]),
         predicted=_figures_from_json(content["predicted"]),
         baseline=_figures_from_json(content["baseline"]),
         tuned_by=str(content["tuned_by"]),
+        table_sha256=_sha256(content["table_sha256"]),
+        statistics_sha256=_sha256(content["statistics_sha256"]),
+        operating_points=_points_from_json(content["operating_points"], stages),
         power_mode=None if content["power_mode"] is None else str(content["power_mode"]),
         baseline_name=str(content.get("baseline_name", BASELINE)),
         baseline_alone=None if alone is None else str(alone),
         reports=_reports_from_json(content["reports"]),
+        optimism=None if content["optimism"] is None else _typed(Optimism, content["optimism"]),
+        guarantee=None if content["guarantee"] is None else _typed(Guarantee, content["guarantee"]),
     )
+
+
+def _sha256(text: Any) -> str:
+    if not isinstance(text, str) or not _SHA256.fullmatch(text):
+        raise ValueError(f"{text!r} is no SHA-256")
+    return text
+
+
+def _points_from_json(content: Any, stages: Sequence[Stage]) -> tuple[OperatingPoint, ...]:
+    """The points in the order of their names; the default one must be the plan's own thresholds."""
+    points = tuple(
+        OperatingPoint(
+            str(point["name"]),
+            tuple(Decision(int(d["row"]), None if d["cut"] is None else int(d["cut"])) for d in point["decisions"]),
+            _figures_from_json(point["predicted"]),
+        )
+        for point in content
+    )
+    names = [point.name for point in points]
+    if names != [name for name in POINT_NAMES if name in names]:
+        raise ValueError(f"operating points {names}, not some of {POINT_NAMES} in this order")
+    if [point.decisions for point in points if point.name == DEFAULT_POINT] != [decisions_of(stages)]:
+        raise ValueError(f"operating point {DEFAULT_POINT!r} is not the plan itself")
+    uncut = [stage.cut is None for stage in stages]
+    if any([decision.cut is None for decision in point.decisions] != uncut for point in points):
+        raise ValueError("an operating point does not decide where the plan does")
+    return points
+
+
+def _typed(kind: type[Any], content: dict[str, Any]) -> Any:
+    """A dataclass of numbers and texts from an object that has its fields and no others."""
+    types: dict[str, type] = {field.name: _PLAIN[field.type] for field in fields(kind)}
+    if content.keys() != types.keys():
+        raise ValueError(f"{kind.__name__} has {', '.join(content)}, not {', '.join(types)}")
+    for name, plain in types.items():
+        allowed = (int, float) if plain is float else (plain,)
+        value = content[name]
+        if type(value) not in allowed or (plain is not str and not math.isfinite(value)):
+            raise ValueError(f"{name} is {value!r}")
+    return kind(**{name: plain(content[name]) for name, plain in types.items()})
 
 
 def _stages_from_json(content: Any) -> tuple[Stage, ...]:
@@ -215,6 +359,7 @@ def _figures_from_json(content: dict[str, Any]) -> Figures:
         images=int(content["images"]),
         split=str(content["split"]),
         source=str(content["source"]),
+        energy_mj=None if content["energy_mj"] is None else float(content["energy_mj"]),
     )
 
 

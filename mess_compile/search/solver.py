@@ -17,7 +17,7 @@ from mess_compile.search.figures import (
     figures_of_stages,
     graphs_of_stages,
 )
-from mess_compile.search.plan import Certificate, Plan, SearchResult
+from mess_compile.search.plan import Certificate, Plan, SearchResult, default_point
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.rows import Progress, Rows, rows_of_plans, stages_of_row, text_of_stages
 
@@ -204,6 +204,7 @@ def _front(evidence: Evidence, rows: Rows, kept: Mask) -> list[int]:
 def _plan(evidence: Evidence, requirement: Requirement, rows: Rows, index: int) -> Plan:
     stages = stages_of_row(evidence, rows, rows.plans[index])
     anytime = requirement.setting == "anytime"
+    predicted = figures_of_stages(evidence, requirement.setting, stages)
     return Plan(
         device=evidence.table.device,
         library=evidence.table.library,
@@ -215,8 +216,11 @@ def _plan(evidence: Evidence, requirement: Requirement, rows: Rows, index: int) 
         graphs=graphs_of_stages(evidence, stages),
         tuned_by=f"{evidence.statistics.library} on {evidence.statistics.device}",
         power_mode=evidence.table.environment.get("power_mode"),
-        predicted=figures_of_stages(evidence, requirement.setting, stages),
+        predicted=predicted,
         baseline=baseline_figures(evidence, requirement.baseline_miou),
+        table_sha256=evidence.table_sha256,
+        statistics_sha256=evidence.statistics_sha256,
+        operating_points=(default_point(stages, predicted),),
         baseline_name=evidence.baseline,
         baseline_alone=evidence.graph_set.baseline_alone,
         reports=anytime_reports(evidence, [stage.head for stage in stages]) if anytime else (),

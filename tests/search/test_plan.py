@@ -6,14 +6,26 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mess_compile import latency, statistics
 from mess_compile.candidates import Gate
 from mess_compile.runtime.errors import InputError, StaleError
-from mess_compile.search.plan import check_plan_current, read_result, write_result
+from mess_compile.search.plan import (
+    Guarantee,
+    Optimism,
+    check_plan_current,
+    check_sources_current,
+    read_result,
+    write_result,
+)
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.solver import search
 from tests.search.cases import evidence, with_baseline_alone
+
+OPTIMISM = Optimism(0.4, 1.5, 5, 0.2, "cross-validation over groups")
+GUARANTEE = Guarantee(0.95, 0, 500, 500, 40, 0.8, 1.0, "betting", 0.7, 1.0, "bootstrap", "exchangeable groups", 3)
 
 
 @pytest.mark.parametrize("setting", ["input-dependent", "budgeted", "anytime"])
@@ -23,6 +35,39 @@ def test_what_is_written_is_read_again(tmp_path: Path, setting: str, alone: bool
     result = search(with_baseline_alone(case, 0.002) if alone else case, Requirement(setting=setting))
     write_result(tmp_path / "plans" / "host.json", result)
     assert read_result(tmp_path / "plans" / "host.json") == result
+
+
+def test_what_is_expected_on_unseen_images_survives_too(tmp_path: Path) -> None:
+    result = search(evidence((1,), 2, 6, seed=4), Requirement())
+    plan = dataclasses.replace(result.plan, optimism=OPTIMISM, guarantee=GUARANTEE)
+    result = dataclasses.replace(result, plan=plan, front_by=("latency", "miou", "memory"))
+    write_result(tmp_path / "host.json", result)
+    assert read_result(tmp_path / "host.json") == result
+
+
+def test_a_plan_carries_the_hashes_of_what_is_on_disk(tmp_path: Path) -> None:
+    """Written, read again and hashed, table and statistics must be those that the plan names."""
+    case = evidence((1,), 2, 6, seed=4)
+    plan = search(case, Requirement()).plan
+    latency.write_latency_table(tmp_path / "host.json", case.table)
+    statistics.write_statistics(tmp_path / "val", case.statistics)
+    table, found = latency.read_latency_table(tmp_path / "host.json"), statistics.read_statistics(tmp_path / "val")
+    assert plan.table_sha256 == latency.content_sha256(table)
+    assert plan.statistics_sha256 == statistics.content_sha256(found)
+    slower = dataclasses.replace(table.latency("baseline"), mean_ms=99.0)
+    table = dataclasses.replace(table, entries={**table.entries, ("baseline", "fp32"): slower})
+    counts = np.asarray(found.counts).copy()
+    counts[0, 0, 0] += 1
+    assert plan.table_sha256 != latency.content_sha256(table)
+    assert plan.statistics_sha256 != statistics.content_sha256(dataclasses.replace(found, counts=counts))
+
+
+def test_a_plan_is_stale_when_what_it_was_searched_from_changed() -> None:
+    known = {"latency table": "a" * 64, "statistics": "b" * 64}
+    check_sources_current("host", known, {"latency table": "a" * 64})
+    check_sources_current("host", known, known)
+    with pytest.raises(StaleError, match=r"the statistics changed since the plan for host .*run `mess-compile search`"):
+        check_sources_current("host", known, {**known, "statistics": "c" * 64})
 
 
 def test_the_file_has_the_keys_other_programs_rely_on(tmp_path: Path) -> None:
@@ -42,6 +87,19 @@ def test_the_file_has_the_keys_other_programs_rely_on(tmp_path: Path) -> None:
         (("plan", "setting"), "sometimes"),
         (("plan", "predicted", "miou"), None),
         (("plan", "gate", "confidence"), "hunch"),
+        (("plan", "predicted", "energy_mj"), "much"),
+        (("plan", "table_sha256"), "abc"),
+        (("plan", "operating_points"), []),
+        (("plan", "operating_points", 0, "name"), "best"),
+        (("plan", "operating_points", 0, "decisions"), []),
+        (("plan", "operating_points", 0, "decisions", 0, "row"), 77),
+        (("plan", "optimism"), {"miou_pp": 1.0}),
+        (("plan", "optimism"), {**dataclasses.asdict(OPTIMISM), "miou_pp": True}),
+        (("plan", "optimism"), {**dataclasses.asdict(OPTIMISM), "folds": 2.5}),
+        (("plan", "guarantee"), {**dataclasses.asdict(GUARANTEE), "assumption": None}),
+        (("plan", "guarantee"), {**dataclasses.asdict(GUARANTEE), "more": 1}),
+        (("front_by",), ["latency"]),
+        (("front_by",), ["latency", "miou", "beauty"]),
         (("certificate",), 3),
     ],
 )
