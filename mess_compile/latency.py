@@ -15,7 +15,7 @@ from mess_compile.runtime.errors import InputError, StaleError
 UPLOAD, DOWNLOAD, NULL = "upload", "download", "null"
 PSEUDO_GRAPHS = (UPLOAD, DOWNLOAD, NULL)
 SOURCES = ("measured", "estimated")
-Quantity = Literal["mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms"]
+Quantity = Literal["mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "energy_mj"]
 _MOST_MS = 1e9  # sums over a data set, in ns, must fit 64 bits
 _QUANTITIES: tuple[Quantity, ...] = ("mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms")
 
@@ -88,8 +88,11 @@ class LatencyTable:
         return entry
 
     def cost_ns(self, graph: str, precision: str = FP32, quantity: Quantity = "mean_ms") -> int:
-        milliseconds: float = getattr(self.latency(graph, precision), quantity)
-        return round(milliseconds * 1e6)
+        """In nanoseconds, or of `energy_mj` in nanojoules. Raises InputError when the table does not tell it."""
+        thousandths: float | None = getattr(self.latency(graph, precision), quantity)
+        if thousandths is None:
+            raise InputError(f"the latency table of {self.device} does not tell the energy of {graph}")
+        return round(thousandths * 1e6)
 
     @property
     def remedy(self) -> str:

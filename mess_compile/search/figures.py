@@ -75,6 +75,14 @@ class Evidence:
         keys += [(pseudo, FP32) for pseudo in PSEUDO_GRAPHS]
         return "estimated" if any(self.table.entries[key].source == "estimated" for key in keys) else "measured"
 
+    @cached_property
+    def without_energy(self) -> tuple[str, ...]:
+        """What the target runs, pseudo graphs included, and has no energy of in the latency table."""
+        graphs = [(name, spec.precision) for name, spec in self.graph_set.graphs.items()]
+        keys = [*graphs, *((pseudo, FP32) for pseudo in PSEUDO_GRAPHS)]
+        entries = self.table.entries
+        return tuple(key[0] for key in keys if key in entries and entries[key].energy_mj is None)
+
     def has_graphs_of(self, heads: Sequence[str]) -> bool:
         """Whether the target has every graph of a cascade that leaves through `heads`."""
         return self.runs(plan_graphs(self.candidate, heads))
@@ -107,6 +115,21 @@ class Evidence:
         return baseline_cost_ns(self.table, self.graph_set, self.baseline, quantity)
 
 
+def refuse_without_energy(evidence: Evidence) -> None:
+    """Raises InputError when the latency table does not tell the energy of everything that a plan may run."""
+    lacking, table = evidence.without_energy, evidence.table
+    if not lacking:
+        return
+    if all(entry.energy_mj is None for entry in table.entries.values()):
+        remedy = f"profile where the device tells its power (`mess-compile profile --device {table.device}`)"
+    else:
+        remedy = f"run `mess-compile profile --device {table.device} --all`"
+    names = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+    raise InputError(
+        f"the latency table of {table.device} does not tell the energy of {names}: {remedy}, or leave energy out"
+    )
+
+
 def figures_of_stages(evidence: Evidence, setting: str, stages: Sequence[Stage]) -> Figures:
     """Figures of the plan with these `stages`; definitions in DESIGN.md. Raises InputError when evidence lacks."""
     statistics = evidence.statistics
@@ -125,7 +148,15 @@ def figures_of_stages(evidence: Evidence, setting: str, stages: Sequence[Stage])
         images=statistics.images,
         split=statistics.split,
         source=evidence.source(plan_graphs(evidence.candidate, heads)),
+        energy_mj=_energy_mj(evidence, setting, heads, exits),
     )
+
+
+def _energy_mj(evidence: Evidence, setting: str, heads: Sequence[str], exits: NDArray[np.intp]) -> float | None:
+    if evidence.without_energy:
+        return None
+    energies = np.array(exit_costs_ns(evidence, setting, heads, "energy_mj"), np.int64)[exits]  # (n,) nJ
+    return int(energies.sum()) / evidence.statistics.images / 1e6
 
 
 def baseline_figures(evidence: Evidence, baseline_miou: float | None = None) -> Figures:
@@ -146,6 +177,7 @@ def baseline_figures(evidence: Evidence, baseline_miou: float | None = None) -> 
         images=evidence.statistics.images,
         split=evidence.statistics.split,
         source=evidence.source([evidence.baseline]),
+        energy_mj=None if evidence.without_energy else evidence.baseline_cost_ns("energy_mj") / 1e6,
     )
 
 
@@ -167,7 +199,10 @@ def exits_taken(statistics: ExitStatistics, stages: Sequence[Stage]) -> NDArray[
 def exit_costs_ns(
     evidence: Evidence, setting: str, heads: Sequence[str], quantity: Quantity = "mean_ms"
 ) -> tuple[int, ...]:
-    """What an image costs that ends at each exit, in ns; in the anytime setting earlier reports are paid for too."""
+    """What an image costs that ends at each exit, in ns; in the anytime setting earlier reports are paid for too.
+
+    Of `energy_mj` in nJ.
+    """
     costs = report_times_ns if setting == "anytime" else path_costs_ns
     return costs(evidence.table, evidence.graph_set, heads, quantity)
 

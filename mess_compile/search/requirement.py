@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 
 from mess_compile.runtime.errors import InputError
-from mess_compile.search.plan import SETTINGS
+from mess_compile.search.plan import FRONT_AXES, FRONT_BY, SETTINGS
 
-OBJECTIVES = ("latency", "accuracy", "workload", "memory")
+OBJECTIVES = ("latency", "accuracy", "workload", "memory", "energy")
 MAX_EXITS = 2
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -17,10 +17,17 @@ _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "
 
 @dataclass(frozen=True)
 class Limit:
-    """An upper bound: `value` in the quantity's own unit, or as a share of the baseline's when `relative`."""
+    """An upper bound: `value` in the quantity's own unit, or as a share of the baseline's when `relative`.
+
+    Raises InputError when it is not a positive number.
+    """
 
     value: float
     relative: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.value < math.inf:
+            raise InputError(f"a bound of {self.value:g}{'x' if self.relative else ''} is not a positive number")
 
     def resolved(self, baseline: int, unit: float) -> int:
         """The bound in the integers the search counts in: `unit` of them make up one of `value`."""
@@ -31,10 +38,11 @@ class Limit:
 class Requirement:
     """Bounds and objective of a search. None: not bounded.
 
-    `max_err_pp` is in percentage points of mIoU below the baseline's; `max_latency` in ms or relative (mean over
-    images); `max_workload` in GMACs or relative; `baseline_miou` (percent) replaces the measured one. `objective` is
-    latency unless given; the anytime setting has its own: the area under mIoU over time, or with `deadline_ms` the
-    mIoU at that time. Raises InputError for values that contradict each other.
+    `max_err_pp` is in percentage points of mIoU below the baseline's; `max_latency` (mean over images),
+    `max_latency_p95` (over images) and `max_latency_worst` (deepest path at p99) in ms or relative; `max_workload` in
+    GMACs or relative; `max_energy` in mJ (mean over images) or relative; `baseline_miou` (percent) replaces the
+    measured one. `objective` is latency unless given; the anytime setting has its own: the area under mIoU over time,
+    or with `deadline_ms` the mIoU at that time. Raises InputError for values that contradict each other.
     """
 
     setting: str = "input-dependent"
@@ -46,6 +54,9 @@ class Requirement:
     baseline_miou: float | None = None
     max_exits: int = MAX_EXITS
     deadline_ms: float | None = None
+    max_latency_p95: Limit | None = None
+    max_latency_worst: Limit | None = None
+    max_energy: Limit | None = None
 
     def __post_init__(self) -> None:
         if self.setting not in SETTINGS:
@@ -58,10 +69,19 @@ class Requirement:
             raise InputError(f"a deadline means nothing in the {self.setting} setting: use --max-latency or anytime")
         if not 0 <= self.max_exits <= MAX_EXITS:
             raise InputError(f"--max-exits {self.max_exits}: the search takes 0 to {MAX_EXITS} early exits")
+        for name in ("max_err_pp", "baseline_miou", "deadline_ms", "max_memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"{name} is {value}: give a number that is not negative, or None for no bound")
 
     @property
     def early_exits(self) -> int:
         return 0 if self.setting == "budgeted" else self.max_exits
+
+    @property
+    def needs_energy(self) -> bool:
+        """Whether it can be judged only where the latency table tells energies."""
+        return self.objective == "energy" or self.max_energy is not None
 
 
 def parse_max_err(text: str) -> float:
@@ -79,52 +99,79 @@ def parse_baseline(text: str) -> float:
 
 def parse_milliseconds(text: str, option: str = "--deadline") -> float:
     """Milliseconds from `20ms`. Raises InputError."""
-    return _positive(text, rf"{_NUMBER}\s*ms", option, "20ms")
+    return _positive(text, r"\s*ms", option, "20ms")
 
 
 def parse_seconds(text: str, option: str = "--budget") -> float:
     """Seconds from `90s`, `30min` or `2h`. Raises InputError."""
-    match = re.fullmatch(rf"{_NUMBER}\s*(s|min|h)", text.strip())
-    if match is None or not _usable(match[1]):
-        raise InputError(f"{option} {text!r} is not understood: write 30min (units: s, min, h)")
-    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
+    units = {"s": 1, "min": 60, "h": 3600}
+    value = _positive(text, rf"\s*(?:{'|'.join(units)})", option, f"30min (units: {', '.join(units)})")
+    return value * units[text.strip().lstrip("0123456789. ")]
 
 
-def parse_max_latency(text: str) -> Limit:
+def parse_max_latency(text: str, option: str = "--max-latency") -> Limit:
     """From `20ms`, or `0.5x` of the baseline's latency. Raises InputError."""
-    if text.strip().endswith("x"):
-        return Limit(_positive(text, rf"{_NUMBER}\s*x", "--max-latency", "0.5x of the baseline"), relative=True)
-    return Limit(_positive(text, rf"{_NUMBER}\s*ms", "--max-latency", "20ms, or 0.5x of the baseline"))
+    return _limit(text, r"\s*ms", option, "20ms")
 
 
 def parse_max_workload(text: str) -> Limit:
     """From `3.5` GMACs, or `0.5x` of the baseline's workload. Raises InputError."""
-    if text.strip().endswith("x"):
-        return Limit(_positive(text, rf"{_NUMBER}\s*x", "--max-workload", "0.5x of the baseline"), relative=True)
-    return Limit(_positive(text, _NUMBER, "--max-workload", "3.5 for 3.5 GMACs, or 0.5x of the baseline"))
+    return _limit(text, r"(?:\s*GMACs?)?", "--max-workload", "3.5 for 3.5 GMACs")
+
+
+def parse_max_energy(text: str) -> Limit:
+    """From `50mJ`, or `0.5x` of the baseline's energy. Raises InputError."""
+    return _limit(text, r"\s*mJ", "--max-energy", "50mJ for 50 millijoules an image")
 
 
 def parse_max_memory(text: str) -> int:
     """Bytes from `64MiB`. Raises InputError."""
-    match = re.fullmatch(rf"{_NUMBER}\s*({'|'.join(_BYTES)})", text.strip())
-    if match is None or not _usable(match[1]):
-        raise InputError(f"--max-memory {text!r} is not understood: write 64MiB (units: {', '.join(_BYTES)})")
-    return int(float(match[1]) * _BYTES[match[2]])
+    example = f"64MiB (units: {', '.join(_BYTES)})"
+    value = _positive(text, rf"\s*(?:{'|'.join(_BYTES)})", "--max-memory", example)
+    return int(value * _BYTES[text.strip().lstrip("0123456789. ")])
+
+
+def parse_front(text: str) -> tuple[str, ...]:
+    """What plans of the front are compared by, from `latency,miou,memory`. Raises InputError."""
+    named = {name.strip() for name in text.split(",")}
+    if not set(FRONT_BY) <= named <= set(FRONT_AXES):
+        raise InputError(f"--front {text!r} is not understood: write {','.join(FRONT_BY)} or {','.join(FRONT_AXES)}")
+    return tuple(axis for axis in FRONT_AXES if axis in named)
+
+
+def _limit(text: str, unit: str, option: str, example: str) -> Limit:
+    example = f"{example}, or 0.5x of the baseline"
+    if text.strip().endswith("x"):
+        return Limit(_positive(text, r"\s*x", option, example), relative=True)
+    return Limit(_positive(text, unit, option, example))
 
 
 def _percent(text: str, option: str, example: str) -> float:
     match = re.fullmatch(rf"{_NUMBER}\s*%", text.strip())
-    if match is None:
-        raise InputError(f"{option} {text!r} is not understood: write {example}")
+    if match is None or float(match[1]) == math.inf:
+        raise _refusal(text, option, example)
     return float(match[1])
 
 
-def _positive(text: str, pattern: str, option: str, example: str) -> float:
-    match = re.fullmatch(pattern, text.strip())
-    if match is None or not _usable(match[1]):
-        raise InputError(f"{option} {text!r} is not understood: write {example}")
+def _positive(text: str, unit: str, option: str, example: str) -> float:
+    match = re.fullmatch(rf"{_NUMBER}{unit}", text.strip())
+    if match is None or not 0 < float(match[1]) < math.inf:
+        raise _refusal(text, option, example)
     return float(match[1])
 
 
-def _usable(number: str) -> bool:
-    return 0 < float(number) < math.inf
+def _refusal(text: str, option: str, example: str) -> InputError:
+    """What is wrong with a number, and how it is written."""
+    match = re.match(rf"(-?){_NUMBER}(.*)", text.strip())
+    reason = "is not understood"
+    if match is not None and match[1]:
+        reason = "is negative"
+    elif match is not None and not match[3]:
+        reason = "has no unit"
+    elif match is not None and float(match[2]) == 0:
+        reason = "is not more than nothing"
+    return InputError(f"{option} {_shortened(text)!r} {reason}: write {example}")
+
+
+def _shortened(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else text[:most] + "..."

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.runtime.errors import RequirementError
+from mess_compile.search.anytime import anytime_chains
 from mess_compile.search.enumeration import Outcomes, Scores, best_outcomes, merged, states_of_pair, undominated
 from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs
 from mess_compile.search.plan import Stage
@@ -25,6 +26,9 @@ ROW = np.dtype(
         ("second", np.int64),
         ("cost_ns", np.int64),  # sums over all images
         ("macs", np.int64),
+        ("energy_nj", np.int64),  # 0 where the latency table does not tell
+        ("p95_ns", np.int64),  # of one image
+        ("worst_ns", np.int64),
         ("memory_bytes", np.int64),
         ("graphs", np.int64),
         ("miou", np.float64),  # percent
@@ -50,11 +54,9 @@ class Rows:
 
 def rows_of_plans(evidence: Evidence, requirement: Requirement, progress: Progress) -> Rows:
     """Evaluate every plan of the requirement's setting; `progress` is told (chains done, chains in all)."""
-    beginnings = list(chains(evidence.heads, len(evidence.candidate.exit_points), requirement.early_exits))
     if requirement.setting == "anytime":
-        whole = [(*early, last) for early in beginnings for last in _lasts(evidence, early)]
-        _refuse_without_plans(evidence, whole)
-        return _anytime_rows(evidence, requirement, whole)
+        return _anytime_rows(evidence, requirement)
+    beginnings = list(chains(evidence.heads, len(evidence.candidate.exit_points), requirement.early_exits))
     ledger = _Ledger(evidence)
     for done, early in enumerate(beginnings, start=1):
         ledger.add(early)
@@ -77,41 +79,59 @@ def _lasts(evidence: Evidence, early: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(last for last in lasts if evidence.has_graphs_of((*early, last)))
 
 
-def _anytime_rows(evidence: Evidence, requirement: Requirement, whole: list[tuple[str, ...]]) -> Rows:
-    horizon = evidence.baseline_cost_ns()
-    deadline = None if requirement.deadline_ms is None else round(requirement.deadline_ms * 1e6)
-    mious = {head: head_miou(evidence.statistics, head) for head in evidence.statistics.heads}
-    plans = np.concatenate([_fixed_columns(evidence, "anytime", index, heads) for index, heads in enumerate(whole)])
-    for plan, heads in zip(plans, whole, strict=True):
-        times = exit_costs_ns(evidence, "anytime", heads)
-        best = np.maximum.accumulate([mious[head] for head in heads]).tolist()
-        plan["miou"] = best[-1]
-        plan["score"] = area(times, best, horizon) if deadline is None else _reached(times, best, deadline)
-    return Rows(tuple(whole), {}, plans, len(whole), len(whole))
+def _anytime_rows(evidence: Evidence, requirement: Requirement) -> Rows:
+    found = anytime_chains(evidence, requirement)
+    whole = tuple(chain for each in found for chain in each.heads)
+    _refuse_without_plans(evidence, whole)
+    plans = np.zeros(len(whole), ROW)
+    plans["chain"] = np.arange(len(whole))
+    plans["first"] = plans["second"] = NO_OPTION
+    for name in found[0].columns:
+        plans[name] = np.concatenate([each.columns[name] for each in found])
+    return Rows(whole, {}, plans, len(whole), len(whole))
 
 
-def area(times_ns: Sequence[int], best_mious: Sequence[float], horizon_ns: int) -> float:
-    """Mean over 0 to `horizon_ns` of the best mIoU (percent) reported by then; zero before the first report."""
-    ends = (*times_ns[1:], horizon_ns)
-    total = 0.0
-    for start, end, best in zip(times_ns, ends, best_mious, strict=True):
-        total += best * max(0, min(end, horizon_ns) - start)
-    return total / horizon_ns
+def _rows_of_chain(evidence: Evidence, index: int, heads: tuple[str, ...], found: Outcomes) -> NDArray[np.void]:
+    """What a chain of heads costs and reaches by `found`, pruned where no requirement could choose what is left out."""
+    statistics = evidence.statistics
+    costs = {
+        "cost_ns": exit_costs_ns(evidence, "input-dependent", heads),
+        "macs": exit_macs(evidence.candidate, heads),
+        "energy_nj": _energies_nj(evidence, heads),
+    }
+    if all(list(each) == sorted(each) for each in costs.values()):
+        found = undominated(found)
+    rows = np.zeros(len(found.miou), ROW)
+    rows["chain"], rows["first"], rows["second"], rows["miou"] = index, found.first, found.second, found.miou
+    rows["memory_bytes"] = memory_bytes(evidence.graph_set, heads)
+    rows["graphs"] = len(plan_graphs(evidence.candidate, heads))
+    rows["worst_ns"] = exit_costs_ns(evidence, "input-dependent", heads, "p99_ms")[-1]
+    leave = _images_at_exits(found, len(heads), statistics.images)
+    for name, each in costs.items():
+        rows[name] = leave @ np.array(each, np.int64)
+    rows["p95_ns"] = _p95(leave, np.array(costs["cost_ns"], np.int64))
+    return rows
 
 
-def _reached(times_ns: Sequence[int], best_mious: Sequence[float], deadline_ns: int) -> float:
-    return max((best for time, best in zip(times_ns, best_mious, strict=True) if time <= deadline_ns), default=0.0)
+def _energies_nj(evidence: Evidence, heads: tuple[str, ...]) -> tuple[int, ...]:
+    """What an image takes that leaves at each exit; nothing where the latency table does not tell."""
+    if evidence.without_energy:
+        return (0,) * len(heads)
+    return exit_costs_ns(evidence, "input-dependent", heads, "energy_mj")
 
 
-def _fixed_columns(evidence: Evidence, setting: str, index: int, heads: tuple[str, ...]) -> NDArray[np.void]:
-    """One row of what a chain of heads costs when every image leaves at its last exit."""
-    row = np.zeros(1, ROW)
-    row["chain"], row["first"], row["second"] = index, NO_OPTION, NO_OPTION
-    row["cost_ns"] = exit_costs_ns(evidence, setting, heads)[-1] * evidence.statistics.images
-    row["macs"] = exit_macs(evidence.candidate, heads)[-1] * evidence.statistics.images
-    row["memory_bytes"] = memory_bytes(evidence.graph_set, heads)
-    row["graphs"] = len(plan_graphs(evidence.candidate, heads))
-    return row
+def _images_at_exits(found: Outcomes, exits: int, images: int) -> NDArray[np.int64]:
+    """How many images leave at each exit, (rows, exits)."""
+    early = [found.at_first, found.at_second][-(exits - 1) :] if exits > 1 else []
+    return np.stack([*early, images - found.at_first - found.at_second], axis=1)
+
+
+def _p95(leave: NDArray[np.int64], costs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The smallest cost (rows,) that at least 95 % of the images do not exceed."""
+    order = np.argsort(costs, kind="stable")
+    enough = -(-95 * int(leave[0].sum()) // 100)
+    reached: NDArray[np.int64] = costs[order][(leave[:, order].cumsum(axis=1) >= enough).argmax(axis=1)]
+    return reached
 
 
 class _Ledger:
@@ -155,26 +175,15 @@ class _Ledger:
         return self._options[head]
 
     def _add_single(self, head: str) -> None:
-        row = _fixed_columns(self._evidence, "budgeted", len(self.chains), (head,))
-        row["miou"] = head_miou(self._evidence.statistics, head)
-        self.chains.append((head,))
-        self._rows.append(row)
+        none, nothing = np.full(1, NO_OPTION), np.zeros(1, np.int64)
+        miou = np.array([head_miou(self._evidence.statistics, head)])
+        self._add_outcomes((head,), Outcomes(none, none, nothing, nothing, miou))
         self._space += 1
         self._evaluated += 1
 
-    def _add_outcomes(self, heads: tuple[str, ...], best: Outcomes) -> None:
-        costs = exit_costs_ns(self._evidence, "input-dependent", heads)
-        macs = exit_macs(self._evidence.candidate, heads)
-        if list(costs) == sorted(costs):
-            best = undominated(best)
-        fixed = _fixed_columns(self._evidence, "input-dependent", len(self.chains), heads)
-        rows = np.repeat(fixed, len(best.miou))
-        rows["first"], rows["second"], rows["miou"] = best.first, best.second, best.miou
-        for at, index in ((best.at_first, 0), (best.at_second, len(heads) - 2)):
-            rows["cost_ns"] -= at * (costs[-1] - costs[index])
-            rows["macs"] -= at * (macs[-1] - macs[index])
+    def _add_outcomes(self, heads: tuple[str, ...], found: Outcomes) -> None:
+        self._rows.append(_rows_of_chain(self._evidence, len(self.chains), heads, found))
         self.chains.append(heads)
-        self._rows.append(rows)
 
     def rows(self) -> Rows:
         plans = np.concatenate(self._rows)

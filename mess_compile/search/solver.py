@@ -16,38 +16,54 @@ from mess_compile.search.figures import (
     baseline_figures,
     figures_of_stages,
     graphs_of_stages,
+    refuse_without_energy,
 )
-from mess_compile.search.plan import Certificate, Plan, SearchResult, default_point
+from mess_compile.search.front import front_groups
+from mess_compile.search.plan import FRONT_BY, Certificate, Plan, SearchResult, default_point
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.rows import Progress, Rows, rows_of_plans, stages_of_row, text_of_stages
 
 Mask = NDArray[np.bool_]
+_AXES = {"latency": "cost_ns", "miou": "miou", "memory": "memory_bytes"}
 
 
-def search(evidence: Evidence, requirement: Requirement, progress: Progress = lambda done, total: None) -> SearchResult:
+def search(
+    evidence: Evidence,
+    requirement: Requirement,
+    progress: Progress = lambda done, total: None,
+    front_by: tuple[str, ...] = FRONT_BY,
+    time_limit_s: float | None = None,
+) -> SearchResult:
     """The optimum over the whole space, by enumeration; space and order of equals are those of the search issue (5).
 
-    The front (mean latency, mIoU) is of the plans that keep the memory and workload bounds. `progress` is told
-    (chains of heads done, in all). Raises RequirementError naming the best that can be reached when no plan satisfies
-    the requirement.
+    The front is by mean latency, mIoU and what else `front_by` names, of the plans that keep the bounds on what it is
+    not by. `progress` is told (chains of heads done, in all). Raises RequirementError naming the best that can be
+    reached when no plan satisfies the requirement, InputError when it needs energies that the latency table lacks.
     """
+    if requirement.needs_energy:
+        refuse_without_energy(evidence)
     rows = rows_of_plans(evidence, requirement, progress)
     bounds = _bounds(evidence, requirement, rows.plans)
     feasible = _kept(rows, bounds)
     if not feasible.any():
         raise RequirementError(_refusal(rows, bounds))
     chosen = _best(evidence, rows, np.flatnonzero(feasible), _objective(rows.plans, requirement)[feasible])
-    fixed = _kept(rows, [bound for bound in bounds if bound.column in ("memory_bytes", "macs")])
+    fixed = _kept(rows, [bound for bound in bounds if bound.column not in {_AXES[axis] for axis in front_by}])
     certificate = Certificate(rows.space, rows.evaluated, rows.space - rows.evaluated, gap=0.0, exhaustive=True)
     return SearchResult(
         plan=_plan(evidence, requirement, rows, chosen),
-        front=tuple(_plan(evidence, requirement, rows, index) for index in _front(evidence, rows, fixed)),
+        front=tuple(_plan(evidence, requirement, rows, index) for index in _front(evidence, rows, fixed, front_by)),
         certificate=certificate,
+        front_by=front_by,
     )
 
 
 def search_recipes(
-    evidences: Sequence[Evidence], requirement: Requirement, progress: Progress = lambda done, total: None
+    evidences: Sequence[Evidence],
+    requirement: Requirement,
+    progress: Progress = lambda done, total: None,
+    front_by: tuple[str, ...] = FRONT_BY,
+    time_limit_s: float | None = None,
 ) -> SearchResult:
     """The optimum over the plans of several precision recipes of one network; of equals that of the first.
 
@@ -69,7 +85,7 @@ def search_recipes(
     found, refusals = [], []
     for evidence in evidences:
         try:
-            found.append(search(evidence, requirement, progress))
+            found.append(search(evidence, requirement, progress, front_by, time_limit_s))
         except RequirementError as error:
             refusals.append(f"{evidence.graph_set.recipe}: {error}" if len(evidences) > 1 else str(error))
     if not found:
@@ -77,7 +93,8 @@ def search_recipes(
     proofs = [result.certificate for result in found]
     return SearchResult(
         plan=min((result.plan for result in found), key=lambda plan: _order(plan, requirement)),
-        front=_merged([plan for result in found for plan in result.front]),
+        front=_merged([plan for result in found for plan in result.front], front_by),
+        front_by=front_by,
         certificate=replace(
             proofs[0], **{name: sum(getattr(p, name) for p in proofs) for name in ("space", "evaluated", "duplicates")}
         ),
@@ -92,17 +109,18 @@ def _order(plan: Plan, requirement: Requirement) -> tuple[float, float, int]:
         "accuracy": -figures.miou,
         "workload": figures.gmacs,
         "memory": figures.memory_bytes,
+        "energy": figures.energy_mj or 0.0,
     }
     return objectives[requirement.objective or "latency"], -figures.miou, len(plan.graphs)
 
 
-def _merged(plans: list[Plan]) -> tuple[Plan, ...]:
-    """Those that no other beats in latency and mIoU, from the fastest to the most accurate."""
-    front: list[Plan] = []
-    for plan in sorted(plans, key=lambda plan: (plan.predicted.latency_ms, -plan.predicted.miou)):
-        if not front or plan.predicted.miou > front[-1].predicted.miou:
-            front.append(plan)
-    return tuple(front)
+def _merged(plans: list[Plan], front_by: tuple[str, ...]) -> tuple[Plan, ...]:
+    """Those that no other beats in what the front is by, from the fastest to the most accurate; of equals the first."""
+    cost, miou, memory = (
+        np.array([getattr(plan.predicted, name) for plan in plans]) for name in ("latency_ms", "miou", "memory_bytes")
+    )
+    groups = front_groups(cost, miou, memory if "memory" in front_by else None)
+    return tuple(plans[min(group)] for group in groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +157,15 @@ def _bounds(evidence: Evidence, requirement: Requirement, plans: NDArray[np.void
     if requirement.max_latency is not None:
         limit = requirement.max_latency.resolved(evidence.baseline_cost_ns(), 1e6)
         bounds.append(_Bound("cost_ns", "latency", float(limit * images), 1e6 * images, "ms"))
+    if requirement.max_latency_p95 is not None:
+        limit = requirement.max_latency_p95.resolved(evidence.baseline_cost_ns(), 1e6)
+        bounds.append(_Bound("p95_ns", "p95 latency", limit, 1e6, "ms"))
+    if requirement.max_latency_worst is not None:
+        limit = requirement.max_latency_worst.resolved(evidence.baseline_cost_ns("p99_ms"), 1e6)
+        bounds.append(_Bound("worst_ns", "worst-case latency", limit, 1e6, "ms"))
+    if requirement.max_energy is not None:
+        limit = requirement.max_energy.resolved(evidence.baseline_cost_ns("energy_mj"), 1e6)
+        bounds.append(_Bound("energy_nj", "energy", float(limit * images), 1e6 * images, "mJ"))
     if requirement.max_workload is not None:
         limit = requirement.max_workload.resolved(evidence.candidate.baseline_macs, 1e9)
         bounds.append(_Bound("macs", "workload", float(limit * images), 1e9 * images, "GMACs"))
@@ -175,7 +202,7 @@ def _objective(plans: NDArray[np.void], requirement: Requirement) -> NDArray[Any
         return -plans["score"]
     if requirement.objective == "accuracy":
         return -plans["miou"]
-    columns = {"latency": "cost_ns", "workload": "macs", "memory": "memory_bytes"}
+    columns = {"latency": "cost_ns", "workload": "macs", "memory": "memory_bytes", "energy": "energy_nj"}
     return plans[columns[requirement.objective or "latency"]]
 
 
@@ -187,18 +214,12 @@ def _best(evidence: Evidence, rows: Rows, among: NDArray[np.intp], objective: ND
     return min(map(int, among), key=lambda i: text_of_stages(stages_of_row(evidence, rows, rows.plans[i])))
 
 
-def _front(evidence: Evidence, rows: Rows, kept: Mask) -> list[int]:
-    """The rows that no other beats in latency and mIoU, from the fastest to the most accurate."""
+def _front(evidence: Evidence, rows: Rows, kept: Mask, front_by: tuple[str, ...]) -> list[int]:
+    """The rows that no other beats in what the front is by, from the fastest to the most accurate."""
     among = np.flatnonzero(kept)
-    cost, miou = rows.plans["cost_ns"][among], rows.plans["miou"][among]
-    order = np.lexsort((-miou, cost))
-    among, cost, miou = among[order], cost[order], miou[order]
-    before = np.concatenate([[-1.0], np.maximum.accumulate(miou)[:-1]])
-    front = []
-    for start in np.flatnonzero(miou > before):
-        end = np.searchsorted(cost, cost[start], side="right")
-        front.append(_best(evidence, rows, among[start:end], cost[start:end]))
-    return front
+    cost, miou, memory = (rows.plans[name][among] for name in ("cost_ns", "miou", "memory_bytes"))
+    groups = front_groups(cost, miou, memory if "memory" in front_by else None)
+    return [_best(evidence, rows, among[group], cost[group]) for group in groups]
 
 
 def _plan(evidence: Evidence, requirement: Requirement, rows: Rows, index: int) -> Plan:

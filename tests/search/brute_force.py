@@ -13,7 +13,7 @@ from mess_compile.search.figures import Evidence
 
 @dataclass(frozen=True)
 class BrutePlan:
-    """A plan and its figures: sums over images in ns and MACs, mIoU in percent."""
+    """A plan and its figures: sums over images but for `p95_ns` and `worst_ns`, which are of one; mIoU in percent."""
 
     points: tuple[int, ...]
     heads: tuple[str, ...]
@@ -24,6 +24,9 @@ class BrutePlan:
     memory: int
     graphs: int
     miou: float
+    p95_ns: int
+    worst_ns: int
+    energy_nj: int
     score: float = 0.0
 
     @property
@@ -77,20 +80,22 @@ def mixture_plan(evidence: Evidence, heads: tuple[Head, ...], chosen: tuple[tupl
         memory=memory(evidence, heads),
         graphs=len(graphs_of(evidence, heads)),
         miou=miou_of(evidence, [heads[taken].name for taken in exits]),
+        p95_ns=p95([path_cost(evidence, heads, taken) for taken in exits]),
+        worst_ns=path_cost(evidence, heads, len(heads) - 1, "p99_ms"),
+        energy_nj=sum(path_cost(evidence, heads, taken, "energy_mj") for taken in exits),
     )
 
 
+def p95(costs: list[int]) -> int:
+    return next(c for c in sorted(costs) if 100 * sum(other <= c for other in costs) >= 95 * len(costs))
+
+
 def anytime_plan(evidence: Evidence, heads: tuple[Head, ...], deadline_ns: int | None) -> BrutePlan:
-    now, best, score, times, bests = ns(evidence, "upload"), 0.0, 0.0, [], []
+    best, score, times, bests = 0.0, 0.0, [], []
     horizon = ns(evidence, "upload") + ns(evidence, baseline_of(evidence)[0]) + ns(evidence, "download")
-    previous = 0
-    for head in heads:
-        for graph in graphs_of_stage(evidence, previous, head):
-            now += ns(evidence, graph)
-        now += ns(evidence, "download")
-        previous = head.exit_point
+    for stages, head in enumerate(heads, start=1):
         best = max(best, miou_of(evidence, [head.name] * evidence.statistics.images))
-        times.append(now)
+        times.append(reported(evidence, heads[:stages]))
         bests.append(best)
     if deadline_ns is None:
         for i, time in enumerate(times):
@@ -106,13 +111,27 @@ def anytime_plan(evidence: Evidence, heads: tuple[Head, ...], deadline_ns: int |
         heads=tuple(head.name for head in heads),
         rows=(),
         cuts=(),
-        cost_ns=now * evidence.statistics.images,
+        cost_ns=times[-1] * evidence.statistics.images,
         macs=path_macs(evidence, heads, len(heads) - 1) * evidence.statistics.images,
         memory=memory(evidence, heads),
         graphs=len(graphs_of(evidence, heads)),
         miou=best,
+        p95_ns=times[-1],
+        worst_ns=reported(evidence, heads, "p99_ms"),
+        energy_nj=reported(evidence, heads, "energy_mj") * evidence.statistics.images,
         score=score,
     )
+
+
+def reported(evidence: Evidence, heads: tuple[Head, ...], quantity: str = "mean_ms") -> int:
+    """What it takes until the last of `heads` has reported, as every one before it did."""
+    now, previous = ns(evidence, "upload", quantity), 0
+    for head in heads:
+        for graph in graphs_of_stage(evidence, previous, head):
+            now += ns(evidence, graph, quantity)
+        now += ns(evidence, "download", quantity)
+        previous = head.exit_point
+    return now
 
 
 def baseline_of(evidence: Evidence) -> tuple[str, float]:
@@ -126,8 +145,8 @@ def baseline_of(evidence: Evidence) -> tuple[str, float]:
     return name, miou
 
 
-def ns(evidence: Evidence, graph: str) -> int:
-    return round(evidence.table.entries[graph, "fp32"].mean_ms * 1e6)
+def ns(evidence: Evidence, graph: str, quantity: str = "mean_ms") -> int:
+    return round(getattr(evidence.table.entries[graph, "fp32"], quantity) * 1e6)
 
 
 def graphs_of_stage(evidence: Evidence, previous: int, head: Head) -> list[str]:
@@ -144,15 +163,15 @@ def graphs_of(evidence: Evidence, heads: tuple[Head, ...]) -> set[str]:
     return names
 
 
-def path_cost(evidence: Evidence, heads: tuple[Head, ...], taken: int) -> int:
-    cost, previous = ns(evidence, "upload") + ns(evidence, "download"), 0
+def path_cost(evidence: Evidence, heads: tuple[Head, ...], taken: int, quantity: str = "mean_ms") -> int:
+    cost, previous = ns(evidence, "upload", quantity) + ns(evidence, "download", quantity), 0
     for stage in range(taken + 1):
         segment, head, output = graphs_of_stage(evidence, previous, heads[stage])
-        cost += ns(evidence, segment) + ns(evidence, head)
+        cost += ns(evidence, segment, quantity) + ns(evidence, head, quantity)
         if stage < len(heads) - 1:
-            cost += ns(evidence, "null")
+            cost += ns(evidence, "null", quantity)
         if stage == taken:
-            cost += ns(evidence, output)
+            cost += ns(evidence, output, quantity)
         previous = heads[stage].exit_point
     return cost
 

@@ -85,11 +85,13 @@ def graph_set(candidate: CandidateNetwork, rows: int, seed: int = 0) -> GraphSet
 
 def latency_table(graphs: GraphSet, seed: int = 0) -> LatencyTable:
     """Whole microseconds from a small range, so that different plans cost the same now and then."""
-    rng = np.random.default_rng(seed)
+    rng, others = np.random.default_rng(seed), np.random.default_rng(seed + 1)
 
     def entry(name: str, sha256: str) -> Latency:
         mean_ms = int(rng.integers(1, 6)) / 1000
-        return Latency(name, sha256, "fp32", mean_ms, mean_ms, mean_ms, mean_ms, mean_ms * 2, 30, "measured")
+        p99_ms, energy_mj = (int(value) / 1000 for value in others.integers((mean_ms * 1000, 1), (12, 6)))
+        times = (mean_ms, mean_ms, mean_ms, mean_ms, p99_ms)
+        return Latency(name, sha256, "fp32", *times, 30, "measured", energy_mj=energy_mj)
 
     names = {**{name: spec.sha256 for name, spec in graphs.graphs.items()}, **dict.fromkeys(PSEUDO_GRAPHS, "")}
     entries = {(name, "fp32"): entry(name, sha256) for name, sha256 in names.items()}

@@ -13,8 +13,7 @@ from mess_compile.latency import Failure, Latency, LatencyTable
 from mess_compile.runtime.errors import InputError, RequirementError, StaleError
 from mess_compile.search.figures import Evidence, anytime_reports, baseline_figures, figures_of_stages, replay
 from mess_compile.search.plan import Report, Stage
-from mess_compile.search.requirement import Requirement
-from mess_compile.search.rows import area
+from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search_recipes
 from mess_compile.statistics import ExitStatistics
 from tests.search.cases import evidence
@@ -166,9 +165,25 @@ def test_an_anytime_plan_pays_for_every_report() -> None:
     assert figures.exit_rates == (0.0, 1.0)
 
 
-def test_the_area_counts_only_what_is_reported_before_the_baseline_would_be() -> None:
-    assert area((2, 6, 12), (30.0, 50.0, 90.0), 10) == pytest.approx((4 * 30 + 4 * 50) / 10)
-    assert area((12,), (30.0,), 10) == 0.0
+def test_energy_is_asked_of_tables_that_tell_it() -> None:
+    case = evidence((1,), 2, 4, seed=0)
+    graphs = ("upload", "segment-0-2", "head-exit2.fcn-crm1-b0", "output-4x6", "download")
+    energy = sum(case.table.entries[graph, "fp32"].energy_mj or 0.0 for graph in graphs)
+    figures = figures_of_stages(case, "budgeted", (Stage(2, "exit2.fcn-crm1-b0", 0, None),))
+    assert figures.energy_mj == pytest.approx(energy)
+    silent = dataclasses.replace(case.table.latency("head-exit2.fcn-crm1-b0"), energy_mj=None)
+    entries = {**case.table.entries, ("head-exit2.fcn-crm1-b0", "fp32"): silent}
+    lacking = dataclasses.replace(case, table=dataclasses.replace(case.table, entries=entries))
+    assert figures_of_stages(lacking, "budgeted", (Stage(2, "exit2.fcn-crm1-b0", 0, None),)).energy_mj is None
+    for requirement in (Requirement(objective="energy"), Requirement(max_energy=Limit(0.5, relative=True))):
+        with pytest.raises(
+            InputError, match=r"energy of head-exit2.fcn-crm1-b0: run `mess-compile profile --device host --all`"
+        ):
+            search_recipes([lacking], requirement)
+    nothing = {key: dataclasses.replace(entry, energy_mj=None) for key, entry in case.table.entries.items()}
+    silent_device = dataclasses.replace(case, table=dataclasses.replace(case.table, entries=nothing))
+    with pytest.raises(InputError, match="profile where the device tells its power"):
+        search_recipes([silent_device], Requirement(objective="energy"))
 
 
 def test_a_replay_takes_the_exits_that_other_images_take() -> None:

@@ -12,11 +12,14 @@ from mess_compile.search.requirement import (
     Limit,
     Requirement,
     parse_baseline,
+    parse_front,
+    parse_max_energy,
     parse_max_err,
     parse_max_latency,
     parse_max_memory,
     parse_max_workload,
     parse_milliseconds,
+    parse_seconds,
 )
 
 
@@ -35,7 +38,13 @@ from mess_compile.search.requirement import (
         (parse_max_workload, "1x", Limit(1.0, relative=True)),
         (parse_max_memory, "64MiB", 67108864),
         (parse_max_memory, "1.5 GB", 1500000000),
+        (parse_max_workload, "3.5 GMACs", Limit(3.5)),
+        (parse_max_energy, "50mJ", Limit(50.0)),
+        (parse_max_energy, "0.5x", Limit(0.5, relative=True)),
         (parse_max_memory, "512B", 512),
+        (parse_seconds, "90s", 90.0),
+        (parse_seconds, "1.5 h", 5400.0),
+        (parse_front, "memory, miou,latency", ("latency", "miou", "memory")),
     ],
 )
 def test_values_are_read_in_their_units(parse: Callable[[str], Any], text: str, value: Any) -> None:
@@ -45,8 +54,9 @@ def test_values_are_read_in_their_units(parse: Callable[[str], Any], text: str, 
 @pytest.mark.parametrize(
     ("parse", "text", "example"),
     [
-        (parse_max_err, "1", "write 1% for one percentage point of mIoU"),
-        (parse_max_err, "-1%", "write 1%"),
+        (parse_max_err, "1", "has no unit: write 1% for one percentage point of mIoU"),
+        (parse_max_err, "-1", "is negative: write 1%"),
+        (parse_max_err, "-1%", "is negative: write 1%"),
         (parse_max_err, "nan%", "write 1%"),
         (parse_baseline, "154%", "at most 100%"),
         (parse_baseline, "0.5424", "write 54.24%"),
@@ -55,7 +65,13 @@ def test_values_are_read_in_their_units(parse: Callable[[str], Any], text: str, 
         (parse_max_latency, "20", "write 20ms, or 0.5x of the baseline"),
         (parse_max_latency, "0ms", "write 20ms"),
         (parse_max_latency, "1" + "0" * 400 + "ms", "write 20ms"),
-        (parse_max_latency, "-1x", "write 0.5x"),
+        (parse_max_latency, "-1x", "is negative: write 20ms, or 0.5x"),
+        (parse_max_latency, "inf ms", "is not understood: write 20ms"),
+        (parse_max_energy, "50", "has no unit: write 50mJ for 50 millijoules"),
+        (parse_max_energy, "0x", "is not more than nothing: write 50mJ"),
+        (parse_seconds, "60", "has no unit: write 30min (units: s, min, h)"),
+        (parse_front, "memory", "write latency,miou or latency,miou,memory"),
+        (parse_front, "latency,miou,beauty", "write latency,miou or latency,miou,memory"),
         (parse_max_workload, "3.5 GFLOPs", "write 3.5 for 3.5 GMACs"),
         (parse_max_memory, "64", "write 64MiB"),
         (parse_max_memory, "64mb", "write 64MiB"),
@@ -84,8 +100,18 @@ def test_limits_become_integers_in_the_units_of_the_search() -> None:
         {"deadline_ms": 20.0},
         {"max_exits": 3},
         {"max_exits": -1},
+        {"max_err_pp": -1.0},
+        {"max_err_pp": float("nan")},
+        {"baseline_miou": float("inf")},
+        {"max_memory_bytes": -1},
     ],
 )
 def test_contradictory_requirements_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         Requirement(**fields)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_bound_that_is_no_positive_number_is_refused(value: float) -> None:
+    with pytest.raises(InputError, match="is not a positive number"):
+        Limit(value)

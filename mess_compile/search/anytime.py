@@ -1,0 +1,153 @@
+"""The anytime setting: what every chain of heads reports and costs, all heads of the same exit points at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.candidates import Head, head_graph_name, output_name, segment_name
+from mess_compile.latency import DOWNLOAD, UPLOAD, Quantity, graph_cost_ns
+from mess_compile.search.figures import Evidence
+from mess_compile.search.requirement import Requirement
+from mess_compile.statistics import head_miou
+
+Values = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Chains:
+    """Chains of heads at the same exit points, and what each costs and reaches, as columns in the order of `heads`."""
+
+    heads: tuple[tuple[str, ...], ...]
+    columns: dict[str, Values]
+
+
+def anytime_chains(evidence: Evidence, requirement: Requirement) -> list[Chains]:
+    """Every chain of at most `early_exits` + 1 heads at ever deeper exit points, as far as the target has its graphs.
+
+    Their `score` is the best mIoU (percent) reported by the deadline or, without one, its mean from 0 to the baseline's
+    latency; zero before the first report.
+    """
+    at = {point: [head for head in evidence.heads if head.exit_point == point] for point in _points(evidence)}
+    mious = {head.name: head_miou(evidence.statistics, head.name) for head in evidence.heads}
+    found = []
+    for size in range(1, requirement.early_exits + 2):
+        for points in itertools.combinations(at, size):
+            if evidence.runs(_fixed_graphs(evidence, points)):
+                found.append(_chains(evidence, requirement, points, [at[point] for point in points], mious))
+    return found
+
+
+def _points(evidence: Evidence) -> list[int]:
+    return sorted({head.exit_point for head in evidence.heads})
+
+
+def _fixed_graphs(evidence: Evidence, points: Sequence[int]) -> list[str]:
+    """Segments and output graphs of a cascade that leaves at these exit points, each once."""
+    segments = [segment_name(a, b) for a, b in itertools.pairwise((0, *points))]
+    outputs = [output_name(evidence.candidate.exit_point(point).hw) for point in points]
+    return list(dict.fromkeys([*segments, *outputs]))
+
+
+def _chains(
+    evidence: Evidence,
+    requirement: Requirement,
+    points: Sequence[int],
+    heads: Sequence[Sequence[Head]],
+    mious: dict[str, float],
+) -> Chains:
+    images = evidence.statistics.images
+    times = _report_times(evidence, points, heads, "mean_ms")
+    best = _best_so_far(heads, mious)
+    macs: Values = np.array(evidence.candidate.exit_point(points[-1]).macs)
+    for i, stage in enumerate(heads):
+        macs = macs + _along(np.array([head.macs for head in stage], np.int64), i, len(heads))
+    columns: dict[str, Values] = {
+        "cost_ns": times[-1] * images,
+        "p95_ns": times[-1],
+        "worst_ns": _report_times(evidence, points, heads, "p99_ms")[-1],
+        "macs": macs * images,
+        "memory_bytes": _memory_bytes(evidence, points, heads),
+        "graphs": np.array(len(_fixed_graphs(evidence, points)) + len(points)),
+        "miou": best[-1],
+        "score": _score(evidence, requirement, times, best),
+    }
+    if not evidence.without_energy:
+        columns["energy_nj"] = _report_times(evidence, points, heads, "energy_mj")[-1] * images
+    shape = tuple(map(len, heads))
+    flat = {name: np.broadcast_to(column, shape).reshape(-1) for name, column in columns.items()}
+    return Chains(tuple(itertools.product(*([head.name for head in stage] for stage in heads))), flat)
+
+
+def _along(values: Values, axis: int, axes: int) -> Values:
+    """A vector along one of many axes."""
+    return values.reshape([-1 if i == axis else 1 for i in range(axes)])
+
+
+def _report_times(
+    evidence: Evidence, points: Sequence[int], heads: Sequence[Sequence[Head]], quantity: Quantity
+) -> list[Values]:
+    """When each exit's labels are there, as `latency.report_times_ns` counts, by the heads up to it."""
+    table, graph_set = evidence.table, evidence.graph_set
+    now: Values = np.array(table.cost_ns(UPLOAD, quantity=quantity), np.int64)
+    times = []
+    for i, (before, point) in enumerate(itertools.pairwise((0, *points))):
+        own = [graph_cost_ns(table, graph_set, head_graph_name(head.name), quantity) for head in heads[i]]
+        output = output_name(evidence.candidate.exit_point(point).hw)
+        every = sum(graph_cost_ns(table, graph_set, g, quantity) for g in (segment_name(before, point), output))
+        fixed = every + table.cost_ns(DOWNLOAD, quantity=quantity)
+        now = now + (_along(np.array(own, np.int64), i, len(heads)) + fixed)
+        times.append(now)
+    return times
+
+
+def _best_so_far(heads: Sequence[Sequence[Head]], mious: dict[str, float]) -> list[Values]:
+    """The best mIoU (percent) that any exit has reached, by the heads up to it."""
+    best: list[Values] = []
+    for i, stage in enumerate(heads):
+        own = _along(np.array([mious[head.name] for head in stage]), i, len(heads))
+        best.append(np.maximum(best[-1], own) if best else own)
+    return best
+
+
+def _score(evidence: Evidence, requirement: Requirement, times: list[Values], best: list[Values]) -> Values:
+    score: Values = np.zeros(())
+    if requirement.deadline_ms is not None:
+        deadline = round(requirement.deadline_ms * 1e6)
+        for time, reached in zip(times, best, strict=True):
+            score = np.where(time <= deadline, reached, score)
+        return score
+    horizon = evidence.baseline_cost_ns()
+    for time, end, reached in zip(times, [*times[1:], np.array(horizon)], best, strict=True):
+        score = score + reached * np.maximum(0, np.minimum(end, horizon) - time)
+    return score / horizon
+
+
+def _memory_bytes(evidence: Evidence, points: Sequence[int], heads: Sequence[Sequence[Head]]) -> Values:
+    """As `figures.memory_bytes`: weights + the largest workspace + inputs and outputs, each tensor once."""
+    spec = evidence.graph_set.spec
+    fixed = [spec(name) for name in _fixed_graphs(evidence, points)]
+    weights: Values = np.array(sum(each.bytes for each in fixed))
+    workspace: Values = np.array(max(each.workspace_bytes for each in fixed))
+    shapes: list[tuple[list[frozenset[Any]], list[int]]] = []
+    for i, stage in enumerate(heads):
+        specs = [spec(head_graph_name(head.name)) for head in stage]
+        weights = weights + _along(np.array([each.bytes for each in specs]), i, len(heads))
+        workspace = np.maximum(workspace, _along(np.array([each.workspace_bytes for each in specs]), i, len(heads)))
+        tensors = [frozenset((*each.inputs, *each.outputs)) for each in specs]
+        kinds = list(dict.fromkeys(tensors))
+        shapes.append((kinds, [kinds.index(each) for each in tensors]))
+    common = frozenset(tensor for each in fixed for tensor in (*each.inputs, *each.outputs))
+    buffers = np.array(
+        [
+            sum(tensor.bytes for tensor in common.union(*chosen))
+            for chosen in itertools.product(*(kinds for kinds, _ in shapes))
+        ]
+    ).reshape([len(kinds) for kinds, _ in shapes])
+    sizes: Values = weights + workspace + buffers[np.ix_(*(numbers for _, numbers in shapes))]
+    return sizes
