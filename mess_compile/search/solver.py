@@ -20,6 +20,7 @@ from mess_compile.search.figures import (
 )
 from mess_compile.search.front import front_groups
 from mess_compile.search.plan import FRONT_BY, Certificate, Plan, SearchResult, default_point
+from mess_compile.search.points import operating_points
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.rows import Progress, Rows, rows_of_plans, stages_of_row, text_of_stages
 
@@ -50,8 +51,10 @@ def search(
     chosen = _best(evidence, rows, np.flatnonzero(feasible), _objective(rows.plans, requirement)[feasible])
     fixed = _kept(rows, [bound for bound in bounds if bound.column not in {_AXES[axis] for axis in front_by}])
     certificate = Certificate(rows.space, rows.evaluated, rows.space - rows.evaluated, gap=0.0, exhaustive=True)
+    plan = _plan(evidence, requirement, rows, chosen)
+    points = operating_points(evidence, plan.setting, plan.stages, plan.predicted)
     return SearchResult(
-        plan=_plan(evidence, requirement, rows, chosen),
+        plan=replace(plan, operating_points=points),
         front=tuple(_plan(evidence, requirement, rows, index) for index in _front(evidence, rows, fixed, front_by)),
         certificate=certificate,
         front_by=front_by,

@@ -1,0 +1,89 @@
+"""Operating points: other thresholds for the heads of a plan, which run on the same graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.search.enumeration import Scores, best_outcomes, merged, states_of_pair
+from mess_compile.search.figures import Evidence, exit_costs_ns, exits_taken, figures_of_stages
+from mess_compile.search.front import front_groups
+from mess_compile.search.plan import POINT_NAMES, Figures, OperatingPoint, Stage, decisions_of, default_point
+from mess_compile.search.space import head_options, nobody
+
+Index = NDArray[np.intp]
+Ints = NDArray[np.int64]
+Front = tuple[Ints, NDArray[np.float64], list[tuple[Stage, ...]]]
+"""What no other thresholds of the same heads beat, from the fastest to the most accurate: cost in ns, summed over
+images, mIoU in percent, and the stages."""
+
+
+def operating_points(
+    evidence: Evidence, setting: str, stages: Sequence[Stage], predicted: Figures
+) -> tuple[OperatingPoint, ...]:
+    """Up to five points of a plan with these stages, from the fastest to the most accurate; one is the plan itself.
+
+    Those beside it are on the front of latency and mIoU of its heads: both ends, and between each end and the plan the
+    point nearest to the middle in latency. They keep no bound but that of memory, which is the same for all.
+    """
+    default = default_point(stages, predicted)
+    if setting != "input-dependent" or len(stages) == 1:
+        return (default,)
+    cost_ns, mious, members = _front(evidence, stages)
+    cost = _cost_ns(evidence, stages)
+    faster = np.flatnonzero((cost_ns < cost) & (mious < predicted.miou))
+    slower = np.flatnonzero((cost_ns > cost) & (mious > predicted.miou))
+    chosen = {
+        "fastest": faster[:1],
+        "fast": _middle(cost_ns, faster[1:], faster[:1], cost),
+        "accurate": _middle(cost_ns, slower[:-1], slower[-1:], cost),
+        "most-accurate": slower[-1:],
+    }
+    found = {default.name: default}
+    for name, place in chosen.items():
+        for member in (members[index] for index in place):
+            found[name] = OperatingPoint(name, decisions_of(member), figures_of_stages(evidence, setting, member))
+    return tuple(found[name] for name in POINT_NAMES if name in found)
+
+
+def _middle(cost_ns: Ints, among: Index, end: Index, cost: int) -> Index:
+    """The one of `among` nearest to the middle between `cost` and that of `end`, if there is one."""
+    return among[np.abs(2 * cost_ns[among] - cost - cost_ns[end]).argmin(keepdims=True)] if among.size else among
+
+
+def _cost_ns(evidence: Evidence, stages: Sequence[Stage]) -> int:
+    costs = exit_costs_ns(evidence, "input-dependent", [stage.head for stage in stages])
+    return int(np.array(costs, np.int64)[exits_taken(evidence.statistics, stages)].sum())
+
+
+def _front(evidence: Evidence, stages: Sequence[Stage]) -> Front:
+    """Every threshold row and cut at the early stages, evaluated exactly; of equals the first by text."""
+    statistics, scores = evidence.statistics, Scores(evidence.statistics)
+    early, last = [stage.head for stage in stages[:-1]], stages[-1]
+    options = [head_options(statistics, head) for head in early]
+    first, second = options if len(options) == 2 else (nobody(statistics.images), *options)
+    blocks = states_of_pair(first, second)
+    found = merged([best_outcomes(scores, (early[0], early[-1]), last.head, first.leaves, each) for each in blocks])
+    costs = exit_costs_ns(evidence, "input-dependent", [*early, last.head])
+    left = statistics.images - found.at_first - found.at_second
+    cost_ns = found.at_first * costs[0] + found.at_second * costs[-2] + left * costs[-1]
+    taken = [found.first, found.second][-len(early) :]
+
+    def member(index: int) -> tuple[Stage, ...]:
+        decided = [
+            replace(stage, row=int(option.rows[column[index]]), cut=int(option.cuts[column[index]]))
+            for stage, option, column in zip(stages, options, taken, strict=False)
+        ]
+        return (*decided, last)
+
+    groups = front_groups(cost_ns, found.miou)
+    members = [min((member(int(index)) for index in group), key=_text) for group in groups]
+    firsts = np.array([group[0] for group in groups], np.intp)
+    return cost_ns[firsts], found.miou[firsts], members
+
+
+def _text(stages: Sequence[Stage]) -> tuple[list[str], list[str]]:
+    return [str(stage.row) for stage in stages], [str(stage.cut) for stage in stages]
