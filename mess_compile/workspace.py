@@ -79,6 +79,11 @@ class Workspace:
     def plan(self, device: str) -> Path:
         return self.root / "plans" / f"{device}.json"
 
+    @property
+    def searches(self) -> Path:
+        """What searches found that does not follow from their requirement."""
+        return self.root / "search"
+
     def bundle(self, device: str) -> Path:
         return self.root / f"{device}.mess"
 

@@ -104,6 +104,12 @@ class Evidence:
         return head_miou(self.statistics, self.candidate.baseline if name == BASELINE else name)
 
     @cached_property
+    def absent_classes(self) -> tuple[str, ...]:
+        """The classes without a labelled pixel in these images; no mIoU counts them."""
+        pixels = self.statistics.labelled.sum(axis=0)
+        return tuple(name for name, count in zip(self.statistics.classes, pixels, strict=True) if not count)
+
+    @cached_property
     def table_sha256(self) -> str:
         return table_content_sha256(self.table)
 

@@ -171,6 +171,7 @@ class Plan:
     reports: tuple[Report, ...] = ()
     optimism: Optimism | None = None
     guarantee: Guarantee | None = None
+    absent_classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,7 @@ def _plan_from_json(content: dict[str, Any]) -> Plan:
         reports=_reports_from_json(content["reports"]),
         optimism=None if content["optimism"] is None else _typed(Optimism, content["optimism"]),
         guarantee=None if content["guarantee"] is None else _typed(Guarantee, content["guarantee"]),
+        absent_classes=tuple(map(str, content["absent_classes"])),
     )
 
 

@@ -16,7 +16,7 @@ from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, memo
 from mess_compile.search.plan import Stage
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.space import Options, chains, head_options, last_heads, nobody
-from mess_compile.statistics import head_miou
+from mess_compile.statistics import ExitStatistics, head_miou
 
 NO_OPTION = -1
 ROW = np.dtype(
@@ -38,6 +38,18 @@ ROW = np.dtype(
 Progress = Callable[[int, int], None]
 
 
+class HeadOptions(dict[str, Options]):
+    """The options of each early head, found when they are first asked for."""
+
+    def __init__(self, statistics: ExitStatistics) -> None:
+        super().__init__()
+        self._statistics = statistics
+
+    def __missing__(self, head: str) -> Options:
+        self[head] = head_options(self._statistics, head)
+        return self[head]
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Plans as `plans`, a structured array of ROW; `chains` are heads in running order, the last exit's included.
@@ -46,7 +58,7 @@ class Rows:
     """
 
     chains: tuple[tuple[str, ...], ...]
-    options: dict[str, Options]
+    options: HeadOptions
     plans: NDArray[np.void]
     space: int
     evaluated: int
@@ -88,7 +100,7 @@ def _anytime_rows(evidence: Evidence, requirement: Requirement) -> Rows:
     plans["first"] = plans["second"] = NO_OPTION
     for name in found[0].columns:
         plans[name] = np.concatenate([each.columns[name] for each in found])
-    return Rows(whole, {}, plans, len(whole), len(whole))
+    return Rows(whole, HeadOptions(evidence.statistics), plans, len(whole), len(whole))
 
 
 def _rows_of_chain(evidence: Evidence, index: int, heads: tuple[str, ...], found: Outcomes) -> NDArray[np.void]:
@@ -140,7 +152,7 @@ class _Ledger:
     def __init__(self, evidence: Evidence) -> None:
         self._evidence = evidence
         self._scores = Scores(evidence.statistics)
-        self._options: dict[str, Options] = {}
+        self._options = HeadOptions(evidence.statistics)
         self._nobody = nobody(evidence.statistics.images)
         self.chains: list[tuple[str, ...]] = []
         self._rows: list[NDArray[np.void]] = []
@@ -156,7 +168,7 @@ class _Ledger:
             for last in lasts:
                 self._add_single(last)
             return
-        options = [self._option(head) for head in early]
+        options = [self._options[head] for head in early]
         first, second = options if len(options) == 2 else (self._nobody, *options)
         self._space += first.total * second.total * len(lasts)
         if not first.total * second.total:  # a head that is equally sure of every image decides nothing
@@ -168,11 +180,6 @@ class _Ledger:
                 found.append(best_outcomes(self._scores, (early[0], early[-1]), last, first.leaves, states))
         for last, found in best.items():
             self._add_outcomes((*early, last), merged(found))
-
-    def _option(self, head: str) -> Options:
-        if head not in self._options:
-            self._options[head] = head_options(self._evidence.statistics, head)
-        return self._options[head]
 
     def _add_single(self, head: str) -> None:
         none, nothing = np.full(1, NO_OPTION), np.zeros(1, np.int64)

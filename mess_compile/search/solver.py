@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from mess_compile.search.figures import (
     refuse_without_energy,
 )
 from mess_compile.search.front import front_groups
+from mess_compile.search.kept import kept_rows
 from mess_compile.search.plan import FRONT_BY, Certificate, Plan, SearchResult, default_point
 from mess_compile.search.points import operating_points
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.rows import Progress, Rows, rows_of_plans, stages_of_row, text_of_stages
+from mess_compile.search.rows import Progress, Rows, stages_of_row, text_of_stages
 
 Mask = NDArray[np.bool_]
 _AXES = {"latency": "cost_ns", "miou": "miou", "memory": "memory_bytes"}
@@ -34,16 +36,18 @@ def search(
     progress: Progress = lambda done, total: None,
     front_by: tuple[str, ...] = FRONT_BY,
     time_limit_s: float | None = None,
+    kept: Path | None = None,
 ) -> SearchResult:
     """The optimum over the whole space, by enumeration; space and order of equals are those of the search issue (5).
 
     The front is by mean latency, mIoU and what else `front_by` names, of the plans that keep the bounds on what it is
-    not by. `progress` is told (chains of heads done, in all). Raises RequirementError naming the best that can be
+    not by. What does not follow from the requirement is kept in the folder `kept`. `progress` is told (chains of heads
+    done, in all). Raises RequirementError naming the best that can be
     reached when no plan satisfies the requirement, InputError when it needs energies that the latency table lacks.
     """
     if requirement.needs_energy:
         refuse_without_energy(evidence)
-    rows = rows_of_plans(evidence, requirement, progress)
+    rows = kept_rows(evidence, requirement, progress, kept)
     bounds = _bounds(evidence, requirement, rows.plans)
     feasible = _kept(rows, bounds)
     if not feasible.any():
@@ -67,6 +71,7 @@ def search_recipes(
     progress: Progress = lambda done, total: None,
     front_by: tuple[str, ...] = FRONT_BY,
     time_limit_s: float | None = None,
+    kept: Path | None = None,
 ) -> SearchResult:
     """The optimum over the plans of several precision recipes of one network; of equals that of the first.
 
@@ -88,7 +93,7 @@ def search_recipes(
     found, refusals = [], []
     for evidence in evidences:
         try:
-            found.append(search(evidence, requirement, progress, front_by, time_limit_s))
+            found.append(search(evidence, requirement, progress, front_by, time_limit_s, kept))
         except RequirementError as error:
             refusals.append(f"{evidence.graph_set.recipe}: {error}" if len(evidences) > 1 else str(error))
     if not found:
@@ -248,4 +253,5 @@ def _plan(evidence: Evidence, requirement: Requirement, rows: Rows, index: int) 
         baseline_name=evidence.baseline,
         baseline_alone=evidence.graph_set.baseline_alone,
         reports=anytime_reports(evidence, [stage.head for stage in stages]) if anytime else (),
+        absent_classes=evidence.absent_classes,
     )
