@@ -411,12 +411,17 @@ def _print_table_made(table: Any) -> None:
 
 
 @main.command()
-@click.option("--device", help="The device profiled last by default.")
+@click.option(
+    "--device", "devices", multiple=True, help="The device profiled last by default; once for each of several."
+)
 @click.option("--split", help="The statistics to choose on; the last evaluated by default.")
 @click.option("--max-err", help="Percentage points of mIoU below the baseline, such as 1%.")
 @click.option("--max-latency", help="Mean over images: 20ms, or 0.5x of the baseline.")
+@click.option("--max-latency-p95", help="Of 95 % of the images: 25ms, or 0.5x of the baseline.")
+@click.option("--max-latency-worst", help="Of the deepest path at p99: 30ms, or 0.5x of the baseline at p99.")
 @click.option("--max-memory", help="Such as 64MiB.")
 @click.option("--max-workload", help="GMACs such as 3.5, or 0.5x of the baseline.")
+@click.option("--max-energy", help="Mean over images: 50mJ, or 0.5x of the baseline.")
 @click.option("--baseline", help="Replaces the baseline's mIoU, such as 54.24%.")
 @click.option(
     "--setting",
@@ -425,37 +430,95 @@ def _print_table_made(table: Any) -> None:
     show_default=True,
 )
 @click.option(
-    "--optimise", type=click.Choice(["latency", "accuracy", "workload", "memory"]), help="latency by default."
+    "--optimise",
+    type=click.Choice(["latency", "accuracy", "workload", "memory", "energy"]),
+    help="latency by default.",
 )
 @click.option("--deadline", help="Anytime: optimise the mIoU at this time, such as 20ms, instead of the area under it.")
 @click.option("--max-exits", type=click.IntRange(0, 2), default=2, show_default=True, help="Early exits at most.")
 @click.option("--precision", help="Recipes to search, of those profiled: fp32,fp16. All of them by default.")
+@click.option("--front", default="latency,miou", show_default=True, help="latency,miou,memory: memory counts too.")
+@click.option("--time-limit", help="Such as 60s: the best plan found by then, and what a better one could still gain.")
+@click.option("--explain", is_flag=True, help="Also say why: what exits bring, requirements cost, and what would help.")
 @_json_option
 @click.pass_obj
 def search(
-    workspace: Workspace, /, device: str | None, split: str | None, precision: str | None, as_json: bool, **options: Any
+    workspace: Workspace,
+    /,
+    devices: tuple[str, ...],
+    split: str | None,
+    precision: str | None,
+    front: str,
+    time_limit: str | None,
+    explain: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Choose exits, heads and thresholds that satisfy a requirement, and prove the choice."""
-    from mess_compile import steps
+    from mess_compile import inspection, steps
     from mess_compile.search.plan import result_to_json
+    from mess_compile.search.requirement import parse_front, parse_seconds
 
-    requirement = _requirement(options)
+    requirement, front_by = _requirement(options), parse_front(front)
+    limit_s = None if time_limit is None else parse_seconds(time_limit, "--time-limit")
+    recipes = None if precision is None else tuple(precision.split(","))
     with progress_bar(as_json) as progress:
-        recipes = None if precision is None else tuple(precision.split(","))
-        result = steps.search(workspace, device, split, requirement, progress, recipes)
+        results = steps.search_devices(workspace, devices, split, requirement, progress, recipes, front_by, limit_s)
+        reasons = [
+            inspection.inspect_explanation(
+                steps.explain(workspace, found.plan.device, split, requirement, found.plan, progress, recipes)
+            )
+            for found in (results if explain else ())
+        ]
+    common = steps.shared(workspace, results) if len(results) > 1 else None
     if as_json:
-        return print_json(result_to_json(result))
-    _print_plan(result.plan)
-    certificate = result.certificate
+        contents = {result.plan.device: result_to_json(result) for result in results}
+        for content, reason in zip(contents.values(), reasons, strict=False):
+            content["explanation"] = reason.content
+        single = next(iter(contents.values()))
+        return print_json(single if common is None else {"results": contents, "shared": asdict(common)})
+    for i, result in enumerate(results):
+        _print_plan(result.plan)
+        _print_inspection(inspection.Inspection({}, (inspection.points_table(result.plan),)))
+        for reason in reasons[i : i + 1]:
+            _print_inspection(reason)
+        _print_proof(result)
+    if common is None:
+        return print_next("bundle")
+    _print_shared(common, len(results))
+    return print_next(*(f"bundle {quoted(workspace.plan(result.plan.device))}" for result in results))
+
+
+def _print_proof(result: Any) -> None:
+    certificate, plan = result.certificate, result.plan
+    if certificate.gap > 0:
+        click.echo(
+            f"best found of {certificate.space:,} plans; not proved the best: a better one could gain up to "
+            f"{certificate.gap:g} in the objective; front of {len(result.front)} plans"
+        )
+    else:
+        click.echo(
+            f"best of {certificate.space:,} plans ({certificate.evaluated:,} evaluated, the others duplicates of these)"
+            f", gap {certificate.gap:g}; front of {len(result.front)} plans"
+        )
+    if plan.absent_classes:
+        absent = ", ".join(plan.absent_classes)
+        click.echo(f"no image has a labelled pixel of {absent}: mIoU is over the other classes")
     click.echo(
-        f"best of {certificate.space:,} plans ({certificate.evaluated:,} evaluated, the others duplicates of these), "
-        f"gap {certificate.gap:g}; front of {len(result.front)} plans"
+        f"chosen on the images of {plan.predicted.split}, as {plan.tuned_by} sees them: a result from tuning data"
     )
+
+
+def _print_shared(common: Any, plans: int) -> None:
+    def mib(size: int) -> str:
+        return f"{size / 2**20:.2f}"
+
+    graphs = ", ".join(common.graphs) or "none"
+    click.echo(f"graphs that all {plans} plans run: {graphs}")
     click.echo(
-        f"chosen on the images of {result.plan.predicted.split}, as {result.plan.tuned_by} sees them: a result from "
-        "tuning data"
+        f"weights: {mib(common.shared_bytes)} MiB shared by all, {mib(common.together_bytes)} MiB together, "
+        f"{mib(common.apart_bytes)} MiB if each plan brought its own"
     )
-    return print_next("bundle")
 
 
 def _thrift(wishes: tuple[str, ...], budget: str | None) -> Any:
@@ -470,7 +533,7 @@ def _thrift(wishes: tuple[str, ...], budget: str | None) -> Any:
 
 def _wish(text: str) -> Any:
     """A requirement as the options of `search` say it."""
-    known = {"device", "split", "precision", "as_json"}
+    known = {"devices", "split", "precision", "front", "time_limit", "explain", "as_json"}
     try:
         options = search.make_context("profile --for", shlex.split(text)).params
     except (click.UsageError, ValueError) as error:
@@ -491,6 +554,9 @@ def _requirement(options: dict[str, Any]) -> Any:
         objective=options["optimise"],
         max_err_pp=parsed("max_err", parsing.parse_max_err),
         max_latency=parsed("max_latency", parsing.parse_max_latency),
+        max_latency_p95=parsed("max_latency_p95", partial(parsing.parse_max_latency, option="--max-latency-p95")),
+        max_latency_worst=parsed("max_latency_worst", partial(parsing.parse_max_latency, option="--max-latency-worst")),
+        max_energy=parsed("max_energy", parsing.parse_max_energy),
         max_memory_bytes=parsed("max_memory", parsing.parse_max_memory),
         max_workload=parsed("max_workload", parsing.parse_max_workload),
         baseline_miou=parsed("baseline", parsing.parse_baseline),
@@ -510,7 +576,9 @@ def _print_plan(plan: Any) -> None:
         ["", "head", "pixels sure at", "leaves at count", "images"],
         rows,
     )
-    names = ["", "mIoU %", "latency ms", "p95 ms", "GMACs", "memory MiB"]
+    names = ["", "mIoU %", "latency ms", "p95 ms", "worst ms", "GMACs", "memory MiB"]
+    if plan.predicted.energy_mj is not None:
+        names.append("mJ")
     figures = [[plan.baseline_name, *_figures(plan.baseline)], ["plan", *_figures(plan.predicted)]]
     print_table(
         f"{plan.predicted.source} latency, {plan.predicted.images} images of {plan.predicted.split}", names, figures
@@ -530,8 +598,10 @@ def _figures(figures: Any) -> list[str]:
         f"{figures.miou:.2f}",
         f"{figures.latency_ms:.2f}",
         f"{figures.p95_ms:.2f}",
+        f"{figures.worst_ms:.2f}",
         f"{figures.gmacs:.3f}",
         f"{figures.memory_bytes / 2**20:.1f}",
+        *([] if figures.energy_mj is None else [f"{figures.energy_mj:.1f}"]),
     ]
 
 

@@ -19,6 +19,7 @@ from mess_compile.candidates import (
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.errors import InputError
 from mess_compile.search import plan as plans
+from mess_compile.search.explain import Explanation, Outcome
 from mess_compile.workspace import Workspace
 
 BACKBONES = ("resnet50", "mobilenetv2")
@@ -285,7 +286,7 @@ def inspect_latency(table: latency.LatencyTable) -> Inspection:
 
 
 def inspect_plan(result: plans.SearchResult) -> Inspection:
-    """The front of a search, fastest first; the chosen plan is marked."""
+    """The front of a search, fastest first, with the chosen plan marked, and the operating points of that."""
     rows = tuple(
         (
             "chosen" if (point.stages, point.precision) == (result.plan.stages, result.plan.precision) else "",
@@ -293,14 +294,75 @@ def inspect_plan(result: plans.SearchResult) -> Inspection:
             f"{point.predicted.latency_ms:.3f}",
             f"{point.predicted.miou:.2f}",
             f"{point.predicted.gmacs:.3f}",
-            " ".join(f"{rate:.0%}" for rate in point.predicted.exit_rates),
+            f"{point.predicted.memory_bytes / 2**20:.1f}",
+            _rates(point.predicted),
             " -> ".join(stage.head for stage in point.stages),
         )
         for point in result.front
     )
-    title = f"front for {result.plan.device}, {result.plan.predicted.source} latency"
-    header = ("", "precision", "latency ms", "mIoU %", "GMACs", "exits", "heads")
-    return Inspection(plans.result_to_json(result), (Table(title, header, rows),))
+    title = f"front for {result.plan.device} by {', '.join(result.front_by)}, {result.plan.predicted.source} latency"
+    header = ("", "precision", "latency ms", "mIoU %", "GMACs", "memory MiB", "exits", "heads")
+    return Inspection(plans.result_to_json(result), (Table(title, header, rows), points_table(result.plan)))
+
+
+def _rates(figures: plans.Figures) -> str:
+    return " ".join(f"{rate:.0%}" for rate in figures.exit_rates)
+
+
+def points_table(plan: plans.Plan) -> Table:
+    """The operating points of a plan: the same graphs, other thresholds."""
+    rows = tuple(
+        (
+            point.name,
+            f"{point.predicted.latency_ms:.2f}",
+            f"{point.predicted.p95_ms:.2f}",
+            f"{point.predicted.miou:.2f}",
+            _rates(point.predicted),
+            " ".join("-" if d.cut is None else f"{plan.gate.thresholds[d.row]:.2f}/{d.cut}" for d in point.decisions),
+        )
+        for point in plan.operating_points
+    )
+    title = "operating points: the same graphs, switched at run time"
+    return Table(title, ("", "latency ms", "p95 ms", "mIoU %", "exits", "sure at/leaves at"), rows)
+
+
+def inspect_explanation(found: Explanation) -> Inspection:
+    """Why a plan was chosen: what its exits bring, what its requirement costs, what would help most."""
+    exits = tuple(
+        (
+            f"exit {share.exit}",
+            share.head,
+            f"{share.coverage:.0%}",
+            *("-" if value is None else f"{value:.2f}" for value in (share.miou, share.baseline_miou)),
+            "-" if share.gain_pp is None else f"{share.gain_pp:+.2f}",
+            f"{share.latency_ms:.2f}",
+            f"{share.saved_ms:+.2f}",
+        )
+        for share in found.exits
+    )
+    header = ("", "head", "images", "mIoU % of these", "baseline's", "gain pp", "latency ms", "saved ms")
+    tables = [Table("why: what each exit brings", header, exits)]
+    bounds = tuple(
+        (bound.bound, limit, *_outcome_cells(outcome, found))
+        for bound in found.bounds
+        for limit, outcome in ((bound.tighter_limit, bound.tighter), (bound.looser_limit, bound.looser))
+    )
+    if bounds:
+        columns = ("bound", "if it were", found.objective, "latency ms", "mIoU %", "heads")
+        tables.append(Table(f"what each requirement costs (now {found.objective} {found.value:.4g})", columns, bounds))
+    helps = tuple((each.what, f"{each.gain:.1%}", *_outcome_cells(each.outcome, found)) for each in found.helps)
+    if helps:
+        columns = ("if", "gain", found.objective, "latency ms", "mIoU %", "heads")
+        tables.append(Table("what would help most", columns, helps))
+    return Inspection(asdict(found), tuple(tables))
+
+
+def _outcome_cells(outcome: Outcome | None, found: Explanation) -> tuple[str, ...]:
+    if outcome is None:
+        return ("no plan", "-", "-", "-")
+    change = outcome.value - found.value
+    value = "the same" if change == 0 else f"{outcome.value:.4g} ({change:+.2g})"
+    return value, f"{outcome.latency_ms:.2f}", f"{outcome.miou:.2f}", " -> ".join(outcome.heads)
 
 
 def inspect_bundle(path: Path) -> Inspection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from mess_compile.recording import current_statistics as _current_statistics
 from mess_compile.recording import evaluate
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime import frames, machine, power
-from mess_compile.runtime.errors import InputError, StaleError
+from mess_compile.runtime.errors import InputError, RequirementError, StaleError
 from mess_compile.runtime.manifest import Manifest
 from mess_compile.runtime.manifest import Plan as ManifestPlan
 from mess_compile.search import plan as plans
@@ -34,7 +34,10 @@ from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
     from mess_compile.bench import Bench
+    from mess_compile.common_graphs import Shared
     from mess_compile.nets.network import Architecture
+    from mess_compile.search.explain import Explanation
+    from mess_compile.search.figures import Evidence
     from mess_compile.training.parallel import Machines
     from mess_compile.training.recipe import Recipe
 
@@ -204,15 +207,75 @@ def search(
     requirement: Requirement,
     progress: Progress,
     precisions: Sequence[str] | None = None,
+    front_by: tuple[str, ...] = plans.FRONT_BY,
+    time_limit_s: float | None = None,
 ) -> plans.SearchResult:
     """Find the best plan for the device under `requirement` and write it; evaluates first when statistics are stale.
 
     Every recipe that was profiled there is searched, or those named by `precisions`.
     """
-    from mess_compile.search.figures import Evidence
+    devices = () if device is None else (device,)
+    return search_devices(workspace, devices, split, requirement, progress, precisions, front_by, time_limit_s)[0]
+
+
+def search_devices(
+    workspace: Workspace,
+    devices: Sequence[str],
+    split: str | None,
+    requirement: Requirement,
+    progress: Progress,
+    precisions: Sequence[str] | None = None,
+    front_by: tuple[str, ...] = plans.FRONT_BY,
+    time_limit_s: float | None = None,
+) -> tuple[plans.SearchResult, ...]:
+    """`search` for each of several devices, of none for the one profiled last; all plans are written, or none."""
     from mess_compile.search.solver import search_recipes
 
-    target = _target(workspace, device)
+    results = []
+    for target in (_target(workspace, device) for device in dict.fromkeys(devices or (None,))):
+        evidences, told = _evidences(workspace, target, split, progress, precisions), partial(progress, "search")
+        try:
+            results.append(search_recipes(evidences, requirement, told, front_by, time_limit_s, workspace.searches))
+        except RequirementError as error:
+            raise RequirementError(f"{target.name}: {error}" if len(devices) > 1 else str(error)) from error
+    for result in results:
+        plans.write_result(workspace.plan(result.plan.device), result)
+    workspace.remember(device=results[0].plan.device)
+    return tuple(results)
+
+
+def explain(
+    workspace: Workspace,
+    device: str | None,
+    split: str | None,
+    requirement: Requirement,
+    plan: plans.Plan,
+    progress: Progress,
+    precisions: Sequence[str] | None = None,
+) -> Explanation:
+    """Why `search` with the same arguments chose this plan."""
+    from mess_compile.search import explain as explaining
+    from mess_compile.search.solver import search_recipes
+
+    evidences = _evidences(workspace, _target(workspace, device), split, progress, precisions)
+    find = partial(search_recipes, kept=workspace.searches)
+    return explaining.explain(evidences, requirement, plan, find, search_recipes, partial(progress, "explain"))
+
+
+def shared(workspace: Workspace, results: Sequence[plans.SearchResult]) -> Shared:
+    """What the chosen plans of several devices have in common."""
+    from mess_compile import common_graphs
+
+    chosen = [result.plan for result in results]
+    return common_graphs.shared([(_settled(workspace, plan.precision, plan.device), plan) for plan in chosen])
+
+
+def _evidences(
+    workspace: Workspace, target: Target, split: str | None, progress: Progress, precisions: Sequence[str] | None
+) -> list[Evidence]:
+    """What a search goes by, for each recipe."""
+    from mess_compile.search.figures import Evidence
+
     table = latency.read_latency_table(workspace.latency(target.name))
     known = {recipe.partition("-")[0]: recipe for recipe in table.recipes}
     absent = [precision for precision in precisions or () if precision not in known]
@@ -228,10 +291,7 @@ def search(
         latency.check_current(table, graph_set)
         found = _current_statistics(workspace, graph_set, target.name, split, progress)
         evidences.append(Evidence(graph_set, table, found))
-    result = search_recipes(evidences, requirement, lambda done, total: progress("search", done, total))
-    plans.write_result(workspace.plan(target.name), result)
-    workspace.remember(device=target.name)
-    return result
+    return evidences
 
 
 def _check_power_mode(table: latency.LatencyTable, target: Target, workspace: Workspace) -> None:
@@ -271,6 +331,10 @@ def bundle(workspace: Workspace, plan: Path | None, output: Path | None) -> tupl
 
     chosen = plans.read_result(plan or workspace.plan(_target(workspace, None).name)).plan
     target, graph_set = find_target(chosen.device, workspace.root), _settled(workspace, chosen.precision, chosen.device)
+    plans.check_plan_current(chosen, graph_set)
+    sources = {"latency table": chosen.table_sha256, "statistics": chosen.statistics_sha256}
+    statistics_folder = _tuning_statistics(workspace, chosen.predicted.split, chosen.precision, chosen.tuned_by)
+    _check_sources(workspace, chosen.device, sources, statistics_folder)
     path = output or workspace.bundle(chosen.device)
     with TemporaryDirectory(prefix="mess-") as folder:
         manifest = bundles.write_bundle(
@@ -279,7 +343,7 @@ def bundle(workspace: Workspace, plan: Path | None, output: Path | None) -> tupl
             chosen,
             statistics.threshold_table(graph_set.gate, len(graph_set.candidate.classes)),
             _scene_frames(graph_set.candidate.input_hw, GOLDEN_FRAMES),
-            {"mess_compile": __version__, "golden_frames": "generated street scenes"},
+            {"mess_compile": __version__, "golden_frames": "generated street scenes", **sources},
             _forms(graph_set, chosen, target, Path(folder)),
         )
     return path, manifest
@@ -396,12 +460,28 @@ def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, pas
         graph_set = _settled(workspace, plan.precision, plan.target)
         verify_graph_set(graph_set)
         latency.check_current(table, graph_set)  # now, rather than after minutes of measuring
+        if cascade.manifest.network.identity == graph_set.candidate.identity:  # else `bench` refuses the bundle
+            tuning = _tuning_statistics(workspace, plan.predicted.split, plan.precision, plan.tuned_by)
+            _check_sources(workspace, plan.target, cascade.manifest.provenance, tuning)
         (engines,) = _engine_files(workspace, target, (plan.precision.partition("-")[0],), None, None, progress)
         return benches.bench(cascade, engines, table, folder, _tuned_on(workspace, plan), passes, progress)
 
 
 def _tuned_on(workspace: Workspace, plan: ManifestPlan) -> frozenset[str]:
     """The images that the plan was chosen on, as far as their statistics are still here."""
-    device = plan.tuned_by.rpartition(" on ")[2]
-    tuning = workspace.statistics(plan.predicted.split, plan.precision, device)
+    tuning = _tuning_statistics(workspace, plan.predicted.split, plan.precision, plan.tuned_by)
     return frozenset(statistics.read_statistics(tuning).image_id if tuning.is_dir() else ())
+
+
+def _tuning_statistics(workspace: Workspace, split: str, recipe: str, tuned_by: str) -> Path:
+    return workspace.statistics(split, recipe, tuned_by.rpartition(" on ")[2])
+
+
+def _check_sources(workspace: Workspace, device: str, known: Mapping[str, str], tuning: Path) -> None:
+    """Raises StaleError when what a plan was searched from is here, and is not what it was."""
+    found, table = {}, workspace.latency(device)
+    if table.is_file():
+        found["latency table"] = latency.content_sha256(latency.read_latency_table(table))
+    if tuning.is_dir():
+        found["statistics"] = statistics.content_sha256(statistics.read_statistics(tuning))
+    plans.check_sources_current(device, known, found)

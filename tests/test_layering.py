@@ -67,6 +67,7 @@ ALLOWED = {
         *("candidates", "files", "forecast", "graph", "latency", "remote", "sessions", "targets", "trtexec", "runtime"),
     },
     "search": {"files", "candidates", "latency", "statistics", "search", "runtime"},
+    "common_graphs": {"candidates", "graph", "search", "runtime"},
     "graph": {"files", "candidates", "graph", "runtime"},
     "bundle": {"files", "candidates", "latency", "search", "graph", "runtime"},
     "nets": {"files", "candidates", "nets", "runtime"},

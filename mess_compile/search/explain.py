@@ -1,0 +1,276 @@
+"""Why a plan was chosen: what each exit brings, what each requirement costs, and what would help most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mess_compile.latency import Latency, LatencyTable, stage_graphs
+from mess_compile.runtime.errors import RequirementError
+from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, exits_taken
+from mess_compile.search.plan import Plan, SearchResult
+from mess_compile.search.requirement import MAX_EXITS, Limit, Requirement
+from mess_compile.statistics import ExitStatistics, Ints, miou
+
+STEP = 0.1
+"""By what share each bound is moved, and a graph made faster."""
+GRAPHS = 3
+"""How many of the plan's graphs are tried faster."""
+Find = Callable[[Sequence[Evidence], Requirement], SearchResult]
+_LIMITS = ("max_latency", "max_latency_p95", "max_latency_worst", "max_workload", "max_energy")
+_TIMES = ("mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms")
+_FASTER = f"{STEP:.0%} faster"
+
+
+@dataclass(frozen=True)
+class ExitShare:
+    """What one exit brings: the share of images that leave there, their mIoU (percent) there and by the baseline, and
+    what such an image costs. An exit that no image takes has no mIoU."""
+
+    exit: int
+    exit_point: int
+    head: str
+    images: int
+    coverage: float
+    miou: float | None
+    baseline_miou: float | None
+    gain_pp: float | None
+    latency_ms: float
+    saved_ms: float
+    gmacs: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The best plan when something were otherwise; `value` is the objective's."""
+
+    value: float
+    latency_ms: float
+    miou: float
+    heads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BoundCost:
+    """A bound as it is, and the best plans with it a tenth `tighter` and `looser`; None: no plan satisfies."""
+
+    bound: str
+    limit: str
+    tighter_limit: str
+    tighter: Outcome | None
+    looser_limit: str
+    looser: Outcome | None
+
+
+@dataclass(frozen=True)
+class Help:
+    """Something that was otherwise, the best plan then, and what share of the objective that gains."""
+
+    what: str
+    outcome: Outcome
+    gain: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """`value` is what the plan reaches in its `objective`; `helps` is in the order of gain."""
+
+    objective: str
+    value: float
+    exits: tuple[ExitShare, ...]
+    bounds: tuple[BoundCost, ...]
+    helps: tuple[Help, ...]
+
+
+def explain(
+    evidences: Sequence[Evidence],
+    requirement: Requirement,
+    plan: Plan,
+    find: Find,
+    find_otherwise: Find,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Explanation:
+    """Explain the `plan` that `find` found for `requirement` among `evidences`.
+
+    It searches again, for each bound and each help; by `find_otherwise` where the evidence is made up. `progress` is
+    told (searches done, in all).
+    """
+    bounds, others = list(_moved_bounds(requirement)), list(_otherwise(evidences, requirement, plan))
+    total = 2 * len(bounds) + len(others)
+    told, helps = [], []
+    for number, (name, limit, tighter, looser) in enumerate(bounds):
+        progress(2 * number, total)
+        found = [_outcome(find, evidences, each) for each in (tighter, looser)]
+        limits = [_limit_text(each, name) for each in (tighter, looser)]
+        told.append(BoundCost(name, limit, limits[0], found[0], limits[1], found[1]))
+    value = objective_value(plan, requirement)
+    for number, (what, changed, wanted) in enumerate(others, start=2 * len(bounds)):
+        progress(number, total)
+        outcome = _outcome(find if changed is evidences else find_otherwise, changed, wanted)
+        if outcome is not None:
+            helps.append(Help(what, outcome, abs(outcome.value - value) / abs(value) if value else 0.0))
+    ordered = sorted(helps, key=lambda each: -each.gain)
+    return Explanation(
+        _objective(requirement), value, _exit_shares(_evidence_of(evidences, plan), plan), tuple(told), tuple(ordered)
+    )
+
+
+def _objective(requirement: Requirement) -> str:
+    if requirement.setting != "anytime":
+        return requirement.objective or "latency"
+    return "mIoU over time" if requirement.deadline_ms is None else "mIoU at the deadline"
+
+
+def objective_value(plan: Plan, requirement: Requirement) -> float:
+    """What a plan reaches in the objective: ms, percent of mIoU, GMACs, bytes or mJ."""
+    if requirement.setting == "anytime":
+        return _anytime_value(plan, requirement.deadline_ms)
+    figures = plan.predicted
+    values = {
+        "latency": figures.latency_ms,
+        "accuracy": figures.miou,
+        "workload": figures.gmacs,
+        "memory": float(figures.memory_bytes),
+        "energy": figures.energy_mj or 0.0,
+    }
+    return values[_objective(requirement)]
+
+
+def _anytime_value(plan: Plan, deadline_ms: float | None) -> float:
+    if deadline_ms is not None:
+        return max((report.miou for report in plan.reports if report.latency_ms <= deadline_ms), default=0.0)
+    horizon = plan.baseline.latency_ms
+    ends = [*(report.latency_ms for report in plan.reports[1:]), horizon]
+    spans = [max(0.0, min(end, horizon) - r.latency_ms) for r, end in zip(plan.reports, ends, strict=True)]
+    return sum(report.miou * span for report, span in zip(plan.reports, spans, strict=True)) / horizon
+
+
+def _outcome(find: Find, evidences: Sequence[Evidence], requirement: Requirement) -> Outcome | None:
+    try:
+        plan = find(evidences, requirement).plan
+    except RequirementError:
+        return None
+    heads = tuple(stage.head for stage in plan.stages)
+    return Outcome(objective_value(plan, requirement), plan.predicted.latency_ms, plan.predicted.miou, heads)
+
+
+def _moved_bounds(requirement: Requirement) -> Iterator[tuple[str, str, Requirement, Requirement]]:
+    """Each bound: its name and text, and the requirement with it tighter and looser."""
+    if requirement.max_err_pp is not None:
+        err = requirement.max_err_pp
+        step = err * STEP or STEP
+        moved = _replaced(requirement, "max_err_pp", max(0.0, err - step), err + step)
+        yield "max_err", _limit_text(requirement, "max_err"), *moved
+    for name in _LIMITS:
+        limit: Limit | None = getattr(requirement, name)
+        if limit is not None:
+            yield (
+                name,
+                _limit_text(requirement, name),
+                *_replaced(
+                    requirement, name, *(replace(limit, value=limit.value * share) for share in (1 - STEP, 1 + STEP))
+                ),
+            )
+    if requirement.max_memory_bytes is not None:
+        sizes = (round(requirement.max_memory_bytes * share) for share in (1 - STEP, 1 + STEP))
+        yield "max_memory", _limit_text(requirement, "max_memory"), *_replaced(requirement, "max_memory_bytes", *sizes)
+
+
+def _replaced(requirement: Requirement, name: str, tighter: Any, looser: Any) -> tuple[Requirement, Requirement]:
+    first, second = {name: tighter}, {name: looser}
+    return replace(requirement, **first), replace(requirement, **second)
+
+
+def _limit_text(requirement: Requirement, name: str) -> str:
+    """A bound as its option says it."""
+    if name == "max_err":
+        return f"{requirement.max_err_pp:.4g}%"
+    if name == "max_memory":
+        return f"{(requirement.max_memory_bytes or 0) / (1 << 20):.4g}MiB"
+    limit: Limit = getattr(requirement, name)
+    unit = {"max_workload": "", "max_energy": "mJ"}.get(name, "ms")
+    return f"{limit.value:.4g}{'x' if limit.relative else unit}"
+
+
+def _otherwise(
+    evidences: Sequence[Evidence], requirement: Requirement, plan: Plan
+) -> Iterator[tuple[str, Sequence[Evidence], Requirement]]:
+    """What could be otherwise, as (in words, evidences, requirement)."""
+    for graph, precision in _costliest(evidences, plan) if _asks_for_speed(requirement) else ():
+        table = _with_faster(evidences[0].table, graph, precision)
+        yield f"{graph} {_FASTER}", [replace(each, table=table) for each in evidences], requirement
+    if requirement.setting != "budgeted" and requirement.max_exits < MAX_EXITS:
+        more = requirement.max_exits + 1
+        yield f"--max-exits {more}", evidences, replace(requirement, max_exits=more)
+    if requirement.setting == "budgeted":
+        yield "--setting input-dependent", evidences, replace(requirement, setting="input-dependent")
+
+
+def _asks_for_speed(requirement: Requirement) -> bool:
+    bounds = requirement.max_latency, requirement.max_latency_p95, requirement.max_latency_worst
+    return requirement.setting == "anytime" or requirement.objective in (None, "latency") or any(bounds)
+
+
+def _costliest(evidences: Sequence[Evidence], plan: Plan) -> list[tuple[str, str]]:
+    """The graphs of the plan that images spend the most time in, with their precision."""
+    evidence, rates = _evidence_of(evidences, plan), plan.predicted.exit_rates
+    stages = stage_graphs(evidence.candidate, [stage.head for stage in plan.stages])
+    spent: dict[tuple[str, str], float] = {}
+    for i, stage in enumerate(stages):
+        reached = sum(rates[i:])
+        leaving = reached if plan.setting == "anytime" else rates[i]
+        for graph, share in ((stage.segment, reached), (stage.head, reached), (stage.output, leaving)):
+            key = graph, evidence.graph_set.spec(graph).precision
+            spent[key] = spent.get(key, 0.0) + share * evidence.table.latency(*key).mean_ms
+    return sorted(spent, key=lambda key: -spent[key])[:GRAPHS]
+
+
+def _evidence_of(evidences: Sequence[Evidence], plan: Plan) -> Evidence:
+    return next(each for each in evidences if each.graph_set.recipe == plan.precision)
+
+
+def _with_faster(table: LatencyTable, graph: str, precision: str) -> LatencyTable:
+    entry = table.latency(graph, precision)
+    faster: Latency = replace(entry, **{name: getattr(entry, name) * (1 - STEP) for name in _TIMES})
+    return replace(table, entries={**table.entries, (graph, precision): faster})
+
+
+def _exit_shares(evidence: Evidence, plan: Plan) -> tuple[ExitShare, ...]:
+    statistics, heads = evidence.statistics, [stage.head for stage in plan.stages]
+    exits = exits_taken(statistics, plan.stages)
+    costs, macs = exit_costs_ns(evidence, plan.setting, heads), exit_macs(evidence.candidate, heads)
+    baseline = evidence.candidate.baseline if plan.baseline_name == "baseline" else plan.baseline_name
+    shares = []
+    for i, stage in enumerate(plan.stages):
+        images = np.flatnonzero(exits == i) if plan.setting != "anytime" else np.arange(statistics.images)
+        own, other = (_miou_on(statistics, head, images) for head in (stage.head, baseline))
+        shares.append(
+            ExitShare(
+                exit=i + 1,
+                exit_point=stage.exit_point,
+                head=stage.head,
+                images=len(images),
+                coverage=len(images) / statistics.images,
+                miou=own,
+                baseline_miou=other,
+                gain_pp=None if own is None or other is None else own - other,
+                latency_ms=costs[i] / 1e6,
+                saved_ms=plan.baseline.latency_ms - costs[i] / 1e6,
+                gmacs=macs[i] / 1e9,
+            )
+        )
+    return tuple(shares)
+
+
+def _miou_on(statistics: ExitStatistics, head: str, images: Ints) -> float | None:
+    """mIoU in percent of a head on some images; None where they have no labelled pixel."""
+    labelled: Ints = statistics.labelled[images].sum(axis=0)
+    if not labelled.any():
+        return None
+    index = statistics.head_index(head)
+    return miou(
+        statistics.intersection[images, index].sum(axis=0), statistics.predicted[images, index].sum(axis=0), labelled
+    )
