@@ -18,6 +18,7 @@ from mess_compile.runtime.errors import InputError, StaleError
 
 Ints = NDArray[np.int64]
 _REMEDY = "run `mess-compile evaluate`"
+_BLOCK = 256
 _ARRAYS = {
     "thresholds": np.float32,
     "counts": np.int32,
@@ -93,7 +94,10 @@ def miou(intersection: Ints, predicted: Ints, labelled: Ints) -> float:
     """
     present = np.flatnonzero(labelled)
     if not present.size:
-        raise InputError("no image has a labelled pixel outside the ignored classes: mIoU is undefined")
+        raise InputError(
+            "no image has a labelled pixel outside the ignored classes, so that mIoU is undefined: check labels and "
+            f"classes.txt, then {_REMEDY}"
+        )
     total = 0.0
     for k in present:
         total += float(intersection[k]) / float(predicted[k] + labelled[k] - intersection[k])
@@ -250,3 +254,17 @@ def _check_shapes(statistics: ExitStatistics) -> None:
         raise ValueError("image ids, groups, heads and cells do not fit each other")
     if min(statistics.cells, default=1) < 1:
         raise ValueError(f"cells {statistics.cells} are not positive")
+    _check_values(statistics)
+
+
+def _check_values(statistics: ExitStatistics) -> None:
+    """Whether anything could have been counted like this."""
+    if not np.isfinite(statistics.thresholds).all():
+        raise ValueError("a threshold is no number")
+    if (statistics.counts < 0).any() or (statistics.counts > np.array(statistics.cells, np.int32)[:, None]).any():
+        raise ValueError("a count of sure cells is below 0 or above the head's cells")
+    for start in range(0, statistics.images, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        right, most = statistics.intersection[part], statistics.labelled[part, None]
+        if (right < 0).any() or (right > np.minimum(statistics.predicted[part], most)).any():
+            raise ValueError("more pixels of a class are right than were predicted or labelled")

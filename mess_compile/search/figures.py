@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +48,7 @@ class Evidence:
             raise InputError("the statistics hold no images: run `mess-compile evaluate` on data with labels")
         check_statistics_current(self.statistics, self.graph_set)
         check_table_current(self.table, self.graph_set)
+        _refuse_no_numbers(self.table)
         if not self.baselines:
             raise InputError(
                 f"no baseline in {self.graph_set.recipe} runs on {self.table.device}, so that nothing can be compared "
@@ -119,6 +121,15 @@ class Evidence:
 
     def baseline_cost_ns(self, quantity: Quantity = "mean_ms") -> int:
         return baseline_cost_ns(self.table, self.graph_set, self.baseline, quantity)
+
+
+def _refuse_no_numbers(table: LatencyTable) -> None:
+    for entry in table.entries.values():
+        if not (math.isfinite(entry.mean_ms) and math.isfinite(entry.p99_ms)):
+            raise InputError(
+                f"the latency table of {table.device} has {entry.mean_ms} ms (p99 {entry.p99_ms}) for {entry.graph}: "
+                f"{table.remedy}"
+            )
 
 
 def refuse_without_energy(evidence: Evidence) -> None:

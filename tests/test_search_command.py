@@ -1,0 +1,273 @@
+"""`search` as a user meets it: one line for what cannot be, a reason for what was chosen, nothing stale shipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mess_compile import statistics
+from mess_compile.workspace import Workspace
+from tests.commands import complaint, contents, done, edit, overwrite, printed_json, refused, run
+
+pytestmark = pytest.mark.usefixtures("nothing_left_behind", "brief_profile")
+
+
+def with_statistics(workspace: Path, change: Callable[[statistics.ExitStatistics], statistics.ExitStatistics]) -> None:
+    folder = Workspace(workspace).statistics("val")
+    statistics.write_statistics(folder, change(statistics.read_statistics(folder)))
+
+
+def table_for(workspace: Path, device: str, factor: float = 1.0) -> None:
+    """A latency table of another device: that of host, each graph `factor` times as slow but for the heads."""
+    content = json.loads((workspace / "latency" / "host.json").read_text())
+    content["device"] = device
+    for entry in content["entries"]:
+        if not entry["graph"].startswith("head-"):
+            entry.update({name: entry[name] * factor for name in ("mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms")})
+    overwrite(workspace / "latency" / f"{device}.json", json.dumps(content).encode())
+
+
+class TestBounds:
+    @pytest.mark.parametrize(
+        ("arguments", "line"),
+        [
+            (("--max-err", "-1"), "--max-err '-1' is negative: write 1% for one percentage point"),
+            (("--max-err", "1"), "--max-err '1' has no unit: write 1% for one percentage point of mIoU below"),
+            (("--max-latency", "1"), "--max-latency '1' has no unit: write 20ms, or 0.5x of the baseline"),
+            (("--max-latency-p95", "fast"), "--max-latency-p95 'fast' is not understood: write 20ms"),
+            (("--max-latency-worst", "0ms"), "--max-latency-worst '0ms' is not more than nothing: write 20ms"),
+            (("--max-energy", "5"), "--max-energy '5' has no unit: write 50mJ"),
+            (("--time-limit", "60"), "--time-limit '60' has no unit: write 30min (units: s, min, h)"),
+            (("--front", "beauty"), "--front 'beauty' is not understood: write latency,miou or"),
+            (("--max-err", "0%", "--max-latency", "0.001x"), "no plan satisfies mIoU >= "),
+            (("--max-latency-worst", "0.0001x"), "best reachable: worst-case latency "),
+            (("--max-latency-p95", "0.0001x"), "best reachable: p95 latency "),
+            (("--setting", "anytime", "--optimise", "energy"), "the anytime setting optimises mIoU over time"),
+            (("--optimise", "energy"), "profile where the device tells its power"),
+        ],
+    )
+    def test_one_line_for_what_cannot_be(self, workspace: Path, arguments: tuple[str, ...], line: str) -> None:
+        assert line in refused(workspace, "search", *arguments)
+
+    def test_each_one_holds(self, workspace: Path) -> None:
+        """A bound between the fastest and the most accurate plan's own figures changes what is chosen, and is kept."""
+        best = printed_json("-C", workspace, "search", "--optimise", "accuracy")["plan"]["predicted"]
+        for option, name in (("--max-latency-p95", "p95_ms"), ("--max-latency-worst", "worst_ms")):
+            limit = best[name] * 0.999
+            content = printed_json("-C", workspace, "search", "--optimise", "accuracy", option, f"{limit:.6f}ms")
+            assert content["plan"]["predicted"][name] <= limit
+
+    def test_energy(self, workspace: Path) -> None:
+        def told(content: dict[str, Any]) -> None:
+            for entry in content["entries"]:
+                entry["energy_mj"] = 5 * entry["mean_ms"]
+
+        edit(workspace / "latency" / "host.json", told)
+        figures = printed_json("-C", workspace, "search", "--optimise", "energy", "--max-energy", "1x")["plan"]
+        assert figures["predicted"]["energy_mj"] == pytest.approx(5 * figures["predicted"]["latency_ms"], rel=1e-4)
+        assert "mJ" in done("-C", workspace, "search")
+        edit(workspace / "latency" / "host.json", lambda content: content["entries"][0].update(energy_mj=None))
+        message = refused(workspace, "search", "--max-energy", "50mJ")
+        assert "run `mess-compile profile --device host --all`" in message
+
+
+class TestEvidence:
+    def test_no_images(self, workspace: Path) -> None:
+        with_statistics(workspace, lambda found: found.select([]))
+        assert "the statistics hold no images: run `mess-compile evaluate`" in refused(workspace, "search")
+
+    def test_a_class_that_never_occurs_is_told(self, workspace: Path) -> None:
+        def without(found: statistics.ExitStatistics) -> statistics.ExitStatistics:
+            right, labelled = found.intersection.copy(), found.labelled.copy()
+            right[:, :, 1] = 0
+            labelled[:, 1] = 0
+            return dataclasses.replace(found, intersection=right, labelled=labelled)
+
+        with_statistics(workspace, without)
+        name = statistics.read_statistics(Workspace(workspace).statistics("val")).classes[1]
+        assert f"no image has a labelled pixel of {name}: mIoU is over the other classes" in done(
+            "-C", workspace, "search"
+        )
+        assert printed_json("-C", workspace, "search")["plan"]["absent_classes"] == [name]
+
+    def test_no_class_occurs(self, workspace: Path) -> None:
+        with_statistics(
+            workspace,
+            lambda found: dataclasses.replace(
+                found, intersection=np.zeros_like(found.intersection), labelled=np.zeros_like(found.labelled)
+            ),
+        )
+        assert "no image has a labelled pixel" in refused(workspace, "search")
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            lambda found: {"intersection": found.intersection + 10**6},
+            lambda found: {"intersection": found.intersection - 10**6},
+            lambda found: {"counts": found.counts + 10**6},
+            lambda found: {"counts": found.counts - 10**6},
+            lambda found: {"thresholds": found.thresholds * np.float32("nan")},
+        ],
+    )
+    def test_counts_that_cannot_be(self, workspace: Path, changed: Callable[[Any], dict[str, Any]]) -> None:
+        edit(workspace / "workspace.json", lambda content: content.update(data=None))
+        with_statistics(workspace, lambda found: dataclasses.replace(found, **changed(found)))
+        message = refused(workspace, "search")
+        assert "statistics.json is damaged" in message
+        assert "run `mess-compile evaluate`" in message
+
+    @pytest.mark.parametrize("value", ["NaN", "Infinity", "-1", "1e999", '"fast"', "null"])
+    def test_a_latency_that_is_none(self, workspace: Path, value: str) -> None:
+        path = workspace / "latency" / "host.json"
+        overwrite(path, re.sub(r'"mean_ms": [^,]+', f'"mean_ms": {value}', path.read_text(), count=1).encode())
+        message = refused(workspace, "search")
+        assert "host.json is" in message
+        assert "run `mess-compile profile --device host`" in message
+
+    def test_a_table_that_lacks_graphs_names_them(self, workspace: Path) -> None:
+        gone = ("segment-0-2", "upload")
+        edit(
+            workspace / "latency" / "host.json",
+            lambda content: content.update(entries=[e for e in content["entries"] if e["graph"] not in gone]),
+        )
+        message = refused(workspace, "search")
+        assert "lacks graphs (segment-0-2, upload): run `mess-compile profile --device host`" in message
+
+
+class TestStale:
+    def changed_table(self, workspace: Path) -> None:
+        edit(workspace / "latency" / "host.json", lambda content: content["entries"][3].update(mean_ms=7.5))
+
+    def changed_statistics(self, workspace: Path) -> None:
+        with_statistics(workspace, lambda found: found.select(range(found.images - 1)))
+
+    @pytest.mark.parametrize("what", ["latency table", "statistics"])
+    def test_a_plan_of_what_changed_is_not_shipped(self, workspace: Path, what: str) -> None:
+        getattr(self, "changed_" + what.split()[-1])(workspace)
+        line = f"the {what} changed since the plan for host was searched: run `mess-compile search`"
+        assert line in refused(workspace, "bundle")
+        assert line in refused(workspace, "bench", workspace / "host.mess", "--split", "test")
+        done("-C", workspace, "search")
+        done("-C", workspace, "bundle")
+
+    def test_a_plan_whose_sources_are_elsewhere_is(self, workspace: Path) -> None:
+        (workspace / "latency" / "host.json").unlink()
+        with_statistics(workspace, lambda found: found)
+        done("-C", workspace, "bundle")
+
+    def test_a_bundle_says_what_it_was_searched_from(self, workspace: Path) -> None:
+        plan = printed_json("-C", workspace, "search", "--optimise", "accuracy")["plan"]
+        done("-C", workspace, "bundle")
+        told = printed_json("inspect", workspace / "host.mess")["provenance"]
+        assert (told["latency table"], told["statistics"]) == (plan["table_sha256"], plan["statistics_sha256"])
+
+
+class TestTwice:
+    def test_the_same_bytes_with_and_without_what_was_kept(self, workspace: Path) -> None:
+        plan = workspace / "plans" / "host.json"
+        done("-C", workspace, "search", "--max-err", "50%")
+        first = plan.read_bytes()
+        kept = list((workspace / "search").iterdir())
+        assert kept
+        done("-C", workspace, "search", "--max-err", "50%")
+        assert plan.read_bytes() == first
+        for folder in kept:
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
+        done("-C", workspace, "search", "--max-err", "50%")
+        assert plan.read_bytes() == first
+
+    def test_another_requirement_adds_nothing_to_what_is_kept(self, workspace: Path) -> None:
+        done("-C", workspace, "search")
+        before = contents(workspace / "search")
+        done("-C", workspace, "search", "--optimise", "accuracy", "--front", "latency,miou,memory")
+        assert contents(workspace / "search") == before
+
+
+class TestExplain:
+    def test_in_words_and_as_json(self, workspace: Path) -> None:
+        arguments = ("-C", workspace, "search", "--optimise", "accuracy", "--max-latency", "3x", "--explain")
+        shown = done(*arguments)
+        for title in ("why: what each exit brings", "what each requirement costs (now accuracy", "max_latency"):
+            assert title in shown
+        content = printed_json(*arguments)["explanation"]
+        assert content.keys() == {"objective", "value", "exits", "bounds", "helps"}
+        rates = [share["coverage"] for share in content["exits"]]
+        assert rates == printed_json("-C", workspace, "inspect", "plan")["plan"]["predicted"]["exit_rates"]
+        assert [bound["tighter_limit"] for bound in content["bounds"]] == ["2.7x"]
+        assert all(each["what"].endswith("10% faster") for each in content["helps"])
+
+
+class TestSeveralDevices:
+    def test_a_plan_for_each_and_what_they_share(self, workspace: Path) -> None:
+        table_for(workspace, "rtx-2080")
+        arguments = ("-C", workspace, "search", "--device", "host", "--device", "rtx-2080")
+        content = printed_json(*arguments)
+        assert content.keys() == {"results", "shared"}
+        plans = {device: result["plan"] for device, result in content["results"].items()}
+        assert plans.keys() == {"host", "rtx-2080"}
+        names = [[graph["name"] for graph in plan["graphs"]] for plan in plans.values()]
+        assert names[0] == names[1] == content["shared"]["graphs"], "equal latencies make equal plans"
+        shared = content["shared"]
+        assert shared["shared_bytes"] == shared["together_bytes"] == shared["apart_bytes"] / 2 > 0
+        shown = done(*arguments)
+        assert "plan for host," in shown
+        assert "plan for rtx-2080," in shown
+        assert f"graphs that all 2 plans run: {', '.join(names[0])}" in shown
+        for device in plans:
+            assert f"bundle {workspace}/plans/{device}.json" in shown
+            assert json.loads((workspace / "plans" / f"{device}.json").read_text())["plan"] == plans[device]
+
+    def test_weights_are_counted_by_content(self, workspace: Path) -> None:
+        """Fused and separate segments are other graphs with the same weights."""
+        table_for(workspace, "rtx-2080", factor=40.0)
+        content = printed_json(
+            *("-C", workspace, "search", "--device", "host", "--device", "rtx-2080", "--setting", "budgeted"),
+            *("--optimise", "accuracy"),
+        )
+        sizes = []
+        index = json.loads((workspace / "graphs" / "index.json").read_text())
+        store = {path.name: path.stat().st_size for path in (workspace / "graphs" / "weights").iterdir()}
+        for result in content["results"].values():
+            graphs = {graph["name"] for graph in result["plan"]["graphs"]}
+            paths = [workspace / "graphs" / spec["path"] for spec in index["graphs"] if spec["name"] in graphs]
+            named = {name.decode() for path in paths for name in re.findall(rb"[0-9a-f]{64}", path.read_bytes())}
+            sizes.append({name: store[name] for name in named & store.keys()})
+        shared = content["shared"]
+        assert shared["apart_bytes"] == sum(sum(each.values()) for each in sizes)
+        assert shared["together_bytes"] == sum({**sizes[0], **sizes[1]}.values())
+        assert shared["shared_bytes"] == sum(size for name, size in sizes[0].items() if name in sizes[1])
+
+    def test_all_plans_or_none(self, workspace: Path) -> None:
+        table_for(workspace, "rtx-2080", factor=1000.0)
+        figures = printed_json("-C", workspace, "search")["plan"]["predicted"]
+        limit = f"{figures['latency_ms'] * 5:.4f}ms"
+        before = contents(workspace / "plans")
+        both = ("--device", "host", "--device", "rtx-2080")
+        message = complaint("-C", workspace, "search", *both, "--max-latency", limit)
+        assert contents(workspace / "plans") == before
+        assert "error: rtx-2080: no plan satisfies latency" in message
+
+
+def test_inspect_shows_the_operating_points(workspace: Path) -> None:
+    done("-C", workspace, "search", "--optimise", "accuracy")
+    shown = done("-C", workspace, "inspect", "plan")
+    points = printed_json("-C", workspace, "inspect", "plan")["plan"]["operating_points"]
+    assert "operating points: the same graphs, switched at run time" in shown
+    for point in points:
+        assert f"{point['name']} " in shown
+    assert "default" in [point["name"] for point in points]
+
+
+def test_profile_for_takes_the_new_bounds_and_names_those_it_does_not_know(workspace: Path) -> None:
+    assert run("-C", workspace, "profile", "--for", "--max-latency-p95 20").exit_code == 1
+    message = complaint("-C", workspace, "profile", "--for", "--max-latency-p95 20")
+    assert "--max-latency-p95 '20' has no unit" in message
