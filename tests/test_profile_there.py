@@ -101,7 +101,7 @@ def test_only_what_could_change_the_answer_is_measured_over_ssh(unmeasured: Path
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--for", "--max-err 1"), "--max-err '1' is not understood: write 1%"),
+        (("--for", "--max-err 1"), "--max-err '1' has no unit: write 1%"),
         (("--for", "--max-error 1%"), "it takes the options of `search`"),
         (("--for", '"'), "it takes the options of `search`"),
         (("--budget", "soon"), "--budget 'soon' is not understood: write 30min"),
