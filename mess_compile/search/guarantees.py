@@ -1,0 +1,269 @@
+"""What a plan may be expected to do on images that it was not chosen on: optimism, and what can be certified.
+
+Definitions, sources and what is not promised: docs/guarantees.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mess_compile.candidates import BASELINE
+from mess_compile.runtime.errors import InputError, RequirementError, StaleError
+from mess_compile.search.figures import Evidence, figures_of_stages
+from mess_compile.search.paired import (
+    RESAMPLES,
+    Floats,
+    Index,
+    drops_pp,
+    evidence_of_plan,
+    numbered_groups,
+    pairs_of_plans,
+    tested_in_turn,
+)
+from mess_compile.search.plan import Guarantee, Optimism, Plan, SearchResult
+from mess_compile.search.requirement import Requirement
+from mess_compile.search.rows import Progress
+from mess_compile.search.solver import search_recipes
+from mess_compile.statistics import ExitStatistics
+
+FOLDS = 5
+LEAST_CHOSEN = 20  # sequences to choose a plan by: fewer say next to nothing
+CERTIFIED_SHARE = 0.5
+_RUNGS = (0.75, 0.5, 0.25, 0.0)  # of the error allowed: plans more careful than the optimum
+
+
+def parse_confidence(text: str) -> float:
+    """A probability from `95%`. Raises InputError."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*%", text.strip())
+    if match is None or not 50 <= float(match[1]) < 100:
+        raise InputError(f"--confidence {text!r} is not understood: write 95% (from 50% to below 100%)")
+    return float(match[1]) / 100
+
+
+def optimism(
+    evidences: Sequence[Evidence],
+    requirement: Requirement,
+    folds: int = FOLDS,
+    progress: Progress = lambda done, total: None,
+) -> Optimism | None:
+    """By how much a search under `requirement` flatters its own plan, by cross-validation over sequences.
+
+    `evidences` are of the recipes searched, as for `search_recipes`. For each fold a plan is chosen on the others and
+    replayed on it; folds on which that cannot be done (no plan satisfies, no labelled pixel) are left out. None when
+    fewer than two remain. `progress` is told (folds done, folds).
+    """
+    _refuse_different_images(evidences)
+    parts, method = _folds(evidences[0].statistics.group, folds)
+    baseline = _baseline(evidences)
+    found = []
+    for done, held in enumerate(parts, start=1):
+        fold = _replayed_fold(evidences, requirement, held, baseline)
+        found += [fold] if fold else []
+        progress(done, len(parts))
+    if len(found) < 2:
+        return None
+    gains = [fold.foretold_gain - fold.held_gain for fold in found]
+    pooled = _gain(sum(fold.pixels for fold in found))
+    foretold_ms = sum(fold.foretold_ms * fold.images for fold in found)
+    return Optimism(
+        miou_pp=float(np.mean([fold.foretold_gain for fold in found])) - pooled,
+        latency_percent=100 * (sum(fold.held_ms * fold.images for fold in found) / foretold_ms - 1),
+        folds=len(found),
+        spread_pp=float(np.std(gains, ddof=1)),
+        method=method + (f"; {len(parts) - len(found)} folds left out" if len(found) < len(parts) else ""),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Fold:
+    """A plan chosen on the other folds: mIoU above the baseline's (pp) and latency as foretold there, and held here."""
+
+    foretold_gain: float
+    held_gain: float
+    foretold_ms: float
+    held_ms: float
+    pixels: Floats  # (1, 5, classes): rows as in Pairs, summed
+    images: int
+
+
+def _replayed_fold(
+    evidences: Sequence[Evidence], requirement: Requirement, held: Index, baseline: tuple[int, str]
+) -> _Fold | None:
+    rest = np.setdiff1d(np.arange(evidences[0].statistics.images), held)
+    chosen, unseen = ([_part(evidence, rows) for evidence in evidences] for rows in (rest, held))
+    if not chosen[0].statistics.labelled.any() or not unseen[0].statistics.labelled.any():
+        return None
+    try:
+        plan = search_recipes(chosen, requirement).plan
+    except RequirementError:
+        return None
+    foretold, pixels = (pairs_of_plans(part, chosen, [plan], baseline).pixels.sum(axis=0) for part in (chosen, unseen))
+    figures = figures_of_stages(evidence_of_plan(unseen, plan), plan.setting, plan.stages)
+    return _Fold(
+        foretold_gain=_gain(foretold),
+        held_gain=_gain(pixels),
+        foretold_ms=plan.predicted.latency_ms,
+        held_ms=figures.latency_ms,
+        pixels=pixels,
+        images=len(held),
+    )
+
+
+def _gain(pixels: Floats | float) -> float:
+    """mIoU of the plan above the baseline's in pp, from pixels summed over images."""
+    return -float(drops_pp(np.asarray(pixels)[None])[0, 0])
+
+
+def _folds(groups: Sequence[str], folds: int) -> tuple[list[Index], str]:
+    """The images of each fold, and how they came about: no group is parted, where there are as many as folds."""
+    first_seen, images = numbered_groups(groups)
+    if len(first_seen) < folds:
+        parts = [part for part in np.array_split(np.arange(len(groups)), folds) if part.size]
+        few = f"{len(first_seen)} sequence{'s are' if len(first_seen) != 1 else ' is'} fewer than {folds} folds"
+        return parts, f"cross-validation over {len(parts)} blocks of images in order ({few}, so that they are parted)"
+    sizes = np.bincount(images)
+    taken: list[list[int]] = [[] for _ in range(folds)]
+    for group in np.argsort(-sizes, kind="stable"):
+        min(taken, key=lambda fold: int(sizes[fold].sum())).append(int(group))
+    parts = [np.flatnonzero(np.isin(images, fold)) for fold in taken]
+    return parts, f"cross-validation over {folds} folds of {len(first_seen)} {_unit(groups)}"
+
+
+def certify(
+    evidences: Sequence[Evidence],
+    requirement: Requirement,
+    confidence: float,
+    seed: int = 0,
+    progress: Progress = lambda done, total: None,
+) -> SearchResult:
+    """The boldest plan whose error is certified to stay within `max_err_pp`; its guarantee says on what grounds.
+
+    One part of the sequences, drawn by `seed`, serves to choose plans, the other to test them in a fixed order until
+    one fails. The result's front and certificate are those of the first part. Raises InputError when the requirement
+    has nothing to certify or the images are too few, RequirementError when no plan passes.
+    """
+    _refuse_different_images(evidences)
+    limit_pp = _limit_pp(requirement, confidence)
+    rows = _split(evidences[0].statistics, limit_pp, confidence, seed)
+    chosen, held = ([_part(evidence, part) for evidence in evidences] for part in rows)
+    result = search_recipes(chosen, requirement, progress)
+    plans = _from_the_boldest(chosen, requirement, result)
+    baseline = _baseline(chosen)
+    first, second = (pairs_of_plans(part, chosen, plans, baseline) for part in (chosen, held))
+    verdict = tested_in_turn(first, second, limit_pp, confidence, seed)
+    unit = _unit(held[0].statistics.group)
+    if verdict.passed is None:
+        raise RequirementError(
+            f"no plan can be certified within {limit_pp:.4g} pp at {100 * confidence:.4g} % on {second.risk.shape[1]} "
+            f"{unit} that it was not chosen on: the safest is bounded by {verdict.risk_bound_pp:.2f} pp of pixel error "
+            f"and {verdict.drop_bound_pp:.2f} pp of mIoU; give a larger --max-err, or evaluate more images"
+        )
+    guarantee = Guarantee(
+        confidence=confidence,
+        seed=seed,
+        images_chosen=chosen[0].statistics.images,
+        images_certified=held[0].statistics.images,
+        groups=second.risk.shape[1],
+        risk_bound_pp=verdict.risk_bound_pp,
+        risk_limit_pp=limit_pp,
+        risk_method="Learn-then-Test in a fixed sequence, p-values by betting (finite sample)",
+        miou_drop_bound_pp=verdict.drop_bound_pp,
+        miou_drop_limit_pp=limit_pp,
+        miou_method=f"paired bootstrap over {unit}, {RESAMPLES} resamples (no guarantee)",
+        assumption=f"the {unit} certified on are independent draws of what the device will see",
+        tested=verdict.tested,
+    )
+    whole = {evidence.graph_set.recipe: evidence.statistics_sha256 for evidence in evidences}
+    front = tuple(replace(plan, statistics_sha256=whole[plan.precision]) for plan in result.front)
+    plan = plans[verdict.passed]
+    plan = replace(plan, statistics_sha256=whole[plan.precision], guarantee=guarantee)
+    return replace(result, plan=plan, front=front)
+
+
+def least_sequences(limit_pp: float, confidence: float) -> int:
+    """The fewest independent sequences on which even a plan that never errs above the baseline can be certified."""
+    return math.ceil(math.log(1 - confidence) / math.log1p(-limit_pp / 100))
+
+
+def _limit_pp(requirement: Requirement, confidence: float) -> float:
+    if not 0.5 <= confidence < 1:
+        raise InputError(f"a confidence of {confidence:.4g} is not from 0.5 to below 1")
+    if requirement.max_err_pp is None:
+        raise InputError("--confidence says how sure --max-err is to hold on unseen images: give --max-err 1% too")
+    if requirement.baseline_miou is not None:
+        raise InputError("--confidence compares with the baseline image by image: leave out --baseline")
+    if not 0 < requirement.max_err_pp < 100:
+        raise InputError(
+            f"--max-err {requirement.max_err_pp:.4g}% cannot be certified on any number of images: give --max-err 1%"
+        )
+    return requirement.max_err_pp
+
+
+def _split(statistics: ExitStatistics, limit_pp: float, confidence: float, seed: int) -> tuple[Index, Index]:
+    """The labelled images to choose by and those to certify on; no sequence has images in both."""
+    labelled = np.flatnonzero(statistics.labelled.any(axis=1))
+    groups = [statistics.group[i] for i in labelled]
+    names, group = numbered_groups(groups)
+    least = least_sequences(limit_pp, confidence)
+    if len(names) < least + LEAST_CHOSEN:
+        raise InputError(
+            f"{len(labelled)} labelled images of {len(names)} independent {_unit(groups)} are too few to certify "
+            f"--max-err {limit_pp:.4g}% at --confidence {100 * confidence:.4g}%: {least + LEAST_CHOSEN} would do at "
+            f"best ({least} to certify on, where a plan without any error just passes, {LEAST_CHOSEN} to choose by); "
+            f"evaluate more, or give a larger --max-err"
+        )
+    certified = max(least, round(CERTIFIED_SHARE * len(names)))
+    held = np.isin(group, np.random.default_rng(seed).permutation(len(names))[:certified])
+    return labelled[~held], labelled[held]
+
+
+def _from_the_boldest(parts: Sequence[Evidence], requirement: Requirement, result: SearchResult) -> list[Plan]:
+    """The optimum and plans that err ever less on `parts`; all satisfy the requirement there."""
+    if requirement.objective == "accuracy":
+        return [result.plan]
+    on_front = Requirement(
+        setting=requirement.setting,
+        objective=requirement.objective,
+        max_err_pp=requirement.max_err_pp,
+        max_memory_bytes=requirement.max_memory_bytes,
+        max_workload=requirement.max_workload,
+        max_exits=requirement.max_exits,
+    )
+    plans = [result.plan]
+    if requirement == on_front and (requirement.objective or "latency") == "latency":
+        return plans + [plan for plan in result.front if plan.predicted.miou > result.plan.predicted.miou]
+    for rung in _RUNGS:
+        careful = replace(requirement, max_err_pp=rung * (requirement.max_err_pp or 0.0))
+        try:
+            plans.append(search_recipes(parts, careful).plan)
+        except RequirementError:
+            break
+    return plans
+
+
+def _unit(groups: Sequence[str]) -> str:
+    return "images" if len(set(groups)) == len(groups) else "sequences"
+
+
+def _part(evidence: Evidence, rows: Index) -> Evidence:
+    return replace(evidence, statistics=evidence.statistics.select(rows.tolist()))
+
+
+def _baseline(evidences: Sequence[Evidence]) -> tuple[int, str]:
+    """The best single-exit network on these images: the place of its evidence, and its name among what is scored."""
+    place = max(range(len(evidences)), key=lambda i: evidences[i].baseline_miou(evidences[i].baseline))
+    name = evidences[place].baseline
+    return place, evidences[place].candidate.baseline if name == BASELINE else name
+
+
+def _refuse_different_images(evidences: Sequence[Evidence]) -> None:
+    if len({evidence.statistics.image_id for evidence in evidences}) > 1:
+        raise StaleError(
+            "the recipes' statistics are of different images: run `mess-compile evaluate --precision ...` on the same "
+            "data for each"
+        )
