@@ -1,10 +1,10 @@
 """Does --confidence hold? Draws from a population whose true risks are known, certified as the product does.
 
 A fixed family of plans, chosen once on images apart, is certified on each draw: how often is the certified plan's true
-risk, or its true mIoU drop, above the bound? Then the same where mIoU never binds, and where plans fail rarely but
-totally, with a risk just above the bound. Then fewer draws of the whole: split, search, certification, beside a search
-without confidence. Last, the bound by betting beside Hoeffding-Bentkus. The population's front is about as steep as
-the paper's: 1 pp of mIoU saves 42 % of the latency, 0.1 pp 34 % (MESS on MobileNetV2: 42 % and 39 %).
+risk, or its true mIoU drop, above the bound? Then the hard cases: mIoU never binds; a plan lies just above the bound;
+a plan fails rarely but totally. Then fewer draws of the whole: split, search, certification, beside a search without
+confidence. Last, the bound by betting beside Hoeffding-Bentkus. The population's front is about the paper's: 1 pp
+of mIoU saves 42 % of the latency, 0.1 pp 34 % (MESS on MobileNetV2: 42 % and 39 %).
 
 Usage: python benchmarks/guarantee.py [--draws 2000] [--whole 20] [--images 2000] [--population 200000] [--frames 1]
 """
@@ -37,7 +37,7 @@ from mess_compile.latency import PSEUDO_GRAPHS, Latency, LatencyTable
 from mess_compile.runtime.errors import RequirementError
 from mess_compile.search.figures import Evidence, figures_of_stages
 from mess_compile.search.guarantees import certify
-from mess_compile.search.paired import Pairs, drops_pp, pairs_of_plans, risk_bound, stake_for, tested_in_turn
+from mess_compile.search.paired import Pairs, certified_in_turn, drops_pp, pairs_of_plans, risk_bound, stake_for
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.solver import search
 from mess_compile.statistics import ExitStatistics, threshold_table
@@ -47,7 +47,7 @@ BOUNDS_PP = (0.5, 1.0, 2.0)
 CLASSES, PIXELS, CELLS_HW = 12, 10_000, (23, 30)
 REACH = (-1.0, 0.2, 1.2, 9.0)  # how hard an image may be for a head at each exit point to do as well as the last
 POINTS, HEADS = 3, ("fcn-crm1-b0", "fcn-crm1-b1")
-FAMILY, FAMILY_IMAGES = 12, 4000
+FAMILY = 8
 BLOCK = 20_000
 
 
@@ -165,10 +165,10 @@ class Family:
     baseline_ms: float
 
 
-def family(graphs: GraphSet, table: LatencyTable, known: Population) -> Family:
-    """FAMILY plans off the front on FAMILY_IMAGES images, spread over mIoU drops up to 1.5 times the largest bound."""
-    images = known.drawn(np.random.default_rng([0, 0]), FAMILY_IMAGES)
-    found = search(known.evidence(graphs, table, images), Requirement(max_err_pp=1.5 * BOUNDS_PP[-1]))
+def family(graphs: GraphSet, table: LatencyTable, known: Population, images: int = 4000) -> Family:
+    """FAMILY plans off the front on so many images, spread over mIoU drops up to 1.5 times the largest bound."""
+    drawn = known.drawn(np.random.default_rng([0, 0]), images)
+    found = search(known.evidence(graphs, table, drawn), Requirement(max_err_pp=1.5 * BOUNDS_PP[-1]))
     front = [plan for plan in found.front if plan.predicted.miou >= found.plan.predicted.miou]
     plans = [front[i] for i in np.linspace(0, len(front) - 1, FAMILY).round().astype(int)]
     whole = known.evidence(graphs, table, np.arange(len(known.labelled)))
@@ -211,9 +211,10 @@ def family_draw(of: Family, sequences: int, bound_pp: float, seed: int) -> Draw:
     rng = np.random.default_rng([1, seed])
     drawn = rng.integers(of.pairs.risk.shape[1], size=sequences)
     parts = [Pairs(of.pairs.risk[:, part], of.pairs.pixels[part]) for part in np.array_split(drawn, 2)]
-    lost = drops_pp(of.pairs.pixels[drawn].sum(axis=0)[None])[0]
+    drops = drops_pp(of.pairs.pixels[drawn].sum(axis=0)[None])[0]
+    lost = np.maximum(drops, 100 * of.pairs.risk[:, drawn].mean(axis=1))
     fastest = next((float(of.latency_ms[i]) for i in range(len(lost)) if lost[i] <= bound_pp), of.baseline_ms)
-    verdict = tested_in_turn(*parts, bound_pp, CONFIDENCE, seed)
+    verdict = certified_in_turn(*parts, bound_pp, CONFIDENCE, seed)
     passed = verdict.passed
     if passed is None:
         return Draw(None, None, 0.0, of.baseline_ms - fastest)
@@ -279,6 +280,11 @@ def bounds_compared(of: Family, n: int, draws: int = 20) -> tuple[float, float]:
     return float(np.median(betting)), float(np.median(classic))
 
 
+def just_below(truths: NDArray[np.float64]) -> list[float]:
+    """For each bound the nearest true value, less a thousandth: its plan is the hardest to tell from a good one."""
+    return [0.999 * float(min(truths, key=lambda truth, bound=bound: abs(truth - bound))) for bound in BOUNDS_PP]
+
+
 def summary(draws: Sequence[Draw], bound_pp: float) -> dict[str, float]:
     """Shares in percent; `allowed` is 5 % and two Monte Carlo standard errors."""
     level = 1 - CONFIDENCE
@@ -299,7 +305,7 @@ def show(title: str, rows: Sequence[dict[str, float]]) -> None:
     print("  bound  draws  certified  risk above  mIoU drop above  allowed  saving kept")
     for row in rows:
         print(
-            f"{row['bound_pp']:4.1f} pp {row['draws']:6.0f} {row['certified']:8.1f} % {row['risk_violations']:9.2f} % "
+            f"{row['bound_pp']:4.2f} pp {row['draws']:6.0f} {row['certified']:8.1f} % {row['risk_violations']:9.2f} % "
             f"{row['drop_violations']:14.2f} % {row['allowed']:6.2f} % {row['saving_kept']:10.1f} %"
         )
 
@@ -320,13 +326,16 @@ def main() -> None:
         print(f"  {latency:6.2f} ms of {of.baseline_ms:.2f}  risk {risk:6.3f} pp  mIoU drop {drop:6.3f} pp")
     sequences = asked.images // asked.frames
     alone = without_miou(of)
-    cases = (
-        ("certification of the family", lambda bound: of),
-        ("the same, mIoU never binding", lambda bound: alone),
-        ("rare total failures, just above the bound", lambda bound: rare_failures(bound, asked.population)),
+    rare = {bound: rare_failures(bound, asked.population) for bound in BOUNDS_PP}
+    cases: tuple[tuple[str, dict[float, Family]], ...] = (
+        ("certification of the family", dict.fromkeys(BOUNDS_PP, of)),
+        ("the bounds just below a plan's mIoU drop (the bootstrap decides)", dict.fromkeys(just_below(of.drop_pp), of)),
+        ("mIoU never binding", dict.fromkeys(BOUNDS_PP, alone)),
+        ("mIoU never binding, the bounds just below a plan's risk", dict.fromkeys(just_below(of.risk_pp), alone)),
+        ("rare total failures, their rate just above the bound", rare),
     )
-    for title, case in cases:
-        show(title, [family_summary(case(bound), sequences, bound, asked.draws) for bound in BOUNDS_PP])
+    for title, families in cases:
+        show(title, [family_summary(each, sequences, bound, asked.draws) for bound, each in families.items()])
     truth = known.evidence(graphs, table, np.arange(len(known.labelled)))
     whole = [whole_draw(graphs, table, known, truth, asked.images, 1.0, seed) for seed in range(asked.whole)]
     if whole:

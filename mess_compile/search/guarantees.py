@@ -19,11 +19,11 @@ from mess_compile.search.paired import (
     RESAMPLES,
     Floats,
     Index,
+    certified_in_turn,
     drops_pp,
     evidence_of_plan,
     numbered_groups,
     pairs_of_plans,
-    tested_in_turn,
 )
 from mess_compile.search.plan import Guarantee, Optimism, Plan, SearchResult
 from mess_compile.search.requirement import Requirement
@@ -34,6 +34,7 @@ from mess_compile.statistics import ExitStatistics
 FOLDS = 5
 LEAST_CHOSEN = 20  # sequences to choose a plan by: fewer say next to nothing
 CERTIFIED_SHARE = 0.5
+MOST_CAREFUL = 31  # plans off the front that are tested before the optimum
 _RUNGS = (0.75, 0.5, 0.25, 0.0)  # of the error allowed: plans more careful than the optimum
 
 
@@ -58,7 +59,9 @@ def optimism(
     fewer than two remain. `progress` is told (folds done, folds).
     """
     _refuse_different_images(evidences)
-    parts, method = _folds(evidences[0].statistics.group, folds)
+    parts, method = cross_validation_folds(evidences[0].statistics.group, folds)
+    if len(parts) < 2:
+        return None
     baseline = _baseline(evidences)
     found = []
     for done, held in enumerate(parts, start=1):
@@ -68,14 +71,14 @@ def optimism(
     if len(found) < 2:
         return None
     gains = [fold.foretold_gain - fold.held_gain for fold in found]
-    pooled = _gain(sum(fold.pixels for fold in found))
+    pooled = _gain(np.sum([fold.pixels for fold in found], axis=0))
     foretold_ms = sum(fold.foretold_ms * fold.images for fold in found)
     return Optimism(
         miou_pp=float(np.mean([fold.foretold_gain for fold in found])) - pooled,
         latency_percent=100 * (sum(fold.held_ms * fold.images for fold in found) / foretold_ms - 1),
         folds=len(found),
         spread_pp=float(np.std(gains, ddof=1)),
-        method=method + (f"; {len(parts) - len(found)} folds left out" if len(found) < len(parts) else ""),
+        method=method + (f"; left out: {len(parts) - len(found)}" if len(found) < len(parts) else ""),
     )
 
 
@@ -87,7 +90,7 @@ class _Fold:
     held_gain: float
     foretold_ms: float
     held_ms: float
-    pixels: Floats  # (1, 5, classes): rows as in Pairs, summed
+    pixels: Floats  # (5, classes), as in Pairs, summed over the images held
     images: int
 
 
@@ -114,24 +117,26 @@ def _replayed_fold(
     )
 
 
-def _gain(pixels: Floats | float) -> float:
-    """mIoU of the plan above the baseline's in pp, from pixels summed over images."""
-    return -float(drops_pp(np.asarray(pixels)[None])[0, 0])
+def _gain(pixels: Floats) -> float:
+    """mIoU of the plan above the baseline's in pp, from pixels (5, classes) summed over images."""
+    return -float(drops_pp(pixels[None])[0, 0])
 
 
-def _folds(groups: Sequence[str], folds: int) -> tuple[list[Index], str]:
-    """The images of each fold, and how they came about: no group is parted, where there are as many as folds."""
-    first_seen, images = numbered_groups(groups)
-    if len(first_seen) < folds:
+def cross_validation_folds(groups: Sequence[str], folds: int) -> tuple[list[Index], str]:
+    """The images of each fold, about as many in each, and how they came about: no group is parted, unless there are
+    fewer groups than folds."""
+    names, group = numbered_groups(groups)
+    if len(names) < folds:
         parts = [part for part in np.array_split(np.arange(len(groups)), folds) if part.size]
-        few = f"{len(first_seen)} sequence{'s are' if len(first_seen) != 1 else ' is'} fewer than {folds} folds"
+        few = f"{len(names)} {'sequence is' if len(names) == 1 else 'sequences are'} fewer than {folds} folds"
         return parts, f"cross-validation over {len(parts)} blocks of images in order ({few}, so that they are parted)"
-    sizes = np.bincount(images)
-    taken: list[list[int]] = [[] for _ in range(folds)]
-    for group in np.argsort(-sizes, kind="stable"):
-        min(taken, key=lambda fold: int(sizes[fold].sum())).append(int(group))
-    parts = [np.flatnonzero(np.isin(images, fold)) for fold in taken]
-    return parts, f"cross-validation over {folds} folds of {len(first_seen)} {_unit(groups)}"
+    sizes = np.bincount(group)
+    fold_of_group, images = np.zeros(len(names), np.intp), np.zeros(folds, np.intp)
+    for largest in np.argsort(-sizes, kind="stable"):
+        fold_of_group[largest] = images.argmin()
+        images[images.argmin()] += sizes[largest]
+    parts = [np.flatnonzero(fold_of_group[group] == fold) for fold in range(folds)]
+    return parts, f"cross-validation over {folds} folds of {len(names)} {_unit(groups)}"
 
 
 def certify(
@@ -149,13 +154,13 @@ def certify(
     """
     _refuse_different_images(evidences)
     limit_pp = _limit_pp(requirement, confidence)
-    rows = _split(evidences[0].statistics, limit_pp, confidence, seed)
+    rows = certification_split(evidences[0].statistics, limit_pp, confidence, seed)
     chosen, held = ([_part(evidence, part) for evidence in evidences] for part in rows)
     result = search_recipes(chosen, requirement, progress)
     plans = _from_the_boldest(chosen, requirement, result)
     baseline = _baseline(chosen)
     first, second = (pairs_of_plans(part, chosen, plans, baseline) for part in (chosen, held))
-    verdict = tested_in_turn(first, second, limit_pp, confidence, seed)
+    verdict = certified_in_turn(first, second, limit_pp, confidence, seed)
     unit = _unit(held[0].statistics.group)
     if verdict.passed is None:
         raise RequirementError(
@@ -204,8 +209,13 @@ def _limit_pp(requirement: Requirement, confidence: float) -> float:
     return requirement.max_err_pp
 
 
-def _split(statistics: ExitStatistics, limit_pp: float, confidence: float, seed: int) -> tuple[Index, Index]:
-    """The labelled images to choose by and those to certify on; no sequence has images in both."""
+def certification_split(
+    statistics: ExitStatistics, limit_pp: float, confidence: float, seed: int
+) -> tuple[Index, Index]:
+    """The labelled images to choose by and those to certify on; no sequence has images in both.
+
+    Raises InputError with the number that would do when there are too few sequences.
+    """
     labelled = np.flatnonzero(statistics.labelled.any(axis=1))
     groups = [statistics.group[i] for i in labelled]
     names, group = numbered_groups(groups)
@@ -236,11 +246,13 @@ def _from_the_boldest(parts: Sequence[Evidence], requirement: Requirement, resul
     )
     plans = [result.plan]
     if requirement == on_front and (requirement.objective or "latency") == "latency":
-        return plans + [plan for plan in result.front if plan.predicted.miou > result.plan.predicted.miou]
+        careful = [plan for plan in result.front if plan.predicted.miou > result.plan.predicted.miou]
+        some = np.linspace(0, len(careful) - 1, min(len(careful), MOST_CAREFUL)).round().astype(int)
+        return plans + [careful[i] for i in some]
     for rung in _RUNGS:
-        careful = replace(requirement, max_err_pp=rung * (requirement.max_err_pp or 0.0))
+        tighter = replace(requirement, max_err_pp=rung * (requirement.max_err_pp or 0.0))
         try:
-            plans.append(search_recipes(parts, careful).plan)
+            plans.append(search_recipes(parts, tighter).plan)
         except RequirementError:
             break
     return plans

@@ -17,7 +17,6 @@ from mess_compile.search.plan import Plan
 from mess_compile.statistics import head_miou
 
 RESAMPLES = 2000
-MOST_TESTED = 32
 _WEIGHTS = 1 << 22
 
 Floats = NDArray[np.float64]
@@ -82,7 +81,7 @@ class Verdict:
     drop_bound_pp: float
 
 
-def tested_in_turn(chosen: Pairs, held: Pairs, limit_pp: float, confidence: float, seed: int) -> Verdict:
+def certified_in_turn(chosen: Pairs, held: Pairs, limit_pp: float, confidence: float, seed: int) -> Verdict:
     """Test plans, given from the boldest, on `held`, from the safest on until one fails; the order is from `chosen`.
 
     A plan passes when the bound of its risk and the bootstrap bound of its mIoU drop are within the limit. Since each
@@ -106,12 +105,11 @@ def tested_in_turn(chosen: Pairs, held: Pairs, limit_pp: float, confidence: floa
 def safest_first(chosen: Pairs) -> list[int]:
     """From the safest plan to the boldest, which comes first in `chosen`.
 
-    Plans that are no safer there than a bolder one are left out; of more than MOST_TESTED some are, evenly.
+    Plans that are no safer there than a bolder one are left out.
     """
     lost = np.maximum(100 * chosen.risk.mean(axis=1), drops_pp(chosen.pixels.sum(axis=0)[None])[0])
     kept = [plan for plan in range(len(lost)) if not plan or lost[plan] < lost[:plan].min()]
-    some = np.linspace(0, len(kept) - 1, min(len(kept), MOST_TESTED)).round().astype(int)
-    return [kept[i] for i in some[::-1]]
+    return kept[::-1]
 
 
 def stake_for(known_risk: Floats, tests: int, confidence: float) -> float:

@@ -1,0 +1,457 @@
+"""What a plan promises for unseen images must hold there: by direct sums, and on a population that is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import guarantee as benchmark
+from mess_compile.runtime.errors import InputError, RequirementError, StaleError
+from mess_compile.search.figures import Evidence, figures_of_stages
+from mess_compile.search.guarantees import (
+    certification_split,
+    certify,
+    cross_validation_folds,
+    least_sequences,
+    optimism,
+    parse_confidence,
+)
+from mess_compile.search.paired import (
+    Pairs,
+    bootstrap_bounds_pp,
+    certified_in_turn,
+    log_capital,
+    risk_bound,
+    safest_first,
+    stake_for,
+)
+from mess_compile.search.requirement import Limit, Requirement
+from mess_compile.search.solver import search
+from tests.search.brute_force import BrutePlan, all_plans, baseline_of, miou_of, path_cost
+from tests.search.cases import evidence, with_baseline_alone
+
+BOLD = 5.0  # a stake above what any mean allows: all is bet
+
+
+def with_groups(case: Evidence, group: list[str]) -> Evidence:
+    """The case with these sequences, each image with labelled pixels."""
+    labelled = case.statistics.labelled + 1
+    statistics = dataclasses.replace(case.statistics, group=tuple(group), labelled=labelled)
+    return dataclasses.replace(case, statistics=statistics)
+
+
+# Optimism
+
+
+def heads_taken(case: Evidence, plan: BrutePlan, images: list[int]) -> list[str]:
+    """The head at which each image leaves, image by image."""
+    statistics = case.statistics
+    taken = []
+    for image in images:
+        leaves = [
+            head
+            for head, row, cut in zip(plan.heads, plan.rows, plan.cuts, strict=False)
+            if statistics.counts[image, statistics.heads.index(head), row] >= cut
+        ]
+        taken.append((*leaves, plan.heads[-1])[0])
+    return taken
+
+
+def part(case: Evidence, images: list[int]) -> Evidence:
+    return dataclasses.replace(case, statistics=case.statistics.select(images))
+
+
+def expected_optimism(case: Evidence, folds: list[list[int]], max_err_pp: float) -> tuple[float, float, float]:
+    """(pp of mIoU, percent of latency, spread) by a plain enumeration of every plan on the other folds."""
+    n = case.statistics.images
+    name = baseline_of(case)[0]
+    scored = case.candidate.baseline if name == "baseline" else name
+    answers, foretold, differences, foretold_ns, held_ns = [""] * n, [], [], 0.0, 0
+    for held in folds:
+        rest = part(case, [i for i in range(n) if i not in held])
+        allowed = [p for p in all_plans(rest, "input-dependent", 2) if p.miou >= baseline_of(rest)[1] - max_err_pp]
+        best = min(allowed, key=lambda plan: (plan.cost_ns, -plan.miou, plan.graphs, plan.text))
+        taken = heads_taken(case, best, held)
+        heads = tuple(case.candidate.head(head) for head in best.heads)
+        foretold.append(best.miou - miou_of(rest, [scored] * rest.statistics.images))
+        unseen = part(case, held)
+        differences.append(foretold[-1] - (miou_of(unseen, taken) - miou_of(unseen, [scored] * len(held))))
+        foretold_ns += best.cost_ns / rest.statistics.images * len(held)
+        held_ns += sum(path_cost(case, heads, best.heads.index(head)) for head in taken)
+        for image, head in zip(held, taken, strict=True):
+            answers[image] = head
+    pooled = miou_of(case, answers) - miou_of(case, [scored] * n)
+    mean = sum(differences) / len(differences)
+    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (len(differences) - 1))
+    return sum(foretold) / len(foretold) - pooled, 100 * (held_ns / foretold_ns - 1), spread
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_optimism_is_what_plans_chosen_without_a_fold_lose_on_it(seed: int) -> None:
+    case = evidence((2, 1), 2, images=15, seed=seed)
+    case = with_baseline_alone(case, 0.004, seed) if seed % 2 else case
+    case = with_groups(case, [f"drive{i // 3}" for i in range(15)])
+    max_err_pp = 60.0 if seed % 2 else 3.0  # the random one trained alone is far better
+    told = optimism([case], Requirement(max_err_pp=max_err_pp))
+    assert told is not None
+    expected = expected_optimism(case, [list(range(3 * i, 3 * i + 3)) for i in range(5)], max_err_pp)
+    assert (told.miou_pp, told.latency_percent, told.spread_pp) == pytest.approx(expected, abs=1e-9)
+    assert (told.folds, told.method) == (5, "cross-validation over 5 folds of 5 sequences")
+
+
+def test_with_fewer_sequences_than_folds_blocks_of_images_stand_in_and_it_says_so() -> None:
+    case = with_groups(evidence((1, 1), 2, images=12, seed=3), ["a"] * 7 + ["b"] * 5)
+    told = optimism([case], Requirement(max_err_pp=3.0), folds=4)
+    assert told is not None
+    expected = expected_optimism(case, [list(range(3 * i, 3 * i + 3)) for i in range(4)], 3.0)
+    assert (told.miou_pp, told.latency_percent, told.spread_pp) == pytest.approx(expected, abs=1e-9)
+    assert "4 blocks of images in order (2 sequences are fewer than 4 folds" in told.method
+
+
+def test_folds_on_which_no_plan_satisfies_are_left_out_and_counted() -> None:
+    case = evidence((1, 1), 2, images=12, seed=4)
+    parts, _ = cross_validation_folds(case.statistics.group, 4)
+    best = []
+    for held in parts:
+        rest = part(case, [i for i in range(12) if i not in held])
+        best.append(max(plan.miou for plan in all_plans(rest, "input-dependent", 2)))
+    wanted = sorted(best)[1]
+    told = optimism([case], Requirement(max_err_pp=0.0, baseline_miou=wanted), folds=4)
+    assert told is not None
+    assert (told.folds, told.method.split("; ")[1]) == (3, "left out: 1")
+    assert optimism([case], Requirement(max_err_pp=0.0, baseline_miou=max(best)), folds=4) is None
+
+
+def test_one_image_tells_no_optimism() -> None:
+    assert optimism([evidence((1,), 2, images=1, seed=0)], Requirement()) is None
+
+
+@pytest.mark.parametrize(("setting", "deadline"), [("budgeted", None), ("anytime", None), ("anytime", 0.02)])
+def test_optimism_of_settings_in_which_every_image_takes_the_same_way(setting: str, deadline: float | None) -> None:
+    case = with_groups(evidence((2, 1), 2, images=20, seed=8), [f"image{i}" for i in range(20)])
+    told = optimism([case], Requirement(setting=setting, deadline_ms=deadline))
+    assert told is not None
+    assert told.latency_percent == pytest.approx(0.0, abs=1e-9)
+    assert told.method == "cross-validation over 5 folds of 20 images"
+
+
+@given(st.lists(st.sampled_from("abcdefghijkl"), min_size=1, max_size=40), st.integers(2, 6))
+def test_every_image_is_in_one_fold_and_no_sequence_in_two(groups: list[str], folds: int) -> None:
+    parts, _ = cross_validation_folds(groups, folds)
+    assert sorted(i for held in parts for i in held.tolist()) == list(range(len(groups)))
+    assert all(len(held) for held in parts)
+    if len(set(groups)) >= folds:
+        assert len(parts) == folds
+        assert sum(len({groups[i] for i in held}) for held in parts) == len(set(groups))
+
+
+# The split
+
+
+@settings(max_examples=50)
+@given(st.integers(180, 400), st.integers(1, 4), st.integers(0, 10**6))
+def test_no_sequence_is_chosen_on_and_certified_on(sequences: int, frames: int, seed: int) -> None:
+    case = evidence((1,), 1, images=sequences * frames, seed=1)
+    group = np.random.default_rng(seed).permutation(np.repeat(np.arange(sequences), frames))
+    labelled = case.statistics.labelled.copy()
+    labelled[3] = 0
+    statistics = dataclasses.replace(case.statistics, group=tuple(map(str, group)), labelled=labelled)
+    chosen, held = certification_split(statistics, 2.0, 0.95, seed)
+    assert not {statistics.group[i] for i in chosen} & {statistics.group[i] for i in held}
+    assert sorted([*chosen, *held]) == [i for i in range(statistics.images) if labelled[i].any()]
+    assert len({statistics.group[i] for i in held}) >= 149  # 0.98^149 is the first power below 0.05
+    again = certification_split(statistics, 2.0, 0.95, seed)
+    assert [*map(list, again)] == [list(chosen), list(held)]
+    other = certification_split(statistics, 2.0, 0.95, seed + 1)
+    assert list(other[1]) != list(held)
+
+
+@pytest.mark.parametrize(("limit_pp", "confidence"), [(1.0, 0.95), (0.5, 0.95), (2.0, 0.95), (1.0, 0.9), (5.0, 0.99)])
+def test_too_few_images_are_refused_with_the_number_at_which_no_error_at_all_passes(
+    limit_pp: float, confidence: float
+) -> None:
+    least = next(n for n in range(1, 10_000) if (1 - limit_pp / 100) ** n <= 1 - confidence)
+    assert least_sequences(limit_pp, confidence) == least
+    flawless = np.zeros(least)
+    assert risk_bound(flawless, BOLD, confidence) <= limit_pp / 100
+    assert risk_bound(flawless[1:], BOLD, confidence) > limit_pp / 100
+    case = evidence((1,), 1, images=least + 19, seed=2)
+    case = with_groups(case, [f"image{i}" for i in range(least + 19)])
+    with pytest.raises(InputError, match=rf"{least + 19} independent images are too few .* {least + 20} would do"):
+        certify([case], Requirement(max_err_pp=limit_pp), confidence)
+
+
+def test_frames_of_few_drives_are_not_taken_for_independent_images() -> None:
+    case = with_groups(evidence((1,), 1, images=2000, seed=2), [f"drive{i % 4}" for i in range(2000)])
+    with pytest.raises(InputError, match=r"2000 labelled images of 4 independent sequences .* 319 would do"):
+        certify([case], Requirement(max_err_pp=1.0), 0.95)
+
+
+@pytest.mark.parametrize(
+    ("requirement", "said"),
+    [
+        (Requirement(), "give --max-err 1% too"),
+        (Requirement(max_err_pp=1.0, baseline_miou=54.24), "leave out --baseline"),
+        (Requirement(max_err_pp=0.0), "--max-err 0% cannot be certified on any number of images"),
+        (Requirement(max_err_pp=100.0), "--max-err 100% cannot be certified on any number of images"),
+    ],
+)
+def test_a_requirement_with_nothing_to_certify_is_refused(requirement: Requirement, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        certify([evidence((1,), 1, images=400, seed=2)], requirement, 0.95)
+
+
+def test_a_confidence_is_written_in_percent() -> None:
+    assert parse_confidence("95%") == 0.95
+    assert parse_confidence(" 99.9 % ") == pytest.approx(0.999)
+    for text in ("95", "0.95", "100%", "49%", "-5%", "nan%", "a lot"):
+        with pytest.raises(InputError, match="write 95%"):
+            parse_confidence(text)
+    with pytest.raises(InputError, match="confidence of 95 is not"):
+        certify([evidence((1,), 1, images=400, seed=2)], Requirement(max_err_pp=1.0), 95)
+
+
+def test_recipes_evaluated_on_other_images_are_refused() -> None:
+    cases = [evidence((1,), 1, images=n, seed=2) for n in (6, 7)]
+    for call in (lambda: optimism(cases, Requirement()), lambda: certify(cases, Requirement(max_err_pp=1.0), 0.95)):
+        with pytest.raises(StaleError, match="different images"):
+            call()
+
+
+# The finite-sample bound
+
+
+@pytest.mark.parametrize("mean", [0.002, 0.01, 0.05, 0.3])
+@pytest.mark.parametrize("stake", [0.2, 0.9, BOLD])
+def test_the_bound_misses_the_mean_of_failures_no_more_often_than_promised(mean: float, stake: float) -> None:
+    """By the binomial distribution itself: images fail wholly with probability `mean`, or not at all."""
+    n, missed = 320, 0.0
+    for failures in range(n + 1):
+        probability = math.comb(n, failures) * mean**failures * (1 - mean) ** (n - failures)
+        if probability < 1e-12:
+            continue
+        risk = np.array([1.0] * failures + [0.0] * (n - failures))
+        missed += probability * (risk_bound(risk, stake, 0.95) < mean)
+    assert missed <= 0.05
+
+
+@pytest.mark.parametrize("stake", [0.3, 1.0])
+def test_a_bet_against_the_truth_gains_nothing_on_average(stake: float) -> None:
+    """Risks of -0.5, 0 and 1 with a mean of 0.02: the capital's expectation, summed over all outcomes of 12 images."""
+    values, chances = (-0.5, 0.0, 1.0), (0.06, 0.89, 0.05)
+    n, expectation = 12, 0.0
+    for better in range(n + 1):
+        for worse in range(n + 1 - better):
+            counts = (better, n - better - worse, worse)
+            ways = math.factorial(n) // math.prod(map(math.factorial, counts))
+            chance = ways * math.prod(p**k for p, k in zip(chances, counts, strict=True))
+            expectation += chance * math.exp(log_capital(np.repeat(values, counts), 0.02, stake))
+    assert expectation == pytest.approx(1.0, abs=1e-9)
+
+
+risks = st.lists(st.floats(-1, 1), min_size=2, max_size=60)
+
+
+@given(risks, st.floats(0.05, 3.0), st.data())
+def test_more_risk_or_more_confidence_never_lowers_the_bound(
+    risk: list[float], stake: float, data: st.DataObject
+) -> None:
+    bound = risk_bound(np.array(risk), stake, 0.95)
+    assert max(-1.0, float(np.mean(risk))) <= bound <= 1
+    place = data.draw(st.integers(0, len(risk) - 1))
+    worse = [*risk[:place], data.draw(st.floats(risk[place], 1.0)), *risk[place + 1 :]]
+    assert risk_bound(np.array(worse), stake, 0.95) >= bound - 1e-7
+    assert risk_bound(np.array(risk), stake, 0.99) >= bound - 1e-7
+    assert risk_bound(np.array(data.draw(st.permutations(risk))), stake, 0.95) == pytest.approx(bound, abs=1e-7)
+
+
+def test_the_stake_makes_the_bound_of_small_risks_small() -> None:
+    """Near Chernoff's of a normal distribution, 0.0077 above the mean; the range alone would give ten times that."""
+    known, risk = np.random.default_rng(0).normal(0.002, 0.1, (2, 1000))
+    bound = risk_bound(risk, stake_for(known, 1000, 0.95), 0.95)
+    normal = math.sqrt(2 * math.log(20) / 1000) * 0.1
+    assert risk.mean() + 0.95 * normal < bound < risk.mean() + 1.1 * normal
+
+
+@pytest.mark.parametrize(("failures", "n", "limit"), [(0, 299, 0.01), (3, 500, 0.02), (12, 1000, 0.02), (40, 200, 0.3)])
+def test_the_bound_it_is_compared_with_is_hoeffding_bentkus(failures: int, n: int, limit: float) -> None:
+    mean = failures / n
+    tail = sum(math.comb(n, k) * limit**k * (1 - limit) ** (n - k) for k in range(failures + 1))
+    hoeffding = ((1 - limit) / (1 - mean)) ** (n - failures) * (limit / mean if failures else 1) ** failures
+    assert benchmark.hoeffding_bentkus_p(mean, n, limit) == pytest.approx(min(1, hoeffding, math.e * tail), rel=1e-9)
+
+
+# The bootstrap
+
+
+def one_class(lost: np.ndarray, pixels: int = 1000) -> Pairs:
+    """A plan that loses a share of each image's pixels to nobody, beside a perfect baseline: the drop is the mean."""
+    n = len(lost)
+    right = np.round(pixels * (1 - lost))
+    columns = [np.full(n, pixels)] * 3 + [right, right]
+    return Pairs(lost[None], np.stack(columns, axis=1)[:, :, None].astype(np.float64))
+
+
+def test_the_bootstrap_bound_of_a_mean_is_that_of_the_normal_distribution() -> None:
+    lost = np.round(np.random.default_rng(1).beta(1, 30, 900), 3)
+    expected = 100 * (lost.mean() + 1.645 * lost.std() / math.sqrt(900))
+    assert bootstrap_bounds_pp(one_class(lost).pixels, 0.95, 0)[0] == pytest.approx(expected, abs=0.03)
+
+
+def test_the_same_images_are_drawn_for_plan_and_baseline() -> None:
+    """A plan that is right wherever the baseline is loses nothing, however much images differ."""
+    rng = np.random.default_rng(2)
+    labelled = rng.integers(1, 100, (300, 1, 4))
+    right = rng.integers(0, labelled + 1)
+    pixels = np.concatenate([labelled, *[right, right + 5] * 2], axis=1).astype(np.float64)
+    assert bootstrap_bounds_pp(pixels, 0.95, 0)[0] == 0.0
+
+
+def test_a_class_that_a_resample_lacks_is_not_held_against_anyone() -> None:
+    pixels = np.zeros((40, 5, 2))
+    pixels[:, :, 0] = np.array([100, 100, 100, 90, 90])
+    pixels[0, :, 1] = np.array([10, 10, 10, 9, 9])  # 0.9 in both classes, the second in one image of 40
+    assert bootstrap_bounds_pp(pixels, 0.95, 0)[0] == pytest.approx(10.0)
+
+
+# Plans tested in turn
+
+
+def family_of(means: list[float], n: int, seed: int = 0, spread: float = 0.01) -> Pairs:
+    """Plans from the boldest, with these risks and nothing lost in mIoU."""
+    risk = np.array(means)[:, None] + np.random.default_rng(seed).normal(0, spread, (len(means), n))
+    return Pairs(risk, np.ones((n, 3 + 2 * len(means), 1)))
+
+
+def test_plans_are_tested_from_the_safest_and_the_first_failure_ends_it() -> None:
+    chosen = family_of([0.004, 0.003, 0.002, 0.001], 1000)
+    assert safest_first(chosen) == [3, 2, 1, 0]
+    held = family_of([0.001, 0.02, 0.002, 0.001], 1000, seed=1)  # the boldest would pass, but one before it fails
+    verdict = certified_in_turn(chosen, held, 1.0, 0.95, 0)
+    assert (verdict.passed, verdict.tested) == (2, 3)
+    assert 0.2 < verdict.risk_bound_pp <= 1.0
+    everyone = certified_in_turn(chosen, chosen, 1.0, 0.95, 0)
+    assert (everyone.passed, everyone.tested) == (0, 4)
+    nobody = certified_in_turn(chosen, family_of([0.02] * 4, 1000), 1.0, 0.95, 0)
+    assert (nobody.passed, nobody.tested) == (None, 1)
+    assert nobody.risk_bound_pp > 1.0
+
+
+def test_a_plan_that_is_neither_safer_nor_bolder_than_another_is_not_tested() -> None:
+    assert safest_first(family_of([0.03, 0.02, 0.05, 0.01, 0.01], 200, spread=0.0)) == [3, 1, 0]
+
+
+def test_a_drop_of_miou_fails_a_plan_whose_pixels_are_right_on_average() -> None:
+    """A rare class that is lost costs few pixels: the bound on pixel error alone would not see it."""
+    held = one_class(np.full(400, 0.0))
+    rare = np.zeros((400, 5, 1))
+    rare[:200] = np.array([1, 1, 1, 0, 0])[:, None]
+    both = Pairs(held.risk, np.concatenate([held.pixels, rare], axis=2))
+    assert certified_in_turn(held, held, 1.0, 0.95, 0).passed == 0
+    verdict = certified_in_turn(both, both, 1.0, 0.95, 0)
+    assert verdict.passed is None
+    assert verdict.risk_bound_pp < 1.0 < verdict.drop_bound_pp == pytest.approx(50.0)
+
+
+# A known population
+
+
+@cache
+def known() -> tuple[benchmark.Population, benchmark.Family]:
+    graphs, table = benchmark.made_up_graphs()
+    population = benchmark.population(graphs, 20_000, frames=1)
+    return population, benchmark.family(graphs, table, population, images=500)
+
+
+@pytest.mark.parametrize("bound_pp", [1.0, 2.0])
+def test_risks_above_the_bound_are_certified_in_no_more_draws_than_promised(bound_pp: float) -> None:
+    for of in (benchmark.without_miou(known()[1]), benchmark.rare_failures(bound_pp, 20_000)):
+        row = benchmark.family_summary(of, 1000, bound_pp, draws=150)
+        assert row["risk_violations"] <= row["allowed"]
+    assert row["certified"] == row["risk_violations"], "the only plan is above the bound"
+
+
+def test_the_certified_plan_keeps_most_of_the_saving() -> None:
+    row = benchmark.family_summary(known()[1], 2000, 1.0, draws=15)
+    assert row["drop_violations"] + row["risk_violations"] <= 2 * row["allowed"]
+    assert row["saving_kept"] >= 70
+
+
+@cache
+def drawn(images: int = 900) -> Evidence:
+    graphs, table = benchmark.made_up_graphs()
+    population = known()[0]
+    return population.evidence(graphs, table, population.drawn(np.random.default_rng(7), images))
+
+
+def test_a_certified_plan_is_the_boldest_that_passed_and_says_on_what_grounds() -> None:
+    case = drawn()
+    requirement = Requirement(max_err_pp=1.0, max_exits=1)
+    result = certify([case], requirement, 0.95, seed=3)
+    told, plan = result.plan.guarantee, result.plan
+    assert told is not None
+    assert told.images_chosen + told.images_certified == 900
+    assert told.groups == told.images_certified == 450
+    assert (told.confidence, told.seed, told.risk_limit_pp, told.miou_drop_limit_pp) == (0.95, 3, 1.0, 1.0)
+    assert 0 < told.risk_bound_pp <= 1.0
+    assert 0 < told.miou_drop_bound_pp <= 1.0
+    assert "bootstrap" in told.miou_method
+    assert "independent draws" in told.assumption
+    assert told.tested >= 2
+    chosen, held = certification_split(case.statistics, 1.0, 0.95, 3)
+    on_part = search(part(case, chosen.tolist()), requirement)
+    assert plan.predicted == figures_of_stages(part(case, chosen.tolist()), plan.setting, plan.stages)
+    assert plan.predicted.latency_ms > on_part.plan.predicted.latency_ms
+    assert {p.statistics_sha256 for p in (plan, *result.front)} == {case.statistics_sha256}, "of all that it came from"
+    unseen = part(case, held.tolist())
+    drop = unseen.baseline_miou("baseline") - figures_of_stages(unseen, plan.setting, plan.stages).miou
+    assert drop < told.miou_drop_bound_pp
+    assert certify([case], requirement, 0.95, seed=3) == result
+    assert certify([case], requirement, 0.95, seed=4) != result
+
+
+@pytest.mark.parametrize(
+    "requirement",
+    [
+        Requirement(objective="workload", max_err_pp=2.0, max_exits=1),
+        Requirement(max_latency=Limit(0.9, relative=True), max_err_pp=2.0, max_exits=1),
+        Requirement(setting="budgeted", max_err_pp=2.0),
+        Requirement(setting="anytime", max_err_pp=2.0, max_exits=1),
+    ],
+)
+def test_every_objective_and_setting_can_be_certified(requirement: Requirement) -> None:
+    told = certify([drawn()], requirement, 0.95).plan.guarantee
+    assert told is not None
+    assert max(told.risk_bound_pp, told.miou_drop_bound_pp) <= 2.0
+
+
+def test_when_no_plan_passes_the_refusal_names_what_the_safest_reached() -> None:
+    case = drawn()
+    chosen, _ = certification_split(case.statistics, 1.0, 0.95, 0)
+    optimum = search(part(case, chosen.tolist()), Requirement(max_err_pp=1.0, max_exits=1)).plan
+    barely = Limit(optimum.predicted.latency_ms + 0.01)  # no plan that is more careful is fast enough
+    with pytest.raises(RequirementError, match=r"no plan can be certified within 1 pp at 95 % on 450 images .* pp of"):
+        certify([case], Requirement(max_err_pp=1.0, max_latency=barely, max_exits=1), 0.95)
+
+
+def test_of_several_recipes_the_best_baseline_is_what_errors_count_from() -> None:
+    """An int8 plan next to a poor int8 baseline must not be certified for being next to it."""
+    fp32 = drawn()
+    worse = fp32.statistics.intersection - fp32.statistics.intersection // 20  # 5 % of what was right
+    graphs = dataclasses.replace(fp32.graph_set, recipe="int8-1")
+    entries = {key: dataclasses.replace(entry, mean_ms=entry.mean_ms / 2) for key, entry in fp32.table.entries.items()}
+    table = dataclasses.replace(fp32.table, entries=entries, recipes={**fp32.table.recipes, "int8-1": graphs.identity})
+    statistics = dataclasses.replace(fp32.statistics, intersection=worse, precision="int8-1", network=graphs.identity)
+    int8 = Evidence(graphs, table, statistics)
+    requirement = Requirement(max_err_pp=1.0, max_exits=1)
+    alone = certify([int8], requirement, 0.95).plan
+    both = certify([int8, fp32], requirement, 0.95).plan
+    assert alone.precision == "int8-1"
+    assert both.precision == fp32.graph_set.recipe
+    assert both.statistics_sha256 == fp32.statistics_sha256
