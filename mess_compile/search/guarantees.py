@@ -221,9 +221,11 @@ def certification_split(
     names, group = numbered_groups(groups)
     least = least_sequences(limit_pp, confidence)
     if len(names) < least + LEAST_CHOSEN:
+        single = _unit(groups) == "images"
+        have = "independent images" if single else f"images of {len(names)} independent sequences"
         raise InputError(
-            f"{len(labelled)} labelled images of {len(names)} independent {_unit(groups)} are too few to certify "
-            f"--max-err {limit_pp:.4g}% at --confidence {100 * confidence:.4g}%: {least + LEAST_CHOSEN} would do at "
+            f"{len(labelled)} labelled {have} are too few to certify --max-err {limit_pp:.4g}% at "
+            f"--confidence {100 * confidence:.4g}%: {least + LEAST_CHOSEN} would do at "
             f"best ({least} to certify on, where a plan without any error just passes, {LEAST_CHOSEN} to choose by); "
             f"evaluate more, or give a larger --max-err"
         )

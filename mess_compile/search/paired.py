@@ -115,7 +115,7 @@ def safest_first(chosen: Pairs) -> list[int]:
 def stake_for(known_risk: Floats, tests: int, confidence: float) -> float:
     """What to bet per unit of risk, from risks that are not tested: the best for `tests` risks of the same spread.
 
-    Source: Waudby-Smith and Ramdas (2024), section 3.2, with a variance that starts at 1/4.
+    Source: the bets of Waudby-Smith and Ramdas (2024) for a fixed number, with a variance that starts at 1/4 as theirs.
     """
     variance = (0.25 + known_risk.var() * known_risk.size) / (known_risk.size + 1)
     return math.sqrt(2 * math.log(1 / (1 - confidence)) / (tests * variance))

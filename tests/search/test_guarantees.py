@@ -27,12 +27,14 @@ from mess_compile.search.paired import (
     bootstrap_bounds_pp,
     certified_in_turn,
     log_capital,
+    pairs_of_plans,
     risk_bound,
     safest_first,
     stake_for,
 )
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search
+from mess_compile.statistics import ExitStatistics
 from tests.search.brute_force import BrutePlan, all_plans, baseline_of, miou_of, path_cost
 from tests.search.cases import evidence, with_baseline_alone
 
@@ -183,7 +185,9 @@ def test_too_few_images_are_refused_with_the_number_at_which_no_error_at_all_pas
     assert risk_bound(flawless[1:], BOLD, confidence) > limit_pp / 100
     case = evidence((1,), 1, images=least + 19, seed=2)
     case = with_groups(case, [f"image{i}" for i in range(least + 19)])
-    with pytest.raises(InputError, match=rf"{least + 19} independent images are too few .* {least + 20} would do"):
+    with pytest.raises(
+        InputError, match=rf"{least + 19} labelled independent images are too few .* {least + 20} would do"
+    ):
         certify([case], Requirement(max_err_pp=limit_pp), confidence)
 
 
@@ -222,6 +226,42 @@ def test_recipes_evaluated_on_other_images_are_refused() -> None:
     for call in (lambda: optimism(cases, Requirement()), lambda: certify(cases, Requirement(max_err_pp=1.0), 0.95)):
         with pytest.raises(StaleError, match="different images"):
             call()
+
+
+# What is tested
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_sequence_counts_once_however_many_frames_it_has(alone: bool) -> None:
+    """Risk: the mean over frames of the share of labelled pixels wrong above the baseline's; pixels: plain sums."""
+    case = with_groups(evidence((2, 1), 2, images=8, seed=5), list("abacaada"))
+    case = with_baseline_alone(case, 0.004) if alone else case
+    plans = search(case, Requirement()).front
+    statistics, name = case.statistics, "baseline-alone" if alone else case.candidate.baseline
+    pairs = pairs_of_plans([case], [case], plans, (0, name))
+    for sequence, letter in enumerate("abcd"):
+        frames = [i for i in range(8) if statistics.group[i] == letter]
+        expected = {0: sum(statistics.labelled[i] for i in frames)}
+        for j, plan in enumerate((None, *plans)):
+            risk, right, predicted = 0.0, 0, 0
+            for i in frames:
+                stages = plan.stages if plan else ()
+                leaves = [s.head for s in stages if s.cut is None or counted(statistics, i, s.head, s.row) >= s.cut]
+                leaves = leaves or [name]
+                took, base = statistics.scored.index(leaves[0]), statistics.scored.index(name)
+                right, predicted = right + statistics.intersection[i, took], predicted + statistics.predicted[i, took]
+                fewer = int(statistics.intersection[i, base].sum()) - int(statistics.intersection[i, took].sum())
+                risk += fewer / int(statistics.labelled[i].sum()) / len(frames)
+            expected[1 + 2 * j], expected[2 + 2 * j] = right, predicted
+            if plan:
+                assert pairs.risk[j - 1, sequence] == pytest.approx(risk, abs=1e-12)
+        assert {row: list(pixels) for row, pixels in enumerate(pairs.pixels[sequence])} == {
+            row: list(pixels) for row, pixels in expected.items()
+        }
+
+
+def counted(statistics: ExitStatistics, image: int, head: str, row: int) -> int:
+    return int(statistics.counts[image, statistics.heads.index(head), row])
 
 
 # The finite-sample bound
