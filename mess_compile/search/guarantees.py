@@ -19,13 +19,14 @@ from mess_compile.search.paired import (
     RESAMPLES,
     Floats,
     Index,
+    Verdict,
     certified_in_turn,
     drops_pp,
     evidence_of_plan,
     numbered_groups,
     pairs_of_plans,
 )
-from mess_compile.search.plan import Guarantee, Optimism, Plan, SearchResult
+from mess_compile.search.plan import Guarantee, Optimism, Plan, SearchResult, default_point
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.rows import Progress
 from mess_compile.search.solver import search_recipes
@@ -149,8 +150,9 @@ def certify(
     """The boldest plan whose error is certified to stay within `max_err_pp`; its guarantee says on what grounds.
 
     One part of the sequences, drawn by `seed`, serves to choose plans, the other to test them in a fixed order until
-    one fails. The result's front and certificate are those of the first part. Raises InputError when the requirement
-    has nothing to certify or the images are too few, RequirementError when no plan passes.
+    one fails. The result's front and certificate are those of the first part; the plan has no operating points beside
+    the certified one. Raises InputError when the requirement has nothing to certify or the images are too few,
+    RequirementError when no plan passes.
     """
     _refuse_different_images(evidences)
     limit_pp = _limit_pp(requirement, confidence)
@@ -161,19 +163,36 @@ def certify(
     baseline = _baseline(chosen)
     first, second = (pairs_of_plans(part, chosen, plans, baseline) for part in (chosen, held))
     verdict = certified_in_turn(first, second, limit_pp, confidence, seed)
-    unit = _unit(held[0].statistics.group)
+    images, groups = (chosen[0].statistics.images, held[0].statistics.images), second.risk.shape[1]
+    unit = "images" if images[1] == groups else "sequences"
     if verdict.passed is None:
         raise RequirementError(
-            f"no plan can be certified within {limit_pp:.4g} pp at {100 * confidence:.4g} % on {second.risk.shape[1]} "
-            f"{unit} that it was not chosen on: the safest is bounded by {verdict.risk_bound_pp:.2f} pp of pixel error "
-            f"and {verdict.drop_bound_pp:.2f} pp of mIoU; give a larger --max-err, or evaluate more images"
+            f"no plan can be certified within {limit_pp:.4g} pp at {100 * confidence:.4g} % on {groups} {unit} that it "
+            f"was not chosen on: the safest is bounded by {verdict.risk_bound_pp:.2f} pp of pixel error and "
+            f"{verdict.drop_bound_pp:.2f} pp of mIoU; give a larger --max-err, or evaluate more images"
         )
-    guarantee = Guarantee(
+    whole = {evidence.graph_set.recipe: evidence.statistics_sha256 for evidence in evidences}
+    front = tuple(replace(plan, statistics_sha256=whole[plan.precision]) for plan in result.front)
+    plan = plans[verdict.passed]
+    plan = replace(
+        plan,
+        statistics_sha256=whole[plan.precision],
+        operating_points=(default_point(plan.stages, plan.predicted),),
+        guarantee=_guarantee(verdict, limit_pp, confidence, seed, images, groups, unit),
+    )
+    return replace(result, plan=plan, front=front)
+
+
+def _guarantee(
+    verdict: Verdict, limit_pp: float, confidence: float, seed: int, images: tuple[int, int], groups: int, unit: str
+) -> Guarantee:
+    """`images` to choose by and to certify on; these are of so many `groups`."""
+    return Guarantee(
         confidence=confidence,
         seed=seed,
-        images_chosen=chosen[0].statistics.images,
-        images_certified=held[0].statistics.images,
-        groups=second.risk.shape[1],
+        images_chosen=images[0],
+        images_certified=images[1],
+        groups=groups,
         risk_bound_pp=verdict.risk_bound_pp,
         risk_limit_pp=limit_pp,
         risk_method="Learn-then-Test in a fixed sequence, p-values by betting (finite sample)",
@@ -183,11 +202,6 @@ def certify(
         assumption=f"the {unit} certified on are independent draws of what the device will see",
         tested=verdict.tested,
     )
-    whole = {evidence.graph_set.recipe: evidence.statistics_sha256 for evidence in evidences}
-    front = tuple(replace(plan, statistics_sha256=whole[plan.precision]) for plan in result.front)
-    plan = plans[verdict.passed]
-    plan = replace(plan, statistics_sha256=whole[plan.precision], guarantee=guarantee)
-    return replace(result, plan=plan, front=front)
 
 
 def least_sequences(limit_pp: float, confidence: float) -> int:
