@@ -25,7 +25,7 @@ from mess_compile.latency import check_current as check_table_current
 from mess_compile.latency import content_sha256 as table_content_sha256
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError
-from mess_compile.search.plan import Figures, PlanGraph, Report, Stage
+from mess_compile.search.plan import Figures, Plan, PlanGraph, Report, Stage, default_point
 from mess_compile.statistics import ExitStatistics, head_miou, miou
 from mess_compile.statistics import check_current as check_statistics_current
 from mess_compile.statistics import content_sha256 as statistics_content_sha256
@@ -286,3 +286,30 @@ def _memory_of_graphs(graph_set: GraphSet, names: Iterable[str]) -> int:
 def _percentile(costs: NDArray[np.int64], percent: int) -> int:
     """The smallest cost that at least `percent` of the images do not exceed."""
     return int(np.sort(costs)[-(-percent * costs.size // 100) - 1])
+
+
+def plan_of_stages(evidence: Evidence, setting: str, stages: tuple[Stage, ...], baseline_miou: float | None) -> Plan:
+    """The plan with these `stages`; `baseline_miou` (percent) replaces the baseline's own."""
+    anytime = setting == "anytime"
+    predicted = figures_of_stages(evidence, setting, stages)
+    return Plan(
+        device=evidence.table.device,
+        library=evidence.table.library,
+        precision=evidence.graph_set.recipe,
+        setting=setting,
+        network=evidence.graph_set.identity,
+        gate=evidence.graph_set.gate,
+        stages=stages,
+        graphs=graphs_of_stages(evidence, stages),
+        tuned_by=f"{evidence.statistics.library} on {evidence.statistics.device}",
+        power_mode=evidence.table.environment.get("power_mode"),
+        predicted=predicted,
+        baseline=baseline_figures(evidence, baseline_miou),
+        table_sha256=evidence.table_sha256,
+        statistics_sha256=evidence.statistics_sha256,
+        operating_points=(default_point(stages, predicted),),
+        baseline_name=evidence.baseline,
+        baseline_alone=evidence.graph_set.baseline_alone,
+        reports=anytime_reports(evidence, [stage.head for stage in stages]) if anytime else (),
+        absent_classes=evidence.absent_classes,
+    )

@@ -15,7 +15,7 @@ from mess_compile.search.enumeration import Outcomes, Scores, best_outcomes, mer
 from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs
 from mess_compile.search.plan import Stage
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.space import Options, chains, head_options, last_heads, nobody
+from mess_compile.search.space import Options, chains, cut_grid, head_options, last_heads, nobody
 from mess_compile.statistics import ExitStatistics, head_miou
 
 NO_OPTION = -1
@@ -36,6 +36,8 @@ ROW = np.dtype(
     ]
 )
 Progress = Callable[[int, int], None]
+ENUMERATED = 6e9
+"""Plans times images up to which all are enumerated, in about ten seconds on two cores."""
 
 
 class HeadOptions(dict[str, Options]):
@@ -62,6 +64,25 @@ class Rows:
     plans: NDArray[np.void]
     space: int
     evaluated: int
+
+
+def plans_in_space(evidence: Evidence, early_exits: int) -> int:
+    """How many plans there are: for each chain of heads every pair of a row and a cut at each early one."""
+    statistics, points = evidence.statistics, len(evidence.candidate.exit_points)
+    heads, options = np.zeros(points + 1, np.int64), np.zeros(points + 1, np.int64)
+    for head in evidence.heads:
+        counts = statistics.counts[:, statistics.head_index(head.name)]
+        heads[head.exit_point] += 1
+        options[head.exit_point] += sum(len(cut_grid(counts[:, row])) for row in range(counts.shape[1]))
+    ending = [heads.tolist()]  # beginning at a point, with so many early heads from there on
+    for _ in range(early_exits):
+        ending.append([int(options[p]) * sum(ending[-1][p + 1 :]) for p in range(points + 1)])
+    return sum(sum(each) for each in ending)
+
+
+def is_large(evidence: Evidence, early_exits: int) -> bool:
+    """Whether branch and bound takes less time than an enumeration of all plans."""
+    return plans_in_space(evidence, early_exits) * evidence.statistics.images > ENUMERATED
 
 
 def rows_of_plans(evidence: Evidence, requirement: Requirement, progress: Progress) -> Rows:

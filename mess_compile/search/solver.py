@@ -13,18 +13,16 @@ from numpy.typing import NDArray
 from mess_compile.runtime.errors import InputError, RequirementError, StaleError
 from mess_compile.search.figures import (
     Evidence,
-    anytime_reports,
     baseline_figures,
-    figures_of_stages,
-    graphs_of_stages,
+    plan_of_stages,
     refuse_without_energy,
 )
 from mess_compile.search.front import front_groups
 from mess_compile.search.kept import kept_rows
-from mess_compile.search.plan import FRONT_BY, Certificate, Plan, SearchResult, default_point
+from mess_compile.search.plan import FRONT_BY, Certificate, Plan, SearchResult
 from mess_compile.search.points import operating_points
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.rows import Progress, Rows, stages_of_row, text_of_stages
+from mess_compile.search.rows import Progress, Rows, is_large, stages_of_row, text_of_stages
 
 Mask = NDArray[np.bool_]
 _AXES = {"latency": "cost_ns", "miou": "miou", "memory": "memory_bytes"}
@@ -38,8 +36,9 @@ def search(
     time_limit_s: float | None = None,
     kept: Path | None = None,
 ) -> SearchResult:
-    """The optimum over the whole space, by enumeration; space and order of equals are those of the search issue (5).
+    """The optimum over the whole space, by enumeration, or by branch and bound where the space is large.
 
+    Space and order of equals are those of the search issue (5).
     The front is by mean latency, mIoU and what else `front_by` names, of the plans that keep the bounds on what it is
     not by. What does not follow from the requirement is kept in the folder `kept`. `progress` is told (chains of heads
     done, in all). Raises RequirementError naming the best that can be
@@ -47,6 +46,10 @@ def search(
     """
     if requirement.needs_energy:
         refuse_without_energy(evidence)
+    if requirement.setting == "input-dependent" and is_large(evidence, requirement.early_exits):
+        from mess_compile.search import large  # compiles when it is first used
+
+        return large.search(evidence, requirement, progress, time_limit_s)
     rows = kept_rows(evidence, requirement, progress, kept)
     bounds = _bounds(evidence, requirement, rows.plans)
     feasible = _kept(rows, bounds)
@@ -54,12 +57,16 @@ def search(
         raise RequirementError(_refusal(rows, bounds))
     chosen = _best(evidence, rows, np.flatnonzero(feasible), _objective(rows.plans, requirement)[feasible])
     fixed = _kept(rows, [bound for bound in bounds if bound.column not in {_AXES[axis] for axis in front_by}])
-    certificate = Certificate(rows.space, rows.evaluated, rows.space - rows.evaluated, gap=0.0, exhaustive=True)
-    plan = _plan(evidence, requirement, rows, chosen)
+    certificate = Certificate(
+        rows.space, rows.evaluated, rows.space - rows.evaluated, bounded=0, gap=0.0, exhaustive=True
+    )
+    plan = _plan_of_row(evidence, requirement, rows, chosen)
     points = operating_points(evidence, plan.setting, plan.stages, plan.predicted)
     return SearchResult(
         plan=replace(plan, operating_points=points),
-        front=tuple(_plan(evidence, requirement, rows, index) for index in _front(evidence, rows, fixed, front_by)),
+        front=tuple(
+            _plan_of_row(evidence, requirement, rows, index) for index in _front(evidence, rows, fixed, front_by)
+        ),
         certificate=certificate,
         front_by=front_by,
     )
@@ -104,7 +111,10 @@ def search_recipes(
         front=_merged([plan for result in found for plan in result.front], front_by),
         front_by=front_by,
         certificate=replace(
-            proofs[0], **{name: sum(getattr(p, name) for p in proofs) for name in ("space", "evaluated", "duplicates")}
+            proofs[0],
+            **{name: sum(getattr(p, name) for p in proofs) for name in ("space", "evaluated", "duplicates", "bounded")},
+            gap=max(proof.gap for proof in proofs),
+            exhaustive=all(proof.exhaustive for proof in proofs),
         ),
     )
 
@@ -230,28 +240,6 @@ def _front(evidence: Evidence, rows: Rows, kept: Mask, front_by: tuple[str, ...]
     return [_best(evidence, rows, among[group], cost[group]) for group in groups]
 
 
-def _plan(evidence: Evidence, requirement: Requirement, rows: Rows, index: int) -> Plan:
+def _plan_of_row(evidence: Evidence, requirement: Requirement, rows: Rows, index: int) -> Plan:
     stages = stages_of_row(evidence, rows, rows.plans[index])
-    anytime = requirement.setting == "anytime"
-    predicted = figures_of_stages(evidence, requirement.setting, stages)
-    return Plan(
-        device=evidence.table.device,
-        library=evidence.table.library,
-        precision=evidence.graph_set.recipe,
-        setting=requirement.setting,
-        network=evidence.graph_set.identity,
-        gate=evidence.graph_set.gate,
-        stages=stages,
-        graphs=graphs_of_stages(evidence, stages),
-        tuned_by=f"{evidence.statistics.library} on {evidence.statistics.device}",
-        power_mode=evidence.table.environment.get("power_mode"),
-        predicted=predicted,
-        baseline=baseline_figures(evidence, requirement.baseline_miou),
-        table_sha256=evidence.table_sha256,
-        statistics_sha256=evidence.statistics_sha256,
-        operating_points=(default_point(stages, predicted),),
-        baseline_name=evidence.baseline,
-        baseline_alone=evidence.graph_set.baseline_alone,
-        reports=anytime_reports(evidence, [stage.head for stage in stages]) if anytime else (),
-        absent_classes=evidence.absent_classes,
-    )
+    return plan_of_stages(evidence, requirement.setting, stages, requirement.baseline_miou)

@@ -76,7 +76,7 @@ def test_the_file_has_the_keys_other_programs_rely_on(tmp_path: Path) -> None:
     assert content["format"] == "mess-plan"
     assert content["source"] == "measured"
     assert {"plan", "front", "certificate"} <= content.keys()
-    assert content["certificate"].keys() == {"space", "evaluated", "duplicates", "gap", "exhaustive"}
+    assert content["certificate"].keys() == {"space", "evaluated", "duplicates", "bounded", "gap", "exhaustive"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,482 @@
+"""Branch and bound over the plans with up to two early heads, for spaces too large to enumerate: the optimum, proven.
+
+Plans are grouped by their heads. Every triple of heads gets a lower bound on what its best plan could cost (kernels);
+those that may still hold the optimum are settled plan by plan, the most promising first, until none is left.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.candidates import head_graph_name, output_name, segment_name
+from mess_compile.latency import DOWNLOAD, NULL, UPLOAD, Quantity, graph_cost_ns
+from mess_compile.runtime.errors import InputError
+from mess_compile.search import kernels
+from mess_compile.search.figures import Evidence, baseline_figures, exit_costs_ns, memory_bytes, plan_graphs
+from mess_compile.search.requirement import Limit, Requirement
+from mess_compile.search.space import CUTS, cut_grid
+
+Array = NDArray[Any]
+Progress = Callable[[int, int], None]
+UNBOUNDED = np.iinfo(np.int64).max
+_TOLERANCE = 1e-9
+_PAIRS, _SETTLED = 512, 64
+
+
+@dataclass(frozen=True, eq=False)
+class PathCosts:
+    """What an image pays, in integers: `start`, then `step[p, h]` from exit point p (0: the image) to head h and
+    through it, `decide` after each early head, and `leave[p]` at exit point p. Below 0 is a step that the target cannot
+    take."""
+
+    start: int
+    step: Array
+    decide: int
+    leave: Array
+
+    def of_exits(self, points: Array, h1: Array, h2: Array, h3: Array) -> Array:
+        """(3, ...): what an image costs that leaves at each of three heads, -1 where the target lacks a graph.
+
+        A second head one beyond the last stands for none, at the cost of the third.
+        """
+        none = h2 == len(points)
+        p1, p2, p3 = points[h1], np.append(points, 0)[h2], points[h3]
+        before = np.where(none, p1, p2)
+        one, two, three = self.step[0, h1], self.step[p1, np.where(none, h3, h2)], self.step[before, h3]
+        first = self.start + one + self.decide
+        second = first + np.where(none, 0, two + self.decide)
+        last = second + three + self.leave[p3]
+        found = np.stack(
+            np.broadcast_arrays(first + self.leave[p1], np.where(none, last, second + self.leave[before]), last)
+        )
+        return np.where((one < 0) | (two < 0) | (three < 0), -1, found)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A search in arrays: heads by index, their exit `points` (from 1), and per head and row the `grid` of cuts.
+
+    `paths` are the quantities that `wanted` counts, the first the latency. `allowed` says of a plan's heads whether
+    they keep the bounds that no threshold moves, `graphs` counts their graphs, `names` are theirs. One `unit` of the
+    objective (ms, GMACs, mJ) is so many of the integers.
+    """
+
+    names: tuple[str, ...]
+    points: Array
+    field: kernels.Field
+    grid: tuple[tuple[tuple[int, ...], ...], ...]
+    paths: tuple[PathCosts, ...]
+    wanted: kernels.Wanted
+    allowed: Callable[[tuple[str, ...]], bool]
+    graphs: Callable[[tuple[str, ...]], int]
+    unit: float
+
+
+@dataclass(frozen=True)
+class Best:
+    """A plan: `heads` in running order, the (row, cut) of early ones; `goal` is the objective summed over images."""
+
+    goal: int
+    miou: float
+    heads: tuple[str, ...]
+    decisions: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How the optimum was found: chains of heads put away by their bounds, or settled plan by plan, and the plans
+    `evaluated`. `gap` is what a better plan could still gain in the objective, as a mean over images."""
+
+    bounded: int
+    settled: int
+    evaluated: int
+    gap: float
+
+
+def branch_and_bound(
+    evidence: Evidence, requirement: Requirement, progress: Progress, deadline: float = np.inf
+) -> tuple[Best | None, Proof]:
+    """The best plan, or the best at `deadline` (time.monotonic) or Ctrl-C; None when none satisfies the requirement.
+
+    Raises InputError for the objective memory, which no image's path decides.
+    """
+    if requirement.objective == "memory":
+        raise InputError("the least memory is not searched for in a space as large as this: bound it with --max-memory")
+    search = _Search(problem_of(evidence, requirement), deadline)
+    try:
+        search.run(requirement.early_exits, progress)
+    except KeyboardInterrupt:
+        if search.best is None:
+            raise
+    return search.best, search.proof()
+
+
+def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
+    """The arrays of a search. Its bounds are in the integers that the search counts in, summed over images."""
+    statistics, images = evidence.statistics, evidence.statistics.images
+    names = tuple(head.name for head in evidence.heads)
+    points = np.array([head.exit_point for head in evidence.heads])
+    labelled = statistics.labelled.sum(axis=0)
+    present = np.flatnonzero(labelled)
+    heads = [statistics.head_index(name) for name in names]
+    right = statistics.intersection[:, heads][:, :, present]
+    wrong = statistics.predicted[:, heads][:, :, present] - right
+    scores = np.ascontiguousarray(np.moveaxis(np.concatenate([right, wrong], axis=2), 1, 0), np.int32)
+    levels, cuts, ranks, grid = _thresholds(evidence, names)
+    field = kernels.Field(
+        scores=scores,
+        totals=scores.sum(axis=1, dtype=np.float64),
+        spans=kernels.differences(scores, points[:, None] < points[None, :]),
+        levels=levels,
+        cuts=cuts,
+        ranks=ranks,
+        labelled=labelled[present].astype(np.float64),
+    )
+    paths = {"latency": _times(evidence, "mean_ms"), "workload": _workloads(evidence)}
+    baseline = evidence.baseline_cost_ns()
+    bounds = [
+        _summed(requirement.max_latency, baseline, 1e6, images),
+        _summed(requirement.max_workload, evidence.candidate.baseline_macs, 1e9, images),
+    ]
+    if requirement.needs_energy:
+        paths["energy"] = _times(evidence, "energy_mj")
+        bounds.append(_summed(requirement.max_energy, evidence.baseline_cost_ns("energy_mj"), 1e6, images))
+    floor = -np.inf
+    if requirement.max_err_pp is not None:
+        floor = baseline_figures(evidence, requirement.baseline_miou).miou - requirement.max_err_pp
+    objective = requirement.objective or "latency"
+    wanted = kernels.Wanted(
+        bounds=np.array(bounds, np.int64),
+        percentile=np.array([95, _summed(requirement.max_latency_p95, baseline, 1e6, 1)], np.int64),
+        floor=floor,
+        objective=-1 if objective == "accuracy" else list(paths).index(objective),
+    )
+    return Problem(
+        names,
+        points,
+        field,
+        grid,
+        tuple(paths.values()),
+        wanted,
+        lambda chain: _is_allowed(evidence, requirement, chain),
+        lambda chain: len(plan_graphs(evidence.candidate, chain)),
+        1e9 if objective == "workload" else 1e6,
+    )
+
+
+def _summed(limit: Limit | None, baseline: int, unit: float, images: int) -> int:
+    return UNBOUNDED if limit is None else limit.resolved(baseline, unit) * images
+
+
+def _is_allowed(evidence: Evidence, requirement: Requirement, heads: tuple[str, ...]) -> bool:
+    most = requirement.max_memory_bytes
+    if most is not None and memory_bytes(evidence.graph_set, heads) > most:
+        return False
+    if requirement.max_latency_worst is None:
+        return True
+    limit = requirement.max_latency_worst.resolved(evidence.baseline_cost_ns("p99_ms"), 1e6)
+    return exit_costs_ns(evidence, "input-dependent", heads, "p99_ms")[-1] <= limit
+
+
+def _times(evidence: Evidence, quantity: Quantity) -> PathCosts:
+    table, graph_set, candidate = evidence.table, evidence.graph_set, evidence.candidate
+    points = len(candidate.exit_points)
+    outputs = {point: output_name(candidate.exit_point(point).hw) for point in range(1, points + 1)}
+
+    def cost(*graphs: str) -> int:
+        return sum(graph_cost_ns(table, graph_set, graph, quantity) for graph in graphs)
+
+    step = np.full((points, len(evidence.heads)), -1, np.int64)
+    for (point, column), _ in np.ndenumerate(step):
+        head = evidence.heads[column]
+        graphs = (segment_name(point, head.exit_point), head_graph_name(head.name))
+        if point < head.exit_point and evidence.runs((*graphs, outputs[head.exit_point])):
+            step[point, column] = cost(*graphs)
+    download = table.cost_ns(DOWNLOAD, quantity=quantity)
+    leave = [0] + [cost(name) + download if evidence.runs([name]) else 0 for name in outputs.values()]
+    start, decide = (table.cost_ns(pseudo, quantity=quantity) for pseudo in (UPLOAD, NULL))
+    return PathCosts(start, step, decide, np.array(leave, np.int64))
+
+
+def _workloads(evidence: Evidence) -> PathCosts:
+    candidate = evidence.candidate
+    points = range(len(candidate.exit_points))
+    step = [
+        [candidate.segment_macs(p, h.exit_point) + h.macs if p < h.exit_point else -1 for h in evidence.heads]
+        for p in points
+    ]
+    return PathCosts(0, np.array(step, np.int64), 0, np.zeros(len(points) + 1, np.int64))
+
+
+def _thresholds(evidence: Evidence, heads: tuple[str, ...]) -> tuple[Array, Array, Array, Any]:
+    """Levels, cuts and ranks as in `kernels.Field`, and the grid of cuts by head and row."""
+    statistics = evidence.statistics
+    rows = statistics.counts.shape[2]
+    levels = np.zeros((len(heads) + 1, rows, statistics.images), np.uint8)
+    cuts = np.zeros((len(heads) + 1, rows), np.int64)
+    cuts[-1, 0] = 1  # the head that is none: one cut, which no image passes
+    ranks = np.zeros((len(heads) + 1, rows, CUTS + 1), np.int64)
+    by_text = sorted(range(rows), key=str)
+    grid = []
+    for h, head in enumerate(heads):
+        counts = np.asarray(statistics.counts[:, statistics.head_index(head)])  # (n, rows)
+        grid.append(tuple(cut_grid(counts[:, row]) for row in range(rows)))
+        texts = sorted({str(cut) for found in grid[-1] for cut in found})
+        for row, found in enumerate(grid[-1]):
+            levels[h, row] = np.searchsorted(found, counts[:, row], side="right")
+            cuts[h, row] = len(found)
+            ranks[h, row, : len(found) + 1] = [by_text.index(row), *(texts.index(str(cut)) for cut in found)]
+    return levels, cuts, ranks, tuple(grid)
+
+
+@dataclass(frozen=True, eq=False)
+class _Bounded:
+    """`triples` (m, 3) of heads whose plans have cost - slope * mIoU of at least `least` (m,)."""
+
+    triples: Array
+    least: Array
+    slope: Array
+
+    def price(self, aim: float) -> Array:
+        """What a plan with an mIoU of `aim` costs at least, (m,)."""
+        price: Array = self.least + self.slope * aim
+        return price
+
+
+class _Search:
+    def __init__(self, problem: Problem, deadline: float) -> None:
+        self._problem, self._deadline = problem, deadline
+        self._images = problem.field.scores.shape[1]
+        self._nobody = len(problem.names)
+        self._slope = 0.0
+        self.best: Best | None = None
+        self._open: list[_Bounded] = []
+        self._unknown = False
+        self._bounded = self._settled = self._evaluated = 0
+
+    def run(self, early_exits: int, progress: Progress) -> None:
+        self._singles()
+        if early_exits >= 1:
+            self._settle_best_first(self._pairs())
+        if early_exits >= 2:
+            self._unknown = True  # until every chain has its bounds
+            chains = list(itertools.combinations(sorted(set(self._problem.points.tolist())), 3))
+            left = []
+            for done, points in enumerate(chains, start=1):
+                if time.monotonic() > self._deadline:
+                    return
+                left.append(self._chain(points))
+                self._open = [_joined(left)]
+                progress(done, len(chains) + 1)
+            self._unknown = False
+            self._settle_best_first(_joined(left))
+
+    def proof(self) -> Proof:
+        return Proof(self._bounded, self._settled, self._evaluated, self._gap())
+
+    def _gap(self) -> float:
+        """What a better plan could still gain in the objective, as a mean over images or in pp."""
+        if self.best is None:
+            return 0.0
+        if self._problem.wanted.objective < 0:
+            limit = self._limit if self._weight else 0.0
+            gains = [((limit - each.price(self._aim)) / each.slope).max(initial=0.0) for each in self._open]
+            return float(100.0 - self.best.miou if self._unknown else max(gains, default=0.0))
+        least = [each.price(self._aim).min(initial=self.best.goal) for each in self._open]
+        reached = 0.0 if self._unknown else min(least, default=self.best.goal)
+        return float(self.best.goal - reached) / self._images / self._problem.unit
+
+    # what a plan must beat
+
+    @property
+    def _aim(self) -> float:
+        """The mIoU below which no plan is wanted; 0 when any is."""
+        wanted = self._problem.wanted
+        reached = self.best.miou if self.best is not None and wanted.objective < 0 else 0.0
+        return max(wanted.floor, reached, 0.0)
+
+    @property
+    def _limit(self) -> int:
+        """The priced quantity, summed over images, above which no plan is wanted."""
+        bound = int(self._problem.wanted.bounds[self._priced])
+        if self._problem.wanted.objective >= 0 and self.best is not None:
+            return min(bound, self.best.goal)
+        return bound
+
+    @property
+    def _priced(self) -> int:
+        """The quantity that is weighed against mIoU: the objective, or for mIoU the first that has a bound."""
+        wanted = self._problem.wanted
+        return wanted.objective if wanted.objective >= 0 else int((wanted.bounds < UNBOUNDED).argmax())
+
+    @property
+    def _weight(self) -> float:
+        """0 when only mIoU counts: then prices are in pp."""
+        return float(self._limit < UNBOUNDED or self._problem.wanted.objective >= 0)
+
+    def _may_win(self, bounded: _Bounded) -> Array:
+        limit = float(self._limit) if self._weight else 0.0
+        within: Array = bounded.price(self._aim) <= limit + _TOLERANCE * max(limit, 1.0)
+        return within
+
+    def _costs(self, quantity: int, h1: Array, h2: Array, h3: Array) -> Array:
+        return self._problem.paths[quantity].of_exits(self._problem.points, h1, h2, h3)
+
+    # from bounds to plans
+
+    def _singles(self) -> None:
+        problem, wanted, heads = self._problem, self._problem.wanted, np.arange(self._nobody)
+        costs = np.stack([p.start + p.step[0] + p.leave[problem.points] for p in problem.paths])  # (q, heads)
+        runs = np.array([path.step[0] >= 0 for path in problem.paths]).all(axis=0)
+        mious = np.array([kernels.mean_iou(totals, problem.field.labelled) for totals in problem.field.totals])
+        kept = runs & (costs * self._images <= wanted.bounds[:, None]).all(axis=0) & (costs[0] <= wanted.percentile[1])
+        for h in heads[kept & (mious >= wanted.floor)]:
+            goal = int(costs[wanted.objective, h]) * self._images if wanted.objective >= 0 else 0
+            self._offer(Best(goal, float(mious[h]), (problem.names[h],), ()))
+        self._evaluated += int(runs.sum())
+        spread = max(0.1, float(mious.max() - np.median(mious)))
+        self._slope = float(costs[self._priced, runs].mean()) * self._images / spread if self._weight else 1.0
+
+    def _offer(self, found: Best) -> None:
+        if self._problem.allowed(found.heads) and (self.best is None or self._order(found) < self._order(self.best)):
+            self.best = found
+
+    def _order(self, found: Best) -> Any:
+        """By objective, mIoU (greatest), number of graphs and text (issue 5)."""
+        points = [str(self._problem.points[self._problem.names.index(head)]) for head in found.heads]
+        rows, cuts = ([str(decision[i]) for decision in found.decisions] for i in (0, 1))
+        return found.goal, -found.miou, self._problem.graphs(found.heads), points, found.heads, rows, cuts
+
+    def _settle(self, triples: Array, limit: float) -> Array:
+        """Settle triples (m, 3) up to a bound and keep the best plan; returns each one's least bound (m,)."""
+        wanted = self._problem.wanted
+        costs = np.stack([self._costs(q, *triples.T).T for q in range(len(self._problem.paths))], axis=1)  # (m, q, 3)
+        prices = self._weight * costs[:, self._priced].astype(np.float64)
+        floor = max(wanted.floor, self._aim)
+        found, evaluated = kernels.settle_all(
+            triples, prices, limit, self._slope, costs, wanted._replace(floor=floor), self._problem.field
+        )
+        self._evaluated += int(evaluated.sum())
+        for triple, one in zip(triples, found, strict=True):
+            if one[2] >= 0:
+                self._offer(self._plan(triple, one))
+        least: Array = found[:, 6]
+        return least
+
+    def _plan(self, triple: Array, found: Array) -> Best:
+        options = [(int(found[2]), int(found[3])), (int(found[4]), int(found[5]))]
+        early = [(h, option) for h, option in zip(triple[:2], options, strict=True) if h != self._nobody]
+        decisions = tuple((row, self._problem.grid[h][row][cut]) for h, (row, cut) in early)
+        return Best(int(found[0]), float(found[1]), self._names(triple), decisions)
+
+    def _names(self, triple: Array) -> tuple[str, ...]:
+        return tuple(self._problem.names[h] for h in triple if h != self._nobody)
+
+    def _settle_best_first(self, bounded: _Bounded) -> None:
+        """Settle what its bound leaves, the most promising first, until nothing that is left can be better."""
+        order = np.argsort(bounded.price(self._aim), kind="stable")
+        for start in range(0, len(order), _SETTLED):
+            rest = order[start:]
+            self._open = [_Bounded(bounded.triples[rest], bounded.least[rest], bounded.slope[rest])]
+            if time.monotonic() > self._deadline and self.best is not None:
+                return
+            left = rest[:_SETTLED][self._may_win(self._open[0])[:_SETTLED]]
+            left = left[np.array([self._problem.allowed(self._names(bounded.triples[i])) for i in left], np.bool_)]
+            if len(left):
+                limit = float(self._limit) if self._weight else 0.0
+                self._settle(bounded.triples[left], limit + _TOLERANCE * max(limit, 1.0) - self._slope * self._aim)
+                self._settled += len(left)
+            self._bounded += min(_SETTLED, len(rest)) - len(left)
+        self._open = []
+
+    # bounds
+
+    def _pairs(self) -> _Bounded:
+        points = self._problem.points
+        first, last = np.nonzero(points[:, None] < points[None, :])
+        triples = np.stack([first, np.full(len(first), self._nobody), last], axis=1)
+        triples = triples[self._costs(0, *triples.T)[0] >= 0]
+        self._tune(triples)
+        least = [np.empty(0)] + [
+            self._settle(part, -np.inf) for part in np.array_split(triples, len(triples) // 4096 + 1)
+        ]
+        return _Bounded(triples, np.concatenate(least), np.full(len(triples), self._slope))
+
+    def _tune(self, triples: Array) -> None:
+        """Take the slope at which the least of some bounds is highest: the multiplier of the floor, or of the bound."""
+        if not self._weight or not len(triples):
+            return
+        sample = triples[:: len(triples) // 2048 + 1]
+        if not self._aim:
+            self._slope = 0.0
+            return
+
+        def dual(slope: float) -> tuple[float, float, Array]:
+            self._slope = slope
+            least = self._settle(sample, -np.inf)
+            return float(least.min()) + slope * self._aim, slope, least
+
+        for span in (8.0, 4.0, 2.0, 1.4, 1.2, 1.1):
+            middle = self._slope
+            _, self._slope, least = max(
+                (dual(middle * factor) for factor in (1 / span, 1, span)), key=lambda each: each[0]
+            )
+            sample = sample[np.argsort(least)[: max(_SETTLED, len(sample) // 4)]]
+
+    def _chain(self, chain: tuple[int, int, int]) -> _Bounded:
+        """The triples of heads at these points that may still be best."""
+        field, slope = self._problem.field, self._slope
+        h1, h2, h3 = (np.flatnonzero(self._problem.points == point) for point in chain)
+        shape = h1[:, None, None], h2[None, :, None], h3[None, None, :]
+        costs = self._costs(self._priced, *shape)  # (3, firsts, seconds, lasts)
+        alive = (self._costs(0, *shape)[0] >= 0) & (costs[0] >= 0)
+        if self._limit < UNBOUNDED:
+            alive &= costs.min(axis=0) <= self._limit // self._images
+        coefficients = self._envelope(h1, h2, h3)
+        added = np.zeros(field.scores.shape[:2])  # (heads, n)
+        for h in (*h1, *h2, *h3):
+            kernels.additions(field.scores[h], coefficients, added[h])
+        last = np.ascontiguousarray(added[h3].T)  # (n, lasts)
+        offsets = last.mean(axis=0)
+        usual = (last - offsets).mean(axis=1)
+        short = np.minimum(0.0, last - offsets - usual[:, None]).sum(axis=0)  # of what `bound_pair` takes it for
+        prices = self._weight * costs
+        further = np.ascontiguousarray((prices[2] - prices[1])[0])
+        gains = kernels.gains_of(h2, further, slope, added, last, field)
+        a, b = np.nonzero(alive.any(axis=2))
+        pairs = np.stack([h1[a], h2[b]], axis=1)
+        least = [np.empty((0, len(h3)))]
+        for part in (slice(start, start + _PAIRS) for start in range(0, len(a), _PAIRS)):
+            each = np.ascontiguousarray(np.moveaxis(prices[:, a[part], b[part]], 0, 1))  # (pairs, 3, lasts)
+            rest = (slope, added, usual, offsets, gains, field, coefficients)
+            least.append(kernels.bound_pairs(pairs[part], b[part], h3, alive[a, b][part], each, *rest))
+        pair, column = np.nonzero(alive[a, b])
+        bounds = (np.concatenate(least) + slope * short)[pair, column]
+        triples = np.stack([pairs[pair, 0], pairs[pair, 1], h3[column]], axis=1)
+        left = self._may_win(_Bounded(triples, bounds, np.full(len(bounds), slope)))
+        self._bounded += int((~left).sum())
+        return _Bounded(triples[left], bounds[left], np.full(int(left.sum()), slope))
+
+    def _envelope(self, h1: Array, h2: Array, h3: Array) -> Array:
+        """Coefficients for all triples of these heads: those of a box such as one of them has."""
+        field = self._problem.field
+        spans = field.spans[:, h1][:, :, h2].mean(axis=(1, 2)) + field.spans[:, h2][:, :, h3].mean(axis=(1, 2))
+        near = field.totals[h3].mean(axis=0)
+        found: Array = np.empty_like(near)
+        kernels.envelope(np.maximum(0.0, near - spans[1]), near + spans[0], near, field.labelled, found)
+        return found
+
+
+def _joined(parts: list[_Bounded]) -> _Bounded:
+    if not parts:
+        return _Bounded(np.empty((0, 3), np.int64), np.empty(0), np.empty(0))
+    return _Bounded(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("triples", "least", "slope"))
+    )
