@@ -32,6 +32,7 @@ from mess_compile.latency import (
     path_costs_ns,
     read_latency_table,
 )
+from mess_compile.measurements import measurements_of
 from mess_compile.runtime.cascade import Cascade, load
 from mess_compile.runtime.engine import Engine
 from mess_compile.search.figures import plan_graphs
@@ -87,10 +88,12 @@ def random_plan(graph_set: GraphSet, table: LatencyTable, rng: random.Random) ->
     )
 
 
-def opened(graph_set: GraphSet, plan: Plan, frame: NDArray[np.uint8], folder: Path, name: str) -> Cascade:
+def opened(
+    graph_set: GraphSet, table: LatencyTable, plan: Plan, frame: NDArray[np.uint8], folder: Path, name: str
+) -> Cascade:
     path = folder / f"{name}.mess"
     thresholds = threshold_table(graph_set.gate, len(graph_set.candidate.classes))
-    write_bundle(path, graph_set, plan, thresholds, [frame], {})
+    write_bundle(path, graph_set, plan, thresholds, [frame], measurements_of(plan, graph_set, table, None), {})
     cascade = load(path)
     path.unlink()
     return cascade
@@ -115,7 +118,7 @@ def outcomes(graph_set: GraphSet, table: LatencyTable, plans: list[Plan], rounds
     single: list[float] = []
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         cascades = [
-            stack.enter_context(opened(graph_set, plan, frames[0], Path(folder), str(number)))
+            stack.enter_context(opened(graph_set, table, plan, frames[0], Path(folder), str(number)))
             for number, plan in enumerate(plans)
         ]
         baseline = cascades[0].library.load(graph_set.path(BASELINE))

@@ -16,10 +16,11 @@ from onnx.external_data_helper import uses_external_data
 from mess_compile import files
 from mess_compile.candidates import CandidateNetwork, GraphSet, check_hash
 from mess_compile.latency import StageGraphs, stage_graphs
+from mess_compile.measurements import Measurements
 from mess_compile.runtime import archive, cascade, manifest, verify
 from mess_compile.runtime.engine import open_library
 from mess_compile.runtime.errors import InputError
-from mess_compile.search.plan import Figures, Plan, Stage, check_plan_current
+from mess_compile.search.plan import Figures, OperatingPoint, Plan, Stage, check_plan_current
 
 _FOLDER = "graphs"
 _REFERENCE = "onnxruntime"
@@ -34,27 +35,37 @@ def write_bundle(
     plan: Plan,
     thresholds: NDArray[np.float32],
     golden_frames: Sequence[NDArray[np.uint8]],
+    measurements: Measurements,
     provenance: Mapping[str, str],
     forms: Mapping[str, Path] | None = None,
+    resize: str = "stretch",
 ) -> manifest.Manifest:
     """Write the plan's graphs, the weights they name and the golden frames to one file; all of it or nothing.
 
     `forms` are graphs as the target's parser takes them, where it does not take their own. `thresholds` is (T, K);
-    golden frames are uint8 (H, W, 3), and what they must give is computed here, in ONNX Runtime. Equal content gives
-    equal bytes. Raises StaleError when the plan was made from other graphs, InputError
-    when a graph or weight is missing or damaged or there is no golden frame.
+    golden frames are uint8 (H, W, 3), and what they must give is computed here, in ONNX Runtime. `resize` is what
+    becomes of frames of another size. Equal content gives equal bytes. Raises StaleError when the plan was made from
+    other graphs, InputError when a graph or weight is missing or damaged or there is no golden frame.
     """
     check_plan_current(plan, graph_set)
     if not golden_frames:
         raise InputError("a bundle needs at least one golden frame to verify itself by")
     names = stage_graphs(graph_set.candidate, [stage.head for stage in plan.stages])
     sources = _graph_sources(graph_set, names, forms or {})
-    plain = _manifest(path.stem, graph_set, plan, names, thresholds, sources, provenance)
+    described = manifest.Manifest(
+        name=path.stem,
+        network=_network(graph_set.candidate, resize),
+        gate=_gate(graph_set, thresholds),
+        plans=(_plan(graph_set, plan, names, measurements),),
+        golden=(),
+        files=_files(sources),
+        provenance=dict(provenance),
+    )
     with files.replaced(path) as temporary:
-        archive.write_archive(temporary, plain, sources)
+        archive.write_archive(temporary, described, sources)
         golden, arrays = _golden(temporary, plan.device, golden_frames)
         sources.update(arrays)
-        complete = replace(plain, golden=golden, files=_files(sources))
+        complete = replace(described, golden=golden, files=_files(sources))
         archive.write_archive(temporary, complete, sources)
     return complete
 
@@ -91,52 +102,48 @@ def _weight_locations(path: Path) -> Iterator[str]:
             yield location
 
 
-def _manifest(
-    name: str,
-    graph_set: GraphSet,
-    plan: Plan,
-    names: Sequence[StageGraphs],
-    thresholds: NDArray[np.float32],
-    sources: _Sources,
-    provenance: Mapping[str, str],
-) -> manifest.Manifest:
+def _gate(graph_set: GraphSet, thresholds: NDArray[np.float32]) -> manifest.Gate:
     gate = graph_set.gate
-    stages = (_stage(stage, graphs, graph_set) for stage, graphs in zip(plan.stages, names, strict=True))
-    return manifest.Manifest(
-        name=name,
-        network=_network(graph_set.candidate),
-        gate=manifest.Gate(gate.confidence, gate.edge_aware, tuple(tuple(map(float, row)) for row in thresholds)),
-        plans=(
-            manifest.Plan(
-                target=plan.device,
-                library=plan.library,
-                precision=plan.precision,
-                setting=plan.setting,
-                stages=tuple(stages),
-                predicted=_figures(plan.predicted),
-                baseline=_figures(plan.baseline),
-                baseline_name=plan.baseline_name,
-                precisions={
-                    f"{_FOLDER}/{graph_set.path(graph.name).name}": manifest.GraphPrecision(
-                        graph.precision, graph.wanted
-                    )
-                    for graph in plan.graphs
-                },
-                tuned_by=plan.tuned_by,
-                power_mode=plan.power_mode,
-            ),
-        ),
-        golden=(),
-        files=_files(sources),
-        provenance=dict(provenance),
+    return manifest.Gate(gate.confidence, gate.edge_aware, tuple(tuple(map(float, row)) for row in thresholds))
+
+
+def _plan(graph_set: GraphSet, plan: Plan, names: Sequence[StageGraphs], measurements: Measurements) -> manifest.Plan:
+    stages = tuple(_stage(stage, graphs, graph_set) for stage, graphs in zip(plan.stages, names, strict=True))
+    precisions = {
+        f"{_FOLDER}/{graph_set.path(graph.name).name}": manifest.GraphPrecision(graph.precision, graph.wanted)
+        for graph in plan.graphs
+    }
+    return manifest.Plan(
+        target=plan.device,
+        library=plan.library,
+        precision=plan.precision,
+        setting=plan.setting,
+        stages=stages,
+        predicted=_figures(plan.predicted),
+        baseline=_figures(plan.baseline),
+        baseline_name=plan.baseline_name,
+        precisions=precisions,
+        tuned_by=plan.tuned_by,
+        power_mode=plan.power_mode,
+        operating_points=tuple(map(_operating_point, plan.operating_points)),
+        costs=measurements.costs,
+        upload_mean_ms=measurements.upload_mean_ms,
+        upload_p99_ms=measurements.upload_p99_ms,
+        confidence=measurements.confidence,
+        environment=dict(measurements.environment),
     )
+
+
+def _operating_point(point: OperatingPoint) -> manifest.OperatingPoint:
+    decisions = tuple(manifest.Decision(decision.row, decision.cut) for decision in point.decisions)
+    return manifest.OperatingPoint(point.name, decisions, _figures(point.predicted))
 
 
 def _figures(figures: Figures) -> manifest.Figures:
     return manifest.Figures(**{each.name: getattr(figures, each.name) for each in fields(manifest.Figures)})
 
 
-def _network(candidate: CandidateNetwork) -> manifest.Network:
+def _network(candidate: CandidateNetwork, resize: str) -> manifest.Network:
     return manifest.Network(
         backbone=candidate.backbone,
         identity=candidate.identity,
@@ -144,6 +151,7 @@ def _network(candidate: CandidateNetwork) -> manifest.Network:
         colours=candidate.colours,
         input_hw=candidate.input_hw,
         gmacs=candidate.baseline_macs / 1e9,
+        resize=resize,
     )
 
 

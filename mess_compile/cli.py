@@ -608,13 +608,14 @@ def _figures(figures: Any) -> list[str]:
 @main.command()
 @click.argument("plan", type=_FILE, required=False)
 @click.option("-o", "--output", type=_FILE, help="DEVICE.mess in the workspace by default.")
+@click.option("--letterbox", is_flag=True, help="Frames of another shape keep their proportions; stretched otherwise.")
 @_json_option
 @click.pass_obj
-def bundle(workspace: Workspace, plan: Path | None, output: Path | None, as_json: bool) -> None:
+def bundle(workspace: Workspace, plan: Path | None, output: Path | None, letterbox: bool, as_json: bool) -> None:
     """Write the chosen plan and its graphs as one file for the device."""
     from mess_compile import steps
 
-    path, manifest = steps.bundle(workspace, plan, output)
+    path, manifest = steps.bundle(workspace, plan, output, "letterbox" if letterbox else "stretch")
     size = path.stat().st_size
     if as_json:
         return print_json({"bundle": str(path), "bytes": size, "files": len(manifest.files)})

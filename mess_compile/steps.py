@@ -35,6 +35,7 @@ from mess_compile.workspace import Workspace
 if TYPE_CHECKING:
     from mess_compile.bench import Bench
     from mess_compile.common_graphs import Shared
+    from mess_compile.measurements import Measurements
     from mess_compile.nets.network import Architecture
     from mess_compile.search.explain import Explanation
     from mess_compile.search.figures import Evidence
@@ -325,7 +326,9 @@ def _settled(workspace: Workspace, recipe: str, device: str) -> GraphSet:
     return known.graph_set
 
 
-def bundle(workspace: Workspace, plan: Path | None, output: Path | None) -> tuple[Path, Manifest]:
+def bundle(
+    workspace: Workspace, plan: Path | None, output: Path | None, resize: str = "stretch"
+) -> tuple[Path, Manifest]:
     """Write the plan of the device profiled last, or of the file `plan`, as a bundle."""
     from mess_compile import bundle as bundles
 
@@ -343,10 +346,27 @@ def bundle(workspace: Workspace, plan: Path | None, output: Path | None) -> tupl
             chosen,
             statistics.threshold_table(graph_set.gate, len(graph_set.candidate.classes)),
             _scene_frames(graph_set.candidate.input_hw, GOLDEN_FRAMES),
+            _measurements(workspace, graph_set, chosen),
             {"mess_compile": __version__, "golden_frames": "generated street scenes", **sources},
             _forms(graph_set, chosen, target, Path(folder)),
+            resize,
         )
     return path, manifest
+
+
+def _measurements(workspace: Workspace, graph_set: GraphSet, plan: plans.Plan) -> Measurements:
+    """What the plan rests on; statistics that are gone or of other graphs leave a gap, latencies may not."""
+    from mess_compile.measurements import measurements_of
+
+    table = latency.read_latency_table(workspace.latency(plan.device))
+    latency.check_current(table, graph_set)
+    place = plan.tuned_by.partition(" on ")[2]
+    try:
+        found = statistics.read_statistics(workspace.statistics(plan.predicted.split, graph_set.recipe, place))
+        statistics.check_current(found, graph_set)
+    except (InputError, StaleError):
+        return measurements_of(plan, graph_set, table, None)
+    return measurements_of(plan, graph_set, table, found)
 
 
 def _forms(graph_set: GraphSet, plan: plans.Plan, target: Target, folder: Path) -> dict[str, Path]:

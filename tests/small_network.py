@@ -18,7 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mess_compile import bundle, files
 from mess_compile.candidates import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
-from mess_compile.runtime.manifest import Manifest
+from mess_compile.measurements import Measurements
+from mess_compile.runtime.manifest import Manifest, StageCost
 from mess_compile.search.figures import plan_graphs
 from mess_compile.search.plan import Figures, Plan, PlanGraph, Stage, default_point
 
@@ -116,10 +117,17 @@ def thresholds() -> NDArray[np.float32]:
     return np.repeat(np.array(ROWS, np.float32)[:, None], len(CLASSES), axis=1)
 
 
+def measurements(stages: int) -> Measurements:
+    """Of a device that takes 10 ms for everything at the least, so that no test depends on the speed of this one."""
+    return Measurements((StageCost(10.0, 20.0, 10.0, 20.0),) * stages, 10.0, 20.0, ((),) * stages, {"cores": "2"})
+
+
 def write_bundle(path: Path, of: Plan | None = None, golden: int = 2) -> Manifest:
     graphs = graph_set(path.parent / "graphs")
     frames = [frame(seed) for seed in range(golden)]
-    return bundle.write_bundle(path, graphs, of or plan(), thresholds(), frames, {"mess-compile": "1"})
+    chosen = of or plan()
+    measured = measurements(len(chosen.stages))
+    return bundle.write_bundle(path, graphs, chosen, thresholds(), frames, measured, {"mess-compile": "1"})
 
 
 _Node = onnx.NodeProto | onnx.TensorProto

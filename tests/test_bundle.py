@@ -27,7 +27,8 @@ def graphs(tmp_path: Path) -> GraphSet:
 def write(graphs: GraphSet, plan: Plan, golden: int = 2) -> Manifest:
     frames = [frame(seed) for seed in range(golden)]
     path = graphs.root.parent / "tiny.mess"
-    return bundle.write_bundle(path, graphs, plan, small_network.thresholds(), frames, {"made-by": "a test"})
+    measured = small_network.measurements(len(plan.stages))
+    return bundle.write_bundle(path, graphs, plan, small_network.thresholds(), frames, measured, {"made-by": "a test"})
 
 
 def test_a_bundle_holds_the_plans_graphs_and_their_weights_alone(graphs: GraphSet) -> None:

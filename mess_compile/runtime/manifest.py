@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Dict, Optional, Tuple
 
 from mess_compile.runtime import decode
@@ -12,10 +12,14 @@ from mess_compile.runtime.engine import PRECISIONS
 from mess_compile.runtime.errors import BundleError
 
 FORMAT = "mess-bundle"
-VERSION = 3
+VERSION = 4
 MANIFEST = "manifest.json"
 SETTINGS = ("input-dependent", "budgeted", "anytime")
 SOURCES = ("measured", "estimated")
+RESIZES = ("stretch", "letterbox")
+DEFAULT_POINT = "default"
+CONFIDENCE_BINS = 10
+MAX_POINTS = 8
 MAX_SIDE = 1 << 14
 _PATH = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,120}(?:/(?!\.)[A-Za-z0-9_.-]{1,120}){0,3}")
 _NAMES = {
@@ -25,12 +29,17 @@ _NAMES = {
     "split": re.compile(r"[\w-]{1,64}(?:\[\d*:\d*\])?"),
 }
 """They become paths in a workspace."""
+_POINT = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Network:
-    """The candidate network that the graphs were cut from; `gmacs` is its baseline's workload."""
+    """The candidate network that the graphs were cut from; `gmacs` is its baseline's workload.
+
+    `resize` is what becomes of frames of another size than `input_hw`: "stretch", or "letterbox", which keeps their
+    proportions.
+    """
 
     backbone: str
     identity: str
@@ -38,6 +47,7 @@ class Network:
     colours: Tuple[Tuple[int, int, int], ...]
     input_hw: Tuple[int, int]
     gmacs: float
+    resize: str
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,37 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """`row` and `cut` of one stage, as in `Stage`."""
+
+    row: int
+    cut: Optional[int]
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """Other thresholds for the same graphs: a decision for each stage, and what the search foretold of them."""
+
+    name: str
+    decisions: Tuple[Decision, ...]
+    predicted: Figures
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage takes by the target's latency table, in its `source`'s words.
+
+    `mean_ms` and `p99_ms`: segment, gated head and, where something is decided, the decision; the p99 always has the
+    read of the counts. `report_mean_ms` and `report_p99_ms`: output graph and download.
+    """
+
+    mean_ms: float
+    p99_ms: float
+    report_mean_ms: float
+    report_p99_ms: float
+
+
+@dataclass(frozen=True)
 class GraphPrecision:
     """What a graph computes in, and what its recipe wanted: they differ where it fell back to a safer one."""
 
@@ -95,7 +136,10 @@ class Plan:
     """The plan for one target; `baseline` are the figures of the single-exit graph `baseline_name`.
 
     `precision` names the recipe, `precisions` says it of each graph by its path. `tuned_by` is the engine library and
-    device whose statistics the exits and thresholds were chosen on, `power_mode` the one that the latencies hold in.
+    device whose statistics the exits and thresholds were chosen on, `power_mode` the one that the latencies hold in,
+    `environment` what else their measurement depended on. The operating point "default" is that of the stages.
+    `costs` has an entry for each stage; so has `confidence`: the tuning images that reached the stage, by the share of
+    its cells that were sure, in ten bins of equal width, or nothing where that is not known.
     """
 
     target: str
@@ -109,6 +153,12 @@ class Plan:
     precisions: Dict[str, GraphPrecision]
     tuned_by: str
     power_mode: Optional[str]
+    operating_points: Tuple[OperatingPoint, ...]
+    costs: Tuple[StageCost, ...]
+    upload_mean_ms: float
+    upload_p99_ms: float
+    confidence: Tuple[Tuple[int, ...], ...]
+    environment: Dict[str, str]
 
     @property
     def boldest(self) -> str:
@@ -210,6 +260,7 @@ def _check_network(network: Network) -> None:
     _need(2 <= len(network.classes) <= 255, f"network.classes has {len(network.classes)} entries, not 2 to 255")
     _need(len(network.colours) == len(network.classes), "network.colours does not fit network.classes")
     _need(all(0 <= v <= 255 for colour in network.colours for v in colour), "network.colours is outside 0 to 255")
+    _need(network.resize in RESIZES, f"network.resize is {network.resize!r}, not one of {', '.join(RESIZES)}")
 
 
 def _check_plan(plan: Plan, manifest: Manifest) -> None:
@@ -221,11 +272,12 @@ def _check_plan(plan: Plan, manifest: Manifest) -> None:
     _need(bool(plan.stages), f"{where} has no stages")
     points = [stage.exit_point for stage in plan.stages]
     _need(points == sorted(set(points)) and points[0] >= 1, f"{where} has exit points {points}, not ascending from 1")
-    for figures in (plan.predicted, plan.baseline):
-        _need(figures.source in SOURCES, f"{where} has source {figures.source!r}")
-    _need(len(plan.predicted.exit_rates) == len(plan.stages), f"{where}: exit_rates does not fit its stages")
+    _need(plan.baseline.source in SOURCES, f"{where} has source {plan.baseline.source!r}")
+    _check_figures(plan.predicted, plan, where)
     for stage in plan.stages:
         _check_stage(stage, plan, f"{where}, exit point {stage.exit_point}", manifest)
+    _check_points(plan, where, manifest)
+    _check_costs(plan, where)
     odd = sorted(set(plan.precisions) ^ set(plan.graphs()))
     _need(not odd, f"{where}: graphs and precisions disagree on {', '.join(map(repr, odd))}"[:300])
     for path, found in plan.precisions.items():
@@ -236,11 +288,48 @@ def _check_plan(plan: Plan, manifest: Manifest) -> None:
 def _check_stage(stage: Stage, plan: Plan, where: str, manifest: Manifest) -> None:
     for path in (stage.segment, stage.head_graph, stage.output):
         _need(path in manifest.files and path.endswith(".onnx"), f"{where}: {path!r} is not a graph of the bundle")
-    _need(0 <= stage.row < len(manifest.gate.thresholds), f"{where}: row is {stage.row}")
     _need(stage.cells >= 1, f"{where}: cells is {stage.cells}")
+    _check_decision(Decision(stage.row, stage.cut), stage, plan, where, manifest)
+
+
+def _check_decision(decision: Decision, stage: Stage, plan: Plan, where: str, manifest: Manifest) -> None:
+    row, cut = decision.row, decision.cut
+    _need(0 <= row < len(manifest.gate.thresholds), f"{where}: row is {row}")
     decides = plan.setting != "anytime" and stage is not plan.stages[-1]
-    _need((stage.cut is not None) == decides, f"{where}: cut is {stage.cut}")
-    _need(stage.cut is None or 0 <= stage.cut <= stage.cells + 1, f"{where}: cut is {stage.cut}")
+    _need((cut is not None) == decides, f"{where}: cut is {cut}")
+    _need(cut is None or 0 <= cut <= stage.cells + 1, f"{where}: cut is {cut}")
+
+
+def _check_figures(figures: Figures, plan: Plan, where: str) -> None:
+    _need(figures.source in SOURCES, f"{where} has source {figures.source!r}")
+    _need(len(figures.exit_rates) == len(plan.stages), f"{where}: exit_rates does not fit its stages")
+
+
+def _check_points(plan: Plan, where: str, manifest: Manifest) -> None:
+    names = [point.name for point in plan.operating_points]
+    odd = [name for name in names if _POINT.fullmatch(name) is None]
+    _need(not odd, f"{where} has an operating point {odd[:1]}"[:200])
+    _need(len(set(names)) == len(names) <= MAX_POINTS, f"{where}: operating_points are {names}, not {MAX_POINTS} names")
+    for point in plan.operating_points:
+        place = f"{where}, operating point {point.name!r}"
+        _need(len(point.decisions) == len(plan.stages), f"{place}: decisions does not fit its stages")
+        for stage, decision in zip(plan.stages, point.decisions):
+            _check_decision(decision, stage, plan, place, manifest)
+        _check_figures(point.predicted, plan, place)
+    own = [(stage.row, stage.cut) for stage in plan.stages]
+    defaults = [point.decisions for point in plan.operating_points if point.name == DEFAULT_POINT]
+    same = bool(defaults) and [(each.row, each.cut) for each in defaults[0]] == own
+    _need(same, f"{where}: operating_points has no {DEFAULT_POINT!r} with the row and cut of its stages")
+
+
+def _check_costs(plan: Plan, where: str) -> None:
+    _need(len(plan.costs) == len(plan.stages), f"{where}: costs does not fit its stages")
+    milliseconds = [plan.upload_mean_ms, plan.upload_p99_ms, *(ms for cost in plan.costs for ms in astuple(cost))]
+    _need(min(milliseconds) >= 0, f"{where}: costs and upload are {min(milliseconds)} ms")
+    _need(len(plan.confidence) == len(plan.stages), f"{where}: confidence does not fit its stages")
+    for bins in plan.confidence:
+        fits = len(bins) in (0, CONFIDENCE_BINS) and min(bins, default=0) >= 0
+        _need(fits, f"{where}: confidence is {bins!r:.80}, not {CONFIDENCE_BINS} counts")
 
 
 def _check_golden(golden: Golden, where: str, manifest: Manifest) -> None:

@@ -16,6 +16,8 @@ from mess_compile.runtime.manifest import Manifest, manifest_from_json, manifest
 from tests import small_network
 
 Path_ = tuple[str | int, ...]
+FREE = {"provenance", "environment"}
+"""Objects of any texts."""
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +68,11 @@ def test_any_value_of_another_type_is_refused(manifest: Manifest) -> None:
 def test_a_missing_and_an_unknown_key_are_refused_by_name(manifest: Manifest) -> None:
     content = json.loads(manifest_to_json(manifest))
     for path, _ in leaves(content):
-        if path and isinstance(path[-1], str) and "files" not in path and "provenance" not in path[:-1]:
+        if path and isinstance(path[-1], str) and "files" not in path and not FREE & {*path[:-1]}:
             with pytest.raises(BundleError, match=str(path[-1]) if len(path) > 1 else "manifest"):
                 manifest_from_json(edited(content, path, lambda p, k: p.__delitem__(k)))
-            if path[:-1] != ("provenance",):
-                with pytest.raises(BundleError, match="surprise"):
-                    manifest_from_json(edited(content, path, lambda p, k: p.__setitem__("surprise", 1)))
+            with pytest.raises(BundleError, match="surprise"):
+                manifest_from_json(edited(content, path, lambda p, k: p.__setitem__("surprise", 1)))
 
 
 @pytest.mark.parametrize(
@@ -102,13 +103,29 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name(manifest: Manifest) ->
         (("plans", 0, "predicted", "source"), "guessed", "source 'guessed'"),
         (("plans", 0, "precisions", "graphs/segment-0-1.onnx", "used"), "fp8", "'fp8', wanted 'fp32'; known are int8"),
         (("plans", 0, "predicted", "exit_rates"), [1.0], "exit_rates"),
+        (("network", "resize"), "crop", "'crop', not one of stretch, letterbox"),
+        (("plans", 0, "operating_points"), [], "no 'default'"),
+        (("plans", 0, "operating_points", 0, "name"), "Fast", "operating point"),
+        (("plans", 0, "operating_points", 0, "name"), "fast", "no 'default'"),
+        (("plans", 0, "operating_points", 0, "decisions", 0, "cut"), 17, "no 'default' with the row and cut"),
+        (("plans", 0, "operating_points", 0, "decisions", 0, "cut"), 26, "cut is 26"),
+        (("plans", 0, "operating_points", 0, "decisions", 1, "cut"), 3, "cut is 3"),
+        (("plans", 0, "operating_points", 0, "decisions", 1, "row"), 4, "row is 4"),
+        (("plans", 0, "operating_points", 0, "decisions"), [], "decisions does not fit"),
+        (("plans", 0, "operating_points", 0, "predicted", "source"), "guessed", "source 'guessed'"),
+        (("plans", 0, "costs"), [], "costs does not fit"),
+        (("plans", 0, "costs", 1, "p99_ms"), -1.0, "-1.0 ms"),
+        (("plans", 0, "upload_p99_ms"), -0.5, "-0.5 ms"),
+        (("plans", 0, "confidence"), [[]], "confidence does not fit"),
+        (("plans", 0, "confidence", 0), [1, 2], "not 10 counts"),
+        (("plans", 0, "confidence", 0), [0] * 9 + [-1], "not 10 counts"),
         (("golden", 0, "frame"), "golden/9.npy", "not an array of the bundle"),
         (("golden", 0, "exit"), 3, "exit is 3"),
         (("golden", 0, "count"), 25, "count is 25"),
         (("golden", 0, "target"), "xavier", "no plan for 'xavier'"),
         (("files", "golden/0.npy", "bytes"), -1, "bytes is -1"),
         (("files", "golden/0.npy", "sha256"), "0" * 63, "sha256"),
-        (("version",), 1, "version 1; this release reads 3: update it, or write the bundle again"),
+        (("version",), 1, "version 1; this release reads 4: update it, or write the bundle again"),
         (("version",), True, "version True"),
         (("format",), "mess-plan", "format"),
     ],
@@ -131,6 +148,18 @@ def test_a_file_may_only_lie_inside_the_bundle(manifest: Manifest, name: str) ->
     content["files"][name] = {"sha256": "0" * 64, "bytes": 1}
     with pytest.raises(BundleError, match="path"):
         manifest_from_json(json.dumps(content))
+
+
+def test_operating_points_are_few_and_have_names_of_their_own(manifest: Manifest) -> None:
+    content = json.loads(manifest_to_json(manifest))
+    plan = content["plans"][0]
+    (default,) = plan["operating_points"]
+    plan["operating_points"] = [default, {**default, "name": "fast"}]
+    assert [p.name for p in manifest_from_json(json.dumps(content)).plans[0].operating_points] == ["default", "fast"]
+    for names in (["fast", "fast"], [f"fast-{number}" for number in range(8)]):
+        plan["operating_points"] = [default, *({**default, "name": name} for name in names)]
+        with pytest.raises(BundleError, match="not 8 names"):
+            manifest_from_json(json.dumps(content))
 
 
 def test_two_plans_for_one_target_are_refused(manifest: Manifest) -> None:

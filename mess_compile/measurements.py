@@ -1,0 +1,73 @@
+"""What a device goes by while it runs a plan: its stages' costs, and how sure its exits were where it was tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mess_compile.candidates import GraphSet
+from mess_compile.latency import DOWNLOAD, NULL, UPLOAD, LatencyTable, StageGraphs, graph_cost_ns, stage_graphs
+from mess_compile.runtime import manifest
+from mess_compile.search.figures import exits_taken
+from mess_compile.search.plan import Plan, Stage
+from mess_compile.statistics import ExitStatistics
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """As the manifest's plan has them."""
+
+    costs: tuple[manifest.StageCost, ...]
+    upload_mean_ms: float
+    upload_p99_ms: float
+    confidence: tuple[tuple[int, ...], ...]
+    environment: Mapping[str, str]
+
+
+def measurements_of(
+    plan: Plan, graph_set: GraphSet, table: LatencyTable, statistics: ExitStatistics | None
+) -> Measurements:
+    """What table and statistics say of a plan. `statistics` are those that it was chosen on, None when they are gone.
+
+    Raises InputError when the table or the statistics lack a graph.
+    """
+    graphs = stage_graphs(graph_set.candidate, [stage.head for stage in plan.stages])
+    pairs = zip(plan.stages, graphs, strict=True)
+    return Measurements(
+        costs=tuple(_cost(table, graph_set, names, stage) for stage, names in pairs),
+        upload_mean_ms=table.cost_ns(UPLOAD) / 1e6,
+        upload_p99_ms=table.cost_ns(UPLOAD, quantity="p99_ms") / 1e6,
+        confidence=((),) * len(plan.stages) if statistics is None else _confidence(plan, statistics),
+        environment={**table.environment, "library_version": table.library_version},
+    )
+
+
+def _cost(table: LatencyTable, graph_set: GraphSet, graphs: StageGraphs, stage: Stage) -> manifest.StageCost:
+    decision = 0 if stage.cut is None else table.cost_ns(NULL)
+    mean, p99 = (
+        sum(graph_cost_ns(table, graph_set, name, quantity) for name in (graphs.segment, graphs.head))
+        for quantity in ("mean_ms", "p99_ms")
+    )
+    report_mean, report_p99 = (
+        graph_cost_ns(table, graph_set, graphs.output, quantity) + table.cost_ns(DOWNLOAD, quantity=quantity)
+        for quantity in ("mean_ms", "p99_ms")
+    )
+    p99 += table.cost_ns(NULL, quantity="p99_ms")
+    return manifest.StageCost((mean + decision) / 1e6, p99 / 1e6, report_mean / 1e6, report_p99 / 1e6)
+
+
+def _confidence(plan: Plan, statistics: ExitStatistics) -> tuple[tuple[int, ...], ...]:
+    taken = exits_taken(statistics, plan.stages)  # (n,)
+    return tuple(
+        _histogram(statistics, stage, [image for image, exit_ in enumerate(taken) if exit_ >= index])
+        for index, stage in enumerate(plan.stages)
+    )
+
+
+def _histogram(statistics: ExitStatistics, stage: Stage, images: list[int]) -> tuple[int, ...]:
+    head = statistics.head_index(stage.head)
+    bins = [0] * manifest.CONFIDENCE_BINS
+    for image in images:
+        sure = int(statistics.counts[image, head, stage.row]) * manifest.CONFIDENCE_BINS // statistics.cells[head]
+        bins[min(sure, manifest.CONFIDENCE_BINS - 1)] += 1
+    return tuple(bins)
