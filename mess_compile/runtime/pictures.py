@@ -1,0 +1,69 @@
+"""Picture files in and out on the device: PNG by ourselves, anything else by Pillow where it is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Sequence, Tuple
+
+import numpy as np
+
+from mess_compile.runtime import png
+from mess_compile.runtime.errors import InputError
+
+_MAX_BYTES = 1 << 28
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """An image file as uint8 RGB (H, W, 3). Raises InputError naming the file."""
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise InputError(f"{path} has {size} bytes, more than the {_MAX_BYTES} of any picture")
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return png.read_png(content) if content.startswith(png.SIGNATURE) else _by_pillow(path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _by_pillow(path: Path) -> np.ndarray:
+    try:
+        import PIL.Image as pillow
+    except ImportError as error:
+        raise InputError("not a PNG, and other pictures need Pillow: `pip install Pillow`, or convert it") from error
+    return _decoded(pillow, path)
+
+
+def _decoded(pillow: Any, path: Path) -> np.ndarray:
+    try:
+        with pillow.open(path) as image:
+            if image.mode not in ("RGB", "L", "P", "RGBA"):
+                raise InputError(f"it has mode {image.mode}: convert it to 8-bit RGB")
+            pixels: np.ndarray = np.array(image.convert("RGB"))
+            return pixels
+    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
+        raise InputError(f"not a picture that Pillow reads: {error}") from error
+
+
+def write_labels(path: Path, labels: np.ndarray, colours: Sequence[Tuple[int, int, int]]) -> None:
+    """Labels (H, W) as a palette PNG whose pixel values are the labels. Raises InputError."""
+    _write(path, png.write_png(labels, colours))
+
+
+def write_picture(path: Path, pixels: np.ndarray) -> None:
+    """RGB (H, W, 3) as a PNG. Raises InputError."""
+    _write(path, png.write_png(pixels))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of it or nothing."""
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink() if temporary.exists() else None
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error

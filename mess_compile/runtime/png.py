@@ -1,0 +1,171 @@
+"""PNG files in numpy and zlib: what cameras and label tools write, read and written without an imaging library.
+
+Source: PNG specification, third edition, https://www.w3.org/TR/png-3/
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from mess_compile.runtime.errors import InputError
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_SIDE = 1 << 15
+MAX_PIXELS = 1 << 26
+_GREY, _RGB, _PALETTE, _GREY_ALPHA, _RGBA = 0, 2, 3, 4, 6
+_CHANNELS = {_GREY: 1, _RGB: 3, _PALETTE: 1, _GREY_ALPHA: 2, _RGBA: 4}
+_PAETH = 4
+
+
+@dataclass(frozen=True)
+class _Header:
+    width: int
+    height: int
+    colour_type: int
+
+    @property
+    def channels(self) -> int:
+        return _CHANNELS[self.colour_type]
+
+
+def read_png(content: bytes) -> np.ndarray:
+    """The picture as uint8 RGB (H, W, 3), transparency left out: 8-bit grey, RGB or palette, with alpha or without.
+
+    Raises InputError for other PNGs and damaged ones, before memory is taken for pixels that are not there.
+    """
+    chunks = list(_chunks(content))
+    if not chunks or chunks[0][0] != b"IHDR" or chunks[-1][0] != b"IEND":
+        raise InputError("the PNG does not begin with IHDR and end with IEND: it is truncated or damaged")
+    header = _header(chunks[0][1])
+    _refuse_unknown(kind for kind, _ in chunks)
+    pixels = _pixels(header, b"".join(data for kind, data in chunks if kind == b"IDAT"))  # (H, W, channels)
+    if header.colour_type == _PALETTE:
+        return _painted(pixels[..., 0], [data for kind, data in chunks if kind == b"PLTE"])
+    if header.colour_type in (_GREY, _GREY_ALPHA):
+        return np.repeat(pixels[..., :1], 3, axis=2)
+    return np.ascontiguousarray(pixels[..., :3])
+
+
+def write_png(pixels: np.ndarray, palette: Optional[Sequence[Tuple[int, int, int]]] = None) -> bytes:
+    """RGB (H, W, 3), grey (H, W), or with a `palette` of up to 256 colours indices (H, W); uint8.
+
+    The same pixels give the same bytes with the same zlib.
+    """
+    height, width = pixels.shape[:2]
+    colour_type = _RGB if pixels.ndim == 3 else _GREY if palette is None else _PALETTE
+    rows = np.zeros((height, 1 + width * _CHANNELS[colour_type]), np.uint8)  # each after its filter, none
+    rows[:, 1:] = pixels.reshape(height, -1)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0))]
+    if palette is not None:
+        parts.append((b"PLTE", bytes(value for colour in palette for value in colour)))
+    parts += [(b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b"")]
+    return SIGNATURE + b"".join(_chunk(kind, data) for kind, data in parts)
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _chunks(content: bytes) -> Iterator[Tuple[bytes, bytes]]:
+    if not content.startswith(SIGNATURE):
+        raise InputError("not a PNG: it does not begin as one")
+    position = len(SIGNATURE)
+    while position < len(content):
+        if position + 12 > len(content):
+            raise InputError("the PNG is truncated")
+        size, kind = struct.unpack_from(">I4s", content, position)
+        end = position + 8 + size
+        if end + 4 > len(content):
+            raise InputError(f"the PNG's chunk {_word(kind)} claims {size} bytes, more than the file has: truncated")
+        data = content[position + 8 : end]
+        if struct.unpack_from(">I", content, end)[0] != zlib.crc32(kind + data):
+            raise InputError(f"the PNG's chunk {_word(kind)} is damaged: its checksum differs")
+        yield kind, data
+        position = end + 4
+        if kind == b"IEND":
+            return
+
+
+def _word(kind: bytes) -> str:
+    return repr(kind.decode("latin-1"))
+
+
+def _refuse_unknown(kinds: Iterator[bytes]) -> None:
+    """A chunk in capitals changes what the pixels mean."""
+    for kind in kinds:
+        if not kind[0] & 0x20 and kind not in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
+            raise InputError(f"the PNG has a critical chunk {_word(kind)} that is not known: convert it to plain PNG")
+
+
+def _header(data: bytes) -> _Header:
+    if len(data) != 13:
+        raise InputError("the PNG's IHDR is damaged")
+    width, height, depth, colour_type, compression, filtering, interlace = struct.unpack(">IIBBBBB", data)
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE and width * height <= MAX_PIXELS):
+        raise InputError(f"the PNG claims {width} x {height} pixels, not 1 to {MAX_SIDE} a side, {MAX_PIXELS} in all")
+    if colour_type not in _CHANNELS or compression or filtering or interlace > 1:
+        raise InputError("the PNG's IHDR has values that no PNG has: damaged")
+    if depth != 8:
+        raise InputError(f"the PNG has {depth} bits a sample: convert it to 8-bit grey, RGB, RGBA or palette")
+    if interlace:
+        raise InputError("the PNG is interlaced: save it without interlacing")
+    return _Header(width, height, colour_type)
+
+
+def _pixels(header: _Header, compressed: bytes) -> np.ndarray:
+    size = header.height * (1 + header.width * header.channels)
+    inflater = zlib.decompressobj()
+    try:
+        raw = inflater.decompress(compressed, size + 1)
+    except zlib.error as error:
+        raise InputError(f"the PNG's pixels are damaged: {error}") from error
+    if len(raw) != size or not inflater.eof:
+        raise InputError(f"the PNG's pixels are not the {size} bytes that its header says: truncated or damaged")
+    rows = np.frombuffer(raw, np.uint8).reshape(header.height, -1)  # (H, 1 + W * channels)
+    filters = rows[:, 0]
+    if filters.max() > _PAETH:
+        raise InputError(f"the PNG has a row filter {filters.max()}, not 0 to {_PAETH}: damaged")
+    return _unfiltered(filters, rows[:, 1:].reshape(header.height, header.width, header.channels))
+
+
+def _unfiltered(filters: np.ndarray, residues: np.ndarray) -> np.ndarray:
+    """Each pixel is its residue plus a prediction from its left, upper and upper left neighbours.
+
+    Pixels of one anti-diagonal do not depend on each other. In a flat array of (H + 1) x (W + 1) pixels, the first row
+    and column zero, they lie W apart, so that a diagonal and its neighbours are slices.
+    """
+    height, width, channels = residues.shape
+    flat = np.zeros(((height + 1) * (width + 1), channels), np.int16)
+    flat.reshape(height + 1, width + 1, channels)[1:, 1:] = residues
+    kinds = filters[:, None]  # (H, 1)
+    for diagonal in range(height + width - 1):
+        first, last = max(0, diagonal - width + 1), min(diagonal, height - 1)
+        start = (first + 1) * (width + 1) + diagonal - first + 1
+        stop = start + (last - first) * width + 1
+        left, up, corner = (flat[start - back : stop - back : width] for back in (1, width + 1, width + 2))
+        flat[start:stop:width] += _predicted(kinds[first : last + 1], left, up, corner)
+        flat[start:stop:width] &= 255
+    return flat.reshape(height + 1, width + 1, channels)[1:, 1:].astype(np.uint8)
+
+
+def _predicted(kinds: np.ndarray, left: np.ndarray, up: np.ndarray, corner: np.ndarray) -> np.ndarray:
+    to_left, to_up, to_corner = abs(up - corner), abs(left - corner), abs(left + up - 2 * corner)
+    nearer = np.where(to_up <= to_corner, up, corner)
+    paeth = np.where((to_left <= to_up) & (to_left <= to_corner), left, nearer)
+    kinds = np.broadcast_to(kinds, left.shape)
+    return np.choose(kinds, [np.zeros_like(left), left, up, (left + up) >> 1, paeth])
+
+
+def _painted(indices: np.ndarray, palettes: List[bytes]) -> np.ndarray:
+    if len(palettes) != 1 or not palettes[0] or len(palettes[0]) % 3 or len(palettes[0]) > 768:
+        raise InputError("the PNG has no palette of 1 to 256 colours: damaged")
+    colours = np.frombuffer(palettes[0], np.uint8).reshape(-1, 3)
+    if int(indices.max()) >= len(colours):
+        raise InputError(f"the PNG has the index {indices.max()} in a palette of {len(colours)} colours: damaged")
+    painted: np.ndarray = colours[indices]
+    return painted
