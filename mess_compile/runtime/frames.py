@@ -9,6 +9,8 @@ import numpy as np
 
 from mess_compile.runtime.errors import InputError
 
+PADDING = 127
+"""What surrounds a letterboxed frame: mid grey, close to the mean that networks subtract."""
 _FRACTION_BITS = 22
 
 
@@ -21,6 +23,38 @@ def check_frame(frame: Any) -> np.ndarray:
             f"a frame is uint8 (H, W, 3), not {frame.dtype} {frame.shape}: convert it to 8-bit RGB, channels last"
         )
     return np.ascontiguousarray(frame)
+
+
+def to_input(frame: np.ndarray, hw: Tuple[int, int], how: str) -> np.ndarray:
+    """A frame uint8 (H, W, 3) at the network's size: `how` is "stretch", or "letterbox", which keeps proportions.
+
+    A letterboxed frame touches two opposite sides of the input and lies in the middle of the others, amid `PADDING`.
+    """
+    rows, columns = _place(frame.shape[:2], hw, how)
+    inner = resize(frame, (rows.stop - rows.start, columns.stop - columns.start))
+    if inner.shape[:2] == tuple(hw):
+        return inner
+    image = np.full((*hw, 3), PADDING, np.uint8)
+    image[rows, columns] = inner
+    return image
+
+
+def from_input(labels: np.ndarray, hw: Tuple[int, int], how: str) -> np.ndarray:
+    """Labels (or any map) at the network's size back at the frame's own (H, W) = `hw`: padding cut away, nearest."""
+    return resize_labels(labels[_place(hw, labels.shape, how)], hw)
+
+
+def _place(frame_hw: Tuple[int, ...], hw: Tuple[int, ...], how: str) -> Tuple[slice, slice]:
+    """The rows and columns of the input that the frame covers."""
+    if how == "stretch":
+        return slice(0, hw[0]), slice(0, hw[1])
+    (height, width), (h, w) = frame_hw, hw
+    if height * w <= width * h:  # limited by its width
+        h = max((2 * height * w + width) // (2 * width), 1)
+    else:
+        w = max((2 * width * h + height) // (2 * height), 1)
+    top, left = (hw[0] - h) // 2, (hw[1] - w) // 2
+    return slice(top, top + h), slice(left, left + w)
 
 
 def resize(frame: np.ndarray, hw: Tuple[int, int]) -> np.ndarray:

@@ -45,6 +45,47 @@ def test_labels_are_mapped_back_to_the_nearest_cell(height: int, width: int, h: 
     np.testing.assert_array_equal(mapped, wanted)
 
 
+@settings(max_examples=80, deadline=None)
+@given(SIDES, SIDES, SIDES, SIDES)
+def test_a_letterboxed_frame_keeps_its_proportions_and_its_labels_come_back(
+    height: int, width: int, h: int, w: int
+) -> None:
+    """Where the frame lies is measured in the picture: a white frame among the padding."""
+    image = frames.to_input(np.full((height, width, 3), 255, np.uint8), (h, w), "letterbox")
+    assert image.shape == (h, w, 3)
+    rows, columns = np.nonzero((image == 255).all(axis=2))
+    inside = (image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] == 255).all()
+    assert inside
+    assert (image[image != 255] == frames.PADDING).all()
+    inner_h, inner_w = np.ptp(rows) + 1, np.ptp(columns) + 1
+    scale = min(h / height, w / width)
+    assert abs(inner_h - max(height * scale, 1)) <= 0.5
+    assert abs(inner_w - max(width * scale, 1)) <= 0.5
+    for first, last, size in ((rows.min(), rows.max(), h), (columns.min(), columns.max(), w)):
+        assert 0 <= (size - 1 - last) - first <= 1  # in the middle
+    labels = np.zeros((h, w), np.uint8)
+    labels[rows, columns] = 7
+    back = frames.from_input(labels, (height, width), "letterbox")
+    assert back.shape == (height, width)
+    assert (back == 7).all()
+
+
+def test_stretching_is_resizing_both_ways() -> None:
+    frame = np.random.default_rng(3).integers(0, 256, (10, 20, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(frames.to_input(frame, (8, 8), "stretch"), frames.resize(frame, (8, 8)))
+    labels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    back = frames.from_input(labels, (10, 20), "stretch")
+    np.testing.assert_array_equal(back, frames.resize_labels(labels, (10, 20)))
+
+
+def test_a_letterboxed_label_comes_back_where_its_pixel_was() -> None:
+    """A 4 x 8 frame in an 8 x 8 input lies in rows 2 to 5: nothing is scaled, so every label keeps its place."""
+    frame = np.random.default_rng(4).integers(0, 100, (4, 8, 3), dtype=np.uint8)
+    image = frames.to_input(frame, (8, 8), "letterbox")
+    np.testing.assert_array_equal(image[2:6], frame)
+    np.testing.assert_array_equal(frames.from_input(image[:, :, 0], (4, 8), "letterbox"), frame[:, :, 0])
+
+
 @pytest.mark.parametrize(
     ("frame", "words"),
     [

@@ -1,0 +1,28 @@
+"""The confidence of every cell of a head's map, on request: what the gate graph counts, as values (MESS, Eq. 1)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def confidence_map(logits: np.ndarray, kind: str) -> np.ndarray:
+    """Logits (K, h, w) -> confidence float32 (h, w) in 0..1, before the gate's rule for edges.
+
+    With p = softmax(logits), best first: `top1` p1, `margin` p1 - p2, `entropy` 1 + sum(p ln p) / ln K. Source:
+    DESIGN.md, Gate.
+    """
+    z = logits.astype(np.float64) - logits.max(axis=0)
+    p = np.exp(z)
+    total = p.sum(axis=0)
+    p /= total
+    if kind == "entropy":
+        confidence = 1 + (p * (z - np.log(total))).sum(axis=0) / math.log(len(logits))
+    elif kind == "margin":
+        second, best = np.partition(p, -2, axis=0)[-2:]
+        confidence = best - second
+    else:
+        confidence = p.max(axis=0)
+    values: np.ndarray = confidence.astype(np.float32)
+    return values
