@@ -7,7 +7,7 @@ softmax maxima: what the real one counts is tested with the gate.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mess_compile import bundle, files
 from mess_compile.candidates import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
 from mess_compile.measurements import Measurements
+from mess_compile.runtime import archive
 from mess_compile.runtime.manifest import Manifest, StageCost
 from mess_compile.search.figures import plan_graphs
 from mess_compile.search.plan import Figures, Plan, PlanGraph, Stage, default_point
@@ -128,6 +129,17 @@ def write_bundle(path: Path, of: Plan | None = None, golden: int = 2) -> Manifes
     chosen = of or plan()
     measured = measurements(len(chosen.stages))
     return bundle.write_bundle(path, graphs, chosen, thresholds(), frames, measured, {"mess-compile": "1"})
+
+
+def changed_bundle(source: Path, target: Path, change: Callable[[Manifest], Manifest]) -> Path:
+    """A bundle of the same files with another manifest."""
+    opened = archive.open_archive(source)
+    try:
+        sources: dict[str, Path | bytes] = {name: opened.folder / name for name in opened.manifest.files}
+        archive.write_archive(target, change(opened.manifest), sources)
+    finally:
+        opened.close()
+    return target
 
 
 _Node = onnx.NodeProto | onnx.TensorProto

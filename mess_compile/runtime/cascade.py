@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Dict, Iterator, List, Optional, Tuple, Type, Union
+from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type, Union
 
 import numpy as np
 
+from mess_compile.runtime import frames as pictures
 from mess_compile.runtime.archive import Archive, open_archive
-from mess_compile.runtime.engine import LIBRARIES, Engine, Library, Tensor, TensorSpec, open_library
-from mess_compile.runtime.engine_cache import loadable
-from mess_compile.runtime.errors import BundleError, EngineError, InputError
-from mess_compile.runtime.frames import check_frame, resize, resize_labels
-from mess_compile.runtime.manifest import Manifest, Plan, Stage
+from mess_compile.runtime.confidence import confidence_map
+from mess_compile.runtime.engine import LIBRARIES, Library, open_library
+from mess_compile.runtime.errors import EngineError, InputError
+from mess_compile.runtime.ladder import Ladder, Walk
+from mess_compile.runtime.manifest import DEFAULT_POINT, Decision, Manifest, Plan
+from mess_compile.runtime.metrics import Metrics, Recorder
+from mess_compile.runtime.stream import Stream
+
+ON_FAILURE = ("fallback", "raise")
+_FREE: ContextManager[None] = nullcontext()
+_Left = Tuple[Walk, np.ndarray, float]
+"""A walk that has ended, its labels at the network's input size, and how many ms it took."""
 
 
 @dataclass(frozen=True)
@@ -33,100 +44,242 @@ class Prediction:
     latency_ms: float
 
 
-@dataclass(frozen=True)
-class _LoadedStage:
-    source: str
-    point: str
-    segment: Engine
-    head: Engine
-    output: Engine
-    row: int
-    cut: Optional[int]
-    cells: int
-
-
 class Cascade:
-    """A plan's engines, loaded. Use as a context manager, from one thread at a time; made by `load`."""
+    """A plan's engines, loaded; made by `load`. Use as a context manager.
 
-    def __init__(self, archive: Archive, plan: Plan, library: Library) -> None:
+    Threads may share it: their calls wait for each other. With `on_failure="fallback"` a frame on which an engine fails
+    or gives NaN is computed by the next safer one, in the end by ONNX Runtime on the CPU; with "raise" it raises
+    EngineError. Either way the cascade can be used further.
+    """
+
+    def __init__(
+        self,
+        archive: Archive,
+        plan: Plan,
+        library: Library,
+        on_failure: str = "raise",
+        threads: Optional[int] = None,
+    ) -> None:
         self.manifest = archive.manifest
         self.plan = plan
         self.library = library
         self.archive = archive
-        self._engines: Dict[str, Engine] = {}
-        try:
-            for path in plan.graphs():
-                graph = loadable(library, archive.folder / path, plan.precisions[path].used)
-                self._engines[path] = library.load(graph)
-            self._stages = tuple(self._loaded(index) for index in range(len(plan.stages)))
-            self._thresholds = library.upload(np.array(self.manifest.gate.thresholds, np.float32))
-        except BaseException:
-            self.close()
-            raise
-
-    def _loaded(self, index: int) -> _LoadedStage:
-        stage = self.plan.stages[index]
-        source = f"exit{self.plan.stages[index - 1].exit_point}" if index else "image"
-        segment, head, output = (self._engines[p] for p in (stage.segment, stage.head_graph, stage.output))
-        _check_graphs(stage, source, (segment, head, output), self.manifest)
-        point = f"exit{stage.exit_point}"
-        return _LoadedStage(source, point, segment, head, output, stage.row, stage.cut, stage.cells)
+        self._lock = threading.Lock()
+        self._recorder = Recorder(plan)
+        self._on_engine: Optional[Walk] = None
+        self._shown: Optional[Tuple[Prediction, Walk]] = None
+        self._point = DEFAULT_POINT
+        self._decisions = self._decisions_of(DEFAULT_POINT)
+        self._ladder = Ladder(self.manifest, plan, library, archive.folder, on_failure == "fallback", threads)
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._release = weakref.finalize(self, _release, self._ladder, archive)
 
     def __call__(self, frame: np.ndarray) -> Prediction:
-        """Segment one frame: uint8 RGB (H, W, 3), resized when it is not of the network's input size.
+        """Segment one frame: uint8 RGB (H, W, 3), resized as the bundle says when it is not of the network's size.
 
         Raises InputError for any other array, EngineError when a graph cannot run.
         """
         image = self._image(frame)
-        start = time.perf_counter_ns()
-        features = self.library.upload(image)
-        last = len(self._stages)
-        for number, stage in enumerate(self._stages, 1):
-            features, logits, counts = self._advance(stage, features)
-            count = int(counts[stage.row])
-            if number == last or (stage.cut is not None and count >= stage.cut):
-                break
-        labels = self._labels(stage, logits)
-        return self._prediction(frame, labels, number, count, start)
+        with self._lock:
+            walk, labels, latency_ms = self._segmented(image)
+        prediction = self._prediction(frame, walk, labels, latency_ms)
+        self._shown = prediction, walk
+        return prediction
 
     def refine(self, frame: np.ndarray, deadline_ms: Optional[float] = None) -> Iterator[Prediction]:
-        """Every exit's prediction, the first soonest, whatever their confidence; all stages run but those that would
-        begin after `deadline_ms`. Time counts from the first `next`, what the caller does between included.
+        """Every exit's prediction, the first soonest, whatever their confidence.
+
+        The first is always delivered. Under a deadline a later stage starts only if its p99, with that of output graph
+        and download, still fits; a stage that engines of the fallback would have to run does not. Time counts from the
+        first `next`, what the caller does between included. Where the engine library keeps one frame at a time, another
+        frame ends the refinement: it raises InputError.
         """
+        image, start = self._image(frame), time.perf_counter_ns()
+        walk: Optional[Walk] = None
+        latencies_ms: List[float] = []
+        try:
+            for index in range(len(self.plan.stages)):
+                if walk is not None and not self._fits(index, walk, start, deadline_ms):
+                    return
+                with self._lock:
+                    walk = self._resumed(walk, image)
+                    walk.advance()
+                    labels = walk.labels()
+                latencies_ms.append(_ms_since(start))
+                prediction = self._prediction(frame, walk, labels, latencies_ms[-1])
+                self._shown = prediction, walk
+                yield prediction
+        finally:
+            if walk is not None and latencies_ms:
+                self._refined(walk, latencies_ms, deadline_ms)
+
+    def _fits(self, index: int, walk: Walk, start: int, deadline_ms: Optional[float]) -> bool:
+        if deadline_ms is None:
+            return True
+        cost = self.plan.costs[index]
+        return not walk.fell_back and _ms_since(start) + cost.p99_ms + cost.report_p99_ms <= deadline_ms
+
+    def _resumed(self, walk: Optional[Walk], image: np.ndarray) -> Walk:
+        if walk is None:
+            return self._walk(image)
+        if not self._is_there(walk):
+            raise InputError(
+                f"another frame was segmented since, and {self.library.name} keeps one at a time: end a refinement "
+                "before the next frame"
+            )
+        return walk
+
+    def _refined(self, walk: Walk, latencies_ms: Sequence[float], deadline_ms: Optional[float]) -> None:
+        self._recorder.finished(len(latencies_ms), latencies_ms[-1], self._confidences(walk), walk.fell_back)
+        if deadline_ms is not None:
+            late = [latency_ms > deadline_ms for latency_ms in latencies_ms]
+            self._recorder.had_deadline(late[0], not late[0] and late[-1])
+
+    def batch(self, frames: Iterable[np.ndarray]) -> List[Prediction]:
+        """Predictions of several frames, in their order; `latency_ms` counts from the start of the batch.
+
+        Engines take one image at a time. Where outputs outlive the next run, as in ONNX Runtime on the CPU, all images
+        pass a stage before the next one begins and those that leave make room; elsewhere image follows image.
+        """
+        given = list(frames)
+        images = [self._image(frame) for frame in given]
+        with self._lock:
+            if self.library.concurrent:
+                found = self._segmented_by_stages(images)
+            else:
+                start = time.perf_counter_ns()
+                found = [self._segmented(image, start) for image in images]
+        return [self._prediction(frame, *result) for frame, result in zip(given, found)]
+
+    def stream(self, frames: Iterable[np.ndarray], ahead: int = 4) -> Stream:
+        """Predictions of frame after frame, in order, while up to `ahead` frames are read, resized and computed.
+
+        ONNX Runtime on the CPU runs the stages of two frames at once; a GPU runs one, while the next is resized and
+        the labels of the last one are mapped back. What a frame or the source raises comes in its place; behind a
+        frame that failed the stream goes on. Close the stream, or drop it, to end it early.
+        """
+        stream = Stream(frames, self._streamed, ahead)
+        self._streams.add(stream)
+        return stream
+
+    def _streamed(self, frame: Any) -> Prediction:
         image = self._image(frame)
+        turn: ContextManager[Any] = _FREE if self.library.concurrent else self._lock
+        with turn:
+            walk, labels, latency_ms = self._segmented(image)
+        return self._prediction(frame, walk, labels, latency_ms)
+
+    @property
+    def operating_point(self) -> str:
+        """The name of the thresholds in use. Setting it rebuilds nothing; raises InputError for one there is not."""
+        return self._point
+
+    @operating_point.setter
+    def operating_point(self, name: str) -> None:
+        self._decisions = self._decisions_of(name)
+        self._point = name
+
+    @property
+    def operating_points(self) -> Tuple[str, ...]:
+        return tuple(point.name for point in self.plan.operating_points)
+
+    def _decisions_of(self, name: str) -> Tuple[Decision, ...]:
+        for point in self.plan.operating_points:
+            if point.name == name:
+                return point.decisions
+        known = ", ".join(self.operating_points)
+        raise InputError(f"the plan for {self.plan.target} has no operating point {name!r}; it has {known}")
+
+    @property
+    def class_names(self) -> Tuple[str, ...]:
+        """By label."""
+        return self.manifest.network.classes
+
+    def overlay(self, frame: np.ndarray, prediction: Prediction, opacity: float = 0.5) -> np.ndarray:
+        """The frame with the labels' colours laid over it: uint8 (H, W, 3). Raises InputError when they do not fit."""
+        return pictures.overlay(frame, prediction.labels, self.manifest.network.colours, opacity)
+
+    def confidence_map(self, prediction: Prediction) -> np.ndarray:
+        """How sure the exit taken is of each pixel: float32 (H, W) in 0..1, each cell's value over its pixels.
+
+        Computed now, from the logits that the engine still holds: of the last frame alone, and of none from `stream` or
+        `batch`. Raises InputError for any other.
+        """
+        shown, network = self._shown, self.manifest.network
+        if shown is None or shown[0] is not prediction or not self._is_there(shown[1]):
+            raise InputError("only the last prediction has a confidence map: ask for it before the next frame")
+        with self._lock:
+            logits = shown[1].logits()
+        cells = pictures.resize_labels(confidence_map(logits, self.manifest.gate.confidence), network.input_hw)
+        return pictures.from_input(cells, prediction.labels.shape, network.resize)
+
+    def metrics(self) -> Metrics:
+        """Exits taken, latencies, deadlines missed, failures and drift since loading."""
+        return self._recorder.metrics(self.manifest.name, self._point)
+
+    def _image(self, frame: Any) -> np.ndarray:
+        network = self.manifest.network
+        return pictures.to_input(pictures.check_frame(frame), network.input_hw, network.resize)[None]
+
+    def _walk(self, image: np.ndarray) -> Walk:
+        self._on_engine = Walk(self._ladder, image, self._decisions, self._recorder)
+        return self._on_engine
+
+    def _is_there(self, walk: Walk) -> bool:
+        """Whether what the walk computed last has not been overwritten by another frame."""
+        return self.library.concurrent or self._on_engine is walk
+
+    def _segmented(self, image: np.ndarray, start: Optional[int] = None) -> _Left:
+        start = start or time.perf_counter_ns()
+        walk = self._walk(image)
+        for _ in self.plan.stages:
+            walk.advance()
+            if walk.is_sure:
+                break
+        return self._left(walk, start)
+
+    def _segmented_by_stages(self, images: Sequence[np.ndarray]) -> List[_Left]:
         start = time.perf_counter_ns()
-        features = self.library.upload(image)
-        for number, stage in enumerate(self._stages, 1):
-            late = deadline_ms is not None and time.perf_counter_ns() - start >= deadline_ms * 1e6
-            if late and number > 1:
-                return
-            features, logits, counts = self._advance(stage, features)
-            yield self._prediction(frame, self._labels(stage, logits), number, int(counts[stage.row]), start)
+        walks = [self._walk(image) for image in images]
+        left: Dict[int, _Left] = {}
+        for _ in self.plan.stages:
+            for index, walk in enumerate(walks):
+                if index not in left:
+                    walk.advance()
+                    if walk.is_sure or walk.depth == len(self.plan.stages):
+                        left[index] = self._left(walk, start)
+        return [left[index] for index in range(len(images))]
 
-    def _image(self, frame: np.ndarray) -> np.ndarray:
-        return resize(check_frame(frame), self.manifest.network.input_hw)[None]
+    def _left(self, walk: Walk, start: int) -> _Left:
+        labels = walk.labels()
+        latency_ms = _ms_since(start)
+        self._recorder.finished(walk.depth, latency_ms, self._confidences(walk), walk.fell_back)
+        return walk, labels, latency_ms
 
-    def _advance(self, stage: _LoadedStage, features: Tensor) -> Tuple[Tensor, Tensor, np.ndarray]:
-        features = stage.segment.run({stage.source: features})[stage.point]
-        gated = stage.head.run({stage.point: features, "thresholds": self._thresholds})
-        return features, gated["logits"], self.library.download(gated["counts"])
+    def _confidences(self, walk: Walk) -> List[float]:
+        """Of the stages that the frame reaches by the default decisions: what the tuning images' histograms count.
 
-    def _labels(self, stage: _LoadedStage, logits: Tensor) -> np.ndarray:
-        labels: np.ndarray = self.library.download(stage.output.run({"logits": logits})["labels"])[0]
-        return labels
+        At other operating points the frames that reach a later stage are others, and only the first one is told.
+        """
+        found = []
+        for stage, counts in zip(self.plan.stages, walk.counts):
+            count = int(counts[stage.row])
+            found.append(count / stage.cells)
+            if self._point != DEFAULT_POINT or (stage.cut is not None and count >= stage.cut):
+                break
+        return found
 
-    def _prediction(self, frame: np.ndarray, labels: np.ndarray, number: int, count: int, start: int) -> Prediction:
-        latency_ms = (time.perf_counter_ns() - start) / 1e6
-        stage = self.plan.stages[number - 1]
-        labels = resize_labels(labels, frame.shape[:2])
-        return Prediction(labels, number, stage.exit_point, count / stage.cells, latency_ms)
+    def _prediction(self, frame: np.ndarray, walk: Walk, labels: np.ndarray, latency_ms: float) -> Prediction:
+        stage = self.plan.stages[walk.depth - 1]
+        labels = pictures.from_input(labels, frame.shape[:2], self.manifest.network.resize)
+        return Prediction(labels, walk.depth, stage.exit_point, walk.count / stage.cells, latency_ms)
 
     def close(self) -> None:
-        for engine in self._engines.values():
-            engine.close()
-        self._engines.clear()
-        self.library.close()
-        self.archive.close()
+        """End the streams, wait for a frame under way, then give everything back; done too when the process ends."""
+        for stream in tuple(self._streams):
+            stream.close()
+        with self._lock:
+            self._release()
 
     def __enter__(self) -> Cascade:
         return self
@@ -137,25 +290,40 @@ class Cascade:
         self.close()
 
 
+def _ms_since(start_ns: int) -> float:
+    return (time.perf_counter_ns() - start_ns) / 1e6
+
+
+def _release(ladder: Ladder, archive: Archive) -> None:
+    try:
+        ladder.close()
+    finally:
+        archive.close()
+
+
 def load(
     path: Union[str, Path],
     target: Optional[str] = None,
     library: Optional[Library] = None,
     threads: Optional[int] = None,
     cuda_graphs: bool = False,
+    on_failure: str = "raise",
 ) -> Cascade:
     """Verify a bundle and load its plan for `target`, or the first plan that this machine has a library for.
 
     `threads` is for CPU libraries (None: every core), `cuda_graphs` for TensorRT: stages as one launch each; `profile`
-    measures without. The cascade closes `library` with itself. Raises InputError,
-    BundleError, EngineError.
+    measures without. `on_failure` is "raise" or "fallback": see `Cascade`. The cascade closes `library` with itself.
+    Raises InputError, BundleError, EngineError.
     """
+    if on_failure not in ON_FAILURE:
+        raise InputError(f"on_failure is {on_failure!r}, not one of {', '.join(ON_FAILURE)}")
     archive = open_archive(Path(path))
     try:
         plans = _matching(archive.manifest, target, library)
         if library is not None:
-            return Cascade(archive, plans[0], library)
-        return Cascade(archive, *_first_that_opens(plans, threads, cuda_graphs))
+            return Cascade(archive, plans[0], library, on_failure, threads)
+        plan, opened = _first_that_opens(plans, threads, cuda_graphs)
+        return Cascade(archive, plan, opened, on_failure, threads)
     except BaseException:
         archive.close()
         raise
@@ -179,34 +347,3 @@ def _first_that_opens(plans: List[Plan], threads: Optional[int], cuda_graphs: bo
         except EngineError:
             continue
     return plans[-1], open_library(plans[-1].library, threads, cuda_graphs=cuda_graphs)
-
-
-def _check_graphs(stage: Stage, source: str, engines: Tuple[Engine, Engine, Engine], manifest: Manifest) -> None:
-    """The graphs have the tensors that their place in the plan asks for. Raises BundleError."""
-    segment, head, output = engines
-    height, width = manifest.network.input_hw
-    rows, classes = len(manifest.gate.thresholds), len(manifest.network.classes)
-    point = f"exit{stage.exit_point}"
-    _expect(stage.segment, segment.inputs, {source: ("uint8", (1, height, width, 3)) if source == "image" else None})
-    _expect(stage.segment, segment.outputs, {point: None})
-    thresholds = ("float32", (rows, classes))
-    _expect(stage.head_graph, head.inputs, {point: _as_pair(segment.outputs[point]), "thresholds": thresholds})
-    _expect(stage.head_graph, head.outputs, {"logits": None, "counts": ("int32", (rows,))})
-    logits = head.outputs["logits"]
-    if logits.shape[:2] != (1, classes) or int(np.prod(logits.shape[2:])) != stage.cells:
-        raise BundleError(f"{stage.head_graph} has logits {logits.shape} for {classes} classes, {stage.cells} cells")
-    _expect(stage.output, output.inputs, {"logits": _as_pair(logits)})
-    _expect(stage.output, output.outputs, {"labels": ("uint8", (1, height, width))})
-
-
-_Pair = Tuple[str, Tuple[int, ...]]
-
-
-def _as_pair(spec: TensorSpec) -> _Pair:
-    return spec.dtype, spec.shape
-
-
-def _expect(graph: str, specs: Dict[str, TensorSpec], wanted: Dict[str, Optional[_Pair]]) -> None:
-    found = {name: _as_pair(spec) for name, spec in specs.items()}
-    if set(found) != set(wanted) or any(pair not in (None, found[name]) for name, pair in wanted.items()):
-        raise BundleError(f"graph {graph} of the bundle has the tensors {found}, not {wanted}")

@@ -80,6 +80,11 @@ class Library(Protocol):
         """The GPU's name and compute capability where engines are built from graphs; None where graphs are loaded."""
         ...
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether threads may run its engines at once, and outputs outlive the next run."""
+        ...
+
     def load(self, path: Path) -> Engine:
         """The engine of one ONNX file, for TensorRT of one serialised engine. Raises EngineError naming the file."""
         ...

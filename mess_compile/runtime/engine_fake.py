@@ -53,6 +53,7 @@ class FakeLibrary:
     name: str = "fake"
     version: str = "1"
     builds_for: Optional[Tuple[str, Tuple[int, int]]] = None
+    concurrent: bool = False
     log: List[Tuple[str, str]] = field(default_factory=list)
     now_ns: int = 0
     queued: bool = False

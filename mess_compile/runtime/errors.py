@@ -25,6 +25,10 @@ class EngineError(MessError):
     """An engine library is missing, or could not load or run a graph."""
 
 
+class NotFiniteError(EngineError):
+    """A graph ran, but gave logits that are not numbers, or infinite."""
+
+
 def one_line(text: object) -> str:
     """What a library says, for a message of ours."""
     return " ".join(str(text).split())[:300]

@@ -26,8 +26,13 @@ PROVIDERS = {
 """What each engine library runs graphs by, and by what the nodes that it does not take."""
 
 
-def open_library(name: str = "onnxruntime", threads: Optional[int] = None, gpu: int = 0) -> OnnxRuntime:
-    """Raises EngineError when onnxruntime is not installed, or lacks the provider."""
+def open_library(
+    name: str = "onnxruntime", threads: Optional[int] = None, gpu: int = 0, plain: bool = False
+) -> OnnxRuntime:
+    """With `plain`, graphs run as they are written but for folded constants, without fused kernels.
+
+    Raises EngineError when onnxruntime is not installed, or lacks the provider.
+    """
     package = "onnxruntime" if name == "onnxruntime" else "onnxruntime-gpu"
     try:
         import onnxruntime
@@ -39,7 +44,7 @@ def open_library(name: str = "onnxruntime", threads: Optional[int] = None, gpu: 
             f"ONNX Runtime {onnxruntime.__version__} has {', '.join(available)}, not {provider}: run "
             f"`pip uninstall -y onnxruntime && pip install {package}` on a machine with an NVIDIA GPU"
         )
-    return OnnxRuntime(onnxruntime, name, threads, gpu)
+    return OnnxRuntime(onnxruntime, name, threads, gpu, plain)
 
 
 class OnnxRuntime:
@@ -47,11 +52,13 @@ class OnnxRuntime:
 
     builds_for = None
 
-    def __init__(self, module: Any, name: str, threads: Optional[int], gpu: int) -> None:
+    def __init__(self, module: Any, name: str, threads: Optional[int], gpu: int, plain: bool) -> None:
         self._module = module
         self._threads = threads
         self._place = ("cpu", 0) if name == "onnxruntime" else ("cuda", gpu)
         self.name = name
+        self.concurrent = name == "onnxruntime"  # a GPU's outputs lie in buffers that the next run overwrites
+        self._plain = plain
         self.version: str = module.__version__
 
     def load(self, path: Path) -> OnnxRuntimeEngine:
@@ -84,6 +91,8 @@ class OnnxRuntime:
         options.log_severity_level = _FATAL
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
+        if self._plain:
+            options.graph_optimization_level = self._module.GraphOptimizationLevel.ORT_ENABLE_BASIC
         # A pool that spins after its run slows the next session down up to eight times. Stopping the spin at the end of
         # the run gains 10 % on an idle machine, but takes twice as long when other processes want the cores; one global
         # pool would forbid the process any session with its own.

@@ -36,6 +36,8 @@ def open_library(name: str, cuda_graphs: bool = False) -> TensorRt:
 class TensorRt:
     """Engines of one device: one stream, one scratch block for all. From one thread at a time."""
 
+    concurrent = False
+
     def __init__(self, name: str, module: Any, cuda: Cuda, cuda_graphs: bool) -> None:
         self.name = name
         self.version = str(module.__version__)

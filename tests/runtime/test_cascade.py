@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +20,12 @@ from mess_compile import runtime
 from mess_compile.runtime import cascade as cascade_module
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.cascade import Cascade
-from mess_compile.runtime.engine import TensorSpec
+from mess_compile.runtime.engine import TensorSpec, open_library
 from mess_compile.runtime.engine_fake import FakeGraph, FakeLibrary
-from mess_compile.runtime.errors import BundleError, InputError
+from mess_compile.runtime.errors import BundleError, EngineError, InputError
+from mess_compile.runtime.manifest import Decision, Manifest, StageCost
 from tests import small_network
+from tests.runtime.faults import FaultyLibrary
 from tests.small_network import CELLS_HW, CLASSES, HW, ROWS, frame
 
 ROW = 2
@@ -68,9 +76,199 @@ def test_refining_gives_every_exit_in_order_with_growing_time(cascade: Cascade) 
     assert predictions[0].latency_ms < predictions[1].latency_ms
 
 
-def test_after_the_deadline_no_stage_begins_but_the_first(cascade: Cascade) -> None:
-    assert [p.exit for p in cascade.refine(frame(0), deadline_ms=0)] == [1]
-    assert [p.exit for p in cascade.refine(frame(0), deadline_ms=1e6)] == [1, 2]
+def test_a_later_stage_starts_only_if_its_p99_still_fits(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second stage is said to take 30 ms and its report 5 ms at p99; the clock stands still at 10 ms."""
+
+    def costly(manifest: Manifest) -> Manifest:
+        plan = manifest.plans[0]
+        costs = (StageCost(1.0, 2.0, 1.0, 2.0), StageCost(1.0, 30.0, 1.0, 5.0))
+        return replace(manifest, plans=(replace(plan, costs=costs),))
+
+    times: Iterator[float] = iter([])
+    monkeypatch.setattr(cascade_module, "_ms_since", lambda start: next(times))
+    path = small_network.changed_bundle(bundle, tmp_path / "costly.mess", costly)
+    with runtime.load(path, threads=1) as loaded:
+        for deadline_ms, wanted in ((0, [1]), (44.9, [1]), (45.1, [1, 2]), (None, [1, 2])):
+            times = iter([8.0, 10.0, 11.0] if deadline_ms is not None else [8.0, 11.0])
+            assert [p.exit for p in loaded.refine(frame(0), deadline_ms)] == wanted
+
+
+def test_a_miss_is_a_result_after_the_deadline(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with runtime.load(bundle, threads=1) as loaded:
+        for clock_ms in ([60.0, 60.1], [20.0, 21.0, 99.0], [20.0, 21.0, 79.0]):
+            times = iter(clock_ms)
+            monkeypatch.setattr(cascade_module, "_ms_since", lambda start, times=times: next(times))
+            list(loaded.refine(frame(0), deadline_ms=59.0 if clock_ms[0] == 60.0 else 80.0))
+        found = loaded.metrics()
+    assert (found.deadline_frames, found.missed_first, found.missed_later) == (3, 1, 1)
+    assert found.exits == (1, 2)
+
+
+def with_points(manifest: Manifest) -> Manifest:
+    """The operating points "fast", where every image leaves at once, and "sure", by another row and a higher cut."""
+    plan = manifest.plans[0]
+    fast, sure = (
+        replace(plan.operating_points[0], name=name, decisions=(first, plan.operating_points[0].decisions[1]))
+        for name, first in (("fast", Decision(0, 0)), ("sure", Decision(3, 20)))
+    )
+    return replace(manifest, plans=(replace(plan, operating_points=(*plan.operating_points, fast, sure)),))
+
+
+def test_switching_the_operating_point_changes_decisions_and_builds_nothing(bundle: Path, tmp_path: Path) -> None:
+    path = small_network.changed_bundle(bundle, tmp_path / "points.mess", with_points)
+    rows = {"default": (2, 18), "fast": (0, 0), "sure": (3, 20)}
+    library = FaultyLibrary(open_library("onnxruntime", threads=1), lambda name: None)
+    with runtime.load(path, library=library) as loaded:
+        built = list(library.loaded)
+        assert loaded.operating_point == "default"
+        assert loaded.operating_points == ("default", "fast", "sure")
+        exits: dict[str, list[int]] = {name: [] for name in rows}
+        for name, (row, cut) in rows.items():
+            loaded.operating_point = name
+            assert loaded.operating_point == name
+            for seed in range(12):
+                first = small_network.expected(frame(seed))[0][0]
+                prediction = loaded(frame(seed))
+                exits[name].append(prediction.exit)
+                assert prediction.exit == (1 if first[row] >= cut else 2)
+                if prediction.exit == 1:
+                    assert prediction.confidence == pytest.approx(first[row] / 24)
+        assert set(exits["fast"]) == {1}
+        assert exits["sure"] != exits["default"]
+        with pytest.raises(InputError, match=r"no operating point 'slow'; it has default, fast, sure"):
+            loaded.operating_point = "slow"
+        assert loaded.operating_point == "sure"
+        assert library.loaded == built
+
+
+def test_a_letterboxed_bundle_keeps_the_proportions_of_frames(bundle: Path, tmp_path: Path) -> None:
+    """A tall frame lies in the middle of the input; what the network says of the padding is cut away."""
+
+    def letterbox(manifest: Manifest) -> Manifest:
+        return replace(manifest, network=replace(manifest.network, resize="letterbox"))
+
+    tall = frame(5, (8, 4))
+    image = np.full((*HW, 3), 127, np.uint8)
+    image[:, 4:8] = tall
+    counts, labels = small_network.expected(image)[0]
+    path = small_network.changed_bundle(bundle, tmp_path / "letterbox.mess", letterbox)
+    with runtime.load(path, threads=1) as loaded:
+        prediction = next(loaded.refine(tall))
+        assert prediction.confidence == pytest.approx(counts[ROW] / 24)
+        np.testing.assert_array_equal(prediction.labels, labels[:, 4:8])
+        assert loaded.confidence_map(prediction).shape == (8, 4)
+
+
+def test_the_confidence_map_is_that_of_the_exit_taken(cascade: Cascade) -> None:
+    for seed in range(6):
+        prediction = cascade(frame(seed))
+        shown = cascade.confidence_map(prediction)
+        assert shown.shape == HW
+        sure = (shown[::2, ::2] >= ROWS[ROW]).sum()
+        assert sure == round(prediction.confidence * 24)
+        np.testing.assert_array_equal(shown, shown[::2, ::2].repeat(2, axis=0).repeat(2, axis=1))
+    older, newer = cascade(frame(0)), cascade(frame(1))
+    cascade.confidence_map(newer)
+    with pytest.raises(InputError, match="only the last prediction"):
+        cascade.confidence_map(older)
+
+
+def test_the_overlay_has_the_colours_of_the_classes(cascade: Cascade) -> None:
+    assert cascade.class_names == CLASSES
+    prediction = cascade(frame(0))
+    painted = cascade.overlay(frame(0), prediction, opacity=1.0)
+    colours = np.array(small_network.candidate().colours, np.uint8)
+    np.testing.assert_array_equal(painted, colours[prediction.labels])
+
+
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_a_batch_gives_what_single_frames_give_in_their_order(bundle: Path, concurrent: bool) -> None:
+    ran: list[str] = []
+    library = FaultyLibrary(open_library("onnxruntime", threads=1), ran.append, concurrent)
+    given = [frame(seed, (8, 12) if seed % 2 else (5, 7)) for seed in range(8)]
+    with runtime.load(bundle, library=library) as loaded:
+        single = [loaded(each) for each in given]
+        ran.clear()
+        batch = loaded.batch(iter(given))
+        assert loaded.batch([]) == []
+        assert loaded.metrics().frames == 16
+    assert [p.exit for p in batch] == [p.exit for p in single]
+    assert {p.exit for p in batch} == {1, 2}
+    for one, other in zip(batch, single, strict=True):
+        np.testing.assert_array_equal(one.labels, other.labels)
+        assert one.confidence == other.confidence
+    late = sum(p.exit == 2 for p in batch)
+    assert ran.count("segment-0-1") == 8
+    assert ran.count("segment-1-2") == late  # those that left make room
+    first_late = ran.index("segment-1-2")
+    assert ("segment-0-1" in ran[first_late:]) == (not concurrent)  # stage by stage where outputs survive
+
+
+def test_a_second_thread_waits_its_turn(bundle: Path) -> None:
+    """With engines that would notice two runs at once, as a GPU's buffers would."""
+    running = threading.Lock()
+
+    def alone(name: str) -> None:
+        assert running.acquire(blocking=False), "two runs at once"
+        time.sleep(0.0005)
+        running.release()
+
+    library = FaultyLibrary(open_library("onnxruntime", threads=1), alone, concurrent=False)
+    wanted = {seed: small_network.expected(frame(seed)) for seed in range(4)}
+
+    def work(seed: int) -> None:
+        for _ in range(25):
+            prediction = loaded(frame(seed))
+            np.testing.assert_array_equal(prediction.labels, wanted[seed][prediction.exit - 1][1])
+
+    with runtime.load(bundle, library=library) as loaded, ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+        assert loaded.metrics().frames == 100
+
+
+def test_a_refinement_that_another_frame_overtook_is_refused_where_outputs_are_overwritten(bundle: Path) -> None:
+    for concurrent in (True, False):
+        library = FaultyLibrary(open_library("onnxruntime", threads=1), lambda name: None, concurrent)
+        with runtime.load(bundle, library=library) as loaded:
+            refinement = loaded.refine(frame(0))
+            first = next(refinement)
+            loaded(frame(1))
+            if concurrent:
+                np.testing.assert_array_equal(next(refinement).labels, small_network.expected(frame(0))[1][1])
+                continue
+            with pytest.raises(InputError, match="another frame was segmented since"):
+                next(refinement)
+            with pytest.raises(InputError, match="only the last prediction"):
+                loaded.confidence_map(first)
+            assert [p.exit for p in loaded.refine(frame(0))] == [1, 2]
+
+
+def test_a_closed_cascade_says_so_and_closes_once(bundle: Path) -> None:
+    loaded = runtime.load(bundle, threads=1)
+    loaded.close()
+    loaded.close()
+    with pytest.raises(EngineError, match="the cascade is closed"):
+        loaded(frame(0))
+
+
+def test_a_program_that_forgets_to_close_leaves_nothing_behind(bundle: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, itertools, numpy as np\n"
+        "from mess_compile import runtime\n"
+        "cascade = runtime.load(sys.argv[1], threads=1)\n"
+        "frame = np.zeros((8, 12, 3), np.uint8)\n"
+        "stream = cascade.stream(itertools.repeat(frame))\n"
+        "next(stream), cascade(frame)\n"
+        "refinement = cascade.refine(frame); next(refinement)\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", code, str(bundle)], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.glob("mess-*")) == []
 
 
 def test_a_frame_of_another_size_comes_back_at_its_own(cascade: Cascade) -> None:
@@ -148,8 +346,13 @@ def fake(first_count: int, cells: int = 24) -> FakeLibrary:
         return FakeGraph((source,), (exits[value - 1],), lambda feeds: {exits[value - 1].name: values})
 
     def head(value: int, count: int) -> FakeGraph:
-        out = {"logits": np.full(logits.shape, value, np.float32), "counts": np.full(len(ROWS), count, np.int32)}
-        return FakeGraph((exits[value - 1], thresholds), (logits, counts), lambda feeds: out)
+        values = np.full(logits.shape, value, np.float32)
+
+        def gated(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            lowest = feeds["thresholds"].max(axis=1) < 0  # which every cell reaches
+            return {"logits": values, "counts": np.where(lowest, cells, count).astype(np.int32)}
+
+        return FakeGraph((exits[value - 1], thresholds), (logits, counts), gated)
 
     def upsample(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"labels": np.full(labels.shape, int(feeds["logits"][0, 0, 0, 0]), np.uint8)}

@@ -1,0 +1,161 @@
+"""An engine that fails costs its user one frame's time, not the stream: what is left computes the frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mess_compile import runtime
+from mess_compile.runtime import onnxruntime_engine
+from mess_compile.runtime.cascade import Cascade, Prediction
+from mess_compile.runtime.engine import open_library
+from mess_compile.runtime.errors import EngineError, InputError, NotFiniteError
+from mess_compile.runtime.ladder import REST_FRAMES
+from mess_compile.runtime.manifest import GraphPrecision, Manifest
+from tests import small_network
+from tests.runtime.faults import FaultyLibrary
+from tests.small_network import frame
+
+SEGMENTS = ("segment-0-1", "segment-1-2")
+HEADS = tuple(f"head-{name}" for name in small_network.HEADS)
+Fault = Callable[[str], "str | None"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundle") / "tiny.mess"
+    small_network.write_bundle(path)
+    return path
+
+
+@contextmanager
+def loaded(bundle: Path, fault: Fault, on_failure: str = "fallback", concurrent: bool = True) -> Iterator[Cascade]:
+    library = FaultyLibrary(open_library("onnxruntime", threads=1), fault, concurrent)
+    with runtime.load(bundle, library=library, threads=1, on_failure=on_failure) as cascade:
+        yield cascade
+    assert library.closed
+
+
+def check(prediction: Prediction, seed: int) -> None:
+    """Against the small network by matrix products."""
+    results = small_network.expected(frame(seed))
+    exit_taken = 1 if results[0][0][2] >= 18 else 2
+    counts, labels = results[exit_taken - 1]
+    assert prediction.exit == exit_taken
+    assert prediction.confidence == pytest.approx(counts[2] / 24)
+    np.testing.assert_array_equal(prediction.labels, labels)
+
+
+@pytest.mark.parametrize("concurrent", [True, False])
+@pytest.mark.parametrize(
+    ("graph", "kind"),
+    [(name, kind) for name in (*SEGMENTS, *HEADS) for kind in ("error", "nan")] + [("output-4x6", "error")],
+)
+def test_whatever_fails_the_frame_is_computed_all_the_same(
+    bundle: Path, graph: str, kind: str, concurrent: bool
+) -> None:
+    broken: list[str] = []
+    with loaded(bundle, lambda name: kind if name in broken else None, concurrent=concurrent) as cascade:
+        for seed in range(12):
+            broken[:] = [graph] if seed % 3 == 0 else []
+            check(cascade(frame(seed)), seed)
+        found = cascade.metrics()
+    late = sum(small_network.expected(frame(seed))[0][0][2] < 18 for seed in (0, 3, 6, 9))
+    hit = late if graph in (SEGMENTS[1], HEADS[1]) else 4
+    assert found.failures == {"error": hit if kind == "error" else 0, "not-finite": hit if kind == "nan" else 0}
+    assert (found.frames, found.fallback_frames, found.lost_results) == (12, hit, 0)
+
+
+def test_without_a_fallback_the_failure_is_reported_and_the_next_frame_runs(bundle: Path) -> None:
+    fault: list[str | None] = ["error"]
+    with loaded(bundle, lambda name: fault[0] if name in HEADS else None, on_failure="raise") as cascade:
+        with pytest.raises(EngineError, match=r"head-exit1\.fcn-crm1-b0 failed"):
+            cascade(frame(0))
+        fault[0] = "nan"
+        with pytest.raises(NotFiniteError, match="exit1"):
+            cascade(frame(0))
+        fault[0] = None
+        check(cascade(frame(0)), 0)
+        found = cascade.metrics()
+    assert (found.failures, found.lost_results) == ({"error": 1, "not-finite": 1}, 2)
+
+
+def test_an_unknown_way_to_take_failures_is_refused(bundle: Path) -> None:
+    with pytest.raises(InputError, match="on_failure is 'ignore', not one of fallback, raise"):
+        runtime.load(bundle, on_failure="ignore")
+
+
+def test_an_engine_that_keeps_failing_is_left_alone_for_a_while_and_tried_again(bundle: Path) -> None:
+    tried: list[int] = []
+    number, broken = 0, True
+
+    def fault(name: str) -> str | None:
+        if name == SEGMENTS[0]:
+            tried.append(number)
+        return "error" if broken else None
+
+    with loaded(bundle, fault) as cascade:
+        for number in range(3 + REST_FRAMES + 1):
+            check(cascade(frame(number % 4)), number % 4)
+        assert tried == [0, 1, 2, 3 + REST_FRAMES]  # the one failure more, and it rests again
+        tried.clear()
+        broken = False
+        for number in range(REST_FRAMES + 5):
+            check(cascade(frame(number % 4)), number % 4)
+        assert tried == list(range(REST_FRAMES, REST_FRAMES + 5))
+        assert cascade.metrics().fallback_frames == 3 + REST_FRAMES + 1 + REST_FRAMES
+
+
+def test_when_nothing_can_compute_the_frame_both_reasons_are_told(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(**options: object) -> object:
+        raise EngineError("ONNX Runtime cannot be imported: run `pip install onnxruntime`")
+
+    with loaded(bundle, lambda name: "error" if name == SEGMENTS[0] else None) as cascade:
+        monkeypatch.setattr(onnxruntime_engine, "open_library", missing)
+        for _ in range(2):
+            with pytest.raises(EngineError, match=r"segment-0-1 failed.*; then, falling back: .*pip install onnxrunt"):
+                cascade(frame(0))
+        assert cascade.metrics().lost_results == 2
+
+
+def test_a_safer_plan_of_the_same_heads_comes_before_the_cpu(bundle: Path, tmp_path: Path) -> None:
+    """Both plans name the same graphs here; which of them loaded is seen by the library that was asked."""
+
+    def with_a_safer_plan(manifest: Manifest) -> Manifest:
+        plan = manifest.plans[0]
+        bold = replace(plan, precisions=dict.fromkeys(plan.precisions, GraphPrecision("fp16", "fp16")))
+        return replace(manifest, plans=(bold, replace(plan, target="safe")))
+
+    path = small_network.changed_bundle(bundle, tmp_path / "two.mess", with_a_safer_plan)
+    runs = 0
+
+    def first_run_fails(name: str) -> str | None:
+        nonlocal runs
+        runs += name == SEGMENTS[0]
+        return "error" if runs == 1 else None
+
+    library = FaultyLibrary(open_library("onnxruntime", threads=1), first_run_fails)
+    with runtime.load(path, library=library, on_failure="fallback") as cascade:
+        once = len(library.loaded)
+        check(cascade(frame(0)), 0)
+        assert runs == 2
+        assert len(library.loaded) == 2 * once
+
+
+def test_a_refinement_goes_on_where_an_engine_failed_unless_it_has_a_deadline(bundle: Path) -> None:
+    with loaded(bundle, lambda name: "error" if name == SEGMENTS[1] else None) as cascade:
+        for deadline_ms, wanted in ((None, [1, 2]), (1e6, [1, 2]), (None, [1, 2])):
+            predictions = list(cascade.refine(frame(0), deadline_ms))
+            assert [p.exit for p in predictions] == wanted
+            for prediction, (_, labels) in zip(predictions, small_network.expected(frame(0)), strict=True):
+                np.testing.assert_array_equal(prediction.labels, labels)
+    with loaded(bundle, lambda name: "error" if name == SEGMENTS[0] else None) as cascade:
+        assert [p.exit for p in cascade.refine(frame(0), 1e6)] == [1]  # how long the others take is not known
+        assert [p.exit for p in cascade.refine(frame(0))] == [1, 2]
