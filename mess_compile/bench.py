@@ -81,6 +81,29 @@ class Bench:
     disagreements: tuple[NearCut, ...]
 
 
+@dataclass(frozen=True)
+class DeadlineBench:
+    """What refining under a deadline gives.
+
+    `miou` (percent) and `confidence` (mean) are of the labels that were there at the deadline; where none were, of the
+    first ones after it. `exit_rates` are shares of images by their last result. Shares of misses: `missed_first` of the
+    images had nothing at the deadline, `missed_later` had a result in time, and the last one after it.
+    """
+
+    bundle: str
+    split: str
+    images: int
+    passes: int
+    deadline_ms: float
+    miou: float
+    confidence: float
+    exit_rates: tuple[float, ...]
+    missed_first: float
+    missed_later: float
+    p50_ms: float
+    p99_ms: float
+
+
 class _Score:
     """Pixel sums over a set of images."""
 
@@ -100,18 +123,19 @@ class _Score:
 
 
 class _Baseline:
-    """A single-exit network on the cascade's own engine library."""
+    """A single-exit network on the cascade's own engine library; frames are resized as for the cascade."""
 
-    def __init__(self, engine: Engine, library: Library, hw: tuple[int, int]) -> None:
-        self._engine, self._library, self._hw = engine, library, hw
+    def __init__(self, engine: Engine, library: Library, network: manifest.Network) -> None:
+        self._engine, self._library, self._network = engine, library, network
 
     def __call__(self, frame: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], float]:
-        image = frames.resize(frame, self._hw)[None]
+        network = self._network
+        image = frames.to_input(frame, network.input_hw, network.resize)[None]
         start = time.perf_counter_ns()
         outputs = self._engine.run({"image": self._library.upload(image)})
         labels = self._library.download(outputs["labels"])[0]
         latency_ms = (time.perf_counter_ns() - start) / 1e6
-        return frames.resize_labels(labels, (frame.shape[0], frame.shape[1])), latency_ms
+        return frames.from_input(labels, (frame.shape[0], frame.shape[1]), network.resize), latency_ms
 
 
 def bench(
@@ -144,23 +168,70 @@ def bench(
     )
     evidence = Evidence(graph_set, table, found)
     with closing(cascade.library.load(engines.path(evidence.baseline))) as engine:
-        single = _Baseline(engine, cascade.library, graph_set.candidate.input_hw)
+        single = _Baseline(engine, cascade.library, cascade.manifest.network)
         run = _measure(cascade, single, items, passes, progress)
     return _compared(cascade, evidence, items, tuned_on, run)
+
+
+def bench_deadline(
+    cascade: runtime_cascade.Cascade,
+    data: DataSet,
+    deadline_ms: float,
+    passes: int,
+    progress: Callable[[str, int, int], None],
+) -> DeadlineBench:
+    """Refine every image under a deadline, `passes` times. Raises InputError when bundle and data do not fit."""
+    if passes < 1:
+        raise InputError(f"passes is {passes}: at least 1 is needed")
+    _check_classes(cascade, data)
+    items = list(samples(data))
+    for sample in items[:WARM_UP_FRAMES]:
+        list(cascade.refine(sample.frame))
+    score, exits, sure, first_ms, last_ms = _Score(len(data.classes.names)), [], [], [], []
+    for number in range(passes):
+        for index, sample in enumerate(items):
+            results = list(cascade.refine(sample.frame, deadline_ms))
+            there = max(sum(result.latency_ms <= deadline_ms for result in results) - 1, 0)
+            score.add(results[there].labels, sample.labels)
+            sure.append(results[there].confidence)
+            exits.append(results[-1].exit)
+            first_ms.append(results[0].latency_ms)
+            last_ms.append(results[-1].latency_ms)
+            progress("bench", number * len(items) + index + 1, passes * len(items))
+    late, late_at_once = np.array(last_ms) > deadline_ms, np.array(first_ms) > deadline_ms
+    return DeadlineBench(
+        bundle=cascade.manifest.name,
+        split=data.split,
+        images=len(items),
+        passes=passes,
+        deadline_ms=deadline_ms,
+        miou=score.miou,
+        confidence=float(np.mean(sure)),
+        exit_rates=_rates(exits, len(cascade.plan.stages)),
+        missed_first=float(np.mean(late_at_once)),
+        missed_later=float(np.mean(late & ~late_at_once)),
+        p50_ms=float(np.percentile(last_ms, 50)),
+        p99_ms=float(np.percentile(last_ms, 99)),
+    )
 
 
 def _check_fits(cascade: runtime_cascade.Cascade, graph_set: GraphSet, data: DataSet) -> None:
     name, network = cascade.manifest.name, cascade.manifest.network
     if cascade.plan.setting == "anytime":
         raise InputError(
-            f"bundle {name} is of the anytime setting, where every exit reports: look at it with "
-            "`mess-compile run --progressive`; bench compares plans whose images leave"
+            f"bundle {name} is of the anytime setting, where every exit reports: give `--deadline 20ms`, or look at it "
+            "with `mess-compile run --progressive`; without a deadline bench compares plans whose images leave"
         )
     if network.identity != graph_set.candidate.identity:
         raise InputError(
             f"bundle {name} holds another network than {graph_set.root}: run `mess-compile bundle` here, or bench it "
             "in its own workspace (-C DIR)"
         )
+    _check_classes(cascade, data)
+
+
+def _check_classes(cascade: runtime_cascade.Cascade, data: DataSet) -> None:
+    name, network = cascade.manifest.name, cascade.manifest.network
     if data.classes.names != network.classes:
         raise InputError(
             f"{data.root} has the classes {', '.join(data.classes.names)}; bundle {name} was trained on "

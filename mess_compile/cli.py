@@ -629,12 +629,26 @@ def bundle(workspace: Workspace, plan: Path | None, output: Path | None, letterb
 @click.option("-o", "--output", type=_FOLDER, default="predictions", show_default=True)
 @click.option("--progressive", is_flag=True, help="Also a strip: the input, and every exit's labels.")
 @click.option("--truth", type=_FOLDER, help="Folder of label PNGs to show at the end of the strip.")
+@click.option("--deadline", help="Refine as long as the next exit's p99 fits, such as 20ms.")
+@click.option("--operating-point", help="The name of other thresholds that the bundle holds; see `inspect BUNDLE`.")
 @_json_option
 def run(
-    bundle: Path, images: tuple[Path, ...], output: Path, progressive: bool, truth: Path | None, as_json: bool
+    bundle: Path,
+    images: tuple[Path, ...],
+    output: Path,
+    progressive: bool,
+    truth: Path | None,
+    deadline: str | None,
+    operating_point: str | None,
+    as_json: bool,
 ) -> None:
     """Segment images: a palette PNG of the labels and an overlay for each."""
     from mess_compile import steps
+    from mess_compile.search.requirement import parse_milliseconds
+
+    deadline_ms = None if deadline is None else parse_milliseconds(deadline)
+    if deadline is not None and operating_point is not None:
+        raise click.UsageError("--deadline decides by time, --operating-point by confidence: give one of them.")
 
     if truth is not None and not progressive:
         raise click.UsageError("--truth is shown in the strip of --progressive; add it.")
@@ -646,7 +660,7 @@ def run(
                 f"-> {', '.join(str(path) for path in result.pictures)}"
             )
 
-    results = steps.run(bundle, images, output, progressive, truth, tell)
+    results = steps.run(bundle, images, output, progressive, truth, tell, deadline_ms, operating_point)
     if as_json:
         return print_json({"images": [asdict(result) for result in results]})
     return print_next(f"bench {quoted(bundle)} --data DIR")
@@ -657,12 +671,17 @@ def run(
 @click.option("--data", type=_FOLDER, help="Labelled images; the workspace's by default.")
 @click.option("--split", default="val", show_default=True, help="Report on images that nothing was tuned on.")
 @click.option("--passes", default=3, show_default=True, help="How often every image is measured.")
+@click.option("--deadline", help="Refine every image until then, such as 20ms: what is there, and how often too late.")
 @_json_option
 @click.pass_obj
-def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, passes: int, as_json: bool) -> None:
+def bench(
+    workspace: Workspace, bundle: Path, data: Path | None, split: str, passes: int, deadline: str | None, as_json: bool
+) -> None:
     """Measured against predicted, and against the better single-exit baseline in the same run."""
     from mess_compile import steps
 
+    if deadline is not None:
+        return _bench_deadline(workspace, bundle, data, split, passes, deadline, as_json)
     with progress_bar(as_json) as progress:
         result = steps.bench(workspace, bundle, data, split, passes, progress)
     if as_json:
@@ -696,6 +715,28 @@ def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, pas
             f"{near.counts_from_cut} counts from the cut"
         )
     return print_next("search --max-err 0.1%", f"verify {quoted(bundle)}")
+
+
+def _bench_deadline(
+    workspace: Workspace, bundle: Path, data: Path | None, split: str, passes: int, deadline: str, as_json: bool
+) -> None:
+    from mess_compile import steps
+    from mess_compile.search.requirement import parse_milliseconds
+
+    deadline_ms = parse_milliseconds(deadline)
+    with progress_bar(as_json) as progress:
+        found = steps.bench_deadline(workspace, bundle, data, split, passes, deadline_ms, progress)
+    if as_json:
+        return print_json(asdict(found))
+    click.echo(
+        f"{found.images} images of {found.split}, {found.passes} passes, at {found.deadline_ms:g} ms: "
+        f"{found.miou:.2f} % mIoU, {found.confidence:.0%} of the cells sure; last exits {_rates(found.exit_rates)}"
+    )
+    click.echo(
+        f"misses: {found.missed_later:.2%} of the images had a later result too late, {found.missed_first:.2%} "
+        f"even the first; the last result came after {found.p50_ms:.2f} ms (median), {found.p99_ms:.2f} ms (p99)"
+    )
+    return print_next(f"run {quoted(bundle)} IMAGE... --deadline {deadline_ms:g}ms")
 
 
 @main.command()

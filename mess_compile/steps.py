@@ -33,7 +33,7 @@ from mess_compile.targets import Target, find_target, known_targets, refuse_unle
 from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
-    from mess_compile.bench import Bench
+    from mess_compile.bench import Bench, DeadlineBench
     from mess_compile.common_graphs import Shared
     from mess_compile.measurements import Measurements
     from mess_compile.nets.network import Architecture
@@ -403,11 +403,13 @@ def run(
     progressive: bool,
     truth: Path | None,
     done: Callable[[ImageResult], None],
+    deadline_ms: float | None = None,
+    operating_point: str | None = None,
 ) -> tuple[ImageResult, ...]:
     """Segment images with a bundle: a palette PNG of labels and an overlay each, and on request the refinement strip.
 
-    `truth` is a folder of label PNGs named as the images, shown at the end of the strip. Raises InputError,
-    BundleError.
+    `truth` is a folder of label PNGs named as the images, shown at the end of the strip. Under a deadline an image is
+    refined, and its last result kept. Raises InputError, BundleError.
     """
     (stem, often), *_ = Counter(image.stem for image in images).most_common(1) or [("", 0)]
     if often > 1:
@@ -415,20 +417,27 @@ def run(
             f"two images are named {stem}: their pictures would share a name; run them one by one (-o DIR)"
         )
     with runtime_cascade.load(bundle) as cascade:
+        if operating_point is not None:
+            cascade.operating_point = operating_point
         results = []
         for image in images:
-            results.append(_run_image(cascade, image, output, progressive, truth))
+            results.append(_run_image(cascade, image, output, progressive, truth, deadline_ms))
             done(results[-1])
         return tuple(results)
 
 
 def _run_image(
-    cascade: runtime_cascade.Cascade, image: Path, output: Path, progressive: bool, truth: Path | None
+    cascade: runtime_cascade.Cascade,
+    image: Path,
+    output: Path,
+    progressive: bool,
+    truth: Path | None,
+    deadline_ms: float | None,
 ) -> ImageResult:
     from mess_compile.report import pictures
 
     frame = read_frame(image)
-    prediction = cascade(frame)
+    prediction = cascade(frame) if deadline_ms is None else list(cascade.refine(frame, deadline_ms))[-1]
     colours = cascade.manifest.network.colours
     drawn = {
         "labels": pictures.label_picture(prediction.labels, colours),
@@ -485,6 +494,24 @@ def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, pas
             _check_sources(workspace, plan.target, cascade.manifest.provenance, tuning)
         (engines,) = _engine_files(workspace, target, (plan.precision.partition("-")[0],), None, None, progress)
         return benches.bench(cascade, engines, table, folder, _tuned_on(workspace, plan), passes, progress)
+
+
+def bench_deadline(
+    workspace: Workspace,
+    bundle: Path,
+    data: Path | None,
+    split: str,
+    passes: int,
+    deadline_ms: float,
+    progress: Progress,
+) -> DeadlineBench:
+    """Refine a labelled split under a deadline with a bundle."""
+    from mess_compile import bench as benches
+
+    folder = open_dataset(workspace.data_folder(data), split)
+    with runtime_cascade.load(bundle) as cascade:
+        refuse_unless_here(find_target(cascade.plan.target, workspace.root), workspace.root)
+        return benches.bench_deadline(cascade, folder, deadline_ms, passes, progress)
 
 
 def _tuned_on(workspace: Workspace, plan: ManifestPlan) -> frozenset[str]:

@@ -191,6 +191,15 @@ class TestRun:
         image = first(workspace / "data" / "test" / "images")
         assert run("run", workspace / "host.mess", image, "--truth", workspace).exit_code == 2
 
+    def test_operating_points_are_chosen_by_name(self, workspace: Path, tmp_path: Path) -> None:
+        given = ("run", workspace / "host.mess", first(workspace / "data" / "test" / "images"), "-o", tmp_path)
+        assert printed_json(*given, "--operating-point", "default")["images"]
+        refused = run(*given, "--operating-point", "slow")
+        assert refused.exit_code == 1
+        assert "has no operating point 'slow'; it has default" in refused.output
+        assert run(*given, "--operating-point", "default", "--deadline", "20ms").exit_code == 2
+        assert "write 20ms" in run(*given, "--deadline", "20").output
+
 
 def miou_of_pictures(pairs: list[tuple[np.ndarray, np.ndarray]], classes: int) -> float:
     """From a confusion matrix, pixel by pixel."""
@@ -266,6 +275,27 @@ class TestBench:
             for p in predictions
         ]
         assert bench["measured"]["gmacs"] == pytest.approx(sum(spent) / len(spent))
+
+    def test_under_a_deadline_it_tells_what_is_there_and_the_share_of_misses(
+        self, finished: Path, tmp_path: Path
+    ) -> None:
+        """With time for every exit, the labels are those that `run` writes under this deadline."""
+        exits = len(printed_json("inspect", finished / "host.mess")["plans"][0]["stages"])
+        given = ("-C", finished, "bench", finished / "host.mess", "--split", "test", "--passes", "1", "--deadline")
+        images = sorted((finished / "data" / "test" / "images").iterdir())
+        written = printed_json("run", finished / "host.mess", *images, "-o", tmp_path, "--deadline", "60000ms")
+        pairs = []
+        for result in written["images"]:
+            truth = finished / "data" / "test" / "labels" / f"{Path(result['image']).stem}.png"
+            pairs.append((np.asarray(Image.open(result["pictures"][0])), np.asarray(Image.open(truth))))
+        late, early = printed_json(*given, "60000ms"), printed_json(*given, "0.001ms")
+        assert late["miou"] == pytest.approx(miou_of_pictures(pairs, 8), abs=1e-9)
+        assert (late["missed_first"], late["missed_later"], late["images"]) == (0, 0, len(images))
+        assert late["exit_rates"] == [0.0] * (exits - 1) + [1.0]
+        assert {result["exit"] for result in written["images"]} == {exits}
+        assert (early["missed_first"], early["missed_later"]) == (1, 0)
+        assert early["exit_rates"] == [1.0] + [0.0] * (exits - 1)
+        assert "misses: 0.00% of the images" in done(*given, "60000ms")
 
     def test_on_the_tuning_images_the_prediction_comes_true(self, finished: Path) -> None:
         bench = printed_json("-C", finished, "bench", finished / "host.mess", "--split", "val", "--passes", "1")
