@@ -1,70 +1,148 @@
-"""The bundle as a file: an uncompressed zip whose comment is the SHA-256 of every byte before the comment.
+"""The bundle as a file or folder, read with suspicion: every byte is known before any of it is used.
 
-One changed, missing or appended byte anywhere, headers included, is refused before anything is unpacked.
+The file is an uncompressed zip whose comment is the SHA-256 of every byte before the comment: one changed, missing or
+appended byte anywhere, headers included, is refused before anything is unpacked. A folder is such a zip unpacked.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import stat
 import struct
 import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import BinaryIO, Dict, List, Mapping, Tuple, Union
+from typing import IO, BinaryIO, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 import numpy as np
 
+from mess_compile.runtime import npy, onnx_file
 from mess_compile.runtime.errors import BundleError, InputError
-from mess_compile.runtime.manifest import MANIFEST, File, Manifest, manifest_from_json, manifest_to_json
+from mess_compile.runtime.manifest import (
+    MANIFEST,
+    MANIFEST_HASH,
+    SIGNATURE,
+    File,
+    Manifest,
+    manifest_from_json,
+    manifest_to_json,
+)
+from mess_compile.runtime.signature import Signers, signer_of
 
 _SEAL = re.compile(rb"sha256:([0-9a-f]{64})")
 _SEAL_BYTES = len(b"sha256:") + 64
-_MAX_MANIFEST_BYTES = 1 << 24
+_MAX_BYTES = {MANIFEST: 1 << 22, MANIFEST_HASH: 1 << 8, SIGNATURE: 1 << 14}
+_MAX_DEPTH = 8
+_MAX_ENTRIES = 1 << 14
 _BLOCK = 1 << 20
 _DAMAGED = "copy or write it again"
 
 
-class Archive:
-    """An unpacked bundle: `manifest`, and `folder` with its files until `close`."""
+@dataclass(frozen=True)
+class _Entry:
+    size: int
+    open: Callable[[], IO[bytes]]
 
-    def __init__(self, manifest: Manifest, folder: TemporaryDirectory[str]) -> None:
+
+class Archive:
+    """An unpacked bundle: `manifest`, and `folder` with its files until `close`.
+
+    `signature` is that over `manifest_bytes`, None where there is none; nobody has checked it.
+    """
+
+    def __init__(
+        self, manifest: Manifest, folder: TemporaryDirectory[str], manifest_bytes: bytes, signature: Optional[bytes]
+    ) -> None:
         self.manifest = manifest
         self.folder = Path(folder.name)
+        self.manifest_bytes = manifest_bytes
+        self.signature = signature
         self._temporary = folder
 
     def array(self, name: str) -> np.ndarray:
         """An array of the bundle. Raises BundleError when it is not a plain one."""
         try:
-            return np.array(np.load(self.folder / name, mmap_mode="r", allow_pickle=False))
-        except (ValueError, EOFError, OSError) as error:
+            return npy.read_uint8(self.folder / name)
+        except (ValueError, OSError) as error:
             raise BundleError(f"{name} of the bundle is not a plain array: {error}") from error
+
+    def signer(self, signers: Signers) -> str:
+        """Who of `signers` signed the bundle. Raises BundleError when none did."""
+        if self.signature is None:
+            raise BundleError(f"the bundle {self.manifest.name} is not signed")
+        return signer_of(self.manifest_bytes, self.signature, signers)
 
     def close(self) -> None:
         self._temporary.cleanup()
 
 
 def open_archive(path: Path) -> Archive:
-    """Verify a bundle, then unpack it into a private temporary folder.
+    """Verify a bundle, a file or an unpacked one, then copy its files to a private temporary folder.
 
     Raises InputError when there is no such file, BundleError when any byte of it is not what was written, or when it
     holds anything but plain files that its manifest lists.
     """
-    if not path.is_file():
+    if not path.is_file() and not path.is_dir():
         raise InputError(f"there is no bundle {path}")
     try:
-        with path.open("rb") as stream:
-            _check_seal(stream, path)
-            with zipfile.ZipFile(stream) as content:
-                entries = _entries(content, path, stream.seek(0, 2))
-                manifest = _manifest(content, entries, path)
-                return _unpack(content, entries, manifest, path)
+        with _entries_of_folder(path) if path.is_dir() else _entries_of_file(path) as entries:
+            return _unpacked(entries, path)
     except (zipfile.BadZipFile, EOFError, ValueError, OverflowError, RuntimeError, struct.error) as error:
         raise BundleError(f"{path} is not a bundle ({error}): {_DAMAGED}") from error
     except OSError as error:
         place = gettempdir()
         raise InputError(f"bundle {path} cannot be read, or not unpacked in {place} (set TMPDIR): {error}") from error
+
+
+def _unpacked(entries: Mapping[str, _Entry], path: Path) -> Archive:
+    """Every size is compared before a file is written."""
+    content = _small(entries, MANIFEST, path)
+    if _small(entries, MANIFEST_HASH, path) != _hash_line(content):
+        raise BundleError(f"{path}: {MANIFEST} was changed after it was written: {_DAMAGED}")
+    manifest = manifest_from_json(content.decode("utf-8"))
+    odd = sorted((set(manifest.files) | {MANIFEST, MANIFEST_HASH}) ^ (set(entries) - {SIGNATURE}))
+    if odd:
+        raise BundleError(f"{path}: files and manifest disagree on {', '.join(map(repr, odd))}"[:300])
+    wrong = [name for name, file in manifest.files.items() if entries[name].size != file.bytes]
+    if wrong:
+        raise BundleError(f"{path}: {wrong[0]} is not the file that the manifest lists")
+    signature = _small(entries, SIGNATURE, path) if SIGNATURE in entries else None
+    folder = TemporaryDirectory(prefix="mess-")
+    try:
+        for name, file in manifest.files.items():
+            _copy(entries[name], Path(folder.name, name), file, f"{path}: {name}")
+        sizes = {name: file.bytes for name, file in manifest.files.items()}
+        for name in sizes:
+            if name.endswith(".onnx"):
+                onnx_file.check(Path(folder.name), name, sizes)
+    except BaseException:
+        folder.cleanup()
+        raise
+    return Archive(manifest, folder, content, signature)
+
+
+def _small(entries: Mapping[str, _Entry], name: str, path: Path) -> bytes:
+    if name not in entries or entries[name].size > _MAX_BYTES[name]:
+        raise BundleError(f"{path} has no {name} of a sane size")
+    with entries[name].open() as stream:
+        return stream.read(_MAX_BYTES[name] + 1)
+
+
+def _hash_line(content: bytes) -> bytes:
+    """As `sha256sum -c` reads it."""
+    return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode("ascii")
+
+
+@contextmanager
+def _entries_of_file(path: Path) -> Iterator[Dict[str, _Entry]]:
+    with path.open("rb") as stream:
+        _check_seal(stream, path)
+        with zipfile.ZipFile(stream) as content:
+            yield _zip_entries(content, path, stream.seek(0, 2))
 
 
 def _check_seal(stream: BinaryIO, path: Path) -> None:
@@ -87,13 +165,14 @@ def _sha256_of_start(stream: BinaryIO, size: int) -> str:
     return digest.hexdigest()
 
 
-def _entries(content: zipfile.ZipFile, path: Path, size: int) -> Dict[str, zipfile.ZipInfo]:
+def _zip_entries(content: zipfile.ZipFile, path: Path, size: int) -> Dict[str, _Entry]:
     infos = content.infolist()
     for info in infos:
         kind = stat.S_IFMT(info.external_attr >> 16)
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or kind not in (0, stat.S_IFREG):
-            raise BundleError(f"{path}: {info.filename!r} is not a plain stored file")
-    entries = {info.filename: info for info in infos}
+        stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+        if not stored or info.flag_bits & 1 or kind not in (0, stat.S_IFREG):
+            raise BundleError(f"{path}: {info.filename!r:.200} is not a plain stored file")
+    entries = {info.filename: _Entry(info.file_size, _opener(content, info)) for info in infos}
     if len(entries) != len(infos):
         raise BundleError(f"{path} holds a file twice")
     if sum(info.file_size for info in infos) > size:
@@ -101,46 +180,74 @@ def _entries(content: zipfile.ZipFile, path: Path, size: int) -> Dict[str, zipfi
     return entries
 
 
-def _manifest(content: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], path: Path) -> Manifest:
-    if MANIFEST not in entries or entries[MANIFEST].file_size > _MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path} has no {MANIFEST} of a sane size")
-    manifest = manifest_from_json(content.read(entries[MANIFEST]).decode("utf-8"))
-    listed = set(manifest.files) | {MANIFEST}
-    if listed != set(entries):
-        odd = sorted(listed ^ set(entries))
-        raise BundleError(f"{path}: files and manifest disagree on {', '.join(map(repr, odd))}"[:300])
-    return manifest
+def _opener(content: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], IO[bytes]]:
+    return lambda: content.open(info)
 
 
-def _unpack(
-    content: zipfile.ZipFile, entries: Mapping[str, zipfile.ZipInfo], manifest: Manifest, path: Path
-) -> Archive:
-    folder = TemporaryDirectory(prefix="mess-")
-    try:
-        for name, file in manifest.files.items():
-            _unpack_file(content, entries[name], Path(folder.name, name), file, path)
-    except BaseException:
-        folder.cleanup()
-        raise
-    return Archive(manifest, folder)
+@contextmanager
+def _entries_of_folder(path: Path) -> Iterator[Dict[str, _Entry]]:
+    entries: Dict[str, _Entry] = {}
+    for name, found in _walk(path, "", _MAX_DEPTH):
+        if not stat.S_ISREG(found.st_mode) or len(entries) == _MAX_ENTRIES:
+            raise BundleError(f"{path}: {name!r:.200} is not a plain file of a bundle: links and devices are refused")
+        entries[name] = _Entry(found.st_size, _file_opener(path / name, found))
+    yield entries
 
 
-def _unpack_file(content: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, file: File, path: Path) -> None:
+def _walk(folder: Path, inside: str, depth: int) -> Iterator[Tuple[str, os.stat_result]]:
+    """Whatever is no folder, without following links; below `depth` folders too."""
+    with os.scandir(folder) as found:
+        for entry in found:
+            name, status = inside + entry.name, entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode) and depth:
+                yield from _walk(folder / entry.name, f"{name}/", depth - 1)
+            else:
+                yield name, status
+
+
+def _file_opener(path: Path, known: os.stat_result) -> Callable[[], IO[bytes]]:
+    """Opens the file that was looked at, and no other that took its place."""
+
+    def opened() -> IO[bytes]:
+        stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+        found = os.fstat(stream.fileno())
+        if (found.st_dev, found.st_ino, found.st_size) == (known.st_dev, known.st_ino, known.st_size):
+            return stream
+        stream.close()
+        raise BundleError(f"{path} is being changed: {_DAMAGED}")
+
+    return opened
+
+
+def _copy(entry: _Entry, target: Path, file: File, name: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     digest, size = hashlib.sha256(), 0
-    with content.open(entry) as source, target.open("xb") as sink:
+    with entry.open() as source, target.open("xb") as sink:
         for block in iter(lambda: source.read(_BLOCK), b""):
             digest.update(block)
             size += len(block)
+            if size > file.bytes:
+                break
             sink.write(block)
     if size != file.bytes or digest.hexdigest() != file.sha256:
-        raise BundleError(f"{path}: {entry.filename} is not the file that the manifest lists")
+        raise BundleError(f"{name} is not the file that the manifest lists")
 
 
-def write_archive(path: Path, manifest: Manifest, sources: Mapping[str, Union[Path, bytes]]) -> None:
-    """Write a bundle, the same bytes for the same content: entries sorted, one fixed time, sealed."""
-    parts: List[Tuple[str, Union[Path, bytes]]] = [(MANIFEST, manifest_to_json(manifest).encode("utf-8"))]
-    write_sealed_zip(path, parts + sorted(sources.items()))
+def write_archive(
+    path: Path,
+    manifest: Manifest,
+    sources: Mapping[str, Union[Path, bytes]],
+    sign: Optional[Callable[[bytes], bytes]] = None,
+) -> None:
+    """Write a bundle, the same bytes for the same content: entries sorted, one fixed time, sealed.
+
+    `sign` gives the signature over the manifest's bytes.
+    """
+    content = manifest_to_json(manifest).encode("utf-8")
+    beside: List[Tuple[str, Union[Path, bytes]]] = [(MANIFEST, content), (MANIFEST_HASH, _hash_line(content))]
+    if sign is not None:
+        beside.append((SIGNATURE, sign(content)))
+    write_sealed_zip(path, beside + sorted(sources.items()))
 
 
 def write_sealed_zip(path: Path, parts: List[Tuple[str, Union[Path, bytes]]]) -> None:

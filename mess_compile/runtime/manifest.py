@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, astuple, dataclass
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from mess_compile.runtime import decode
 from mess_compile.runtime.engine import PRECISIONS
@@ -14,6 +14,10 @@ from mess_compile.runtime.errors import BundleError
 FORMAT = "mess-bundle"
 VERSION = 4
 MANIFEST = "manifest.json"
+MANIFEST_HASH = f"{MANIFEST}.sha256"
+SIGNATURE = f"{MANIFEST}.sig"
+BESIDE = (MANIFEST, MANIFEST_HASH, SIGNATURE)
+"""What a bundle holds beside the files that its manifest lists; the signature only where it is signed."""
 SETTINGS = ("input-dependent", "budgeted", "anytime")
 SOURCES = ("measured", "estimated")
 RESIZES = ("stretch", "letterbox")
@@ -21,6 +25,7 @@ DEFAULT_POINT = "default"
 CONFIDENCE_BINS = 10
 MAX_POINTS = 8
 MAX_SIDE = 1 << 14
+_MAX_DIGITS = 20
 _PATH = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,120}(?:/(?!\.)[A-Za-z0-9_.-]{1,120}){0,3}")
 _NAMES = {
     "precision": re.compile(r"[a-z0-9-]{1,32}"),
@@ -193,7 +198,7 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`files` lists every file of the bundle but the manifest itself."""
+    """`files` lists every file of the bundle but the manifest, its hash and its signature."""
 
     name: str
     network: Network
@@ -215,7 +220,7 @@ def manifest_to_json(manifest: Manifest) -> str:
 def manifest_from_json(text: str) -> Manifest:
     """Read `manifest.json`. Raises BundleError naming the field, the value and what it should be."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_int=_integer, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -232,16 +237,34 @@ def manifest_from_json(text: str) -> Manifest:
     return manifest
 
 
+def _integer(text: str) -> int:
+    """Quickly: a number of a million digits would take Python minutes."""
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"an integer has {len(text)} digits")
+    return int(text)
+
+
+def _object(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return content
+
+
 def _need(condition: bool, message: str) -> None:
     if not condition:
         raise decode.DecodeError(message)
 
 
 def _check(manifest: Manifest) -> None:
+    folders = {path[: end.start()] for path in manifest.files for end in re.finditer("/", path)}
     for path, file in manifest.files.items():
-        _need(_PATH.fullmatch(path) is not None and path != MANIFEST, f"files has the path {path!r}")
+        plain = _PATH.fullmatch(path) is not None and path not in BESIDE and path not in folders
+        _need(plain, f"files has the path {path!r:.200}")
         _need(_SHA256.fullmatch(file.sha256) is not None, f"files[{path}].sha256 is {file.sha256!r}")
         _need(file.bytes >= 0, f"files[{path}].bytes is {file.bytes}")
+    for text in _texts(asdict(manifest)):
+        _need(text.isprintable(), f"the text {text!r:.80} has characters that cannot be shown")
     _check_network(manifest.network)
     rows = manifest.gate.thresholds
     wide = all(len(row) == len(manifest.network.classes) for row in rows)
@@ -253,6 +276,19 @@ def _check(manifest: Manifest) -> None:
         _check_plan(plan, manifest)
     for index, golden in enumerate(manifest.golden):
         _check_golden(golden, f"golden[{index}]", manifest)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in JSON-like content, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _texts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
 
 
 def _check_network(network: Network) -> None:

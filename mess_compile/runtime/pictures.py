@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Sequence, Tuple
 
@@ -65,5 +66,6 @@ def _write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink() if temporary.exists() else None
+        with suppress(OSError):
+            temporary.unlink()
         raise InputError(f"{path} cannot be written: {error.strerror}") from error

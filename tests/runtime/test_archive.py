@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import stat
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from mess_compile.runtime.archive import file_of, open_archive, write_sealed_zip
 from mess_compile.runtime.errors import BundleError, InputError
-from mess_compile.runtime.manifest import Manifest, manifest_to_json
+from mess_compile.runtime.manifest import manifest_to_json
 from tests import small_network
 
 
@@ -51,8 +53,14 @@ def parts(bundle: Path) -> dict[str, bytes]:
         return {name: content.read(name) for name in content.namelist()}
 
 
+def hash_line(manifest: bytes) -> bytes:
+    return f"{hashlib.sha256(manifest).hexdigest()}  manifest.json\n".encode()
+
+
 def resealed(folder: Path, content: dict[str, bytes]) -> Path:
+    """Sealed as a forger would, the manifest's hash included."""
     path = folder / "forged.mess"
+    content = {**content, "manifest.json.sha256": hash_line(content["manifest.json"])}
     write_sealed_zip(path, list(content.items()))
     return path
 
@@ -136,7 +144,7 @@ def test_a_file_that_differs_from_its_hash_is_refused_and_nothing_stays(
 
 def test_a_forged_manifest_is_refused(bundle: Path, tmp_path: Path) -> None:
     for forged in (b"{}", b"\xff", b""):
-        with pytest.raises(BundleError):
+        with pytest.raises(BundleError, match=r"not of the format|not a bundle|not JSON"):
             open_archive(resealed(tmp_path, {**parts(bundle), "manifest.json": forged}))
 
 
@@ -189,16 +197,103 @@ def test_entries_that_share_their_bytes_are_refused(bundle: Path, tmp_path: Path
         open_archive(seal_of(tmp_path, write))
 
 
-def test_a_golden_file_that_would_run_code_is_refused(bundle: Path, tmp_path: Path) -> None:
+def with_file(bundle: Path, folder: Path, name: str, content: bytes) -> Path:
+    """The bundle with another file, its hashes and seal made to fit."""
+    archive = open_archive(bundle)
+    listed = {**archive.manifest.files, name: file_of(content)}
+    manifest = manifest_to_json(replace(archive.manifest, files=listed)).encode()
+    archive.close()
+    return resealed(folder, {**parts(bundle), name: content, "manifest.json": manifest})
+
+
+def npy(shape: str, values: bytes, descr: str = "|u1") -> bytes:
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + values
+
+
+def pickled() -> bytes:
     stream = io.BytesIO()
     np.save(stream, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    archive = open_archive(bundle)
-    manifest: Manifest = archive.manifest
-    archive.close()
-    content = {**parts(bundle), "golden/0.npy": stream.getvalue()}
-    listed = {**manifest.files, "golden/0.npy": file_of(stream.getvalue())}
-    content["manifest.json"] = manifest_to_json(replace(manifest, files=listed)).encode()
-    forged = open_archive(resealed(tmp_path, content))
-    with pytest.raises(BundleError, match="not a plain array"):
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (pickled(), "version 1 with uint8"),
+        (npy("(99999, 99999, 3)", b"xyz"), "3 bytes follow"),
+        (npy("(1, 3)", b"xyz", "|O"), "version 1 with uint8"),
+        (npy("(3,)", b"xyz"), "version 1 with uint8"),
+        (npy("(1, 3)", b"xy"), "2 bytes follow"),
+        (npy("(" * 30, b""), "version 1 with uint8"),
+        (b"\x93NUMPY\x01\x00\xff\xff", "version 1 with uint8"),
+        (b"", "version 1 with uint8"),
+    ],
+)
+def test_a_golden_file_that_is_no_plain_array_is_refused_unread(
+    bundle: Path, tmp_path: Path, content: bytes, words: str
+) -> None:
+    forged = open_archive(with_file(bundle, tmp_path, "golden/0.npy", content))
+    with pytest.raises(BundleError, match=f"golden/0.npy of the bundle is not a plain array: .*{words}"):
         forged.array("golden/0.npy")
     forged.close()
+
+
+def test_a_file_in_place_of_a_folder_is_refused(bundle: Path, tmp_path: Path, scratch: Path) -> None:
+    with pytest.raises(BundleError, match="files has the path 'golden'"):
+        open_archive(with_file(bundle, tmp_path, "golden", b"x"))
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.fixture
+def unpacked(bundle: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "street"
+    with zipfile.ZipFile(bundle) as content:
+        content.extractall(folder)
+    return folder
+
+
+def test_an_unpacked_bundle_is_the_bundle(bundle: Path, unpacked: Path) -> None:
+    whole, folder = open_archive(bundle), open_archive(unpacked)
+    assert folder.manifest == whole.manifest
+    for name, file in whole.manifest.files.items():
+        assert file_of(folder.folder / name) == file
+    whole.close()
+    folder.close()
+
+
+def test_any_changed_file_of_an_unpacked_bundle_is_refused(unpacked: Path, scratch: Path) -> None:
+    for path in [path for path in unpacked.rglob("*") if path.is_file()]:
+        good = path.read_bytes()
+        for changed in (good + b"x", good[:-1] + bytes([good[-1] ^ 1])):
+            path.write_bytes(changed)
+            with pytest.raises(BundleError, match="street"):
+                open_archive(unpacked)
+        path.write_bytes(good)
+    assert list(scratch.iterdir()) == []
+    open_archive(unpacked).close()
+
+
+def test_links_and_more_files_in_an_unpacked_bundle_are_refused(unpacked: Path, tmp_path: Path) -> None:
+    graph = unpacked / "graphs" / "segment-0-1.onnx"
+    outside = tmp_path / "outside.onnx"
+    outside.write_bytes(graph.read_bytes())
+    graph.unlink()
+    graph.symlink_to(outside)
+    with pytest.raises(BundleError, match="links and devices are refused"):
+        open_archive(unpacked)
+    graph.unlink()
+    os.mkfifo(graph)
+    with pytest.raises(BundleError, match="links and devices are refused"):
+        open_archive(unpacked)
+    graph.unlink()
+    outside.rename(graph)
+    (tmp_path / "graphs").mkdir()
+    (unpacked / "more").symlink_to(tmp_path / "graphs")
+    with pytest.raises(BundleError, match="'more' is not a plain file"):
+        open_archive(unpacked)
+    (unpacked / "more").unlink()
+    (unpacked / "__pycache__").mkdir()
+    (unpacked / "__pycache__" / "x.pyc").write_bytes(b"x")
+    with pytest.raises(BundleError, match=r"disagree on '__pycache__/x\.pyc'"):
+        open_archive(unpacked)

@@ -162,6 +162,22 @@ def test_operating_points_are_few_and_have_names_of_their_own(manifest: Manifest
             manifest_from_json(json.dumps(content))
 
 
+def test_a_key_twice_and_a_number_of_a_million_digits_are_refused(manifest: Manifest) -> None:
+    text = manifest_to_json(manifest)
+    with pytest.raises(BundleError, match="a key twice"):
+        manifest_from_json(text.replace('"bytes": ', '"bytes": 1, "bytes": ', 1))
+    with pytest.raises(BundleError, match="digits"):
+        manifest_from_json(text.replace('"bytes": ', f'"bytes": {"9" * 1_000_000}', 1))
+
+
+def test_text_that_would_steer_a_terminal_is_refused(manifest: Manifest) -> None:
+    content = json.loads(manifest_to_json(manifest))
+    for text in ("\x1b[2J", "a\nb", "\ud800"):
+        content["provenance"] = {"made-by": text}
+        with pytest.raises(BundleError, match="cannot be shown"):
+            manifest_from_json(json.dumps(content))
+
+
 def test_two_plans_for_one_target_are_refused(manifest: Manifest) -> None:
     content = json.loads(manifest_to_json(manifest))
     content["plans"] *= 2
