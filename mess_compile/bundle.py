@@ -1,11 +1,11 @@
-"""Write a bundle from a plan and its graphs, and verify one."""
+"""Write a bundle from a plan and its graphs."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,16 @@ import onnx
 from numpy.typing import NDArray
 from onnx.external_data_helper import uses_external_data
 
-from mess_compile import files
+from mess_compile import device_files, files
 from mess_compile.candidates import CandidateNetwork, GraphSet, check_hash
 from mess_compile.latency import StageGraphs, stage_graphs
 from mess_compile.measurements import Measurements
-from mess_compile.runtime import archive, cascade, manifest, verify
+from mess_compile.runtime import archive, cascade, manifest, signature
 from mess_compile.runtime.engine import open_library
 from mess_compile.runtime.errors import InputError
 from mess_compile.search.plan import Figures, OperatingPoint, Plan, Stage, check_plan_current
 
+GOLDEN_FRAMES = 4
 _FOLDER = "graphs"
 _REFERENCE = "onnxruntime"
 _WEIGHT = re.compile(r"weights/([0-9a-f]{64})")
@@ -39,41 +40,41 @@ def write_bundle(
     provenance: Mapping[str, str],
     forms: Mapping[str, Path] | None = None,
     resize: str = "stretch",
+    engines: Mapping[manifest.EngineFile, Path] | None = None,
+    key: Path | None = None,
 ) -> manifest.Manifest:
-    """Write the plan's graphs, the weights they name and the golden frames to one file; all of it or nothing.
+    """Write the plan's graphs, the weights they name, the runtime and golden frames to one file; all of it or nothing.
 
     `forms` are graphs as the target's parser takes them, where it does not take their own. `thresholds` is (T, K);
-    golden frames are uint8 (H, W, 3), and what they must give is computed here, in ONNX Runtime. `resize` is what
-    becomes of frames of another size. Equal content gives equal bytes. Raises StaleError when the plan was made from
-    other graphs, InputError when a graph or weight is missing or damaged or there is no golden frame.
+    `golden_frames` are uint8 (H, W, 3) to choose from, and what they must give is computed here, in ONNX Runtime.
+    `resize` is what becomes of frames of another size, `engines` are built ones to take along, `key` is an OpenSSH key
+    to sign with. Equal content gives equal bytes. Raises StaleError when the plan was made from other graphs,
+    InputError when a graph or weight is missing or damaged or there is no golden frame.
     """
     check_plan_current(plan, graph_set)
     if not golden_frames:
         raise InputError("a bundle needs at least one golden frame to verify itself by")
     names = stage_graphs(graph_set.candidate, [stage.head for stage in plan.stages])
     sources = _graph_sources(graph_set, names, forms or {})
+    sources.update({engine.file: built for engine, built in (engines or {}).items()})
     described = manifest.Manifest(
         name=path.stem,
         network=_network(graph_set.candidate, resize),
         gate=_gate(graph_set, thresholds),
         plans=(_plan(graph_set, plan, names, measurements),),
         golden=(),
+        engines=tuple(engines or ()),
         files=_files(sources),
         provenance=dict(provenance),
     )
     with files.replaced(path) as temporary:
         archive.write_archive(temporary, described, sources)
         golden, arrays = _golden(temporary, plan.device, golden_frames)
-        sources.update(arrays)
+        sources.update({**arrays, **device_files.runtime_files(), device_files.README: device_files.readme(described)})
         complete = replace(described, golden=golden, files=_files(sources))
-        archive.write_archive(temporary, complete, sources)
+        signed = None if key is None else lambda content: signature.sign(content, key)
+        archive.write_archive(temporary, complete, sources, signed)
     return complete
-
-
-def verify_bundle(path: Path, target: str | None = None) -> tuple[verify.Check, ...]:
-    """Hashes and golden frames. Raises BundleError when a byte of the bundle was changed."""
-    with cascade.load(path, target) as loaded:
-        return verify.verify(loaded)
 
 
 def _graph_sources(graph_set: GraphSet, names: Sequence[StageGraphs], forms: Mapping[str, Path]) -> _Sources:
@@ -176,23 +177,52 @@ def _files(sources: _Sources) -> dict[str, manifest.File]:
     return {name: archive.file_of(source) for name, source in sorted(sources.items())}
 
 
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A frame and what the cascade made of it; `margin` is how far the counts on the way were from their cuts, at the
+    least, in shares of the cells."""
+
+    frame: NDArray[np.uint8]
+    prediction: cascade.Prediction
+    margin: float
+
+
 def _golden(
     bundle: Path, target: str, frames: Sequence[NDArray[np.uint8]]
 ) -> tuple[tuple[manifest.Golden, ...], dict[str, bytes]]:
-    """What the cascade makes of the frames, and the arrays to keep beside."""
+    """What the cascade makes of the frames it is to be verified by, and the arrays to keep beside."""
     cases: list[manifest.Golden] = []
     arrays: dict[str, bytes] = {}
     with cascade.load(bundle, target, open_library(_REFERENCE)) as loaded:
-        for number, frame in enumerate(frames):
-            prediction = loaded(frame)
-            cells = loaded.plan.stages[prediction.exit - 1].cells
-            count = round(prediction.confidence * cells)
-            case = manifest.Golden(
-                target, f"golden/{number}.npy", f"golden/{number}.labels.npy", prediction.exit, count
-            )
+        for number, run in enumerate(_chosen([_run(loaded, frame) for frame in frames])):
+            exit_ = run.prediction.exit
+            count = round(run.prediction.confidence * loaded.plan.stages[exit_ - 1].cells)
+            case = manifest.Golden(target, f"golden/{number}.npy", f"golden/{number}.labels.npy", exit_, count)
             cases.append(case)
-            arrays[case.frame], arrays[case.labels] = _npy(frame), _npy(prediction.labels)
+            arrays[case.frame], arrays[case.labels] = _npy(run.frame), _npy(run.prediction.labels)
     return tuple(cases), arrays
+
+
+def _run(loaded: cascade.Cascade, frame: NDArray[np.uint8]) -> _Run:
+    taken = loaded(frame)
+    margins = [
+        abs(each.confidence - stage.cut / stage.cells)
+        for stage, each in zip(loaded.plan.stages[: taken.exit], loaded.refine(frame), strict=False)
+        if stage.cut is not None
+    ]
+    return _Run(frame, taken, min(margins, default=1.0))
+
+
+def _chosen(runs: Sequence[_Run]) -> list[_Run]:
+    """A frame for each exit that any takes, then others, the clearest decisions first; in the order they came in.
+
+    A decision on the edge says little: another engine's rounding may turn it.
+    """
+    clearest = sorted(runs, key=lambda run: -run.margin)
+    first = {run.prediction.exit: run for run in reversed(clearest)}
+    most = max(GOLDEN_FRAMES, len(first))
+    kept = [*first.values(), *(run for run in clearest if run not in first.values())][:most]
+    return [run for run in runs if run in kept]
 
 
 def _npy(array: NDArray[np.uint8]) -> bytes:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_BUNDLE = click.Path(path_type=Path)
 _PRECISION = click.option("--precision", default="fp32", show_default=True, help="fp32, fp16 or int8.")
 _PRECISIONS = click.option(
     "--precision", default="fp32", show_default=True, help="One or more of fp32, fp16, int8: fp32,fp16."
@@ -609,13 +610,16 @@ def _figures(figures: Any) -> list[str]:
 @click.argument("plan", type=_FILE, required=False)
 @click.option("-o", "--output", type=_FILE, help="DEVICE.mess in the workspace by default.")
 @click.option("--letterbox", is_flag=True, help="Frames of another shape keep their proportions; stretched otherwise.")
+@click.option("--sign", type=_FILE, metavar="KEY", help="An OpenSSH private key, such as ~/.ssh/id_ed25519.")
 @_json_option
 @click.pass_obj
-def bundle(workspace: Workspace, plan: Path | None, output: Path | None, letterbox: bool, as_json: bool) -> None:
+def bundle(
+    workspace: Workspace, plan: Path | None, output: Path | None, letterbox: bool, sign: Path | None, as_json: bool
+) -> None:
     """Write the chosen plan and its graphs as one file for the device."""
     from mess_compile import steps
 
-    path, manifest = steps.bundle(workspace, plan, output, "letterbox" if letterbox else "stretch")
+    path, manifest = steps.bundle(workspace, plan, output, "letterbox" if letterbox else "stretch", sign)
     size = path.stat().st_size
     if as_json:
         return print_json({"bundle": str(path), "bytes": size, "files": len(manifest.files)})
@@ -624,7 +628,7 @@ def bundle(workspace: Workspace, plan: Path | None, output: Path | None, letterb
 
 
 @main.command()
-@click.argument("bundle", type=_FILE)
+@click.argument("bundle", type=_BUNDLE)
 @click.argument("images", type=_FILE, nargs=-1, required=True)
 @click.option("-o", "--output", type=_FOLDER, default="predictions", show_default=True)
 @click.option("--progressive", is_flag=True, help="Also a strip: the input, and every exit's labels.")
@@ -667,7 +671,7 @@ def run(
 
 
 @main.command()
-@click.argument("bundle", type=_FILE)
+@click.argument("bundle", type=_BUNDLE)
 @click.option("--data", type=_FOLDER, help="Labelled images; the workspace's by default.")
 @click.option("--split", default="val", show_default=True, help="Report on images that nothing was tuned on.")
 @click.option("--passes", default=3, show_default=True, help="How often every image is measured.")
@@ -739,14 +743,40 @@ def _bench_deadline(
     return print_next(f"run {quoted(bundle)} IMAGE... --deadline {deadline_ms:g}ms")
 
 
-@main.command()
-@click.argument("bundle", type=_FILE)
-@_json_option
-def verify(bundle: Path, as_json: bool) -> None:
-    """Hashes and golden frames: does this machine compute what was evaluated?"""
-    from mess_compile.bundle import verify_bundle
+_REMEDIES = {
+    "power mode": "set the power mode back, or profile again",
+    "latency": "see what else runs and how warm it is, profile again, or allow more by --latency-factor",
+    "signature": "get it from somebody whom you know, or sign it by `bundle --sign KEY`",
+}
 
-    checks = verify_bundle(bundle)
+
+@main.command()
+@click.argument("bundle", type=_BUNDLE)
+@click.option("--allowed-signers", type=_FILE, help="Whose signature counts: NAME and public key, one a line.")
+@click.option("--identity", help="Which of the allowed signers; any by default.")
+@click.option("--require-signature", is_flag=True, help="A bundle without a signature fails; nothing of it runs.")
+@click.option(
+    "--latency-factor",
+    type=click.FloatRange(min=0, min_open=True),
+    help="What golden frames may take, in multiples of the plan's latency; 1.25 by default.",
+)
+@_json_option
+def verify(
+    bundle: Path,
+    allowed_signers: Path | None,
+    identity: str | None,
+    require_signature: bool,
+    latency_factor: float | None,
+    as_json: bool,
+) -> None:
+    """Hashes, signature, golden frames, latency: does this machine compute what was evaluated?"""
+    from mess_compile.runtime.signature import Signers
+    from mess_compile.runtime.verify import LATENCY_FACTOR, Demands, verify_bundle
+
+    if allowed_signers is None and (require_signature or identity is not None):
+        raise click.UsageError("a signature is checked by --allowed-signers FILE; add it.")
+    signers = None if allowed_signers is None else Signers(allowed_signers, identity)
+    checks = verify_bundle(bundle, demands=Demands(signers, require_signature, latency_factor or LATENCY_FACTOR))
     good = all(check.passed for check in checks)
     if as_json:
         print_json({"passed": good, "checks": [asdict(check) for check in checks]})
@@ -754,11 +784,9 @@ def verify(bundle: Path, as_json: bool) -> None:
         for check in checks:
             click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
     if not good:
-        failed = ", ".join(check.name for check in checks if not check.passed)
-        remedy = (
-            "write it again on this machine" if failed != "power mode" else "set the power mode back, or profile again"
-        )
-        fail(f"{bundle} does not compute here what it was made to ({failed}): {remedy}")
+        failed = [check.name for check in checks if not check.passed]
+        remedy = _REMEDIES.get(failed[0], "write it again on this machine")
+        fail(f"{bundle} is not here what it was made to be ({', '.join(failed)}): {remedy}")
     if not as_json:
         print_next(f"run {quoted(bundle)} IMAGE...")
 

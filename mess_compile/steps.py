@@ -63,7 +63,7 @@ __all__ = [
 
 Progress = Callable[[str, int, int], None]
 CHECKED_FRAMES = 3
-GOLDEN_FRAMES = 4
+SCENES = 16
 
 
 @dataclass(frozen=True)
@@ -327,9 +327,9 @@ def _settled(workspace: Workspace, recipe: str, device: str) -> GraphSet:
 
 
 def bundle(
-    workspace: Workspace, plan: Path | None, output: Path | None, resize: str = "stretch"
+    workspace: Workspace, plan: Path | None, output: Path | None, resize: str = "stretch", key: Path | None = None
 ) -> tuple[Path, Manifest]:
-    """Write the plan of the device profiled last, or of the file `plan`, as a bundle."""
+    """Write the plan of the device profiled last, or of the file `plan`, as a bundle, signed where there is a `key`."""
     from mess_compile import bundle as bundles
 
     chosen = plans.read_result(plan or workspace.plan(_target(workspace, None).name)).plan
@@ -345,11 +345,12 @@ def bundle(
             graph_set,
             chosen,
             statistics.threshold_table(graph_set.gate, len(graph_set.candidate.classes)),
-            _scene_frames(graph_set.candidate.input_hw, GOLDEN_FRAMES),
+            _scene_frames(graph_set.candidate.input_hw, SCENES),
             _measurements(workspace, graph_set, chosen),
             {"mess_compile": __version__, "golden_frames": "generated street scenes", **sources},
             _forms(graph_set, chosen, target, Path(folder)),
             resize,
+            key=key,
         )
     return path, manifest
 

@@ -12,6 +12,8 @@ from click.testing import CliRunner, Result
 
 from mess_compile.cli import main
 
+ANY_SPEED = ("--latency-factor", "1000")
+"""Tests share their machine."""
 TRAIN = ("train", "--input", "64x96", "--width", "0.25", "--exits", "3", "--heads", "fcn-crm1-b0", "--epochs", "1", "1")
 
 

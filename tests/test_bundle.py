@@ -14,6 +14,7 @@ from mess_compile.candidates import GraphSet
 from mess_compile.runtime.archive import file_of, open_archive, write_archive
 from mess_compile.runtime.errors import BundleError, InputError, StaleError
 from mess_compile.runtime.manifest import Manifest
+from mess_compile.runtime.verify import verify_bundle
 from mess_compile.search.plan import Plan
 from tests import small_network
 from tests.small_network import frame
@@ -79,8 +80,8 @@ def test_golden_frames_carry_what_the_network_says_of_them(graphs: GraphSet) -> 
 
 def test_a_fresh_bundle_verifies(graphs: GraphSet) -> None:
     write(graphs, small_network.plan(18))
-    checks = bundle.verify_bundle(graphs.root.parent / "tiny.mess")
-    assert [check.name for check in checks] == ["hashes", "golden/0.npy", "golden/1.npy"]
+    checks = verify_bundle(graphs.root.parent / "tiny.mess")
+    assert [check.name for check in checks] == ["hashes", "signature", "golden/0.npy", "golden/1.npy", "latency"]
     assert all(check.passed for check in checks)
 
 
@@ -99,13 +100,13 @@ def test_other_labels_and_another_exit_fail_verification(graphs: GraphSet) -> No
     labels = small_network.expected(frame(0))[0][1].copy()
     labels[0, 0] += 1
     forged(path, {"golden/0.labels.npy": bundle._npy(labels)})
-    assert [check.passed for check in bundle.verify_bundle(path)] == [True, False, True]
+    assert [check.passed for check in verify_bundle(path)] == [True, True, False, True, True]
     write(graphs, small_network.plan(18))
     moved = (manifest.golden[0], replace(manifest.golden[1], exit=1))
     forged(path, {}, golden=moved)
-    checks = bundle.verify_bundle(path)
-    assert [check.passed for check in checks] == [True, True, False]
-    assert "exit 2, expected 1" in checks[2].detail
+    checks = verify_bundle(path)
+    assert [check.passed for check in checks] == [True, True, True, False, True]
+    assert "exit 2, expected 1" in checks[3].detail
 
 
 @pytest.mark.parametrize(("off", "passed"), [(-2, False), (-1, True), (1, True), (2, False)])
@@ -115,7 +116,7 @@ def test_a_gate_that_counts_otherwise_fails_verification(graphs: GraphSet, off: 
     count = int(small_network.expected(frame(0))[1][0][2])
     assert 2 <= count <= 22
     forged(path, {}, golden=(replace(manifest.golden[0], count=count + off), manifest.golden[1]))
-    check = bundle.verify_bundle(path)[1]
+    check = verify_bundle(path)[2]
     assert check.passed is passed
     assert f"{count} confident cells, expected {count + off};" in check.detail
 
@@ -127,7 +128,7 @@ def test_a_changed_bundle_is_not_verified_but_refused(graphs: GraphSet) -> None:
     content[500] ^= 1
     path.write_bytes(bytes(content))
     with pytest.raises(BundleError, match="changed after it was written"):
-        bundle.verify_bundle(path)
+        verify_bundle(path)
 
 
 def test_a_plan_of_other_graphs_is_stale(graphs: GraphSet) -> None:

@@ -22,7 +22,7 @@ from mess_compile import steps
 from mess_compile.cli import main
 from mess_compile.runtime.profile import Effort
 from mess_compile.workspace import Workspace
-from tests.commands import TRAIN, done, first, printed_json, run
+from tests.commands import ANY_SPEED, TRAIN, done, first, printed_json, run
 
 pytestmark = pytest.mark.usefixtures("brief_profile")
 COLUMNS = ("baseline", "predicted", "replayed", "measured")
@@ -55,7 +55,7 @@ def arguments(workspace: Path) -> Callable[[str], tuple[str | Path, ...]]:
         "search": ("--max-err", "50%"),
         "run": (workspace / "host.mess", image, "-o", workspace / "predictions"),
         "bench": (workspace / "host.mess", "--split", "test", "--passes", "1"),
-        "verify": (workspace / "host.mess",),
+        "verify": (workspace / "host.mess", *ANY_SPEED),
         "inspect": ("graphs",),
     }
     return lambda command: ("-C", workspace, command, *extra.get(command, ()))

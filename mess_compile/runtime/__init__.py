@@ -12,8 +12,9 @@ from mess_compile.runtime.errors import BundleError, EngineError, InputError, Me
 
 if TYPE_CHECKING:
     from mess_compile.runtime.cascade import Cascade, Prediction, load
+    from mess_compile.runtime.signature import Signers
 
-__all__ = ["BundleError", "Cascade", "EngineError", "InputError", "MessError", "Prediction", "load"]
+__all__ = ["BundleError", "Cascade", "EngineError", "InputError", "MessError", "Prediction", "Signers", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from mess_compile.runtime import cascade
 
         return getattr(cascade, name)
+    if name == "Signers":
+        from mess_compile.runtime import signature
+
+        return signature.Signers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -51,8 +51,11 @@ class _Entry:
 class Archive:
     """An unpacked bundle: `manifest`, and `folder` with its files until `close`.
 
-    `signature` is that over `manifest_bytes`, None where there is none; nobody has checked it.
+    `signature` is that over `manifest_bytes`, None where there is none; `signed_by` who it is known to be of, None
+    until `check_signer` found that out.
     """
+
+    signed_by: Optional[str] = None
 
     def __init__(
         self, manifest: Manifest, folder: TemporaryDirectory[str], manifest_bytes: bytes, signature: Optional[bytes]
@@ -70,11 +73,12 @@ class Archive:
         except (ValueError, OSError) as error:
             raise BundleError(f"{name} of the bundle is not a plain array: {error}") from error
 
-    def signer(self, signers: Signers) -> str:
-        """Who of `signers` signed the bundle. Raises BundleError when none did."""
+    def check_signer(self, signers: Signers) -> str:
+        """Who of `signers` signed the bundle. Raises BundleError when none did, InputError."""
         if self.signature is None:
             raise BundleError(f"the bundle {self.manifest.name} is not signed")
-        return signer_of(self.manifest_bytes, self.signature, signers)
+        self.signed_by = signer_of(self.manifest_bytes, self.signature, signers)
+        return self.signed_by
 
     def close(self) -> None:
         self._temporary.cleanup()

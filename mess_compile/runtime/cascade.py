@@ -17,10 +17,12 @@ from mess_compile.runtime import frames as pictures
 from mess_compile.runtime.archive import Archive, open_archive
 from mess_compile.runtime.confidence import confidence_map
 from mess_compile.runtime.engine import LIBRARIES, Library, open_library
+from mess_compile.runtime.engine_cache import adopt
 from mess_compile.runtime.errors import EngineError, InputError
 from mess_compile.runtime.ladder import Ladder, Walk
 from mess_compile.runtime.manifest import DEFAULT_POINT, Decision, Manifest, Plan
 from mess_compile.runtime.metrics import Metrics, Recorder
+from mess_compile.runtime.signature import Signers
 from mess_compile.runtime.stream import Stream
 
 ON_FAILURE = ("fallback", "raise")
@@ -308,25 +310,44 @@ def load(
     threads: Optional[int] = None,
     cuda_graphs: bool = False,
     on_failure: str = "raise",
+    signers: Optional[Signers] = None,
 ) -> Cascade:
     """Verify a bundle and load its plan for `target`, or the first plan that this machine has a library for.
 
     `threads` is for CPU libraries (None: every core), `cuda_graphs` for TensorRT: stages as one launch each; `profile`
-    measures without. `on_failure` is "raise" or "fallback": see `Cascade`. The cascade closes `library` with itself.
-    Raises InputError, BundleError, EngineError.
+    measures without. `on_failure` is "raise" or "fallback": see `Cascade`. With `signers` the bundle must be signed by
+    one of them, and the engines that it brings are used; else they are built anew. The cascade closes `library` with
+    itself. Raises InputError, BundleError, EngineError.
     """
     if on_failure not in ON_FAILURE:
         raise InputError(f"on_failure is {on_failure!r}, not one of {', '.join(ON_FAILURE)}")
     archive = open_archive(Path(path))
     try:
-        plans = _matching(archive.manifest, target, library)
-        if library is not None:
-            return Cascade(archive, plans[0], library, on_failure, threads)
-        plan, opened = _first_that_opens(plans, threads, cuda_graphs)
-        return Cascade(archive, plan, opened, on_failure, threads)
+        if signers is not None:
+            archive.check_signer(signers)
+        return load_archive(archive, target, library, threads, cuda_graphs, on_failure)
     except BaseException:
         archive.close()
         raise
+
+
+def load_archive(
+    archive: Archive,
+    target: Optional[str] = None,
+    library: Optional[Library] = None,
+    threads: Optional[int] = None,
+    cuda_graphs: bool = False,
+    on_failure: str = "raise",
+) -> Cascade:
+    """As `load`, of a bundle that is open; the cascade closes it, but not when this raises."""
+    plans = _matching(archive.manifest, target, library)
+    if library is not None:
+        plan, opened = plans[0], library
+    else:
+        plan, opened = _first_that_opens(plans, threads, cuda_graphs)
+    if archive.signed_by is not None:
+        adopt(archive.manifest.engines, plan, opened, archive.folder)
+    return Cascade(archive, plan, opened, on_failure, threads)
 
 
 def _matching(manifest: Manifest, target: Optional[str], library: Optional[Library]) -> List[Plan]:

@@ -1,6 +1,7 @@
 """Engines that a device builds for itself from ONNX files, kept in a folder of the user's own.
 
-An engine is code: it is taken from that folder alone, and only with the hash that it was written with.
+An engine is code: it is taken from that folder alone, and only with the hash that it was written with. What a bundle
+brings gets there only when the user named whose signature counts, and the bundle has it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Sequence, Tuple
 
 from mess_compile.runtime import tensorrt_build
 from mess_compile.runtime.engine import Library
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.manifest import EngineFile, Plan
 from mess_compile.runtime.tensorrt_build import BuildOptions
 
 
@@ -34,14 +36,63 @@ def loadable(library: Library, graph: Path, precision: str, folder: Optional[Pat
         return graph
     folder = folder or default_folder()
     _own(folder)
-    name, (major, minor) = library.builds_for
-    capability = f"SM{major}{minor}" if library.name == "tensorrt_rtx" else None
-    options = BuildOptions(library.name, precision, capability)
-    decides = (hashlib.sha256(graph.read_bytes()).hexdigest(), repr(options), library.version, name, major, minor)
-    path = folder / f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.engine"
+    options = _options(library, library.builds_for, precision)
+    path = folder / _name(library, library.builds_for, graph, options)
     if not _is_intact(path):
-        _build(graph, path, options, folder / f"timing-{library.version}.cache")
+        _build(graph, path, options, _timing(folder, library))
     return path
+
+
+_Gpu = Tuple[str, Tuple[int, int]]
+
+
+def _options(library: Library, gpu: _Gpu, precision: str) -> BuildOptions:
+    _, (major, minor) = gpu
+    capability = f"SM{major}{minor}" if library.name == "tensorrt_rtx" else None
+    return BuildOptions(library.name, precision, capability)
+
+
+def _name(library: Library, gpu: _Gpu, graph: Path, options: BuildOptions) -> str:
+    name, (major, minor) = gpu
+    decides = (hashlib.sha256(graph.read_bytes()).hexdigest(), repr(options), library.version, name, major, minor)
+    return f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.engine"
+
+
+def _timing(folder: Path, library: Library) -> Path:
+    return folder / f"timing-{library.version}.cache"
+
+
+def adopt(
+    engines: Sequence[EngineFile], plan: Plan, library: Library, source: Path, folder: Optional[Path] = None
+) -> Tuple[str, ...]:
+    """Put the engines that a bundle brings for this very library and GPU among the user's own, unless there are some.
+
+    Only of a bundle whose signature is known. Returns the graphs that need no build any more. Raises InputError.
+    """
+    gpu = library.builds_for
+    if gpu is None:
+        return ()
+    folder = folder or default_folder()
+    fitting = [engine for engine in engines if _fits(engine, library, gpu)]
+    adopted = []
+    for engine in fitting:
+        _own(folder)
+        content = (source / engine.file).read_bytes()
+        if engine.graph is None:
+            if not _timing(folder, library).exists():
+                _write(_timing(folder, library), content)
+        elif engine.graph in plan.precisions and engine.precision == plan.precisions[engine.graph].used:
+            options = _options(library, gpu, engine.precision)
+            path = folder / _name(library, gpu, source / engine.graph, options)
+            if not _is_intact(path):
+                _keep(path, content)
+            adopted.append(engine.graph)
+    return tuple(adopted)
+
+
+def _fits(engine: EngineFile, library: Library, gpu: _Gpu) -> bool:
+    same_library = (engine.library, engine.library_version) == (library.name, library.version)
+    return same_library and engine.device in ("", gpu[0]) and engine.capability == gpu[1]
 
 
 def _own(folder: Path) -> None:
@@ -66,10 +117,14 @@ def _build(graph: Path, path: Path, options: BuildOptions, timing: Path) -> None
     """Classic TensorRT keeps what it timed for the builds to come; a cache of another device it does not take."""
     known = timing.read_bytes() if options.library == "tensorrt" and timing.is_file() else None
     built = tensorrt_build.build_engine(graph, options, known)
-    _write(path, built.engine)
-    _write(path.with_suffix(".sha256"), hashlib.sha256(built.engine).hexdigest().encode("ascii"))
+    _keep(path, built.engine)
     if built.timing_cache is not None:
         _write(timing, built.timing_cache)
+
+
+def _keep(path: Path, engine: bytes) -> None:
+    _write(path, engine)
+    _write(path.with_suffix(".sha256"), hashlib.sha256(engine).hexdigest().encode("ascii"))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -191,6 +191,23 @@ class Golden:
 
 
 @dataclass(frozen=True)
+class EngineFile:
+    """An engine that the bundle brings in `file`, of the graph `graph`, or what the builder's timing cache had become.
+
+    `device` names the GPU that it is for, "" where any of `capability` will do; `precision` is the graph's, "" for a
+    timing cache.
+    """
+
+    file: str
+    graph: Optional[str]
+    precision: str
+    library: str
+    library_version: str
+    device: str
+    capability: Tuple[int, int]
+
+
+@dataclass(frozen=True)
 class File:
     sha256: str
     bytes: int
@@ -198,13 +215,17 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`files` lists every file of the bundle but the manifest, its hash and its signature."""
+    """`files` lists every file of the bundle but the manifest, its hash and its signature.
+
+    `engines` are used only where the signature is known: an engine is code.
+    """
 
     name: str
     network: Network
     gate: Gate
     plans: Tuple[Plan, ...]
     golden: Tuple[Golden, ...]
+    engines: Tuple[EngineFile, ...]
     files: Dict[str, File]
     provenance: Dict[str, str]
 
@@ -276,6 +297,8 @@ def _check(manifest: Manifest) -> None:
         _check_plan(plan, manifest)
     for index, golden in enumerate(manifest.golden):
         _check_golden(golden, f"golden[{index}]", manifest)
+    for index, engine in enumerate(manifest.engines):
+        _check_engine(engine, f"engines[{index}]", manifest)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -376,3 +399,11 @@ def _check_golden(golden: Golden, where: str, manifest: Manifest) -> None:
     _need(1 <= golden.exit <= len(plans[0].stages), f"{where}: exit is {golden.exit}")
     cells = plans[0].stages[golden.exit - 1].cells
     _need(0 <= golden.count <= cells, f"{where}: count is {golden.count}, not 0 to {cells}")
+
+
+def _check_engine(engine: EngineFile, where: str, manifest: Manifest) -> None:
+    known = engine.file in manifest.files and engine.file.endswith((".engine", ".cache"))
+    _need(known, f"{where}: {engine.file!r} is not an engine of the bundle")
+    graphs = {graph for plan in manifest.plans for graph in plan.graphs()}
+    _need(engine.graph is None or engine.graph in graphs, f"{where}: {engine.graph!r} is in no plan")
+    _need(engine.precision in (*PRECISIONS, ""), f"{where}: precision is {engine.precision!r}")

@@ -55,6 +55,7 @@ class Built:
     name: str = "built"
     version: str = "1"
     builds_for: None = None
+    concurrent: bool = False
 
     def load(self, path: Path) -> tensorrt_engine.TensorRtEngine:
         return self.library.load(self.engines / f"{path.stem}.engine")

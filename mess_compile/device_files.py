@@ -1,0 +1,121 @@
+"""What a bundle holds so that a device needs nothing else but numpy and an engine library: the runtime and a README."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mess_compile
+from mess_compile.runtime.manifest import EngineFile, Figures, Manifest, Plan
+
+README = "README.txt"
+_MAIN = """\
+import os
+import sys
+
+sys.dont_write_bytecode = True  # an unpacked bundle stays as it is
+from pathlib import Path
+
+from mess_compile.runtime.__main__ import main
+
+sys.exit(main(bundle=Path(os.path.dirname(os.path.abspath(__file__)))))
+"""
+
+
+def runtime_files() -> dict[str, bytes]:
+    """The device side as Python runs it from a zip or folder: paths in the bundle -> content."""
+    package = Path(mess_compile.__file__).parent
+    modules = (package / "__init__.py", *sorted((package / "runtime").glob("*.py")))
+    sources = {f"mess_compile/{path.relative_to(package).as_posix()}": path.read_bytes() for path in modules}
+    return {"__main__.py": _MAIN.encode(), **sources}
+
+
+def readme(manifest: Manifest) -> bytes:
+    """For the person on the device."""
+    return "\n".join([*_what(manifest), *_how(manifest), *map(_plan_lines, manifest.plans), *_rest(manifest)]).encode()
+
+
+def _what(manifest: Manifest) -> list[str]:
+    height, width = manifest.network.input_hw
+    title = f"{manifest.name}.mess"
+    return [
+        title,
+        "=" * len(title),
+        "",
+        f"A {manifest.network.backbone} that labels every pixel of a frame with one of {len(manifest.network.classes)}",
+        f"classes, at {height} x {width} inside and at the frame's own size outside. It leaves early when it is sure.",
+        "",
+        f"Classes, by label from 0: {', '.join(manifest.network.classes)}.",
+    ]
+
+
+def _how(manifest: Manifest) -> list[str]:
+    libraries = ", ".join(dict.fromkeys(plan.library for plan in manifest.plans))
+    name = f"{manifest.name}.mess"
+    return [
+        "",
+        "Use",
+        "---",
+        f"Needed: Python 3.8 or later, numpy, and {libraries}. The runtime is inside.",
+        "",
+        f"    python3 {name} info                       # plans, figures, operating points",
+        f"    python3 {name} verify                     # does this machine compute what was evaluated, and as fast?",
+        f"    python3 {name} run frame.png -o pictures  # labels as a palette PNG, and an overlay",
+        "",
+        f"From a program, with {name} on sys.path or mess-compile installed:",
+        "",
+        "    from mess_compile import runtime",
+        f'    with runtime.load("{name}") as cascade:',
+        "        prediction = cascade(frame)  # uint8 RGB (H, W, 3) -> labels, exit, confidence, latency_ms",
+        "",
+        "The file may be unpacked (unzip); `python3 FOLDER verify` then works on the folder.",
+        "",
+        "Whoever runs this file runs the program in it. To look at a bundle from somebody you do not know, use an",
+        "installed mess-compile: it checks every byte, and the signature, before anything of the bundle is used:",
+        "",
+        f"    mess-compile verify {name} --allowed-signers FILE --require-signature",
+    ]
+
+
+def _plan_lines(plan: Plan) -> str:
+    where = "".join(f", {key} {value}" for key, value in sorted(plan.environment.items()))
+    title = f"Plan for {plan.target}"
+    lines = [
+        "",
+        title,
+        "-" * len(title),
+        f"{plan.library}, {plan.precision}, {plan.setting}; exits and thresholds by {plan.tuned_by}.",
+        f"Latencies are {plan.predicted.source} on {plan.target}{where}.",
+        f"plan: {_figures(plan.predicted)}",
+        f"{plan.baseline_name}: {_figures(plan.baseline)}",
+    ]
+    lines += [f"operating point {point.name}: {_figures(point.predicted)}" for point in plan.operating_points]
+    return "\n".join(lines)
+
+
+def _figures(figures: Figures) -> str:
+    return (
+        f"{figures.latency_ms:.2f} ms (p95 {figures.p95_ms:.2f}, worst {figures.worst_ms:.2f}), {figures.miou:.2f} % "
+        f"mIoU, {figures.gmacs:.3f} GMACs, on the {figures.images} images of {figures.split} that it was chosen by"
+    )
+
+
+def _rest(manifest: Manifest) -> list[str]:
+    engines = [engine for engine in manifest.engines if engine.graph is not None]
+    lines = ["", "Files", "-----", "manifest.json lists every file with its SHA-256; docs/bundle.md of mess-compile"]
+    lines += ["describes it. golden/ holds frames and what must come out of them."]
+    if engines:
+        lines.append(
+            f"Engines are inside for {_places(engines)}. They are used when the bundle is signed by somebody in"
+        )
+        lines.append("--allowed-signers; without, they are built anew from graphs/.")
+    lines += ["", *(f"{key}: {value}" for key, value in sorted(manifest.provenance.items())), ""]
+    return lines
+
+
+def _places(engines: list[EngineFile]) -> str:
+    places = (
+        f"{engine.library} {engine.library_version} on {engine.device or 'any GPU'} of SM{major}{minor}"
+        for engine in engines
+        for major, minor in [engine.capability]
+    )
+    return "; ".join(dict.fromkeys(places))
