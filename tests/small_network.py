@@ -123,12 +123,12 @@ def measurements(stages: int) -> Measurements:
     return Measurements((StageCost(10.0, 20.0, 10.0, 20.0),) * stages, 10.0, 20.0, ((),) * stages, {"cores": "2"})
 
 
-def write_bundle(path: Path, of: Plan | None = None, golden: int = 2) -> Manifest:
+def write_bundle(path: Path, of: Plan | None = None, golden: int = 2, key: Path | None = None) -> Manifest:
     graphs = graph_set(path.parent / "graphs")
     frames = [frame(seed) for seed in range(golden)]
     chosen = of or plan()
     measured = measurements(len(chosen.stages))
-    return bundle.write_bundle(path, graphs, chosen, thresholds(), frames, measured, {"mess-compile": "1"})
+    return bundle.write_bundle(path, graphs, chosen, thresholds(), frames, measured, {"mess-compile": "1"}, key=key)
 
 
 def changed_bundle(source: Path, target: Path, change: Callable[[Manifest], Manifest]) -> Path:

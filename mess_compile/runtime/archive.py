@@ -39,6 +39,8 @@ _MAX_BYTES = {MANIFEST: 1 << 22, MANIFEST_HASH: 1 << 8, SIGNATURE: 1 << 14}
 _MAX_DEPTH = 8
 _MAX_ENTRIES = 1 << 14
 _BLOCK = 1 << 20
+_PYTHONS_OWN = "__pycache__"
+"""Left by `python3 FOLDER`; nothing of it is read here."""
 _DAMAGED = "copy or write it again"
 
 
@@ -203,6 +205,8 @@ def _walk(folder: Path, inside: str, depth: int) -> Iterator[Tuple[str, os.stat_
     with os.scandir(folder) as found:
         for entry in found:
             name, status = inside + entry.name, entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode) and entry.name == _PYTHONS_OWN:
+                continue
             if stat.S_ISDIR(status.st_mode) and depth:
                 yield from _walk(folder / entry.name, f"{name}/", depth - 1)
             else:

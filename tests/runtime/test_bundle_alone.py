@@ -1,0 +1,170 @@
+"""The device has Python, numpy and an engine library, and nothing of ours: the bundle must bring the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from tests import small_network
+
+NEEDED = ("numpy", "numpy.libs", "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of an environment of its own that holds numpy and ONNX Runtime and no other package."""
+    folder = tmp_path_factory.mktemp("device") / "env"
+    venv.create(folder, with_pip=False, symlinks=True)
+    place = next((folder / "lib").glob("python3*")) / "site-packages"
+    spec = importlib.util.find_spec("numpy")
+    assert spec is not None
+    assert spec.origin is not None
+    packages = Path(spec.origin).parent.parent
+    for name in NEEDED:
+        if (packages / name).exists():
+            (place / name).symlink_to(packages / name)
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundle") / "street.mess"
+    small_network.write_bundle(path)
+    return path
+
+
+def run(python: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [python, *map(str, arguments)], capture_output=True, text=True, timeout=120, env={}, cwd="/", check=False
+    )
+
+
+def test_the_environment_has_nothing_of_ours(python: Path) -> None:
+    for name in ("mess_compile", "torch", "onnx", "click", "PIL"):
+        assert "No module named" in run(python, "-c", f"import {name}").stderr
+
+
+def saved(folder: Path, seed: int, hw: tuple[int, int] = small_network.HW) -> NDArray[np.uint8]:
+    frame = small_network.frame(seed, hw)
+    Image.fromarray(frame).save(folder / f"{seed}.png")
+    return frame
+
+
+def test_the_bundle_segments_pictures_there(python: Path, bundle: Path, tmp_path: Path) -> None:
+    frames = [saved(tmp_path, seed) for seed in range(3)]
+    pictures = [tmp_path / f"{seed}.png" for seed in range(3)]
+    done = run(python, bundle, "run", *pictures, "-o", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    for seed, frame in enumerate(frames):
+        results = small_network.expected(frame)
+        counts, labels = results[0] if results[0][0][2] >= 18 else results[1]
+        assert f"{seed}.png: exit {1 if results[0][0][2] >= 18 else 2}, confidence {counts[2] / 24:.3f}" in done.stdout
+        picture = Image.open(tmp_path / "out" / f"{seed}.labels.png")
+        np.testing.assert_array_equal(np.asarray(picture), labels)
+        palette = picture.getpalette()
+        assert palette is not None
+        assert palette[3:9] == [128, 64, 0, 0, 0, 255]
+        overlay = np.asarray(Image.open(tmp_path / "out" / f"{seed}.overlay.png")).astype(int)
+        colours = np.array([(0, 0, 0), (128, 64, 0), (0, 0, 255)])[labels]
+        assert np.abs(overlay - (frame + colours) / 2).max() <= 1
+
+
+def test_the_bundle_verifies_itself_there(python: Path, bundle: Path) -> None:
+    done = run(python, bundle, "verify")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["ok"] * 5
+    assert "latency" in done.stdout
+
+
+def test_a_bundle_that_is_too_slow_there_says_so(python: Path, bundle: Path) -> None:
+    done = run(python, bundle, "verify", "--latency-factor", "0.000001")
+    assert done.returncode == 1
+    assert "FAILED  latency: " in done.stdout
+    assert "the plan says 35.00 ms" in done.stdout  # one frame leaves at exit 1 after 30 ms, one at exit 2 after 40 ms
+
+
+def test_what_is_in_it_and_for_whom_is_told_there(python: Path, bundle: Path) -> None:
+    shown = run(python, bundle, "info").stdout
+    assert "street: tiny, 3 classes, 8 x 12" in shown
+    assert "operating point default: 1.50 ms, 60.00 % mIoU" in shown
+    with zipfile.ZipFile(bundle) as content:
+        readme = content.read("README.txt").decode()
+    for words in (
+        "python3 street.mess verify",
+        "Classes, by label from 0: sky, road, car.",
+        "measured on host, cores 2",
+    ):
+        assert words in readme
+
+
+def test_an_unpacked_bundle_runs_there_and_stays_as_it_is(python: Path, bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "street"
+    with zipfile.ZipFile(bundle) as content:
+        content.extractall(folder)
+    before = sorted(path for path in folder.rglob("*"))
+    for _ in range(2):
+        done = run(python, folder, "verify")
+        assert (done.returncode, done.stderr) == (0, "")
+    after = sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    assert after == before
+
+
+def test_a_program_imports_the_runtime_from_the_bundle(python: Path, bundle: Path, tmp_path: Path) -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(bundle)!r})\n"
+        "from mess_compile import runtime\nimport numpy as np\n"
+        f"with runtime.load({str(bundle)!r}) as cascade:\n"
+        f"    np.save({str(tmp_path / 'labels.npy')!r}, cascade(np.load({str(tmp_path / 'frame.npy')!r})).labels)\n"
+    )
+    frame = small_network.frame(1)
+    np.save(tmp_path / "frame.npy", frame)
+    done = run(python, "-c", script)
+    assert (done.returncode, done.stderr) == (0, "")
+    results = small_network.expected(frame)
+    np.testing.assert_array_equal(np.load(tmp_path / "labels.npy"), results[0 if results[0][0][2] >= 18 else 1][1])
+
+
+def test_what_goes_wrong_there_is_one_line(python: Path, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff\xe0 not really")
+    saved(tmp_path, 1)
+    (tmp_path / "more").mkdir()
+    saved(tmp_path / "more", 1)
+    damaged = tmp_path / "damaged.mess"
+    damaged.write_bytes(bundle.read_bytes()[:-100] + bytes(100))
+    cases: list[tuple[tuple[str | Path, ...], str]] = [
+        ((bundle, "run", tmp_path / "a.jpg"), "need Pillow: `pip install Pillow`"),
+        ((bundle, "run", tmp_path / "gone.png"), "gone.png cannot be read"),
+        ((bundle, "run", tmp_path / "1.png", tmp_path / "more" / "1.png"), "two images are named 1"),
+        ((bundle, "run", tmp_path / "1.png", "--operating-point", "fast"), "no operating point 'fast'; it has default"),
+        ((bundle, "run", tmp_path / "1.png", "--target", "xavier"), "no plan for the target xavier"),
+        ((bundle, "verify", "--require-signature"), "--allowed-signers FILE"),
+    ]
+    for arguments, words in cases:
+        done = run(python, *arguments)
+        assert done.returncode == 1, arguments
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+        assert words in done.stderr
+    assert run(python, damaged, "verify").returncode == 1
+
+
+@pytest.mark.slow
+def test_it_runs_in_an_environment_made_by_pip(bundle: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "numpy", "onnxruntime"]
+    installed = subprocess.run(install, capture_output=True, text=True, timeout=600, check=False)
+    if installed.returncode:
+        pytest.skip(f"pip cannot install here: {installed.stderr[-200:]}")
+    saved(tmp_path, 1, (20, 31))
+    done = run(python, bundle, "run", tmp_path / "1.png", "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert np.asarray(Image.open(tmp_path / "1.labels.png")).shape == (20, 31)
