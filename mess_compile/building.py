@@ -263,7 +263,7 @@ def _build(job: _Job) -> EngineEntry:
 
 def _engine(path: Path, job: _Job) -> bytes:
     """Classic TensorRT shares a timing cache between the graphs of a device; one of another device it does not take."""
-    cache = job.folder.parent / f"timing-{job.parser.version}.cache"
+    cache = job.folder.parent / tensorrt_build.timing_cache_name(job.parser.version)
     known = cache.read_bytes() if job.options.library == "tensorrt" and cache.is_file() else None
     built = tensorrt_build.build_engine(path, job.options, known)
     if built.timing_cache is not None:

@@ -611,15 +611,26 @@ def _figures(figures: Any) -> list[str]:
 @click.option("-o", "--output", type=_FILE, help="DEVICE.mess in the workspace by default.")
 @click.option("--letterbox", is_flag=True, help="Frames of another shape keep their proportions; stretched otherwise.")
 @click.option("--sign", type=_FILE, metavar="KEY", help="An OpenSSH private key, such as ~/.ssh/id_ed25519.")
+@click.option("--engines", is_flag=True, help="Take built engines along; used where the bundle is signed.")
+@click.option("--single-file", type=_FILE, metavar="MODEL.onnx", help="Also one ONNX with If, for ONNX Runtime alone.")
 @_json_option
 @click.pass_obj
 def bundle(
-    workspace: Workspace, plan: Path | None, output: Path | None, letterbox: bool, sign: Path | None, as_json: bool
+    workspace: Workspace,
+    plan: Path | None,
+    output: Path | None,
+    letterbox: bool,
+    sign: Path | None,
+    engines: bool,
+    single_file: Path | None,
+    as_json: bool,
 ) -> None:
-    """Write the chosen plan and its graphs as one file for the device."""
+    """Write the chosen plan, its graphs and the runtime as one file for the device."""
     from mess_compile import steps
 
-    path, manifest = steps.bundle(workspace, plan, output, "letterbox" if letterbox else "stretch", sign)
+    options = steps.BundleOptions("letterbox" if letterbox else "stretch", sign, engines, single_file)
+    with progress_bar(as_json) as progress:
+        path, manifest = steps.bundle(workspace, plan, output, options, progress)
     size = path.stat().st_size
     if as_json:
         return print_json({"bundle": str(path), "bytes": size, "files": len(manifest.files)})

@@ -25,7 +25,7 @@ from mess_compile.recording import evaluate
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime import frames, machine, power
 from mess_compile.runtime.errors import InputError, RequirementError, StaleError
-from mess_compile.runtime.manifest import Manifest
+from mess_compile.runtime.manifest import EngineFile, Manifest
 from mess_compile.runtime.manifest import Plan as ManifestPlan
 from mess_compile.search import plan as plans
 from mess_compile.search.requirement import Requirement
@@ -326,10 +326,25 @@ def _settled(workspace: Workspace, recipe: str, device: str) -> GraphSet:
     return known.graph_set
 
 
+@dataclass(frozen=True)
+class BundleOptions:
+    """How a bundle is written: what becomes of frames of another size, an OpenSSH key to sign with, whether engines
+    travel along, and where to write its plan as one ONNX file."""
+
+    resize: str = "stretch"
+    key: Path | None = None
+    engines: bool = False
+    single_file: Path | None = None
+
+
 def bundle(
-    workspace: Workspace, plan: Path | None, output: Path | None, resize: str = "stretch", key: Path | None = None
+    workspace: Workspace,
+    plan: Path | None,
+    output: Path | None,
+    options: BundleOptions = BundleOptions(),
+    progress: Progress = lambda what, done, total: None,
 ) -> tuple[Path, Manifest]:
-    """Write the plan of the device profiled last, or of the file `plan`, as a bundle, signed where there is a `key`."""
+    """Write the plan of the device profiled last, or of the file `plan`, as a bundle."""
     from mess_compile import bundle as bundles
 
     chosen = plans.read_result(plan or workspace.plan(_target(workspace, None).name)).plan
@@ -349,10 +364,49 @@ def bundle(
             _measurements(workspace, graph_set, chosen),
             {"mess_compile": __version__, "golden_frames": "generated street scenes", **sources},
             _forms(graph_set, chosen, target, Path(folder)),
-            resize,
-            key=key,
+            options.resize,
+            _engines_to_take(workspace, target, chosen, progress) if options.engines else {},
+            options.key,
         )
+    if options.single_file is not None:
+        from mess_compile.graph.single_file import write_single_file
+
+        write_single_file(path, chosen.device, options.single_file)
     return path, manifest
+
+
+def _engines_to_take(
+    workspace: Workspace, target: Target, plan: plans.Plan, progress: Progress
+) -> dict[EngineFile, Path]:
+    """The plan's engines, and for classic TensorRT the timing cache that their builds left."""
+    if target.library.startswith("onnxruntime"):
+        raise InputError(f"{target.name} runs graphs by ONNX Runtime, which has no engines: leave --engines out")
+    from mess_compile import building
+    from mess_compile.runtime.tensorrt_build import timing_cache_name
+
+    (made,) = _engine_files(workspace, target, (plan.precision.partition("-")[0],), None, None, progress)
+    version = building.library_version(target)
+    name, capability = _gpu(target)
+
+    def engine(file: str, graph: str | None, precision: str) -> EngineFile:
+        return EngineFile(f"engines/{file}", graph, precision, target.library, version, name, capability)
+
+    found = {
+        engine(f"{graph.name}.engine", f"graphs/{graph.name}.onnx", graph.precision): made.path(graph.name)
+        for graph in plan.graphs
+    }
+    timing = workspace.engines(target.name, made.graph_set.recipe).parent / timing_cache_name(version)
+    return found | ({engine(timing.name, None, ""): timing} if timing.is_file() else {})
+
+
+def _gpu(target: Target) -> tuple[str, tuple[int, int]]:
+    """What engines are for: any GPU of the target's capability, or for classic TensorRT the one that is here."""
+    if target.library == "tensorrt_rtx" and target.compute_capability is not None:
+        return "", target.compute_capability
+    with closing(open_library(target.library)) as library:
+        if library.builds_for is None:
+            raise InputError(f"{target.library} here builds no engines for {target.name}")
+        return library.builds_for
 
 
 def _measurements(workspace: Workspace, graph_set: GraphSet, plan: plans.Plan) -> Measurements:

@@ -165,3 +165,36 @@ def test_damaged_graphs_and_weights_are_refused_and_the_old_bundle_stays(graphs:
 def test_a_bundle_without_golden_frames_is_refused(graphs: GraphSet) -> None:
     with pytest.raises(InputError, match="golden"):
         write(graphs, small_network.plan(), golden=0)
+
+
+def test_golden_frames_are_few_take_every_exit_and_leave_no_doubt(graphs: GraphSet) -> None:
+    frames = [frame(seed) for seed in range(40)]
+    counts = [int(small_network.expected(each)[0][0][2]) for each in frames]
+    cut = max(counts)  # one exit is taken by few of the frames
+    early = [index for index, count in enumerate(counts) if count >= cut]
+    assert 1 <= len(early) < 4
+    path = graphs.root.parent / "tiny.mess"
+    manifest = bundle.write_bundle(
+        path, graphs, small_network.plan(cut), small_network.thresholds(), frames, small_network.measurements(2), {}
+    )
+    assert sorted(golden.exit for golden in manifest.golden) == [1, 2, 2, 2]
+    archive = open_archive(path)
+    kept = [archive.array(golden.frame) for golden in manifest.golden]
+    archive.close()
+    places = [next(i for i, each in enumerate(frames) if np.array_equal(each, found)) for found in kept]
+    assert places == sorted(places)
+    clearest = sorted(cut - count for count in counts)[-3:]
+    assert sorted(cut - counts[place] for place in places if counts[place] < cut) == clearest
+
+
+def test_frames_of_another_shape_keep_their_proportions_where_the_bundle_says_so(graphs: GraphSet) -> None:
+    path, wide = graphs.root.parent / "tiny.mess", frame(1, (4, 12))
+    measured = small_network.measurements(1)
+    plan = small_network.plan(None, (2,), "budgeted")
+    found = {}
+    for resize in ("stretch", "letterbox"):
+        bundle.write_bundle(path, graphs, plan, small_network.thresholds(), [frame(0)], measured, {}, resize=resize)
+        with runtime.load(path) as cascade:
+            found[resize] = cascade(wide).labels
+    assert found["letterbox"].shape == found["stretch"].shape == (4, 12)
+    assert not np.array_equal(found["letterbox"], found["stretch"])

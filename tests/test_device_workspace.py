@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -112,6 +113,24 @@ def test_the_bundle_computes_on_the_device_what_was_evaluated(workspace: Path, d
     engine.write_bytes(b"an engine from elsewhere")
     done("verify", bundle, *ANY_SPEED)
     assert len(device.built) == before + graphs + 1, "what is not ours is built again, never loaded"
+
+
+@pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="there is no ssh-keygen")
+def test_engines_in_a_bundle_are_used_where_it_is_signed_by_somebody_known(workspace: Path, device: Device) -> None:
+    done("-C", workspace, "profile", "--device", "xavier")
+    done("-C", workspace, "search")
+    key, allowed = workspace.parent / "key", workspace.parent / "allowed"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    allowed.write_text(f"maker {key.with_suffix('.pub').read_text()}")
+    before = len(device.built)
+    done("-C", workspace, "bundle", "--engines", "--sign", key)
+    assert len(device.built) == before, "they were built to be profiled"
+    bundle = workspace / "xavier.mess"
+    assert "signature: by maker" in done("verify", bundle, "--allowed-signers", allowed, *ANY_SPEED)
+    assert len(device.built) == before, "no build: the signer is known"
+    shutil.rmtree(workspace.parent / "cache")
+    done("verify", bundle, *ANY_SPEED)
+    assert len(device.built) == before + len(plan_of(workspace).graphs), "engines of who knows whom are built anew"
 
 
 def test_an_engine_folder_that_others_can_write_is_refused(workspace: Path, device: Device) -> None:

@@ -59,7 +59,7 @@ def _name(library: Library, gpu: _Gpu, graph: Path, options: BuildOptions) -> st
 
 
 def _timing(folder: Path, library: Library) -> Path:
-    return folder / f"timing-{library.version}.cache"
+    return folder / tensorrt_build.timing_cache_name(library.version)
 
 
 def adopt(

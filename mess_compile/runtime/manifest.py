@@ -26,6 +26,7 @@ CONFIDENCE_BINS = 10
 MAX_POINTS = 8
 MAX_SIDE = 1 << 14
 _MAX_DIGITS = 20
+_MAX_THRESHOLD = 1e6
 _PATH = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,120}(?:/(?!\.)[A-Za-z0-9_.-]{1,120}){0,3}")
 _NAMES = {
     "precision": re.compile(r"[a-z0-9-]{1,32}"),
@@ -290,6 +291,8 @@ def _check(manifest: Manifest) -> None:
     rows = manifest.gate.thresholds
     wide = all(len(row) == len(manifest.network.classes) for row in rows)
     _need(bool(rows) and wide, f"gate.thresholds has rows that do not fit {len(manifest.network.classes)} classes")
+    steepest = max(abs(value) for row in rows for value in row)
+    _need(steepest <= _MAX_THRESHOLD, f"gate.thresholds has {steepest:g}; a confidence is in 0 to 1")
     _need(bool(manifest.plans), "plans is empty")
     targets = [plan.target for plan in manifest.plans]
     _need(len(set(targets)) == len(targets), f"plans has a target twice: {', '.join(targets)}")

@@ -35,6 +35,11 @@ class Built:
     timing_cache: Optional[bytes]
 
 
+def timing_cache_name(version: str) -> str:
+    """What the file is called in which builds of one version of classic TensorRT keep what they timed."""
+    return f"timing-{version}.cache"
+
+
 def build_engine(path: Path, options: BuildOptions, timing_cache: Optional[bytes] = None) -> Built:
     """Parse and build `path`, an ONNX file of static shapes. Raises EngineError in the parser's or builder's own words.
 

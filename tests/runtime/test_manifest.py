@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from mess_compile.runtime.errors import BundleError
-from mess_compile.runtime.manifest import Manifest, manifest_from_json, manifest_to_json
+from mess_compile.runtime.manifest import EngineFile, File, Manifest, manifest_from_json, manifest_to_json
 from tests import small_network
 
 Path_ = tuple[str | int, ...]
@@ -22,7 +23,11 @@ FREE = {"provenance", "environment"}
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return small_network.write_bundle(tmp_path_factory.mktemp("bundle") / "tiny.mess")
+    """Without the runtime's files, which are listed as the others are, and with an engine."""
+    whole = small_network.write_bundle(tmp_path_factory.mktemp("bundle") / "tiny.mess")
+    files = {path: file for path, file in whole.files.items() if not path.startswith("mess_compile/")}
+    engine = EngineFile("engines/0.engine", "graphs/segment-0-1.onnx", "fp32", "tensorrt", "10.0", "GPU", (8, 9))
+    return replace(whole, files={**files, engine.file: File("0" * 64, 1)}, engines=(engine,))
 
 
 def leaves(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
@@ -44,7 +49,7 @@ def edited(content: Any, path: Path_, edit: Callable[[Any, Any], None]) -> str:
     return json.dumps(changed)
 
 
-def replace_by(new: Any, parent: Any, key: Any) -> None:
+def put(new: Any, parent: Any, key: Any) -> None:
     parent[key] = new
 
 
@@ -59,10 +64,10 @@ def test_any_value_of_another_type_is_refused(manifest: Manifest) -> None:
     for path, value in leaves(content):
         for other in (None, [1, "x"], {"a": 1}, "text", 1, 1.5, True, float("nan"), 10**400):
             same = type(other) is type(value) or (isinstance(value, float) and other == 1)
-            if not path or same or path[0] == "provenance" or path[-1] in ("cut", "power_mode"):
+            if not path or same or path[0] == "provenance" or path[-1] in ("cut", "power_mode", "graph"):
                 continue
             with pytest.raises(BundleError, match=r"manifest"):
-                manifest_from_json(edited(content, path, partial(replace_by, other)))
+                manifest_from_json(edited(content, path, partial(put, other)))
 
 
 def test_a_missing_and_an_unknown_key_are_refused_by_name(manifest: Manifest) -> None:
@@ -86,6 +91,7 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name(manifest: Manifest) ->
         (("gate", "thresholds"), [], "thresholds"),
         (("gate", "thresholds"), [[0.5, 0.5]], "thresholds"),
         (("gate", "thresholds", 0, 0), float("inf"), "thresholds"),
+        (("gate", "thresholds", 0, 0), 1e308, "1e.308; a confidence is in 0 to 1"),
         (("plans",), [], "plans is empty"),
         (("plans", 0, "setting"), "eager", "setting 'eager'"),
         (("plans", 0, "stages"), [], "no stages"),
@@ -123,6 +129,11 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name(manifest: Manifest) ->
         (("golden", 0, "exit"), 3, "exit is 3"),
         (("golden", 0, "count"), 25, "count is 25"),
         (("golden", 0, "target"), "xavier", "no plan for 'xavier'"),
+        (("engines", 0, "file"), "golden/0.npy", "not an engine of the bundle"),
+        (("engines", 0, "file"), "engines/1.engine", "not an engine of the bundle"),
+        (("engines", 0, "graph"), "golden/0.npy", "is in no plan"),
+        (("engines", 0, "precision"), "fp8", "precision is 'fp8'"),
+        (("engines", 0, "capability"), [8], "capability has 1 entries"),
         (("files", "golden/0.npy", "bytes"), -1, "bytes is -1"),
         (("files", "golden/0.npy", "sha256"), "0" * 63, "sha256"),
         (("version",), 1, "version 1; this release reads 4: update it, or write the bundle again"),
@@ -133,7 +144,7 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name(manifest: Manifest) ->
 def test_a_value_out_of_range_is_named(manifest: Manifest, path: Path_, value: Any, words: str) -> None:
     content = json.loads(manifest_to_json(manifest))
     with pytest.raises(BundleError, match=words):
-        manifest_from_json(edited(content, path, partial(replace_by, value)))
+        manifest_from_json(edited(content, path, partial(put, value)))
 
 
 @pytest.mark.parametrize(
