@@ -18,6 +18,7 @@ from mess_compile.candidates import (
 )
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.manifest import MANIFEST
 from mess_compile.search import plan as plans
 from mess_compile.search.explain import Explanation, Outcome
 from mess_compile.workspace import Workspace
@@ -64,7 +65,7 @@ def inspect(workspace: Workspace, thing: str, classes: int, hw: tuple[int, int],
         if thing == "latency":
             return inspect_latency(latency.read_latency_table(workspace.latency(device)))
         return inspect_plan(plans.read_result(workspace.plan(device)))
-    if not Path(thing).is_file():
+    if not Path(thing).is_file() and not Path(thing, MANIFEST).is_file():
         raise InputError(f"{thing!r} is no file, and none of {', '.join((*BACKBONES, *ARTEFACTS))}")
     return inspect_bundle(Path(thing))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from mess_compile.recording import current_statistics as _current_statistics
 from mess_compile.recording import evaluate
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime import frames, machine, power
+from mess_compile.runtime.engine import open_library
 from mess_compile.runtime.errors import InputError, RequirementError, StaleError
 from mess_compile.runtime.manifest import EngineFile, Manifest
 from mess_compile.runtime.manifest import Plan as ManifestPlan

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+import onnxruntime
 import pytest
 from PIL import Image
 
@@ -22,7 +25,7 @@ from mess_compile import steps
 from mess_compile.cli import main
 from mess_compile.runtime.profile import Effort
 from mess_compile.workspace import Workspace
-from tests.commands import ANY_SPEED, TRAIN, done, first, printed_json, run
+from tests.commands import ANY_SPEED, TRAIN, complaint, done, first, printed_json, run
 
 pytestmark = pytest.mark.usefixtures("brief_profile")
 COLUMNS = ("baseline", "predicted", "replayed", "measured")
@@ -160,6 +163,51 @@ def test_nothing_but_results_is_printed_along_the_whole_chain(workspace: Path, t
     ended = subprocess.run([sys.executable, "-c", CHAIN, commands], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.count("next: mess-compile") == len(chain)
+
+
+class TestBundle:
+    def test_it_brings_what_the_device_goes_by(self, workspace: Path) -> None:
+        done("-C", workspace, "bundle")
+        (plan,) = printed_json("inspect", workspace / "host.mess")["plans"]
+        assert sum(plan["confidence"][0]) == plan["predicted"]["images"] == 12
+        rates = plan["predicted"]["exit_rates"]
+        assert sum(plan["confidence"][1]) == round(12 * (1 - rates[0]))
+        assert plan["environment"]["library_version"]
+        paths, spent = [], plan["upload_mean_ms"]
+        for cost in plan["costs"]:
+            spent += cost["mean_ms"]
+            paths.append(spent + cost["report_mean_ms"])
+        assert sum(map(math.prod, zip(paths, rates, strict=True))) == pytest.approx(plan["predicted"]["latency_ms"])
+
+    def test_one_file_beside_it_for_onnx_runtime_alone(self, workspace: Path) -> None:
+        image = first(workspace / "data" / "test" / "images")
+        done("-C", workspace, "bundle", "--single-file", workspace / "host.onnx")
+        labels, exit_ = onnxruntime.InferenceSession(workspace / "host.onnx").run(
+            ["labels", "exit"], {"image": np.asarray(Image.open(image).convert("RGB"))[None]}
+        )
+        ran = printed_json("run", workspace / "host.mess", image, "-o", workspace / "out")["images"][0]
+        assert ran["exit"] == exit_[0]
+        pictured = np.asarray(Image.open(workspace / "out" / f"{image.stem}.labels.png"))
+        np.testing.assert_array_equal(pictured, labels[0])
+
+    def test_unpacked_it_is_the_same(self, workspace: Path) -> None:
+        folder = workspace / "unpacked"
+        with zipfile.ZipFile(workspace / "host.mess") as content:
+            content.extractall(folder)
+        done("verify", folder, *ANY_SPEED)
+        assert printed_json("inspect", folder) == printed_json("inspect", workspace / "host.mess")
+        weight = first(folder / "graphs" / "weights")
+        weight.write_bytes(weight.read_bytes()[:-1] + b"x")
+        assert "is not the file that the manifest lists" in complaint("verify", folder)
+
+    def test_what_cannot_be_is_refused(self, workspace: Path) -> None:
+        assert "has no engines: leave --engines out" in complaint("-C", workspace, "bundle", "--engines")
+        assert "there is no key" in complaint("-C", workspace, "bundle", "--sign", workspace / "gone")
+        assert run("verify", workspace / "host.mess", "--require-signature").exit_code == 2
+        slow = run("verify", workspace / "host.mess", "--latency-factor", "0.000001")
+        assert slow.exit_code == 1
+        assert "FAILED  latency: " in slow.stdout
+        assert "(latency): see what else runs" in slow.stderr
 
 
 class TestRun:
