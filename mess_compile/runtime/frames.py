@@ -30,6 +30,8 @@ def to_input(frame: np.ndarray, hw: Tuple[int, int], how: str) -> np.ndarray:
 
     A letterboxed frame touches two opposite sides of the input and lies in the middle of the others, amid `PADDING`.
     """
+    if frame.shape[:2] == tuple(hw):
+        return frame
     rows, columns = _place(frame.shape[:2], hw, how)
     inner = resize(frame, (rows.stop - rows.start, columns.stop - columns.start))
     if inner.shape[:2] == tuple(hw):
@@ -41,6 +43,8 @@ def to_input(frame: np.ndarray, hw: Tuple[int, int], how: str) -> np.ndarray:
 
 def from_input(labels: np.ndarray, hw: Tuple[int, int], how: str) -> np.ndarray:
     """Labels (or any map) at the network's size back at the frame's own (H, W) = `hw`: padding cut away, nearest."""
+    if labels.shape == tuple(hw):
+        return labels
     return resize_labels(labels[_place(hw, labels.shape, how)], hw)
 
 
