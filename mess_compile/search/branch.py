@@ -291,7 +291,7 @@ class _Search:
             return float(100.0 - self.best.miou if self._unknown else max(gains, default=0.0))
         least = [each.price(self._aim).min(initial=self.best.goal) for each in self._open]
         reached = 0.0 if self._unknown else min(least, default=self.best.goal)
-        return (self.best.goal - float(reached)) / self._images / self._problem.unit
+        return float((self.best.goal - reached) / self._images / self._problem.unit)
 
     # what a plan must beat
 
