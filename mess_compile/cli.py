@@ -440,6 +440,8 @@ def _print_table_made(table: Any) -> None:
 @click.option("--precision", help="Recipes to search, of those profiled: fp32,fp16. All of them by default.")
 @click.option("--front", default="latency,miou", show_default=True, help="latency,miou,memory: memory counts too.")
 @click.option("--time-limit", help="Such as 60s: the best plan found by then, and what a better one could still gain.")
+@click.option("--confidence", help="Such as 95%: certify that --max-err holds on unseen images of the same kind.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the images that --confidence certifies on.")
 @click.option("--explain", is_flag=True, help="Also say why: what exits bring, requirements cost, and what would help.")
 @_json_option
 @click.pass_obj
@@ -451,20 +453,29 @@ def search(
     precision: str | None,
     front: str,
     time_limit: str | None,
+    confidence: str | None,
+    seed: int,
     explain: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Choose exits, heads and thresholds that satisfy a requirement, and prove the choice."""
     from mess_compile import inspection, steps
+    from mess_compile.search.guarantees import parse_confidence
     from mess_compile.search.plan import result_to_json
     from mess_compile.search.requirement import parse_front, parse_seconds
 
-    requirement, front_by = _requirement(options), parse_front(front)
-    limit_s = None if time_limit is None else parse_seconds(time_limit, "--time-limit")
+    requirement = _requirement(options)
     recipes = None if precision is None else tuple(precision.split(","))
+    how = steps.SearchOptions(
+        precisions=recipes,
+        front_by=parse_front(front),
+        time_limit_s=None if time_limit is None else parse_seconds(time_limit, "--time-limit"),
+        confidence=None if confidence is None else parse_confidence(confidence),
+        seed=seed,
+    )
     with progress_bar(as_json) as progress:
-        results = steps.search_devices(workspace, devices, split, requirement, progress, recipes, front_by, limit_s)
+        results = steps.search(workspace, devices, split, requirement, progress, how)
         reasons = [
             inspection.inspect_explanation(
                 steps.explain(workspace, found.plan.device, split, requirement, found.plan, progress, recipes)
@@ -499,8 +510,9 @@ def _print_proof(result: Any) -> None:
         )
     else:
         click.echo(
-            f"best of {certificate.space:,} plans ({certificate.evaluated:,} evaluated, the others duplicates of these)"
-            f", gap {certificate.gap:g}; front of {len(result.front)} plans"
+            f"best of {certificate.space:,} plans ({certificate.evaluated:,} evaluated, the others "
+            f"{'duplicates of these' if certificate.exhaustive else 'put away by bounds'}), gap {certificate.gap:g}; "
+            f"front of {len(result.front)} plans"
         )
     if plan.absent_classes:
         absent = ", ".join(plan.absent_classes)
@@ -508,6 +520,20 @@ def _print_proof(result: Any) -> None:
     click.echo(
         f"chosen on the images of {plan.predicted.split}, as {plan.tuned_by} sees them: a result from tuning data"
     )
+    if plan.optimism is not None:
+        told = plan.optimism
+        click.echo(
+            f"expect about {max(0.0, told.miou_pp):.2f} pp less mIoU on other images of this kind (spread over folds "
+            f"{told.spread_pp:.2f} pp) and {told.latency_percent:+.1f} % in latency: {told.method}"
+        )
+    if plan.guarantee is not None:
+        told = plan.guarantee
+        click.echo(
+            f"certified at {100 * told.confidence:g} % on {told.images_certified} images ({told.groups} independent "
+            f"ones) that it was not chosen on: pixel error at most {told.risk_limit_pp:g} pp above the baseline's "
+            f"(bound {told.risk_bound_pp:.2f} pp, {told.risk_method}); mIoU at most {told.miou_drop_limit_pp:g} pp "
+            f"below (bound {told.miou_drop_bound_pp:.2f} pp, {told.miou_method}); {told.assumption}"
+        )
 
 
 def _print_shared(common: Any, plans: int) -> None:

@@ -203,48 +203,58 @@ def _scene_frames(hw: tuple[int, int], count: int) -> list[NDArray[np.uint8]]:
     return [scenes.make_scene(seed, hw, seed / max(1, count - 1)).frame for seed in range(count)]
 
 
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search: the recipes (None: all that were profiled), what the front is by, when to end, and whether the
+    plan is certified at a `confidence` (0.95), on sequences drawn by `seed`."""
+
+    precisions: tuple[str, ...] | None = None
+    front_by: tuple[str, ...] = plans.FRONT_BY
+    time_limit_s: float | None = None
+    confidence: float | None = None
+    seed: int = 0
+
+
 def search(
-    workspace: Workspace,
-    device: str | None,
-    split: str | None,
-    requirement: Requirement,
-    progress: Progress,
-    precisions: Sequence[str] | None = None,
-    front_by: tuple[str, ...] = plans.FRONT_BY,
-    time_limit_s: float | None = None,
-) -> plans.SearchResult:
-    """Find the best plan for the device under `requirement` and write it; evaluates first when statistics are stale.
-
-    Every recipe that was profiled there is searched, or those named by `precisions`.
-    """
-    devices = () if device is None else (device,)
-    return search_devices(workspace, devices, split, requirement, progress, precisions, front_by, time_limit_s)[0]
-
-
-def search_devices(
     workspace: Workspace,
     devices: Sequence[str],
     split: str | None,
     requirement: Requirement,
     progress: Progress,
-    precisions: Sequence[str] | None = None,
-    front_by: tuple[str, ...] = plans.FRONT_BY,
-    time_limit_s: float | None = None,
+    options: SearchOptions = SearchOptions(),
 ) -> tuple[plans.SearchResult, ...]:
-    """`search` for each of several devices, of none for the one profiled last; all plans are written, or none."""
-    from mess_compile.search.solver import search_recipes
+    """Find the best plan for each device, of none for the one profiled last; all plans are written, or none.
 
+    Evaluates first when statistics are stale.
+    """
     results = []
     for target in (_target(workspace, device) for device in dict.fromkeys(devices or (None,))):
-        evidences, told = _evidences(workspace, target, split, progress, precisions), partial(progress, "search")
+        evidences = _evidences(workspace, target, split, progress, options.precisions)
         try:
-            results.append(search_recipes(evidences, requirement, told, front_by, time_limit_s, workspace.searches))
+            results.append(_searched(evidences, requirement, options, workspace.searches, progress))
         except RequirementError as error:
             raise RequirementError(f"{target.name}: {error}" if len(devices) > 1 else str(error)) from error
     for result in results:
         plans.write_result(workspace.plan(result.plan.device), result)
     workspace.remember(device=results[0].plan.device)
     return tuple(results)
+
+
+def _searched(
+    evidences: Sequence[Evidence], requirement: Requirement, options: SearchOptions, kept: Path, progress: Progress
+) -> plans.SearchResult:
+    """The plan with what to expect of it on unseen images: certified, or by cross-validation unless time is limited."""
+    from mess_compile.search.guarantees import certify, optimism
+    from mess_compile.search.solver import search_recipes
+
+    told = partial(progress, "search")
+    if options.confidence is not None:
+        return certify(evidences, requirement, options.confidence, options.seed, told)
+    result = search_recipes(evidences, requirement, told, options.front_by, options.time_limit_s, kept)
+    if options.time_limit_s is not None:
+        return result
+    expected = optimism(evidences, requirement, progress=partial(progress, "cross-validation"), kept=kept)
+    return replace(result, plan=replace(result.plan, optimism=expected))
 
 
 def explain(

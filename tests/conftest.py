@@ -41,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps.export(workspace, None, Gate(), quiet)
     steps.evaluate(workspace, None, "val", quiet)
     steps.profile(workspace, "host", quiet, effort=EFFORT)
-    result = steps.search(workspace, None, None, Requirement(objective="accuracy"), quiet)
+    (result,) = steps.search(workspace, (), None, Requirement(objective="accuracy"), quiet)
     assert len(result.plan.stages) > 1, "the tests of the cascade want a plan with an early exit"
     steps.bundle(workspace, None, None)
     return workspace.root

@@ -63,7 +63,7 @@ def draw_labels(root: Path, teacher: str) -> None:
 
 def chosen(workspace: Workspace) -> Path:
     steps.evaluate(workspace, workspace.root / "data", "val", quiet)
-    steps.search(workspace, "host", None, Requirement(objective="accuracy"), quiet)
+    steps.search(workspace, ("host",), None, Requirement(objective="accuracy"), quiet)
     steps.bundle(workspace, None, None)
     return workspace.root
 

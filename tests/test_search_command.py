@@ -157,10 +157,13 @@ class TestStale:
         done("-C", workspace, "search")
         done("-C", workspace, "bundle")
 
-    def test_a_plan_whose_sources_are_elsewhere_is(self, workspace: Path) -> None:
-        (workspace / "latency" / "host.json").unlink()
+    def test_a_plan_whose_statistics_were_only_written_again_is_bundled(self, workspace: Path) -> None:
         with_statistics(workspace, lambda found: found)
         done("-C", workspace, "bundle")
+
+    def test_a_bundle_needs_the_latencies_that_its_deadlines_go_by(self, workspace: Path) -> None:
+        (workspace / "latency" / "host.json").unlink()
+        assert "latency/host.json does not exist: run `mess-compile profile" in complaint("-C", workspace, "bundle")
 
     def test_a_bundle_says_what_it_was_searched_from(self, workspace: Path) -> None:
         plan = printed_json("-C", workspace, "search", "--optimise", "accuracy")["plan"]

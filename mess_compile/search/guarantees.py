@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -52,12 +53,13 @@ def optimism(
     requirement: Requirement,
     folds: int = FOLDS,
     progress: Progress = lambda done, total: None,
+    kept: Path | None = None,
 ) -> Optimism | None:
     """By how much a search under `requirement` flatters its own plan, by cross-validation over sequences.
 
     `evidences` are of the recipes searched, as for `search_recipes`. For each fold a plan is chosen on the others and
     replayed on it; folds on which that cannot be done (no plan satisfies, no labelled pixel) are left out. None when
-    fewer than two remain. `progress` is told (folds done, folds).
+    fewer than two remain. `progress` is told (folds done, folds); `kept` is as for `search_recipes`.
     """
     _refuse_different_images(evidences)
     parts, method = cross_validation_folds(evidences[0].statistics.group, folds)
@@ -66,7 +68,7 @@ def optimism(
     baseline = _baseline(evidences)
     found = []
     for done, held in enumerate(parts, start=1):
-        fold = _replayed_fold(evidences, requirement, held, baseline)
+        fold = _replayed_fold(evidences, requirement, held, baseline, kept)
         found += [fold] if fold else []
         progress(done, len(parts))
     if len(found) < 2:
@@ -96,14 +98,14 @@ class _Fold:
 
 
 def _replayed_fold(
-    evidences: Sequence[Evidence], requirement: Requirement, held: Index, baseline: tuple[int, str]
+    evidences: Sequence[Evidence], requirement: Requirement, held: Index, baseline: tuple[int, str], kept: Path | None
 ) -> _Fold | None:
     rest = np.setdiff1d(np.arange(evidences[0].statistics.images), held)
     chosen, unseen = ([_part(evidence, rows) for evidence in evidences] for rows in (rest, held))
     if not chosen[0].statistics.labelled.any() or not unseen[0].statistics.labelled.any():
         return None
     try:
-        plan = search_recipes(chosen, requirement).plan
+        plan = search_recipes(chosen, requirement, kept=kept).plan
     except RequirementError:
         return None
     foretold, pixels = (pairs_of_plans(part, chosen, [plan], baseline).pixels.sum(axis=0) for part in (chosen, unseen))
