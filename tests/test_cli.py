@@ -244,7 +244,7 @@ class TestRun:
         assert printed_json(*given, "--operating-point", "default")["images"]
         refused = run(*given, "--operating-point", "slow")
         assert refused.exit_code == 1
-        assert "has no operating point 'slow'; it has " in refused.output and "default" in refused.output
+        assert re.search(r"has no operating point 'slow'; it has .*default", refused.output)
         assert run(*given, "--operating-point", "default", "--deadline", "20ms").exit_code == 2
         assert "write 20ms" in run(*given, "--deadline", "20").output
 
