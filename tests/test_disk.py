@@ -132,7 +132,7 @@ def test_a_read_only_workspace_can_be_used(read_only: Path, tmp_path: Path) -> N
     image = first(read_only / "data" / "test" / "images")
     for command in (
         ("inspect", "plan"),
-        ("verify", bundle),
+        ("verify", bundle, *ANY_SPEED),
         ("bench", bundle, "--split", "test", "--passes", "1"),
         ("run", bundle, image, "-o", tmp_path / "predictions"),
     ):

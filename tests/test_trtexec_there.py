@@ -256,7 +256,7 @@ def test_trtexec_alone_gives_a_table_that_names_its_protocol(mine: Path, standin
     standin.break_graph(sent_as(mine, broken))
     result = run(*words(mine, standin))
     assert result.exit_code == 0, result.stderr
-    assert result.stderr.count("trtexec measures there") == 1
+    assert result.stderr.count("trtexec builds and measures there") == 1
     assert "python3" in result.stderr, "why it is used"
     assert PROTOCOL_DIFFERENCE in result.stdout
     assert f"FAILED  {broken} (fp32), not in any plan: {REFUSED}" in result.stdout

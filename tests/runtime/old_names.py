@@ -63,7 +63,7 @@ def _of(node: ast.AST, modules: dict[str, str]) -> Iterator[str]:
 
 
 def _is_new_module(name: str) -> bool:
-    return not name.startswith(("mess_compile", "onnxruntime")) and name not in KNOWN and name != "__future__"
+    return not name.startswith(("mess_compile", "onnxruntime", "PIL")) and name not in KNOWN and name != "__future__"
 
 
 def _is_new(module: str, name: str) -> bool:
