@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import TRAIN, complaint, contents, done, first, refused
+from tests.commands import ANY_SPEED, TRAIN, complaint, contents, done, first, refused
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind", "brief_profile")
 
