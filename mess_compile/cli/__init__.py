@@ -1,0 +1,52 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mess_compile import __version__
+from mess_compile.cli import bundles, networks, on_devices, searching
+from mess_compile.cli.options import FOLDER
+from mess_compile.console import Group
+from mess_compile.runtime.errors import InputError
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("-C", "folder", type=FOLDER, default=".", help="The workspace: the current folder by default.")
+@click.version_option(__version__)
+@click.pass_context
+def main(ctx: click.Context, folder: Path) -> None:
+    """Compile multi-exit segmentation networks for a device.
+
+    \b
+    mess-compile export                     cut the candidate network into graphs
+    mess-compile profile --device host      measure them on the device
+    mess-compile search --max-err 1%        choose exits, heads and thresholds
+    mess-compile bundle                     write what the device runs
+    """
+    from mess_compile.workspace import Workspace
+
+    if not folder.is_dir():
+        raise InputError(f"workspace {folder} does not exist: create the folder or name another with -C DIR")
+    ctx.obj = Workspace(folder)
+
+
+for command in (
+    networks.demo,
+    networks.train,
+    networks.export,
+    networks.evaluate,
+    on_devices.build,
+    on_devices.profile,
+    searching.search,
+    bundles.bundle,
+    bundles.run,
+    bundles.bench,
+    bundles.verify,
+    on_devices.devices,
+    on_devices.doctor,
+    bundles.inspect,
+):
+    main.add_command(command)

@@ -1,0 +1,239 @@
+"""Commands around the bundle: bundle, run, bench, verify, inspect."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mess_compile.cli.options import BUNDLE, FILE, FOLDER, json_option, print_inspection, rates, size
+from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, quoted
+
+if TYPE_CHECKING:
+    from mess_compile.workspace import Workspace
+
+
+@click.command()
+@click.argument("plan", type=FILE, required=False)
+@click.option("-o", "--output", type=FILE, help="DEVICE.mess in the workspace by default.")
+@click.option("--letterbox", is_flag=True, help="Frames of another shape keep their proportions; stretched otherwise.")
+@click.option("--sign", type=FILE, metavar="KEY", help="An OpenSSH private key, such as ~/.ssh/id_ed25519.")
+@click.option("--engines", is_flag=True, help="Take built engines along; used where the bundle is signed.")
+@click.option("--single-file", type=FILE, metavar="MODEL.onnx", help="Also one ONNX with If, for ONNX Runtime alone.")
+@json_option
+@click.pass_obj
+def bundle(
+    workspace: Workspace,
+    plan: Path | None,
+    output: Path | None,
+    letterbox: bool,
+    sign: Path | None,
+    engines: bool,
+    single_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Write the chosen plan, its graphs and the runtime as one file for the device."""
+    from mess_compile import steps
+
+    options = steps.BundleOptions("letterbox" if letterbox else "stretch", sign, engines, single_file)
+    with progress_bar(as_json) as progress:
+        path, manifest = steps.bundle(workspace, plan, output, options, progress)
+    size = path.stat().st_size
+    if as_json:
+        return print_json({"bundle": str(path), "bytes": size, "files": len(manifest.files)})
+    click.echo(f"{path}: {size / 2**20:.2f} MiB, {len(manifest.files)} files, {len(manifest.golden)} golden frames")
+    return print_next(f"run {quoted(path)} IMAGE...", f"bench {quoted(path)} --data DIR")
+
+
+@click.command()
+@click.argument("bundle", type=BUNDLE)
+@click.argument("images", type=FILE, nargs=-1, required=True)
+@click.option("-o", "--output", type=FOLDER, default="predictions", show_default=True)
+@click.option("--progressive", is_flag=True, help="Also a strip: the input, and every exit's labels.")
+@click.option("--truth", type=FOLDER, help="Folder of label PNGs to show at the end of the strip.")
+@click.option("--deadline", help="Refine as long as the next exit's p99 fits, such as 20ms.")
+@click.option("--operating-point", help="The name of other thresholds that the bundle holds; see `inspect BUNDLE`.")
+@json_option
+def run(
+    bundle: Path,
+    images: tuple[Path, ...],
+    output: Path,
+    progressive: bool,
+    truth: Path | None,
+    deadline: str | None,
+    operating_point: str | None,
+    as_json: bool,
+) -> None:
+    """Segment images: a palette PNG of the labels and an overlay for each."""
+    from mess_compile import steps
+    from mess_compile.search.requirement import parse_milliseconds
+
+    deadline_ms = None if deadline is None else parse_milliseconds(deadline)
+    if deadline is not None and operating_point is not None:
+        raise click.UsageError("--deadline decides by time, --operating-point by confidence: give one of them.")
+
+    if truth is not None and not progressive:
+        raise click.UsageError("--truth is shown in the strip of --progressive; add it.")
+
+    def tell(result: steps.ImageResult) -> None:
+        if not as_json:
+            click.echo(
+                f"{result.image}: exit {result.exit}, confidence {result.confidence:.3f}, {result.latency_ms:.2f} ms "
+                f"-> {', '.join(str(path) for path in result.pictures)}"
+            )
+
+    results = steps.run(bundle, images, output, progressive, truth, tell, deadline_ms, operating_point)
+    if as_json:
+        return print_json({"images": [asdict(result) for result in results]})
+    return print_next(f"bench {quoted(bundle)} --data DIR")
+
+
+@click.command()
+@click.argument("bundle", type=BUNDLE)
+@click.option("--data", type=FOLDER, help="Labelled images; the workspace's by default.")
+@click.option("--split", default="val", show_default=True, help="Report on images that nothing was tuned on.")
+@click.option("--passes", default=3, show_default=True, help="How often every image is measured.")
+@click.option("--deadline", help="Refine every image until then, such as 20ms: what is there, and how often too late.")
+@json_option
+@click.pass_obj
+def bench(
+    workspace: Workspace, bundle: Path, data: Path | None, split: str, passes: int, deadline: str | None, as_json: bool
+) -> None:
+    """Measured against predicted, and against the better single-exit baseline in the same run."""
+    from mess_compile import steps
+
+    if deadline is not None:
+        return _bench_deadline(workspace, bundle, data, split, passes, deadline, as_json)
+    with progress_bar(as_json) as progress:
+        result = steps.bench(workspace, bundle, data, split, passes, progress)
+    if as_json:
+        return print_json(asdict(result))
+    columns = {result.baseline_name: result.baseline}
+    columns |= {name: getattr(result, name) for name in ("predicted", "replayed", "measured")}
+    rows = [
+        [name, f"{c.miou:.2f}", f"{c.latency_ms:.2f}", f"{c.gmacs:.3f}", rates(c.exit_rates)]
+        for name, c in columns.items()
+    ]
+    print_table(
+        f"{result.images} images of {result.split}, {result.passes} passes",
+        ["", "mIoU %", "latency ms", "GMACs", "exits"],
+        rows,
+    )
+    for other in result.other_baselines:
+        click.echo(f"{result.baseline_name} is the better baseline here: {other.name} has {other.miou:.2f} % mIoU")
+    low, high = result.latency_ratio_range
+    click.echo(
+        f"measured against {result.baseline_name} in the same run: {result.latency_ratio:.2f}x in latency (passes "
+        f"{low:.2f} to {high:.2f}), {result.workload_ratio:.2f}x in workload, {result.miou_difference:+.2f} pp of mIoU"
+    )
+    if result.tuned_on:
+        click.echo(
+            f"the plan was chosen on {result.tuned_on} of these {result.images} images: a result from tuning data; "
+            "--split names others"
+        )
+    for near in result.disagreements:
+        click.echo(
+            f"{near.image}: replayed exit {near.replayed_exit}, measured {near.measured_exit}, "
+            f"{near.counts_from_cut} counts from the cut"
+        )
+    return print_next("search --max-err 0.1%", f"verify {quoted(bundle)}")
+
+
+def _bench_deadline(
+    workspace: Workspace, bundle: Path, data: Path | None, split: str, passes: int, deadline: str, as_json: bool
+) -> None:
+    from mess_compile import steps
+    from mess_compile.search.requirement import parse_milliseconds
+
+    deadline_ms = parse_milliseconds(deadline)
+    with progress_bar(as_json) as progress:
+        found = steps.bench_deadline(workspace, bundle, data, split, passes, deadline_ms, progress)
+    if as_json:
+        return print_json(asdict(found))
+    click.echo(
+        f"{found.images} images of {found.split}, {found.passes} passes, at {found.deadline_ms:g} ms: "
+        f"{found.miou:.2f} % mIoU, {found.confidence:.0%} of the cells sure; last exits {rates(found.exit_rates)}"
+    )
+    click.echo(
+        f"misses: {found.missed_later:.2%} of the images had a later result too late, {found.missed_first:.2%} "
+        f"even the first; the last result came after {found.p50_ms:.2f} ms (median), {found.p99_ms:.2f} ms (p99)"
+    )
+    return print_next(f"run {quoted(bundle)} IMAGE... --deadline {deadline_ms:g}ms")
+
+
+_REMEDIES = {
+    "power mode": "set the power mode back, or profile again",
+    "latency": "see what else runs and how warm it is, profile again, or allow more by --latency-factor",
+    "signature": "get it from somebody whom you know, or sign it by `bundle --sign KEY`",
+}
+
+
+@click.command()
+@click.argument("bundle", type=BUNDLE)
+@click.option("--allowed-signers", type=FILE, help="Whose signature counts: NAME and public key, one a line.")
+@click.option("--identity", help="Which of the allowed signers; any by default.")
+@click.option("--require-signature", is_flag=True, help="A bundle without a signature fails; nothing of it runs.")
+@click.option(
+    "--latency-factor",
+    type=click.FloatRange(min=0, min_open=True),
+    help="What golden frames may take, in multiples of the plan's latency; 1.25 by default.",
+)
+@json_option
+def verify(
+    bundle: Path,
+    allowed_signers: Path | None,
+    identity: str | None,
+    require_signature: bool,
+    latency_factor: float | None,
+    as_json: bool,
+) -> None:
+    """Hashes, signature, golden frames, latency: does this machine compute what was evaluated?"""
+    from mess_compile.runtime.signature import Signers
+    from mess_compile.runtime.verify import LATENCY_FACTOR, Demands, verify_bundle
+
+    if allowed_signers is None and (require_signature or identity is not None):
+        raise click.UsageError("a signature is checked by --allowed-signers FILE; add it.")
+    signers = None if allowed_signers is None else Signers(allowed_signers, identity)
+    checks = verify_bundle(bundle, demands=Demands(signers, require_signature, latency_factor or LATENCY_FACTOR))
+    good = all(check.passed for check in checks)
+    if as_json:
+        print_json({"passed": good, "checks": [asdict(check) for check in checks]})
+    else:
+        for check in checks:
+            click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
+    if not good:
+        failed = [check.name for check in checks if not check.passed]
+        remedy = _REMEDIES.get(failed[0], "write it again on this machine")
+        fail(f"{bundle} is not here what it was made to be ({', '.join(failed)}): {remedy}")
+    if not as_json:
+        print_next(f"run {quoted(bundle)} IMAGE...")
+
+
+@click.command()
+@click.argument("thing")
+@click.option(
+    "--classes", type=click.IntRange(2, 255), default=21, show_default=True, help="Classes, when THING is a backbone."
+)
+@click.option("--input", "input_hw", default="512x512", show_default=True, help="Input size, when THING is a backbone.")
+@click.option("--exits", default=6, show_default=True, help="Exit points, when THING is a backbone.")
+@json_option
+@click.pass_obj
+def inspect(workspace: Workspace, thing: str, classes: int, input_hw: str, exits: int, as_json: bool) -> None:
+    """What is in a backbone (resnet50, mobilenetv2), bundle, or the workspace's graphs, statistics, latency or plan."""
+    from mess_compile import inspection
+
+    found = inspection.inspect(workspace, thing, classes, size(input_hw), exits)
+    if as_json:
+        return print_json(found.content)
+    print_inspection(found)
+    return print_next(_after_inspection(thing))
+
+
+def _after_inspection(thing: str) -> str:
+    if thing in ("resnet50", "mobilenetv2"):
+        return f"train --data DIR --backbone {thing}"
+    after = {"graphs": "profile --device host", "plan": "bundle"}
+    after |= dict.fromkeys(("statistics", "latency"), "search --max-err 1%")
+    return after.get(thing, f"run {quoted(Path(thing))} IMAGE...")

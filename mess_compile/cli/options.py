@@ -1,0 +1,54 @@
+"""What several commands share: options, sizes, and how findings are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mess_compile.console import print_table
+from mess_compile.runtime.errors import InputError
+
+HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+BUNDLE = click.Path(path_type=Path)
+PRECISION = click.option("--precision", default="fp32", show_default=True, help="fp32, fp16 or int8.")
+PRECISIONS = click.option(
+    "--precision", default="fp32", show_default=True, help="One or more of fp32, fp16, int8: fp32,fp16."
+)
+JUDGED = click.option(
+    "--data", type=FOLDER, help="Images that fp16 and int8 are judged on; the workspace's by default."
+)
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
+
+
+def print_inspection(found: Any) -> None:
+    for table in found.tables:
+        print_table(table.title, table.header, table.rows)
+    for note in found.notes:
+        click.echo(click.wrap_text(note, width=100))
+
+
+def size(text: str) -> tuple[int, int]:
+    from mess_compile.candidates import MAX_SIDE
+
+    height, separator, width = text.lower().partition("x")
+    if not separator or not height.isdecimal() or not width.isdecimal() or min(int(height), int(width)) < 32:
+        raise InputError(f"size {text!r} is not HEIGHTxWIDTH of at least 32x32, such as 360x480")
+    if max(int(height), int(width)) > MAX_SIDE:
+        raise InputError(f"size {text!r} is more than {MAX_SIDE}x{MAX_SIDE}")
+    return int(height), int(width)
+
+
+def rates(rates: Any) -> str:
+    return " ".join(f"{rate:.0%}" for rate in rates)
+
+
+def picked(options: dict[str, Any], names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names.split()}
