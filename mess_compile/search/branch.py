@@ -92,7 +92,8 @@ class Best:
 @dataclass(frozen=True)
 class Proof:
     """How the optimum was found: chains of heads put away by their bounds, or settled plan by plan, and the plans
-    `evaluated`. `gap` is what a better plan could still gain in the objective, as a mean over images."""
+    `evaluated`. `gap` is what a better plan could still gain in the objective, as a mean over images; infinite when
+    none was found, and not all of them were looked at."""
 
     bounded: int
     settled: int
@@ -126,9 +127,10 @@ def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
     labelled = statistics.labelled.sum(axis=0)
     present = np.flatnonzero(labelled)
     heads = [statistics.head_index(name) for name in names]
-    right = statistics.intersection[:, heads][:, :, present]
-    wrong = statistics.predicted[:, heads][:, :, present] - right
-    scores = np.ascontiguousarray(np.moveaxis(np.concatenate([right, wrong], axis=2), 1, 0), np.int32)
+    scores = np.empty((len(heads), images, 2 * len(present)), np.int32)
+    for score, head in zip(scores, heads, strict=True):
+        right = statistics.intersection[:, head, present]
+        score[:] = np.concatenate([right, statistics.predicted[:, head, present] - right], axis=1)
     levels, cuts, ranks, grid = _thresholds(evidence, names)
     field = kernels.Field(
         scores=scores,
@@ -172,7 +174,7 @@ def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
 
 
 def _summed(limit: Limit | None, baseline: int, unit: float, images: int) -> int:
-    return UNBOUNDED if limit is None else limit.resolved(baseline, unit) * images
+    return UNBOUNDED if limit is None else min(limit.resolved(baseline, unit) * images, UNBOUNDED)
 
 
 def _is_allowed(evidence: Evidence, requirement: Requirement, heads: tuple[str, ...]) -> bool:
@@ -249,6 +251,12 @@ class _Bounded:
         price: Array = self.least + self.slope * aim
         return price
 
+    def part(self, which: Any) -> _Bounded:
+        return _Bounded(self.triples[which], self.least[which], self.slope[which])
+
+    def from_cheapest(self, aim: float) -> _Bounded:
+        return self.part(np.argsort(self.price(aim), kind="stable"))
+
 
 class _Search:
     def __init__(self, problem: Problem, deadline: float) -> None:
@@ -258,15 +266,16 @@ class _Search:
         self._slope = 0.0
         self.best: Best | None = None
         self._open: list[_Bounded] = []
-        self._unknown = False
+        self._unknown = True  # until every group of plans has its bound
         self._bounded = self._settled = self._evaluated = 0
 
     def run(self, early_exits: int, progress: Progress) -> None:
         self._singles()
         if early_exits >= 1:
-            self._settle_best_first(self._pairs())
-        if early_exits >= 2:
-            self._unknown = True  # until every chain has its bounds
+            self._open = [self._pairs()]
+            self._unknown = early_exits > 1
+            self._settle_best_first(self._open[0])
+        if early_exits >= 2 and not self._open:
             chains = list(itertools.combinations(sorted(set(self._problem.points.tolist())), 3))
             left = []
             for done, points in enumerate(chains, start=1):
@@ -277,14 +286,16 @@ class _Search:
                 progress(done, len(chains) + 1)
             self._unknown = False
             self._settle_best_first(_joined(left))
+        self._unknown &= bool(self._open)
 
     def proof(self) -> Proof:
         return Proof(self._bounded, self._settled, self._evaluated, self._gap())
 
     def _gap(self) -> float:
-        """What a better plan could still gain in the objective, as a mean over images or in pp."""
+        """What a better plan could still gain in the objective, as a mean over images or in pp; infinite when there is
+        no plan yet, and one may be found."""
         if self.best is None:
-            return 0.0
+            return np.inf if self._unknown or self._open else 0.0
         if self._problem.wanted.objective < 0:
             limit = self._limit if self._weight else 0.0
             gains = [((limit - each.price(self._aim)) / each.slope).max(initial=0.0) for each in self._open]
@@ -342,7 +353,9 @@ class _Search:
             self._offer(Best(goal, float(mious[h]), (problem.names[h],), ()))
         self._evaluated += int(runs.sum())
         spread = max(0.1, float(mious.max() - np.median(mious)))
-        self._slope = float(costs[self._priced, runs].mean()) * self._images / spread if self._weight else 1.0
+        self._slope = (
+            float(costs[self._priced, runs].mean()) * self._images / spread if self._weight * runs.any() else 1.0
+        )
 
     def _offer(self, found: Best) -> None:
         if self._problem.allowed(found.heads) and (self.best is None or self._order(found) < self._order(self.best)):
@@ -381,19 +394,23 @@ class _Search:
 
     def _settle_best_first(self, bounded: _Bounded) -> None:
         """Settle what its bound leaves, the most promising first, until nothing that is left can be better."""
-        order = np.argsort(bounded.price(self._aim), kind="stable")
-        for start in range(0, len(order), _SETTLED):
-            rest = order[start:]
-            self._open = [_Bounded(bounded.triples[rest], bounded.least[rest], bounded.slope[rest])]
-            if time.monotonic() > self._deadline and self.best is not None:
+        rest = bounded.from_cheapest(self._aim)
+        while len(rest.least):
+            self._open = [rest]
+            if time.monotonic() > self._deadline:
                 return
-            left = rest[:_SETTLED][self._may_win(self._open[0])[:_SETTLED]]
-            left = left[np.array([self._problem.allowed(self._names(bounded.triples[i])) for i in left], np.bool_)]
-            if len(left):
+            some = rest.part(slice(_SETTLED))
+            some = some.part(self._may_win(some))
+            if not len(some.least) and not self._may_win(rest).any():
+                break
+            triples = some.triples[np.array([self._problem.allowed(self._names(t)) for t in some.triples], np.bool_)]
+            if len(triples):
                 limit = float(self._limit) if self._weight else 0.0
-                self._settle(bounded.triples[left], limit + _TOLERANCE * max(limit, 1.0) - self._slope * self._aim)
-                self._settled += len(left)
-            self._bounded += min(_SETTLED, len(rest)) - len(left)
+                self._settle(triples, limit + _TOLERANCE * max(limit, 1.0) - self._slope * self._aim)
+                self._settled += len(triples)
+            self._bounded += min(_SETTLED, len(rest.least)) - len(triples)
+            rest = rest.part(slice(_SETTLED, None))
+        self._bounded += len(rest.least)
         self._open = []
 
     # bounds
@@ -415,7 +432,7 @@ class _Search:
             return
         sample = triples[:: len(triples) // 2048 + 1]
         if not self._aim:
-            self._slope = 0.0
+            self._slope *= self._problem.wanted.objective < 0  # without a plan to beat in mIoU, any slope is as good
             return
 
         def dual(slope: float) -> tuple[float, float, Array]:

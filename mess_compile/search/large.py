@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +16,10 @@ from mess_compile.search.figures import Evidence, baseline_figures, plan_of_stag
 from mess_compile.search.plan import Certificate, Plan, SearchResult, Stage
 from mess_compile.search.points import operating_points
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.rows import plans_in_space
-from mess_compile.statistics import head_miou
+from mess_compile.search.rows import plans_in_space, refuse_without_plans
 
 _FRONT_POINTS, _FRONT_SIZE = 12, 2e13
-"""So many further points of the front are searched for, where the space (plans times images) is no larger."""
+"""So many points of the front are searched for, where the space (plans times images) is no larger."""
 
 
 def search(
@@ -27,18 +28,24 @@ def search(
     """The optimum, or at the time limit or Ctrl-C the best plan so far and what a better one could still gain.
 
     The front are plans that nothing beats in mean latency and mIoU: in a space of moderate size a dozen from the
-    fastest to the most accurate, else the chosen one alone when it is one of them. Raises RequirementError naming the
-    best that can be reached, InputError for the objective memory.
+    fastest to the most accurate, else the chosen one alone where it is sure to be one of them. Raises RequirementError
+    naming the best that can be reached, or that the time was too short to tell; InputError for the objective memory.
     """
     deadline = np.inf if time_limit_s is None else time.monotonic() + time_limit_s
+    refuse_without_plans(evidence, [head.name for head in evidence.heads if evidence.has_graphs_of([head.name])])
     best, proof = branch.branch_and_bound(evidence, requirement, progress, deadline)
     if best is None:
+        if proof.gap > 0:
+            raise RequirementError(
+                f"in {time_limit_s:g} s no plan was found that satisfies the requirement, and that there is none is not"
+                " proved: give --time-limit more, or leave it out"
+            )
         raise RequirementError(_refusal(evidence, requirement, deadline))
     plan = _plan(evidence, requirement, best)
     space = plans_in_space(evidence, requirement.early_exits)
     return SearchResult(
         plan=replace(plan, operating_points=operating_points(evidence, plan.setting, plan.stages, plan.predicted)),
-        front=_front(evidence, requirement, space, deadline),
+        front=_front(evidence, requirement, space, deadline) or _front_of_one(requirement, plan, proof),
         certificate=Certificate(space, proof.evaluated, 0, space - proof.evaluated, proof.gap, exhaustive=False),
     )
 
@@ -54,19 +61,34 @@ def _plan(evidence: Evidence, requirement: Requirement, best: branch.Best) -> Pl
 
 
 def _front(evidence: Evidence, requirement: Requirement, space: int, deadline: float) -> tuple[Plan, ...]:
-    """The fastest plans of a few levels of mIoU, by the same bounds but those on latency and mIoU."""
+    """The fastest plans of a few levels of mIoU, by the same bounds but those on latency and mIoU; as far as they were
+    found by the deadline or Ctrl-C."""
     if space * evidence.statistics.images > _FRONT_SIZE:
         return ()
     free = replace(requirement, objective="latency", max_err_pp=None, max_latency=None)
-    top = max(head_miou(evidence.statistics, head.name) for head in evidence.heads)
-    ends = [_found(evidence, replace(free, objective=goal), deadline) for goal in ("latency", "accuracy")]
-    low, high = (0.0 if end is None else end.miou for end in ends)
     found: dict[tuple[int, float], branch.Best] = {}
-    for floor in np.linspace(min(low, top), high, _FRONT_POINTS):
-        point = _found(evidence, replace(free, max_err_pp=0.0, baseline_miou=float(floor)), deadline)
-        if point is not None:
+    with suppress(KeyboardInterrupt):
+        for point in _points_of_front(evidence, free, deadline):
             found[point.goal, point.miou] = point
     return tuple(_plan(evidence, requirement, found[key]) for key in sorted(found))
+
+
+def _points_of_front(evidence: Evidence, free: Requirement, deadline: float) -> Iterator[branch.Best]:
+    fastest = _found(evidence, free, deadline)
+    most_accurate = fastest and _found(evidence, replace(free, objective="accuracy"), deadline)
+    if fastest is None or most_accurate is None:
+        return
+    yield fastest
+    for floor in np.linspace(fastest.miou, most_accurate.miou, _FRONT_POINTS)[1:]:
+        point = _found(evidence, replace(free, max_err_pp=0.0, baseline_miou=float(floor)), deadline)
+        if point is None:
+            return
+        yield point
+
+
+def _front_of_one(requirement: Requirement, plan: Plan, proof: branch.Proof) -> tuple[Plan, ...]:
+    """The fastest plan is on the front; the best by another objective need not be."""
+    return (plan,) if requirement.objective in (None, "latency") and not proof.gap else ()
 
 
 def _found(evidence: Evidence, requirement: Requirement, deadline: float) -> branch.Best | None:
@@ -74,7 +96,7 @@ def _found(evidence: Evidence, requirement: Requirement, deadline: float) -> bra
     if time.monotonic() > deadline:
         return None
     best, proof = branch.branch_and_bound(evidence, requirement, lambda done, total: None, deadline)
-    return best if proof.gap <= 1e-6 else None
+    return None if proof.gap else best
 
 
 def _refusal(evidence: Evidence, requirement: Requirement, deadline: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile.candidates import output_name, segment_name
 from mess_compile.runtime.errors import RequirementError
 from mess_compile.search.anytime import anytime_chains
 from mess_compile.search.enumeration import Outcomes, Scores, best_outcomes, merged, states_of_pair, undominated
@@ -74,10 +75,16 @@ def plans_in_space(evidence: Evidence, early_exits: int) -> int:
         counts = statistics.counts[:, statistics.head_index(head.name)]
         heads[head.exit_point] += 1
         options[head.exit_point] += sum(len(cut_grid(counts[:, row])) for row in range(counts.shape[1]))
-    ending = [heads.tolist()]  # beginning at a point, with so many early heads from there on
+    after = [[q for q in range(p + 1, points + 1) if _leads(evidence, p, q)] for p in range(points + 1)]
+    endings = [[sum(int(heads[q]) for q in after[p]) for p in range(points + 1)]]  # from a point on, by early heads
     for _ in range(early_exits):
-        ending.append([int(options[p]) * sum(ending[-1][p + 1 :]) for p in range(points + 1)])
-    return sum(sum(each) for each in ending)
+        endings.append([sum(int(options[q]) * endings[-1][q] for q in after[p]) for p in range(points + 1)])
+    return sum(each[0] for each in endings)
+
+
+def _leads(evidence: Evidence, point: int, deeper: int) -> bool:
+    """Whether the target can go from one exit point to a `deeper` one and leave there."""
+    return evidence.runs([segment_name(point, deeper), output_name(evidence.candidate.exit_point(deeper).hw)])
 
 
 def is_large(evidence: Evidence, early_exits: int) -> bool:
@@ -94,11 +101,12 @@ def rows_of_plans(evidence: Evidence, requirement: Requirement, progress: Progre
     for done, early in enumerate(beginnings, start=1):
         ledger.add(early)
         progress(done, len(beginnings))
-    _refuse_without_plans(evidence, ledger.chains)
+    refuse_without_plans(evidence, ledger.chains)
     return ledger.rows()
 
 
-def _refuse_without_plans(evidence: Evidence, found: Sequence[tuple[str, ...]]) -> None:
+def refuse_without_plans(evidence: Evidence, found: Sequence[object]) -> None:
+    """Raises RequirementError when nothing was `found`: no chain of heads has all its graphs."""
     if not found:
         device = evidence.table.device
         raise RequirementError(
@@ -115,7 +123,7 @@ def _lasts(evidence: Evidence, early: tuple[str, ...]) -> tuple[str, ...]:
 def _anytime_rows(evidence: Evidence, requirement: Requirement) -> Rows:
     found = anytime_chains(evidence, requirement)
     whole = tuple(chain for each in found for chain in each.heads)
-    _refuse_without_plans(evidence, whole)
+    refuse_without_plans(evidence, whole)
     plans = np.zeros(len(whole), ROW)
     plans["chain"] = np.arange(len(whole))
     plans["first"] = plans["second"] = NO_OPTION

@@ -1,0 +1,370 @@
+"""Branch and bound finds the plan that looking at every plan finds, and what it says of an ended search is true."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mess_compile.latency import Failure
+from mess_compile.runtime.errors import InputError, RequirementError
+from mess_compile.search import branch, kernels, large
+from mess_compile.search.figures import Evidence
+from mess_compile.search.plan import Plan, SearchResult
+from mess_compile.search.requirement import Limit, Requirement
+from tests.search.brute_force import BrutePlan, all_plans, graphs_of
+from tests.search.cases import evidence
+from tests.search.test_solver import (
+    OBJECTIVES,
+    brute_identity,
+    cases,
+    identity,
+    key,
+    requirement_about,
+    satisfies,
+)
+
+CHANGES = st.sets(st.sampled_from(["few costs", "cheap below", "failed", "absent class", "undecided", "alike"]))
+RELAXED = list(HealthCheck)
+
+
+def in_silence(done: int, total: int) -> None:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Hard:
+    """A case, and the same `whole` one before graphs of it failed."""
+
+    case: Evidence
+    whole: Evidence
+
+    def plans(self, max_exits: int) -> list[BrutePlan]:
+        there, network = {name for name, _ in self.case.table.entries}, self.whole.candidate
+        return [
+            plan
+            for plan in all_plans(self.whole, "input-dependent", max_exits)
+            if graphs_of(self.whole, tuple(map(network.head, plan.heads))) <= there
+        ]
+
+
+@st.composite
+def hard_cases(draw: st.DrawFn, most_heads: int = 2, most_images: int = 9) -> Hard:
+    """Random cases with what searches stumble over: ties, deeper exits that cost less, graphs that failed."""
+    case, changes = draw(cases(most_heads, most_images)), draw(CHANGES)
+    if "few costs" in changes:
+        case = with_costs(case, {name: 0.001 + len(name) % 2 / 1000 for name, _ in case.table.entries})
+    if "cheap below" in changes:
+        case = with_costs(case, {"output-2x3": 1.0})
+    arrays = {
+        name: getattr(case.statistics, name).copy() for name in ("intersection", "predicted", "labelled", "counts")
+    }
+    if "absent class" in changes:
+        arrays["intersection"][..., 1] = arrays["labelled"][..., 1] = 0
+    if "undecided" in changes:
+        arrays["counts"][:, draw(st.integers(0, arrays["counts"].shape[1] - 1))] = 3
+    if "alike" in changes:
+        arrays["counts"] = np.minimum(arrays["counts"], 3)
+        arrays["intersection"] = np.minimum(arrays["intersection"], 1)
+    case = dataclasses.replace(case, statistics=dataclasses.replace(case.statistics, **arrays))
+    if "failed" not in changes:
+        return Hard(case, case)
+    names = sorted(name for name in case.graph_set.graphs if name.startswith(("segment", "head")))
+    return Hard(without_graphs(case, draw(st.sets(st.sampled_from(names), min_size=1, max_size=3))), case)
+
+
+def with_costs(case: Evidence, mean_ms: dict[str, float]) -> Evidence:
+    entries = {
+        key: dataclasses.replace(entry, mean_ms=mean_ms.get(key[0], entry.mean_ms))
+        for key, entry in case.table.entries.items()
+    }
+    return dataclasses.replace(case, table=dataclasses.replace(case.table, entries=entries))
+
+
+def without_graphs(case: Evidence, names: set[str]) -> Evidence:
+    entries = {key: entry for key, entry in case.table.entries.items() if key[0] not in names}
+    failed = {key: Failure(key[0], entry.sha256, "fp32", "no") for key, entry in case.table.entries.items()}
+    failed = {key: failure for key, failure in failed.items() if key not in entries}
+    return dataclasses.replace(case, table=dataclasses.replace(case.table, entries=entries, failed=failed))
+
+
+def check_against_every_plan(hard: Hard, data: st.DataObject) -> None:
+    case, plans = hard.case, hard.plans(2)
+    if not plans:
+        with pytest.raises(RequirementError, match="no plan has all its graphs"):
+            large.search(case, Requirement(), in_silence)
+        return
+    requirement = requirement_about(data.draw(st.sampled_from(plans)), hard.whole, "input-dependent", data)
+    if requirement.objective == "memory":
+        requirement = dataclasses.replace(requirement, objective="energy")
+    plans = [plan for plan in plans if len(plan.heads) <= requirement.max_exits + 1]
+    feasible = [plan for plan in plans if satisfies(plan, requirement, hard.whole)]
+    if not feasible:
+        with pytest.raises(RequirementError, match="no plan satisfies"):
+            large.search(case, requirement, in_silence)
+        return
+    best = min(feasible, key=lambda plan: key(plan, requirement.objective or "latency"))
+    result = large.search(case, requirement, in_silence)
+    assert identity(result.plan) == brute_identity(best)
+    assert (result.plan.predicted.miou, result.plan.predicted.latency_ms) == (
+        best.miou,
+        best.cost_ns / case.statistics.images / 1e6,
+    )
+    proof = result.certificate
+    assert (proof.gap, proof.space, proof.evaluated + proof.bounded) == (0.0, len(plans), len(plans))
+    assert 0 < proof.evaluated <= proof.space
+    on_front = dataclasses.replace(requirement, max_err_pp=None, max_latency=None)
+    among = [plan for plan in plans if satisfies(plan, on_front, hard.whole)]
+    assert_front(result.front, among)
+
+
+def assert_front(front: tuple[Plan, ...], among: list[BrutePlan]) -> None:
+    """Each plan is the first of its equals, none of `among` beats it, and both ends of the whole front are there."""
+    for plan in front:
+        equal = next(each for each in among if brute_identity(each) == identity(plan))
+        beating = [each for each in among if each.cost_ns <= equal.cost_ns and each.miou >= equal.miou]
+        assert min(beating, key=lambda each: key(each, "latency")) is equal
+    assert front[0].predicted.latency_ms == min(p.predicted.latency_ms for p in front)
+    assert brute_identity(min(among, key=lambda each: key(each, "latency"))) == identity(front[0])
+    assert max(each.miou for each in among) == front[-1].predicted.miou
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)
+@given(hard_cases(), st.data())
+def test_the_plan_and_the_front_are_those_of_all_plans(hard: Hard, data: st.DataObject) -> None:
+    check_against_every_plan(hard, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000, deadline=None, suppress_health_check=RELAXED)
+@given(hard_cases(most_heads=3, most_images=12), st.data())
+def test_thousands_of_larger_cases(hard: Hard, data: st.DataObject) -> None:
+    check_against_every_plan(hard, data)
+
+
+VALUES = {
+    "latency": lambda plan: plan.predicted.latency_ms,
+    "accuracy": lambda plan: -plan.predicted.miou,
+    "workload": lambda plan: plan.predicted.gmacs,
+    "energy": lambda plan: plan.predicted.energy_mj,
+}
+UNITS = {"latency": 1e6, "workload": 1e9, "energy": 1e6}
+
+
+class Clock:
+    """Seconds that pass with every look at it."""
+
+    def __init__(self) -> None:
+        self._looks = itertools.count()
+
+    def monotonic(self) -> float:
+        return next(self._looks)
+
+
+class Interrupted:
+    """Ctrl-C in the `call`-th call of a function."""
+
+    def __init__(self, function: Callable[..., object], call: int) -> None:
+        self._function, self._left = function, itertools.count(call, -1)
+
+    def __call__(self, *arguments: object) -> object:
+        if next(self._left) == 0:
+            raise KeyboardInterrupt
+        return self._function(*arguments)
+
+
+def ended(case: Evidence, requirement: Requirement, by_hand: bool, at: int) -> SearchResult | None:
+    """What a search says that the clock or Ctrl-C ends at a step of it; None when it had found nothing by then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branch, "_SETTLED", 2)
+        if by_hand:
+            patch.setattr(branch.kernels, "settle_all", Interrupted(kernels.settle_all, at))
+            with suppress(KeyboardInterrupt):
+                return large.search(case, requirement, in_silence)
+            return None
+        for module in (branch, large):
+            patch.setattr(module, "time", Clock())
+        try:
+            return large.search(case, requirement, in_silence, at)
+        except RequirementError as error:
+            refusal = str(error)
+    assert "that there is none is not proved" in refusal
+    return None
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)
+@given(cases(), st.booleans(), st.integers(0, 12), st.sampled_from(sorted(VALUES)), st.booleans(), st.data())
+def test_a_search_that_is_ended_says_what_a_better_plan_could_gain(
+    case: Evidence, by_hand: bool, at: int, objective: str, bounded: bool, data: st.DataObject
+) -> None:
+    plans = list(all_plans(case, "input-dependent", 2))
+    bounding = data.draw(st.sampled_from(plans))
+    n = case.statistics.images
+    requirement = Requirement(
+        objective=objective,
+        max_err_pp=0.0 if bounded else None,
+        baseline_miou=bounding.miou if bounded else None,
+        max_latency=Limit((bounding.cost_ns // n + 1) / 1e6) if data.draw(st.booleans()) else None,
+    )
+    feasible = [plan for plan in plans if satisfies(plan, requirement, case)]
+    result = ended(case, requirement, by_hand, at)
+    if result is None:
+        return
+    best = min(OBJECTIVES[objective](plan) for plan in feasible)
+    best = best if objective == "accuracy" else best / n / UNITS[objective]
+    assert brute_identity_in(identity(result.plan), feasible)
+    assert result.certificate.gap >= VALUES[objective](result.plan) - best - 1e-12
+    assert result.certificate.gap < np.inf
+    for plan in result.front:
+        latency, miou = plan.predicted.latency_ms, plan.predicted.miou
+        among = [each for each in plans if each.cost_ns / n / 1e6 <= latency and each.miou >= miou]
+        assert all((each.cost_ns / n / 1e6, each.miou) == (latency, miou) for each in among)
+
+
+def brute_identity_in(found: object, plans: list[BrutePlan]) -> bool:
+    return any(brute_identity(plan) == found for plan in plans)
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_ctrl_c_between_two_chains_of_exit_points_gives_the_best_so_far(call: int) -> None:
+    case = evidence((2, 2, 2), 3, images=9, seed=call)
+    calls = []
+
+    def progress(done: int, total: int) -> None:
+        calls.append(done)
+        if done == call:
+            raise KeyboardInterrupt
+
+    result = large.search(case, Requirement(objective="accuracy"), progress)
+    best = max(plan.miou for plan in all_plans(case, "input-dependent", 2))
+    assert calls == list(range(1, call + 1)) if call else len(calls) == 4
+    assert (result.certificate.gap > 0) == (call > 0)
+    assert result.plan.predicted.miou + result.certificate.gap >= best
+
+
+def test_a_search_without_end_and_one_with_time_enough_agree() -> None:
+    case = evidence((2, 2, 2), 3, images=9, seed=1)
+    assert large.search(case, Requirement(), in_silence, 3600) == large.search(case, Requirement(), in_silence)
+
+
+def test_the_least_memory_is_not_searched_for_here() -> None:
+    with pytest.raises(InputError, match="--max-memory"):
+        large.search(evidence((1,), 1, 3, 0), Requirement(objective="memory"), in_silence)
+
+
+def test_a_bound_beyond_all_numbers_bounds_nothing() -> None:
+    case = evidence((1, 2), 2, images=6, seed=4)
+    free, bounded = Requirement(), Requirement(max_latency=Limit(1e15))
+    assert large.search(case, free, in_silence).plan == large.search(case, bounded, in_silence).plan
+
+
+def test_more_than_32_cuts_are_those_of_the_stated_grid() -> None:
+    case = evidence((1,), 1, images=80, seed=3, levels=300)
+    best = min(all_plans(case, "input-dependent", 1), key=lambda plan: key(plan, "accuracy"))
+    assert identity(large.search(case, Requirement(objective="accuracy"), in_silence).plan) == brute_identity(best)
+
+
+BOXES = st.integers(1, 4).flatmap(
+    lambda classes: st.tuples(
+        st.lists(st.integers(1, 50), min_size=classes, max_size=classes),  # labelled
+        st.lists(st.integers(0, 40), min_size=2 * classes, max_size=2 * classes),  # low
+        st.lists(st.integers(0, 40), min_size=2 * classes, max_size=2 * classes),  # high less low
+        st.lists(st.floats(0, 1), min_size=2 * classes, max_size=2 * classes),  # where in the box
+        st.one_of(st.none(), st.lists(st.floats(-9, 9), min_size=2 * classes, max_size=2 * classes)),  # coefficients
+    )
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(BOXES, st.lists(st.floats(0, 1), min_size=8, max_size=8))
+def test_no_plan_in_a_box_has_more_miou_than_its_bound(box: tuple[list[float], ...], near: list[float]) -> None:
+    """A bound below the mIoU of some plan would throw that plan away unseen."""
+    labelled, low, more = (np.array(each, np.float64) for each in box[:3])
+    high, point = low + more, low + more * np.array(box[3])
+    coefficients = np.empty_like(low)
+    if box[4] is None:
+        kernels.envelope(low, high, low + more * np.array(near[: len(low)]), labelled, coefficients)
+    else:
+        coefficients[:] = box[4]
+    slack = kernels.remainder(low, high, labelled, coefficients)
+    classes = len(labelled)
+    most = 0.0
+    for k in range(classes):
+        corners = [
+            100 / classes * right / (labelled[k] + wrong) - coefficients[k] * right - coefficients[classes + k] * wrong
+            for right in (low[k], high[k])
+            for wrong in (low[classes + k], high[classes + k])
+        ]
+        most += max(corners)
+    assert slack == pytest.approx(most, abs=1e-6)
+    miou = 100 / classes * sum(point[k] / (labelled[k] + point[classes + k]) for k in range(classes))
+    assert miou <= coefficients @ point + slack + 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Triple:
+    """Three heads of a case: what leaves at each is priced, the least of price - slope * mIoU found plan by plan."""
+
+    case: Evidence
+    problem: branch.Problem
+    heads: tuple[int, int, int]
+
+    def true_least(self, prices: np.ndarray, slope: float) -> float:
+        statistics, least = self.case.statistics, np.inf
+        labelled = statistics.labelled.sum(axis=0)
+        present = labelled > 0
+        h1, h2, _ = self.heads
+        for row1, row2 in itertools.product(range(statistics.counts.shape[2]), repeat=2):
+            for cut1, cut2 in itertools.product(self.problem.grid[h1][row1], self.problem.grid[h2][row2]):
+                leaves = [statistics.counts[:, h1, row1] >= cut1, statistics.counts[:, h2, row2] >= cut2]
+                taken = np.where(leaves[0], 0, np.where(leaves[1], 1, 2))
+                head, images = np.array(self.heads)[taken], np.arange(len(taken))
+                right = statistics.intersection[images, head].sum(axis=0)[present]
+                union = statistics.predicted[images, head].sum(axis=0)[present] + labelled[present] - right
+                least = min(least, float(prices[taken].sum() - slope * 100 * (right / union).mean()))
+        return least
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=RELAXED)
+@given(
+    st.integers(0, 10**6), st.floats(0, 100), st.lists(st.integers(0, 30), min_size=12, max_size=12), st.integers(2, 5)
+)
+def test_no_bound_of_a_group_of_plans_exceeds_the_least_of_them(
+    seed: int, slope: float, drawn: list[int], levels: int
+) -> None:
+    """As the search calls it: `usual` is what every last head adds at least, `offsets` what each adds beyond."""
+    case = evidence((2, 2, 3), 2, images=8, seed=seed, levels=levels)
+    problem = branch.problem_of(case, Requirement())
+    field, points = problem.field, problem.points
+    h1, h2, h3 = (np.flatnonzero(points == point) for point in (1, 2, 3))
+    coefficients = np.random.default_rng(seed).normal(0, 3, 2 * len(field.labelled))
+    added = field.scores @ coefficients  # (heads, n)
+    last = np.ascontiguousarray(added[h3].T)
+    offsets = np.array(drawn[:3], np.float64) / 10
+    usual = (last - offsets).min(axis=1)
+    pairs = np.array(list(itertools.product(h1, h2)))
+    enter, second, further = np.array(drawn[3:5]), np.array(drawn[5:7]), np.array(drawn[6:12]).reshape(2, 3)
+    prices = np.empty((len(pairs), 3, 3))  # (pairs, exits, lasts)
+    for m, (a, b) in enumerate(itertools.product(range(2), range(2))):
+        prices[m] = np.stack(
+            [np.full(3, enter[a]), np.full(3, enter[a] + second[b]), enter[a] + second[b] + further[b]]
+        )
+    gains = kernels.gains_of(h2, further.astype(np.float64), slope, added, last, field)
+    alive = np.ones((len(pairs), 3), np.bool_)
+    least = kernels.bound_pairs(
+        pairs, np.array([0, 1, 0, 1]), h3, alive, prices, slope, added, usual, offsets, gains, field, coefficients
+    )
+    wanted = kernels.Wanted(np.array([branch.UNBOUNDED]), np.array([95, branch.UNBOUNDED]), -np.inf, 0)
+    for (m, pair), (r, h) in itertools.product(enumerate(pairs.tolist()), enumerate(h3.tolist())):
+        heads = (*pair, h)
+        true = Triple(case, problem, heads).true_least(prices[m, :, r], slope)
+        assert least[m, r] <= true + 1e-6
+        costs = prices[m, :, r].astype(np.int64)[None, None]
+        found, _ = kernels.settle_all(np.array([heads]), prices[m, :, r][None], -np.inf, slope, costs, wanted, field)
+        assert found[0, 6] <= true + 1e-6
