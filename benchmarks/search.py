@@ -1,131 +1,216 @@
-"""How long the search takes on made-up statistics: by default the size of the CamVid example.
+"""The search on statistics made up by CamVid's figures: how long until the optimum is proven, or what is left open.
 
-Usage: python benchmarks/search.py [--images 50] [--points 5] [--heads 5] [--classes 11] [--rows 12]
+    python benchmarks/search.py                        # the whole space: three seeds, and one with independent exits
+    python benchmarks/search.py --growth               # over images, heads and exit points
+    python benchmarks/search.py --enumeration          # against an enumeration of all plans
+    python benchmarks/search.py --camvid WORKSPACE     # a first search, and one after a change of requirement
+
+--fit prints first how the made-up statistics compare with those of the CamVid example. Compilation is done, and timed
+apart, before anything else.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 import resource
+import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from made_up import Fit, Size, fit, made_up
 
-from mess_compile.candidates import (
-    BASELINE,
-    DEFAULT_THRESHOLDS,
-    CandidateNetwork,
-    ExitPoint,
-    Gate,
-    GraphSet,
-    GraphSpec,
-    Head,
-    head_graph_name,
-    head_grid,
-    output_name,
-    segment_name,
-)
-from mess_compile.latency import PSEUDO_GRAPHS, Latency, LatencyTable
-from mess_compile.search.figures import Evidence
-from mess_compile.search.requirement import Requirement
+from mess_compile.candidates import read_graph_set
+from mess_compile.latency import read_latency_table
+from mess_compile.search import branch
+from mess_compile.search.figures import Evidence, baseline_figures
+from mess_compile.search.requirement import Limit, Requirement
+from mess_compile.search.rows import plans_in_space, rows_of_plans
 from mess_compile.search.solver import search
-from mess_compile.statistics import ExitStatistics, threshold_table
+from mess_compile.statistics import read_statistics
 
-HW, CELLS_HW = (180, 240), (23, 30)
+CAMVID = Path(__file__).parents[1] / "examples/camvid/statistics/val_0-50"
+GROWTH = {"images": (250, 1000, 4000, 16000), "heads": (8, 14, 28, 56), "points": (3, 4, 5)}
+ENUMERATED_HEADS, ENUMERATION_S = (2, 3, 4, 6, 8, 12, 16), 60.0
 
 
-def made_up_network(points: int, heads: int, classes: int) -> CandidateNetwork:
-    configs = [config.name for config in head_grid()[:heads]]
-    early = (Head(p, config, 5_000_000 * (j + 1)) for p in range(1, points + 1) for j, config in enumerate(configs))
-    return CandidateNetwork(
-        backbone="made-up",
-        classes=tuple(f"class{k}" for k in range(classes)),
-        colours=((0, 0, 0),) * classes,
-        input_hw=HW,
-        exit_points=tuple(
-            ExitPoint(f"exit{p}", f"block{p}", 64, CELLS_HW, 150_000_000 * p) for p in range(1, points + 2)
+def in_silence(done: int, total: int) -> None:
+    pass
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def compile_kernels() -> None:
+    start = time.perf_counter()
+    for objective in ("latency", "accuracy"):
+        searched(made_up(Size(20, 3, 2, 3, 2)), Requirement(objective=objective), None)
+    print(f"compiled in {time.perf_counter() - start:.0f} s (less where an earlier run has left it)\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What branch and bound came to in so many seconds, `best` None where that was too short for any plan."""
+
+    seconds: float
+    best: branch.Best | None
+    proof: branch.Proof
+    images: int
+
+    @property
+    def latency_ms(self) -> float:
+        return self.best.goal / self.images / 1e6 if self.best else float("inf")
+
+    def __str__(self) -> str:
+        if self.best is None:
+            return f"{self.seconds:6.1f} s  nothing found"
+        gap = self.proof.gap
+        left = f"gap {gap:.3g} ms of {self.latency_ms:.4g} ms ({gap / self.latency_ms:.1%})" if gap else "gap 0"
+        return f"{self.seconds:6.1f} s  {left}"
+
+
+def searched(evidence: Evidence, requirement: Requirement, limit_s: float | None) -> Found:
+    start = time.perf_counter()
+    deadline = float("inf") if limit_s is None else time.monotonic() + limit_s
+    best, proof = branch.branch_and_bound(evidence, requirement, in_silence, deadline)
+    return Found(time.perf_counter() - start, best, proof, evidence.statistics.images)
+
+
+def whole_space(size: Size, cases: Iterable[tuple[int, bool]], requirement: Requirement, limit_s: float | None) -> None:
+    for seed, independent in cases:
+        evidence = made_up(size, seed, independent)
+        found = searched(evidence, requirement, limit_s)
+        space = plans_in_space(evidence, requirement.early_exits)
+        print(f"seed {seed}{', independent exits' if independent else ''}: {space:.3g} plans")
+        print(f"{found}; {found.proof.evaluated:,} plans evaluated; at most {peak_mib():,.0f} MiB so far")
+        if found.best is not None:
+            baseline = baseline_figures(evidence, None)
+            print(f"    {' -> '.join(found.best.heads)}: {found.latency_ms:.3f} ms, {found.best.miou:.2f} % mIoU")
+            print(f"    the baseline: {baseline.latency_ms:.3f} ms, {baseline.miou:.2f} % mIoU", flush=True)
+        del evidence
+        gc.collect()
+
+
+def growth(size: Size, requirement: Requirement, limit_s: float | None) -> None:
+    """One of images, heads and exit points at a time, from the size given."""
+    for name, values in GROWTH.items():
+        for value in values:
+            grown = dataclasses.replace(size, **{name: value})
+            evidence = made_up(grown)
+            space = plans_in_space(evidence, requirement.early_exits)
+            print(f"{value:6} {name:7} {space:9.3g} plans {searched(evidence, requirement, limit_s)}", flush=True)
+            del evidence
+            gc.collect()
+        print()
+    print(f"at most {peak_mib():,.0f} MiB")
+
+
+class TooLong(Exception):
+    pass
+
+
+def enumeration(size: Size, requirement: Requirement) -> None:
+    """Ever more heads, until an enumeration of all plans takes more than a minute."""
+    print("heads     plans  enumeration  branch and bound  ratio")
+    for heads in ENUMERATED_HEADS:
+        evidence = made_up(dataclasses.replace(size, heads=heads))
+        found = searched(evidence, requirement, None)
+        start = time.perf_counter()
+
+        def until_too_long(done: int, total: int, start: float = start) -> None:
+            if time.perf_counter() - start > ENUMERATION_S:
+                raise TooLong(f"{done} of {total} chains of heads")
+
+        space = plans_in_space(evidence, requirement.early_exits)
+        try:
+            least_ms = enumerated(evidence, requirement, until_too_long)
+        except TooLong as error:
+            print(f"{heads:5} {space:9.3g}  > {ENUMERATION_S:.0f} s ({error}) {found.seconds:8.1f} s")
+            return
+        seconds = time.perf_counter() - start
+        agreed = found.latency_ms == least_ms
+        print(
+            f"{heads:5} {space:9.3g} {seconds:10.1f} s {found.seconds:15.1f} s {seconds / found.seconds:6.1f}"
+            f"  {'the same latency' if agreed else 'DIFFERENT LATENCIES'}"
+        )
+
+
+def enumerated(evidence: Evidence, requirement: Requirement, progress: branch.Progress) -> float:
+    """The least mean latency in ms of the plans that keep --max-err, by looking at all of them."""
+    plans = rows_of_plans(evidence, requirement, progress).plans
+    floor = baseline_figures(evidence, None).miou - (requirement.max_err_pp or 0.0)
+    return float(plans["cost_ns"][plans["miou"] >= floor].min() / evidence.statistics.images / 1e6)
+
+
+def camvid(folder: Path) -> None:
+    """The network of examples/camvid, exported and profiled in the workspace `folder`."""
+    evidence = Evidence(
+        read_graph_set(folder / "graphs"),
+        read_latency_table(folder / "latency" / "host.json"),
+        read_statistics(folder / "statistics" / CAMVID.name),
+    )
+    requirements = {
+        "first, --max-err 1%": Requirement(max_err_pp=1.0),
+        "then --max-err 2%": Requirement(max_err_pp=2.0),
+        "then --optimise accuracy --max-latency 0.5x": Requirement(
+            objective="accuracy", max_latency=Limit(0.5, relative=True)
         ),
-        heads=(*early, Head(points + 1, configs[0], 20_000_000)),
-        baseline=f"exit{points + 1}.{configs[0]}",
-        identity="made-up",
-    )
-
-
-def made_up_graphs(candidate: CandidateNetwork, rows: int) -> tuple[GraphSet, LatencyTable]:
-    """Latencies follow the workload: 10 ms per GMAC and 0.1 ms per graph."""
-    macs = {segment_name(a, b): candidate.segment_macs(a, b) for a, b in candidate.segments()}
-    macs |= {head_graph_name(head.name): head.macs for head in candidate.heads}
-    macs |= {output_name(CELLS_HW): 100_000_000, BASELINE: candidate.baseline_macs + 100_000_000}
-    specs = {
-        name: GraphSpec(name, f"{name}.onnx", name, (), (), count, count // 100, 1000) for name, count in macs.items()
     }
-    costs = {**{name: 0.1 + count / 1e8 for name, count in macs.items()}, **dict.fromkeys(PSEUDO_GRAPHS, 0.02)}
-    entries = {
-        (name, "fp32"): Latency(name, name if name in macs else "", "fp32", ms, ms, ms, ms, ms, 30, "estimated")
-        for name, ms in costs.items()
-    }
-    gate = Gate(thresholds=tuple(np.linspace(DEFAULT_THRESHOLDS[0], DEFAULT_THRESHOLDS[-1], rows).tolist()))
-    table = LatencyTable(
-        "made-up", "none", "0", candidate.identity, {}, "estimated", entries, {"fp32": candidate.identity}
-    )
-    return GraphSet(Path("graphs"), candidate, gate, specs), table
+    with tempfile.TemporaryDirectory() as kept:
+        for name, requirement in requirements.items():
+            start = time.perf_counter()
+            proof = search(evidence, requirement, kept=Path(kept)).certificate
+            seconds = time.perf_counter() - start
+            print(f"{name:45} {seconds:6.2f} s  {proof.space:,} plans, gap {proof.gap:g}")
 
 
-def made_up_statistics(graphs: GraphSet, images: int, seed: int = 0) -> ExitStatistics:
-    """Images differ in difficulty, deeper exits are better and surer, and each head has a taste of its own."""
-    rng = np.random.default_rng(seed)
-    candidate, pixels, cells = graphs.candidate, HW[0] * HW[1], CELLS_HW[0] * CELLS_HW[1]
-    classes = len(candidate.classes)
-    difficulty = rng.normal(size=images)[:, None]
-    depth = np.array([head.exit_point for head in candidate.heads])
-    shape = (images, len(depth))
-    quality = 1 + 0.5 * depth + rng.normal(0, 0.2, len(depth)) - 0.6 * difficulty + rng.normal(0, 0.3, shape)
-    thresholds = np.array(graphs.gate.thresholds)
-    sure = 1.5 * quality[:, :, None] - 8 * (thresholds - 0.6) + rng.normal(0, 0.1, (*shape, len(thresholds)))
-    labelled = (rng.dirichlet(np.full(classes, 0.8), images) * pixels).astype(np.int64)
-    accuracy = 1 / (1 + np.exp(-0.6 * quality[:, :, None] - rng.normal(0, 0.3, (*shape, classes))))
-    intersection = (labelled[:, None] * accuracy).astype(np.int64)
-    missed = (labelled[:, None] - intersection).sum(axis=2, keepdims=True)
-    return ExitStatistics(
-        heads=tuple(head.name for head in candidate.heads),
-        classes=candidate.classes,
-        cells=(cells,) * len(depth),
-        thresholds=threshold_table(graphs.gate, classes),
-        counts=np.round(cells / (1 + np.exp(-sure))).astype(np.int32),
-        intersection=intersection,
-        predicted=intersection + missed * labelled[:, None] // pixels,
-        labelled=labelled,
-        image_id=tuple(f"image{i}" for i in range(images)),
-        group=("made-up",) * images,
-        network=candidate.identity,
-        gate=graphs.gate,
-        precision="fp32",
-        device="made-up",
-        library="none",
-        split="val",
-    )
+def tell_fit(size: Size) -> None:
+    there, here = fit(read_statistics(CAMVID)), fit(made_up(size).statistics)
+    print(f"{'':20} CamVid example | made up, seed 0, {size.images:,} images")
+    for field in dataclasses.fields(Fit):
+        print(f"{field.name:20} {' | '.join(shown(getattr(each, field.name)) for each in (there, here))}")
+    print()
+
+
+def shown(values: object) -> str:
+    return " ".join(f"{value:.3g}" for value in np.atleast_1d(np.asarray(values, np.float64)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("images", 50), ("points", 5), ("heads", 5), ("classes", 11), ("rows", 12)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    sizes = parser.parse_args()
-    graphs, table = made_up_graphs(made_up_network(sizes.points, sizes.heads, sizes.classes), sizes.rows)
-    evidence = Evidence(graphs, table, made_up_statistics(graphs, sizes.images))
-    start = time.perf_counter()
-    result = search(evidence, Requirement(max_err_pp=1.0))
-    seconds = time.perf_counter() - start
-    proof, plan = result.certificate, result.plan
-    print(f"{sizes.points} early exit points x {sizes.heads} heads, {sizes.images} images, {sizes.rows} rows")
-    print(f"space      {proof.space:,} plans; {proof.evaluated:,} evaluated, {proof.duplicates:,} duplicates")
-    print(f"time       {seconds:.1f} s, {proof.space / seconds:,.0f} plans per second")
-    print(f"memory     {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB at most")
-    print(f"front      {len(result.front)} plans")
-    print(f"plan       {' -> '.join(stage.head for stage in plan.stages)}")
-    print(f"           {plan.predicted.latency_ms:.2f} ms against {plan.baseline.latency_ms:.2f} ms")
-    print(f"           {plan.predicted.miou:.2f} % mIoU against {plan.baseline.miou:.2f} %")
+    for field in dataclasses.fields(Size):
+        parser.add_argument(f"--{field.name}", type=int, default=field.default)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--max-err", type=float, default=1.0, help="percentage points of mIoU (default 1)")
+    parser.add_argument("--max-exits", type=int, default=2)
+    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds per search; 0: none (default 60)")
+    parser.add_argument("--fit", action="store_true", help="compare the made-up statistics with CamVid's")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--growth", action="store_true")
+    modes.add_argument("--enumeration", action="store_true")
+    modes.add_argument("--camvid", type=Path, metavar="WORKSPACE")
+    given = parser.parse_args()
+    size = Size(*(getattr(given, field.name) for field in dataclasses.fields(Size)))
+    requirement = Requirement(max_err_pp=given.max_err, max_exits=given.max_exits)
+    limit_s = given.time_limit or None
+    if given.camvid:
+        camvid(given.camvid)
+        return
+    if given.fit:
+        tell_fit(size)
+    compile_kernels()
+    print(f"{size}, m <= {given.max_exits}, --max-err {given.max_err:g}%")
+    if given.growth:
+        growth(size, requirement, limit_s)
+    elif given.enumeration:
+        enumeration(size, requirement)
+    else:
+        cases = [(seed, False) for seed in given.seeds]
+        whole_space(size, [*cases, (given.seeds[0], True)] if given.seeds else [], requirement, limit_s)
 
 
 if __name__ == "__main__":
