@@ -199,7 +199,7 @@ def _best_plan(evidences: Sequence[Evidence], requirement: Requirement) -> list[
     nearest = replace(requirement, max_latency=None, objective=None)
     for wanted in dict.fromkeys((requirement, nearest)):
         try:
-            plan = search_recipes(evidences, wanted).plan
+            plan = search_recipes(evidences, wanted, front_by=()).plan
         except RequirementError:
             continue
         baselines = [_key(each.graph_set, each.baseline) for each in evidences]

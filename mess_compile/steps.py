@@ -15,32 +15,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import __version__, extras, latency, scenes, statistics
-from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, read_graph_set, verify_graph_set
+from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, verify_graph_set
 from mess_compile.compiling import RecipeBuild
 from mess_compile.compiling import engine_files as _engine_files
 from mess_compile.compiling import target_of as _target
 from mess_compile.dataset import DataSet, open_dataset, read_frame, read_labels
 from mess_compile.measuring import Thrift, build, estimate, profile
-from mess_compile.recording import current_statistics as _current_statistics
 from mess_compile.recording import evaluate
 from mess_compile.runtime import cascade as runtime_cascade
-from mess_compile.runtime import frames, machine, power
+from mess_compile.runtime import frames
 from mess_compile.runtime.engine import open_library
-from mess_compile.runtime.errors import InputError, RequirementError, StaleError
+from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.runtime.manifest import EngineFile, Manifest
 from mess_compile.runtime.manifest import Plan as ManifestPlan
 from mess_compile.search import plan as plans
 from mess_compile.search.requirement import Requirement
-from mess_compile.targets import Target, find_target, known_targets, refuse_unless_here, targets_here
+from mess_compile.searching import SearchOptions, explain, search, settled_graphs_of, shared
+from mess_compile.targets import Target, find_target, refuse_unless_here
 from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
     from mess_compile.bench import Bench, DeadlineBench
-    from mess_compile.common_graphs import Shared
     from mess_compile.measurements import Measurements
     from mess_compile.nets.network import Architecture
-    from mess_compile.search.explain import Explanation
-    from mess_compile.search.figures import Evidence
     from mess_compile.training.parallel import Machines
     from mess_compile.training.recipe import Recipe
 
@@ -49,16 +46,19 @@ __all__ = [
     "NetworkChoice",
     "RecipeBuild",
     "Requirement",
+    "SearchOptions",
     "Thrift",
     "bench",
     "build",
     "bundle",
     "estimate",
     "evaluate",
+    "explain",
     "export",
     "profile",
     "run",
     "search",
+    "shared",
     "train",
     "train_baseline",
 ]
@@ -204,141 +204,6 @@ def _scene_frames(hw: tuple[int, int], count: int) -> list[NDArray[np.uint8]]:
 
 
 @dataclass(frozen=True)
-class SearchOptions:
-    """How to search: the recipes (None: all that were profiled), what the front is by, when to end, and whether the
-    plan is certified at a `confidence` (0.95), on sequences drawn by `seed`."""
-
-    precisions: tuple[str, ...] | None = None
-    front_by: tuple[str, ...] = plans.FRONT_BY
-    time_limit_s: float | None = None
-    confidence: float | None = None
-    seed: int = 0
-
-
-def search(
-    workspace: Workspace,
-    devices: Sequence[str],
-    split: str | None,
-    requirement: Requirement,
-    progress: Progress,
-    options: SearchOptions = SearchOptions(),
-) -> tuple[plans.SearchResult, ...]:
-    """Find the best plan for each device, of none for the one profiled last; all plans are written, or none.
-
-    Evaluates first when statistics are stale.
-    """
-    results = []
-    for target in (_target(workspace, device) for device in dict.fromkeys(devices or (None,))):
-        evidences = _evidences(workspace, target, split, progress, options.precisions)
-        try:
-            results.append(_searched(evidences, requirement, options, workspace.searches, progress))
-        except RequirementError as error:
-            raise RequirementError(f"{target.name}: {error}" if len(devices) > 1 else str(error)) from error
-    for result in results:
-        plans.write_result(workspace.plan(result.plan.device), result)
-    workspace.remember(device=results[0].plan.device)
-    return tuple(results)
-
-
-def _searched(
-    evidences: Sequence[Evidence], requirement: Requirement, options: SearchOptions, kept: Path, progress: Progress
-) -> plans.SearchResult:
-    """The plan with what to expect of it on unseen images: certified, or by cross-validation unless time is limited."""
-    from mess_compile.search.guarantees import certify, optimism
-    from mess_compile.search.solver import search_recipes
-
-    told = partial(progress, "search")
-    if options.confidence is not None:
-        return certify(evidences, requirement, options.confidence, options.seed, told)
-    result = search_recipes(evidences, requirement, told, options.front_by, options.time_limit_s, kept)
-    if options.time_limit_s is not None:
-        return result
-    expected = optimism(evidences, requirement, progress=partial(progress, "cross-validation"), kept=kept)
-    return replace(result, plan=replace(result.plan, optimism=expected))
-
-
-def explain(
-    workspace: Workspace,
-    device: str | None,
-    split: str | None,
-    requirement: Requirement,
-    plan: plans.Plan,
-    progress: Progress,
-    precisions: Sequence[str] | None = None,
-) -> Explanation:
-    """Why `search` with the same arguments chose this plan."""
-    from mess_compile.search import explain as explaining
-    from mess_compile.search.solver import search_recipes
-
-    evidences = _evidences(workspace, _target(workspace, device), split, progress, precisions)
-    find = partial(search_recipes, kept=workspace.searches)
-    return explaining.explain(evidences, requirement, plan, find, search_recipes, partial(progress, "explain"))
-
-
-def shared(workspace: Workspace, results: Sequence[plans.SearchResult]) -> Shared:
-    """What the chosen plans of several devices have in common."""
-    from mess_compile import common_graphs
-
-    chosen = [result.plan for result in results]
-    return common_graphs.shared([(_settled(workspace, plan.precision, plan.device), plan) for plan in chosen])
-
-
-def _evidences(
-    workspace: Workspace, target: Target, split: str | None, progress: Progress, precisions: Sequence[str] | None
-) -> list[Evidence]:
-    """What a search goes by, for each recipe."""
-    from mess_compile.search.figures import Evidence
-
-    table = latency.read_latency_table(workspace.latency(target.name))
-    known = {recipe.partition("-")[0]: recipe for recipe in table.recipes}
-    absent = [precision for precision in precisions or () if precision not in known]
-    if absent:
-        raise InputError(
-            f"{target.name} was profiled in {', '.join(known)}, not in {absent[0]!r}: run `mess-compile profile "
-            f"--device {target.name} --precision {','.join([*known, absent[0]])}`"
-        )
-    _check_power_mode(table, target, workspace)
-    evidences = []
-    for recipe in map(known.__getitem__, precisions or known):
-        graph_set = _settled(workspace, recipe, target.name)
-        latency.check_current(table, graph_set)
-        found = _current_statistics(workspace, graph_set, target.name, split, progress)
-        evidences.append(Evidence(graph_set, table, found))
-    return evidences
-
-
-def _check_power_mode(table: latency.LatencyTable, target: Target, workspace: Workspace) -> None:
-    """Raises StaleError when this machine is the target, and now runs in another power mode than was measured in."""
-    wanted = table.environment.get("power_mode")
-    if wanted is None or target.name not in {here.name for here in _targets_here(workspace)}:
-        return
-    found = power.read_state().power_mode
-    if found != wanted:
-        raise StaleError(
-            f"the latency table of {target.name} was measured in power mode {wanted}, and now it is "
-            f"{found or 'unknown'}: set it back, or run `mess-compile profile --device {target.name}`"
-        )
-
-
-def _targets_here(workspace: Workspace) -> tuple[Target, ...]:
-    return targets_here(known_targets(workspace.root).values(), machine.this_machine())
-
-
-def _settled(workspace: Workspace, recipe: str, device: str) -> GraphSet:
-    """The graphs of a recipe. Raises StaleError when it has to be settled again."""
-    from mess_compile import recipes
-
-    known = recipes.settled_graphs(read_graph_set(workspace.graphs), recipe, workspace.recipes)
-    if known is None:
-        precision = recipe.partition("-")[0]
-        raise StaleError(
-            f"the graphs in {recipe} are missing, or of other graphs than {workspace.graphs}: run "
-            f"`mess-compile profile --device {device} --precision ...` with {precision} among them"
-        )
-    return known.graph_set
-
-
-@dataclass(frozen=True)
 class BundleOptions:
     """How a bundle is written: what becomes of frames of another size, an OpenSSH key to sign with, whether engines
     travel along, and where to write its plan as one ONNX file."""
@@ -360,7 +225,8 @@ def bundle(
     from mess_compile import bundle as bundles
 
     chosen = plans.read_result(plan or workspace.plan(_target(workspace, None).name)).plan
-    target, graph_set = find_target(chosen.device, workspace.root), _settled(workspace, chosen.precision, chosen.device)
+    target = find_target(chosen.device, workspace.root)
+    graph_set = settled_graphs_of(workspace, chosen.precision, chosen.device)
     plans.check_plan_current(chosen, graph_set)
     sources = {"latency table": chosen.table_sha256, "statistics": chosen.statistics_sha256}
     statistics_folder = _tuning_statistics(workspace, chosen.predicted.split, chosen.precision, chosen.tuned_by)
@@ -553,7 +419,7 @@ def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, pas
         target = find_target(plan.target, workspace.root)
         table = latency.read_latency_table(workspace.latency(target.name))
         refuse_unless_here(target, workspace.root)
-        graph_set = _settled(workspace, plan.precision, plan.target)
+        graph_set = settled_graphs_of(workspace, plan.precision, plan.target)
         verify_graph_set(graph_set)
         latency.check_current(table, graph_set)  # now, rather than after minutes of measuring
         if cascade.manifest.network.identity == graph_set.candidate.identity:  # else `bench` refuses the bundle

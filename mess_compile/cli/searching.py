@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -43,12 +44,12 @@ if TYPE_CHECKING:
     help="latency by default.",
 )
 @click.option("--deadline", help="Anytime: optimise the mIoU at this time, such as 20ms, instead of the area under it.")
-@click.option("--max-exits", type=click.IntRange(0, 2), default=2, show_default=True, help="Early exits at most.")
+@click.option("--max-exits", type=click.IntRange(0, 2), help="Early exits at most; 2 by default.")
 @click.option("--precision", help="Recipes to search, of those profiled: fp32,fp16. All of them by default.")
 @click.option("--front", default="latency,miou", show_default=True, help="latency,miou,memory: memory counts too.")
 @click.option("--time-limit", help="Such as 60s: the best plan found by then, and what a better one could still gain.")
 @click.option("--confidence", help="Such as 95%: certify that --max-err holds on unseen images of the same kind.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the images that --confidence certifies on.")
+@click.option("--seed", type=click.IntRange(0), help="Of the images that --confidence certifies on; 0 by default.")
 @click.option("--explain", is_flag=True, help="Also say why: what exits bring, requirements cost, and what would help.")
 @json_option
 @click.pass_obj
@@ -61,7 +62,7 @@ def search(
     front: str,
     time_limit: str | None,
     confidence: str | None,
-    seed: int,
+    seed: int | None,
     explain: bool,
     as_json: bool,
     **options: Any,
@@ -72,14 +73,15 @@ def search(
     from mess_compile.search.plan import result_to_json
     from mess_compile.search.requirement import parse_front, parse_seconds
 
+    _refuse_what_does_not_fit(options, confidence, {"--seed": seed, "--time-limit": time_limit, "--explain": explain})
     requirement = _requirement(options)
-    recipes = None if precision is None else tuple(precision.split(","))
+    recipes = None if precision is None else tuple(dict.fromkeys(precision.split(",")))
     how = steps.SearchOptions(
         precisions=recipes,
         front_by=parse_front(front),
         time_limit_s=None if time_limit is None else parse_seconds(time_limit, "--time-limit"),
         confidence=None if confidence is None else parse_confidence(confidence),
-        seed=seed,
+        seed=seed or 0,
     )
     with progress_bar(as_json) as progress:
         results = steps.search(workspace, devices, split, requirement, progress, how)
@@ -101,26 +103,54 @@ def search(
         print_inspection(inspection.Inspection({}, (inspection.points_table(result.plan),)))
         for reason in reasons[i : i + 1]:
             print_inspection(reason)
-        _print_proof(result)
+        _print_proof(result, requirement)
     if common is None:
         return print_next("bundle")
     _print_shared(common, len(results))
     return print_next(*(f"bundle {quoted(workspace.plan(result.plan.device))}" for result in results))
 
 
-def _print_proof(result: Any) -> None:
+def _refuse_what_does_not_fit(
+    options: dict[str, Any], confidence: str | None, beside: dict[str, str | int | None]
+) -> None:
+    """Options that would change nothing, or not what they say."""
+    if confidence is None and beside["--seed"] is not None:
+        raise click.UsageError("--seed draws the images that --confidence certifies on: add it, or drop --seed.")
+    for name in ("--time-limit", "--explain"):
+        if confidence is not None and beside[name]:
+            raise click.UsageError(f"{name} is of the best plan, --confidence may certify another: give one of them.")
+    if beside["--time-limit"] is not None and beside["--explain"]:
+        raise click.UsageError("--explain compares plans that are proved the best: drop --time-limit.")
+    if options["setting"] == "budgeted" and options["max_exits"] is not None:
+        raise click.UsageError("the budgeted setting has no early exits: drop --max-exits.")
+
+
+def _print_proof(result: Any, requirement: Any) -> None:
     certificate, plan = result.certificate, result.plan
+    front = (
+        f"front of {len(result.front)} plans" if result.front_complete else f"{len(result.front)} plans of the front"
+    )
+    place = plan.guarantee.place if plan.guarantee else 1
+    whose = "best" if place == 1 else "the best, not certified, is that"
     if certificate.gap > 0:
         click.echo(
             f"best found of {certificate.space:,} plans; not proved the best: a better one could gain up to "
-            f"{certificate.gap:g} in the objective; front of {len(result.front)} plans"
+            f"{certificate.gap:.3g} {_unit(requirement)}; {front}"
         )
     else:
         click.echo(
-            f"best of {certificate.space:,} plans ({certificate.evaluated:,} evaluated, the others "
+            f"{whose} of {certificate.space:,} plans ({certificate.evaluated:,} evaluated, the others "
             f"{'duplicates of these' if certificate.exhaustive else 'put away by bounds'}), gap {certificate.gap:g}; "
-            f"front of {len(result.front)} plans"
+            f"{front}"
         )
+    if place > 1:
+        click.echo(f"this one is number {place} of {plan.guarantee.candidates} that err ever less than the best")
+    for point in plan.operating_points:
+        if point.name == "refined":
+            click.echo(
+                f"with cuts off the grid, not part of the proof (operating point {point.name}): "
+                f"{point.predicted.latency_ms:.2f} ms, {point.predicted.miou:.2f} % mIoU"
+            )
     if plan.absent_classes:
         absent = ", ".join(plan.absent_classes)
         click.echo(f"no image has a labelled pixel of {absent}: mIoU is over the other classes")
@@ -130,16 +160,20 @@ def _print_proof(result: Any) -> None:
     if plan.optimism is not None:
         told = plan.optimism
         click.echo(
-            f"expect about {max(0.0, told.miou_pp):.2f} pp less mIoU on other images of this kind (spread over folds "
-            f"{told.spread_pp:.2f} pp) and {told.latency_percent:+.1f} % in latency: {told.method}"
+            f"on other images of this kind expect its mIoU, relative to the baseline's, to change by "
+            f"{-told.miou_pp:+.2f} pp (spread over folds {told.spread_pp:.2f} pp), and its latency by "
+            f"{told.latency_percent:+.1f} %: {told.method}"
         )
+    elif result.without_optimism:
+        click.echo(f"what to expect on other images is not told: {result.without_optimism}")
     if plan.guarantee is not None:
         told = plan.guarantee
         click.echo(
             f"certified at {100 * told.confidence:g} % on {told.images_certified} images ({told.groups} independent "
-            f"ones) that it was not chosen on: pixel error at most {told.risk_limit_pp:g} pp above the baseline's "
-            f"(bound {told.risk_bound_pp:.2f} pp, {told.risk_method}); mIoU at most {told.miou_drop_limit_pp:g} pp "
-            f"below (bound {told.miou_drop_bound_pp:.2f} pp, {told.miou_method}); {told.assumption}"
+            f"ones) that it was not chosen on: pixel error on average at most {told.risk_limit_pp:g} pp above the "
+            f"baseline's (bound {told.risk_bound_pp:.2f} pp, {told.risk_method}); mIoU at most "
+            f"{told.miou_drop_limit_pp:g} pp below (bound {told.miou_drop_bound_pp:.2f} pp, {told.miou_method}); "
+            f"{told.assumption}"
         )
 
 
@@ -167,7 +201,7 @@ def thrift_of(wishes: tuple[str, ...], budget: str | None) -> Any:
 
 def _wish(text: str) -> Any:
     """A requirement as the options of `search` say it."""
-    known = {"devices", "split", "precision", "front", "time_limit", "explain", "as_json"}
+    known = {"devices", "split", "precision", "front", "time_limit", "explain", "as_json", "confidence", "seed"}
     try:
         options = search.make_context("profile --for", shlex.split(text)).params
     except (click.UsageError, ValueError) as error:
@@ -194,7 +228,7 @@ def _requirement(options: dict[str, Any]) -> Any:
         max_memory_bytes=parsed("max_memory", parsing.parse_max_memory),
         max_workload=parsed("max_workload", parsing.parse_max_workload),
         baseline_miou=parsed("baseline", parsing.parse_baseline),
-        max_exits=options["max_exits"],
+        max_exits=parsing.MAX_EXITS if options["max_exits"] is None else options["max_exits"],
         deadline_ms=parsed("deadline", parsing.parse_milliseconds),
     )
 
@@ -210,21 +244,35 @@ def _print_plan(plan: Any) -> None:
         ["", "head", "pixels sure at", "leaves at count", "images"],
         rows,
     )
+    figures_of = {"plan": plan.predicted, plan.baseline_name: plan.baseline}
+    estimated = [name for name, figures in figures_of.items() if figures.source == "estimated"]
     names = ["", "mIoU %", "latency ms", "p95 ms", "worst ms", "GMACs", "memory MiB"]
     if plan.predicted.energy_mj is not None:
         names.append("mJ")
     figures = [[plan.baseline_name, *_figures(plan.baseline)], ["plan", *_figures(plan.predicted)]]
-    print_table(
-        f"{plan.predicted.source} latency, {plan.predicted.images} images of {plan.predicted.split}", names, figures
-    )
-    latency, workload = (
-        plan.baseline.latency_ms / plan.predicted.latency_ms,
-        plan.baseline.gmacs / plan.predicted.gmacs,
-    )
+    source = f"ESTIMATED latency of {' and '.join(estimated)}" if estimated else "measured latency"
+    print_table(f"{source}, {plan.predicted.images} images of {plan.predicted.split}", names, figures)
+    if plan.reference_miou is not None:
+        click.echo(f"error counted from {plan.reference_miou:.2f} % mIoU: given, or the best baseline of the recipes")
+    for number, report in enumerate(plan.reports, start=1):
+        click.echo(f"exit {number} reports after {report.latency_ms:.2f} ms: {report.miou:.2f} % mIoU by then")
+    latency, workload = _ratio(plan, "latency_ms"), _ratio(plan, "gmacs")
     click.echo(f"predicted {latency:.2f}x in latency, {workload:.2f}x in workload")
     for graph in plan.graphs:
         if graph.precision != graph.wanted:
             click.echo(f"{graph.name} runs in {graph.precision}: in {graph.wanted} it lost too much")
+
+
+def _ratio(plan: Any, figure: str) -> float:
+    own = getattr(plan.predicted, figure)
+    return float(getattr(plan.baseline, figure) / own) if own else math.inf
+
+
+def _unit(requirement: Any) -> str:
+    if requirement.setting == "anytime":
+        return "pp of mIoU over time"
+    units = {"accuracy": "pp of mIoU", "workload": "GMACs", "memory": "bytes", "energy": "mJ"}
+    return units.get(requirement.objective or "latency", "ms")
 
 
 def _figures(figures: Any) -> list[str]:

@@ -7,8 +7,8 @@ those that may still hold the optimum are settled plan by plan, the most promisi
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from mess_compile.candidates import head_graph_name, output_name, segment_name
 from mess_compile.latency import DOWNLOAD, NULL, UPLOAD, Quantity, graph_cost_ns
 from mess_compile.runtime.errors import InputError
 from mess_compile.search import kernels
-from mess_compile.search.figures import Evidence, baseline_figures, exit_costs_ns, memory_bytes, plan_graphs
+from mess_compile.search.clock import Clock
+from mess_compile.search.figures import Evidence, exit_costs_ns, memory_bytes, plan_graphs
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.space import CUTS, cut_grid
 
@@ -102,20 +103,19 @@ class Proof:
 
 
 def branch_and_bound(
-    evidence: Evidence, requirement: Requirement, progress: Progress, deadline: float = np.inf
+    evidence: Evidence, requirement: Requirement, progress: Progress, clock: Clock | None = None
 ) -> tuple[Best | None, Proof]:
-    """The best plan, or the best at `deadline` (time.monotonic) or Ctrl-C; None when none satisfies the requirement.
+    """The best plan, or the best when the `clock` was up; None when none satisfies the requirement.
+
+    Without a clock Ctrl-C raises KeyboardInterrupt.
 
     Raises InputError for the objective memory, which no image's path decides.
     """
     if requirement.objective == "memory":
         raise InputError("the least memory is not searched for in a space as large as this: bound it with --max-memory")
-    search = _Search(problem_of(evidence, requirement), deadline)
-    try:
+    search = _Search(problem_of(evidence, requirement), clock)
+    with nullcontext() if clock is None else clock.ends_by_interrupt():
         search.run(requirement.early_exits, progress)
-    except KeyboardInterrupt:
-        if search.best is None:
-            raise
     return search.best, search.proof()
 
 
@@ -152,7 +152,7 @@ def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
         bounds.append(_summed(requirement.max_energy, evidence.baseline_cost_ns("energy_mj"), 1e6, images))
     floor = -np.inf
     if requirement.max_err_pp is not None:
-        floor = baseline_figures(evidence, requirement.baseline_miou).miou - requirement.max_err_pp
+        floor = requirement.counts_from(evidence.baseline_miou(evidence.baseline)) - requirement.max_err_pp
     objective = requirement.objective or "latency"
     wanted = kernels.Wanted(
         bounds=np.array(bounds, np.int64),
@@ -259,8 +259,8 @@ class _Bounded:
 
 
 class _Search:
-    def __init__(self, problem: Problem, deadline: float) -> None:
-        self._problem, self._deadline = problem, deadline
+    def __init__(self, problem: Problem, clock: Clock | None) -> None:
+        self._problem, self._clock = problem, clock
         self._images = problem.field.scores.shape[1]
         self._nobody = len(problem.names)
         self._slope = 0.0
@@ -279,7 +279,7 @@ class _Search:
             chains = list(itertools.combinations(sorted(set(self._problem.points.tolist())), 3))
             left = []
             for done, points in enumerate(chains, start=1):
-                if time.monotonic() > self._deadline:
+                if self._time_is_up():
                     return
                 left.append(self._chain(points))
                 self._open = [_joined(left)]
@@ -287,6 +287,9 @@ class _Search:
             self._unknown = False
             self._settle_best_first(_joined(left))
         self._unknown &= bool(self._open)
+
+    def _time_is_up(self) -> bool:
+        return self._clock is not None and self._clock.up
 
     def proof(self) -> Proof:
         return Proof(self._bounded, self._settled, self._evaluated, self._gap())
@@ -397,7 +400,7 @@ class _Search:
         rest = bounded.from_cheapest(self._aim)
         while len(rest.least):
             self._open = [rest]
-            if time.monotonic() > self._deadline:
+            if self._time_is_up():
                 return
             some = rest.part(slice(_SETTLED))
             some = some.part(self._may_win(some))

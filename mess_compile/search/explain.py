@@ -111,7 +111,8 @@ def explain(
         progress(number, total)
         outcome = _outcome(find if changed is evidences else find_otherwise, changed, wanted)
         if outcome is not None:
-            helps.append(Help(what, outcome, abs(outcome.value - value) / abs(value) if value else 0.0))
+            better = outcome.value - value if _is_to_grow(requirement) else value - outcome.value
+            helps.append(Help(what, outcome, better / abs(value) if value else 0.0))
     ordered = sorted(helps, key=lambda each: -each.gain)
     return Explanation(
         _objective(requirement), value, _exit_shares(_evidence_of(evidences, plan), plan), tuple(told), tuple(ordered)
@@ -122,6 +123,10 @@ def _objective(requirement: Requirement) -> str:
     if requirement.setting != "anytime":
         return requirement.objective or "latency"
     return "mIoU over time" if requirement.deadline_ms is None else "mIoU at the deadline"
+
+
+def _is_to_grow(requirement: Requirement) -> bool:
+    return requirement.setting == "anytime" or requirement.objective == "accuracy"
 
 
 def objective_value(plan: Plan, requirement: Requirement) -> float:

@@ -176,18 +176,14 @@ def _energy_mj(evidence: Evidence, setting: str, heads: Sequence[str], exits: ND
     return int(energies.sum()) / evidence.statistics.images / 1e6
 
 
-def baseline_figures(evidence: Evidence, baseline_miou: float | None = None) -> Figures:
-    """Figures of the better single-exit network; `baseline_miou` (percent) replaces its mIoU on the statistics' images.
-
-    Source: DESIGN.md, Baseline.
-    """
+def baseline_figures(evidence: Evidence) -> Figures:
+    """Figures of the better single-exit network. Source: DESIGN.md, Baseline."""
     latency_ms = evidence.baseline_cost_ns() / 1e6
-    measured = evidence.baseline_miou(evidence.baseline)
     return Figures(
         latency_ms=latency_ms,
         p95_ms=latency_ms,
         worst_ms=evidence.baseline_cost_ns("p99_ms") / 1e6,
-        miou=measured if baseline_miou is None else baseline_miou,
+        miou=evidence.baseline_miou(evidence.baseline),
         gmacs=evidence.candidate.baseline_macs / 1e9,
         memory_bytes=_memory_of_graphs(evidence.graph_set, [evidence.baseline]),
         exit_rates=(1.0,),
@@ -288,8 +284,8 @@ def _percentile(costs: NDArray[np.int64], percent: int) -> int:
     return int(np.sort(costs)[-(-percent * costs.size // 100) - 1])
 
 
-def plan_of_stages(evidence: Evidence, setting: str, stages: tuple[Stage, ...], baseline_miou: float | None) -> Plan:
-    """The plan with these `stages`; `baseline_miou` (percent) replaces the baseline's own."""
+def plan_of_stages(evidence: Evidence, setting: str, stages: tuple[Stage, ...], reference_miou: float | None) -> Plan:
+    """The plan with these `stages`; its error counts from `reference_miou` (percent), None: from the baseline's."""
     anytime = setting == "anytime"
     predicted = figures_of_stages(evidence, setting, stages)
     return Plan(
@@ -304,7 +300,8 @@ def plan_of_stages(evidence: Evidence, setting: str, stages: tuple[Stage, ...], 
         tuned_by=f"{evidence.statistics.library} on {evidence.statistics.device}",
         power_mode=evidence.table.environment.get("power_mode"),
         predicted=predicted,
-        baseline=baseline_figures(evidence, baseline_miou),
+        baseline=baseline_figures(evidence),
+        reference_miou=reference_miou,
         table_sha256=evidence.table_sha256,
         statistics_sha256=evidence.statistics_sha256,
         operating_points=(default_point(stages, predicted),),

@@ -27,7 +27,7 @@ from mess_compile.search.paired import (
     numbered_groups,
     pairs_of_plans,
 )
-from mess_compile.search.plan import Guarantee, Optimism, Plan, SearchResult, default_point
+from mess_compile.search.plan import FRONT_BY, Guarantee, Optimism, Plan, SearchResult, default_point
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.rows import Progress
 from mess_compile.search.solver import search_recipes
@@ -54,17 +54,18 @@ def optimism(
     folds: int = FOLDS,
     progress: Progress = lambda done, total: None,
     kept: Path | None = None,
-) -> Optimism | None:
+) -> Optimism:
     """By how much a search under `requirement` flatters its own plan, by cross-validation over sequences.
 
     `evidences` are of the recipes searched, as for `search_recipes`. For each fold a plan is chosen on the others and
-    replayed on it; folds on which that cannot be done (no plan satisfies, no labelled pixel) are left out. None when
-    fewer than two remain. `progress` is told (folds done, folds); `kept` is as for `search_recipes`.
+    replayed on it; folds on which that cannot be done (no plan satisfies, no labelled pixel) are left out. Raises
+    RequirementError with the reason when fewer than two remain. `progress` is told (folds done, folds); `kept` is as
+    for `search_recipes`.
     """
     _refuse_different_images(evidences)
     parts, method = cross_validation_folds(evidences[0].statistics.group, folds)
     if len(parts) < 2:
-        return None
+        raise RequirementError(f"{evidences[0].statistics.images} image is too few for cross-validation")
     baseline = _baseline(evidences)
     found = []
     for done, held in enumerate(parts, start=1):
@@ -72,13 +73,16 @@ def optimism(
         found += [fold] if fold else []
         progress(done, len(parts))
     if len(found) < 2:
-        return None
+        raise RequirementError(
+            f"cross-validation could choose a plan on the others for {len(found)} of {len(parts)} folds only: evaluate "
+            "more images, or ask for less"
+        )
     gains = [fold.foretold_gain - fold.held_gain for fold in found]
     pooled = _gain(np.sum([fold.pixels for fold in found], axis=0))
     foretold_ms = sum(fold.foretold_ms * fold.images for fold in found)
     return Optimism(
         miou_pp=float(np.mean([fold.foretold_gain for fold in found])) - pooled,
-        latency_percent=100 * (sum(fold.held_ms * fold.images for fold in found) / foretold_ms - 1),
+        latency_percent=100 * (sum(f.held_ms * f.images for f in found) / foretold_ms - 1) if foretold_ms else 0.0,
         folds=len(found),
         spread_pp=float(np.std(gains, ddof=1)),
         method=method + (f"; left out: {len(parts) - len(found)}" if len(found) < len(parts) else ""),
@@ -105,7 +109,7 @@ def _replayed_fold(
     if not chosen[0].statistics.labelled.any() or not unseen[0].statistics.labelled.any():
         return None
     try:
-        plan = search_recipes(chosen, requirement, kept=kept).plan
+        plan = search_recipes(chosen, requirement, front_by=(), kept=kept).plan
     except RequirementError:
         return None
     foretold, pixels = (pairs_of_plans(part, chosen, [plan], baseline).pixels.sum(axis=0) for part in (chosen, unseen))
@@ -148,20 +152,22 @@ def certify(
     confidence: float,
     seed: int = 0,
     progress: Progress = lambda done, total: None,
+    front_by: tuple[str, ...] = FRONT_BY,
+    kept: Path | None = None,
 ) -> SearchResult:
     """The boldest plan whose error is certified to stay within `max_err_pp`; its guarantee says on what grounds.
 
     One part of the sequences, drawn by `seed`, serves to choose plans, the other to test them in a fixed order until
     one fails. The result's front and certificate are those of the first part; the plan has no operating points beside
-    the certified one. Raises InputError when the requirement has nothing to certify or the images are too few,
-    RequirementError when no plan passes.
+    the certified one. `front_by` and `kept` are as for `search_recipes`. Raises InputError when the requirement has
+    nothing to certify or the images are too few, RequirementError when no plan passes.
     """
     _refuse_different_images(evidences)
     limit_pp = _limit_pp(requirement, confidence)
     rows = certification_split(evidences[0].statistics, limit_pp, confidence, seed)
     chosen, held = ([_part(evidence, part) for evidence in evidences] for part in rows)
-    result = search_recipes(chosen, requirement, progress)
-    plans = _from_the_boldest(chosen, requirement, result)
+    result = search_recipes(chosen, requirement, progress, front_by, kept)
+    plans = _from_the_boldest(chosen, requirement, result, kept)
     baseline = _baseline(chosen)
     first, second = (pairs_of_plans(part, chosen, plans, baseline) for part in (chosen, held))
     verdict = certified_in_turn(first, second, limit_pp, confidence, seed)
@@ -180,13 +186,20 @@ def certify(
         plan,
         statistics_sha256=whole[plan.precision],
         operating_points=(default_point(plan.stages, plan.predicted),),
-        guarantee=_guarantee(verdict, limit_pp, confidence, seed, images, groups, unit),
+        guarantee=_guarantee(verdict, limit_pp, confidence, seed, images, groups, unit, len(plans)),
     )
     return replace(result, plan=plan, front=front)
 
 
 def _guarantee(
-    verdict: Verdict, limit_pp: float, confidence: float, seed: int, images: tuple[int, int], groups: int, unit: str
+    verdict: Verdict,
+    limit_pp: float,
+    confidence: float,
+    seed: int,
+    images: tuple[int, int],
+    groups: int,
+    unit: str,
+    candidates: int,
 ) -> Guarantee:
     """`images` to choose by and to certify on; these are of so many `groups`."""
     return Guarantee(
@@ -203,6 +216,8 @@ def _guarantee(
         miou_method=f"paired bootstrap over {unit}, {RESAMPLES} resamples (no guarantee)",
         assumption=f"the {unit} certified on are independent draws of what the device will see",
         tested=verdict.tested,
+        place=(verdict.passed or 0) + 1,
+        candidates=candidates,
     )
 
 
@@ -250,7 +265,9 @@ def certification_split(
     return labelled[~held], labelled[held]
 
 
-def _from_the_boldest(parts: Sequence[Evidence], requirement: Requirement, result: SearchResult) -> list[Plan]:
+def _from_the_boldest(
+    parts: Sequence[Evidence], requirement: Requirement, result: SearchResult, kept: Path | None
+) -> list[Plan]:
     """The optimum and plans that err ever less on `parts`; all satisfy the requirement there."""
     if requirement.objective == "accuracy":
         return [result.plan]
@@ -263,14 +280,14 @@ def _from_the_boldest(parts: Sequence[Evidence], requirement: Requirement, resul
         max_exits=requirement.max_exits,
     )
     plans = [result.plan]
-    if requirement == on_front and (requirement.objective or "latency") == "latency":
+    if requirement == on_front and (requirement.objective or "latency") == "latency" and result.front_complete:
         careful = [plan for plan in result.front if plan.predicted.miou > result.plan.predicted.miou]
         some = np.linspace(0, len(careful) - 1, min(len(careful), MOST_CAREFUL)).round().astype(int)
         return plans + [careful[i] for i in some]
     for rung in _RUNGS:
         tighter = replace(requirement, max_err_pp=rung * (requirement.max_err_pp or 0.0))
         try:
-            plans.append(search_recipes(parts, tighter).plan)
+            plans.append(search_recipes(parts, tighter, front_by=(), kept=kept).plan)
         except RequirementError:
             break
     return plans

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import shutil
 from contextlib import suppress
@@ -14,8 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile import __version__, files
+from mess_compile import __version__, files, latency, statistics
 from mess_compile.runtime.errors import InputError
+from mess_compile.search import enumeration, figures, space
+from mess_compile.search import rows as rows_module
+from mess_compile.search.clock import Clock
 from mess_compile.search.figures import Evidence, figures_of_stages
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.rows import NO_OPTION, ROW, HeadOptions, Progress, Rows, rows_of_plans, stages_of_row
@@ -23,22 +27,29 @@ from mess_compile.search.rows import NO_OPTION, ROW, HeadOptions, Progress, Rows
 FORMAT, VERSION = "mess-search", 1
 MOST_BYTES = 512 << 20
 _CHECKED_ROWS = 3
+_CODE = [Path(module.__file__ or "") for module in (enumeration, figures, latency, rows_module, space, statistics)]
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
-def kept_rows(evidence: Evidence, requirement: Requirement, progress: Progress, folder: Path | None) -> Rows:
+def kept_rows(
+    evidence: Evidence, requirement: Requirement, progress: Progress, folder: Path | None, clock: Clock | None
+) -> Rows:
     """What `rows_of_plans` gives, from `folder` where an earlier search left it; left there for later ones.
 
     What is damaged, or not of this evidence, is found again. Other settings than the input-dependent one are quick, and
     nothing of them is kept.
     """
     if folder is None or requirement.setting == "anytime" or not requirement.early_exits:
-        return rows_of_plans(evidence, requirement, progress)
+        return rows_of_plans(evidence, requirement, progress, clock)
     key = _key(evidence, requirement)
     rows = _recalled(folder / key, key, evidence)
-    if rows is None:
-        rows = rows_of_plans(evidence, requirement, progress)
-        with suppress(OSError):  # a search that cannot be kept is a search all the same
+    if rows is not None:
+        with suppress(OSError):
+            os.utime(folder / key)  # what was used last is forgotten last
+        return rows
+    rows = rows_of_plans(evidence, requirement, progress, clock)
+    with suppress(OSError):  # a search that cannot be kept is a search all the same
+        if not rows.left:
             _keep(folder / key, key, rows)
             _forget_old(folder, key)
     return rows
@@ -49,7 +60,7 @@ def _key(evidence: Evidence, requirement: Requirement) -> str:
     graph_set = evidence.graph_set
     return files.sha256_of_json(
         {
-            "code": [__version__, VERSION, ROW.str, list(map(str, ROW.names or ()))],
+            "code": [__version__, VERSION, *map(files.sha256_of_file, _CODE)],
             "candidate": asdict(graph_set.candidate),
             "graphs": [asdict(spec) for spec in graph_set.graphs.values()],
             "recipe": [graph_set.recipe, graph_set.identity],

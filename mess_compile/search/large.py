@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from mess_compile.runtime.errors import RequirementError
+from mess_compile.runtime.errors import InputError, RequirementError
 from mess_compile.search import branch
+from mess_compile.search.clock import Clock, UnfinishedError
 from mess_compile.search.figures import Evidence, baseline_figures, plan_of_stages
-from mess_compile.search.plan import Certificate, Plan, SearchResult, Stage
-from mess_compile.search.points import operating_points
+from mess_compile.search.plan import FRONT_BY, Certificate, Plan, SearchResult, Stage
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.rows import plans_in_space, refuse_without_plans
 
@@ -23,30 +21,36 @@ _FRONT_POINTS, _FRONT_SIZE = 12, 2e13
 
 
 def search(
-    evidence: Evidence, requirement: Requirement, progress: branch.Progress, time_limit_s: float | None = None
+    evidence: Evidence,
+    requirement: Requirement,
+    progress: branch.Progress,
+    front_by: tuple[str, ...] = FRONT_BY,
+    clock: Clock | None = None,
 ) -> SearchResult:
-    """The optimum, or at the time limit or Ctrl-C the best plan so far and what a better one could still gain.
+    """The optimum, or when the `clock` was up the best plan so far and what a better one could still gain.
 
     The front are plans that nothing beats in mean latency and mIoU: in a space of moderate size a dozen from the
     fastest to the most accurate, else the chosen one alone where it is sure to be one of them. Raises RequirementError
-    naming the best that can be reached, or that the time was too short to tell; InputError for the objective memory.
+    naming the best that can be reached, UnfinishedError when the time was too short to tell, InputError for a front by
+    memory.
     """
-    deadline = np.inf if time_limit_s is None else time.monotonic() + time_limit_s
+    if not set(front_by) <= set(FRONT_BY):
+        raise InputError(
+            f"a front by {', '.join(front_by)} is not searched for in a space as large as this: leave --front out, and "
+            "bound memory by --max-memory"
+        )
     refuse_without_plans(evidence, [head.name for head in evidence.heads if evidence.has_graphs_of([head.name])])
-    best, proof = branch.branch_and_bound(evidence, requirement, progress, deadline)
+    best, proof = branch.branch_and_bound(evidence, requirement, progress, clock)
     if best is None:
-        if proof.gap > 0:
-            raise RequirementError(
-                f"in {time_limit_s:g} s no plan was found that satisfies the requirement, and that there is none is not"
-                " proved: give --time-limit more, or leave it out"
-            )
-        raise RequirementError(_refusal(evidence, requirement, deadline))
+        raise UnfinishedError() if proof.gap > 0 else RequirementError(_refusal(evidence, requirement, clock))
     plan = _plan(evidence, requirement, best)
     space = plans_in_space(evidence, requirement.early_exits)
+    front = _front(evidence, requirement, space, clock) if front_by else ()
     return SearchResult(
-        plan=replace(plan, operating_points=operating_points(evidence, plan.setting, plan.stages, plan.predicted)),
-        front=_front(evidence, requirement, space, deadline) or _front_of_one(requirement, plan, proof),
+        plan=plan,
+        front=front or _front_of_one(requirement, plan, proof),
         certificate=Certificate(space, proof.evaluated, 0, space - proof.evaluated, proof.gap, exhaustive=False),
+        front_complete=False,
     )
 
 
@@ -60,27 +64,26 @@ def _plan(evidence: Evidence, requirement: Requirement, best: branch.Best) -> Pl
     return plan_of_stages(evidence, requirement.setting, stages, requirement.baseline_miou)
 
 
-def _front(evidence: Evidence, requirement: Requirement, space: int, deadline: float) -> tuple[Plan, ...]:
+def _front(evidence: Evidence, requirement: Requirement, space: int, clock: Clock | None) -> tuple[Plan, ...]:
     """The fastest plans of a few levels of mIoU, by the same bounds but those on latency and mIoU; as far as they were
-    found by the deadline or Ctrl-C."""
+    found in time."""
     if space * evidence.statistics.images > _FRONT_SIZE:
         return ()
     free = replace(requirement, objective="latency", max_err_pp=None, max_latency=None)
     found: dict[tuple[int, float], branch.Best] = {}
-    with suppress(KeyboardInterrupt):
-        for point in _points_of_front(evidence, free, deadline):
-            found[point.goal, point.miou] = point
+    for point in _points_of_front(evidence, free, clock):
+        found[point.goal, point.miou] = point
     return tuple(_plan(evidence, requirement, found[key]) for key in sorted(found))
 
 
-def _points_of_front(evidence: Evidence, free: Requirement, deadline: float) -> Iterator[branch.Best]:
-    fastest = _found(evidence, free, deadline)
-    most_accurate = fastest and _found(evidence, replace(free, objective="accuracy"), deadline)
+def _points_of_front(evidence: Evidence, free: Requirement, clock: Clock | None) -> Iterator[branch.Best]:
+    fastest = _found(evidence, free, clock)
+    most_accurate = fastest and _found(evidence, replace(free, objective="accuracy"), clock)
     if fastest is None or most_accurate is None:
         return
     yield fastest
     for floor in np.linspace(fastest.miou, most_accurate.miou, _FRONT_POINTS)[1:]:
-        point = _found(evidence, replace(free, max_err_pp=0.0, baseline_miou=float(floor)), deadline)
+        point = _found(evidence, replace(free, max_err_pp=0.0, baseline_miou=float(floor)), clock)
         if point is None:
             return
         yield point
@@ -91,18 +94,18 @@ def _front_of_one(requirement: Requirement, plan: Plan, proof: branch.Proof) -> 
     return (plan,) if requirement.objective in (None, "latency") and not proof.gap else ()
 
 
-def _found(evidence: Evidence, requirement: Requirement, deadline: float) -> branch.Best | None:
+def _found(evidence: Evidence, requirement: Requirement, clock: Clock | None) -> branch.Best | None:
     """The optimum; None when there is none, or it could not be proven in time."""
-    if time.monotonic() > deadline:
+    if clock is not None and clock.up:
         return None
-    best, proof = branch.branch_and_bound(evidence, requirement, lambda done, total: None, deadline)
+    best, proof = branch.branch_and_bound(evidence, requirement, lambda done, total: None, clock)
     return None if proof.gap else best
 
 
-def _refusal(evidence: Evidence, requirement: Requirement, deadline: float) -> str:
+def _refusal(evidence: Evidence, requirement: Requirement, clock: Clock | None) -> str:
     """Each bound that a plan can be held against, and the best that it could be where the others hold."""
     wanted, reachable = [], []
-    baseline = baseline_figures(evidence, requirement.baseline_miou)
+    baseline = baseline_figures(evidence)
     for name, objective, text, column, unit in (
         ("max_err_pp", "accuracy", "mIoU", "miou", "%"),
         ("max_latency", "latency", "latency", "latency_ms", "ms"),
@@ -112,11 +115,11 @@ def _refusal(evidence: Evidence, requirement: Requirement, deadline: float) -> s
         bound = getattr(requirement, name)
         if bound is None:
             continue
-        limit = baseline.miou - bound if name == "max_err_pp" else bound.value
+        limit = requirement.counts_from(baseline.miou) - bound if name == "max_err_pp" else bound.value
         if name != "max_err_pp" and bound.relative:
             limit *= getattr(baseline, column)
         wanted.append(f"{text} {'>=' if name == 'max_err_pp' else '<='} {limit:.4g} {unit}")
-        best = _found(evidence, _without(requirement, name, objective), deadline)
+        best = _found(evidence, _without(requirement, name, objective), clock)
         if best is not None:
             value = getattr(_plan(evidence, requirement, best).predicted, column)
             reachable.append(f"{text} {value:.4g} {unit}")

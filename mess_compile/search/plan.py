@@ -17,11 +17,12 @@ SETTINGS = ("input-dependent", "budgeted", "anytime")
 FRONT_AXES = ("latency", "miou", "memory")
 FRONT_BY = ("latency", "miou")
 DEFAULT_POINT = "default"
-POINT_NAMES = ("fastest", "fast", DEFAULT_POINT, "accurate", "most-accurate")
-VERSION = 3
+REFINED_POINT = "refined"
+POINT_NAMES = ("fastest", "fast", DEFAULT_POINT, "accurate", "most-accurate", REFINED_POINT)
+VERSION = 4
 _FRONT_FIELDS = (
-    *("precision", "network", "stages", "graphs", "predicted", "baseline", "baseline_name", "statistics_sha256"),
-    *("operating_points", "reports", "optimism", "guarantee"),
+    *("precision", "network", "stages", "graphs", "predicted", "baseline", "baseline_name", "reference_miou"),
+    *("statistics_sha256", "operating_points", "reports", "optimism", "guarantee"),
 )
 _REMEDY = "run `mess-compile search`"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -105,6 +106,7 @@ class Guarantee:
     `risk_bound_pp` bounds the mean per-image risk by `risk_method`, which holds in finite samples, `miou_drop_bound_pp`
     the drop of mIoU below the baseline by `miou_method`, a bootstrap; the limits are those that were asked for.
     `tested` counts the plans that were tested in turn, `groups` the sequences that the images certified on belong to.
+    Of `candidates`, which err ever less where they were chosen, this plan is number `place`; 1 is the optimum there.
     """
 
     confidence: float
@@ -120,6 +122,8 @@ class Guarantee:
     miou_method: str
     assumption: str
     tested: int
+    place: int
+    candidates: int
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,8 @@ class Plan:
     single-exit graph `baseline_name`, and `baseline_alone` the identity of the one trained alone, if there was one to
     choose. `tuned_by` says where the statistics were recorded: exits and thresholds may do otherwise on a target that
     is not that. `power_mode` is the one that latencies were measured in, where the device tells it. `reports` is empty
-    but for the anytime setting.
+    but for the anytime setting. `reference_miou` (percent) is what the error counted from instead of the baseline's
+    own: a figure that was given, or the baseline of another recipe.
     """
 
     device: str
@@ -172,6 +177,7 @@ class Plan:
     optimism: Optimism | None = None
     guarantee: Guarantee | None = None
     absent_classes: tuple[str, ...] = ()
+    reference_miou: float | None = None
 
 
 @dataclass(frozen=True)
@@ -194,12 +200,17 @@ class Certificate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The chosen plan, the front of latency and mIoU (and what else `front_by` names) it stands on, and the proof."""
+    """The chosen plan, the front of latency and mIoU (and what else `front_by` names) it stands on, and the proof.
+
+    `front_complete` tells a whole front from some of its points, `without_optimism` why the plan has none.
+    """
 
     plan: Plan
     front: tuple[Plan, ...]
     certificate: Certificate
     front_by: tuple[str, ...] = FRONT_BY
+    front_complete: bool = True
+    without_optimism: str = ""
 
 
 def decisions_of(stages: Sequence[Stage]) -> tuple[Decision, ...]:
@@ -238,14 +249,25 @@ def check_sources_current(device: str, known: Mapping[str, str], found: Mapping[
 
 
 def result_to_json(result: SearchResult) -> dict[str, Any]:
-    """`plan`, `front`, `certificate` and `source`; a point of the front is what may differ from the chosen plan."""
+    """`plan`, `front`, `certificate` and `source`; a point of the front is what may differ from the chosen plan.
+
+    `source` is "estimated" when the latency of the plan or of its baseline is.
+    """
     return {
-        "source": result.plan.predicted.source,
+        "source": source_of(result.plan),
         "plan": asdict(result.plan),
         "front_by": list(result.front_by),
         "front": [{name: asdict(point)[name] for name in _FRONT_FIELDS} for point in result.front],
+        "front_complete": result.front_complete,
         "certificate": asdict(result.certificate),
+        "without_optimism": result.without_optimism,
     }
+
+
+def source_of(plan: Plan) -> str:
+    """ "estimated" when the latency of the plan or of the baseline beside it is, "measured" otherwise."""
+    sources = {plan.predicted.source, plan.baseline.source}
+    return sources.pop() if len(sources) == 1 else "estimated"
 
 
 def write_result(path: Path, result: SearchResult) -> None:
@@ -269,7 +291,8 @@ def _result_from_json(content: dict[str, Any]) -> SearchResult:
     front_by = tuple(map(str, content["front_by"]))
     if not set(FRONT_BY) <= set(front_by) <= set(FRONT_AXES):
         raise ValueError(f"a front by {front_by}")
-    return SearchResult(plan, front, certificate, front_by)
+    whole, without = bool(content["front_complete"]), str(content["without_optimism"])
+    return SearchResult(plan, front, certificate, front_by, whole, without)
 
 
 def _plan_from_json(content: dict[str, Any]) -> Plan:
@@ -299,6 +322,7 @@ def _plan_from_json(content: dict[str, Any]) -> Plan:
         optimism=None if content["optimism"] is None else _typed(Optimism, content["optimism"]),
         guarantee=None if content["guarantee"] is None else _typed(Guarantee, content["guarantee"]),
         absent_classes=tuple(map(str, content["absent_classes"])),
+        reference_miou=None if content["reference_miou"] is None else float(content["reference_miou"]),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mess_compile.runtime.errors import InputError
@@ -11,7 +12,9 @@ from mess_compile.search.plan import FRONT_AXES, FRONT_BY, SETTINGS
 
 OBJECTIVES = ("latency", "accuracy", "workload", "memory", "energy")
 MAX_EXITS = 2
-_NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
+_NUMBER = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+_MOST = 1e12
+"""No latency in ms, memory in bytes or other quantity in its unit is as large."""
 _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -78,6 +81,10 @@ class Requirement:
     def early_exits(self) -> int:
         return 0 if self.setting == "budgeted" else self.max_exits
 
+    def counts_from(self, baseline_miou: float) -> float:
+        """The mIoU in percent that `max_err_pp` counts from, given the baseline's."""
+        return baseline_miou if self.baseline_miou is None else self.baseline_miou
+
     @property
     def needs_energy(self) -> bool:
         """Whether it can be judged only where the latency table tells energies."""
@@ -86,7 +93,10 @@ class Requirement:
 
 def parse_max_err(text: str) -> float:
     """Percentage points from `1%`. Raises InputError."""
-    return _percent(text, "--max-err", "1% for one percentage point of mIoU below the baseline")
+    value = _percent(text, "--max-err", "1% for one percentage point of mIoU below the baseline")
+    if value > 100:
+        raise InputError(f"--max-err {text}: no mIoU is more than 100 percentage points below another")
+    return value
 
 
 def parse_baseline(text: str) -> float:
@@ -99,36 +109,36 @@ def parse_baseline(text: str) -> float:
 
 def parse_milliseconds(text: str, option: str = "--deadline") -> float:
     """Milliseconds from `20ms`. Raises InputError."""
-    return _positive(text, r"\s*ms", option, "20ms")
+    return _positive(text, ("ms",), option, "20ms")[0]
 
 
 def parse_seconds(text: str, option: str = "--budget") -> float:
     """Seconds from `90s`, `30min` or `2h`. Raises InputError."""
     units = {"s": 1, "min": 60, "h": 3600}
-    value = _positive(text, rf"\s*(?:{'|'.join(units)})", option, f"30min (units: {', '.join(units)})")
-    return value * units[text.strip().lstrip("0123456789. ")]
+    value, unit = _positive(text, units, option, f"30min (units: {', '.join(units)})")
+    return value * units[unit]
 
 
 def parse_max_latency(text: str, option: str = "--max-latency") -> Limit:
     """From `20ms`, or `0.5x` of the baseline's latency. Raises InputError."""
-    return _limit(text, r"\s*ms", option, "20ms")
+    return _limit(text, ("ms",), option, "20ms")
 
 
 def parse_max_workload(text: str) -> Limit:
     """From `3.5` GMACs, or `0.5x` of the baseline's workload. Raises InputError."""
-    return _limit(text, r"(?:\s*GMACs?)?", "--max-workload", "3.5 for 3.5 GMACs")
+    return _limit(text, ("GMACs", "GMAC", ""), "--max-workload", "3.5 for 3.5 GMACs")
 
 
 def parse_max_energy(text: str) -> Limit:
     """From `50mJ`, or `0.5x` of the baseline's energy. Raises InputError."""
-    return _limit(text, r"\s*mJ", "--max-energy", "50mJ for 50 millijoules an image")
+    return _limit(text, ("mJ",), "--max-energy", "50mJ for 50 millijoules an image")
 
 
 def parse_max_memory(text: str) -> int:
     """Bytes from `64MiB`. Raises InputError."""
     example = f"64MiB (units: {', '.join(_BYTES)})"
-    value = _positive(text, rf"\s*(?:{'|'.join(_BYTES)})", "--max-memory", example)
-    return int(value * _BYTES[text.strip().lstrip("0123456789. ")])
+    value, unit = _positive(text, _BYTES, "--max-memory", example)
+    return int(value * _BYTES[unit])
 
 
 def parse_front(text: str) -> tuple[str, ...]:
@@ -139,25 +149,25 @@ def parse_front(text: str) -> tuple[str, ...]:
     return tuple(axis for axis in FRONT_AXES if axis in named)
 
 
-def _limit(text: str, unit: str, option: str, example: str) -> Limit:
+def _limit(text: str, units: Collection[str], option: str, example: str) -> Limit:
     example = f"{example}, or 0.5x of the baseline"
-    if text.strip().endswith("x"):
-        return Limit(_positive(text, r"\s*x", option, example), relative=True)
-    return Limit(_positive(text, unit, option, example))
+    value, unit = _positive(text, (*units, "x"), option, example)
+    return Limit(value, relative=unit == "x")
 
 
 def _percent(text: str, option: str, example: str) -> float:
-    match = re.fullmatch(rf"{_NUMBER}\s*%", text.strip())
-    if match is None or float(match[1]) == math.inf:
+    match = re.fullmatch(rf"{_NUMBER} *%", text.strip())
+    if match is None or float(match[1]) > _MOST:
         raise _refusal(text, option, example)
     return float(match[1])
 
 
-def _positive(text: str, unit: str, option: str, example: str) -> float:
-    match = re.fullmatch(rf"{_NUMBER}{unit}", text.strip())
-    if match is None or not 0 < float(match[1]) < math.inf:
+def _positive(text: str, units: Collection[str], option: str, example: str) -> tuple[float, str]:
+    """The number and which of `units` stands behind it."""
+    match = re.fullmatch(rf"{_NUMBER} *({'|'.join(units)})", text.strip())
+    if match is None or not 0 < float(match[1]) <= _MOST:
         raise _refusal(text, option, example)
-    return float(match[1])
+    return float(match[1]), match[2]
 
 
 def _refusal(text: str, option: str, example: str) -> InputError:
@@ -170,6 +180,8 @@ def _refusal(text: str, option: str, example: str) -> InputError:
         reason = "has no unit"
     elif match is not None and float(match[2]) == 0:
         reason = "is not more than nothing"
+    elif match is not None and float(match[2]) > _MOST:
+        reason = "is more than there can be"
     return InputError(f"{option} {_shortened(text)!r} {reason}: write {example}")
 
 

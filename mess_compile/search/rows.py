@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.candidates import output_name, segment_name
+from mess_compile.latency import Quantity
 from mess_compile.runtime.errors import RequirementError
 from mess_compile.search.anytime import anytime_chains
+from mess_compile.search.clock import Clock
 from mess_compile.search.enumeration import Outcomes, Scores, best_outcomes, merged, states_of_pair, undominated
 from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs
 from mess_compile.search.plan import Stage
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.space import Options, chains, cut_grid, head_options, last_heads, nobody
+from mess_compile.search.space import Options, chains, cut_grid, head_options, last_heads, nobody, options_near
 from mess_compile.statistics import ExitStatistics, head_miou
 
 NO_OPTION = -1
@@ -57,14 +60,16 @@ class HeadOptions(dict[str, Options]):
 class Rows:
     """Plans as `plans`, a structured array of ROW; `chains` are heads in running order, the last exit's included.
 
-    `space` counts the plans these rows were chosen from, `evaluated` those without duplicates.
+    `space` counts the plans these rows were chosen from, `evaluated` those without duplicates. `left` are the early
+    heads whose plans were not evaluated, for want of time.
     """
 
     chains: tuple[tuple[str, ...], ...]
-    options: HeadOptions
+    options: dict[str, Options]
     plans: NDArray[np.void]
     space: int
     evaluated: int
+    left: tuple[tuple[str, ...], ...] = ()
 
 
 def plans_in_space(evidence: Evidence, early_exits: int) -> int:
@@ -92,16 +97,33 @@ def is_large(evidence: Evidence, early_exits: int) -> bool:
     return plans_in_space(evidence, early_exits) * evidence.statistics.images > ENUMERATED
 
 
-def rows_of_plans(evidence: Evidence, requirement: Requirement, progress: Progress) -> Rows:
-    """Evaluate every plan of the requirement's setting; `progress` is told (chains done, chains in all)."""
+def rows_of_plans(evidence: Evidence, requirement: Requirement, progress: Progress, clock: Clock | None = None) -> Rows:
+    """Evaluate every plan of the requirement's setting, or as many as the `clock` leaves time for.
+
+    `progress` is told (chains done, chains in all). Without a clock Ctrl-C raises KeyboardInterrupt.
+    """
     if requirement.setting == "anytime":
         return _anytime_rows(evidence, requirement)
-    beginnings = list(chains(evidence.heads, len(evidence.candidate.exit_points), requirement.early_exits))
-    ledger = _Ledger(evidence)
-    for done, early in enumerate(beginnings, start=1):
-        ledger.add(early)
-        progress(done, len(beginnings))
-    refuse_without_plans(evidence, ledger.chains)
+    beginnings = tuple(chains(evidence.heads, len(evidence.candidate.exit_points), requirement.early_exits))
+    ledger, done = _Ledger(evidence, HeadOptions(evidence.statistics)), 0
+    with nullcontext() if clock is None else clock.ends_by_interrupt():
+        for early in beginnings:
+            ledger.add(early, _lasts(evidence, early))
+            done += 1
+            progress(done, len(beginnings))
+            if clock is not None and clock.up:
+                break
+    if done == len(beginnings):
+        refuse_without_plans(evidence, ledger.chains)
+    return ledger.rows(beginnings[done:])
+
+
+def rows_near(evidence: Evidence, stages: Sequence[Stage]) -> Rows:
+    """The plan with these `stages`, and those that differ from it in cuts between its neighbours on the grid alone."""
+    early, last = [stage.head for stage in stages[:-1]], stages[-1].head
+    options = {s.head: options_near(evidence.statistics, s.head, s.row, s.cut or 0) for s in stages[:-1]}
+    ledger = _Ledger(evidence, options)
+    ledger.add(tuple(early), (last,))
     return ledger.rows()
 
 
@@ -112,6 +134,12 @@ def refuse_without_plans(evidence: Evidence, found: Sequence[object]) -> None:
         raise RequirementError(
             f"no plan has all its graphs on {device}: see what failed with `mess-compile inspect latency`"
         )
+
+
+def least_cost_of_plans(evidence: Evidence, early: tuple[str, ...], quantity: Quantity) -> float:
+    """What an image costs at the least in plans that begin with `early`, in ns; infinite when there are none."""
+    costs = (exit_costs_ns(evidence, "input-dependent", (*early, last), quantity) for last in _lasts(evidence, early))
+    return min(map(min, costs), default=np.inf)
 
 
 def _lasts(evidence: Evidence, early: tuple[str, ...]) -> tuple[str, ...]:
@@ -178,19 +206,21 @@ def _p95(leave: NDArray[np.int64], costs: NDArray[np.int64]) -> NDArray[np.int64
 class _Ledger:
     """Collects the rows of the budgeted and the input-dependent setting, chain by chain."""
 
-    def __init__(self, evidence: Evidence) -> None:
+    def __init__(self, evidence: Evidence, options: dict[str, Options]) -> None:
         self._evidence = evidence
         self._scores = Scores(evidence.statistics)
-        self._options = HeadOptions(evidence.statistics)
+        self._options = options
         self._nobody = nobody(evidence.statistics.images)
-        self.chains: list[tuple[str, ...]] = []
-        self._rows: list[NDArray[np.void]] = []
+        self._rows: dict[tuple[str, ...], NDArray[np.void]] = {}
         self._space = 0
         self._evaluated = 0
 
-    def add(self, early: tuple[str, ...]) -> None:
-        """Evaluate every plan whose early heads are these."""
-        lasts = _lasts(self._evidence, early)
+    @property
+    def chains(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(self._rows)
+
+    def add(self, early: tuple[str, ...], lasts: Sequence[str]) -> None:
+        """Evaluate every plan whose early heads are these, and that ends at one of `lasts`."""
         if not lasts:
             return
         if not early:
@@ -218,12 +248,11 @@ class _Ledger:
         self._evaluated += 1
 
     def _add_outcomes(self, heads: tuple[str, ...], found: Outcomes) -> None:
-        self._rows.append(_rows_of_chain(self._evidence, len(self.chains), heads, found))
-        self.chains.append(heads)
+        self._rows[heads] = _rows_of_chain(self._evidence, len(self._rows), heads, found)
 
-    def rows(self) -> Rows:
-        plans = np.concatenate(self._rows)
-        return Rows(tuple(self.chains), self._options, plans, self._space, self._evaluated)
+    def rows(self, left: tuple[tuple[str, ...], ...] = ()) -> Rows:
+        plans = np.concatenate([np.zeros(0, ROW), *self._rows.values()])
+        return Rows(self.chains, self._options, plans, self._space, self._evaluated, left)
 
 
 def stages_of_row(evidence: Evidence, rows: Rows, plan: Any) -> tuple[Stage, ...]:

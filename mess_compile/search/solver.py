@@ -10,19 +10,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile.latency import Quantity
 from mess_compile.runtime.errors import InputError, RequirementError, StaleError
-from mess_compile.search.figures import (
-    Evidence,
-    baseline_figures,
-    plan_of_stages,
-    refuse_without_energy,
-)
+from mess_compile.search.clock import Clock, UnfinishedError
+from mess_compile.search.figures import Evidence, plan_of_stages, refuse_without_energy
 from mess_compile.search.front import front_groups
 from mess_compile.search.kept import kept_rows
-from mess_compile.search.plan import FRONT_BY, Certificate, Plan, SearchResult
+from mess_compile.search.plan import (
+    FRONT_BY,
+    REFINED_POINT,
+    Certificate,
+    OperatingPoint,
+    Plan,
+    SearchResult,
+    decisions_of,
+)
 from mess_compile.search.points import operating_points
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.rows import Progress, Rows, is_large, stages_of_row, text_of_stages
+from mess_compile.search.rows import (
+    Progress,
+    Rows,
+    is_large,
+    least_cost_of_plans,
+    plans_in_space,
+    rows_near,
+    stages_of_row,
+    text_of_stages,
+)
 
 Mask = NDArray[np.bool_]
 _AXES = {"latency": "cost_ns", "miou": "miou", "memory": "memory_bytes"}
@@ -33,43 +47,91 @@ def search(
     requirement: Requirement,
     progress: Progress = lambda done, total: None,
     front_by: tuple[str, ...] = FRONT_BY,
-    time_limit_s: float | None = None,
     kept: Path | None = None,
+    clock: Clock | None = None,
 ) -> SearchResult:
     """The optimum over the whole space, by enumeration, or by branch and bound where the space is large.
 
     Space and order of equals are those of the search issue (5).
     The front is by mean latency, mIoU and what else `front_by` names, of the plans that keep the bounds on what it is
-    not by. What does not follow from the requirement is kept in the folder `kept`. `progress` is told (chains of heads
-    done, in all). Raises RequirementError naming the best that can be
-    reached when no plan satisfies the requirement, InputError when it needs energies that the latency table lacks.
+    not by; of nothing: no front, and no operating points. What does not follow from the requirement is kept in the
+    folder `kept`. `progress` is told (chains of heads done, in all). When the `clock` is up, or with one at Ctrl-C, the
+    best so far is returned, with its gap. Raises RequirementError naming the best that can be reached when no plan
+    satisfies the requirement, UnfinishedError when none was found in time, InputError when it needs energies that the
+    latency table lacks.
     """
     if requirement.needs_energy:
         refuse_without_energy(evidence)
     if requirement.setting == "input-dependent" and is_large(evidence, requirement.early_exits):
         from mess_compile.search import large  # compiles when it is first used
 
-        return large.search(evidence, requirement, progress, time_limit_s)
-    rows = kept_rows(evidence, requirement, progress, kept)
+        found = large.search(evidence, requirement, progress, front_by, clock)
+        return _with_points(evidence, requirement, found) if front_by else found
+    rows = kept_rows(evidence, requirement, progress, kept, clock)
     bounds = _bounds(evidence, requirement, rows.plans)
     feasible = _kept(rows, bounds)
     if not feasible.any():
-        raise RequirementError(_refusal(rows, bounds))
-    chosen = _best(evidence, rows, np.flatnonzero(feasible), _objective(rows.plans, requirement)[feasible])
+        raise UnfinishedError() if rows.left else RequirementError(_refusal(rows, bounds))
+    objective = _objective(rows.plans, requirement)
+    chosen = _best(evidence, rows, np.flatnonzero(feasible), objective[feasible])
+    if requirement.deadline_ms is not None and not objective[chosen]:
+        raise RequirementError(_too_early(evidence, requirement, rows))
     fixed = _kept(rows, [bound for bound in bounds if bound.column not in {_AXES[axis] for axis in front_by}])
-    certificate = Certificate(
-        rows.space, rows.evaluated, rows.space - rows.evaluated, bounded=0, gap=0.0, exhaustive=True
+    front = _front(evidence, rows, fixed, front_by) if front_by else []
+    result = SearchResult(
+        plan=_plan_of_row(evidence, requirement, rows, chosen),
+        front=tuple(_plan_of_row(evidence, requirement, rows, index) for index in front),
+        certificate=_certificate(evidence, requirement, rows, chosen),
+        front_by=front_by or FRONT_BY,
+        front_complete=bool(front_by) and not rows.left,
     )
-    plan = _plan_of_row(evidence, requirement, rows, chosen)
+    return _with_points(evidence, requirement, result) if front_by else result
+
+
+def _with_points(evidence: Evidence, requirement: Requirement, result: SearchResult) -> SearchResult:
+    plan = result.plan
     points = operating_points(evidence, plan.setting, plan.stages, plan.predicted)
-    return SearchResult(
-        plan=replace(plan, operating_points=points),
-        front=tuple(
-            _plan_of_row(evidence, requirement, rows, index) for index in _front(evidence, rows, fixed, front_by)
-        ),
-        certificate=certificate,
-        front_by=front_by,
-    )
+    refined = _refined(evidence, requirement, plan)
+    return replace(result, plan=replace(plan, operating_points=points + refined))
+
+
+def _refined(evidence: Evidence, requirement: Requirement, plan: Plan) -> tuple[OperatingPoint, ...]:
+    """The plan with cuts off the grid, where that is better; nothing is proven about it."""
+    if plan.setting != "input-dependent" or len(plan.stages) == 1:
+        return ()
+    rows = rows_near(evidence, plan.stages)
+    feasible = _kept(rows, _bounds(evidence, requirement, rows.plans))
+    best = _best(evidence, rows, np.flatnonzero(feasible), _objective(rows.plans, requirement)[feasible])
+    found = _plan_of_row(evidence, requirement, rows, best)
+    if _order(found, requirement)[:2] >= _order(plan, requirement)[:2]:
+        return ()
+    return (OperatingPoint(REFINED_POINT, decisions_of(found.stages), found.predicted),)
+
+
+def _certificate(evidence: Evidence, requirement: Requirement, rows: Rows, chosen: int) -> Certificate:
+    duplicates = rows.space - rows.evaluated
+    if not rows.left:
+        return Certificate(rows.space, rows.evaluated, duplicates, bounded=0, gap=0.0, exhaustive=True)
+    gap = _gap(evidence, requirement, rows, chosen)
+    space = plans_in_space(evidence, requirement.early_exits)
+    return Certificate(space, rows.evaluated, duplicates, bounded=0, gap=gap, exhaustive=False)
+
+
+def _gap(evidence: Evidence, requirement: Requirement, rows: Rows, chosen: int) -> float:
+    """What a plan that was left out could gain at the most over the `chosen` one."""
+    plan = _plan_of_row(evidence, requirement, rows, chosen)
+    value = abs(_order(plan, requirement)[0])
+    quantities: dict[str, Quantity] = {"latency": "mean_ms", "energy": "energy_mj"}
+    quantity = quantities.get(requirement.objective or "latency")
+    if quantity is None:  # no more is known of what is left than that mIoU ends at 100, and the others at 0
+        return 100.0 - value if requirement.objective == "accuracy" else value
+    least = min(least_cost_of_plans(evidence, early, quantity) for early in rows.left)
+    return max(0.0, value - least / 1e6)
+
+
+def _too_early(evidence: Evidence, requirement: Requirement, rows: Rows) -> str:
+    first = int(rows.plans["cost_ns"].min()) / evidence.statistics.images / 1e6
+    return f"no plan reports by {requirement.deadline_ms:g} ms: the first that can report does so after {first:.4g} ms"
 
 
 def search_recipes(
@@ -77,14 +139,14 @@ def search_recipes(
     requirement: Requirement,
     progress: Progress = lambda done, total: None,
     front_by: tuple[str, ...] = FRONT_BY,
-    time_limit_s: float | None = None,
     kept: Path | None = None,
+    clock: Clock | None = None,
 ) -> SearchResult:
     """The optimum over the plans of several precision recipes of one network; of equals that of the first.
 
     The error counts from the best baseline of any of them, latency and workload relative to each recipe's own: an
-    int8 plan near a poor int8 baseline satisfies nobody. Raises RequirementError for each when none has a plan,
-    InputError for the anytime setting, whose area ends at the baseline's latency, when there are several.
+    int8 plan near a poor int8 baseline satisfies nobody. Raises as `search` does, and InputError for the anytime
+    setting, whose area ends at the baseline's latency, when there are several.
     """
     if len(evidences) > 1 and requirement.setting == "anytime":
         names = ", ".join(evidence.graph_set.recipe for evidence in evidences)
@@ -97,24 +159,30 @@ def search_recipes(
     if requirement.baseline_miou is None and len(evidences) > 1:
         best = max(evidence.baseline_miou(evidence.baseline) for evidence in evidences)
         requirement = replace(requirement, baseline_miou=best)
-    found, refusals = [], []
+    found, refusals, unfinished = [], [], False
     for evidence in evidences:
         try:
-            found.append(search(evidence, requirement, progress, front_by, time_limit_s, kept))
+            found.append(search(evidence, requirement, progress, front_by, kept, clock))
+        except UnfinishedError:
+            unfinished = True
         except RequirementError as error:
             refusals.append(f"{evidence.graph_set.recipe}: {error}" if len(evidences) > 1 else str(error))
     if not found:
-        raise RequirementError("; ".join(refusals))
+        raise UnfinishedError() if unfinished else RequirementError("; ".join(refusals))
+    plan = min((result.plan for result in found), key=lambda plan: _order(plan, requirement))
+    value = abs(_order(plan, requirement)[0])
+    unknown = (100.0 - value if requirement.objective == "accuracy" else value) if unfinished else 0.0
     proofs = [result.certificate for result in found]
     return SearchResult(
-        plan=min((result.plan for result in found), key=lambda plan: _order(plan, requirement)),
+        plan=plan,
         front=_merged([plan for result in found for plan in result.front], front_by),
-        front_by=front_by,
+        front_by=front_by or FRONT_BY,
+        front_complete=not unfinished and all(result.front_complete for result in found),
         certificate=replace(
             proofs[0],
             **{name: sum(getattr(p, name) for p in proofs) for name in ("space", "evaluated", "duplicates", "bounded")},
-            gap=max(proof.gap for proof in proofs),
-            exhaustive=all(proof.exhaustive for proof in proofs),
+            gap=max(unknown, *(proof.gap for proof in proofs)),
+            exhaustive=all(proof.exhaustive for proof in proofs) and not unfinished,
         ),
     )
 
@@ -134,6 +202,8 @@ def _order(plan: Plan, requirement: Requirement) -> tuple[float, float, int]:
 
 def _merged(plans: list[Plan], front_by: tuple[str, ...]) -> tuple[Plan, ...]:
     """Those that no other beats in what the front is by, from the fastest to the most accurate; of equals the first."""
+    if not plans:
+        return ()
     cost, miou, memory = (
         np.array([getattr(plan.predicted, name) for plan in plans]) for name in ("latency_ms", "miou", "memory_bytes")
     )
@@ -170,8 +240,8 @@ def _bounds(evidence: Evidence, requirement: Requirement, plans: NDArray[np.void
     images = evidence.statistics.images
     bounds = []
     if requirement.max_err_pp is not None:
-        baseline = baseline_figures(evidence, requirement.baseline_miou)
-        bounds.append(_Bound("miou", "mIoU", baseline.miou - requirement.max_err_pp, 1, "%"))
+        reference = requirement.counts_from(evidence.baseline_miou(evidence.baseline))
+        bounds.append(_Bound("miou", "mIoU", reference - requirement.max_err_pp, 1, "%"))
     if requirement.max_latency is not None:
         limit = requirement.max_latency.resolved(evidence.baseline_cost_ns(), 1e6)
         bounds.append(_Bound("cost_ns", "latency", float(limit * images), 1e6 * images, "ms"))

@@ -12,6 +12,7 @@ from mess_compile.candidates import Head
 from mess_compile.statistics import ExitStatistics
 
 CUTS = 32
+NEAR = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +51,34 @@ def head_options(statistics: ExitStatistics, head: str) -> Options:
     return Options(rows, cuts, counts.T[rows] >= cuts[:, None], len(decisions))
 
 
+def options_near(statistics: ExitStatistics, head: str, row: int, cut: int) -> Options:
+    """Cuts of `head` at one threshold row between the neighbours of `cut` on the grid, itself included: between all
+    neighbouring observed counts, or at even ranks among more than NEAR of them."""
+    counts = np.asarray(statistics.counts[:, statistics.head_index(head), row])  # (n,)
+    grid, every = np.array(cut_grid(counts)), _cuts_between(counts)
+    below, above = grid[grid < cut].max(initial=-1), grid[grid > cut].min(initial=np.iinfo(np.int64).max)
+    near = every[(below < every) & (every < above)]
+    near = near[np.unique(np.linspace(0, len(near) - 1, min(len(near), NEAR)).round().astype(int))]
+    cuts = np.array(sorted({cut, *near.tolist()}, key=str), np.int64)
+    return Options(np.full(len(cuts), row, np.int64), cuts, counts[None] >= cuts[:, None], len(cuts))
+
+
 def cut_grid(counts: NDArray[np.int32]) -> tuple[int, ...]:
     """Cuts midway (rounded up) between neighbouring observed counts: all, or of more than 32 those at even ranks.
 
     Source: DESIGN.md, Gate; the ranks are ceil(j * M / 33), j = 1..32, of the M cuts.
     """
-    observed = np.unique(counts).astype(np.int64)
-    cuts = ((observed[:-1] + observed[1:] + 1) // 2).tolist()
+    cuts = _cuts_between(counts).tolist()
     total = len(cuts)
     if total > CUTS:
         cuts = [cuts[-(-j * total // (CUTS + 1)) - 1] for j in range(1, CUTS + 1)]
     return tuple(cuts)
+
+
+def _cuts_between(counts: NDArray[np.int32]) -> NDArray[np.int64]:
+    observed = np.unique(counts).astype(np.int64)
+    cuts: NDArray[np.int64] = (observed[:-1] + observed[1:] + 1) // 2
+    return cuts
 
 
 def chains(heads: Sequence[Head], final: int, early_exits: int) -> Iterator[tuple[str, ...]]:

@@ -102,7 +102,6 @@ def test_figures_of_the_baseline_by_hand() -> None:
     assert figures.gmacs == pytest.approx(3020 / 1e9)
     assert figures.memory_bytes == 320 + 70 + 48 + 16
     assert figures.miou == pytest.approx(100 * (18 / (20 + 20 - 18) + 16 / (20 + 20 - 16)) / 2)
-    assert baseline_figures(by_hand(), 54.24).miou == 54.24
 
 
 def with_alone(case: Evidence, right: tuple[int, int]) -> Evidence:
@@ -135,7 +134,6 @@ def test_a_better_baseline_trained_alone_takes_the_place_of_the_final_exit() -> 
     assert figures.worst_ms == pytest.approx(2 + 13 + 0.2)
     assert figures.gmacs == pytest.approx(3020 / 1e9)
     assert figures.memory_bytes == 310 + 70 + 48 + 16
-    assert baseline_figures(case, 54.24) == dataclasses.replace(figures, miou=54.24)
 
 
 def test_a_worse_baseline_trained_alone_changes_nothing() -> None:

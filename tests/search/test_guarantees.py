@@ -101,7 +101,6 @@ def test_optimism_is_what_plans_chosen_without_a_fold_lose_on_it(seed: int) -> N
     case = with_groups(case, [f"drive{i // 3}" for i in range(15)])
     max_err_pp = 60.0 if seed % 2 else 3.0  # the random one trained alone is far better
     told = optimism([case], Requirement(max_err_pp=max_err_pp))
-    assert told is not None
     expected = expected_optimism(case, [list(range(3 * i, 3 * i + 3)) for i in range(5)], max_err_pp)
     assert (told.miou_pp, told.latency_percent, told.spread_pp) == pytest.approx(expected, abs=1e-9)
     assert (told.folds, told.method) == (5, "cross-validation over 5 folds of 5 sequences")
@@ -110,7 +109,6 @@ def test_optimism_is_what_plans_chosen_without_a_fold_lose_on_it(seed: int) -> N
 def test_with_fewer_sequences_than_folds_blocks_of_images_stand_in_and_it_says_so() -> None:
     case = with_groups(evidence((1, 1), 2, images=12, seed=3), ["a"] * 7 + ["b"] * 5)
     told = optimism([case], Requirement(max_err_pp=3.0), folds=4)
-    assert told is not None
     expected = expected_optimism(case, [list(range(3 * i, 3 * i + 3)) for i in range(4)], 3.0)
     assert (told.miou_pp, told.latency_percent, told.spread_pp) == pytest.approx(expected, abs=1e-9)
     assert "4 blocks of images in order (2 sequences are fewer than 4 folds" in told.method
@@ -125,20 +123,20 @@ def test_folds_on_which_no_plan_satisfies_are_left_out_and_counted() -> None:
         best.append(max(plan.miou for plan in all_plans(rest, "input-dependent", 2)))
     wanted = sorted(best)[1]
     told = optimism([case], Requirement(max_err_pp=0.0, baseline_miou=wanted), folds=4)
-    assert told is not None
     assert (told.folds, told.method.split("; ")[1]) == (3, "left out: 1")
-    assert optimism([case], Requirement(max_err_pp=0.0, baseline_miou=max(best)), folds=4) is None
+    with pytest.raises(RequirementError, match="for 1 of 4 folds only"):
+        optimism([case], Requirement(max_err_pp=0.0, baseline_miou=max(best)), folds=4)
 
 
 def test_one_image_tells_no_optimism() -> None:
-    assert optimism([evidence((1,), 2, images=1, seed=0)], Requirement()) is None
+    with pytest.raises(RequirementError, match="1 image is too few"):
+        optimism([evidence((1,), 2, images=1, seed=0)], Requirement())
 
 
 @pytest.mark.parametrize(("setting", "deadline"), [("budgeted", None), ("anytime", None), ("anytime", 0.02)])
 def test_optimism_of_settings_in_which_every_image_takes_the_same_way(setting: str, deadline: float | None) -> None:
     case = with_groups(evidence((2, 1), 2, images=20, seed=8), [f"image{i}" for i in range(20)])
     told = optimism([case], Requirement(setting=setting, deadline_ms=deadline))
-    assert told is not None
     assert told.latency_percent == pytest.approx(0.0, abs=1e-9)
     assert told.method == "cross-validation over 5 folds of 20 images"
 
@@ -435,7 +433,6 @@ def test_a_certified_plan_is_the_boldest_that_passed_and_says_on_what_grounds() 
     requirement = Requirement(max_err_pp=1.0, max_exits=1)
     result = certify([case], requirement, 0.95, seed=3)
     told, plan = result.plan.guarantee, result.plan
-    assert told is not None
     assert told.images_chosen + told.images_certified == 900
     assert told.groups == told.images_certified == 450
     assert (told.confidence, told.seed, told.risk_limit_pp, told.miou_drop_limit_pp) == (0.95, 3, 1.0, 1.0)
@@ -468,7 +465,6 @@ def test_a_certified_plan_is_the_boldest_that_passed_and_says_on_what_grounds() 
 )
 def test_every_objective_and_setting_can_be_certified(requirement: Requirement) -> None:
     told = certify([drawn()], requirement, 0.95).plan.guarantee
-    assert told is not None
     assert max(told.risk_bound_pp, told.miou_drop_bound_pp) <= 2.0
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,9 +31,9 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[Evidence]:
     """The evidence of every search that was not spared by what was kept."""
     told: list[Evidence] = []
 
-    def rows_of_plans(evidence: Evidence, requirement: Requirement, progress: rows.Progress) -> rows.Rows:
+    def rows_of_plans(evidence: Evidence, *rest: Any) -> rows.Rows:
         told.append(evidence)
-        return rows.rows_of_plans(evidence, requirement, progress)
+        return rows.rows_of_plans(evidence, *rest)
 
     monkeypatch.setattr(kept, "rows_of_plans", rows_of_plans)
     return told
@@ -143,8 +144,7 @@ def test_a_refusal_is_the_same(tmp_path: Path) -> None:
 
 def test_rows_are_kept_as_they_are(tmp_path: Path) -> None:
     case = evidence((2, 1), 2, 8, seed=4)
-    fresh = kept.kept_rows(case, Requirement(), lambda done, total: None, tmp_path)
-    again = kept.kept_rows(case, Requirement(), lambda done, total: None, tmp_path)
+    fresh, again = (kept.kept_rows(case, Requirement(), lambda done, total: None, tmp_path, None) for _ in range(2))
     assert again.chains == fresh.chains
     assert np.array_equal(again.plans, fresh.plans)
     assert (again.space, again.evaluated) == (fresh.space, fresh.evaluated)

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mess_compile.runtime.errors import RequirementError
-from mess_compile.search.figures import Evidence
+from mess_compile.search.clock import Clock, UnfinishedError
+from mess_compile.search.figures import Evidence, figures_of_stages
 from mess_compile.search.plan import Plan
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search
@@ -25,6 +26,15 @@ OBJECTIVES = {
     "energy": lambda plan: plan.energy_nj,
     "anytime": lambda plan: -plan.score,
 }
+
+VALUES = {
+    "latency": lambda plan: plan.predicted.latency_ms,
+    "accuracy": lambda plan: -plan.predicted.miou,
+    "workload": lambda plan: plan.predicted.gmacs,
+    "memory": lambda plan: plan.predicted.memory_bytes,
+    "energy": lambda plan: plan.predicted.energy_mj,
+}
+UNITS = {"latency": 1e6, "workload": 1e9, "energy": 1e6}
 
 
 def key(plan: BrutePlan, objective: str) -> tuple[object, ...]:
@@ -125,6 +135,10 @@ def check_against_every_plan(case: Evidence, setting: str, data: st.DataObject) 
         return
     objective = "anytime" if setting == "anytime" else requirement.objective or "latency"
     best = min(feasible, key=lambda plan: key(plan, objective))
+    if deadline is not None and not best.score:
+        with pytest.raises(RequirementError, match=f"no plan reports by {requirement.deadline_ms:g} ms: the first"):
+            search(case, requirement)
+        return
     n, result = case.statistics.images, search(case, requirement)
     figures = result.plan.predicted
     assert identity(result.plan) == brute_identity(best)
@@ -290,6 +304,65 @@ def test_a_relative_latency_bound_is_a_share_of_the_baseline() -> None:
     best = min(feasible, key=lambda plan: key(plan, "accuracy"))
     result = search(case, Requirement(objective="accuracy", max_latency=Limit(1.5, relative=True)))
     assert identity(result.plan) == brute_identity(best)
+
+
+class Ended(Clock):
+    """Time that is up at the given look, or Ctrl-C then."""
+
+    def __init__(self, at: int, by_hand: bool) -> None:
+        super().__init__()
+        self._left, self._by_hand = at, by_hand
+
+    @property
+    def up(self) -> bool:
+        self._left -= 1
+        if not self._left and self._by_hand:
+            raise KeyboardInterrupt
+        return self._left <= 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.integers(1, 4), st.booleans(), st.sampled_from(sorted(VALUES)), st.data())
+def test_an_enumeration_that_is_ended_says_what_a_better_plan_could_gain(
+    case: Evidence, at: int, by_hand: bool, objective: str, data: st.DataObject
+) -> None:
+    plans, n = list(all_plans(case, "input-dependent", 2)), case.statistics.images
+    bounding = data.draw(st.sampled_from(plans))
+    requirement = Requirement(objective=objective, max_err_pp=0.0, baseline_miou=bounding.miou)
+    feasible = [plan for plan in plans if satisfies(plan, requirement, case)]
+    best = min(OBJECTIVES[objective](plan) for plan in feasible)
+    best = best / n / UNITS[objective] if objective in UNITS else best
+    try:
+        result = search(case, requirement, clock=Ended(at, by_hand))
+    except UnfinishedError:
+        return
+    assert identity(result.plan) in map(brute_identity, feasible)
+    assert result.certificate.gap >= VALUES[objective](result.plan) - best - 1e-12
+
+
+def test_cuts_off_the_grid_are_reported_apart() -> None:
+    """With more images than cuts on the grid the better cut may lie between two of them."""
+    case = evidence((1,), 2, images=120, seed=3)
+    counts = np.random.default_rng(0).integers(0, 5000, case.statistics.counts.shape).astype(np.int32)
+    case = dataclasses.replace(case, statistics=dataclasses.replace(case.statistics, counts=counts))
+    found = 0
+    for floor in np.linspace(30.0, 60.0, 12):
+        try:
+            plan = search(case, Requirement(max_err_pp=0.0, baseline_miou=float(floor))).plan
+        except RequirementError:
+            continue
+        refined = [point for point in plan.operating_points if point.name == "refined"]
+        for point in refined:
+            found += 1
+            stages = [
+                dataclasses.replace(stage, row=decision.row, cut=decision.cut)
+                for stage, decision in zip(plan.stages, point.decisions, strict=True)
+            ]
+            assert point.predicted == figures_of_stages(case, plan.setting, stages)
+            assert point.predicted.miou >= floor
+            assert point.predicted.latency_ms < plan.predicted.latency_ms
+            assert [stage.row for stage in stages] == [stage.row for stage in plan.stages]
+    assert found
 
 
 def test_the_same_search_twice_gives_the_same_result() -> None:

@@ -1,0 +1,204 @@
+"""Search, as a step of the Python API: from table and statistics to plans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mess_compile import latency
+from mess_compile.candidates import GraphSet, read_graph_set
+from mess_compile.compiling import target_of
+from mess_compile.recording import current_statistics
+from mess_compile.runtime import machine, power
+from mess_compile.runtime.errors import InputError, RequirementError, StaleError
+from mess_compile.search import plan as plans
+from mess_compile.search.clock import Clock
+from mess_compile.search.requirement import Requirement
+from mess_compile.targets import Target, known_targets, targets_here
+from mess_compile.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mess_compile.common_graphs import Shared
+    from mess_compile.search.explain import Explanation
+    from mess_compile.search.figures import Evidence
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search: the recipes (None: all that were profiled), what the front is by, when to end, and whether the
+    plan is certified at a `confidence` (0.95), on sequences drawn by `seed`."""
+
+    precisions: tuple[str, ...] | None = None
+    front_by: tuple[str, ...] = plans.FRONT_BY
+    time_limit_s: float | None = None
+    confidence: float | None = None
+    seed: int = 0
+
+
+def search(
+    workspace: Workspace,
+    devices: Sequence[str],
+    split: str | None,
+    requirement: Requirement,
+    progress: Progress,
+    options: SearchOptions = SearchOptions(),
+) -> tuple[plans.SearchResult, ...]:
+    """Find the best plan for each device, of none for the one profiled last; all plans are written, or none.
+
+    Evaluates first when statistics are stale. Ctrl-C ends the search with the best plan so far, and the
+    cross-validation after it without a figure.
+    """
+    targets = [target_of(workspace, device) for device in dict.fromkeys(devices or (None,))]
+    clock = Clock(math.inf if options.time_limit_s is None else options.time_limit_s)
+    evidences = {t.name: _evidences(workspace, t, split, progress, options.precisions) for t in targets}
+    results = []
+    for name, each in evidences.items():
+        try:
+            results.append(
+                _searched(each, requirement, options, workspace.searches, partial(progress, "search"), clock)
+            )
+        except RequirementError as error:
+            raise RequirementError(f"{name}: {error}" if len(evidences) > 1 else str(error)) from error
+    _write(workspace, results)
+    if options.confidence is not None:
+        return tuple(results)
+    told = tuple(_expected(list(evidences.values()), results, requirement, options, workspace.searches, progress))
+    _write(workspace, told)
+    return told
+
+
+def _write(workspace: Workspace, results: Sequence[plans.SearchResult]) -> None:
+    for result in results:
+        plans.write_result(workspace.plan(result.plan.device), result)
+    workspace.remember(device=results[0].plan.device)
+
+
+def _searched(
+    evidences: Sequence[Evidence],
+    requirement: Requirement,
+    options: SearchOptions,
+    kept: Path,
+    progress: Callable[[int, int], None],
+    clock: Clock,
+) -> plans.SearchResult:
+    from mess_compile.search.guarantees import certify
+    from mess_compile.search.solver import search_recipes
+
+    if options.confidence is None:
+        return search_recipes(evidences, requirement, progress, options.front_by, kept, clock)
+    return certify(evidences, requirement, options.confidence, options.seed, progress, options.front_by, kept)
+
+
+def _expected(
+    evidences: Sequence[Sequence[Evidence]],
+    results: Sequence[plans.SearchResult],
+    requirement: Requirement,
+    options: SearchOptions,
+    kept: Path,
+    progress: Progress,
+) -> Iterator[plans.SearchResult]:
+    """The results with what to expect of their plans on unseen images, by cross-validation, or why that is not told."""
+    from mess_compile.search.guarantees import optimism
+
+    told, without = partial(progress, "cross-validation"), ""
+    if options.time_limit_s is not None:
+        without = "no cross-validation under --time-limit"
+    for each, result in zip(evidences, results, strict=True):
+        if not without and result.certificate.gap > 0:
+            without = "no cross-validation, for the search was stopped"
+        try:
+            expected = None if without else optimism(each, requirement, progress=told, kept=kept / "folds")
+            yield replace(result, plan=replace(result.plan, optimism=expected), without_optimism=without)
+        except RequirementError as error:
+            yield replace(result, without_optimism=str(error))
+        except KeyboardInterrupt:
+            without = "the cross-validation was stopped"
+            yield replace(result, without_optimism=without)
+
+
+def explain(
+    workspace: Workspace,
+    device: str | None,
+    split: str | None,
+    requirement: Requirement,
+    plan: plans.Plan,
+    progress: Progress,
+    precisions: Sequence[str] | None = None,
+) -> Explanation:
+    """Why `search` with the same arguments chose this plan."""
+    from mess_compile.search import explain as explaining
+    from mess_compile.search.solver import search_recipes
+
+    evidences = _evidences(workspace, target_of(workspace, device), split, progress, precisions)
+    find = partial(search_recipes, front_by=(), kept=workspace.searches)
+    otherwise = partial(search_recipes, front_by=())
+    return explaining.explain(evidences, requirement, plan, find, otherwise, partial(progress, "explain"))
+
+
+def shared(workspace: Workspace, results: Sequence[plans.SearchResult]) -> Shared:
+    """What the chosen plans of several devices have in common."""
+    from mess_compile import common_graphs
+
+    chosen = [result.plan for result in results]
+    return common_graphs.shared([(settled_graphs_of(workspace, plan.precision, plan.device), plan) for plan in chosen])
+
+
+def _evidences(
+    workspace: Workspace, target: Target, split: str | None, progress: Progress, precisions: Sequence[str] | None
+) -> list[Evidence]:
+    """What a search goes by, for each recipe."""
+    from mess_compile.search.figures import Evidence
+
+    table = latency.read_latency_table(workspace.latency(target.name))
+    known = {recipe.partition("-")[0]: recipe for recipe in table.recipes}
+    absent = [precision for precision in precisions or () if precision not in known]
+    if absent:
+        raise InputError(
+            f"{target.name} was profiled in {', '.join(known)}, not in {absent[0]!r}: run `mess-compile profile "
+            f"--device {target.name} --precision {','.join([*known, absent[0]])}`"
+        )
+    _check_power_mode(table, target, workspace)
+    evidences = []
+    for recipe in map(known.__getitem__, precisions or known):
+        graph_set = settled_graphs_of(workspace, recipe, target.name)
+        latency.check_current(table, graph_set)
+        found = current_statistics(workspace, graph_set, target.name, split, progress)
+        evidences.append(Evidence(graph_set, table, found))
+    return evidences
+
+
+def _check_power_mode(table: latency.LatencyTable, target: Target, workspace: Workspace) -> None:
+    """Raises StaleError when this machine is the target, and now runs in another power mode than was measured in."""
+    wanted = table.environment.get("power_mode")
+    if wanted is None or target.name not in {here.name for here in _targets_here(workspace)}:
+        return
+    found = power.read_state().power_mode
+    if found != wanted:
+        raise StaleError(
+            f"the latency table of {target.name} was measured in power mode {wanted}, and now it is "
+            f"{found or 'unknown'}: set it back, or run `mess-compile profile --device {target.name}`"
+        )
+
+
+def _targets_here(workspace: Workspace) -> tuple[Target, ...]:
+    return targets_here(known_targets(workspace.root).values(), machine.this_machine())
+
+
+def settled_graphs_of(workspace: Workspace, recipe: str, device: str) -> GraphSet:
+    """The graphs of a recipe. Raises StaleError when it has to be settled again."""
+    from mess_compile import recipes
+
+    known = recipes.settled_graphs(read_graph_set(workspace.graphs), recipe, workspace.recipes)
+    if known is None:
+        precision = recipe.partition("-")[0]
+        raise StaleError(
+            f"the graphs in {recipe} are missing, or of other graphs than {workspace.graphs}: run "
+            f"`mess-compile profile --device {device} --precision ...` with {precision} among them"
+        )
+    return known.graph_set
