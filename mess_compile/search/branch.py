@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,7 @@ def branch_and_bound(
     if requirement.objective == "memory":
         raise InputError("the least memory is not searched for in a space as large as this: bound it with --max-memory")
     search = _Search(problem_of(evidence, requirement), clock)
-    with nullcontext() if clock is None else clock.ends_by_interrupt():
+    with suppress(_TimeIsUp), nullcontext() if clock is None else clock.ends_by_interrupt():
         search.run(requirement.early_exits, progress)
     return search.best, search.proof()
 
@@ -258,6 +258,10 @@ class _Bounded:
         return self.part(np.argsort(self.price(aim), kind="stable"))
 
 
+class _TimeIsUp(Exception):
+    pass
+
+
 class _Search:
     def __init__(self, problem: Problem, clock: Clock | None) -> None:
         self._problem, self._clock = problem, clock
@@ -275,21 +279,20 @@ class _Search:
             self._open = [self._pairs()]
             self._unknown = early_exits > 1
             self._settle_best_first(self._open[0])
-        if early_exits >= 2 and not self._open:
+        if early_exits >= 2:
             chains = list(itertools.combinations(sorted(set(self._problem.points.tolist())), 3))
             left = []
             for done, points in enumerate(chains, start=1):
-                if self._time_is_up():
-                    return
                 left.append(self._chain(points))
-                self._open = [_joined(left)]
                 progress(done, len(chains) + 1)
+            self._open = [_joined(left)]
             self._unknown = False
-            self._settle_best_first(_joined(left))
-        self._unknown &= bool(self._open)
+            self._settle_best_first(self._open[0])
+        self._unknown = False
 
-    def _time_is_up(self) -> bool:
-        return self._clock is not None and self._clock.up
+    def _check_time(self) -> None:
+        if self._clock is not None and self._clock.up:
+            raise _TimeIsUp
 
     def proof(self) -> Proof:
         return Proof(self._bounded, self._settled, self._evaluated, self._gap())
@@ -304,8 +307,14 @@ class _Search:
             gains = [((limit - each.price(self._aim)) / each.slope).max(initial=0.0) for each in self._open]
             return float(100.0 - self.best.miou if self._unknown else max(gains, default=0.0))
         least = [each.price(self._aim).min(initial=self.best.goal) for each in self._open]
-        reached = 0.0 if self._unknown else min(least, default=self.best.goal)
+        reached = self._paid_anyhow() if self._unknown else min(least, default=self.best.goal)
         return float((self.best.goal - reached) / self._images / self._problem.unit)
+
+    def _paid_anyhow(self) -> int:
+        """What no plan can save of the objective: every image passes a first head, and leaves."""
+        path = self._problem.paths[self._problem.wanted.objective]
+        first = path.step[0][path.step[0] >= 0].min()
+        return int((path.start + first + path.leave[1:].min()) * self._images)
 
     # what a plan must beat
 
@@ -400,8 +409,7 @@ class _Search:
         rest = bounded.from_cheapest(self._aim)
         while len(rest.least):
             self._open = [rest]
-            if self._time_is_up():
-                return
+            self._check_time()
             some = rest.part(slice(_SETTLED))
             some = some.part(self._may_win(some))
             if not len(some.least) and not self._may_win(rest).any():
@@ -424,9 +432,10 @@ class _Search:
         triples = np.stack([first, np.full(len(first), self._nobody), last], axis=1)
         triples = triples[self._costs(0, *triples.T)[0] >= 0]
         self._tune(triples)
-        least = [np.empty(0)] + [
-            self._settle(part, -np.inf) for part in np.array_split(triples, len(triples) // 4096 + 1)
-        ]
+        least = [np.empty(0)]
+        for part in np.array_split(triples, len(triples) // _PAIRS + 1):
+            self._check_time()
+            least.append(self._settle(part, -np.inf))
         return _Bounded(triples, np.concatenate(least), np.full(len(triples), self._slope))
 
     def _tune(self, triples: Array) -> None:
@@ -439,6 +448,7 @@ class _Search:
             return
 
         def dual(slope: float) -> tuple[float, float, Array]:
+            self._check_time()
             self._slope = slope
             least = self._settle(sample, -np.inf)
             return float(least.min()) + slope * self._aim, slope, least
@@ -474,6 +484,7 @@ class _Search:
         pairs = np.stack([h1[a], h2[b]], axis=1)
         least = [np.empty((0, len(h3)))]
         for part in (slice(start, start + _PAIRS) for start in range(0, len(a), _PAIRS)):
+            self._check_time()
             each = np.ascontiguousarray(np.moveaxis(prices[:, a[part], b[part]], 0, 1))  # (pairs, 3, lasts)
             rest = (slope, added, usual, offsets, gains, field, coefficients)
             least.append(kernels.bound_pairs(pairs[part], b[part], h3, alive[a, b][part], each, *rest))

@@ -12,6 +12,7 @@ minimum over the second head's options.
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from mess_compile.search.space import CUTS
 Array = Any
 INFINITE = np.inf
 KNOTS = 5
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait would spin, and starve those they wait for
 
 
 class Field(NamedTuple):

@@ -262,6 +262,18 @@ def test_a_bound_beyond_all_numbers_bounds_nothing() -> None:
     assert large.search(case, free, in_silence).plan == large.search(case, bounded, in_silence).plan
 
 
+def test_a_refusal_names_every_bound_and_what_could_be_reached() -> None:
+    case = evidence((1, 2), 2, images=6, seed=2)
+    best = max(plan.miou for plan in all_plans(case, "input-dependent", 2))
+    hopeless = Limit(1e-6)
+    with pytest.raises(RequirementError, match=r"no plan satisfies mIoU >= 101 % and latency <= 1e-06 ms$"):
+        large.search(case, Requirement(max_err_pp=0.0, baseline_miou=101, max_latency=hopeless), in_silence)
+    with pytest.raises(RequirementError, match=r"no plan satisfies p95 latency <= 1e-06 ms and memory <= 1 MiB$"):
+        large.search(case, Requirement(max_latency_p95=hopeless, max_memory_bytes=1 << 20), in_silence)
+    with pytest.raises(RequirementError, match=f"best reachable: mIoU {best:.4g} %$"):
+        large.search(case, Requirement(max_err_pp=0.0, baseline_miou=100), in_silence)
+
+
 def test_more_than_32_cuts_are_those_of_the_stated_grid() -> None:
     case = evidence((1,), 1, images=80, seed=3, levels=300)
     best = min(all_plans(case, "input-dependent", 1), key=lambda plan: key(plan, "accuracy"))
