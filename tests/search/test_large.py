@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mess_compile.latency import Failure
 from mess_compile.runtime.errors import InputError, RequirementError
-from mess_compile.search import branch, kernels, large
+from mess_compile.search import branch, kernels, large, solver
 from mess_compile.search.clock import Clock, UnfinishedError
 from mess_compile.search.figures import Evidence
 from mess_compile.search.plan import Plan, SearchResult
@@ -254,6 +254,17 @@ def test_a_search_without_end_and_one_with_time_enough_agree() -> None:
 def test_the_least_memory_is_not_searched_for_here() -> None:
     with pytest.raises(InputError, match="--max-memory"):
         large.search(evidence((1,), 1, 3, 0), Requirement(objective="memory"), in_silence)
+
+
+def test_a_large_space_is_searched_by_its_bounds_and_has_no_front_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = evidence((1, 2), 2, images=6, seed=4)
+    enumerated = solver.search(case, Requirement())
+    monkeypatch.setattr(solver, "is_large", lambda case, early_exits: True)
+    result = solver.search(case, Requirement())
+    assert result.plan == enumerated.plan
+    assert (enumerated.certificate.exhaustive, result.certificate.exhaustive) == (True, False)
+    with pytest.raises(InputError, match="leave --front out"):
+        solver.search(case, Requirement(), front_by=("latency", "miou", "memory"))
 
 
 def test_a_bound_beyond_all_numbers_bounds_nothing() -> None:
