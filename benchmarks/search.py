@@ -86,7 +86,9 @@ def whole_space(size: Size, cases: Iterable[tuple[int, bool]], requirement: Requ
         found = searched(evidence, requirement, limit_s)
         space = plans_in_space(evidence, requirement.early_exits)
         print(f"seed {seed}{', independent exits' if independent else ''}: {space:.3g} plans")
-        print(f"{found}; {found.proof.evaluated:,} plans evaluated; at most {peak_mib():,.0f} MiB so far")
+        proof, groups = found.proof, found.proof.settled + found.proof.bounded
+        print(f"{found}; at most {peak_mib():,.0f} MiB so far")
+        print(f"    {proof.settled:,} of {groups:,} chains of heads settled, {proof.evaluated:,} plans evaluated")
         if found.best is not None:
             baseline = baseline_figures(evidence, None)
             print(f"    {' -> '.join(found.best.heads)}: {found.latency_ms:.3f} ms, {found.best.miou:.2f} % mIoU")
