@@ -26,6 +26,7 @@ from made_up import Fit, Size, fit, made_up
 from mess_compile.candidates import read_graph_set
 from mess_compile.latency import read_latency_table
 from mess_compile.search import branch
+from mess_compile.search.clock import Clock
 from mess_compile.search.figures import Evidence, baseline_figures
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.rows import plans_in_space, rows_of_plans
@@ -75,8 +76,8 @@ class Found:
 
 def searched(evidence: Evidence, requirement: Requirement, limit_s: float | None) -> Found:
     start = time.perf_counter()
-    deadline = float("inf") if limit_s is None else time.monotonic() + limit_s
-    best, proof = branch.branch_and_bound(evidence, requirement, in_silence, deadline)
+    clock = None if limit_s is None else Clock(limit_s)
+    best, proof = branch.branch_and_bound(evidence, requirement, in_silence, clock)
     return Found(time.perf_counter() - start, best, proof, evidence.statistics.images)
 
 
@@ -90,7 +91,7 @@ def whole_space(size: Size, cases: Iterable[tuple[int, bool]], requirement: Requ
         print(f"{found}; at most {peak_mib():,.0f} MiB so far")
         print(f"    {proof.settled:,} of {groups:,} chains of heads settled, {proof.evaluated:,} plans evaluated")
         if found.best is not None:
-            baseline = baseline_figures(evidence, None)
+            baseline = baseline_figures(evidence)
             print(f"    {' -> '.join(found.best.heads)}: {found.latency_ms:.3f} ms, {found.best.miou:.2f} % mIoU")
             print(f"    the baseline: {baseline.latency_ms:.3f} ms, {baseline.miou:.2f} % mIoU", flush=True)
         del evidence
@@ -144,7 +145,7 @@ def enumeration(size: Size, requirement: Requirement) -> None:
 def enumerated(evidence: Evidence, requirement: Requirement, progress: branch.Progress) -> float:
     """The least mean latency in ms of the plans that keep --max-err, by looking at all of them."""
     plans = rows_of_plans(evidence, requirement, progress).plans
-    floor = baseline_figures(evidence, None).miou - (requirement.max_err_pp or 0.0)
+    floor = baseline_figures(evidence).miou - (requirement.max_err_pp or 0.0)
     return float(plans["cost_ns"][plans["miou"] >= floor].min() / evidence.statistics.images / 1e6)
 
 
