@@ -3,8 +3,9 @@
     python benchmarks/prediction.py WORKSPACE --png docs/prediction.png
 
 Heads, exits and cuts are drawn at random; frames are generated scenes. A prediction is the mean over the frames of the
-cost of the path that each took. Plans are run in turn, many times over, so that drift of the machine spreads over all;
-the baseline runs between them, and its own ratio says how much the machine moved since the table was made.
+cost of the path that each took. Plans are visited in turn, between ticks of the first segment: as in the table, a visit
+counts when the machine was at full speed, and is brought to it. The baseline is visited, too: its own ratio says how
+much the machine moved since the table was made.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import argparse
 import random
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +26,7 @@ from PIL import Image, ImageDraw
 
 from mess_compile import scenes
 from mess_compile.bundle import write_bundle
-from mess_compile.candidates import BASELINE, GraphSet, read_graph_set
+from mess_compile.candidates import BASELINE, GraphSet, read_graph_set, segment_name
 from mess_compile.latency import (
     LatencyTable,
     baseline_cost_ns,
@@ -33,13 +36,17 @@ from mess_compile.latency import (
     read_latency_table,
 )
 from mess_compile.measurements import measurements_of
+from mess_compile.runtime import level
 from mess_compile.runtime.cascade import Cascade, load
-from mess_compile.runtime.engine import Engine
+from mess_compile.runtime.engine import Engine, Library
+from mess_compile.runtime.summary import mean_without_stalls
 from mess_compile.search.figures import plan_graphs
 from mess_compile.search.plan import Figures, Plan, PlanGraph, Stage, default_point
 from mess_compile.statistics import threshold_table
 
-FRAMES, WARM_UP = 8, 3
+FRAMES, TICK_S = 8, 0.02
+MOST = 3
+"""Times the visits wanted that a plan may take, slow ones included."""
 SIZE, MARGIN = 640, 60
 GOAL_MEDIAN, GOAL_WORST = 3.0, 8.0
 """Percent."""
@@ -99,43 +106,103 @@ def opened(
     return cascade
 
 
-def baseline_ms(cascade: Cascade, engine: Engine, frame: NDArray[np.uint8]) -> float:
-    """As the table has it: upload, graph, download."""
-    from time import perf_counter
+@dataclass(frozen=True)
+class Visit:
+    """All frames once: times (ms) and exits (from 0) by frame, and the ticks around them."""
 
-    start = perf_counter()
-    labels = engine.run({"image": cascade.library.upload(frame[None])})["labels"]
-    cascade.library.download(labels)
-    return 1e3 * (perf_counter() - start)
+    times_ms: tuple[float, ...]
+    exits: tuple[int, ...]
+    ticks_ms: tuple[float, float]
+
+
+Subject = Callable[[NDArray[np.uint8]], tuple[float, int]]
+"""A frame -> the time in ms that it took, and the exit, from 0."""
+
+
+def of_cascade(cascade: Cascade) -> Subject:
+    def run(frame: NDArray[np.uint8]) -> tuple[float, int]:
+        prediction = cascade(frame)
+        return prediction.latency_ms, prediction.exit - 1
+
+    return run
+
+
+def of_baseline(library: Library, engine: Engine) -> Subject:
+    """As the table has it: upload, graph, download."""
+
+    def run(frame: NDArray[np.uint8]) -> tuple[float, int]:
+        start = perf_counter()
+        labels = engine.run({"image": library.upload(frame[None])})["labels"]
+        library.download(labels)
+        return 1e3 * (perf_counter() - start), 0
+
+    return run
+
+
+def visit(subject: Subject, frames: Sequence[NDArray[np.uint8]], tick: Callable[[], float]) -> Visit:
+    """The first frame runs once more before: it finds the caches of another plan."""
+    subject(frames[0])
+    before = tick()
+    times, exits = zip(*(subject(frame) for frame in frames), strict=True)
+    return Visit(times, exits, (before, tick()))
+
+
+def visited(
+    subjects: Sequence[Subject], frames: Sequence[NDArray[np.uint8]], tick: Callable[[], float], wanted: int
+) -> tuple[list[list[Visit]], float]:
+    """For each subject the visits at full speed, `wanted` or more of them unless the machine is too seldom, and a tick
+    at full speed.
+    """
+    found: list[list[Visit]] = [[] for _ in subjects]
+    full = float("inf")
+    for number in range(MOST * wanted):
+        left = [index for index, visits in enumerate(found) if len(at_full_speed(visits, full)) < wanted]
+        for index in random.Random(number).sample(left, len(left)):
+            found[index].append(visit(subjects[index], frames, tick))
+        full = level.full_speed_ms([each for visits in found for one in visits for each in one.ticks_ms]) or full
+    made = sum(map(len, found))
+    kept = [at_full_speed(visits, full) for visits in found]
+    print(f"{made} visits to {len(subjects)} subjects, {sum(map(len, kept))} of them at full speed")
+    return kept, full
+
+
+def at_full_speed(visits: Sequence[Visit], full: float) -> list[Visit]:
+    return [each for each in visits if level.is_full_speed(each.ticks_ms, full)]
+
+
+def mean_ms(visits: Sequence[Visit], full: float) -> float:
+    """Over all frames; stalls are left out as they are in the table."""
+    if not visits:
+        raise SystemExit("the machine was never at full speed for one of the plans: run it again when it is quieter")
+    times = np.array([each.times_ms for each in visits])
+    times *= np.array([[level.factor(each.ticks_ms, full)] for each in visits])
+    return float(np.mean([mean_without_stalls(column) for column in times.T]))
 
 
 def outcomes(graph_set: GraphSet, table: LatencyTable, plans: list[Plan], rounds: int) -> tuple[list[Outcome], float]:
     """The plans' outcomes, and the baseline's time as a multiple of the table's."""
     hw = graph_set.candidate.input_hw
     frames = [scenes.make_scene(seed, hw, seed / (FRAMES - 1)).frame for seed in range(FRAMES)]
-    times = np.zeros((len(plans), rounds, FRAMES))
-    exits = np.zeros((len(plans), FRAMES), np.intp)
-    single: list[float] = []
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         cascades = [
             stack.enter_context(opened(graph_set, table, plan, frames[0], Path(folder), str(number)))
             for number, plan in enumerate(plans)
         ]
-        baseline = cascades[0].library.load(graph_set.path(BASELINE))
-        for number in range(WARM_UP + rounds):
-            for index in random.Random(number).sample(range(len(plans)), len(plans)):
-                for place, frame in enumerate(frames):
-                    prediction = cascades[index](frame)
-                    exits[index, place] = prediction.exit - 1
-                    times[index, max(0, number - WARM_UP), place] = prediction.latency_ms
-                if number >= WARM_UP:
-                    single.append(baseline_ms(cascades[0], baseline, frames[number % FRAMES]))
+        library = cascades[0].library
+        baseline, segment = (library.load(graph_set.path(name)) for name in (BASELINE, segment_name(0, 1)))
+        image = {"image": library.upload(frames[0][None])}
+        subjects = [of_baseline(library, baseline), *map(of_cascade, cascades)]
+        for subject in subjects:
+            subject(frames[0])
+        (single, *visits), full = visited(
+            subjects, frames, lambda: level.tick_ms(lambda: segment.run_timed(image), TICK_S), rounds
+        )
     found = []
-    for plan, taken, measured in zip(plans, exits, times, strict=True):
-        heads = tuple(stage.head for stage in plan.stages)
+    for plan, each in zip(plans, visits, strict=True):
+        heads, measured = tuple(stage.head for stage in plan.stages), mean_ms(each, full)
         costs = np.array(path_costs_ns(table, graph_set, heads))
-        found.append(Outcome(heads, float(costs[taken].mean()) / 1e6, float(measured.mean())))
-    return found, float(np.mean(single)) / (baseline_cost_ns(table, graph_set, BASELINE) / 1e6)
+        found.append(Outcome(heads, float(costs[list(each[0].exits)].mean()) / 1e6, measured))
+    return found, mean_ms(single, full) / (baseline_cost_ns(table, graph_set, BASELINE) / 1e6)
 
 
 def draw(path: Path, found: list[Outcome]) -> None:

@@ -9,7 +9,7 @@ from mess_compile import latency
 from mess_compile.candidates import BASELINE, head_graph_name, output_name, segment_name
 from mess_compile.engines import EngineFiles
 from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.profile import Job
+from mess_compile.runtime.pool import Job
 
 
 def job_name(graph: str, precision: str) -> str:
@@ -81,8 +81,8 @@ def _typical(heads: Sequence[Any]) -> str:
 
 
 def reference_of(jobs: Sequence[Job]) -> str:
-    """The job that is measured in every round: a baseline, else the first."""
-    return next((job.name for job in jobs if job.name.startswith(f"{BASELINE}@")), jobs[0].name)
+    """The job that tells the machine's speed: the first segment, which takes little and uses all cores."""
+    return next((job.name for job in jobs if job.name.startswith("segment-0-")), jobs[0].name)
 
 
 def with_feeders(jobs: Sequence[Job], names: Sequence[str]) -> list[str]:

@@ -16,8 +16,9 @@ from mess_compile.jobs import job_names, without
 from mess_compile.latency import Latency
 from mess_compile.runtime import power, profile
 from mess_compile.runtime.engine import FP32, Library
+from mess_compile.runtime.pool import Job, Opened
 from mess_compile.runtime.power import DeviceState
-from mess_compile.runtime.profile import Effort, Job, Opened, Window
+from mess_compile.runtime.profile import Effort, Window
 from mess_compile.runtime.session import describe_machine
 from mess_compile.sessions import Session
 from mess_compile.statistics import threshold_table
@@ -33,7 +34,7 @@ Transfers = Callable[[Mapping[tuple[str, str], Latency]], dict[tuple[str, str], 
 
 @dataclass(frozen=True)
 class Task:
-    """Jobs of one `run`, those among them to be `measured`, and the `reference` that opens every round."""
+    """Jobs of one `run`, those among them to be `measured`, and the `reference` that tells the machine's speed."""
 
     run: str
     jobs: tuple[Job, ...]

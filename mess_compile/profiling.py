@@ -15,14 +15,17 @@ from mess_compile.places import Place, Task
 from mess_compile.runtime import power, profile, summary
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.pool import Job, Opened
 from mess_compile.runtime.power import DeviceState
-from mess_compile.runtime.profile import Effort, Job, Opened
-from mess_compile.runtime.summary import Drift, Summary
+from mess_compile.runtime.profile import Effort
+from mess_compile.runtime.summary import Speed, Summary
 from mess_compile.samples import Samples
 
 Progress = Callable[[str, int, int], None]
 UNSTEADY = 0.1
 """Share of the graphs that may stay unsteady before the whole run is called unstable."""
+SLOW = 0.5
+"""Share of the time that the machine may be slower than the figures say, likewise."""
 
 
 def profile_graphs(
@@ -37,11 +40,13 @@ def profile_graphs(
     jobs = jobs_at(place, engines)
     samples = kept_samples(engines, place, path, effort, jobs)
     before = place.state()
-    done = {name for name, windows in samples.windows.items() if profile.is_done(windows, effort)}
+    full_ms = profile.full_speed_ms(samples.in_order)
+    done = {name for name, windows in samples.windows.items() if profile.is_done(windows, effort, full_ms)}
     names = tuple(job.name for job in jobs)
     for event in place.measure(Task(samples.run, tuple(jobs), names, reference_of(jobs)), effort, samples.in_order):
         samples.append(event)
-        if profile.is_done(samples.windows.get(event.job, []), effort):
+        full_ms = profile.full_speed_ms(samples.in_order)
+        if profile.is_done(samples.windows.get(event.job, []), effort, full_ms):
             done.add(event.job)
         progress("profile", len(done), len(jobs))
     table = table_of(engines, jobs, place, samples, effort, before, place.state())
@@ -90,16 +95,16 @@ def table_of(
     lacking = [job.name for job in jobs if not samples.windows.get(job.name)]
     if lacking:
         raise InputError(f"{len(lacking)} graphs were not measured ({lacking[0]} ...): run the same command again")
-    drift = summary.drift(samples.windows[reference_of(jobs)])
+    speed = summary.speed(samples.in_order)
     specs = {job_name(spec.name, spec.precision): spec for each in engines for spec in each.graph_set.graphs.values()}
     entries, unsteady = {}, 0
     for job in jobs:
-        figures = summary.summarise(samples.windows[job.name], drift.factors, effort)
+        figures = summary.summarise(samples.windows[job.name], speed.full_ms, effort)
         unsteady += not figures.steady
         spec = specs.get(job.name)
         key = (spec.name, spec.precision) if spec else (job.name, FP32)
         entries[key] = _latency(*key, spec.sha256 if spec else "", figures, samples.opened.get(job.name))
-    verdict = _verdict(drift, unsteady / len(jobs), before, after)
+    verdict = _verdict(speed, unsteady / len(jobs), before, after)
     environment = place.facts | _environment(before, after) | verdict
     empty = empty_table(engines, place)
     # A graph that two recipes share may have failed in one of them, for want of memory.
@@ -151,10 +156,14 @@ def _latency(graph: str, precision: str, sha256: str, found: Summary, opened: Op
     )
 
 
-def _verdict(drift: Drift, unsteady: float, before: DeviceState, after: DeviceState) -> dict[str, str]:
+def _verdict(speed: Speed, unsteady: float, before: DeviceState, after: DeviceState) -> dict[str, str]:
     """Whether the table can be believed, and if not the likely cause."""
-    unstable = drift.condemned or unsteady > UNSTEADY
-    told = {"reference_spread": f"{drift.spread:.3f}", "unsteady": f"{unsteady:.3f}"}
+    unstable = speed.slow_share > SLOW or unsteady > UNSTEADY
+    told = {
+        "slow_share": f"{speed.slow_share:.3f}",
+        "slow_by": f"{speed.slow_by:.2f}",
+        "unsteady": f"{unsteady:.3f}",
+    }
     if not unstable:
         return {"verdict": "steady", **told}
     cause = power.likely_cause(before, after) or "nothing that this device tells: other programs, most likely"

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mess_compile import files
-from mess_compile.runtime.profile import Opened, Window
+from mess_compile.runtime.pool import Opened
+from mess_compile.runtime.profile import Window
 from mess_compile.runtime.session import event_of, told
 
 FORMAT, VERSION = "mess-latency-samples", 2
@@ -54,9 +55,6 @@ class Samples:
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({kind: content}) + "\n")
         self._keep(event)
-
-    def of(self, names: Collection[str]) -> list[Window]:
-        return [window for name in names for window in self.windows.get(name, [])]
 
     @property
     def in_order(self) -> list[Window]:

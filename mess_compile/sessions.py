@@ -22,7 +22,8 @@ from mess_compile.graph.store import WEIGHTS, read_model
 from mess_compile.remote import Remote, RemoteError
 from mess_compile.runtime import decode, frames, power, scoring, session
 from mess_compile.runtime.errors import EngineError, InputError
-from mess_compile.runtime.profile import Effort, Job, Opened, Window
+from mess_compile.runtime.pool import Job, Opened
+from mess_compile.runtime.profile import Effort, Window
 from mess_compile.runtime.scoring import Exits, Score
 from mess_compile.runtime.session import Hello, Wanted, Wish
 

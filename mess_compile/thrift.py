@@ -14,7 +14,8 @@ from mess_compile.latency import PSEUDO_GRAPHS, LatencyTable
 from mess_compile.places import Place, Task
 from mess_compile.profiling import empty_table, jobs_at, kept_samples, table_of
 from mess_compile.runtime import profile
-from mess_compile.runtime.profile import Effort, Job
+from mess_compile.runtime.pool import Job
+from mess_compile.runtime.profile import Effort
 from mess_compile.samples import Samples
 from mess_compile.sparing import Subject, Wanted
 
@@ -82,8 +83,9 @@ class Course:
         self.errand.tell(f"{count} of {total} graphs: {wanted.why}; about {minutes} min")
         names = [name if name in PSEUDO_GRAPHS else job_name(name, precision) for name, precision in wanted.graphs]
         jobs = self._built(names)
-        self._asked |= dict.fromkeys(name for name in (reference_of(list(jobs.values())), *names) if name in jobs)
-        self._time(_task(self.samples.run, jobs, names))
+        again = [name for name in self._undone() if name in jobs]
+        self._asked |= dict.fromkeys(name for name in names if name in jobs)
+        self._time(_task(self.samples.run, jobs, [*names, *again]))
         unreached = {name: "nothing that runs leads there" for name in names if name not in jobs}
         self._engines = tuple(without(each, unreached) for each in self._engines)
         self.table = self._table([jobs[name] for name in self._asked if name in jobs])
@@ -105,10 +107,16 @@ class Course:
             self._engines = self.errand.place.build(self._engines, needed)
             asked |= needed
 
+    def _undone(self) -> list[str]:
+        """What was measured, but not at what is now known to be full speed."""
+        full_ms = profile.full_speed_ms(self.samples.in_order)
+        taken = {name: self.samples.windows.get(name, []) for name in self._asked}
+        return [name for name, windows in taken.items() if not profile.is_done(windows, self.errand.effort, full_ms)]
+
     def _time(self, task: Task) -> None:
         errand, samples = self.errand, self.samples
         label = f"measure: {len(self._asked)} of {len(self._every)}"
-        for event in errand.place.measure(task, errand.effort, samples.of((*task.measured, task.reference))):
+        for event in errand.place.measure(task, errand.effort, samples.in_order):
             samples.append(event)
             errand.progress(label, _done(samples, task.measured, errand.effort), len(task.measured))
 
@@ -125,4 +133,5 @@ def _task(run: str, jobs: dict[str, Job], names: Sequence[str]) -> Task:
 
 
 def _done(samples: Samples, names: Collection[str], effort: Effort) -> int:
-    return sum(profile.is_done(samples.windows.get(name, []), effort) for name in names)
+    full_ms = profile.full_speed_ms(samples.in_order)
+    return sum(profile.is_done(samples.windows.get(name, []), effort, full_ms) for name in names)

@@ -10,7 +10,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mess_compile import files, forecast, sessions, trtexec
@@ -22,8 +22,9 @@ from mess_compile.runtime import power, profile
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import EngineError, InputError, MessError
 from mess_compile.runtime.machine import InstalledLibrary, Machine
+from mess_compile.runtime.pool import Job, Opened
 from mess_compile.runtime.power import DeviceState
-from mess_compile.runtime.profile import Effort, Job, Opened, Window
+from mess_compile.runtime.profile import Effort, Window
 from mess_compile.runtime.session import ENGINES, GRAPHS, Hello
 from mess_compile.sessions import STORE, BuiltThere
 from mess_compile.targets import Target
@@ -215,12 +216,14 @@ class TrtexecSession:
         self.build({name: (path, precisions[name]) for name, path in timed.items() if name not in self._engines})
         taken = {name: [window for window in earlier if window.job == name] for name in timed}
         opened: set[str] = set()
-        for name, number in profile.schedule(taken, reference, effort):
+        others = [window for window in earlier if window.job not in taken]
+        for name, number in profile.schedule(taken, effort, others, first=reference):
             samples, load_ms = self._timed(name)
             if name not in opened:
                 opened.add(name)
                 yield Opened(name, load_ms, self._engines[name].file_bytes, None)
-            taken[name].append(_window(name, number, samples))
+            opening = next((window for window in taken[reference] if window.round == number), None)
+            taken[name].append(_window(name, number, samples, opening))
             yield taken[name][-1]
         self.states.append(self._state())
 
@@ -378,8 +381,9 @@ def _why_not_built(run: _Run) -> str:
     return f"trtexec: {trtexec.error_from_output(run.said)}"
 
 
-def _window(name: str, number: int, samples: trtexec.Samples) -> Window:
-    """Of many runs every so-manieth."""
+def _window(name: str, number: int, samples: trtexec.Samples, opening: Window | None) -> Window:
+    """Of many runs every so-manieth. The reference's window that opens the round is its tick, and its own."""
     step = -(-len(samples.wall_ms) // MOST_RUNS)
     wall_ms = tuple(round(milliseconds, 6) for milliseconds in samples.wall_ms[::step])
-    return Window(name, number, wall_ms, samples.device_ms[::step], None, sum(samples.wall_ms) / 1e3)
+    window = Window(name, number, wall_ms, samples.device_ms[::step], None, sum(samples.wall_ms) / 1e3)
+    return replace(window, ticks_ms=((opening or window).median_ms,))

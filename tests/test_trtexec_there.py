@@ -23,8 +23,9 @@ from mess_compile.remote import Remote, RemoteError, parse_host
 from mess_compile.runtime import profile
 from mess_compile.runtime.errors import EngineError, InputError, MessError
 from mess_compile.runtime.machine import Gpu, InstalledLibrary, Machine
+from mess_compile.runtime.pool import Job, Opened
 from mess_compile.runtime.power import DeviceState
-from mess_compile.runtime.profile import Job, Opened, Window
+from mess_compile.runtime.profile import Window
 from mess_compile.runtime.session import describe_machine
 from mess_compile.targets import find_target
 from mess_compile.trtexec import PROTOCOL_DIFFERENCE

@@ -170,10 +170,11 @@ def _print_table_made(table: Any) -> None:
         click.echo(f"beside {told['host']}, apart from this table: {told['beside']}")
     for failure in table.failed.values():
         click.echo(f"FAILED  {failure.graph} ({failure.precision}), not in any plan: {failure.error}")
-    spread, unsteady = float(told["reference_spread"]), float(told["unsteady"])
+    slow, times, unsteady = (float(told[name]) for name in ("slow_share", "slow_by", "unsteady"))
     click.echo(
-        f"{told['verdict']}: the reference moved by {spread:.1%} between rounds, {unsteady:.0%} of the graphs did not "
-        "settle"
+        f"{told['verdict']}: the machine was slower {slow:.0%} of the time"
+        + (f" ({times:.1f}x, measured again)" if slow else "")
+        + f", {unsteady:.0%} of the graphs did not settle"
     )
     if told["verdict"] == "unstable":
         click.echo(f"likely cause: {told['likely_cause']}; profile again when that is gone")

@@ -1,48 +1,39 @@
 """How long each graph takes on this device, in context: its predecessor in a cascade runs just before it, untimed.
 
-Jobs are visited in rounds, in a new order each round, so that drift of the device spreads over all. A reference job
-opens every round: its windows tell by how much the device has drifted, and whether a run can be believed.
+Jobs are visited in rounds, in a new order each round, so that drift of the device spreads over all. A reference graph
+ticks before and after every window: the windows at full speed count, each brought to one level, the others are taken
+again (in a replay of 330 s on two cores of a shared host, slow for 18 % of the time, sums of means were so 1.4 % wrong
+in the median and 2.7 % in the worst of ten cascades; 3.3 % and 15 % with a reference once a round).
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from mess_compile.runtime.engine import Engine, Library, Tensor, TensorSpec, Timing
+from mess_compile.runtime import level
+from mess_compile.runtime.engine import Engine, Library, Tensor, Timing
 from mess_compile.runtime.errors import EngineError, InputError
 from mess_compile.runtime.frames import check_frame
+from mess_compile.runtime.pool import DOWNLOAD, UPLOAD, Job, Opened, Pool
 
-UPLOAD, DOWNLOAD, NULL = "upload", "download", "null"
-_PSEUDO_GRAPHS = (UPLOAD, DOWNLOAD, NULL)
 KEPT_OPEN = 400
 _REHEARSALS = 2
 _REHEARSED = 0.1
 """Share of a window that a rehearsal may take before it is the last."""
+_TICK = 0.2
+"""Share of a window that a tick may take, about."""
+_PATIENCE = 0.5
+"""Share of the time spent on windows that may be spent on waiting for full speed, all in all."""
+_AGAIN = 2, 8
+"""A job is given up when all its windows took so many times `max_s`, or so many times `windows` of them were slow."""
 _POWER_EVERY_S = 0.02
 _RESOLUTION_MS = 0.001
-_SCARCE = 1 / 8
-
-
-@dataclass(frozen=True)
-class Job:
-    """One thing to time: the graph at `path`, or without a path a pseudo graph.
-
-    `upload` moves a frame to the device, `download` the labels back; `null` is what a decision costs: reading the
-    counts and comparing one. `predecessor` names the job that runs just before; it must produce what this one reads,
-    directly or through its own predecessors.
-    """
-
-    name: str
-    path: Optional[Path]
-    predecessor: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +42,9 @@ class Effort:
 
     A window lasts `window_s`, its predecessor's runs included, and at least `window_runs` runs. A job is steady, and
     done, when its last `windows` windows have medians that differ by no more than the share `steady` of their middle
-    (or a microsecond); else it is given up as unsteady after `max_s` of windows. A slow job's windows are cut to
-    `max_s / windows`, so that it has that many. The reference runs for `warm_up_s` first.
+    (or a microsecond); else it is given up as unsteady after `max_s` of windows. Only windows at full speed count;
+    when there are too many others, all do, and it is unsteady. A slow job's windows are cut to `max_s / windows`, so
+    that it has that many. The reference runs for `warm_up_s` first.
     """
 
     window_s: float = 0.1
@@ -68,7 +60,8 @@ class Effort:
 class Window:
     """One visit to a job: its runs' wall times, and where the library has events the device's times of the same runs.
 
-    `power_mw` is the mean over the window, predecessor included; `spent_s` its length, without rehearsals.
+    `power_mw` is the mean over the window, predecessor included; `spent_s` its length, without rehearsals. `ticks_ms`
+    are the reference's just before and just after. Before those `waited_s` passed at another speed, `waited_tick_ms`.
     """
 
     job: str
@@ -77,20 +70,13 @@ class Window:
     device_ms: Tuple[float, ...] = ()
     power_mw: Optional[float] = None
     spent_s: float = 0.0
+    ticks_ms: Tuple[float, ...] = ()
+    waited_s: float = 0.0
+    waited_tick_ms: Optional[float] = None
 
     @cached_property
     def median_ms(self) -> float:
         return float(np.median(self.wall_ms))
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A graph that was opened for the first time in a call. `file_bytes` leaves out weights that lie in other files."""
-
-    job: str
-    load_ms: float
-    file_bytes: int
-    scratch_bytes: Optional[int]
 
 
 Power = Callable[[], Optional[float]]
@@ -113,117 +99,165 @@ def measure(
 
     `frame` is uint8 (H, W, 3) of the network's input size, `thresholds` (T, K) float32. With the windows that `earlier`
     calls have yielded, the call continues where they ended. `power` gives milliwatts, or None. At most `kept_open`
-    engines (two or more) stay open, fewer when memory is short. Only the jobs `measured` (None: all) and the reference
-    are timed; the others run before those. Raises InputError for a job that cannot be fed, EngineError.
+    engines (three or more) stay open, fewer when memory is short. Only the jobs `measured` (None: all) are timed; the
+    others run before those. `reference` should be a graph that takes little time, and as many cores as the others.
+    Raises InputError for a job that cannot be fed, EngineError.
     """
     by_name = {job.name: job for job in jobs}
     if reference not in by_name:
         raise InputError(f"the reference {reference!r} is not among the {len(by_name)} jobs")
-    timed = by_name if measured is None else {*measured, reference}
-    taken: Dict[str, List[Window]] = {name: [] for name in by_name if name in timed}
+    taken: Dict[str, List[Window]] = {name: [] for name in by_name if measured is None or name in measured}
+    others = [window for window in earlier if window.job not in taken]
     for window in earlier:
-        if window.job in taken:
-            taken[window.job].append(window)
-    bench = _Bench(library, by_name, check_frame(frame)[None], kept_open, clock_ns)
-    bench.offer({"thresholds": thresholds.astype(np.float32)})
-    warm = False
+        taken.get(window.job, []).append(window)
+    image, pool = check_frame(frame)[None], Pool(library, by_name, kept_open, clock_ns)
+    pool.offer({"image": image, "thresholds": thresholds.astype(np.float32)})
+    bench = _Bench(pool, library, reference, image, clock_ns)
+    ticks_ms: Optional[List[float]] = None
     try:
-        for name, number in schedule(taken, reference, effort):
-            if not warm:
-                bench.warm_up(reference, effort.warm_up_s)
-                warm = True
-            window = bench.visit(name, number, effort, power)
-            yield from bench.newly_opened()
+        for name, number in schedule(taken, effort, others):
+            if ticks_ms is None:
+                bench.warm_up(effort.warm_up_s)
+                ticks_ms = _ticks_of(earlier)
+            window = bench.visit(name, number, effort, power, level.full_speed_ms(ticks_ms))
+            yield from pool.newly_opened()
             taken[name].append(window)
+            ticks_ms += window.ticks_ms
             yield window
     finally:
-        bench.close()
+        pool.close()
 
 
-def schedule(taken: Mapping[str, Sequence[Window]], reference: str, effort: Effort) -> Iterator[Tuple[str, int]]:
-    """Which job to visit next, and in which round; `taken` grows between the steps."""
+def schedule(
+    taken: Mapping[str, Sequence[Window]], effort: Effort, others: Sequence[Window] = (), first: Optional[str] = None
+) -> Iterator[Tuple[str, int]]:
+    """Which job to visit next, and in which round; `taken` grows between the steps.
+
+    The ticks of `others` tell of the machine, too. The job `first` opens every round.
+    """
     number = max((window.round for windows in taken.values() for window in windows), default=0)
     while True:
         before = {name: [window for window in windows if window.round < number] for name, windows in taken.items()}
-        left = [name for name in taken if name == reference or not is_done(before[name], effort)]
-        order = left[:]
+        full_ms = full_speed_ms([*others, *(window for windows in before.values() for window in windows)])
+        order = [name for name in taken if not is_done(before[name], effort, full_ms)]
+        if not order:
+            return
         random.Random(f"{effort.seed}-{number}").shuffle(order)
-        order.sort(key=lambda name: name != reference)
+        if first is not None:
+            order = [first, *(name for name in order if name != first)]
         for name in order:
             if all(window.round != number for window in taken[name]):
                 yield name, number
-        if left == [reference] and is_done(before[reference], effort):
-            return
         number += 1
 
 
-def is_done(windows: Sequence[Window], effort: Effort) -> bool:
+def full_speed_ms(windows: Iterable[Window]) -> Optional[float]:
+    """A tick at full speed, by the ticks of all these windows; None when they have none."""
+    return level.full_speed_ms(_ticks_of(windows))
+
+
+def _ticks_of(windows: Iterable[Window]) -> List[float]:
+    return [tick for window in windows for tick in window.ticks_ms]
+
+
+def is_done(windows: Sequence[Window], effort: Effort, full_ms: Optional[float]) -> bool:
     """Whether a job with these windows is not visited again: it is steady, or given up."""
-    if len(windows) < effort.windows:
-        return False
-    spent_s = sum(window.spent_s for window in windows)
-    return spent_s >= effort.max_s or is_steady([window.median_ms for window in windows[-effort.windows :]], effort)
+    used = at_full_speed(windows, full_ms)
+    if is_steady(levelled_medians_ms(used, full_ms)[-effort.windows :], effort):
+        return True
+    spent_s, all_s = (sum(window.spent_s for window in some) for some in (used, windows))
+    if len(used) >= effort.windows and spent_s >= effort.max_s:
+        return True
+    times, many = _AGAIN
+    hopeless = len(windows) >= times * effort.windows and all_s >= times * effort.max_s
+    return hopeless or len(windows) - len(used) >= many * effort.windows
+
+
+def at_full_speed(windows: Sequence[Window], full_ms: Optional[float]) -> List[Window]:
+    return [window for window in windows if level.is_full_speed(window.ticks_ms, full_ms)]
+
+
+def levelled_medians_ms(windows: Sequence[Window], full_ms: Optional[float]) -> List[float]:
+    """Each window's median, brought to full speed."""
+    return [window.median_ms * level.factor(window.ticks_ms, full_ms) for window in windows]
 
 
 def is_steady(medians_ms: Sequence[float], effort: Effort) -> bool:
+    if len(medians_ms) < effort.windows:
+        return False
     allowed = max(effort.steady * float(np.median(medians_ms)), _RESOLUTION_MS)
-    return len(medians_ms) >= effort.windows and max(medians_ms) - min(medians_ms) <= allowed
+    return max(medians_ms) - min(medians_ms) <= allowed
 
 
 class _Bench:
-    """Open engines, and a pool of tensors by name and shape that feeds them."""
+    """Takes windows of jobs between ticks of the reference."""
 
     def __init__(
-        self,
-        library: Library,
-        jobs: Mapping[str, Job],
-        image: np.ndarray,
-        kept_open: int,
-        clock_ns: Callable[[], int],
+        self, pool: Pool, library: Library, reference: str, image: np.ndarray, clock_ns: Callable[[], int]
     ) -> None:
-        self._library, self._jobs, self._image, self._clock_ns = library, jobs, image, clock_ns
-        self._kept_open = max(kept_open, 2)  # a job's own and its predecessor's
-        self._engines: OrderedDict[str, Engine] = OrderedDict()
-        self._opened: Dict[str, Opened] = {}
-        self._told: Set[str] = set()
-        self._slow: Set[str] = set()
-        self._pool: Dict[Tuple[str, Tuple[int, ...]], Tensor] = {}
-        self._primed: Set[str] = set()
-        self.offer({"image": image})
+        self._pool, self._library, self._image, self._clock_ns = pool, library, image, clock_ns
+        self._reference = reference
+        self._ticked: Optional[Tuple[float, float]] = None
+        self._spent_s = self._waited_s = 0.0
+        self._slow: Dict[str, Engine] = {}
 
-    def offer(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Put tensors into the pool; they are copies, since an engine's outputs last only until its next run."""
-        for name, array in arrays.items():
-            self._pool.setdefault((name, array.shape), self._library.upload(array))
-
-    def newly_opened(self) -> List[Opened]:
-        """What was opened since the last call, and never before."""
-        found = [opened for name, opened in self._opened.items() if name not in self._told]
-        self._told.update(self._opened)
-        return found
-
-    def warm_up(self, name: str, seconds: float) -> None:
+    def warm_up(self, seconds: float) -> None:
         """Caches fill, and clocks rise, before the first window."""
-        run = self._runner(self._job(name))
-        start = self._clock_ns()
-        while (self._clock_ns() - start) / 1e9 < seconds:
+        run = self._runner(self._pool.job(self._reference))
+        start = self._now_s()
+        while self._now_s() - start < seconds:
             run()
 
-    def visit(self, name: str, number: int, effort: Effort, power: Optional[Power]) -> Window:
-        job = self._job(name)
+    def visit(self, name: str, number: int, effort: Effort, power: Optional[Power], full_ms: Optional[float]) -> Window:
+        """A window; before it the machine has some time to come to full speed."""
+        job = self._pool.job(name)
         try:
-            return self._window(job, number, effort, power)
+            return self._between_ticks(job, number, effort, power, full_ms)
         except EngineError:
-            if not self._engines:
+            # The engines that are open may take the memory that this one lacks; whatever else it is fails again.
+            if not self._pool.make_room():
                 raise
-        # The engines that are open may take the memory that this one lacks; whatever else it is fails again.
-        self._kept_open = max(len(self._engines) // 2, 2)
-        self.close()
-        return self._window(job, number, effort, power)
+        return self._between_ticks(job, number, effort, power, full_ms)
 
-    def _window(self, job: Job, number: int, effort: Effort, power: Optional[Power]) -> Window:
+    def _between_ticks(
+        self, job: Job, number: int, effort: Effort, power: Optional[Power], full_ms: Optional[float]
+    ) -> Window:
+        self._pool.prime(self._reference)
         run = self._runner(job)
-        if job.name not in self._slow:
+        start = self._now_s()
+        before_ms = self._tick_before(effort)
+        patience_s = min(effort.max_s, _PATIENCE * self._spent_s - self._waited_s)
+        waited_s, slow_ms = 0.0, None
+        while level.is_slow(before_ms, full_ms) and waited_s < patience_s:
+            slow_ms, before_ms = before_ms, self._tick(effort)
+            waited_s = self._now_s() - start
+        window = self._window(job, run, number, effort, power)
+        self._waited_s += waited_s
+        self._spent_s += window.spent_s
+        ticks_ms = before_ms, self._tick(effort)
+        return replace(window, ticks_ms=ticks_ms, waited_s=waited_s, waited_tick_ms=slow_ms)
+
+    def _tick_before(self, effort: Effort) -> float:
+        """The one after the window before, when that has just ended."""
+        if self._ticked is not None and self._now_s() - self._ticked[0] < effort.window_s:
+            return self._ticked[1]
+        return self._tick(effort)
+
+    def _tick(self, effort: Effort) -> float:
+        engine = self._pool.engine(self._reference)
+        feeds = self._pool.feeds(self._reference, engine)
+        found_ms = level.tick_ms(lambda: engine.run_timed(feeds), _TICK * effort.window_s, self._clock_ns)
+        self._ticked = self._now_s(), found_ms
+        return found_ms
+
+    def _now_s(self) -> float:
+        return self._clock_ns() / 1e9
+
+    def _window(
+        self, job: Job, run: Callable[[], Timing], number: int, effort: Effort, power: Optional[Power]
+    ) -> Window:
+        engine = None if job.path is None else self._pool.engine(job.name)
+        if engine is None or self._slow.get(job.name) is not engine:
             self._rehearse(run, effort)
         timings: List[Timing] = []
         readings: List[float] = []
@@ -238,8 +272,8 @@ class _Bench:
         device_ms = tuple(timing.device_ms for timing in timings if timing.device_ms is not None)
         power_mw = sum(readings) / len(readings) if readings else None
         wall_ms = tuple(timing.wall_ms for timing in timings)
-        if len(timings) <= effort.window_runs:
-            self._slow.add(job.name)
+        if engine is not None and len(timings) <= effort.window_runs:
+            self._slow[job.name] = engine
         return Window(job.name, number, wall_ms, device_ms, power_mw, (now - start) / 1e9)
 
     def _rehearse(self, run: Callable[[], object], effort: Effort) -> None:
@@ -257,7 +291,7 @@ class _Bench:
     def _runner(self, job: Job) -> Callable[[], Timing]:
         """One run of the predecessor, and then a timed one."""
         if job.predecessor is not None:
-            self._prime(job.predecessor)
+            self._pool.prime(job.predecessor)
         before = self._before(job)
         timed = self._transfer(job) if job.path is None else self._graph(job)
         return lambda: timed(before())
@@ -266,13 +300,13 @@ class _Bench:
         """The predecessor's run, giving its outputs."""
         if job.predecessor is None:
             return dict
-        engine = self._engine(job.predecessor)
-        feeds = self._feeds(job.predecessor, engine)
+        engine = self._pool.engine(job.predecessor)
+        feeds = self._pool.feeds(job.predecessor, engine)
         return lambda: engine.run(feeds)
 
     def _graph(self, job: Job) -> Callable[[Mapping[str, Tensor]], Timing]:
-        engine = self._engine(job.name)
-        pooled = self._feeds(job.name, engine)
+        engine = self._pool.engine(job.name)
+        pooled = self._pool.feeds(job.name, engine)
         fresh = self._outputs_read(job.predecessor, engine)
         return lambda produced: engine.run_timed({**pooled, **{name: produced[name] for name in fresh}})
 
@@ -280,7 +314,7 @@ class _Bench:
         """The inputs that come straight from the predecessor, as they do in a cascade, still in the caches."""
         if predecessor is None:
             return ()
-        given = self._engine(predecessor).outputs
+        given = self._pool.engine(predecessor).outputs
         return tuple(name for name, spec in engine.inputs.items() if given.get(name) == spec)
 
     def _transfer(self, job: Job) -> Callable[[Mapping[str, Tensor]], Timing]:
@@ -300,74 +334,11 @@ class _Bench:
         if job.name == UPLOAD:
             return lambda produced: library.upload(image)
         source = "labels" if job.name == DOWNLOAD else "counts"
-        if job.predecessor is None or source not in self._engine(job.predecessor).outputs:
+        if job.predecessor is None or source not in self._pool.engine(job.predecessor).outputs:
             raise InputError(f"job {job.name}: nothing produces {source}; give it a predecessor that does")
         if job.name == DOWNLOAD:
             return lambda produced: library.download(produced[source])
         return lambda produced: int(library.download(produced[source])[0]) >= 1
-
-    def _prime(self, name: str) -> None:
-        """Run a job, and first whatever feeds it, once; its outputs go into the pool.
-
-        Jobs may follow each other in a circle, as frames do in a cascade: only who lacks an input asks for more.
-        """
-        job = self._job(name)
-        if name in self._primed or job.path is None:
-            return
-        self._primed.add(name)
-        if job.predecessor is not None and self._missing(self._engine(name)):
-            self._prime(job.predecessor)
-        engine = self._engine(name)  # which the others may have closed, for want of memory
-        outputs = engine.run(self._feeds(name, engine))
-        self.offer({key: self._library.download(tensor) for key, tensor in outputs.items()})
-
-    def _missing(self, engine: Engine) -> List[TensorSpec]:
-        return [spec for spec in engine.inputs.values() if (spec.name, spec.shape) not in self._pool]
-
-    def _feeds(self, name: str, engine: Engine) -> Dict[str, Tensor]:
-        missing = self._missing(engine)
-        if missing:
-            raise InputError(
-                f"job {name}: nothing produces {missing[0].name} {missing[0].shape}; give it a predecessor that does"
-            )
-        return {spec.name: self._pool[spec.name, spec.shape] for spec in engine.inputs.values()}
-
-    def _engine(self, name: str) -> Engine:
-        if name not in self._engines:
-            path = self._job(name).path
-            if path is None:
-                raise InputError(f"job {name} is no graph, and cannot come before another")
-            self._make_room()
-            self._open(name, path)
-        self._engines.move_to_end(name)
-        return self._engines[name]
-
-    def _make_room(self) -> None:
-        """Close the engine not used for longest when there are too many; one for one, however short memory stays."""
-        crowded = len(self._engines) >= self._kept_open
-        if crowded or (len(self._engines) >= 2 and _memory_is_scarce()):
-            oldest, engine = self._engines.popitem(last=False)
-            engine.close()
-            self._slow.discard(oldest)
-
-    def _open(self, name: str, path: Path) -> None:
-        start = self._clock_ns()
-        engine = self._engines[name] = self._library.load(path)
-        load_ms = (self._clock_ns() - start) / 1e6
-        self._opened.setdefault(name, Opened(name, load_ms, path.stat().st_size, engine.scratch_bytes))
-
-    def _job(self, name: str) -> Job:
-        job = self._jobs.get(name)
-        if job is None or (job.path is None and name not in _PSEUDO_GRAPHS):
-            raise InputError(f"there is no job {name!r} with a graph")
-        return job
-
-    def close(self) -> None:
-        for engine in self._engines.values():
-            engine.close()
-        self._engines.clear()
-        self._primed.clear()
-        self._slow.clear()
 
 
 def _is_full(runs: int, spent_s: float, effort: Effort) -> bool:
@@ -375,13 +346,3 @@ def _is_full(runs: int, spent_s: float, effort: Effort) -> bool:
         return False
     enough = runs >= effort.window_runs and spent_s >= effort.window_s
     return enough or spent_s >= effort.max_s / effort.windows
-
-
-def _memory_is_scarce(meminfo: Path = Path("/proc/meminfo")) -> bool:
-    """Whether less than an eighth of the machine's memory is left. Linux tells; the GPU of a Jetson shares it."""
-    try:
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        left, total = (int(lines[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
-    except (OSError, ValueError, KeyError, IndexError):
-        return False
-    return left < _SCARCE * total

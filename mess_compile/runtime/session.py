@@ -25,7 +25,8 @@ from mess_compile.runtime.engine import LIBRARIES, Library, open_library
 from mess_compile.runtime.engine_cache import loadable
 from mess_compile.runtime.errors import EngineError, InputError, MessError
 from mess_compile.runtime.machine import Machine, this_machine
-from mess_compile.runtime.profile import Effort, Job, Opened, Window
+from mess_compile.runtime.pool import Job, Opened
+from mess_compile.runtime.profile import Effort, Window
 
 FORMAT, VERSION = "mess-session", 1
 CLOCKS = "clocks.json"
@@ -230,8 +231,10 @@ def event_of(line: str) -> Optional[Union[Opened, Window]]:
 
 def _is_sound(window: Window) -> bool:
     counts = {0, len(window.wall_ms)}
-    times = (*window.wall_ms, *window.device_ms, window.spent_s, window.power_mw or 0.0)
-    return bool(window.wall_ms) and len(window.device_ms) in counts and min(times) >= 0 and window.round >= 0
+    others = (*window.device_ms, *window.ticks_ms, window.spent_s, window.waited_s)
+    optional = window.power_mw or 0.0, window.waited_tick_ms or 0.0
+    whole = bool(window.wall_ms) and len(window.device_ms) in counts
+    return whole and min(*window.wall_ms, *others, *optional) >= 0 and window.round >= 0
 
 
 def tell(store: Path, name: str) -> int:

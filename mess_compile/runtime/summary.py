@@ -1,20 +1,18 @@
-"""From the windows of a measurement to its figures, and what the reference job tells of the device's drift."""
+"""From the windows of a measurement to its figures, and what the ticks tell of the machine's speed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import List, Mapping, Optional, Sequence
+from typing import Optional, Sequence
 
 import numpy as np
 
+from mess_compile.runtime import level
 from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.profile import Effort, Window, is_steady
+from mess_compile.runtime.profile import Effort, Window, at_full_speed, full_speed_ms, is_steady, levelled_medians_ms
 
-CONDEMNED = 0.10
-"""Share by which the reference may differ from round to round; beyond it no factor makes a run believable."""
 _USUAL = Effort()
-_NEGLIGIBLE = 0.01
-_FOREIGN = 10.0
+STALLED = 3.0
 """Times the median from which a sample is put down to other work that fell on this job by chance."""
 
 
@@ -23,7 +21,7 @@ class Summary:
     """Figures of one job, in wall time but for `device_mean_ms`; `runs` counts the samples.
 
     `spread` is how far the windows' medians lie apart, as a share of the overall median; `steady` is said of the last
-    windows alone.
+    windows alone. All are of windows at full speed, of which a job that is not steady may have too few: then of all.
     """
 
     mean_ms: float
@@ -38,39 +36,39 @@ class Summary:
     power_mw: Optional[float]
 
 
-def summarise(
-    windows: Sequence[Window], factors: Optional[Mapping[int, float]] = None, effort: Effort = _USUAL
-) -> Summary:
-    """Figures over all windows of one job, each multiplied by its round's factor. Raises InputError without samples.
+def summarise(windows: Sequence[Window], full_ms: Optional[float] = None, effort: Effort = _USUAL) -> Summary:
+    """Figures over all windows of one job at full speed, each brought to it. Raises InputError without samples.
 
-    All windows count, not the last steady ones alone: those were stopped at because they agreed, so they are the quiet
+    All of these count, not the last steady ones alone: those were stopped at because they agreed, so they are the quiet
     ones, and the sum of such means lies below what a cascade takes among bursts of other work (in simulations by 4.7 %
-    instead of 2.7 % where bursts fill 15 % of the time). Means leave out samples beyond ten medians: one of 10 ms would
-    outweigh all that a job of 10 us has, while no plan's mean moves by it. Percentiles leave out nothing.
+    instead of 2.7 % where bursts fill 15 % of the time). Means leave out samples beyond three medians: a core that is
+    taken away for 100 ms would outweigh all that a job of 3 ms has. Percentiles leave out nothing.
     """
     if not windows or not all(window.wall_ms for window in windows):
         raise InputError("there are no samples to summarise")
-    scales = [(factors or {}).get(window.round, 1.0) for window in windows]
-    wall_ms = np.concatenate([np.array(window.wall_ms) * scale for window, scale in zip(windows, scales)])
-    device_ms = np.concatenate([np.array(window.device_ms) * scale for window, scale in zip(windows, scales)])
-    medians_ms = [window.median_ms * scale for window, scale in zip(windows, scales)]
+    used = at_full_speed(windows, full_ms)
+    counted = used if len(used) >= effort.windows else windows
+    scales = [level.factor(window.ticks_ms, full_ms) for window in counted]
+    wall_ms = np.concatenate([np.array(window.wall_ms) * scale for window, scale in zip(counted, scales)])
+    device_ms = np.concatenate([np.array(window.device_ms) * scale for window, scale in zip(counted, scales)])
+    medians_ms = levelled_medians_ms(counted, full_ms)
     p50, p90, p95, p99 = (float(value) for value in np.percentile(wall_ms, (50, 90, 95, 99)))
     return Summary(
-        mean_ms=_mean(wall_ms),
+        mean_ms=mean_without_stalls(wall_ms),
         p50_ms=p50,
         p90_ms=p90,
         p95_ms=p95,
         p99_ms=p99,
         runs=len(wall_ms),
         spread=(max(medians_ms) - min(medians_ms)) / p50 if p50 else 0.0,
-        steady=is_steady(medians_ms[-effort.windows :], effort),
-        device_mean_ms=_mean(device_ms) if len(device_ms) == len(wall_ms) else None,
-        power_mw=_mean_power(windows),
+        steady=counted is used and is_steady(medians_ms[-effort.windows :], effort),
+        device_mean_ms=mean_without_stalls(device_ms) if len(device_ms) == len(wall_ms) else None,
+        power_mw=_mean_power(counted),
     )
 
 
-def _mean(samples_ms: np.ndarray) -> float:
-    return float(samples_ms[samples_ms <= _FOREIGN * np.median(samples_ms)].mean())
+def mean_without_stalls(samples_ms: np.ndarray) -> float:
+    return float(samples_ms[samples_ms <= STALLED * np.median(samples_ms)].mean())
 
 
 def _mean_power(windows: Sequence[Window]) -> Optional[float]:
@@ -80,54 +78,27 @@ def _mean_power(windows: Sequence[Window]) -> Optional[float]:
 
 
 @dataclass(frozen=True)
-class Drift:
-    """What the reference tells: the factor for each round's samples, and whether no factor would make them believable.
+class Speed:
+    """What the ticks tell: one at full speed, the share of the time in which the machine was slower, and how much.
 
-    `spread` is how far the reference's levels lie apart, as a share of their middle.
+    `slow_by` is how many times as long ticks took then, in the middle; 1 when it never was slower.
     """
 
-    factors: Mapping[int, float]
-    spread: float
-    condemned: bool
+    full_ms: Optional[float]
+    slow_share: float
+    slow_by: float
 
 
-def drift(windows_of_reference: Sequence[Window]) -> Drift:
-    """How the device drifted from round to round. Raises InputError without a window.
-
-    A round's level lies midway between the reference's median at its beginning and at the next one's. What clocks and
-    heat do lasts for rounds, while a burst of other work hits one window and few of the jobs beside it: single outliers
-    are smoothed away. A level is corrected only where it differs from the middle by more than 1 %, and by more than
-    twice what the medians scatter about the lines through their neighbours: a factor brings the reference's own noise
-    into every job. Levels that spread beyond `CONDEMNED` condemn the run, with all factors 1.
-    """
-    ordered = sorted(windows_of_reference, key=lambda window: window.round)
-    if not ordered:
-        raise InputError("there are no windows of the reference")
-    rounds, medians_ms = [window.round for window in ordered], [window.median_ms for window in ordered]
-    levels = _smoothed(medians_ms)
-    middle = float(np.median(levels))
-    spread = (max(levels) - min(levels)) / middle if middle else 0.0
-    numbers = range(rounds[0], rounds[-1] + 1)
-    factors = dict.fromkeys(numbers, 1.0)
-    if spread <= CONDEMNED and middle:
-        shares = np.interp(np.array(numbers) + 0.5, rounds, levels) / middle
-        least = max(_NEGLIGIBLE, 2 * _scatter(medians_ms) / middle)
-        factors.update({number: 1 / float(share) for number, share in zip(numbers, shares) if abs(share - 1) > least})
-    return Drift(factors, spread, spread > CONDEMNED)
-
-
-def _smoothed(values: Sequence[float]) -> List[float]:
-    """Running medians of three; the ends against the lines through their neighbours (Tukey). Of three, none is odd."""
-    if len(values) < 4:
-        return list(values)
-    inner = [float(np.median(values[i - 1 : i + 2])) for i in range(1, len(values) - 1)]
-    first = float(np.median((values[0], inner[0], 3 * inner[0] - 2 * inner[1])))
-    last = float(np.median((values[-1], inner[-1], 3 * inner[-1] - 2 * inner[-2])))
-    return [first, *inner, last]
-
-
-def _scatter(values: Sequence[float]) -> float:
-    """Standard deviation about a slow course, from the second differences: those of a straight line are 0."""
-    if len(values) < 3:
-        return 0.0
-    return float(1.4826 * np.median(np.abs(np.diff(values, 2))) / 6**0.5)
+def speed(windows: Sequence[Window]) -> Speed:
+    """Over all windows of a measurement, and what was waited before them."""
+    full_ms = full_speed_ms(windows)
+    slow_s, slow_ms = 0.0, []
+    for window in windows:
+        slow = [tick for tick in window.ticks_ms if level.is_slow(tick, full_ms)]
+        slow_ms += slow
+        slow_s += window.spent_s * len(slow) / max(1, len(window.ticks_ms))
+        if level.is_slow(window.waited_tick_ms or 0.0, full_ms):
+            slow_s += window.waited_s
+    total_s = sum(window.spent_s + window.waited_s for window in windows)
+    by = float(np.median(slow_ms)) / full_ms if slow_ms and full_ms else 1.0
+    return Speed(full_ms, slow_s / total_s if total_s else 0.0, by)

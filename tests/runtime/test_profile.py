@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mess_compile.runtime import profile
+from mess_compile.runtime import pool
 from mess_compile.runtime.engine import TensorSpec, open_library
 from mess_compile.runtime.engine_fake import FakeGraph, FakeLibrary
 from mess_compile.runtime.errors import EngineError, InputError
-from mess_compile.runtime.profile import Effort, Job, Opened, Window, measure
+from mess_compile.runtime.pool import Job, Opened
+from mess_compile.runtime.profile import Effort, Window, measure
 from mess_compile.runtime.summary import summarise
 from tests import small_network
 
@@ -25,8 +26,8 @@ BRIEF = Effort(window_s=0.01, window_runs=3, max_s=0.2, warm_up_s=0.0)
 FRAME = np.zeros((2, 2, 3), np.uint8)
 THRESHOLDS = np.zeros((4, 2), np.float32)
 NAMES = ("a", "b", "head", "upload", "download", "null")
-COSTS_MS = {"a": 1, "b": 2, "head": 4}
-TICK_MS = 0.1
+COSTS_MS = {"a": 1, "b": 2, "head": 4, "tick": 0.5}
+LOOK_MS = 0.1
 """What a look at the clock takes here: a transfer costs nothing in the script, and a window must still end."""
 
 
@@ -37,13 +38,14 @@ def scripted() -> FakeLibrary:
 
     def graph(name: str, sources: tuple[TensorSpec, ...], targets: tuple[TensorSpec, ...]) -> FakeGraph:
         out = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in targets}
-        return FakeGraph(sources, targets, lambda feeds: out, COSTS_MS[name] * MS)
+        return FakeGraph(sources, targets, lambda feeds: out, int(COSTS_MS[name] * MS))
 
     return FakeLibrary(
         {
             "a": graph("a", (image,), (first,)),
             "b": graph("b", (first,), (second,)),
             "head": graph("head", (second, thresholds), (counts, labels)),
+            "tick": graph("tick", (image,), (first,)),
         }
     )
 
@@ -65,6 +67,7 @@ def jobs(root: Path) -> list[Job]:
         Job("upload", None),
         Job("download", None, "head"),
         Job("null", None, "head"),
+        Job("tick", root / "tick.onnx"),
     ]
 
 
@@ -73,11 +76,14 @@ def events(
     todo: Sequence[Job],
     effort: Effort = BRIEF,
     earlier: Sequence[Window] = (),
-    reference: str = "a",
+    reference: str | None = None,
+    measured: Sequence[str] | None = None,
     **options: object,
 ) -> Iterator[Opened | Window]:
+    names = [job.name for job in todo]
+
     def clock() -> int:
-        library.now_ns += int(TICK_MS * MS)
+        library.now_ns += int(LOOK_MS * MS)
         return library.now_ns
 
     return measure(
@@ -85,10 +91,11 @@ def events(
         todo,
         FRAME,
         THRESHOLDS,
-        reference,
+        reference or ("tick" if "tick" in names else names[0]),
         effort,
         earlier,
         clock_ns=clock,
+        measured=measured or [name for name in names if name != "tick"],
         **options,  # type: ignore[arg-type]
     )
 
@@ -123,7 +130,7 @@ def by_job(found: Sequence[Window]) -> dict[str, list[Window]]:
 
 
 NOISE = st.fixed_dictionaries(
-    {name: st.lists(st.sampled_from([1.0, 1.02, 1.1, 3.0]), min_size=1, max_size=5) for name in COSTS_MS}
+    {name: st.lists(st.sampled_from([1.0, 1.02, 1.1, 3.0]), min_size=1, max_size=5) for name in ("a", "b", "head")}
 )
 
 
@@ -134,17 +141,15 @@ def test_each_graph_is_timed_without_its_predecessor(root: Path, queued: bool) -
     assert set(found) == set(NAMES)
     for name, taken in found.items():
         for window in taken:
-            np.testing.assert_allclose(window.wall_ms, COSTS_MS.get(name, TICK_MS))
+            np.testing.assert_allclose(window.wall_ms, COSTS_MS.get(name, LOOK_MS))
             assert window.device_ms == ()
 
 
 def test_the_predecessor_runs_just_before_every_timed_run(root: Path) -> None:
     library = scripted()
-    going = events(library, jobs(root)[:2])
-    while next(going) != Window("a", 0, (1.0,) * 10, (), None, 0.011):
-        library.log.clear()
-    assert next(event for event in going if isinstance(event, Window)).job == "b"
-    ran = [name for verb, name in library.log if verb == "run"]
+    window = next(event for event in events(library, jobs(root), measured=["b"]) if isinstance(event, Window))
+    assert window == Window("b", 0, (2.0,) * 4, (), None, 4 * 0.0031, (0.5, 0.5))
+    ran = [name for verb, name in library.log if verb == "run" and name != "tick"]
     assert ran[-8:] == ["a", "b"] * 4
 
 
@@ -157,17 +162,27 @@ def test_device_times_are_kept_beside_the_wall(root: Path) -> None:
     assert summarise(found["a"]).device_mean_ms is None
 
 
-def test_every_round_has_its_reference_first_and_its_own_order(root: Path) -> None:
+def test_every_round_has_its_own_order(root: Path) -> None:
     def rounds(seed: int) -> list[list[str]]:
-        found = windows(scripted(), jobs(root), replace(BRIEF, seed=seed), reference="b")
+        found = windows(scripted(), jobs(root), replace(BRIEF, seed=seed))
         return [[window.job for window in found if window.round == number] for number in range(found[-1].round + 1)]
 
     orders = rounds(0)
     assert orders == rounds(0) != rounds(1)
-    assert len(orders) == 4
-    assert orders[-1] == ["b"]
-    assert all(order[0] == "b" and sorted(order) == sorted(NAMES) for order in orders[:-1])
+    assert len(orders) == 3
+    assert all(sorted(order) == sorted(NAMES) for order in orders)
     assert orders[0] != orders[1]
+
+
+def test_the_reference_ticks_before_and_after_every_window(root: Path) -> None:
+    """Once between two windows that follow each other: two ticks would tell the same."""
+    library = scripted()
+    found = windows(library, jobs(root), measured=["a"])
+    assert all(window.ticks_ms == (0.5, 0.5) for window in found)
+    ran = "".join({"a": "a", "tick": "."}.get(name, "") for verb, name in library.log if verb == "run")
+    between = [len(ticks) for ticks in ran.split("a") if ticks]
+    assert len(between) == len(found) + 1
+    assert max(between[1:]) == 4  # 2 ms, a fifth of a window, at 0.6 ms each
 
 
 @settings(deadline=None, max_examples=40)
@@ -188,7 +203,7 @@ def test_a_job_is_measured_until_it_is_steady_and_no_longer_than_allowed(
     effort = replace(BRIEF, windows=windows_wanted, max_s=max_s)
     found = by_job(list(noisy_windows(jobs(root), noise, effort)))
     assert set(found) == set(NAMES)
-    for name, taken in found.items():
+    for taken in found.values():
         assert [window.round for window in taken] == list(range(len(taken)))
         assert len(taken) >= windows_wanted
         medians = [np.median(window.wall_ms) for window in taken]
@@ -198,18 +213,17 @@ def test_a_job_is_measured_until_it_is_steady_and_no_longer_than_allowed(
         ]
         spent = np.cumsum([window.spent_s for window in taken])
         assert any(steady) or spent[-1] >= max_s
-        if name != "a":  # the reference goes on as long as any other, and once more
-            assert not any(steady[:-1])
-            assert len(taken) == windows_wanted or spent[-2] < max_s
-        longest_run_s = 0.001 * (3 * 4 + 3 * 2 + 4 * TICK_MS)
+        assert not any(steady[:-1])
+        assert len(taken) == windows_wanted or spent[-2] < max_s
+        longest_run_s = 0.001 * (3 * 4 + 3 * 2 + 4 * LOOK_MS)
         assert all(window.spent_s <= max(max_s / windows_wanted, 0.01) + 3 * longest_run_s for window in taken)
 
 
 def test_a_slow_graph_has_shorter_windows_but_as_many(root: Path) -> None:
     """Five runs of 20 s each would be 20 times the seconds that were allowed."""
     slow = {"a": [20_000.0], "b": [1.0], "head": [1.0]}
-    taken = by_job(list(noisy_windows(jobs(root)[:2], slow, Effort())))["a"]
-    assert [window.wall_ms for window in taken] == [(20_000.0,)] * 4
+    taken = by_job(list(noisy_windows(jobs(root), slow, Effort())))["a"]
+    assert [window.wall_ms for window in taken] == [(20_000.0,)] * 3
 
 
 def test_what_never_is_steady_is_given_up_after_the_seconds_allowed(root: Path) -> None:
@@ -229,17 +243,17 @@ def test_nothing_is_opened_when_nothing_is_left_to_measure(root: Path) -> None:
 
 def test_only_some_jobs_may_be_timed_and_the_rest_later(root: Path) -> None:
     some = windows(scripted(), jobs(root), measured=["null", "b"])
-    assert {name: len(taken) for name, taken in by_job(some).items()} == {"a": 4, "b": 3, "null": 3}
+    assert {name: len(taken) for name, taken in by_job(some).items()} == {"b": 3, "null": 3}
     rest = windows(scripted(), jobs(root), earlier=some)
-    assert {name: len(taken) for name, taken in by_job(rest).items()} == {"a": 3, "head": 3, "upload": 3, "download": 3}
-    assert [window.round for window in rest if window.job in ("a", "head")] == [3, 4, 4, 5, 5, 6]
+    assert {name: len(taken) for name, taken in by_job(rest).items()} == dict.fromkeys(set(NAMES) - {"b", "null"}, 3)
 
 
 def test_the_reference_warms_the_device_up_for_a_time(root: Path) -> None:
     library = scripted()
-    next(events(library, jobs(root)[:1], Effort(warm_up_s=1.0)))
-    ran = library.log.count(("run", "a"))
-    assert ran == 909 + 2 + 91  # at 1.1 ms each: a second, the rehearsals, a tenth of a second
+    next(events(library, jobs(root), Effort(warm_up_s=1.0)))
+    ran = [name for verb, name in library.log if verb == "run"]
+    first = next(place for place, name in enumerate(ran) if name != "tick")
+    assert first == pytest.approx(1000 / 0.6, abs=10)  # at 0.6 ms each: a second, and a run or two that prepare
 
 
 def test_all_engines_are_closed_also_when_the_caller_stops(root: Path) -> None:
@@ -270,7 +284,7 @@ def test_a_job_that_cannot_be_fed_is_named(root: Path, wrong: list[Job], words: 
 
 
 def test_a_reference_that_is_no_job_is_named(root: Path) -> None:
-    with pytest.raises(InputError, match="reference 'baseline' is not among the 6 jobs"):
+    with pytest.raises(InputError, match="reference 'baseline' is not among the 7 jobs"):
         windows(scripted(), jobs(root), reference="baseline")
 
 
@@ -280,9 +294,10 @@ def test_each_graph_tells_once_what_it_costs_to_hold(root: Path) -> None:
     found = list(events(library, jobs(root), kept_open=2))
     opened = [event for event in found if isinstance(event, Opened)]
     assert sorted(opened, key=lambda one: one.job) == [
-        Opened("a", TICK_MS, 10, None),
-        Opened("b", TICK_MS, 10, 4096),
-        Opened("head", TICK_MS, 40, None),
+        Opened("a", LOOK_MS, 10, None),
+        Opened("b", LOOK_MS, 10, 4096),
+        Opened("head", LOOK_MS, 40, None),
+        Opened("tick", LOOK_MS, 40, None),
     ]
     for name in COSTS_MS:
         told = [type(event) for event in found if event.job == name]
@@ -296,15 +311,15 @@ def most_open(library: FakeLibrary) -> int:
 
 def test_more_graphs_than_may_be_open_are_measured_all_the_same(root: Path) -> None:
     library = scripted()
-    assert windows(library, jobs(root), kept_open=2) == windows(scripted(), jobs(root))
-    assert most_open(library) == 2
+    assert windows(library, jobs(root), kept_open=1) == windows(scripted(), jobs(root))
+    assert most_open(library) == 3
 
 
 def test_fewer_engines_stay_open_when_memory_is_scarce(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile, "_memory_is_scarce", lambda: True)
+    monkeypatch.setattr(pool, "_memory_is_scarce", lambda: True)
     library = scripted()
-    assert len(windows(library, jobs(root))) == 19
-    assert most_open(library) == 2
+    assert len(windows(library, jobs(root))) == 18
+    assert most_open(library) == 3
 
 
 @pytest.mark.parametrize(
@@ -320,15 +335,15 @@ def test_fewer_engines_stay_open_when_memory_is_scarce(root: Path, monkeypatch: 
 def test_memory_is_scarce_below_an_eighth_where_the_system_tells(tmp_path: Path, text: str, scarce: bool) -> None:
     path = tmp_path / "meminfo"
     path.write_text(text)
-    assert profile._memory_is_scarce(path) == scarce
-    assert not profile._memory_is_scarce(tmp_path / "none")
+    assert pool._memory_is_scarce(path) == scarce
+    assert not pool._memory_is_scarce(tmp_path / "none")
 
 
 def test_engines_that_take_the_memory_of_another_make_room(root: Path) -> None:
     """A GPU that is full refuses the next engine, or its run; what is open is closed, and it has a second chance."""
-    library = replace(scripted(), room=2)
+    library = replace(scripted(), room=3)
     assert windows(library, jobs(root)) == windows(scripted(), jobs(root))
-    assert most_open(library) == 2
+    assert most_open(library) == 3
 
 
 def test_a_graph_that_fails_for_itself_is_named(root: Path) -> None:

@@ -8,14 +8,11 @@ import pytest
 
 from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.profile import Effort, Window
-from mess_compile.runtime.summary import drift, summarise
+from mess_compile.runtime.summary import Speed, speed, summarise
 
 
-def rounds_of(*medians_ms: float) -> list[Window]:
-    """A reference with these medians, round by round."""
-    return [
-        Window("reference", number, (0.9 * median, median, 1.1 * median)) for number, median in enumerate(medians_ms)
-    ]
+def between(*ticks_ms: float, wall_ms: float = 1.0, spent_s: float = 0.1) -> Window:
+    return Window("a", 0, (wall_ms,), spent_s=spent_s, ticks_ms=ticks_ms)
 
 
 def test_a_summary_is_that_of_all_windows() -> None:
@@ -32,21 +29,41 @@ def test_a_summary_is_that_of_all_windows() -> None:
             summarise(empty)
 
 
-def test_one_sample_that_other_work_fell_upon_does_not_make_the_mean() -> None:
-    summary = summarise([Window("null", 0, (0.01,) * 98 + (0.1, 8.0))])
-    assert summary.mean_ms == pytest.approx((98 * 0.01 + 0.1) / 99)
-    assert summary.p99_ms > 0.1
+def test_a_stall_does_not_make_the_mean() -> None:
+    summary = summarise([Window("head", 0, (3.0,) * 98 + (8.9, 80.0))])
+    assert summary.mean_ms == pytest.approx((98 * 3.0 + 8.9) / 99)
+    assert summary.p99_ms > 8.9
 
 
-def test_rounds_in_which_the_device_was_slow_are_brought_back() -> None:
-    found = [Window("a", 0, (2.0, 2.0), (1.0, 1.0), 1000.0, 1.0), Window("a", 1, (2.2, 2.2), (1.1, 1.1), 2000.0, 3.0)]
-    summary = summarise(found, {0: 1.0, 1: 1 / 1.1}, Effort(windows=2))
+def test_windows_beside_a_slow_tick_do_not_count() -> None:
+    usual = [between(10.0, 10.0, wall_ms=2.0)] * 3
+    slow = [between(*ticks, wall_ms=3.5) for ticks in ((10.0, 18.0), (18.0, 10.0), (18.0, 18.0), (8.0, 10.0))]
+    summary = summarise([*slow, *usual], 10.0)
+    assert (summary.mean_ms, summary.runs, summary.steady) == (2.0, 3, True)
+    assert summary.p99_ms == 2.0
+
+
+def test_a_window_is_brought_to_full_speed() -> None:
+    found = [
+        Window("a", 0, (2.0, 2.0), (1.0, 1.0), 1000.0, 1.0, (10.0, 10.0)),
+        Window("a", 1, (2.1, 2.1), (1.05, 1.05), 2000.0, 3.0, (10.2, 10.8)),
+    ]
+    summary = summarise(found, 10.0, Effort(windows=2))
     assert summary.mean_ms == pytest.approx(2.0)
     assert summary.device_mean_ms == pytest.approx(1.0)
     assert summary.steady
     assert summary.spread == pytest.approx(0.0)
     assert summary.power_mw == pytest.approx(1750.0)  # by time
-    assert summarise(found).mean_ms == pytest.approx(2.1)
+    assert summarise(found).mean_ms == pytest.approx(2.05)
+
+
+def test_a_job_without_enough_windows_at_full_speed_has_a_figure_and_is_not_steady() -> None:
+    """Each by its ticks: twice as long where they took twice as long."""
+    found = [between(10.0, 10.0, wall_ms=2.0), *[between(20.0, 20.0, wall_ms=4.0)] * 4]
+    summary = summarise(found, 10.0)
+    assert summary.mean_ms == pytest.approx(2.0)
+    assert summary.runs == 5
+    assert not summary.steady
 
 
 def test_a_microsecond_makes_nothing_unsteady() -> None:
@@ -56,46 +73,16 @@ def test_a_microsecond_makes_nothing_unsteady() -> None:
     assert not summarise([replace(each, wall_ms=(100 * each.wall_ms[0],)) for each in found]).steady
 
 
-def test_a_device_that_slows_down_is_told_round_by_round() -> None:
-    found = drift(rounds_of(10.0, 10.2, 10.4, 10.6, 10.8))
-    assert not found.condemned
-    assert found.spread == pytest.approx(0.8 / 10.4)
-    wanted = {0: 10.4 / 10.1, 1: 1.0, 2: 1.0, 3: 10.4 / 10.7, 4: 10.4 / 10.8}  # 10.3 and 10.5 are within 1 % of 10.4
-    assert found.factors == pytest.approx(wanted)
+def test_how_often_the_machine_was_slow_and_how_much_is_told() -> None:
+    usual = [between(10.0, 10.1, spent_s=0.2)] * 20
+    slow = [between(10.0, 18.0, spent_s=0.3), between(19.0, 18.5, spent_s=0.5)]
+    waited = replace(usual[0], waited_s=1.2, waited_tick_ms=17.0)
+    found = speed([*usual, *slow, waited])
+    assert found.full_ms == pytest.approx(10.0, rel=0.01)
+    assert found.slow_share == pytest.approx((0.3 / 2 + 0.5 + 1.2) / (4.0 + 0.8 + 0.2 + 1.2))
+    assert found.slow_by == pytest.approx(1.85)
 
 
-def test_one_burst_upon_the_reference_changes_nothing() -> None:
-    for place in range(6):
-        medians = [10.0] * 6
-        medians[place] = 25.0
-        found = drift(rounds_of(*medians))
-        assert (found.spread, found.condemned) == (0.0, False)
-        assert set(found.factors.values()) == {1.0}
-
-
-def test_the_noise_of_the_reference_is_not_brought_into_every_job() -> None:
-    found = drift(rounds_of(10.0, 10.3, 9.9, 10.4, 10.0, 10.2, 9.8, 10.3))
-    assert set(found.factors.values()) == {1.0}
-    assert 0 < found.spread < 0.1
-
-
-def test_a_run_on_a_device_that_changed_by_more_than_a_tenth_is_condemned() -> None:
-    found = drift(rounds_of(10.0, 10.0, 10.0, 11.2, 11.2, 11.2))
-    assert found.condemned
-    assert found.spread == pytest.approx(1.2 / 10.6)
-    assert found.factors == dict.fromkeys(range(6), 1.0)
-    assert not drift(rounds_of(10.0, 10.0, 10.0, 10.9, 10.9, 10.9)).condemned
-
-
-def test_a_round_whose_reference_was_lost_lies_between_its_neighbours() -> None:
-    windows = rounds_of(10.0, 10.2, 10.4, 10.6, 10.8)
-    found = drift([windows[0], *windows[2:]])
-    assert set(found.factors) == set(range(5))
-    assert found.factors[0] == pytest.approx(10.5 / 10.1)  # the middle of the four that are left
-
-
-def test_few_windows_of_the_reference_are_better_than_none() -> None:
-    assert drift(rounds_of(10.0)).factors == {0: 1.0}
-    assert drift(rounds_of(10.0, 12.0)).condemned
-    with pytest.raises(InputError, match="no windows of the reference"):
-        drift([])
+def test_a_machine_that_never_was_slow_is_told_so() -> None:
+    assert speed([between(10.0, 10.5), between(10.5, 9.9)]).slow_share == 0.0
+    assert speed([Window("a", 0, (1.0,), spent_s=1.0)]) == Speed(None, 0.0, 1.0)

@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from mess_compile import runtime
-from mess_compile.runtime import profile, tensorrt_engine, tensorrt_module
+from mess_compile.runtime import pool, profile, tensorrt_engine, tensorrt_module
 from mess_compile.runtime.cascade import Cascade
 from mess_compile.runtime.cuda import Cuda, open_cuda
 from mess_compile.runtime.engine import TensorSpec, open_library
@@ -218,18 +218,18 @@ def test_a_cascade_may_run_in_another_thread_than_it_was_loaded_in(place: Place,
 def test_the_profiler_measures_every_stage(place: Place) -> None:
     names = ("segment-0-1", f"head-{small_network.HEADS[0]}", "output-4x6")
     jobs = [
-        profile.Job(name, place.engines / f"{name}.engine", before)
+        pool.Job(name, place.engines / f"{name}.engine", before)
         for name, before in zip(names, (None, *names), strict=False)
     ]
-    jobs += [profile.Job(profile.NULL, None, names[1]), profile.Job(profile.UPLOAD, None)]
+    jobs += [pool.Job(pool.NULL, None, names[1]), pool.Job(pool.UPLOAD, None)]
     effort = profile.Effort(window_s=0, window_runs=2, windows=1, warm_up_s=0)
     with closing(place.open()) as library:
         events = list(profile.measure(library, jobs, frame(0), small_network.thresholds(), names[0], effort))
     found = [event for event in events if isinstance(event, profile.Window)]
-    assert {window.job for window in found} == {*names, profile.NULL, profile.UPLOAD}
+    assert {window.job for window in found} == {*names, pool.NULL, pool.UPLOAD}
     for window in found:
         assert len(window.device_ms) == (len(window.wall_ms) if window.job in names else 0)
-    opened = [event for event in events if isinstance(event, profile.Opened)]
+    opened = [event for event in events if isinstance(event, pool.Opened)]
     assert {event.job for event in opened} == set(names)
     assert all(event.file_bytes > 0 and event.scratch_bytes is not None for event in opened)
 
