@@ -2,8 +2,9 @@
 
 Jobs are visited in rounds, in a new order each round, so that drift of the device spreads over all. A reference graph
 ticks before and after every window: the windows at full speed count, each brought to one level, the others are taken
-again (in a replay of 330 s on two cores of a shared host, slow for 18 % of the time, sums of means were so 1.4 % wrong
-in the median and 2.7 % in the worst of ten cascades; 3.3 % and 15 % with a reference once a round).
+again. In a replay of 330 s on two cores of a shared host, slow for 18 % of the time, sums of means were so 1.4 % wrong
+in the median and 2.7 % in the worst of ten cascades (3.3 % and 15 % when all windows count as they are, 2.1 % and 6 %
+when all are brought to one level by their ticks, 1.4 % and 3.7 % when those at full speed count as they are).
 """
 
 from __future__ import annotations
