@@ -18,8 +18,9 @@ from mess_compile.latency import PSEUDO_GRAPHS, LatencyTable, check_current, rea
 from mess_compile.places import Place, Task, as_they_are
 from mess_compile.runtime import profile
 from mess_compile.runtime.errors import EngineError, InputError
+from mess_compile.runtime.pool import Opened
 from mess_compile.runtime.power import DeviceState
-from mess_compile.runtime.profile import Effort, Opened, Window
+from mess_compile.runtime.profile import Effort, Window
 from mess_compile.targets import find_target
 from mess_compile.thrift import Errand
 from tests import small_network
@@ -40,8 +41,8 @@ class Scripted:
     def measure(self, task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
         taken: dict[str, list[Window]] = {name: [] for name in (*task.measured, task.reference)}
         for window in earlier:
-            taken[window.job].append(window)
-        for name, number in profile.schedule(taken, task.reference, effort):
+            taken.get(window.job, []).append(window)
+        for name, number in profile.schedule(taken, effort, first=task.reference):
             if sum(self.timed.values()) == self.lasts:
                 raise EngineError("the device broke down")
             self.timed[name] += 1
