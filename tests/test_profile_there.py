@@ -143,7 +143,7 @@ def test_an_estimate_is_marked_all_the_way(unmeasured: Path) -> None:
     shown = done("-C", unmeasured, "profile", "--device", "xavier", "--estimate")
     assert re.search(r"(\d+) of \1 entries for xavier ESTIMATED from its data sheet", shown)
     assert "estimated, x" in done("-C", unmeasured, "inspect", "latency")
-    assert "estimated latency" in done("-C", unmeasured, "search", "--max-err", "100%")
+    assert "ESTIMATED latency of plan and baseline" in done("-C", unmeasured, "search", "--max-err", "100%")
     done("-C", unmeasured, "bundle")
     assert "estimated" in done("inspect", unmeasured / "xavier.mess")
 
