@@ -303,18 +303,20 @@ def _measurements(workspace: Workspace, graph_set: GraphSet, plan: plans.Plan) -
 
 
 def _forms(graph_set: GraphSet, plan: plans.Plan, target: Target, folder: Path) -> dict[str, Path]:
-    """The plan's graphs that the target's parser does not take as they are, rewritten for it in `folder`."""
+    """The plan's graphs that the target's parser does not take as they are, rewritten for it in `folder`, their weights
+    in a store there."""
     if target.library.startswith("onnxruntime"):
         return {}
     from mess_compile import building
+    from mess_compile.graph.store import move_weights_out
 
-    parser = building.parser_of(target)
-    return {
-        graph.name: path
-        for graph in plan.graphs
-        for path in [folder / graph_set.path(graph.name).name]
-        if building.prepare_graph(graph_set.path(graph.name), graph.precision, parser, path)
-    }
+    parser, forms = building.parser_of(target), {}
+    for graph in plan.graphs:
+        path = folder / graph_set.path(graph.name).name
+        if building.prepare_graph(graph_set.path(graph.name), graph.precision, parser, path):
+            move_weights_out(path)
+            forms[graph.name] = path
+    return forms
 
 
 @dataclass(frozen=True)

@@ -287,6 +287,33 @@ _GRAPH_CHANGES: tuple[Callable[[random.Random, onnx.ModelProto], None], ...] = (
 )
 
 
+def hidden_field(random_: random.Random, parts: Parts) -> bytes:
+    """A weight in a file of the device, or an engine, under a tag that one parser knows and another one does not."""
+    manifest = json.loads(parts[MANIFEST])
+    name = random_.choice([name for name in parts if name.endswith(".onnx")])
+    model = onnx.load_from_string(parts[name])
+    weight = onnx.TensorProto(name="hidden", data_type=1, dims=[4], data_location=1)
+    weight.external_data.add(key="location", value=random_.choice(PLACES))
+    engine = onnx.NodeProto(op_type="EPContext", domain="com.microsoft", output=["hidden"])
+    number, hidden = random_.choice(((5, weight.SerializeToString()), (1, engine.SerializeToString())))
+    graph = model.graph.SerializeToString() + _odd_tag(random_, number) + _varint(len(hidden)) + hidden
+    model.ClearField("graph")
+    content = model.SerializeToString() + b"\x3a" + _varint(len(graph)) + graph
+    return packed(plain(listed({**parts, name: content}, manifest)))
+
+
+def _odd_tag(random_: random.Random, number: int) -> bytes:
+    """Of a field that holds a message: with bits above the 32nd, or with bytes that add nothing."""
+    tag = number << 3 | 2
+    if random_.random() < 0.5:
+        return _varint(tag + (random_.randrange(1, 1 << random_.choice((1, 3, 10, 31))) << 32))
+    return bytes([tag | 128, *[128] * random_.randrange(9), 0])
+
+
+def _varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + _varint(value >> 7)
+
+
 def with_engines(random_: random.Random, parts: Parts) -> bytes:
     """Engines that nobody here has built, for the very GPU that is here; sometimes with a signature of nobody."""
     manifest = json.loads(parts[MANIFEST])
@@ -312,7 +339,7 @@ def with_engines(random_: random.Random, parts: Parts) -> bytes:
 
 WAYS: tuple[Callable[[random.Random, Parts], bytes], ...] = (
     *(any_bytes, any_bytes_sealed, one_file, one_value, one_value, odd_json, other_name, odd_entry, odd_array),
-    *(odd_graph, odd_graph, with_engines),
+    *(odd_graph, odd_graph, hidden_field, with_engines),
 )
 
 

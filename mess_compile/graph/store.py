@@ -95,6 +95,13 @@ def externalise(model: onnx.ModelProto, folder: Path, source: Path | None = None
         store_weight(tensor, folder)
 
 
+def move_weights_out(path: Path) -> None:
+    """Let an ONNX file that holds its weights name them in the store beside it."""
+    model = read_model(path)
+    externalise(model, path.parent)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
 def _load(tensor: onnx.TensorProto, source: Path) -> None:
     try:
         external_data_helper.load_external_data_for_tensor(tensor, str(source))

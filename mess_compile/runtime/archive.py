@@ -122,9 +122,7 @@ def _unpacked(entries: Mapping[str, _Entry], path: Path) -> Archive:
         for name, file in manifest.files.items():
             _copy(entries[name], Path(folder.name, name), file, f"{path}: {name}")
         sizes = {name: file.bytes for name, file in manifest.files.items()}
-        for name in sizes:
-            if name.endswith(".onnx"):
-                onnx_file.check(Path(folder.name), name, sizes)
+        onnx_file.check_graphs(Path(folder.name), sizes)
     except BaseException:
         folder.cleanup()
         raise
