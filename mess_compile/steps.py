@@ -28,6 +28,7 @@ from mess_compile.runtime.engine import open_library
 from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.runtime.manifest import EngineFile, Manifest
 from mess_compile.runtime.manifest import Plan as ManifestPlan
+from mess_compile.runtime.pictures import read_picture
 from mess_compile.search import plan as plans
 from mess_compile.search.requirement import Requirement
 from mess_compile.searching import SearchOptions, explain, search, settled_graphs_of, shared
@@ -371,7 +372,7 @@ def _run_image(
 ) -> ImageResult:
     from mess_compile.report import pictures
 
-    frame = read_frame(image)
+    frame = read_picture(image)
     prediction = cascade(frame) if deadline_ms is None else list(cascade.refine(frame, deadline_ms))[-1]
     colours = cascade.manifest.network.colours
     drawn = {

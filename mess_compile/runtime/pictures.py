@@ -1,4 +1,4 @@
-"""Picture files in and out on the device: PNG by ourselves, anything else by Pillow where it is installed."""
+"""Picture files in and out: PNG by ourselves, anything else by Pillow where it is installed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mess_compile.runtime import png
 from mess_compile.runtime.errors import InputError
 
 _MAX_BYTES = 1 << 28
+_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -24,23 +25,29 @@ def read_picture(path: Path) -> np.ndarray:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        return png.read_png(content) if content.startswith(png.SIGNATURE) else _by_pillow(path)
+        return _decoded(content, path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def _by_pillow(path: Path) -> np.ndarray:
+def _decoded(content: bytes, path: Path) -> np.ndarray:
+    why = "not a PNG, and other pictures need Pillow: `pip install Pillow`, or convert it"
+    if content.startswith(png.SIGNATURE):
+        try:
+            return png.read_png(content)
+        except png.OtherPngError as error:
+            why = f"{error}, or `pip install Pillow`, which reads it"
     try:
         import PIL.Image as pillow
     except ImportError as error:
-        raise InputError("not a PNG, and other pictures need Pillow: `pip install Pillow`, or convert it") from error
-    return _decoded(pillow, path)
+        raise InputError(why) from error
+    return _by_pillow(pillow, path)
 
 
-def _decoded(pillow: Any, path: Path) -> np.ndarray:
+def _by_pillow(pillow: Any, path: Path) -> np.ndarray:
     try:
         with pillow.open(path) as image:
-            if image.mode not in ("RGB", "L", "P", "RGBA"):
+            if image.mode not in _MODES:
                 raise InputError(f"it has mode {image.mode}: convert it to 8-bit RGB")
             pixels: np.ndarray = np.array(image.convert("RGB"))
             return pixels

@@ -17,38 +17,54 @@ from mess_compile.runtime.errors import InputError
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_SIDE = 1 << 15
 MAX_PIXELS = 1 << 26
+MAX_BYTES = 4 * MAX_PIXELS
 _GREY, _RGB, _PALETTE, _GREY_ALPHA, _RGBA = 0, 2, 3, 4, 6
 _CHANNELS = {_GREY: 1, _RGB: 3, _PALETTE: 1, _GREY_ALPHA: 2, _RGBA: 4}
+_DEPTHS = {_GREY: (1, 2, 4, 8, 16), _RGB: (8, 16), _PALETTE: (1, 2, 4, 8), _GREY_ALPHA: (8, 16), _RGBA: (8, 16)}
+"""Bits that a sample of the colour type may have."""
 _PAETH = 4
+
+
+class OtherPngError(InputError):
+    """A PNG that is not damaged as far as was looked, but of a kind that is not read here."""
 
 
 @dataclass(frozen=True)
 class _Header:
     width: int
     height: int
+    depth: int
     colour_type: int
 
     @property
-    def channels(self) -> int:
-        return _CHANNELS[self.colour_type]
+    def step(self) -> int:
+        """Bytes from a pixel to the next, which row filters look at; one where a byte holds several."""
+        return max(1, _CHANNELS[self.colour_type] * self.depth // 8)
+
+    @property
+    def row_bytes(self) -> int:
+        return (self.width * _CHANNELS[self.colour_type] * self.depth + 7) // 8
 
 
 def read_png(content: bytes) -> np.ndarray:
-    """The picture as uint8 RGB (H, W, 3), transparency left out: 8-bit grey, RGB or palette, with alpha or without.
+    """The picture as uint8 RGB (H, W, 3), transparency left out; of 16 bits a sample the upper 8.
 
-    Raises InputError for other PNGs and damaged ones, before memory is taken for pixels that are not there.
+    Raises OtherPngError for an interlaced one, InputError for a damaged one, before memory is taken for pixels that are
+    not there.
     """
     chunks = list(_chunks(content))
     if not chunks or chunks[0][0] != b"IHDR" or chunks[-1][0] != b"IEND":
         raise InputError("the PNG does not begin with IHDR and end with IEND: it is truncated or damaged")
     header = _header(chunks[0][1])
     _refuse_unknown(kind for kind, _ in chunks)
-    pixels = _pixels(header, b"".join(data for kind, data in chunks if kind == b"IDAT"))  # (H, W, channels)
+    stored = _stored(header, b"".join(data for kind, data in chunks if kind == b"IDAT"))
+    samples = _unpacked(stored[..., 0], header) if header.depth < 8 else stored[..., :: header.depth // 8]
     if header.colour_type == _PALETTE:
-        return _painted(pixels[..., 0], [data for kind, data in chunks if kind == b"PLTE"])
+        return _painted(samples[..., 0], [data for kind, data in chunks if kind == b"PLTE"])
     if header.colour_type in (_GREY, _GREY_ALPHA):
-        return np.repeat(pixels[..., :1], 3, axis=2)
-    return np.ascontiguousarray(pixels[..., :3])
+        white = (1 << min(header.depth, 8)) - 1
+        return np.repeat(samples[..., :1] * np.uint8(255 // white), 3, axis=2)
+    return np.ascontiguousarray(samples[..., :3])
 
 
 def write_png(pixels: np.ndarray, palette: Optional[Sequence[Tuple[int, int, int]]] = None) -> bytes:
@@ -108,17 +124,19 @@ def _header(data: bytes) -> _Header:
     width, height, depth, colour_type, compression, filtering, interlace = struct.unpack(">IIBBBBB", data)
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE and width * height <= MAX_PIXELS):
         raise InputError(f"the PNG claims {width} x {height} pixels, not 1 to {MAX_SIDE} a side, {MAX_PIXELS} in all")
-    if colour_type not in _CHANNELS or compression or filtering or interlace > 1:
+    if depth not in _DEPTHS.get(colour_type, ()) or compression or filtering or interlace > 1:
         raise InputError("the PNG's IHDR has values that no PNG has: damaged")
-    if depth != 8:
-        raise InputError(f"the PNG has {depth} bits a sample: convert it to 8-bit grey, RGB, RGBA or palette")
     if interlace:
-        raise InputError("the PNG is interlaced: save it without interlacing")
-    return _Header(width, height, colour_type)
+        raise OtherPngError("the PNG is interlaced: save it without interlacing")
+    header = _Header(width, height, depth, colour_type)
+    if header.row_bytes * height > MAX_BYTES:
+        raise InputError(f"the PNG claims {width} x {height} pixels of {depth} bits a sample: convert it to 8 bits")
+    return header
 
 
-def _pixels(header: _Header, compressed: bytes) -> np.ndarray:
-    size = header.height * (1 + header.width * header.channels)
+def _stored(header: _Header, compressed: bytes) -> np.ndarray:
+    """The bytes of the rows without their filters: (H, W, bytes of a pixel), below 8 bits (H, row_bytes, 1)."""
+    size = header.height * (1 + header.row_bytes)
     inflater = zlib.decompressobj()
     try:
         raw = inflater.decompress(compressed, size + 1)
@@ -130,7 +148,14 @@ def _pixels(header: _Header, compressed: bytes) -> np.ndarray:
     filters = rows[:, 0]
     if filters.max() > _PAETH:
         raise InputError(f"the PNG has a row filter {filters.max()}, not 0 to {_PAETH}: damaged")
-    return _unfiltered(filters, rows[:, 1:].reshape(header.height, header.width, header.channels))
+    return _unfiltered(filters, rows[:, 1:].reshape(header.height, -1, header.step))
+
+
+def _unpacked(rows: np.ndarray, header: _Header) -> np.ndarray:
+    """Samples (H, W, 1) out of bytes (H, row_bytes) that hold several, the leftmost in the highest bits."""
+    shifts = np.arange(8 - header.depth, -1, -header.depth, dtype=np.uint8)
+    samples = (rows[..., None] >> shifts) & ((1 << header.depth) - 1)  # (H, row_bytes, samples of a byte)
+    return samples.reshape(header.height, -1)[:, : header.width, None]
 
 
 def _unfiltered(filters: np.ndarray, residues: np.ndarray) -> np.ndarray:

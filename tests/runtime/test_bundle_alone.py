@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests import small_network
+from tests import commands, small_network
 
 NEEDED = ("numpy", "numpy.libs", "onnxruntime")
 
@@ -75,6 +75,28 @@ def test_the_bundle_segments_pictures_there(python: Path, bundle: Path, tmp_path
         overlay = np.asarray(Image.open(tmp_path / "out" / f"{seed}.overlay.png")).astype(int)
         colours = np.array([(0, 0, 0), (128, 64, 0), (0, 0, 255)])[labels]
         assert np.abs(overlay - (frame + colours) / 2).max() <= 1
+
+
+def test_both_run_commands_read_the_same_pictures(python: Path, bundle: Path, tmp_path: Path) -> None:
+    """There Pillow is not installed, here it is."""
+    frame = Image.fromarray(small_network.frame(5))
+    pictures = {
+        "palette of 4 bits": frame.quantize(16),
+        "palette of 1 bit": frame.quantize(2),
+        "grey with alpha": frame.convert("LA"),
+        "black and white": frame.convert("1"),
+        "grey of 16 bits": Image.fromarray(np.asarray(frame.convert("L")).astype(np.uint16) * 257),
+    }
+    for name, picture in pictures.items():
+        picture.save(tmp_path / f"{name}.png")
+    paths = [tmp_path / f"{name}.png" for name in pictures]
+    there = run(python, bundle, "run", *paths, "-o", tmp_path / "there")
+    assert (there.returncode, there.stderr) == (0, "")
+    commands.done("run", bundle, *paths, "-o", tmp_path / "here")
+    for name in pictures:
+        for kind in ("labels", "overlay"):
+            drawn = [np.asarray(Image.open(tmp_path / place / f"{name}.{kind}.png")) for place in ("here", "there")]
+            np.testing.assert_array_equal(*drawn, name)
 
 
 def test_the_bundle_verifies_itself_there(python: Path, bundle: Path) -> None:

@@ -38,19 +38,43 @@ def as_rgb(content: bytes) -> NDArray[np.uint8]:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    height=st.integers(1, 40), width=st.integers(1, 40), mode=st.sampled_from(["L", "LA", "RGB", "RGBA", "P"]),
-    seed=st.integers(0, 99),
+    height=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 99),
+    mode=st.sampled_from(["L", "LA", "RGB", "RGBA", "P256", "P16", "P4", "P2", "1"]),
 )  # fmt: skip
 def test_what_pillow_writes_is_read_as_pillow_reads_it(height: int, width: int, mode: str, seed: int) -> None:
-    channels = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "P": 3}[mode]
+    channels = {"L": 1, "1": 1, "LA": 2, "RGBA": 4}.get(mode, 3)
     pixels = smooth(height, width, channels, seed)
-    if mode == "P":
-        image = Image.fromarray(pixels).quantize(256)
+    if mode.startswith("P"):  # few colours: Pillow packs them into fewer bits
+        image = Image.fromarray(pixels).quantize(int(mode[1:]))
+    elif mode == "1":
+        image = Image.fromarray(pixels[..., 0]).convert("1")
     else:
         image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels, mode)
     content = encoded(image)
-    if content[24] != 8:
-        return  # few colours: Pillow packs them into fewer bits, which is refused below
+    np.testing.assert_array_equal(png.read_png(content), as_rgb(content))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("width", [1, 7, 8, 9])
+def test_grey_of_any_depth_is_spread_from_black_to_white(depth: int, width: int) -> None:
+    """By the specification: the largest sample is white; of 16 bits the upper byte counts."""
+    samples = np.random.default_rng(depth).integers(0, 1 << depth, (3, width))
+    rows = b""
+    for row in samples:
+        bits = "".join(f"{sample:0{depth}b}" for sample in row)
+        bits += "0" * (-len(bits) % 8)
+        rows += b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+    expected = samples >> 8 if depth == 16 else samples * 255 // ((1 << depth) - 1)
+    read = png.read_png(made(width, 3, 0, zlib.compress(rows), depth))
+    np.testing.assert_array_equal(read, np.repeat(expected[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_of_16_bits_the_upper_8_are_read_as_pillow_does(colour: int, channels: int) -> None:
+    random = np.random.default_rng(colour)
+    filters = np.array([[0], [1], [2], [4]], np.uint8)
+    rows = np.concatenate([filters, random.integers(0, 256, (4, 5 * channels * 2), np.uint8)], axis=1)
+    content = made(5, 4, colour, zlib.compress(rows.tobytes()), depth=16)
     np.testing.assert_array_equal(png.read_png(content), as_rgb(content))
 
 
@@ -122,7 +146,11 @@ BOMB = zlib.compress(bytes(50_000_000))
         (made(4, 4, 0, zlib.compress(bytes(19))), "not the 20 bytes"),
         (made(4, 4, 0, b"nonsense"), "pixels are damaged"),
         (made(4, 4, 0, zlib.compress(b"\x05" + bytes(19))), "row filter 5"),
-        (made(4, 4, 0, zlib.compress(bytes(20)), depth=16), "16 bits a sample: convert it to 8-bit"),
+        (made(4, 4, 2, zlib.compress(bytes(20)), depth=4), "values that no PNG has"),
+        (made(4, 4, 3, zlib.compress(bytes(20)), depth=16), "values that no PNG has"),
+        (made(8192, 8192, 6, b"", depth=16), "claims 8192 x 8192 pixels of 16 bits a sample: convert it"),
+        (made(9, 1, 3, zlib.compress(bytes(3)), depth=1), "no palette"),
+        (made(9, 1, 0, zlib.compress(bytes(2)), depth=1), "not the 3 bytes"),
         (made(4, 4, 0, zlib.compress(bytes(20)), interlace=1), "interlaced: save it without"),
         (made(4, 4, 5, zlib.compress(bytes(20))), "values that no PNG has"),
         (made(4, 4, 3, zlib.compress(bytes(20))), "no palette"),
@@ -154,6 +182,30 @@ def test_a_picture_file_is_read_as_the_tuning_set_was(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pictures.read_picture(tmp_path / "a.png"), frame)
     decoded = np.asarray(Image.open(tmp_path / "a.jpg").convert("RGB"))
     np.testing.assert_array_equal(pictures.read_picture(tmp_path / "a.jpg"), decoded)
+
+
+PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+"""First row, first column, and the steps in both, of the seven pictures that an interlaced one consists of."""
+
+
+def interlaced(pixels: NDArray[np.uint8]) -> bytes:
+    parts = [pixels[row::down, column::right] for row, column, down, right in PASSES]
+    rows = b"".join(b"\0" + line.tobytes() for part in parts if part.size for line in part)
+    return made(pixels.shape[1], pixels.shape[0], 2, zlib.compress(rows), interlace=1)
+
+
+def test_an_interlaced_png_is_read_by_pillow_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = smooth(9, 13, 3, 4)
+    path = tmp_path / "a.png"
+    path.write_bytes(interlaced(frame))
+    np.testing.assert_array_equal(pictures.read_picture(path), frame)
+    path.write_bytes(interlaced(frame)[:-20])
+    with pytest.raises(InputError, match="truncated"):
+        pictures.read_picture(path)
+    path.write_bytes(interlaced(frame))
+    monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
+    with pytest.raises(InputError, match=r"a\.png: the PNG is interlaced: save it without .*, or `pip install Pillow`"):
+        pictures.read_picture(path)
 
 
 def test_without_pillow_a_jpeg_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
