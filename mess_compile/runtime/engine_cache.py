@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional, Sequence, Tuple
+from typing import Iterator, Optional, Sequence, Tuple
 
 from mess_compile.runtime import tensorrt_build
 from mess_compile.runtime.engine import Library
@@ -19,10 +20,15 @@ from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.manifest import EngineFile, Plan
 from mess_compile.runtime.tensorrt_build import BuildOptions
 
+_Gpu = Tuple[str, Tuple[int, int]]
+
 
 def default_folder() -> Path:
-    """Where engines are kept unless told otherwise; `XDG_CACHE_HOME` moves it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mess-compile" / "engines"
+    """Where engines are kept unless told otherwise; `XDG_CACHE_HOME` moves it. Raises InputError without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mess-compile" / "engines"
+    except RuntimeError as error:
+        raise InputError("no home folder is known to keep engines in: set XDG_CACHE_HOME to one of your own") from error
 
 
 def loadable(library: Library, graph: Path, precision: str, folder: Optional[Path] = None) -> Path:
@@ -30,20 +36,36 @@ def loadable(library: Library, graph: Path, precision: str, folder: Optional[Pat
 
     The graph is in the form that the library's parser takes, its weights inside or named by their hashes. An engine is
     built once (minutes, on a Jetson) and kept in `folder`. Raises InputError when others can write there, EngineError
-    in the builder's words.
+    in the builder's words; where nothing can be written, InputError of the default folder and OSError of another.
     """
-    if library.builds_for is None:
+    gpu = library.builds_for
+    if gpu is None:
         return graph
-    folder = folder or default_folder()
+    if folder is not None:
+        return _loadable(library, gpu, graph, precision, folder)
+    folder = default_folder()
+    with _writable(folder):
+        return _loadable(library, gpu, graph, precision, folder)
+
+
+def _loadable(library: Library, gpu: _Gpu, graph: Path, precision: str, folder: Path) -> Path:
     _own(folder)
-    options = _options(library, library.builds_for, precision)
-    path = folder / _name(library, library.builds_for, graph, options)
+    options = _options(library, gpu, precision)
+    path = folder / _name(library, gpu, graph, options)
     if not _is_intact(path):
         _build(graph, path, options, _timing(folder, library))
     return path
 
 
-_Gpu = Tuple[str, Tuple[int, int]]
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"engines cannot be kept in {folder} ({error.strerror or error}): make room there, or set XDG_CACHE_HOME "
+            "to a folder that can be written"
+        ) from error
 
 
 def _options(library: Library, gpu: _Gpu, precision: str) -> BuildOptions:
@@ -73,20 +95,20 @@ def adopt(
     if gpu is None:
         return ()
     folder = folder or default_folder()
-    fitting = [engine for engine in engines if _fits(engine, library, gpu)]
     adopted = []
-    for engine in fitting:
-        _own(folder)
-        content = (source / engine.file).read_bytes()
-        if engine.graph is None:
-            if not _timing(folder, library).exists():
-                _write(_timing(folder, library), content)
-        elif engine.graph in plan.precisions and engine.precision == plan.precisions[engine.graph].used:
-            options = _options(library, gpu, engine.precision)
-            path = folder / _name(library, gpu, source / engine.graph, options)
-            if not _is_intact(path):
-                _keep(path, content)
-            adopted.append(engine.graph)
+    with _writable(folder):
+        for engine in (engine for engine in engines if _fits(engine, library, gpu)):
+            _own(folder)
+            content = (source / engine.file).read_bytes()
+            if engine.graph is None:
+                if not _timing(folder, library).exists():
+                    _write(_timing(folder, library), content)
+            elif engine.graph in plan.precisions and engine.precision == plan.precisions[engine.graph].used:
+                options = _options(library, gpu, engine.precision)
+                path = folder / _name(library, gpu, source / engine.graph, options)
+                if not _is_intact(path):
+                    _keep(path, content)
+                adopted.append(engine.graph)
     return tuple(adopted)
 
 
