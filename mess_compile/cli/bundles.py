@@ -172,9 +172,9 @@ _REMEDIES = {
 
 @click.command()
 @click.argument("bundle", type=BUNDLE)
-@click.option("--allowed-signers", type=FILE, help="Whose signature counts: NAME and public key, one a line.")
+@click.option("--allowed-signers", type=FILE, help="It must be signed by one of them: NAME and public key, one a line.")
 @click.option("--identity", help="Which of the allowed signers; any by default.")
-@click.option("--require-signature", is_flag=True, help="A bundle without a signature fails; nothing of it runs.")
+@click.option("--require-signature", is_flag=True, help="Refuse to go on without --allowed-signers.")
 @click.option(
     "--latency-factor",
     type=click.FloatRange(min=0, min_open=True),

@@ -31,7 +31,7 @@ from mess_compile.runtime.manifest import (
     manifest_from_json,
     manifest_to_json,
 )
-from mess_compile.runtime.signature import Signers, signer_of
+from mess_compile.runtime.signature import Signers, check_signers, signer_of
 
 _SEAL = re.compile(rb"sha256:([0-9a-f]{64})")
 _SEAL_BYTES = len(b"sha256:") + 64
@@ -77,6 +77,7 @@ class Archive:
 
     def check_signer(self, signers: Signers) -> str:
         """Who of `signers` signed the bundle. Raises BundleError when none did, InputError."""
+        check_signers(signers)
         if self.signature is None:
             raise BundleError(f"the bundle {self.manifest.name} is not signed")
         self.signed_by = signer_of(self.manifest_bytes, self.signature, signers)

@@ -38,10 +38,15 @@ def sign(content: bytes, key: Path) -> bytes:
     return done.stdout
 
 
-def signer_of(content: bytes, signature: bytes, signers: Signers) -> str:
-    """The identity among `signers` that signed `content`. Raises BundleError when none did, InputError."""
+def check_signers(signers: Signers) -> None:
+    """Raises InputError when there is no such file."""
     if not signers.file.is_file():
         raise InputError(f"there is no file {signers.file} of allowed signers: a line is `NAME ssh-ed25519 AAAA...`")
+
+
+def signer_of(content: bytes, signature: bytes, signers: Signers) -> str:
+    """The identity among `signers` that signed `content`. Raises BundleError when none did, InputError."""
+    check_signers(signers)
     with TemporaryDirectory(prefix="mess-") as folder:
         path = Path(folder, "signature")
         path.write_bytes(signature)

@@ -14,7 +14,7 @@ from mess_compile.runtime.cascade import Cascade, Prediction, load_archive
 from mess_compile.runtime.errors import BundleError
 from mess_compile.runtime.manifest import Golden
 from mess_compile.runtime.power import read_state
-from mess_compile.runtime.signature import Signers
+from mess_compile.runtime.signature import Signers, check_signers
 
 LABELS_EQUAL_PERCENT = {"fp32": 99.9, "fp16": 99.5, "int8": 98.0}
 COUNT_TOLERANCE = {"fp32": 0.0, "fp16": 0.005, "int8": 0.02}
@@ -35,8 +35,8 @@ class Check:
 class Demands:
     """What a bundle is held to beside its hashes and golden frames.
 
-    With `signers` a signature must be of one of them; with `require_signature` there must be one. `latency_factor` is
-    what the golden frames may take, in multiples of what the plan says of the exits they leave at.
+    With `signers` it must be signed by one of them; `require_signature` fails where nobody is named. `latency_factor`
+    is what the golden frames may take, in multiples of what the plan says of the exits they leave at.
     """
 
     signers: Optional[Signers] = None
@@ -50,6 +50,8 @@ def verify_bundle(path: Path, target: Optional[str] = None, demands: Optional[De
     Raises BundleError when a byte of the bundle was changed, InputError, EngineError.
     """
     demands = demands or Demands()
+    if demands.signers is not None:
+        check_signers(demands.signers)
     archive = open_archive(path)
     try:
         checks = (_hashes(archive), _signature(archive, demands))
@@ -66,7 +68,7 @@ def _hashes(archive: Archive) -> Check:
 
 
 def _signature(archive: Archive, demands: Demands) -> Check:
-    needed = demands.require_signature
+    needed = demands.require_signature or demands.signers is not None
     if archive.signature is None:
         return Check("signature", not needed, "there is none, and one is required" if needed else "there is none")
     if demands.signers is None:

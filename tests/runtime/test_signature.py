@@ -16,7 +16,7 @@ from mess_compile.runtime.archive import open_archive, write_sealed_zip
 from mess_compile.runtime.errors import BundleError, InputError
 from mess_compile.runtime.signature import Signers, sign, signer_of
 from mess_compile.runtime.verify import Demands, verify_bundle
-from tests import small_network
+from tests import commands, small_network
 
 pytestmark = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="there is no ssh-keygen")
 
@@ -173,3 +173,28 @@ def test_the_command_on_the_device_asks_for_a_signature(
     small_network.write_bundle(plain)
     assert command.main(["verify", str(plain), *asked]) == 1
     assert "FAILED  signature: there is none, and one is required" in capsys.readouterr().out
+
+
+def test_named_signers_ask_for_a_signature_by_themselves(
+    keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, named = tmp_path / "plain.mess", ("--allowed-signers", str(keys / "allowed"))
+    small_network.write_bundle(plain)
+    checks = verify_bundle(plain, demands=Demands(Signers(keys / "allowed")))
+    assert [(check.name, check.passed) for check in checks] == [("hashes", True), ("signature", False)]
+    assert command.main(["verify", str(plain), *named]) == 1
+    assert "FAILED  signature: there is none, and one is required" in capsys.readouterr().out
+    assert "(signature)" in commands.complaint("verify", plain, *named)
+
+
+def test_a_missing_file_of_signers_is_refused_before_the_bundle_is_looked_at(
+    keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, gone = tmp_path / "plain.mess", keys / "gone"
+    small_network.write_bundle(plain)
+    for path in (plain, tmp_path / "no.mess"):
+        assert command.main(["verify", str(path), "--allowed-signers", str(gone)]) == 1
+        assert f"there is no file {gone} of allowed signers" in capsys.readouterr().err
+    assert f"there is no file {gone}" in commands.complaint("verify", plain, "--allowed-signers", gone)
+    with pytest.raises(InputError, match="there is no file"):
+        runtime.load(plain, signers=Signers(gone))
