@@ -15,7 +15,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import gettempdir
 from typing import IO, BinaryIO, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 import numpy as np
@@ -31,6 +31,7 @@ from mess_compile.runtime.manifest import (
     manifest_from_json,
     manifest_to_json,
 )
+from mess_compile.runtime.scratch import Scratch, sweep
 from mess_compile.runtime.signature import Signers, check_signers, signer_of
 
 _SEAL = re.compile(rb"sha256:([0-9a-f]{64})")
@@ -59,9 +60,7 @@ class Archive:
 
     signed_by: Optional[str] = None
 
-    def __init__(
-        self, manifest: Manifest, folder: TemporaryDirectory[str], manifest_bytes: bytes, signature: Optional[bytes]
-    ) -> None:
+    def __init__(self, manifest: Manifest, folder: Scratch, manifest_bytes: bytes, signature: Optional[bytes]) -> None:
         self.manifest = manifest
         self.folder = Path(folder.name)
         self.manifest_bytes = manifest_bytes
@@ -118,7 +117,8 @@ def _unpacked(entries: Mapping[str, _Entry], path: Path) -> Archive:
     if wrong:
         raise BundleError(f"{path}: {wrong[0]} is not the file that the manifest lists")
     signature = _small(entries, SIGNATURE, path) if SIGNATURE in entries else None
-    folder = TemporaryDirectory(prefix="mess-")
+    sweep()
+    folder = Scratch()
     try:
         for name, file in manifest.files.items():
             _copy(entries[name], Path(folder.name, name), file, f"{path}: {name}")
