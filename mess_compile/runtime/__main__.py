@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import re
 import sys
 from pathlib import Path
 from typing import List, Optional
@@ -11,7 +14,7 @@ import numpy as np
 
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.cascade import Cascade, Prediction, load
-from mess_compile.runtime.errors import InputError, MessError
+from mess_compile.runtime.errors import InputError, MessError, one_line
 from mess_compile.runtime.manifest import Manifest
 from mess_compile.runtime.pictures import read_picture, write_labels, write_picture
 from mess_compile.runtime.signature import Signers
@@ -26,10 +29,41 @@ def main(arguments: Optional[List[str]] = None, bundle: Optional[Path] = None) -
     options = _parser(bundle).parse_args(arguments)
     try:
         code: int = options.do(options)
+        sys.stdout.flush()
         return code
     except MessError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _failed(str(error))
+    except KeyboardInterrupt:
+        return _failed("stopped; pictures that were written are whole")
+    except MemoryError:
+        return _failed("out of memory: stop what else runs here, or use smaller pictures")
+    except BrokenPipeError:
+        return _unread()
+    except OSError as error:
+        return _failed(_os_words(error))
+
+
+def _failed(words: str) -> int:
+    """One line, after what was printed before; that may be what cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _unread()
+    print(f"error: {words}", file=sys.stderr)
+    return 1
+
+
+def _unread() -> int:
+    """Let Python not try again, at its end, to write what nobody takes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _os_words(error: OSError) -> str:
+    place = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{place}: free some space and run the same command again"
+    return one_line(f"{error.strerror or error}{place}")
 
 
 def _parser(bundle: Optional[Path]) -> argparse.ArgumentParser:
@@ -49,22 +83,35 @@ def _parser(bundle: Optional[Path]) -> argparse.ArgumentParser:
             command.set_defaults(bundle=bundle)
         if name != "info":
             command.add_argument("--target", help="the plan to use; the first that fits this machine by default")
-            command.add_argument("--allowed-signers", type=Path, help="whose signature counts, as ssh-keygen reads it")
+            command.add_argument("--allowed-signers", type=Path, help="who must have signed it, as ssh-keygen reads it")
             command.add_argument("--identity", help="which of them; any by default")
         if name == "verify":
-            command.add_argument("--require-signature", action="store_true", help="refuse a bundle without one")
+            command.add_argument("--require-signature", action="store_true", help="fail without --allowed-signers")
             command.add_argument("--latency-factor", type=_factor, default=LATENCY_FACTOR, help="default: %(default)s")
         if name == "run":
             command.add_argument("images", type=Path, nargs="+", help="PNG; others where Pillow is installed")
             command.add_argument("-o", "--output", type=Path, default=Path("predictions"), help="default: %(default)s")
-            command.add_argument("--operating-point", default="default", help="default: %(default)s")
+            way = command.add_mutually_exclusive_group()
+            way.add_argument("--operating-point", default="default", help="default: %(default)s")
+            way.add_argument("--deadline", type=_deadline, help="such as 20ms: every exit in turn, while the next fits")
     return parser
 
 
 def _factor(text: str) -> float:
-    value = float(text)
+    return _positive(text, text, "a number above 0, such as 1.25")
+
+
+def _deadline(text: str) -> float:
+    """Milliseconds."""
+    found = re.fullmatch(r"(.*?)\s*ms", text.strip())
+    return _positive(text, found[1] if found else "", "milliseconds, such as 20ms")
+
+
+def _positive(text: str, number: str, wanted: str) -> float:
+    """Of decimal digits alone: neither `nan` nor `1_000`."""
+    value = float(number) if re.fullmatch(r"\d+\.?\d*|\.\d+", number.strip(), re.ASCII) else 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no factor above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return value
 
 
@@ -120,13 +167,31 @@ def _run(options: argparse.Namespace) -> int:
         cascade.operating_point = options.operating_point
         for path in options.images:
             frame = read_picture(path)
-            prediction = cascade(frame)
-            written = _write(cascade, prediction, options.output / path.stem, frame)
-            print(
-                f"{path}: exit {prediction.exit}, confidence {prediction.confidence:.3f}, "
-                f"{prediction.latency_ms:.2f} ms -> {written}"
-            )
+            deadline_ms: Optional[float] = options.deadline
+            results = [cascade(frame)] if deadline_ms is None else list(cascade.refine(frame, deadline_ms))
+            for prediction in results[:-1]:
+                print(f"{path}: {_words(prediction, deadline_ms)}")
+            written = _write(cascade, results[-1], options.output / path.stem, frame)
+            print(f"{path}: {_words(results[-1], deadline_ms)} -> {written}")
+        if options.deadline is not None:
+            print(_misses(cascade, options.deadline))
     return 0
+
+
+def _words(prediction: Prediction, deadline_ms: Optional[float]) -> str:
+    late = deadline_ms is not None and prediction.latency_ms > deadline_ms
+    return (
+        f"exit {prediction.exit}, confidence {prediction.confidence:.3f}, {prediction.latency_ms:.2f} ms"
+        f"{', too late' if late else ''}"
+    )
+
+
+def _misses(cascade: Cascade, deadline_ms: float) -> str:
+    metrics = cascade.metrics()
+    return (
+        f"deadline {deadline_ms:g} ms: of {metrics.deadline_frames} pictures the first result came too late for "
+        f"{metrics.missed_first}, a later one for {metrics.missed_later}"
+    )
 
 
 def _write(cascade: Cascade, prediction: Prediction, stem: Path, frame: np.ndarray) -> str:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import signal
 import subprocess
 import venv
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from mess_compile.runtime import __main__ as program
 from tests import commands, small_network
 
 NEEDED = ("numpy", "numpy.libs", "onnxruntime")
@@ -111,6 +116,97 @@ def test_a_bundle_that_is_too_slow_there_says_so(python: Path, bundle: Path) -> 
     assert done.returncode == 1
     assert "FAILED  latency: " in done.stdout
     assert "the plan says 35.00 ms" in done.stdout  # one frame leaves at exit 1 after 30 ms, one at exit 2 after 40 ms
+
+
+def test_under_a_deadline_every_exit_reports_there_and_misses_are_told(
+    python: Path, bundle: Path, tmp_path: Path
+) -> None:
+    frame = saved(tmp_path, 1)
+    done = run(python, bundle, "run", tmp_path / "1.png", "-o", tmp_path, "--deadline", "60000 ms")
+    assert (done.returncode, done.stderr) == (0, "")
+    first, last, told = done.stdout.splitlines()
+    (counts, _), (deeper, labels) = small_network.expected(frame)
+    assert f"1.png: exit 1, confidence {counts[2] / 24:.3f}, " in first
+    assert f"1.png: exit 2, confidence {deeper[2] / 24:.3f}, " in last
+    assert "too late" not in first + last
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "1.labels.png")), labels)
+    assert told == "deadline 60000 ms: of 1 pictures the first result came too late for 0, a later one for 0"
+    first, told = run(
+        python, bundle, "run", tmp_path / "1.png", "-o", tmp_path, "--deadline", ".001ms"
+    ).stdout.splitlines()
+    assert "exit 1" in first
+    assert ", too late -> " in first
+    assert told == "deadline 0.001 ms: of 1 pictures the first result came too late for 1, a later one for 0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ("verify", "--latency-factor", "abc"),
+            "argument --latency-factor: 'abc' is not a number above 0, such as 1.25",
+        ),
+        (("verify", "--latency-factor", "nan"), "argument --latency-factor: 'nan' is not a number above 0"),
+        (("verify", "--latency-factor", "0"), "argument --latency-factor: '0' is not a number above 0"),
+        (("run", "a.png", "--deadline", "20"), "argument --deadline: '20' is not milliseconds, such as 20ms"),
+        (("run", "a.png", "--deadline=-1ms"), "argument --deadline: '-1ms' is not milliseconds, such as 20ms"),
+        (("run", "a.png", "--deadline", "0ms"), "argument --deadline: '0ms' is not milliseconds, such as 20ms"),
+        (("run", "a.png", "--deadline", "1ms", "--operating-point", "x"), "not allowed with argument"),
+    ],
+)
+def test_wrong_usage_names_the_option_and_what_it_takes(
+    bundle: Path, arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        program.main(list(arguments), bundle)
+    assert raised.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KeyboardInterrupt(), "stopped"),
+        (MemoryError(), "out of memory"),
+        (OSError(28, "No space left on device", "/tmp/x"), r"the disk is full \(/tmp/x\): free some space"),
+        (OSError(13, "Permission denied", "/tmp/x"), r"Permission denied \(/tmp/x\)"),
+    ],
+)
+def test_what_breaks_off_the_program_is_one_line_and_exit_code_1(
+    bundle: Path, error: BaseException, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(program, "verify_bundle", broken)
+    assert program.main(["verify"], bundle) == 1
+    assert re.fullmatch(rf"error: .*{words}.*\n", capsys.readouterr().err)
+
+
+def test_ctrl_c_there_is_one_line(python: Path, bundle: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "endless.png")
+    command = [python, str(bundle), "run", str(tmp_path / "endless.png"), "-o", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={}) as process:
+        writer = os.open(tmp_path / "endless.png", os.O_WRONLY)  # waits until the picture is being read
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        os.close(writer)
+    assert (process.returncode, output, errors) == (1, "", "error: stopped; pictures that were written are whole\n")
+
+
+def test_output_that_nobody_takes_is_no_traceback(python: Path, bundle: Path) -> None:
+    def told(sink: int | IO[bytes]) -> tuple[int, str]:
+        done = subprocess.run(
+            [python, bundle, "info"], stdout=sink, stderr=subprocess.PIPE, text=True, env={}, check=False
+        )
+        return done.returncode, done.stderr
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert told(writer) == (1, "")
+    os.close(writer)
+    with open("/dev/full", "wb") as full:
+        assert told(full) == (1, "error: the disk is full: free some space and run the same command again\n")
 
 
 def test_what_is_in_it_and_for_whom_is_told_there(python: Path, bundle: Path) -> None:
