@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from os.path import realpath
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -222,10 +223,14 @@ def bundle(
     options: BundleOptions = BundleOptions(),
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[Path, Manifest]:
-    """Write the plan of the device profiled last, or of the file `plan`, as a bundle."""
+    """Write the plan of the device profiled last, or of the file `plan`, as a bundle.
+
+    Raises InputError when that would overwrite what is no bundle, for `options.single_file` no such ONNX file.
+    """
     from mess_compile import bundle as bundles
 
-    chosen = plans.read_result(plan or workspace.plan(_target(workspace, None).name)).plan
+    source = plan or workspace.plan(_target(workspace, None).name)
+    chosen = plans.read_result(source).plan
     target = find_target(chosen.device, workspace.root)
     graph_set = settled_graphs_of(workspace, chosen.precision, chosen.device)
     plans.check_plan_current(chosen, graph_set)
@@ -233,6 +238,7 @@ def bundle(
     statistics_folder = _tuning_statistics(workspace, chosen.predicted.split, chosen.precision, chosen.tuned_by)
     _check_sources(workspace, chosen.device, sources, statistics_folder)
     path = output or workspace.bundle(chosen.device)
+    _check_outputs(source, path, options.single_file)
     with TemporaryDirectory(prefix="mess-") as folder:
         manifest = bundles.write_bundle(
             path,
@@ -252,6 +258,24 @@ def bundle(
 
         write_single_file(path, chosen.device, options.single_file)
     return path, manifest
+
+
+def _check_outputs(plan: Path, bundle: Path, single_file: Path | None) -> None:
+    from mess_compile.graph.single_file import is_single_file
+    from mess_compile.runtime.archive import is_bundle
+
+    if realpath(bundle) == realpath(plan):
+        raise InputError(f"{bundle} is the plan: name another file for the bundle (-o FILE)")
+    if bundle.exists() and not is_bundle(bundle):
+        raise InputError(f"{bundle} is there and is no bundle: name another file (-o FILE), or move it away")
+    if single_file is None:
+        return
+    if realpath(single_file) == realpath(bundle):
+        raise InputError(f"{single_file} would be the bundle and the ONNX file: name another --single-file")
+    if single_file.exists() and not is_single_file(single_file):
+        raise InputError(
+            f"{single_file} is there and was not written by --single-file: name another file, or move it away"
+        )
 
 
 def _engines_to_take(

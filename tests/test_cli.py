@@ -25,7 +25,7 @@ from mess_compile import steps
 from mess_compile.cli import main
 from mess_compile.runtime.profile import Effort
 from mess_compile.workspace import Workspace
-from tests.commands import ANY_SPEED, TRAIN, complaint, done, first, printed_json, run
+from tests.commands import ANY_SPEED, TRAIN, complaint, contents, done, first, printed_json, run
 
 pytestmark = pytest.mark.usefixtures("brief_profile")
 COLUMNS = ("baseline", "predicted", "replayed", "measured")
@@ -208,6 +208,29 @@ class TestBundle:
         assert slow.exit_code == 1
         assert "FAILED  latency: " in slow.stdout
         assert "(latency): see what else runs" in slow.stderr
+
+    def test_it_overwrites_nothing_but_bundles(self, workspace: Path, tmp_path: Path) -> None:
+        done("-C", workspace, "bundle")
+        plan, bundle = workspace / "plans" / "host.json", workspace / "host.mess"
+        graph, notes, link = workspace / "graphs" / "baseline.onnx", tmp_path / "notes.txt", tmp_path / "link.mess"
+        notes.write_text("of many years")
+        link.symlink_to(plan)
+        before = contents(workspace)
+        for words, *options in (
+            ("host.json is the plan: name another file", plan, "-o", plan),
+            ("link.mess is the plan: name another file", "-o", link),
+            ("notes.txt is there and is no bundle", "-o", notes),
+            ("would be the bundle and the ONNX file", "-o", tmp_path / "new", "--single-file", tmp_path / "." / "new"),
+            ("host.mess would be the bundle and the ONNX", "--single-file", bundle),
+            ("baseline.onnx is there and was not written by --single-file", "--single-file", graph),
+            ("notes.txt is there and was not written by --single-file", "--single-file", notes),
+        ):
+            assert str(words) in complaint("-C", workspace, "bundle", *options)
+        assert contents(workspace) == before
+        assert notes.read_text() == "of many years"
+        assert {path.name for path in tmp_path.iterdir()} - {"workspace"} == {"link.mess", "notes.txt"}
+        for _ in range(2):  # its own may be overwritten
+            done("-C", workspace, "bundle", "-o", tmp_path / "new", "--single-file", tmp_path / "new.onnx")
 
 
 class TestRun:

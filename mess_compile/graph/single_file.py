@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mess_compile import files
+from mess_compile.graph.store import read_model
 from mess_compile.runtime.archive import Archive, open_archive
 from mess_compile.runtime.engine import Engine, Library, open_library
 from mess_compile.runtime.errors import InputError
@@ -42,6 +43,14 @@ def write_single_file(bundle: Path, target: str, path: Path) -> None:
             _check(temporary, archive, plan, path)
     finally:
         archive.close()
+
+
+def is_single_file(path: Path) -> bool:
+    """Whether `write_single_file` may have written it."""
+    try:
+        return tuple(value.name for value in read_model(path).graph.output) == _OUTPUTS
+    except InputError:
+        return False
 
 
 class _Writer:

@@ -160,6 +160,15 @@ def _check_seal(stream: BinaryIO, path: Path) -> None:
         raise BundleError(f"{path} was changed after it was written (its SHA-256 differs): {_DAMAGED}")
 
 
+def is_bundle(path: Path) -> bool:
+    """Whether it is a file that ends as a bundle does, whole or not. Raises OSError."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        stream.seek(max(stream.seek(0, 2) - _SEAL_BYTES, 0))
+        return _SEAL.fullmatch(stream.read()) is not None
+
+
 def _sha256_of_start(stream: BinaryIO, size: int) -> str:
     digest = hashlib.sha256()
     stream.seek(0)
