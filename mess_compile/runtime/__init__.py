@@ -6,25 +6,48 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mess_compile.runtime.errors import BundleError, EngineError, InputError, MessError
+from mess_compile.runtime.errors import (
+    BatchError,
+    BundleError,
+    EngineError,
+    InputError,
+    MessError,
+    NotFiniteError,
+)
 
 if TYPE_CHECKING:
     from mess_compile.runtime.cascade import Cascade, Prediction, load
+    from mess_compile.runtime.metrics import Metrics
     from mess_compile.runtime.signature import Signers
+    from mess_compile.runtime.stream import Stream
 
-__all__ = ["BundleError", "Cascade", "EngineError", "InputError", "MessError", "Prediction", "Signers", "load"]
+__all__ = [
+    "BatchError",
+    "BundleError",
+    "Cascade",
+    "EngineError",
+    "InputError",
+    "MessError",
+    "Metrics",
+    "NotFiniteError",
+    "Prediction",
+    "Signers",
+    "Stream",
+    "load",
+]
+_LATER = {
+    **dict.fromkeys(("Cascade", "Prediction", "load"), "cascade"),
+    "Metrics": "metrics",
+    "Signers": "signature",
+    "Stream": "stream",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import numpy with the first use: every part of the package imports the errors, not all need arrays."""
-    if name in ("Cascade", "Prediction", "load"):
-        from mess_compile.runtime import cascade
-
-        return getattr(cascade, name)
-    if name == "Signers":
-        from mess_compile.runtime import signature
-
-        return signature.Signers
+    if name in _LATER:
+        return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ from typing import Any, Dict, Mapping, Optional, Protocol, Tuple
 import numpy as np
 
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.values import check_threads
 
 Tensor = Any
 PRECISIONS = ("int8", "fp16", "fp32")
@@ -110,8 +111,7 @@ def open_library(name: str, threads: Optional[int] = None, gpu: int = 0, cuda_gr
     With `cuda_graphs` TensorRT launches a stage that runs on the same tensors again as one CUDA graph. Raises
     InputError for an unknown name, EngineError when the library is not installed.
     """
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}, not a number from 1")
+    check_threads(threads)
     if name.startswith("onnxruntime") and name in LIBRARIES:
         from mess_compile.runtime import onnxruntime_engine
 

@@ -1,5 +1,9 @@
 """The one exception tree. Python 3.8 syntax: this file travels to the device."""
 
+from __future__ import annotations
+
+from typing import Any, Sequence
+
 
 class MessError(Exception):
     """Something that the user can put right; the message says what, the value, and the remedy."""
@@ -27,6 +31,14 @@ class EngineError(MessError):
 
 class NotFiniteError(EngineError):
     """A graph ran, but gave logits that are not numbers, or infinite."""
+
+
+class BatchError(EngineError):
+    """Some frames of a batch could not be computed; `results` has a Prediction or an EngineError for each, in order."""
+
+    def __init__(self, message: str, results: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.results = tuple(results)
 
 
 def one_line(text: object) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Sequence, Tuple
 import numpy as np
 
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.values import check_share
 
 PADDING = 127
 """What surrounds a letterboxed frame: mid grey, close to the mean that networks subtract."""
@@ -116,6 +117,7 @@ def overlay(
     frame: np.ndarray, labels: np.ndarray, colours: Sequence[Tuple[int, int, int]], opacity: float = 0.5
 ) -> np.ndarray:
     """The frame with each label's colour laid over it: uint8 (H, W, 3). Raises InputError."""
+    check_share("opacity", opacity)
     frame = check_frame(frame)
     if labels.shape != frame.shape[:2]:
         raise InputError(f"labels of shape {labels.shape} do not fit a frame of {frame.shape[:2]}")

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, List, Optio
 import numpy as np
 
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.values import check_whole
 
 if TYPE_CHECKING:
     from mess_compile.runtime.cascade import Prediction
 
 LANES = 2
+MOST_AHEAD = 1024
 _PATIENCE_S = 5.0
 """How long closing waits for a source that does not return; its thread then ends with it, or with the process."""
 
@@ -30,9 +32,12 @@ class Stream:
     """
 
     def __init__(self, frames: Iterable[np.ndarray], segment: Callable[[Any], Prediction], ahead: int) -> None:
-        if ahead < 1:
-            raise InputError(f"ahead is {ahead}: a stream takes at least 1 frame at a time")
-        self._state = _State(iter(frames), segment, ahead)
+        check_whole("ahead", ahead, MOST_AHEAD)
+        try:
+            source = iter(frames)
+        except TypeError as error:
+            raise InputError(f"frames is {frames!r:.80}, not a list or an iterator of frames") from error
+        self._state = _State(source, segment, ahead)
         threads = [threading.Thread(target=_lane, args=(self._state,), daemon=True) for _ in range(LANES)]
         self._close = weakref.finalize(self, _stop, self._state, threads)
         for thread in threads:
