@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from mess_compile import scenes
-from mess_compile.bundle import write_bundle
+from mess_compile.bundle import Part, write_bundle
 from mess_compile.candidates import BASELINE, GraphSet, read_graph_set, segment_name
 from mess_compile.latency import (
     LatencyTable,
@@ -100,7 +100,8 @@ def opened(
 ) -> Cascade:
     path = folder / f"{name}.mess"
     thresholds = threshold_table(graph_set.gate, len(graph_set.candidate.classes))
-    write_bundle(path, graph_set, plan, thresholds, [frame], measurements_of(plan, graph_set, table, None), {})
+    part = Part(graph_set, plan, measurements_of(plan, graph_set, table, None))
+    write_bundle(path, [part], thresholds, [frame], {})
     cascade = load(path)
     path.unlink()
     return cascade

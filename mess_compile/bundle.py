@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -27,70 +28,136 @@ _FOLDER = "graphs"
 _REFERENCE = "onnxruntime"
 _WEIGHT = re.compile(r"weights/([0-9a-f]{64})")
 _EXPORT = "run `mess-compile export`"
-_Sources = dict[str, Path | bytes]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A plan, with what a bundle takes of it.
+
+    `device` is what tells its target from other machines. `forms` are graphs as the target's parser takes them, where
+    it does not take their own; `engines` are built ones to take along.
+    """
+
+    graph_set: GraphSet
+    plan: Plan
+    measurements: Measurements
+    device: manifest.Device = field(default_factory=manifest.Device)
+    forms: Mapping[str, Path] = field(default_factory=dict)
+    engines: Mapping[manifest.EngineFile, Path] = field(default_factory=dict)
 
 
 def write_bundle(
     path: Path,
-    graph_set: GraphSet,
-    plan: Plan,
+    parts: Sequence[Part],
     thresholds: NDArray[np.float32],
     golden_frames: Sequence[NDArray[np.uint8]],
-    measurements: Measurements,
     provenance: Mapping[str, str],
-    forms: Mapping[str, Path] | None = None,
     resize: str = "stretch",
-    engines: Mapping[manifest.EngineFile, Path] | None = None,
     key: Path | None = None,
 ) -> manifest.Manifest:
-    """Write the plan's graphs, the weights they name, the runtime and golden frames to one file; all of it or nothing.
+    """Write plans of one network, their graphs, the weights they name, the runtime and golden frames to one file.
 
-    `forms` are graphs as the target's parser takes them, where it does not take their own. `thresholds` is (T, K);
-    `golden_frames` are uint8 (H, W, 3) to choose from, and what they must give is computed here, in ONNX Runtime.
-    `resize` is what becomes of frames of another size, `engines` are built ones to take along, `key` is an OpenSSH key
-    to sign with. Equal content gives equal bytes. Raises StaleError when the plan was made from other graphs,
-    InputError when a graph or weight is missing or damaged or there is no golden frame.
+    All of it or nothing; what plans share is in it once. `thresholds` is (T, K); `golden_frames` are uint8 (H, W, 3) to
+    choose from, and what they must give is computed here, in ONNX Runtime. `resize` is what becomes of frames of
+    another size, `key` is an OpenSSH key to sign with. Equal content gives equal bytes. Raises StaleError when a plan
+    was made from other graphs, InputError when plans do not go together, a graph or weight is missing or damaged or
+    there is no golden frame.
     """
-    check_plan_current(plan, graph_set)
+    _check_parts(parts)
     if not golden_frames:
         raise InputError("a bundle needs at least one golden frame to verify itself by")
-    names = stage_graphs(graph_set.candidate, [stage.head for stage in plan.stages])
-    sources = _graph_sources(graph_set, names, forms or {})
-    sources.update({engine.file: built for engine, built in (engines or {}).items()})
-    described = manifest.Manifest(
+    sources = _Sources()
+    described = [_described(part, sources) for part in parts]
+    plans = tuple(plan for plan, _ in described)
+    content = manifest.Manifest(
         name=path.stem,
-        network=_network(graph_set.candidate, resize),
-        gate=_gate(graph_set, thresholds),
-        plans=(_plan(graph_set, plan, names, measurements),),
+        network=_network(parts[0].graph_set.candidate, resize),
+        gate=_gate(parts[0].graph_set, thresholds),
+        plans=plans,
         golden=(),
-        engines=tuple(engines or ()),
-        files=_files(sources),
+        engines=tuple(dict.fromkeys(engine for _, engines in described for engine in engines)),
+        files=sources.listed(),
         provenance=dict(provenance),
     )
     with files.replaced(path) as temporary:
-        archive.write_archive(temporary, described, sources)
-        golden, arrays = _golden(temporary, plan.device, golden_frames)
-        sources.update({**arrays, **device_files.runtime_files(), device_files.README: device_files.readme(described)})
-        complete = replace(described, golden=golden, files=_files(sources))
+        archive.write_archive(temporary, content, sources.files)
+        golden = tuple(case for plan in plans for case in _golden(temporary, plan.name, golden_frames, sources))
+        for name, text in {**device_files.runtime_files(), device_files.README: device_files.readme(content)}.items():
+            sources.add(name, text)
+        complete = replace(content, golden=golden, files=sources.listed())
         signed = None if key is None else lambda content: signature.sign(content, key)
-        archive.write_archive(temporary, complete, sources, signed)
+        archive.write_archive(temporary, complete, sources.files, signed)
     return complete
 
 
-def _graph_sources(graph_set: GraphSet, names: Sequence[StageGraphs], forms: Mapping[str, Path]) -> _Sources:
-    """Paths in the bundle -> files: every graph once, and the weights that they name."""
-    sources: _Sources = {}
+def _check_parts(parts: Sequence[Part]) -> None:
+    """Raises StaleError, InputError."""
+    first, seen = parts[0], set()
+    for part in parts:
+        check_plan_current(part.plan, part.graph_set)
+        name = f"{part.plan.device} in {part.plan.precision}"
+        if name in seen:
+            raise InputError(f"two of the plans are for {name}: a bundle holds one for a target and precision")
+        seen.add(name)
+        if part.graph_set.candidate.identity != first.graph_set.candidate.identity:
+            raise InputError(f"the plan for {name} is of another network than the one for {first.plan.device}")
+        if part.plan.gate != first.plan.gate:
+            raise InputError(f"the plan for {name} has another gate than the one for {first.plan.device}")
+
+
+class _Sources:
+    """Paths in the bundle -> files or bytes; content that is there already is not taken twice."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Path | bytes] = {}
+        self._listed: dict[str, manifest.File] = {}
+
+    def add(self, wanted: str, source: Path | bytes) -> str:
+        """Its path: the wanted one, or where something else has that, one that names its hash too."""
+        entry = archive.file_of(source)
+        stem, _, ending = wanted.rpartition(".")
+        name = wanted if self.has_room(wanted, source) else f"{stem}.{entry.sha256[:16]}.{ending}"
+        self.files.setdefault(name, source)
+        self._listed[name] = entry
+        return name
+
+    def has_room(self, name: str, source: Path | bytes) -> bool:
+        """Whether nothing else has the name."""
+        return name not in self._listed or self._listed[name] == archive.file_of(source)
+
+    def listed(self) -> dict[str, manifest.File]:
+        return dict(sorted(self._listed.items()))
+
+
+def _described(part: Part, sources: _Sources) -> tuple[manifest.Plan, list[manifest.EngineFile]]:
+    """A plan and its engines as the manifest has them; their files are added to `sources`."""
+    names = stage_graphs(part.graph_set.candidate, [stage.head for stage in part.plan.stages])
+    places = _add_graphs(part, names, sources)
+    engines = [
+        replace(
+            engine,
+            file=sources.add(engine.file, built),
+            graph=None if engine.graph is None else places[Path(engine.graph).stem],
+        )
+        for engine, built in part.engines.items()
+    ]
+    return _plan(part, names, places), engines
+
+
+def _add_graphs(part: Part, names: Sequence[StageGraphs], sources: _Sources) -> dict[str, str]:
+    """Where in the bundle each graph of the plan is, by its name; the weights that they name are added too."""
+    places: dict[str, str] = {}
     for name in dict.fromkeys(graph for stage in names for graph in (stage.segment, stage.head, stage.output)):
-        path = graph_set.path(name)
-        check_hash(path, graph_set.graphs[name].sha256)
-        key, path = f"{_FOLDER}/{path.name}", forms.get(name, path)
-        sources[key] = path
-        for location in _weight_locations(path):
-            weight = path.parent / location
-            if f"{_FOLDER}/{location}" not in sources:
+        path = part.graph_set.path(name)
+        check_hash(path, part.graph_set.graphs[name].sha256)
+        form = part.forms.get(name, path)
+        places[name] = sources.add(f"{_FOLDER}/{path.name}", form)
+        for location in _weight_locations(form):
+            weight = form.parent / location
+            if f"{_FOLDER}/{location}" not in sources.files:
                 check_hash(weight, weight.name)
-            sources[f"{_FOLDER}/{location}"] = weight
-    return sources
+                sources.add(f"{_FOLDER}/{location}", weight)
+    return places
 
 
 def _weight_locations(path: Path) -> Iterator[str]:
@@ -108,18 +175,17 @@ def _gate(graph_set: GraphSet, thresholds: NDArray[np.float32]) -> manifest.Gate
     return manifest.Gate(gate.confidence, gate.edge_aware, tuple(tuple(map(float, row)) for row in thresholds))
 
 
-def _plan(graph_set: GraphSet, plan: Plan, names: Sequence[StageGraphs], measurements: Measurements) -> manifest.Plan:
-    stages = tuple(_stage(stage, graphs, graph_set) for stage, graphs in zip(plan.stages, names, strict=True))
-    precisions = {
-        f"{_FOLDER}/{graph_set.path(graph.name).name}": manifest.GraphPrecision(graph.precision, graph.wanted)
-        for graph in plan.graphs
-    }
+def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -> manifest.Plan:
+    plan, measurements = part.plan, part.measurements
+    stages = (_stage(stage, graphs, part.graph_set, places) for stage, graphs in zip(plan.stages, names, strict=True))
+    precisions = {places[graph.name]: manifest.GraphPrecision(graph.precision, graph.wanted) for graph in plan.graphs}
     return manifest.Plan(
         target=plan.device,
+        device=part.device,
         library=plan.library,
         precision=plan.precision,
         setting=plan.setting,
-        stages=stages,
+        stages=tuple(stages),
         predicted=_figures(plan.predicted),
         baseline=_figures(plan.baseline),
         baseline_name=plan.baseline_name,
@@ -132,6 +198,7 @@ def _plan(graph_set: GraphSet, plan: Plan, names: Sequence[StageGraphs], measure
         upload_p99_ms=measurements.upload_p99_ms,
         confidence=measurements.confidence,
         environment=dict(measurements.environment),
+        sources={"latency table": plan.table_sha256, "statistics": plan.statistics_sha256},
     )
 
 
@@ -156,25 +223,18 @@ def _network(candidate: CandidateNetwork, resize: str) -> manifest.Network:
     )
 
 
-def _stage(stage: Stage, graphs: StageGraphs, graph_set: GraphSet) -> manifest.Stage:
+def _stage(stage: Stage, graphs: StageGraphs, graph_set: GraphSet, places: Mapping[str, str]) -> manifest.Stage:
     height, width = graph_set.candidate.exit_point(stage.exit_point).hw
-    segment, head, output = (
-        f"{_FOLDER}/{graph_set.path(name).name}" for name in (graphs.segment, graphs.head, graphs.output)
-    )
     return manifest.Stage(
         exit_point=stage.exit_point,
         head=stage.head,
-        segment=segment,
-        head_graph=head,
-        output=output,
+        segment=places[graphs.segment],
+        head_graph=places[graphs.head],
+        output=places[graphs.output],
         row=stage.row,
         cut=stage.cut,
         cells=height * width,
     )
-
-
-def _files(sources: _Sources) -> dict[str, manifest.File]:
-    return {name: archive.file_of(source) for name, source in sorted(sources.items())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,19 +248,17 @@ class _Run:
 
 
 def _golden(
-    bundle: Path, target: str, frames: Sequence[NDArray[np.uint8]]
-) -> tuple[tuple[manifest.Golden, ...], dict[str, bytes]]:
-    """What the cascade makes of the frames it is to be verified by, and the arrays to keep beside."""
-    cases: list[manifest.Golden] = []
-    arrays: dict[str, bytes] = {}
-    with cascade.load(bundle, target, open_library(_REFERENCE)) as loaded:
-        for number, run in enumerate(_chosen([_run(loaded, frame) for frame in frames])):
-            exit_ = run.prediction.exit
-            count = round(run.prediction.confidence * loaded.plan.stages[exit_ - 1].cells)
-            case = manifest.Golden(target, f"golden/{number}.npy", f"golden/{number}.labels.npy", exit_, count)
-            cases.append(case)
-            arrays[case.frame], arrays[case.labels] = _npy(run.frame), _npy(run.prediction.labels)
-    return tuple(cases), arrays
+    bundle: Path, name: str, frames: Sequence[NDArray[np.uint8]], sources: _Sources
+) -> Iterator[manifest.Golden]:
+    """What the plan of that name makes of the frames it is to be verified by; arrays are added to `sources`."""
+    with cascade.load(bundle, name, open_library(_REFERENCE)) as loaded:
+        for run in _chosen([_run(loaded, frame) for frame in frames]):
+            exit_, array = run.prediction.exit, _npy(run.frame)
+            confident = round(run.prediction.confidence * loaded.plan.stages[exit_ - 1].cells)
+            number = next(number for number in count() if sources.has_room(f"golden/{number}.npy", array))
+            frame = sources.add(f"golden/{number}.npy", array)
+            labels = sources.add(f"golden/{number}.labels.npy", _npy(run.prediction.labels))
+            yield manifest.Golden(name, frame, labels, exit_, confident)
 
 
 def _run(loaded: cascade.Cascade, frame: NDArray[np.uint8]) -> _Run:

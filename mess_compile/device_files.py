@@ -78,7 +78,7 @@ def _how(manifest: Manifest) -> list[str]:
 
 def _plan_lines(plan: Plan) -> str:
     where = "".join(f", {key} {value}" for key, value in sorted(plan.environment.items()))
-    title = f"Plan for {plan.target}"
+    title = f"Plan {plan.name}"
     lines = [
         "",
         title,

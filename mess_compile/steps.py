@@ -38,6 +38,7 @@ from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
     from mess_compile.bench import Bench, DeadlineBench
+    from mess_compile.bundle import Part
     from mess_compile.measurements import Measurements
     from mess_compile.nets.network import Architecture
     from mess_compile.training.parallel import Machines
@@ -218,53 +219,63 @@ class BundleOptions:
 
 def bundle(
     workspace: Workspace,
-    plan: Path | None,
+    plan_files: Sequence[Path] | None,
     output: Path | None,
     options: BundleOptions = BundleOptions(),
     progress: Progress = lambda what, done, total: None,
 ) -> tuple[Path, Manifest]:
-    """Write the plan of the device profiled last, or of the file `plan`, as a bundle.
+    """Write the plan of the device profiled last, or those of the files, as a bundle; the first is preferred.
 
     Raises InputError when that would overwrite what is no bundle, for `options.single_file` no such ONNX file.
     """
     from mess_compile import bundle as bundles
 
-    source = plan or workspace.plan(_target(workspace, None).name)
-    chosen = plans.read_result(source).plan
-    target = find_target(chosen.device, workspace.root)
-    graph_set = settled_graphs_of(workspace, chosen.precision, chosen.device)
-    plans.check_plan_current(chosen, graph_set)
-    sources = {"latency table": chosen.table_sha256, "statistics": chosen.statistics_sha256}
-    statistics_folder = _tuning_statistics(workspace, chosen.predicted.split, chosen.precision, chosen.tuned_by)
-    _check_sources(workspace, chosen.device, sources, statistics_folder)
-    path = output or workspace.bundle(chosen.device)
-    _check_outputs(source, path, options.single_file)
+    sources = plan_files or [workspace.plan(_target(workspace, None).name)]
+    chosen = [plans.read_result(path).plan for path in sources]
+    path = output or workspace.bundle(chosen[0].device)
+    _check_outputs(sources, path, options.single_file)
     with TemporaryDirectory(prefix="mess-") as folder:
+        parts = [
+            _part(workspace, plan, Path(folder, str(number)), options, progress) for number, plan in enumerate(chosen)
+        ]
+        first = parts[0].graph_set
         manifest = bundles.write_bundle(
             path,
-            graph_set,
-            chosen,
-            statistics.threshold_table(graph_set.gate, len(graph_set.candidate.classes)),
-            _scene_frames(graph_set.candidate.input_hw, SCENES),
-            _measurements(workspace, graph_set, chosen),
-            {"mess_compile": __version__, "golden_frames": "generated street scenes", **sources},
-            _forms(graph_set, chosen, target, Path(folder)),
+            parts,
+            statistics.threshold_table(first.gate, len(first.candidate.classes)),
+            _scene_frames(first.candidate.input_hw, SCENES),
+            {"mess_compile": __version__, "golden_frames": "generated street scenes"},
             options.resize,
-            _engines_to_take(workspace, target, chosen, progress) if options.engines else {},
             options.key,
         )
     if options.single_file is not None:
         from mess_compile.graph.single_file import write_single_file
 
-        write_single_file(path, chosen.device, options.single_file)
+        write_single_file(path, manifest.plans[0].name, options.single_file)
     return path, manifest
 
 
-def _check_outputs(plan: Path, bundle: Path, single_file: Path | None) -> None:
+def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleOptions, progress: Progress) -> Part:
+    """A plan that is current, with what a bundle takes of it; graphs rewritten for its target lie in `folder`."""
+    from mess_compile.bundle import Part
+
+    target = find_target(plan.device, workspace.root)
+    graph_set = settled_graphs_of(workspace, plan.precision, plan.device)
+    plans.check_plan_current(plan, graph_set)
+    sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
+    tuning = _tuning_statistics(workspace, plan.predicted.split, plan.precision, plan.tuned_by)
+    _check_sources(workspace, plan.device, sources, tuning)
+    folder.mkdir()
+    forms = _forms(graph_set, plan, target, folder)
+    engines = _engines_to_take(workspace, target, plan, progress) if options.engines else {}
+    return Part(graph_set, plan, _measurements(workspace, graph_set, plan), target.device, forms, engines)
+
+
+def _check_outputs(sources: Sequence[Path], bundle: Path, single_file: Path | None) -> None:
     from mess_compile.graph.single_file import is_single_file
     from mess_compile.runtime.archive import is_bundle
 
-    if realpath(bundle) == realpath(plan):
+    if realpath(bundle) in map(realpath, sources):
         raise InputError(f"{bundle} is the plan: name another file for the bundle (-o FILE)")
     if bundle.exists() and not is_bundle(bundle):
         raise InputError(f"{bundle} is there and is no bundle: name another file (-o FILE), or move it away")
@@ -451,7 +462,7 @@ def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, pas
         latency.check_current(table, graph_set)  # now, rather than after minutes of measuring
         if cascade.manifest.network.identity == graph_set.candidate.identity:  # else `bench` refuses the bundle
             tuning = _tuning_statistics(workspace, plan.predicted.split, plan.precision, plan.tuned_by)
-            _check_sources(workspace, plan.target, cascade.manifest.provenance, tuning)
+            _check_sources(workspace, plan.target, plan.sources, tuning)
         (engines,) = _engine_files(workspace, target, (plan.precision.partition("-")[0],), None, None, progress)
         return benches.bench(cascade, engines, table, folder, _tuned_on(workspace, plan), passes, progress)
 

@@ -14,9 +14,11 @@ from typing import Any
 
 from mess_compile import files
 from mess_compile.runtime import machine as machines
+from mess_compile.runtime.choice import device_differences
 from mess_compile.runtime.engine import FP32, LIBRARIES, PRECISIONS
 from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.machine import Gpu, Machine, dotted
+from mess_compile.runtime.machine import Machine, dotted
+from mess_compile.runtime.manifest import Device
 
 RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 _ON_GPU = LIBRARIES[1:]
@@ -69,6 +71,11 @@ class Target:
     power_modes: tuple[str, ...] = ()
     sources: tuple[Source, ...] = ()
 
+    @property
+    def device(self) -> Device:
+        """What a bundle goes by to choose its plan."""
+        return Device(self.gpu, self.compute_capability, self.boards)
+
 
 def known_targets(workspace: Path | None = None) -> dict[str, Target]:
     """All targets by name; one beside the workspace replaces ours of the same name. Raises InputError."""
@@ -89,8 +96,9 @@ def find_target(name: str, workspace: Path) -> Target:
 
 def differences(target: Target, machine: Machine) -> tuple[str, ...]:
     """What keeps `machine` from being `target`, in words with both values; empty when it is that target."""
-    gpu = _gpu_differences(target, machine.gpus[0] if machine.gpus else None)
-    return (*_board_differences(target, machine.board), *gpu, *_library_differences(target, machine))
+    seen_gib = machine.gpus[0].memory_gib if target.gpu and machine.gpus else None
+    memory = _memory_differences(target.memory_gib, seen_gib)
+    return (*device_differences(target.device, machine), *memory, *_library_differences(target, machine))
 
 
 def targets_here(targets: Iterable[Target], machine: Machine) -> tuple[Target, ...]:
@@ -138,26 +146,6 @@ def _remedy(target: Target, machine: Machine, workspace: Path | None) -> str:
     names = [here.name for here in targets_here(known_targets(workspace).values(), machine)]
     own = f"describe this machine in {(workspace or Path()) / 'profiles' / 'NAME.toml'}"
     return f"name what it is (--device {' or '.join(names)}), or {own}" if names else own
-
-
-def _board_differences(target: Target, board: str | None) -> tuple[str, ...]:
-    if not target.boards or any(name.lower() in (board or "").lower() for name in target.boards):
-        return ()
-    return (f"the board is {board or 'no Jetson'}, not {' or '.join(target.boards)}",)
-
-
-def _gpu_differences(target: Target, gpu: Gpu | None) -> tuple[str, ...]:
-    wanted = target.compute_capability
-    if target.gpu is None or wanted is None:
-        return ()
-    if gpu is None:
-        return (f"no NVIDIA GPU is visible, not {target.gpu} (compute capability {dotted(wanted)})",)
-    found = []
-    if not gpu.name.lower().endswith(target.gpu.lower()):  # "RTX 2080" is also in "RTX 2080 Ti"
-        found.append(f"the GPU is {gpu.name}, not {target.gpu}")
-    if gpu.compute_capability not in (None, wanted):
-        found.append(f"the compute capability is {dotted(gpu.compute_capability)}, not {dotted(wanted)}")
-    return (*found, *_memory_differences(target.memory_gib, gpu.memory_gib))
 
 
 def _memory_differences(wanted_gib: float | None, seen_gib: float | None) -> tuple[str, ...]:

@@ -124,11 +124,22 @@ def measurements(stages: int) -> Measurements:
 
 
 def write_bundle(path: Path, of: Plan | None = None, golden: int = 2, key: Path | None = None) -> Manifest:
-    graphs = graph_set(path.parent / "graphs")
+    return write_parts(path, [part(graph_set(path.parent / "graphs"), of or plan())], golden, key)
+
+
+def write_parts(path: Path, parts: Sequence[bundle.Part], golden: int = 2, key: Path | None = None) -> Manifest:
     frames = [frame(seed) for seed in range(golden)]
-    chosen = of or plan()
-    measured = measurements(len(chosen.stages))
-    return bundle.write_bundle(path, graphs, chosen, thresholds(), frames, measured, {"mess-compile": "1"}, key=key)
+    return bundle.write_bundle(path, parts, thresholds(), frames, {"mess-compile": "1"}, key=key)
+
+
+def part(graphs: GraphSet, of: Plan, recipe: str = "fp32") -> bundle.Part:
+    """A plan as a bundle takes it; the same graphs may be said to be of another recipe."""
+    if recipe != "fp32":
+        graphs = replace(graphs, recipe=recipe)
+        precision = recipe.partition("-")[0]
+        named = tuple(PlanGraph(graph.name, precision, precision) for graph in of.graphs)
+        of = replace(of, precision=recipe, network=graphs.identity, graphs=named)
+    return bundle.Part(graphs, of, measurements(len(of.stages)))
 
 
 def changed_bundle(source: Path, target: Path, change: Callable[[Manifest], Manifest]) -> Path:

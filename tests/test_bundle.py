@@ -11,9 +11,10 @@ import pytest
 
 from mess_compile import bundle, runtime
 from mess_compile.candidates import GraphSet
+from mess_compile.files import sha256_of_file
 from mess_compile.runtime.archive import file_of, open_archive, write_archive
 from mess_compile.runtime.errors import BundleError, InputError, StaleError
-from mess_compile.runtime.manifest import Manifest
+from mess_compile.runtime.manifest import EngineFile, Manifest
 from mess_compile.runtime.verify import verify_bundle
 from mess_compile.search.plan import Plan
 from tests import small_network
@@ -28,8 +29,8 @@ def graphs(tmp_path: Path) -> GraphSet:
 def write(graphs: GraphSet, plan: Plan, golden: int = 2) -> Manifest:
     frames = [frame(seed) for seed in range(golden)]
     path = graphs.root.parent / "tiny.mess"
-    measured = small_network.measurements(len(plan.stages))
-    return bundle.write_bundle(path, graphs, plan, small_network.thresholds(), frames, measured, {"made-by": "a test"})
+    parts = [small_network.part(graphs, plan)]
+    return bundle.write_bundle(path, parts, small_network.thresholds(), frames, {"made-by": "a test"})
 
 
 def test_a_bundle_holds_the_plans_graphs_and_their_weights_alone(graphs: GraphSet) -> None:
@@ -174,9 +175,8 @@ def test_golden_frames_are_few_take_every_exit_and_leave_no_doubt(graphs: GraphS
     early = [index for index, count in enumerate(counts) if count >= cut]
     assert 1 <= len(early) < 4
     path = graphs.root.parent / "tiny.mess"
-    manifest = bundle.write_bundle(
-        path, graphs, small_network.plan(cut), small_network.thresholds(), frames, small_network.measurements(2), {}
-    )
+    parts = [small_network.part(graphs, small_network.plan(cut))]
+    manifest = bundle.write_bundle(path, parts, small_network.thresholds(), frames, {})
     assert sorted(golden.exit for golden in manifest.golden) == [1, 2, 2, 2]
     archive = open_archive(path)
     kept = [archive.array(golden.frame) for golden in manifest.golden]
@@ -189,12 +189,90 @@ def test_golden_frames_are_few_take_every_exit_and_leave_no_doubt(graphs: GraphS
 
 def test_frames_of_another_shape_keep_their_proportions_where_the_bundle_says_so(graphs: GraphSet) -> None:
     path, wide = graphs.root.parent / "tiny.mess", frame(1, (4, 12))
-    measured = small_network.measurements(1)
-    plan = small_network.plan(None, (2,), "budgeted")
+    parts = [small_network.part(graphs, small_network.plan(None, (2,), "budgeted"))]
     found = {}
     for resize in ("stretch", "letterbox"):
-        bundle.write_bundle(path, graphs, plan, small_network.thresholds(), [frame(0)], measured, {}, resize=resize)
+        bundle.write_bundle(path, parts, small_network.thresholds(), [frame(0)], {}, resize=resize)
         with runtime.load(path) as cascade:
             found[resize] = cascade(wide).labels
     assert found["letterbox"].shape == found["stretch"].shape == (4, 12)
     assert not np.array_equal(found["letterbox"], found["stretch"])
+
+
+def recipe_of_its_own(graphs: GraphSet, folder: Path, name: str) -> GraphSet:
+    """The same graphs but for one, as another recipe has them."""
+    other = replace(small_network.graph_set(folder), recipe="fp16")
+    path = other.path(name)
+    model = onnx.load(str(path), load_external_data=False)
+    model.doc_string = "in another precision"
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    changed = replace(other.graphs[name], sha256=sha256_of_file(path))
+    return replace(other, graphs={**other.graphs, name: changed})
+
+
+def test_several_plans_share_what_is_the_same(graphs: GraphSet, tmp_path: Path) -> None:
+    """fp32 and fp16 of one target differ in one graph, and another target takes one exit fewer."""
+    lower = recipe_of_its_own(graphs, tmp_path / "fp16", "segment-1-2")
+    bold = small_network.part(lower, small_network.plan(18), "fp16")
+    safe = small_network.part(graphs, small_network.plan(18))
+    budgeted = replace(small_network.plan(None, (2,), "budgeted"), device="elsewhere")
+    path = tmp_path / "several.mess"
+    manifest = small_network.write_parts(path, [bold, safe, small_network.part(graphs, budgeted)])
+    assert [plan.name for plan in manifest.plans] == ["host:fp16", "host:fp32", "elsewhere:fp32"]
+    segments = [plan.stages[-1].segment for plan in manifest.plans]
+    assert len(set(segments)) == 3
+    assert segments[0] == "graphs/segment-1-2.onnx"
+    assert segments[1].startswith("graphs/segment-1-2.")
+    named = [name for name in manifest.files if name.endswith(".onnx")]
+    assert len(named) == 5 + 1 + 1, "two segments, two heads and an output graph; one more of each other plan"
+    assert len([name for name in manifest.files if "/weights/" in name]) == 4
+    frames = [name for name in manifest.files if name.endswith(".npy") and ".labels." not in name]
+    assert sorted(frames) == ["golden/0.npy", "golden/1.npy"]
+    for plan in manifest.plans:
+        assert [golden.frame for golden in manifest.golden_of(plan)] == ["golden/0.npy", "golden/1.npy"]
+        checks = verify_bundle(path, plan.name)
+        assert [check.passed for check in checks] == [True] * len(checks)
+    archive = open_archive(path)
+    for golden in manifest.golden:
+        seed = ["golden/0.npy", "golden/1.npy"].index(golden.frame)
+        results = small_network.expected(frame(seed))
+        exit_point = 1 if golden.plan != "elsewhere:fp32" and results[0][0][2] >= 18 else 2
+        np.testing.assert_array_equal(archive.array(golden.labels), results[exit_point - 1][1])
+    archive.close()
+
+
+def test_plans_that_do_not_go_together_are_refused(graphs: GraphSet, tmp_path: Path) -> None:
+    part = small_network.part(graphs, small_network.plan())
+    margin = replace(graphs.gate, confidence="margin")
+    foreign = replace(graphs, candidate=replace(graphs.candidate, identity="e" * 64))
+    elsewhere = replace(small_network.plan(), device="elsewhere")
+    cases = {
+        "two of the plans are for host in fp32": part,
+        "elsewhere in fp32 is of another network than the one for host": small_network.part(
+            foreign, replace(elsewhere, network="e" * 64)
+        ),
+        "elsewhere in fp32 has another gate than the one for host": small_network.part(
+            replace(graphs, gate=margin), replace(elsewhere, gate=margin)
+        ),
+    }
+    for words, other in cases.items():
+        with pytest.raises(InputError, match=words):
+            small_network.write_parts(tmp_path / "never.mess", [part, other])
+    assert not (tmp_path / "never.mess").exists()
+
+
+def test_engines_of_several_plans_keep_their_graphs(graphs: GraphSet, tmp_path: Path) -> None:
+    lower = recipe_of_its_own(graphs, tmp_path / "fp16", "segment-1-2")
+    parts = []
+    for recipe, of in (("fp16", lower), ("fp32", graphs)):
+        built = tmp_path / f"{recipe}.engine"
+        built.write_bytes(recipe.encode())
+        file, graph = "engines/segment-1-2.engine", "graphs/segment-1-2.onnx"
+        engine = EngineFile(file, graph, recipe, "tensorrt", "10.0", "Orin", (8, 7))
+        parts.append(replace(small_network.part(of, small_network.plan(), recipe), engines={engine: built}))
+    manifest = small_network.write_parts(tmp_path / "engines.mess", parts)
+    archive = open_archive(tmp_path / "engines.mess")
+    for plan, engine in zip(manifest.plans, manifest.engines, strict=True):
+        assert engine.graph == plan.stages[1].segment
+        assert (archive.folder / engine.file).read_text() == plan.precision
+    archive.close()

@@ -20,13 +20,14 @@ import numpy as np
 import onnx
 import pytest
 
-from mess_compile import building, steps, workers
+from mess_compile import building, runtime, steps, workers
 from mess_compile.latency import read_latency_table
 from mess_compile.runtime import machine, power, profile, tensorrt_build, tensorrt_engine, verify
 from mess_compile.runtime.cuda import Cuda
 from mess_compile.runtime.errors import EngineError
 from mess_compile.runtime.machine import Gpu, InstalledLibrary, Machine
 from mess_compile.runtime.tensorrt_build import BuildOptions, Built
+from mess_compile.runtime.verify import Demands, verify_bundle
 from mess_compile.search.plan import read_result
 from mess_compile.statistics import read_statistics
 from mess_compile.workspace import Workspace
@@ -202,6 +203,27 @@ def test_recipes_share_one_search_and_the_fallbacks_are_told(workspace: Path, de
     done("-C", workspace, "bundle")
     assert f"graphs/{name}.onnx runs in fp32: in fp16 it lost too much" in done("inspect", workspace / "xavier.mess")
     assert done("verify", workspace / "xavier.mess", *ANY_SPEED).count("ok  ") == 7
+
+
+def test_a_bundle_in_two_precisions_falls_back_from_one_to_the_other(workspace: Path, device: Device) -> None:
+    done("-C", workspace, "profile", "--device", "xavier", "--precision", "fp32,fp16")
+    plans = []
+    for precision in ("fp16", "fp32"):
+        done("-C", workspace, "search", "--optimise", "memory", "--precision", precision)
+        plans.append(workspace / "plans" / f"{precision}.json")
+        plans[-1].write_bytes((workspace / "plans" / "xavier.json").read_bytes())
+    path = workspace / "both.mess"
+    done("-C", workspace, "bundle", *plans, "-o", path)
+    with runtime.load(path, on_failure="fallback") as cascade:
+        assert cascade.plan.name == "xavier:fp16"
+        assert [rung.name for rung in cascade._ladder._rungs[:2]] == [
+            "xavier:fp16 on tensorrt",
+            "xavier:fp32 on tensorrt",
+        ]
+        assert cascade.refusals == ()
+    for name in ("xavier:fp16", "xavier:fp32"):
+        assert all(check.passed for check in verify_bundle(path, name, Demands(latency_factor=1e6)))
+    assert "two of the plans are for xavier in fp16" in complaint("-C", workspace, "bundle", plans[0], plans[0])
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ class TestStale:
     def test_a_bundle_says_what_it_was_searched_from(self, workspace: Path) -> None:
         plan = printed_json("-C", workspace, "search", "--optimise", "accuracy")["plan"]
         done("-C", workspace, "bundle")
-        told = printed_json("inspect", workspace / "host.mess")["provenance"]
+        told = printed_json("inspect", workspace / "host.mess")["plans"][0]["sources"]
         assert (told["latency table"], told["statistics"]) == (plan["table_sha256"], plan["statistics_sha256"])
 
 

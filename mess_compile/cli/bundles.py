@@ -16,17 +16,22 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("plan", type=FILE, required=False)
+@click.argument("plans", type=FILE, nargs=-1)
 @click.option("-o", "--output", type=FILE, help="DEVICE.mess in the workspace by default.")
 @click.option("--letterbox", is_flag=True, help="Frames of another shape keep their proportions; stretched otherwise.")
 @click.option("--sign", type=FILE, metavar="KEY", help="An OpenSSH private key, such as ~/.ssh/id_ed25519.")
 @click.option("--engines", is_flag=True, help="Take built engines along; used where the bundle is signed.")
-@click.option("--single-file", type=FILE, metavar="MODEL.onnx", help="Also one ONNX with If, for ONNX Runtime alone.")
+@click.option(
+    "--single-file",
+    type=FILE,
+    metavar="MODEL.onnx",
+    help="Also the first plan as one ONNX with If, for ONNX Runtime alone.",
+)
 @json_option
 @click.pass_obj
 def bundle(
     workspace: Workspace,
-    plan: Path | None,
+    plans: tuple[Path, ...],
     output: Path | None,
     letterbox: bool,
     sign: Path | None,
@@ -34,12 +39,17 @@ def bundle(
     single_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Write the chosen plan, its graphs and the runtime as one file for the device."""
+    """Write the chosen plan, its graphs and the runtime as one file for the device.
+
+    PLANS are files that `search` wrote; by default the one for the device profiled last. Several make one bundle: for
+    several devices, each of which takes its own plan, or for one in several precisions, of which the first runs and a
+    safer one takes over where it fails.
+    """
     from mess_compile import steps
 
     options = steps.BundleOptions("letterbox" if letterbox else "stretch", sign, engines, single_file)
     with progress_bar(as_json) as progress:
-        path, manifest = steps.bundle(workspace, plan, output, options, progress)
+        path, manifest = steps.bundle(workspace, plans, output, options, progress)
     size = path.stat().st_size
     if as_json:
         return print_json({"bundle": str(path), "bytes": size, "files": len(manifest.files)})

@@ -26,16 +26,17 @@ _MOST_BYTES = (1 << 31) - (1 << 24)
 _OUTPUTS = ("labels", "exit", "confidence")
 
 
-def write_single_file(bundle: Path, target: str, path: Path) -> None:
-    """Write the plan for `target` as one ONNX file: `image` uint8 (1, H, W, 3) -> `labels` uint8 (1, H, W), `exit`
-    int32 (1,) from 1, `confidence` float32 (1,).
+def write_single_file(bundle: Path, name: str, path: Path) -> None:
+    """Write the plan `name` (TARGET:PRECISION) as one ONNX file.
+
+    `image` uint8 (1, H, W, 3) -> `labels` uint8 (1, H, W), `exit` int32 (1,) from 1, `confidence` float32 (1,).
 
     All of it or nothing: it is kept when labels, exit and count of every golden frame are those of the bundle. Raises
     InputError when they are not, or the weights do not fit one file.
     """
     archive = open_archive(bundle)
     try:
-        plan = next(plan for plan in archive.manifest.plans if plan.target == target)
+        plan = next(plan for plan in archive.manifest.plans if plan.name == name)
         model = _Writer(archive, plan).model()
         onnx.checker.check_model(model)
         with files.replaced(path) as temporary:
@@ -159,9 +160,8 @@ def _check(model: Path, archive: Archive, plan: Plan, path: Path) -> None:
     library = open_library("onnxruntime")
     engine = library.load(model)
     try:
-        for golden in archive.manifest.golden:
-            if golden.target == plan.target:
-                _check_golden(library, engine, archive, plan, golden, path)
+        for golden in archive.manifest.golden_of(plan):
+            _check_golden(library, engine, archive, plan, golden, path)
     finally:
         engine.close()
         library.close()

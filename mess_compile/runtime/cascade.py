@@ -15,15 +15,18 @@ import numpy as np
 
 from mess_compile.runtime import frames as pictures
 from mess_compile.runtime.archive import Archive, open_archive
+from mess_compile.runtime.choice import first_that_opens, matching_plans
 from mess_compile.runtime.confidence import confidence_map
-from mess_compile.runtime.engine import LIBRARIES, Library, open_library
+from mess_compile.runtime.engine import Library
 from mess_compile.runtime.engine_cache import adopt
-from mess_compile.runtime.errors import EngineError, InputError
-from mess_compile.runtime.ladder import Ladder, Walk
-from mess_compile.runtime.manifest import DEFAULT_POINT, Decision, Manifest, Plan
+from mess_compile.runtime.errors import BatchError, EngineError, InputError
+from mess_compile.runtime.ladder import Ladder, Walk, safer_plans
+from mess_compile.runtime.manifest import DEFAULT_POINT, Plan
+from mess_compile.runtime.mapping import MappingTimes
 from mess_compile.runtime.metrics import Metrics, Recorder
 from mess_compile.runtime.signature import Signers
 from mess_compile.runtime.stream import Stream
+from mess_compile.runtime.values import check_deadline, check_threads
 
 ON_FAILURE = ("fallback", "raise")
 _FREE: ContextManager[None] = nullcontext()
@@ -36,7 +39,9 @@ class Prediction:
     """What the cascade says of one frame.
 
     `labels` uint8 (H, W) at the frame's own size; `exit` counts the plan's exits from 1 and `exit_point` the
-    network's; `confidence` is the share of sure cells at that exit; `latency_ms` runs from upload to download.
+    network's; `confidence` is the share of sure cells at that exit. `latency_ms` runs from upload to download, in a
+    refinement from its first `next` until these labels are there. Where a plan of other exits had to be fallen back to,
+    `exit` is the plan's last one that is no deeper.
     """
 
     labels: np.ndarray
@@ -50,8 +55,8 @@ class Cascade:
     """A plan's engines, loaded; made by `load`. Use as a context manager.
 
     Threads may share it: their calls wait for each other. With `on_failure="fallback"` a frame on which an engine fails
-    or gives NaN is computed by the next safer one, in the end by ONNX Runtime on the CPU; with "raise" it raises
-    EngineError. Either way the cascade can be used further.
+    or gives NaN is computed by the bundle's next safer plan for the target, in the end by ONNX Runtime on the CPU; with
+    "raise" it raises EngineError. Either way the cascade can be used further.
     """
 
     def __init__(
@@ -71,7 +76,7 @@ class Cascade:
         self._on_engine: Optional[Walk] = None
         self._shown: Optional[Tuple[Prediction, Walk]] = None
         self._point = DEFAULT_POINT
-        self._decisions = self._decisions_of(DEFAULT_POINT)
+        self._mapping = MappingTimes()
         self._ladder = Ladder(self.manifest, plan, library, archive.folder, on_failure == "fallback", threads)
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._release = weakref.finalize(self, _release, self._ladder, archive)
@@ -83,43 +88,51 @@ class Cascade:
         """
         image = self._image(frame)
         with self._lock:
-            walk, labels, latency_ms = self._segmented(image)
-        prediction = self._prediction(frame, walk, labels, latency_ms)
-        self._shown = prediction, walk
+            left = self._segmented(image, time.perf_counter_ns())
+        prediction = self._left_prediction(frame, left)
+        self._shown = prediction, left[0]
         return prediction
 
     def refine(self, frame: np.ndarray, deadline_ms: Optional[float] = None) -> Iterator[Prediction]:
         """Every exit's prediction, the first soonest, whatever their confidence.
 
         The first is always delivered. Under a deadline a later stage starts only if its p99, with that of output graph
-        and download, still fits; a stage that engines of the fallback would have to run does not. Time counts from the
-        first `next`, what the caller does between included. Where the engine library keeps one frame at a time, another
-        frame ends the refinement: it raises InputError.
+        and download and of mapping the labels back to the frame's size, still fits; a stage that engines of the
+        fallback would have to run does not. Time counts from the first `next`, resizing the frame and what the caller
+        does between included. Where the engine library keeps one frame at a time, another frame ends the refinement: it
+        raises InputError.
         """
-        image, start = self._image(frame), time.perf_counter_ns()
+        check_deadline(deadline_ms)
+        return self._refinement(frame, deadline_ms)
+
+    def _refinement(self, frame: np.ndarray, deadline_ms: Optional[float]) -> Iterator[Prediction]:
+        start = time.perf_counter_ns()
+        image, hw = self._kept_image(frame), (frame.shape[0], frame.shape[1])
         walk: Optional[Walk] = None
         latencies_ms: List[float] = []
         try:
-            for index in range(len(self.plan.stages)):
-                if walk is not None and not self._fits(index, walk, start, deadline_ms):
-                    return
+            while walk is None or (not walk.is_last and self._fits(walk, hw, start, deadline_ms)):
                 with self._lock:
                     walk = self._resumed(walk, image)
                     walk.advance()
                     labels = walk.labels()
+                labels = self._mapped(labels, hw)
                 latencies_ms.append(_ms_since(start))
-                prediction = self._prediction(frame, walk, labels, latencies_ms[-1])
+                prediction = self._prediction(walk, labels, latencies_ms[-1])
                 self._shown = prediction, walk
                 yield prediction
         finally:
             if walk is not None and latencies_ms:
                 self._refined(walk, latencies_ms, deadline_ms)
 
-    def _fits(self, index: int, walk: Walk, start: int, deadline_ms: Optional[float]) -> bool:
+    def _fits(self, walk: Walk, hw: Tuple[int, int], start: int, deadline_ms: Optional[float]) -> bool:
         if deadline_ms is None:
             return True
-        cost = self.plan.costs[index]
-        return not walk.fell_back and _ms_since(start) + cost.p99_ms + cost.report_p99_ms <= deadline_ms
+        if walk.fell_back:
+            return False
+        cost = self.plan.costs[walk.depth]
+        p99_ms = cost.p99_ms + cost.report_p99_ms + self._mapping.p99_ms(hw)
+        return _ms_since(start) + p99_ms <= deadline_ms
 
     def _resumed(self, walk: Optional[Walk], image: np.ndarray) -> Walk:
         if walk is None:
@@ -132,7 +145,7 @@ class Cascade:
         return walk
 
     def _refined(self, walk: Walk, latencies_ms: Sequence[float], deadline_ms: Optional[float]) -> None:
-        self._recorder.finished(len(latencies_ms), latencies_ms[-1], self._confidences(walk), walk.fell_back)
+        self._finished(walk, latencies_ms[-1])
         if deadline_ms is not None:
             late = [latency_ms > deadline_ms for latency_ms in latencies_ms]
             self._recorder.had_deadline(late[0], not late[0] and late[-1])
@@ -141,17 +154,18 @@ class Cascade:
         """Predictions of several frames, in their order; `latency_ms` counts from the start of the batch.
 
         Engines take one image at a time. Where outputs outlive the next run, as in ONNX Runtime on the CPU, all images
-        pass a stage before the next one begins and those that leave make room; elsewhere image follows image.
+        pass a stage before the next one begins and those that leave make room; elsewhere image follows image. Raises
+        BatchError, with the results of the others, when some frame cannot be computed.
         """
         given = list(frames)
         images = [self._image(frame) for frame in given]
         with self._lock:
-            if self.library.concurrent:
-                found = self._segmented_by_stages(images)
-            else:
-                start = time.perf_counter_ns()
-                found = [self._segmented(image, start) for image in images]
-        return [self._prediction(frame, *result) for frame, result in zip(given, found)]
+            by_stages = self.library.concurrent
+            found = self._segmented_by_stages(images) if by_stages else self._segmented_in_turn(images)
+        return _all_of([self._batched(frame, each) for frame, each in zip(given, found)])
+
+    def _batched(self, frame: np.ndarray, left: Union[_Left, EngineError]) -> Union[Prediction, EngineError]:
+        return left if isinstance(left, EngineError) else self._left_prediction(frame, left)
 
     def stream(self, frames: Iterable[np.ndarray], ahead: int = 4) -> Stream:
         """Predictions of frame after frame, in order, while up to `ahead` frames are read, resized and computed.
@@ -168,8 +182,8 @@ class Cascade:
         image = self._image(frame)
         turn: ContextManager[Any] = _FREE if self.library.concurrent else self._lock
         with turn:
-            walk, labels, latency_ms = self._segmented(image)
-        return self._prediction(frame, walk, labels, latency_ms)
+            left = self._segmented(image, time.perf_counter_ns())
+        return self._left_prediction(frame, left)
 
     @property
     def operating_point(self) -> str:
@@ -178,19 +192,19 @@ class Cascade:
 
     @operating_point.setter
     def operating_point(self, name: str) -> None:
-        self._decisions = self._decisions_of(name)
+        if name not in self.operating_points:
+            known = ", ".join(self.operating_points)
+            raise InputError(f"the plan for {self.plan.target} has no operating point {name!r}; it has {known}")
         self._point = name
 
     @property
     def operating_points(self) -> Tuple[str, ...]:
         return tuple(point.name for point in self.plan.operating_points)
 
-    def _decisions_of(self, name: str) -> Tuple[Decision, ...]:
-        for point in self.plan.operating_points:
-            if point.name == name:
-                return point.decisions
-        known = ", ".join(self.operating_points)
-        raise InputError(f"the plan for {self.plan.target} has no operating point {name!r}; it has {known}")
+    @property
+    def refusals(self) -> Tuple[str, ...]:
+        """What `on_failure="fallback"` cannot fall back to here, and why."""
+        return self._ladder.refusals
 
     @property
     def class_names(self) -> Tuple[str, ...]:
@@ -207,10 +221,13 @@ class Cascade:
         Computed now, from the logits that the engine still holds: of the last frame alone, and of none from `stream` or
         `batch`. Raises InputError for any other.
         """
-        shown, network = self._shown, self.manifest.network
-        if shown is None or shown[0] is not prediction or not self._is_there(shown[1]):
-            raise InputError("only the last prediction has a confidence map: ask for it before the next frame")
+        network = self.manifest.network
         with self._lock:
+            if not self._release.alive:
+                raise InputError("the cascade is closed, and holds no logits any more")
+            shown = self._shown
+            if shown is None or shown[0] is not prediction or not self._is_there(shown[1]):
+                raise InputError("only the last prediction has a confidence map: ask for it before the next frame")
             logits = shown[1].logits()
         cells = pictures.resize_labels(confidence_map(logits, self.manifest.gate.confidence), network.input_hw)
         return pictures.from_input(cells, prediction.labels.shape, network.resize)
@@ -223,58 +240,100 @@ class Cascade:
         network = self.manifest.network
         return pictures.to_input(pictures.check_frame(frame), network.input_hw, network.resize)[None]
 
+    def _kept_image(self, frame: Any) -> np.ndarray:
+        """One that a safer engine can start from when the caller has used the frame's buffer again."""
+        image = self._image(frame)
+        return image.copy() if self._ladder.falls_back and np.may_share_memory(image, frame) else image
+
     def _walk(self, image: np.ndarray) -> Walk:
-        self._on_engine = Walk(self._ladder, image, self._decisions, self._recorder)
+        self._on_engine = Walk(self._ladder, image, self._point, self._recorder)
         return self._on_engine
 
     def _is_there(self, walk: Walk) -> bool:
         """Whether what the walk computed last has not been overwritten by another frame."""
         return self.library.concurrent or self._on_engine is walk
 
-    def _segmented(self, image: np.ndarray, start: Optional[int] = None) -> _Left:
-        start = start or time.perf_counter_ns()
+    def _segmented(self, image: np.ndarray, start: int) -> _Left:
         walk = self._walk(image)
-        for _ in self.plan.stages:
+        walk.advance()
+        while not walk.leaves:
             walk.advance()
-            if walk.is_sure:
-                break
         return self._left(walk, start)
 
-    def _segmented_by_stages(self, images: Sequence[np.ndarray]) -> List[_Left]:
+    def _segmented_in_turn(self, images: Sequence[np.ndarray]) -> List[Union[_Left, EngineError]]:
+        start = time.perf_counter_ns()
+        found: List[Union[_Left, EngineError]] = []
+        for image in images:
+            try:
+                found.append(self._segmented(image, start))
+            except EngineError as error:
+                found.append(error)
+        return found
+
+    def _segmented_by_stages(self, images: Sequence[np.ndarray]) -> List[Union[_Left, EngineError]]:
         start = time.perf_counter_ns()
         walks = [self._walk(image) for image in images]
-        left: Dict[int, _Left] = {}
-        for _ in self.plan.stages:
+        found: Dict[int, Union[_Left, EngineError]] = {}
+        while len(found) < len(walks):
             for index, walk in enumerate(walks):
-                if index not in left:
+                if index in found:
+                    continue
+                try:
                     walk.advance()
-                    if walk.is_sure or walk.depth == len(self.plan.stages):
-                        left[index] = self._left(walk, start)
-        return [left[index] for index in range(len(images))]
+                    if walk.leaves:
+                        found[index] = self._left(walk, start)
+                except EngineError as error:
+                    found[index] = error
+        return [found[index] for index in range(len(images))]
 
     def _left(self, walk: Walk, start: int) -> _Left:
         labels = walk.labels()
         latency_ms = _ms_since(start)
-        self._recorder.finished(walk.depth, latency_ms, self._confidences(walk), walk.fell_back)
+        self._finished(walk, latency_ms)
         return walk, labels, latency_ms
+
+    def _finished(self, walk: Walk, latency_ms: float) -> None:
+        self._recorder.finished(self._exit(walk), latency_ms, self._confidences(walk), walk.fell_back)
+
+    def _exit(self, walk: Walk) -> int:
+        """Of the cascade's own plan, also where another one computed the frame."""
+        if walk.plan is self.plan:
+            return walk.depth
+        point = walk.stage.exit_point
+        return max(sum(stage.exit_point <= point for stage in self.plan.stages), 1)
 
     def _confidences(self, walk: Walk) -> List[float]:
         """Of the stages that the frame reaches by the default decisions: what the tuning images' histograms count.
 
-        At other operating points the frames that reach a later stage are others, and only the first one is told.
+        At other operating points the frames that reach a later stage are others, and only the first one is told; what
+        another plan computed is not to be compared.
         """
-        found = []
+        found: List[float] = []
+        if walk.plan is not self.plan:
+            return found
         for stage, counts in zip(self.plan.stages, walk.counts):
             count = int(counts[stage.row])
             found.append(count / stage.cells)
-            if self._point != DEFAULT_POINT or (stage.cut is not None and count >= stage.cut):
+            if walk.point != DEFAULT_POINT or (stage.cut is not None and count >= stage.cut):
                 break
         return found
 
-    def _prediction(self, frame: np.ndarray, walk: Walk, labels: np.ndarray, latency_ms: float) -> Prediction:
-        stage = self.plan.stages[walk.depth - 1]
-        labels = pictures.from_input(labels, frame.shape[:2], self.manifest.network.resize)
-        return Prediction(labels, walk.depth, stage.exit_point, walk.count / stage.cells, latency_ms)
+    def _mapped(self, labels: np.ndarray, hw: Tuple[int, int]) -> np.ndarray:
+        """Labels at the frame's own size; how long that takes is kept, for deadlines."""
+        if labels.shape == hw:
+            return labels
+        start = time.perf_counter_ns()
+        labels = pictures.from_input(labels, hw, self.manifest.network.resize)
+        self._mapping.took(hw, (time.perf_counter_ns() - start) / 1e6)
+        return labels
+
+    def _left_prediction(self, frame: np.ndarray, left: _Left) -> Prediction:
+        walk, labels, latency_ms = left
+        return self._prediction(walk, self._mapped(labels, (frame.shape[0], frame.shape[1])), latency_ms)
+
+    def _prediction(self, walk: Walk, labels: np.ndarray, latency_ms: float) -> Prediction:
+        stage = walk.stage
+        return Prediction(labels, self._exit(walk), stage.exit_point, walk.count / stage.cells, latency_ms)
 
     def close(self) -> None:
         """End the streams, wait for a frame under way, then give everything back; done too when the process ends."""
@@ -282,6 +341,7 @@ class Cascade:
             stream.close()
         with self._lock:
             self._release()
+            self._shown = None
 
     def __enter__(self) -> Cascade:
         return self
@@ -294,6 +354,19 @@ class Cascade:
 
 def _ms_since(start_ns: int) -> float:
     return (time.perf_counter_ns() - start_ns) / 1e6
+
+
+def _all_of(results: Sequence[Union[Prediction, EngineError]]) -> List[Prediction]:
+    """Raises BatchError, which holds them all, when there is an error among them."""
+    computed = [each for each in results if isinstance(each, Prediction)]
+    if len(computed) == len(results):
+        return computed
+    lost = [index for index, each in enumerate(results) if isinstance(each, EngineError)]
+    raise BatchError(
+        f"{len(lost)} of the {len(results)} frames cannot be computed, the first of them number {lost[0]} (from 0): "
+        f"{results[lost[0]]}; `results` of this error holds the others",
+        results,
+    )
 
 
 def _release(ladder: Ladder, archive: Archive) -> None:
@@ -312,12 +385,13 @@ def load(
     on_failure: str = "raise",
     signers: Optional[Signers] = None,
 ) -> Cascade:
-    """Verify a bundle and load its plan for `target`, or the first plan that this machine has a library for.
+    """Verify a bundle and load its plan for `target`, such as "xavier" or, of several precisions, "xavier:fp16".
 
-    `threads` is for CPU libraries (None: every core), `cuda_graphs` for TensorRT: stages as one launch each; `profile`
-    measures without. `on_failure` is "raise" or "fallback": see `Cascade`. With `signers` the bundle must be signed by
-    one of them, and the engines that it brings are used; else they are built anew. The cascade closes `library` with
-    itself. Raises InputError, BundleError, EngineError.
+    Without one it is the first plan that this machine has a library for; where the bundle has several targets, of
+    those that this machine is. `threads` is for CPU libraries (None: every core), `cuda_graphs` for TensorRT: stages as
+    one launch each; `profile` measures without. `on_failure` is "raise" or "fallback": see `Cascade`. With `signers`
+    the bundle must be signed by one of them, and the engines that it brings are used; else they are built anew. The
+    cascade closes `library` with itself. Raises InputError, BundleError, EngineError.
     """
     if on_failure not in ON_FAILURE:
         raise InputError(f"on_failure is {on_failure!r}, not one of {', '.join(ON_FAILURE)}")
@@ -340,31 +414,13 @@ def load_archive(
     on_failure: str = "raise",
 ) -> Cascade:
     """As `load`, of a bundle that is open; the cascade closes it, but not when this raises."""
-    plans = _matching(archive.manifest, target, library)
+    check_threads(threads)
+    plans = matching_plans(archive.manifest, target, library)
     if library is not None:
         plan, opened = plans[0], library
     else:
-        plan, opened = _first_that_opens(plans, threads, cuda_graphs)
+        plan, opened = first_that_opens(plans, threads, cuda_graphs)
     if archive.signed_by is not None:
-        adopt(archive.manifest.engines, plan, opened, archive.folder)
+        for each in (plan, *safer_plans(archive.manifest, plan)):
+            adopt(archive.manifest.engines, each, opened, archive.folder)
     return Cascade(archive, plan, opened, on_failure, threads)
-
-
-def _matching(manifest: Manifest, target: Optional[str], library: Optional[Library]) -> List[Plan]:
-    known = LIBRARIES if library is None else (library.name,)
-    plans = [p for p in manifest.plans if p.target == target or (target is None and p.library in known)]
-    if not plans:
-        has = ", ".join(f"{plan.target} ({plan.library})" for plan in manifest.plans)
-        wanted = f"the target {target}" if target is not None else f"a library of {', '.join(known)}"
-        raise InputError(f"bundle {manifest.name} has no plan for {wanted}; it has {has}")
-    return plans
-
-
-def _first_that_opens(plans: List[Plan], threads: Optional[int], cuda_graphs: bool) -> Tuple[Plan, Library]:
-    """Raises EngineError for the last plan when the library of none is here."""
-    for plan in plans[:-1]:
-        try:
-            return plan, open_library(plan.library, threads, cuda_graphs=cuda_graphs)
-        except EngineError:
-            continue
-    return plans[-1], open_library(plans[-1].library, threads, cuda_graphs=cuda_graphs)

@@ -12,7 +12,7 @@ from mess_compile.runtime.engine import PRECISIONS
 from mess_compile.runtime.errors import BundleError
 
 FORMAT = "mess-bundle"
-VERSION = 4
+VERSION = 5
 MANIFEST = "manifest.json"
 MANIFEST_HASH = f"{MANIFEST}.sha256"
 SIGNATURE = f"{MANIFEST}.sig"
@@ -138,17 +138,32 @@ class GraphPrecision:
 
 
 @dataclass(frozen=True)
+class Device:
+    """What tells a plan's target from other machines, as its profile has it; None and empty are not asked.
+
+    `gpu`, which goes with `compute_capability`, is how the driver's name of the GPU ends; one of `boards` is in the
+    device tree's name of the board.
+    """
+
+    gpu: Optional[str] = None
+    compute_capability: Optional[Tuple[int, int]] = None
+    boards: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The plan for one target; `baseline` are the figures of the single-exit graph `baseline_name`.
+    """A plan for one target; `baseline` are the figures of the single-exit graph `baseline_name`.
 
     `precision` names the recipe, `precisions` says it of each graph by its path. `tuned_by` is the engine library and
     device whose statistics the exits and thresholds were chosen on, `power_mode` the one that the latencies hold in,
     `environment` what else their measurement depended on. The operating point "default" is that of the stages.
     `costs` has an entry for each stage; so has `confidence`: the tuning images that reached the stage, by the share of
-    its cells that were sure, in ten bins of equal width, or nothing where that is not known.
+    its cells that were sure, in ten bins of equal width, or nothing where that is not known. `sources` are hashes of
+    what the plan was searched from.
     """
 
     target: str
+    device: Device
     library: str
     precision: str
     setting: str
@@ -165,6 +180,12 @@ class Plan:
     upload_p99_ms: float
     confidence: Tuple[Tuple[int, ...], ...]
     environment: Dict[str, str]
+    sources: Dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Such as xavier:fp16; a bundle holds one plan of a name."""
+        return f"{self.target}:{self.precision}"
 
     @property
     def boldest(self) -> str:
@@ -179,12 +200,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Golden:
-    """A frame (.npy, uint8 (H, W, 3)) and what the plan for `target` makes of it.
+    """A frame (.npy, uint8 (H, W, 3)) and what the plan of the name `plan` makes of it.
 
     `labels` (.npy, uint8 (H, W)), `exit` from 1, `count` of the exit's row.
     """
 
-    target: str
+    plan: str
     frame: str
     labels: str
     exit: int
@@ -229,6 +250,9 @@ class Manifest:
     engines: Tuple[EngineFile, ...]
     files: Dict[str, File]
     provenance: Dict[str, str]
+
+    def golden_of(self, plan: Plan) -> Tuple[Golden, ...]:
+        return tuple(golden for golden in self.golden if golden.plan == plan.name)
 
 
 def manifest_to_json(manifest: Manifest) -> str:
@@ -294,8 +318,8 @@ def _check(manifest: Manifest) -> None:
     steepest = max(abs(value) for row in rows for value in row)
     _need(steepest <= _MAX_THRESHOLD, f"gate.thresholds has {steepest:g}; a confidence is in 0 to 1")
     _need(bool(manifest.plans), "plans is empty")
-    targets = [plan.target for plan in manifest.plans]
-    _need(len(set(targets)) == len(targets), f"plans has a target twice: {', '.join(targets)}")
+    names = [plan.name for plan in manifest.plans]
+    _need(len(set(names)) == len(names), f"plans has a target and precision twice: {', '.join(names)}")
     for plan in manifest.plans:
         _check_plan(plan, manifest)
     for index, golden in enumerate(manifest.golden):
@@ -326,10 +350,12 @@ def _check_network(network: Network) -> None:
 
 
 def _check_plan(plan: Plan, manifest: Manifest) -> None:
-    where = f"the plan for {plan.target!r}"
+    where = f"the plan for {plan.name!r}"
     for name, pattern in _NAMES.items():
         text = plan.predicted.split if name == "split" else getattr(plan, name)
         _need(pattern.fullmatch(text) is not None, f"{where} has {name} {text!r:.80}")
+    together = (plan.device.gpu is None) == (plan.device.compute_capability is None)
+    _need(together, f"{where}: device has one of gpu and compute_capability, not both")
     _need(plan.setting in SETTINGS, f"{where} has setting {plan.setting!r}, not one of {', '.join(SETTINGS)}")
     _need(bool(plan.stages), f"{where} has no stages")
     points = [stage.exit_point for stage in plan.stages]
@@ -397,8 +423,8 @@ def _check_costs(plan: Plan, where: str) -> None:
 def _check_golden(golden: Golden, where: str, manifest: Manifest) -> None:
     for path in (golden.frame, golden.labels):
         _need(path in manifest.files and path.endswith(".npy"), f"{where}: {path!r} is not an array of the bundle")
-    plans = [plan for plan in manifest.plans if plan.target == golden.target]
-    _need(bool(plans), f"{where}: there is no plan for {golden.target!r}")
+    plans = [plan for plan in manifest.plans if plan.name == golden.plan]
+    _need(bool(plans), f"{where}: there is no plan {golden.plan!r}")
     _need(1 <= golden.exit <= len(plans[0].stages), f"{where}: exit is {golden.exit}")
     cells = plans[0].stages[golden.exit - 1].cells
     _need(0 <= golden.count <= cells, f"{where}: count is {golden.count}, not 0 to {cells}")

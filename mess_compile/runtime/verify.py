@@ -88,9 +88,9 @@ def verify(cascade: Cascade, latency_factor: float = LATENCY_FACTOR) -> Tuple[Ch
     plain array, EngineError.
     """
     plan = cascade.plan
-    cases = [golden for golden in cascade.manifest.golden if golden.target == plan.target]
+    cases = cascade.manifest.golden_of(plan)
     if not cases:
-        return (Check("golden", False, f"the bundle holds no golden frame for {plan.target}"),)
+        return (Check("golden", False, f"the bundle holds no golden frame for {plan.name}"),)
     frames = [cascade.archive.array(golden.frame) for golden in cases]
     checks = [_golden(cascade, golden, frame) for golden, frame in zip(cases, frames)]
     if plan.power_mode is not None:

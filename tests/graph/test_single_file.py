@@ -18,7 +18,7 @@ from tests import small_network
 
 def written(folder: Path, plan: Plan) -> Path:
     small_network.write_bundle(folder / "tiny.mess", plan)
-    single_file.write_single_file(folder / "tiny.mess", "host", folder / "tiny.onnx")
+    single_file.write_single_file(folder / "tiny.mess", "host:fp32", folder / "tiny.onnx")
     return folder / "tiny.onnx"
 
 
@@ -82,5 +82,5 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     with runtime.load(tmp_path / "tiny.mess") as cascade:
         assert 2 in {golden.exit for golden in cascade.manifest.golden}
     with pytest.raises(InputError, match=r"is not written: on golden/\d\.npy the one file leaves at exit 1"):
-        single_file.write_single_file(tmp_path / "tiny.mess", "host", tmp_path / "tiny.onnx")
+        single_file.write_single_file(tmp_path / "tiny.mess", "host:fp32", tmp_path / "tiny.onnx")
     assert not (tmp_path / "tiny.onnx").exists()

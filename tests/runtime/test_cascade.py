@@ -8,16 +8,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mess_compile import runtime
 from mess_compile.runtime import cascade as cascade_module
+from mess_compile.runtime import choice
+from mess_compile.runtime import frames as pictures
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.cascade import Cascade
 from mess_compile.runtime.engine import TensorSpec, open_library
@@ -106,6 +110,114 @@ def test_a_miss_is_a_result_after_the_deadline(bundle: Path, monkeypatch: pytest
     assert found.exits == (1, 2)
 
 
+class Clock:
+    """One that stands still but for what a frame's steps are said to take."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> None:
+        self.ms = 0.0
+        monkeypatch.setattr(cascade_module, "time", SimpleNamespace(perf_counter_ns=lambda: int(self.ms * 1e6)))
+        for name, duration_ms in milliseconds.items():
+            monkeypatch.setattr(cascade_module.pictures, name, self._slow(getattr(pictures, name), duration_ms))
+
+    def _slow(self, step: Callable[..., Any], duration_ms: float) -> Callable[..., Any]:
+        def slowed(*arguments: Any) -> Any:
+            self.ms += duration_ms
+            return step(*arguments)
+
+        return slowed
+
+
+def cheap(manifest: Manifest) -> Manifest:
+    """Each stage is said to take 2 ms at p99, with its report."""
+    costs = (StageCost(1.0, 1.0, 1.0, 1.0),) * 2
+    return replace(manifest, plans=(replace(manifest.plans[0], costs=costs),))
+
+
+@pytest.mark.parametrize(
+    ("deadline_ms", "wanted"),
+    [(None, [(1, 18.0), (2, 25.0)]), (27.1, [(1, 18.0), (2, 25.0)]), (26.9, [(1, 18.0)]), (17.9, [(1, 18.0)])],
+)
+def test_a_deadline_counts_resizing_and_mapping_the_labels_back(
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    deadline_ms: float | None,
+    wanted: list[tuple[int, float]],
+) -> None:
+    """Resizing takes 11 ms, mapping back 7 ms, graphs nothing: the first result comes after 18 ms, and a second one is
+    expected 2 + 7 ms later."""
+    path = small_network.changed_bundle(bundle, tmp_path / "cheap.mess", cheap)
+    with runtime.load(path, threads=1) as loaded:
+        clock = Clock(monkeypatch, to_input=11.0, from_input=7.0)
+        delivered = []
+        for prediction in loaded.refine(frame(0, (30, 50)), deadline_ms):
+            delivered.append((prediction.exit, clock.ms))
+            assert prediction.latency_ms == pytest.approx(clock.ms)
+            assert prediction.labels.shape == (30, 50)
+        found = loaded.metrics()
+    assert delivered == [(exit_taken, pytest.approx(ms)) for exit_taken, ms in wanted]
+    assert found.deadline_frames == (deadline_ms is not None)
+    assert found.missed_first == (deadline_ms == 17.9)
+    assert found.missed_later == 0
+
+
+def test_a_size_that_takes_long_to_map_back_does_not_count_against_another(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = small_network.changed_bundle(bundle, tmp_path / "cheap.mess", cheap)
+    with runtime.load(path, threads=1) as loaded:
+        Clock(monkeypatch, from_input=7.0)
+        for hw, deadline_ms, wanted in (((30, 50), 15.9, 1), (HW, 2.1, 2), ((30, 50), 16.1, 2)):
+            assert len(list(loaded.refine(frame(0, hw), deadline_ms))) == wanted
+
+
+def test_a_refinement_does_not_depend_on_the_callers_buffer(bundle: Path) -> None:
+    """A camera fills it again while the first result is looked at; then the engine of the second stage fails."""
+    broken = False
+    library = FaultyLibrary(open_library("onnxruntime", threads=1), lambda name: "error" if broken else None)
+    with runtime.load(bundle, library=library, threads=1, on_failure="fallback") as loaded:
+        buffer = frame(0)
+        refinement = loaded.refine(buffer)
+        next(refinement)
+        broken = True
+        buffer[:] = frame(1)
+        np.testing.assert_array_equal(next(refinement).labels, small_network.expected(frame(0))[1][1])
+        assert loaded.metrics().failures["error"] == 1
+
+
+def test_values_out_of_range_are_refused_by_name(cascade: Cascade, bundle: Path) -> None:
+    def refused(words: str, call: Callable[[], object]) -> None:
+        with pytest.raises(InputError, match=words):
+            call()
+
+    for deadline, shown in ((float("nan"), "nan"), ("20", "'20'")):
+        refused(
+            rf"deadline_ms is {shown}, not a number of milliseconds", lambda d=deadline: cascade.refine(frame(0), d)
+        )
+    assert [p.exit for p in cascade.refine(frame(0), -1)] == [1]  # what a loop is left with when it is late already
+    assert [p.exit for p in cascade.refine(frame(0), np.float32(np.inf))] == [1, 2]
+    refused("frames is 5, not a list", lambda: cascade.stream(5))  # type: ignore[arg-type]
+    for ahead in ("x", 0, 1.5, 10**6, True):
+        refused(f"ahead is {ahead!r}, not a whole number from 1 to 1024", lambda a=ahead: cascade.stream([], a))
+    most = 4 * (os.cpu_count() or 1)
+    for threads in ("2", 0, 10**6):
+        words = f"threads is {threads!r}, not a whole number from 1 to {most}"
+        refused(words, lambda t=threads: runtime.load(bundle, threads=t))
+    prediction = cascade(frame(0))
+    for opacity in (2.0, -0.1, float("nan"), "x"):
+        refused(f"opacity is {opacity!r}", lambda o=opacity: cascade.overlay(frame(0), prediction, o))
+    assert threading.active_count() == 1
+
+
+def test_what_a_program_has_to_name_is_where_it_looks(cascade: Cascade) -> None:
+    assert isinstance(cascade(frame(0)), runtime.Prediction)
+    assert isinstance(cascade.metrics(), runtime.Metrics)
+    with cascade.stream([]) as stream:
+        assert isinstance(stream, runtime.Stream)
+    for error in (runtime.NotFiniteError, runtime.BatchError):
+        assert issubclass(error, runtime.EngineError)
+
+
 def with_points(manifest: Manifest) -> Manifest:
     """The operating points "fast", where every image leaves at once, and "sure", by another row and a higher cut."""
     plan = manifest.plans[0]
@@ -175,6 +287,27 @@ def test_the_confidence_map_is_that_of_the_exit_taken(cascade: Cascade) -> None:
         cascade.confidence_map(older)
 
 
+def test_no_confidence_map_of_another_frame_where_that_came_in_between(bundle: Path) -> None:
+    """Another thread has the engines when the map is asked for; its frame overwrites what the map is made of."""
+    library = FaultyLibrary(open_library("onnxruntime", threads=1), lambda name: None, concurrent=False)
+    with runtime.load(bundle, library=library) as loaded, ThreadPoolExecutor(1) as pool:
+        prediction = loaded(frame(0))
+        with loaded._lock:
+            asked = pool.submit(loaded.confidence_map, prediction)
+            time.sleep(0.05)  # it waits for the engines
+            loaded._segmented(frame(1)[None], 0)
+        with pytest.raises(InputError, match="only the last prediction"):
+            asked.result()
+
+
+def test_a_closed_cascade_has_no_confidence_map(bundle: Path) -> None:
+    loaded = runtime.load(bundle, threads=1)
+    prediction = loaded(frame(0))
+    loaded.close()
+    with pytest.raises(InputError, match="the cascade is closed"):
+        loaded.confidence_map(prediction)
+
+
 def test_the_overlay_has_the_colours_of_the_classes(cascade: Cascade) -> None:
     assert cascade.class_names == CLASSES
     prediction = cascade(frame(0))
@@ -204,6 +337,30 @@ def test_a_batch_gives_what_single_frames_give_in_their_order(bundle: Path, conc
     assert ran.count("segment-1-2") == late  # those that left make room
     first_late = ran.index("segment-1-2")
     assert ("segment-0-1" in ran[first_late:]) == (not concurrent)  # stage by stage where outputs survive
+
+
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_a_frame_of_a_batch_that_fails_costs_the_others_nothing(bundle: Path, concurrent: bool) -> None:
+    runs = 0
+
+    def fault(name: str) -> str | None:
+        nonlocal runs
+        runs += name == "segment-0-1"
+        return "error" if name == "segment-0-1" and runs in (2, 5) else None
+
+    library = FaultyLibrary(open_library("onnxruntime", threads=1), fault, concurrent)
+    with runtime.load(bundle, library=library) as loaded:
+        with pytest.raises(
+            runtime.BatchError, match=r"2 of the 6 frames .* number 1 \(from 0\): segment-0-1 fail"
+        ) as told:
+            loaded.batch([frame(seed) for seed in range(6)])
+        found = loaded.metrics()
+        assert len(loaded.batch([frame(0)])) == 1
+    assert [isinstance(each, EngineError) for each in told.value.results] == [False, True, False, False, True, False]
+    for seed in (0, 2, 3, 5):
+        prediction = told.value.results[seed]
+        np.testing.assert_array_equal(prediction.labels, small_network.expected(frame(seed))[prediction.exit - 1][1])
+    assert (found.frames, found.lost_results, found.failures["error"]) == (4, 2, 2)
 
 
 def test_a_second_thread_waits_its_turn(bundle: Path) -> None:
@@ -313,7 +470,7 @@ def test_the_other_settings_run_from_the_same_class(
 def test_a_plan_is_found_by_its_target_or_refused_with_those_there_are(bundle: Path) -> None:
     with runtime.load(bundle, target="host", threads=1) as loaded:
         assert loaded.plan.target == "host"
-    with pytest.raises(InputError, match=r"no plan for the target xavier; it has host \(onnxruntime\)"):
+    with pytest.raises(InputError, match=r"no plan for the target xavier; it has host:fp32 \(onnxruntime\)"):
         runtime.load(bundle, target="xavier")
 
 
@@ -324,7 +481,7 @@ def test_nothing_stays_on_disk_after_closing_or_failing(
     with runtime.load(bundle, threads=1):
         assert len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(cascade_module, "open_library", lambda name, threads, cuda_graphs: FakeLibrary({}))
+    monkeypatch.setattr(choice, "open_library", lambda name, threads, cuda_graphs: FakeLibrary({}))
     with pytest.raises(runtime.EngineError):
         runtime.load(bundle)
     assert list(tmp_path.iterdir()) == []

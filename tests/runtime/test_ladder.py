@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +19,6 @@ from mess_compile.runtime.cascade import Cascade, Prediction
 from mess_compile.runtime.engine import open_library
 from mess_compile.runtime.errors import EngineError, InputError, NotFiniteError
 from mess_compile.runtime.ladder import REST_FRAMES
-from mess_compile.runtime.manifest import GraphPrecision, Manifest
 from tests import small_network
 from tests.runtime.faults import FaultyLibrary
 from tests.small_network import frame
@@ -117,36 +119,107 @@ def test_when_nothing_can_compute_the_frame_both_reasons_are_told(
     def missing(**options: object) -> object:
         raise EngineError("ONNX Runtime cannot be imported: run `pip install onnxruntime`")
 
-    with loaded(bundle, lambda name: "error" if name == SEGMENTS[0] else None) as cascade:
-        monkeypatch.setattr(onnxruntime_engine, "open_library", missing)
+    library = FaultyLibrary(open_library("onnxruntime", threads=1), lambda n: "error" if n == SEGMENTS[0] else None)
+    monkeypatch.setattr(onnxruntime_engine, "open_library", missing)
+    with runtime.load(bundle, library=library, on_failure="fallback") as cascade:
+        (refusal,) = cascade.refusals
+        assert refusal.startswith("host:fp32 on ONNX Runtime's plain kernels: ONNX Runtime cannot be imported")
         for _ in range(2):
             with pytest.raises(EngineError, match=r"segment-0-1 failed.*; then, falling back: .*pip install onnxrunt"):
                 cascade(frame(0))
         assert cascade.metrics().lost_results == 2
 
 
-def test_a_safer_plan_of_the_same_heads_comes_before_the_cpu(bundle: Path, tmp_path: Path) -> None:
-    """Both plans name the same graphs here; which of them loaded is seen by the library that was asked."""
+def test_what_could_not_be_opened_is_tried_again_after_a_rest(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that another program had taken when the cascade was loaded may be free by now."""
+    asked, real = 0, onnxruntime_engine.open_library
 
-    def with_a_safer_plan(manifest: Manifest) -> Manifest:
-        plan = manifest.plans[0]
-        bold = replace(plan, precisions=dict.fromkeys(plan.precisions, GraphPrecision("fp16", "fp16")))
-        return replace(manifest, plans=(bold, replace(plan, target="safe")))
+    def full(**options: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise EngineError("out of memory")
+        return real(**options)
 
-    path = small_network.changed_bundle(bundle, tmp_path / "two.mess", with_a_safer_plan)
-    runs = 0
+    opened = open_library("onnxruntime", threads=1)
+    monkeypatch.setattr(onnxruntime_engine, "open_library", full)
+    library = FaultyLibrary(opened, lambda name: "error")
+    computed = 0
+    with runtime.load(bundle, library=library, threads=1, on_failure="fallback") as cascade:
+        for _ in range(3 + REST_FRAMES + 1):
+            with suppress(EngineError):
+                check(cascade(frame(0)), 0)
+                computed += 1
+        assert (computed, asked, cascade.refusals) == (2, 2, ())
 
-    def first_run_fails(name: str) -> str | None:
+
+def test_lanes_that_count_a_rest_together_end_it_together(bundle: Path) -> None:
+    """Below nothing it would never end."""
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with runtime.load(bundle, threads=1) as cascade, ThreadPoolExecutor(4) as pool:
+            (rung,) = cascade._ladder._rungs
+            for _ in range(20):
+                for _ in range(3):
+                    rung.failed()
+                rested = pool.map(lambda _: sum(rung.rests() for _ in range(REST_FRAMES)), range(4))
+                assert sum(rested) == REST_FRAMES
+                assert not rung.rests()
+    finally:
+        sys.setswitchinterval(switching)
+
+
+def test_safer_plans_of_the_target_come_before_the_cpu_one_after_the_other(tmp_path: Path) -> None:
+    """Their graphs are the same here; which of them computes is seen by how often the library was asked."""
+    graphs = small_network.graph_set(tmp_path / "graphs")
+    plans = [small_network.part(graphs, small_network.plan(), recipe) for recipe in ("int8", "fp32", "fp16")]
+    others = [
+        small_network.part(graphs, replace(small_network.plan(), device="elsewhere")),
+        small_network.part(graphs, small_network.plan(None, (2,), "budgeted"), "fp16-2"),
+    ]
+    small_network.write_parts(tmp_path / "several.mess", [*plans, *others])
+    runs, failing = 0, 0
+
+    def first_runs_fail(name: str) -> str | None:
         nonlocal runs
         runs += name == SEGMENTS[0]
-        return "error" if runs == 1 else None
+        return "error" if runs <= failing else None
 
-    library = FaultyLibrary(open_library("onnxruntime", threads=1), first_run_fails)
-    with runtime.load(path, library=library, on_failure="fallback") as cascade:
-        once = len(library.loaded)
-        check(cascade(frame(0)), 0)
-        assert runs == 2
-        assert len(library.loaded) == 2 * once
+    library = FaultyLibrary(open_library("onnxruntime", threads=1), first_runs_fail)
+    with runtime.load(tmp_path / "several.mess", "host", library, threads=1, on_failure="fallback") as cascade:
+        assert [rung.name for rung in cascade._ladder._rungs] == [
+            *(f"host:{precision} on onnxruntime" for precision in ("int8", "fp16", "fp32")),
+            "host:fp32 on ONNX Runtime's plain kernels",
+        ]
+        loaded_at_first = len(library.loaded)
+        assert loaded_at_first == 3 * len(set(library.loaded)), "all three are there before the first frame"
+        for failing in (0, 1, 2, 3):
+            runs = 0
+            check(cascade(frame(0)), 0)
+            assert runs == min(failing, 2) + 1
+        assert len(library.loaded) == loaded_at_first
+        assert cascade.metrics().failures["error"] == 0 + 1 + 2 + 3
+
+
+@pytest.mark.parametrize("failing", [*SEGMENTS, *HEADS])
+def test_a_safer_plan_may_have_other_exits(tmp_path: Path, failing: str) -> None:
+    """It was searched for by itself: here it has the last exit alone, by the fused segment."""
+    graphs = small_network.graph_set(tmp_path / "graphs")
+    safe = small_network.plan(None, (2,))
+    parts = [small_network.part(graphs, small_network.plan(), "fp16"), small_network.part(graphs, safe)]
+    small_network.write_parts(tmp_path / "two.mess", parts)
+    library = FaultyLibrary(open_library("onnxruntime", threads=1), lambda n: "error" if n == failing else None)
+    with runtime.load(tmp_path / "two.mess", "host:fp16", library, threads=1, on_failure="fallback") as cascade:
+        for seed in range(8):
+            early = small_network.expected(frame(seed))[0][0][2] >= 18
+            prediction = cascade(frame(seed))
+            deep = 2 if failing in (SEGMENTS[0], HEADS[0]) or not early else 1
+            assert (prediction.exit, prediction.exit_point) == (deep, deep)
+            np.testing.assert_array_equal(prediction.labels, small_network.expected(frame(seed))[deep - 1][1])
+            exits = [each.exit_point for each in cascade.refine(frame(seed))]
+            assert exits == ([2] if failing in (SEGMENTS[0], HEADS[0]) else [1, 2])
+        assert sum(cascade.metrics().exits) == 16
 
 
 def test_a_refinement_goes_on_where_an_engine_failed_unless_it_has_a_deadline(bundle: Path) -> None:

@@ -17,7 +17,7 @@ from mess_compile.runtime.manifest import EngineFile, File, Manifest, manifest_f
 from tests import small_network
 
 Path_ = tuple[str | int, ...]
-FREE = {"provenance", "environment"}
+FREE = {"provenance", "environment", "sources"}
 """Objects of any texts."""
 
 
@@ -64,7 +64,12 @@ def test_any_value_of_another_type_is_refused(manifest: Manifest) -> None:
     for path, value in leaves(content):
         for other in (None, [1, "x"], {"a": 1}, "text", 1, 1.5, True, float("nan"), 10**400):
             same = type(other) is type(value) or (isinstance(value, float) and other == 1)
-            if not path or same or path[0] == "provenance" or path[-1] in ("cut", "power_mode", "graph"):
+            if (
+                not path
+                or same
+                or path[0] == "provenance"
+                or path[-1] in ("cut", "power_mode", "graph", "gpu", "compute_capability")
+            ):
                 continue
             with pytest.raises(BundleError, match=r"manifest"):
                 manifest_from_json(edited(content, path, partial(put, other)))
@@ -128,7 +133,8 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name(manifest: Manifest) ->
         (("golden", 0, "frame"), "golden/9.npy", "not an array of the bundle"),
         (("golden", 0, "exit"), 3, "exit is 3"),
         (("golden", 0, "count"), 25, "count is 25"),
-        (("golden", 0, "target"), "xavier", "no plan for 'xavier'"),
+        (("golden", 0, "plan"), "xavier:fp32", "no plan 'xavier:fp32'"),
+        (("plans", 0, "device", "gpu"), "Orin", "one of gpu and compute_capability, not both"),
         (("engines", 0, "file"), "golden/0.npy", "not an engine of the bundle"),
         (("engines", 0, "file"), "engines/1.engine", "not an engine of the bundle"),
         (("engines", 0, "graph"), "golden/0.npy", "is in no plan"),
@@ -136,7 +142,7 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name(manifest: Manifest) ->
         (("engines", 0, "capability"), [8], "capability has 1 entries"),
         (("files", "golden/0.npy", "bytes"), -1, "bytes is -1"),
         (("files", "golden/0.npy", "sha256"), "0" * 63, "sha256"),
-        (("version",), 1, "version 1; this release reads 4: update it, or write the bundle again"),
+        (("version",), 1, "version 1; this release reads 5: update it, or write the bundle again"),
         (("version",), True, "version True"),
         (("format",), "mess-plan", "format"),
     ],

@@ -76,7 +76,7 @@ def test_another_key_another_name_and_no_signature_fail_and_nothing_runs(
     monkeypatch.setattr("mess_compile.runtime.verify.load_archive", refuse)
     monkeypatch.setattr("mess_compile.runtime.cascade.load_archive", refuse)
     foreign, plain = tmp_path / "foreign.mess", tmp_path / "plain.mess"
-    monkeypatch.setattr("mess_compile.bundle._golden", lambda *_: ((), {}))
+    monkeypatch.setattr("mess_compile.bundle._golden", lambda *_: ())
     small_network.write_bundle(foreign, key=keys / "other")
     small_network.write_bundle(plain)
     for path, words, identity in (
