@@ -87,7 +87,8 @@ class DeadlineBench:
 
     `miou` (percent) and `confidence` (mean) are of the labels that were there at the deadline; where none were, of the
     first ones after it. `exit_rates` are shares of images by their last result. Shares of misses: `missed_first` of the
-    images had nothing at the deadline, `missed_later` had a result in time, and the last one after it.
+    images had nothing at the deadline, `missed_later` had a result in time, and the last one after it. All times run
+    from the frame as it comes to the labels at its own size.
     """
 
     bundle: str

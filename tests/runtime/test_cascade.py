@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ import pytest
 from mess_compile import runtime
 from mess_compile.runtime import cascade as cascade_module
 from mess_compile.runtime import choice
-from mess_compile.runtime import frames as pictures
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.cascade import Cascade
 from mess_compile.runtime.engine import TensorSpec, open_library
@@ -29,6 +26,7 @@ from mess_compile.runtime.engine_fake import FakeGraph, FakeLibrary
 from mess_compile.runtime.errors import BundleError, EngineError, InputError
 from mess_compile.runtime.manifest import Decision, Manifest, StageCost
 from tests import small_network
+from tests.runtime.clock import Clock, cheap
 from tests.runtime.faults import FaultyLibrary
 from tests.small_network import CELLS_HW, CLASSES, HW, ROWS, frame
 
@@ -108,29 +106,6 @@ def test_a_miss_is_a_result_after_the_deadline(bundle: Path, monkeypatch: pytest
         found = loaded.metrics()
     assert (found.deadline_frames, found.missed_first, found.missed_later) == (3, 1, 1)
     assert found.exits == (1, 2)
-
-
-class Clock:
-    """One that stands still but for what a frame's steps are said to take."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **milliseconds: float) -> None:
-        self.ms = 0.0
-        monkeypatch.setattr(cascade_module, "time", SimpleNamespace(perf_counter_ns=lambda: int(self.ms * 1e6)))
-        for name, duration_ms in milliseconds.items():
-            monkeypatch.setattr(cascade_module.pictures, name, self._slow(getattr(pictures, name), duration_ms))
-
-    def _slow(self, step: Callable[..., Any], duration_ms: float) -> Callable[..., Any]:
-        def slowed(*arguments: Any) -> Any:
-            self.ms += duration_ms
-            return step(*arguments)
-
-        return slowed
-
-
-def cheap(manifest: Manifest) -> Manifest:
-    """Each stage is said to take 2 ms at p99, with its report."""
-    costs = (StageCost(1.0, 1.0, 1.0, 1.0),) * 2
-    return replace(manifest, plans=(replace(manifest.plans[0], costs=costs),))
 
 
 @pytest.mark.parametrize(
