@@ -89,7 +89,7 @@ def main() -> None:
         if options.data is not None:
             frames = [read_frame(path) for path in sorted(options.data.iterdir())]
         else:
-            frames = [cascade.archive.array(golden.frame) for golden in cascade.manifest.golden]
+            frames = [cascade.archive.array(golden.frame) for golden in cascade.manifest.golden_of(cascade.plan)]
         most_ms = 1.5 * whole_plan_ms(cascade)
         for frame in (frames * WARM_UP_FRAMES)[:WARM_UP_FRAMES]:
             list(cascade.refine(frame))

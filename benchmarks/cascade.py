@@ -127,7 +127,7 @@ def main() -> None:
     with load(options.bundle) as cascade:
         baseline = cascade.library.load(options.baseline)
         one_file = None if options.single_file is None else cascade.library.load(options.single_file)
-        names = [golden.frame for golden in cascade.manifest.golden]
+        names = [golden.frame for golden in cascade.manifest.golden_of(cascade.plan)]
         costs = [own_cost(cascade, name, baseline, one_file, options.rounds) for name in names]
     most_us, most_share = np.max(costs, axis=0)
     print(f"own cost at most {most_us:.0f} us, {100 * most_share:.2f} % of the baseline")

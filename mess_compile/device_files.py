@@ -60,6 +60,7 @@ def _how(manifest: Manifest) -> list[str]:
         f"    python3 {name} info                       # plans, figures, operating points",
         f"    python3 {name} verify                     # does this machine compute what was evaluated, and as fast?",
         f"    python3 {name} run frame.png -o pictures  # labels as a palette PNG, and an overlay",
+        *_choice(manifest),
         "",
         f"From a program, with {name} on sys.path or mess-compile installed:",
         "",
@@ -74,6 +75,13 @@ def _how(manifest: Manifest) -> list[str]:
         "",
         f"    mess-compile verify {name} --allowed-signers FILE --require-signature",
     ]
+
+
+def _choice(manifest: Manifest) -> list[str]:
+    if len(manifest.plans) == 1:
+        return []
+    another = manifest.plans[-1].name
+    return ["", "Of the plans below the first one for this machine runs; another is named by", f"`--target {another}`."]
 
 
 def _plan_lines(plan: Plan) -> str:

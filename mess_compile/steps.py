@@ -376,6 +376,7 @@ def run(
     done: Callable[[ImageResult], None],
     deadline_ms: float | None = None,
     operating_point: str | None = None,
+    target: str | None = None,
 ) -> tuple[ImageResult, ...]:
     """Segment images with a bundle: a palette PNG of labels and an overlay each, and on request the refinement strip.
 
@@ -387,7 +388,7 @@ def run(
         raise InputError(
             f"two images are named {stem}: their pictures would share a name; run them one by one (-o DIR)"
         )
-    with runtime_cascade.load(bundle) as cascade:
+    with runtime_cascade.load(bundle, target) as cascade:
         if operating_point is not None:
             cascade.operating_point = operating_point
         results = []
@@ -447,23 +448,31 @@ def _panels(
     return panels
 
 
-def bench(workspace: Workspace, bundle: Path, data: Path | None, split: str, passes: int, progress: Progress) -> Bench:
+def bench(
+    workspace: Workspace,
+    bundle: Path,
+    data: Path | None,
+    split: str,
+    passes: int,
+    progress: Progress,
+    target: str | None = None,
+) -> Bench:
     """Measure a bundle made in this workspace on a labelled split, beside the baseline."""
     from mess_compile import bench as benches
 
     folder = open_dataset(workspace.data_folder(data), split)
-    with runtime_cascade.load(bundle) as cascade:
+    with runtime_cascade.load(bundle, target) as cascade:
         plan = cascade.plan
-        target = find_target(plan.target, workspace.root)
-        table = latency.read_latency_table(workspace.latency(target.name))
-        refuse_unless_here(target, workspace.root)
+        device = find_target(plan.target, workspace.root)
+        table = latency.read_latency_table(workspace.latency(device.name))
+        refuse_unless_here(device, workspace.root)
         graph_set = settled_graphs_of(workspace, plan.precision, plan.target)
         verify_graph_set(graph_set)
         latency.check_current(table, graph_set)  # now, rather than after minutes of measuring
         if cascade.manifest.network.identity == graph_set.candidate.identity:  # else `bench` refuses the bundle
             tuning = _tuning_statistics(workspace, plan.predicted.split, plan.precision, plan.tuned_by)
             _check_sources(workspace, plan.target, plan.sources, tuning)
-        (engines,) = _engine_files(workspace, target, (plan.precision.partition("-")[0],), None, None, progress)
+        (engines,) = _engine_files(workspace, device, (plan.precision.partition("-")[0],), None, None, progress)
         return benches.bench(cascade, engines, table, folder, _tuned_on(workspace, plan), passes, progress)
 
 
@@ -475,12 +484,13 @@ def bench_deadline(
     passes: int,
     deadline_ms: float,
     progress: Progress,
+    target: str | None = None,
 ) -> DeadlineBench:
     """Refine a labelled split under a deadline with a bundle."""
     from mess_compile import bench as benches
 
     folder = open_dataset(workspace.data_folder(data), split)
-    with runtime_cascade.load(bundle) as cascade:
+    with runtime_cascade.load(bundle, target) as cascade:
         refuse_unless_here(find_target(cascade.plan.target, workspace.root), workspace.root)
         return benches.bench_deadline(cascade, folder, deadline_ms, passes, progress)
 

@@ -27,7 +27,6 @@ from mess_compile.runtime.cuda import Cuda
 from mess_compile.runtime.errors import EngineError
 from mess_compile.runtime.machine import Gpu, InstalledLibrary, Machine
 from mess_compile.runtime.tensorrt_build import BuildOptions, Built
-from mess_compile.runtime.verify import Demands, verify_bundle
 from mess_compile.search.plan import read_result
 from mess_compile.statistics import read_statistics
 from mess_compile.workspace import Workspace
@@ -213,7 +212,7 @@ def test_a_bundle_in_two_precisions_falls_back_from_one_to_the_other(workspace: 
         plans.append(workspace / "plans" / f"{precision}.json")
         plans[-1].write_bytes((workspace / "plans" / "xavier.json").read_bytes())
     path = workspace / "both.mess"
-    done("-C", workspace, "bundle", *plans, "-o", path)
+    assert "plans: xavier:fp16, xavier:fp32; the first" in done("-C", workspace, "bundle", *plans, "-o", path)
     with runtime.load(path, on_failure="fallback") as cascade:
         assert cascade.plan.name == "xavier:fp16"
         assert [rung.name for rung in cascade._ladder._rungs[:2]] == [
@@ -221,8 +220,11 @@ def test_a_bundle_in_two_precisions_falls_back_from_one_to_the_other(workspace: 
             "xavier:fp32 on tensorrt",
         ]
         assert cascade.refusals == ()
+    image = next((workspace / "data" / "val" / "images").iterdir())
     for name in ("xavier:fp16", "xavier:fp32"):
-        assert all(check.passed for check in verify_bundle(path, name, Demands(latency_factor=1e6)))
+        assert "FAILED" not in done("verify", path, "--target", name, *ANY_SPEED)
+        done("run", path, image, "-o", workspace / "pictures", "--target", name)
+    assert "no plan for the target xavier:int8; it has" in complaint("verify", path, "--target", "xavier:int8")
     assert "two of the plans are for xavier in fp16" in complaint("-C", workspace, "bundle", plans[0], plans[0])
 
 

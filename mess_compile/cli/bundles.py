@@ -14,6 +14,8 @@ from mess_compile.console import fail, print_json, print_next, print_table, prog
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
+_target_option = click.option("--target", help="Which plan: a device, or device and precision such as xavier:fp16.")
+
 
 @click.command()
 @click.argument("plans", type=FILE, nargs=-1)
@@ -52,8 +54,12 @@ def bundle(
         path, manifest = steps.bundle(workspace, plans, output, options, progress)
     size = path.stat().st_size
     if as_json:
-        return print_json({"bundle": str(path), "bytes": size, "files": len(manifest.files)})
-    click.echo(f"{path}: {size / 2**20:.2f} MiB, {len(manifest.files)} files, {len(manifest.golden)} golden frames")
+        names = [plan.name for plan in manifest.plans]
+        return print_json({"bundle": str(path), "bytes": size, "files": len(manifest.files), "plans": names})
+    frames = len({golden.frame for golden in manifest.golden})
+    click.echo(f"{path}: {size / 2**20:.2f} MiB, {len(manifest.files)} files, {frames} golden frames")
+    if len(manifest.plans) > 1:
+        click.echo(f"plans: {', '.join(plan.name for plan in manifest.plans)}; the first for a device runs there")
     return print_next(f"run {quoted(path)} IMAGE...", f"bench {quoted(path)} --data DIR")
 
 
@@ -65,6 +71,7 @@ def bundle(
 @click.option("--truth", type=FOLDER, help="Folder of label PNGs to show at the end of the strip.")
 @click.option("--deadline", help="Refine as long as the next exit's p99 fits, such as 20ms.")
 @click.option("--operating-point", help="The name of other thresholds that the bundle holds; see `inspect BUNDLE`.")
+@_target_option
 @json_option
 def run(
     bundle: Path,
@@ -74,6 +81,7 @@ def run(
     truth: Path | None,
     deadline: str | None,
     operating_point: str | None,
+    target: str | None,
     as_json: bool,
 ) -> None:
     """Segment images: a palette PNG of the labels and an overlay for each."""
@@ -94,7 +102,7 @@ def run(
                 f"-> {', '.join(str(path) for path in result.pictures)}"
             )
 
-    results = steps.run(bundle, images, output, progressive, truth, tell, deadline_ms, operating_point)
+    results = steps.run(bundle, images, output, progressive, truth, tell, deadline_ms, operating_point, target)
     if as_json:
         return print_json({"images": [asdict(result) for result in results]})
     return print_next(f"bench {quoted(bundle)} --data DIR")
@@ -106,18 +114,26 @@ def run(
 @click.option("--split", default="val", show_default=True, help="Report on images that nothing was tuned on.")
 @click.option("--passes", default=3, show_default=True, help="How often every image is measured.")
 @click.option("--deadline", help="Refine every image until then, such as 20ms: what is there, and how often too late.")
+@_target_option
 @json_option
 @click.pass_obj
 def bench(
-    workspace: Workspace, bundle: Path, data: Path | None, split: str, passes: int, deadline: str | None, as_json: bool
+    workspace: Workspace,
+    bundle: Path,
+    data: Path | None,
+    split: str,
+    passes: int,
+    deadline: str | None,
+    target: str | None,
+    as_json: bool,
 ) -> None:
     """Measured against predicted, and against the better single-exit baseline in the same run."""
     from mess_compile import steps
 
     if deadline is not None:
-        return _bench_deadline(workspace, bundle, data, split, passes, deadline, as_json)
+        return _bench_deadline(workspace, bundle, data, split, passes, deadline, target, as_json)
     with progress_bar(as_json) as progress:
-        result = steps.bench(workspace, bundle, data, split, passes, progress)
+        result = steps.bench(workspace, bundle, data, split, passes, progress, target)
     if as_json:
         return print_json(asdict(result))
     columns = {result.baseline_name: result.baseline}
@@ -152,14 +168,21 @@ def bench(
 
 
 def _bench_deadline(
-    workspace: Workspace, bundle: Path, data: Path | None, split: str, passes: int, deadline: str, as_json: bool
+    workspace: Workspace,
+    bundle: Path,
+    data: Path | None,
+    split: str,
+    passes: int,
+    deadline: str,
+    target: str | None,
+    as_json: bool,
 ) -> None:
     from mess_compile import steps
     from mess_compile.search.requirement import parse_milliseconds
 
     deadline_ms = parse_milliseconds(deadline)
     with progress_bar(as_json) as progress:
-        found = steps.bench_deadline(workspace, bundle, data, split, passes, deadline_ms, progress)
+        found = steps.bench_deadline(workspace, bundle, data, split, passes, deadline_ms, progress, target)
     if as_json:
         return print_json(asdict(found))
     click.echo(
@@ -190,6 +213,7 @@ _REMEDIES = {
     type=click.FloatRange(min=0, min_open=True),
     help="What golden frames may take, in multiples of the plan's latency; 1.25 by default.",
 )
+@_target_option
 @json_option
 def verify(
     bundle: Path,
@@ -197,6 +221,7 @@ def verify(
     identity: str | None,
     require_signature: bool,
     latency_factor: float | None,
+    target: str | None,
     as_json: bool,
 ) -> None:
     """Hashes, signature, golden frames, latency: does this machine compute what was evaluated?"""
@@ -206,7 +231,8 @@ def verify(
     if allowed_signers is None and (require_signature or identity is not None):
         raise click.UsageError("a signature is checked by --allowed-signers FILE; add it.")
     signers = None if allowed_signers is None else Signers(allowed_signers, identity)
-    checks = verify_bundle(bundle, demands=Demands(signers, require_signature, latency_factor or LATENCY_FACTOR))
+    demands = Demands(signers, require_signature, latency_factor or LATENCY_FACTOR)
+    checks = verify_bundle(bundle, target, demands)
     good = all(check.passed for check in checks)
     if as_json:
         print_json({"passed": good, "checks": [asdict(check) for check in checks]})

@@ -111,8 +111,10 @@ class Cascade:
         walk: Optional[Walk] = None
         latencies_ms: List[float] = []
         try:
-            while walk is None or (not walk.is_last and self._fits(walk, hw, start, deadline_ms)):
+            while walk is None or not walk.is_last:
                 with self._lock:
+                    if walk is not None and not self._fits(walk, hw, start, deadline_ms):
+                        return
                     walk = self._resumed(walk, image)
                     walk.advance()
                     labels = walk.labels()
@@ -288,6 +290,7 @@ class Cascade:
 
     def _left(self, walk: Walk, start: int) -> _Left:
         labels = walk.labels()
+        walk.ended()
         latency_ms = _ms_since(start)
         self._finished(walk, latency_ms)
         return walk, labels, latency_ms
@@ -421,6 +424,6 @@ def load_archive(
     else:
         plan, opened = first_that_opens(plans, threads, cuda_graphs)
     if archive.signed_by is not None:
-        for each in (plan, *safer_plans(archive.manifest, plan)):
+        for each in (plan, *(safer_plans(archive.manifest, plan) if on_failure == "fallback" else ())):
             adopt(archive.manifest.engines, each, opened, archive.folder)
     return Cascade(archive, plan, opened, on_failure, threads)

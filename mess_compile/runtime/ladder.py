@@ -236,6 +236,10 @@ class Walk:
     def _labels(self) -> np.ndarray:
         return self._caught_up().labels(self.depth - 1, self._logits)
 
+    def ended(self) -> None:
+        """No stage follows: the features may make room, warm in the cache, for those of the next frame."""
+        self._features = None
+
     def logits(self) -> np.ndarray:
         """Logits (K, h, w) of the last stage passed, while they are there. Raises EngineError."""
         values: np.ndarray = self._caught_up().library.download(self._logits)[0]

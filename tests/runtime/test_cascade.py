@@ -146,6 +146,22 @@ def test_a_size_that_takes_long_to_map_back_does_not_count_against_another(
             assert len(list(loaded.refine(frame(0, hw), deadline_ms))) == wanted
 
 
+def test_waiting_for_another_threads_frame_counts_too(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second stage would fit when its turn is asked for, and no longer when it comes."""
+    path = small_network.changed_bundle(bundle, tmp_path / "cheap.mess", cheap)
+    with runtime.load(path, threads=1) as loaded, ThreadPoolExecutor(1) as pool:
+        clock = Clock(monkeypatch)
+        refinement = loaded.refine(frame(0), deadline_ms=10.0)
+        next(refinement)
+        with loaded._lock:
+            rest = pool.submit(list, refinement)
+            time.sleep(0.05)
+            clock.ms = 9.0
+        assert rest.result() == []
+
+
 def test_a_refinement_does_not_depend_on_the_callers_buffer(bundle: Path) -> None:
     """A camera fills it again while the first result is looked at; then the engine of the second stage fails."""
     broken = False
