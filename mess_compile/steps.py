@@ -457,8 +457,9 @@ def bench(
     progress: Progress,
     target: str | None = None,
 ) -> Bench:
-    """Measure a bundle made in this workspace on a labelled split, beside the baseline."""
+    """Measure a bundle made in this workspace on a labelled split, beside the baseline; kept for `report`."""
     from mess_compile import bench as benches
+    from mess_compile.benched import write_bench
 
     folder = open_dataset(workspace.data_folder(data), split)
     with runtime_cascade.load(bundle, target) as cascade:
@@ -473,7 +474,9 @@ def bench(
             tuning = _tuning_statistics(workspace, plan.predicted.split, plan.precision, plan.tuned_by)
             _check_sources(workspace, plan.target, plan.sources, tuning)
         (engines,) = _engine_files(workspace, device, (plan.precision.partition("-")[0],), None, None, progress)
-        return benches.bench(cascade, engines, table, folder, _tuned_on(workspace, plan), passes, progress)
+        found = benches.bench(cascade, engines, table, folder, _tuned_on(workspace, plan), passes, progress)
+        write_bench(workspace.bench(plan.target), found, plan)
+        return found
 
 
 def bench_deadline(

@@ -84,6 +84,10 @@ class Workspace:
         """What searches found that does not follow from their requirement."""
         return self.root / "search"
 
+    def bench(self, device: str) -> Path:
+        """What was measured last of the device's bundle."""
+        return self.root / "bench" / f"{device}.json"
+
     def bundle(self, device: str) -> Path:
         return self.root / f"{device}.mess"
 

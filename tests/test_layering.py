@@ -75,6 +75,7 @@ ALLOWED = {
     "nets": {"files", "candidates", "nets", "runtime"},
     "training": {"files", "launcher", "candidates", "dataset", "nets", "statistics", "training", "runtime"},
     "export": {"files", "candidates", "graph", "nets", "runtime"},
+    "benched": {"bench", "files", "runtime"},
     "report": {"files", "report", "runtime"},
     "runtime": {"runtime"},
 }

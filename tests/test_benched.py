@@ -1,0 +1,45 @@
+"""What a measurement took minutes to find must still be there when somebody looks at it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mess_compile import benched
+from mess_compile.bench import Bench, Column, NearCut
+from mess_compile.runtime.archive import open_archive
+from mess_compile.runtime.errors import InputError
+from tests import small_network
+
+
+class TestWhatBenchKeeps:
+    def found(self) -> Bench:
+        columns = [Column(60.0 + i, 1.5 + i, 0.25, rates) for i, rates in enumerate([(1.0,), *[(0.75, 0.25)] * 3])]
+        return Bench(
+            *("street", "test", 8, 0, 3, "baseline", columns[0], (), columns[1], columns[2], columns[3]),
+            latency_ratio=2.5,
+            latency_ratio_range=(2.25, 2.75),
+            workload_ratio=3.0,
+            miou_difference=-0.5,
+            p95_ms=4.5,
+            disagreements=(NearCut("a", 1, 2, 0),),
+        )
+
+    def test_is_read_back_with_the_plan_it_was_of(self, tmp_path: Path) -> None:
+        small_network.write_bundle(tmp_path / "street.mess")
+        opened = open_archive(tmp_path / "street.mess")
+        opened.close()
+        benched.write_bench(tmp_path / "bench" / "host.json", self.found(), opened.manifest.plans[0])
+        kept = benched.read_bench(tmp_path / "bench" / "host.json")
+        assert (kept.split, kept.images, kept.passes, kept.disagreements) == ("test", 8, 3, 1)
+        assert [column.latency_ms for column in kept.columns] == [1.5, 2.5, 3.5, 4.5]
+        assert kept.columns[3].exit_rates == (0.75, 0.25)
+        assert kept.latency_ratio_range == (2.25, 2.75)
+        assert (kept.heads, kept.cuts) == (small_network.HEADS, (18, None))
+
+    def test_is_refused_when_it_is_damaged(self, tmp_path: Path) -> None:
+        path = tmp_path / "host.json"
+        path.write_text('{"format": "mess-bench", "version": 1, "bench": {"split": 3}}')
+        with pytest.raises(InputError, match=r"damaged.*bench BUNDLE --data DIR"):
+            benched.read_bench(path)
