@@ -9,7 +9,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
 	  { echo "Python 3.10 to 3.12 is needed; name one: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[cpu,torch,rtx,coco,dev]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[cpu,torch,rtx,report,coco,dev]'
 	touch $@
 
 demo: venv

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from mess_compile.runtime.errors import EngineError
 
+_TORCH = ("torch", "safetensors", "lightning_fabric")
+_REPORT = ("jinja2", "markupsafe", "plotly")
+
 
 def torch_module(name: str) -> Any:
     """A module of this package that needs torch. Raises EngineError naming the `pip install` line."""
+    return _module(name, "torch", _TORCH)
+
+
+def report_module(name: str) -> Any:
+    """A module of this package that writes pages. Raises EngineError naming the `pip install` line."""
+    return _module(name, "report", _REPORT)
+
+
+def writes_reports() -> bool:
+    """Whether `report_module` would find what it needs."""
+    return all(importlib.util.find_spec(name) is not None for name in _REPORT)
+
+
+def _module(name: str, extra: str, needed: tuple[str, ...]) -> Any:
     try:
         return importlib.import_module(f"mess_compile.{name}")
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "safetensors", "lightning_fabric"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in needed:
             raise
         raise EngineError(
-            f"{error.name.replace('_', '-')} is not installed: run `pip install 'mess-compile[torch]'`"
+            f"{missing.replace('_', '-')} is not installed: run `pip install 'mess-compile[{extra}]'`"
         ) from error

@@ -42,6 +42,8 @@ KEYS = {
     "bench": {"bundle", "split", "images", "passes", "latency_ratio", "workload_ratio", "disagreements", *COLUMNS}
     | {"baseline_name", "other_baselines"},
     "verify": {"passed", "checks"},
+    "report": {"report", "bytes", "device", "parts", "missing"},
+    "compare": {"plans", "notes", "page"},
     "devices": {"devices"},
     "doctor": {"findings"},
     "inspect": WORKLOADS,
@@ -60,6 +62,7 @@ def arguments(workspace: Path) -> Callable[[str], tuple[str | Path, ...]]:
         "bench": (workspace / "host.mess", "--split", "test", "--passes", "1"),
         "verify": (workspace / "host.mess", *ANY_SPEED),
         "inspect": ("graphs",),
+        "compare": ("host", workspace / "host.mess"),
     }
     return lambda command: ("-C", workspace, command, *extra.get(command, ()))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mess_compile"
-TOP = ("__main__", "extras", "cli", "demo", "steps", "inspection", "bench", "doctor")
+TOP = ("__main__", "extras", "cli", "demo", "steps", "inspection", "bench", "doctor", "reporting")
 ALLOWED = {
     "candidates": {"files", "runtime"},
     "console": {"runtime"},
@@ -76,7 +76,7 @@ ALLOWED = {
     "training": {"files", "launcher", "candidates", "dataset", "nets", "statistics", "training", "runtime"},
     "export": {"files", "candidates", "graph", "nets", "runtime"},
     "benched": {"bench", "files", "runtime"},
-    "report": {"files", "report", "runtime"},
+    "report": {"files", "benched", "candidates", "latency", "report", "search", "statistics", "runtime"},
     "runtime": {"runtime"},
 }
 TORCH = {"nets", "training", "export"}

@@ -1,0 +1,69 @@
+"""The commands that show: `report` and `compare`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mess_compile.cli.options import FILE, json_option
+from mess_compile.console import print_json, print_next, print_table, progress_bar, quoted
+
+if TYPE_CHECKING:
+    from mess_compile.workspace import Workspace
+
+_PER_TABLE = 3
+
+
+@click.command()
+@click.option("--device", help="The device profiled last by default.")
+@click.option("-o", "--output", type=FILE, help="report.html in the workspace by default.")
+@json_option
+@click.pass_obj
+def report(workspace: Workspace, device: str | None, output: Path | None, as_json: bool) -> None:
+    """One self-contained HTML page of what was found: cascade, front, classes, latencies, pictures."""
+    from mess_compile import reporting
+
+    with progress_bar(as_json) as progress:
+        path, found = reporting.report(workspace, device, output, progress)
+    content = reporting.content_of(found)
+    if as_json:
+        return print_json({"report": str(path), "bytes": path.stat().st_size, **content})
+    click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB, one file, no network needed")
+    missing = content["missing"]
+    for reason in dict.fromkeys(missing.values()):
+        parts = ", ".join(part for part, why in missing.items() if why == reason)
+        click.echo(f"without {parts}: {reason}")
+    return print_next("profile --device host" if "plan" in missing else "compare PLAN BUNDLE")
+
+
+@click.command()
+@click.argument("things", nargs=-1, required=True, metavar="PLAN|DEVICE|BUNDLE...")
+@click.option("-o", "--output", type=FILE, metavar="PAGE.html", help="Also a page.")
+@json_option
+@click.pass_obj
+def compare(workspace: Workspace, things: tuple[str, ...], output: Path | None, as_json: bool) -> None:
+    """Plans side by side: of devices of the workspace, plan files, or bundles."""
+    from mess_compile import reporting
+    from mess_compile.report import compared
+
+    found, page = reporting.compare(workspace, things, output)
+    if as_json:
+        return print_json({"plans": [_content(one) for one in found], "notes": compared.notes(found), "page": page})
+    for start in range(0, len(found), _PER_TABLE):
+        part = found[start : start + _PER_TABLE]
+        print_table("", ["", *(one.name for one in part)], compared.rows(part))
+    for note in compared.notes(found):
+        click.echo(f"mind: {note}")
+    if page is not None:
+        click.echo(f"{page}: {page.stat().st_size / 1e6:.1f} MB, one file, no network needed")
+    return print_next(
+        "report" if page else f"compare {' '.join(quoted(Path(thing)) for thing in things)} -o compare.html"
+    )
+
+
+def _content(one: Any) -> dict[str, Any]:
+    ratios = {name: getattr(one, name) for name in ("latency_ratio", "workload_ratio", "miou_pp")}
+    return {**asdict(one), **ratios}

@@ -1,0 +1,158 @@
+"""Plans of several devices, files or bundles side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from mess_compile.runtime import manifest
+from mess_compile.runtime.engine import FP32
+from mess_compile.search import plan as plans
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a plan of the front, or an operating point, lies."""
+
+    name: str
+    latency_ms: float
+    miou: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One plan, `name` as it was asked for; `front` is empty for a bundle, which holds none."""
+
+    name: str
+    kind: str
+    device: str
+    library: str
+    precision: str
+    setting: str
+    network: str
+    heads: tuple[str, ...]
+    decisions: tuple[str, ...]
+    predicted: plans.Figures
+    baseline: plans.Figures
+    baseline_name: str
+    tuned_by: str
+    operating_points: tuple[Point, ...]
+    front: tuple[Point, ...]
+
+    @property
+    def latency_ratio(self) -> float:
+        return self.baseline.latency_ms / self.predicted.latency_ms
+
+    @property
+    def workload_ratio(self) -> float:
+        return self.baseline.gmacs / self.predicted.gmacs
+
+    @property
+    def miou_pp(self) -> float:
+        return self.predicted.miou - self.baseline.miou
+
+
+def of_result(name: str, result: plans.SearchResult) -> Compared:
+    """The chosen plan of a search, and its front."""
+    plan = result.plan
+    thresholds = plan.gate.thresholds
+    return Compared(
+        name=name,
+        kind="plan",
+        device=plan.device,
+        library=plan.library,
+        precision=plan.precision,
+        setting=plan.setting,
+        network=plan.network,
+        heads=tuple(stage.head for stage in plan.stages),
+        decisions=tuple(_decision(thresholds[stage.row], stage.cut) for stage in plan.stages),
+        predicted=plan.predicted,
+        baseline=plan.baseline,
+        baseline_name=plan.baseline_name,
+        tuned_by=plan.tuned_by,
+        operating_points=_points(plan.operating_points),
+        front=tuple(
+            Point(" → ".join(stage.head for stage in one.stages), one.predicted.latency_ms, one.predicted.miou)
+            for one in result.front
+        ),
+    )
+
+
+def of_bundle(name: str, content: manifest.Manifest) -> tuple[Compared, ...]:
+    """Every plan that a bundle holds."""
+    return tuple(_of_bundle(name, content, plan) for plan in content.plans)
+
+
+def _of_bundle(name: str, content: manifest.Manifest, plan: manifest.Plan) -> Compared:
+    lowest = [min(row) for row in content.gate.thresholds]
+    return Compared(
+        name=name if len(content.plans) == 1 else f"{name} ({plan.target})",
+        kind="bundle",
+        device=plan.target,
+        library=plan.library,
+        precision=plan.precision,
+        setting=plan.setting,
+        network=content.network.identity,
+        heads=tuple(stage.head for stage in plan.stages),
+        decisions=tuple(_decision(lowest[stage.row], stage.cut) for stage in plan.stages),
+        predicted=plans.Figures(**asdict(plan.predicted)),
+        baseline=plans.Figures(**asdict(plan.baseline)),
+        baseline_name=plan.baseline_name,
+        tuned_by=plan.tuned_by,
+        operating_points=_points(plan.operating_points),
+        front=(),
+    )
+
+
+def _decision(threshold: float, cut: int | None) -> str:
+    return "takes the rest" if cut is None else f"{cut} cells sure at {threshold:.2f}"
+
+
+def _points(points: Sequence[plans.OperatingPoint] | Sequence[manifest.OperatingPoint]) -> tuple[Point, ...]:
+    return tuple(Point(one.name, one.predicted.latency_ms, one.predicted.miou) for one in points)
+
+
+_ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
+    ("kind", lambda one: one.kind),
+    ("device", lambda one: one.device),
+    ("library", lambda one: f"{one.library} {one.precision}"),
+    ("setting", lambda one: one.setting),
+    ("heads", lambda one: " → ".join(one.heads)),
+    ("leaves at", lambda one: "; ".join(one.decisions)),
+    ("images per exit", lambda one: " ".join(f"{rate:.0%}" for rate in one.predicted.exit_rates)),
+    ("mIoU %", lambda one: f"{one.predicted.miou:.2f}"),
+    ("against its baseline, pp", lambda one: f"{one.miou_pp:+.2f}"),
+    ("latency ms", lambda one: f"{one.predicted.latency_ms:.2f} {one.predicted.source}"),
+    ("baseline ms", lambda one: f"{one.baseline.latency_ms:.2f} ({one.baseline_name})"),
+    ("faster", lambda one: f"{one.latency_ratio:.2f}x"),
+    ("p95 ms", lambda one: f"{one.predicted.p95_ms:.2f}"),
+    ("worst ms", lambda one: f"{one.predicted.worst_ms:.2f}"),
+    ("GMACs", lambda one: f"{one.predicted.gmacs:.3f}"),
+    ("less work", lambda one: f"{one.workload_ratio:.2f}x"),
+    ("memory MiB", lambda one: f"{one.predicted.memory_bytes / 2**20:.1f}"),
+    ("energy mJ", lambda one: "-" if one.predicted.energy_mj is None else f"{one.predicted.energy_mj:.1f}"),
+    ("chosen on", lambda one: f"{one.predicted.images} images of {one.predicted.split}"),
+)
+
+
+def rows(compared: Sequence[Compared]) -> tuple[tuple[str, ...], ...]:
+    """What there is to compare, one line each: its name, then a cell for every plan."""
+    found = tuple((label, *(cell(one) for one in compared)) for label, cell in _ROWS)
+    return tuple(row for row in found if set(row[1:]) != {"-"})
+
+
+def notes(compared: Sequence[Compared]) -> tuple[str, ...]:
+    """Why figures that stand side by side may not be compared."""
+    differs = {
+        "devices": {one.device for one in compared},
+        "networks": {one.network for one in compared if one.precision == FP32},  # a recipe has an identity of its own
+        "images": {f"{one.predicted.images} images of {one.predicted.split}" for one in compared},
+        "sources of latency": {one.predicted.source for one in compared},
+    }
+    meanings = {
+        "devices": "latencies and memory are of different devices",
+        "networks": "the networks differ, and with them what a plan could reach",
+        "images": "mIoU and exit rates were taken on different images",
+        "sources of latency": "some latencies are measured and some are estimated",
+    }
+    return tuple(meanings[what] for what, found in differs.items() if len(found) > 1)

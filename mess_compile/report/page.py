@@ -1,0 +1,98 @@
+"""A report or a comparison as one HTML page that asks nothing of any network: script, styles and pictures within."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from dataclasses import asdict
+from typing import Any
+
+import jinja2
+import plotly.offline
+from markupsafe import Markup, escape
+
+from mess_compile import __version__
+from mess_compile.report.compared import Compared, notes, rows
+from mess_compile.report.contents import Benched, Found, Missing, Picture, Report
+from mess_compile.report.paper import paper_rows
+from mess_compile.report.views import Classes, Costs, PlanView
+
+_COMMAND = re.compile(r"`([^`]+)`")
+
+
+def report_page(report: Report) -> str:
+    """The page of `mess-compile report`."""
+    return _rendered("report.html.j2", report=report, data=report_data(report))
+
+
+def compare_page(compared: tuple[Compared, ...]) -> str:
+    """The page of `mess-compile compare`."""
+    content = {"plans": [asdict(each) for each in compared]}
+    return _rendered("compare.html.j2", compared=compared, rows=rows(compared), notes=notes(compared), data=content)
+
+
+def _rendered(template: str, **content: Any) -> str:
+    loader = jinja2.PackageLoader("mess_compile.report")
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["verbatim"] = lambda name: Markup(loader.get_source(environment, name)[0])
+    environment.filters.update(commands=_commands, data_uri=_data_uri, json=_json, max_err=max_err_text)
+    environment.tests["missing"] = lambda part: isinstance(part, Missing)
+    plotting = Markup(plotly.offline.get_plotlyjs())
+    return environment.get_template(template).render(version=__version__, plotting=plotting, **content)
+
+
+def _commands(text: str) -> Markup:
+    """What stands between backticks as code."""
+    return Markup(_COMMAND.sub(r"<code>\1</code>", str(escape(text))))
+
+
+def _data_uri(picture: Picture) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(picture.jpeg).decode()}"
+
+
+def _json(content: Any) -> Markup:
+    """For a script element, which nothing in it can end."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def max_err_text(max_err_pp: float) -> str:
+    """A `--max-err` that allows a plan which needs `max_err_pp`: rounded up, and never below nothing."""
+    return f"{max(0.0, math.ceil(max_err_pp * 1000) / 1000):g}%"
+
+
+def report_data(report: Report) -> dict[str, Any]:
+    """What the page's script draws."""
+    content: dict[str, Any] = {"device": report.device}
+    content |= {"front": None, "classes": None, "costs": None, "bench": None}
+    if isinstance(report.search, Found):
+        content["front"] = _front_data(report.search)
+    if isinstance(report.classes, Classes):
+        content["classes"] = asdict(report.classes)
+    if isinstance(report.costs, Costs):
+        content["costs"] = asdict(report.costs)
+    if isinstance(report.bench, Benched):
+        content["bench"] = asdict(report.bench.bench)
+    return content
+
+
+def _front_data(found: Found) -> dict[str, Any]:
+    plan = found.result.plan
+    return {
+        "setting": plan.setting,
+        "baseline": {"name": plan.baseline_name, **asdict(plan.baseline)},
+        "stops": [_stop_data(view) for view in found.views],
+        "paper": [asdict(row) for row in paper_rows()],
+    }
+
+
+def _stop_data(view: PlanView) -> dict[str, Any]:
+    return {**asdict(view), "heads": view.heads, "max_err": max_err_text(view.max_err_pp)}

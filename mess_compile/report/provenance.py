@@ -1,0 +1,61 @@
+"""Where the figures of a report are from."""
+
+from __future__ import annotations
+
+from mess_compile import __version__, latency
+from mess_compile.report.contents import Missing
+from mess_compile.search.plan import Certificate, Guarantee, Optimism, SearchResult
+
+
+def provenance_of(result: SearchResult | None, table: latency.LatencyTable | Missing) -> tuple[tuple[str, str], ...]:
+    """Names and values, of a search and the latency table as far as they are there."""
+    told: list[tuple[str, str]] = [("mess-compile", __version__)]
+    if isinstance(table, latency.LatencyTable):
+        told += [("engine library", f"{table.library} {table.library_version}"), ("latencies", table.source)]
+        told += [(name.replace("_", " "), value) for name, value in table.environment.items() if value]
+    if result is not None:
+        told += _origin_of(result)
+    return tuple(told)
+
+
+def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
+    plan = result.plan
+    told = [
+        ("network", plan.network),
+        ("gate", f"{plan.gate.confidence}, {'edge-aware' if plan.gate.edge_aware else 'plain'}"),
+        ("baseline", plan.baseline_name),
+        ("chosen on", f"{plan.predicted.images} images of {plan.predicted.split}, as {plan.tuned_by} sees them"),
+        ("latency table, SHA-256", plan.table_sha256),
+        ("statistics, SHA-256", plan.statistics_sha256),
+        ("search", _proof(result.certificate)),
+    ]
+    if plan.power_mode is not None:
+        told.append(("power mode", plan.power_mode))
+    if plan.absent_classes:
+        told.append(("classes without a labelled pixel, in no mIoU", ", ".join(plan.absent_classes)))
+    if plan.optimism is not None:
+        told.append(("on other images of this kind", _expected(plan.optimism)))
+    if plan.guarantee is not None:
+        told.append((f"certified at {100 * plan.guarantee.confidence:g} %", _certified(plan.guarantee)))
+    return told
+
+
+def _proof(proof: Certificate) -> str:
+    if proof.gap > 0:
+        return f"best found of {proof.space:,} plans; a better one could gain up to {proof.gap:g} in the objective"
+    return f"best of {proof.space:,} plans, gap {proof.gap:g}"
+
+
+def _expected(told: Optimism) -> str:
+    return (
+        f"about {max(0.0, told.miou_pp):.2f} pp less mIoU (spread over folds {told.spread_pp:.2f} pp), "
+        f"{told.latency_percent:+.1f} % in latency: {told.method}"
+    )
+
+
+def _certified(told: Guarantee) -> str:
+    return (
+        f"pixel error at most {told.risk_limit_pp:g} pp above the baseline's (bound {told.risk_bound_pp:.2f} pp, "
+        f"{told.risk_method}); mIoU at most {told.miou_drop_limit_pp:g} pp below (bound {told.miou_drop_bound_pp:.2f} "
+        f"pp, {told.miou_method}); on {told.images_certified} images it was not chosen on; {told.assumption}"
+    )

@@ -1,0 +1,58 @@
+"""The easiest, the median and the hardest image on their way through a cascade."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mess_compile.report.contents import Picture, Strip
+from mess_compile.runtime import frames
+from mess_compile.runtime.cascade import Cascade
+
+TITLES = ("easiest", "median", "hardest")
+_WIDTH, _QUALITY = 400, 82
+
+
+def extremes(sure: Sequence[float]) -> tuple[int, ...]:
+    """Which of the images the first exit was most, middling and least sure of; fewer where there are fewer images."""
+    order = sorted(range(len(sure)), key=lambda index: (-sure[index], index))
+    return tuple(dict.fromkeys((order[0], order[(len(order) - 1) // 2], order[-1])))
+
+
+def strip_of(
+    cascade: Cascade, title: str, name: str, frame: NDArray[np.uint8], truth: NDArray[np.uint8] | None
+) -> Strip:
+    """The frame (H, W, 3), the labels of every exit laid over it, and the truth (H, W), in which 255 is void."""
+    taken = cascade(frame).exit
+    shown = [picture("input", f"the image {name}", frame)]
+    colours = cascade.manifest.network.colours
+    for prediction in cascade.refine(frame):
+        mark = ", taken" if prediction.exit == taken else ""
+        caption = f"exit {prediction.exit}{mark}: {prediction.confidence:.0%} sure"
+        caption += "" if truth is None else _right(prediction.labels, truth)
+        described = f"labels of exit {prediction.exit} laid over {name}"
+        shown.append(picture(caption, described, frames.overlay(frame, prediction.labels, colours)))
+    if truth is not None:
+        void = truth >= len(colours)
+        overlay = frames.overlay(frame, np.where(void, 0, truth).astype(np.uint8), colours)
+        overlay[void] = 0
+        shown.append(picture("truth", f"true labels laid over {name}", overlay))
+    return Strip(f"{title}: {name}", tuple(shown))
+
+
+def _right(labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> str:
+    known = truth < 255
+    return f", {(labels == truth)[known].mean():.1%} of the pixels right" if known.any() else ""
+
+
+def picture(caption: str, described: str, pixels: NDArray[np.uint8]) -> Picture:
+    """Pixels (H, W, 3) as a JPEG of at most `_WIDTH` pixels' width."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((_WIDTH, _WIDTH * 4))
+    stream = io.BytesIO()
+    image.save(stream, format="JPEG", quality=_QUALITY)
+    return Picture(caption, described, stream.getvalue(), image.width, image.height)

@@ -1,0 +1,211 @@
+"""Gathers what a workspace has to show: everything that is there and current, and for the rest what to run."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mess_compile import __version__, extras, files, latency, recipes, scenes, statistics
+from mess_compile.benched import read_bench
+from mess_compile.candidates import read_graph_set
+from mess_compile.dataset import Sample, open_dataset, read_sample
+from mess_compile.report import compared, strips, views
+from mess_compile.report.contents import Benched, Found, Missing, Report, Strip, Strips
+from mess_compile.report.provenance import provenance_of
+from mess_compile.runtime import archive
+from mess_compile.runtime.cascade import Cascade, load
+from mess_compile.runtime.errors import InputError, MessError, StaleError
+from mess_compile.runtime.manifest import MANIFEST
+from mess_compile.search import plan as plans
+from mess_compile.search.figures import Evidence
+from mess_compile.search.plan import Plan, SearchResult
+from mess_compile.workspace import Workspace
+
+Progress = Callable[[str, int, int], None]
+SCENES = 24
+VOID = 255
+_Part = TypeVar("_Part")
+_NO_PLAN = Missing("there is no current plan to show this of: run `mess-compile search --max-err 1%`")
+
+
+def report(workspace: Workspace, device: str | None, output: Path | None, progress: Progress) -> tuple[Path, Report]:
+    """Write the report of a device, of the one profiled last by default; what is missing says what to run."""
+    page = extras.report_module("report.page")
+    name = device or workspace.memory().device
+    found = gathered(workspace, name, progress)
+    path = output or workspace.root / "report.html"
+    _write(path, page.report_page(found))
+    return path, found
+
+
+def compare(
+    workspace: Workspace, things: Sequence[str], output: Path | None
+) -> tuple[tuple[compared.Compared, ...], Path | None]:
+    """Plans side by side, of devices of this workspace, plan files or bundles; a page where `output` says so."""
+    found = tuple(one for thing in things for one in _compared(workspace, thing))
+    if output is not None:
+        _write(output, extras.report_module("report.page").compare_page(found))
+    return found, output
+
+
+def _write(path: Path, text: str) -> None:
+    with files.replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _compared(workspace: Workspace, thing: str) -> tuple[compared.Compared, ...]:
+    path = Path(thing)
+    if (path / MANIFEST).is_file() or (path.is_file() and zipfile.is_zipfile(path)):
+        opened = archive.open_archive(path)
+        opened.close()
+        return compared.of_bundle(thing, opened.manifest)
+    if path.is_file():
+        return (compared.of_result(thing, plans.read_result(path)),)
+    if workspace.plan(thing).is_file():
+        return (compared.of_result(thing, plans.read_result(workspace.plan(thing))),)
+    known = ", ".join(sorted(plan.stem for plan in workspace.plan("any").parent.glob("*.json"))) or "none"
+    raise InputError(
+        f"{thing!r} is no plan file, no bundle, and no device with a plan in this workspace ({known}): run "
+        "`mess-compile search --device NAME`, or name a file"
+    )
+
+
+def gathered(workspace: Workspace, device: str | None, progress: Progress) -> Report:
+    """What there is to report of a device."""
+    if device is None:
+        missing = Missing("no device was profiled in this workspace: run `mess-compile profile --device host`")
+        return Report("", missing, missing, missing, missing, missing, (("mess-compile", __version__),))
+    result = _tried(lambda: plans.read_result(workspace.plan(device)))
+    table = _tried(lambda: latency.read_latency_table(workspace.latency(device)))
+    if isinstance(result, Missing):
+        costs = table if isinstance(table, Missing) else views.costs_of(table, next(iter(table.recipes)))
+        return Report(device, result, _NO_PLAN, costs, _NO_PLAN, _NO_PLAN, provenance_of(None, table))
+    evidences, unseen = _evidences(workspace, result, table)
+    chosen = evidences.get(result.plan.precision)
+    return Report(
+        device=device,
+        search=Found(result, views.plan_views(result, evidences), unseen),
+        classes=views.classes_of(chosen) if chosen else unseen or _NO_PLAN,
+        costs=table if isinstance(table, Missing) else views.costs_of(table, result.plan.precision),
+        bench=_tried(partial(_benched, workspace, result.plan)),
+        strips=_tried(partial(_strips, workspace, result.plan, chosen, progress)),
+        provenance=provenance_of(result, table),
+    )
+
+
+def _tried(find: Callable[[], _Part]) -> _Part | Missing:
+    try:
+        return find()
+    except MessError as error:
+        return Missing(str(error))
+
+
+def _evidences(
+    workspace: Workspace, result: SearchResult, table: latency.LatencyTable | Missing
+) -> tuple[dict[str, Evidence], Missing | None]:
+    """What the plans were found by, for each recipe where it is still that; else why not."""
+    if isinstance(table, Missing):
+        return {}, table
+    evidences, unseen = {}, None
+    for plan in {plan.precision: plan for plan in (*result.front, result.plan)}.values():
+        found = _tried(partial(_evidence, workspace, plan, table))
+        if isinstance(found, Missing):
+            unseen = found
+        else:
+            evidences[plan.precision] = found
+    return evidences, unseen
+
+
+def _evidence(workspace: Workspace, plan: Plan, table: latency.LatencyTable) -> Evidence:
+    """Raises StaleError when it is no longer what the plan was searched by."""
+    settled = recipes.settled_graphs(read_graph_set(workspace.graphs), plan.precision, workspace.recipes)
+    if settled is None:
+        raise StaleError(f"the graphs in {plan.precision} changed: run `mess-compile profile --device {plan.device}`")
+    plans.check_plan_current(plan, settled.graph_set)
+    place = plan.tuned_by.rpartition(" on ")[2]
+    known = statistics.read_statistics(workspace.statistics(plan.predicted.split, plan.precision, place))
+    evidence = Evidence(settled.graph_set, table, known)
+    sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
+    found = {"latency table": evidence.table_sha256, "statistics": evidence.statistics_sha256}
+    plans.check_sources_current(plan.device, sources, found)
+    return evidence
+
+
+def _benched(workspace: Workspace, plan: Plan) -> Benched:
+    path = workspace.bench(plan.device)
+    if not path.is_file():
+        raise InputError(
+            f"nothing was measured of {plan.device}'s bundle yet: run `mess-compile bundle`, then "
+            f"`mess-compile bench {workspace.bundle(plan.device).name} --data DIR`"
+        )
+    kept = read_bench(path)
+    now = tuple((stage.head, stage.cut) for stage in plan.stages)
+    remarks = []
+    if tuple(zip(kept.heads, kept.cuts, strict=True)) != now:
+        remarks.append("This was another plan than the one above: run `mess-compile bundle` and `bench` again.")
+    if kept.tuned_on:
+        remarks.append(f"The plan was chosen on {kept.tuned_on} of these images: a result from tuning data.")
+    return Benched(kept, " ".join(remarks))
+
+
+def _strips(workspace: Workspace, plan: Plan, evidence: Evidence | None, progress: Progress) -> Strips:
+    bundle = workspace.bundle(plan.device)
+    if not bundle.is_file():
+        raise InputError(f"pictures need the bundle {bundle.name}: run `mess-compile bundle`")
+    with load(bundle, plan.device) as cascade:
+        if [(s.head, s.row, s.cut) for s in cascade.plan.stages] != [(s.head, s.row, s.cut) for s in plan.stages]:
+            raise StaleError(f"{bundle.name} is of another plan than the one chosen: run `mess-compile bundle`")
+        source, samples = _extreme_samples(workspace, plan, evidence, cascade)
+        drawn: list[Strip] = []
+        for title, sample in zip(strips.TITLES, samples, strict=False):
+            truth = sample.labels if (sample.labels < VOID).any() else None
+            drawn.append(strips.strip_of(cascade, title, sample.id, sample.frame, truth))
+            progress("pictures", len(drawn), len(samples))
+    return Strips(source, tuple(drawn))
+
+
+def _extreme_samples(
+    workspace: Workspace, plan: Plan, evidence: Evidence | None, cascade: Cascade
+) -> tuple[str, list[Sample]]:
+    """The images that the first exit is most, middling and least sure of; generated ones where data are not here."""
+    first = plan.stages[0]
+    if evidence is not None and workspace.memory().data is not None:
+        known = evidence.statistics
+        try:
+            data = open_dataset(workspace.data_folder(None), known.split, None)
+            items = {item.id: item for item in data.items}
+            sure = [float(n) for n in known.counts[:, known.head_index(first.head), first.row]]
+            chosen = [known.image_id[index] for index in strips.extremes(sure)]
+            samples = [read_sample(items[name], data.classes) for name in chosen]
+            return f"Images of {known.split}, by how sure the first exit is.", samples
+        except (InputError, KeyError):
+            pass  # the data may have moved or changed since; generated scenes show the same cascade
+    hw = cascade.manifest.network.input_hw
+    drawn = [scenes.make_scene(seed, hw, seed / (SCENES - 1)) for seed in range(SCENES)]
+    void = cascade.manifest.network.classes != scenes.SCENE_CLASSES.names
+    drawn = [replace(scene, labels=np.full_like(scene.labels, VOID)) for scene in drawn] if void else drawn
+    confidences = [next(cascade.refine(scene.frame)).confidence for scene in drawn]
+    return (
+        f"Of {SCENES} generated street scenes, for the data are not here, by how sure the first exit is"
+        + (": the network was not trained on such." if void else "."),
+        [drawn[index] for index in strips.extremes(confidences)],
+    )
+
+
+def content_of(found: Report) -> dict[str, Any]:
+    """What `report --json` prints beside the path: which parts are there, and what to run for the others."""
+    parts = {
+        "plan": found.search,
+        "classes": found.classes,
+        "latencies": found.costs,
+        "measured": found.bench,
+        "pictures": found.strips,
+    }
+    missing = {name: part.reason for name, part in parts.items() if isinstance(part, Missing)}
+    return {"device": found.device, "parts": [name for name in parts if name not in missing], "missing": missing}
