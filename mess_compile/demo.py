@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mess_compile import scenes
+from mess_compile import extras, scenes
 from mess_compile.search.plan import read_result
 from mess_compile.workspace import Workspace
 
@@ -20,7 +20,7 @@ SHOWN_SHARE = 0.1
 
 
 def run_demo(folder: Path, program: click.Command) -> None:
-    """Generate data in FOLDER/data, then train, export, profile, evaluate, search, bundle, run and bench in FOLDER.
+    """Generate data in FOLDER/data, then do everything from `train` to `bench` and `report` in FOLDER.
 
     What is already there is used again, so that an interrupted demo continues.
     """
@@ -44,6 +44,10 @@ def run_demo(folder: Path, program: click.Command) -> None:
     click.echo(f"\ndone in {time.monotonic() - started:.0f} s. Pictures of the refinement:")
     for strip in strips:
         click.echo(f"  {strip}")
+    if extras.writes_reports():
+        click.echo(f"Everything on one page: {folder / 'report.html'}")
+    else:
+        click.echo("For everything on one page: pip install 'mess-compile[report]', then `mess-compile report`")
 
 
 def _run(program: click.Command, line: list[str]) -> None:
@@ -78,4 +82,5 @@ def _commands_after_search(folder: Path) -> list[list[str]]:
         [*here, "bundle"],
         [*here, "run", bundle, *shown, "--progressive", "--truth", str(test / "labels"), "-o", output],
         [*here, "bench", bundle, "--data", str(folder / "data"), "--split", "test"],
+        *([[*here, "report"]] if extras.writes_reports() else []),
     ]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("folder", type=FOLDER, default="demo")
 def demo(folder: Path) -> None:
-    """The whole flow on generated street scenes: train, export, profile, search, bundle, run, bench."""
+    """The whole flow on generated street scenes: train, export, profile, search, bundle, run, bench, report."""
     from mess_compile import demo as demonstration
 
     demonstration.run_demo(folder, click.get_current_context().find_root().command)
