@@ -95,4 +95,25 @@ def _front_data(found: Found) -> dict[str, Any]:
 
 
 def _stop_data(view: PlanView) -> dict[str, Any]:
-    return {**asdict(view), "heads": view.heads, "max_err": max_err_text(view.max_err_pp)}
+    """Figures as in the plan file; what was worked out from them in six digits: a front may have hundreds of plans."""
+    content = asdict(view)
+    told = ("latency_ms", "p95_ms", "miou", "exit_rates")
+    return {
+        **content,
+        "stages": _rounded(content["stages"]),
+        "iou": _rounded(content["iou"]),
+        "operating_points": [
+            {"name": point["name"], "predicted": {name: point["predicted"][name] for name in told}}
+            for point in content["operating_points"]
+        ],
+        "heads": view.heads,
+        "max_err": max_err_text(view.max_err_pp),
+    }
+
+
+def _rounded(content: Any) -> Any:
+    if isinstance(content, float):
+        return float(f"{content:.6g}")
+    if isinstance(content, dict):
+        return {name: _rounded(value) for name, value in content.items()}
+    return [_rounded(value) for value in content] if isinstance(content, list | tuple) else content

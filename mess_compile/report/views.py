@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mess_compile.latency import DOWNLOAD, NULL, UPLOAD, LatencyTable, graph_cost_ns, stage_graphs
 from mess_compile.search.figures import Evidence, exit_costs_ns, exits_taken
-from mess_compile.search.plan import Figures, OperatingPoint, Plan, SearchResult, Stage
+from mess_compile.search.plan import Figures, OperatingPoint, Plan, Report, SearchResult, Stage
 from mess_compile.statistics import ExitStatistics, Ints
 
 BINS = 20
@@ -59,18 +59,24 @@ class StageView:
 
 @dataclass(frozen=True)
 class PlanView:
-    """One stop of the slider. `max_err_pp` is the least `--max-err` that allows the plan, negative when it is better
-    than the baseline; `iou` in percent by class, None where the class has no labelled pixel."""
+    """One stop of the slider; a chosen plan need not be `on_front`.
+
+    `max_err_pp` is the least `--max-err` that allows the plan, negative when it is better than the baseline; `iou` in
+    percent by class, None where the class has no labelled pixel, and empty where the statistics are not those of the
+    plan; `reports` is empty but for the anytime setting.
+    """
 
     stages: tuple[StageView, ...]
     predicted: Figures
     precision: str
     chosen: bool
+    on_front: bool
     max_err_pp: float
     latency_ratio: float
     workload_ratio: float
     upload_ms: float | None
     operating_points: tuple[OperatingPoint, ...]
+    reports: tuple[Report, ...]
     iou: tuple[float | None, ...]
 
     @property
@@ -117,15 +123,18 @@ def plan_views(result: SearchResult, evidences: Mapping[str, Evidence]) -> tuple
     """The front and the chosen plan, most accurate first; `evidences` by recipe, of those that are current."""
     points = {_identity(plan): plan for plan in (*result.front, result.plan)}
     ordered = sorted(points.values(), key=lambda plan: (-plan.predicted.miou, plan.predicted.latency_ms))
-    chosen = _identity(result.plan)
-    return tuple(plan_view(plan, evidences.get(plan.precision), _identity(plan) == chosen) for plan in ordered)
+    chosen, front = _identity(result.plan), {_identity(plan) for plan in result.front}
+    return tuple(
+        plan_view(plan, evidences.get(plan.precision), _identity(plan) == chosen, _identity(plan) in front)
+        for plan in ordered
+    )
 
 
 def _identity(plan: Plan) -> tuple[object, ...]:
     return plan.stages, plan.precision, plan.setting
 
 
-def plan_view(plan: Plan, evidence: Evidence | None, chosen: bool) -> PlanView:
+def plan_view(plan: Plan, evidence: Evidence | None, chosen: bool, on_front: bool = True) -> PlanView:
     """A plan, with what its `evidence` tells of it beside its file."""
     found = plan.predicted
     exits = None if evidence is None else exits_taken(evidence.statistics, plan.stages)
@@ -134,11 +143,13 @@ def plan_view(plan: Plan, evidence: Evidence | None, chosen: bool) -> PlanView:
         predicted=found,
         precision=plan.precision,
         chosen=chosen,
+        on_front=on_front,
         max_err_pp=plan.baseline.miou - found.miou,
         latency_ratio=plan.baseline.latency_ms / found.latency_ms,
         workload_ratio=plan.baseline.gmacs / found.gmacs,
         upload_ms=None if evidence is None else evidence.table.cost_ns(UPLOAD) / 1e6,
         operating_points=plan.operating_points,
+        reports=plan.reports,
         iou=() if evidence is None or exits is None else _mixed_iou(evidence.statistics, plan.stages, exits),
     )
 

@@ -115,6 +115,7 @@ def test_every_plan_stands_once_the_most_accurate_first_and_the_chosen_one_among
         (one.predicted.miou for one in (*front, off)), reverse=True
     )
     assert [view.stages[0].cut for view in views if view.chosen] == [50]
+    assert [view.stages[0].cut for view in views if not view.on_front] == [50]
     for view in views:
         assert view.max_err_pp == pytest.approx(off.baseline.miou - view.predicted.miou)
     assert len(plan_views(SearchResult(front[0], front, proof), {})) == 3

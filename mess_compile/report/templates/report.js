@@ -44,7 +44,7 @@ function showPoints(stop) {
 }
 
 /* ---- the front ---- */
-const hovered = (stop) => `<b>--max-err ${stop.max_err}</b>${stop.chosen ? ", chosen" : ""}<br>${ms(stop.predicted.latency_ms)} ${stop.predicted.source}, `
+const hovered = (stop) => `<b>--max-err ${stop.max_err}</b>${stop.chosen ? ", chosen" : ""}${stop.on_front ? "" : ", not on the front"}<br>${ms(stop.predicted.latency_ms)} ${stop.predicted.source}, `
   + `${stop.predicted.miou.toFixed(2)} % mIoU<br>images per exit ${rates(stop)}<br>${plain(stop.heads)}`;
 
 function frontChart() {
@@ -54,18 +54,19 @@ function frontChart() {
   const dots = (name, points, of, more) => ({ type: "scatter", mode: "markers", name, x: points.map((p) => p.x), y: points.map((p) => p.y),
     text: points.map(of), hovertemplate: "%{text}<extra></extra>", ...more });
   const own = (one) => ({ ...one, x: one.predicted.latency_ms, y: one.predicted.miou });
-  const chosen = stops.filter((stop) => stop.chosen).map(own), others = point.operating_points.map(own);
+  const onFront = stops.filter((stop) => stop.on_front), chosen = stops.filter((stop) => stop.chosen).map(own), others = point.operating_points.map(own);
   const traces = [
-    dots("plans", stops.map(own), hovered, { mode: "lines+markers", line: { color: colour("accent"), width: 1, shape: "linear" },
-      marker: { ...marker("circle", colour("accent"), 8), symbol: stops.map((stop) => stop.predicted.source === "estimated" ? "circle-open" : "circle") } }),
+    { type: "scatter", mode: "lines", showlegend: false, hoverinfo: "skip", line: { color: colour("accent"), width: 1 },
+      x: onFront.map((stop) => stop.predicted.latency_ms), y: onFront.map((stop) => stop.predicted.miou) },
+    dots("plans", stops.map(own), hovered, { customdata: stops.map((_, i) => i), marker: { ...marker("circle", colour("accent"), 8), symbol: stops.map((stop) => stop.predicted.source === "estimated" ? "circle-open" : "circle") } }),
     dots("operating points", others, (one) => `<b>operating point ${plain(one.name)}</b><br>${ms(one.x)}, ${one.y.toFixed(2)} % mIoU<br>images per exit ${one.predicted.exit_rates.map(percent).join(", ")}`,
       { marker: marker("diamond-open", colour("exit3"), 10) }),
     dots("baseline", [{ x: baseline.latency_ms, y: baseline.miou }], (one) => `<b>${plain(baseline.name)}</b><br>${ms(one.x)}, ${one.y.toFixed(2)} % mIoU`,
       { marker: marker("square", colour("text"), 11) }),
     dots("paper, as ratios", onPaper, (row) => `<b>paper, row ${row.row}</b>: ${row.network} on ${row.device}<br>${row.requirement}<br>${row.latency_ratio.toFixed(2)}x in latency, `
       + `${row.workload_ratio.toFixed(2)}x in workload, ${signed(row.miou_pp)} pp on MS-COCO`, { marker: marker("x-thin-open", colour("quiet"), 9) }),
-    dots("chosen plan", chosen, hovered, { marker: marker("star", colour("chosen"), 15) }),
-    dots("plan shown", [own(point)], hovered, { marker: marker("circle-open", colour("chosen"), 22, { line: { color: colour("chosen"), width: 3 } }) }),
+    dots("chosen plan", chosen, hovered, { customdata: [stops.findIndex((stop) => stop.chosen)], marker: marker("star", colour("chosen"), 15) }),
+    dots("plan shown", [own(point)], hovered, { hoverinfo: "skip", hovertemplate: null, marker: marker("circle-open", colour("chosen"), 22, { line: { color: colour("chosen"), width: 3 } }) }),
   ];
   const near = onPaper.filter((row) => row.miou_pp <= 0);
   const all = [...stops.map(own), ...others, { x: baseline.latency_ms, y: baseline.miou }];
@@ -103,6 +104,7 @@ function showCascade(stop) {
   document.getElementById("stages").replaceChildren(...stop.stages.map((stage, index) => {
     const times = stage.times, lines = [["reached by", percent(stage.arriving)]];
     lines.push(["leaves when", stage.cut === null ? (anytime ? "always reports" : "always, it is the last") : `${stage.cut}${stage.sure ? ` of ${stage.sure.cells}` : ""} cells are ${stage.threshold.toFixed(2)} sure`]);
+    if (anytime && stop.reports[index]) lines.push(["mIoU by then", stop.reports[index].miou.toFixed(2) + " %"]);
     if (times) {
       lines.push([times.segment, ms(times.segment_ms)], ["head and gate", ms(times.head_ms)]);
       if (times.decision_ms) lines.push(["decision", ms(times.decision_ms)]);
@@ -236,7 +238,7 @@ if (front) {
   document.getElementById("paper-table").replaceChildren(table("The paper's rows on MS-COCO, each against its own baseline", ["row", "latency", "workload", "mIoU, pp", "network", "device", "requirement"],
     front.paper.map((row) => [row.row, row.latency_ratio.toFixed(2) + "x", row.workload_ratio.toFixed(2) + "x", signed(row.miou_pp), row.network, row.device, row.requirement])));
   show(at);
-  document.getElementById("front-chart").on("plotly_click", (event) => { if (event.points[0].curveNumber === 0) show(event.points[0].pointNumber); });
+  document.getElementById("front-chart").on("plotly_click", (event) => { const point = event.points.find((one) => one.customdata !== undefined); if (point) show(point.customdata); });
 }
 if (costs) {
   if (costs.segments.length) drawing("segments-chart", segmentsChart)();
