@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mess_compile import __version__, latency
 from mess_compile.report.contents import Missing
-from mess_compile.search.plan import Certificate, Guarantee, Optimism, SearchResult
+from mess_compile.search.plan import Guarantee, Optimism, SearchResult
 
 
 def provenance_of(result: SearchResult | None, table: latency.LatencyTable | Missing) -> tuple[tuple[str, str], ...]:
@@ -27,7 +27,7 @@ def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
         ("chosen on", f"{plan.predicted.images} images of {plan.predicted.split}, as {plan.tuned_by} sees them"),
         ("latency table, SHA-256", plan.table_sha256),
         ("statistics, SHA-256", plan.statistics_sha256),
-        ("search", _proof(result.certificate)),
+        ("search", _proof(result)),
     ]
     if plan.power_mode is not None:
         told.append(("power mode", plan.power_mode))
@@ -35,27 +35,33 @@ def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
         told.append(("classes without a labelled pixel, in no mIoU", ", ".join(plan.absent_classes)))
     if plan.optimism is not None:
         told.append(("on other images of this kind", _expected(plan.optimism)))
+    elif result.without_optimism:
+        told.append(("on other images of this kind", f"not told: {result.without_optimism}"))
     if plan.guarantee is not None:
         told.append((f"certified at {100 * plan.guarantee.confidence:g} %", _certified(plan.guarantee)))
     return told
 
 
-def _proof(proof: Certificate) -> str:
+def _proof(result: SearchResult) -> str:
+    proof, held = result.certificate, result.plan.guarantee
     if proof.gap > 0:
-        return f"best found of {proof.space:,} plans; a better one could gain up to {proof.gap:g} in the objective"
+        return f"best found of {proof.space:,} plans; a better one could gain up to {proof.gap:.3g} in the objective"
+    if held is not None and held.place > 1:
+        return f"number {held.place} of {held.candidates} that err ever less than the best of {proof.space:,} plans"
     return f"best of {proof.space:,} plans, gap {proof.gap:g}"
 
 
 def _expected(told: Optimism) -> str:
     return (
-        f"about {max(0.0, told.miou_pp):.2f} pp less mIoU (spread over folds {told.spread_pp:.2f} pp), "
-        f"{told.latency_percent:+.1f} % in latency: {told.method}"
+        f"its mIoU, relative to the baseline's, changes by {-told.miou_pp:+.2f} pp (spread over folds "
+        f"{told.spread_pp:.2f} pp), its latency by {told.latency_percent:+.1f} %: {told.method}"
     )
 
 
 def _certified(told: Guarantee) -> str:
     return (
-        f"pixel error at most {told.risk_limit_pp:g} pp above the baseline's (bound {told.risk_bound_pp:.2f} pp, "
-        f"{told.risk_method}); mIoU at most {told.miou_drop_limit_pp:g} pp below (bound {told.miou_drop_bound_pp:.2f} "
-        f"pp, {told.miou_method}); on {told.images_certified} images it was not chosen on; {told.assumption}"
+        f"pixel error on average at most {told.risk_limit_pp:g} pp above the baseline's (bound "
+        f"{told.risk_bound_pp:.2f} pp, {told.risk_method}); mIoU at most {told.miou_drop_limit_pp:g} pp below (bound "
+        f"{told.miou_drop_bound_pp:.2f} pp, {told.miou_method}); on {told.images_certified} images it was not chosen "
+        f"on; {told.assumption}"
     )
