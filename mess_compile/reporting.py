@@ -25,6 +25,7 @@ from mess_compile.runtime.manifest import MANIFEST
 from mess_compile.search import plan as plans
 from mess_compile.search.figures import Evidence
 from mess_compile.search.plan import Plan, SearchResult
+from mess_compile.targets import find_target
 from mess_compile.workspace import Workspace
 
 Progress = Callable[[str, int, int], None]
@@ -37,7 +38,7 @@ _NO_PLAN = Missing("there is no current plan to show this of: run `mess-compile 
 def report(workspace: Workspace, device: str | None, output: Path | None, progress: Progress) -> tuple[Path, Report]:
     """Write the report of a device, of the one profiled last by default; what is missing says what to run."""
     page = extras.report_module("report.page")
-    name = device or workspace.memory().device
+    name = workspace.memory().device if device is None else find_target(device, workspace.root).name
     found = gathered(workspace, name, progress)
     path = output or workspace.root / "report.html"
     _write(path, page.report_page(found))

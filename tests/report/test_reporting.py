@@ -16,7 +16,7 @@ from mess_compile.report.contents import Benched, Missing, Report
 from mess_compile.report.page import max_err_text, report_page
 from mess_compile.report.strips import extremes
 from mess_compile.report.views import Classes
-from tests.commands import complaint, done, edit, overwrite, printed_json
+from tests.commands import complaint, done, edit, overwrite, printed_json, refused
 
 PARTS = ["plan", "classes", "latencies", "measured", "pictures"]
 LIMIT_BYTES = 6_000_000
@@ -61,6 +61,10 @@ class TestMissingParts:
         assert (
             told["missing"]["pictures"] == "host.mess is of another plan than the one chosen: run `mess-compile bundle`"
         )
+
+    def test_a_mistyped_device_is_no_empty_report(self, workspace: Path) -> None:
+        assert "xaveir" in refused(workspace, "report", "--device", "xaveir")
+        assert "xavier.json" in printed_json("-C", workspace, "report", "--device", "xavier")["missing"]["latencies"]
 
     @pytest.mark.parametrize("part", ["plans/host.json", "latency/host.json", "bench/host.json", "host.mess"])
     def test_what_is_damaged_is_named_and_the_rest_is_there(self, workspace: Path, part: str) -> None:

@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 
 from mess_compile.latency import Latency
+from mess_compile.report.contents import Found, Missing, Report
+from mess_compile.report.page import report_page
 from mess_compile.report.paper import paper_rows
 from mess_compile.report.views import classes_of, costs_of, plan_view, plan_views
 from mess_compile.search.figures import Evidence, plan_of_stages
@@ -159,3 +161,14 @@ def test_the_papers_rows_are_the_ratios_that_are_known_of_them() -> None:
     assert rows["iii"].latency_ratio == pytest.approx(2.23, abs=0.005)
     assert rows["viii"].miou_pp == pytest.approx(-1.0)
     assert rows["iii"].miou_pp == pytest.approx(-0.11)
+
+
+def test_a_page_with_hundreds_of_plans_stays_below_six_megabytes(evidence: Evidence) -> None:
+    """Beside pictures, which take less than 300 kB in base64: three images of five panels, 400 pixels wide."""
+    chosen = plan(evidence)
+    proof = Certificate(10, 10, 0, 0, 0.0, True)
+    view = plan_view(chosen, evidence, chosen=True)
+    found = Found(SearchResult(chosen, (chosen,) * 300, proof), (view,) * 300, None)
+    gone = Missing("run `this`")
+    page = report_page(Report("host", found, classes_of(evidence), gone, gone, gone, ()))
+    assert len(page.encode()) < 5_700_000
