@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.runtime.cascade import Cascade, load
-from mess_compile.runtime.engine import Engine, Tensor
+from mess_compile.runtime.engine import Engine, Tensor, open_library
 
 WARM_UP_ROUNDS = 10
 
@@ -62,6 +63,30 @@ def timed_in_any_order(actions: Sequence[Callable[[], object]]) -> list[float]:
 def run_all(steps: list[Step]) -> None:
     for engine, feeds in steps:
         engine.run(feeds)
+
+
+class AtOnce:
+    """An engine that computed a frame once, and from then on returns what it did then: what is left is the cascade."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._results: dict[str, Tensor] = {}
+        self.inputs, self.outputs, self.scratch_bytes = engine.inputs, engine.outputs, engine.scratch_bytes
+        self.run_timed, self.close = engine.run_timed, engine.close
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._results = self._results or self._engine.run(feeds)
+        return self._results
+
+
+def without_graphs_us(bundle: Path, name: str) -> float:
+    """The shortest of many calls whose engines return at once, in us: what no other load on the machine hides."""
+    library = open_library("onnxruntime")
+    load_engine = library.load
+    library.load = lambda path: AtOnce(load_engine(path))  # type: ignore[method-assign]
+    with load(bundle, library=library) as cascade:
+        frame = cascade.archive.array(name)
+        return min(timeit.repeat(lambda: cascade(frame), number=50, repeat=20)) / 50 * 1e6
 
 
 FIRST_PREDICTION = """
@@ -129,6 +154,8 @@ def main() -> None:
         one_file = None if options.single_file is None else cascade.library.load(options.single_file)
         names = [golden.frame for golden in cascade.manifest.golden_of(cascade.plan)]
         costs = [own_cost(cascade, name, baseline, one_file, options.rounds) for name in names]
+    python_us = max(without_graphs_us(options.bundle, name) for name in names)
+    print(f"a call whose engines return at once takes {python_us:.0f} us at most (shortest of many)")
     most_us, most_share = np.max(costs, axis=0)
     print(f"own cost at most {most_us:.0f} us, {100 * most_share:.2f} % of the baseline")
     sys.exit(0 if most_us <= 150 and most_share <= 0.01 and first_s <= 1 else 1)
