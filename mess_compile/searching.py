@@ -32,13 +32,15 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class SearchOptions:
     """How to search: the recipes (None: all that were profiled), what the front is by, when to end, and whether the
-    plan is certified at a `confidence` (0.95), on sequences drawn by `seed`."""
+    plan is certified at a `confidence` (0.95), on sequences drawn by `seed`. `output` is where the plan goes instead of
+    the workspace's own place, of one device."""
 
     precisions: tuple[str, ...] | None = None
     front_by: tuple[str, ...] = plans.FRONT_BY
     time_limit_s: float | None = None
     confidence: float | None = None
     seed: int = 0
+    output: Path | None = None
 
 
 def search(
@@ -55,6 +57,7 @@ def search(
     cross-validation after it without a figure.
     """
     targets = [target_of(workspace, device) for device in dict.fromkeys(devices or (None,))]
+    _refuse_to_overwrite(options.output, len(targets))
     clock = Clock(math.inf if options.time_limit_s is None else options.time_limit_s)
     evidences = {t.name: _evidences(workspace, t, split, progress, options.precisions) for t in targets}
     results = []
@@ -65,17 +68,30 @@ def search(
             )
         except RequirementError as error:
             raise RequirementError(f"{name}: {error}" if len(evidences) > 1 else str(error)) from error
-    _write(workspace, results)
+    _write(workspace, results, options.output)
     if options.confidence is not None:
         return tuple(results)
     told = tuple(_expected(list(evidences.values()), results, requirement, options, workspace.searches, progress))
-    _write(workspace, told)
+    _write(workspace, told, options.output)
     return told
 
 
-def _write(workspace: Workspace, results: Sequence[plans.SearchResult]) -> None:
+def _refuse_to_overwrite(output: Path | None, devices: int) -> None:
+    """Raises InputError when the plans of all devices cannot go there, or something other than a plan is there."""
+    if output is None:
+        return
+    if devices > 1:
+        raise InputError(f"{output} takes the plan of one device, and {devices} are given: leave -o out")
+    if output.exists():
+        try:
+            plans.read_result(output)
+        except InputError as error:
+            raise InputError(f"{output} is there and is no plan: name another file, or move it away") from error
+
+
+def _write(workspace: Workspace, results: Sequence[plans.SearchResult], output: Path | None) -> None:
     for result in results:
-        plans.write_result(workspace.plan(result.plan.device), result)
+        plans.write_result(output or workspace.plan(result.plan.device), result)
     workspace.remember(device=results[0].plan.device)
 
 

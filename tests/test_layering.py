@@ -53,6 +53,10 @@ ALLOWED = {
         *("recording", "remote", "search", "sharing", "sparing", "targets", "thrift", "trtexec_session", "workspace"),
         *("runtime",),
     },
+    "searching": {
+        *("candidates", "common_graphs", "compiling", "latency", "recipes", "recording", "search", "targets"),
+        *("workspace", "runtime"),
+    },
     "workers": set(),
     "building": {"files", "workers", "candidates", "engines", "graph", "targets", "runtime"},
     "samples": {"files", "runtime"},

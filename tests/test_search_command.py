@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,14 +178,10 @@ class TestTwice:
         plan = workspace / "plans" / "host.json"
         done("-C", workspace, "search", "--max-err", "50%")
         first = plan.read_bytes()
-        kept = list((workspace / "search").iterdir())
-        assert kept
+        assert contents(workspace / "search")
         done("-C", workspace, "search", "--max-err", "50%")
         assert plan.read_bytes() == first
-        for folder in kept:
-            for path in folder.iterdir():
-                path.unlink()
-            folder.rmdir()
+        shutil.rmtree(workspace / "search")
         done("-C", workspace, "search", "--max-err", "50%")
         assert plan.read_bytes() == first
 
@@ -274,3 +271,18 @@ def test_profile_for_takes_the_new_bounds_and_names_those_it_does_not_know(works
     assert run("-C", workspace, "profile", "--for", "--max-latency-p95 20").exit_code == 1
     message = complaint("-C", workspace, "profile", "--for", "--max-latency-p95 20")
     assert "--max-latency-p95 '20' has no unit" in message
+
+
+def test_a_plan_of_its_own_name_goes_into_a_bundle(workspace: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "apart.json"
+    before = (workspace / "plans" / "host.json").read_bytes()
+    assert f"bundle {plan}" in done("-C", workspace, "search", "--max-err", "100%", "-o", plan)
+    assert (workspace / "plans" / "host.json").read_bytes() == before
+    done("-C", workspace, "bundle", plan, "-o", tmp_path / "apart.mess")
+    other = tmp_path / "notes.txt"
+    other.write_text("mine")
+    assert "is there and is no plan" in refused(workspace, "search", "--max-err", "100%", "-o", other)
+    assert other.read_text() == "mine"
+    two = "--device", "host", "--device", "xavier"
+    several = refused(workspace, "search", "--max-err", "100%", "-o", plan, *two)
+    assert "takes the plan of one device" in several

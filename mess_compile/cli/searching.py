@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli.options import json_option, print_inspection
+from mess_compile.cli.options import FILE, json_option, print_inspection
 from mess_compile.console import print_json, print_next, print_table, progress_bar, quoted
 from mess_compile.runtime.errors import InputError
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 @click.option("--time-limit", help="Such as 60s: the best plan found by then, and what a better one could still gain.")
 @click.option("--confidence", help="Such as 95%: certify that --max-err holds on unseen images of the same kind.")
 @click.option("--seed", type=click.IntRange(0), help="Of the images that --confidence certifies on; 0 by default.")
+@click.option("-o", "--output", type=FILE, help="Where the plan goes; plans/DEVICE.json in the workspace by default.")
 @click.option("--explain", is_flag=True, help="Also say why: what exits bring, requirements cost, and what would help.")
 @json_option
 @click.pass_obj
@@ -63,6 +65,7 @@ def search(
     time_limit: str | None,
     confidence: str | None,
     seed: int | None,
+    output: Path | None,
     explain: bool,
     as_json: bool,
     **options: Any,
@@ -82,6 +85,7 @@ def search(
         time_limit_s=None if time_limit is None else parse_seconds(time_limit, "--time-limit"),
         confidence=None if confidence is None else parse_confidence(confidence),
         seed=seed or 0,
+        output=output,
     )
     with progress_bar(as_json) as progress:
         results = steps.search(workspace, devices, split, requirement, progress, how)
@@ -105,7 +109,7 @@ def search(
             print_inspection(reason)
         _print_proof(result, requirement)
     if common is None:
-        return print_next("bundle")
+        return print_next("bundle" if output is None else f"bundle {quoted(output)}")
     _print_shared(common, len(results))
     return print_next(*(f"bundle {quoted(workspace.plan(result.plan.device))}" for result in results))
 
@@ -201,7 +205,18 @@ def thrift_of(wishes: tuple[str, ...], budget: str | None) -> Any:
 
 def _wish(text: str) -> Any:
     """A requirement as the options of `search` say it."""
-    known = {"devices", "split", "precision", "front", "time_limit", "explain", "as_json", "confidence", "seed"}
+    known = {
+        "devices",
+        "split",
+        "precision",
+        "front",
+        "time_limit",
+        "explain",
+        "as_json",
+        "confidence",
+        "seed",
+        "output",
+    }
     try:
         options = search.make_context("profile --for", shlex.split(text)).params
     except (click.UsageError, ValueError) as error:
