@@ -71,7 +71,7 @@ class TestBounds:
                 entry["energy_mj"] = 5 * entry["mean_ms"]
 
         edit(workspace / "latency" / "host.json", told)
-        figures = printed_json("-C", workspace, "search", "--optimise", "energy", "--max-energy", "1x")["plan"]
+        figures = printed_json("-C", workspace, "search", "--optimise", "energy", "--max-energy", "100x")["plan"]
         assert figures["predicted"]["energy_mj"] == pytest.approx(5 * figures["predicted"]["latency_ms"], rel=1e-4)
         assert "mJ" in done("-C", workspace, "search")
         edit(workspace / "latency" / "host.json", lambda content: content["entries"][0].update(energy_mj=None))
