@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from os.path import realpath
@@ -475,7 +475,8 @@ def bench(
             _check_sources(workspace, plan.target, plan.sources, tuning)
         (engines,) = _engine_files(workspace, device, (plan.precision.partition("-")[0],), None, None, progress)
         found = benches.bench(cascade, engines, table, folder, _tuned_on(workspace, plan), passes, progress)
-        write_bench(workspace.bench(plan.target), found, plan)
+        with suppress(OSError):  # a workspace that cannot be written is measured all the same
+            write_bench(workspace.bench(plan.target), found, plan)
         return found
 
 

@@ -120,10 +120,13 @@ class TestStronger:
         expected = table["upload"] + table["baseline-alone"] + table["download"]
         assert plan["baseline"]["latency_ms"] == pytest.approx(expected)
 
-    def test_a_stated_miou_still_replaces_its_own(self, workspace: Path) -> None:
+    def test_a_stated_miou_is_what_the_error_counts_from_and_its_own_stays(self, workspace: Path) -> None:
+        own = printed_json("-C", workspace, "search", "--max-err", "100%")["plan"]["baseline"]["miou"]
         shown = done("-C", workspace, "search", "--max-err", "1%", "--baseline", "1.5%")
         assert "baseline-alone  " in shown
-        assert printed_json("-C", workspace, "inspect", "plan")["plan"]["baseline"]["miou"] == 1.5
+        assert "error counted from 1.50 % mIoU" in shown
+        plan = printed_json("-C", workspace, "inspect", "plan")["plan"]
+        assert (plan["baseline"]["miou"], plan["reference_miou"]) == (own, 1.5)
 
     def test_bench_measures_it_and_reports_the_final_exit_beside(self, strong: Path) -> None:
         found = bench(strong)

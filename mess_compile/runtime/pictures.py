@@ -22,12 +22,14 @@ def read_picture(path: Path) -> np.ndarray:
         if size > _MAX_BYTES:
             raise InputError(f"{path} has {size} bytes, more than the {_MAX_BYTES} of any picture")
         content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     try:
         return _decoded(content, path)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{path} cannot be read: {error}") from error
 
 
 def _decoded(content: bytes, path: Path) -> np.ndarray:
