@@ -13,6 +13,7 @@ import os
 import sys
 
 sys.dont_write_bytecode = True  # an unpacked bundle stays as it is
+sys.path[0] = os.path.realpath(sys.path[0])  # a link to it may be switched while it runs
 from pathlib import Path
 
 from mess_compile.runtime.__main__ import main
@@ -60,6 +61,7 @@ def _how(manifest: Manifest) -> list[str]:
         f"    python3 {name} info                       # plans, figures, operating points",
         f"    python3 {name} verify                     # does this machine compute what was evaluated, and as fast?",
         f"    python3 {name} run frame.png -o pictures  # labels as a palette PNG, and an overlay",
+        f"    python3 {name} watch FOLDER               # every frame that is renamed into FOLDER/in, until the end",
         *_choice(manifest),
         "",
         f"From a program, with {name} on sys.path or mess-compile installed:",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mess_compile import bundle, files
 from mess_compile.candidates import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
 from mess_compile.measurements import Measurements
-from mess_compile.runtime import archive
+from mess_compile.runtime import archive, signature
 from mess_compile.runtime.manifest import Manifest, StageCost
 from mess_compile.search.figures import plan_graphs
 from mess_compile.search.plan import Figures, Plan, PlanGraph, Stage, default_point
@@ -142,12 +143,14 @@ def part(graphs: GraphSet, of: Plan, recipe: str = "fp32") -> bundle.Part:
     return bundle.Part(graphs, of, measurements(len(of.stages)))
 
 
-def changed_bundle(source: Path, target: Path, change: Callable[[Manifest], Manifest]) -> Path:
+def changed_bundle(source: Path, target: Path, change: Callable[[Manifest], Manifest], key: Path | None = None) -> Path:
     """A bundle of the same files with another manifest."""
     opened = archive.open_archive(source)
     try:
-        sources: dict[str, Path | bytes] = {name: opened.folder / name for name in opened.manifest.files}
-        archive.write_archive(target, change(opened.manifest), sources)
+        manifest = change(opened.manifest)
+        sources: dict[str, Path | bytes] = {name: opened.folder / name for name in manifest.files}
+        signed = None if key is None else partial(signature.sign, key=key)
+        archive.write_archive(target, manifest, sources, signed)
     finally:
         opened.close()
     return target

@@ -17,8 +17,9 @@ from mess_compile.runtime.cascade import Cascade, Prediction, load
 from mess_compile.runtime.errors import InputError, MessError, one_line
 from mess_compile.runtime.manifest import Manifest
 from mess_compile.runtime.pictures import read_picture, write_labels, write_picture
-from mess_compile.runtime.signature import Signers
+from mess_compile.runtime.signature import Signers, installed_signers
 from mess_compile.runtime.verify import LATENCY_FACTOR, Demands, verify_bundle
+from mess_compile.runtime.watch import watch
 
 
 def main(arguments: Optional[List[str]] = None, bundle: Optional[Path] = None) -> int:
@@ -74,6 +75,7 @@ def _parser(bundle: Optional[Path]) -> argparse.ArgumentParser:
         ("info", _info, "what the bundle is"),
         ("verify", _verify, "hashes, signature, golden frames, latency: one line each"),
         ("run", _run, "segment pictures: labels as a palette PNG, and an overlay"),
+        ("watch", _watch, "segment every picture that is renamed into FOLDER/in, until the end; metrics in FOLDER"),
     ):
         command = commands.add_parser(name, help=words, description=words)
         command.set_defaults(do=do)
@@ -81,6 +83,7 @@ def _parser(bundle: Optional[Path]) -> argparse.ArgumentParser:
             command.add_argument("bundle", type=Path)
         else:
             command.set_defaults(bundle=bundle)
+        command.set_defaults(inside=bundle is not None)
         if name != "info":
             command.add_argument("--target", help="the plan to use; the first that fits this machine by default")
             command.add_argument("--allowed-signers", type=Path, help="who must have signed it, as ssh-keygen reads it")
@@ -88,6 +91,8 @@ def _parser(bundle: Optional[Path]) -> argparse.ArgumentParser:
         if name == "verify":
             command.add_argument("--require-signature", action="store_true", help="fail without --allowed-signers")
             command.add_argument("--latency-factor", type=_factor, default=LATENCY_FACTOR, help="default: %(default)s")
+        if name == "watch":
+            command.add_argument("folder", type=Path, help="labels go to FOLDER/out, what is none to FOLDER/refused")
         if name == "run":
             command.add_argument("images", type=Path, nargs="+", help="PNG; others where Pillow is installed")
             command.add_argument("-o", "--output", type=Path, default=Path("predictions"), help="default: %(default)s")
@@ -192,6 +197,14 @@ def _misses(cascade: Cascade, deadline_ms: float) -> str:
         f"deadline {deadline_ms:g} ms: of {metrics.deadline_frames} pictures the first result came too late for "
         f"{metrics.missed_first}, a later one for {metrics.missed_later}"
     )
+
+
+def _watch(options: argparse.Namespace) -> int:
+    signers = _signers(options) or installed_signers()
+    while watch(options.bundle, options.folder, options.target, signers):
+        if options.inside:  # the program is the bundle's, too
+            os.execv(sys.executable, [sys.executable, str(options.bundle), *sys.argv[1:]])
+    return 0
 
 
 def _write(cascade: Cascade, prediction: Prediction, stem: Path, frame: np.ndarray) -> str:

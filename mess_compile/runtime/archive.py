@@ -201,6 +201,7 @@ def _opener(content: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], IO[
 @contextmanager
 def _entries_of_folder(path: Path) -> Iterator[Dict[str, _Entry]]:
     entries: Dict[str, _Entry] = {}
+    path = path.resolve()  # a link to it may be switched meanwhile
     for name, found in _walk(path, "", _MAX_DEPTH):
         if not stat.S_ISREG(found.st_mode) or len(entries) == _MAX_ENTRIES:
             raise BundleError(f"{path}: {name!r:.200} is not a plain file of a bundle: links and devices are refused")

@@ -5,6 +5,7 @@ The manifest lists every other file with its SHA-256, so that the signature cove
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import List, Optional
 from mess_compile.runtime.errors import BundleError, InputError, one_line
 
 NAMESPACE = "mess-compile-bundle"
+INSTALLED = Path("/etc/mess-compile/allowed_signers")
+"""Whose bundles a device takes, by the word of its administrator; a user's own file counts where there is none."""
 _TIMEOUT_S = 60
 
 
@@ -23,6 +26,15 @@ class Signers:
 
     file: Path
     identity: Optional[str] = None
+
+
+def installed_signers() -> Optional[Signers]:
+    """Whose signature counts on this machine: INSTALLED, or `mess-compile/allowed_signers` in the user's settings."""
+    settings = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    for file in (INSTALLED, settings / "mess-compile" / "allowed_signers"):
+        if os.path.lexists(file):
+            return Signers(file)
+    return None
 
 
 def sign(content: bytes, key: Path) -> bytes:

@@ -1,0 +1,126 @@
+"""Frame after frame from a folder, by the version of a bundle that is in use; a new one is taken up between frames.
+
+FOLDER/in/NAME.png              frames, renamed into it when they are whole; removed when their labels are written
+FOLDER/out/NAME.labels.png      labels as a palette PNG
+FOLDER/refused/                 what is no picture, or what no engine could compute
+FOLDER/metrics.prom             for Prometheus (node_exporter's textfile collector)
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Iterator, List, Optional, Tuple
+
+from mess_compile.runtime.cascade import Cascade, load
+from mess_compile.runtime.errors import MessError
+from mess_compile.runtime.manifest import MANIFEST
+from mess_compile.runtime.pictures import read_picture, write_labels
+from mess_compile.runtime.signature import Signers
+
+METRICS_S = 10.0
+_LOOK_S = 0.02
+_FULL_S = 1.0
+_BUNDLE_S = 0.25
+"""How often one looks whether there is another version."""
+
+
+def watch(bundle: Path, folder: Path, target: Optional[str], signers: Optional[Signers]) -> bool:
+    """Segment what arrives until SIGTERM or SIGINT: False; or until the bundle was replaced: True.
+
+    A frame stays where it is until its labels are written: one who is killed here loses none. Raises MessError when
+    the bundle does not load.
+    """
+    for name in ("in", "out", "refused"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    known = _version(bundle)
+    with _ending() as ended, load(bundle, target, on_failure="fallback", signers=signers) as cascade:
+        told, looked = 0.0, time.monotonic()
+        while not ended:
+            frames = _frames(folder / "in")
+            if frames:
+                _segment(cascade, frames[0], folder)
+            if time.monotonic() - told >= METRICS_S:
+                _write_metrics(cascade, folder / "metrics.prom")
+                told = time.monotonic()
+            if time.monotonic() - looked >= _BUNDLE_S:
+                if _version(bundle) not in (known, None):
+                    break
+                looked = time.monotonic()
+            if not frames:
+                time.sleep(_LOOK_S)
+        _write_metrics(cascade, folder / "metrics.prom")
+        return not ended
+
+
+@contextmanager
+def _ending() -> Iterator[List[int]]:
+    """The signals to end that have come."""
+    come: List[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        come.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield come
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _version(bundle: Path) -> Optional[Tuple[str, int]]:
+    """By what one sees that the bundle is another; None for a moment in which there is none."""
+    place = os.path.realpath(bundle)
+    try:
+        found = os.stat(os.path.join(place, MANIFEST) if os.path.isdir(place) else place)
+    except OSError:
+        return None
+    return place, found.st_ino
+
+
+def _frames(folder: Path) -> List[Path]:
+    """What has arrived, the oldest first; hidden files are still being written."""
+    arrived = []
+    with os.scandir(folder) as found:
+        for entry in found:
+            with suppress(FileNotFoundError):  # somebody took it away
+                if not entry.name.startswith(".") and entry.is_file():
+                    arrived.append((entry.stat().st_mtime_ns, entry.name))
+    return [folder / name for _, name in sorted(arrived)]
+
+
+def _segment(cascade: Cascade, path: Path, folder: Path) -> None:
+    try:
+        prediction = cascade(read_picture(path))
+    except MessError as error:
+        _complain(error)
+        with suppress(FileNotFoundError):
+            os.replace(path, folder / "refused" / path.name)
+        return
+    try:
+        colours = cascade.manifest.network.colours
+        write_labels(folder / "out" / f"{path.stem}.labels.png", prediction.labels, colours)
+    except MessError as error:  # a full disk: the frame waits
+        _complain(error)
+        time.sleep(_FULL_S)
+        return
+    with suppress(FileNotFoundError):
+        path.unlink()
+
+
+def _complain(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _write_metrics(cascade: Cascade, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_text(cascade.metrics().to_prometheus(), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:  # frames matter more
+        _complain(error)
