@@ -82,11 +82,43 @@ def write_bundle(
     with files.replaced(path) as temporary:
         archive.write_archive(temporary, content, sources.files)
         golden = tuple(case for plan in plans for case in _golden(temporary, plan.name, golden_frames, sources))
-        for name, text in {**device_files.runtime_files(), device_files.README: device_files.readme(content)}.items():
+        for name, text in device_files.runtime_files().items():
             sources.add(name, text)
-        complete = replace(content, golden=golden, files=sources.listed())
-        signed = None if key is None else lambda content: signature.sign(content, key)
-        archive.write_archive(temporary, complete, sources.files, signed)
+        return _completed(temporary, content, golden, sources, key)
+
+
+def write_retuned(
+    path: Path, opened: archive.Archive, plan: manifest.Plan, key: Path | None = None
+) -> manifest.Manifest:
+    """Write an open bundle once more, with other thresholds in the plan of this name; graphs and golden frames stay.
+
+    Raises InputError.
+    """
+    known = opened.manifest
+    others = tuple(golden for golden in known.golden if golden.plan != plan.name)
+    shared = {name for golden in others for name in (golden.frame, golden.labels)}
+    made = {name for golden in known.golden_of(plan) for name in (golden.frame, golden.labels)} - shared
+    sources = _Sources()
+    for name in known.files:
+        if name not in made | {device_files.README}:
+            sources.add(name, opened.folder / name)
+    plans = tuple(plan if each.name == plan.name else each for each in known.plans)
+    content = replace(known, plans=plans, golden=(), files=sources.listed())
+    frames = [opened.array(golden.frame) for golden in known.golden_of(plan)]
+    with files.replaced(path) as temporary:
+        archive.write_archive(temporary, content, sources.files)
+        golden = (*others, *_golden(temporary, plan.name, frames, sources))
+        return _completed(temporary, content, golden, sources, key)
+
+
+def _completed(
+    path: Path, content: manifest.Manifest, golden: tuple[manifest.Golden, ...], sources: _Sources, key: Path | None
+) -> manifest.Manifest:
+    """Write the bundle that is in `path` again, with golden frames, the README and the signature."""
+    sources.add(device_files.README, device_files.readme(content))
+    complete = replace(content, golden=golden, files=sources.listed())
+    signed = None if key is None else lambda content: signature.sign(content, key)
+    archive.write_archive(path, complete, sources.files, signed)
     return complete
 
 

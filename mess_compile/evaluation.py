@@ -91,14 +91,14 @@ def _evaluated(
     groups: list[str] = []
     scores: list[Score] = []
 
-    def countable() -> Iterator[tuple[Image, Image, NDArray[np.bool_]]]:
+    def checked() -> Iterator[tuple[Image, Image, NDArray[np.bool_]]]:
         for image_id, group, frame, labels in images:
-            known = _countable(image_id, frame, labels, classes, ignore)
+            known = countable(image_id, frame, labels, classes, ignore)
             ids.append(image_id)
             groups.append(group)
             yield frame, labels, known
 
-    for each in score(countable()):
+    for each in score(checked()):
         scores.append(each)
         progress(len(scores))
     if not scores:
@@ -286,7 +286,7 @@ def _cells(candidate: CandidateNetwork, exit_point: int) -> int:
     return height * width
 
 
-def _countable(image_id: str, frame: Image, labels: Image, classes: int, ignore: frozenset[int]) -> NDArray[np.bool_]:
+def countable(image_id: str, frame: Image, labels: Image, classes: int, ignore: frozenset[int]) -> NDArray[np.bool_]:
     """The pixels (H, W) that count. Raises InputError."""
     if labels.shape != frame.shape[:2]:
         raise InputError(f"image {image_id}: labels of shape {labels.shape} do not fit a frame of {frame.shape[:2]}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mess_compile.candidates import GraphSet
@@ -37,7 +37,7 @@ def measurements_of(
         costs=tuple(_cost(table, graph_set, names, stage) for stage, names in pairs),
         upload_mean_ms=table.cost_ns(UPLOAD) / 1e6,
         upload_p99_ms=table.cost_ns(UPLOAD, quantity="p99_ms") / 1e6,
-        confidence=((),) * len(plan.stages) if statistics is None else _confidence(plan, statistics),
+        confidence=((),) * len(plan.stages) if statistics is None else confidence_histograms(plan.stages, statistics),
         environment={**table.environment, "library_version": table.library_version},
     )
 
@@ -56,11 +56,12 @@ def _cost(table: LatencyTable, graph_set: GraphSet, graphs: StageGraphs, stage: 
     return manifest.StageCost((mean + decision) / 1e6, p99 / 1e6, report_mean / 1e6, report_p99 / 1e6)
 
 
-def _confidence(plan: Plan, statistics: ExitStatistics) -> tuple[tuple[int, ...], ...]:
-    taken = exits_taken(statistics, plan.stages)  # (n,)
+def confidence_histograms(stages: Sequence[Stage], statistics: ExitStatistics) -> tuple[tuple[int, ...], ...]:
+    """For each stage the images that reach it, by the share of its cells that are sure."""
+    taken = exits_taken(statistics, stages)  # (n,)
     return tuple(
         _histogram(statistics, stage, [image for image, exit_ in enumerate(taken) if exit_ >= index])
-        for index, stage in enumerate(plan.stages)
+        for index, stage in enumerate(stages)
     )
 
 

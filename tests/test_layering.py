@@ -67,6 +67,11 @@ ALLOWED = {
     "ssh": {"runtime"},
     "remote": {"files", "ssh", "runtime"},
     "sessions": {"files", "graph", "remote", "runtime"},
+    "retuning": {
+        *("bundle", "candidates", "dataset", "evaluation", "measurements", "remote", "search", "sessions"),
+        *("statistics", "runtime"),
+    },
+    "ship": {"remote", "retuning", "sessions", "runtime"},
     "trtexec_session": {
         *("candidates", "files", "forecast", "graph", "latency", "remote", "sessions", "targets", "trtexec", "runtime"),
     },

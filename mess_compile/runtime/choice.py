@@ -21,14 +21,14 @@ def matching_plans(manifest: Manifest, target: Optional[str], library: Optional[
     if target is None:
         plans = [plan for plan in manifest.plans if plan.library in known]
     else:
-        plans = _named(manifest.plans, target)
+        plans = named_plans(manifest.plans, target)
     if not plans:
         wanted = f"the target {target}" if target is not None else f"a library of {', '.join(known)}"
         raise InputError(f"bundle {manifest.name} has no plan for {wanted}; it has {_told(manifest.plans)}")
     return _for_this_machine(plans, manifest.name) if len({plan.target for plan in plans}) > 1 else plans
 
 
-def _named(plans: Tuple[Plan, ...], target: str) -> List[Plan]:
+def named_plans(plans: Tuple[Plan, ...], target: str) -> List[Plan]:
     """The plan of that name, or all of a target; a recipe may be named by its precision alone: fp16 for fp16-1f2e3d."""
     exactly = [plan for plan in plans if plan.name == target]
     about = [p for p in plans if target in (p.target, f"{p.target}:{p.precision.partition('-')[0]}")]

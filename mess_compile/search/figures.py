@@ -156,7 +156,7 @@ def figures_of_stages(evidence: Evidence, setting: str, stages: Sequence[Stage])
     workload = np.array(exit_macs(evidence.candidate, heads), np.int64)[exits]  # (n,)
     return Figures(
         latency_ms=int(costs.sum()) / statistics.images / 1e6,
-        p95_ms=_percentile(costs, 95) / 1e6,
+        p95_ms=percentile(costs, 95) / 1e6,
         worst_ms=exit_costs_ns(evidence, setting, heads, "p99_ms")[-1] / 1e6,
         miou=_best_report(statistics, heads) if setting == "anytime" else mixture_miou(statistics, heads, exits),
         gmacs=int(workload.sum()) / statistics.images / 1e9,
@@ -279,7 +279,7 @@ def _memory_of_graphs(graph_set: GraphSet, names: Iterable[str]) -> int:
     return weights + max(spec.workspace_bytes for spec in specs) + sum(tensor.bytes for tensor in tensors)
 
 
-def _percentile(costs: NDArray[np.int64], percent: int) -> int:
+def percentile(costs: NDArray[np.int64], percent: int) -> int:
     """The smallest cost that at least `percent` of the images do not exceed."""
     return int(np.sort(costs)[-(-percent * costs.size // 100) - 1])
 

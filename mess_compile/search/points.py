@@ -13,6 +13,7 @@ from mess_compile.search.figures import Evidence, exit_costs_ns, exits_taken, fi
 from mess_compile.search.front import front_groups
 from mess_compile.search.plan import POINT_NAMES, Figures, OperatingPoint, Stage, decisions_of, default_point
 from mess_compile.search.space import head_options, nobody
+from mess_compile.statistics import ExitStatistics
 
 Index = NDArray[np.intp]
 Ints = NDArray[np.int64]
@@ -32,7 +33,8 @@ def operating_points(
     default = default_point(stages, predicted)
     if setting != "input-dependent" or len(stages) == 1:
         return (default,)
-    cost_ns, mious, members = _front(evidence, stages)
+    costs = exit_costs_ns(evidence, "input-dependent", [stage.head for stage in stages])
+    cost_ns, mious, members = thresholds_front(evidence.statistics, stages, costs)
     cost = _cost_ns(evidence, stages)
     faster = np.flatnonzero((cost_ns < cost) & (mious < predicted.miou))
     slower = np.flatnonzero((cost_ns > cost) & (mious > predicted.miou))
@@ -59,15 +61,17 @@ def _cost_ns(evidence: Evidence, stages: Sequence[Stage]) -> int:
     return int(np.array(costs, np.int64)[exits_taken(evidence.statistics, stages)].sum())
 
 
-def _front(evidence: Evidence, stages: Sequence[Stage]) -> Front:
-    """Every threshold row and cut at the early stages, evaluated exactly; of equals the first by text."""
-    statistics, scores = evidence.statistics, Scores(evidence.statistics)
+def thresholds_front(statistics: ExitStatistics, stages: Sequence[Stage], costs: Sequence[int]) -> Front:
+    """Every threshold row and cut at the early stages, evaluated exactly; of equals the first by text.
+
+    `costs` are those of an image that ends at each stage, in ns.
+    """
+    scores = Scores(statistics)
     early, last = [stage.head for stage in stages[:-1]], stages[-1]
     options = [head_options(statistics, head) for head in early]
     first, second = options if len(options) == 2 else (nobody(statistics.images), *options)
     blocks = states_of_pair(first, second)
     found = merged([best_outcomes(scores, (early[0], early[-1]), last.head, first.leaves, each) for each in blocks])
-    costs = exit_costs_ns(evidence, "input-dependent", [*early, last.head])
     left = statistics.images - found.at_first - found.at_second
     cost_ns = found.at_first * costs[0] + found.at_second * costs[-2] + left * costs[-1]
     taken = [found.first, found.second][-len(early) :]

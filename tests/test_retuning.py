@@ -1,0 +1,169 @@
+"""Thresholds chosen again on a device: the fastest that keep what the plan promises, by an independent count."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mess_compile.retuning import chosen_stages
+from mess_compile.runtime import archive, manifest
+from mess_compile.search.plan import Stage
+from mess_compile.statistics import ExitStatistics, read_statistics
+from tests.commands import ANY_SPEED, printed_json
+from tests.remote_device import Device, remote_device
+from tests.shipping import keys
+from tests.small_network import changed_bundle
+
+
+def all_leave_at_once(described: manifest.Manifest) -> manifest.Manifest:
+    """As if the device's precision had made the first exit far too sure: the plan promises what it did."""
+    (plan,) = described.plans
+    stages = (replace(plan.stages[0], cut=0), *plan.stages[1:])
+    points = tuple(
+        replace(point, decisions=(manifest.Decision(stages[0].row, 0), *point.decisions[1:]))
+        if point.name == "default"
+        else point
+        for point in plan.operating_points
+    )
+    return replace(described, plans=(replace(plan, stages=stages, operating_points=points),))
+
+
+def miou(statistics: ExitStatistics, heads: list[str], exits: list[int]) -> float:
+    """In percent, image by image and class by class."""
+    found = []
+    for label in range(len(statistics.classes)):
+        right = total = labelled = 0
+        for image, exit_ in enumerate(exits):
+            head = statistics.heads.index(heads[exit_])
+            right += int(statistics.intersection[image, head, label])
+            total += int(statistics.predicted[image, head, label])
+            labelled += int(statistics.labelled[image, label])
+        if labelled:
+            found.append(right / (total + labelled - right))
+    return 100 * sum(found) / len(found)
+
+
+def exits_of(statistics: ExitStatistics, stages: tuple[Stage, ...]) -> list[int]:
+    taken = []
+    for image in range(statistics.images):
+        for index, stage in enumerate(stages):
+            count = int(statistics.counts[image, statistics.heads.index(stage.head), stage.row])
+            if index == len(stages) - 1 or (stage.cut is not None and count >= stage.cut):
+                taken.append(index)
+                break
+    return taken
+
+
+def cost_ms(plan: manifest.Plan, exit_: int) -> float:
+    reached = plan.costs[: exit_ + 1]
+    return plan.upload_mean_ms + sum(cost.mean_ms for cost in reached) + reached[-1].report_mean_ms
+
+
+@pytest.fixture(scope="module")
+def known(finished: Path) -> tuple[ExitStatistics, manifest.Plan, tuple[Stage, ...]]:
+    """What the plan was chosen by, and the plan."""
+    statistics = read_statistics(finished / "statistics" / "val")
+    with closing(archive.open_archive(finished / "host.mess")) as opened:
+        (plan,) = opened.manifest.plans
+    stages = tuple(Stage(stage.exit_point, stage.head, stage.row, stage.cut) for stage in plan.stages)
+    return statistics, plan, stages
+
+
+def test_thresholds_that_do_what_they_promised_stay(
+    known: tuple[ExitStatistics, manifest.Plan, tuple[Stage, ...]],
+) -> None:
+    assert chosen_stages(*known) == known[2]
+
+
+@pytest.mark.parametrize("below", [0.0, 2.0, 5.0, 1000.0])
+def test_the_fastest_that_keep_the_promised_miou_take_their_place(
+    known: tuple[ExitStatistics, manifest.Plan, tuple[Stage, ...]], below: float
+) -> None:
+    statistics, plan, stages = known
+    heads = [stage.head for stage in stages]
+    if len(stages) != 2:
+        pytest.skip("the count below is of one early exit")
+    promised = plan.predicted.miou - below
+    plan = replace(plan, predicted=replace(plan.predicted, miou=promised, latency_ms=0.0))
+    chosen = chosen_stages(statistics, plan, stages)
+
+    def outcome(of: tuple[Stage, ...]) -> tuple[float, float]:
+        taken = exits_of(statistics, of)
+        return sum(cost_ms(plan, exit_) for exit_ in taken), miou(statistics, heads, taken)
+
+    head = statistics.heads.index(heads[0])
+    rivals = {}
+    for row in range(statistics.counts.shape[2]):
+        counts = {int(count) for count in statistics.counts[:, head, row]}
+        for cut in counts - {min(counts)}:  # where all leave, the second exit is none
+            rival = (replace(stages[0], row=row, cut=cut), stages[1])
+            rivals[row, cut] = outcome(rival)
+    fastest = min(cost for cost, found in rivals.values() if found >= promised)
+    cost, found = outcome(chosen)
+    assert found >= promised - 1e-9
+    assert cost == pytest.approx(fastest)
+
+
+def test_where_none_keep_it_the_most_accurate_do(
+    known: tuple[ExitStatistics, manifest.Plan, tuple[Stage, ...]],
+) -> None:
+    statistics, plan, stages = known
+    impossible = replace(plan, predicted=replace(plan.predicted, miou=100.0))
+    chosen = chosen_stages(statistics, impossible, stages)
+    heads = [stage.head for stage in stages]
+    best = miou(statistics, heads, exits_of(statistics, chosen))
+    assert best >= miou(statistics, heads, exits_of(statistics, stages))
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    with remote_device(tmp_path_factory.mktemp("device")) as device:
+        yield device
+
+
+@pytest.mark.slow
+def test_a_device_that_does_otherwise_gets_thresholds_of_its_own(
+    running: Device,
+    workspace: Path,
+    known: tuple[ExitStatistics, manifest.Plan, tuple[Stage, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("PATH", f"{running.path_folder()}:{os.environ['PATH']}")
+    place, statistics, plan = f"{running.host}:~/street", known[0], known[1]
+    data = ("--data", workspace / "data")
+    (same,) = printed_json("-C", workspace, "ship", workspace / "host.mess", place, *data, *ANY_SPEED)["places"]
+    assert same["retuned"]["changed"] is False
+    assert same["retuned"]["found_miou"] == pytest.approx(plan.predicted.miou)
+    bold = changed_bundle(workspace / "host.mess", tmp_path / "host.mess", all_leave_at_once)
+    (other,) = printed_json("-C", workspace, "ship", bold, place, *data, *ANY_SPEED)["places"]
+    assert other["retuned"]["changed"] is True
+    assert other["sent_bytes"] < 64 * 1024, "only thresholds differ"
+    heads = [stage.head for stage in plan.stages]
+    at_once = miou(statistics, heads, [0] * statistics.images)
+    assert other["retuned"]["found_miou"] == pytest.approx(at_once)
+    with closing(archive.open_archive(running.home / "street" / "current")) as opened:
+        (now,) = opened.manifest.plans
+    chosen = tuple(Stage(stage.exit_point, stage.head, stage.row, stage.cut) for stage in now.stages)
+    assert now.predicted.miou == pytest.approx(miou(statistics, heads, exits_of(statistics, chosen)))
+    assert now.predicted.miou >= plan.predicted.miou
+    assert now.tuned_by == f"{plan.library} on {plan.target}"
+    own, _ = keys(tmp_path)
+    signed = changed_bundle(bold, tmp_path / "signed.mess", lambda described: described, own)
+    (refused,) = [line for line in _complaint(workspace, signed, place, *data) if "error" in line]
+    assert "sign again by --sign KEY" in refused
+    printed_json("-C", workspace, "ship", signed, place, *data, "--sign", own, *ANY_SPEED)
+    assert (running.home / "street" / "current" / "manifest.json.sig").exists()
+
+
+def _complaint(workspace: Path, *arguments: str | Path) -> list[str]:
+    from tests.commands import run
+
+    result = run("-C", workspace, "ship", *arguments, *ANY_SPEED)
+    assert result.exit_code == 1
+    return result.stderr.splitlines()
