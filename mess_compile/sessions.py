@@ -208,7 +208,7 @@ class Session:
     def _wish(self, wish: Wish) -> Generator[tuple[str, Any], None, None]:
         """Have a wish done; yields what the device says. Raises RemoteError, EngineError in its words."""
         text = session.wish_to_json(wish).encode()
-        code, name = self._sent(session.WISHES, _runtime_zip(), text)
+        code, name = self._sent(session.WISHES, runtime_zip(), text)
         there = f"{STORE}/{session.WISHES}/{code}"
         command = ("env", f"PYTHONPATH={there}", self.python, "-u", "-m", "mess_compile.runtime.session", STORE, name)
         error = ""
@@ -301,12 +301,12 @@ def _npy(array: NDArray[Any]) -> bytes:
     return stream.getvalue()
 
 
-def _runtime_zip() -> bytes:
+def runtime_zip() -> bytes:
     """The device side as Python imports it, the same bytes each time."""
     package = Path(mess_compile.__file__).parent
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as content:
+    with zipfile.ZipFile(stream, "w") as content:
         for path in (package / "__init__.py", *sorted((package / "runtime").glob("*.py"))):
             info = zipfile.ZipInfo(f"mess_compile/{path.relative_to(package)}", (1980, 1, 1, 0, 0, 0))
-            content.writestr(info, path.read_bytes())
+            content.writestr(info, path.read_bytes(), zipfile.ZIP_DEFLATED)
     return stream.getvalue()

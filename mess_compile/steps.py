@@ -30,6 +30,7 @@ from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.runtime.manifest import EngineFile, Manifest
 from mess_compile.runtime.manifest import Plan as ManifestPlan
 from mess_compile.runtime.pictures import read_picture
+from mess_compile.runtime.versions import RELEASE
 from mess_compile.search import plan as plans
 from mess_compile.search.requirement import Requirement
 from mess_compile.searching import SearchOptions, explain, search, settled_graphs_of, shared
@@ -209,12 +210,13 @@ def _scene_frames(hw: tuple[int, int], count: int) -> list[NDArray[np.uint8]]:
 @dataclass(frozen=True)
 class BundleOptions:
     """How a bundle is written: what becomes of frames of another size, an OpenSSH key to sign with, whether engines
-    travel along, and where to write its plan as one ONNX file."""
+    travel along, where to write its plan as one ONNX file, and a number by which `ship` tells an older one."""
 
     resize: str = "stretch"
     key: Path | None = None
     engines: bool = False
     single_file: Path | None = None
+    release: int | None = None
 
 
 def bundle(
@@ -234,6 +236,7 @@ def bundle(
     chosen = [plans.read_result(path).plan for path in sources]
     path = output or workspace.bundle(chosen[0].device)
     _check_outputs(sources, path, options.single_file)
+    released = {} if options.release is None else {RELEASE: str(options.release)}
     with TemporaryDirectory(prefix="mess-") as folder:
         parts = [
             _part(workspace, plan, Path(folder, str(number)), options, progress) for number, plan in enumerate(chosen)
@@ -244,7 +247,7 @@ def bundle(
             parts,
             statistics.threshold_table(first.gate, len(first.candidate.classes)),
             _scene_frames(first.candidate.input_hw, SCENES),
-            {"mess_compile": __version__, "golden_frames": "generated street scenes"},
+            {"mess_compile": __version__, "golden_frames": "generated street scenes", **released},
             options.resize,
             options.key,
         )

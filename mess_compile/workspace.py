@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ _REMEDY = "remove it; it only remembers the last device, data and split"
 class Memory:
     """What later commands use unless told otherwise: device profiled last, data folder, and the tuning split.
 
-    `hosts` are those over which a device was reached, by its name.
+    `hosts` are those over which a device was reached, by its name; `ships` the places that a bundle was shipped to.
     """
 
     device: str | None = None
     data: str | None = None
     split: str | None = None
     hosts: dict[str, str] = field(default_factory=dict)
+    ships: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,10 @@ class Workspace:
         are_texts = all(value is None or isinstance(value, str) for value in texts.values())
         if not are_texts or not isinstance(hosts, dict) or not all(isinstance(host, str) for host in hosts.values()):
             raise InputError(f"{path} is damaged (device, data, split and hosts are texts): {_REMEDY}")
-        return Memory(**texts, hosts=hosts)
+        ships = content.get("ships", [])
+        if not isinstance(ships, list) or not all(isinstance(place, str) for place in ships):
+            raise InputError(f"{path} is damaged (ships are texts): {_REMEDY}")
+        return Memory(**texts, hosts=hosts, ships=tuple(ships))
 
     def remember(
         self,
@@ -127,6 +132,13 @@ class Workspace:
         known = self.memory()
         if known.hosts.get(device) != host:
             memory = replace(known, hosts={**known.hosts, device: host})
+            files.write_json(self.root / "workspace.json", "mess-workspace", 1, asdict(memory))
+
+    def remember_ships(self, places: Sequence[str]) -> None:
+        """Where a bundle was shipped to; nothing where this is no workspace yet, for one ships from anywhere."""
+        known = self.memory()
+        if (self.root / "workspace.json").exists() and not set(places) <= set(known.ships):
+            memory = replace(known, ships=tuple(dict.fromkeys((*known.ships, *places))))
             files.write_json(self.root / "workspace.json", "mess-workspace", 1, asdict(memory))
 
     def data_folder(self, data: Path | None) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mess_compile import __version__
-from mess_compile.cli import bundles, networks, on_devices, searching, showing
+from mess_compile.cli import bundles, networks, on_devices, searching, shipping, showing
 from mess_compile.cli.options import FOLDER
 from mess_compile.console import Group
 from mess_compile.runtime.errors import InputError
@@ -45,6 +45,8 @@ for command in (
     bundles.run,
     bundles.bench,
     bundles.verify,
+    shipping.ship,
+    shipping.ships,
     showing.report,
     showing.compare,
     on_devices.devices,

@@ -29,6 +29,7 @@ _target_option = click.option("--target", help="Which plan: a device, or device 
     metavar="MODEL.onnx",
     help="Also the first plan as one ONNX with If, for ONNX Runtime alone.",
 )
+@click.option("--release", type=click.IntRange(0, 999_999_999), help="A growing number: `ship` refuses an older one.")
 @json_option
 @click.pass_obj
 def bundle(
@@ -39,6 +40,7 @@ def bundle(
     sign: Path | None,
     engines: bool,
     single_file: Path | None,
+    release: int | None,
     as_json: bool,
 ) -> None:
     """Write the chosen plan, its graphs and the runtime as one file for the device.
@@ -49,7 +51,7 @@ def bundle(
     """
     from mess_compile import steps
 
-    options = steps.BundleOptions("letterbox" if letterbox else "stretch", sign, engines, single_file)
+    options = steps.BundleOptions("letterbox" if letterbox else "stretch", sign, engines, single_file, release)
     with progress_bar(as_json) as progress:
         path, manifest = steps.bundle(workspace, plans, output, options, progress)
     size = path.stat().st_size
@@ -60,7 +62,11 @@ def bundle(
     click.echo(f"{path}: {size / 2**20:.2f} MiB, {len(manifest.files)} files, {frames} golden frames")
     if len(manifest.plans) > 1:
         click.echo(f"plans: {', '.join(plan.name for plan in manifest.plans)}; the first for a device runs there")
-    return print_next(f"run {quoted(path)} IMAGE...", f"bench {quoted(path)} --data DIR")
+    return print_next(
+        f"run {quoted(path)} IMAGE...",
+        f"bench {quoted(path)} --data DIR",
+        f"ship {quoted(path)} ssh://USER@HOST:/FOLDER",
+    )
 
 
 @click.command()

@@ -21,6 +21,8 @@ from mess_compile.runtime.manifest import EngineFile, Plan
 from mess_compile.runtime.tensorrt_build import BuildOptions
 
 _Gpu = Tuple[str, Tuple[int, int]]
+PROFILED = Path(".mess-compile", "engines")
+"""Below the home folder: what was built to be measured."""
 
 
 def default_folder() -> Path:
@@ -51,7 +53,7 @@ def loadable(library: Library, graph: Path, precision: str, folder: Optional[Pat
 def _loadable(library: Library, gpu: _Gpu, graph: Path, precision: str, folder: Path) -> Path:
     _own(folder)
     options = _options(library, gpu, precision)
-    path = folder / _name(library, gpu, graph, options)
+    path = folder / _name(library, gpu, _sha256(graph), options)
     if not _is_intact(path):
         _build(graph, path, options, _timing(folder, library))
     return path
@@ -68,15 +70,44 @@ def _writable(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def is_built(library: Library, sha256: str, precision: str, folder: Optional[Path] = None) -> bool:
+    """Whether `loadable` has an engine of the graph with this hash, or needs none."""
+    gpu = library.builds_for
+    if gpu is None:
+        return True
+    options = _options(library, gpu, precision)
+    return _is_intact((folder or default_folder()) / _name(library, gpu, sha256, options))
+
+
+def borrow(library: Library, sha256: str, precision: str) -> bool:
+    """Take over the engine that `profile` or `build` had this user build here for the graph, where there is one."""
+    gpu, place = library.builds_for, Path.home() / PROFILED
+    if gpu is None or not place.is_dir():
+        return False
+    _own(place)
+    path = place / _name(library, gpu, sha256, _options(library, gpu, precision))
+    if not _is_intact(path):
+        return False
+    folder = default_folder()
+    with _writable(folder):
+        _own(folder)
+        _keep(folder / path.name, path.read_bytes())
+    return True
+
+
 def _options(library: Library, gpu: _Gpu, precision: str) -> BuildOptions:
     _, (major, minor) = gpu
     capability = f"SM{major}{minor}" if library.name == "tensorrt_rtx" else None
     return BuildOptions(library.name, precision, capability)
 
 
-def _name(library: Library, gpu: _Gpu, graph: Path, options: BuildOptions) -> str:
+def _sha256(graph: Path) -> str:
+    return hashlib.sha256(graph.read_bytes()).hexdigest()
+
+
+def _name(library: Library, gpu: _Gpu, sha256: str, options: BuildOptions) -> str:
     name, (major, minor) = gpu
-    decides = (hashlib.sha256(graph.read_bytes()).hexdigest(), repr(options), library.version, name, major, minor)
+    decides = (sha256, repr(options), library.version, name, major, minor)
     return f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.engine"
 
 
@@ -105,7 +136,7 @@ def adopt(
                     _write(_timing(folder, library), content)
             elif engine.graph in plan.precisions and engine.precision == plan.precisions[engine.graph].used:
                 options = _options(library, gpu, engine.precision)
-                path = folder / _name(library, gpu, source / engine.graph, options)
+                path = folder / _name(library, gpu, _sha256(source / engine.graph), options)
                 if not _is_intact(path):
                     _keep(path, content)
                 adopted.append(engine.graph)

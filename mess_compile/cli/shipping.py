@@ -1,0 +1,190 @@
+"""The commands that take bundles to devices: parse, call one function, print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mess_compile.cli.options import FILE, FOLDER, json_option
+from mess_compile.console import fail, print_json, print_next, print_table, quoted
+
+if TYPE_CHECKING:
+    from mess_compile.ship import Place, Shipped
+    from mess_compile.workspace import Workspace
+
+
+@click.command()
+@click.argument("things", nargs=-1, required=True, metavar="BUNDLE ssh://USER@HOST[:PORT]:/FOLDER...")
+@click.option("--rollback", is_flag=True, help="Without BUNDLE: back to the version that was in use before.")
+@click.option("--dry-run", is_flag=True, help="Say what would travel, be built, and how long it should take.")
+@click.option("--keep", type=click.IntRange(1), default=3, show_default=True, help="Versions that stay there.")
+@click.option("--allow-downgrade", is_flag=True, help="Also a bundle that is older than the one in use.")
+@click.option("--target", help="The plan to verify by; the first that fits there by default.")
+@click.option(
+    "--latency-factor",
+    type=click.FloatRange(min=0, min_open=True),
+    help="What golden frames may take there, in multiples of the plan's latency; 1.25 by default.",
+)
+@click.option("--data", type=FOLDER, help="Choose thresholds again, on the device.")
+@click.option("--sign", type=FILE, metavar="KEY", help="With --data: sign again.")
+@click.option("--unit", is_flag=True, help="Also a systemd unit of the user's own, for frames in FOLDER/live/in.")
+@json_option
+@click.pass_obj
+def ship(workspace: Workspace, /, things: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Copy a bundle to devices in use, build and verify it there, and only then have it take over.
+
+    What changed travels, nothing else. A ship that was cut is continued by the same command.
+    """
+    from mess_compile import ship as ships
+    from mess_compile.runtime.verify import LATENCY_FACTOR
+
+    if options["data"] is not None and (options["rollback"] or options["dry_run"]):
+        raise click.UsageError("--data is for shipping itself: leave --rollback and --dry-run out.")
+    if options["rollback"] and options["dry_run"]:
+        raise click.UsageError("--rollback has no --dry-run: `ships` says what is there.")
+    texts = things if options["rollback"] else things[1:]
+    if not texts:
+        raise click.UsageError("ship where to? Add ssh://USER@HOST:/FOLDER.")
+    places = [ships.parse_place(text) for text in dict.fromkeys(texts)]
+    factor = options["latency_factor"] or LATENCY_FACTOR
+    choice = _choice(workspace, options["data"], options["sign"])
+    chosen = ships.Options(
+        options["keep"], options["allow_downgrade"], factor, options["target"], options["unit"], choice
+    )
+    if options["dry_run"]:
+        return _print_expected(ships.expected(Path(things[0]), places, chosen), as_json)
+    tell = _teller(places, as_json)
+    if options["rollback"]:
+        found = ships.rollback(places, chosen, tell)
+    else:
+        found = ships.ship(Path(things[0]), places, chosen, tell)
+    workspace.remember_ships([each.place for each in found if each.done])
+    if as_json:
+        print_json({"places": [asdict(each) for each in found]})
+    elif any(each.done for each in found):
+        _print_shipped(found)
+    _fail_where_it_did(found)
+    if not as_json:
+        print_next("ships", *([] if options["rollback"] else [f"ship --rollback {places[0].text}"]))
+    return None
+
+
+def _choice(workspace: Workspace, data: Path | None, key: Path | None) -> Any:
+    if data is None:
+        if key is not None:
+            raise click.UsageError("--sign is for thresholds that --data changes; `bundle --sign` signs a bundle.")
+        return None
+    from mess_compile.candidates import read_graph_set
+    from mess_compile.retuning import Choice
+
+    return Choice(data, read_graph_set(workspace.graphs).candidate, key)
+
+
+def _teller(places: Sequence[Place], as_json: bool) -> Callable[[Place, str], None]:
+    """Progress by lines on standard error."""
+
+    def tell(place: Place, text: str) -> None:
+        if not as_json:
+            click.echo(f"{place.host.text}: {text}", err=True)
+
+    return tell
+
+
+def _print_shipped(found: Sequence[Shipped]) -> None:
+    rows = []
+    for each in found:
+        if each.done is None:
+            rows.append([each.place, "FAILED", "", "", "", f"{each.seconds:.1f}"])
+            continue
+        done = each.done
+        name = f"{done.version.name} {done.version.id}"
+        kept = "the same" if done.before == done.version.id else done.before or "nothing"
+        rows.append([each.place, name, kept, f"{each.sent_bytes:,}", str(done.built), f"{each.seconds:.1f}"])
+    print_table("", ["place", "in use now", "before", "bytes that travelled", "engines built", "s"], rows)
+    for each in found:
+        if each.retuned is not None:
+            click.echo(f"{each.place}: {_retuned(each.retuned)}")
+        for check in each.checks if len(found) == 1 else ():
+            click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
+        if each.done is not None and each.done.version.signed_by is not None:
+            click.echo(f"{each.place}: signed by {each.done.version.signed_by}")
+        for refusal in () if each.done is None else each.done.refusals:
+            click.echo(f"{each.place}: no engine to fall back to: {refusal}")
+        if each.done is not None and each.done.unit is not None:
+            click.echo(f"{each.place}: {each.done.unit}")
+
+
+def _retuned(told: Any) -> str:
+    found = f"{told.found_miou:.2f} % mIoU on the plan's {told.images} images, {told.promised_miou:.2f} % were promised"
+    if not told.changed:
+        return f"{found}: its thresholds stay"
+    return f"{found}; with other thresholds {told.chosen_miou:.2f} % in {told.chosen_ms:.2f} ms"
+
+
+def _fail_where_it_did(found: Sequence[Any]) -> None:
+    errors = [each.error for each in found if getattr(each, "error", None) is not None]
+    if errors and len(found) > 1:
+        click.echo("\n".join(f"failed: {error}" for error in errors), err=True)
+        fail(f"{len(errors)} of {len(found)} places failed, and are as they were; the same command tries them again")
+    if errors:
+        fail(errors[0])
+
+
+def _print_expected(found: Sequence[Any], as_json: bool) -> None:
+    from mess_compile.ship import duration
+
+    if as_json:
+        print_json({"places": [asdict(each) for each in found]})
+    for each in found if not as_json else ():
+        if getattr(each, "error", None) is not None:
+            continue
+        known = "unknown before the first time" if each.expected_s is None else f"about {duration(each.expected_s)}"
+        click.echo(
+            f"{each.place}: {each.send_bytes:,} bytes would travel ({each.files} files; {each.free_bytes / 2**20:,.0f} "
+            f"MiB are free), {len(each.build)} engines be built; {known}"
+        )
+        if each.signers is not None:
+            click.echo(f"{each.place}: the signature would be checked by {each.signers}")
+        if each.refusal is not None:
+            click.echo(f"{each.place}: it would be refused: {each.refusal}")
+    _fail_where_it_did(found)
+
+
+@click.command()
+@click.argument("places", nargs=-1, metavar="[ssh://USER@HOST[:PORT]:/FOLDER]...")
+@json_option
+@click.pass_obj
+def ships(workspace: Workspace, places: tuple[str, ...], as_json: bool) -> None:
+    """Which versions are where; by default at the places that this workspace has shipped to."""
+    from mess_compile import ship as shipping
+
+    texts = places or workspace.memory().ships
+    if not texts:
+        raise click.UsageError("nothing was shipped from this workspace: name ssh://USER@HOST:/FOLDER.")
+    found = shipping.look([shipping.parse_place(text) for text in dict.fromkeys(texts)])
+    if as_json:
+        print_json({"places": [{"place": text, **asdict(each)} for text, each in zip(texts, found, strict=False)]})
+    else:
+        rows = [row for text, each in zip(texts, found, strict=False) for row in _rows(text, each)]
+        print_table("", ["place", "version", "bundle", "release", "signed by", "MiB", "shipped", ""], rows)
+    _fail_where_it_did(found)
+    if not as_json:
+        print_next(f"ship {quoted(Path('BUNDLE'))} {texts[0]}", f"ship --rollback {texts[0]}")
+
+
+def _rows(text: str, looked: Any) -> list[list[str]]:
+    if getattr(looked, "error", None) is not None:
+        return [[text, "", "", "", "", "", "", "unknown"]]
+    rows = []
+    for each in looked.versions:
+        version = each.version
+        state = "in use" if each.current else "kept" if each.here else "removed"
+        release = "" if version.release is None else str(version.release)
+        size = f"{version.bytes / 2**20:.2f}"
+        by = version.signed_by or ""
+        rows.append([text, version.id, version.name, release, by, size, version.shipped, state])
+    return rows or [[text, "", "", "", "", "", "", "nothing yet"]]

@@ -1,0 +1,363 @@
+"""Taking a bundle in for somebody elsewhere: staged beside what runs, built, verified, and only then put in its place.
+
+Every line is a JSON object with one key: `absent`, `step`, `check`, `looked`, `done` or `error`, the last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+from mess_compile.runtime import decode, unit, versions
+from mess_compile.runtime.archive import Archive, open_archive
+from mess_compile.runtime.cascade import load_archive
+from mess_compile.runtime.choice import first_that_opens, matching_plans
+from mess_compile.runtime.engine import Library
+from mess_compile.runtime.engine_cache import PROFILED, adopt, borrow, is_built, loadable
+from mess_compile.runtime.errors import BundleError, EngineError, InputError, MessError
+from mess_compile.runtime.ladder import safer_plans
+from mess_compile.runtime.manifest import Manifest, Plan, manifest_from_json
+from mess_compile.runtime.signature import installed_signers
+from mess_compile.runtime.verify import verify
+from mess_compile.runtime.versions import VERSIONS, History, Version
+
+FORMAT, VERSION = "mess-ship", 1
+ENGINE_S, VERIFY_S, BYTES_PER_S = "engine_s", "verify_s", "bytes_per_s"
+"""What a folder remembers of the last time: an engine, all but engines and sending, and the link."""
+NO_LIMIT = 1e9
+"""A latency factor at which the latency is told, not judged."""
+_DAY_S = 86400.0
+Say = Callable[[str, Any], None]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to do in `folder`. A bundle is the text of its `manifest` and `signature`; its files lie in the store.
+
+    `keep` so many versions; `bytes_per_s` is how fast files came, None when nothing came.
+    """
+
+    folder: str
+    manifest: Optional[str] = None
+    signature: Optional[str] = None
+    target: Optional[str] = None
+    keep: int = 3
+    allow_downgrade: bool = False
+    latency_factor: float = 1.25
+    unit: bool = False
+    bytes_per_s: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What begins now: `number` of `total`, and how many seconds all that is left of `what` should take, if known."""
+
+    what: str
+    number: int
+    total: int
+    expected_s: Optional[float]
+
+
+@dataclass(frozen=True)
+class Done:
+    """`version` is in use now, `before` was; engines `built` in `build_s`.
+
+    `refusals` say which engines of safer plans, for frames that fail in the wanted one, cannot be built. `unit` tells
+    of the systemd unit.
+    """
+
+    version: Version
+    before: Optional[str]
+    built: int
+    build_s: float
+    verify_s: float
+    refusals: Tuple[str, ...]
+    removed: Tuple[str, ...]
+    unit: Optional[str]
+
+
+@dataclass(frozen=True)
+class Listed:
+    version: Version
+    here: bool
+    current: bool
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What is in a folder and, of a bundle that is to come: files that have not arrived, graphs to build engines of,
+    and why it would be refused."""
+
+    current: Optional[str]
+    versions: Tuple[Listed, ...]
+    took: Dict[str, float]
+    free_bytes: int
+    signers: Optional[str]
+    absent: Tuple[str, ...]
+    build: Tuple[str, ...]
+    refusal: Optional[str]
+
+
+def wish_to_json(wish: Wish) -> str:
+    return json.dumps({"format": FORMAT, "version": VERSION, **asdict(wish)}, sort_keys=True)
+
+
+def wish_from_json(text: str) -> Wish:
+    """Raises InputError naming what is wrong."""
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict) or (content.pop("format", ""), content.pop("version", 0)) != (FORMAT, VERSION):
+            raise InputError(f"the wish is not {FORMAT} {VERSION}: run the same release on both sides")
+        wish: Wish = decode.decode(Wish, content, "wish")
+    except (ValueError, RecursionError, OverflowError, decode.DecodeError) as error:
+        raise InputError(f"the wish cannot be read: {error}") from error
+    return wish
+
+
+def look(wish: Wish, say: Say) -> None:
+    """Say what is there and, with a bundle, what shipping it would do. Nothing is changed."""
+    folder = Path(wish.folder)
+    history, current = versions.read_history(folder), versions.current_id(folder)
+    there = versions.ids_there(folder)
+    listed = tuple(
+        Listed(version, version.id in there, version.id == current) for version in reversed(history.versions)
+    )
+    absent: List[str] = []
+    build: List[str] = []
+    refusal = None
+    if wish.manifest is not None:
+        manifest = manifest_from_json(wish.manifest)
+        absent = versions.absent_files(folder, manifest)
+        try:
+            if not wish.allow_downgrade:
+                bundle = versions.hash_of(wish.manifest, wish.signature)
+                versions.refuse_downgrade(history, current, bundle, versions.release_of(manifest))
+            build = _to_build(manifest, wish.target)
+        except MessError as error:
+            refusal = str(error)
+    free = shutil.disk_usage(str(_existing(folder))).free
+    signers = installed_signers()
+    file = None if signers is None else str(signers.file)
+    looked = Looked(current, listed, history.took, free, file, tuple(absent), tuple(build), refusal)
+    say("looked", asdict(looked))
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _to_build(manifest: Manifest, target: Optional[str]) -> List[str]:
+    """Graphs of which there is no engine yet."""
+    plan, library = first_that_opens(matching_plans(manifest, target, None))
+    with closing(library):
+        places = (None, Path.home() / PROFILED)
+        return [
+            path
+            for path, precision in _graphs((plan, *safer_plans(manifest, plan)))
+            if not any(is_built(library, manifest.files[path].sha256, precision, place) for place in places)
+        ]
+
+
+def _graphs(plans: Sequence[Plan]) -> List[Tuple[str, str]]:
+    """Each graph once, with the precision that it computes in."""
+    return list(dict.fromkeys((path, plan.precisions[path].used) for plan in plans for path in plan.graphs()))
+
+
+def ship(wish: Wish, say: Say) -> None:
+    """Take the bundle in: nothing that runs is touched until it has verified. Raises MessError, OSError."""
+    folder, text = Path(wish.folder), wish.manifest or ""
+    manifest, bundle = manifest_from_json(text), versions.hash_of(text, wish.signature)
+    if wish.unit:
+        unit.check_paths(folder, sys.executable)
+    start = time.monotonic()
+    with versions.locked(folder):
+        history, current = versions.read_history(folder), versions.current_id(folder)
+        if not wish.allow_downgrade:
+            versions.refuse_downgrade(history, current, bundle, versions.release_of(manifest))
+        known = versions.intact(folder, history, bundle)
+        if known is not None:
+            proved = _proved(folder / VERSIONS / known.id, wish.target, wish.latency_factor, history, say)
+        else:
+            absent = versions.absent_files(folder, manifest)
+            if absent:
+                return say("absent", absent)
+            with versions.staged(folder, text, wish.signature, manifest) as place:
+                proved = _proved(place, wish.target, wish.latency_factor, history, say)
+                history = versions.added(folder, history, place, manifest, bundle, proved.signed_by)
+        took = {VERIFY_S: time.monotonic() - start - proved.build_s}
+        _finish(wish, folder, history, known or history.versions[-1], current, proved, took, say)
+    return None
+
+
+def rollback(wish: Wish, say: Say) -> None:
+    """Go back to the version that was in use before, where its bytes, signature and golden frames are still right."""
+    folder = Path(wish.folder)
+    with versions.locked(folder):
+        history, current = versions.read_history(folder), versions.current_id(folder)
+        wanted = versions.before(folder, history)
+        if current is None or wanted is None:
+            raise InputError(f"{folder} holds no version to go back to: {current or 'none'} is in use")
+        proved = _proved(folder / VERSIONS / wanted, wish.target, NO_LIMIT, history, say)
+        version = history.named(wanted) or _unknown(wanted, folder / VERSIONS / wanted)
+        end = len(history.past) - history.past[::-1].index(wanted) if wanted in history.past else 0
+        versions.switched(folder, history, wanted, history.past[:end])
+        done = Done(version, current, proved.built, proved.build_s, proved.verify_s, proved.refusals, (), None)
+        say("done", asdict(done))
+
+
+def _unknown(id_: str, place: Path) -> Version:
+    """A version that is here, in a folder whose history was lost."""
+    archive = open_archive(place)
+    with closing(archive):
+        signature = None if archive.signature is None else archive.signature.decode("utf-8", "replace")
+        bundle = versions.hash_of(archive.manifest_bytes.decode("utf-8"), signature)
+        size = sum(file.bytes for file in archive.manifest.files.values())
+        release = versions.release_of(archive.manifest)
+        return Version(int(id_.partition("-")[0]), bundle, archive.manifest.name, release, None, size, "unknown")
+
+
+@dataclass(frozen=True)
+class _Proof:
+    signed_by: Optional[str]
+    built: int
+    build_s: float
+    verify_s: float
+    refusals: Tuple[str, ...] = ()
+
+
+def _proved(place: Path, target: Optional[str], factor: float, history: History, say: Say) -> _Proof:
+    """Check bytes and signature, build engines, verify. Nothing of a bundle is used before it is known whose it is.
+
+    Raises BundleError when a check fails.
+    """
+    archive = open_archive(place)
+    try:
+        signers = installed_signers()
+        if signers is not None:
+            archive.check_signer(signers)
+        plan, library = first_that_opens(matching_plans(archive.manifest, target, None))
+        try:
+            start = time.monotonic()
+            built, refusals = _built(archive, plan, library, history, say)
+            build_s = time.monotonic() - start
+        except BaseException:
+            library.close()
+            raise
+        say("step", asdict(Step("verify", 1, 1, history.took.get(VERIFY_S))))
+        start = time.monotonic()
+        with load_archive(archive, plan.name, library) as cascade:
+            checks = verify(cascade, factor)
+        for check in checks:
+            say("check", asdict(check))
+        failed = [check for check in checks if not check.passed]
+        if failed:
+            raise BundleError(f"it fails verification there: {failed[0].name}: {failed[0].detail}")
+        return _Proof(archive.signed_by, built, build_s, time.monotonic() - start, refusals)
+    finally:
+        archive.close()
+
+
+def _built(archive: Archive, plan: Plan, library: Library, history: History, say: Say) -> Tuple[int, Tuple[str, ...]]:
+    """Have an engine of every graph, those of the plans that are fallen back to among them.
+
+    How many were built now, and why those were not that only a fallback needs.
+    """
+    plans, files = (plan, *safer_plans(archive.manifest, plan)), archive.manifest.files
+    if archive.signed_by is not None:
+        for each in plans:
+            adopt(archive.manifest.engines, each, library, archive.folder)
+    wanted = [
+        (path, precision)
+        for path, precision in _graphs(plans)
+        if not is_built(library, files[path].sha256, precision) and not borrow(library, files[path].sha256, precision)
+    ]
+    needed, refusals = _graphs((plan,)), []
+    each_s, start = history.took.get(ENGINE_S), time.monotonic()
+    for number, (path, precision) in enumerate(wanted, 1):
+        expected = None if each_s is None else each_s * (len(wanted) - number + 1)
+        say("step", asdict(Step(f"build {path}", number, len(wanted), expected)))
+        try:
+            loadable(library, archive.folder / path, precision)
+        except EngineError as error:
+            if (path, precision) in needed:
+                raise
+            refusals.append(str(error))
+        each_s = (time.monotonic() - start) / number
+    return len(wanted) - len(refusals), tuple(refusals)
+
+
+def _finish(
+    wish: Wish,
+    folder: Path,
+    history: History,
+    version: Version,
+    current: Optional[str],
+    proved: _Proof,
+    took: Dict[str, float],
+    say: Say,
+) -> None:
+    """Put a proved version in its place, and clear away what is too old."""
+    if proved.built:
+        took[ENGINE_S] = proved.build_s / proved.built
+    if wish.bytes_per_s is not None:
+        took[BYTES_PER_S] = wish.bytes_per_s
+    history = replace(history, took={**history.took, **took})
+    past = [id_ for id_ in history.past if id_ != current] + ([current] if current else [])
+    history = versions.switched(folder, history, version.id, tuple(past))
+    removed = versions.pruned(folder, history, wish.keep)
+    told = _unit(folder, wish.target) if wish.unit else None
+    done = Done(version, current, proved.built, proved.build_s, proved.verify_s, proved.refusals, tuple(removed), told)
+    say("done", asdict(done))
+
+
+def _unit(folder: Path, target: Optional[str]) -> str:
+    """What became of the unit: the version is in use, whether or not there is one."""
+    try:
+        return unit.installed(folder, sys.executable, target)
+    except OSError as error:
+        return f"the systemd unit cannot be written: {error}"
+
+
+_ACTIONS: Dict[str, Callable[[Wish, Say], None]] = {"look": look, "ship": ship, "rollback": rollback}
+
+
+def _remove_old(folder: Path) -> None:
+    """Programs and wishes of other days, beside ours."""
+    for path in folder.iterdir():
+        with suppress(OSError):
+            if time.time() - path.stat().st_ctime > _DAY_S:
+                path.unlink()
+
+
+def tell(action: str, wish: Path) -> int:
+    """Do what the file `wish` says, by lines on standard output; exit code 1 after a last line `error`."""
+
+    def say(kind: str, content: Any) -> None:
+        print(json.dumps({kind: content}), flush=True)
+
+    try:
+        _ACTIONS[action](wish_from_json(wish.read_text(encoding="utf-8")), say)
+        _remove_old(wish.parent)
+        return 0
+    except MessError as error:
+        say("error", str(error))
+    except OSError as error:
+        say("error", f"{error.strerror or error} ({error.filename or wish}): make room there, and look at its rights")
+    except MemoryError:
+        say("error", "the device is out of memory: end what else runs there")
+    return 1
+
+
+if __name__ == "__main__":
+    os.umask(0o022)
+    sys.exit(tell(sys.argv[1], Path(sys.argv[2])))

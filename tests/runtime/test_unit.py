@@ -1,0 +1,57 @@
+"""The systemd unit: what it runs, and what its user is told where systemd cannot be reached."""
+
+from __future__ import annotations
+
+import configparser
+from pathlib import Path
+
+import pytest
+
+from mess_compile.runtime import unit
+from mess_compile.runtime.errors import InputError
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+def systemctl(home: Path, code: int) -> None:
+    script = f'#!/bin/sh\necho "$@" >>{home}/calls\necho "Failed to connect to bus" >&2\nexit {code}\n'
+    (home / "bin" / "systemctl").write_text(script)
+    (home / "bin" / "systemctl").chmod(0o755)
+
+
+def test_the_unit_runs_what_is_in_use_and_starts_it_again(home: Path) -> None:
+    systemctl(home, 0)
+    told = unit.installed(Path("/opt/street"), "/usr/bin/python3", "xavier")
+    written = configparser.RawConfigParser()
+    written.optionxform = str  # type: ignore[assignment,method-assign]
+    written.read(home / ".config" / "systemd" / "user" / "mess-street.service")
+    command = "/usr/bin/python3 /opt/street/current watch /opt/street/live --target xavier"
+    assert written["Service"]["ExecStart"] == command
+    assert written["Service"]["Restart"] == "always"
+    assert (home / "calls").read_text().splitlines() == [
+        "--user daemon-reload",
+        "--user enable --now mess-street.service",
+    ]
+    assert "mess-street.service is enabled" in told
+    assert "loginctl enable-linger" in told
+
+
+def test_where_systemd_cannot_be_reached_the_command_is_told(home: Path) -> None:
+    assert "there is no systemctl" in unit.installed(Path("/opt/street"), "/usr/bin/python3")
+    systemctl(home, 1)
+    told = unit.installed(Path("/opt/street"), "/usr/bin/python3")
+    assert "Failed to connect to bus" in told
+    assert told.endswith("`systemctl --user enable --now mess-street.service`")
+
+
+@pytest.mark.parametrize("folder", ["/opt/my street", "/opt/100%", '/opt/"x"', "/opt/$HOME", "/opt/a;b"])
+def test_a_path_that_a_unit_reads_otherwise_is_refused(folder: str) -> None:
+    with pytest.raises(InputError, match="plain path"):
+        unit.check_paths(Path(folder), "/usr/bin/python3")
