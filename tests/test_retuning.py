@@ -10,11 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile.retuning import chosen_stages
+from mess_compile.bundle import write_retuned
+from mess_compile.remote import Remote, parse_host
+from mess_compile.retuning import Choice, chosen_stages, retuned
 from mess_compile.runtime import archive, manifest
+from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.verify import verify_bundle
 from mess_compile.search.plan import Stage
 from mess_compile.statistics import ExitStatistics, read_statistics
+from tests import small_network
 from tests.commands import ANY_SPEED, printed_json
+from tests.conftest import quiet
 from tests.remote_device import Device, remote_device
 from tests.shipping import keys
 from tests.small_network import changed_bundle
@@ -118,6 +124,45 @@ def test_where_none_keep_it_the_most_accurate_do(
     heads = [stage.head for stage in stages]
     best = miou(statistics, heads, exits_of(statistics, chosen))
     assert best >= miou(statistics, heads, exits_of(statistics, stages))
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Path:
+    """Plans in fp16 and fp32 for one target."""
+    graphs = small_network.graph_set(tmp_path / "graphs")
+    parts = [small_network.part(graphs, small_network.plan(18), recipe) for recipe in ("fp16", "fp32")]
+    small_network.write_parts(tmp_path / "several.mess", parts)
+    return tmp_path / "several.mess"
+
+
+def test_other_thresholds_of_one_plan_leave_the_others_as_they_were(several: Path, tmp_path: Path) -> None:
+    with closing(archive.open_archive(several)) as opened:
+        bold, safe = opened.manifest.plans
+        first = replace(bold.stages[0], cut=0)
+        points = tuple(
+            replace(point, decisions=(manifest.Decision(first.row, 0), *point.decisions[1:]))
+            for point in bold.operating_points
+        )
+        changed = replace(bold, stages=(first, *bold.stages[1:]), operating_points=points)
+        written = write_retuned(tmp_path / "again.mess", opened, changed)
+        assert written.plans == (changed, safe)
+        assert written.golden_of(safe) == opened.manifest.golden_of(safe)
+        assert written.provenance == opened.manifest.provenance
+        assert {golden.exit for golden in opened.manifest.golden_of(bold)} != {1}, "the change must matter"
+    assert {golden.exit for golden in written.golden_of(bold)} == {1}
+    for name in (bold.name, safe.name):
+        golden = [check for check in verify_bundle(tmp_path / "again.mess", name) if check.name.startswith("golden")]
+        assert len(golden) == 2
+        assert all(check.passed for check in golden)
+
+
+def test_of_several_plans_the_one_to_choose_for_must_be_named(several: Path, tmp_path: Path) -> None:
+    choice = Choice(tmp_path / "data", small_network.candidate(), None)
+    remote = Remote(parse_host("ssh://nobody@127.0.0.1"))
+    with closing(archive.open_archive(several)) as opened:
+        for target in (None, "host", "xavier"):
+            with pytest.raises(InputError, match=r"has the plans host:fp16, host:fp32: .* --target host:fp16"):
+                retuned(opened, choice, target, remote, tmp_path / "never.mess", quiet)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,91 @@
+"""Engines that `ship` builds before a version takes over: of the plan, and of those that are fallen back to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from mess_compile.runtime import archive, engine_cache, ship, tensorrt_build
+from mess_compile.runtime.archive import Archive
+from mess_compile.runtime.engine_fake import FakeLibrary
+from mess_compile.runtime.errors import EngineError
+from mess_compile.runtime.tensorrt_build import BuildOptions, Built
+from mess_compile.runtime.versions import History
+from tests import small_network
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Archive]:
+    """A plan in fp16 that falls back to one in fp32, of five graphs each."""
+    graphs = small_network.graph_set(tmp_path / "graphs")
+    parts = [small_network.part(graphs, small_network.plan(), recipe) for recipe in ("fp16", "fp32")]
+    small_network.write_parts(tmp_path / "several.mess", parts)
+    with closing(archive.open_archive(tmp_path / "several.mess")) as found:
+        yield found
+
+
+class Builder:
+    """Notes what it is asked for, and fails for one precision."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.failing: str | None = None
+
+    def __call__(self, path: Path, options: BuildOptions, timing_cache: bytes | None = None) -> Built:
+        self.asked.append(options.precision)
+        if options.precision == self.failing:
+            raise EngineError(f"{path.name} does not build: no kernel for it")
+        return Built(b"an engine", 0.0, None)
+
+
+@pytest.fixture
+def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builder:
+    found = Builder()
+    monkeypatch.setattr(tensorrt_build, "build_engine", found)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    return found
+
+
+def quiet(kind: str, content: object) -> None:
+    pass
+
+
+def built(opened: Archive) -> tuple[int, tuple[str, ...]]:
+    return ship._built(opened, opened.manifest.plans[0], library(), History(), quiet)
+
+
+def library() -> FakeLibrary:
+    return FakeLibrary({}, name="tensorrt", builds_for=("GPU", (8, 7)))
+
+
+def test_engines_of_plans_to_fall_back_to_are_there_before_they_are_needed(opened: Archive, builder: Builder) -> None:
+    assert built(opened) == (10, ())
+    assert builder.asked == ["fp16"] * 5 + ["fp32"] * 5
+    assert built(opened) == (0, ())
+    assert len(builder.asked) == 10
+
+
+def test_a_fallback_that_does_not_build_is_told_and_the_plan_itself_must(opened: Archive, builder: Builder) -> None:
+    builder.failing = "fp32"
+    count, refusals = built(opened)
+    assert count == 5
+    assert len(refusals) == 5
+    assert "no kernel for it" in refusals[0]
+    builder.failing = "fp16"
+    for path in engine_cache.default_folder().iterdir():
+        path.unlink()
+    with pytest.raises(EngineError, match="no kernel for it"):
+        built(opened)
+
+
+def test_what_was_built_to_be_measured_is_taken_over(opened: Archive, builder: Builder) -> None:
+    plan = opened.manifest.plans[0]
+    for path in plan.graphs():
+        engine_cache.loadable(library(), opened.folder / path, "fp16", Path.home() / engine_cache.PROFILED)
+    builder.asked.clear()
+    assert built(opened) == (5, ())
+    assert builder.asked == ["fp32"] * 5
