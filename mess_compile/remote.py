@@ -153,7 +153,7 @@ class Remote:
                     with suppress(subprocess.TimeoutExpired):
                         client.wait(STOP_S)
             if code:
-                raise self.failure(f"`{command[0]}`", code, _text(errors))
+                raise self.failure(f"`{_program(command)}`", code, _text(errors))
 
     def push(self, files: Mapping[str, Path], folder: str, progress: Callable[[int, int], None]) -> Pushed:
         """Have `files`, named by the hex SHA-256 of their bytes, in `folder` there, under these names.
@@ -204,7 +204,8 @@ class Remote:
             signal = "" if code == 255 else f" by signal {code - 128}"
             reason = f"{what} was killed{signal}: has the device enough memory? (it said: {said or 'nothing'})"
         else:
-            reason = f"{what} ended with code {code}: {said or 'it said nothing'}"
+            remedy = ": install it there, for this python3" if "No module named" in said else ""
+            reason = f"{what} ended with code {code}: {said or 'it said nothing'}{remedy}"
         return RemoteError(f"{self.host.text}: {reason}")
 
     def _no_file(self, path: str, code: int, errors: str) -> RemoteError:
@@ -254,6 +255,11 @@ class Remote:
                 what = f"`{arguments[0]}` has not ended within {patience_s:g} s"
                 raise RemoteError(f"{self.host.text}: {what}: is the device busy, or out of memory?") from error
             return Done(self._connection.code(client), output, errors.decode(errors="replace"))
+
+
+def _program(command: Sequence[str]) -> str:
+    """What runs: `env` and what it sets aside."""
+    return next((word for word in command if word != "env" and "=" not in word), command[0])
 
 
 def _write_archive(pipe: IO[bytes], files: Mapping[str, Path], progress: Callable[[int, int], None]) -> int:

@@ -10,9 +10,9 @@ import re
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -22,8 +22,9 @@ from mess_compile.remote import Host, Remote, RemoteError, parse_host
 from mess_compile.runtime import decode
 from mess_compile.runtime import ship as device_side
 from mess_compile.runtime.archive import Archive, open_archive
+from mess_compile.runtime.choice import named_plans
 from mess_compile.runtime.errors import InputError, MessError
-from mess_compile.runtime.ship import BYTES_PER_S, ENGINE_S, VERIFY_S, Done, Looked, Step, Wish
+from mess_compile.runtime.ship import BYTES_PER_S, ENGINE_S, PROGRAMS, VERIFY_S, Done, Looked, Step, Wish
 from mess_compile.runtime.verify import LATENCY_FACTOR, Check
 from mess_compile.runtime.versions import FILES, SHIP
 from mess_compile.sessions import runtime_zip
@@ -80,9 +81,10 @@ class Shipped:
 
 @dataclass(frozen=True)
 class Expected:
-    """What shipping a bundle to a place would do; None where the place cannot tell yet."""
+    """What shipping a bundle to a place would do, where `current` is in use; None where the place cannot tell yet."""
 
     place: str
+    current: str | None
     send_bytes: int
     files: int
     build: tuple[str, ...]
@@ -95,7 +97,7 @@ class Expected:
 def parse_place(text: str) -> Place:
     """From ssh://user@host[:port]:/folder; `~/folder` is below the home folder there. Raises InputError."""
     match = _PLACE.fullmatch(text)
-    if match is None:
+    if match is None or match["folder"].startswith("//"):
         parse_host(text)  # which refuses passwords, options and the like in its own words
         raise InputError(f"place {text[:80]!r} names no folder: write ssh://user@host:/opt/street")
     folder = re.sub("^/?~/", "", match["folder"]).rstrip("/")
@@ -106,7 +108,7 @@ def parse_place(text: str) -> Place:
 
 def ship(bundle: Path, places: Sequence[Place], options: Options, tell: Callable[[Place, str], None]) -> list[Shipped]:
     """Ship a bundle to all `places` at once; each tells how it went. Raises InputError, BundleError for the bundle."""
-    with closing(open_archive(bundle)) as archive:
+    with _opened(bundle, options) as archive:
         return _everywhere(places, lambda place, remote: _tuned(archive, place, remote, options, _to(tell, place)))
 
 
@@ -117,13 +119,24 @@ def rollback(places: Sequence[Place], options: Options, tell: Callable[[Place, s
 
 def expected(bundle: Path, places: Sequence[Place], options: Options) -> list[Expected | Shipped]:
     """What `ship` would do at each place; nothing is changed there. A place that cannot tell is a Shipped with why."""
-    with closing(open_archive(bundle)) as archive:
+    with _opened(bundle, options) as archive:
         return _everywhere(places, lambda place, remote: _expected(archive, place, remote, options))
 
 
 def look(places: Sequence[Place]) -> list[Looked | Shipped]:
     """Which versions are at each place. A place that cannot tell is a Shipped with why."""
     return _everywhere(places, lambda place, remote: _look(place, remote, Wish(place.folder)))
+
+
+@contextmanager
+def _opened(bundle: Path, options: Options) -> Iterator[Archive]:
+    """Raises InputError when it has no plan of the target's name: before anything travels."""
+    with closing(open_archive(bundle)) as archive:
+        plans = archive.manifest.plans
+        if options.target is not None and not named_plans(plans, options.target):
+            names = ", ".join(plan.name for plan in plans)
+            raise InputError(f"the bundle {archive.manifest.name} has no plan {options.target!r}; it has {names}")
+        yield archive
 
 
 def _to(tell: Callable[[Place, str], None], place: Place) -> Tell:
@@ -213,12 +226,15 @@ def _rollback(place: Place, remote: Remote, options: Options, tell: Tell) -> Shi
 
 
 def _expected(archive: Archive, place: Place, remote: Remote, options: Options) -> Expected:
-    looked = _look(place, remote, _wish(archive, place, options))
+    wish, program = _wish(archive, place, options), runtime_zip()
+    looked = _look(place, remote, replace(wish, program=sha256(program).hexdigest()))
     sizes = {file.sha256: file.bytes for file in archive.manifest.files.values()}
-    send_bytes = sum(sizes[name] for name in looked.absent) + len(archive.manifest_bytes)
+    send_bytes = sum(sizes[name] for name in looked.absent) + len(_text(wish))
+    send_bytes += 0 if looked.program else len(program)
     full = f"it takes {send_bytes} bytes, and {looked.free_bytes} are free" if send_bytes > looked.free_bytes else None
     return Expected(
         place.text,
+        looked.current,
         send_bytes,
         len(looked.absent),
         looked.build,
@@ -262,7 +278,7 @@ def _push(remote: Remote, files: dict[str, Path], folder: str, tell: Tell) -> in
     def progress(sent: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last > _TELL_S:
-            tell(f"sends {total / 2**20:.2f} MiB" + (f", {sent / total:.0%} are there" if last else ""))
+            tell(f"sends {size(total)}" + (f", {sent / total:.0%} are there" if last else ""))
             last = time.monotonic()
 
     try:
@@ -278,7 +294,7 @@ def _act(action: str, wish: Wish, place: Place, remote: Remote, tell: Tell) -> t
     """Have the program there do something; what it said, and how many bytes travelled for it."""
     contents = {sha256(content).hexdigest(): content for content in (runtime_zip(), _text(wish))}
     code, name = contents
-    programs = f"{place.folder}/{SHIP}/programs"
+    programs = f"{place.folder}/{PROGRAMS}"
     with tempfile.TemporaryDirectory(prefix="mess-") as folder:
         for each, content in contents.items():
             (Path(folder) / each).write_bytes(content)
@@ -342,6 +358,11 @@ def _hear(heard: _Heard, line: str, place: Place, tell: Tell) -> None:
 def _in_words(step: Step) -> str:
     number = f" ({step.number} of {step.total})" if step.total > 1 else ""
     return f"{step.what}{number}" + ("" if step.expected_s is None else f", about {duration(step.expected_s)} left")
+
+
+def size(count: int) -> str:
+    """For people."""
+    return f"{count / 2**20:,.2f} MiB" if count >= 1 << 20 else f"{count / 2**10:.1f} KiB"
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,10 @@ from mess_compile.cli.options import FILE, FOLDER, json_option
 from mess_compile.console import fail, print_json, print_next, print_table, quoted
 
 if TYPE_CHECKING:
-    from mess_compile.ship import Place, Shipped
+    from mess_compile.ship import Expected, Place, Shipped
     from mess_compile.workspace import Workspace
+
+_CANNOT_TELL = "cannot tell what is there; the same command asks again"
 
 
 @click.command()
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=0, min_open=True),
     help="What golden frames may take there, in multiples of the plan's latency; 1.25 by default.",
 )
-@click.option("--data", type=FOLDER, help="Choose thresholds again, on the device.")
+@click.option("--data", type=FOLDER, help="Choose thresholds again there, by the images that the plan was chosen on.")
 @click.option("--sign", type=FILE, metavar="KEY", help="With --data: sign again.")
 @click.option("--unit", is_flag=True, help="Also a systemd unit of the user's own, for frames in FOLDER/live/in.")
 @json_option
@@ -48,7 +50,7 @@ def ship(workspace: Workspace, /, things: tuple[str, ...], as_json: bool, **opti
         raise click.UsageError("--rollback has no --dry-run: `ships` says what is there.")
     texts = things if options["rollback"] else things[1:]
     if not texts:
-        raise click.UsageError("ship where to? Add ssh://USER@HOST:/FOLDER.")
+        raise click.UsageError("ship what, and where to? `ship BUNDLE ssh://USER@HOST:/FOLDER`.")
     places = [ships.parse_place(text) for text in dict.fromkeys(texts)]
     factor = options["latency_factor"] or LATENCY_FACTOR
     choice = _choice(workspace, options["data"], options["sign"])
@@ -56,7 +58,7 @@ def ship(workspace: Workspace, /, things: tuple[str, ...], as_json: bool, **opti
         options["keep"], options["allow_downgrade"], factor, options["target"], options["unit"], choice
     )
     if options["dry_run"]:
-        return _print_expected(ships.expected(Path(things[0]), places, chosen), as_json)
+        return _print_expected(Path(things[0]), ships.expected(Path(things[0]), places, chosen), as_json)
     tell = _teller(places, as_json)
     if options["rollback"]:
         found = ships.rollback(places, chosen, tell)
@@ -67,10 +69,22 @@ def ship(workspace: Workspace, /, things: tuple[str, ...], as_json: bool, **opti
         print_json({"places": [asdict(each) for each in found]})
     elif any(each.done for each in found):
         _print_shipped(found)
-    _fail_where_it_did(found)
+    _fail_where_it_did(
+        found, "failed; `mess-compile ships` tells what is in use, and the same command tries them again"
+    )
     if not as_json:
-        print_next("ships", *([] if options["rollback"] else [f"ship --rollback {places[0].text}"]))
+        print_next("ships", *(f"ship --rollback {each.place}" for each in found[:1] if _can_go_back(each, options)))
     return None
+
+
+def _can_go_back(shipped: Shipped, options: dict[str, Any]) -> bool:
+    done = shipped.done
+    return (
+        not options["rollback"]
+        and options["keep"] > 1
+        and done is not None
+        and done.before not in (None, done.version.id)
+    )
 
 
 def _choice(workspace: Workspace, data: Path | None, key: Path | None) -> Any:
@@ -89,7 +103,7 @@ def _teller(places: Sequence[Place], as_json: bool) -> Callable[[Place, str], No
 
     def tell(place: Place, text: str) -> None:
         if not as_json:
-            click.echo(f"{place.host.text}: {text}", err=True)
+            click.echo(f"{place.text}: {text}", err=True)
 
     return tell
 
@@ -125,33 +139,42 @@ def _retuned(told: Any) -> str:
     return f"{found}; with other thresholds {told.chosen_miou:.2f} % in {told.chosen_ms:.2f} ms"
 
 
-def _fail_where_it_did(found: Sequence[Any]) -> None:
-    errors = [each.error for each in found if getattr(each, "error", None) is not None]
+def _fail_where_it_did(found: Sequence[Any], words: str) -> None:
+    errors = [(each.place, each.error) for each in found if getattr(each, "error", None) is not None]
     if errors and len(found) > 1:
-        click.echo("\n".join(f"failed: {error}" for error in errors), err=True)
-        fail(f"{len(errors)} of {len(found)} places failed, and are as they were; the same command tries them again")
+        for place, error in errors:
+            click.echo(f"failed: {place}: {error.removeprefix(f'{place}: ')}", err=True)
+        fail(f"{len(errors)} of {len(found)} places {words}")
     if errors:
-        fail(errors[0])
+        fail(errors[0][1])
 
 
-def _print_expected(found: Sequence[Any], as_json: bool) -> None:
-    from mess_compile.ship import duration
-
+def _print_expected(bundle: Path, found: Sequence[Any], as_json: bool) -> None:
     if as_json:
         print_json({"places": [asdict(each) for each in found]})
-    for each in found if not as_json else ():
-        if getattr(each, "error", None) is not None:
-            continue
-        known = "unknown before the first time" if each.expected_s is None else f"about {duration(each.expected_s)}"
-        click.echo(
-            f"{each.place}: {each.send_bytes:,} bytes would travel ({each.files} files; {each.free_bytes / 2**20:,.0f} "
-            f"MiB are free), {len(each.build)} engines be built; {known}"
-        )
-        if each.signers is not None:
-            click.echo(f"{each.place}: the signature would be checked by {each.signers}")
-        if each.refusal is not None:
-            click.echo(f"{each.place}: it would be refused: {each.refusal}")
-    _fail_where_it_did(found)
+        return _fail_where_it_did(found, _CANNOT_TELL)
+    told = [each for each in found if getattr(each, "error", None) is None]
+    for each in told:
+        click.echo("\n".join(f"{each.place}: {line}" for line in _expected(each)))
+    _fail_where_it_did(found, _CANNOT_TELL)
+    ready = [each.place for each in told if each.refusal is None]
+    return print_next(f"ship {quoted(bundle)} {' '.join(ready)}" if ready else "ships")
+
+
+def _expected(of: Expected) -> Iterator[str]:
+    from mess_compile.ship import duration
+
+    time = "how long it takes there is known after the first time"
+    if of.expected_s is not None:
+        time = f"it should take about {duration(of.expected_s)}"
+    yield (
+        f"{of.current or 'nothing'} is in use; {of.send_bytes:,} bytes would travel ({of.files} files beside the "
+        f"manifest; {of.free_bytes / 2**20:,.0f} MiB are free), {len(of.build)} engines be built; {time}"
+    )
+    if of.signers is not None:
+        yield f"the signature would be checked by {of.signers}"
+    if of.refusal is not None:
+        yield f"it would be refused: {of.refusal}"
 
 
 @click.command()
@@ -170,8 +193,8 @@ def ships(workspace: Workspace, places: tuple[str, ...], as_json: bool) -> None:
         print_json({"places": [{"place": text, **asdict(each)} for text, each in zip(texts, found, strict=False)]})
     else:
         rows = [row for text, each in zip(texts, found, strict=False) for row in _rows(text, each)]
-        print_table("", ["place", "version", "bundle", "release", "signed by", "MiB", "shipped", ""], rows)
-    _fail_where_it_did(found)
+        print_table("", ["place", "version", "bundle", "release", "signed by", "MiB", "shipped", "state"], rows)
+    _fail_where_it_did(found, _CANNOT_TELL)
     if not as_json:
         print_next(f"ship {quoted(Path('BUNDLE'))} {texts[0]}", f"ship --rollback {texts[0]}")
 

@@ -78,12 +78,17 @@ class Archive:
         """Who of `signers` signed the bundle. Raises BundleError when none did, InputError."""
         check_signers(signers)
         if self.signature is None:
-            raise BundleError(f"the bundle {self.manifest.name} is not signed")
+            raise unsigned(self.manifest)
         self.signed_by = signer_of(self.manifest_bytes, self.signature, signers)
         return self.signed_by
 
     def close(self) -> None:
         self._temporary.cleanup()
+
+
+def unsigned(manifest: Manifest) -> BundleError:
+    """The error for a bundle without the signature that is asked for."""
+    return BundleError(f"the bundle {manifest.name} is not signed: sign it by `bundle --sign KEY`")
 
 
 def open_archive(path: Path) -> Archive:

@@ -6,6 +6,7 @@ Every line is a JSON object with one key: `absent`, `step`, `check`, `looked`, `
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from mess_compile.runtime import decode, unit, versions
-from mess_compile.runtime.archive import Archive, open_archive
+from mess_compile.runtime.archive import Archive, open_archive, unsigned
 from mess_compile.runtime.cascade import load_archive
 from mess_compile.runtime.choice import first_that_opens, matching_plans
 from mess_compile.runtime.engine import Library
@@ -24,15 +25,18 @@ from mess_compile.runtime.engine_cache import PROFILED, adopt, borrow, is_built,
 from mess_compile.runtime.errors import BundleError, EngineError, InputError, MessError
 from mess_compile.runtime.ladder import safer_plans
 from mess_compile.runtime.manifest import Manifest, Plan, manifest_from_json
-from mess_compile.runtime.signature import installed_signers
+from mess_compile.runtime.signature import installed_signers, signer_of
 from mess_compile.runtime.verify import verify
-from mess_compile.runtime.versions import VERSIONS, History, Version
+from mess_compile.runtime.versions import SHIP, VERSIONS, History, Version
 
 FORMAT, VERSION = "mess-ship", 1
+PROGRAMS = f"{SHIP}/programs"
 ENGINE_S, VERIFY_S, BYTES_PER_S = "engine_s", "verify_s", "bytes_per_s"
 """What a folder remembers of the last time: an engine, all but engines and sending, and the link."""
-NO_LIMIT = 1e9
-"""A latency factor at which the latency is told, not judged."""
+_REMEDIES = {
+    "latency": "see what else runs there and how warm it is, or allow more by --latency-factor",
+    "power mode": "set it back there, or profile again in this one",
+}
 _DAY_S = 86400.0
 Say = Callable[[str, Any], None]
 
@@ -41,7 +45,8 @@ Say = Callable[[str, Any], None]
 class Wish:
     """What to do in `folder`. A bundle is the text of its `manifest` and `signature`; its files lie in the store.
 
-    `keep` so many versions; `bytes_per_s` is how fast files came, None when nothing came.
+    `keep` so many versions; `bytes_per_s` is how fast files came, None when nothing came; `program` is the hash of what
+    is to run there.
     """
 
     folder: str
@@ -53,6 +58,7 @@ class Wish:
     latency_factor: float = 1.25
     unit: bool = False
     bytes_per_s: Optional[float] = None
+    program: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Listed:
 @dataclass(frozen=True)
 class Looked:
     """What is in a folder and, of a bundle that is to come: files that have not arrived, graphs to build engines of,
-    and why it would be refused."""
+    and why it would be refused. Whether the `program` is there, too."""
 
     current: Optional[str]
     versions: Tuple[Listed, ...]
@@ -103,6 +109,7 @@ class Looked:
     absent: Tuple[str, ...]
     build: Tuple[str, ...]
     refusal: Optional[str]
+    program: bool
 
 
 def wish_to_json(wish: Wish) -> str:
@@ -139,14 +146,25 @@ def look(wish: Wish, say: Say) -> None:
             if not wish.allow_downgrade:
                 bundle = versions.hash_of(wish.manifest, wish.signature)
                 versions.refuse_downgrade(history, current, bundle, versions.release_of(manifest))
+            _check_signer(wish, manifest)
             build = _to_build(manifest, wish.target)
         except MessError as error:
             refusal = str(error)
     free = shutil.disk_usage(str(_existing(folder))).free
     signers = installed_signers()
     file = None if signers is None else str(signers.file)
-    looked = Looked(current, listed, history.took, free, file, tuple(absent), tuple(build), refusal)
+    program = (folder / PROGRAMS / str(wish.program)).is_file()
+    looked = Looked(current, listed, history.took, free, file, tuple(absent), tuple(build), refusal, program)
     say("looked", asdict(looked))
+
+
+def _check_signer(wish: Wish, manifest: Manifest) -> None:
+    signers = installed_signers()
+    if signers is None:
+        return
+    if wish.signature is None:
+        raise unsigned(manifest)
+    signer_of((wish.manifest or "").encode("utf-8"), wish.signature.encode("utf-8"), signers)
 
 
 def _existing(folder: Path) -> Path:
@@ -206,8 +224,10 @@ def rollback(wish: Wish, say: Say) -> None:
         history, current = versions.read_history(folder), versions.current_id(folder)
         wanted = versions.before(folder, history)
         if current is None or wanted is None:
-            raise InputError(f"{folder} holds no version to go back to: {current or 'none'} is in use")
-        proved = _proved(folder / VERSIONS / wanted, wish.target, NO_LIMIT, history, say)
+            raise InputError(
+                f"{folder} holds no version to go back to from {current or 'none'}: ship the one that is wanted"
+            )
+        proved = _proved(folder / VERSIONS / wanted, wish.target, math.inf, history, say)
         version = history.named(wanted) or _unknown(wanted, folder / VERSIONS / wanted)
         end = len(history.past) - history.past[::-1].index(wanted) if wanted in history.past else 0
         versions.switched(folder, history, wanted, history.past[:end])
@@ -261,7 +281,10 @@ def _proved(place: Path, target: Optional[str], factor: float, history: History,
             say("check", asdict(check))
         failed = [check for check in checks if not check.passed]
         if failed:
-            raise BundleError(f"it fails verification there: {failed[0].name}: {failed[0].detail}")
+            remedy = _REMEDIES.get(
+                failed[0].name, "its engines compute something else: profile and search on this device"
+            )
+            raise BundleError(f"it fails verification there: {failed[0].name}: {failed[0].detail}: {remedy}")
         return _Proof(archive.signed_by, built, build_s, time.monotonic() - start, refusals)
     finally:
         archive.close()
