@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -100,7 +101,7 @@ def newer(street: Street, numbers: Iterator[int], tmp_path: Path) -> Path:
     return changed_bundle(street.bundle, tmp_path / "host.mess", with_threshold(next(numbers)))
 
 
-def history(street: Street) -> list[dict[str, object]]:
+def history(street: Street) -> list[dict[str, Any]]:
     """What `ships` tells of each version, the newest first."""
     (place,) = [each for each in printed_json("ships")["places"] if each["place"] == street.place]
     versions = place["versions"]

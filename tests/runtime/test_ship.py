@@ -1,18 +1,23 @@
-"""Engines that `ship` builds before a version takes over: of the plan, and of those that are fallen back to."""
+"""What `ship` does before a version takes over: engines of the plan and of those to fall back to, and verification."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mess_compile import runtime
 from mess_compile.runtime import archive, engine_cache, ship, tensorrt_build
 from mess_compile.runtime.archive import Archive
 from mess_compile.runtime.engine_fake import FakeLibrary
 from mess_compile.runtime.errors import EngineError
+from mess_compile.runtime.manifest import Manifest
 from mess_compile.runtime.tensorrt_build import BuildOptions, Built
+from mess_compile.runtime.verify import verify
 from mess_compile.runtime.versions import History
 from tests import small_network
 
@@ -89,3 +94,20 @@ def test_what_was_built_to_be_measured_is_taken_over(opened: Archive, builder: B
     builder.asked.clear()
     assert built(opened) == (5, ())
     assert builder.asked == ["fp32"] * 5
+
+
+def test_going_back_depends_on_golden_frames_and_not_on_speed_or_power_mode(tmp_path: Path) -> None:
+    """What went wrong with a new version is taken back in whatever state the device is."""
+
+    def of_another_mode(known: Manifest) -> Manifest:
+        slower = [replace(cost, mean_ms=0.0, report_mean_ms=0.0) for cost in known.plans[0].costs]
+        plan = replace(known.plans[0], power_mode="MODE_30W_ALL", upload_mean_ms=1e-9, costs=tuple(slower))
+        return replace(known, plans=(plan,))
+
+    small_network.write_bundle(tmp_path / "street.mess")
+    bundle = small_network.changed_bundle(tmp_path / "street.mess", tmp_path / "other.mess", of_another_mode)
+    with runtime.load(bundle) as cascade:
+        assert {check.name for check in verify(cascade, 1.25) if not check.passed} == {"power mode", "latency"}
+        checks = verify(cascade, math.inf)
+    assert [check.name for check in checks] == ["golden/0.npy", "golden/1.npy", "latency"]
+    assert all(check.passed for check in checks)
