@@ -168,8 +168,8 @@ def _expected(of: Expected) -> Iterator[str]:
     if of.expected_s is not None:
         time = f"it should take about {duration(of.expected_s)}"
     yield (
-        f"{of.current or 'nothing'} is in use; {of.send_bytes:,} bytes would travel ({of.files} files beside the "
-        f"manifest; {of.free_bytes / 2**20:,.0f} MiB are free), {len(of.build)} engines be built; {time}"
+        f"{of.current or 'nothing'} is in use; {of.send_bytes:,} bytes would travel ({of.files} files beside "
+        f"manifest and program; {of.free_bytes / 2**20:,.0f} MiB are free), {len(of.build)} engines be built; {time}"
     )
     if of.signers is not None:
         yield f"the signature would be checked by {of.signers}"

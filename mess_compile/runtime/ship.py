@@ -355,10 +355,11 @@ _ACTIONS: Dict[str, Callable[[Wish, Say], None]] = {"look": look, "ship": ship, 
 
 
 def _remove_old(folder: Path) -> None:
-    """Programs and wishes of other days, beside ours."""
+    """Programs and wishes of other days; the program that runs, a zip, need not travel again next time."""
+    own = Path(__file__).resolve().parents[2]
     for path in folder.iterdir():
         with suppress(OSError):
-            if time.time() - path.stat().st_ctime > _DAY_S:
+            if time.time() - path.stat().st_ctime > _DAY_S and path.resolve() != own:
                 path.unlink()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -111,3 +112,19 @@ def test_going_back_depends_on_golden_frames_and_not_on_speed_or_power_mode(tmp_
         checks = verify(cascade, math.inf)
     assert [check.name for check in checks] == ["golden/0.npy", "golden/1.npy", "latency"]
     assert all(check.passed for check in checks)
+
+
+def test_of_programs_of_other_days_the_one_that_runs_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a changed threshold stays some 30 KB whenever it ships; the program has 0.1 MB."""
+    programs = tmp_path / ".ship" / "programs"
+    programs.mkdir(parents=True)
+    for name in ("own", "older"):
+        (programs / name).write_bytes(b"a program")
+    (programs / "wish").write_text(ship.wish_to_json(ship.Wish(str(tmp_path))))
+    monkeypatch.setattr(ship, "__file__", str(programs / "own" / "mess_compile" / "runtime" / "ship.py"))
+    assert ship.tell("look", programs / "wish") == 0
+    assert len(list(programs.iterdir())) == 3, "they are of today"
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 2 * 86400)
+    assert ship.tell("look", programs / "wish") == 0
+    assert [path.name for path in programs.iterdir()] == ["own"]
