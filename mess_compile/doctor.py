@@ -39,6 +39,7 @@ def examine(workspace: Path | None = None) -> tuple[Finding, ...]:
         _provider(machine, "onnxruntime-cuda"),
         _provider(machine, "onnxruntime-tensorrt"),
         _module("train and export networks", "torch", "pip install 'mess-compile[torch]'", _torch_device),
+        _module("run on videos and cameras", "cv2", "pip install 'mess-compile[video]'", _no_more),
         _module("build engines ahead of time", "tensorrt_rtx", "pip install 'mess-compile[rtx]'", _capabilities),
         _ahead_of_time(machine),
         _classic(machine),

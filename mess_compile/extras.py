@@ -9,6 +9,7 @@ from typing import Any
 from mess_compile.runtime.errors import EngineError
 
 _TORCH = ("torch", "safetensors", "lightning_fabric")
+_VIDEO = ("cv2",)
 _REPORT = ("jinja2", "markupsafe", "plotly")
 
 
@@ -20,6 +21,16 @@ def torch_module(name: str) -> Any:
 def report_module(name: str) -> Any:
     """A module of this package that writes pages. Raises EngineError naming the `pip install` line."""
     return _module(name, "report", _REPORT)
+
+
+def video_module(name: str) -> Any:
+    """A module of this package that needs OpenCV. Raises EngineError naming the `pip install` line."""
+    return _module(name, "video", _VIDEO)
+
+
+def reads_videos() -> bool:
+    """Whether `video_module` would find what it needs."""
+    return importlib.util.find_spec("cv2") is not None
 
 
 def writes_reports() -> bool:

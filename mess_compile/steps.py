@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -20,16 +19,16 @@ from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, verify_gra
 from mess_compile.compiling import RecipeBuild
 from mess_compile.compiling import engine_files as _engine_files
 from mess_compile.compiling import target_of as _target
-from mess_compile.dataset import DataSet, open_dataset, read_frame, read_labels
+from mess_compile.dataset import DataSet, open_dataset, read_frame
 from mess_compile.measuring import Thrift, build, estimate, profile
 from mess_compile.recording import evaluate
+from mess_compile.running import ImageResult, RunOptions, VideoResult, is_moving, run
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime import frames
 from mess_compile.runtime.engine import open_library
 from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.runtime.manifest import EngineFile, Manifest
 from mess_compile.runtime.manifest import Plan as ManifestPlan
-from mess_compile.runtime.pictures import read_picture
 from mess_compile.runtime.versions import RELEASE
 from mess_compile.search import plan as plans
 from mess_compile.search.requirement import Requirement
@@ -50,8 +49,10 @@ __all__ = [
     "NetworkChoice",
     "RecipeBuild",
     "Requirement",
+    "RunOptions",
     "SearchOptions",
     "Thrift",
+    "VideoResult",
     "bench",
     "build",
     "bundle",
@@ -59,6 +60,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "is_moving",
     "profile",
     "run",
     "search",
@@ -356,99 +358,6 @@ def _forms(graph_set: GraphSet, plan: plans.Plan, target: Target, folder: Path) 
             move_weights_out(path)
             forms[graph.name] = path
     return forms
-
-
-@dataclass(frozen=True)
-class ImageResult:
-    """What `run` made of one image, and the pictures it wrote."""
-
-    image: Path
-    exit: int
-    exit_point: int
-    confidence: float
-    latency_ms: float
-    pictures: tuple[Path, ...]
-
-
-def run(
-    bundle: Path,
-    images: Sequence[Path],
-    output: Path,
-    progressive: bool,
-    truth: Path | None,
-    done: Callable[[ImageResult], None],
-    deadline_ms: float | None = None,
-    operating_point: str | None = None,
-    target: str | None = None,
-) -> tuple[ImageResult, ...]:
-    """Segment images with a bundle: a palette PNG of labels and an overlay each, and on request the refinement strip.
-
-    `truth` is a folder of label PNGs named as the images, shown at the end of the strip. Under a deadline an image is
-    refined, and its last result kept. Raises InputError, BundleError.
-    """
-    (stem, often), *_ = Counter(image.stem for image in images).most_common(1) or [("", 0)]
-    if often > 1:
-        raise InputError(
-            f"two images are named {stem}: their pictures would share a name; run them one by one (-o DIR)"
-        )
-    with runtime_cascade.load(bundle, target) as cascade:
-        if operating_point is not None:
-            cascade.operating_point = operating_point
-        results = []
-        for image in images:
-            results.append(_run_image(cascade, image, output, progressive, truth, deadline_ms))
-            done(results[-1])
-        return tuple(results)
-
-
-def _run_image(
-    cascade: runtime_cascade.Cascade,
-    image: Path,
-    output: Path,
-    progressive: bool,
-    truth: Path | None,
-    deadline_ms: float | None,
-) -> ImageResult:
-    from mess_compile.report import pictures
-
-    frame = read_picture(image)
-    prediction = cascade(frame) if deadline_ms is None else list(cascade.refine(frame, deadline_ms))[-1]
-    colours = cascade.manifest.network.colours
-    drawn = {
-        "labels": pictures.label_picture(prediction.labels, colours),
-        "overlay": pictures.overlay_picture(frame, prediction.labels, colours),
-    }
-    if progressive:
-        drawn["progressive"] = pictures.strip_picture(_panels(cascade, frame, prediction.exit, image, truth))
-    paths = []
-    for kind, picture in drawn.items():
-        paths.append(output / f"{image.stem}.{kind}.png")
-        pictures.save_picture(paths[-1], picture)
-    return ImageResult(
-        image, prediction.exit, prediction.exit_point, prediction.confidence, prediction.latency_ms, tuple(paths)
-    )
-
-
-def _panels(
-    cascade: runtime_cascade.Cascade, frame: NDArray[np.uint8], taken: int, image: Path, truth: Path | None
-) -> list[tuple[str, NDArray[np.uint8]]]:
-    from mess_compile.dataset import ClassList
-
-    network = cascade.manifest.network
-    panels = [("input", frame)]
-    for prediction in cascade.refine(frame):
-        mark = " (taken)" if prediction.exit == taken else ""
-        caption = f"exit {prediction.exit}{mark}  sure {prediction.confidence:.0%}  {prediction.latency_ms:.1f} ms"
-        panels.append((caption, frames.overlay(frame, prediction.labels, network.colours)))
-    if truth is not None:
-        classes = ClassList(network.classes, network.colours, frozenset(range(len(network.classes), 256)))
-        labels = read_labels(truth / f"{image.stem}.png", classes)
-        if labels.shape != frame.shape[:2]:
-            raise InputError(f"{truth / image.stem}.png is {labels.shape}, but {image} is {frame.shape[:2]}")
-        shown = frames.overlay(frame, np.where(labels == 255, 0, labels), network.colours)
-        shown[labels == 255] = 0
-        panels.append(("truth", shown))
-    return panels
 
 
 def bench(

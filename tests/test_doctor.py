@@ -40,6 +40,7 @@ def on(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("on the CPU", "onnxruntime", "pip install 'mess-compile[cpu]'"),
         ("train and export", "torch", "pip install 'mess-compile[torch]'"),
+        ("videos and cameras", "cv2", "pip install 'mess-compile[video]'"),
         ("ahead of time", "tensorrt_rtx", "pip install 'mess-compile[rtx]'"),
         ("classic TensorRT", "tensorrt", "pip install 'mess-compile[tensorrt]'"),
         ("run engines built ahead", "tensorrt_rtx", "pip install 'mess-compile[rtx]'"),

@@ -85,6 +85,8 @@ ALLOWED = {
     "training": {"files", "launcher", "candidates", "dataset", "nets", "statistics", "training", "runtime"},
     "export": {"files", "candidates", "graph", "nets", "runtime"},
     "benched": {"bench", "files", "runtime"},
+    "media": {"runtime"},
+    "running": {"dataset", "extras", "files", "layouts", "report", "runtime"},
     "report": {"files", "benched", "candidates", "latency", "report", "search", "statistics", "runtime"},
     "runtime": {"runtime"},
 }
@@ -118,6 +120,8 @@ def test_arrows_point_down(part: str, path: Path) -> None:
             assert part in TORCH, f"{path.name} imports {name}"
         if words[0] == "onnxruntime":
             assert path.name in ("onnxruntime_engine.py", "precision.py"), "the latter for its quantiser"
+        if words[0] == "cv2":
+            assert part == "media", "the extra `video` is imported at one place"
         if part == "runtime" and (path.name, name) != ("pictures.py", "PIL.Image"):  # where it is installed
             assert words[0] in {*sys.stdlib_module_names, "numpy", "mess_compile", "onnxruntime"}, f"{path} {name}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,7 @@ from mess_compile.cli.options import BUNDLE, FILE, FOLDER, json_option, print_in
 from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, quoted
 
 if TYPE_CHECKING:
+    from mess_compile.running import ImageResult, VideoResult
     from mess_compile.workspace import Workspace
 
 _target_option = click.option("--target", help="Which plan: a device, or device and precision such as xavier:fp16.")
@@ -71,47 +72,65 @@ def bundle(
 
 @click.command()
 @click.argument("bundle", type=BUNDLE)
-@click.argument("images", type=FILE, nargs=-1, required=True)
+@click.argument("sources", type=BUNDLE, nargs=-1, required=True, metavar="IMAGE|FOLDER|VIDEO|camera:N...")
 @click.option("-o", "--output", type=FOLDER, default="predictions", show_default=True)
 @click.option("--progressive", is_flag=True, help="Also a strip: the input, and every exit's labels.")
 @click.option("--truth", type=FOLDER, help="Folder of label PNGs to show at the end of the strip.")
 @click.option("--deadline", help="Refine as long as the next exit's p99 fits, such as 20ms.")
 @click.option("--operating-point", help="The name of other thresholds that the bundle holds; see `inspect BUNDLE`.")
+@click.option("--every", type=click.IntRange(1), default=1, show_default=True, help="Of a folder or video: each Nth.")
+@click.option("--limit", type=click.IntRange(1), help="Of a folder, video or camera: so many at most.")
+@click.option("--labels", "label_pictures", is_flag=True, help="Of a video or camera: also a label PNG of every frame.")
 @_target_option
 @json_option
-def run(
-    bundle: Path,
-    images: tuple[Path, ...],
-    output: Path,
-    progressive: bool,
-    truth: Path | None,
-    deadline: str | None,
-    operating_point: str | None,
-    target: str | None,
-    as_json: bool,
-) -> None:
-    """Segment images: a palette PNG of the labels and an overlay for each."""
+def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **options: Any) -> None:
+    """Segment images, folders of them, videos or what a camera sees, until Ctrl-C.
+
+    An image gets a palette PNG of its labels and an overlay, a video one with overlay, exit and latency on it.
+    """
     from mess_compile import steps
     from mess_compile.search.requirement import parse_milliseconds
 
+    deadline = options.pop("deadline")
     deadline_ms = None if deadline is None else parse_milliseconds(deadline)
-    if deadline is not None and operating_point is not None:
+    if deadline is not None and options["operating_point"] is not None:
         raise click.UsageError("--deadline decides by time, --operating-point by confidence: give one of them.")
-
-    if truth is not None and not progressive:
+    if options["truth"] is not None and not options["progressive"]:
         raise click.UsageError("--truth is shown in the strip of --progressive; add it.")
+    if options["progressive"] and any(map(steps.is_moving, sources)):
+        raise click.UsageError("--progressive makes a strip of an image: leave videos and cameras out.")
 
-    def tell(result: steps.ImageResult) -> None:
+    def tell(result: steps.ImageResult | steps.VideoResult) -> None:
         if not as_json:
-            click.echo(
-                f"{result.image}: exit {result.exit}, confidence {result.confidence:.3f}, {result.latency_ms:.2f} ms "
-                f"-> {', '.join(str(path) for path in result.pictures)}"
-            )
+            click.echo(_of_video(result) if isinstance(result, steps.VideoResult) else _of_image(result))
 
-    results = steps.run(bundle, images, output, progressive, truth, tell, deadline_ms, operating_point, target)
+    with progress_bar(as_json) as progress:
+        how = steps.RunOptions(deadline_ms=deadline_ms, **options)
+        results = steps.run(bundle, sources, output, how, tell, progress)
     if as_json:
-        return print_json({"images": [asdict(result) for result in results]})
+        videos = [asdict(result) for result in results if isinstance(result, steps.VideoResult)]
+        images = [asdict(result) for result in results if isinstance(result, steps.ImageResult)]
+        return print_json({"images": images, "videos": videos})
     return print_next(f"bench {quoted(bundle)} --data DIR")
+
+
+def _of_image(result: ImageResult) -> str:
+    return (
+        f"{result.image}: exit {result.exit}, confidence {result.confidence:.3f}, {result.latency_ms:.2f} ms "
+        f"-> {', '.join(str(path) for path in result.pictures)}"
+    )
+
+
+def _of_video(result: VideoResult) -> str:
+    written = [str(path) for path in (result.video, result.labels) if path is not None]
+    told = (
+        f"{result.source}: {result.frames} frames at {result.frames_per_s:.1f}/s, "
+        f"exits {rates(count / result.frames for count in result.exits)}, {result.mean_latency_ms:.2f} ms a frame "
+        f"-> {', '.join(written)}"
+    )
+    if result.unread:
+        told += f"\nmind: {result.source} announces {result.unread} more frames, which cannot be read"
+    return told + "\nstopped there by Ctrl-C; what is written is whole" * result.stopped
 
 
 @click.command()

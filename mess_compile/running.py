@@ -1,0 +1,264 @@
+"""Pictures and videos through a bundle: labels, overlays, and the strip of refinement."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile import extras, files
+from mess_compile.dataset import ClassList, read_labels
+from mess_compile.layouts import IMAGE_SUFFIXES
+from mess_compile.runtime import cascade as runtime_cascade
+from mess_compile.runtime import frames
+from mess_compile.runtime.cascade import Cascade, Prediction
+from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.pictures import read_picture
+
+Progress = Callable[[str, int, int], None]
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts", ".wmv", ".mjpeg")
+_CAMERA = "camera:"
+_LABELS = re.compile(r"\d{6}\.png")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a bundle is run. `truth` is a folder of label PNGs named as the images, for the end of the `progressive`
+    strip; under a deadline a frame is refined, and its last result kept. Of folders, videos and cameras every so many
+    frames are taken, at most `limit` of each; `label_pictures` are those of a video's frames."""
+
+    progressive: bool = False
+    truth: Path | None = None
+    deadline_ms: float | None = None
+    operating_point: str | None = None
+    target: str | None = None
+    every: int = 1
+    limit: int | None = None
+    label_pictures: bool = False
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What `run` made of one image, and the pictures it wrote."""
+
+    image: Path
+    exit: int
+    exit_point: int
+    confidence: float
+    latency_ms: float
+    pictures: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class VideoResult:
+    """What `run` made of a video or camera: the frames that left at each exit, and the files it wrote.
+
+    `unread` frames were announced by the file and could not be read; `stopped`: by Ctrl-C.
+    """
+
+    source: str
+    frames: int
+    exits: tuple[int, ...]
+    mean_latency_ms: float
+    frames_per_s: float
+    video: Path
+    labels: Path | None
+    unread: int
+    stopped: bool
+
+
+Result = ImageResult | VideoResult
+
+
+def is_moving(source: Path) -> bool:
+    """Whether it is a video or a camera, by its name."""
+    return str(source).startswith(_CAMERA) or source.suffix.lower() in VIDEO_SUFFIXES
+
+
+def run(
+    bundle: Path,
+    sources: Sequence[Path],
+    output: Path,
+    options: RunOptions = RunOptions(),
+    done: Callable[[Result], None] = lambda result: None,
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[Result, ...]:
+    """Segment images, those in folders, videos and `camera:N` with a bundle, and tell `done` of each.
+
+    An image gets a palette PNG of labels, an overlay and on request the refinement strip, a video or camera one with
+    overlay, exit and latency drawn on it; Ctrl-C ends it as its last frame does. Raises InputError, BundleError.
+    """
+    images = [image for source in sources if not is_moving(source) for image in _images(source, options)]
+    videos = [source for source in sources if is_moving(source)]
+    _check_names(images, videos)
+    results: list[Result] = []
+    with runtime_cascade.load(bundle, options.target) as cascade:
+        if options.operating_point is not None:
+            cascade.operating_point = options.operating_point
+        for number, image in enumerate(images):
+            progress("run", number, len(images))
+            results.append(_run_image(cascade, image, output, options))
+            done(results[-1])
+        for video in videos:
+            results.append(_run_video(cascade, str(video), output, options, progress))
+            done(results[-1])
+    return tuple(results)
+
+
+def _images(source: Path, options: RunOptions) -> list[Path]:
+    if not source.is_dir():
+        return [source]
+    found = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not found:
+        raise InputError(f"{source} holds no {', '.join(IMAGE_SUFFIXES)}; folders in it are not looked into")
+    return found[:: options.every][: options.limit]
+
+
+def _check_names(*kinds: Sequence[Path]) -> None:
+    for sources in kinds:
+        (stem, often), *_ = Counter(source.stem for source in sources).most_common(1) or [("", 0)]
+        if often > 1:
+            raise InputError(
+                f"two sources are named {stem}: their pictures would share a name; run them one by one (-o DIR)"
+            )
+
+
+def _run_image(cascade: Cascade, image: Path, output: Path, options: RunOptions) -> ImageResult:
+    from mess_compile.report import pictures
+
+    frame = read_picture(image)
+    prediction = _predicted(cascade, frame, options)
+    colours = cascade.manifest.network.colours
+    drawn = {
+        "labels": pictures.label_picture(prediction.labels, colours),
+        "overlay": pictures.overlay_picture(frame, prediction.labels, colours),
+    }
+    if options.progressive:
+        drawn["progressive"] = pictures.strip_picture(_panels(cascade, frame, prediction.exit, image, options.truth))
+    paths = []
+    for kind, picture in drawn.items():
+        paths.append(output / f"{image.stem}.{kind}.png")
+        pictures.save_picture(paths[-1], picture)
+    return ImageResult(
+        image, prediction.exit, prediction.exit_point, prediction.confidence, prediction.latency_ms, tuple(paths)
+    )
+
+
+def _predicted(cascade: Cascade, frame: NDArray[np.uint8], options: RunOptions) -> Prediction:
+    return cascade(frame) if options.deadline_ms is None else list(cascade.refine(frame, options.deadline_ms))[-1]
+
+
+def _panels(
+    cascade: Cascade, frame: NDArray[np.uint8], taken: int, image: Path, truth: Path | None
+) -> list[tuple[str, NDArray[np.uint8]]]:
+    network = cascade.manifest.network
+    panels = [("input", frame)]
+    for prediction in cascade.refine(frame):
+        mark = " (taken)" if prediction.exit == taken else ""
+        caption = f"exit {prediction.exit}{mark}  sure {prediction.confidence:.0%}  {prediction.latency_ms:.1f} ms"
+        panels.append((caption, frames.overlay(frame, prediction.labels, network.colours)))
+    if truth is not None:
+        classes = ClassList(network.classes, network.colours, frozenset(range(len(network.classes), 256)))
+        labels = read_labels(truth / f"{image.stem}.png", classes)
+        if labels.shape != frame.shape[:2]:
+            raise InputError(f"{truth / image.stem}.png is {labels.shape}, but {image} is {frame.shape[:2]}")
+        shown = frames.overlay(frame, np.where(labels == 255, 0, labels), network.colours)
+        shown[labels == 255] = 0
+        panels.append(("truth", shown))
+    return panels
+
+
+@dataclass
+class _Course:
+    """A video under way."""
+
+    exits: list[int]
+    latencies_ms: list[float] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+    stopped: bool = False
+
+
+def _run_video(cascade: Cascade, source: str, output: Path, options: RunOptions, progress: Progress) -> VideoResult:
+    media = extras.video_module("media")
+    stem = source.replace(":", "") if source.startswith(_CAMERA) else Path(source).stem
+    video, labels = output / f"{stem}.overlay.mp4", output / f"{stem}.labels" if options.label_pictures else None
+    course = _Course([0] * len(cascade.plan.stages))
+    with ExitStack() as opened:
+        shown = opened.enter_context(media.opened(source, options.every))
+        kept = None if labels is None else opened.enter_context(_label_folder(labels))
+        file = opened.enter_context(media.written(video, shown.fps))
+        total = min(filter(None, (shown.frames, options.limit)), default=0)
+        try:
+            with closing(_segmented(cascade, shown.shots(options.limit), options)) as found:
+                for shot, prediction in found:
+                    file.write(_drawn(media, cascade, shot.frame, prediction), shot.slot)
+                    if kept is not None:
+                        _save_labels(kept / f"{shot.number:06}.png", prediction, cascade)
+                    course.exits[prediction.exit - 1] += 1
+                    course.latencies_ms.append(prediction.latency_ms)
+                    progress(stem, len(course.latencies_ms), total)
+        except KeyboardInterrupt:
+            if not course.latencies_ms:
+                raise
+            course.stopped = True
+        count = len(course.latencies_ms)
+        if not count:
+            raise InputError(f"{source} gave no frame: see that it plays, or that nothing else uses the camera")
+    return VideoResult(
+        source=source,
+        frames=count,
+        exits=tuple(course.exits),
+        mean_latency_ms=float(np.mean(course.latencies_ms)),
+        frames_per_s=count / (time.monotonic() - course.started),
+        video=video,
+        labels=labels,
+        unread=max(total - count, 0) if shown.frames and not course.stopped else 0,
+        stopped=course.stopped,
+    )
+
+
+def _segmented(
+    cascade: Cascade, shots: Iterator[Any], options: RunOptions
+) -> Generator[tuple[Any, Prediction], None, None]:
+    """Each shot with its prediction; without a deadline, neighbouring frames overlap."""
+    if options.deadline_ms is not None:
+        yield from ((shot, _predicted(cascade, shot.frame, options)) for shot in shots)
+        return
+    waiting: deque[Any] = deque()
+
+    def frames_of() -> Iterator[NDArray[np.uint8]]:
+        for shot in shots:
+            waiting.append(shot)
+            yield shot.frame
+
+    with closing(cascade.stream(frames_of())) as stream:
+        for prediction in stream:
+            yield waiting.popleft(), prediction
+
+
+def _drawn(media: Any, cascade: Cascade, frame: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint8]:
+    exits = len(cascade.plan.stages)
+    words = f"exit {prediction.exit} of {exits}   sure {prediction.confidence:.0%}   {prediction.latency_ms:.1f} ms"
+    picture: NDArray[np.uint8] = media.annotated(cascade.overlay(frame, prediction), prediction.exit, exits, words)
+    return picture
+
+
+def _save_labels(path: Path, prediction: Prediction, cascade: Cascade) -> None:
+    from mess_compile.report import pictures
+
+    pictures.save_picture(path, pictures.label_picture(prediction.labels, cascade.manifest.network.colours))
+
+
+def _label_folder(folder: Path) -> Any:
+    """One that replaces what an earlier run wrote there. Raises InputError when anything else lies there."""
+    if folder.exists() and not (folder.is_dir() and all(_LABELS.fullmatch(path.name) for path in folder.iterdir())):
+        raise InputError(f"{folder} is there and holds more than label pictures: name another folder (-o DIR)")
+    return files.replaced_folder(folder)
