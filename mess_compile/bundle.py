@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
@@ -23,6 +23,7 @@ from mess_compile.runtime.engine import open_library
 from mess_compile.runtime.errors import InputError
 from mess_compile.search.plan import Figures, OperatingPoint, Plan, Stage, check_plan_current
 
+Progress = Callable[[str, int, int], None]
 GOLDEN_FRAMES = 4
 _FOLDER = "graphs"
 _REFERENCE = "onnxruntime"
@@ -54,6 +55,7 @@ def write_bundle(
     provenance: Mapping[str, str],
     resize: str = "stretch",
     key: Path | None = None,
+    progress: Progress = lambda what, done, total: None,
 ) -> manifest.Manifest:
     """Write plans of one network, their graphs, the weights they name, the runtime and golden frames to one file.
 
@@ -81,7 +83,9 @@ def write_bundle(
     )
     with files.replaced(path) as temporary:
         archive.write_archive(temporary, content, sources.files)
-        golden = tuple(case for plan in plans for case in _golden(temporary, plan.name, golden_frames, sources))
+        golden = tuple(
+            case for plan in plans for case in _golden(temporary, plan.name, golden_frames, sources, progress)
+        )
         for name, text in device_files.runtime_files().items():
             sources.add(name, text)
         return _completed(temporary, content, golden, sources, key)
@@ -107,7 +111,7 @@ def write_retuned(
     frames = [opened.array(golden.frame) for golden in known.golden_of(plan)]
     with files.replaced(path) as temporary:
         archive.write_archive(temporary, content, sources.files)
-        golden = (*others, *_golden(temporary, plan.name, frames, sources))
+        golden = (*others, *_golden(temporary, plan.name, frames, sources, lambda what, done, total: None))
         return _completed(temporary, content, golden, sources, key)
 
 
@@ -280,17 +284,21 @@ class _Run:
 
 
 def _golden(
-    bundle: Path, name: str, frames: Sequence[NDArray[np.uint8]], sources: _Sources
+    bundle: Path, name: str, frames: Sequence[NDArray[np.uint8]], sources: _Sources, progress: Progress
 ) -> Iterator[manifest.Golden]:
     """What the plan of that name makes of the frames it is to be verified by; arrays are added to `sources`."""
     with cascade.load(bundle, name, open_library(_REFERENCE)) as loaded:
-        for run in _chosen([_run(loaded, frame) for frame in frames]):
+        runs = []
+        for frame in frames:
+            runs.append(_run(loaded, frame))
+            progress("golden frames", len(runs), len(frames))
+        for run in _chosen(runs):
             exit_, array = run.prediction.exit, _npy(run.frame)
             confident = round(run.prediction.confidence * loaded.plan.stages[exit_ - 1].cells)
             number = next(number for number in count() if sources.has_room(f"golden/{number}.npy", array))
-            frame = sources.add(f"golden/{number}.npy", array)
+            place = sources.add(f"golden/{number}.npy", array)
             labels = sources.add(f"golden/{number}.labels.npy", _npy(run.prediction.labels))
-            yield manifest.Golden(name, frame, labels, exit_, confident)
+            yield manifest.Golden(name, place, labels, exit_, confident)
 
 
 def _run(loaded: cascade.Cascade, frame: NDArray[np.uint8]) -> _Run:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +18,12 @@ import click
 
 from mess_compile.runtime.errors import MessError
 
+_BAR = 18
+"""Columns of the bar: with label, amount, rate and time left, a line of 80."""
+_RATE_OVER_S = 600.0
+"""What the rate is an average over; an engine can take minutes."""
+_bars: list[Any] = []
+"""Those on the terminal now."""
 _ELSEWHERE = "work in a folder that can be written (-C DIR)"
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
@@ -56,7 +65,7 @@ class Group(click.Group):
 
 def fail(message: str) -> NoReturn:
     """One line on standard error, and exit code 1."""
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    say(f"error: {' '.join(message.split())}", err=True)
     sys.exit(1)
 
 
@@ -83,25 +92,102 @@ def quoted(path: Path) -> str:
 
 @contextmanager
 def progress_bar(as_json: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error while it is a terminal; silence otherwise."""
+    """A progress bar on standard error while it is a terminal; silence otherwise.
+
+    Takes a label, what is done, and of how much: 0 where that is not known. Results that are printed meanwhile stand
+    above the bar, by `say`.
+    """
     if as_json or not sys.stderr.isatty():
         yield lambda label, done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description:<24.24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
+    with (
+        ExitStack() as stack,
+        Progress(
+            TextColumn("{task.description:<24.24}"),
+            BarColumn(_BAR),
+            TextColumn("{task.fields[amount]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=Console(stderr=True),
+            transient=True,
+            speed_estimate_period=_RATE_OVER_S,
+            redirect_stdout=False,  # what `say` does, where it is a terminal too
+            redirect_stderr=False,
+        ) as bar,
+    ):
+        _bars.append(bar)
+        stack.callback(_bars.remove, bar)
+        task = bar.add_task("", total=None, amount="", rate="")
+        last = (0, 0)
+
+        def tell(label: str, done: int, total: int) -> None:
+            nonlocal last
+            if done < last[0] or total != last[1]:  # something else begins, at another pace
+                bar.reset(task, total=total or None, completed=done)
+            last = done, total
+            amount = f"{done}/{total}" if total else f"{done}"
+            rate = _rate(bar.tasks[0].speed)
+            bar.update(task, description=label, completed=done, total=total or None, amount=amount, rate=rate)
+
+        yield tell
+
+
+def say(text: str, err: bool = False) -> None:
+    """A line for people: on a terminal between words, below a hanging indent, and above a progress bar."""
+    stream = sys.stderr if err else sys.stdout
+    if not stream.isatty():
+        return click.echo(text, err=err)
+    text = "\n".join(_wrapped(line, _columns()) for line in text.split("\n"))
+    if not _bars:
+        return click.echo(text, err=err)
+    _bars[-1].console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return None
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _wrapped(line: str, columns: int) -> str:
+    """Continued below what follows the first word, where that is set apart."""
+    first = re.match(r"\S+\s{2,}", line)
+    indent = " " * (len(first[0]) if first else 2)
+    lines = textwrap.wrap(
+        line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
+    return "\n".join(lines)
+
+
+def _rate(per_s: float | None) -> str:
+    """Such as 12.5/s, or where that is slow the time of each."""
+    if not per_s:
+        return ""
+    return f"{per_s:.3g}/s" if per_s >= 1 else f"{1 / per_s:.3g} s each"
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A plain table, left column left, the others right."""
+    """A plain table, left column left, the others right.
+
+    On a terminal that is too narrow, further columns follow below, beside the left one again.
+    """
     lines = [header, *rows]
     widths = [max(len(row[i]) for row in lines) for i in range(len(header))]
     if title:
-        click.echo(title)
-    for row in lines:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        click.echo("  ".join(cells).rstrip())
+        say(title)
+    for columns in _blocks(widths, _columns() if sys.stdout.isatty() else sys.maxsize):
+        for row in lines:
+            cells = [row[0].ljust(widths[0])] + [row[i].rjust(widths[i]) for i in columns]
+            click.echo("  ".join(cells).rstrip())
+
+
+def _blocks(widths: Sequence[int], most: int) -> list[list[int]]:
+    """The columns after the first, parted so that each part fits beside the first."""
+    blocks: list[list[int]] = [[]]
+    for column in range(1, len(widths)):
+        if blocks[-1] and widths[0] + sum(2 + widths[i] for i in (*blocks[-1], column)) > most:
+            blocks.append([])
+        blocks[-1].append(column)
+    return blocks

@@ -97,6 +97,7 @@ def train(
     machines: Machines | None = None,
     source: Path | None = None,
     teacher: Path | None = None,
+    progress: Progress = lambda what, done, total: None,
 ) -> CandidateNetwork | None:
     """Train a candidate network on the split train and write it to the workspace; val is looked at on the way.
 
@@ -105,7 +106,9 @@ def train(
     """
     if source is not None and source.resolve() == workspace.candidate.resolve():
         raise InputError(f"--from {source} is where the result goes: copy or move that folder first")
-    candidate = _trained(data, choice, workspace.candidate, recipe, report, imagenet, machines, source, teacher)
+    candidate = _trained(
+        data, choice, workspace.candidate, recipe, report, imagenet, machines, source, teacher, progress
+    )
     if candidate is not None:
         workspace.remember(data=data)
     return candidate
@@ -119,6 +122,7 @@ def train_baseline(
     report: Callable[[str], None],
     imagenet: Path | None = None,
     machines: Machines | None = None,
+    progress: Progress = lambda what, done, total: None,
 ) -> CandidateNetwork | None:
     """Train the single-exit network of `choice` alone, for the epochs of both stages, and write it to `baseline/`.
 
@@ -126,7 +130,7 @@ def train_baseline(
     against.
     """
     alone, budget = replace(choice, exits=1, heads=()), replace(recipe, epochs=(sum(recipe.epochs), 0))
-    return _trained(data, alone, workspace.baseline, budget, report, imagenet, machines)
+    return _trained(data, alone, workspace.baseline, budget, report, imagenet, machines, None, None, progress)
 
 
 def _trained(data: Path, choice: NetworkChoice, folder: Path, recipe: Recipe, *how: Any) -> CandidateNetwork | None:
@@ -252,6 +256,7 @@ def bundle(
             {"mess_compile": __version__, "golden_frames": "generated street scenes", **released},
             options.resize,
             options.key,
+            progress,
         )
     if options.single_file is not None:
         from mess_compile.graph.single_file import write_single_file

@@ -1,4 +1,4 @@
-"""`run` on what people have: folders, clips, cameras. A film that lies about exits or ends broken is worse than none."""
+"""`run` on folders, clips and cameras: a film that lies about exits or ends broken is worse than none."""
 
 from __future__ import annotations
 
@@ -164,9 +164,7 @@ class Camera:
         pass
 
 
-def test_ctrl_c_ends_the_film_of_a_camera_whole(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_ends_the_film_of_a_camera_whole(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mess_compile import media
 
     real = cv2.VideoCapture

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli.options import BUNDLE, FILE, FOLDER, json_option, print_inspection, rates, size
-from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, quoted
+from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, quoted, say
 
 if TYPE_CHECKING:
     from mess_compile.running import ImageResult, VideoResult
@@ -60,9 +60,9 @@ def bundle(
         names = [plan.name for plan in manifest.plans]
         return print_json({"bundle": str(path), "bytes": size, "files": len(manifest.files), "plans": names})
     frames = len({golden.frame for golden in manifest.golden})
-    click.echo(f"{path}: {size / 2**20:.2f} MiB, {len(manifest.files)} files, {frames} golden frames")
+    say(f"{path}: {size / 2**20:.2f} MiB, {len(manifest.files)} files, {frames} golden frames")
     if len(manifest.plans) > 1:
-        click.echo(f"plans: {', '.join(plan.name for plan in manifest.plans)}; the first for a device runs there")
+        say(f"plans: {', '.join(plan.name for plan in manifest.plans)}; the first for a device runs there")
     return print_next(
         f"run {quoted(path)} IMAGE...",
         f"bench {quoted(path)} --data DIR",
@@ -102,7 +102,7 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
 
     def tell(result: steps.ImageResult | steps.VideoResult) -> None:
         if not as_json:
-            click.echo(_of_video(result) if isinstance(result, steps.VideoResult) else _of_image(result))
+            say(_of_video(result) if isinstance(result, steps.VideoResult) else _of_image(result))
 
     with progress_bar(as_json) as progress:
         how = steps.RunOptions(deadline_ms=deadline_ms, **options)
@@ -173,19 +173,19 @@ def bench(
         rows,
     )
     for other in result.other_baselines:
-        click.echo(f"{result.baseline_name} is the better baseline here: {other.name} has {other.miou:.2f} % mIoU")
+        say(f"{result.baseline_name} is the better baseline here: {other.name} has {other.miou:.2f} % mIoU")
     low, high = result.latency_ratio_range
-    click.echo(
+    say(
         f"measured against {result.baseline_name} in the same run: {result.latency_ratio:.2f}x in latency (passes "
         f"{low:.2f} to {high:.2f}), {result.workload_ratio:.2f}x in workload, {result.miou_difference:+.2f} pp of mIoU"
     )
     if result.tuned_on:
-        click.echo(
+        say(
             f"the plan was chosen on {result.tuned_on} of these {result.images} images: a result from tuning data; "
             "--split names others"
         )
     for near in result.disagreements:
-        click.echo(
+        say(
             f"{near.image}: replayed exit {near.replayed_exit}, measured {near.measured_exit}, "
             f"{near.counts_from_cut} counts from the cut"
         )
@@ -210,11 +210,11 @@ def _bench_deadline(
         found = steps.bench_deadline(workspace, bundle, data, split, passes, deadline_ms, progress, target)
     if as_json:
         return print_json(asdict(found))
-    click.echo(
+    say(
         f"{found.images} images of {found.split}, {found.passes} passes, at {found.deadline_ms:g} ms: "
         f"{found.miou:.2f} % mIoU, {found.confidence:.0%} of the cells sure; last exits {rates(found.exit_rates)}"
     )
-    click.echo(
+    say(
         f"misses: {found.missed_later:.2%} of the images had a later result too late, {found.missed_first:.2%} "
         f"even the first; the last result came after {found.p50_ms:.2f} ms (median), {found.p99_ms:.2f} ms (p99)"
     )
@@ -257,13 +257,14 @@ def verify(
         raise click.UsageError("a signature is checked by --allowed-signers FILE; add it.")
     signers = None if allowed_signers is None else Signers(allowed_signers, identity)
     demands = Demands(signers, require_signature, latency_factor or LATENCY_FACTOR)
-    checks = verify_bundle(bundle, target, demands)
+    with progress_bar(as_json) as progress:
+        checks = verify_bundle(bundle, target, demands, progress)
     good = all(check.passed for check in checks)
     if as_json:
         print_json({"passed": good, "checks": [asdict(check) for check in checks]})
     else:
         for check in checks:
-            click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
+            say(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
     if not good:
         failed = [check.name for check in checks if not check.passed]
         remedy = _REMEDIES.get(failed[0], "write it again on this machine")

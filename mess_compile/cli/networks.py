@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli.options import FILE, FOLDER, HW, PRECISION, json_option, picked, print_inspection, size
-from mess_compile.console import print_json, print_next, progress_bar
+from mess_compile.console import print_json, print_next, progress_bar, say
 from mess_compile.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,19 +115,20 @@ def train(workspace: Workspace, /, data: Path, as_json: bool, **options: Any) ->
         **picked(options, "class_power loss_resolution seed"),
     )
     machines = parallel.Machines(**picked(options, "accelerator devices nodes precision accumulate"))
-    report = partial(click.echo, err=as_json)
-    arguments = (workspace, data, choice, recipe, report, options["weights"], machines)
     if options["baseline"] and (options["source"] or options["teacher"]):
         raise InputError("--baseline trains a whole network for the sum of --epochs: it has no --from or --teacher")
-    if options["baseline"]:
-        folder, candidate = workspace.baseline, steps.train_baseline(*arguments)
-    else:
-        folder, candidate = workspace.candidate, steps.train(*arguments, options["source"], options["teacher"])
+    folder = workspace.baseline if options["baseline"] else workspace.candidate
+    with progress_bar(as_json) as progress:
+        arguments = (workspace, data, choice, recipe, partial(say, err=as_json), options["weights"], machines)
+        if options["baseline"]:
+            candidate = steps.train_baseline(*arguments, progress)
+        else:
+            candidate = steps.train(*arguments, options["source"], options["teacher"], progress)
     if candidate is None:  # one of many processes; the first one speaks
         return None
     if as_json:
         return print_json({"folder": str(folder), **inspection.inspect_candidate(candidate).content})
-    click.echo(f"{'baseline' if options['baseline'] else 'candidate network'} in {folder}")
+    say(f"{'baseline' if options['baseline'] else 'candidate network'} in {folder}")
     return print_next("export")
 
 
@@ -151,12 +152,12 @@ def export(
     if as_json:
         return print_json(inspection.inspect_graphs(graph_set).content)
     weights = sum(path.stat().st_size for path in (workspace.graphs / "weights").glob("*"))
-    click.echo(
+    say(
         f"{len(graph_set.graphs)} graphs in {workspace.graphs}: {len(candidate.segments())} segments, "
         f"{len(candidate.heads)} heads; weights {weights / 2**20:.1f} MiB; all agree with the whole network"
     )
     if graph_set.baseline_alone is not None:
-        click.echo(f"{' and '.join(graph_set.baselines)}: plans are held against the better one in mIoU")
+        say(f"{' and '.join(graph_set.baselines)}: plans are held against the better one in mIoU")
     return print_next("profile --device host")
 
 

@@ -11,7 +11,7 @@ import click
 
 from mess_compile.cli.options import JUDGED, PRECISIONS, json_option
 from mess_compile.cli.searching import thrift_of
-from mess_compile.console import fail, print_json, print_next, print_table, progress_bar
+from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, say
 from mess_compile.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def build(
     """
     from mess_compile import steps
 
-    precisions, tell = tuple(precision.split(",")), partial(click.echo, err=True)
+    precisions, tell = tuple(precision.split(",")), partial(say, err=True)
     with progress_bar(as_json) as progress:
         builds = steps.build(workspace, device, precisions, data, jobs, progress, host, tell)
     if as_json:
@@ -53,7 +53,7 @@ def build(
     for each in () if as_json else builds:
         _print_engines(each.engines, each.place)
         for fallen in each.fallbacks:
-            click.echo(f"{fallen.graph} is {fallen.used}, not {fallen.wanted}: {fallen.reason}")
+            say(f"{fallen.graph} is {fallen.used}, not {fallen.wanted}: {fallen.reason}")
     if all(len(each.engines.failed) == len(each.engines.entries) for each in builds):
         fail(f"no graph builds for {builds[0].engines.device}")
     return None if as_json else print_next(f"profile --device {builds[0].engines.device}")
@@ -61,16 +61,16 @@ def build(
 
 def _print_engines(engines: Any, place: str) -> None:
     made = [entry for entry in engines.entries if entry.error is None]
-    click.echo(
+    say(
         f"{len(made)} engines of {len(engines.entries)} graphs in {engines.recipe} for {engines.device} "
         f"({engines.library} {engines.library_version}) in {place}, {engines.built} of them built now, "
         f"{sum(entry.bytes for entry in made) / 2**20:.1f} MiB"
     )
     for name in dict.fromkeys(name for entry in made for name in entry.rewrites):
         count = sum(name in entry.rewrites for entry in made)
-        click.echo(f"rewritten for this target, outputs alike: {count} graphs, {name}")
+        say(f"rewritten for this target, outputs alike: {count} graphs, {name}")
     for entry in engines.failed:
-        click.echo(f"FAILED  {entry.graph} ({entry.precision}): {entry.error}")
+        say(f"FAILED  {entry.graph} ({entry.precision}): {entry.error}")
 
 
 @click.command()
@@ -129,7 +129,7 @@ def profile(
     if everything and (wishes or budget):
         raise click.UsageError("--all measures everything: drop --for and --budget.")
     thrift = None if everything else thrift_of(wishes, budget)
-    precisions, tell = tuple(precision.split(",")), partial(click.echo, err=True)
+    precisions, tell = tuple(precision.split(",")), partial(say, err=True)
     with progress_bar(as_json) as progress:
         if estimate:
             table = steps.estimate(workspace, device, progress, precisions, data)
@@ -149,35 +149,35 @@ def _print_table_made(table: Any) -> None:
     estimated = [entry for entry in table.entries.values() if entry.source == "estimated"]
     if estimated:
         widest = max(entry.error for entry in estimated)
-        click.echo(
+        say(
             f"{len(estimated)} of {len(table.entries)} entries for {table.device} ESTIMATED from "
             f"{told.get('estimated_from', 'those that were measured')}: each may be wrong by a factor, up to "
             f"{widest:.1f} (`inspect latency`)"
         )
     if "coverage" in told:
-        click.echo(told["coverage"])
+        say(told["coverage"])
     if len(estimated) == len(table.entries):
         return
     baselines = [entry for (graph, _), entry in table.entries.items() if graph == "baseline"]
     figures = ", ".join(f"{e.mean_ms:.2f} ms in {e.precision} (p99 {e.p99_ms:.2f})" for e in baselines)
-    click.echo(
+    say(
         f"{len(table.entries) - len(estimated)} entries measured on {table.device} ({table.library} "
         f"{table.library_version}, {told['cpu']}, {told['cores']} cores): baseline {figures or 'not among them'}"
     )
     if "protocol" in told:
-        click.echo(f"protocol: {told['protocol']}")
+        say(f"protocol: {told['protocol']}")
     if "beside" in told:
-        click.echo(f"beside {told['host']}, apart from this table: {told['beside']}")
+        say(f"beside {told['host']}, apart from this table: {told['beside']}")
     for failure in table.failed.values():
-        click.echo(f"FAILED  {failure.graph} ({failure.precision}), not in any plan: {failure.error}")
+        say(f"FAILED  {failure.graph} ({failure.precision}), not in any plan: {failure.error}")
     slow, times, unsteady = (float(told[name]) for name in ("slow_share", "slow_by", "unsteady"))
-    click.echo(
+    say(
         f"{told['verdict']}: the machine was slower {slow:.0%} of the time"
         + (f" ({times:.1f}x, measured again)" if slow else "")
         + f", {unsteady:.0%} of the graphs did not settle"
     )
     if told["verdict"] == "unstable":
-        click.echo(f"likely cause: {told['likely_cause']}; profile again when that is gone")
+        say(f"likely cause: {told['likely_cause']}; profile again when that is gone")
 
 
 @click.command()
@@ -197,7 +197,7 @@ def devices(workspace: Workspace, as_json: bool) -> None:
     rows = [["yes" if target in here else "", *targets.in_cells(target)] for target in known]
     header = ["device", "here", "library", "precisions", "capability", "peak TFLOP/s, TOP/s", "GB/s", "description"]
     print_table("", header, [[name, mark, *rest] for mark, name, *rest in rows])
-    click.echo(f"this machine: {machines.in_words(machine)}")
+    say(f"this machine: {machines.in_words(machine)}")
     return print_next(f"profile --device {here[0].name if here else 'NAME'}")
 
 
@@ -208,9 +208,11 @@ def doctor(workspace: Workspace, as_json: bool) -> None:
     """What this machine can train, build and run."""
     from mess_compile.doctor import examine
 
-    findings = examine(workspace.root)
+    with progress_bar(as_json) as progress:
+        progress("look at this machine", 0, 0)
+        findings = examine(workspace.root)
     if as_json:
         return print_json({"findings": [asdict(finding) for finding in findings]})
     for finding in findings:
-        click.echo(f"{'yes' if finding.possible else 'no '}  {finding.what}: {finding.detail}")
+        say(f"{'yes' if finding.possible else 'no '}  {finding.what}: {finding.detail}")
     return print_next("demo", "train --data DIR")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mess_compile.console import print_table
+from mess_compile.console import print_table, say
 from mess_compile.runtime.errors import InputError
 
 HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
@@ -32,7 +33,7 @@ def print_inspection(found: Any) -> None:
     for table in found.tables:
         print_table(table.title, table.header, table.rows)
     for note in found.notes:
-        click.echo(click.wrap_text(note, width=100))
+        say(note if sys.stdout.isatty() else click.wrap_text(note, width=100))
 
 
 def size(text: str) -> tuple[int, int]:

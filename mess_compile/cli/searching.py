@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli.options import FILE, json_option, print_inspection
-from mess_compile.console import print_json, print_next, print_table, progress_bar, quoted
+from mess_compile.console import print_json, print_next, print_table, progress_bar, quoted, say
 from mess_compile.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -137,42 +137,40 @@ def _print_proof(result: Any, requirement: Any) -> None:
     place = plan.guarantee.place if plan.guarantee else 1
     whose = "best" if place == 1 else "the best, not certified, is that"
     if certificate.gap > 0:
-        click.echo(
+        say(
             f"best found of {certificate.space:,} plans; not proved the best: a better one could gain up to "
             f"{certificate.gap:.3g} {_unit(requirement)}; {front}"
         )
     else:
-        click.echo(
+        say(
             f"{whose} of {certificate.space:,} plans ({certificate.evaluated:,} evaluated, the others "
             f"{'duplicates of these' if certificate.exhaustive else 'put away by bounds'}), gap {certificate.gap:g}; "
             f"{front}"
         )
     if place > 1:
-        click.echo(f"this one is number {place} of {plan.guarantee.candidates} that err ever less than the best")
+        say(f"this one is number {place} of {plan.guarantee.candidates} that err ever less than the best")
     for point in plan.operating_points:
         if point.name == "refined":
-            click.echo(
+            say(
                 f"with cuts off the grid, not part of the proof (operating point {point.name}): "
                 f"{point.predicted.latency_ms:.2f} ms, {point.predicted.miou:.2f} % mIoU"
             )
     if plan.absent_classes:
         absent = ", ".join(plan.absent_classes)
-        click.echo(f"no image has a labelled pixel of {absent}: mIoU is over the other classes")
-    click.echo(
-        f"chosen on the images of {plan.predicted.split}, as {plan.tuned_by} sees them: a result from tuning data"
-    )
+        say(f"no image has a labelled pixel of {absent}: mIoU is over the other classes")
+    say(f"chosen on the images of {plan.predicted.split}, as {plan.tuned_by} sees them: a result from tuning data")
     if plan.optimism is not None:
         told = plan.optimism
-        click.echo(
+        say(
             f"on other images of this kind expect its mIoU, relative to the baseline's, to change by "
             f"{-told.miou_pp:+.2f} pp (spread over folds {told.spread_pp:.2f} pp), and its latency by "
             f"{told.latency_percent:+.1f} %: {told.method}"
         )
     elif result.without_optimism:
-        click.echo(f"what to expect on other images is not told: {result.without_optimism}")
+        say(f"what to expect on other images is not told: {result.without_optimism}")
     if plan.guarantee is not None:
         told = plan.guarantee
-        click.echo(
+        say(
             f"certified at {100 * told.confidence:g} % on {told.images_certified} images ({told.groups} independent "
             f"ones) that it was not chosen on: pixel error on average at most {told.risk_limit_pp:g} pp above the "
             f"baseline's (bound {told.risk_bound_pp:.2f} pp, {told.risk_method}); mIoU at most "
@@ -186,8 +184,8 @@ def _print_shared(common: Any, plans: int) -> None:
         return f"{size / 2**20:.2f}"
 
     graphs = ", ".join(common.graphs) or "none"
-    click.echo(f"graphs that all {plans} plans run: {graphs}")
-    click.echo(
+    say(f"graphs that all {plans} plans run: {graphs}")
+    say(
         f"weights: {mib(common.shared_bytes)} MiB shared by all, {mib(common.together_bytes)} MiB together, "
         f"{mib(common.apart_bytes)} MiB if each plan brought its own"
     )
@@ -268,14 +266,14 @@ def _print_plan(plan: Any) -> None:
     source = f"ESTIMATED latency of {' and '.join(estimated)}" if estimated else "measured latency"
     print_table(f"{source}, {plan.predicted.images} images of {plan.predicted.split}", names, figures)
     if plan.reference_miou is not None:
-        click.echo(f"error counted from {plan.reference_miou:.2f} % mIoU: given, or the best baseline of the recipes")
+        say(f"error counted from {plan.reference_miou:.2f} % mIoU: given, or the best baseline of the recipes")
     for number, report in enumerate(plan.reports, start=1):
-        click.echo(f"exit {number} reports after {report.latency_ms:.2f} ms: {report.miou:.2f} % mIoU by then")
+        say(f"exit {number} reports after {report.latency_ms:.2f} ms: {report.miou:.2f} % mIoU by then")
     latency, workload = _ratio(plan, "latency_ms"), _ratio(plan, "gmacs")
-    click.echo(f"predicted {latency:.2f}x in latency, {workload:.2f}x in workload")
+    say(f"predicted {latency:.2f}x in latency, {workload:.2f}x in workload")
     for graph in plan.graphs:
         if graph.precision != graph.wanted:
-            click.echo(f"{graph.name} runs in {graph.precision}: in {graph.wanted} it lost too much")
+            say(f"{graph.name} runs in {graph.precision}: in {graph.wanted} it lost too much")
 
 
 def _ratio(plan: Any, figure: str) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli.options import FILE, json_option
-from mess_compile.console import print_json, print_next, print_table, progress_bar, quoted
+from mess_compile.console import print_json, print_next, print_table, progress_bar, quoted, say
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
@@ -31,11 +31,11 @@ def report(workspace: Workspace, device: str | None, output: Path | None, as_jso
     content = reporting.content_of(found)
     if as_json:
         return print_json({"report": str(path), "bytes": path.stat().st_size, **content})
-    click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB, one file, no network needed")
+    say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, one file, no network needed")
     missing = content["missing"]
     for reason in dict.fromkeys(missing.values()):
         parts = ", ".join(part for part, why in missing.items() if why == reason)
-        click.echo(f"without {parts}: {reason}")
+        say(f"without {parts}: {reason}")
     return print_next("profile --device host" if "plan" in missing else "compare PLAN BUNDLE")
 
 
@@ -56,9 +56,9 @@ def compare(workspace: Workspace, things: tuple[str, ...], output: Path | None, 
         part = found[start : start + _PER_TABLE]
         print_table("", ["", *(one.name for one in part)], compared.rows(part))
     for note in compared.notes(found):
-        click.echo(f"mind: {note}")
+        say(f"mind: {note}")
     if page is not None:
-        click.echo(f"{page}: {page.stat().st_size / 1e6:.1f} MB, one file, no network needed")
+        say(f"{page}: {page.stat().st_size / 1e6:.1f} MB, one file, no network needed")
     return print_next(
         "report" if page else f"compare {' '.join(quoted(Path(thing)) for thing in things)} -o compare.html"
     )

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ LABELS_EQUAL_PERCENT = {"fp32": 99.9, "fp16": 99.5, "int8": 98.0}
 COUNT_TOLERANCE = {"fp32": 0.0, "fp16": 0.005, "int8": 0.02}
 """Share of the cells by which a count may differ, beside one cell."""
 LATENCY_FACTOR = 1.25
+Progress = Callable[[str, int, int], None]
 _WARM_UP, _RUNS, _MOST_S = 2, 15, 3.0
 """Every golden frame runs so often, or fewer times when that takes longer, but three times at the least."""
 
@@ -45,21 +46,31 @@ class Demands:
     latency_factor: float = LATENCY_FACTOR
 
 
-def verify_bundle(path: Path, target: Optional[str] = None, demands: Optional[Demands] = None) -> Tuple[Check, ...]:
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def verify_bundle(
+    path: Path, target: Optional[str] = None, demands: Optional[Demands] = None, progress: Progress = _silent
+) -> Tuple[Check, ...]:
     """All checks of a bundle; nothing of it runs when its signature is not as demanded.
+
+    `progress` hears what is done, and of how much: 0 where that is not known.
 
     Raises BundleError when a byte of the bundle was changed, InputError, EngineError.
     """
     demands = demands or Demands()
     if demands.signers is not None:
         check_signers(demands.signers)
+    progress("hashes", 0, 0)
     archive = open_archive(path)
     try:
         checks = (_hashes(archive), _signature(archive, demands))
         if not checks[1].passed:
             return checks
+        progress("open engines", 0, 0)
         with load_archive(archive, target) as cascade:
-            return checks + verify(cascade, demands.latency_factor)
+            return checks + verify(cascade, demands.latency_factor, progress)
     finally:
         archive.close()
 
@@ -81,7 +92,7 @@ def _signature(archive: Archive, demands: Demands) -> Check:
         return Check("signature", False, str(error))
 
 
-def verify(cascade: Cascade, latency_factor: float = LATENCY_FACTOR) -> Tuple[Check, ...]:
+def verify(cascade: Cascade, latency_factor: float = LATENCY_FACTOR, progress: Progress = _silent) -> Tuple[Check, ...]:
     """The checks of a loaded bundle: every golden frame of its plan, power mode, latency.
 
     A golden frame passes when it leaves at the exit it left at, with as many labels equal and its confident cells
@@ -93,10 +104,13 @@ def verify(cascade: Cascade, latency_factor: float = LATENCY_FACTOR) -> Tuple[Ch
     if not cases:
         return (Check("golden", False, f"the bundle holds no golden frame for {plan.name}"),)
     frames = [cascade.archive.array(golden.frame) for golden in cases]
-    checks = [_golden(cascade, golden, frame) for golden, frame in zip(cases, frames)]
+    checks = []
+    for golden, frame in zip(cases, frames):
+        checks.append(_golden(cascade, golden, frame))
+        progress("golden frames", len(checks), len(cases))
     if plan.power_mode is not None and not math.isinf(latency_factor):
         checks.append(_power_mode(plan.power_mode, read_state().power_mode))
-    checks.append(_latency(cascade, frames, latency_factor))
+    checks.append(_latency(cascade, frames, latency_factor, progress))
     return tuple(checks)
 
 
@@ -124,9 +138,9 @@ def _golden(cascade: Cascade, golden: Golden, frame: np.ndarray) -> Check:
     return Check(golden.frame, passed, detail)
 
 
-def _latency(cascade: Cascade, frames: Sequence[np.ndarray], factor: float) -> Check:
+def _latency(cascade: Cascade, frames: Sequence[np.ndarray], factor: float, progress: Progress) -> Check:
     """The sum of the frames' medians against the sum of the costs of the exits they took."""
-    rounds = _timed(cascade, frames)
+    rounds = _timed(cascade, frames, progress)
     latencies = np.array([[prediction.latency_ms for prediction in predictions] for predictions in rounds])
     measured = float(np.median(latencies, axis=0).mean())
     planned = float(np.mean([_planned_ms(cascade, prediction.exit) for prediction in rounds[-1]]))
@@ -139,7 +153,7 @@ def _latency(cascade: Cascade, frames: Sequence[np.ndarray], factor: float) -> C
     return Check("latency", ratio <= factor, f"{found}, at most {factor:g}x")
 
 
-def _timed(cascade: Cascade, frames: Sequence[np.ndarray]) -> List[List[Prediction]]:
+def _timed(cascade: Cascade, frames: Sequence[np.ndarray], progress: Progress) -> List[List[Prediction]]:
     """Round by round, so that a disturbance hits few runs of each frame."""
     for frame in frames[:_WARM_UP]:
         cascade(frame)
@@ -147,6 +161,7 @@ def _timed(cascade: Cascade, frames: Sequence[np.ndarray]) -> List[List[Predicti
     started = time.monotonic()
     while len(rounds) < 3 or (len(rounds) < _RUNS and time.monotonic() - started < _MOST_S):
         rounds.append([cascade(frame) for frame in frames])
+        progress("latency", len(rounds), _RUNS)
     return rounds
 
 

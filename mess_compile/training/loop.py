@@ -40,6 +40,7 @@ class Run:
     teacher: OverprovisionedNetwork | None  # of stage 2; the network's own final exit without one
     report: Callable[[str], None]
     save: Callable[[Progress], None]
+    stepped: Callable[[int, int], None]  # so many steps of so many of this stage
 
 
 def optimiser_of(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
@@ -72,6 +73,7 @@ def take_step(optimiser: torch.optim.Optimizer, run: Run, step: int, steps: int)
         group["lr"] = run.recipe.learning_rate * schedule(step, steps)
     optimiser.step()
     optimiser.zero_grad()
+    run.stepped(step + 1, steps)
 
 
 def pieces_with_targets(run: Run, pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, losses.Targets]]:

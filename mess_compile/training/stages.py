@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def train(
     machines: Machines | None = None,
     source: Path | None = None,
     teacher: Path | None = None,
+    progress_bar: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> CandidateNetwork | None:
     """Train both stages and write the candidate network to `folder`; continues what an earlier call left there.
 
@@ -76,6 +78,7 @@ def train(
             teacher=teaching.to(fabric.device) if teaching else None,
             report=report if first else lambda line: None,
             save=lambda found: save_progress(folder, found, described),
+            stepped=partial(progress_bar, "steps of the stage") if first else lambda done, total: None,
         )
         run.report(_opening(run, len(data.items)))
         network = _trained(architecture, run, progress, imagenet, kept)
