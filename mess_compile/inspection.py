@@ -19,6 +19,7 @@ from mess_compile.candidates import (
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.manifest import MANIFEST
+from mess_compile.runtime.notebook import table_html, text_html
 from mess_compile.search import plan as plans
 from mess_compile.search.explain import Explanation, Outcome
 from mess_compile.workspace import Workspace
@@ -47,6 +48,10 @@ class Inspection:
     content: dict[str, Any]
     tables: tuple[Table, ...]
     notes: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        tables = (table_html(table.title, table.header, table.rows) for table in self.tables)
+        return "".join(tables) + text_html(*self.notes)
 
 
 def inspect(workspace: Workspace, thing: str, classes: int, hw: tuple[int, int], exits: int) -> Inspection:
@@ -274,7 +279,7 @@ def inspect_latency(table: latency.LatencyTable) -> Inspection:
             f"{e.p95_ms:.3f}",
             f"{e.p99_ms:.3f}",
             str(e.runs),
-            e.source if e.error is None else f"estimated, x{e.error:.1f}",
+            e.told,
         )
         for e in table.entries.values()
     )

@@ -11,6 +11,7 @@ from mess_compile import files
 from mess_compile.candidates import CandidateNetwork, GraphSet, head_graph_name, output_name, segment_name
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError, StaleError
+from mess_compile.runtime.notebook import table_html
 
 UPLOAD, DOWNLOAD, NULL = "upload", "download", "null"
 PSEUDO_GRAPHS = (UPLOAD, DOWNLOAD, NULL)
@@ -48,6 +49,11 @@ class Latency:
     energy_mj: float | None = None
     error: float | None = None
     shared_with: str | None = None
+
+    @property
+    def told(self) -> str:
+        """Where it is from, and of an estimate by which factor it may be wrong."""
+        return self.source if self.error is None else f"{self.source}, x{self.error:.1f}"
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,15 @@ class LatencyTable:
     @property
     def remedy(self) -> str:
         return _remedy(self.device)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (e.graph, e.precision, f"{e.mean_ms:.3f}", f"{e.p50_ms:.3f}", f"{e.p95_ms:.3f}", f"{e.p99_ms:.3f}", e.told)
+            for e in self.entries.values()
+        ]
+        failed = [(f.graph, f.precision, "", "", "", "", f"failed: {f.error}") for f in self.failed.values()]
+        header = ("graph", "precision", "mean ms", "p50", "p95", "p99", "source")
+        return table_html(f"{self.device}: {self.library} {self.library_version}", header, rows + failed)
 
 
 def _remedy(device: str, more: str = "") -> str:

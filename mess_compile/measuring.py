@@ -29,7 +29,7 @@ from mess_compile.runtime.engine import FP32, open_library
 from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.search.requirement import Requirement
 from mess_compile.targets import Target, find_target, known_targets, refuse_unless_here, targets_here
-from mess_compile.workspace import Workspace
+from mess_compile.workspace import Progress, Workspace, silent
 
 if TYPE_CHECKING:
     from mess_compile.places import Place
@@ -38,16 +38,14 @@ if TYPE_CHECKING:
     from mess_compile.sparing import Subject
     from mess_compile.thrift import Errand
 
-Progress = Callable[[str, int, int], None]
-
 
 def build(
     workspace: Workspace,
-    device: str | None,
-    precisions: Sequence[str],
-    data: Path | None,
-    jobs: int | None,
-    progress: Progress,
+    device: str | None = None,
+    precisions: Sequence[str] = (FP32,),
+    data: Path | None = None,
+    jobs: int | None = None,
+    progress: Progress = silent,
     host: str | None = None,
     tell: Callable[[str], None] = lambda words: None,
 ) -> tuple[RecipeBuild, ...]:
@@ -115,8 +113,8 @@ class _Order:
 
 def profile(
     workspace: Workspace,
-    device: str | None,
-    progress: Progress,
+    device: str | None = None,
+    progress: Progress = silent,
     precisions: Sequence[str] = (FP32,),
     data: Path | None = None,
     effort: Effort | None = None,
@@ -240,8 +238,8 @@ def _subject(
 
 def estimate(
     workspace: Workspace,
-    device: str | None,
-    progress: Progress,
+    device: str | None = None,
+    progress: Progress = silent,
     precisions: Sequence[str] = (FP32,),
     data: Path | None = None,
 ) -> latency.LatencyTable:

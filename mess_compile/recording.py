@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,19 +19,17 @@ from mess_compile.runtime import machine
 from mess_compile.runtime.engine import FP32, PRECISIONS, open_library
 from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.targets import Target, find_target, refuse_unless_here, targets_here
-from mess_compile.workspace import HOST, Workspace
+from mess_compile.workspace import HOST, Progress, Workspace, silent
 
 if TYPE_CHECKING:
     from mess_compile.evaluation import Share
 
-Progress = Callable[[str, int, int], None]
-
 
 def evaluate(
     workspace: Workspace,
-    data: Path | None,
-    split: str | None,
-    progress: Progress,
+    data: Path | None = None,
+    split: str | None = None,
+    progress: Progress = silent,
     devices: int = 1,
     nodes: int = 1,
     accelerator: str = "cpu",

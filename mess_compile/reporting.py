@@ -26,16 +26,17 @@ from mess_compile.search import plan as plans
 from mess_compile.search.figures import Evidence
 from mess_compile.search.plan import Plan, SearchResult
 from mess_compile.targets import find_target
-from mess_compile.workspace import Workspace
+from mess_compile.workspace import Progress, Workspace, silent
 
-Progress = Callable[[str, int, int], None]
 SCENES = 24
 VOID = 255
 _Part = TypeVar("_Part")
 _NO_PLAN = Missing("there is no current plan to show this of: run `mess-compile search --max-err 1%`")
 
 
-def report(workspace: Workspace, device: str | None, output: Path | None, progress: Progress) -> tuple[Path, Report]:
+def report(
+    workspace: Workspace, device: str | None = None, output: Path | None = None, progress: Progress = silent
+) -> tuple[Path, Report]:
     """Write the report of a device, of the one profiled last by default; what is missing says what to run."""
     page = extras.report_module("report.page")
     name = workspace.memory().device if device is None else find_target(device, workspace.root).name
@@ -46,7 +47,7 @@ def report(workspace: Workspace, device: str | None, output: Path | None, progre
 
 
 def compare(
-    workspace: Workspace, things: Sequence[str], output: Path | None
+    workspace: Workspace, things: Sequence[str], output: Path | None = None
 ) -> tuple[tuple[compared.Compared, ...], Path | None]:
     """Plans side by side, of devices of this workspace, plan files or bundles; a page where `output` says so."""
     found = tuple(one for thing in things for one in _compared(workspace, thing))

@@ -86,7 +86,7 @@ def is_moving(source: Path) -> bool:
 def run(
     bundle: Path,
     sources: Sequence[Path],
-    output: Path,
+    output: Path = Path("predictions"),
     options: RunOptions = RunOptions(),
     done: Callable[[Result], None] = lambda result: None,
     progress: Progress = lambda what, done, total: None,

@@ -19,14 +19,15 @@ from mess_compile.search import plan as plans
 from mess_compile.search.clock import Clock
 from mess_compile.search.requirement import Requirement
 from mess_compile.targets import Target, known_targets, targets_here
-from mess_compile.workspace import Workspace
+from mess_compile.workspace import Progress, Workspace, silent
 
 if TYPE_CHECKING:
     from mess_compile.common_graphs import Shared
     from mess_compile.search.explain import Explanation
     from mess_compile.search.figures import Evidence
 
-Progress = Callable[[str, int, int], None]
+FASTEST = Requirement()
+"""No bounds."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class SearchOptions:
 
 def search(
     workspace: Workspace,
-    devices: Sequence[str],
-    split: str | None,
-    requirement: Requirement,
-    progress: Progress,
+    devices: Sequence[str] = (),
+    split: str | None = None,
+    requirement: Requirement = FASTEST,
+    progress: Progress = silent,
     options: SearchOptions = SearchOptions(),
 ) -> tuple[plans.SearchResult, ...]:
     """Find the best plan for each device, of none for the one profiled last; all plans are written, or none.
@@ -144,7 +145,7 @@ def explain(
     split: str | None,
     requirement: Requirement,
     plan: plans.Plan,
-    progress: Progress,
+    progress: Progress = silent,
     precisions: Sequence[str] | None = None,
 ) -> Explanation:
     """Why `search` with the same arguments chose this plan."""

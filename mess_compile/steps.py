@@ -20,6 +20,7 @@ from mess_compile.compiling import RecipeBuild
 from mess_compile.compiling import engine_files as _engine_files
 from mess_compile.compiling import target_of as _target
 from mess_compile.dataset import DataSet, open_dataset, read_frame
+from mess_compile.looking import KnownDevice, compare, devices, doctor, inspect, report, verify
 from mess_compile.measuring import Thrift, build, estimate, profile
 from mess_compile.recording import evaluate
 from mess_compile.running import ImageResult, RunOptions, VideoResult, is_moving, run
@@ -34,7 +35,7 @@ from mess_compile.search import plan as plans
 from mess_compile.search.requirement import Requirement
 from mess_compile.searching import SearchOptions, explain, search, settled_graphs_of, shared
 from mess_compile.targets import Target, find_target, refuse_unless_here
-from mess_compile.workspace import Workspace
+from mess_compile.workspace import Progress, Workspace, open_workspace, silent
 
 if TYPE_CHECKING:
     from mess_compile.bench import Bench, DeadlineBench
@@ -45,7 +46,10 @@ if TYPE_CHECKING:
     from mess_compile.training.recipe import Recipe
 
 __all__ = [
+    "BundleOptions",
+    "Gate",
     "ImageResult",
+    "KnownDevice",
     "NetworkChoice",
     "RecipeBuild",
     "Requirement",
@@ -53,24 +57,33 @@ __all__ = [
     "SearchOptions",
     "Thrift",
     "VideoResult",
+    "Workspace",
     "bench",
+    "bench_deadline",
     "build",
     "bundle",
+    "compare",
+    "devices",
+    "doctor",
     "estimate",
     "evaluate",
     "explain",
     "export",
+    "inspect",
     "is_moving",
+    "open_workspace",
     "profile",
+    "report",
     "run",
     "search",
     "shared",
     "train",
     "train_baseline",
+    "verify",
 ]
 
-Progress = Callable[[str, int, int], None]
 CHECKED_FRAMES = 3
+_GATE = Gate()
 SCENES = 16
 
 
@@ -92,7 +105,7 @@ def train(
     data: Path,
     choice: NetworkChoice,
     recipe: Recipe,
-    report: Callable[[str], None],
+    report: Callable[[str], None] = print,
     imagenet: Path | None = None,
     machines: Machines | None = None,
     source: Path | None = None,
@@ -119,7 +132,7 @@ def train_baseline(
     data: Path,
     choice: NetworkChoice,
     recipe: Recipe,
-    report: Callable[[str], None],
+    report: Callable[[str], None] = print,
     imagenet: Path | None = None,
     machines: Machines | None = None,
     progress: Progress = lambda what, done, total: None,
@@ -164,7 +177,11 @@ def _architecture(choice: NetworkChoice, folder: DataSet) -> Architecture:
 
 
 def export(
-    workspace: Workspace, source: Path | None, gate: Gate, progress: Progress, exits: Path | None = None
+    workspace: Workspace,
+    source: Path | None = None,
+    gate: Gate = _GATE,
+    progress: Progress = silent,
+    exits: Path | None = None,
 ) -> GraphSet:
     """Cut a checkpoint folder or a whole-network ONNX into `graphs/`, checked on frames of the workspace's data.
 
@@ -227,10 +244,10 @@ class BundleOptions:
 
 def bundle(
     workspace: Workspace,
-    plan_files: Sequence[Path] | None,
-    output: Path | None,
+    plan_files: Sequence[Path] | None = None,
+    output: Path | None = None,
     options: BundleOptions = BundleOptions(),
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> tuple[Path, Manifest]:
     """Write the plan of the device profiled last, or those of the files, as a bundle; the first is preferred.
 
@@ -368,10 +385,10 @@ def _forms(graph_set: GraphSet, plan: plans.Plan, target: Target, folder: Path) 
 def bench(
     workspace: Workspace,
     bundle: Path,
-    data: Path | None,
-    split: str,
-    passes: int,
-    progress: Progress,
+    data: Path | None = None,
+    split: str = "val",
+    passes: int = 3,
+    progress: Progress = silent,
     target: str | None = None,
 ) -> Bench:
     """Measure a bundle made in this workspace on a labelled split, beside the baseline; kept for `report`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,15 @@ from mess_compile import files
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError
 
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, how many of it are, and of how many."""
 HOST = "host"
 """The machine that mess-compile itself runs on, as a device."""
 _REMEDY = "remove it; it only remembers the last device, data and split"
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """A progress that nobody looks at."""
 
 
 @dataclass(frozen=True)
@@ -147,3 +153,10 @@ class Workspace:
         if data is None and remembered is None:
             raise InputError("no data folder is known in this workspace: name one with --data DIR")
         return data if data is not None else self.root / str(remembered)
+
+
+def open_workspace(folder: Path | str = ".") -> Workspace:
+    """The workspace in a folder, which must be there; an empty one will do. Raises InputError."""
+    if not Path(folder).is_dir():
+        raise InputError(f"workspace {folder} does not exist: create the folder or name another with -C DIR")
+    return Workspace(Path(folder))

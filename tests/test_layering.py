@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mess_compile"
-TOP = ("__main__", "extras", "cli", "demo", "steps", "inspection", "bench", "doctor", "reporting")
+TOP = ("__main__", "extras", "cli", "demo", "steps", "inspection", "bench", "doctor", "looking", "reporting")
 ALLOWED = {
     "candidates": {"files", "runtime"},
     "console": {"runtime"},

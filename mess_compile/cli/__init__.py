@@ -10,7 +10,6 @@ from mess_compile import __version__
 from mess_compile.cli import bundles, networks, on_devices, searching, shipping, showing
 from mess_compile.cli.options import FOLDER
 from mess_compile.console import Group
-from mess_compile.runtime.errors import InputError
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -26,11 +25,9 @@ def main(ctx: click.Context, folder: Path) -> None:
     mess-compile search --max-err 1%        choose exits, heads and thresholds
     mess-compile bundle                     write what the device runs
     """
-    from mess_compile.workspace import Workspace
+    from mess_compile.workspace import open_workspace
 
-    if not folder.is_dir():
-        raise InputError(f"workspace {folder} does not exist: create the folder or name another with -C DIR")
-    ctx.obj = Workspace(folder)
+    ctx.obj = open_workspace(folder)
 
 
 for command in (

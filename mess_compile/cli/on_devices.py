@@ -185,16 +185,15 @@ def _print_table_made(table: Any) -> None:
 @click.pass_obj
 def devices(workspace: Workspace, as_json: bool) -> None:
     """Known targets, ours and the workspace's own, and which of them this machine is."""
-    from mess_compile import targets
+    from mess_compile import steps, targets
     from mess_compile.runtime import machine as machines
 
-    machine = machines.this_machine()
-    known = targets.known_targets(workspace.root).values()
-    here = targets.targets_here(known, machine)
+    machine, known = machines.this_machine(), steps.devices(workspace)
+    here = [each.target for each in known if each.here]
     if as_json:
-        found = [{**asdict(t), "here": t in here, "differences": targets.differences(t, machine)} for t in known]
+        found = [{**asdict(each.target), "here": each.here, "differences": each.differences} for each in known]
         return print_json({"devices": found, "machine": asdict(machine)})
-    rows = [["yes" if target in here else "", *targets.in_cells(target)] for target in known]
+    rows = [["yes" if each.here else "", *targets.in_cells(each.target)] for each in known]
     header = ["device", "here", "library", "precisions", "capability", "peak TFLOP/s, TOP/s", "GB/s", "description"]
     print_table("", header, [[name, mark, *rest] for mark, name, *rest in rows])
     say(f"this machine: {machines.in_words(machine)}")

@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type, Union
@@ -24,6 +24,7 @@ from mess_compile.runtime.ladder import Ladder, Walk, safer_plans
 from mess_compile.runtime.manifest import DEFAULT_POINT, Plan
 from mess_compile.runtime.mapping import MappingTimes
 from mess_compile.runtime.metrics import Metrics, Recorder
+from mess_compile.runtime.notebook import Palette, labels_html, text_html
 from mess_compile.runtime.signature import Signers
 from mess_compile.runtime.stream import Stream
 from mess_compile.runtime.values import check_deadline, check_threads
@@ -41,7 +42,7 @@ class Prediction:
     `labels` uint8 (H, W) at the frame's own size; `exit` counts the plan's exits from 1 and `exit_point` the
     network's; `confidence` is the share of sure cells at that exit. `latency_ms` runs from upload to download, in a
     refinement from its first `next` until these labels are there. Where a plan of other exits had to be fallen back to,
-    `exit` is the plan's last one that is no deeper.
+    `exit` is the plan's last one that is no deeper. `palette` has the name and colour of every label.
     """
 
     labels: np.ndarray
@@ -49,6 +50,11 @@ class Prediction:
     exit_point: int
     confidence: float
     latency_ms: float
+    palette: Palette = field(default=(), repr=False, compare=False)
+
+    def _repr_html_(self) -> str:
+        words = f"exit {self.exit}, {self.confidence:.0%} of its cells sure, {self.latency_ms:.2f} ms"
+        return text_html(words) + labels_html(self.labels, self.palette)
 
 
 class Cascade:
@@ -77,6 +83,7 @@ class Cascade:
         self._shown: Optional[Tuple[Prediction, Walk]] = None
         self._point = DEFAULT_POINT
         self._mapping = MappingTimes()
+        self._palette = tuple(zip(self.manifest.network.classes, self.manifest.network.colours))
         self._ladder = Ladder(self.manifest, plan, library, archive.folder, on_failure == "fallback", threads)
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._release = weakref.finalize(self, _release, self._ladder, archive)
@@ -335,8 +342,8 @@ class Cascade:
         return self._prediction(walk, self._mapped(labels, (frame.shape[0], frame.shape[1])), latency_ms)
 
     def _prediction(self, walk: Walk, labels: np.ndarray, latency_ms: float) -> Prediction:
-        stage = walk.stage
-        return Prediction(labels, self._exit(walk), stage.exit_point, walk.count / stage.cells, latency_ms)
+        stage, sure = walk.stage, walk.count / walk.stage.cells
+        return Prediction(labels, self._exit(walk), stage.exit_point, sure, latency_ms, self._palette)
 
     def close(self) -> None:
         """End the streams, wait for a frame under way, then give everything back; done too when the process ends."""

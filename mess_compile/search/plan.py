@@ -179,6 +179,11 @@ class Plan:
     absent_classes: tuple[str, ...] = ()
     reference_miou: float | None = None
 
+    def _repr_html_(self) -> str:
+        from mess_compile.search.shown import plan_html
+
+        return plan_html(self)
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -211,6 +216,11 @@ class SearchResult:
     front_by: tuple[str, ...] = FRONT_BY
     front_complete: bool = True
     without_optimism: str = ""
+
+    def _repr_html_(self) -> str:
+        from mess_compile.search.shown import result_html
+
+        return result_html(self)
 
 
 def decisions_of(stages: Sequence[Stage]) -> tuple[Decision, ...]:
