@@ -1,6 +1,6 @@
 """How often the gate at feature resolution and the paper's Eq. 1-3 at full resolution decide alike.
 
-    python benchmarks/agreement.py examples/camvid --data DIR --split val
+    python benchmarks/agreement.py examples/02-camvid --data DIR --split val
 
 The early exits of the workspace's plan with its own cuts, then the heaviest head of each early exit point with the cut
 at the median of the counts: the hardest place to agree. "Same threshold" asks both for the same confident share of the

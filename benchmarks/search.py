@@ -33,7 +33,7 @@ from mess_compile.search.rows import plans_in_space, rows_of_plans
 from mess_compile.search.solver import search
 from mess_compile.statistics import read_statistics
 
-CAMVID = Path(__file__).parents[1] / "examples/camvid/statistics/val_0-50"
+CAMVID = Path(__file__).parents[1] / "examples/02-camvid/statistics/val_0-50"
 GROWTH = {"images": (250, 1000, 4000, 16000), "heads": (8, 14, 28, 56), "points": (3, 4, 5)}
 ENUMERATED_HEADS, ENUMERATION_S = (2, 3, 4, 6, 8, 12, 16), 60.0
 
@@ -150,7 +150,7 @@ def enumerated(evidence: Evidence, requirement: Requirement, progress: branch.Pr
 
 
 def camvid(folder: Path) -> None:
-    """The network of examples/camvid, exported and profiled in the workspace `folder`."""
+    """The network of examples/02-camvid, exported and profiled in the workspace `folder`."""
     evidence = Evidence(
         read_graph_set(folder / "graphs"),
         read_latency_table(folder / "latency" / "host.json"),

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.commands import ANY_SPEED
+from tests.commands import ANY_SPEED, done
+from tests.remote_device import Device, remote_device
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-CAMVID = EXAMPLES / "camvid"
+CAMVID = EXAMPLES / "02-camvid"
 PROGRAM = Path(sys.executable).parent / "mess-compile"
 
 
@@ -35,7 +39,7 @@ def run(folder: Path, arguments: list[str]) -> str:
 @pytest.fixture(scope="module")
 def camvid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the example with what its commands without data leave behind."""
-    folder = tmp_path_factory.mktemp("examples") / "camvid"
+    folder = tmp_path_factory.mktemp("examples") / "02-camvid"
     kept = subprocess.run(["git", "ls-files", "."], cwd=CAMVID, capture_output=True, text=True, check=True)
     for name in kept.stdout.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -77,3 +81,115 @@ def test_the_example_keeps_no_image_and_no_place_of_its_makers() -> None:
     for name in names:
         if name.endswith((".json", ".md")):
             assert "/work" not in (EXAMPLES / name).read_text()
+
+
+def lines_of(example: str) -> list[list[str]]:
+    """Every command of an example's README, in its order."""
+    text = (EXAMPLES / example / "README.md").read_text()
+    found = [line for line in text.splitlines() if line.startswith(("    mess-compile", "    python"))]
+    return [shlex.split(line, comments=True) for line in found]
+
+
+def play(folder: Path, line: list[str]) -> str:
+    """What a command prints that runs in `folder`."""
+    program, *words = line
+    if program == "python":
+        played = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=600)
+        assert played.returncode == 0, played.stderr
+        return played.stdout
+    expanded = [[str(p) for p in sorted(Path().glob(word))] if "*" in word else [word] for word in words]
+    assert all(expanded), f"{words}: nothing matches"
+    return done(*(word for each in expanded for word in each))
+
+
+@pytest.fixture
+def examples(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brief_profile: None) -> Path:
+    """The examples without CamVid, with a finished workspace where 01 leaves its demo."""
+    shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("02-camvid", "demo"))
+    shutil.copytree(finished, tmp_path / "examples" / "01-quickstart" / "demo", copy_function=os.link)
+    return tmp_path / "examples"
+
+
+def all_played(examples: Path, example: str, monkeypatch: pytest.MonkeyPatch, lines: list[list[str]]) -> list[str]:
+    monkeypatch.chdir(examples / example)
+    return [play(examples / example, line) for line in lines]
+
+
+def test_after_the_quickstart_other_wishes_cost_seconds(examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo, *lines = lines_of("01-quickstart")
+    assert demo == ["mess-compile", "demo", "demo"]
+    lines = [["100%" if word == "3%" else word for word in line] for line in lines]  # this network is hardly trained
+    all_played(examples, "01-quickstart", monkeypatch, lines)
+    made = examples / "01-quickstart" / "demo"
+    assert list((made / "predictions").glob("*.progressive.png"))
+    assert json.loads((made / "plans" / "anytime.json").read_text())["plan"]["reports"]
+    assert (made / "report.html").stat().st_size > 1e6
+
+
+def test_a_xavier_is_estimated_without_one(examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line for line in lines_of("03-xavier") if "--estimate" in line or "--max-workload" in line]
+    assert len(lines) == 2
+    assert "ESTIMATED" in all_played(examples, "03-xavier", monkeypatch, lines)[-1]
+
+
+def test_engines_for_a_card_are_built_without_one(examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    lines = [["100%" if word == "5%" else word for word in line] for line in lines_of("04-rtx")]
+    built, *_ = all_played(examples, "04-rtx", monkeypatch, lines)
+    assert "13 engines of 13 graphs" in built
+    assert (examples / "04-rtx" / "rtx-4090.mess").is_file()
+
+
+def test_the_application_shows_all_that_it_promises(examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shown,) = all_played(examples, "05-application", monkeypatch, lines_of("05-application"))
+    assert [line.split(":")[0] for line in shown.splitlines()[:12]] == [f"frame {number}" for number in range(12)]
+    assert "refined: exit 1" in shown
+    assert "\nmess_frames_total{" in shown
+
+
+@pytest.mark.slow
+def test_a_network_of_plain_pytorch_comes_to_labels(examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        ["30" if word == "300" else "100%" if word == "3%" else word for word in line]
+        for line in lines_of("06-own-network")
+    ]
+    all_played(examples, "06-own-network", monkeypatch, lines)
+    assert list((examples / "06-own-network" / "predictions").glob("*.labels.png"))
+
+
+@pytest.fixture
+def device(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    with remote_device(tmp_path_factory.mktemp("device")) as running:
+        monkeypatch.setenv("PATH", f"{running.path_folder()}:{os.environ['PATH']}")
+        yield running
+
+
+LOOPBACK = (
+    'name = "loopback"\nlibrary = "onnxruntime"\nprecisions = ["fp32"]\ndescription = "this machine behind sshd"\n'
+)
+
+
+@pytest.mark.slow
+def test_what_the_xavier_example_shows_is_what_is_printed(
+    examples: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded on a loopback device: numbers differ from run to run, the sentences do not."""
+    workspace = examples / "01-quickstart" / "demo"
+    (workspace / "profiles").mkdir()
+    (workspace / "profiles" / "loopback.toml").write_text(LOOPBACK)
+    here = {"xavier": "loopback", "ssh://user@xavier": device.host, "3%": "100%"}
+    lines = [[here.get(word, word) for word in line] for line in lines_of("03-xavier")[:4]]
+    printed = "".join(all_played(examples, "03-xavier", monkeypatch, lines))
+    recorded = re.search(r"```\n(.*?)```", (EXAMPLES / "03-xavier" / "README.md").read_text(), re.DOTALL)
+    assert recorded is not None
+    shown = [line for line in recorded[1].splitlines() if not line.startswith(("$", "..."))]
+    told = [line for line in shown if not line.startswith("measured latency")]  # or estimated, as it comes
+    sentences = [line for line in told if len(opening(line)) == 3]
+    assert len(sentences) > 10
+    known = {opening(line) for line in printed.splitlines()}
+    assert [line for line in sentences if opening(line) not in known] == []
+
+
+def opening(line: str) -> tuple[str, ...]:
+    """The first words of a line, numbers left out."""
+    return tuple(word for word in line.split() if not re.search(r"\d", word))[:3]

@@ -37,7 +37,7 @@ from mess_compile.runtime.errors import InputError
 
 NETWORK = "network.onnx"
 METADATA_KEY = "mess"
-_REMEDY = f"name its tensors with --exits exits.toml, or see README.md for what the entry {METADATA_KEY!r} holds"
+_REMEDY = f"name its tensors with --exits exits.toml, or see docs/own-network.md for what {METADATA_KEY!r} holds"
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of what was done, how many are done, and of how many."""

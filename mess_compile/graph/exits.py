@@ -22,7 +22,7 @@ SCALES = {"0-1": (0.0, 1.0), "0-255": (0.0, 255.0), "-1-1": (-1.0, 1.0)}
 LAYOUTS = ("NCHW", "NHWC")
 CHANNELS = ("RGB", "BGR")
 _HEAD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_REMEDY = "README.md has an example under `export --exits`"
+_REMEDY = "docs/own-network.md has an example"
 
 Triple = tuple[float, float, float]
 
