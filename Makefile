@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: venv demo test test-all lint clean
+.PHONY: venv demo test test-all lint docs clean
 
 venv: $(VENV)/ready
 
@@ -25,5 +25,10 @@ test: lint
 test-all: lint
 	$(VENV)/bin/python -m pytest -m ''
 
+docs: venv
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(VENV)/bin/python tools/commands_page.py
+	$(VENV)/bin/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site
