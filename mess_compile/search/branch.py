@@ -28,7 +28,7 @@ Array = NDArray[Any]
 Progress = Callable[[int, int], None]
 UNBOUNDED = np.iinfo(np.int64).max
 _TOLERANCE = 1e-9
-_PAIRS, _SETTLED = 512, 64
+_TUNED, _NEAR, _PAIRS, _SECONDS, _SETTLED = 2048, 8, 512, 8, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,16 +270,19 @@ class _Search:
         self._slope = 0.0
         self.best: Best | None = None
         self._open: list[_Bounded] = []
+        self._tried = np.empty((0, 3), np.int64)  # triples that were settled before all had bounds
         self._unknown = True  # until every group of plans has its bound
         self._bounded = self._settled = self._evaluated = 0
 
     def run(self, early_exits: int, progress: Progress) -> None:
         self._singles()
         if early_exits >= 1:
-            self._open = [self._pairs()]
+            pairs = self._pairs()
+            self._open = [pairs]
             self._unknown = early_exits > 1
-            self._settle_best_first(self._open[0])
+            self._settle_best_first(pairs)
         if early_exits >= 2:
+            self._try_near(pairs)
             chains = list(itertools.combinations(sorted(set(self._problem.points.tolist())), 3))
             left = []
             for done, points in enumerate(chains, start=1):
@@ -343,6 +346,12 @@ class _Search:
     def _weight(self) -> float:
         """0 when only mIoU counts: then prices are in pp."""
         return float(self._limit < UNBOUNDED or self._problem.wanted.objective >= 0)
+
+    @property
+    def _ceiling(self) -> float:
+        """What cost - slope * mIoU must not exceed for a plan to be wanted."""
+        limit = float(self._limit) if self._weight else 0.0
+        return limit + _TOLERANCE * max(limit, 1.0) - self._slope * self._aim
 
     def _may_win(self, bounded: _Bounded) -> Array:
         limit = float(self._limit) if self._weight else 0.0
@@ -416,8 +425,7 @@ class _Search:
                 break
             triples = some.triples[np.array([self._problem.allowed(self._names(t)) for t in some.triples], np.bool_)]
             if len(triples):
-                limit = float(self._limit) if self._weight else 0.0
-                self._settle(triples, limit + _TOLERANCE * max(limit, 1.0) - self._slope * self._aim)
+                self._settle(triples, self._ceiling)
                 self._settled += len(triples)
             self._bounded += min(_SETTLED, len(rest.least)) - len(triples)
             rest = rest.part(slice(_SETTLED, None))
@@ -431,21 +439,41 @@ class _Search:
         first, last = np.nonzero(points[:, None] < points[None, :])
         triples = np.stack([first, np.full(len(first), self._nobody), last], axis=1)
         triples = triples[self._costs(0, *triples.T)[0] >= 0]
-        self._tune(triples)
+        self._tune(triples[:: len(triples) // _TUNED + 1], (8.0, 4.0, 2.0, 1.4, 1.2, 1.1))
         least = [np.empty(0)]
         for part in np.array_split(triples, len(triples) // _PAIRS + 1):
             self._check_time()
             least.append(self._settle(part, -np.inf))
         return _Bounded(triples, np.concatenate(least), np.full(len(triples), self._slope))
 
-    def _tune(self, triples: Array) -> None:
-        """Take the slope at which the least of some bounds is highest: the multiplier of the floor, or of the bound."""
-        if not self._weight or not len(triples):
-            return
-        sample = triples[:: len(triples) // 2048 + 1]
+    def _try_near(self, pairs: _Bounded) -> None:
+        """Settle triples that hold a promising pair, at the slope that they ask for: a good plan to beat the others."""
+        heads = np.arange(self._nobody)
+        found = []
+        for first, _, last in pairs.from_cheapest(self._aim).triples[:_SETTLED]:
+            points = self._problem.points
+            more = heads[(points < points[last]) & (points != points[first])]
+            more = more[:: len(more) // _NEAR + 1]
+            chains = np.stack([np.full(len(more), first), more, np.full(len(more), last)], axis=1)
+            found.append(np.where((points[more] < points[first])[:, None], chains[:, [1, 0, 2]], chains))
+        triples = np.unique(np.concatenate([np.empty((0, 3), np.int64), *found]), axis=0)
+        triples = triples[self._costs(0, *triples.T)[0] >= 0]
+        best = self._tune(triples, (2.0, 1.4, 1.2, 1.1))
+        if len(best):
+            self._check_time()
+            self._settle(best[:_SETTLED], self._ceiling)
+            self._tried = best[:_SETTLED]
+            self._settled += len(self._tried)
+
+    def _tune(self, sample: Array, spans: tuple[float, ...]) -> Array:
+        """Take the slope at which the least of some bounds is highest: the multiplier of the floor, or of the bound.
+
+        Returns those of the `sample` (m, 3) that are left, from the most promising."""
+        if not self._weight or not len(sample):
+            return sample
         if not self._aim:
             self._slope *= self._problem.wanted.objective < 0  # without a plan to beat in mIoU, any slope is as good
-            return
+            return sample
 
         def dual(slope: float) -> tuple[float, float, Array]:
             self._check_time()
@@ -453,12 +481,13 @@ class _Search:
             least = self._settle(sample, -np.inf)
             return float(least.min()) + slope * self._aim, slope, least
 
-        for span in (8.0, 4.0, 2.0, 1.4, 1.2, 1.1):
+        for span in spans:
             middle = self._slope
             _, self._slope, least = max(
                 (dual(middle * factor) for factor in (1 / span, 1, span)), key=lambda each: each[0]
             )
-            sample = sample[np.argsort(least)[: max(_SETTLED, len(sample) // 4)]]
+            sample = sample[np.argsort(least, kind="stable")[: max(_SETTLED, len(sample) // 4)]]
+        return sample
 
     def _chain(self, chain: tuple[int, int, int]) -> _Bounded:
         """The triples of heads at these points that may still be best."""
@@ -473,26 +502,20 @@ class _Search:
         added = np.zeros(field.scores.shape[:2])  # (heads, n)
         for h in (*h1, *h2, *h3):
             kernels.additions(field.scores[h], coefficients, added[h])
-        last = np.ascontiguousarray(added[h3].T)  # (n, lasts)
-        offsets = last.mean(axis=0)
-        usual = (last - offsets).mean(axis=1)
-        short = np.minimum(0.0, last - offsets - usual[:, None]).sum(axis=0)  # of what `bound_pair` takes it for
-        prices = self._weight * costs
-        further = np.ascontiguousarray((prices[2] - prices[1])[0])
-        gains = kernels.gains_of(h2, further, slope, added, last, field)
-        a, b = np.nonzero(alive.any(axis=2))
-        pairs = np.stack([h1[a], h2[b]], axis=1)
-        least = [np.empty((0, len(h3)))]
-        for part in (slice(start, start + _PAIRS) for start in range(0, len(a), _PAIRS)):
+        prices = np.ascontiguousarray(np.moveaxis(self._weight * costs, 2, 0))  # (seconds, 3, firsts, lasts)
+        alive = np.ascontiguousarray(np.moveaxis(alive, 1, 0))
+        least = [np.empty((0, len(h1), len(h3)))]
+        for part in (slice(start, start + _SECONDS) for start in range(0, len(h2), _SECONDS)):
             self._check_time()
-            each = np.ascontiguousarray(np.moveaxis(prices[:, a[part], b[part]], 0, 1))  # (pairs, 3, lasts)
-            rest = (slope, added, usual, offsets, gains, field, coefficients)
-            least.append(kernels.bound_pairs(pairs[part], b[part], h3, alive[a, b][part], each, *rest))
-        pair, column = np.nonzero(alive[a, b])
-        bounds = (np.concatenate(least) + slope * short)[pair, column]
-        triples = np.stack([pairs[pair, 0], pairs[pair, 1], h3[column]], axis=1)
-        left = self._may_win(_Bounded(triples, bounds, np.full(len(bounds), slope)))
-        self._bounded += int((~left).sum())
+            rest = (self._ceiling, slope, added, field, coefficients)
+            least.append(kernels.bound_triples(h2[part], h1, h3, prices[part], alive[part], *rest))
+        second, first, last = np.nonzero(alive)
+        bounds = np.concatenate(least)[second, first, last]
+        triples = np.stack([h1[first], h2[second], h3[last]], axis=1)
+        place = np.array([self._nobody**2, self._nobody, 1])
+        tried = np.isin(triples @ place, self._tried @ place)
+        left = self._may_win(_Bounded(triples, bounds, np.full(len(bounds), slope))) & ~tried
+        self._bounded += int((~left & ~tried).sum())
         return _Bounded(triples[left], bounds[left], np.full(int(left.sum()), slope))
 
     def _envelope(self, h1: Array, h2: Array, h3: Array) -> Array:

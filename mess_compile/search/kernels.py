@@ -5,9 +5,9 @@ image costs at an exit less `slope` times what it adds to (a linear bound on) mI
 
     sum(u3) + sum over B of (u2 - u3) + sum over A of (u1 - u2) + sum over A less B of (u2 - u3)
 
-The first two terms need the last two heads, the third the first two, and the last, in which few images are, takes the
-smallest u2 - u3 of any last head of the group: so every pair of heads is looked at once, and a triple costs one
-minimum over the second head's options.
+The first two terms need the last two heads, the third the first two, and the last all three. With only the negative
+u2 - u3 in it, of whatever does not leave at the second head, it needs the last two as well: that bounds a triple by
+two minima. Where this is too little, the sums over A less B are taken for all last heads of a pair at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from mess_compile.search.space import CUTS
 
 Array = Any
 INFINITE = np.inf
-KNOTS = 5
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait would spin, and starve those they wait for
 
 
@@ -157,36 +156,6 @@ def left_behind(first: Array, second: Array, values: Array, table: Array) -> Non
             table[j, k] = total
 
 
-@njit(cache=True)
-def joined(
-    first: Array,
-    first_cuts: Array,
-    second: Array,
-    second_cuts: Array,
-    alone: Array,
-    behind: Array,
-    knots: Array,
-    out: Array,
-) -> None:
-    """For each option of the second head the least of any option of the first: its `alone` (rows, cuts) and what it
-    leaves `behind` (n,), summed over the images that leave at the first and would not at the second, each of which
-    costs one of `knots` (q,) more. Fills `out` (q, rows, cuts)."""
-    most = alone.shape[1]
-    table, count = np.empty((most + 1, most + 1)), np.empty((most + 1, most + 1))
-    ones = np.ones(behind.size)
-    out[:] = INFINITE
-    for t in range(first.shape[0]):
-        for s in range(second.shape[0]):
-            if first_cuts[t] and second_cuts[s]:
-                left_behind(first[t], second[s], behind, table)
-                left_behind(first[t], second[s], ones, count)
-                for q in range(knots.size):
-                    for j in range(first_cuts[t]):
-                        for k in range(most):
-                            found = alone[t, j] + table[j + 1, k] + knots[q] * count[j + 1, k]
-                            out[q, s, k] = min(out[q, s, k], found)
-
-
 @njit(cache=True, parallel=True)
 def differences(scores: Array, later: Array) -> Array:
     """How far each head may exceed each later one in a sum over any images, and fall short of it.
@@ -206,120 +175,199 @@ def differences(scores: Array, later: Array) -> Array:
     return found
 
 
-@njit(cache=True, parallel=True)
-def gains_of(seconds: Array, costs: Array, slope: float, added: Array, last: Array, field: Field) -> Array:
-    """Sums of u2 - u3 over the images that each option of the second heads sends away, (seconds, rows, cuts, lasts).
+@njit(cache=True)
+def in_falling_order(levels: Array, order: Array, ends: Array) -> None:
+    """Fills `order` (n,) with the images by falling level; of level l or more are the first `ends[l]` (cuts + 2,)."""
+    ends[:] = 0
+    for level in levels:
+        ends[level] += 1
+    for level in range(ends.size - 2, -1, -1):
+        ends[level] += ends[level + 1]
+    at = ends[1:].copy()
+    for i in range(levels.size):
+        order[at[levels[i]]] = i
+        at[levels[i]] += 1
 
-    `costs` (seconds, lasts) is what the last exit costs beyond the second, `added` (heads, n) what images add to mIoU,
-    `last` (n, lasts) the same of the last heads.
+
+@njit(cache=True)
+def least_of_rows(
+    order: Array, ends: Array, alone: Array, cuts1: int, levels: Array, gains: Array, behind: Array, least: Array
+) -> None:
+    """Lowers `least` (lasts,) to what options of one row at the first head and one at the second come to at least.
+
+    The images by falling level at the first head are `order`, with `ends`; its `alone` (cuts,) is what an option
+    comes to without the second. `levels` (n,) and `gains` (cuts, lasts) are the second's, `behind` (n, lasts) what an
+    image adds that leaves at the first head and would not at the second.
     """
-    found = np.empty((seconds.size, field.levels.shape[1], CUTS, last.shape[1]))
-    for s in prange(seconds.size):
-        h2 = seconds[s]
-        values = np.empty(last.shape)
-        for i in range(last.shape[0]):
-            for r in range(last.shape[1]):
-                values[i, r] = -costs[s, r] - slope * (added[h2, i] - last[i, r])
-        summed_for_all(field.levels[h2], field.cuts[h2], values, found[s])
-    return found
+    lasts = behind.shape[1]
+    columns = np.zeros((CUTS + 1, lasts), np.float32)  # of what leaves at the first head, by level at the second
+    total, some = np.empty(lasts, np.float32), np.empty(lasts, np.float32)
+    done = 0
+    for j in range(cuts1 - 1, -1, -1):
+        for at in range(done, ends[j + 1]):
+            i = order[at]
+            level = levels[i]
+            for r in range(lasts):
+                columns[level, r] += behind[i, r]
+        done = ends[j + 1]
+        total[:] = 0
+        some[:] = INFINITE
+        for k in range(0, CUTS, 4):  # by fours: what is added up stays in registers
+            for r in range(lasts):
+                a = total[r] + columns[k, r]
+                b = a + columns[k + 1, r]
+                c = b + columns[k + 2, r]
+                d = c + columns[k + 3, r]
+                total[r] = d
+                few = min(a + gains[k, r], b + gains[k + 1, r])
+                many = min(c + gains[k + 2, r], d + gains[k + 3, r])
+                some[r] = min(some[r], min(few, many))
+        for r in range(lasts):
+            least[r] = min(least[r], alone[j] + some[r])
 
 
 @njit(cache=True)
 def bound_pair(
-    h1: int,
+    h1: int, h2: int, alone: Array, limits: Array, gains: Array, lows: Array, behind: Array, field: Field, least: Array
+) -> None:
+    """What any options of two early heads come to at least, for each of some last heads: `least` (lasts,).
+
+    Two rows whose cheapest options come to more than `limits` (lasts,) for every last head are not looked at closer.
+    `alone` (rows, cuts) is the first head's, `gains` (rows, cuts, lasts), their `lows` (rows, lasts) and `behind`
+    (n, lasts) the second's.
+    """
+    rows, n = field.cuts.shape[1], behind.shape[0]
+    order, ends = np.empty(n, np.int64), np.empty(CUTS + 2, np.int64)
+    least[:] = INFINITE
+    for t in range(rows):
+        if not field.cuts[h1, t]:
+            continue
+        in_falling_order(field.levels[h1, t], order, ends)
+        lowest = alone[t].min()
+        for s in range(rows):
+            open_ = False
+            for r in range(limits.size):
+                open_ |= lowest + lows[s, r] <= limits[r]
+            if open_:
+                least_of_rows(order, ends, alone[t], field.cuts[h1, t], field.levels[h2, s], gains[s], behind, least)
+            else:
+                for r in range(limits.size):
+                    least[r] = min(least[r], lowest + lows[s, r])
+
+
+@njit(cache=True)
+def gains_of(
+    h2: int, lasts: Array, further: Array, slope: float, added: Array, field: Field, gains: Array, behind: Array
+) -> tuple[Array, Array]:
+    """Fills `behind` (n, lasts) with u2 - u3, `gains` (rows, cuts, lasts) with its sums over B.
+
+    `further` (lasts,) is what the last exit costs beyond the second. Returns (rows, lasts) the least that an option of
+    a row comes to, were those left behind the cheapest that they can be, and (lasts,) by how much sums in float32 may
+    be too high.
+    """
+    n, rows = behind.shape[0], gains.shape[0]
+    values, below = np.empty(behind.shape), np.empty(behind.shape)
+    total, mass = np.zeros(lasts.size), np.zeros(lasts.size)
+    for i in range(n):
+        for r in range(lasts.size):
+            values[i, r] = -further[r] - slope * (added[h2, i] - added[lasts[r], i])
+            below[i, r] = min(0.0, values[i, r])
+            behind[i, r] = values[i, r]
+            total[r] += below[i, r]
+            mass[r] += abs(values[i, r])
+    sums, saved = np.empty(gains.shape), np.empty(gains.shape)
+    summed_for_all(field.levels[h2], field.cuts[h2], values, sums)
+    summed_for_all(field.levels[h2], field.cuts[h2], below, saved)
+    lows = np.full((rows, lasts.size), INFINITE)
+    for s in range(rows):
+        for k in range(CUTS):
+            for r in range(lasts.size):
+                gains[s, k, r] = sums[s, k, r]
+                if k < field.cuts[h2, s]:
+                    lows[s, r] = min(lows[s, r], sums[s, k, r] + total[r] - saved[s, k, r])
+    return lows, mass * (n + 2 * CUTS) * 2.0**-24
+
+
+@njit(cache=True)
+def bound_second(
     h2: int,
+    firsts: Array,
     lasts: Array,
-    alive: Array,
     costs: Array,
+    alive: Array,
+    limit: float,
     slope: float,
     added: Array,
-    usual: Array,
-    offsets: Array,
-    gains: Array,
     field: Field,
     coefficients: Array,
     least: Array,
 ) -> None:
-    """Lower bounds `least` (lasts,) on cost - slope * mIoU of all plans with these early heads, where `alive` (lasts,).
+    """Lower bounds `least` (firsts, lasts) on cost - slope * mIoU of all plans with this second head, where `alive`.
 
-    `costs` (3, lasts): what an image costs that leaves at each exit; `added` (heads, n) what it adds to mIoU at each
-    head by `coefficients`, which at none of `lasts` is less than `usual` (n,) and that head's of `offsets`; `gains`
-    (rows, cuts, lasts) of `gains_of`.
-
-    What images left behind would cost more at a last head than usual is one number for all of them, and the least of
-    functions linear in it is concave: it is computed at a few knots, and lies above the chords between.
+    `costs` (3, firsts, lasts): what an image costs that leaves at each exit; `added` (heads, n) what it adds to mIoU by
+    `coefficients`. Bounds above `limit` may be less close.
     """
-    n, levels, cuts, totals, spans = added.shape[1], field.levels, field.cuts, field.totals, field.spans
-    rows = levels.shape[1]
-    step, lowest, highest = 0.0, INFINITE, -INFINITE
-    extra = np.empty(lasts.size)
-    for r in range(lasts.size):
-        if alive[r]:
-            step = costs[1, r] - costs[0, r]
-            extra[r] = costs[1, r] - costs[2, r] + slope * offsets[r]
-            lowest, highest = min(lowest, extra[r]), max(highest, extra[r])
-    knots = np.linspace(lowest, highest, KNOTS if highest > lowest else 1)
-    column, behind = np.empty(n), np.empty(n)
-    for i in range(n):
-        column[i] = -step - slope * (added[h1, i] - added[h2, i])
-        behind[i] = slope * (usual[i] - added[h2, i])
-    alone, best = np.empty((rows, CUTS)), np.empty((knots.size, rows, CUTS))
-    summed(levels[h1], cuts[h1], column, alone)
-    joined(levels[h1], cuts[h1], levels[h2], cuts[h2], alone, behind, knots, best)
-    low, high = np.empty(coefficients.size), np.empty(coefficients.size)
-    for r in range(lasts.size):
-        least[r] = INFINITE
-        if not alive[r]:
+    n = added.shape[1]
+    further = np.zeros(lasts.size)
+    for a in range(firsts.size):
+        for r in range(lasts.size):
+            if alive[a, r]:
+                further[r] = costs[2, a, r] - costs[1, a, r]
+    gains = np.empty((field.cuts.shape[1], CUTS, lasts.size), np.float32)
+    behind = np.empty((n, lasts.size), np.float32)
+    lows, error = gains_of(h2, lasts, further, slope, added, field, gains, behind)
+    column, alone = np.empty(n), np.empty(gains.shape[:2])
+    for a in range(firsts.size):
+        least[a] = INFINITE
+        if not alive[a].any():
             continue
-        place = (extra[r] - lowest) / (highest - lowest) * (knots.size - 1) if knots.size > 1 else 0.0
-        knot = min(int(place), max(knots.size - 2, 0))
-        after, share = min(knot + 1, knots.size - 1), place - knot
-        for t in range(rows):
-            for j in range(cuts[h2, t]):
-                chord = (1 - share) * best[knot, t, j] + share * best[after, t, j]
-                least[r] = min(least[r], chord + gains[t, j, r])
-        h3, linear = lasts[r], 0.0
-        for k in range(coefficients.size):
-            linear += totals[h3, k] * coefficients[k]
-            high[k] = totals[h3, k] + spans[0, h2, h3, k] + spans[0, h1, h2, k]
-            low[k] = max(0.0, totals[h3, k] - spans[1, h2, h3, k] - spans[1, h1, h2, k])
-        most = linear + remainder(low, high, field.labelled, coefficients)
-        least[r] += n * costs[2, r] - slope * most
+        step = (costs[1, a] - costs[0, a])[alive[a]][0]
+        for i in range(n):
+            column[i] = -step - slope * (added[firsts[a], i] - added[h2, i])
+        summed(field.levels[firsts[a]], field.cuts[firsts[a]], column, alone)
+        cheapest = alone.min()
+        others = np.empty(lasts.size)  # of what a plan comes to: all that its options do not change
+        for r in range(lasts.size):
+            most = most_miou(firsts[a], h2, lasts[r], field, coefficients)
+            others[r] = n * costs[2, a, r] - slope * most - error[r]
+            least[a, r] = others[r] + cheapest + lows[:, r].min() if alive[a, r] else INFINITE
+        close = np.flatnonzero(alive[a] & (least[a] <= limit))
+        if close.size:
+            found = np.empty(close.size)
+            some = np.ascontiguousarray(gains[:, :, close]), lows[:, close], np.ascontiguousarray(behind[:, close])
+            bound_pair(firsts[a], h2, alone, limit - others[close], *some, field, found)
+            least[a][close] = others[close] + found
+
+
+@njit(cache=True)
+def most_miou(h1: int, h2: int, h3: int, field: Field, coefficients: Array) -> float:
+    """What the last head adds for all images, and the remainder in the box of the three heads."""
+    low, high, linear = np.empty(coefficients.size), np.empty(coefficients.size), 0.0
+    for k in range(coefficients.size):
+        total = field.totals[h3, k]
+        linear += total * coefficients[k]
+        high[k] = total + field.spans[0, h2, h3, k] + field.spans[0, h1, h2, k]
+        low[k] = max(0.0, total - field.spans[1, h2, h3, k] - field.spans[1, h1, h2, k])
+    return float(linear + remainder(low, high, field.labelled, coefficients))
 
 
 @njit(cache=True, parallel=True)
-def bound_pairs(
-    pairs: Array,
-    second: Array,
+def bound_triples(
+    seconds: Array,
+    firsts: Array,
     lasts: Array,
-    alive: Array,
     costs: Array,
+    alive: Array,
+    limit: float,
     slope: float,
     added: Array,
-    usual: Array,
-    offsets: Array,
-    gains: Array,
     field: Field,
     coefficients: Array,
 ) -> Array:
-    """`bound_pair` of `pairs` (m, 2), with `alive` (m, lasts), `costs` (m, 3, lasts); `second` (m,) indexes `gains`."""
+    """`bound_second` for `seconds`, with `costs` (seconds, 3, firsts, lasts), `alive` (seconds, firsts, lasts)."""
     least = np.empty(alive.shape)
-    for m in prange(pairs.shape[0]):
-        bound_pair(
-            pairs[m, 0],
-            pairs[m, 1],
-            lasts,
-            alive[m],
-            costs[m],
-            slope,
-            added,
-            usual,
-            offsets,
-            gains[second[m]],
-            field,
-            coefficients,
-            least[m],
-        )
+    for b in prange(seconds.size):
+        bound_second(seconds[b], firsts, lasts, costs[b], alive[b], limit, slope, added, field, coefficients, least[b])
     return least
 
 

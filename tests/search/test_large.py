@@ -354,38 +354,33 @@ class Triple:
 
 @settings(max_examples=12, deadline=None, suppress_health_check=RELAXED)
 @given(
-    st.integers(0, 10**6), st.floats(0, 100), st.lists(st.integers(0, 30), min_size=12, max_size=12), st.integers(2, 5)
+    st.integers(0, 10**6), st.floats(0, 100), st.lists(st.integers(0, 30), min_size=10, max_size=10), st.integers(2, 5)
 )
 def test_no_bound_of_a_group_of_plans_exceeds_the_least_of_them(
     seed: int, slope: float, drawn: list[int], levels: int
 ) -> None:
-    """As the search calls it: `usual` is what every last head adds at least, `offsets` what each adds beyond."""
+    """Those that are put away by their cheapest options too: the limits are some of the bounds."""
     case = evidence((2, 2, 3), 2, images=8, seed=seed, levels=levels)
     problem = branch.problem_of(case, Requirement())
     field, points = problem.field, problem.points
     h1, h2, h3 = (np.flatnonzero(points == point) for point in (1, 2, 3))
     coefficients = np.random.default_rng(seed).normal(0, 3, 2 * len(field.labelled))
     added = field.scores @ coefficients  # (heads, n)
-    last = np.ascontiguousarray(added[h3].T)
-    offsets = np.array(drawn[:3], np.float64) / 10
-    usual = (last - offsets).min(axis=1)
-    pairs = np.array(list(itertools.product(h1, h2)))
-    enter, second, further = np.array(drawn[3:5]), np.array(drawn[5:7]), np.array(drawn[6:12]).reshape(2, 3)
-    prices = np.empty((len(pairs), 3, 3))  # (pairs, exits, lasts)
-    for m, (a, b) in enumerate(itertools.product(range(2), range(2))):
-        prices[m] = np.stack(
-            [np.full(3, enter[a]), np.full(3, enter[a] + second[b]), enter[a] + second[b] + further[b]]
-        )
-    gains = kernels.gains_of(h2, further.astype(np.float64), slope, added, last, field)
-    alive = np.ones((len(pairs), 3), np.bool_)
-    least = kernels.bound_pairs(
-        pairs, np.array([0, 1, 0, 1]), h3, alive, prices, slope, added, usual, offsets, gains, field, coefficients
-    )
+    enter, second, further = np.array(drawn[:2]), np.array(drawn[2:4]), np.array(drawn[4:10]).reshape(2, 3)
+    prices = np.empty((2, 3, 2, 3))  # (seconds, exits, firsts, lasts)
+    for b, a in itertools.product(range(2), range(2)):
+        to_second = enter[a] + second[b]
+        prices[b, :, a] = np.stack([np.full(3, enter[a]), np.full(3, to_second), to_second + further[b]])
+    alive = np.ones((2, 2, 3), np.bool_)
+    given = slope, added, field, coefficients
+    close = kernels.bound_triples(h2, h1, h3, prices, alive, np.inf, *given)
+    bounds = [close, *(kernels.bound_triples(h2, h1, h3, prices, alive, limit, *given) for limit in close[0, 0])]
     wanted = kernels.Wanted(np.array([branch.UNBOUNDED]), np.array([95, branch.UNBOUNDED]), -np.inf, 0)
-    for (m, pair), (r, h) in itertools.product(enumerate(pairs.tolist()), enumerate(h3.tolist())):
-        heads = (*pair, h)
-        true = Triple(case, problem, heads).true_least(prices[m, :, r], slope)
-        assert least[m, r] <= true + 1e-6
-        costs = prices[m, :, r].astype(np.int64)[None, None]
-        found, _ = kernels.settle_all(np.array([heads]), prices[m, :, r][None], -np.inf, slope, costs, wanted, field)
+    for b, a, r in np.ndindex(2, 2, 3):
+        heads = (int(h1[a]), int(h2[b]), int(h3[r]))
+        price = np.ascontiguousarray(prices[b, :, a, r])
+        true = Triple(case, problem, heads).true_least(price, slope)
+        assert max(least[b, a, r] for least in bounds) <= true + 1e-6
+        costs = price.astype(np.int64)[None, None]
+        found, _ = kernels.settle_all(np.array([heads]), price[None], -np.inf, slope, costs, wanted, field)
         assert found[0, 6] <= true + 1e-6
