@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from mess_compile.candidates import head_graph_name, output_name, segment_name
 from mess_compile.latency import DOWNLOAD, NULL, UPLOAD, Quantity, graph_cost_ns
-from mess_compile.runtime.errors import InputError
 from mess_compile.search import kernels
 from mess_compile.search.clock import Clock
 from mess_compile.search.figures import Evidence, exit_costs_ns, memory_bytes, plan_graphs
+from mess_compile.search.memory import memory_of_chains
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.space import CUTS, cut_grid
 
@@ -65,8 +65,9 @@ class Problem:
     """A search in arrays: heads by index, their exit `points` (from 1), and per head and row the `grid` of cuts.
 
     `paths` are the quantities that `wanted` counts, the first the latency. `allowed` says of a plan's heads whether
-    they keep the bounds that no threshold moves, `graphs` counts their graphs, `names` are theirs. One `unit` of the
-    objective (ms, GMACs, mJ) is so many of the integers.
+    they keep the bounds that no threshold moves, `graphs` counts their graphs, `names` are theirs. `memory` is what
+    chains (m, 3) of heads take in bytes, `most_memory` what they may, and `by_memory` whether it is the objective. One
+    `unit` of any other (ms, GMACs, mJ) is so many of the integers.
     """
 
     names: tuple[str, ...]
@@ -77,12 +78,16 @@ class Problem:
     wanted: kernels.Wanted
     allowed: Callable[[tuple[str, ...]], bool]
     graphs: Callable[[tuple[str, ...]], int]
+    memory: Callable[[Array], Array]
+    most_memory: int
+    by_memory: bool
     unit: float
 
 
 @dataclass(frozen=True)
 class Best:
-    """A plan: `heads` in running order, the (row, cut) of early ones; `goal` is the objective summed over images."""
+    """A plan: `heads` in running order, the (row, cut) of early ones; `goal` is the objective summed over images, or
+    bytes of memory, or 0 where mIoU is the objective."""
 
     goal: int
     miou: float
@@ -93,8 +98,8 @@ class Best:
 @dataclass(frozen=True)
 class Proof:
     """How the optimum was found: chains of heads put away by their bounds, or settled plan by plan, and the plans
-    `evaluated`. `gap` is what a better plan could still gain in the objective, as a mean over images; infinite when
-    none was found, and not all of them were looked at."""
+    `evaluated`. `gap` is what a better plan could still gain in the objective (a mean over images, pp, or bytes);
+    infinite when none was found, and not all of them were looked at."""
 
     bounded: int
     settled: int
@@ -108,11 +113,7 @@ def branch_and_bound(
     """The best plan, or the best when the `clock` was up; None when none satisfies the requirement.
 
     Without a clock Ctrl-C raises KeyboardInterrupt.
-
-    Raises InputError for the objective memory, which no image's path decides.
     """
-    if requirement.objective == "memory":
-        raise InputError("the least memory is not searched for in a space as large as this: bound it with --max-memory")
     search = _Search(problem_of(evidence, requirement), clock)
     with suppress(_TimeIsUp), nullcontext() if clock is None else clock.ends_by_interrupt():
         search.run(requirement.early_exits, progress)
@@ -158,7 +159,7 @@ def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
         bounds=np.array(bounds, np.int64),
         percentile=np.array([95, _summed(requirement.max_latency_p95, baseline, 1e6, 1)], np.int64),
         floor=floor,
-        objective=-1 if objective == "accuracy" else list(paths).index(objective),
+        objective=list(paths).index(objective) if objective in paths else -1,
     )
     return Problem(
         names,
@@ -169,6 +170,9 @@ def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
         wanted,
         lambda chain: _is_allowed(evidence, requirement, chain),
         lambda chain: len(plan_graphs(evidence.candidate, chain)),
+        memory_of_chains(evidence),
+        UNBOUNDED if requirement.max_memory_bytes is None else requirement.max_memory_bytes,
+        objective == "memory",
         1e9 if objective == "workload" else 1e6,
     )
 
@@ -301,10 +305,14 @@ class _Search:
         return Proof(self._bounded, self._settled, self._evaluated, self._gap())
 
     def _gap(self) -> float:
-        """What a better plan could still gain in the objective, as a mean over images or in pp; infinite when there is
-        no plan yet, and one may be found."""
+        """What a better plan could still gain in the objective, as a mean over images, in pp or in bytes; infinite when
+        there is no plan yet, and one may be found."""
         if self.best is None:
             return np.inf if self._unknown or self._open else 0.0
+        if self._problem.by_memory:
+            sizes = [self._problem.memory(each.triples[self._may_win(each)]) for each in self._open]
+            smallest = 0 if self._unknown else min(size.min(initial=self.best.goal) for size in (*sizes, np.empty(0)))
+            return float(self.best.goal - smallest)
         if self._problem.wanted.objective < 0:
             limit = self._limit if self._weight else 0.0
             gains = [((limit - each.price(self._aim)) / each.slope).max(initial=0.0) for each in self._open]
@@ -325,7 +333,8 @@ class _Search:
     def _aim(self) -> float:
         """The mIoU below which no plan is wanted; 0 when any is."""
         wanted = self._problem.wanted
-        reached = self.best.miou if self.best is not None and wanted.objective < 0 else 0.0
+        by_miou = wanted.objective < 0 and not self._problem.by_memory
+        reached = self.best.miou if self.best is not None and by_miou else 0.0
         return max(wanted.floor, reached, 0.0)
 
     @property
@@ -356,7 +365,14 @@ class _Search:
     def _may_win(self, bounded: _Bounded) -> Array:
         limit = float(self._limit) if self._weight else 0.0
         within: Array = bounded.price(self._aim) <= limit + _TOLERANCE * max(limit, 1.0)
-        return within
+        return within & self._fits(bounded.triples)
+
+    def _fits(self, triples: Array) -> Array:
+        """Whether heads (m, 3) take no more memory than a plan that is wanted."""
+        most = self._problem.most_memory
+        if self._problem.by_memory and self.best is not None:
+            most = min(most, self.best.goal)
+        return np.ones(len(triples), np.bool_) if most == UNBOUNDED else self._problem.memory(triples) <= most
 
     def _costs(self, quantity: int, h1: Array, h2: Array, h3: Array) -> Array:
         return self._problem.paths[quantity].of_exits(self._problem.points, h1, h2, h3)
@@ -371,6 +387,7 @@ class _Search:
         kept = runs & (costs * self._images <= wanted.bounds[:, None]).all(axis=0) & (costs[0] <= wanted.percentile[1])
         for h in heads[kept & (mious >= wanted.floor)]:
             goal = int(costs[wanted.objective, h]) * self._images if wanted.objective >= 0 else 0
+            goal = self._goal(np.array([self._nobody, self._nobody, h]), goal)
             self._offer(Best(goal, float(mious[h]), (problem.names[h],), ()))
         self._evaluated += int(runs.sum())
         spread = max(0.1, float(mious.max() - np.median(mious)))
@@ -408,14 +425,19 @@ class _Search:
         options = [(int(found[2]), int(found[3])), (int(found[4]), int(found[5]))]
         early = [(h, option) for h, option in zip(triple[:2], options, strict=True) if h != self._nobody]
         decisions = tuple((row, self._problem.grid[h][row][cut]) for h, (row, cut) in early)
-        return Best(int(found[0]), float(found[1]), self._names(triple), decisions)
+        return Best(self._goal(triple, int(found[0])), float(found[1]), self._names(triple), decisions)
+
+    def _goal(self, triple: Array, summed: int) -> int:
+        return int(self._problem.memory(triple[None])[0]) if self._problem.by_memory else summed
 
     def _names(self, triple: Array) -> tuple[str, ...]:
         return tuple(self._problem.names[h] for h in triple if h != self._nobody)
 
     def _settle_best_first(self, bounded: _Bounded) -> None:
-        """Settle what its bound leaves, the most promising first, until nothing that is left can be better."""
+        """Settle what its bound leaves, the most promising (or smallest) first, until nothing left can be better."""
         rest = bounded.from_cheapest(self._aim)
+        if self._problem.by_memory:
+            rest = rest.part(np.argsort(self._problem.memory(rest.triples), kind="stable"))
         while len(rest.least):
             self._open = [rest]
             self._check_time()
@@ -498,6 +520,8 @@ class _Search:
         alive = (self._costs(0, *shape)[0] >= 0) & (costs[0] >= 0)
         if self._limit < UNBOUNDED:
             alive &= costs.min(axis=0) <= self._limit // self._images
+        chains = np.stack(np.broadcast_arrays(*shape), axis=-1)
+        alive &= self._fits(chains.reshape(-1, 3)).reshape(alive.shape)
         coefficients = self._envelope(h1, h2, h3)
         added = np.zeros(field.scores.shape[:2])  # (heads, n)
         for h in (*h1, *h2, *h3):

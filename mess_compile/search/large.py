@@ -127,6 +127,8 @@ def _refusal(evidence: Evidence, requirement: Requirement, clock: Clock | None) 
             reachable.append(f"{text.split()[0]} {value:.4g} {unit}")
     if requirement.max_memory_bytes is not None:
         wanted.append(f"memory <= {requirement.max_memory_bytes / (1 << 20):.4g} MiB")
+        best = _found(evidence, _without(requirement, "max_memory_bytes", "memory"), clock)
+        reachable += [f"memory {best.goal / (1 << 20):.4g} MiB"] if best is not None else []
     told = f"; best reachable: {', or '.join(reachable)}" if reachable else ""
     return f"no plan satisfies {' and '.join(wanted)}{told}"
 

@@ -103,8 +103,6 @@ def check_against_every_plan(hard: Hard, data: st.DataObject) -> None:
             large.search(case, Requirement(), in_silence)
         return
     requirement = requirement_about(data.draw(st.sampled_from(plans)), hard.whole, "input-dependent", data)
-    if requirement.objective == "memory":
-        requirement = dataclasses.replace(requirement, objective="energy")
     plans = [plan for plan in plans if len(plan.heads) <= requirement.max_exits + 1]
     feasible = [plan for plan in plans if satisfies(plan, requirement, hard.whole)]
     if not feasible:
@@ -192,7 +190,7 @@ def ended(case: Evidence, requirement: Requirement, by_hand: bool, at: int) -> S
     cases(),
     st.booleans(),
     st.integers(0, 12),
-    st.sampled_from(sorted({*VALUES} - {"memory"})),
+    st.sampled_from(sorted(VALUES)),
     st.booleans(),
     st.data(),
 )
@@ -213,7 +211,7 @@ def test_a_search_that_is_ended_says_what_a_better_plan_could_gain(
     if result is None:
         return
     best = min(OBJECTIVES[objective](plan) for plan in feasible)
-    best = best if objective == "accuracy" else best / n / UNITS[objective]
+    best = best / n / UNITS[objective] if objective in UNITS else best
     assert brute_identity_in(identity(result.plan), feasible)
     assert result.certificate.gap >= VALUES[objective](result.plan) - best - 1e-12
     assert result.certificate.gap < np.inf
@@ -249,11 +247,6 @@ def test_a_search_without_end_and_one_with_time_enough_agree() -> None:
     assert large.search(case, Requirement(), in_silence, clock=Clock(3600)) == large.search(
         case, Requirement(), in_silence
     )
-
-
-def test_the_least_memory_is_not_searched_for_here() -> None:
-    with pytest.raises(InputError, match="--max-memory"):
-        large.search(evidence((1,), 1, 3, 0), Requirement(objective="memory"), in_silence)
 
 
 def test_a_large_space_is_searched_by_its_bounds_and_has_no_front_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,54 @@
+"""What plans take of memory, for many chains of heads at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.candidates import head_graph_name
+from mess_compile.search.figures import Evidence, memory_bytes, plan_graphs
+
+Array = NDArray[Any]
+
+
+def memory_of_chains(evidence: Evidence) -> Callable[[Array], Array]:
+    """A function from chains (m, 3) of indices into `evidence.heads` to bytes (m,), as `memory_bytes` gives them.
+
+    The index after the last stands for no head. Heads with the same exit point, inputs and outputs take what they do
+    but for their weights and workspaces.
+    """
+    graph_set = evidence.graph_set
+    specs = [graph_set.spec(head_graph_name(head.name)) for head in evidence.heads]
+    weights = np.array([*(spec.bytes for spec in specs), 0], np.int64)
+    workspaces = np.array([*(spec.workspace_bytes for spec in specs), 0], np.int64)
+    kinds: dict[Any, int] = {None: 0}
+    for head, spec in zip(evidence.heads, specs, strict=True):
+        kinds.setdefault((head.exit_point, spec.inputs, spec.outputs), len(kinds))
+    of_heads = [kinds[head.exit_point, s.inputs, s.outputs] for head, s in zip(evidence.heads, specs, strict=True)]
+    kind = np.array([*of_heads, 0])
+    known: dict[int, tuple[int, int]] = {}
+
+    def of_others(chain: Array) -> tuple[int, int]:
+        """What a chain takes but for its heads' weights and the largest workspace, and that of all but its heads."""
+        heads = [evidence.heads[h].name for h in chain if h < len(specs)]
+        graphs = [graph_set.spec(name) for name in plan_graphs(graph_set.candidate, heads)]
+        apart = {head_graph_name(head) for head in heads}
+        largest = max(spec.workspace_bytes for spec in graphs)
+        without = memory_bytes(graph_set, heads) - largest - int(weights[chain].sum())
+        return without, max(spec.workspace_bytes for spec in graphs if spec.name not in apart)
+
+    def memory(chains: Array) -> Array:
+        codes = kind[chains] @ np.array([len(kinds) ** 2, len(kinds), 1])
+        some, first, alike = np.unique(codes, return_index=True, return_inverse=True)
+        for code, chain in zip(some.tolist(), chains[first], strict=True):
+            if code not in known:
+                known[code] = of_others(chain)
+        others = np.array([known[code] for code in some.tolist()], np.int64).reshape(-1, 2)[alike]
+        found: Array = weights[chains].sum(axis=1) + others[:, 0]
+        found += np.maximum(workspaces[chains].max(axis=1), others[:, 1])
+        return found
+
+    return memory
