@@ -8,6 +8,8 @@ image costs at an exit less `slope` times what it adds to (a linear bound on) mI
 The first two terms need the last two heads, the third the first two, and the last all three. With only the negative
 u2 - u3 in it, of whatever does not leave at the second head, it needs the last two as well: that bounds a triple by
 two minima. Where this is too little, the sums over A less B are taken for all last heads of a pair at once.
+
+All of it is one file, because numba's cache would not notice a change to what a function calls in another.
 """
 
 from __future__ import annotations
@@ -308,6 +310,9 @@ def bound_second(
     `coefficients`. Bounds above `limit` may be less close.
     """
     n = added.shape[1]
+    least[:] = INFINITE
+    if not alive.any():
+        return
     further = np.zeros(lasts.size)
     for a in range(firsts.size):
         for r in range(lasts.size):
@@ -318,7 +323,6 @@ def bound_second(
     lows, error = gains_of(h2, lasts, further, slope, added, field, gains, behind)
     column, alone = np.empty(n), np.empty(gains.shape[:2])
     for a in range(firsts.size):
-        least[a] = INFINITE
         if not alive[a].any():
             continue
         step = (costs[1, a] - costs[0, a])[alive[a]][0]
@@ -330,7 +334,8 @@ def bound_second(
         for r in range(lasts.size):
             most = most_miou(firsts[a], h2, lasts[r], field, coefficients)
             others[r] = n * costs[2, a, r] - slope * most - error[r]
-            least[a, r] = others[r] + cheapest + lows[:, r].min() if alive[a, r] else INFINITE
+            if alive[a, r]:
+                least[a, r] = others[r] + cheapest + lows[:, r].min()
         close = np.flatnonzero(alive[a] & (least[a] <= limit))
         if close.size:
             found = np.empty(close.size)
@@ -396,6 +401,23 @@ def percentile_cost(costs: Array, at: Array, rank: int) -> int:
 
 
 @njit(cache=True)
+def least_of_second(levels: Array, cuts: Array, behind: Array, gains: Array) -> Array:
+    """What options of each row of a second head come to at least, whatever leaves at the first: (rows,).
+
+    `behind` (n,) is u2 - u3 and `gains` (rows, cuts) its sums over what leaves at the second; of the rest only what is
+    below 0 can be left behind.
+    """
+    below = np.minimum(behind, 0.0)
+    saved = np.empty(gains.shape)
+    summed(levels, cuts, below, saved)
+    total, lows = below.sum(), np.full(gains.shape[0], INFINITE)
+    for s in range(gains.shape[0]):
+        for k in range(cuts[s]):
+            lows[s] = min(lows[s], gains[s, k] + total - saved[s, k])
+    return lows
+
+
+@njit(cache=True)
 def settle(
     h1: int,
     h2: int,
@@ -436,22 +458,25 @@ def settle(
     alone, gains = np.empty((rows, most)), np.empty((rows, most))
     summed(levels1, cuts1, column, alone)
     summed(levels2, cuts2, behind, gains)
+    lows = least_of_second(levels2, cuts2, behind, gains)
     table = np.empty((most + 1, most + 1))
     chosen = np.empty((most, most), np.bool_)
     evaluated = 0
     for t in range(rows):
+        lowest = base + alone[t].min()
         for s in range(rows):
-            if not cuts1[t] or not cuts2[s]:
+            low = lowest + lows[s]
+            if low >= found[6] and low > limit:  # or there is no cut
                 continue
             left_behind(levels1[t], levels2[s], behind, table)
-            some = False
+            least = INFINITE
             for j in range(cuts1[t]):
                 for k in range(cuts2[s]):
                     bound = base + alone[t, j] + gains[s, k] + table[j + 1, k]
-                    found[6] = min(found[6], bound)
+                    least = min(least, bound)
                     chosen[j, k] = bound <= limit
-                    some |= chosen[j, k]
-            if some:
+            found[6] = min(found[6], least)
+            if least <= limit:
                 evaluated += settle_rows(h1, t, h2, s, h3, chosen, costs, wanted, field, found)
     return evaluated
 

@@ -17,6 +17,7 @@ from mess_compile.search import branch, kernels, large, solver
 from mess_compile.search.clock import Clock, UnfinishedError
 from mess_compile.search.figures import Evidence
 from mess_compile.search.plan import Plan, SearchResult
+from mess_compile.search.problem import UNBOUNDED, Problem, problem_of
 from mess_compile.search.requirement import Limit, Requirement
 from tests.search.brute_force import BrutePlan, all_plans, graphs_of
 from tests.search.cases import evidence
@@ -274,6 +275,9 @@ def test_a_refusal_names_every_bound_and_what_could_be_reached() -> None:
         large.search(case, Requirement(max_err_pp=0.0, baseline_miou=101, max_latency=hopeless), in_silence)
     with pytest.raises(RequirementError, match=r"no plan satisfies p95 latency <= 1e-06 ms and memory <= 1 MiB$"):
         large.search(case, Requirement(max_latency_p95=hopeless, max_memory_bytes=1 << 20), in_silence)
+    smallest = min(plan.memory for plan in all_plans(case, "input-dependent", 2)) / (1 << 20)
+    with pytest.raises(RequirementError, match=f"<= 9.537e-07 MiB; best reachable: memory {smallest:.4g} MiB$"):
+        large.search(case, Requirement(max_memory_bytes=1), in_silence)
     with pytest.raises(RequirementError, match=f"best reachable: mIoU {best:.4g} %$"):
         large.search(case, Requirement(max_err_pp=0.0, baseline_miou=100), in_silence)
 
@@ -326,7 +330,7 @@ class Triple:
     """Three heads of a case: what leaves at each is priced, the least of price - slope * mIoU found plan by plan."""
 
     case: Evidence
-    problem: branch.Problem
+    problem: Problem
     heads: tuple[int, int, int]
 
     def true_least(self, prices: np.ndarray, slope: float) -> float:
@@ -354,7 +358,7 @@ def test_no_bound_of_a_group_of_plans_exceeds_the_least_of_them(
 ) -> None:
     """Those that are put away by their cheapest options too: the limits are some of the bounds."""
     case = evidence((2, 2, 3), 2, images=8, seed=seed, levels=levels)
-    problem = branch.problem_of(case, Requirement())
+    problem = problem_of(case, Requirement())
     field, points = problem.field, problem.points
     h1, h2, h3 = (np.flatnonzero(points == point) for point in (1, 2, 3))
     coefficients = np.random.default_rng(seed).normal(0, 3, 2 * len(field.labelled))
@@ -368,7 +372,7 @@ def test_no_bound_of_a_group_of_plans_exceeds_the_least_of_them(
     given = slope, added, field, coefficients
     close = kernels.bound_triples(h2, h1, h3, prices, alive, np.inf, *given)
     bounds = [close, *(kernels.bound_triples(h2, h1, h3, prices, alive, limit, *given) for limit in close[0, 0])]
-    wanted = kernels.Wanted(np.array([branch.UNBOUNDED]), np.array([95, branch.UNBOUNDED]), -np.inf, 0)
+    wanted = kernels.Wanted(np.array([UNBOUNDED]), np.array([95, UNBOUNDED]), -np.inf, 0)
     for b, a, r in np.ndindex(2, 2, 3):
         heads = (int(h1[a]), int(h2[b]), int(h3[r]))
         price = np.ascontiguousarray(prices[b, :, a, r])

@@ -1,0 +1,196 @@
+"""What a search by branch and bound is about, in arrays: heads, costs, thresholds, and what a plan must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.candidates import head_graph_name, output_name, segment_name
+from mess_compile.latency import DOWNLOAD, NULL, UPLOAD, Quantity, graph_cost_ns
+from mess_compile.search import kernels
+from mess_compile.search.figures import Evidence, exit_costs_ns, memory_bytes, plan_graphs
+from mess_compile.search.memory import memory_of_chains
+from mess_compile.search.requirement import Limit, Requirement
+from mess_compile.search.space import CUTS, cut_grid
+
+Array = NDArray[Any]
+UNBOUNDED = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, eq=False)
+class PathCosts:
+    """What an image pays, in integers: `start`, then `step[p, h]` from exit point p (0: the image) to head h and
+    through it, `decide` after each early head, and `leave[p]` at exit point p. Below 0 is a step that the target cannot
+    take."""
+
+    start: int
+    step: Array
+    decide: int
+    leave: Array
+
+    def of_exits(self, points: Array, h1: Array, h2: Array, h3: Array) -> Array:
+        """(3, ...): what an image costs that leaves at each of three heads, -1 where the target lacks a graph.
+
+        A second head one beyond the last stands for none, at the cost of the third.
+        """
+        none = h2 == len(points)
+        p1, p2, p3 = points[h1], np.append(points, 0)[h2], points[h3]
+        before = np.where(none, p1, p2)
+        one, two, three = self.step[0, h1], self.step[p1, np.where(none, h3, h2)], self.step[before, h3]
+        first = self.start + one + self.decide
+        second = first + np.where(none, 0, two + self.decide)
+        last = second + three + self.leave[p3]
+        found = np.stack(
+            np.broadcast_arrays(first + self.leave[p1], np.where(none, last, second + self.leave[before]), last)
+        )
+        return np.where((one < 0) | (two < 0) | (three < 0), -1, found)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A search in arrays: heads by index, their exit `points` (from 1), and per head and row the `grid` of cuts.
+
+    `paths` are the quantities that `wanted` counts, the first the latency. `allowed` says of a plan's heads whether
+    they keep the bounds that no threshold moves, `graphs` counts their graphs, `names` are theirs. `memory` is what
+    chains (m, 3) of heads take in bytes, `most_memory` what they may, and `by_memory` whether it is the objective. One
+    `unit` of any other (ms, GMACs, mJ) is so many of the integers.
+    """
+
+    names: tuple[str, ...]
+    points: Array
+    field: kernels.Field
+    grid: tuple[tuple[tuple[int, ...], ...], ...]
+    paths: tuple[PathCosts, ...]
+    wanted: kernels.Wanted
+    allowed: Callable[[tuple[str, ...]], bool]
+    graphs: Callable[[tuple[str, ...]], int]
+    memory: Callable[[Array], Array]
+    most_memory: int
+    by_memory: bool
+    unit: float
+
+
+def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
+    """The arrays of a search. Its bounds are in the integers that the search counts in, summed over images."""
+    statistics, images = evidence.statistics, evidence.statistics.images
+    names = tuple(head.name for head in evidence.heads)
+    points = np.array([head.exit_point for head in evidence.heads])
+    labelled = statistics.labelled.sum(axis=0)
+    present = np.flatnonzero(labelled)
+    heads = [statistics.head_index(name) for name in names]
+    scores = np.empty((len(heads), images, 2 * len(present)), np.int32)
+    for score, head in zip(scores, heads, strict=True):
+        right = statistics.intersection[:, head, present]
+        score[:] = np.concatenate([right, statistics.predicted[:, head, present] - right], axis=1)
+    levels, cuts, ranks, grid = _thresholds(evidence, names)
+    field = kernels.Field(
+        scores=scores,
+        totals=scores.sum(axis=1, dtype=np.float64),
+        spans=kernels.differences(scores, points[:, None] < points[None, :]),
+        levels=levels,
+        cuts=cuts,
+        ranks=ranks,
+        labelled=labelled[present].astype(np.float64),
+    )
+    paths = {"latency": _times(evidence, "mean_ms"), "workload": _workloads(evidence)}
+    baseline = evidence.baseline_cost_ns()
+    bounds = [
+        _summed(requirement.max_latency, baseline, 1e6, images),
+        _summed(requirement.max_workload, evidence.candidate.baseline_macs, 1e9, images),
+    ]
+    if requirement.needs_energy:
+        paths["energy"] = _times(evidence, "energy_mj")
+        bounds.append(_summed(requirement.max_energy, evidence.baseline_cost_ns("energy_mj"), 1e6, images))
+    floor = -np.inf
+    if requirement.max_err_pp is not None:
+        floor = requirement.counts_from(evidence.baseline_miou(evidence.baseline)) - requirement.max_err_pp
+    objective = requirement.objective or "latency"
+    wanted = kernels.Wanted(
+        bounds=np.array(bounds, np.int64),
+        percentile=np.array([95, _summed(requirement.max_latency_p95, baseline, 1e6, 1)], np.int64),
+        floor=floor,
+        objective=list(paths).index(objective) if objective in paths else -1,
+    )
+    return Problem(
+        names,
+        points,
+        field,
+        grid,
+        tuple(paths.values()),
+        wanted,
+        lambda chain: _is_allowed(evidence, requirement, chain),
+        lambda chain: len(plan_graphs(evidence.candidate, chain)),
+        memory_of_chains(evidence),
+        UNBOUNDED if requirement.max_memory_bytes is None else requirement.max_memory_bytes,
+        objective == "memory",
+        1e9 if objective == "workload" else 1e6,
+    )
+
+
+def _summed(limit: Limit | None, baseline: int, unit: float, images: int) -> int:
+    return UNBOUNDED if limit is None else min(limit.resolved(baseline, unit) * images, UNBOUNDED)
+
+
+def _is_allowed(evidence: Evidence, requirement: Requirement, heads: tuple[str, ...]) -> bool:
+    most = requirement.max_memory_bytes
+    if most is not None and memory_bytes(evidence.graph_set, heads) > most:
+        return False
+    if requirement.max_latency_worst is None:
+        return True
+    limit = requirement.max_latency_worst.resolved(evidence.baseline_cost_ns("p99_ms"), 1e6)
+    return exit_costs_ns(evidence, "input-dependent", heads, "p99_ms")[-1] <= limit
+
+
+def _times(evidence: Evidence, quantity: Quantity) -> PathCosts:
+    table, graph_set, candidate = evidence.table, evidence.graph_set, evidence.candidate
+    points = len(candidate.exit_points)
+    outputs = {point: output_name(candidate.exit_point(point).hw) for point in range(1, points + 1)}
+
+    def cost(*graphs: str) -> int:
+        return sum(graph_cost_ns(table, graph_set, graph, quantity) for graph in graphs)
+
+    step = np.full((points, len(evidence.heads)), -1, np.int64)
+    for (point, column), _ in np.ndenumerate(step):
+        head = evidence.heads[column]
+        graphs = (segment_name(point, head.exit_point), head_graph_name(head.name))
+        if point < head.exit_point and evidence.runs((*graphs, outputs[head.exit_point])):
+            step[point, column] = cost(*graphs)
+    download = table.cost_ns(DOWNLOAD, quantity=quantity)
+    leave = [0] + [cost(name) + download if evidence.runs([name]) else 0 for name in outputs.values()]
+    start, decide = (table.cost_ns(pseudo, quantity=quantity) for pseudo in (UPLOAD, NULL))
+    return PathCosts(start, step, decide, np.array(leave, np.int64))
+
+
+def _workloads(evidence: Evidence) -> PathCosts:
+    candidate = evidence.candidate
+    points = range(len(candidate.exit_points))
+    step = [
+        [candidate.segment_macs(p, h.exit_point) + h.macs if p < h.exit_point else -1 for h in evidence.heads]
+        for p in points
+    ]
+    return PathCosts(0, np.array(step, np.int64), 0, np.zeros(len(points) + 1, np.int64))
+
+
+def _thresholds(evidence: Evidence, heads: tuple[str, ...]) -> tuple[Array, Array, Array, Any]:
+    """Levels, cuts and ranks as in `kernels.Field`, and the grid of cuts by head and row."""
+    statistics = evidence.statistics
+    rows = statistics.counts.shape[2]
+    levels = np.zeros((len(heads) + 1, rows, statistics.images), np.uint8)
+    cuts = np.zeros((len(heads) + 1, rows), np.int64)
+    cuts[-1, 0] = 1  # the head that is none: one cut, which no image passes
+    ranks = np.zeros((len(heads) + 1, rows, CUTS + 1), np.int64)
+    by_text = sorted(range(rows), key=str)
+    grid = []
+    for h, head in enumerate(heads):
+        counts = np.asarray(statistics.counts[:, statistics.head_index(head)])  # (n, rows)
+        grid.append(tuple(cut_grid(counts[:, row]) for row in range(rows)))
+        texts = sorted({str(cut) for found in grid[-1] for cut in found})
+        for row, found in enumerate(grid[-1]):
+            levels[h, row] = np.searchsorted(found, counts[:, row], side="right")
+            cuts[h, row] = len(found)
+            ranks[h, row, : len(found) + 1] = [by_text.index(row), *(texts.index(str(cut)) for cut in found)]
+    return levels, cuts, ranks, tuple(grid)
