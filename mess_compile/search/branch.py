@@ -279,7 +279,7 @@ class _Search:
         points = self._problem.points
         first, last = np.nonzero(points[:, None] < points[None, :])
         triples = np.stack([first, np.full(len(first), self._nobody), last], axis=1)
-        triples = triples[self._costs(0, *triples.T)[0] >= 0]
+        triples = triples[(self._costs(0, *triples.T)[0] >= 0) & self._fits(triples)]
         self._tune(triples[:: len(triples) // _TUNED + 1], (8.0, 4.0, 2.0, 1.4, 1.2, 1.1))
         least = [np.empty(0)]
         for part in np.array_split(triples, len(triples) // _PAIRS + 1):
@@ -298,7 +298,7 @@ class _Search:
             chains = np.stack([np.full(len(more), first), more, np.full(len(more), last)], axis=1)
             found.append(np.where((points[more] < points[first])[:, None], chains[:, [1, 0, 2]], chains))
         triples = np.unique(np.concatenate([np.empty((0, 3), np.int64), *found]), axis=0)
-        triples = triples[self._costs(0, *triples.T)[0] >= 0]
+        triples = triples[(self._costs(0, *triples.T)[0] >= 0) & self._fits(triples)]
         best = self._tune(triples, (2.0, 1.4, 1.2, 1.1))
         if len(best):
             self._check_time()
