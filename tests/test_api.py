@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import re
+import shutil
 from base64 import b64decode
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +94,19 @@ def test_what_functions_tell_is_what_commands_print(finished: Path) -> None:
     (compared,), page = steps.compare(workspace, ["host"])
     assert page is None
     assert compared.device == "host"
+
+
+def test_the_program_in_the_documents_runs(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brief_profile: None
+) -> None:
+    shutil.copytree(finished, tmp_path / "demo", copy_function=os.link)
+    monkeypatch.chdir(tmp_path)
+    program = re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    assert program is not None
+    left: dict[str, Any] = {"frame": scenes.make_scene(1, (64, 96), 0.5).frame}
+    exec(program[1], left)
+    assert left["result"].plan.predicted.miou >= left["result"].plan.baseline.miou - 1
+    assert left["prediction"].labels.shape == (64, 96)
 
 
 def test_a_workspace_that_is_not_there_is_named(tmp_path: Path) -> None:

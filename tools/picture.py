@@ -8,18 +8,20 @@ Two scenes: the one that the first exit is surest of, and the one that it is lea
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from mess_compile.dataset import open_dataset, read_sample
-from mess_compile.report.pictures import strip_picture
 from mess_compile.runtime import frames
 from mess_compile.runtime.cascade import Cascade, load
 
 Pixels = NDArray[np.uint8]
+PANEL = (320, 240)
+GAP, CAPTION, FONT = 6, 62, 24
 NOT_RUN = 235
 COLOURS = 128
 
@@ -30,13 +32,25 @@ def row(cascade: Cascade, name: str, frame: Pixels, truth: Pixels) -> Image.Imag
     panels = [(name, frame)]
     for prediction in cascade.refine(frame):
         right = (prediction.labels == truth)[truth < 255].mean()
-        leaves = "leaves here" if prediction.exit == taken else "goes on"
-        caption = f"exit {prediction.exit}: {prediction.confidence:.0%} sure, {leaves}; {right:.0%} right"
+        sure = f"{prediction.confidence:.0%} sure, {'leaves' if prediction.exit == taken else 'goes on'}"
         shown = frames.overlay(frame, prediction.labels, colours)
         if prediction.exit > taken:
-            caption, shown = f"exit {prediction.exit} is not run", np.full_like(frame, NOT_RUN)
-        panels.append((caption, shown))
-    return strip_picture([*panels, ("truth", frames.overlay(frame, truth, colours))])
+            panels.append((f"exit {prediction.exit}\nnot run", np.full_like(frame, NOT_RUN)))
+        else:
+            panels.append((f"exit {prediction.exit}: {right:.0%} right\n{sure}", shown))
+    return side_by_side([*panels, ("truth", frames.overlay(frame, truth, colours))])
+
+
+def side_by_side(panels: Sequence[tuple[str, Pixels]]) -> Image.Image:
+    """Panels under captions that can be read when the picture is shown at half its size."""
+    width, height = PANEL
+    strip = Image.new("RGB", (len(panels) * (width + GAP) - GAP, height + CAPTION), "white")
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(size=FONT)
+    for number, (caption, pixels) in enumerate(panels):
+        shown = Image.fromarray(pixels).resize(PANEL, Image.Resampling.NEAREST)
+        strip.paste(shown, (number * (width + GAP), CAPTION))
+        draw.multiline_text((number * (width + GAP) + 2, 4), caption, fill=(20, 20, 20), font=font)
+    return strip
 
 
 def main(demo: Path, output: Path) -> None:
