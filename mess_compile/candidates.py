@@ -13,7 +13,7 @@ import numpy as np
 
 from mess_compile import files
 from mess_compile.runtime.engine import FP32, PRECISIONS
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.errors import InputError, did_you_mean
 
 CRM_DIVISORS = (1, 2, 4, 8)
 MAX_BLOCKS = 3
@@ -47,7 +47,8 @@ class HeadConfig:
     def __post_init__(self) -> None:
         if self.kind not in HEAD_KINDS or self.crm not in CRM_DIVISORS or not 0 <= self.blocks <= MAX_BLOCKS:
             raise InputError(
-                f"head {self.name}: kind is one of {HEAD_KINDS}, crm one of {CRM_DIVISORS}, blocks 0 to {MAX_BLOCKS}"
+                f"head {self.name}{_nearest_head(self.name)}: kind is one of {', '.join(HEAD_KINDS)}, crm one of "
+                f"{', '.join(map(str, CRM_DIVISORS))}, blocks 0 to {MAX_BLOCKS}"
             )
         if self.rdi and self.blocks == 0:
             raise InputError(f"head {self.name}: RDI means nothing without blocks; drop -rdi")
@@ -73,10 +74,15 @@ def head_config_from_name(name: str) -> HeadConfig:
     match = _HEAD_NAME.fullmatch(name)
     if match is None:
         raise InputError(
-            f"head {name!r} is not of the form KIND[WIDTH]-crmN-bN[-rdi], such as fcn-crm4-b2-rdi or sep96-crm1-b0"
+            f"head {name!r}{_nearest_head(name)} is not of the form KIND[WIDTH]-crmN-bN[-rdi], such as fcn-crm4-b2-rdi "
+            "or sep96-crm1-b0"
         )
     width = None if match[2] is None else int(match[2])
     return HeadConfig(match[1], int(match[3]), int(match[4]), match[5] is not None, width)
+
+
+def _nearest_head(name: str) -> str:
+    return did_you_mean(name, (head.name for head in head_grid()))
 
 
 def head_grid() -> tuple[HeadConfig, ...]:

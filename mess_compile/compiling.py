@@ -18,7 +18,7 @@ from mess_compile.engines import EngineFiles, plain_files
 from mess_compile.jobs import job_names
 from mess_compile.runtime import frames
 from mess_compile.runtime.engine import PRECISIONS
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.errors import InputError, did_you_mean
 from mess_compile.targets import Target, find_target
 from mess_compile.workspace import Workspace
 
@@ -67,7 +67,8 @@ def engines_of(
 def refuse_other_precisions(target: Target, precisions: Sequence[str]) -> None:
     unknown = [precision for precision in precisions if precision not in target.precisions]
     if unknown:
-        raise InputError(f"{target.name} computes in {', '.join(target.precisions)}, not in {unknown[0]!r}")
+        near = did_you_mean(unknown[0], () if unknown[0] in PRECISIONS else target.precisions)
+        raise InputError(f"{target.name} computes in {', '.join(target.precisions)}, not in {unknown[0]!r}{near}")
 
 
 def precise_graphs(
@@ -91,7 +92,8 @@ def in_precision(
     from mess_compile import recipes
 
     if precision not in PRECISIONS:
-        raise InputError(f"precision {precision!r} is not one of {', '.join(reversed(PRECISIONS))}")
+        near = did_you_mean(precision, PRECISIONS)
+        raise InputError(f"precision {precision!r}{near} is not one of {', '.join(reversed(PRECISIONS))}")
     images = partial(_real_images, workspace, data, graph_set.candidate.input_hw)
     tune = workspace.memory().split or "val"
     return recipes.precise_graphs(

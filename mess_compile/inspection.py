@@ -17,7 +17,7 @@ from mess_compile.candidates import (
     segment_name,
 )
 from mess_compile.runtime.archive import open_archive
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.errors import InputError, did_you_mean
 from mess_compile.runtime.manifest import MANIFEST
 from mess_compile.runtime.notebook import table_html, text_html
 from mess_compile.search import plan as plans
@@ -71,7 +71,8 @@ def inspect(workspace: Workspace, thing: str, classes: int, hw: tuple[int, int],
             return inspect_latency(latency.read_latency_table(workspace.latency(device)))
         return inspect_plan(plans.read_result(workspace.plan(device)))
     if not Path(thing).is_file() and not Path(thing, MANIFEST).is_file():
-        raise InputError(f"{thing!r} is no file, and none of {', '.join((*BACKBONES, *ARTEFACTS))}")
+        near = did_you_mean(thing, (*BACKBONES, *ARTEFACTS))
+        raise InputError(f"{thing!r} is no file{near}, and none of {', '.join((*BACKBONES, *ARTEFACTS))}")
     return inspect_bundle(Path(thing))
 
 

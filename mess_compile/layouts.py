@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mess_compile import coco
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.errors import InputError, did_you_mean
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 ALWAYS_IGNORED = 255
@@ -257,8 +257,9 @@ def _labelled(items: list[Item]) -> list[Item]:
 
 
 def _no_split(root: Path, split: str, found: Iterable[str], expected: Path) -> InputError:
-    names = ", ".join(sorted(set(found))) or "none"
-    return InputError(f"{root} has no split {split!r} (found: {names}): expected {expected}")
+    known = sorted(set(found))
+    told = f"{split!r}{did_you_mean(split, known)} (found: {', '.join(known) or 'none'})"
+    return InputError(f"{root} has no split {told}: expected {expected}")
 
 
 LAYOUTS = (

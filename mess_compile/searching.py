@@ -14,7 +14,7 @@ from mess_compile.candidates import GraphSet, read_graph_set
 from mess_compile.compiling import target_of
 from mess_compile.recording import current_statistics
 from mess_compile.runtime import machine, power
-from mess_compile.runtime.errors import InputError, RequirementError, StaleError
+from mess_compile.runtime.errors import InputError, RequirementError, StaleError, did_you_mean
 from mess_compile.search import plan as plans
 from mess_compile.search.clock import Clock
 from mess_compile.search.requirement import Requirement
@@ -176,6 +176,9 @@ def _evidences(
     known = {recipe.partition("-")[0]: recipe for recipe in table.recipes}
     absent = [precision for precision in precisions or () if precision not in known]
     if absent:
+        if absent[0] not in target.precisions:
+            near = did_you_mean(absent[0], known)
+            raise InputError(f"{target.name} computes in {', '.join(target.precisions)}, not in {absent[0]!r}{near}")
         raise InputError(
             f"{target.name} was profiled in {', '.join(known)}, not in {absent[0]!r}: run `mess-compile profile "
             f"--device {target.name} --precision {','.join([*known, absent[0]])}`"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mess_compile import files
+from mess_compile import files, shipped
 from mess_compile.runtime import machine as machines
 from mess_compile.runtime.choice import device_differences
 from mess_compile.runtime.engine import FP32, LIBRARIES, PRECISIONS
@@ -23,7 +23,6 @@ from mess_compile.runtime.manifest import Device
 RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 _ON_GPU = LIBRARIES[1:]
 _MEMORY_SEEN = (0.85, 1.05)  # of what the data sheet says, by the driver: systems and error correction take some
-_PACKAGE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Target:
 
 def known_targets(workspace: Path | None = None) -> dict[str, Target]:
     """All targets by name; one beside the workspace replaces ours of the same name. Raises InputError."""
-    folders = (_shipped(), *([workspace / "profiles"] if workspace else []))
+    folders = (shipped.profiles(), *([workspace / "profiles"] if workspace else []))
     targets = (_read_target(path) for folder in folders for path in sorted(folder.glob("*.toml")))
     return {target.name: target for target in targets}
 
@@ -167,16 +166,11 @@ def _library_differences(target: Target, machine: Machine) -> tuple[str, ...]:
     return (f"{module} is {version}, not {' or '.join(accepted)}",)
 
 
-def _shipped() -> Path:
-    installed = _PACKAGE / "profiles"
-    return installed if installed.is_dir() else _PACKAGE.parent / "profiles"
-
-
 def _read_target(path: Path) -> Target:
     try:
         return _target_from(files.read_toml(path), path.stem)
     except ValueError as error:
-        raise InputError(f"{path}: {error}: see {_shipped() / 'xavier.toml'} for an example") from error
+        raise InputError(f"{path}: {error}: see {shipped.profiles() / 'xavier.toml'} for an example") from error
 
 
 def _target_from(content: dict[str, Any], stem: str) -> Target:

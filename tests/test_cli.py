@@ -91,7 +91,7 @@ def test_every_command_ends_with_what_to_do_next_there(
 
 def test_every_command_is_covered_here() -> None:
     """But for those that need a device: test_ship.py has these."""
-    assert set(main.commands) == {*KEYS, "demo", "ship", "ships"}
+    assert set(main.commands) == {*KEYS, "demo", "completion", "ship", "ships"}
 
 
 def test_a_command_in_the_current_folder_proposes_commands_there(

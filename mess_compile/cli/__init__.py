@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mess_compile import __version__
-from mess_compile.cli import bundles, networks, on_devices, searching, shipping, showing
+from mess_compile.cli import bundles, completion, networks, on_devices, searching, shipping, showing
 from mess_compile.cli.options import FOLDER
 from mess_compile.console import Group
 
@@ -49,5 +49,6 @@ for command in (
     on_devices.devices,
     on_devices.doctor,
     bundles.inspect,
+    completion.completion,
 ):
     main.add_command(command)

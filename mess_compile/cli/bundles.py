@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mess_compile.cli import completion
 from mess_compile.cli.options import BUNDLE, FILE, FOLDER, json_option, print_inspection, rates, size
 from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, quoted, say
 
@@ -15,11 +16,15 @@ if TYPE_CHECKING:
     from mess_compile.running import ImageResult, VideoResult
     from mess_compile.workspace import Workspace
 
-_target_option = click.option("--target", help="Which plan: a device, or device and precision such as xavier:fp16.")
+_target_option = click.option(
+    "--target",
+    shell_complete=completion.targets,
+    help="Which plan: a device, or device and precision such as xavier:fp16.",
+)
 
 
 @click.command()
-@click.argument("plans", type=FILE, nargs=-1)
+@click.argument("plans", type=FILE, nargs=-1, shell_complete=completion.plans)
 @click.option("-o", "--output", type=FILE, help="DEVICE.mess in the workspace by default.")
 @click.option("--letterbox", is_flag=True, help="Frames of another shape keep their proportions; stretched otherwise.")
 @click.option("--sign", type=FILE, metavar="KEY", help="An OpenSSH private key, such as ~/.ssh/id_ed25519.")
@@ -71,13 +76,17 @@ def bundle(
 
 
 @click.command()
-@click.argument("bundle", type=BUNDLE)
+@click.argument("bundle", type=BUNDLE, shell_complete=completion.bundles)
 @click.argument("sources", type=BUNDLE, nargs=-1, required=True, metavar="IMAGE|FOLDER|VIDEO|camera:N...")
 @click.option("-o", "--output", type=FOLDER, default="predictions", show_default=True)
 @click.option("--progressive", is_flag=True, help="Also a strip: the input, and every exit's labels.")
 @click.option("--truth", type=FOLDER, help="Folder of label PNGs to show at the end of the strip.")
 @click.option("--deadline", help="Refine as long as the next exit's p99 fits, such as 20ms.")
-@click.option("--operating-point", help="The name of other thresholds that the bundle holds; see `inspect BUNDLE`.")
+@click.option(
+    "--operating-point",
+    shell_complete=completion.operating_points,
+    help="The name of other thresholds that the bundle holds; see `inspect BUNDLE`.",
+)
 @click.option("--every", type=click.IntRange(1), default=1, show_default=True, help="Of a folder or video: each Nth.")
 @click.option("--limit", type=click.IntRange(1), help="Of a folder, video or camera: so many at most.")
 @click.option("--labels", "label_pictures", is_flag=True, help="Of a video or camera: also a label PNG of every frame.")
@@ -134,9 +143,15 @@ def _of_video(result: VideoResult) -> str:
 
 
 @click.command()
-@click.argument("bundle", type=BUNDLE)
+@click.argument("bundle", type=BUNDLE, shell_complete=completion.bundles)
 @click.option("--data", type=FOLDER, help="Labelled images; the workspace's by default.")
-@click.option("--split", default="val", show_default=True, help="Report on images that nothing was tuned on.")
+@click.option(
+    "--split",
+    default="val",
+    show_default=True,
+    shell_complete=completion.splits,
+    help="Report on images that nothing was tuned on.",
+)
 @click.option("--passes", default=3, show_default=True, help="How often every image is measured.")
 @click.option("--deadline", help="Refine every image until then, such as 20ms: what is there, and how often too late.")
 @_target_option
@@ -229,7 +244,7 @@ _REMEDIES = {
 
 
 @click.command()
-@click.argument("bundle", type=BUNDLE)
+@click.argument("bundle", type=BUNDLE, shell_complete=completion.bundles)
 @click.option("--allowed-signers", type=FILE, help="It must be signed by one of them: NAME and public key, one a line.")
 @click.option("--identity", help="Which of the allowed signers; any by default.")
 @click.option("--require-signature", is_flag=True, help="Refuse to go on without --allowed-signers.")
@@ -274,7 +289,7 @@ def verify(
 
 
 @click.command()
-@click.argument("thing")
+@click.argument("thing", shell_complete=completion.inspected)
 @click.option(
     "--classes", type=click.IntRange(2, 255), default=21, show_default=True, help="Classes, when THING is a backbone."
 )

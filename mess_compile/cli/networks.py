@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mess_compile.cli import completion
 from mess_compile.cli.options import FILE, FOLDER, HW, PRECISION, json_option, picked, print_inspection, size
 from mess_compile.console import print_json, print_next, progress_bar, say
 from mess_compile.runtime.errors import InputError
@@ -163,9 +164,17 @@ def export(
 
 @click.command()
 @click.option("--data", type=FOLDER, help="Labelled images; remembered.")
-@click.option("--split", help="val by default; val[:50] takes the first 50 files. Remembered.")
-@click.option("--device", help="Run the engines of this device instead of ONNX Runtime here.")
-@click.option("--host", help="Where the device is: ssh://user@host[:port]; the one that it was profiled at by default.")
+@click.option(
+    "--split", shell_complete=completion.splits, help="val by default; val[:50] takes the first 50 files. Remembered."
+)
+@click.option(
+    "--device", shell_complete=completion.devices, help="Run the engines of this device instead of ONNX Runtime here."
+)
+@click.option(
+    "--host",
+    shell_complete=completion.hosts,
+    help="Where the device is: ssh://user@host[:port]; the one that it was profiled at by default.",
+)
 @PRECISION
 @click.option("--accelerator", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine that share the images.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mess_compile.cli import completion
 from mess_compile.cli.options import JUDGED, PRECISIONS, json_option
 from mess_compile.cli.searching import thrift_of
 from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, say
@@ -19,11 +20,17 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--device", help="A known device (see `mess-compile devices`); the one profiled last by default.")
+@click.option(
+    "--device",
+    shell_complete=completion.devices,
+    help="A known device (see `mess-compile devices`); the one profiled last by default.",
+)
 @PRECISIONS
 @JUDGED
 @click.option("--jobs", type=click.IntRange(1), help="Processes that build at once; one on each core by default.")
-@click.option("--host", help="Build on the device itself: ssh://user@host[:port]; remembered.")
+@click.option(
+    "--host", shell_complete=completion.hosts, help="Build on the device itself: ssh://user@host[:port]; remembered."
+)
 @json_option
 @click.pass_obj
 def build(
@@ -74,10 +81,13 @@ def _print_engines(engines: Any, place: str) -> None:
 
 
 @click.command()
-@click.option("--device", help="A known device (see `mess-compile devices`); remembered.")
+@click.option(
+    "--device", shell_complete=completion.devices, help="A known device (see `mess-compile devices`); remembered."
+)
 @click.option(
     "--host",
     "hosts",
+    shell_complete=completion.hosts,
     multiple=True,
     help="Where the device is: ssh://user@host[:port], or a name of ~/.ssh/config; remembered. Of several devices of "
     "one kind that share the work the first is the one that plans are for.",

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from mess_compile.cli.completion import precisions
 from mess_compile.console import print_table, say
 from mess_compile.runtime.errors import InputError
 
@@ -16,9 +17,15 @@ HW = click.option("--input", "input_hw", default="180x240", show_default=True, h
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 BUNDLE = click.Path(path_type=Path)
-PRECISION = click.option("--precision", default="fp32", show_default=True, help="fp32, fp16 or int8.")
+PRECISION = click.option(
+    "--precision", default="fp32", shell_complete=precisions, show_default=True, help="fp32, fp16 or int8."
+)
 PRECISIONS = click.option(
-    "--precision", default="fp32", show_default=True, help="One or more of fp32, fp16, int8: fp32,fp16."
+    "--precision",
+    default="fp32",
+    shell_complete=precisions,
+    show_default=True,
+    help="One or more of fp32, fp16, int8: fp32,fp16.",
 )
 JUDGED = click.option(
     "--data", type=FOLDER, help="Images that fp16 and int8 are judged on; the workspace's by default."

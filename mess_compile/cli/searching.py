@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mess_compile.cli import completion
 from mess_compile.cli.options import FILE, json_option, print_inspection
 from mess_compile.console import print_json, print_next, print_table, progress_bar, quoted, say
 from mess_compile.runtime.errors import InputError
@@ -22,9 +23,15 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option(
-    "--device", "devices", multiple=True, help="The device profiled last by default; once for each of several."
+    "--device",
+    "devices",
+    multiple=True,
+    shell_complete=completion.devices,
+    help="The device profiled last by default; once for each of several.",
 )
-@click.option("--split", help="The statistics to choose on; the last evaluated by default.")
+@click.option(
+    "--split", shell_complete=completion.splits, help="The statistics to choose on; the last evaluated by default."
+)
 @click.option("--max-err", help="Percentage points of mIoU below the baseline, such as 1%.")
 @click.option("--max-latency", help="Mean over images: 20ms, or 0.5x of the baseline.")
 @click.option("--max-latency-p95", help="Of 95 % of the images: 25ms, or 0.5x of the baseline.")
@@ -46,7 +53,11 @@ if TYPE_CHECKING:
 )
 @click.option("--deadline", help="Anytime: optimise the mIoU at this time, such as 20ms, instead of the area under it.")
 @click.option("--max-exits", type=click.IntRange(0, 2), help="Early exits at most; 2 by default.")
-@click.option("--precision", help="Recipes to search, of those profiled: fp32,fp16. All of them by default.")
+@click.option(
+    "--precision",
+    shell_complete=completion.precisions,
+    help="Recipes to search, of those profiled: fp32,fp16. All of them by default.",
+)
 @click.option("--front", default="latency,miou", show_default=True, help="latency,miou,memory: memory counts too.")
 @click.option("--time-limit", help="Such as 60s: the best plan found by then, and what a better one could still gain.")
 @click.option("--confidence", help="Such as 95%: certify that --max-err holds on unseen images of the same kind.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mess_compile.cli import completion
 from mess_compile.cli.options import FILE, json_option
 from mess_compile.console import print_json, print_next, print_table, progress_bar, quoted, say
 
@@ -18,7 +19,7 @@ _PER_TABLE = 3
 
 
 @click.command()
-@click.option("--device", help="The device profiled last by default.")
+@click.option("--device", shell_complete=completion.devices, help="The device profiled last by default.")
 @click.option("-o", "--output", type=FILE, help="report.html in the workspace by default.")
 @json_option
 @click.pass_obj
@@ -40,7 +41,7 @@ def report(workspace: Workspace, device: str | None, output: Path | None, as_jso
 
 
 @click.command()
-@click.argument("things", nargs=-1, required=True, metavar="PLAN|DEVICE|BUNDLE...")
+@click.argument("things", nargs=-1, required=True, metavar="PLAN|DEVICE|BUNDLE...", shell_complete=completion.compared)
 @click.option("-o", "--output", type=FILE, metavar="PAGE.html", help="Also a page.")
 @json_option
 @click.pass_obj

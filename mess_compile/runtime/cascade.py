@@ -19,7 +19,7 @@ from mess_compile.runtime.choice import first_that_opens, matching_plans
 from mess_compile.runtime.confidence import confidence_map
 from mess_compile.runtime.engine import Library
 from mess_compile.runtime.engine_cache import adopt
-from mess_compile.runtime.errors import BatchError, EngineError, InputError
+from mess_compile.runtime.errors import BatchError, EngineError, InputError, did_you_mean
 from mess_compile.runtime.ladder import Ladder, Walk, safer_plans
 from mess_compile.runtime.manifest import DEFAULT_POINT, Plan
 from mess_compile.runtime.mapping import MappingTimes
@@ -203,7 +203,8 @@ class Cascade:
     def operating_point(self, name: str) -> None:
         if name not in self.operating_points:
             known = ", ".join(self.operating_points)
-            raise InputError(f"the plan for {self.plan.target} has no operating point {name!r}; it has {known}")
+            near = did_you_mean(name, self.operating_points)
+            raise InputError(f"the plan for {self.plan.target} has no operating point {name!r}{near}; it has {known}")
         self._point = name
 
     @property

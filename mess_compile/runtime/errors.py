@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+import difflib
+from typing import Any, Iterable, Sequence
 
 
 class MessError(Exception):
@@ -39,6 +40,12 @@ class BatchError(EngineError):
     def __init__(self, message: str, results: Sequence[Any]) -> None:
         super().__init__(message)
         self.results = tuple(results)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """For a message, behind the name: the nearest of what there is; empty where nothing is near."""
+    near = difflib.get_close_matches(name[:80], list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def one_line(text: object) -> str:

@@ -1,0 +1,125 @@
+"""`completion`: the shell's own completion, with what the workspace holds; nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem, get_completion_class
+
+from mess_compile.shipped import profiles
+
+PRECISIONS = ("fp32", "fp16", "int8")
+_SPLITS = ("train", "val", "test")
+_MANIFEST = "manifest.json"
+_INSPECTED = ("resnet50", "mobilenetv2", "graphs", "statistics", "latency", "plan")
+_VARIABLE = "_MESS_COMPILE_COMPLETE"
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes commands, options, devices, splits, plans and bundles in a shell.
+
+    \\b
+    bash    eval "$(mess-compile completion bash)"      in ~/.bashrc
+    zsh     eval "$(mess-compile completion zsh)"       in ~/.zshrc, after compinit
+    fish    mess-compile completion fish | source       in ~/.config/fish/config.fish
+    """
+    known = get_completion_class(shell)
+    assert known is not None, "click completes in all three"
+    click.echo(known(click.get_current_context().find_root().command, {}, "mess-compile", _VARIABLE).source())
+
+
+def devices(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    folders = profiles(), _workspace(ctx) / "profiles"
+    return _beginning(incomplete, (path.stem for folder in folders for path in folder.glob("*.toml")))
+
+
+def hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    return _beginning(incomplete, _memory(ctx, "hosts", {}).values())
+
+
+def splits(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Those that have a folder of the data set, or had statistics recorded."""
+    remembered = ctx.params.get("data") or _memory(ctx, "data", None)
+    data = None if remembered is None else _workspace(ctx) / str(remembered)
+    there = [name for name in _SPLITS if data is None or any(data.glob(f"{name}*")) or any(data.glob(f"*/{name}*"))]
+    return _beginning(incomplete, filter(None, (_memory(ctx, "split", None), *(there or _SPLITS))))
+
+
+def precisions(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Of a list, what is not in it yet."""
+    chosen = incomplete.split(",")[:-1]
+    left = [name for name in PRECISIONS if name not in chosen]
+    return _beginning(incomplete, (",".join((*chosen, name)) for name in left))
+
+
+def plans(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return _files(incomplete, _found(ctx, "plans/*.json"))
+
+
+def bundles(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return _files(incomplete, _found(ctx, "*.mess"))
+
+
+def compared(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    named = [path.stem for path in _workspace(ctx).glob("plans/*.json")]
+    return _files(incomplete, [*named, *_found(ctx, "plans/*.json"), *_found(ctx, "*.mess")])
+
+
+def inspected(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return _files(incomplete, [*_INSPECTED, *_found(ctx, "*.mess")])
+
+
+def targets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    found = [f"{plan['target']}:{plan['precision']}" for plan in _plans_of(ctx)]
+    return _beginning(incomplete, [*(name.partition(":")[0] for name in found), *found])
+
+
+def operating_points(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    return _beginning(incomplete, (point["name"] for plan in _plans_of(ctx) for point in plan["operating_points"]))
+
+
+def _workspace(ctx: click.Context) -> Path:
+    return Path(ctx.find_root().params.get("folder") or ".")
+
+
+def _memory(ctx: click.Context, name: str, default: Any) -> Any:
+    with suppress(OSError, ValueError, AttributeError):  # who presses Tab wants no complaint
+        return json.loads((_workspace(ctx) / "workspace.json").read_text()).get(name) or default
+    return default
+
+
+def _plans_of(ctx: click.Context) -> list[Any]:
+    """Of the bundle that is named on the line; behind an option without its value click has not assigned it yet."""
+    path = Path(ctx.params.get("bundle") or next(iter(ctx.args), ""))
+    try:
+        if path.is_dir():
+            text = (path / _MANIFEST).read_bytes()
+        else:
+            with zipfile.ZipFile(path) as archive:
+                text = archive.read(_MANIFEST)
+        found: list[Any] = json.loads(text)["plans"]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return []
+    return found
+
+
+def _found(ctx: click.Context, pattern: str) -> list[str]:
+    return [str(path) for path in _workspace(ctx).glob(pattern)]
+
+
+def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in sorted(dict.fromkeys(names)) if name.startswith(incomplete)]
+
+
+def _files(incomplete: str, names: Iterable[str]) -> list[CompletionItem]:
+    """What the workspace offers, or where that is nothing any file."""
+    found = [CompletionItem(name) for name in _beginning(incomplete, names)]
+    return found or [CompletionItem(incomplete, type="file")]
