@@ -147,7 +147,7 @@ def _engines(
     wanted: Collection[str],
 ) -> EngineSet:
     every = [_job(graph_set, name, target, version, folder) for name in graph_set.graphs]
-    index = _read_index(folder)
+    index = entries_in(folder)
     known = _intact(folder, index)
     found = {job.graph: known[job.key] for job in every if job.key in known}
     missing = [job for job in every if job.graph in wanted and job.graph not in found]
@@ -333,13 +333,20 @@ def _remove_others(folder: Path, keys: set[str]) -> None:
             path.unlink(missing_ok=True)
 
 
+def engines_there(graph_set: GraphSet, target: Target, folder: Path) -> tuple[EngineEntry, ...]:
+    """What `build_engines` would keep; writes nothing, and raises as it does."""
+    version = library_version(target)
+    keys = {_job(graph_set, name, target, version, folder).key for name in graph_set.graphs}
+    return tuple(entry for key, entry in _intact(folder, entries_in(folder)).items() if key in keys)
+
+
 def _write_index(folder: Path, engines: EngineSet) -> None:
     told = {name: getattr(engines, name) for name in ("device", "recipe", "library", "library_version")}
     entries = [asdict(entry) for entry in engines.entries]
     files.write_json(folder / _INDEX, _FORMAT, _VERSION, {**told, "entries": entries})
 
 
-def _read_index(folder: Path) -> tuple[EngineEntry, ...]:
+def entries_in(folder: Path) -> tuple[EngineEntry, ...]:
     """What earlier calls built; nothing where the index is missing or damaged, since engines can be made again."""
     try:
         content = files.read_json(folder / _INDEX, _FORMAT, _VERSION, "")

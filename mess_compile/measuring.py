@@ -57,7 +57,7 @@ def build(
     """
     target = target_of(workspace, device)
     if host is None and target.library == "tensorrt":
-        host = _host_of(workspace, target)
+        host = host_of(workspace, target)
     if host is not None:
         if jobs is not None:
             raise InputError(f"engines are built one at a time at {host}: drop --jobs {jobs}")
@@ -69,7 +69,7 @@ def build(
     return tuple(engines_of(workspace, target, precisions, data, jobs, progress))
 
 
-def _host_of(workspace: Workspace, target: Target) -> str | None:
+def host_of(workspace: Workspace, target: Target) -> str | None:
     """Where the target was reached, if this machine is another."""
     if targets_here((target,), machine.this_machine()):
         return None
@@ -133,7 +133,7 @@ def profile(
     clocks are held while it is measured, and put back whatever happens.
     """
     target = target_of(workspace, device)
-    known = _host_of(workspace, target) if host is None else host
+    known = host_of(workspace, target) if host is None else host
     hosts = [known] if isinstance(known, str) else [*(known or ())]
     if len(set(hosts)) < len(hosts):
         raise InputError(f"--host {max(hosts, key=hosts.count)} is named twice: name each device once")

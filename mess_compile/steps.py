@@ -20,6 +20,7 @@ from mess_compile.compiling import RecipeBuild
 from mess_compile.compiling import engine_files as _engine_files
 from mess_compile.compiling import target_of as _target
 from mess_compile.dataset import DataSet, open_dataset, read_frame
+from mess_compile.foresight import Foresight, foresee_build, foresee_profile
 from mess_compile.looking import KnownDevice, compare, devices, doctor, inspect, report, verify
 from mess_compile.measuring import Thrift, build, estimate, profile
 from mess_compile.recording import evaluate
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BundleOptions",
+    "Foresight",
     "Gate",
     "ImageResult",
     "KnownDevice",
@@ -69,6 +71,8 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "foresee_build",
+    "foresee_profile",
     "inspect",
     "is_moving",
     "open_workspace",

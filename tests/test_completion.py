@@ -98,7 +98,6 @@ def test_a_mistyped_name_gets_the_nearest_one(place: Path, tmp_path: Path) -> No
         (("run", place / "tiny.mess", frame, "-o", tmp_path, "--operating-point", "defualt"), "'default'"),
         (("inspect", "grphs"), "'graphs'"),
         (("search", "--device", "hots"), "'host'"),
-        (("train", "--data", place / "data", "--heads", "fnc-crm1-b0", "--exits", "3"), "'fcn-crm1-b0'"),
         (("bench", place / "tiny.mess", "--split", "trian"), "'train'"),
     ):
         assert f"did you mean {meant}?" in complaint("-C", place, *typed)

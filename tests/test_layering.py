@@ -54,6 +54,10 @@ ALLOWED = {
         *("recording", "remote", "search", "sharing", "sparing", "targets", "thrift", "trtexec_session", "workspace"),
         *("runtime",),
     },
+    "foresight": {
+        *("building", "candidates", "compiling", "engines", "forecast", "jobs", "latency", "measuring", "recipes"),
+        *("sparing", "targets", "thrift", "workspace", "runtime"),
+    },
     "searching": {
         *("candidates", "common_graphs", "compiling", "latency", "recipes", "recording", "search", "targets"),
         *("workspace", "runtime"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli import completion
-from mess_compile.cli.options import JUDGED, PRECISIONS, json_option
+from mess_compile.cli.options import JUDGED, PRECISIONS, dry_run_option, json_option, print_foresight
 from mess_compile.cli.searching import thrift_of
 from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, say
 from mess_compile.runtime.errors import InputError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--host", shell_complete=completion.hosts, help="Build on the device itself: ssh://user@host[:port]; remembered."
 )
+@dry_run_option
 @json_option
 @click.pass_obj
 def build(
@@ -40,6 +41,7 @@ def build(
     data: Path | None,
     jobs: int | None,
     host: str | None,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Build the device's engines of every graph, here or there; what is there and unchanged is kept.
@@ -49,6 +51,8 @@ def build(
     from mess_compile import steps
 
     precisions, tell = tuple(precision.split(",")), partial(say, err=True)
+    if dry_run:
+        return print_foresight(steps.foresee_build(workspace, device, precisions, jobs, host), as_json)
     with progress_bar(as_json) as progress:
         builds = steps.build(workspace, device, precisions, data, jobs, progress, host, tell)
     if as_json:
@@ -107,6 +111,7 @@ def _print_engines(engines: Any, place: str) -> None:
 @click.option("--estimate", is_flag=True, help="Without the device: what was not measured is estimated, and marked.")
 @PRECISIONS
 @JUDGED
+@dry_run_option
 @json_option
 @click.pass_obj
 def profile(
@@ -121,6 +126,7 @@ def profile(
     estimate: bool,
     precision: str,
     data: Path | None,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Measure the graphs on the device: all of them here, over SSH what could change the answer, unless told otherwise.
@@ -140,11 +146,16 @@ def profile(
         raise click.UsageError("--all measures everything: drop --for and --budget.")
     thrift = None if everything else thrift_of(wishes, budget)
     precisions, tell = tuple(precision.split(",")), partial(say, err=True)
+    effort = None if seconds is None else replace(measuring.Effort(), max_s=seconds)
+    if dry_run and estimate:
+        raise click.UsageError("--estimate measures nothing, and takes a moment: drop --dry-run.")
+    if dry_run:
+        foreseen = steps.foresee_profile(workspace, device, precisions, hosts or None, thrift, effort)
+        return print_foresight(foreseen, as_json)
     with progress_bar(as_json) as progress:
         if estimate:
             table = steps.estimate(workspace, device, progress, precisions, data)
         else:
-            effort = None if seconds is None else replace(measuring.Effort(), max_s=seconds)
             table = steps.profile(
                 workspace, device, progress, precisions, data, effort, hosts or None, thrift, tell, lock_clocks
             )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mess_compile.cli.completion import precisions
-from mess_compile.console import print_table, say
+from mess_compile.console import print_json, print_table, say
 from mess_compile.runtime.errors import InputError
 
 HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
@@ -34,6 +35,37 @@ JUDGED = click.option(
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
+
+
+def dry_run_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--dry-run", is_flag=True, help="Only say what would be done, and how long it should take.")(
+        command
+    )
+
+
+def print_foresight(steps: Any, as_json: bool) -> None:
+    """What would be done, and that nothing was."""
+    if as_json:
+        return print_json({"dry_run": [asdict(step) for step in steps]})
+    for each in steps:
+        what = f"{each.graphs} {'engines' if each.step == 'build' else 'graphs'}"
+        kept = "" if each.there is None else f", {each.there} of them there already"
+        least, most = duration(each.least_s), duration(each.most_s)
+        say(
+            f"would {each.step} {what} in {each.precision} for {each.device} at {each.place}{kept}: "
+            f"ESTIMATED {least if least == most else f'{least} to {most}'} "
+            f"(by {each.basis})"
+        )
+        for note in each.notes:
+            say(f"mind: {note}")
+    return say("nothing was written")
+
+
+def duration(seconds: float) -> str:
+    """Such as 40 s, 12 min or 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def print_inspection(found: Any) -> None:

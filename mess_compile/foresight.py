@@ -1,0 +1,190 @@
+"""What `build` and `profile` would do and how long it should take: nothing is written, and no device is asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from mess_compile import building, forecast, latency, recipes, sparing
+from mess_compile.candidates import GraphSet
+from mess_compile.compiling import refuse_other_precisions, target_of, verified_graphs
+from mess_compile.engines import plain_files
+from mess_compile.jobs import job_name, profiling_jobs
+from mess_compile.latency import LatencyTable
+from mess_compile.measuring import Thrift, host_of
+from mess_compile.runtime import profile
+from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.profile import Effort
+from mess_compile.runtime.session import event_of
+from mess_compile.targets import Target
+from mess_compile.thrift import BUILDING_S
+from mess_compile.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """One step that would be taken: of `graphs`, so many are `there` (None: only the device knows) and would be kept.
+
+    It should take from `least_s` to `most_s`: estimates by `basis`. `notes` are what is to be known beside.
+    """
+
+    step: str
+    device: str
+    precision: str
+    place: str
+    graphs: int
+    there: int | None
+    least_s: float
+    most_s: float
+    basis: str
+    notes: tuple[str, ...] = ()
+
+
+def foresee_build(
+    workspace: Workspace, device: str | None, precisions: Sequence[str], jobs: int | None, host: str | None = None
+) -> tuple[Foresight, ...]:
+    """What `build` would do, recipe by recipe. Raises InputError and EngineError where it would."""
+    target = target_of(workspace, device)
+    building.refuse_without_engines(target)
+    if host is None and target.library == "tensorrt":
+        host = host_of(workspace, target)
+    return tuple(
+        _build(workspace, target, graph_set, jobs, host, notes)
+        for graph_set, notes in _graph_sets(workspace, target, precisions)
+    )
+
+
+def _graph_sets(
+    workspace: Workspace, target: Target, precisions: Sequence[str]
+) -> Iterable[tuple[GraphSet, tuple[str, ...]]]:
+    """The graphs of each recipe; where it is not settled yet those of fp32, under its name."""
+    graph_set = verified_graphs(workspace)
+    refuse_other_precisions(target, precisions)
+    for precision in precisions:
+        recipe = recipes.recipe_name(precision, target.precisions)
+        settled = recipes.settled_graphs(graph_set, recipe, workspace.recipes)
+        if settled is not None:
+            yield settled.graph_set, ()
+        else:
+            yield (
+                replace(graph_set, recipe=recipe),
+                (f"{precision} is settled first, graph by graph, on real images; that is not in the time",),
+            )
+
+
+def _build(
+    workspace: Workspace,
+    target: Target,
+    graph_set: GraphSet,
+    jobs: int | None,
+    host: str | None,
+    notes: tuple[str, ...],
+) -> Foresight:
+    folder = workspace.engines(target.name, graph_set.recipe)
+    there = None if host else () if notes else building.engines_there(graph_set, target, folder)
+    names = {entry.graph for entry in there or ()}
+    known = {e.graph: e.seconds for place in folder.parent.glob("*") for e in building.entries_in(place) if not e.error}
+    usual = fmean(known.values()) if known else BUILDING_S[target.library]
+    at_once = 1 if host or target.library == "tensorrt" else jobs or len(os.sched_getaffinity(0))
+    spent = sum(known.get(name, usual) for name in graph_set.graphs if name not in names) / at_once
+    basis = f"{len(known)} engines built before" if known else f"{usual:g} s for an engine, a guess"
+    return Foresight(
+        step="build",
+        device=target.name,
+        precision=graph_set.recipe,
+        place=host or str(folder),
+        graphs=len(graph_set.graphs),
+        there=None if there is None else len(there),
+        least_s=spent,
+        most_s=spent,
+        basis=basis,
+        notes=notes,
+    )
+
+
+def foresee_profile(
+    workspace: Workspace,
+    device: str | None,
+    precisions: Sequence[str],
+    host: str | Sequence[str] | None = None,
+    thrift: Thrift | None = None,
+    effort: Effort | None = None,
+) -> tuple[Foresight, ...]:
+    """What `profile` would do: engines that are missing, then what is measured. Raises as `foresee_build`."""
+    target, effort = target_of(workspace, device), effort or profile.Effort()
+    known = host_of(workspace, target) if host is None else host
+    first = known if known is None or isinstance(known, str) else next(iter(known), None)
+    if thrift is not None and thrift.by_default and first is None:
+        thrift = None
+    builds: tuple[Foresight, ...] = ()
+    if not target.library.startswith("onnxruntime"):
+        builds = foresee_build(workspace, target.name, precisions, None, first)
+    sets = [graph_set for graph_set, _ in _graph_sets(workspace, target, precisions)]
+    table = _forecast(workspace, target, sets)
+    jobs = [job.name for job in profiling_jobs([plain_files(each) for each in sets])]
+    times = {job_name(*key): entry.mean_ms for key, entry in table.entries.items()}
+    steady = {name: min(_settled_s(times.get(name, 0.0), effort), effort.max_s) for name in jobs}
+    wanted, notes = set(jobs), _begun(workspace.latency(target.name), effort)
+    if thrift is not None:
+        wanted, sparingly = _first_batch(target, sets, table, jobs)
+        notes += sparingly
+        builds = tuple(replace(each, least_s=each.least_s * len(wanted) / len(jobs)) for each in builds)
+    measured = sum(entry.source == "measured" for entry in table.entries.values())
+    basis = f"{measured} latencies measured before, {len(table.entries) - measured} estimated"
+    return (
+        *builds,
+        Foresight(
+            step="profile",
+            device=target.name,
+            precision=",".join(each.recipe for each in sets),
+            place=first or "this machine",
+            graphs=len(jobs),
+            there=None,
+            least_s=effort.warm_up_s + sum(steady[name] for name in wanted),
+            most_s=effort.warm_up_s + len(jobs) * effort.max_s,
+            basis=f"{basis}; from all settling at once to none",
+            notes=notes,
+        ),
+    )
+
+
+def _settled_s(mean_ms: float, effort: Effort) -> float:
+    """Of a job that is steady at once: its windows, in which what runs before it takes about as long."""
+    return effort.windows * max(effort.window_s, effort.window_runs * 2 * mean_ms / 1e3)
+
+
+def _forecast(workspace: Workspace, target: Target, sets: Sequence[GraphSet]) -> LatencyTable:
+    known = None
+    with suppress(InputError):
+        known = latency.read_latency_table(workspace.latency(target.name))
+    return forecast.forecast(sets, target, known, (), verified_graphs(workspace))
+
+
+def _begun(path: Path, effort: Effort) -> tuple[str, ...]:
+    """What a measurement that broke off has left."""
+    try:
+        lines = path.with_suffix(".samples.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ()
+    events = [event for event in map(event_of, lines) if isinstance(event, profile.Window)]
+    names = [event.job for event in events]
+    done = sum(names.count(name) >= effort.windows for name in set(names))
+    return (f"it would go on where one broke off that had timed {done} of them, if machine and graphs are the same",)
+
+
+def _first_batch(
+    target: Target, sets: Sequence[GraphSet], table: LatencyTable, jobs: Sequence[str]
+) -> tuple[set[str], tuple[str, ...]]:
+    """What a sparing profile begins with."""
+    plain = sets[0]
+    precisions = [spec.precision for each in sets for spec in each.graphs.values()]
+    priors = forecast.priors_of(plain, target, precisions)
+    subject = sparing.Subject(tuple(sets), priors, {}, (), sparing.twins(*sets))
+    batch = sparing.next_batch(subject, replace(table, entries={}, failed={}))
+    names = {job_name(*key) for key in batch.graphs} & {*jobs} if batch else set()
+    note = f"sparing: {len(names)} of them first, then only what could still change the answer (--all: everything)"
+    return names, (note,)
