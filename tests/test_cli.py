@@ -26,6 +26,7 @@ from mess_compile.cli import main
 from mess_compile.runtime.profile import Effort
 from mess_compile.workspace import Workspace
 from tests.commands import ANY_SPEED, TRAIN, complaint, contents, done, first, printed_json, run
+from tests.json_docs import differences
 
 pytestmark = pytest.mark.usefixtures("brief_profile")
 COLUMNS = ("baseline", "predicted", "replayed", "measured")
@@ -71,7 +72,9 @@ def arguments(workspace: Path) -> Callable[[str], tuple[str | Path, ...]]:
 def test_programs_get_one_object_with_the_documented_keys(
     arguments: Callable[[str], tuple[str | Path, ...]], command: str
 ) -> None:
-    assert printed_json(*arguments(command)).keys() >= KEYS[command]
+    content = printed_json(*arguments(command))
+    assert content.keys() >= KEYS[command]
+    assert differences("export" if command == "inspect" else command, content) == []
 
 
 @pytest.mark.parametrize("command", KEYS)
