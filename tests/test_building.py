@@ -66,7 +66,7 @@ def build(graphs: GraphSet, folder: Path) -> building.EngineSet:
 
 def names(graphs: GraphSet, folder: Path) -> set[str]:
     """The graphs that a call builds anew."""
-    before = {entry.key: entry for entry in building._read_index(folder)}
+    before = {entry.key: entry for entry in building.entries_in(folder)}
     counts: list[int] = []
     found = build_engines(graphs, ampere(), folder, 1, lambda label, done, total: counts.append(done))
     assert counts[-1] == len(graphs.graphs)
@@ -78,7 +78,7 @@ def names(graphs: GraphSet, folder: Path) -> set[str]:
 
 
 def test_every_graph_is_built_once(graphs: GraphSet, folder: Path) -> None:
-    kept = building._read_index(folder)
+    kept = building.entries_in(folder)
     assert {entry.graph for entry in kept} == set(graphs.graphs)
     assert [entry.error for entry in kept] == [None] * len(kept)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -98,7 +98,7 @@ def changed_bias(graphs: GraphSet, name: str) -> GraphSet:
 
 
 def test_a_head_with_other_weights_is_the_only_one_built_again(graphs: GraphSet, folder: Path) -> None:
-    old = {entry.graph: entry.key for entry in building._read_index(folder)}[BROKEN]
+    old = {entry.graph: entry.key for entry in building.entries_in(folder)}[BROKEN]
     assert names(changed_bias(graphs, BROKEN), folder) == {BROKEN}
     assert not (folder / f"{old}.engine").exists(), "engines of graphs that are gone would fill the disk"
 
@@ -107,7 +107,7 @@ def test_a_head_with_other_weights_is_the_only_one_built_again(graphs: GraphSet,
 def test_a_damaged_foreign_or_missing_engine_is_built_again(
     graphs: GraphSet, folder: Path, damage: bytes | None
 ) -> None:
-    entry = building._read_index(folder)[0]
+    entry = building.entries_in(folder)[0]
     path = folder / f"{entry.key}.engine"
     path.unlink() if damage is None else path.write_bytes(damage)
     build(graphs, folder)
@@ -214,7 +214,7 @@ def test_an_interrupted_build_ends_at_once_and_continues(workspace: Path, times:
     if times == 1:
         assert errors.splitlines()[-1].startswith("error: stopped; what was finished is kept")
         assert "Traceback" not in errors
-    kept = len(building._read_index(index_of(workspace).parent))
+    kept = len(building.entries_in(index_of(workspace).parent))
     (found,) = (each["engines"] for each in printed_json("-C", workspace, "build", "--device", "rtx-4090")["builds"])
     assert not [entry["error"] for entry in found["entries"] if entry["error"]]
     assert found["built"] == len(found["entries"]) - kept > 0
@@ -242,8 +242,8 @@ def test_two_builds_of_one_target_do_not_share_a_folder(graphs: GraphSet, folder
 def test_graphs_that_are_gone_leave_no_engines(graphs: GraphSet, folder: Path) -> None:
     less = replace(graphs, graphs={name: spec for name, spec in graphs.graphs.items() if name != BROKEN})
     assert build(less, folder).built == 0
-    assert {entry.graph for entry in building._read_index(folder)} == set(less.graphs)
-    assert len(list(folder.glob("*.engine"))) == len({entry.key for entry in building._read_index(folder)})
+    assert {entry.graph for entry in building.entries_in(folder)} == set(less.graphs)
+    assert len(list(folder.glob("*.engine"))) == len({entry.key for entry in building.entries_in(folder)})
 
 
 def test_a_graph_that_upsets_a_library_is_a_failure_of_its_own(graphs: GraphSet, tmp_path: Path) -> None:
