@@ -17,6 +17,7 @@ from mess_compile.jobs import job_name, profiling_jobs
 from mess_compile.latency import LatencyTable
 from mess_compile.measuring import Thrift, host_of
 from mess_compile.runtime import profile
+from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.profile import Effort
 from mess_compile.runtime.session import event_of
@@ -45,7 +46,11 @@ class Foresight:
 
 
 def foresee_build(
-    workspace: Workspace, device: str | None, precisions: Sequence[str], jobs: int | None, host: str | None = None
+    workspace: Workspace,
+    device: str | None = None,
+    precisions: Sequence[str] = (FP32,),
+    jobs: int | None = None,
+    host: str | None = None,
 ) -> tuple[Foresight, ...]:
     """What `build` would do, recipe by recipe. Raises InputError and EngineError where it would."""
     target = target_of(workspace, device)
@@ -108,8 +113,8 @@ def _build(
 
 def foresee_profile(
     workspace: Workspace,
-    device: str | None,
-    precisions: Sequence[str],
+    device: str | None = None,
+    precisions: Sequence[str] = (FP32,),
     host: str | Sequence[str] | None = None,
     thrift: Thrift | None = None,
     effort: Effort | None = None,

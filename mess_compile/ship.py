@@ -106,18 +106,27 @@ def parse_place(text: str) -> Place:
     return Place(text, parse_host(match["host"]), folder)
 
 
-def ship(bundle: Path, places: Sequence[Place], options: Options, tell: Callable[[Place, str], None]) -> list[Shipped]:
+def ship(
+    bundle: Path,
+    places: Sequence[Place],
+    options: Options = Options(),
+    tell: Callable[[Place, str], None] = lambda place, line: None,
+) -> list[Shipped]:
     """Ship a bundle to all `places` at once; each tells how it went. Raises InputError, BundleError for the bundle."""
     with _opened(bundle, options) as archive:
         return _everywhere(places, lambda place, remote: _tuned(archive, place, remote, options, _to(tell, place)))
 
 
-def rollback(places: Sequence[Place], options: Options, tell: Callable[[Place, str], None]) -> list[Shipped]:
+def rollback(
+    places: Sequence[Place],
+    options: Options = Options(),
+    tell: Callable[[Place, str], None] = lambda place, line: None,
+) -> list[Shipped]:
     """Go back to the version before, at all `places` at once."""
     return _everywhere(places, lambda place, remote: _rollback(place, remote, options, _to(tell, place)))
 
 
-def expected(bundle: Path, places: Sequence[Place], options: Options) -> list[Expected | Shipped]:
+def expected(bundle: Path, places: Sequence[Place], options: Options = Options()) -> list[Expected | Shipped]:
     """What `ship` would do at each place; nothing is changed there. A place that cannot tell is a Shipped with why."""
     with _opened(bundle, options) as archive:
         return _everywhere(places, lambda place, remote: _expected(archive, place, remote, options))

@@ -24,7 +24,7 @@ from mess_compile.foresight import Foresight, foresee_build, foresee_profile
 from mess_compile.looking import KnownDevice, compare, devices, doctor, inspect, report, verify
 from mess_compile.measuring import Thrift, build, estimate, profile
 from mess_compile.recording import evaluate
-from mess_compile.running import ImageResult, RunOptions, VideoResult, is_moving, run
+from mess_compile.running import ImageResult, RunOptions, VideoResult, run
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime import frames
 from mess_compile.runtime.engine import open_library
@@ -35,6 +35,10 @@ from mess_compile.runtime.versions import RELEASE
 from mess_compile.search import plan as plans
 from mess_compile.search.requirement import Requirement
 from mess_compile.searching import SearchOptions, explain, search, settled_graphs_of, shared
+from mess_compile.ship import Options as ShipOptions
+from mess_compile.ship import expected as foresee_ship
+from mess_compile.ship import look as ships
+from mess_compile.ship import parse_place, rollback, ship
 from mess_compile.targets import Target, find_target, refuse_unless_here
 from mess_compile.workspace import Progress, Workspace, open_workspace, silent
 
@@ -57,6 +61,7 @@ __all__ = [
     "Requirement",
     "RunOptions",
     "SearchOptions",
+    "ShipOptions",
     "Thrift",
     "VideoResult",
     "Workspace",
@@ -73,14 +78,18 @@ __all__ = [
     "export",
     "foresee_build",
     "foresee_profile",
+    "foresee_ship",
     "inspect",
-    "is_moving",
     "open_workspace",
+    "parse_place",
     "profile",
     "report",
+    "rollback",
     "run",
     "search",
     "shared",
+    "ship",
+    "ships",
     "train",
     "train_baseline",
     "verify",

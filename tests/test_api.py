@@ -26,7 +26,7 @@ from mess_compile.runtime.notebook import labels_html, table_html
 from mess_compile.search.plan import read_result
 from tests.commands import printed_json
 
-WITHOUT = {"demo": "plays the other commands in turn"}
+WITHOUT = {"demo": "plays the other commands in turn", "completion": "prints a shell's script"}
 DOCUMENT = Path(__file__).parent.parent / "docs" / "api.md"
 
 
@@ -74,9 +74,10 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in steps.__all__ if name.islower()))
 def test_a_notebook_need_not_say_what_a_command_need_not(name: str) -> None:
-    """Only what a command asks for, too, has no default: data and what to train, a bundle, images, a plan."""
+    """Only what a command asks for, too, has no default: data and what to train, a bundle, images, a plan, places."""
     known = {"workspace", "data", "choice", "recipe", "bundle", "images", "things", "thing", "path", "deadline_ms"}
     known |= {"device", "split", "requirement", "plan", "passes", "progress", "results"}
+    known |= {"sources", "places", "text"}
     asked = {p.name for p in inspect.signature(getattr(steps, name)).parameters.values() if p.default is p.empty}
     assert asked <= known
     if name not in ("explain", "bench_deadline"):

@@ -28,7 +28,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).mkdir(parents=True)
     (root / "profiles" / "mine.toml").write_text(PROFILE)
     (root / "plans" / "mine.json").write_text("{}")
-    memory = {"device": "mine", "data": "data", "split": "night[:5]", "hosts": {"mine": "ssh://me@mine"}}
+    memory = {
+        "device": "mine",
+        "data": "data",
+        "split": "night[:5]",
+        "hosts": {"mine": "ssh://me@mine"},
+        "ships": ["ssh://me@mine:/street"],
+    }
     (root / "workspace.json").write_text(json.dumps({"format": "mess-workspace", "version": 1, **memory}))
     small_network.write_bundle(root / "tiny.mess")
     return root
@@ -60,6 +66,7 @@ def test_everything_that_the_workspace_knows_is_offered(place: Path) -> None:
         ("bundle pl", ["plans/mine.json"]),
         ("verify t", ["tiny.mess"]),
         ("compare m", ["mine"]),
+        ("ship tiny.mess ssh:", ["ssh://me@mine:/street"]),
         ("inspect sta", ["statistics"]),
         ("run tiny.mess --target host:", ["host:fp32"]),
         ("run tiny.mess --operating-point d", ["default"]),

@@ -23,6 +23,7 @@ from mess_compile.runtime.errors import InputError
 from mess_compile.ship import parse_place
 from mess_compile.workspace import Workspace
 from tests.commands import ANY_SPEED, complaint, done, printed_json, run
+from tests.json_docs import differences
 from tests.remote_device import Device, remote_device
 from tests.shipping import IDENTITY, check_whole, keys, released, service, that_fails, with_threshold
 from tests.small_network import changed_bundle
@@ -111,10 +112,14 @@ def history(street: Street) -> list[dict[str, Any]]:
 
 def test_what_changed_travels_takes_over_and_is_taken_back(street: Street, newer: Path) -> None:
     before = check_whole(street.folder)
-    expected = printed_json("ship", newer, street.place, "--dry-run")["places"][0]
+    foreseen = printed_json("ship", newer, street.place, "--dry-run")
+    assert differences("ship --dry-run", foreseen) == []
+    expected = foreseen["places"][0]
     assert f"versions/{expected['current']}" == before
     assert check_whole(street.folder) == before
-    (shipped,) = printed_json("ship", newer, street.place, *ANY_SPEED)["places"]
+    told = printed_json("ship", newer, street.place, *ANY_SPEED)
+    assert differences("ship", told) == differences("ships", printed_json("ships", street.place)) == []
+    (shipped,) = told["places"]
     assert shipped["sent_bytes"] < 64 * 1024
     assert shipped["sent_bytes"] == pytest.approx(expected["send_bytes"], rel=0.01)
     after = check_whole(street.folder)

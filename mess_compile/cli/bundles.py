@@ -98,6 +98,7 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
     An image gets a palette PNG of its labels and an overlay, a video one with overlay, exit and latency on it.
     """
     from mess_compile import steps
+    from mess_compile.running import is_moving
     from mess_compile.search.requirement import parse_milliseconds
 
     deadline = options.pop("deadline")
@@ -106,7 +107,7 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
         raise click.UsageError("--deadline decides by time, --operating-point by confidence: give one of them.")
     if options["truth"] is not None and not options["progressive"]:
         raise click.UsageError("--truth is shown in the strip of --progressive; add it.")
-    if options["progressive"] and any(map(steps.is_moving, sources)):
+    if options["progressive"] and any(map(is_moving, sources)):
         raise click.UsageError("--progressive makes a strip of an image: leave videos and cameras out.")
 
     def tell(result: steps.ImageResult | steps.VideoResult) -> None:

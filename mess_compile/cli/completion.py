@@ -68,6 +68,10 @@ def bundles(ctx: click.Context, param: click.Parameter, incomplete: str) -> list
     return _files(incomplete, _found(ctx, "*.mess"))
 
 
+def shipped(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return _files(incomplete, [*_found(ctx, "*.mess"), *_memory(ctx, "ships", ())])
+
+
 def compared(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     named = [path.stem for path in _workspace(ctx).glob("plans/*.json")]
     return _files(incomplete, [*named, *_found(ctx, "plans/*.json"), *_found(ctx, "*.mess")])

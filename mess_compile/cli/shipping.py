@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mess_compile.cli import completion
 from mess_compile.cli.options import FILE, FOLDER, json_option
-from mess_compile.console import fail, print_json, print_next, print_table, quoted
+from mess_compile.console import fail, print_json, print_next, print_table, quoted, say
 
 if TYPE_CHECKING:
     from mess_compile.ship import Expected, Place, Shipped
@@ -20,7 +21,13 @@ _CANNOT_TELL = "cannot tell what is there; the same command asks again"
 
 
 @click.command()
-@click.argument("things", nargs=-1, required=True, metavar="BUNDLE ssh://USER@HOST[:PORT]:/FOLDER...")
+@click.argument(
+    "things",
+    nargs=-1,
+    required=True,
+    metavar="BUNDLE ssh://USER@HOST[:PORT]:/FOLDER...",
+    shell_complete=completion.shipped,
+)
 @click.option("--rollback", is_flag=True, help="Without BUNDLE: back to the version that was in use before.")
 @click.option("--dry-run", is_flag=True, help="Say what would travel, be built, and how long it should take.")
 @click.option("--keep", type=click.IntRange(1), default=3, show_default=True, help="Versions that stay there.")
@@ -103,7 +110,7 @@ def _teller(places: Sequence[Place], as_json: bool) -> Callable[[Place, str], No
 
     def tell(place: Place, text: str) -> None:
         if not as_json:
-            click.echo(f"{place.text}: {text}", err=True)
+            say(f"{place.text}: {text}", err=True)
 
     return tell
 
@@ -121,15 +128,15 @@ def _print_shipped(found: Sequence[Shipped]) -> None:
     print_table("", ["place", "in use now", "before", "bytes that travelled", "engines built", "s"], rows)
     for each in found:
         if each.retuned is not None:
-            click.echo(f"{each.place}: {_retuned(each.retuned)}")
+            say(f"{each.place}: {_retuned(each.retuned)}")
         for check in each.checks if len(found) == 1 else ():
-            click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
+            say(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
         if each.done is not None and each.done.version.signed_by is not None:
-            click.echo(f"{each.place}: signed by {each.done.version.signed_by}")
+            say(f"{each.place}: signed by {each.done.version.signed_by}")
         for refusal in () if each.done is None else each.done.refusals:
-            click.echo(f"{each.place}: no engine to fall back to: {refusal}")
+            say(f"{each.place}: no engine to fall back to: {refusal}")
         if each.done is not None and each.done.unit is not None:
-            click.echo(f"{each.place}: {each.done.unit}")
+            say(f"{each.place}: {each.done.unit}")
 
 
 def _retuned(told: Any) -> str:
@@ -143,7 +150,7 @@ def _fail_where_it_did(found: Sequence[Any], words: str) -> None:
     errors = [(each.place, each.error) for each in found if getattr(each, "error", None) is not None]
     if errors and len(found) > 1:
         for place, error in errors:
-            click.echo(f"failed: {place}: {error.removeprefix(f'{place}: ')}", err=True)
+            say(f"failed: {place}: {error.removeprefix(f'{place}: ')}", err=True)
         fail(f"{len(errors)} of {len(found)} places {words}")
     if errors:
         fail(errors[0][1])
@@ -155,7 +162,7 @@ def _print_expected(bundle: Path, found: Sequence[Any], as_json: bool) -> None:
         return _fail_where_it_did(found, _CANNOT_TELL)
     told = [each for each in found if getattr(each, "error", None) is None]
     for each in told:
-        click.echo("\n".join(f"{each.place}: {line}" for line in _expected(each)))
+        say("\n".join(f"{each.place}: {line}" for line in _expected(each)))
     _fail_where_it_did(found, _CANNOT_TELL)
     ready = [each.place for each in told if each.refusal is None]
     return print_next(f"ship {quoted(bundle)} {' '.join(ready)}" if ready else "ships")
