@@ -204,14 +204,18 @@ def test_an_interlaced_png_is_read_by_pillow_where_it_is(tmp_path: Path, monkeyp
         pictures.read_picture(path)
     path.write_bytes(interlaced(frame))
     monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
-    with pytest.raises(InputError, match=r"a\.png: the PNG is interlaced: save it without .*, or `pip install Pillow`"):
+    with pytest.raises(
+        InputError, match=r"a\.png cannot be read: the PNG is interlaced: save it without .*, or `pip install Pillow`"
+    ):
         pictures.read_picture(path)
 
 
 def test_without_pillow_a_jpeg_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(smooth(5, 5, 3, 0)).save(tmp_path / "a.jpg")
     monkeypatch.setitem(__import__("sys").modules, "PIL.Image", None)
-    with pytest.raises(InputError, match=r"a\.jpg: not a PNG, and other pictures need Pillow: `pip install Pillow`"):
+    with pytest.raises(
+        InputError, match=r"a\.jpg cannot be read: not a PNG, and other pictures need Pillow: `pip install Pillow`"
+    ):
         pictures.read_picture(tmp_path / "a.jpg")
 
 
@@ -219,7 +223,7 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words")
     for path, words in (
         (tmp_path / "a.txt", "Pillow reads"),
-        (tmp_path / "gone.png", "cannot be read"),
+        (tmp_path / "gone.png", "does not exist"),
         (tmp_path, "read"),
     ):
         with pytest.raises(InputError, match=words):
