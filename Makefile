@@ -14,6 +14,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 demo: venv
 	$(VENV)/bin/mess-compile demo demo
+	@echo 'to use mess-compile yourself: . $(VENV)/bin/activate'
 
 lint: venv
 	$(VENV)/bin/ruff check .

@@ -286,3 +286,14 @@ def test_a_plan_of_its_own_name_goes_into_a_bundle(workspace: Path, tmp_path: Pa
     two = "--device", "host", "--device", "xavier"
     several = refused(workspace, "search", "--max-err", "100%", "-o", plan, *two)
     assert "takes the plan of one device" in several
+
+
+def test_what_makes_a_plan_doubtful_is_said_beside_it(workspace: Path) -> None:
+    edit(workspace / "latency" / "host.json", lambda content: content["environment"].update(verdict="unstable"))
+    shown = done("-C", workspace, "search", "--max-err", "100%")
+    assert "mind: host was unstable when it was profiled" in shown
+    assert "no --max-err" not in shown
+    plan = printed_json("-C", workspace, "search")["plan"]
+    lost = plan["baseline"]["miou"] - plan["predicted"]["miou"]
+    shown = done("-C", workspace, "search")
+    assert (f"this plan loses {lost:.1f} pp of mIoU: add --max-err 1%" in shown) == (lost > 1)

@@ -162,7 +162,7 @@ def profile(
     if as_json:
         return print_json(inspection.inspect_latency(table).content)
     _print_table_made(table)
-    return print_next("search --max-err 1%")
+    return print_next("search --max-err 1%" if any(workspace.root.glob("statistics/*")) else "evaluate --data DIR")
 
 
 def _print_table_made(table: Any) -> None:

@@ -115,6 +115,7 @@ def search(
         return print_json(single if common is None else {"results": contents, "shared": asdict(common)})
     for i, result in enumerate(results):
         _print_plan(result.plan)
+        _warn(workspace, result.plan, requirement)
         print_inspection(inspection.Inspection({}, (inspection.points_table(result.plan),)))
         for reason in reasons[i : i + 1]:
             print_inspection(reason)
@@ -123,6 +124,18 @@ def search(
         return print_next("bundle" if output is None else f"bundle {quoted(output)}")
     _print_shared(common, len(results))
     return print_next(*(f"bundle {quoted(workspace.plan(result.plan.device))}" for result in results))
+
+
+def _warn(workspace: Workspace, plan: Any, requirement: Any) -> None:
+    """What makes the figures doubtful, or the plan another one than was meant."""
+    from mess_compile.latency import read_latency_table
+
+    told = read_latency_table(workspace.latency(plan.device)).environment
+    if told.get("verdict") == "unstable":
+        say(f"mind: {plan.device} was unstable when it was profiled: profile again before you trust these latencies")
+    lost = plan.baseline.miou - plan.predicted.miou
+    if requirement.max_err_pp is None and requirement.objective != "accuracy" and lost > 1:
+        say(f"mind: no --max-err was asked for, and this plan loses {lost:.1f} pp of mIoU: add --max-err 1%")
 
 
 def _refuse_what_does_not_fit(

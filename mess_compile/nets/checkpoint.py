@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,18 @@ def save_candidate(network: OverprovisionedNetwork, folder: Path) -> None:
     for old in folder.glob("weights-*.safetensors"):
         if old.name != name:
             old.unlink()
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Copy a network that was trained in `folder` to the first free `folder-N`, which is returned."""
+    weights = list(folder.glob("weights-*.safetensors"))
+    if not (folder / "network.json").exists() or not weights:
+        return None
+    place = next(path for n in itertools.count(1) if not (path := folder.with_name(f"{folder.name}-{n}")).exists())
+    with files.replaced_folder(place) as temporary:
+        for path in (*weights, folder / "network.json"):
+            shutil.copyfile(path, temporary / path.name)
+    return place
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

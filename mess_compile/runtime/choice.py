@@ -75,4 +75,11 @@ def first_that_opens(
             return plan, open_library(plan.library, threads, cuda_graphs=cuda_graphs)
         except EngineError:
             continue
-    return plans[-1], open_library(plans[-1].library, threads, cuda_graphs=cuda_graphs)
+    last = plans[-1]
+    try:
+        return last, open_library(last.library, threads, cuda_graphs=cuda_graphs)
+    except EngineError as error:
+        raise EngineError(
+            f"the bundle's plan is for {last.target}, which runs {last.library}; here {error}; run it there, or bundle "
+            "a plan for this machine"
+        ) from error

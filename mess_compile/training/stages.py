@@ -15,7 +15,14 @@ from mess_compile import files, launcher
 from mess_compile.candidates import CandidateNetwork, head_config_from_name
 from mess_compile.dataset import DataSet, check_trainable, count_labels
 from mess_compile.nets.backbones import load_imagenet
-from mess_compile.nets.checkpoint import architecture_to_json, load_candidate, load_state, load_weights, save_candidate
+from mess_compile.nets.checkpoint import (
+    architecture_to_json,
+    load_candidate,
+    load_state,
+    load_weights,
+    save_candidate,
+    set_aside,
+)
 from mess_compile.nets.network import Architecture, OverprovisionedNetwork, with_final_head
 from mess_compile.runtime.errors import InputError
 from mess_compile.training import losses
@@ -85,6 +92,9 @@ def train(
         fabric.barrier()
     if not first:
         return None
+    earlier = set_aside(folder)
+    if earlier is not None:
+        report(f"the network that was in {folder} is kept in {earlier}")
     save_candidate(network, folder)
     remove_progress(folder)
     return network.candidate

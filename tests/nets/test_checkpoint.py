@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mess_compile.candidates import HeadConfig
-from mess_compile.nets.checkpoint import load_candidate, load_state, save_candidate
+from mess_compile.nets.checkpoint import load_candidate, load_state, save_candidate, set_aside
 from mess_compile.runtime.errors import InputError
 from tests.networks import random_network
 
@@ -34,6 +34,20 @@ def test_the_identity_follows_the_weights(saved: Path, tmp_path: Path) -> None:
     assert load_candidate(tmp_path / "other").candidate.identity != first
     save_candidate(load_candidate(saved), tmp_path / "again")
     assert load_candidate(tmp_path / "again").candidate.identity == first
+
+
+def test_a_network_that_is_replaced_is_kept(saved: Path) -> None:
+    """Hours of training may be in it."""
+    identity = load_candidate(saved).candidate.identity
+    first = set_aside(saved)
+    save_candidate(random_network([(1, HeadConfig("fcn", 2, 1))], seed=1), saved)
+    second = set_aside(saved)
+    assert first is not None
+    assert second is not None
+    assert (first.name, second.name) == ("candidate-1", "candidate-2")
+    assert load_candidate(first).candidate.identity == identity
+    assert load_candidate(second).candidate.identity == load_candidate(saved).candidate.identity != identity
+    assert set_aside(saved.with_name("nowhere")) is None
 
 
 def test_a_missing_checkpoint_says_how_to_make_one(tmp_path: Path) -> None:
