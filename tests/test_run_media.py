@@ -178,8 +178,8 @@ def test_ctrl_c_ends_the_film_of_a_camera_whole(bundle: Path, tmp_path: Path, mo
 
 def test_a_full_disk_leaves_no_film_that_ends_early(bundle: Path, tmp_path: Path) -> None:
     path, out = tmp_path / "long.mp4", tmp_path / "out"
-    film(path, range(40))
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    film(path, range(120))
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # noqa: E731
     command = [sys.executable, "-m", "mess_compile", "run", bundle, path, "-o", out]
     ended = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr

@@ -210,7 +210,7 @@ def devices(workspace: Workspace, as_json: bool) -> None:
     from mess_compile.runtime import machine as machines
 
     machine, known = machines.this_machine(), steps.devices(workspace)
-    here = [each.target for each in known if each.here]
+    here = targets.targets_here([each.target for each in known], machine)
     if as_json:
         found = [{**asdict(each.target), "here": each.here, "differences": each.differences} for each in known]
         return print_json({"devices": found, "machine": asdict(machine)})
