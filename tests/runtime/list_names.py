@@ -14,8 +14,8 @@ argparse array ast atexit base64 binascii bisect builtins collections collection
 contextlib copy csv ctypes ctypes.util dataclasses datetime difflib enum errno fcntl functools gc getpass glob gzip
 hashlib heapq hmac html http http.client importlib importlib.metadata importlib.util inspect io itertools json logging
 math mmap numbers operator os os.path pathlib pickle platform queue random re resource secrets select shlex shutil
-signal socket socketserver stat statistics string struct subprocess sys tarfile tempfile textwrap threading time traceback
-types typing unicodedata urllib urllib.parse uuid warnings weakref zipfile zlib
+signal socket socketserver stat statistics string struct subprocess sys tarfile tempfile textwrap threading time
+traceback types typing unicodedata urllib urllib.parse uuid warnings weakref zipfile zlib
 """
 NUMPY = "numpy numpy.lib numpy.lib.format numpy.lib.stride_tricks numpy.linalg numpy.random"
 TYPES = (bytearray, bytes, dict, float, frozenset, int, list, set, str, tuple)
