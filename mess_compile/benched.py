@@ -4,45 +4,30 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mess_compile import files
+from mess_compile.bench import Bench, Column
+from mess_compile.runtime import decode
+from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.manifest import Plan
 
-if TYPE_CHECKING:
-    from mess_compile.bench import Bench
-
-COLUMNS = ("baseline", "predicted", "replayed", "measured")
 _REMEDY = "run `mess-compile bench BUNDLE --data DIR`"
 
 
 @dataclass(frozen=True)
-class BenchColumn:
-    """mIoU in percent, mean latency and workload, share of images per exit."""
-
-    name: str
-    miou: float
-    latency_ms: float
-    gmacs: float
-    exit_rates: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class KeptBench:
-    """`heads` and `cuts` tell which plan it was; `tuned_on` counts the images that the plan was chosen on."""
+    """What was `found`; `heads` and `cuts` tell which plan it was."""
 
-    bundle: str
-    split: str
-    images: int
-    tuned_on: int
-    passes: int
-    baseline_name: str
-    columns: tuple[BenchColumn, ...]
-    latency_ratio: float
-    latency_ratio_range: tuple[float, float]
-    disagreements: int
+    found: Bench
     heads: tuple[str, ...]
     cuts: tuple[int | None, ...]
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """By name, the baseline's first."""
+        names = ("baseline", "predicted", "replayed", "measured")
+        return {name: getattr(self.found, name) for name in names}
 
 
 def write_bench(path: Path, found: Bench, plan: Plan) -> None:
@@ -58,29 +43,10 @@ def read_bench(path: Path) -> KeptBench:
     return kept
 
 
-def _kept(found: dict[str, Any], stages: list[dict[str, Any]]) -> KeptBench:
-    low, high = map(float, found["latency_ratio_range"])
-    return KeptBench(
-        bundle=str(found["bundle"]),
-        split=str(found["split"]),
-        images=int(found["images"]),
-        tuned_on=int(found["tuned_on"]),
-        passes=int(found["passes"]),
-        baseline_name=str(found["baseline_name"]),
-        columns=tuple(_column(name, found[name]) for name in COLUMNS),
-        latency_ratio=float(found["latency_ratio"]),
-        latency_ratio_range=(low, high),
-        disagreements=len(found["disagreements"]),
-        heads=tuple(str(stage["head"]) for stage in stages),
-        cuts=tuple(None if stage["cut"] is None else int(stage["cut"]) for stage in stages),
-    )
-
-
-def _column(name: str, content: dict[str, Any]) -> BenchColumn:
-    return BenchColumn(
-        name=name,
-        miou=float(content["miou"]),
-        latency_ms=float(content["latency_ms"]),
-        gmacs=float(content["gmacs"]),
-        exit_rates=tuple(map(float, content["exit_rates"])),
-    )
+def _kept(found: Any, stages: list[dict[str, Any]]) -> KeptBench:
+    try:
+        bench: Bench = decode.decode(Bench, found, "bench")
+    except decode.DecodeError as error:
+        raise InputError(str(error)) from error
+    cuts = tuple(None if stage["cut"] is None else int(stage["cut"]) for stage in stages)
+    return KeptBench(bench, tuple(str(stage["head"]) for stage in stages), cuts)

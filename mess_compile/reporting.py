@@ -151,8 +151,8 @@ def _benched(workspace: Workspace, plan: Plan) -> Benched:
     remarks = []
     if tuple(zip(kept.heads, kept.cuts, strict=True)) != now:
         remarks.append("This was another plan than the one above: run `mess-compile bundle` and `bench` again.")
-    if kept.tuned_on:
-        remarks.append(f"The plan was chosen on {kept.tuned_on} of these images: a result from tuning data.")
+    if kept.found.tuned_on:
+        remarks.append(f"The plan was chosen on {kept.found.tuned_on} of these images: a result from tuning data.")
     return Benched(kept, " ".join(remarks))
 
 

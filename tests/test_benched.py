@@ -32,10 +32,15 @@ class TestWhatBenchKeeps:
         opened.close()
         benched.write_bench(tmp_path / "bench" / "host.json", self.found(), opened.manifest.plans[0])
         kept = benched.read_bench(tmp_path / "bench" / "host.json")
-        assert (kept.split, kept.images, kept.passes, kept.disagreements) == ("test", 8, 3, 1)
-        assert [column.latency_ms for column in kept.columns] == [1.5, 2.5, 3.5, 4.5]
-        assert kept.columns[3].exit_rates == (0.75, 0.25)
-        assert kept.latency_ratio_range == (2.25, 2.75)
+        assert (kept.found.split, kept.found.images, kept.found.passes, len(kept.found.disagreements)) == (
+            "test",
+            8,
+            3,
+            1,
+        )
+        assert [column.latency_ms for column in kept.columns.values()] == [1.5, 2.5, 3.5, 4.5]
+        assert kept.columns["measured"].exit_rates == (0.75, 0.25)
+        assert kept.found.latency_ratio_range == (2.25, 2.75)
         assert (kept.heads, kept.cuts) == (small_network.HEADS, (18, None))
 
     def test_is_refused_when_it_is_damaged(self, tmp_path: Path) -> None:

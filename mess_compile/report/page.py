@@ -80,7 +80,9 @@ def report_data(report: Report) -> dict[str, Any]:
     if isinstance(report.costs, Costs):
         content["costs"] = asdict(report.costs)
     if isinstance(report.bench, Benched):
-        content["bench"] = asdict(report.bench.bench)
+        kept = report.bench.bench
+        columns = [{"name": name, **asdict(column)} for name, column in kept.columns.items()]
+        content["bench"] = {"baseline_name": kept.found.baseline_name, "columns": columns}
     return content
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mess_compile.bench import Bench, Column
 from mess_compile.benched import KeptBench
 from mess_compile.report.contents import Benched, Missing, Report
 from mess_compile.report.page import max_err_text, report_page
@@ -98,7 +99,9 @@ class TestBench:
         assert "another plan than the one above" in (workspace / "report.html").read_text(encoding="utf-8")
 
     def test_a_result_from_tuning_data_is_called_that(self) -> None:
-        kept = KeptBench("b", "val", 4, 4, 1, "baseline", (), 2.0, (2.0, 2.0), 0, (), ())
+        one = Column(50.0, 1.0, 0.25, (1.0,))
+        found = Bench("b", "val", 4, 4, 1, "baseline", one, (), one, one, one, 2.0, (2.0, 2.0), 1.0, 0.0, 1.0, ())
+        kept = KeptBench(found, (), ())
         note = "The plan was chosen on 4 of these images: a result from tuning data."
         gone = Missing("x")
         assert note in report_page(Report("host", gone, gone, gone, Benched(kept, note), gone, ()))
