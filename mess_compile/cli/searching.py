@@ -227,25 +227,13 @@ def thrift_of(wishes: tuple[str, ...], budget: str | None) -> Any:
 
 def _wish(text: str) -> Any:
     """A requirement as the options of `search` say it."""
-    known = {
-        "devices",
-        "split",
-        "precision",
-        "front",
-        "time_limit",
-        "explain",
-        "as_json",
-        "confidence",
-        "seed",
-        "output",
-    }
     try:
         options = search.make_context("profile --for", shlex.split(text)).params
     except (click.UsageError, ValueError) as error:
         raise InputError(
             f'--for {text!r}: {error}; it takes the options of `search`, such as "--max-err 1%"'
         ) from error
-    return _requirement({name: value for name, value in options.items() if name not in known})
+    return _requirement(options)
 
 
 def _requirement(options: dict[str, Any]) -> Any:
@@ -271,24 +259,18 @@ def _requirement(options: dict[str, Any]) -> Any:
 
 
 def _print_plan(plan: Any) -> None:
-    rows = []
-    for number, (stage, rate) in enumerate(zip(plan.stages, plan.predicted.exit_rates, strict=True), start=1):
-        threshold = f"{plan.gate.thresholds[stage.row]:.2f}"
-        cut = "-" if stage.cut is None else str(stage.cut)
-        rows.append([f"exit {number}", stage.head, threshold, cut, f"{rate:.0%}"])
-    print_table(
-        f"plan for {plan.device}, {plan.setting}, {plan.precision}",
-        ["", "head", "pixels sure at", "leaves at count", "images"],
-        rows,
-    )
+    from mess_compile.search.shown import EXITS, FIGURES, exit_rows, figures_row
+
+    print_table(f"plan for {plan.device}, {plan.setting}, {plan.precision}", EXITS, exit_rows(plan))
     figures_of = {"plan": plan.predicted, plan.baseline_name: plan.baseline}
     estimated = [name for name, figures in figures_of.items() if figures.source == "estimated"]
-    names = ["", "mIoU %", "latency ms", "p95 ms", "worst ms", "GMACs", "memory MiB"]
-    if plan.predicted.energy_mj is not None:
-        names.append("mJ")
-    figures = [[plan.baseline_name, *_figures(plan.baseline)], ["plan", *_figures(plan.predicted)]]
+    header = FIGURES if plan.predicted.energy_mj is None else [*FIGURES, "mJ"]
+    rows = [
+        [*figures_row(name, figures), *([] if figures.energy_mj is None else [f"{figures.energy_mj:.1f}"])]
+        for name, figures in ((plan.baseline_name, plan.baseline), ("plan", plan.predicted))
+    ]
     source = f"ESTIMATED latency of {' and '.join(estimated)}" if estimated else "measured latency"
-    print_table(f"{source}, {plan.predicted.images} images of {plan.predicted.split}", names, figures)
+    print_table(f"{source}, {plan.predicted.images} images of {plan.predicted.split}", header, rows)
     if plan.reference_miou is not None:
         say(f"error counted from {plan.reference_miou:.2f} % mIoU: given, or the best baseline of the recipes")
     for number, report in enumerate(plan.reports, start=1):
@@ -310,15 +292,3 @@ def _unit(requirement: Any) -> str:
         return "pp of mIoU over time"
     units = {"accuracy": "pp of mIoU", "workload": "GMACs", "memory": "bytes", "energy": "mJ"}
     return units.get(requirement.objective or "latency", "ms")
-
-
-def _figures(figures: Any) -> list[str]:
-    return [
-        f"{figures.miou:.2f}",
-        f"{figures.latency_ms:.2f}",
-        f"{figures.p95_ms:.2f}",
-        f"{figures.worst_ms:.2f}",
-        f"{figures.gmacs:.3f}",
-        f"{figures.memory_bytes / 2**20:.1f}",
-        *([] if figures.energy_mj is None else [f"{figures.energy_mj:.1f}"]),
-    ]

@@ -1,16 +1,17 @@
-"""How plans show themselves in a notebook."""
+"""How plans show themselves: rows of their tables, and those tables in a notebook."""
 
 from __future__ import annotations
 
 from mess_compile.runtime.notebook import table_html, text_html
 from mess_compile.search.plan import Figures, Plan, SearchResult
 
-_FIGURES = ("", "mIoU %", "latency ms", "p95 ms", "worst ms", "GMACs", "memory MiB")
+EXITS = ("", "head", "pixels sure at", "leaves at count", "images")
+FIGURES = ("", "mIoU %", "latency ms", "p95 ms", "worst ms", "GMACs", "memory MiB")
 
 
-def plan_html(plan: Plan) -> str:
-    """Where images leave, and the plan's figures beside the baseline's."""
-    exits = [
+def exit_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """The cells below EXITS: a row for each exit."""
+    return [
         (
             f"exit {number}",
             stage.head,
@@ -20,14 +21,21 @@ def plan_html(plan: Plan) -> str:
         )
         for number, (stage, rate) in enumerate(zip(plan.stages, plan.predicted.exit_rates, strict=True), start=1)
     ]
-    figures = [_row(plan.baseline_name, plan.baseline), *(_row(p.name, p.predicted) for p in plan.operating_points)]
+
+
+def plan_html(plan: Plan) -> str:
+    """Where images leave, and the plan's figures beside the baseline's."""
+    figures = [
+        figures_row(plan.baseline_name, plan.baseline),
+        *(figures_row(p.name, p.predicted) for p in plan.operating_points),
+    ]
     sources = sorted({plan.baseline.source, plan.predicted.source})
     return table_html(
         f"plan for {plan.device}, {plan.setting}, {plan.precision}",
-        ("", "head", "pixels sure at", "leaves at count", "images"),
-        exits,
+        EXITS,
+        exit_rows(plan),
     ) + table_html(
-        f"{' and '.join(sources)} latency, {plan.predicted.images} images of {plan.predicted.split}", _FIGURES, figures
+        f"{' and '.join(sources)} latency, {plan.predicted.images} images of {plan.predicted.split}", FIGURES, figures
     )
 
 
@@ -39,7 +47,8 @@ def result_html(result: SearchResult) -> str:
     return plan_html(result.plan) + text_html(f"{proof} of {certificate.space:,} plans; {front}")
 
 
-def _row(name: str, figures: Figures) -> tuple[str, ...]:
+def figures_row(name: str, figures: Figures) -> tuple[str, ...]:
+    """The cells below FIGURES."""
     return (
         name,
         f"{figures.miou:.2f}",
