@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from mess_compile.compiling import refuse_other_precisions, target_of, verified_
 from mess_compile.engines import plain_files
 from mess_compile.jobs import job_name, profiling_jobs
 from mess_compile.latency import LatencyTable
-from mess_compile.measuring import Thrift, host_of
+from mess_compile.measuring import Thrift, host_of, subject_of
 from mess_compile.runtime import profile
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError
@@ -135,7 +136,7 @@ def foresee_profile(
     steady = {name: min(_settled_s(times.get(name, 0.0), effort), effort.max_s) for name in jobs}
     wanted, notes = set(jobs), _begun(workspace.latency(target.name), effort)
     if thrift is not None:
-        wanted, sparingly = _first_batch(target, sets, table, jobs)
+        wanted, sparingly = _first_batch(subject_of(workspace, target, sets), table, jobs)
         notes += sparingly
         builds = tuple(replace(each, least_s=each.least_s * len(wanted) / len(jobs)) for each in builds)
     measured = sum(entry.source == "measured" for entry in table.entries.values())
@@ -176,19 +177,15 @@ def _begun(path: Path, effort: Effort) -> tuple[str, ...]:
     except OSError:
         return ()
     events = [event for event in map(event_of, lines) if isinstance(event, profile.Window)]
-    names = [event.job for event in events]
-    done = sum(names.count(name) >= effort.windows for name in set(names))
+    timed = Counter(event.job for event in events)
+    done = sum(count >= effort.windows for count in timed.values())
     return (f"it would go on where one broke off that had timed {done} of them, if machine and graphs are the same",)
 
 
 def _first_batch(
-    target: Target, sets: Sequence[GraphSet], table: LatencyTable, jobs: Sequence[str]
+    subject: sparing.Subject, table: LatencyTable, jobs: Sequence[str]
 ) -> tuple[set[str], tuple[str, ...]]:
     """What a sparing profile begins with."""
-    plain = sets[0]
-    precisions = [spec.precision for each in sets for spec in each.graphs.values()]
-    priors = forecast.priors_of(plain, target, precisions)
-    subject = sparing.Subject(tuple(sets), priors, {}, (), sparing.twins(*sets))
     batch = sparing.next_batch(subject, replace(table, entries={}, failed={}))
     names = {job_name(*key) for key in batch.graphs} & {*jobs} if batch else set()
     note = f"sparing: {len(names)} of them first, then only what could still change the answer (--all: everything)"

@@ -16,7 +16,7 @@ from mess_compile.candidates import (
     read_graph_set,
     segment_name,
 )
-from mess_compile.runtime.archive import open_archive
+from mess_compile.runtime.archive import read_manifest
 from mess_compile.runtime.errors import InputError, did_you_mean
 from mess_compile.runtime.manifest import MANIFEST
 from mess_compile.runtime.notebook import table_html, text_html
@@ -374,9 +374,7 @@ def _outcome_cells(outcome: Outcome | None, found: Explanation) -> tuple[str, ..
 
 def inspect_bundle(path: Path) -> Inspection:
     """The manifest of a bundle, after its bytes are verified. Raises BundleError."""
-    archive = open_archive(path)
-    archive.close()
-    manifest = archive.manifest
+    manifest = read_manifest(path)
     tables, notes = [], []
     for plan in manifest.plans:
         figures = plan.predicted

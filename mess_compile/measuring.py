@@ -207,7 +207,8 @@ def _errand(order: _Order, forms: Sequence[EngineFiles], place: Place) -> Errand
     from mess_compile.runtime import profile as measuring
 
     requirements = order.thrift.requirements if order.thrift else ()
-    subject = _subject(order.workspace, order.target, forms, requirements, order.progress)
+    graph_sets = [each.graph_set for each in forms]
+    subject = subject_of(order.workspace, order.target, graph_sets, requirements, order.progress)
     if requirements and not subject.requirements:
         order.tell(
             "no statistics, nor data to record them by (`mess-compile evaluate --data`): a fair share is measured"
@@ -216,24 +217,23 @@ def _errand(order: _Order, forms: Sequence[EngineFiles], place: Place) -> Errand
     return thrift.Errand(tuple(forms), place, subject, order.path, order.progress, order.tell, order.in_time, effort)
 
 
-def _subject(
+def subject_of(
     workspace: Workspace,
     target: Target,
-    forms: Sequence[EngineFiles],
-    requirements: tuple[Requirement, ...],
-    progress: Progress,
+    graph_sets: Sequence[GraphSet],
+    requirements: tuple[Requirement, ...] = (),
+    progress: Progress = silent,
 ) -> Subject:
     """What a sparing profile goes by. Without statistics, and data to record them by, no requirement can guide it."""
     from mess_compile import forecast, sparing
 
-    graph_sets = tuple(each.graph_set for each in forms)
     precisions = [spec.precision for each in graph_sets for spec in each.graphs.values()]
     found = {}
     for each in graph_sets if requirements else ():
         with suppress(InputError, StaleError):
             found[each.recipe] = current_statistics(workspace, each, target.name, None, progress)
     priors = forecast.priors_of(read_graph_set(workspace.graphs), target, precisions)
-    return sparing.Subject(graph_sets, priors, found, requirements if found else (), sparing.twins(*graph_sets))
+    return sparing.Subject(tuple(graph_sets), priors, found, requirements if found else (), sparing.twins(*graph_sets))
 
 
 def estimate(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mess_compile import __version__, extras, files, latency, recipes, scenes, statistics
+from mess_compile import __version__, extras, files, latency, scenes, statistics
 from mess_compile.benched import read_bench
-from mess_compile.candidates import read_graph_set
 from mess_compile.dataset import Sample, open_dataset, read_sample
 from mess_compile.report import compared, strips, views
 from mess_compile.report.contents import Benched, Found, Missing, Report, Strip, Strips
@@ -25,6 +24,7 @@ from mess_compile.runtime.manifest import MANIFEST
 from mess_compile.search import plan as plans
 from mess_compile.search.figures import Evidence
 from mess_compile.search.plan import Plan, SearchResult
+from mess_compile.searching import settled_graphs_of
 from mess_compile.targets import find_target
 from mess_compile.workspace import Progress, Workspace, silent
 
@@ -64,9 +64,7 @@ def _write(path: Path, text: str) -> None:
 def _compared(workspace: Workspace, thing: str) -> tuple[compared.Compared, ...]:
     path = Path(thing)
     if (path / MANIFEST).is_file() or (path.is_file() and zipfile.is_zipfile(path)):
-        opened = archive.open_archive(path)
-        opened.close()
-        return compared.of_bundle(thing, opened.manifest)
+        return compared.of_bundle(thing, archive.read_manifest(path))
     if path.is_file():
         return (compared.of_result(thing, plans.read_result(path)),)
     if workspace.plan(thing).is_file():
@@ -126,13 +124,10 @@ def _evidences(
 
 def _evidence(workspace: Workspace, plan: Plan, table: latency.LatencyTable) -> Evidence:
     """Raises StaleError when it is no longer what the plan was searched by."""
-    settled = recipes.settled_graphs(read_graph_set(workspace.graphs), plan.precision, workspace.recipes)
-    if settled is None:
-        raise StaleError(f"the graphs in {plan.precision} changed: run `mess-compile profile --device {plan.device}`")
-    plans.check_plan_current(plan, settled.graph_set)
-    place = plan.tuned_by.rpartition(" on ")[2]
-    known = statistics.read_statistics(workspace.statistics(plan.predicted.split, plan.precision, place))
-    evidence = Evidence(settled.graph_set, table, known)
+    graph_set = settled_graphs_of(workspace, plan.precision, plan.device)
+    plans.check_plan_current(plan, graph_set)
+    tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
+    evidence = Evidence(graph_set, table, statistics.read_statistics(tuning))
     sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
     found = {"latency table": evidence.table_sha256, "statistics": evidence.statistics_sha256}
     plans.check_sources_current(plan.device, sources, found)
@@ -165,8 +160,7 @@ def _strips(workspace: Workspace, plan: Plan, evidence: Evidence | None, progres
             raise StaleError(f"{bundle.name} is of another plan than the one chosen: run `mess-compile bundle`")
         source, samples = _extreme_samples(workspace, plan, evidence, cascade)
         drawn: list[Strip] = []
-        for title, sample in zip(strips.TITLES, samples, strict=False):
-            truth = sample.labels if (sample.labels < VOID).any() else None
+        for title, (sample, truth) in zip(strips.TITLES, samples, strict=False):
             drawn.append(strips.strip_of(cascade, title, sample.id, sample.frame, truth))
             progress("pictures", len(drawn), len(samples))
     return Strips(source, tuple(drawn))
@@ -174,8 +168,9 @@ def _strips(workspace: Workspace, plan: Plan, evidence: Evidence | None, progres
 
 def _extreme_samples(
     workspace: Workspace, plan: Plan, evidence: Evidence | None, cascade: Cascade
-) -> tuple[str, list[Sample]]:
-    """The images that the first exit is most, middling and least sure of; generated ones where data are not here."""
+) -> tuple[str, list[tuple[Sample, NDArray[np.uint8] | None]]]:
+    """The images that the first exit is most, middling and least sure of, with their true labels where there are any;
+    generated ones where data are not here."""
     first = plan.stages[0]
     if evidence is not None and workspace.memory().data is not None:
         known = evidence.statistics
@@ -185,18 +180,18 @@ def _extreme_samples(
             sure = [float(n) for n in known.counts[:, known.head_index(first.head), first.row]]
             chosen = [known.image_id[index] for index in strips.extremes(sure)]
             samples = [read_sample(items[name], data.classes) for name in chosen]
-            return f"Images of {known.split}, by how sure the first exit is.", samples
+            truths = [each.labels if (each.labels < VOID).any() else None for each in samples]
+            return f"Images of {known.split}, by how sure the first exit is.", list(zip(samples, truths, strict=True))
         except (InputError, KeyError):
             pass  # the data may have moved or changed since; generated scenes show the same cascade
     hw = cascade.manifest.network.input_hw
-    drawn = [scenes.make_scene(seed, hw, seed / (SCENES - 1)) for seed in range(SCENES)]
+    drawn = scenes.by_difficulty(hw, SCENES)
     void = cascade.manifest.network.classes != scenes.SCENE_CLASSES.names
-    drawn = [replace(scene, labels=np.full_like(scene.labels, VOID)) for scene in drawn] if void else drawn
     confidences = [next(cascade.refine(scene.frame)).confidence for scene in drawn]
     return (
         f"Of {SCENES} generated street scenes, for the data are not here, by how sure the first exit is"
         + (": the network was not trained on such." if void else "."),
-        [drawn[index] for index in strips.extremes(confidences)],
+        [(drawn[index], None if void else drawn[index].labels) for index in strips.extremes(confidences)],
     )
 
 

@@ -22,8 +22,8 @@ from mess_compile.runtime import frames
 from mess_compile.runtime.cascade import Cascade, Prediction
 from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.pictures import read_picture
+from mess_compile.workspace import Progress, silent
 
-Progress = Callable[[str, int, int], None]
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts", ".wmv", ".mjpeg")
 _CAMERA = "camera:"
 _LABELS = re.compile(r"\d{6}\.png")
@@ -89,7 +89,7 @@ def run(
     output: Path = Path("predictions"),
     options: RunOptions = RunOptions(),
     done: Callable[[Result], None] = lambda result: None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> tuple[Result, ...]:
     """Segment images, those in folders, videos and `camera:N` with a bundle, and tell `done` of each.
 
@@ -159,6 +159,8 @@ def _predicted(cascade: Cascade, frame: NDArray[np.uint8], options: RunOptions) 
 def _panels(
     cascade: Cascade, frame: NDArray[np.uint8], taken: int, image: Path, truth: Path | None
 ) -> list[tuple[str, NDArray[np.uint8]]]:
+    from mess_compile.report import pictures
+
     network = cascade.manifest.network
     panels = [("input", frame)]
     for prediction in cascade.refine(frame):
@@ -170,9 +172,7 @@ def _panels(
         labels = read_labels(truth / f"{image.stem}.png", classes)
         if labels.shape != frame.shape[:2]:
             raise InputError(f"{truth / image.stem}.png is {labels.shape}, but {image} is {frame.shape[:2]}")
-        shown = frames.overlay(frame, np.where(labels == 255, 0, labels), network.colours)
-        shown[labels == 255] = 0
-        panels.append(("truth", shown))
+        panels.append(("truth", pictures.truth_overlay(frame, labels, network.colours)))
     return panels
 
 

@@ -69,6 +69,11 @@ class _Canvas:
         self._labels.polygon(points, fill=label)
 
 
+def by_difficulty(hw: tuple[int, int], count: int) -> list[Sample]:
+    """So many street scenes (H, W, 3), from the easiest to the hardest; always the same ones."""
+    return [make_scene(seed, hw, seed / max(1, count - 1)) for seed in range(count)]
+
+
 def make_scene(seed: int, hw: tuple[int, int], difficulty: float | None = None) -> Sample:
     """One street scene (H, W, 3) with its labels; the same seed gives the same scene.
 

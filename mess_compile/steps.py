@@ -123,7 +123,7 @@ def train(
     machines: Machines | None = None,
     source: Path | None = None,
     teacher: Path | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> CandidateNetwork | None:
     """Train a candidate network on the split train and write it to the workspace; val is looked at on the way.
 
@@ -148,7 +148,7 @@ def train_baseline(
     report: Callable[[str], None] = print,
     imagenet: Path | None = None,
     machines: Machines | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> CandidateNetwork | None:
     """Train the single-exit network of `choice` alone, for the epochs of both stages, and write it to `baseline/`.
 
@@ -240,7 +240,7 @@ def _checked_frames(workspace: Workspace, hw: tuple[int, int]) -> list[NDArray[n
 
 
 def _scene_frames(hw: tuple[int, int], count: int) -> list[NDArray[np.uint8]]:
-    return [scenes.make_scene(seed, hw, seed / max(1, count - 1)).frame for seed in range(count)]
+    return [scene.frame for scene in scenes.by_difficulty(hw, count)]
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleO
     graph_set = settled_graphs_of(workspace, plan.precision, plan.device)
     plans.check_plan_current(plan, graph_set)
     sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
-    tuning = _tuning_statistics(workspace, plan.predicted.split, plan.precision, plan.tuned_by)
+    tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
     _check_sources(workspace, plan.device, sources, tuning)
     folder.mkdir()
     forms = _forms(graph_set, plan, target, folder)
@@ -369,9 +369,9 @@ def _measurements(workspace: Workspace, graph_set: GraphSet, plan: plans.Plan) -
 
     table = latency.read_latency_table(workspace.latency(plan.device))
     latency.check_current(table, graph_set)
-    place = plan.tuned_by.partition(" on ")[2]
+    tuning = workspace.tuning_statistics(plan.predicted.split, graph_set.recipe, plan.tuned_by)
     try:
-        found = statistics.read_statistics(workspace.statistics(plan.predicted.split, graph_set.recipe, place))
+        found = statistics.read_statistics(tuning)
         statistics.check_current(found, graph_set)
     except (InputError, StaleError):
         return measurements_of(plan, graph_set, table, None)
@@ -418,7 +418,7 @@ def bench(
         verify_graph_set(graph_set)
         latency.check_current(table, graph_set)  # now, rather than after minutes of measuring
         if cascade.manifest.network.identity == graph_set.candidate.identity:  # else `bench` refuses the bundle
-            tuning = _tuning_statistics(workspace, plan.predicted.split, plan.precision, plan.tuned_by)
+            tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
             _check_sources(workspace, plan.target, plan.sources, tuning)
         (engines,) = _engine_files(workspace, device, (plan.precision.partition("-")[0],), None, None, progress)
         found = benches.bench(cascade, engines, table, folder, _tuned_on(workspace, plan), passes, progress)
@@ -448,12 +448,8 @@ def bench_deadline(
 
 def _tuned_on(workspace: Workspace, plan: ManifestPlan) -> frozenset[str]:
     """The images that the plan was chosen on, as far as their statistics are still here."""
-    tuning = _tuning_statistics(workspace, plan.predicted.split, plan.precision, plan.tuned_by)
+    tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
     return frozenset(statistics.read_statistics(tuning).image_id if tuning.is_dir() else ())
-
-
-def _tuning_statistics(workspace: Workspace, split: str, recipe: str, tuned_by: str) -> Path:
-    return workspace.statistics(split, recipe, tuned_by.rpartition(" on ")[2])
 
 
 def _check_sources(workspace: Workspace, device: str, known: Mapping[str, str], tuning: Path) -> None:

@@ -65,6 +65,10 @@ class Workspace:
         place = Path() if (recipe, device) == (FP32, HOST) else Path(device, recipe)
         return self.root / "statistics" / place / name
 
+    def tuning_statistics(self, split: str, recipe: str, tuned_by: str) -> Path:
+        """The folder of the statistics that a plan was chosen on; `tuned_by` in the plan's words, LIBRARY on DEVICE."""
+        return self.statistics(split, recipe, tuned_by.rpartition(" on ")[2])
+
     def latency(self, device: str) -> Path:
         return self.root / "latency" / f"{device}.json"
 

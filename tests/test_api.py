@@ -63,13 +63,13 @@ def test_every_command_has_its_function(command: str) -> None:
     assert command in steps.__all__
     function = getattr(steps, command)
     assert inspect.getdoc(function)
-    assert f"`{command}" in DOCUMENT.read_text()
+    assert re.search(rf"`{command}[`( ]", DOCUMENT.read_text())
 
 
 @pytest.mark.parametrize("name", sorted(steps.__all__))
 def test_every_public_name_is_there_and_documented(name: str) -> None:
     assert inspect.getdoc(getattr(steps, name))
-    assert f"`{name}" in DOCUMENT.read_text(), f"docs/api.md says nothing of {name}"
+    assert re.search(rf"`{name}[`(]", DOCUMENT.read_text()), f"docs/api.md says nothing of {name}"
 
 
 @pytest.mark.parametrize("name", sorted(name for name in steps.__all__ if name.islower()))
@@ -82,6 +82,8 @@ def test_a_notebook_need_not_say_what_a_command_need_not(name: str) -> None:
     assert asked <= known
     if name not in ("explain", "bench_deadline"):
         assert not asked & {"progress", "split", "passes"}
+    if name != "explain":
+        assert not asked & {"device", "requirement", "plan"}
 
 
 def test_what_functions_tell_is_what_commands_print(finished: Path) -> None:

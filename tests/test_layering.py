@@ -91,7 +91,7 @@ ALLOWED = {
     "export": {"files", "candidates", "graph", "nets", "runtime"},
     "benched": {"bench", "files", "runtime"},
     "media": {"runtime"},
-    "running": {"dataset", "extras", "files", "layouts", "report", "runtime"},
+    "running": {"dataset", "extras", "files", "layouts", "report", "workspace", "runtime"},
     "report": {"files", "benched", "candidates", "latency", "report", "search", "statistics", "runtime"},
     "runtime": {"runtime"},
 }

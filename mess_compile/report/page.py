@@ -71,8 +71,7 @@ def max_err_text(max_err_pp: float) -> str:
 
 def report_data(report: Report) -> dict[str, Any]:
     """What the page's script draws."""
-    content: dict[str, Any] = {"device": report.device}
-    content |= {"front": None, "classes": None, "costs": None, "bench": None}
+    content: dict[str, Any] = {"front": None, "classes": None, "costs": None, "bench": None}
     if isinstance(report.search, Found):
         content["front"] = _front_data(report.search)
     if isinstance(report.classes, Classes):

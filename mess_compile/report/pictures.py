@@ -20,6 +20,14 @@ _GAP = 4
 _PANEL_WIDTH = 320
 
 
+def truth_overlay(frame: Pixels, labels: Pixels, colours: Colours) -> Pixels:
+    """True labels (H, W) laid over the frame; what is void or has no colour is black."""
+    void = labels >= len(colours)
+    shown = frames.overlay(frame, np.where(void, 0, labels).astype(np.uint8), colours)
+    shown[void] = 0
+    return shown
+
+
 def save_picture(path: Path, picture: Image.Image) -> None:
     """Write a PNG; all of it or nothing."""
     with files.replaced(path) as temporary:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mess_compile.report.contents import Picture, Strip
+from mess_compile.report.pictures import truth_overlay
 from mess_compile.runtime import frames
 from mess_compile.runtime.cascade import Cascade
 
@@ -26,7 +27,8 @@ def extremes(sure: Sequence[float]) -> tuple[int, ...]:
 def strip_of(
     cascade: Cascade, title: str, name: str, frame: NDArray[np.uint8], truth: NDArray[np.uint8] | None
 ) -> Strip:
-    """The frame (H, W, 3), the labels of every exit laid over it, and the truth (H, W), in which 255 is void."""
+    """The frame (H, W, 3), the labels of every exit laid over it, and the truth (H, W), in which not all is void
+    (255)."""
     taken = cascade(frame).exit
     shown = [picture("input", f"the image {name}", frame)]
     colours = cascade.manifest.network.colours
@@ -37,16 +39,12 @@ def strip_of(
         described = f"labels of exit {prediction.exit} laid over {name}"
         shown.append(picture(caption, described, frames.overlay(frame, prediction.labels, colours)))
     if truth is not None:
-        void = truth >= len(colours)
-        overlay = frames.overlay(frame, np.where(void, 0, truth).astype(np.uint8), colours)
-        overlay[void] = 0
-        shown.append(picture("truth", f"true labels laid over {name}", overlay))
+        shown.append(picture("truth", f"true labels laid over {name}", truth_overlay(frame, truth, colours)))
     return Strip(f"{title}: {name}", tuple(shown))
 
 
 def _right(labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> str:
-    known = truth < 255
-    return f", {(labels == truth)[known].mean():.1%} of the pixels right" if known.any() else ""
+    return f", {(labels == truth)[truth < 255].mean():.1%} of the pixels right"
 
 
 def picture(caption: str, described: str, pixels: NDArray[np.uint8]) -> Picture:

@@ -47,7 +47,6 @@ class StageView:
     are not those of the plan, no histogram where the statistics are not."""
 
     exit: int
-    exit_point: int
     head: str
     threshold: float
     cut: int | None
@@ -158,7 +157,6 @@ def _stage_view(plan: Plan, index: int, evidence: Evidence | None, exits: NDArra
     stage, rates = plan.stages[index], plan.predicted.exit_rates
     return StageView(
         exit=index + 1,
-        exit_point=stage.exit_point,
         head=stage.head,
         threshold=plan.gate.thresholds[stage.row],
         cut=stage.cut,

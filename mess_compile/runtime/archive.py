@@ -165,6 +165,13 @@ def _check_seal(stream: BinaryIO, path: Path) -> None:
         raise BundleError(f"{path} was changed after it was written (its SHA-256 differs): {_DAMAGED}")
 
 
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a bundle, after its bytes are verified. Raises BundleError."""
+    opened = open_archive(path)
+    opened.close()
+    return opened.manifest
+
+
 def is_bundle(path: Path) -> bool:
     """Whether it is a file that ends as a bundle does, whole or not. Raises OSError."""
     if not path.is_file():

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile.bench import Bench, Column
-from mess_compile.benched import KeptBench
-from mess_compile.report.contents import Benched, Missing, Report
+from mess_compile.report.contents import Missing, Report
 from mess_compile.report.page import max_err_text, report_page
 from mess_compile.report.strips import extremes
 from mess_compile.report.views import Classes
@@ -67,12 +65,21 @@ class TestMissingParts:
         assert "xaveir" in refused(workspace, "report", "--device", "xaveir")
         assert "xavier.json" in printed_json("-C", workspace, "report", "--device", "xavier")["missing"]["latencies"]
 
-    @pytest.mark.parametrize("part", ["plans/host.json", "latency/host.json", "bench/host.json", "host.mess"])
-    def test_what_is_damaged_is_named_and_the_rest_is_there(self, workspace: Path, part: str) -> None:
+    @pytest.mark.parametrize(
+        ("part", "left"),
+        [
+            ("plans/host.json", {"latencies"}),
+            ("latency/host.json", {"plan", "pictures"}),
+            ("bench/host.json", {"plan", "classes", "latencies", "pictures"}),
+            ("host.mess", {"plan", "classes", "latencies"}),
+        ],
+    )
+    def test_what_is_damaged_is_named_and_the_rest_is_there(self, workspace: Path, part: str, left: set[str]) -> None:
         (workspace / part).parent.mkdir(exist_ok=True)
         overwrite(workspace / part, b"{")
         told = printed_json("-C", workspace, "report")
         assert any(Path(part).name in reason for reason in told["missing"].values())
+        assert set(told["parts"]) == left
 
     def test_a_missing_extra_is_named_with_its_install_line(self, tmp_path: Path) -> None:
         code = (
@@ -98,13 +105,14 @@ class TestBench:
         done("-C", workspace, "report")
         assert "another plan than the one above" in (workspace / "report.html").read_text(encoding="utf-8")
 
-    def test_a_result_from_tuning_data_is_called_that(self) -> None:
-        one = Column(50.0, 1.0, 0.25, (1.0,))
-        found = Bench("b", "val", 4, 4, 1, "baseline", one, (), one, one, one, 2.0, (2.0, 2.0), 1.0, 0.0, 1.0, ())
-        kept = KeptBench(found, (), ())
+    def test_a_result_from_tuning_data_is_called_that(self, workspace: Path) -> None:
         note = "The plan was chosen on 4 of these images: a result from tuning data."
-        gone = Missing("x")
-        assert note in report_page(Report("host", gone, gone, gone, Benched(kept, note), gone, ()))
+        done("-C", workspace, "bench", workspace / "host.mess", "--split", "test", "--passes", "1")
+        done("-C", workspace, "report")
+        assert note not in (workspace / "report.html").read_text(encoding="utf-8")
+        edit(workspace / "bench" / "host.json", lambda kept: kept["bench"].update(tuned_on=4))
+        done("-C", workspace, "report")
+        assert note in (workspace / "report.html").read_text(encoding="utf-8")
 
 
 class TestPictures:
