@@ -1,13 +1,14 @@
-"""Branch and bound over the plans with up to two early heads, for spaces too large to enumerate: the optimum, proven.
+"""Branch and bound over the plans with up to three early heads, for spaces too large to enumerate: the optimum, proven.
 
-Plans are grouped by their heads. Every triple of heads gets a lower bound on what its best plan could cost (kernels);
-those that may still hold the optimum are settled plan by plan, the most promising first, until none is left.
+Plans are grouped by their heads. Every chain of heads gets a lower bound on what its best plan could cost (kernels);
+those that may still hold the optimum are settled plan by plan, the most promising first, until none is left. So it goes
+for one early head, for two, and for three: what was found with fewer is what more have to beat.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from mess_compile.search.requirement import Requirement
 Progress = Callable[[int, int], None]
 _TOLERANCE = 1e-9
 _TUNED, _NEAR, _PAIRS, _SECONDS, _SETTLED = 2048, 8, 512, 8, 64
+_PLACES = 4
+"""Of a chain: three early heads, and the last; those of a shorter one come last."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,12 @@ def branch_and_bound(
 
 @dataclass(frozen=True, eq=False)
 class _Bounded:
-    """`triples` (m, 3) of heads whose plans have cost - slope * mIoU of at least `least` (m,)."""
+    """`chains` (m, 4) of heads, in int16 for there may be millions, whose plans have cost - slope * mIoU of at least
+    `least` (m,)."""
 
-    triples: Array
+    chains: Array
     least: Array
-    slope: Array
+    slope: float
 
     def price(self, aim: float) -> Array:
         """What a plan with an mIoU of `aim` costs at least, (m,)."""
@@ -75,10 +79,10 @@ class _Bounded:
         return price
 
     def part(self, which: Any) -> _Bounded:
-        return _Bounded(self.triples[which], self.least[which], self.slope[which])
+        return _Bounded(self.chains[which], self.least[which], self.slope)
 
-    def from_cheapest(self, aim: float) -> _Bounded:
-        return self.part(np.argsort(self.price(aim), kind="stable"))
+    def from_cheapest(self) -> _Bounded:
+        return self.part(np.argsort(self.least, kind="stable"))
 
 
 class _TimeIsUp(Exception):
@@ -93,28 +97,37 @@ class _Search:
         self._slope = 0.0
         self.best: Best | None = None
         self._open: list[_Bounded] = []
-        self._tried = np.empty((0, 3), np.int64)  # triples that were settled before all had bounds
+        self._tried = np.empty((0, _PLACES), np.int64)  # chains that were settled before all had bounds
         self._unknown = True  # until every group of plans has its bound
         self._bounded = self._settled = self._evaluated = 0
 
     def run(self, early_exits: int, progress: Progress) -> None:
         self._singles()
         if early_exits >= 1:
-            pairs = self._pairs()
-            self._open = [pairs]
-            self._unknown = early_exits > 1
-            self._settle_best_first(pairs)
-        if early_exits >= 2:
-            self._try_near(pairs)
-            chains = list(itertools.combinations(sorted(set(self._problem.points.tolist())), 3))
+            least = self._pairs()
+            self._open, self._unknown = [least], early_exits > 1
+            self._settle_best_first(least)
+        every = sorted(set(self._problem.points.tolist()))
+        parts = {exits: list(self._parts(every, exits)) for exits in range(3, early_exits + 2)}
+        done, total = 0, sum(map(len, parts.values())) + 1
+        for exits, some in parts.items():
+            self._try_near(least)
             left = []
-            for done, points in enumerate(chains, start=1):
-                left.append(self._chain(points))
-                progress(done, len(chains) + 1)
-            self._open = [_joined(left)]
-            self._unknown = False
-            self._settle_best_first(self._open[0])
+            for points, seconds in some:
+                left.append(self._group(points, seconds))
+                done += 1
+                progress(done, total)
+            least = _joined(left, self._slope)
+            self._open, self._unknown = [least], exits <= early_exits
+            self._settle_best_first(least)
         self._unknown = False
+
+    def _parts(self, every: list[int], exits: int) -> Iterator[tuple[tuple[int, ...], Array]]:
+        """Exit points of chains, and second heads there, a few at a time."""
+        for points in itertools.combinations(every, exits):
+            seconds = np.flatnonzero(self._problem.points == points[1])
+            for start in range(0, len(seconds), _SECONDS):
+                yield points, seconds[start : start + _SECONDS]
 
     def _check_time(self) -> None:
         if self._clock is not None and self._clock.up:
@@ -129,12 +142,11 @@ class _Search:
         if self.best is None:
             return np.inf if self._unknown or self._open else 0.0
         if self._problem.by_memory:
-            sizes = [self._problem.memory(each.triples[self._may_win(each)]) for each in self._open]
+            sizes = [self._problem.memory(each.chains[self._may_win(each)]) for each in self._open]
             smallest = 0 if self._unknown else min(size.min(initial=self.best.goal) for size in (*sizes, np.empty(0)))
             return float(self.best.goal - smallest)
         if self._problem.wanted.objective < 0:
-            limit = self._limit if self._weight else 0.0
-            gains = [((limit - each.price(self._aim)) / each.slope).max(initial=0.0) for each in self._open]
+            gains = [((self._most - each.price(self._aim)) / each.slope).max(initial=0.0) for each in self._open]
             return float(100.0 - self.best.miou if self._unknown else max(gains, default=0.0))
         least = [each.price(self._aim).min(initial=self.best.goal) for each in self._open]
         reached = self._paid_anyhow() if self._unknown else min(least, default=self.best.goal)
@@ -176,25 +188,39 @@ class _Search:
         return float(self._limit < UNBOUNDED or self._problem.wanted.objective >= 0)
 
     @property
+    def _most(self) -> float:
+        """The price above which no plan is wanted, but for what rounding may add to it."""
+        return float(self._limit) if self._weight else 0.0
+
+    @property
     def _ceiling(self) -> float:
         """What cost - slope * mIoU must not exceed for a plan to be wanted."""
-        limit = float(self._limit) if self._weight else 0.0
-        return limit + _TOLERANCE * max(limit, 1.0) - self._slope * self._aim
+        return self._most + _TOLERANCE * max(self._most, 1.0) - self._slope * self._aim
 
     def _may_win(self, bounded: _Bounded) -> Array:
-        limit = float(self._limit) if self._weight else 0.0
-        within: Array = bounded.price(self._aim) <= limit + _TOLERANCE * max(limit, 1.0)
-        return within & self._fits(bounded.triples)
+        within: Array = bounded.price(self._aim) <= self._most + _TOLERANCE * max(self._most, 1.0)
+        found: Array = within & self._fits(bounded.chains)
+        return found
 
-    def _fits(self, triples: Array) -> Array:
-        """Whether heads (m, 3) take no more memory than a plan that is wanted."""
+    def _fits(self, chains: Array) -> Array:
+        """Whether heads (m, 4) take no more memory than a plan that is wanted."""
         most = self._problem.most_memory
         if self._problem.by_memory and self.best is not None:
             most = min(most, self.best.goal)
-        return np.ones(len(triples), np.bool_) if most == UNBOUNDED else self._problem.memory(triples) <= most
+        return np.ones(len(chains), np.bool_) if most == UNBOUNDED else self._problem.memory(chains) <= most
 
-    def _costs(self, quantity: int, h1: Array, h2: Array, h3: Array) -> Array:
-        return self._problem.paths[quantity].of_exits(self._problem.points, h1, h2, h3)
+    def _costs(self, quantity: int, *heads: Array) -> Array:
+        return self._problem.paths[quantity].of_exits(self._problem.points, *heads)
+
+    def _there(self, chains: Array) -> Array:
+        """Those of the chains (m, 4) that the target has the graphs of, and the memory for."""
+        found: Array = chains[(self._costs(0, *chains.T)[0] >= 0) & self._fits(chains)]
+        return found
+
+    def _chains(self, *heads: Array) -> Array:
+        """Chains (m, 4) of these heads (m,), with none before them."""
+        none = [np.full(len(heads[0]), self._nobody)] * (_PLACES - len(heads))
+        return np.stack([*none, *heads], axis=1)
 
     # from bounds to plans
 
@@ -206,8 +232,7 @@ class _Search:
         kept = runs & (costs * self._images <= wanted.bounds[:, None]).all(axis=0) & (costs[0] <= wanted.percentile[1])
         for h in heads[kept & (mious >= wanted.floor)]:
             goal = int(costs[wanted.objective, h]) * self._images if wanted.objective >= 0 else 0
-            goal = self._goal(np.array([self._nobody, self._nobody, h]), goal)
-            self._offer(Best(goal, float(mious[h]), (problem.names[h],), ()))
+            self._offer(Best(self._goal(self._chains(heads[[h]])[0], goal), float(mious[h]), (problem.names[h],), ()))
         self._evaluated += int(runs.sum())
         spread = max(0.1, float(mious.max() - np.median(mious)))
         self._slope = (
@@ -224,39 +249,39 @@ class _Search:
         rows, cuts = ([str(decision[i]) for decision in found.decisions] for i in (0, 1))
         return found.goal, -found.miou, self._problem.graphs(found.heads), points, found.heads, rows, cuts
 
-    def _settle(self, triples: Array, limit: float) -> Array:
-        """Settle triples (m, 3) up to a bound and keep the best plan; returns each one's least bound (m,)."""
-        wanted = self._problem.wanted
-        costs = np.stack([self._costs(q, *triples.T).T for q in range(len(self._problem.paths))], axis=1)  # (m, q, 3)
+    def _settle(self, chains: Array, limit: float) -> Array:
+        """Settle chains (m, 4) up to a bound and keep the best plan; returns each one's least bound (m,)."""
+        wanted, chains = self._problem.wanted, chains.astype(np.int64)
+        costs = np.stack([self._costs(q, *chains.T).T for q in range(len(self._problem.paths))], axis=1)  # (m, q, 4)
         prices = self._weight * costs[:, self._priced].astype(np.float64)
         floor = max(wanted.floor, self._aim)
         found, evaluated = kernels.settle_all(
-            triples, prices, limit, self._slope, costs, wanted._replace(floor=floor), self._problem.field
+            chains, prices, limit, self._slope, costs, wanted._replace(floor=floor), self._problem.field
         )
         self._evaluated += int(evaluated.sum())
-        for triple, one in zip(triples, found, strict=True):
+        for chain, one in zip(chains, found, strict=True):
             if one[2] >= 0:
-                self._offer(self._plan(triple, one))
-        least: Array = found[:, 6]
+                self._offer(self._plan(chain, one))
+        least: Array = found[:, 8]
         return least
 
-    def _plan(self, triple: Array, found: Array) -> Best:
-        options = [(int(found[2]), int(found[3])), (int(found[4]), int(found[5]))]
-        early = [(h, option) for h, option in zip(triple[:2], options, strict=True) if h != self._nobody]
+    def _plan(self, chain: Array, found: Array) -> Best:
+        options = found[2:8].astype(int).reshape(-1, 2).tolist()
+        early = [(h, option) for h, option in zip(chain[:-1], options, strict=True) if h != self._nobody]
         decisions = tuple((row, self._problem.grid[h][row][cut]) for h, (row, cut) in early)
-        return Best(self._goal(triple, int(found[0])), float(found[1]), self._names(triple), decisions)
+        return Best(self._goal(chain, int(found[0])), float(found[1]), self._names(chain), decisions)
 
-    def _goal(self, triple: Array, summed: int) -> int:
-        return int(self._problem.memory(triple[None])[0]) if self._problem.by_memory else summed
+    def _goal(self, chain: Array, summed: int) -> int:
+        return int(self._problem.memory(chain[None])[0]) if self._problem.by_memory else summed
 
-    def _names(self, triple: Array) -> tuple[str, ...]:
-        return tuple(self._problem.names[h] for h in triple if h != self._nobody)
+    def _names(self, chain: Array) -> tuple[str, ...]:
+        return tuple(self._problem.names[h] for h in chain if h != self._nobody)
 
     def _settle_best_first(self, bounded: _Bounded) -> None:
         """Settle what its bound leaves, the most promising (or smallest) first, until nothing left can be better."""
-        rest = bounded.from_cheapest(self._aim)
+        rest = bounded.from_cheapest()
         if self._problem.by_memory:
-            rest = rest.part(np.argsort(self._problem.memory(rest.triples), kind="stable"))
+            rest = rest.part(np.argsort(self._problem.memory(rest.chains), kind="stable"))
         while len(rest.least):
             self._open = [rest]
             self._check_time()
@@ -264,11 +289,11 @@ class _Search:
             some = some.part(self._may_win(some))
             if not len(some.least) and not self._may_win(rest).any():
                 break
-            triples = some.triples[np.array([self._problem.allowed(self._names(t)) for t in some.triples], np.bool_)]
-            if len(triples):
-                self._settle(triples, self._ceiling)
-                self._settled += len(triples)
-            self._bounded += min(_SETTLED, len(rest.least)) - len(triples)
+            chains = some.chains[np.array([self._problem.allowed(self._names(c)) for c in some.chains], np.bool_)]
+            if len(chains):
+                self._settle(chains, self._ceiling)
+                self._settled += len(chains)
+            self._bounded += min(_SETTLED, len(rest.least)) - len(chains)
             rest = rest.part(slice(_SETTLED, None))
         self._bounded += len(rest.least)
         self._open = []
@@ -277,39 +302,34 @@ class _Search:
 
     def _pairs(self) -> _Bounded:
         points = self._problem.points
-        first, last = np.nonzero(points[:, None] < points[None, :])
-        triples = np.stack([first, np.full(len(first), self._nobody), last], axis=1)
-        triples = triples[(self._costs(0, *triples.T)[0] >= 0) & self._fits(triples)]
-        self._tune(triples[:: len(triples) // _TUNED + 1], (8.0, 4.0, 2.0, 1.4, 1.2, 1.1))
+        chains = self._there(self._chains(*np.nonzero(points[:, None] < points[None, :])))
+        self._tune(chains[:: len(chains) // _TUNED + 1], (8.0, 4.0, 2.0, 1.4, 1.2, 1.1))
         least = [np.empty(0)]
-        for part in np.array_split(triples, len(triples) // _PAIRS + 1):
+        for part in np.array_split(chains, len(chains) // _PAIRS + 1):
             self._check_time()
             least.append(self._settle(part, -np.inf))
-        return _Bounded(triples, np.concatenate(least), np.full(len(triples), self._slope))
+        return _Bounded(chains.astype(np.int16), np.concatenate(least), self._slope)
 
-    def _try_near(self, pairs: _Bounded) -> None:
-        """Settle triples that hold a promising pair, at the slope that they ask for: a good plan to beat the others."""
-        heads = np.arange(self._nobody)
-        found = []
-        for first, _, last in pairs.from_cheapest(self._aim).triples[:_SETTLED]:
-            points = self._problem.points
-            more = heads[(points < points[last]) & (points != points[first])]
-            more = more[:: len(more) // _NEAR + 1]
-            chains = np.stack([np.full(len(more), first), more, np.full(len(more), last)], axis=1)
-            found.append(np.where((points[more] < points[first])[:, None], chains[:, [1, 0, 2]], chains))
-        triples = np.unique(np.concatenate([np.empty((0, 3), np.int64), *found]), axis=0)
-        triples = triples[(self._costs(0, *triples.T)[0] >= 0) & self._fits(triples)]
-        best = self._tune(triples, (2.0, 1.4, 1.2, 1.1))
+    def _try_near(self, bounded: _Bounded) -> None:
+        """Settle chains that hold a promising one and a head more, at the slope that they ask for: a good plan to beat
+        the others."""
+        points, found = np.append(self._problem.points, 0), [np.empty((0, _PLACES), np.int64)]
+        for chain in bounded.from_cheapest().chains[:_SETTLED]:
+            more = np.flatnonzero((points[:-1] < points[chain[-1]]) & ~np.isin(points[:-1], points[chain]))
+            for head in more[:: len(more) // _NEAR + 1]:
+                longer = np.array([*chain[1:], head], np.int64)
+                found.append(longer[np.argsort(points[longer], kind="stable")][None])
+        best = self._tune(self._there(np.unique(np.concatenate(found), axis=0)), (2.0, 1.4, 1.2, 1.1))
+        self._tried = best[:_SETTLED]
         if len(best):
             self._check_time()
-            self._settle(best[:_SETTLED], self._ceiling)
-            self._tried = best[:_SETTLED]
+            self._settle(self._tried, self._ceiling)
             self._settled += len(self._tried)
 
     def _tune(self, sample: Array, spans: tuple[float, ...]) -> Array:
         """Take the slope at which the least of some bounds is highest: the multiplier of the floor, or of the bound.
 
-        Returns those of the `sample` (m, 3) that are left, from the most promising."""
+        Returns those of the `sample` (m, 4) that are left, from the most promising."""
         if not self._weight or not len(sample):
             return sample
         if not self._aim:
@@ -330,50 +350,45 @@ class _Search:
             sample = sample[np.argsort(least, kind="stable")[: max(_SETTLED, len(sample) // 4)]]
         return sample
 
-    def _chain(self, chain: tuple[int, int, int]) -> _Bounded:
-        """The triples of heads at these points that may still be best."""
-        field, slope = self._problem.field, self._slope
-        h1, h2, h3 = (np.flatnonzero(self._problem.points == point) for point in chain)
-        shape = h1[:, None, None], h2[None, :, None], h3[None, None, :]
-        costs = self._costs(self._priced, *shape)  # (3, firsts, seconds, lasts)
-        alive = (self._costs(0, *shape)[0] >= 0) & (costs[0] >= 0)
+    def _group(self, points: tuple[int, ...], second: Array) -> _Bounded:
+        """The chains of heads at these exit points, with some heads at the second, that may still be best."""
+        field = self._problem.field
+        every = [np.flatnonzero(self._problem.points == point) for point in points]
+        coefficients = self._envelope(every)
+        first, *others = every[:1] + every[2:]
+        shape = np.ix_(second, first, *others)  # (seconds, firsts, ..., lasts)
+        heads = [shape[1], shape[0], *shape[2:]]
+        costs = self._costs(self._priced, *heads)  # (exits, seconds, firsts, ..., lasts)
+        alive = (self._costs(0, *heads)[0] >= 0) & (costs[0] >= 0)
         if self._limit < UNBOUNDED:
             alive &= costs.min(axis=0) <= self._limit // self._images
-        chains = np.stack(np.broadcast_arrays(*shape), axis=-1)
-        alive &= self._fits(chains.reshape(-1, 3)).reshape(alive.shape)
-        coefficients = self._envelope(h1, h2, h3)
+        chains = self._chains(*(each[alive] for each in np.broadcast_arrays(*heads)))
+        alive[alive] = self._fits(chains)
         added = np.zeros(field.scores.shape[:2])  # (heads, n)
-        for h in (*h1, *h2, *h3):
+        for h in (*second, *first, *np.concatenate(others)):
             kernels.additions(field.scores[h], coefficients, added[h])
-        prices = np.ascontiguousarray(np.moveaxis(self._weight * costs, 2, 0))  # (seconds, 3, firsts, lasts)
-        alive = np.ascontiguousarray(np.moveaxis(alive, 1, 0))
-        least = [np.empty((0, len(h1), len(h3)))]
-        for part in (slice(start, start + _SECONDS) for start in range(0, len(h2), _SECONDS)):
-            self._check_time()
-            rest = (self._ceiling, slope, added, field, coefficients)
-            least.append(kernels.bound_triples(h2[part], h1, h3, prices[part], alive[part], *rest))
-        second, first, last = np.nonzero(alive)
-        bounds = np.concatenate(least)[second, first, last]
-        triples = np.stack([h1[first], h2[second], h3[last]], axis=1)
-        place = np.array([self._nobody**2, self._nobody, 1])
-        tried = np.isin(triples @ place, self._tried @ place)
-        left = self._may_win(_Bounded(triples, bounds, np.full(len(bounds), slope))) & ~tried
+        prices = np.ascontiguousarray(np.moveaxis(self._weight * costs, 1, 0))  # (seconds, exits, firsts, ..., lasts)
+        self._check_time()
+        bound: Any = kernels.bound_triples if len(points) == 3 else kernels.bound_fours
+        least = bound(second, first, *others, prices, alive, self._ceiling, self._slope, added, field, coefficients)
+        chains = self._chains(*(each[alive] for each in np.broadcast_arrays(*heads)))
+        place = (self._nobody + 1) ** np.arange(_PLACES)
+        tried = np.isin(chains @ place, self._tried @ place)
+        bounded = _Bounded(chains.astype(np.int16), least[alive], self._slope)
+        left = self._may_win(bounded) & ~tried
         self._bounded += int((~left & ~tried).sum())
-        return _Bounded(triples[left], bounds[left], np.full(int(left.sum()), slope))
+        return bounded.part(left)
 
-    def _envelope(self, h1: Array, h2: Array, h3: Array) -> Array:
-        """Coefficients for all triples of these heads: those of a box such as one of them has."""
+    def _envelope(self, heads: list[Array]) -> Array:
+        """Coefficients for all chains of these heads: those of a box such as one of them has."""
         field = self._problem.field
-        spans = field.spans[:, h1][:, :, h2].mean(axis=(1, 2)) + field.spans[:, h2][:, :, h3].mean(axis=(1, 2))
-        near = field.totals[h3].mean(axis=0)
+        spans = sum(field.spans[:, a][:, :, b].mean(axis=(1, 2)) for a, b in itertools.pairwise(heads))
+        near = field.totals[heads[-1]].mean(axis=0)
         found: Array = np.empty_like(near)
         kernels.envelope(np.maximum(0.0, near - spans[1]), near + spans[0], near, field.labelled, found)
         return found
 
 
-def _joined(parts: list[_Bounded]) -> _Bounded:
-    if not parts:
-        return _Bounded(np.empty((0, 3), np.int64), np.empty(0), np.empty(0))
-    return _Bounded(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("triples", "least", "slope"))
-    )
+def _joined(parts: list[_Bounded], slope: float) -> _Bounded:
+    chains = np.concatenate([np.empty((0, _PLACES), np.int16), *(part.chains for part in parts)])
+    return _Bounded(chains, np.concatenate([np.empty(0), *(part.least for part in parts)]), slope)

@@ -15,7 +15,7 @@ Array = NDArray[Any]
 
 
 def memory_of_chains(evidence: Evidence) -> Callable[[Array], Array]:
-    """A function from chains (m, 3) of indices into `evidence.heads` to bytes (m,), as `memory_bytes` gives them.
+    """A function from chains (m, exits) of indices into `evidence.heads` to bytes (m,), as `memory_bytes` gives them.
 
     The index after the last stands for no head. Heads with the same exit point, inputs and outputs take what they do
     but for their weights and workspaces.
@@ -41,7 +41,7 @@ def memory_of_chains(evidence: Evidence) -> Callable[[Array], Array]:
         return without, max(spec.workspace_bytes for spec in graphs if spec.name not in apart)
 
     def memory(chains: Array) -> Array:
-        codes = kind[chains] @ np.array([len(kinds) ** 2, len(kinds), 1])
+        codes = kind[chains] @ len(kinds) ** np.arange(chains.shape[1])
         some, first, alike = np.unique(codes, return_index=True, return_inverse=True)
         for code, chain in zip(some.tolist(), chains[first], strict=True):
             if code not in known:

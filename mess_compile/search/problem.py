@@ -32,22 +32,24 @@ class PathCosts:
     decide: int
     leave: Array
 
-    def of_exits(self, points: Array, h1: Array, h2: Array, h3: Array) -> Array:
-        """(3, ...): what an image costs that leaves at each of three heads, -1 where the target lacks a graph.
+    def of_exits(self, points: Array, *heads: Array) -> Array:
+        """(exits, ...): what an image costs that leaves at each of these heads, -1 where the target lacks a graph.
 
-        A second head one beyond the last stands for none, at the cost of the third.
+        A head one beyond the last stands for none, at the cost of the next.
         """
-        none = h2 == len(points)
-        p1, p2, p3 = points[h1], np.append(points, 0)[h2], points[h3]
-        before = np.where(none, p1, p2)
-        one, two, three = self.step[0, h1], self.step[p1, np.where(none, h3, h2)], self.step[before, h3]
-        first = self.start + one + self.decide
-        second = first + np.where(none, 0, two + self.decide)
-        last = second + three + self.leave[p3]
-        found = np.stack(
-            np.broadcast_arrays(first + self.leave[p1], np.where(none, last, second + self.leave[before]), last)
-        )
-        return np.where((one < 0) | (two < 0) | (three < 0), -1, found)
+        at, paid, runs = np.zeros((), np.int64), np.array(self.start), np.ones((), np.bool_)
+        costs, skipped = [], []
+        for head in heads:
+            none = head == len(points)
+            step = np.where(none, 0, self.step[at, np.where(none, 0, head)])
+            at, runs = np.where(none, at, np.append(points, 0)[head]), runs & (step >= 0)
+            decide = 0 if head is heads[-1] else np.where(none, 0, self.decide)
+            paid = paid + step + decide
+            costs.append(paid + self.leave[at])
+            skipped.append(none)
+        for exit_ in range(len(heads) - 2, -1, -1):
+            costs[exit_] = np.where(skipped[exit_], costs[exit_ + 1], costs[exit_])
+        return np.where(runs, np.stack(np.broadcast_arrays(*costs)), -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ class Problem:
 
     `paths` are the quantities that `wanted` counts, the first the latency. `allowed` says of a plan's heads whether
     they keep the bounds that no threshold moves, `graphs` counts their graphs, `names` are theirs. `memory` is what
-    chains (m, 3) of heads take in bytes, `most_memory` what they may, and `by_memory` whether it is the objective. One
+    chains (m, 4) of heads take in bytes, `most_memory` what they may, and `by_memory` whether it is the objective. One
     `unit` of any other (ms, GMACs, mJ) is so many of the integers.
     """
 

@@ -11,7 +11,7 @@ from mess_compile.runtime.errors import InputError
 from mess_compile.search.plan import FRONT_AXES, FRONT_BY, SETTINGS
 
 OBJECTIVES = ("latency", "accuracy", "workload", "memory", "energy")
-MAX_EXITS = 2
+MAX_EXITS, DEFAULT_EXITS = 3, 2
 _NUMBER = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _MOST = 1e12
 """No latency in ms, memory in bytes or other quantity in its unit is as large."""
@@ -55,7 +55,7 @@ class Requirement:
     max_memory_bytes: int | None = None
     max_workload: Limit | None = None
     baseline_miou: float | None = None
-    max_exits: int = MAX_EXITS
+    max_exits: int = DEFAULT_EXITS
     deadline_ms: float | None = None
     max_latency_p95: Limit | None = None
     max_latency_worst: Limit | None = None

@@ -40,7 +40,7 @@ ROW = np.dtype(
     ]
 )
 Progress = Callable[[int, int], None]
-ENUMERATED = 6e9
+ENUMERATED_EXITS, ENUMERATED = 2, 6e9
 """Plans times images up to which all are enumerated, in about ten seconds on two cores."""
 
 
@@ -93,7 +93,9 @@ def _leads(evidence: Evidence, point: int, deeper: int) -> bool:
 
 
 def is_large(evidence: Evidence, early_exits: int) -> bool:
-    """Whether branch and bound takes less time than an enumeration of all plans."""
+    """Whether branch and bound takes less time than an enumeration of all plans, which takes two early exits at most."""
+    if min(early_exits, len(evidence.candidate.exit_points) - 1) > ENUMERATED_EXITS:
+        return True
     return plans_in_space(evidence, early_exits) * evidence.statistics.images > ENUMERATED
 
 

@@ -58,9 +58,9 @@ class Hard:
 
 
 @st.composite
-def hard_cases(draw: st.DrawFn, most_heads: int = 2, most_images: int = 9) -> Hard:
+def hard_cases(draw: st.DrawFn, drawn: st.SearchStrategy[Evidence]) -> Hard:
     """Random cases with what searches stumble over: ties, deeper exits that cost less, graphs that failed."""
-    case, changes = draw(cases(most_heads, most_images)), draw(CHANGES)
+    case, changes = draw(drawn), draw(CHANGES)
     if "few costs" in changes:
         case = with_costs(case, {name: 0.001 + len(name) % 2 / 1000 for name, _ in case.table.entries})
     if "cheap below" in changes:
@@ -97,13 +97,14 @@ def without_graphs(case: Evidence, names: set[str]) -> Evidence:
     return dataclasses.replace(case, table=dataclasses.replace(case.table, entries=entries, failed=failed))
 
 
-def check_against_every_plan(hard: Hard, data: st.DataObject) -> None:
-    case, plans = hard.case, hard.plans(2)
+def check_against_every_plan(hard: Hard, data: st.DataObject, most_exits: int = 2) -> None:
+    case, plans = hard.case, hard.plans(most_exits)
     if not plans:
         with pytest.raises(RequirementError, match="no plan has all its graphs"):
             large.search(case, Requirement(), in_silence)
         return
-    requirement = requirement_about(data.draw(st.sampled_from(plans)), hard.whole, "input-dependent", data)
+    bounding = data.draw(st.sampled_from(plans))
+    requirement = requirement_about(bounding, hard.whole, "input-dependent", data, most_exits)
     plans = [plan for plan in plans if len(plan.heads) <= requirement.max_exits + 1]
     feasible = [plan for plan in plans if satisfies(plan, requirement, hard.whole)]
     if not feasible:
@@ -137,16 +138,37 @@ def assert_front(front: tuple[Plan, ...], among: list[BrutePlan]) -> None:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)
-@given(hard_cases(), st.data())
+@given(hard_cases(cases()), st.data())
 def test_the_plan_and_the_front_are_those_of_all_plans(hard: Hard, data: st.DataObject) -> None:
     check_against_every_plan(hard, data)
 
 
 @pytest.mark.slow
 @settings(max_examples=3000, deadline=None, suppress_health_check=RELAXED)
-@given(hard_cases(most_heads=3, most_images=12), st.data())
+@given(hard_cases(cases(most_heads=3, most_images=12)), st.data())
 def test_thousands_of_larger_cases(hard: Hard, data: st.DataObject) -> None:
     check_against_every_plan(hard, data)
+
+
+@st.composite
+def deep_cases(draw: st.DrawFn) -> Evidence:
+    """Of four or five exit points, with few cuts: the plans with three early exits can still be walked one by one."""
+    heads = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 1, 1, 1), (1, 2, 1, 1)]))
+    rows, images = draw(st.integers(1, 2)), draw(st.integers(3, 9))
+    return evidence(heads, rows, images, draw(st.integers(0, 10**6)), draw(st.integers(2, 4)), draw(st.booleans()))
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=RELAXED)
+@given(hard_cases(deep_cases()), st.data())
+def test_three_early_exits_are_proven_as_two_are(hard: Hard, data: st.DataObject) -> None:
+    check_against_every_plan(hard, data, most_exits=3)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, suppress_health_check=RELAXED)
+@given(hard_cases(deep_cases()), st.data())
+def test_a_thousand_cases_of_three_early_exits(hard: Hard, data: st.DataObject) -> None:
+    check_against_every_plan(hard, data, most_exits=3)
 
 
 class Ended(Clock):
@@ -379,5 +401,7 @@ def test_no_bound_of_a_group_of_plans_exceeds_the_least_of_them(
         true = Triple(case, problem, heads).true_least(price, slope)
         assert max(least[b, a, r] for least in bounds) <= true + 1e-6
         costs = price.astype(np.int64)[None, None]
-        found, _ = kernels.settle_all(np.array([heads]), price[None], -np.inf, slope, costs, wanted, field)
-        assert found[0, 6] <= true + 1e-6
+        padded = [np.concatenate([each[..., :1], each], axis=-1) for each in (price, costs)]  # none comes first
+        chain = np.array([[len(problem.names), *heads]])
+        found, _ = kernels.settle_all(chain, padded[0][None], -np.inf, slope, padded[1], wanted, field)
+        assert found[0, 8] <= true + 1e-6

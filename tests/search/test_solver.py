@@ -73,7 +73,9 @@ def cases(draw: st.DrawFn, most_heads: int = 2, most_images: int = 9) -> Evidenc
     return with_baseline_alone(case, draw(st.integers(1, 9)) / 1000, seed) if draw(st.booleans()) else case
 
 
-def requirement_about(bounding: BrutePlan, case: Evidence, setting: str, data: st.DataObject) -> Requirement:
+def requirement_about(
+    bounding: BrutePlan, case: Evidence, setting: str, data: st.DataObject, most_exits: int = 2
+) -> Requirement:
     """Bounds on some figures, met by the plan `bounding` with equality (or nearly: a relative one is drawn anyhow)."""
     n = case.statistics.images
     exact: dict[str, Limit] = {
@@ -95,7 +97,7 @@ def requirement_about(bounding: BrutePlan, case: Evidence, setting: str, data: s
         max_err_pp=0.0 if accurate else None,
         baseline_miou=bounding.miou if accurate else None,
         max_memory_bytes=data.draw(st.sampled_from([None, bounding.memory])),
-        max_exits=data.draw(st.integers(0, 2)),
+        max_exits=data.draw(st.integers(0, most_exits)),
         deadline_ms=data.draw(st.sampled_from([None, 0.004, 0.015, 0.03])) if setting == "anytime" else None,
         **limits,
     )
