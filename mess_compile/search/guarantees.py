@@ -281,7 +281,7 @@ def _from_the_boldest(
     )
     plans = [result.plan]
     if requirement == on_front and (requirement.objective or "latency") == "latency" and result.front_complete:
-        careful = [plan for plan in result.front if plan.predicted.miou > result.plan.predicted.miou]
+        careful = _more_careful(result, requirement)
         some = np.linspace(0, len(careful) - 1, min(len(careful), MOST_CAREFUL)).round().astype(int)
         return plans + [careful[i] for i in some]
     for rung in _RUNGS:
@@ -291,6 +291,17 @@ def _from_the_boldest(
         except RequirementError:
             break
     return plans
+
+
+def _more_careful(result: SearchResult, requirement: Requirement) -> list[Plan]:
+    """Plans of the front that err ever less than the chosen one, in memory that is allowed: a front that is by memory
+    keeps no bound on it, and holds plans that only take less."""
+    careful, most = [result.plan], requirement.max_memory_bytes
+    for plan in result.front:
+        fits = most is None or plan.predicted.memory_bytes <= most
+        if fits and plan.predicted.miou > careful[-1].predicted.miou:
+            careful.append(plan)
+    return careful[1:]
 
 
 def _unit(groups: Sequence[str]) -> str:

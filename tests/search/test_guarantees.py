@@ -468,6 +468,28 @@ def test_every_objective_and_setting_can_be_certified(requirement: Requirement) 
     assert max(told.risk_bound_pp, told.miou_drop_bound_pp) <= 2.0
 
 
+@pytest.mark.parametrize(("seed", "place"), [(29, 1), (35, 3), (59, 2), (56, 1)])
+@pytest.mark.parametrize("front_by", [("latency", "miou"), ("latency", "miou", "memory")])
+def test_whatever_the_front_is_by_only_plans_that_keep_the_bounds_are_certified(
+    seed: int, place: int, front_by: tuple[str, ...]
+) -> None:
+    """A front by memory holds plans beyond --max-memory, and plans that err no less and only take less memory."""
+    case = with_groups(evidence((2, 1), 2, images=90, seed=seed), [f"image{i}" for i in range(90)])
+    chosen = part(case, certification_split(case.statistics, 8.0, 0.95, 0)[0].tolist())
+    plans = sorted(all_plans(chosen, "input-dependent", 1), key=lambda plan: (plan.cost_ns, -plan.miou))
+    limit = sorted({plan.memory for plan in plans})[3]
+    rising: list[BrutePlan] = []
+    for plan in plans:
+        least = baseline_of(chosen)[1] - 8.0 if not rising else rising[-1].miou + 1e-9
+        if plan.memory <= limit and plan.miou >= least:
+            rising.append(plan)
+    requirement = Requirement(max_err_pp=8.0, max_exits=1, max_memory_bytes=limit)
+    found = certify([case], requirement, 0.95, front_by=front_by).plan
+    assert found.predicted.memory_bytes <= limit
+    assert (found.guarantee.place, found.guarantee.candidates) == (place, len(rising))
+    assert found.predicted.miou == rising[place - 1].miou
+
+
 def test_when_no_plan_passes_the_refusal_names_what_the_safest_reached() -> None:
     case = drawn()
     chosen, _ = certification_split(case.statistics, 1.0, 0.95, 0)
