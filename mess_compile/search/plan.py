@@ -267,7 +267,7 @@ def result_to_json(result: SearchResult) -> dict[str, Any]:
         "source": source_of(result.plan),
         "plan": asdict(result.plan),
         "front_by": list(result.front_by),
-        "front": [{name: asdict(point)[name] for name in _FRONT_FIELDS} for point in result.front],
+        "front": [{name: point[name] for name in _FRONT_FIELDS} for point in map(asdict, result.front)],
         "front_complete": result.front_complete,
         "certificate": asdict(result.certificate),
         "without_optimism": result.without_optimism,
