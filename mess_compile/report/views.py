@@ -222,9 +222,8 @@ def _iou(statistics: ExitStatistics, heads: NDArray[np.intp]) -> tuple[float | N
 
 def classes_of(evidence: Evidence) -> Classes:
     """The classes, and how well the baseline knows each."""
-    baseline = evidence.baseline
-    head = evidence.candidate.baseline if baseline == "baseline" else baseline
-    index = np.full(evidence.statistics.images, evidence.statistics.head_index(head), np.intp)
+    head = evidence.statistics.head_index(evidence.scored_as(evidence.baseline))
+    index = np.full(evidence.statistics.images, head, np.intp)
     return Classes(evidence.statistics.classes, _iou(evidence.statistics, index))
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from mess_compile.latency import Latency, LatencyTable, stage_graphs
 from mess_compile.runtime.errors import RequirementError
-from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, exits_taken
+from mess_compile.search.bounds import MEASURES
+from mess_compile.search.figures import Evidence, evidence_of_plan, exit_costs_ns, exit_macs, exits_taken
 from mess_compile.search.plan import Plan, SearchResult
 from mess_compile.search.requirement import MAX_EXITS, Limit, Requirement
 from mess_compile.statistics import ExitStatistics, Ints, miou
@@ -115,7 +116,11 @@ def explain(
             helps.append(Help(what, outcome, better / abs(value) if value else 0.0))
     ordered = sorted(helps, key=lambda each: -each.gain)
     return Explanation(
-        _objective(requirement), value, _exit_shares(_evidence_of(evidences, plan), plan), tuple(told), tuple(ordered)
+        _objective(requirement),
+        value,
+        _exit_shares(evidence_of_plan(evidences, plan), plan),
+        tuple(told),
+        tuple(ordered),
     )
 
 
@@ -133,15 +138,7 @@ def objective_value(plan: Plan, requirement: Requirement) -> float:
     """What a plan reaches in the objective: ms, percent of mIoU, GMACs, bytes or mJ."""
     if requirement.setting == "anytime":
         return _anytime_value(plan, requirement.deadline_ms)
-    figures = plan.predicted
-    values = {
-        "latency": figures.latency_ms,
-        "accuracy": figures.miou,
-        "workload": figures.gmacs,
-        "memory": float(figures.memory_bytes),
-        "energy": figures.energy_mj or 0.0,
-    }
-    return values[_objective(requirement)]
+    return float(MEASURES[_objective(requirement)].of(plan.predicted))
 
 
 def _anytime_value(plan: Plan, deadline_ms: float | None) -> float:
@@ -221,7 +218,7 @@ def _asks_for_speed(requirement: Requirement) -> bool:
 
 def _costliest(evidences: Sequence[Evidence], plan: Plan) -> list[tuple[str, str]]:
     """The graphs of the plan that images spend the most time in, with their precision."""
-    evidence, rates = _evidence_of(evidences, plan), plan.predicted.exit_rates
+    evidence, rates = evidence_of_plan(evidences, plan), plan.predicted.exit_rates
     stages = stage_graphs(evidence.candidate, [stage.head for stage in plan.stages])
     spent: dict[tuple[str, str], float] = {}
     for i, stage in enumerate(stages):
@@ -231,10 +228,6 @@ def _costliest(evidences: Sequence[Evidence], plan: Plan) -> list[tuple[str, str
             key = graph, evidence.graph_set.spec(graph).precision
             spent[key] = spent.get(key, 0.0) + share * evidence.table.latency(*key).mean_ms
     return sorted(spent, key=lambda key: -spent[key])[:GRAPHS]
-
-
-def _evidence_of(evidences: Sequence[Evidence], plan: Plan) -> Evidence:
-    return next(each for each in evidences if each.graph_set.recipe == plan.precision)
 
 
 def _with_faster(table: LatencyTable, graph: str, precision: str) -> LatencyTable:
@@ -247,7 +240,7 @@ def _exit_shares(evidence: Evidence, plan: Plan) -> tuple[ExitShare, ...]:
     statistics, heads = evidence.statistics, [stage.head for stage in plan.stages]
     exits = exits_taken(statistics, plan.stages)
     costs, macs = exit_costs_ns(evidence, plan.setting, heads), exit_macs(evidence.candidate, heads)
-    baseline = evidence.candidate.baseline if plan.baseline_name == "baseline" else plan.baseline_name
+    baseline = evidence.scored_as(plan.baseline_name)
     shares = []
     for i, stage in enumerate(plan.stages):
         images = np.flatnonzero(exits == i) if plan.setting != "anytime" else np.arange(statistics.images)

@@ -24,7 +24,7 @@ from mess_compile.latency import (
 from mess_compile.latency import check_current as check_table_current
 from mess_compile.latency import content_sha256 as table_content_sha256
 from mess_compile.runtime.engine import FP32
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.search.plan import Figures, Plan, PlanGraph, Report, Stage, default_point
 from mess_compile.statistics import ExitStatistics, head_miou, miou
 from mess_compile.statistics import check_current as check_statistics_current
@@ -92,9 +92,8 @@ class Evidence:
     @cached_property
     def baselines(self) -> tuple[str, ...]:
         """The single-exit graphs that run on the target and have statistics."""
-        scored = {BASELINE: self.candidate.baseline}
         known = self.statistics.scored
-        return tuple(name for name in self.graph_set.baselines if scored.get(name, name) in known and self.runs([name]))
+        return tuple(name for name in self.graph_set.baselines if self.scored_as(name) in known and self.runs([name]))
 
     @cached_property
     def baseline(self) -> str:
@@ -102,8 +101,12 @@ class Evidence:
         return max(self.baselines, key=self.baseline_miou)
 
     def baseline_miou(self, name: str) -> float:
-        """mIoU in percent of a single-exit graph; that of the candidate network is its final exit."""
-        return head_miou(self.statistics, self.candidate.baseline if name == BASELINE else name)
+        """mIoU in percent of a single-exit graph."""
+        return head_miou(self.statistics, self.scored_as(name))
+
+    def scored_as(self, name: str) -> str:
+        """What the statistics call a single-exit graph; that of the candidate network is its final exit."""
+        return self.candidate.baseline if name == BASELINE else name
 
     @cached_property
     def absent_classes(self) -> tuple[str, ...]:
@@ -130,6 +133,20 @@ def _refuse_no_numbers(table: LatencyTable) -> None:
                 f"the latency table of {table.device} has {entry.mean_ms} ms (p99 {entry.p99_ms}) for {entry.graph}: "
                 f"{table.remedy}"
             )
+
+
+def evidence_of_plan(evidences: Sequence[Evidence], plan: Plan) -> Evidence:
+    """The evidence of the recipe that `plan` was searched in."""
+    return next(evidence for evidence in evidences if evidence.graph_set.recipe == plan.precision)
+
+
+def refuse_different_images(evidences: Sequence[Evidence]) -> None:
+    """Raises StaleError when the recipes' statistics are not of the same images."""
+    if len({evidence.statistics.image_id for evidence in evidences}) > 1:
+        raise StaleError(
+            "the recipes' statistics are of different images, so that their figures cannot be compared: run "
+            "`mess-compile evaluate --precision ...` on the same data for each"
+        )
 
 
 def refuse_without_energy(evidence: Evidence) -> None:

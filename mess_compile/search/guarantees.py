@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mess_compile.candidates import BASELINE
-from mess_compile.runtime.errors import InputError, RequirementError, StaleError
-from mess_compile.search.figures import Evidence, figures_of_stages
+from mess_compile.runtime.errors import InputError, RequirementError
+from mess_compile.search.figures import Evidence, evidence_of_plan, figures_of_stages, refuse_different_images
 from mess_compile.search.paired import (
     RESAMPLES,
     Floats,
@@ -23,14 +22,13 @@ from mess_compile.search.paired import (
     Verdict,
     certified_in_turn,
     drops_pp,
-    evidence_of_plan,
     numbered_groups,
     pairs_of_plans,
 )
-from mess_compile.search.plan import FRONT_BY, Guarantee, Optimism, Plan, SearchResult, default_point
+from mess_compile.search.plan import FRONT_BY, Guarantee, Optimism, Plan, SearchResult
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.rows import Progress
-from mess_compile.search.solver import search_recipes
+from mess_compile.search.solver import search_recipes, search_without_points
 from mess_compile.statistics import ExitStatistics
 
 FOLDS = 5
@@ -62,7 +60,7 @@ def optimism(
     RequirementError with the reason when fewer than two remain. `progress` is told (folds done, folds); `kept` is as
     for `search_recipes`.
     """
-    _refuse_different_images(evidences)
+    refuse_different_images(evidences)
     parts, method = cross_validation_folds(evidences[0].statistics.group, folds)
     if len(parts) < 2:
         raise RequirementError(f"{evidences[0].statistics.images} image is too few for cross-validation")
@@ -162,11 +160,11 @@ def certify(
     the certified one. `front_by` and `kept` are as for `search_recipes`. Raises InputError when the requirement has
     nothing to certify or the images are too few, RequirementError when no plan passes.
     """
-    _refuse_different_images(evidences)
+    refuse_different_images(evidences)
     limit_pp = _limit_pp(requirement, confidence)
     rows = certification_split(evidences[0].statistics, limit_pp, confidence, seed)
     chosen, held = ([_part(evidence, part) for evidence in evidences] for part in rows)
-    result = search_recipes(chosen, requirement, progress, front_by, kept)
+    result = search_without_points(chosen, requirement, progress, front_by, kept)
     plans = _from_the_boldest(chosen, requirement, result, kept)
     baseline = _baseline(chosen)
     first, second = (pairs_of_plans(part, chosen, plans, baseline) for part in (chosen, held))
@@ -185,7 +183,6 @@ def certify(
     plan = replace(
         plan,
         statistics_sha256=whole[plan.precision],
-        operating_points=(default_point(plan.stages, plan.predicted),),
         guarantee=_guarantee(verdict, limit_pp, confidence, seed, images, groups, unit, len(plans)),
     )
     return replace(result, plan=plan, front=front)
@@ -315,13 +312,4 @@ def _part(evidence: Evidence, rows: Index) -> Evidence:
 def _baseline(evidences: Sequence[Evidence]) -> tuple[int, str]:
     """The best single-exit network on these images: the place of its evidence, and its name among what is scored."""
     place = max(range(len(evidences)), key=lambda i: evidences[i].baseline_miou(evidences[i].baseline))
-    name = evidences[place].baseline
-    return place, evidences[place].candidate.baseline if name == BASELINE else name
-
-
-def _refuse_different_images(evidences: Sequence[Evidence]) -> None:
-    if len({evidence.statistics.image_id for evidence in evidences}) > 1:
-        raise StaleError(
-            "the recipes' statistics are of different images: run `mess-compile evaluate --precision ...` on the same "
-            "data for each"
-        )
+    return place, evidences[place].scored_as(evidences[place].baseline)

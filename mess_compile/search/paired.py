@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.search.figures import Evidence, exits_taken
+from mess_compile.search.figures import Evidence, evidence_of_plan, exits_taken
 from mess_compile.search.plan import Plan
 from mess_compile.statistics import head_miou
 
@@ -176,7 +176,3 @@ def numbered_groups(groups: Sequence[str]) -> tuple[list[str], Index]:
     names = list(dict.fromkeys(groups))
     place = {name: i for i, name in enumerate(names)}
     return names, np.array([place[group] for group in groups], np.intp)
-
-
-def evidence_of_plan(evidences: Sequence[Evidence], plan: Plan) -> Evidence:
-    return next(evidence for evidence in evidences if evidence.graph_set.recipe == plan.precision)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.latency import Quantity
-from mess_compile.runtime.errors import InputError, RequirementError, StaleError
+from mess_compile.runtime.errors import InputError, RequirementError
+from mess_compile.search.bounds import MEASURES, Bound, bounds_of, objective_of
 from mess_compile.search.clock import Clock, UnfinishedError
-from mess_compile.search.figures import Evidence, plan_of_stages, refuse_without_energy
+from mess_compile.search.figures import (
+    Evidence,
+    evidence_of_plan,
+    plan_of_stages,
+    refuse_different_images,
+    refuse_without_energy,
+)
 from mess_compile.search.front import front_groups
 from mess_compile.search.kept import kept_rows
 from mess_compile.search.plan import (
@@ -60,32 +67,45 @@ def search(
     satisfies the requirement, UnfinishedError when none was found in time, InputError when it needs energies that the
     latency table lacks.
     """
+    result = _search(evidence, requirement, progress, front_by, kept, clock)
+    return _with_points(evidence, requirement, result) if front_by else result
+
+
+def _search(
+    evidence: Evidence,
+    requirement: Requirement,
+    progress: Progress,
+    front_by: tuple[str, ...],
+    kept: Path | None,
+    clock: Clock | None,
+) -> SearchResult:
+    """As `search`, but for the operating points."""
     if requirement.needs_energy:
         refuse_without_energy(evidence)
     if requirement.setting == "input-dependent" and is_large(evidence, requirement.early_exits):
         from mess_compile.search import large  # compiles when it is first used
 
-        found = large.search(evidence, requirement, progress, front_by, clock)
-        return _with_points(evidence, requirement, found) if front_by else found
+        return large.search(evidence, requirement, progress, front_by, clock)
     rows = kept_rows(evidence, requirement, progress, kept, clock)
-    bounds = _bounds(evidence, requirement, rows.plans)
+    bounds = bounds_of(evidence, requirement).values()
     feasible = _kept(rows, bounds)
     if not feasible.any():
         raise UnfinishedError() if rows.left else RequirementError(_refusal(rows, bounds))
-    objective = _objective(rows.plans, requirement)
+    objective = objective_of(rows.plans, requirement)
     chosen = _best(evidence, rows, np.flatnonzero(feasible), objective[feasible])
     if requirement.deadline_ms is not None and not objective[chosen]:
         raise RequirementError(_too_early(evidence, requirement, rows))
-    fixed = _kept(rows, [bound for bound in bounds if bound.column not in {_AXES[axis] for axis in front_by}])
+    free = {_AXES[axis] for axis in front_by}
+    fixed = _kept(rows, [bound for bound in bounds if bound.measure.column not in free])
     front = _front(evidence, rows, fixed, front_by) if front_by else []
-    result = SearchResult(
-        plan=_plan_of_row(evidence, requirement, rows, chosen),
+    plan = _plan_of_row(evidence, requirement, rows, chosen)
+    return SearchResult(
+        plan=plan,
         front=tuple(_plan_of_row(evidence, requirement, rows, index) for index in front),
-        certificate=_certificate(evidence, requirement, rows, chosen),
+        certificate=_certificate(evidence, requirement, rows, plan),
         front_by=front_by or FRONT_BY,
         front_complete=bool(front_by) and not rows.left,
     )
-    return _with_points(evidence, requirement, result) if front_by else result
 
 
 def _with_points(evidence: Evidence, requirement: Requirement, result: SearchResult) -> SearchResult:
@@ -100,15 +120,15 @@ def _refined(evidence: Evidence, requirement: Requirement, plan: Plan) -> tuple[
     if plan.setting != "input-dependent" or len(plan.stages) == 1:
         return ()
     rows = rows_near(evidence, plan.stages)
-    feasible = _kept(rows, _bounds(evidence, requirement, rows.plans))
-    best = _best(evidence, rows, np.flatnonzero(feasible), _objective(rows.plans, requirement)[feasible])
+    feasible = _kept(rows, bounds_of(evidence, requirement).values())
+    best = _best(evidence, rows, np.flatnonzero(feasible), objective_of(rows.plans, requirement)[feasible])
     found = _plan_of_row(evidence, requirement, rows, best)
     if _order(found, requirement)[:2] >= _order(plan, requirement)[:2]:
         return ()
     return (OperatingPoint(REFINED_POINT, decisions_of(found.stages), found.predicted),)
 
 
-def _certificate(evidence: Evidence, requirement: Requirement, rows: Rows, chosen: int) -> Certificate:
+def _certificate(evidence: Evidence, requirement: Requirement, rows: Rows, chosen: Plan) -> Certificate:
     duplicates = rows.space - rows.evaluated
     if not rows.left:
         return Certificate(rows.space, rows.evaluated, duplicates, bounded=0, gap=0.0, exhaustive=True)
@@ -117,10 +137,9 @@ def _certificate(evidence: Evidence, requirement: Requirement, rows: Rows, chose
     return Certificate(space, rows.evaluated, duplicates, bounded=0, gap=gap, exhaustive=False)
 
 
-def _gap(evidence: Evidence, requirement: Requirement, rows: Rows, chosen: int) -> float:
+def _gap(evidence: Evidence, requirement: Requirement, rows: Rows, chosen: Plan) -> float:
     """What a plan that was left out could gain at the most over the `chosen` one."""
-    plan = _plan_of_row(evidence, requirement, rows, chosen)
-    value = abs(_order(plan, requirement)[0])
+    value = abs(_order(chosen, requirement)[0])
     quantities: dict[str, Quantity] = {"latency": "mean_ms", "energy": "energy_mj"}
     quantity = quantities.get(requirement.objective or "latency")
     if quantity is None:  # no more is known of what is left than that mIoU ends at 100, and the others at 0
@@ -148,21 +167,30 @@ def search_recipes(
     int8 plan near a poor int8 baseline satisfies nobody. Raises as `search` does, and InputError for the anytime
     setting, whose area ends at the baseline's latency, when there are several.
     """
+    result = search_without_points(evidences, requirement, progress, front_by, kept, clock)
+    if not front_by:
+        return result
+    return _with_points(evidence_of_plan(evidences, result.plan), _of_recipes(evidences, requirement), result)
+
+
+def search_without_points(
+    evidences: Sequence[Evidence],
+    requirement: Requirement,
+    progress: Progress = lambda done, total: None,
+    front_by: tuple[str, ...] = FRONT_BY,
+    kept: Path | None = None,
+    clock: Clock | None = None,
+) -> SearchResult:
+    """As `search_recipes`, but that the plan has no operating points beside itself, which take their time."""
     if len(evidences) > 1 and requirement.setting == "anytime":
         names = ", ".join(evidence.graph_set.recipe for evidence in evidences)
         raise InputError(f"the anytime setting compares plans of one recipe: name one of {names} with --precision")
-    if len({evidence.statistics.image_id for evidence in evidences}) > 1:
-        raise StaleError(
-            "the recipes' statistics are of different images, so that their figures cannot be compared: run "
-            "`mess-compile evaluate --precision ...` on the same data for each"
-        )
-    if requirement.baseline_miou is None and len(evidences) > 1:
-        best = max(evidence.baseline_miou(evidence.baseline) for evidence in evidences)
-        requirement = replace(requirement, baseline_miou=best)
+    refuse_different_images(evidences)
+    requirement = _of_recipes(evidences, requirement)
     found, refusals, unfinished = [], [], False
     for evidence in evidences:
         try:
-            found.append(search(evidence, requirement, progress, front_by, kept, clock))
+            found.append(_search(evidence, requirement, progress, front_by, kept, clock))
         except UnfinishedError:
             unfinished = True
         except RequirementError as error:
@@ -187,17 +215,18 @@ def search_recipes(
     )
 
 
+def _of_recipes(evidences: Sequence[Evidence], requirement: Requirement) -> Requirement:
+    """The error of several recipes counts from the best baseline."""
+    if requirement.baseline_miou is not None or len(evidences) == 1:
+        return requirement
+    return replace(requirement, baseline_miou=max(each.baseline_miou(each.baseline) for each in evidences))
+
+
 def _order(plan: Plan, requirement: Requirement) -> tuple[float, float, int]:
     """By objective, then mIoU (greatest), then number of graphs."""
-    figures = plan.predicted
-    objectives: dict[str, float] = {
-        "latency": figures.latency_ms,
-        "accuracy": -figures.miou,
-        "workload": figures.gmacs,
-        "memory": figures.memory_bytes,
-        "energy": figures.energy_mj or 0.0,
-    }
-    return objectives[requirement.objective or "latency"], -figures.miou, len(plan.graphs)
+    objective = requirement.objective or "latency"
+    value = MEASURES[objective].of(plan.predicted)
+    return -value if objective == "accuracy" else value, -plan.predicted.miou, len(plan.graphs)
 
 
 def _merged(plans: list[Plan], front_by: tuple[str, ...]) -> tuple[Plan, ...]:
@@ -211,87 +240,24 @@ def _merged(plans: list[Plan], front_by: tuple[str, ...]) -> tuple[Plan, ...]:
     return tuple(plans[min(group)] for group in groups)
 
 
-@dataclass(frozen=True, eq=False)
-class _Bound:
-    """A bound on one column: at least `limit` for mIoU, at most for the others. `unit` of them make one in messages."""
-
-    column: str
-    name: str
-    limit: float
-    unit: float
-    suffix: str
-
-    @property
-    def sign(self) -> int:
-        return -1 if self.column == "miou" else 1
-
-    def kept(self, plans: NDArray[np.void]) -> Mask:
-        kept: Mask = self.sign * plans[self.column] <= self.sign * self.limit
-        return kept
-
-    def text(self, value: float) -> str:
-        return f"{self.name} {value / self.unit:.4g} {self.suffix}"
-
-    def __str__(self) -> str:
-        return f"{self.name} {'>=' if self.sign < 0 else '<='} {self.limit / self.unit:.4g} {self.suffix}"
-
-
-def _bounds(evidence: Evidence, requirement: Requirement, plans: NDArray[np.void]) -> list[_Bound]:
-    images = evidence.statistics.images
-    bounds = []
-    if requirement.max_err_pp is not None:
-        reference = requirement.counts_from(evidence.baseline_miou(evidence.baseline))
-        bounds.append(_Bound("miou", "mIoU", reference - requirement.max_err_pp, 1, "%"))
-    if requirement.max_latency is not None:
-        limit = requirement.max_latency.resolved(evidence.baseline_cost_ns(), 1e6)
-        bounds.append(_Bound("cost_ns", "latency", float(limit * images), 1e6 * images, "ms"))
-    if requirement.max_latency_p95 is not None:
-        limit = requirement.max_latency_p95.resolved(evidence.baseline_cost_ns(), 1e6)
-        bounds.append(_Bound("p95_ns", "p95 latency", limit, 1e6, "ms"))
-    if requirement.max_latency_worst is not None:
-        limit = requirement.max_latency_worst.resolved(evidence.baseline_cost_ns("p99_ms"), 1e6)
-        bounds.append(_Bound("worst_ns", "worst-case latency", limit, 1e6, "ms"))
-    if requirement.max_energy is not None:
-        limit = requirement.max_energy.resolved(evidence.baseline_cost_ns("energy_mj"), 1e6)
-        bounds.append(_Bound("energy_nj", "energy", float(limit * images), 1e6 * images, "mJ"))
-    if requirement.max_workload is not None:
-        limit = requirement.max_workload.resolved(evidence.candidate.baseline_macs, 1e9)
-        bounds.append(_Bound("macs", "workload", float(limit * images), 1e9 * images, "GMACs"))
-    if requirement.max_memory_bytes is not None:
-        bounds.append(_Bound("memory_bytes", "memory", requirement.max_memory_bytes, 1 << 20, "MiB"))
-    return bounds
-
-
-def _kept(rows: Rows, bounds: list[_Bound]) -> Mask:
+def _kept(rows: Rows, bounds: Collection[Bound]) -> Mask:
     kept = np.ones(len(rows.plans), np.bool_)
     for bound in bounds:
         kept &= bound.kept(rows.plans)
     return kept
 
 
-def _refusal(rows: Rows, bounds: list[_Bound]) -> str:
+def _refusal(rows: Rows, bounds: Collection[Bound]) -> str:
     wanted = " and ".join(map(str, bounds))
     reachable = []
     for bound in bounds:
         others = [other for other in bounds if other is not bound]
-        values = rows.plans[bound.column][_kept(rows, others)]
-        if values.size:
-            best = bound.text((bound.sign * values).min() * bound.sign)
-            reachable.append(best + (f" with {' and '.join(map(str, others))}" if others else ""))
+        plans = rows.plans[_kept(rows, others)]
+        if plans.size:
+            reachable.append(bound.best_of(plans) + (f" with {' and '.join(map(str, others))}" if others else ""))
     if not reachable:
-        best_alone = (bound.text((bound.sign * rows.plans[bound.column]).min() * bound.sign) for bound in bounds)
-        reachable = [f"{text} alone" for text in best_alone]
+        reachable = [f"{bound.best_of(rows.plans)} alone" for bound in bounds]
     return f"no plan satisfies {wanted}; best reachable: {', or '.join(reachable)}"
-
-
-def _objective(plans: NDArray[np.void], requirement: Requirement) -> NDArray[Any]:
-    """What is to be minimised."""
-    if requirement.setting == "anytime":
-        return -plans["score"]
-    if requirement.objective == "accuracy":
-        return -plans["miou"]
-    columns = {"latency": "cost_ns", "workload": "macs", "memory": "memory_bytes", "energy": "energy_nj"}
-    return plans[columns[requirement.objective or "latency"]]
 
 
 def _best(evidence: Evidence, rows: Rows, among: NDArray[np.intp], objective: NDArray[Any]) -> int:
