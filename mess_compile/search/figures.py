@@ -26,6 +26,7 @@ from mess_compile.latency import content_sha256 as table_content_sha256
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.search.plan import Figures, Plan, PlanGraph, Report, Stage, default_point
+from mess_compile.search.space import Grids, cut_grids
 from mess_compile.statistics import ExitStatistics, head_miou, miou
 from mess_compile.statistics import check_current as check_statistics_current
 from mess_compile.statistics import content_sha256 as statistics_content_sha256
@@ -66,6 +67,11 @@ class Evidence:
         return tuple(
             head for head in self.candidate.heads if head.name in known and self.runs([head_graph_name(head.name)])
         )
+
+    @cached_property
+    def cuts(self) -> dict[str, Grids]:
+        """The cuts of each of `heads`."""
+        return {head.name: cut_grids(self.statistics, head.name) for head in self.heads}
 
     def runs(self, graphs: Iterable[str]) -> bool:
         """Whether the target has every one of these graphs."""

@@ -12,7 +12,7 @@ from mess_compile.search.enumeration import Scores, best_outcomes, merged, state
 from mess_compile.search.figures import Evidence, exit_costs_ns, exits_taken, figures_of_stages
 from mess_compile.search.front import front_groups
 from mess_compile.search.plan import POINT_NAMES, Figures, OperatingPoint, Stage, decisions_of, default_point
-from mess_compile.search.space import head_options, nobody
+from mess_compile.search.space import cut_grids, head_options, nobody
 from mess_compile.statistics import ExitStatistics
 
 Index = NDArray[np.intp]
@@ -68,7 +68,7 @@ def thresholds_front(statistics: ExitStatistics, stages: Sequence[Stage], costs:
     """
     scores = Scores(statistics)
     early, last = [stage.head for stage in stages[:-1]], stages[-1]
-    options = [head_options(statistics, head) for head in early]
+    options = [head_options(statistics, head, cut_grids(statistics, head)) for head in early]
     first, second = options if len(options) == 2 else (nobody(statistics.images), *options)
     blocks = states_of_pair(first, second)
     found = merged([best_outcomes(scores, (early[0], early[-1]), last.head, first.leaves, each) for each in blocks])

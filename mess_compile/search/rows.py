@@ -19,8 +19,8 @@ from mess_compile.search.enumeration import Outcomes, Scores, best_outcomes, mer
 from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs
 from mess_compile.search.plan import Stage
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.space import Options, chains, cut_grid, head_options, last_heads, nobody, options_near
-from mess_compile.statistics import ExitStatistics, head_miou
+from mess_compile.search.space import Options, chains, head_options, last_heads, nobody, options_near
+from mess_compile.statistics import head_miou
 
 NO_OPTION = -1
 ROW = np.dtype(
@@ -47,12 +47,12 @@ ENUMERATED_EXITS, ENUMERATED = 2, 6e9
 class HeadOptions(dict[str, Options]):
     """The options of each early head, found when they are first asked for."""
 
-    def __init__(self, statistics: ExitStatistics) -> None:
+    def __init__(self, evidence: Evidence) -> None:
         super().__init__()
-        self._statistics = statistics
+        self._evidence = evidence
 
     def __missing__(self, head: str) -> Options:
-        self[head] = head_options(self._statistics, head)
+        self[head] = head_options(self._evidence.statistics, head, self._evidence.cuts[head])
         return self[head]
 
 
@@ -74,12 +74,11 @@ class Rows:
 
 def plans_in_space(evidence: Evidence, early_exits: int) -> int:
     """How many plans there are: for each chain of heads every pair of a row and a cut at each early one."""
-    statistics, points = evidence.statistics, len(evidence.candidate.exit_points)
+    points = len(evidence.candidate.exit_points)
     heads, options = np.zeros(points + 1, np.int64), np.zeros(points + 1, np.int64)
     for head in evidence.heads:
-        counts = statistics.counts[:, statistics.head_index(head.name)]
         heads[head.exit_point] += 1
-        options[head.exit_point] += sum(len(cut_grid(counts[:, row])) for row in range(counts.shape[1]))
+        options[head.exit_point] += sum(map(len, evidence.cuts[head.name]))
     after = [[q for q in range(p + 1, points + 1) if _leads(evidence, p, q)] for p in range(points + 1)]
     endings = [[sum(int(heads[q]) for q in after[p]) for p in range(points + 1)]]  # from a point on, by early heads
     for _ in range(early_exits):
@@ -107,7 +106,7 @@ def rows_of_plans(evidence: Evidence, requirement: Requirement, progress: Progre
     if requirement.setting == "anytime":
         return _anytime_rows(evidence, requirement)
     beginnings = tuple(chains(evidence.heads, len(evidence.candidate.exit_points), requirement.early_exits))
-    ledger, done = _Ledger(evidence, HeadOptions(evidence.statistics)), 0
+    ledger, done = _Ledger(evidence, HeadOptions(evidence)), 0
     with nullcontext() if clock is None else clock.ends_by_interrupt():
         for early in beginnings:
             ledger.add(early, _lasts(evidence, early))
@@ -159,7 +158,7 @@ def _anytime_rows(evidence: Evidence, requirement: Requirement) -> Rows:
     plans["first"] = plans["second"] = NO_OPTION
     for name in found[0].columns:
         plans[name] = np.concatenate([each.columns[name] for each in found])
-    return Rows(whole, HeadOptions(evidence.statistics), plans, len(whole), len(whole))
+    return Rows(whole, HeadOptions(evidence), plans, len(whole), len(whole))
 
 
 def _rows_of_chain(evidence: Evidence, index: int, heads: tuple[str, ...], found: Outcomes) -> NDArray[np.void]:

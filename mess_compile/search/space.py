@@ -13,6 +13,8 @@ from mess_compile.statistics import ExitStatistics
 
 CUTS = 32
 NEAR = 64
+Grids = tuple[tuple[int, ...], ...]
+"""The cuts of a head, by threshold row."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +41,10 @@ def nobody(images: int) -> Options:
     return Options(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros((1, images), np.bool_), 1)
 
 
-def head_options(statistics: ExitStatistics, head: str) -> Options:
-    """All pairs of a threshold row and a cut of `head`, without duplicates in effect."""
+def head_options(statistics: ExitStatistics, head: str, grids: Grids) -> Options:
+    """All pairs of a threshold row and a cut of `head`, of its `grids`, without duplicates in effect."""
     counts = np.asarray(statistics.counts[:, statistics.head_index(head)])  # (n, rows)
-    decisions = [(row, cut) for row in range(counts.shape[1]) for cut in cut_grid(counts[:, row])]
+    decisions = [(row, cut) for row, grid in enumerate(grids) for cut in grid]
     first_of: dict[bytes, tuple[int, int]] = {}
     for row, cut in sorted(decisions, key=lambda decision: (str(decision[0]), str(decision[1]))):
         first_of.setdefault(np.packbits(counts[:, row] >= cut).tobytes(), (row, cut))
@@ -61,6 +63,11 @@ def options_near(statistics: ExitStatistics, head: str, row: int, cut: int) -> O
     near = near[np.unique(np.linspace(0, len(near) - 1, min(len(near), NEAR)).round().astype(int))]
     cuts = np.array(sorted({cut, *near.tolist()}, key=str), np.int64)
     return Options(np.full(len(cuts), row, np.int64), cuts, counts[None] >= cuts[:, None], len(cuts))
+
+
+def cut_grids(statistics: ExitStatistics, head: str) -> Grids:
+    counts = np.asarray(statistics.counts[:, statistics.head_index(head)])  # (n, rows)
+    return tuple(cut_grid(counts[:, row]) for row in range(counts.shape[1]))
 
 
 def cut_grid(counts: NDArray[np.int32]) -> tuple[int, ...]:
