@@ -18,7 +18,7 @@ from mess_compile.runtime.errors import InputError, RequirementError, StaleError
 from mess_compile.search import plan as plans
 from mess_compile.search.clock import Clock
 from mess_compile.search.requirement import Requirement
-from mess_compile.targets import Target, known_targets, targets_here
+from mess_compile.targets import Target, targets_here
 from mess_compile.workspace import Progress, Workspace, silent
 
 if TYPE_CHECKING:
@@ -57,6 +57,43 @@ def search(
     Evaluates first when statistics are stale. Ctrl-C ends the search with the best plan so far, and the
     cross-validation after it without a figure.
     """
+    return tuple(_found(workspace, devices, split, requirement, progress, options)[0])
+
+
+def search_and_explain(
+    workspace: Workspace,
+    devices: Sequence[str] = (),
+    split: str | None = None,
+    requirement: Requirement = FASTEST,
+    progress: Progress = silent,
+    options: SearchOptions = SearchOptions(),
+) -> tuple[tuple[plans.SearchResult, Explanation], ...]:
+    """As `search`, and why each plan was chosen.
+
+    It compares with other optima: `options` with a time limit or a confidence may give another plan.
+    """
+    from mess_compile.search import explain as explaining
+    from mess_compile.search.solver import search_recipes
+
+    results, evidences = _found(workspace, devices, split, requirement, progress, options)
+    find = partial(search_recipes, front_by=(), kept=workspace.searches)
+    otherwise = partial(search_recipes, front_by=())
+    told = partial(progress, "explain")
+    return tuple(
+        (result, explaining.explain(each, requirement, result.plan, find, otherwise, told))
+        for result, each in zip(results, evidences, strict=True)
+    )
+
+
+def _found(
+    workspace: Workspace,
+    devices: Sequence[str],
+    split: str | None,
+    requirement: Requirement,
+    progress: Progress,
+    options: SearchOptions,
+) -> tuple[list[plans.SearchResult], list[list[Evidence]]]:
+    """For each device what was found, and by what."""
     targets = [target_of(workspace, device) for device in dict.fromkeys(devices or (None,))]
     _refuse_to_overwrite(options.output, len(targets))
     clock = Clock(math.inf if options.time_limit_s is None else options.time_limit_s)
@@ -70,11 +107,10 @@ def search(
         except RequirementError as error:
             raise RequirementError(f"{name}: {error}" if len(evidences) > 1 else str(error)) from error
     _write(workspace, results, options.output)
-    if options.confidence is not None:
-        return tuple(results)
-    told = tuple(_expected(list(evidences.values()), results, requirement, options, workspace.searches, progress))
-    _write(workspace, told, options.output)
-    return told
+    if options.confidence is None:
+        results = list(_expected(list(evidences.values()), results, requirement, options, workspace.searches, progress))
+        _write(workspace, results, options.output)
+    return results, list(evidences.values())
 
 
 def _refuse_to_overwrite(output: Path | None, devices: int) -> None:
@@ -139,25 +175,6 @@ def _expected(
             yield replace(result, without_optimism=without)
 
 
-def explain(
-    workspace: Workspace,
-    device: str | None,
-    split: str | None,
-    requirement: Requirement,
-    plan: plans.Plan,
-    progress: Progress = silent,
-    precisions: Sequence[str] | None = None,
-) -> Explanation:
-    """Why `search` with the same arguments chose this plan."""
-    from mess_compile.search import explain as explaining
-    from mess_compile.search.solver import search_recipes
-
-    evidences = _evidences(workspace, target_of(workspace, device), split, progress, precisions)
-    find = partial(search_recipes, front_by=(), kept=workspace.searches)
-    otherwise = partial(search_recipes, front_by=())
-    return explaining.explain(evidences, requirement, plan, find, otherwise, partial(progress, "explain"))
-
-
 def shared(workspace: Workspace, results: Sequence[plans.SearchResult]) -> Shared:
     """What the chosen plans of several devices have in common."""
     from mess_compile import common_graphs
@@ -183,7 +200,7 @@ def _evidences(
             f"{target.name} was profiled in {', '.join(known)}, not in {absent[0]!r}: run `mess-compile profile "
             f"--device {target.name} --precision {','.join([*known, absent[0]])}`"
         )
-    _check_power_mode(table, target, workspace)
+    _check_power_mode(table, target)
     evidences = []
     for recipe in map(known.__getitem__, precisions or known):
         graph_set = settled_graphs_of(workspace, recipe, target.name)
@@ -193,10 +210,10 @@ def _evidences(
     return evidences
 
 
-def _check_power_mode(table: latency.LatencyTable, target: Target, workspace: Workspace) -> None:
+def _check_power_mode(table: latency.LatencyTable, target: Target) -> None:
     """Raises StaleError when this machine is the target, and now runs in another power mode than was measured in."""
     wanted = table.environment.get("power_mode")
-    if wanted is None or target.name not in {here.name for here in _targets_here(workspace)}:
+    if wanted is None or not targets_here((target,), machine.this_machine()):
         return
     found = power.read_state().power_mode
     if found != wanted:
@@ -204,10 +221,6 @@ def _check_power_mode(table: latency.LatencyTable, target: Target, workspace: Wo
             f"the latency table of {target.name} was measured in power mode {wanted}, and now it is "
             f"{found or 'unknown'}: set it back, or run `mess-compile profile --device {target.name}`"
         )
-
-
-def _targets_here(workspace: Workspace) -> tuple[Target, ...]:
-    return targets_here(known_targets(workspace.root).values(), machine.this_machine())
 
 
 def settled_graphs_of(workspace: Workspace, recipe: str, device: str) -> GraphSet:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile import __version__, extras, latency, scenes, statistics
+from mess_compile import __version__, extras, files, latency, scenes, statistics
 from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, verify_graph_set
 from mess_compile.compiling import RecipeBuild
 from mess_compile.compiling import engine_files as _engine_files
@@ -28,13 +28,12 @@ from mess_compile.running import ImageResult, RunOptions, VideoResult, run
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime import frames
 from mess_compile.runtime.engine import open_library
-from mess_compile.runtime.errors import InputError, StaleError
+from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.manifest import EngineFile, Manifest
-from mess_compile.runtime.manifest import Plan as ManifestPlan
 from mess_compile.runtime.versions import RELEASE
 from mess_compile.search import plan as plans
 from mess_compile.search.requirement import Requirement
-from mess_compile.searching import SearchOptions, explain, search, settled_graphs_of, shared
+from mess_compile.searching import SearchOptions, search, search_and_explain, settled_graphs_of, shared
 from mess_compile.ship import Options as ShipOptions
 from mess_compile.ship import expected as foresee_ship
 from mess_compile.ship import look as ships
@@ -45,7 +44,6 @@ from mess_compile.workspace import Progress, Workspace, open_workspace, silent
 if TYPE_CHECKING:
     from mess_compile.bench import Bench, DeadlineBench
     from mess_compile.bundle import Part
-    from mess_compile.measurements import Measurements
     from mess_compile.nets.network import Architecture
     from mess_compile.training.parallel import Machines
     from mess_compile.training.recipe import Recipe
@@ -74,7 +72,6 @@ __all__ = [
     "doctor",
     "estimate",
     "evaluate",
-    "explain",
     "export",
     "foresee_build",
     "foresee_profile",
@@ -87,6 +84,7 @@ __all__ = [
     "rollback",
     "run",
     "search",
+    "search_and_explain",
     "shared",
     "ship",
     "ships",
@@ -296,19 +294,26 @@ def bundle(
 
 
 def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleOptions, progress: Progress) -> Part:
-    """A plan that is current, with what a bundle takes of it; graphs rewritten for its target lie in `folder`."""
+    """A plan that is current, with what a bundle takes of it; graphs rewritten for its target lie in `folder`.
+
+    Statistics that are gone leave a gap in what it rests on, latencies may not.
+    """
     from mess_compile.bundle import Part
+    from mess_compile.measurements import measurements_of
 
     target = find_target(plan.device, workspace.root)
     graph_set = settled_graphs_of(workspace, plan.precision, plan.device)
     plans.check_plan_current(plan, graph_set)
+    table = latency.read_latency_table(workspace.latency(plan.device))
     sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
     tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
-    _check_sources(workspace, plan.device, sources, tuning)
+    known = _tuning_statistics(table, plan.device, sources, tuning)
+    latency.check_current(table, graph_set)
     folder.mkdir()
     forms = _forms(graph_set, plan, target, folder)
     engines = _engines_to_take(workspace, target, plan, progress) if options.engines else {}
-    return Part(graph_set, plan, _measurements(workspace, graph_set, plan), target.device, forms, engines)
+    measurements = measurements_of(plan, graph_set, table, known)
+    return Part(graph_set, plan, measurements, target.device, forms, engines)
 
 
 def _check_outputs(sources: Sequence[Path], bundle: Path, single_file: Path | None) -> None:
@@ -363,21 +368,6 @@ def _gpu(target: Target) -> tuple[str, tuple[int, int]]:
         return library.builds_for
 
 
-def _measurements(workspace: Workspace, graph_set: GraphSet, plan: plans.Plan) -> Measurements:
-    """What the plan rests on; statistics that are gone or of other graphs leave a gap, latencies may not."""
-    from mess_compile.measurements import measurements_of
-
-    table = latency.read_latency_table(workspace.latency(plan.device))
-    latency.check_current(table, graph_set)
-    tuning = workspace.tuning_statistics(plan.predicted.split, graph_set.recipe, plan.tuned_by)
-    try:
-        found = statistics.read_statistics(tuning)
-        statistics.check_current(found, graph_set)
-    except (InputError, StaleError):
-        return measurements_of(plan, graph_set, table, None)
-    return measurements_of(plan, graph_set, table, found)
-
-
 def _forms(graph_set: GraphSet, plan: plans.Plan, target: Target, folder: Path) -> dict[str, Path]:
     """The plan's graphs that the target's parser does not take as they are, rewritten for it in `folder`, their weights
     in a store there."""
@@ -417,11 +407,13 @@ def bench(
         graph_set = settled_graphs_of(workspace, plan.precision, plan.target)
         verify_graph_set(graph_set)
         latency.check_current(table, graph_set)  # now, rather than after minutes of measuring
+        known = None
         if cascade.manifest.network.identity == graph_set.candidate.identity:  # else `bench` refuses the bundle
             tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
-            _check_sources(workspace, plan.target, plan.sources, tuning)
+            known = _tuning_statistics(table, plan.target, plan.sources, tuning)
+        tuned_on = frozenset(known.image_id if known else ())
         (engines,) = _engine_files(workspace, device, (plan.precision.partition("-")[0],), None, None, progress)
-        found = benches.bench(cascade, engines, table, folder, _tuned_on(workspace, plan), passes, progress)
+        found = benches.bench(cascade, engines, table, folder, tuned_on, passes, progress)
         with suppress(OSError):  # a workspace that cannot be written is measured all the same
             write_bench(workspace.bench(plan.target), found, plan)
         return found
@@ -446,17 +438,17 @@ def bench_deadline(
         return benches.bench_deadline(cascade, folder, deadline_ms, passes, progress)
 
 
-def _tuned_on(workspace: Workspace, plan: ManifestPlan) -> frozenset[str]:
-    """The images that the plan was chosen on, as far as their statistics are still here."""
-    tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
-    return frozenset(statistics.read_statistics(tuning).image_id if tuning.is_dir() else ())
+def _tuning_statistics(
+    table: latency.LatencyTable, device: str, known: Mapping[str, str], tuning: Path
+) -> statistics.ExitStatistics | None:
+    """The statistics that a plan was chosen on, None when they are not here.
 
-
-def _check_sources(workspace: Workspace, device: str, known: Mapping[str, str], tuning: Path) -> None:
-    """Raises StaleError when what a plan was searched from is here, and is not what it was."""
-    found, table = {}, workspace.latency(device)
-    if table.is_file():
-        found["latency table"] = latency.content_sha256(latency.read_latency_table(table))
+    Raises StaleError when they or the table are not what the plan was searched from, by the `known` hashes.
+    """
+    files.recovered(tuning)
+    found, read = {"latency table": latency.content_sha256(table)}, None
     if tuning.is_dir():
-        found["statistics"] = statistics.content_sha256(statistics.read_statistics(tuning))
+        read = statistics.read_statistics(tuning)
+        found["statistics"] = statistics.content_sha256(read)
     plans.check_sources_current(device, known, found)
+    return read

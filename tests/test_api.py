@@ -76,14 +76,11 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 def test_a_notebook_need_not_say_what_a_command_need_not(name: str) -> None:
     """Only what a command asks for, too, has no default: data and what to train, a bundle, images, a plan, places."""
     known = {"workspace", "data", "choice", "recipe", "bundle", "images", "things", "thing", "path", "deadline_ms"}
-    known |= {"device", "split", "requirement", "plan", "passes", "progress", "results"}
-    known |= {"sources", "places", "text"}
+    known |= {"split", "passes", "progress", "results", "sources", "places", "text"}
     asked = {p.name for p in inspect.signature(getattr(steps, name)).parameters.values() if p.default is p.empty}
     assert asked <= known
-    if name not in ("explain", "bench_deadline"):
+    if name != "bench_deadline":
         assert not asked & {"progress", "split", "passes"}
-    if name != "explain":
-        assert not asked & {"device", "requirement", "plan"}
 
 
 def test_what_functions_tell_is_what_commands_print(finished: Path) -> None:

@@ -89,23 +89,22 @@ def search(
 
     _refuse_what_does_not_fit(options, confidence, {"--seed": seed, "--time-limit": time_limit, "--explain": explain})
     requirement = _requirement(options)
-    recipes = None if precision is None else tuple(dict.fromkeys(precision.split(",")))
     how = steps.SearchOptions(
-        precisions=recipes,
+        precisions=None if precision is None else tuple(dict.fromkeys(precision.split(","))),
         front_by=parse_front(front),
         time_limit_s=None if time_limit is None else parse_seconds(time_limit, "--time-limit"),
         confidence=None if confidence is None else parse_confidence(confidence),
         seed=seed or 0,
         output=output,
     )
+    reasons: list[inspection.Inspection] = []
     with progress_bar(as_json) as progress:
-        results = steps.search(workspace, devices, split, requirement, progress, how)
-        reasons = [
-            inspection.inspect_explanation(
-                steps.explain(workspace, found.plan.device, split, requirement, found.plan, progress, recipes)
-            )
-            for found in (results if explain else ())
-        ]
+        if explain:
+            explained = steps.search_and_explain(workspace, devices, split, requirement, progress, how)
+            results = tuple(result for result, _ in explained)
+            reasons = [inspection.inspect_explanation(reason) for _, reason in explained]
+        else:
+            results = steps.search(workspace, devices, split, requirement, progress, how)
     common = steps.shared(workspace, results) if len(results) > 1 else None
     if as_json:
         contents = {result.plan.device: result_to_json(result) for result in results}

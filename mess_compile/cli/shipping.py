@@ -66,7 +66,7 @@ def ship(workspace: Workspace, /, things: tuple[str, ...], as_json: bool, **opti
     )
     if options["dry_run"]:
         return _print_expected(Path(things[0]), ships.expected(Path(things[0]), places, chosen), as_json)
-    tell = _teller(places, as_json)
+    tell = _teller(as_json)
     if options["rollback"]:
         found = ships.rollback(places, chosen, tell)
     else:
@@ -105,7 +105,7 @@ def _choice(workspace: Workspace, data: Path | None, key: Path | None) -> Any:
     return Choice(data, read_graph_set(workspace.graphs).candidate, key)
 
 
-def _teller(places: Sequence[Place], as_json: bool) -> Callable[[Place, str], None]:
+def _teller(as_json: bool) -> Callable[[Place, str], None]:
     """Progress by lines on standard error."""
 
     def tell(place: Place, text: str) -> None:
