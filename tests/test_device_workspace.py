@@ -339,7 +339,7 @@ def test_the_search_over_recipes_holds_plans_against_the_best_baseline(workspace
             read_statistics(Workspace(workspace).statistics("val", recipe, "host")) for recipe in ("fp32", "fp16")
         )
     ]
-    assert result.plan.baseline.miou == pytest.approx(max(baselines))
+    assert result.plan.reference_miou == pytest.approx(max(baselines))
     assert result.plan.predicted.miou >= max(baselines) - 0.5
 
 
