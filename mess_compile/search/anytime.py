@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,13 @@ from numpy.typing import NDArray
 
 from mess_compile.candidates import Head, head_graph_name, output_name, segment_name
 from mess_compile.latency import DOWNLOAD, UPLOAD, Quantity, graph_cost_ns
+from mess_compile.runtime.errors import InputError
 from mess_compile.search.figures import Evidence
 from mess_compile.search.requirement import Requirement
 from mess_compile.statistics import head_miou
 
 Values = NDArray[Any]
+_MOST_CHAINS = 5_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +34,10 @@ def anytime_chains(evidence: Evidence, requirement: Requirement) -> list[Chains]
     """Every chain of at most `early_exits` + 1 heads at ever deeper exit points, as far as the target has its graphs.
 
     Their `score` is the best mIoU (percent) reported by the deadline or, without one, its mean from 0 to the baseline's
-    latency; zero before the first report.
+    latency; zero before the first report. Raises InputError when they are too many.
     """
     at = {point: [head for head in evidence.heads if head.exit_point == point] for point in _points(evidence)}
+    _refuse_too_many(requirement.early_exits, [len(heads) for heads in at.values()])
     mious = {head.name: head_miou(evidence.statistics, head.name) for head in evidence.heads}
     found = []
     for size in range(1, requirement.early_exits + 2):
@@ -41,6 +45,15 @@ def anytime_chains(evidence: Evidence, requirement: Requirement) -> list[Chains]
             if evidence.runs(_fixed_graphs(evidence, points)):
                 found.append(_chains(evidence, requirement, points, [at[point] for point in points], mious))
     return found
+
+
+def _refuse_too_many(early_exits: int, heads: Sequence[int]) -> None:
+    count = sum(math.prod(some) for size in range(early_exits + 1) for some in itertools.combinations(heads, size + 1))
+    if count > _MOST_CHAINS:
+        raise InputError(
+            f"the anytime setting looks at every one of {count} chains of heads: they are more than memory holds, so "
+            f"use --max-exits {early_exits - 1}"
+        )
 
 
 def _points(evidence: Evidence) -> list[int]:

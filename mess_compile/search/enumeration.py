@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,13 +69,15 @@ class States:
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """Evaluated decisions as columns: the options taken, images at each early exit, mIoU in percent."""
+    """Evaluated decisions: options `taken` and images `at` each early exit (rows, exits), mIoU in percent (rows,)."""
 
-    first: Index
-    second: Index
-    at_first: Ints
-    at_second: Ints
+    taken: Index
+    at: Ints
     miou: Floats
+
+    def of_last(self, early: int) -> Outcomes:
+        """The same without the heads before the last `early` ones, which stand for none."""
+        return Outcomes(self.taken[:, -early:], self.at[:, -early:], self.miou)
 
 
 def states_of_pair(first: Options, second: Options) -> Iterator[States]:
@@ -140,7 +142,26 @@ def best_outcomes(
     at_best = np.flatnonzero(miou == np.repeat(best, np.diff(states.starts, append=len(miou))))
     group = np.searchsorted(states.starts, at_best, side="right") - 1
     member = at_best[np.unique(group, return_index=True)[1]]
-    return Outcomes(states.first[member], states.second[member], states.at_first, states.at_second, best)
+    taken = np.stack([states.first[member], states.second[member]], axis=1)
+    return Outcomes(taken, np.stack([states.at_first, states.at_second], axis=1), best)
+
+
+def outcomes_of_three(scores: Scores, early: Sequence[str], last: str, options: Sequence[Options]) -> Outcomes:
+    """Every choice of the options of three early heads, with images that leave at none of them at `last`."""
+    base = scores.of_head[last]
+    first, second, third = options
+    pairs = np.stack(np.divmod(np.arange(len(second.rows) * len(third.rows)), max(1, len(third.rows))), axis=1)
+    parts = [Outcomes(np.zeros((0, 3), np.intp), np.zeros((0, 3), np.int64), np.zeros(0))]
+    for a, leaves in enumerate(first.leaves):
+        at_second = second.leaves & ~leaves  # (options, n)
+        at_third = (third.leaves & ~leaves & ~second.leaves[:, None]).reshape(len(pairs), -1)
+        sums = _product(scores.of_head[early[2]] - base, at_third.T.astype(np.float64))  # (2 * classes, pairs)
+        sums += _product(scores.of_head[early[1]] - base, at_second.T.astype(np.float64))[:, pairs[:, 0]]
+        sums += ((scores.of_head[early[0]] - base)[leaves].sum(axis=0) + base.sum(axis=0))[:, None]
+        counts = leaves.sum(), at_second.sum(axis=1)[pairs[:, 0]], at_third.sum(axis=1)
+        taken, at = (np.stack(np.broadcast_arrays(*each), axis=1) for each in ((a, *pairs.T), counts))
+        parts.append(Outcomes(taken, at, scores.miou(sums)))
+    return merged(parts)
 
 
 def _product(weights: Floats, leaves: Floats) -> Floats:
@@ -159,24 +180,20 @@ def _product(weights: Floats, leaves: Floats) -> Floats:
 
 def merged(parts: list[Outcomes]) -> Outcomes:
     """The outcomes of several blocks of states as one."""
-    return Outcomes(*(np.concatenate(column) for column in zip(*map(_columns, parts), strict=True)))
+    return Outcomes(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("taken", "at", "miou")))
 
 
 def undominated(outcomes: Outcomes) -> Outcomes:
-    """The outcomes that no other beats in mIoU while it sends as many images or more to leave early.
+    """The outcomes of one or two early exits that no other beats in mIoU while it sends as many images or more there.
 
     Where deeper exits cost no less, what is left out is beaten in mIoU at no more cost, so that it can be neither
     optimal nor on the front. Equals stay, for the order by text to decide.
     """
-    row = outcomes.at_first - outcomes.at_first.min()
-    early = outcomes.at_first + outcomes.at_second
+    row, early = outcomes.at[:, :-1].sum(axis=1), outcomes.at.sum(axis=1)
+    row -= row.min()
     grid = np.full((int(row.max()) + 1, int(early.max()) + 1), -1.0)
     np.maximum.at(grid, (row, early), outcomes.miou)
     for axis in (0, 1):
         grid = np.flip(np.maximum.accumulate(np.flip(grid, axis), axis=axis), axis)
     kept = outcomes.miou >= grid[row, early]
-    return Outcomes(*(column[kept] for column in _columns(outcomes)))
-
-
-def _columns(outcomes: Outcomes) -> tuple[Index, Index, Ints, Ints, Floats]:
-    return outcomes.first, outcomes.second, outcomes.at_first, outcomes.at_second, outcomes.miou
+    return Outcomes(outcomes.taken[kept], outcomes.at[kept], outcomes.miou[kept])

@@ -13,7 +13,7 @@ from mess_compile.runtime.errors import RequirementError
 from mess_compile.search.bounds import MEASURES
 from mess_compile.search.figures import Evidence, evidence_of_plan, exit_costs_ns, exit_macs, exits_taken
 from mess_compile.search.plan import Plan, SearchResult
-from mess_compile.search.requirement import MAX_EXITS, Limit, Requirement
+from mess_compile.search.requirement import DEFAULT_EXITS, Limit, Requirement
 from mess_compile.statistics import ExitStatistics, Ints, miou
 
 STEP = 0.1
@@ -204,7 +204,7 @@ def _otherwise(
     for graph, precision in _costliest(evidences, plan) if _asks_for_speed(requirement) else ():
         table = _with_faster(evidences[0].table, graph, precision)
         yield f"{graph} {_FASTER}", [replace(each, table=table) for each in evidences], requirement
-    if requirement.setting != "budgeted" and requirement.max_exits < MAX_EXITS:
+    if requirement.setting != "budgeted" and requirement.max_exits < DEFAULT_EXITS:
         more = requirement.max_exits + 1
         yield f"--max-exits {more}", evidences, replace(requirement, max_exits=more)
     if requirement.setting == "budgeted":

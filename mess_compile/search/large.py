@@ -10,21 +10,13 @@ import numpy as np
 
 from mess_compile.runtime.errors import InputError, RequirementError
 from mess_compile.search import branch
+from mess_compile.search.bounds import bounds_of
 from mess_compile.search.clock import Clock, UnfinishedError
-from mess_compile.search.figures import Evidence, baseline_figures, plan_of_stages
+from mess_compile.search.figures import Evidence, plan_of_stages
 from mess_compile.search.plan import FRONT_BY, Certificate, Plan, SearchResult, Stage
-from mess_compile.search.requirement import Limit, Requirement
+from mess_compile.search.requirement import Requirement
 from mess_compile.search.rows import plans_in_space, refuse_without_plans
 
-_BOUNDS = (
-    ("max_err_pp", "accuracy", "miou", "mIoU >=", "%"),
-    ("max_latency", "latency", "latency_ms", "latency <=", "ms"),
-    ("max_latency_p95", None, "latency_ms", "p95 latency <=", "ms"),
-    ("max_latency_worst", None, "worst_ms", "worst-case latency <=", "ms"),
-    ("max_workload", "workload", "gmacs", "workload <=", "GMACs"),
-    ("max_energy", "energy", "energy_mj", "energy <=", "mJ"),
-)
-"""Bounds of a requirement, as objectives where they are one, and the figure of the baseline that each may refer to."""
 _FRONT_POINTS, _FRONT_SIZE = 12, 2e13
 """So many points of the front are searched for, where the space (plans times images) is no larger."""
 
@@ -113,30 +105,15 @@ def _found(evidence: Evidence, requirement: Requirement, clock: Clock | None) ->
 
 def _refusal(evidence: Evidence, requirement: Requirement, clock: Clock | None) -> str:
     """The bounds, and what could be reached in place of each that is an objective too, where the others hold."""
-    wanted, reachable = [], []
-    baseline = baseline_figures(evidence)
-    baseline = replace(baseline, miou=requirement.counts_from(baseline.miou))
-    for name, objective, column, text, unit in _BOUNDS:
-        bound = getattr(requirement, name)
-        if bound is None:
-            continue
-        wanted.append(f"{text} {_limit(bound, getattr(baseline, column)):.4g} {unit}")
-        best = _found(evidence, _without(requirement, name, objective), clock) if objective else None
+    bounds = bounds_of(evidence, requirement)
+    reachable = []
+    for field, bound in bounds.items():
+        objective = bound.objective
+        best = _found(evidence, _without(requirement, field, objective), clock) if objective else None
         if best is not None:
-            value = getattr(_plan(evidence, requirement, best).predicted, column)
-            reachable.append(f"{text.split()[0]} {value:.4g} {unit}")
-    if requirement.max_memory_bytes is not None:
-        wanted.append(f"memory <= {requirement.max_memory_bytes / (1 << 20):.4g} MiB")
-        best = _found(evidence, _without(requirement, "max_memory_bytes", "memory"), clock)
-        reachable += [f"memory {best.goal / (1 << 20):.4g} MiB"] if best is not None else []
+            reachable.append(bound.measure.text(_plan(evidence, requirement, best).predicted))
     told = f"; best reachable: {', or '.join(reachable)}" if reachable else ""
-    return f"no plan satisfies {' and '.join(wanted)}{told}"
-
-
-def _limit(bound: Limit | float, baseline: float) -> float:
-    if isinstance(bound, Limit):
-        return bound.value * baseline if bound.relative else bound.value
-    return baseline - bound
+    return f"no plan satisfies {' and '.join(map(str, bounds.values()))}{told}"
 
 
 def _without(requirement: Requirement, bound: str, objective: str) -> Requirement:

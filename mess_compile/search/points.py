@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.search.enumeration import Scores, best_outcomes, merged, states_of_pair
+from mess_compile.search.enumeration import Outcomes, Scores, best_outcomes, merged, outcomes_of_three, states_of_pair
 from mess_compile.search.figures import Evidence, exit_costs_ns, exits_taken, figures_of_stages
 from mess_compile.search.front import front_groups
 from mess_compile.search.plan import POINT_NAMES, Figures, OperatingPoint, Stage, decisions_of, default_point
-from mess_compile.search.space import cut_grids, head_options, nobody
+from mess_compile.search.space import Grids, Options, cut_grids, head_options, nobody
 from mess_compile.statistics import ExitStatistics
 
 Index = NDArray[np.intp]
@@ -62,24 +62,21 @@ def _cost_ns(evidence: Evidence, stages: Sequence[Stage]) -> int:
 
 
 def thresholds_front(statistics: ExitStatistics, stages: Sequence[Stage], costs: Sequence[int]) -> Front:
-    """Every threshold row and cut at the early stages, evaluated exactly; of equals the first by text.
+    """Every threshold row and cut at the early stages, evaluated exactly; of equals the first by text. Where these are
+    three, every cut at the rows that they have.
 
     `costs` are those of an image that ends at each stage, in ns.
     """
-    scores = Scores(statistics)
-    early, last = [stage.head for stage in stages[:-1]], stages[-1]
-    options = [head_options(statistics, head, cut_grids(statistics, head)) for head in early]
-    first, second = options if len(options) == 2 else (nobody(statistics.images), *options)
-    blocks = states_of_pair(first, second)
-    found = merged([best_outcomes(scores, (early[0], early[-1]), last.head, first.leaves, each) for each in blocks])
-    left = statistics.images - found.at_first - found.at_second
-    cost_ns = found.at_first * costs[0] + found.at_second * costs[-2] + left * costs[-1]
-    taken = [found.first, found.second][-len(early) :]
+    early, last = stages[:-1], stages[-1]
+    options = [head_options(statistics, stage.head, _grids(statistics, stage, len(early))) for stage in early]
+    found = _outcomes(Scores(statistics), [stage.head for stage in early], last.head, options)
+    leave = np.append(found.at, statistics.images - found.at.sum(axis=1, keepdims=True), axis=1)  # (rows, exits)
+    cost_ns = leave @ np.array(costs, np.int64)
 
     def member(index: int) -> tuple[Stage, ...]:
         decided = [
-            replace(stage, row=int(option.rows[column[index]]), cut=int(option.cuts[column[index]]))
-            for stage, option, column in zip(stages, options, taken, strict=False)
+            replace(stage, row=int(option.rows[taken]), cut=int(option.cuts[taken]))
+            for stage, option, taken in zip(early, options, found.taken[index], strict=True)
         ]
         return (*decided, last)
 
@@ -87,6 +84,20 @@ def thresholds_front(statistics: ExitStatistics, stages: Sequence[Stage], costs:
     members = [min((member(int(index)) for index in group), key=_text) for group in groups]
     firsts = np.array([group[0] for group in groups], np.intp)
     return cost_ns[firsts], found.miou[firsts], members
+
+
+def _grids(statistics: ExitStatistics, stage: Stage, early: int) -> Grids:
+    grids = cut_grids(statistics, stage.head)
+    return grids if early <= 2 else tuple(grid if row == stage.row else () for row, grid in enumerate(grids))
+
+
+def _outcomes(scores: Scores, early: Sequence[str], last: str, options: Sequence[Options]) -> Outcomes:
+    if len(early) > 2:
+        return outcomes_of_three(scores, early, last, options)
+    first, second = options if len(options) == 2 else (nobody(options[0].leaves.shape[1]), *options)
+    blocks = states_of_pair(first, second)
+    found = [best_outcomes(scores, (early[0], early[-1]), last, first.leaves, each) for each in blocks]
+    return merged(found).of_last(len(early))
 
 
 def _text(stages: Sequence[Stage]) -> tuple[list[str], list[str]]:

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from mess_compile.candidates import head_graph_name, output_name, segment_name
 from mess_compile.latency import DOWNLOAD, NULL, UPLOAD, Quantity, graph_cost_ns
 from mess_compile.search import kernels
+from mess_compile.search.bounds import Bound, bounds_of
 from mess_compile.search.figures import Evidence, exit_costs_ns, memory_bytes, plan_graphs
 from mess_compile.search.memory import memory_of_chains
-from mess_compile.search.requirement import Limit, Requirement
-from mess_compile.search.space import CUTS, cut_grid
+from mess_compile.search.requirement import Requirement
+from mess_compile.search.space import CUTS
 
 Array = NDArray[Any]
 UNBOUNDED = np.iinfo(np.int64).max
@@ -99,22 +100,14 @@ def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
         labelled=labelled[present].astype(np.float64),
     )
     paths = {"latency": _times(evidence, "mean_ms"), "workload": _workloads(evidence)}
-    baseline = evidence.baseline_cost_ns()
-    bounds = [
-        _summed(requirement.max_latency, baseline, 1e6, images),
-        _summed(requirement.max_workload, evidence.candidate.baseline_macs, 1e9, images),
-    ]
     if requirement.needs_energy:
         paths["energy"] = _times(evidence, "energy_mj")
-        bounds.append(_summed(requirement.max_energy, evidence.baseline_cost_ns("energy_mj"), 1e6, images))
-    floor = -np.inf
-    if requirement.max_err_pp is not None:
-        floor = requirement.counts_from(evidence.baseline_miou(evidence.baseline)) - requirement.max_err_pp
+    bounds = bounds_of(evidence, requirement)
     objective = requirement.objective or "latency"
     wanted = kernels.Wanted(
-        bounds=np.array(bounds, np.int64),
-        percentile=np.array([95, _summed(requirement.max_latency_p95, baseline, 1e6, 1)], np.int64),
-        floor=floor,
+        bounds=np.array([_most(bounds, f"max_{name}") for name in paths], np.int64),
+        percentile=np.array([95, _most(bounds, "max_latency_p95")], np.int64),
+        floor=bounds["max_err_pp"].limit if "max_err_pp" in bounds else -np.inf,
         objective=list(paths).index(objective) if objective in paths else -1,
     )
     return Problem(
@@ -124,27 +117,26 @@ def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
         grid,
         tuple(paths.values()),
         wanted,
-        lambda chain: _is_allowed(evidence, requirement, chain),
+        lambda chain: _is_allowed(evidence, bounds, chain),
         lambda chain: len(plan_graphs(evidence.candidate, chain)),
         memory_of_chains(evidence),
-        UNBOUNDED if requirement.max_memory_bytes is None else requirement.max_memory_bytes,
+        _most(bounds, "max_memory_bytes"),
         objective == "memory",
         1e9 if objective == "workload" else 1e6,
     )
 
 
-def _summed(limit: Limit | None, baseline: int, unit: float, images: int) -> int:
-    return UNBOUNDED if limit is None else min(limit.resolved(baseline, unit) * images, UNBOUNDED)
+def _most(bounds: dict[str, Bound], field: str) -> int:
+    return min(int(bounds[field].limit), UNBOUNDED) if field in bounds else UNBOUNDED
 
 
-def _is_allowed(evidence: Evidence, requirement: Requirement, heads: tuple[str, ...]) -> bool:
-    most = requirement.max_memory_bytes
-    if most is not None and memory_bytes(evidence.graph_set, heads) > most:
+def _is_allowed(evidence: Evidence, bounds: dict[str, Bound], heads: tuple[str, ...]) -> bool:
+    if memory_bytes(evidence.graph_set, heads) > _most(bounds, "max_memory_bytes"):
         return False
-    if requirement.max_latency_worst is None:
+    if "max_latency_worst" not in bounds:
         return True
-    limit = requirement.max_latency_worst.resolved(evidence.baseline_cost_ns("p99_ms"), 1e6)
-    return exit_costs_ns(evidence, "input-dependent", heads, "p99_ms")[-1] <= limit
+    worst_ns = exit_costs_ns(evidence, "input-dependent", heads, "p99_ms")[-1]
+    return worst_ns <= _most(bounds, "max_latency_worst")
 
 
 def _times(evidence: Evidence, quantity: Quantity) -> PathCosts:
@@ -189,7 +181,7 @@ def _thresholds(evidence: Evidence, heads: tuple[str, ...]) -> tuple[Array, Arra
     grid = []
     for h, head in enumerate(heads):
         counts = np.asarray(statistics.counts[:, statistics.head_index(head)])  # (n, rows)
-        grid.append(tuple(cut_grid(counts[:, row]) for row in range(rows)))
+        grid.append(evidence.cuts[head])
         texts = sorted({str(cut) for found in grid[-1] for cut in found})
         for row, found in enumerate(grid[-1]):
             levels[h, row] = np.searchsorted(found, counts[:, row], side="right")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,19 +16,35 @@ from mess_compile.latency import Quantity
 from mess_compile.runtime.errors import RequirementError
 from mess_compile.search.anytime import anytime_chains
 from mess_compile.search.clock import Clock
-from mess_compile.search.enumeration import Outcomes, Scores, best_outcomes, merged, states_of_pair, undominated
+from mess_compile.search.enumeration import (
+    Outcomes,
+    Scores,
+    best_outcomes,
+    merged,
+    outcomes_of_three,
+    states_of_pair,
+    undominated,
+)
 from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs
 from mess_compile.search.plan import Stage
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.space import Options, chains, head_options, last_heads, nobody, options_near
+from mess_compile.search.space import (
+    NEAR,
+    NEAR_OF_THREE,
+    Options,
+    chains,
+    head_options,
+    last_heads,
+    nobody,
+    options_near,
+)
 from mess_compile.statistics import head_miou
 
 NO_OPTION = -1
 ROW = np.dtype(
     [
         ("chain", np.int64),  # index into Rows.chains
-        ("first", np.int64),  # options of the early heads; of a single one only `second` is used
-        ("second", np.int64),
+        ("taken", np.int64, (3,)),  # options of the early heads, NO_OPTION where there are fewer
         ("cost_ns", np.int64),  # sums over all images
         ("macs", np.int64),
         ("energy_nj", np.int64),  # 0 where the latency table does not tell
@@ -92,7 +109,7 @@ def _leads(evidence: Evidence, point: int, deeper: int) -> bool:
 
 
 def is_large(evidence: Evidence, early_exits: int) -> bool:
-    """Whether branch and bound takes less time than an enumeration of all plans, which takes two early exits at most."""
+    """Whether branch and bound takes less time than an enumeration, which knows two early exits at most."""
     if min(early_exits, len(evidence.candidate.exit_points) - 1) > ENUMERATED_EXITS:
         return True
     return plans_in_space(evidence, early_exits) * evidence.statistics.images > ENUMERATED
@@ -122,7 +139,8 @@ def rows_of_plans(evidence: Evidence, requirement: Requirement, progress: Progre
 def rows_near(evidence: Evidence, stages: Sequence[Stage]) -> Rows:
     """The plan with these `stages`, and those that differ from it in cuts between its neighbours on the grid alone."""
     early, last = [stage.head for stage in stages[:-1]], stages[-1].head
-    options = {s.head: options_near(evidence.statistics, s.head, s.row, s.cut or 0) for s in stages[:-1]}
+    most = NEAR if len(early) <= ENUMERATED_EXITS else NEAR_OF_THREE
+    options = {s.head: options_near(evidence.statistics, s.head, s.row, s.cut or 0, most) for s in stages[:-1]}
     ledger = _Ledger(evidence, options)
     ledger.add(tuple(early), (last,))
     return ledger.rows()
@@ -155,7 +173,7 @@ def _anytime_rows(evidence: Evidence, requirement: Requirement) -> Rows:
     refuse_without_plans(evidence, whole)
     plans = np.zeros(len(whole), ROW)
     plans["chain"] = np.arange(len(whole))
-    plans["first"] = plans["second"] = NO_OPTION
+    plans["taken"] = NO_OPTION
     for name in found[0].columns:
         plans[name] = np.concatenate([each.columns[name] for each in found])
     return Rows(whole, HeadOptions(evidence), plans, len(whole), len(whole))
@@ -169,14 +187,16 @@ def _rows_of_chain(evidence: Evidence, index: int, heads: tuple[str, ...], found
         "macs": exit_macs(evidence.candidate, heads),
         "energy_nj": _energies_nj(evidence, heads),
     }
-    if all(list(each) == sorted(each) for each in costs.values()):
+    early = len(heads) - 1
+    if 0 < early <= ENUMERATED_EXITS and all(list(each) == sorted(each) for each in costs.values()):
         found = undominated(found)
     rows = np.zeros(len(found.miou), ROW)
-    rows["chain"], rows["first"], rows["second"], rows["miou"] = index, found.first, found.second, found.miou
+    rows["chain"], rows["taken"], rows["miou"] = index, NO_OPTION, found.miou
+    rows["taken"][:, :early] = found.taken
     rows["memory_bytes"] = memory_bytes(evidence.graph_set, heads)
     rows["graphs"] = len(plan_graphs(evidence.candidate, heads))
     rows["worst_ns"] = exit_costs_ns(evidence, "input-dependent", heads, "p99_ms")[-1]
-    leave = _images_at_exits(found, len(heads), statistics.images)
+    leave = np.append(found.at, statistics.images - found.at.sum(axis=1, keepdims=True), axis=1)  # (rows, exits)
     for name, each in costs.items():
         rows[name] = leave @ np.array(each, np.int64)
     rows["p95_ns"] = _p95(leave, np.array(costs["cost_ns"], np.int64))
@@ -188,12 +208,6 @@ def _energies_nj(evidence: Evidence, heads: tuple[str, ...]) -> tuple[int, ...]:
     if evidence.without_energy:
         return (0,) * len(heads)
     return exit_costs_ns(evidence, "input-dependent", heads, "energy_mj")
-
-
-def _images_at_exits(found: Outcomes, exits: int, images: int) -> NDArray[np.int64]:
-    """How many images leave at each exit, (rows, exits)."""
-    early = [found.at_first, found.at_second][-(exits - 1) :] if exits > 1 else []
-    return np.stack([*early, images - found.at_first - found.at_second], axis=1)
 
 
 def _p95(leave: NDArray[np.int64], costs: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -229,22 +243,27 @@ class _Ledger:
                 self._add_single(last)
             return
         options = [self._options[head] for head in early]
-        first, second = options if len(options) == 2 else (self._nobody, *options)
-        self._space += first.total * second.total * len(lasts)
-        if not first.total * second.total:  # a head that is equally sure of every image decides nothing
+        plans = math.prod(option.total for option in options)
+        self._space += plans * len(lasts)
+        if not plans:  # a head that is equally sure of every image decides nothing
             return
+        if len(early) > ENUMERATED_EXITS:
+            for last in lasts:
+                self._add_outcomes((*early, last), outcomes_of_three(self._scores, early, last, options))
+            self._evaluated += plans * len(lasts)
+            return
+        first, second = options if len(options) == 2 else (self._nobody, *options)
         best: dict[str, list[Outcomes]] = {last: [] for last in lasts}
         for states in states_of_pair(first, second):
             self._evaluated += len(states.first) * len(lasts)
             for last, found in best.items():
                 found.append(best_outcomes(self._scores, (early[0], early[-1]), last, first.leaves, states))
         for last, found in best.items():
-            self._add_outcomes((*early, last), merged(found))
+            self._add_outcomes((*early, last), merged(found).of_last(len(early)))
 
     def _add_single(self, head: str) -> None:
-        none, nothing = np.full(1, NO_OPTION), np.zeros(1, np.int64)
         miou = np.array([head_miou(self._evidence.statistics, head)])
-        self._add_outcomes((head,), Outcomes(none, none, nothing, nothing, miou))
+        self._add_outcomes((head,), Outcomes(np.zeros((1, 0), np.intp), np.zeros((1, 0), np.int64), miou))
         self._space += 1
         self._evaluated += 1
 
@@ -259,10 +278,9 @@ class _Ledger:
 def stages_of_row(evidence: Evidence, rows: Rows, plan: Any) -> tuple[Stage, ...]:
     """The stages of one row of `rows.plans`."""
     heads = rows.chains[plan["chain"]]
-    taken = (plan["first"], plan["second"]) if len(heads) == 3 else (plan["second"],)
     middle = len(evidence.graph_set.gate.thresholds) // 2
     stages = []
-    for head, option in zip(heads, (*taken, NO_OPTION), strict=False):
+    for head, option in zip(heads, (*plan["taken"], NO_OPTION), strict=False):
         row, cut = middle, None
         if option != NO_OPTION and head is not heads[-1]:
             row, cut = int(rows.options[head].rows[option]), int(rows.options[head].cuts[option])

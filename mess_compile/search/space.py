@@ -12,7 +12,8 @@ from mess_compile.candidates import Head
 from mess_compile.statistics import ExitStatistics
 
 CUTS = 32
-NEAR = 64
+NEAR, NEAR_OF_THREE = 64, 16
+"""Cuts of each head between two neighbours on the grid that are tried at most; fewer where there are three heads."""
 Grids = tuple[tuple[int, ...], ...]
 """The cuts of a head, by threshold row."""
 
@@ -53,14 +54,14 @@ def head_options(statistics: ExitStatistics, head: str, grids: Grids) -> Options
     return Options(rows, cuts, counts.T[rows] >= cuts[:, None], len(decisions))
 
 
-def options_near(statistics: ExitStatistics, head: str, row: int, cut: int) -> Options:
+def options_near(statistics: ExitStatistics, head: str, row: int, cut: int, most: int) -> Options:
     """Cuts of `head` at one threshold row between the neighbours of `cut` on the grid, itself included: between all
-    neighbouring observed counts, or at even ranks among more than NEAR of them."""
+    neighbouring observed counts, or at even ranks among more than `most` of them."""
     counts = np.asarray(statistics.counts[:, statistics.head_index(head), row])  # (n,)
     grid, every = np.array(cut_grid(counts)), _cuts_between(counts)
     below, above = grid[grid < cut].max(initial=-1), grid[grid > cut].min(initial=np.iinfo(np.int64).max)
     near = every[(below < every) & (every < above)]
-    near = near[np.unique(np.linspace(0, len(near) - 1, min(len(near), NEAR)).round().astype(int))]
+    near = near[np.unique(np.linspace(0, len(near) - 1, min(len(near), most)).round().astype(int))]
     cuts = np.array(sorted({cut, *near.tolist()}, key=str), np.int64)
     return Options(np.full(len(cuts), row, np.int64), cuts, counts[None] >= cuts[:, None], len(cuts))
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mess_compile.runtime.errors import InputError
+from mess_compile.search import anytime
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.rows import rows_of_plans
+from mess_compile.search.solver import search
 from tests.search.brute_force import all_plans
 from tests.search.cases import evidence
 
 FIGURES = ("cost_ns", "p95_ns", "worst_ns", "macs", "energy_nj", "memory_bytes", "graphs", "miou", "score")
+
+
+def test_more_chains_than_memory_holds_are_refused_with_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = evidence((2, 2, 2), 2, 5, seed=1)
+    chains = sum(1 for _ in all_plans(case, "anytime", 3))
+    monkeypatch.setattr(anytime, "_MOST_CHAINS", chains - 1)
+    with pytest.raises(InputError, match=rf"anytime .* {chains} chains of heads: .* --max-exits 2$"):
+        search(case, Requirement(setting="anytime", max_exits=3))
+    assert search(case, Requirement(setting="anytime", max_exits=2)).certificate.gap == 0
 
 
 def quiet(done: int, total: int) -> None:
@@ -21,7 +34,7 @@ def quiet(done: int, total: int) -> None:
 @given(
     st.lists(st.integers(1, 3), min_size=1, max_size=3),
     st.integers(0, 10**6),
-    st.integers(0, 2),
+    st.integers(0, 3),
     st.one_of(st.none(), st.integers(1, 60)),
 )
 def test_every_chain_has_the_figures_it_has_alone(heads: list[int], seed: int, exits: int, us: int | None) -> None:

@@ -348,26 +348,29 @@ def test_no_plan_in_a_box_has_more_miou_than_its_bound(box: tuple[list[float], .
 
 
 @dataclasses.dataclass(frozen=True)
-class Triple:
-    """Three heads of a case: what leaves at each is priced, the least of price - slope * mIoU found plan by plan."""
+class Chain:
+    """Heads of a case: what leaves at each is priced, the least of price - slope * mIoU found plan by plan."""
 
     case: Evidence
     problem: Problem
-    heads: tuple[int, int, int]
+    heads: tuple[int, ...]
 
     def true_least(self, prices: np.ndarray, slope: float) -> float:
         statistics, least = self.case.statistics, np.inf
         labelled = statistics.labelled.sum(axis=0)
         present = labelled > 0
-        h1, h2, _ = self.heads
-        for row1, row2 in itertools.product(range(statistics.counts.shape[2]), repeat=2):
-            for cut1, cut2 in itertools.product(self.problem.grid[h1][row1], self.problem.grid[h2][row2]):
-                leaves = [statistics.counts[:, h1, row1] >= cut1, statistics.counts[:, h2, row2] >= cut2]
-                taken = np.where(leaves[0], 0, np.where(leaves[1], 1, 2))
-                head, images = np.array(self.heads)[taken], np.arange(len(taken))
-                right = statistics.intersection[images, head].sum(axis=0)[present]
-                union = statistics.predicted[images, head].sum(axis=0)[present] + labelled[present] - right
-                least = min(least, float(prices[taken].sum() - slope * 100 * (right / union).mean()))
+        options = [
+            [(row, cut) for row, cuts in enumerate(self.problem.grid[head]) for cut in cuts] for head in self.heads[:-1]
+        ]
+        for chosen in itertools.product(*options):
+            taken = np.full(statistics.images, len(self.heads) - 1)
+            for stage in reversed(range(len(chosen))):
+                row, cut = chosen[stage]
+                taken[statistics.counts[:, self.heads[stage], row] >= cut] = stage
+            head, images = np.array(self.heads)[taken], np.arange(len(taken))
+            right = statistics.intersection[images, head].sum(axis=0)[present]
+            union = statistics.predicted[images, head].sum(axis=0)[present] + labelled[present] - right
+            least = min(least, float(prices[taken].sum() - slope * 100 * (right / union).mean()))
         return least
 
 
@@ -398,10 +401,53 @@ def test_no_bound_of_a_group_of_plans_exceeds_the_least_of_them(
     for b, a, r in np.ndindex(2, 2, 3):
         heads = (int(h1[a]), int(h2[b]), int(h3[r]))
         price = np.ascontiguousarray(prices[b, :, a, r])
-        true = Triple(case, problem, heads).true_least(price, slope)
+        true = Chain(case, problem, heads).true_least(price, slope)
         assert max(least[b, a, r] for least in bounds) <= true + 1e-6
         costs = price.astype(np.int64)[None, None]
         padded = [np.concatenate([each[..., :1], each], axis=-1) for each in (price, costs)]  # none comes first
         chain = np.array([[len(problem.names), *heads]])
         found, _ = kernels.settle_all(chain, padded[0][None], -np.inf, slope, padded[1], wanted, field)
         assert found[0, 8] <= true + 1e-6
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=RELAXED)
+@given(st.integers(0, 10**6), st.floats(0, 100), st.lists(st.integers(0, 30), min_size=8, max_size=8))
+def test_no_bound_of_three_early_exits_exceeds_the_least_of_their_plans(
+    seed: int, slope: float, drawn: list[int]
+) -> None:
+    case = evidence((2, 1, 2, 2), 2, images=8, seed=seed, levels=3)
+    problem = problem_of(case, Requirement())
+    field = problem.field
+    h1, h2, h3, h4 = (np.flatnonzero(problem.points == point) for point in (1, 2, 3, 4))
+    coefficients = np.random.default_rng(seed).normal(0, 3, 2 * len(field.labelled))
+    enter, second, further, last = drawn[:2], drawn[2], drawn[3:5], drawn[5:7]
+    prices = np.empty((1, 4, 2, 2, 2))  # (seconds, exits, firsts, thirds, lasts)
+    for a, c, r in np.ndindex(2, 2, 2):
+        steps = [enter[a], second, further[c] - drawn[7] / 2, last[r]]  # deeper exits may cost less
+        prices[0, :, a, c, r] = np.cumsum(steps)
+    given_to = slope, field.scores @ coefficients, field, coefficients
+    alive = np.ones((1, 2, 2, 2), np.bool_)
+    close = kernels.bound_fours(h2, h1, h3, h4, prices, alive, np.inf, *given_to)
+    bounds = [close, kernels.bound_fours(h2, h1, h3, h4, prices, alive, close.min(), *given_to)]
+    wanted = kernels.Wanted(np.array([UNBOUNDED]), np.array([95, UNBOUNDED]), -np.inf, 0)
+    for a, c, r in np.ndindex(2, 2, 2):
+        heads = (int(h1[a]), int(h2[0]), int(h3[c]), int(h4[r]))
+        price = np.ascontiguousarray(prices[0, :, a, c, r])
+        true = Chain(case, problem, heads).true_least(price, slope)
+        assert max(least[0, a, c, r] for least in bounds) <= true + 1e-6
+        costs = price.astype(np.int64)[None, None]
+        found, _ = kernels.settle_all(np.array([heads]), price[None], -np.inf, slope, costs, wanted, field)
+        assert found[0, 8] <= true + 1e-6
+
+
+def test_three_early_exits_are_searched_by_bounds_however_small_the_space_is() -> None:
+    case = evidence((1, 1, 1), 2, images=8, seed=3, levels=4)
+    plans = list(all_plans(case, "input-dependent", 3))
+    for objective in ("latency", "accuracy"):
+        for floor in (0.0, max(plan.miou for plan in plans)):
+            requirement = Requirement(objective=objective, max_exits=3, max_err_pp=0.0, baseline_miou=floor)
+            result = solver.search(case, requirement)
+            feasible = [plan for plan in plans if plan.miou >= floor]
+            assert identity(result.plan) == brute_identity(min(feasible, key=lambda plan: key(plan, objective)))
+            assert (result.certificate.space, result.certificate.gap) == (len(plans), 0.0)
+            assert {point.name for point in result.plan.operating_points} >= {"default"}

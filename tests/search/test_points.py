@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mess_compile.search.figures import Evidence
-from mess_compile.search.plan import OperatingPoint, Plan, read_result, write_result
+from mess_compile.search.figures import Evidence, figures_of_stages
+from mess_compile.search.plan import OperatingPoint, Plan, Stage, read_result, write_result
+from mess_compile.search.points import operating_points
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.solver import search
 from tests.search.brute_force import BrutePlan, all_plans
@@ -53,6 +54,33 @@ def test_points_are_what_no_other_thresholds_beat(heads: list[int], images: int,
         figures = [(p.predicted.latency_ms, p.predicted.miou) for p in chosen.operating_points]
         assert figures == sorted(set(figures))
         assert [miou for _, miou in figures] == sorted(miou for _, miou in figures)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(4, 10), st.integers(0, 10**6), st.data())
+def test_three_early_exits_have_points_at_the_rows_of_the_plan(images: int, seed: int, data: st.DataObject) -> None:
+    case = evidence((1, 1, 1), 2, images, seed, levels=4)
+    brute = data.draw(
+        st.sampled_from([p for p in all_plans(case, "input-dependent", 3) if len(p.heads) == 4] or [None])
+    )
+    if brute is None:  # every head is equally sure of all images
+        return
+    among = [p for p in all_plans(case, "input-dependent", 3) if (p.heads, p.rows) == (brute.heads, brute.rows)]
+    decisions = zip(brute.points, brute.heads, (*brute.rows, 1), (*brute.cuts, None), strict=True)
+    stages = tuple(Stage(*decision) for decision in decisions)
+    predicted = figures_of_stages(case, "input-dependent", stages)
+    assert predicted.miou == brute.miou
+    points = {point.name: point for point in operating_points(case, "input-dependent", stages, predicted)}
+    ends = {"fastest": min(p.cost_ns for p in among), "most-accurate": max(p.miou for p in among)}
+    for name, point in points.items():
+        found = brute_of(point, among)
+        assert (point.predicted.miou, point.predicted.latency_ms) == (found.miou, found.cost_ns / images / 1e6)
+        if name != "default":
+            assert not any(p.cost_ns <= found.cost_ns and p.miou > found.miou for p in among)
+    if "fastest" in points:
+        assert brute_of(points["fastest"], among).cost_ns == ends["fastest"]
+    if "most-accurate" in points:
+        assert points["most-accurate"].predicted.miou == ends["most-accurate"]
 
 
 def test_a_plan_in_the_middle_has_points_on_both_sides() -> None:

@@ -98,7 +98,7 @@ def test_limits_become_integers_in_the_units_of_the_search() -> None:
         {"objective": "beauty"},
         {"setting": "anytime", "objective": "latency"},
         {"deadline_ms": 20.0},
-        {"max_exits": 3},
+        {"max_exits": 4},
         {"max_exits": -1},
         {"max_err_pp": -1.0},
         {"max_err_pp": float("nan")},
