@@ -111,7 +111,7 @@ class _Search:
         parts = {exits: list(self._parts(every, exits)) for exits in range(3, early_exits + 2)}
         done, total = 0, sum(map(len, parts.values())) + 1
         for exits, some in parts.items():
-            self._try_near(least)
+            self._try(self._near(least), tuned=exits == 3)
             left = []
             for points, seconds in some:
                 left.append(self._group(points, seconds))
@@ -126,8 +126,9 @@ class _Search:
         """Exit points of chains, and second heads there, a few at a time."""
         for points in itertools.combinations(every, exits):
             seconds = np.flatnonzero(self._problem.points == points[1])
-            for start in range(0, len(seconds), _SECONDS):
-                yield points, seconds[start : start + _SECONDS]
+            step = _SECONDS if exits == 3 else 2
+            for start in range(0, len(seconds), step):
+                yield points, seconds[start : start + step]
 
     def _check_time(self) -> None:
         if self._clock is not None and self._clock.up:
@@ -249,24 +250,28 @@ class _Search:
         rows, cuts = ([str(decision[i]) for decision in found.decisions] for i in (0, 1))
         return found.goal, -found.miou, self._problem.graphs(found.heads), points, found.heads, rows, cuts
 
-    def _settle(self, chains: Array, limit: float) -> Array:
-        """Settle chains (m, 4) up to a bound and keep the best plan; returns each one's least bound (m,)."""
+    def _least(self, chains: Array) -> Array:
+        """What cost - slope * mIoU comes to at least in the plans of each of the chains (m, 4), (m,)."""
+        prices = self._weight * self._costs(self._priced, *chains.T).T.astype(np.float64)  # (m, 4)
+        least: Array = kernels.least_of_chains(chains, prices, self._slope, self._problem.field)
+        return least
+
+    def _settle(self, chains: Array) -> None:
+        """Settle chains (m, 4): of their plans that may be wanted keep the best."""
         wanted, chains = self._problem.wanted, chains.astype(np.int64)
         costs = np.stack([self._costs(q, *chains.T).T for q in range(len(self._problem.paths))], axis=1)  # (m, q, 4)
         prices = self._weight * costs[:, self._priced].astype(np.float64)
         floor = max(wanted.floor, self._aim)
         found, evaluated = kernels.settle_all(
-            chains, prices, limit, self._slope, costs, wanted._replace(floor=floor), self._problem.field
+            chains, prices, self._ceiling, self._slope, costs, wanted._replace(floor=floor), self._problem.field
         )
         self._evaluated += int(evaluated.sum())
         for chain, one in zip(chains, found, strict=True):
             if one[2] >= 0:
                 self._offer(self._plan(chain, one))
-        least: Array = found[:, 8]
-        return least
 
     def _plan(self, chain: Array, found: Array) -> Best:
-        options = found[2:8].astype(int).reshape(-1, 2).tolist()
+        options = found[2:].astype(int).reshape(-1, 2).tolist()
         early = [(h, option) for h, option in zip(chain[:-1], options, strict=True) if h != self._nobody]
         decisions = tuple((row, self._problem.grid[h][row][cut]) for h, (row, cut) in early)
         return Best(self._goal(chain, int(found[0])), float(found[1]), self._names(chain), decisions)
@@ -291,7 +296,7 @@ class _Search:
                 break
             chains = some.chains[np.array([self._problem.allowed(self._names(c)) for c in some.chains], np.bool_)]
             if len(chains):
-                self._settle(chains, self._ceiling)
+                self._settle(chains)
                 self._settled += len(chains)
             self._bounded += min(_SETTLED, len(rest.least)) - len(chains)
             rest = rest.part(slice(_SETTLED, None))
@@ -307,24 +312,30 @@ class _Search:
         least = [np.empty(0)]
         for part in np.array_split(chains, len(chains) // _PAIRS + 1):
             self._check_time()
-            least.append(self._settle(part, -np.inf))
+            least.append(self._least(part))
         return _Bounded(chains.astype(np.int16), np.concatenate(least), self._slope)
 
-    def _try_near(self, bounded: _Bounded) -> None:
-        """Settle chains that hold a promising one and a head more, at the slope that they ask for: a good plan to beat
-        the others."""
+    def _near(self, bounded: _Bounded) -> Array:
+        """Chains (m, 4) that hold a promising one, or that of the best plan, and a head more."""
         points, found = np.append(self._problem.points, 0), [np.empty((0, _PLACES), np.int64)]
-        for chain in bounded.from_cheapest().chains[:_SETTLED]:
+        best = [self._problem.names.index(head) for head in self.best.heads] if self.best else []
+        promising = [np.array([self._nobody] * (_PLACES - len(best)) + best)] if len(best) > 1 else []
+        for chain in (*promising, *bounded.from_cheapest().chains[:_SETTLED]):
             more = np.flatnonzero((points[:-1] < points[chain[-1]]) & ~np.isin(points[:-1], points[chain]))
             for head in more[:: len(more) // _NEAR + 1]:
                 longer = np.array([*chain[1:], head], np.int64)
                 found.append(longer[np.argsort(points[longer], kind="stable")][None])
-        best = self._tune(self._there(np.unique(np.concatenate(found), axis=0)), (2.0, 1.4, 1.2, 1.1))
+        return self._there(np.unique(np.concatenate(found), axis=0))
+
+    def _try(self, chains: Array, tuned: bool) -> None:
+        """Settle the most promising of some chains, for a good plan to beat the others: `tuned`, at the slope that they
+        ask for. What three early exits ask for cannot be told from their bounds, which are less close."""
+        self._check_time()
+        best = self._tune(chains, (2.0, 1.4, 1.2, 1.1)) if tuned else chains[np.argsort(self._least(chains))]
         self._tried = best[:_SETTLED]
-        if len(best):
-            self._check_time()
-            self._settle(self._tried, self._ceiling)
-            self._settled += len(self._tried)
+        self._check_time()
+        self._settle(self._tried)
+        self._settled += len(self._tried)
 
     def _tune(self, sample: Array, spans: tuple[float, ...]) -> Array:
         """Take the slope at which the least of some bounds is highest: the multiplier of the floor, or of the bound.
@@ -339,7 +350,7 @@ class _Search:
         def dual(slope: float) -> tuple[float, float, Array]:
             self._check_time()
             self._slope = slope
-            least = self._settle(sample, -np.inf)
+            least = self._least(sample)
             return float(least.min()) + slope * self._aim, slope, least
 
         for span in spans:

@@ -787,6 +787,18 @@ def from_third(
                 after[s, v, k] = leaving.sum() + sums[s, k] - stay
 
 
+@njit(cache=True, parallel=True)
+def least_of_chains(chains: Array, prices: Array, slope: float, field: Field) -> Array:
+    """Lower bounds (m,) on price - slope * mIoU of all plans of each of `chains` (m, 4), with `prices` (m, 4)."""
+    least, (rows, n) = np.empty(chains.shape[0]), field.levels.shape[1:]
+    for m in prange(chains.shape[0]):
+        steps, alone = np.empty((3, n)), np.empty((rows, CUTS))
+        base = steps_of(chains[m], prices[m], slope, field, steps)
+        summed(field.levels[chains[m, 0]], field.cuts[chains[m, 0]], steps[0], alone)
+        least[m] = base + lows_of_rows(chains[m], steps, alone, field).min()
+    return least
+
+
 @njit(cache=True)
 def settle(
     chain: Array, prices: Array, limit: float, slope: float, costs: Array, wanted: Wanted, field: Field, found: Array
@@ -795,8 +807,7 @@ def settle(
 
     An image that leaves at an exit is priced `prices` (4,) and costs `costs` (q, 4). Plans with price - slope * mIoU
     above `limit` are passed over. Of those that keep what is `wanted` the best is least in the objective, greatest in
-    mIoU, first by `ranks`. Fills `found` (9,): objective, mIoU, row and cut at each early head, and the least bound of
-    any plan.
+    mIoU, first by `ranks`. Fills `found` (8,): objective, mIoU, row and cut at each early head.
     """
     rows, n = field.levels.shape[1:]
     steps, alone = np.empty((3, n)), np.empty((rows, CUTS))
@@ -808,7 +819,7 @@ def settle(
     evaluated = 0
     for at in by_bound:
         t, s, v = at // rows**2, at // rows % rows, at % rows
-        if lows[t, s, v] == INFINITE or (lows[t, s, v] >= found[8] and lows[t, s, v] > limit):
+        if lows[t, s, v] > limit or lows[t, s, v] == INFINITE:
             break
         one, two, three = field.levels[chain[0], t], field.levels[chain[1], s], field.levels[chain[2], v]
         cuts = field.cuts[chain[0], t], field.cuts[chain[1], s], field.cuts[chain[2], v]
@@ -821,9 +832,7 @@ def settle(
             chosen, some = np.zeros((cuts[1], cuts[2]), np.bool_), False
             for k in range(cuts[1]):
                 least = fixed + alone[t, j] - pairs[j, k]
-                bound = least - table[j, k, : cuts[2]].max()
-                found[8] = min(found[8], bound)
-                if bound <= limit:
+                if least - table[j, k, : cuts[2]].max() <= limit:
                     chosen[k] = least - table[j, k, : cuts[2]] <= limit
                     some = True
             if some:
@@ -906,10 +915,9 @@ def settle_all(
 ) -> tuple[Array, Array]:
     """`settle` of each of `chains` (m, 4), with `prices` (m, 4) and `costs` (m, q, 4).
 
-    Returns what was found (m, 9), with row -1 where there is nothing, and the evaluated plans (m,).
+    Returns what was found (m, 8), with row -1 where there is nothing, and the evaluated plans (m,).
     """
-    found = np.full((chains.shape[0], 9), -1.0)
-    found[:, 8] = INFINITE
+    found = np.full((chains.shape[0], 8), -1.0)
     evaluated = np.zeros(chains.shape[0], np.int64)
     for m in prange(chains.shape[0]):
         evaluated[m] = settle(chains[m], prices[m], limit, slope, costs[m], wanted, field, found[m])

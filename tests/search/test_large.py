@@ -17,7 +17,7 @@ from mess_compile.search import branch, kernels, large, solver
 from mess_compile.search.clock import Clock, UnfinishedError
 from mess_compile.search.figures import Evidence
 from mess_compile.search.plan import Plan, SearchResult
-from mess_compile.search.problem import UNBOUNDED, Problem, problem_of
+from mess_compile.search.problem import Problem, problem_of
 from mess_compile.search.requirement import Limit, Requirement
 from tests.search.brute_force import BrutePlan, all_plans, graphs_of
 from tests.search.cases import evidence
@@ -397,17 +397,13 @@ def test_no_bound_of_a_group_of_plans_exceeds_the_least_of_them(
     given = slope, added, field, coefficients
     close = kernels.bound_triples(h2, h1, h3, prices, alive, np.inf, *given)
     bounds = [close, *(kernels.bound_triples(h2, h1, h3, prices, alive, limit, *given) for limit in close[0, 0])]
-    wanted = kernels.Wanted(np.array([UNBOUNDED]), np.array([95, UNBOUNDED]), -np.inf, 0)
     for b, a, r in np.ndindex(2, 2, 3):
         heads = (int(h1[a]), int(h2[b]), int(h3[r]))
         price = np.ascontiguousarray(prices[b, :, a, r])
         true = Chain(case, problem, heads).true_least(price, slope)
         assert max(least[b, a, r] for least in bounds) <= true + 1e-6
-        costs = price.astype(np.int64)[None, None]
-        padded = [np.concatenate([each[..., :1], each], axis=-1) for each in (price, costs)]  # none comes first
-        chain = np.array([[len(problem.names), *heads]])
-        found, _ = kernels.settle_all(chain, padded[0][None], -np.inf, slope, padded[1], wanted, field)
-        assert found[0, 8] <= true + 1e-6
+        chain = np.array([[len(problem.names), *heads]])  # none comes first
+        assert kernels.least_of_chains(chain, price[[0, 0, 1, 2]][None], slope, field)[0] <= true + 1e-6
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=RELAXED)
@@ -429,15 +425,12 @@ def test_no_bound_of_three_early_exits_exceeds_the_least_of_their_plans(
     alive = np.ones((1, 2, 2, 2), np.bool_)
     close = kernels.bound_fours(h2, h1, h3, h4, prices, alive, np.inf, *given_to)
     bounds = [close, kernels.bound_fours(h2, h1, h3, h4, prices, alive, close.min(), *given_to)]
-    wanted = kernels.Wanted(np.array([UNBOUNDED]), np.array([95, UNBOUNDED]), -np.inf, 0)
     for a, c, r in np.ndindex(2, 2, 2):
         heads = (int(h1[a]), int(h2[0]), int(h3[c]), int(h4[r]))
         price = np.ascontiguousarray(prices[0, :, a, c, r])
         true = Chain(case, problem, heads).true_least(price, slope)
         assert max(least[0, a, c, r] for least in bounds) <= true + 1e-6
-        costs = price.astype(np.int64)[None, None]
-        found, _ = kernels.settle_all(np.array([heads]), price[None], -np.inf, slope, costs, wanted, field)
-        assert found[0, 8] <= true + 1e-6
+        assert kernels.least_of_chains(np.array([heads]), price[None], slope, field)[0] <= true + 1e-6
 
 
 def test_three_early_exits_are_searched_by_bounds_however_small_the_space_is() -> None:
