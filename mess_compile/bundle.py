@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx.external_data_helper import uses_external_data
 
 from mess_compile import device_files, files
 from mess_compile.candidates import CandidateNetwork, GraphSet, check_hash
+from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.latency import StageGraphs, stage_graphs
 from mess_compile.measurements import Measurements
 from mess_compile.runtime import archive, cascade, manifest, signature
@@ -27,8 +25,6 @@ Progress = Callable[[str, int, int], None]
 GOLDEN_FRAMES = 4
 _FOLDER = "graphs"
 _REFERENCE = "onnxruntime"
-_WEIGHT = re.compile(r"weights/([0-9a-f]{64})")
-_EXPORT = "run `mess-compile export`"
 
 
 @dataclass(frozen=True)
@@ -188,22 +184,12 @@ def _add_graphs(part: Part, names: Sequence[StageGraphs], sources: _Sources) -> 
         check_hash(path, part.graph_set.graphs[name].sha256)
         form = part.forms.get(name, path)
         places[name] = sources.add(f"{_FOLDER}/{path.name}", form)
-        for location in _weight_locations(form):
-            weight = form.parent / location
-            if f"{_FOLDER}/{location}" not in sources.files:
+        for weight in stored_weights(form):
+            location = f"{_FOLDER}/{WEIGHTS}/{weight.name}"
+            if location not in sources.files:
                 check_hash(weight, weight.name)
-                sources.add(f"{_FOLDER}/{location}", weight)
+                sources.add(location, weight)
     return places
-
-
-def _weight_locations(path: Path) -> Iterator[str]:
-    model = onnx.load(str(path), load_external_data=False)
-    for tensor in model.graph.initializer:
-        if uses_external_data(tensor):
-            location = {entry.key: entry.value for entry in tensor.external_data}["location"]
-            if not _WEIGHT.fullmatch(location):
-                raise InputError(f"{path} keeps {tensor.name} in {location!r}, outside its weight store: {_EXPORT}")
-            yield location
 
 
 def _gate(graph_set: GraphSet, thresholds: NDArray[np.float32]) -> manifest.Gate:
@@ -302,13 +288,14 @@ def _golden(
 
 
 def _run(loaded: cascade.Cascade, frame: NDArray[np.uint8]) -> _Run:
-    taken = loaded(frame)
-    margins = [
-        abs(each.confidence - stage.cut / stage.cells)
-        for stage, each in zip(loaded.plan.stages[: taken.exit], loaded.refine(frame), strict=False)
-        if stage.cut is not None
-    ]
-    return _Run(frame, taken, min(margins, default=1.0))
+    margins: list[float] = []
+    for stage, prediction in zip(loaded.plan.stages, loaded.refine(frame), strict=False):
+        if stage.cut is None:
+            continue
+        margins.append(abs(prediction.confidence - stage.cut / stage.cells))
+        if prediction.confidence >= stage.cut / stage.cells:
+            break
+    return _Run(frame, prediction, min(margins, default=1.0))
 
 
 def _chosen(runs: Sequence[_Run]) -> list[_Run]:

@@ -336,7 +336,7 @@ def read_graph_set(root: Path) -> GraphSet:
 
     def decode() -> GraphSet:
         gate = content["gate"]
-        specs = {spec.name: spec for spec in map(_graph_spec_from_json, content["graphs"])}
+        specs = {spec.name: spec for spec in map(graph_spec_from_json, content["graphs"])}
         alone = content.get("baseline_alone")
         if (alone is None) == (BASELINE_ALONE in specs):
             raise ValueError(f"baseline_alone is {alone!r}, which does not fit the graphs")
@@ -375,7 +375,8 @@ def check_hash(path: Path, sha256: str) -> None:
         raise InputError(f"{path} was changed after export: {_GRAPHS_REMEDY}")
 
 
-def _graph_spec_from_json(content: dict[str, Any]) -> GraphSpec:
+def graph_spec_from_json(content: dict[str, Any]) -> GraphSpec:
+    """What `asdict` gave of one. Raises KeyError, TypeError or ValueError on damaged content."""
     if not re.fullmatch(r"[\w.-]+\.onnx", content["path"]):
         raise ValueError(f"graph path {content['path']!r}")
     return GraphSpec(

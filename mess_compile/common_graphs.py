@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onnx.external_data_helper import uses_external_data
-
 from mess_compile.candidates import GraphSet
-from mess_compile.graph.store import read_model
+from mess_compile.graph.store import stored_weights
 from mess_compile.search.plan import Plan
 
 
@@ -40,10 +38,5 @@ def shared(plans: Sequence[tuple[GraphSet, Plan]]) -> Shared:
 
 def _weights(graph_set: GraphSet, plan: Plan) -> dict[str, int]:
     """The size in bytes of every weight in the store that the plan's graphs name."""
-    sizes = {}
-    for graph in plan.graphs:
-        for tensor in read_model(graph_set.path(graph.name)).graph.initializer:
-            if uses_external_data(tensor):
-                told = {entry.key: entry.value for entry in tensor.external_data}
-                sizes[told["location"]] = (graph_set.path(graph.name).parent / told["location"]).stat().st_size
-    return sizes
+    paths = (graph_set.path(graph.name) for graph in plan.graphs)
+    return {weight.name: weight.stat().st_size for path in paths for weight in stored_weights(path)}

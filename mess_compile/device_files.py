@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import io
+import zipfile
 from pathlib import Path
 
 import mess_compile
@@ -24,10 +27,23 @@ sys.exit(main(bundle=Path(os.path.dirname(os.path.abspath(__file__)))))
 
 def runtime_files() -> dict[str, bytes]:
     """The device side as Python runs it from a zip or folder: paths in the bundle -> content."""
+    return {"__main__.py": _MAIN.encode(), **_modules()}
+
+
+@functools.lru_cache(maxsize=1)
+def runtime_zip() -> bytes:
+    """The device side as Python imports it, the same bytes each time."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as content:
+        for path, source in _modules().items():
+            content.writestr(zipfile.ZipInfo(path, (1980, 1, 1, 0, 0, 0)), source, zipfile.ZIP_DEFLATED)
+    return stream.getvalue()
+
+
+def _modules() -> dict[str, bytes]:
     package = Path(mess_compile.__file__).parent
     modules = (package / "__init__.py", *sorted((package / "runtime").glob("*.py")))
-    sources = {f"mess_compile/{path.relative_to(package).as_posix()}": path.read_bytes() for path in modules}
-    return {"__main__.py": _MAIN.encode(), **sources}
+    return {f"mess_compile/{path.relative_to(package).as_posix()}": path.read_bytes() for path in modules}
 
 
 def readme(manifest: Manifest) -> bytes:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tempfile
-import zipfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -16,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import mess_compile
 from mess_compile import files
-from mess_compile.graph.store import WEIGHTS, read_model
+from mess_compile.device_files import runtime_zip
+from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.remote import Remote, RemoteError
-from mess_compile.runtime import decode, frames, power, scoring, session
+from mess_compile.runtime import decode, frames, lines, power, scoring, session
 from mess_compile.runtime.errors import EngineError, InputError
 from mess_compile.runtime.pool import Job, Opened
 from mess_compile.runtime.profile import Effort, Window
@@ -95,7 +93,7 @@ class Session:
         try:
             for kind, content in self._wish(self._wished("build", jobs, (), "", Effort())):
                 if kind == "building":
-                    building = content
+                    building = str(content)
                 elif kind in ("built", "failed"):
                     building, done = "", done + 1
                     self.progress("build there", done, len(jobs))
@@ -128,8 +126,8 @@ class Session:
         self._push_graphs([job.path for job in jobs if job.path is not None])
         wish = self._wished(run, wanted, measured, reference, effort)
         yield from self._exchanged(wish, earlier)
-        for kind, content in self._wish(wish):
-            event = session.event_of(json.dumps({kind: content})) if kind in ("opened", "window") else None
+        for heard in self._wish(wish):
+            event = session.event_from(*heard)
             if event is not None:
                 yield event
 
@@ -187,7 +185,7 @@ class Session:
         known = {(window.job, window.round) for window in earlier}
         lacking = [e for e in there if e is not None and not (isinstance(e, Window) and (e.job, e.round) in known)]
         yield from lacking
-        ours = [json.dumps(dict([session.told(event)])) for event in (*earlier, *lacking)]
+        ours = [lines.line_of(*session.told(event)) for event in (*earlier, *lacking)]
         self._write(path, "".join(f"{line}\n" for line in ours).encode())
 
     def _wished(
@@ -214,10 +212,11 @@ class Session:
         error = ""
         try:
             for line in self.remote.lines(command, f"{STORE}/{_PID}"):
-                for kind, content in _said(line).items():
-                    error = str(content) if kind == "error" else error
-                    self._heard(kind, content)
-                    yield kind, content
+                heard = lines.said(line)
+                if heard is not None:
+                    error = str(heard[1]) if heard[0] == "error" else error
+                    self._heard(*heard)
+                    yield heard
         except RemoteError as failure:
             if error and not failure.lost:
                 raise EngineError(f"{self.remote.host.text}: {error}") from failure
@@ -243,18 +242,16 @@ class Session:
     def _push_graphs(self, paths: Sequence[Path]) -> None:
         """Graphs, the weights that they name, and the frame."""
         graphs = {files.sha256_of_file(path): path for path in paths}
-        weights = {weight.name: weight for path in paths for weight in weights_of(path)}
+        weights = {weight.name: weight for path in paths for weight in stored_weights(path)}
         told = lambda done, total: self.progress("send", done, total)  # noqa: E731
         if weights:
             self.remote.push(weights, f"{STORE}/{session.GRAPHS}/{WEIGHTS}", told)
-        with tempfile.TemporaryDirectory(prefix="mess-") as folder:
-            frame = _written(Path(folder), _npy(self.frame))
+        with written(_npy(self.frame)) as frame:
             self.remote.push({**graphs, **frame}, f"{STORE}/{session.GRAPHS}", told)
 
     def _sent(self, place: str, *contents: bytes) -> list[str]:
         """Have small files there, and return their names."""
-        with tempfile.TemporaryDirectory(prefix="mess-") as folder:
-            paths = _written(Path(folder), *contents)
+        with written(*contents) as paths:
             self.remote.push(paths, f"{STORE}/{place}", lambda done, total: None)
         return list(paths)
 
@@ -265,48 +262,23 @@ class Session:
             raise self.remote.failure(path, done.code, done.errors)
 
 
-def _said(line: str) -> dict[str, Any]:
-    """What a line says; nothing when it is not ours (engine libraries print, too)."""
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _written(folder: Path, *contents: bytes) -> dict[str, Path]:
-    """A file each, by their names, in this order."""
-    paths = {}
-    for content in contents:
-        name = hashlib.sha256(content).hexdigest()
-        paths[name] = folder / name
-        paths[name].write_bytes(content)
-    return paths
+@contextmanager
+def written(*contents: bytes) -> Iterator[dict[str, Path]]:
+    """A file each, for a while, by the names that their bytes give them, in this order."""
+    with tempfile.TemporaryDirectory(prefix="mess-") as folder:
+        paths = {}
+        for content in contents:
+            name = hashlib.sha256(content).hexdigest()
+            paths[name] = Path(folder) / name
+            paths[name].write_bytes(content)
+        yield paths
 
 
 def _name(wish: Wish) -> str:
     return hashlib.sha256(session.wish_to_json(wish).encode()).hexdigest()
 
 
-def weights_of(graph: Path) -> Iterator[Path]:
-    for tensor in read_model(graph).graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                yield graph.parent / entry.value
-
-
 def _npy(array: NDArray[Any]) -> bytes:
     stream = io.BytesIO()
     np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    return stream.getvalue()
-
-
-def runtime_zip() -> bytes:
-    """The device side as Python imports it, the same bytes each time."""
-    package = Path(mess_compile.__file__).parent
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as content:
-        for path in (package / "__init__.py", *sorted((package / "runtime").glob("*.py"))):
-            info = zipfile.ZipInfo(f"mess_compile/{path.relative_to(package)}", (1980, 1, 1, 0, 0, 0))
-            content.writestr(info, path.read_bytes(), zipfile.ZIP_DEFLATED)
     return stream.getvalue()

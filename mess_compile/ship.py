@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import io
-import json
 import platform
 import re
 import tarfile
@@ -18,8 +17,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mess_compile.device_files import runtime_zip
 from mess_compile.remote import Host, Remote, RemoteError, parse_host
-from mess_compile.runtime import decode
+from mess_compile.runtime import decode, lines
 from mess_compile.runtime import ship as device_side
 from mess_compile.runtime.archive import Archive, open_archive
 from mess_compile.runtime.choice import named_plans
@@ -27,7 +27,7 @@ from mess_compile.runtime.errors import InputError, MessError
 from mess_compile.runtime.ship import BYTES_PER_S, ENGINE_S, PROGRAMS, VERIFY_S, Done, Looked, Step, Wish
 from mess_compile.runtime.verify import LATENCY_FACTOR, Check
 from mess_compile.runtime.versions import FILES, SHIP
-from mess_compile.sessions import runtime_zip
+from mess_compile.sessions import written
 
 if TYPE_CHECKING:
     from mess_compile.retuning import Choice, Retuned
@@ -271,8 +271,8 @@ def _expected_s(looked: Looked, send_bytes: int) -> float | None:
 def _wish(archive: Archive, place: Place, options: Options) -> Wish:
     return Wish(
         place.folder,
-        archive.manifest_bytes.decode("utf-8"),
-        None if archive.signature is None else archive.signature.decode("utf-8", "replace"),
+        archive.text,
+        archive.signature_text,
         options.target,
         options.keep,
         options.allow_downgrade,
@@ -301,13 +301,10 @@ def _push(remote: Remote, files: dict[str, Path], folder: str, tell: Tell) -> in
 
 def _act(action: str, wish: Wish, place: Place, remote: Remote, tell: Tell) -> tuple[_Heard, int]:
     """Have the program there do something; what it said, and how many bytes travelled for it."""
-    contents = {sha256(content).hexdigest(): content for content in (runtime_zip(), _text(wish))}
-    code, name = contents
     programs = f"{place.folder}/{PROGRAMS}"
-    with tempfile.TemporaryDirectory(prefix="mess-") as folder:
-        for each, content in contents.items():
-            (Path(folder) / each).write_bytes(content)
-        sent_bytes = _push(remote, {each: Path(folder) / each for each in contents}, programs, lambda text: None)
+    with written(runtime_zip(), _text(wish)) as paths:
+        code, name = paths
+        sent_bytes = _push(remote, paths, programs, lambda text: None)
     command = ("env", f"PYTHONPATH={programs}/{code}", "python3", "-u", "-m", "mess_compile.runtime.ship")
     heard = _Heard()
     try:
@@ -341,12 +338,10 @@ def _look(place: Place, remote: Remote, wish: Wish) -> Looked:
 
 
 def _hear(heard: _Heard, line: str, place: Place, tell: Tell) -> None:
-    """Take note of a line; engine libraries print, too."""
-    try:
-        content = json.loads(line)
-        ((kind, said),) = content.items()
-    except (ValueError, RecursionError, AttributeError):
+    found = lines.said(line)
+    if found is None:
         return
+    kind, said = found
     try:
         if kind == "absent":
             heard.absent = [str(name) for name in said]

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mess_compile import files, forecast, sessions, trtexec
+from mess_compile import files, forecast, trtexec
 from mess_compile.candidates import GraphSet
-from mess_compile.graph.store import WEIGHTS
+from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.latency import PSEUDO_GRAPHS, Latency
 from mess_compile.remote import Remote, RemoteError
 from mess_compile.runtime import power, profile
@@ -286,7 +286,7 @@ class TrtexecSession:
 
     def _push_graphs(self, paths: Sequence[Path]) -> None:
         graphs = {files.sha256_of_file(path): path for path in paths}
-        weights = {weight.name: weight for path in paths for weight in sessions.weights_of(path)}
+        weights = {weight.name: weight for path in paths for weight in stored_weights(path)}
         for content, folder in ((weights, f"{_GRAPHS}/{WEIGHTS}"), (graphs, _GRAPHS)):
             self.remote.push(content, folder, lambda done, total: self.progress("send", done, total))
 

@@ -71,12 +71,12 @@ ALLOWED = {
     "trtexec": {"runtime"},
     "ssh": {"runtime"},
     "remote": {"files", "ssh", "runtime"},
-    "sessions": {"files", "graph", "remote", "runtime"},
+    "sessions": {"device_files", "files", "graph", "remote", "runtime"},
     "retuning": {
         *("bundle", "candidates", "dataset", "evaluation", "measurements", "remote", "search", "sessions"),
         *("statistics", "runtime"),
     },
-    "ship": {"remote", "retuning", "sessions", "runtime"},
+    "ship": {"device_files", "remote", "retuning", "sessions", "runtime"},
     "trtexec_session": {
         *("candidates", "files", "forecast", "graph", "latency", "remote", "sessions", "targets", "trtexec", "runtime"),
     },

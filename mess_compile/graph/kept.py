@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mess_compile import files
-from mess_compile.candidates import GraphSpec, TensorSpec
-from mess_compile.graph.store import WEIGHTS, read_model
+from mess_compile.candidates import GraphSpec, graph_spec_from_json
+from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.runtime.errors import InputError
 
 _FORMAT, _VERSION = "mess-settling", 1
@@ -28,15 +25,12 @@ class Tried:
 
 @dataclass(frozen=True)
 class Kept:
-    """Results by a hash over all that decides them, in `folder`; with None nothing is kept.
+    """Results by a key, a hash over all that decides them, in `folder`; with None nothing is kept.
 
     Graphs that pass are there with their weights. What is damaged is none.
     """
 
     folder: Path | None
-
-    def key(self, *decides: object) -> str:
-        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     def take(self, key: str, target: Path) -> Tried | None:
         """An earlier result; a graph that passed is put into `target`, as `write_graph` would."""
@@ -55,10 +49,10 @@ class Kept:
         source = self.folder / f"{key}.onnx"
         if not source.is_file() or files.sha256_of_file(source) != spec.sha256:
             return False
-        for weight in _weights(source):
-            if not (self.folder / weight).is_file() or files.sha256_of_file(self.folder / weight) != Path(weight).name:
+        for weight in stored_weights(source):
+            if not weight.is_file() or files.sha256_of_file(weight) != weight.name:
                 return False
-            _copy(self.folder / weight, target / weight)
+            _copy(weight, target / WEIGHTS / weight.name)
         shutil.copyfile(source, target / spec.path)
         return True
 
@@ -67,20 +61,12 @@ class Kept:
         if self.folder is None:
             return
         if tried.spec is not None:
-            for weight in _weights(source / tried.spec.path):
-                _copy(source / weight, self.folder / weight)
+            for weight in stored_weights(source / tried.spec.path):
+                _copy(weight, self.folder / WEIGHTS / weight.name)
             with files.replaced(self.folder / f"{key}.onnx") as temporary:
                 shutil.copyfile(source / tried.spec.path, temporary)
         spec = None if tried.spec is None else asdict(tried.spec)
         files.write_json(self.folder / f"{key}.json", _FORMAT, _VERSION, {"reason": tried.reason, "spec": spec})
-
-
-def _weights(graph: Path) -> Iterator[str]:
-    """Where a graph's external data lie, relative to its folder."""
-    for tensor in read_model(graph).graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location" and entry.value.startswith(f"{WEIGHTS}/"):
-                yield str(entry.value)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -98,13 +84,4 @@ def _read(path: Path) -> Tried:
 
 def _tried(content: dict[str, Any]) -> Tried:
     reason, spec = content["reason"], content["spec"]
-    if spec is None:
-        return Tried(str(reason), None)
-    inputs, outputs = (tuple(_tensor(tensor) for tensor in spec[name]) for name in ("inputs", "outputs"))
-    if Path(spec["path"]).name != spec["path"]:
-        raise ValueError(f"path {spec['path']!r}")
-    return Tried(None, GraphSpec(**{**spec, "inputs": inputs, "outputs": outputs}))
-
-
-def _tensor(content: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(content["name"], content["dtype"], tuple(content["shape"]))
+    return Tried(str(reason), None) if spec is None else Tried(None, graph_spec_from_json(spec))

@@ -26,7 +26,7 @@ from mess_compile.graph.precision import (
     to_fp16,
     to_int8,
 )
-from mess_compile.graph.store import WEIGHTS, read_model, read_whole_model, write_graph
+from mess_compile.graph.store import WEIGHTS, read_model, read_whole_model, stored_weights, write_graph
 from mess_compile.runtime.engine import PRECISIONS, Library
 from mess_compile.runtime.errors import EngineError, InputError, MessError
 
@@ -137,13 +137,9 @@ def _check_frames(graph_set: GraphSet, frames: Sequence[Array]) -> None:
 
 def _drop_unread_weights(folder: Path) -> None:
     """Remove the weights of precisions that were tried and given up."""
-    read: set[str] = set()
-    for path in folder.glob("*.onnx"):
-        for tensor in read_model(path).graph.initializer:
-            read.update(entry.value for entry in tensor.external_data if entry.key == "location")
-    for weight in folder.glob(f"{WEIGHTS}/*"):
-        if f"{WEIGHTS}/{weight.name}" not in read:
-            weight.unlink()
+    read = {weight for path in folder.glob("*.onnx") for weight in stored_weights(path)}
+    for weight in set(folder.glob(f"{WEIGHTS}/*")) - read:
+        weight.unlink()
 
 
 @dataclass(frozen=True)
@@ -203,7 +199,7 @@ class _Settling:
         """Of all graphs, images and the library that computes: a hash."""
         sources = [(name, spec.sha256) for name, spec in self.graph_set.graphs.items()]
         images = [[hashlib.sha256(frame.tobytes()).hexdigest() for frame in frames] for frames in groups]
-        return self.kept.key(sources, images, self.library.name, self.library.version)
+        return files.sha256_of_json((sources, images, self.library.name, self.library.version))
 
     def _keep_labels(self, maps: _Maps) -> None:
         """Labels of every head on the path in fp32."""
@@ -249,7 +245,7 @@ class _Settling:
     def _failure(self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check) -> str | None:
         """Convert, write and check a graph; why it must not be used, None when it may."""
         path = [(graph, self.specs[graph].sha256) for graph in before]
-        key = self.kept.key(self.decides, name, self.recipe.precision(name), path)
+        key = files.sha256_of_json((self.decides, name, self.recipe.precision(name), path))
         tried = self.kept.take(key, self.folder)
         if tried is None:
             reason = self._tried(name, before, calibrating, check)

@@ -20,6 +20,8 @@ from mess_compile.runtime.errors import InputError
 INLINE_BYTES = 1024
 """Smaller tensors stay in the ONNX file: shape inference reads some of them."""
 WEIGHTS = "weights"
+_WEIGHT = re.compile(rf"{WEIGHTS}/[0-9a-f]{{64}}")
+_EXPORT = "run `mess-compile export`"
 
 
 def read_model(path: Path) -> onnx.ModelProto:
@@ -35,27 +37,39 @@ def read_model(path: Path) -> onnx.ModelProto:
     return model
 
 
+def stored_weights(path: Path) -> list[Path]:
+    """The files of the store beside it that an ONNX model names, each once. Raises InputError for one elsewhere."""
+    tensors = [each for each in read_model(path).graph.initializer if external_data_helper.uses_external_data(each)]
+    locations = {_location(each): each.name for each in tensors}
+    for location, name in locations.items():
+        if not _WEIGHT.fullmatch(location):
+            raise InputError(f"{path} keeps {name} in {location!r}, outside its weight store: {_EXPORT}")
+    return [path.parent / location for location in locations]
+
+
+def _location(tensor: onnx.TensorProto) -> str:
+    return next((str(entry.value) for entry in tensor.external_data if entry.key == "location"), "")
+
+
 def read_whole_model(path: Path) -> onnx.ModelProto:
     """A graph with its weights out of the store beside it. Raises InputError when one is missing or was changed."""
     model = read_model(path)
     for tensor in model.graph.initializer:
         if external_data_helper.uses_external_data(tensor):
-            location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-            _take(tensor, _stored(path.parent, location))
+            _take(tensor, _stored(path.parent, _location(tensor)))
     return model
 
 
 def _stored(folder: Path, location: str) -> bytes:
     """The bytes of a weight in the store, which are those that its name says."""
-    sha256 = location.removeprefix(f"{WEIGHTS}/")
-    if not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise InputError(f"{location!r} is not a weight of the store in {folder}: run `mess-compile export`")
+    if not _WEIGHT.fullmatch(location):
+        raise InputError(f"{location!r} is not a weight of the store in {folder}: {_EXPORT}")
     try:
-        data = (folder / WEIGHTS / sha256).read_bytes()
+        data = (folder / location).read_bytes()
     except OSError as error:
-        raise InputError(f"{folder / location} cannot be read ({error.strerror}): run `mess-compile export`") from error
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise InputError(f"{folder / location} was changed after export: run `mess-compile export`")
+        raise InputError(f"{folder / location} cannot be read ({error.strerror}): {_EXPORT}") from error
+    if hashlib.sha256(data).hexdigest() != Path(location).name:
+        raise InputError(f"{folder / location} was changed after export: {_EXPORT}")
     return data
 
 

@@ -67,6 +67,20 @@ class Archive:
         self.signature = signature
         self._temporary = folder
 
+    @property
+    def text(self) -> str:
+        """The manifest's, to the byte."""
+        return self.manifest_bytes.decode("utf-8")
+
+    @property
+    def signature_text(self) -> Optional[str]:
+        return None if self.signature is None else self.signature.decode("utf-8", "replace")
+
+    @property
+    def hash(self) -> str:
+        """`hash_of` the bundle."""
+        return hash_of(self.text, self.signature_text)
+
     def array(self, name: str) -> np.ndarray:
         """An array of the bundle. Raises BundleError when it is not a plain one."""
         try:
@@ -84,6 +98,11 @@ class Archive:
 
     def close(self) -> None:
         self._temporary.cleanup()
+
+
+def hash_of(manifest: str, signature: Optional[str]) -> str:
+    """What a bundle is told by, from their texts: its manifest lists the hashes of all its files."""
+    return hashlib.sha256(manifest.encode("utf-8") + (signature or "").encode("utf-8")).hexdigest()
 
 
 def unsigned(manifest: Manifest) -> BundleError:
@@ -112,7 +131,7 @@ def open_archive(path: Path) -> Archive:
 def _unpacked(entries: Mapping[str, _Entry], path: Path) -> Archive:
     """Every size is compared before a file is written."""
     content = _small(entries, MANIFEST, path)
-    if _small(entries, MANIFEST_HASH, path) != _hash_line(content):
+    if _small(entries, MANIFEST_HASH, path) != hash_line(content):
         raise BundleError(f"{path}: {MANIFEST} was changed after it was written: {_DAMAGED}")
     manifest = manifest_from_json(content.decode("utf-8"))
     odd = sorted((set(manifest.files) | {MANIFEST, MANIFEST_HASH}) ^ (set(entries) - {SIGNATURE}))
@@ -142,7 +161,7 @@ def _small(entries: Mapping[str, _Entry], name: str, path: Path) -> bytes:
         return stream.read(_MAX_BYTES[name] + 1)
 
 
-def _hash_line(content: bytes) -> bytes:
+def hash_line(content: bytes) -> bytes:
     """As `sha256sum -c` reads it."""
     return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode("ascii")
 
@@ -273,7 +292,7 @@ def write_archive(
     `sign` gives the signature over the manifest's bytes.
     """
     content = manifest_to_json(manifest).encode("utf-8")
-    beside: List[Tuple[str, Union[Path, bytes]]] = [(MANIFEST, content), (MANIFEST_HASH, _hash_line(content))]
+    beside: List[Tuple[str, Union[Path, bytes]]] = [(MANIFEST, content), (MANIFEST_HASH, hash_line(content))]
     if sign is not None:
         beside.append((SIGNATURE, sign(content)))
     write_sealed_zip(path, beside + sorted(sources.items()))

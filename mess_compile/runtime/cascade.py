@@ -9,7 +9,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Type, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ContextManager,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+    Union,
+)
 
 import numpy as np
 
@@ -24,10 +37,12 @@ from mess_compile.runtime.ladder import Ladder, Walk, safer_plans
 from mess_compile.runtime.manifest import DEFAULT_POINT, Plan
 from mess_compile.runtime.mapping import MappingTimes
 from mess_compile.runtime.metrics import Metrics, Recorder
-from mess_compile.runtime.notebook import Palette, labels_html, text_html
 from mess_compile.runtime.signature import Signers
 from mess_compile.runtime.stream import Stream
 from mess_compile.runtime.values import check_deadline, check_threads
+
+if TYPE_CHECKING:
+    from mess_compile.runtime.notebook import Palette
 
 ON_FAILURE = ("fallback", "raise")
 _FREE: ContextManager[None] = nullcontext()
@@ -53,6 +68,8 @@ class Prediction:
     palette: Palette = field(default=(), repr=False, compare=False)
 
     def _repr_html_(self) -> str:
+        from mess_compile.runtime.notebook import labels_html, text_html
+
         words = f"exit {self.exit}, {self.confidence:.0%} of its cells sure, {self.latency_ms:.2f} ms"
         return text_html(words) + labels_html(self.labels, self.palette)
 
@@ -433,5 +450,5 @@ def load_archive(
         plan, opened = first_that_opens(plans, threads, cuda_graphs)
     if archive.signed_by is not None:
         for each in (plan, *(safer_plans(archive.manifest, plan) if on_failure == "fallback" else ())):
-            adopt(archive.manifest.engines, each, opened, archive.folder)
+            adopt(archive.manifest, each, opened, archive.folder)
     return Cascade(archive, plan, opened, on_failure, threads)

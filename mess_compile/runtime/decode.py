@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import sys
 import typing
 from typing import Any, Dict, Tuple, Union
+
+_LARGEST = int(sys.float_info.max)
 
 
 class DecodeError(Exception):
     """The message names the place, the value found and what it should be."""
+
+
+class ForeignError(DecodeError):
+    """What is read is of another format or version."""
+
+
+def encode(value: Any, form: str, version: int) -> Dict[str, Any]:
+    """A dataclass as the content of a document, with its format and version in front."""
+    return {"format": form, "version": version, **dataclasses.asdict(value)}
+
+
+def document(kind: Any, text: str, form: str, version: int, where: str) -> Any:
+    """JSON text of what `encode` gave, as the dataclass `kind`. Raises ForeignError, DecodeError."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DecodeError(str(error)) from error
+    if not isinstance(content, dict) or (content.pop("format", None), content.pop("version", None)) != (form, version):
+        raise ForeignError(f"{where} is not {form} {version}")
+    return decode(kind, content, where)
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
@@ -46,12 +70,19 @@ def _decode_tuple(kinds: Tuple[Any, ...], value: Any, where: str) -> Tuple[Any, 
 
 
 def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
+    if kind is float and type(value) is int and abs(value) <= _LARGEST:
         return float(value)
     return _of_type(kind, value, where, {str: "text", bool: "true or false", int: "an integer"}.get(kind, "a number"))
 
 
 def _of_type(kind: Any, value: Any, where: str, words: str) -> Any:
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise DecodeError(f"{where} is {value!r:.80}, not {words}")
+        raise DecodeError(f"{where} is {_shown(value)}, not {words}")
     return value
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.80}"
+    except RecursionError:
+        return "nested too deeply"

@@ -12,25 +12,30 @@ import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Optional, Sequence, Tuple
+from typing import Iterator, Optional, Tuple
 
-from mess_compile.runtime import tensorrt_build
+from mess_compile.runtime import home, tensorrt_build
 from mess_compile.runtime.engine import Library
 from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.manifest import EngineFile, Plan
+from mess_compile.runtime.manifest import EngineFile, Manifest, Plan
 from mess_compile.runtime.tensorrt_build import BuildOptions
 
 _Gpu = Tuple[str, Tuple[int, int]]
-PROFILED = Path(".mess-compile", "engines")
-"""Below the home folder: what was built to be measured."""
+_PROFILED = Path(".mess-compile", "engines")
 
 
 def default_folder() -> Path:
     """Where engines are kept unless told otherwise; `XDG_CACHE_HOME` moves it. Raises InputError without a home."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mess-compile" / "engines"
-    except RuntimeError as error:
-        raise InputError("no home folder is known to keep engines in: set XDG_CACHE_HOME to one of your own") from error
+    cache = home.cache()
+    if cache is None:
+        raise InputError("no home folder is known to keep engines in: set XDG_CACHE_HOME to one of your own")
+    return cache / "mess-compile" / "engines"
+
+
+def profiled_folder() -> Optional[Path]:
+    """Where `profile` and `build` keep what they build here; None where no home is known."""
+    own = home.home()
+    return None if own is None else own / _PROFILED
 
 
 def loadable(library: Library, graph: Path, precision: str, folder: Optional[Path] = None) -> Path:
@@ -52,10 +57,9 @@ def loadable(library: Library, graph: Path, precision: str, folder: Optional[Pat
 
 def _loadable(library: Library, gpu: _Gpu, graph: Path, precision: str, folder: Path) -> Path:
     _own(folder)
-    options = _options(library, gpu, precision)
-    path = folder / _name(library, gpu, _sha256(graph), options)
+    path = _place(library, gpu, folder, _sha256(graph), precision)
     if not _is_intact(path):
-        _build(graph, path, options, _timing(folder, library))
+        _build(graph, path, _options(library, gpu, precision), _timing(folder, library))
     return path
 
 
@@ -73,19 +77,16 @@ def _writable(folder: Path) -> Iterator[None]:
 def is_built(library: Library, sha256: str, precision: str, folder: Optional[Path] = None) -> bool:
     """Whether `loadable` has an engine of the graph with this hash, or needs none."""
     gpu = library.builds_for
-    if gpu is None:
-        return True
-    options = _options(library, gpu, precision)
-    return _is_intact((folder or default_folder()) / _name(library, gpu, sha256, options))
+    return gpu is None or _is_intact(_place(library, gpu, folder or default_folder(), sha256, precision))
 
 
 def borrow(library: Library, sha256: str, precision: str) -> bool:
     """Take over the engine that `profile` or `build` had this user build here for the graph, where there is one."""
-    gpu, place = library.builds_for, Path.home() / PROFILED
-    if gpu is None or not place.is_dir():
+    gpu, place = library.builds_for, profiled_folder()
+    if gpu is None or place is None or not place.is_dir():
         return False
     _own(place)
-    path = place / _name(library, gpu, sha256, _options(library, gpu, precision))
+    path = _place(library, gpu, place, sha256, precision)
     if not _is_intact(path):
         return False
     folder = default_folder()
@@ -105,42 +106,38 @@ def _sha256(graph: Path) -> str:
     return hashlib.sha256(graph.read_bytes()).hexdigest()
 
 
-def _name(library: Library, gpu: _Gpu, sha256: str, options: BuildOptions) -> str:
+def _place(library: Library, gpu: _Gpu, folder: Path, sha256: str, precision: str) -> Path:
+    """Where in `folder` the engine lies that `library` makes of a graph for this GPU."""
     name, (major, minor) = gpu
-    decides = (sha256, repr(options), library.version, name, major, minor)
-    return f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.engine"
+    decides = (sha256, repr(_options(library, gpu, precision)), library.version, name, major, minor)
+    return folder / f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.engine"
 
 
 def _timing(folder: Path, library: Library) -> Path:
     return folder / tensorrt_build.timing_cache_name(library.version)
 
 
-def adopt(
-    engines: Sequence[EngineFile], plan: Plan, library: Library, source: Path, folder: Optional[Path] = None
-) -> Tuple[str, ...]:
-    """Put the engines that a bundle brings for this very library and GPU among the user's own, unless there are some.
+def adopt(manifest: Manifest, plan: Plan, library: Library, source: Path) -> None:
+    """Put the engines that a bundle in `source` brings for this very library and GPU among the user's own, unless
+    there are some.
 
-    Only of a bundle whose signature is known. Returns the graphs that need no build any more. Raises InputError.
+    Only of a bundle whose signature is known. Raises InputError.
     """
     gpu = library.builds_for
-    if gpu is None:
-        return ()
-    folder = folder or default_folder()
-    adopted = []
+    brought = [] if gpu is None else [engine for engine in manifest.engines if _fits(engine, library, gpu)]
+    if gpu is None or not brought:
+        return
+    folder = default_folder()
     with _writable(folder):
-        for engine in (engine for engine in engines if _fits(engine, library, gpu)):
-            _own(folder)
-            content = (source / engine.file).read_bytes()
+        _own(folder)
+        for engine in brought:
             if engine.graph is None:
                 if not _timing(folder, library).exists():
-                    _write(_timing(folder, library), content)
+                    _write(_timing(folder, library), (source / engine.file).read_bytes())
             elif engine.graph in plan.precisions and engine.precision == plan.precisions[engine.graph].used:
-                options = _options(library, gpu, engine.precision)
-                path = folder / _name(library, gpu, _sha256(source / engine.graph), options)
+                path = _place(library, gpu, folder, manifest.files[engine.graph].sha256, engine.precision)
                 if not _is_intact(path):
-                    _keep(path, content)
-                adopted.append(engine.graph)
-    return tuple(adopted)
+                    _keep(path, (source / engine.file).read_bytes())
 
 
 def _fits(engine: EngineFile, library: Library, gpu: _Gpu) -> bool:

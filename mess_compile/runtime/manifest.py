@@ -251,13 +251,18 @@ class Manifest:
     files: Dict[str, File]
     provenance: Dict[str, str]
 
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(file.bytes for file in self.files.values())
+
     def golden_of(self, plan: Plan) -> Tuple[Golden, ...]:
         return tuple(golden for golden in self.golden if golden.plan == plan.name)
 
 
 def manifest_to_json(manifest: Manifest) -> str:
     """The text of `manifest.json`; equal manifests give equal text."""
-    content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    content = decode.encode(manifest, FORMAT, VERSION)
     content["files"] = dict(sorted(content["files"].items()))
     content["provenance"] = dict(sorted(content["provenance"].items()))
     return json.dumps(content, indent=1) + "\n"
@@ -278,7 +283,7 @@ def manifest_from_json(text: str) -> Manifest:
     try:
         manifest: Manifest = decode.decode(Manifest, fields, "manifest")
         _check(manifest)
-    except (decode.DecodeError, RecursionError, OverflowError) as error:
+    except decode.DecodeError as error:
         raise BundleError(f"{MANIFEST}: {error}") from error
     return manifest
 

@@ -1,8 +1,7 @@
 """Building, measuring and scoring on a device for somebody elsewhere: a wish comes as a file, lines tell what happens.
 
-Every line is a JSON object with one key: `hello` and `state` first, then `building`, `built`, `failed`, `opened`,
-`window`, `ready`, `scored`, and `state` again at the end. Windows are also kept in a file here, and a call begins with
-those in it.
+Lines are `hello` and `state` first, then `building`, `built`, `failed`, `opened`, `window`, `ready`, `scored`, and
+`state` again at the end. Windows are also kept in a file here, and a call begins with those in it.
 """
 
 from __future__ import annotations
@@ -16,14 +15,15 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 
-from mess_compile.runtime import clocks, decode, power, profile, scoring
+from mess_compile.runtime import clocks, decode, lines, power, profile, scoring
 from mess_compile.runtime.engine import LIBRARIES, Library, open_library
 from mess_compile.runtime.engine_cache import loadable
 from mess_compile.runtime.errors import EngineError, InputError, MessError
+from mess_compile.runtime.lines import Say
 from mess_compile.runtime.machine import Machine, this_machine
 from mess_compile.runtime.pool import Job, Opened
 from mess_compile.runtime.profile import Effort, Window
@@ -33,7 +33,6 @@ CLOCKS = "clocks.json"
 GRAPHS, ENGINES, WISHES, RESULTS, IMAGES = "graphs", "engines", "wishes", "results", "images"
 """Folders of the store: graphs by hash, weights in `graphs/weights`; wishes with the program that does them."""
 _LOOK_S = 0.02
-Say = Callable[[str, Any], None]
 
 
 @dataclass(frozen=True)
@@ -78,21 +77,12 @@ class Hello:
 
 
 def wish_to_json(wish: Wish) -> str:
-    return json.dumps({"format": FORMAT, "version": VERSION, **asdict(wish)}, sort_keys=True)
+    return json.dumps(decode.encode(wish, FORMAT, VERSION), sort_keys=True)
 
 
 def wish_from_json(text: str) -> Wish:
     """Raises InputError naming what is wrong."""
-    try:
-        content = json.loads(text)
-        if not isinstance(content, dict) or (content.pop("format", None), content.pop("version", None)) != (
-            FORMAT,
-            VERSION,
-        ):
-            raise InputError(f"the wish is not {FORMAT} {VERSION}: run the same release on both sides")
-        wish: Wish = decode.decode(Wish, content, "wish")
-    except (ValueError, RecursionError, OverflowError, decode.DecodeError) as error:
-        raise InputError(f"the wish cannot be read: {error}") from error
+    wish: Wish = lines.wish_of(Wish, text, FORMAT, VERSION)
     if wish.library not in LIBRARIES:
         raise InputError(f"the wish is for {wish.library!r}, not one of {', '.join(LIBRARIES)}")
     return wish
@@ -166,7 +156,7 @@ def _measure(library: Library, wish: Wish, jobs: List[Job], store: Path, name: s
     with results.open("a", encoding="utf-8") as stream:
         for event in events:
             kind, content = told(event)
-            stream.write(json.dumps({kind: content}) + "\n")
+            stream.write(lines.line_of(kind, content) + "\n")
             stream.flush()
             say(kind, content)
 
@@ -211,8 +201,8 @@ def told(event: Union[Opened, Window]) -> Tuple[str, Dict[str, Any]]:
 
 def events_in(path: Path) -> Iterator[Union[Opened, Window]]:
     """The windows and opened engines in a file of lines; half-written and damaged lines are none."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in lines:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         event = event_of(line)
         if event is not None:
             yield event
@@ -220,11 +210,16 @@ def events_in(path: Path) -> Iterator[Union[Opened, Window]]:
 
 def event_of(line: str) -> Optional[Union[Opened, Window]]:
     """What a line says was measured; None when it says something else, or times that are none."""
+    found = lines.said(line)
+    return None if found is None else event_from(*found)
+
+
+def event_from(kind: str, content: Any) -> Optional[Union[Opened, Window]]:
+    """As `event_of`, of what `lines.said` gives."""
     kinds: Dict[str, Any] = {"window": Window, "opened": Opened}
     try:
-        ((kind, content),) = json.loads(line).items()
         event = decode.decode(kinds[kind], content, kind)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, decode.DecodeError):
+    except (KeyError, decode.DecodeError):
         return None
     return event if isinstance(event, Opened) or _is_sound(event) else None
 
@@ -235,24 +230,6 @@ def _is_sound(window: Window) -> bool:
     optional = window.power_mw or 0.0, window.waited_tick_ms or 0.0
     whole = bool(window.wall_ms) and len(window.device_ms) in counts
     return whole and min(*window.wall_ms, *others, *optional) >= 0 and window.round >= 0
-
-
-def tell(store: Path, name: str) -> int:
-    """`serve`, by lines on standard output; exit code 1 after a last line `error`."""
-
-    def say(kind: str, content: Any) -> None:
-        print(json.dumps({kind: content}), flush=True)
-
-    try:
-        serve(store, name, say)
-        return 0
-    except MessError as error:
-        say("error", str(error))
-    except OSError as error:
-        say("error", f"{error.strerror or error} ({error.filename or store}): make room there, and look at its rights")
-    except MemoryError:
-        say("error", "the device is out of memory: end what else runs there")
-    return 1
 
 
 def describe_machine() -> Dict[str, str]:
@@ -286,4 +263,5 @@ def _identity() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(tell(Path(sys.argv[1]), sys.argv[2]))
+    store, name = Path(sys.argv[1]), sys.argv[2]
+    sys.exit(lines.tell(lambda say: serve(store, name, say), store))

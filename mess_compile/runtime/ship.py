@@ -1,6 +1,6 @@
 """Taking a bundle in for somebody elsewhere: staged beside what runs, built, verified, and only then put in its place.
 
-Every line is a JSON object with one key: `absent`, `step`, `check`, `looked`, `done` or `error`, the last.
+Lines tell of it: `absent`, `step`, `check`, `looked`, `done` or `error`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import time
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
-from mess_compile.runtime import decode, unit, versions
-from mess_compile.runtime.archive import Archive, open_archive, unsigned
+from mess_compile.runtime import decode, lines, unit, versions
+from mess_compile.runtime.archive import Archive, hash_of, open_archive, unsigned
 from mess_compile.runtime.cascade import load_archive
 from mess_compile.runtime.choice import first_that_opens, matching_plans
 from mess_compile.runtime.engine import Library
-from mess_compile.runtime.engine_cache import PROFILED, adopt, borrow, is_built, loadable
+from mess_compile.runtime.engine_cache import adopt, borrow, is_built, loadable, profiled_folder
 from mess_compile.runtime.errors import BundleError, EngineError, InputError, MessError
 from mess_compile.runtime.ladder import safer_plans
+from mess_compile.runtime.lines import Say
 from mess_compile.runtime.manifest import Manifest, Plan, manifest_from_json
 from mess_compile.runtime.signature import installed_signers, signer_of
-from mess_compile.runtime.verify import verify
+from mess_compile.runtime.verify import LATENCY_FACTOR, verify
 from mess_compile.runtime.versions import SHIP, VERSIONS, History, Version
 
 FORMAT, VERSION = "mess-ship", 1
@@ -38,7 +39,6 @@ _REMEDIES = {
     "power mode": "set it back there, or profile again in this one",
 }
 _DAY_S = 86400.0
-Say = Callable[[str, Any], None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Wish:
     target: Optional[str] = None
     keep: int = 3
     allow_downgrade: bool = False
-    latency_factor: float = 1.25
+    latency_factor: float = LATENCY_FACTOR
     unit: bool = False
     bytes_per_s: Optional[float] = None
     program: Optional[str] = None
@@ -113,18 +113,12 @@ class Looked:
 
 
 def wish_to_json(wish: Wish) -> str:
-    return json.dumps({"format": FORMAT, "version": VERSION, **asdict(wish)}, sort_keys=True)
+    return json.dumps(decode.encode(wish, FORMAT, VERSION), sort_keys=True)
 
 
 def wish_from_json(text: str) -> Wish:
     """Raises InputError naming what is wrong."""
-    try:
-        content = json.loads(text)
-        if not isinstance(content, dict) or (content.pop("format", ""), content.pop("version", 0)) != (FORMAT, VERSION):
-            raise InputError(f"the wish is not {FORMAT} {VERSION}: run the same release on both sides")
-        wish: Wish = decode.decode(Wish, content, "wish")
-    except (ValueError, RecursionError, OverflowError, decode.DecodeError) as error:
-        raise InputError(f"the wish cannot be read: {error}") from error
+    wish: Wish = lines.wish_of(Wish, text, FORMAT, VERSION)
     return wish
 
 
@@ -144,7 +138,7 @@ def look(wish: Wish, say: Say) -> None:
         absent = versions.absent_files(folder, manifest)
         try:
             if not wish.allow_downgrade:
-                bundle = versions.hash_of(wish.manifest, wish.signature)
+                bundle = hash_of(wish.manifest, wish.signature)
                 versions.refuse_downgrade(history, current, bundle, versions.release_of(manifest))
             _check_signer(wish, manifest)
             build = _to_build(manifest, wish.target)
@@ -178,7 +172,7 @@ def _to_build(manifest: Manifest, target: Optional[str]) -> List[str]:
     """Graphs of which there is no engine yet."""
     plan, library = first_that_opens(matching_plans(manifest, target, None))
     with closing(library):
-        places = (None, Path.home() / PROFILED)
+        places = (None, profiled_folder())
         return [
             path
             for path, precision in _graphs((plan, *safer_plans(manifest, plan)))
@@ -194,7 +188,7 @@ def _graphs(plans: Sequence[Plan]) -> List[Tuple[str, str]]:
 def ship(wish: Wish, say: Say) -> None:
     """Take the bundle in: nothing that runs is touched until it has verified. Raises MessError, OSError."""
     folder, text = Path(wish.folder), wish.manifest or ""
-    manifest, bundle = manifest_from_json(text), versions.hash_of(text, wish.signature)
+    manifest, bundle = manifest_from_json(text), hash_of(text, wish.signature)
     if wish.unit:
         unit.check_paths(folder, sys.executable)
     start = time.monotonic()
@@ -239,11 +233,9 @@ def _unknown(id_: str, place: Path) -> Version:
     """A version that is here, in a folder whose history was lost."""
     archive = open_archive(place)
     with closing(archive):
-        signature = None if archive.signature is None else archive.signature.decode("utf-8", "replace")
-        bundle = versions.hash_of(archive.manifest_bytes.decode("utf-8"), signature)
-        size = sum(file.bytes for file in archive.manifest.files.values())
-        release = versions.release_of(archive.manifest)
-        return Version(int(id_.partition("-")[0]), bundle, archive.manifest.name, release, None, size, "unknown")
+        manifest, number = archive.manifest, int(id_.partition("-")[0])
+        release = versions.release_of(manifest)
+        return Version(number, archive.hash, manifest.name, release, None, manifest.bytes, "unknown")
 
 
 @dataclass(frozen=True)
@@ -298,7 +290,7 @@ def _built(archive: Archive, plan: Plan, library: Library, history: History, say
     plans, files = (plan, *safer_plans(archive.manifest, plan)), archive.manifest.files
     if archive.signed_by is not None:
         for each in plans:
-            adopt(archive.manifest.engines, each, library, archive.folder)
+            adopt(archive.manifest, each, library, archive.folder)
     wanted = [
         (path, precision)
         for path, precision in _graphs(plans)
@@ -364,22 +356,13 @@ def _remove_old(folder: Path) -> None:
 
 
 def tell(action: str, wish: Path) -> int:
-    """Do what the file `wish` says, by lines on standard output; exit code 1 after a last line `error`."""
+    """Do what the file `wish` says, by lines on standard output; the exit code."""
 
-    def say(kind: str, content: Any) -> None:
-        print(json.dumps({kind: content}), flush=True)
-
-    try:
+    def act(say: Say) -> None:
         _ACTIONS[action](wish_from_json(wish.read_text(encoding="utf-8")), say)
         _remove_old(wish.parent)
-        return 0
-    except MessError as error:
-        say("error", str(error))
-    except OSError as error:
-        say("error", f"{error.strerror or error} ({error.filename or wish}): make room there, and look at its rights")
-    except MemoryError:
-        say("error", "the device is out of memory: end what else runs there")
-    return 1
+
+    return lines.tell(act, wish)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,19 @@ versions/NUMBER-HASH/                   unpacked bundles, each complete and veri
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Dict, Iterator, List, Optional, Tuple
 
 from mess_compile.runtime import decode
-from mess_compile.runtime.archive import open_archive
+from mess_compile.runtime.archive import hash_line, open_archive
 from mess_compile.runtime.errors import BundleError, InputError
 from mess_compile.runtime.manifest import MANIFEST, MANIFEST_HASH, SIGNATURE, Manifest
 
@@ -72,11 +71,6 @@ class History:
         return next((version for version in self.versions if version.id == id_), None)
 
 
-def hash_of(manifest: str, signature: Optional[str]) -> str:
-    """What a bundle is told by: its manifest lists the hashes of all its files."""
-    return hashlib.sha256(manifest.encode("utf-8") + (signature or "").encode("utf-8")).hexdigest()
-
-
 def release_of(manifest: Manifest) -> Optional[int]:
     text = manifest.provenance.get(RELEASE, "")
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else None
@@ -88,20 +82,17 @@ def read_history(folder: Path) -> History:
     if not path.exists():
         return History()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or (content.pop("format", ""), content.pop("version", 0)) != (
-            _FORMAT,
-            _VERSION,
-        ):
-            raise InputError(f"{path} is of another release: update mess-compile")
-        history: History = decode.decode(History, content, "history")
-    except (ValueError, RecursionError, OverflowError, decode.DecodeError) as error:
+        text = path.read_bytes().decode("utf-8")
+        history: History = decode.document(History, text, _FORMAT, _VERSION, "history")
+    except decode.ForeignError as error:
+        raise InputError(f"{path} is of another release: update mess-compile") from error
+    except (UnicodeDecodeError, decode.DecodeError) as error:
         raise InputError(f"{path} is damaged ({error}): remove it; versions stay, and go by their numbers") from error
     return history
 
 
 def _write_history(folder: Path, history: History) -> None:
-    text = json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(history)}, indent=1) + "\n"
+    text = json.dumps(decode.encode(history, _FORMAT, _VERSION), indent=1) + "\n"
     temporary = folder / SHIP / f"{_MAKING}history"
     with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -202,7 +193,7 @@ def staged(folder: Path, text: str, signature: Optional[str], manifest: Manifest
             _link(folder / FILES / file.sha256, place / name)
         content = text.encode("utf-8")
         (place / MANIFEST).write_bytes(content)
-        (place / MANIFEST_HASH).write_text(f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n", encoding="ascii")
+        (place / MANIFEST_HASH).write_bytes(hash_line(content))
         if signature is not None:
             (place / SIGNATURE).write_bytes(signature.encode("utf-8"))
         place.chmod(0o755)
@@ -230,17 +221,17 @@ def intact(folder: Path, history: History, bundle: str) -> Optional[Version]:
     except (BundleError, InputError):
         return None
     archive.close()
-    signature = None if archive.signature is None else archive.signature.decode("utf-8", "replace")
-    return version if hash_of(archive.manifest_bytes.decode("utf-8"), signature) == bundle else None
+    return version if archive.hash == bundle else None
 
 
 def added(folder: Path, history: History, place: Path, manifest: Manifest, bundle: str, by: Optional[str]) -> History:
     """Make a verified bundle in `place` the newest version; programs do not load it yet."""
     numbers = [version.number for version in history.versions]
     numbers += [int(name.partition("-")[0]) for name in ids_there(folder)]
-    size = sum(file.bytes for file in manifest.files.values())
     shipped = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    version = Version(max(numbers, default=0) + 1, bundle, manifest.name, release_of(manifest), by, size, shipped)
+    version = Version(
+        max(numbers, default=0) + 1, bundle, manifest.name, release_of(manifest), by, manifest.bytes, shipped
+    )
     history = replace(history, versions=(*history.versions, version))
     _write_history(folder, history)
     (folder / VERSIONS).mkdir(exist_ok=True)

@@ -91,7 +91,7 @@ def test_a_fallback_that_does_not_build_is_told_and_the_plan_itself_must(opened:
 def test_what_was_built_to_be_measured_is_taken_over(opened: Archive, builder: Builder) -> None:
     plan = opened.manifest.plans[0]
     for path in plan.graphs():
-        engine_cache.loadable(library(), opened.folder / path, "fp16", Path.home() / engine_cache.PROFILED)
+        engine_cache.loadable(library(), opened.folder / path, "fp16", engine_cache.profiled_folder())
     builder.asked.clear()
     assert built(opened) == (5, ())
     assert builder.asked == ["fp32"] * 5
