@@ -41,9 +41,9 @@ def watch(bundle: Path, folder: Path, target: Optional[str], signers: Optional[S
     with _ending() as ended, load(bundle, target, on_failure="fallback", signers=signers) as cascade:
         told, looked = 0.0, time.monotonic()
         while not ended:
-            frames = _frames(folder / "in")
-            if frames:
-                _segment(cascade, frames[0], folder)
+            frame = _oldest(folder / "in")
+            if frame is not None:
+                _segment(cascade, frame, folder)
             if time.monotonic() - told >= METRICS_S:
                 _write_metrics(cascade, folder / "metrics.prom")
                 told = time.monotonic()
@@ -51,7 +51,7 @@ def watch(bundle: Path, folder: Path, target: Optional[str], signers: Optional[S
                 if _version(bundle) not in (known, None):
                     break
                 looked = time.monotonic()
-            if not frames:
+            if frame is None:
                 time.sleep(_LOOK_S)
         _write_metrics(cascade, folder / "metrics.prom")
         return not ended
@@ -83,15 +83,15 @@ def _version(bundle: Path) -> Optional[Tuple[str, int]]:
     return place, found.st_ino
 
 
-def _frames(folder: Path) -> List[Path]:
-    """What has arrived, the oldest first; hidden files are still being written."""
+def _oldest(folder: Path) -> Optional[Path]:
+    """Of the frames that have arrived; hidden files are still being written."""
     arrived = []
     with os.scandir(folder) as found:
         for entry in found:
             with suppress(FileNotFoundError):  # somebody took it away
                 if not entry.name.startswith(".") and entry.is_file():
                     arrived.append((entry.stat().st_mtime_ns, entry.name))
-    return [folder / name for _, name in sorted(arrived)]
+    return folder / min(arrived)[1] if arrived else None
 
 
 def _segment(cascade: Cascade, path: Path, folder: Path) -> None:
