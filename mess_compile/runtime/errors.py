@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Iterable, Sequence
 
 
@@ -44,6 +43,8 @@ class BatchError(EngineError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """For a message, behind the name: the nearest of what there is; empty where nothing is near."""
+    import difflib
+
     near = difflib.get_close_matches(name[:80], list(known), 1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
@@ -204,6 +203,8 @@ def _libraries() -> Tuple[InstalledLibrary, ...]:
 
 
 def _version(distributions: Tuple[str, ...]) -> Optional[str]:
+    from importlib import metadata  # takes longer than the rest of this file
+
     for distribution in distributions:
         try:
             version = metadata.version(distribution)
