@@ -25,12 +25,16 @@ IDENTITY = "maker@example.com"
 
 
 def with_threshold(number: int) -> Callable[[Manifest], Manifest]:
-    """One threshold differs, by so little that nothing is decided otherwise."""
+    """One threshold differs, by so little that nothing is decided otherwise, and a colour: pictures of labels tell
+    which version made them."""
 
     def change(manifest: Manifest) -> Manifest:
         first, *rest = manifest.gate.thresholds
         rows = ((first[0] + number * 1e-6, *first[1:]), *rest)
-        return replace(manifest, gate=replace(manifest.gate, thresholds=rows))
+        network = manifest.network
+        colours = ((number % 256, number // 256, 255), *network.colours[1:])
+        gate = replace(manifest.gate, thresholds=rows)
+        return replace(manifest, gate=gate, network=replace(network, colours=colours))
 
     return change
 
@@ -87,7 +91,7 @@ class Service:
             self.fed += 1
 
     def check(self) -> None:
-        """It runs, and every frame until now has the labels that it should have."""
+        """It runs, by the version in use, and every frame until now has the labels that it should have."""
         until = time.monotonic() + PATIENCE_S
         assert self._process is not None
         while self.fed == 0:
@@ -101,6 +105,16 @@ class Service:
         for number in {0, fed // 2, fed - 1}:
             with Image.open(self.live / "out" / f"{number:06}.labels.png") as labels:
                 assert np.array_equal(np.array(labels), self.labels)
+        with closing(archive.open_archive(self.folder / "current")) as opened:
+            colours = [value for colour in opened.manifest.network.colours for value in colour]
+        while self._latest_palette()[: len(colours)] != colours:
+            assert self._process.poll() is None, "what runs there was ended"
+            assert time.monotonic() < until, "the version in use is not taken up"
+            time.sleep(0.05)
+
+    def _latest_palette(self) -> list[int]:
+        with Image.open(max((self.live / "out").glob("*.labels.png"))) as labels:
+            return labels.getpalette() or []
 
     def stop(self) -> int:
         """Its exit code."""

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mess_compile.workspace import Workspace
 from tests.commands import ANY_SPEED, complaint, done, printed_json, run
 from tests.json_docs import differences
 from tests.remote_device import Device, remote_device
-from tests.shipping import IDENTITY, check_whole, keys, released, service, that_fails, with_threshold
+from tests.shipping import IDENTITY, Service, check_whole, keys, released, service, that_fails, with_threshold
 from tests.small_network import changed_bundle
 
 FOLDER = "street"
@@ -37,6 +37,7 @@ class Street:
 
     device: Device
     bundle: Path
+    service: Service | None = None
 
     @property
     def folder(self) -> Path:
@@ -79,8 +80,8 @@ def street(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Iterator
         Workspace(Path()).remember(split="val")
         found = Street(device, finished / "host.mess")
         assert found.ship(found.bundle).startswith("versions/1-")
-        with service(device, found.folder, found.bundle):
-            yield found
+        with service(device, found.folder, found.bundle) as running:
+            yield replace(found, service=running)
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +125,8 @@ def test_what_changed_travels_takes_over_and_is_taken_back(street: Street, newer
     assert shipped["sent_bytes"] == pytest.approx(expected["send_bytes"], rel=0.01)
     after = check_whole(street.folder)
     assert after != before
+    assert street.service is not None
+    street.service.check()
     assert f"versions/{shipped['done']['before']}" == before
     done("ship", "--rollback", street.place)
     assert check_whole(street.folder) == before
