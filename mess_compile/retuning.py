@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -176,13 +177,44 @@ def chosen_stages(statistics: ExitStatistics, plan: manifest.Plan, stages: tuple
     costs = _costs(plan)
     if plan.setting != "input-dependent" or len(stages) == 1:
         return stages
-    now_ms = float(costs[exits_taken(statistics, stages)].mean()) / 1e6
-    miou = mixture_miou(statistics, [stage.head for stage in stages], exits_taken(statistics, stages))
-    if miou >= plan.predicted.miou and now_ms <= plan.predicted.latency_ms * (1 + 1e-6):
+    now = _rival(statistics, stages, costs)
+    promised_ns = plan.predicted.latency_ms * (1 + 1e-6) * 1e6 * statistics.images
+    if now.miou >= plan.predicted.miou and now.cost_ns <= promised_ns:
         return stages
-    _, mious, members = thresholds_front(statistics, stages, [int(cost) for cost in costs])
-    good = np.flatnonzero(mious >= plan.predicted.miou)
-    return members[good[0] if good.size else -1]
+    rivals = list(_rivals(statistics, stages, costs))
+    good = [rival for rival in rivals if rival.miou >= plan.predicted.miou]
+    if good:
+        return min(good, key=lambda rival: (rival.cost_ns, -rival.miou)).stages
+    return min(rivals, key=lambda rival: (-rival.miou, rival.cost_ns)).stages
+
+
+@dataclass(frozen=True)
+class _Rival:
+    """`cost_ns` is summed over images, `miou` in percent."""
+
+    cost_ns: int
+    miou: float
+    stages: tuple[Stage, ...]
+
+
+def _rival(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Costs) -> _Rival:
+    taken = exits_taken(statistics, stages)
+    return _Rival(int(costs[taken].sum()), mixture_miou(statistics, [stage.head for stage in stages], taken), stages)
+
+
+def _rivals(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Costs) -> Iterator[_Rival]:
+    """By which exits images may leave, the thresholds that no others beat: all of them first, the last one alone at the
+    end. At an exit whose engine has become too sure of itself, none may leave."""
+    early = range(len(stages) - 1)
+    shut = tuple(replace(stage, cut=statistics.cells[statistics.head_index(stage.head)] + 1) for stage in stages[:-1])
+    for used in (used for many in reversed(range(1, len(stages))) for used in combinations(early, many)):
+        some = [stages[index] for index in used]
+        front = thresholds_front(statistics, [*some, stages[-1]], [*(int(costs[i]) for i in used), int(costs[-1])])
+        for cost_ns, miou, members in zip(*front, strict=True):
+            decided = dict(zip(used, members, strict=False))
+            whole = tuple(decided.get(index, shut[index]) for index in early)
+            yield _Rival(int(cost_ns), float(miou), (*whole, stages[-1]))
+    yield _rival(statistics, (*shut, stages[-1]), costs)
 
 
 def _costs(plan: manifest.Plan) -> Costs:

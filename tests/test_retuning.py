@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tests import small_network
 from tests.commands import ANY_SPEED, printed_json
 from tests.conftest import quiet
 from tests.remote_device import Device, remote_device
+from tests.search import cases
 from tests.shipping import keys
 from tests.small_network import changed_bundle
 
@@ -86,44 +88,82 @@ def test_thresholds_that_do_what_they_promised_stay(
     assert chosen_stages(*known) == known[2]
 
 
-@pytest.mark.parametrize("below", [0.0, 2.0, 5.0, 1000.0])
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> manifest.Plan:
+    path = tmp_path_factory.mktemp("bundle") / "street.mess"
+    small_network.write_bundle(path)
+    (plan,) = archive.read_manifest(path).plans
+    return plan
+
+
+@dataclass(frozen=True)
+class Made:
+    """Made-up statistics, a plan of three exits or two, and what all its decisions come to: ms of all images, mIoU.
+
+    At an exit some images leave, all but some, or none. Where all left, those behind it were none of the plan's.
+    """
+
+    statistics: ExitStatistics
+    plan: manifest.Plan
+    outcomes: dict[tuple[Stage, ...], tuple[float, float]]
+
+    def chosen(self, miou: float) -> tuple[float, float]:
+        """What those come to that take the place of the slowest, where the plan promised this mIoU in no time."""
+        predicted = replace(self.plan.predicted, miou=miou, latency_ms=0.0)
+        slowest = max(self.outcomes, key=lambda stages: self.outcomes[stages])
+        found = chosen_stages(self.statistics, replace(self.plan, predicted=predicted), slowest)
+        return outcome(self.plan, self.statistics, found)
+
+
+def made(described: manifest.Plan, seed: int, exits: int) -> Made:
+    statistics = cases.evidence((1,) * (exits - 1), 3, 10, seed, levels=4).statistics
+    costs = tuple(manifest.StageCost(3.0 + 2 * exit_, 9.0, 2.0 - exit_ / 2, 9.0) for exit_ in range(exits))
+    plan = replace(described, costs=costs, upload_mean_ms=0.5)
+    decisions = []
+    for index, head in enumerate(statistics.heads[:-1]):
+        counts = statistics.counts[:, index]
+        cuts = {(row, int(cut)) for row in range(3) for cut in {*counts[:, row], 99} - {counts[:, row].min()}}
+        decisions.append([Stage(index + 1, head, row, cut) for row, cut in cuts])
+    last = Stage(exits, statistics.heads[-1], 0, None)
+    all_stages = [(*early, last) for early in product(*decisions)]
+    return Made(statistics, plan, {stages: outcome(plan, statistics, stages) for stages in all_stages})
+
+
+def outcome(plan: manifest.Plan, statistics: ExitStatistics, stages: tuple[Stage, ...]) -> tuple[float, float]:
+    taken = exits_of(statistics, stages)
+    return sum(cost_ms(plan, exit_) for exit_ in taken), miou(statistics, list(statistics.heads), taken)
+
+
+@pytest.mark.parametrize(("seed", "exits"), [(seed, exits) for exits in (2, 3) for seed in range(4)])
 def test_the_fastest_that_keep_the_promised_miou_take_their_place(
-    known: tuple[ExitStatistics, manifest.Plan, tuple[Stage, ...]], below: float
+    described: manifest.Plan, seed: int, exits: int
 ) -> None:
-    statistics, plan, stages = known
-    heads = [stage.head for stage in stages]
-    if len(stages) != 2:
-        pytest.skip("the count below is of one early exit")
-    promised = plan.predicted.miou - below
-    plan = replace(plan, predicted=replace(plan.predicted, miou=promised, latency_ms=0.0))
-    chosen = chosen_stages(statistics, plan, stages)
-
-    def outcome(of: tuple[Stage, ...]) -> tuple[float, float]:
-        taken = exits_of(statistics, of)
-        return sum(cost_ms(plan, exit_) for exit_ in taken), miou(statistics, heads, taken)
-
-    head = statistics.heads.index(heads[0])
-    rivals = {}
-    for row in range(statistics.counts.shape[2]):
-        counts = {int(count) for count in statistics.counts[:, head, row]}
-        for cut in counts - {min(counts)}:  # where all leave, the second exit is none
-            rival = (replace(stages[0], row=row, cut=cut), stages[1])
-            rivals[row, cut] = outcome(rival)
-    fastest = min(cost for cost, found in rivals.values() if found >= promised)
-    cost, found = outcome(chosen)
-    assert found >= promised - 1e-9
-    assert cost == pytest.approx(fastest)
+    case = made(described, seed, exits)
+    mious = sorted(found for _, found in case.outcomes.values())
+    for promised in (each - 1e-9 for each in (mious[0], mious[len(mious) // 2], mious[-4], mious[-1])):
+        cost, found = case.chosen(promised)
+        assert found >= promised
+        assert cost == pytest.approx(min(cost for cost, found in case.outcomes.values() if found >= promised))
 
 
-def test_where_none_keep_it_the_most_accurate_do(
-    known: tuple[ExitStatistics, manifest.Plan, tuple[Stage, ...]],
-) -> None:
-    statistics, plan, stages = known
-    impossible = replace(plan, predicted=replace(plan.predicted, miou=100.0))
-    chosen = chosen_stages(statistics, impossible, stages)
-    heads = [stage.head for stage in stages]
-    best = miou(statistics, heads, exits_of(statistics, chosen))
-    assert best >= miou(statistics, heads, exits_of(statistics, stages))
+@pytest.mark.parametrize(("seed", "exits"), [(seed, exits) for exits in (2, 3) for seed in range(4)])
+def test_where_none_keep_it_the_most_accurate_do(described: manifest.Plan, seed: int, exits: int) -> None:
+    case = made(described, seed, exits)
+    best = max(found for _, found in case.outcomes.values())
+    cost, found = case.chosen(best + 1e-6)
+    assert found == pytest.approx(best)
+    assert cost == pytest.approx(min(cost for cost, found in case.outcomes.values() if found > best - 1e-9))
+
+
+def test_nobody_leaves_at_exits_that_are_always_wrong_on_the_device(described: manifest.Plan) -> None:
+    case = made(described, 0, 3)
+    right = case.statistics.intersection.copy()
+    right[:, :2] = 0
+    statistics = replace(case.statistics, intersection=right)
+    promised = miou(statistics, list(statistics.heads), [2] * statistics.images)
+    plan = replace(case.plan, predicted=replace(case.plan.predicted, miou=promised - 1e-9))
+    chosen = chosen_stages(statistics, plan, next(iter(case.outcomes)))
+    assert set(exits_of(statistics, chosen)) == {2}
 
 
 @pytest.fixture
