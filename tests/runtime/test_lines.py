@@ -1,0 +1,95 @@
+"""What one program tells another by lines: nothing that a device prints or says may end us with a traceback."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mess_compile.remote import parse_host
+from mess_compile.runtime import decode, lines
+from mess_compile.runtime.errors import InputError
+from mess_compile.ship import Place, _hear, _Heard
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@dataclass(frozen=True)
+class Told:
+    what: str
+    seconds: float
+
+
+@given(st.text(), values)
+def test_a_line_says_what_was_told(kind: str, content: Any) -> None:
+    line = lines.line_of(kind, content)
+    assert "\n" not in line
+    assert lines.said(line) == (kind, content)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "[TRT] 3 warnings", "12", "[]", "{}", '{"a": 1, "b": 2}', "[" * 100_000, '{"a": 1']
+)
+def test_what_libraries_print_is_none(line: str) -> None:
+    assert lines.said(line) is None
+
+
+def deep(levels: int) -> Any:
+    content: Any = []
+    for _ in range(levels):
+        content = [content]
+    return content
+
+
+@pytest.mark.parametrize(
+    "content", [[], {"what": 1, "seconds": 1.0}, {"what": "a", "seconds": 10**400}, {"what": "a"}, deep(900)]
+)
+def test_content_of_another_kind_is_told_as_such(content: Any) -> None:
+    with pytest.raises(decode.DecodeError, match="told"):
+        decode.decode(Told, content, "told")
+
+
+def test_whole_numbers_stand_for_others_as_far_as_these_reach() -> None:
+    largest = int(1.7976931348623157e308)
+    for number in (0, -3, largest, -largest):
+        assert decode.decode(Told, {"what": "a", "seconds": number}, "told") == Told("a", float(number))
+    with pytest.raises(decode.DecodeError, match=r"told\.seconds"):
+        decode.decode(Told, {"what": "a", "seconds": largest * 2}, "told")
+
+
+def test_a_device_that_says_nonsense_is_named() -> None:
+    place = Place("ssh://xavier:/opt/street", parse_host("xavier"), "/opt/street")
+    step = {"what": "verify", "number": 1, "total": 1, "expected_s": 10**400}
+    with pytest.raises(InputError, match="ssh://xavier:/opt/street says something else than expected"):
+        _hear(_Heard(), json.dumps({"step": step}), place, lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (InputError("the wish is odd"), "the wish is odd"),
+        (OSError(28, "No space left on device", "/a/file"), "No space left on device (/a/file): make room there"),
+        (OSError("broken"), "broken (wishes): make room there"),
+        (MemoryError(), "the device is out of memory"),
+    ],
+)
+def test_what_goes_wrong_is_the_last_line(error: BaseException, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def act(say: lines.Say) -> None:
+        say("step", 1)
+        raise error
+
+    assert lines.tell(act, Path("wishes")) == 1
+    first, last = map(lines.said, capsys.readouterr().out.splitlines())
+    assert first == ("step", 1)
+    assert last is not None
+    assert last[0] == "error"
+    assert last[1].startswith(told)
