@@ -191,8 +191,8 @@ def ship(wish: Wish, say: Say) -> None:
     manifest, bundle = manifest_from_json(text), hash_of(text, wish.signature)
     if wish.unit:
         unit.check_paths(folder, sys.executable)
-    start = time.monotonic()
     with versions.locked(folder):
+        start = time.monotonic()
         history, current = versions.read_history(folder), versions.current_id(folder)
         if not wish.allow_downgrade:
             versions.refuse_downgrade(history, current, bundle, versions.release_of(manifest))

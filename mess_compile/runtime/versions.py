@@ -269,10 +269,13 @@ def before(folder: Path, history: History) -> Optional[str]:
 
 
 def pruned(folder: Path, history: History, keep: int) -> List[str]:
-    """Remove all versions but `keep`: the one in use, those in use before it, then the newest; and files of none."""
+    """Remove all versions but `keep`: the one in use, those in use before it, then the newest; and files of none.
+
+    The one in use stays whatever `keep` is.
+    """
     used, there = current_id(folder), ids_there(folder)
     wished = [*([used] if used else []), *reversed(history.past), *there]
-    kept = [id_ for id_ in dict.fromkeys(wished) if id_ in there][:keep]
+    kept = [id_ for id_ in dict.fromkeys(wished) if id_ in there][: max(keep, 1)]
     gone = [id_ for id_ in there if id_ not in kept]
     for id_ in gone:
         aside = folder / SHIP / f"{_MAKING}{id_}"

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -238,6 +239,26 @@ def test_only_so_many_versions_stay_and_their_files(bundles: list[Path], tmp_pat
     assert there == {again, second}, "what was in use last stays rather than what is newest"
     assert again != first
     assert not (store / ("0" * 64)).exists()
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_the_version_in_use_stays_whatever_is_wished(bundles: list[Path], tmp_path: Path, keep: int) -> None:
+    first, second = (shipped(tmp_path, bundle, keep=keep) for bundle in bundles[:2])
+    assert [path.name for path in (tmp_path / "versions").iterdir()] == [Path(second).name]
+    assert first != second
+
+
+def test_waiting_for_another_ship_is_not_taken_for_the_time_that_verifying_takes(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ship --dry-run` foretells by it."""
+    now, busy = [0.0], [False] * 100 + [True]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(versions, "_has_lock", lambda descriptor: busy.pop(0))
+    shipped(tmp_path, bundles[0])
+    assert now[0] == pytest.approx(5.0)
+    assert versions.read_history(tmp_path).took["verify_s"] == 0.0
 
 
 def test_programs_load_the_link_while_it_is_switched(bundles: list[Path], tmp_path: Path) -> None:
