@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import List, Optional
 
+from mess_compile.runtime import home
 from mess_compile.runtime.errors import BundleError, InputError, one_line
 
 NAMESPACE = "mess-compile-bundle"
@@ -30,8 +31,9 @@ class Signers:
 
 def installed_signers() -> Optional[Signers]:
     """Whose signature counts on this machine: INSTALLED, or `mess-compile/allowed_signers` in the user's settings."""
-    settings = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    for file in (INSTALLED, settings / "mess-compile" / "allowed_signers"):
+    settings = home.settings()
+    own = () if settings is None else (settings / "mess-compile" / "allowed_signers",)
+    for file in (INSTALLED, *own):
         if os.path.lexists(file):
             return Signers(file)
     return None

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import List, Optional
 
+from mess_compile.runtime import home
 from mess_compile.runtime.errors import InputError, one_line
 
 _TEXT = """\
@@ -39,13 +40,18 @@ def installed(folder: Path, python: str, target: Optional[str] = None) -> str:
     """Write the unit and have systemd start it, now and with each login; what happened, or what is left to do."""
     folder = folder.absolute()
     name = f"mess-{re.sub('[^A-Za-z0-9_.-]', '-', folder.name)}.service"
-    settings = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd" / "user"
+    own = home.settings()
+    if own is None:
+        return "the systemd unit is not written, for no home folder is known: set XDG_CONFIG_HOME"
+    settings = own / "systemd" / "user"
     settings.mkdir(parents=True, exist_ok=True)
     temporary = settings / f".{name}"
     options = "" if target is None else f" --target {target}"
-    temporary.write_text(_TEXT.format(folder=folder, python=python, options=options), encoding="utf-8")
+    text = _TEXT.format(folder=folder, python=python, options=options)
+    changed = (settings / name).is_file() and (settings / name).read_bytes() != text.encode("utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, settings / name)
-    for command in (["daemon-reload"], ["enable", "--now", name]):
+    for command in (["daemon-reload"], ["enable", "--now", name], *([["restart", name]] if changed else [])):
         reason = _refusal(["systemctl", "--user", *command])
         if reason is not None:
             return f"{settings / name} is written ({reason}): start it by `systemctl --user enable --now {name}`"

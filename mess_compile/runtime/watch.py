@@ -97,8 +97,9 @@ def _oldest(folder: Path) -> Optional[Path]:
 def _segment(cascade: Cascade, path: Path, folder: Path) -> None:
     try:
         prediction = cascade(read_picture(path))
-    except MessError as error:
-        _complain(error)
+    except (MessError, MemoryError) as error:
+        short = f"{path} takes more memory than there is: send smaller frames"
+        _complain(error if isinstance(error, MessError) else short)
         with suppress(FileNotFoundError):
             os.replace(path, folder / "refused" / path.name)
         return
@@ -113,7 +114,7 @@ def _segment(cascade: Cascade, path: Path, folder: Path) -> None:
         path.unlink()
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: object) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 

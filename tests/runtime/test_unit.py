@@ -9,6 +9,7 @@ import pytest
 
 from mess_compile.runtime import unit
 from mess_compile.runtime.errors import InputError
+from tests.runtime.homeless import homeless
 
 
 @pytest.fixture
@@ -41,6 +42,21 @@ def test_the_unit_runs_what_is_in_use_and_starts_it_again(home: Path) -> None:
     ]
     assert "mess-street.service is enabled" in told
     assert "loginctl enable-linger" in told
+
+
+def test_a_unit_that_runs_otherwise_from_now_on_is_started_again(home: Path) -> None:
+    """`enable --now` leaves a service alone that runs; it would go on with what it was started with."""
+    systemctl(home, 0)
+    for target in ("xavier", "xavier", "xavier:fp16"):
+        (home / "calls").unlink(missing_ok=True)
+        unit.installed(Path("/opt/street"), "/usr/bin/python3", target)
+        restarted = "--user restart mess-street.service" in (home / "calls").read_text().splitlines()
+        assert restarted == (target == "xavier:fp16")
+
+
+def test_without_a_home_the_remedy_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    homeless(monkeypatch)
+    assert "set XDG_CONFIG_HOME" in unit.installed(Path("/opt/street"), "/usr/bin/python3")
 
 
 def test_where_systemd_cannot_be_reached_the_command_is_told(home: Path) -> None:

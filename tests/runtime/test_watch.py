@@ -16,9 +16,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from mess_compile import runtime
+from mess_compile.runtime import watch
 from mess_compile.runtime.manifest import Manifest
 from mess_compile.runtime.signature import Signers, installed_signers
 from tests import small_network
+from tests.runtime.homeless import homeless
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -99,3 +102,26 @@ def test_a_device_says_whose_bundles_it_takes(tmp_path: Path, monkeypatch: pytes
     assert installed_signers() == Signers(own), "a link that leads nowhere does not open the door"
     (tmp_path / "etc").write_text("")
     assert installed_signers() == Signers(tmp_path / "etc"), "the administrator's word comes first"
+    homeless(monkeypatch)
+    assert installed_signers() == Signers(tmp_path / "etc")
+    (tmp_path / "etc").unlink()
+    assert installed_signers() is None
+
+
+def test_a_frame_that_takes_all_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would else be the first one again after each restart, and no frame behind it would ever be labelled."""
+
+    def full(path: Path) -> NDArray[np.uint8]:
+        raise MemoryError
+
+    monkeypatch.setattr(watch, "read_picture", full)
+    for name in ("in", "refused"):
+        (tmp_path / name).mkdir()
+    arrive(tmp_path, "huge.png", b"")
+    small_network.write_bundle(tmp_path / "street.mess")
+    with runtime.load(tmp_path / "street.mess") as cascade:
+        watch._segment(cascade, tmp_path / "in" / "huge.png", tmp_path)
+    assert (tmp_path / "refused" / "huge.png").exists()
+    assert "huge.png" in capsys.readouterr().err
