@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import count
@@ -16,7 +15,7 @@ from mess_compile.candidates import CandidateNetwork, GraphSet, check_hash
 from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.latency import StageGraphs, stage_graphs
 from mess_compile.measurements import Measurements
-from mess_compile.runtime import archive, cascade, manifest, signature
+from mess_compile.runtime import archive, cascade, manifest, npy, signature
 from mess_compile.runtime.engine import open_library
 from mess_compile.runtime.errors import InputError
 from mess_compile.search.plan import Figures, OperatingPoint, Plan, Stage, check_plan_current
@@ -279,11 +278,11 @@ def _golden(
             runs.append(_run(loaded, frame))
             progress("golden frames", len(runs), len(frames))
         for run in _chosen(runs):
-            exit_, array = run.prediction.exit, _npy(run.frame)
+            exit_, array = run.prediction.exit, npy.content_of(run.frame)
             confident = round(run.prediction.confidence * loaded.plan.stages[exit_ - 1].cells)
             number = next(number for number in count() if sources.has_room(f"golden/{number}.npy", array))
             place = sources.add(f"golden/{number}.npy", array)
-            labels = sources.add(f"golden/{number}.labels.npy", _npy(run.prediction.labels))
+            labels = sources.add(f"golden/{number}.labels.npy", npy.content_of(run.prediction.labels))
             yield manifest.Golden(name, place, labels, exit_, confident)
 
 
@@ -308,9 +307,3 @@ def _chosen(runs: Sequence[_Run]) -> list[_Run]:
     most = max(GOLDEN_FRAMES, len(first))
     kept = [*first.values(), *(run for run in clearest if run not in first.values())][:most]
     return [run for run in runs if run in kept]
-
-
-def _npy(array: NDArray[np.uint8]) -> bytes:
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    return stream.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -18,7 +17,7 @@ from mess_compile import files
 from mess_compile.device_files import runtime_zip
 from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.remote import Remote, RemoteError
-from mess_compile.runtime import decode, frames, lines, power, scoring, session
+from mess_compile.runtime import decode, frames, lines, npy, power, scoring, session
 from mess_compile.runtime.errors import EngineError, InputError
 from mess_compile.runtime.pool import Job, Opened
 from mess_compile.runtime.profile import Effort, Window
@@ -198,7 +197,7 @@ class Session:
         exits: Exits | None = None,
     ) -> Wish:
         rows = tuple(tuple(map(float, row)) for row in self.thresholds)
-        frame = hashlib.sha256(_npy(self.frame)).hexdigest()
+        frame = hashlib.sha256(npy.content_of(self.frame)).hexdigest()
         return Wish(
             run, self.library, tuple(jobs), tuple(measured), reference, effort, frame, rows, exits, self.lock_clocks
         )
@@ -246,7 +245,7 @@ class Session:
         told = lambda done, total: self.progress("send", done, total)  # noqa: E731
         if weights:
             self.remote.push(weights, f"{STORE}/{session.GRAPHS}/{WEIGHTS}", told)
-        with written(_npy(self.frame)) as frame:
+        with written(npy.content_of(self.frame)) as frame:
             self.remote.push({**graphs, **frame}, f"{STORE}/{session.GRAPHS}", told)
 
     def _sent(self, place: str, *contents: bytes) -> list[str]:
@@ -276,9 +275,3 @@ def written(*contents: bytes) -> Iterator[dict[str, Path]]:
 
 def _name(wish: Wish) -> str:
     return hashlib.sha256(session.wish_to_json(wish).encode()).hexdigest()
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    return stream.getvalue()

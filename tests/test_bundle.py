@@ -12,6 +12,7 @@ import pytest
 from mess_compile import bundle, runtime
 from mess_compile.candidates import GraphSet
 from mess_compile.files import sha256_of_file
+from mess_compile.runtime import npy
 from mess_compile.runtime.archive import file_of, open_archive, write_archive
 from mess_compile.runtime.errors import BundleError, InputError, StaleError
 from mess_compile.runtime.manifest import EngineFile, Manifest
@@ -100,7 +101,7 @@ def test_other_labels_and_another_exit_fail_verification(graphs: GraphSet) -> No
     manifest = write(graphs, small_network.plan(18))
     labels = small_network.expected(frame(0))[0][1].copy()
     labels[0, 0] += 1
-    forged(path, {"golden/0.labels.npy": bundle._npy(labels)})
+    forged(path, {"golden/0.labels.npy": npy.content_of(labels)})
     assert [check.passed for check in verify_bundle(path)] == [True, True, False, True, True]
     write(graphs, small_network.plan(18))
     moved = (manifest.golden[0], replace(manifest.golden[1], exit=1))

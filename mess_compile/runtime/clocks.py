@@ -19,11 +19,11 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Iterator, List, Optional, Set, Tuple
 
-from mess_compile.runtime import power
+from mess_compile.runtime import decode, power
 from mess_compile.runtime.errors import InputError, one_line
 
 _FORMAT, _VERSION = "mess-clocks", 1
@@ -128,7 +128,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _planned(root: Path, keep: Path) -> _Plan:
     """What to change here. Raises InputError when the clock that matters most cannot be."""
     wanted = _changes(root)
-    refusals = {change.what: _refusal(root, change) for change in wanted if _refusal(root, change)}
+    asked = [(change.what, _refusal(root, change)) for change in wanted]
+    refusals = {what: refusal for what, refusal in asked if refusal}
     changes = tuple(change for change in wanted if change.what not in refusals)
     held = tuple(dict.fromkeys(change.what for change in changes))
     kept = _Kept(str(root), _boot_id(root), tuple((change.path, change.before) for change in changes))
@@ -256,7 +257,7 @@ def _forget(keep: Path, kept: _Kept) -> None:
 @contextmanager
 def _written(keep: Path, kept: _Kept) -> Iterator[None]:
     """Write `keep`, all of it or nothing, and own it while the body runs."""
-    content = {"format": _FORMAT, "version": _VERSION, **asdict(kept)}
+    content = decode.encode(kept, _FORMAT, _VERSION)
     try:
         keep.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{keep.name}.", dir=str(keep.parent))
@@ -346,26 +347,23 @@ def _not_inherited(descriptor: int) -> Iterator[None]:
 def _parsed(keep: Path, content: bytes) -> _Kept:
     """Strict, since root may be the one who writes what it says."""
     try:
-        told = json.loads(content.decode("utf-8"))
-        if not isinstance(told, dict) or (told.pop("format", None), told.pop("version", None)) != (_FORMAT, _VERSION):
-            raise ValueError(f"it is not of format {_FORMAT!r}, version {_VERSION}")
-        return _kept_from_json(told)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        kept: _Kept = decode.document(_Kept, content.decode("utf-8"), _FORMAT, _VERSION, "its content")
+        _check_ours(kept)
+    except (UnicodeDecodeError, decode.DecodeError) as error:
         remedy = "reboot the device, which resets its clocks, and remove the file"
         raise InputError(f"{keep}, on the clocks to restore, is damaged ({one_line(error)}): {remedy}") from error
+    return kept
 
 
-def _kept_from_json(told: Dict[str, Any]) -> _Kept:
-    writes = tuple((str(path), str(text)) for path, text in told["writes"])
-    for path, text in writes:
+def _check_ours(kept: _Kept) -> None:
+    """Raises DecodeError for what we never wrote."""
+    for path, text in kept.writes:
         if not _OURS.fullmatch(path) or not re.fullmatch(r"[\w-]{1,40}", text, re.ASCII):
-            raise ValueError(f"{path[:80]!r} = {text[:40]!r} is none of ours")
-    jetson_clocks, card = told["jetson_clocks"], told["card"]
-    if jetson_clocks is not None and not Path(jetson_clocks).is_absolute():
-        raise ValueError(f"jetson_clocks is {jetson_clocks!r}")
-    if card is not None and not re.fullmatch(r"[0-9]{1,2}|(GPU|MIG)-[\w/-]{1,80}", card, re.ASCII):
-        raise ValueError(f"card is {card!r}")
-    return _Kept(str(told["root"]), str(told["boot_id"]), writes, jetson_clocks, card)
+            raise decode.DecodeError(f"{path[:80]!r} = {text[:40]!r} is none of ours")
+    if kept.jetson_clocks is not None and not Path(kept.jetson_clocks).is_absolute():
+        raise decode.DecodeError(f"jetson_clocks is {kept.jetson_clocks!r}")
+    if kept.card is not None and not re.fullmatch(r"[0-9]{1,2}|(GPU|MIG)-[\w/-]{1,80}", kept.card, re.ASCII):
+        raise decode.DecodeError(f"card is {kept.card!r}")
 
 
 def _as_root(*command: str) -> Tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""Golden arrays: `.npy` files of bytes, read without numpy's own parser, which evaluates their headers."""
+"""Arrays as `.npy` files: golden ones are read without numpy's own parser, which evaluates their headers."""
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
@@ -24,3 +25,10 @@ def read_uint8(path: Path) -> np.ndarray:
         raise ValueError(f"its header says {shape}, and {len(content) - end} bytes follow")
     values: np.ndarray = np.frombuffer(content, np.uint8, offset=end).reshape(shape).copy()
     return values
+
+
+def content_of(array: np.ndarray) -> bytes:
+    """What the file of an array holds, which `read_uint8` and numpy read."""
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return stream.getvalue()
