@@ -2,7 +2,7 @@
 
 FOLDER/in/NAME.png              frames, renamed into it when they are whole; removed when their labels are written
 FOLDER/out/NAME.labels.png      labels as a palette PNG
-FOLDER/refused/                 what is no picture, or what no engine could compute
+FOLDER/refused/                 what is no picture, or what no engine or the memory here can take
 FOLDER/metrics.prom             for Prometheus (node_exporter's textfile collector)
 """
 
