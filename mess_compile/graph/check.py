@@ -20,8 +20,10 @@ from mess_compile.candidates import (
     output_name,
     segment_name,
 )
+from mess_compile.graph.agreement import run, thresholds_of
 from mess_compile.graph.cut import Progress
 from mess_compile.graph.nodes import OPSET
+from mess_compile.graph.precision import Feed
 from mess_compile.graph.store import read_model
 from mess_compile.runtime import engine
 from mess_compile.runtime.errors import InputError
@@ -80,7 +82,7 @@ def _check_head(
 ) -> None:
     """The gated head gives the network's logits, and its output graph the labels that they mean."""
     name, output = head_graph_name(head.name), output_name(graph_set.candidate.exit_point(head.exit_point).hw)
-    thresholds = _thresholds(graph_set)
+    thresholds = thresholds_of(graph_set)
     feeds = [{f"exit{head.exit_point}": x, "thresholds": thresholds} for x in features]
     found = [outputs["logits"] for outputs in _run(library, graph_set.path(name), feeds)]
     _compare(name, found, logits)
@@ -121,20 +123,10 @@ def _checked_features(
     return features
 
 
-def _run(library: engine.Library, path: Path, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+def _run(library: engine.Library, path: Path, feeds: Sequence[Feed]) -> list[Feed]:
     """Load a graph, run it on each of `feeds`, let it go: no two graphs are in memory."""
-    loaded = library.load(path)
-    found = []
-    for feed in feeds:
-        outputs = loaded.run({name: library.upload(values) for name, values in feed.items()})
-        found.append({name: library.download(tensor).copy() for name, tensor in outputs.items()})
-    loaded.close()
-    return found
-
-
-def _thresholds(graph_set: GraphSet) -> Array:
-    rows = np.asarray(graph_set.gate.thresholds, np.float32)
-    return np.repeat(rows[:, None], len(graph_set.candidate.classes), axis=1)  # (T, K)
+    with closing(library.load(path)) as loaded:
+        return [run(library, loaded, feed) for feed in feeds]
 
 
 def _compare(name: str, found: Sequence[Array], expected: Sequence[Array]) -> None:
