@@ -120,3 +120,16 @@ def test_the_command_refuses_a_damaged_bundle_in_one_line(tmp_path: Path, capsys
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_it_starts_without_what_few_runs_need() -> None:
+    """A device starts it anew with each version; package metadata alone takes longer than the cascade."""
+    code = """
+import sys, numpy
+known = set(sys.modules)
+import mess_compile.runtime.__main__
+print(*sorted(set(sys.modules) - known))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "mess_compile.runtime.cascade" in found
+    assert not {"difflib", "html", "importlib.metadata", "mess_compile.runtime.notebook", "onnxruntime"} & set(found)
