@@ -117,20 +117,24 @@ def _timing(folder: Path, library: Library) -> Path:
     return folder / tensorrt_build.timing_cache_name(library.version)
 
 
+def brought(manifest: Manifest, library: Library) -> Tuple[EngineFile, ...]:
+    """What a bundle brings for this very library and GPU: engines, and what a builder has timed."""
+    gpu = library.builds_for
+    return () if gpu is None else tuple(engine for engine in manifest.engines if _fits(engine, library, gpu))
+
+
 def adopt(manifest: Manifest, plan: Plan, library: Library, source: Path) -> None:
-    """Put the engines that a bundle in `source` brings for this very library and GPU among the user's own, unless
-    there are some.
+    """Put the engines that a bundle in `source` has `brought` among the user's own, unless there are some.
 
     Only of a bundle whose signature is known. Raises InputError.
     """
-    gpu = library.builds_for
-    brought = [] if gpu is None else [engine for engine in manifest.engines if _fits(engine, library, gpu)]
-    if gpu is None or not brought:
+    gpu, engines = library.builds_for, brought(manifest, library)
+    if gpu is None or not engines:
         return
     folder = default_folder()
     with _writable(folder):
         _own(folder)
-        for engine in brought:
+        for engine in engines:
             if engine.graph is None:
                 if not _timing(folder, library).exists():
                     _write(_timing(folder, library), (source / engine.file).read_bytes())

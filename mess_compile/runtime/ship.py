@@ -21,7 +21,7 @@ from mess_compile.runtime.archive import Archive, hash_of, open_archive, unsigne
 from mess_compile.runtime.cascade import load_archive
 from mess_compile.runtime.choice import first_that_opens, matching_plans
 from mess_compile.runtime.engine import Library
-from mess_compile.runtime.engine_cache import adopt, borrow, is_built, loadable, profiled_folder
+from mess_compile.runtime.engine_cache import adopt, borrow, brought, is_built, loadable, profiled_folder
 from mess_compile.runtime.errors import BundleError, EngineError, InputError, MessError
 from mess_compile.runtime.ladder import safer_plans
 from mess_compile.runtime.lines import Say
@@ -140,8 +140,7 @@ def look(wish: Wish, say: Say) -> None:
             if not wish.allow_downgrade:
                 bundle = hash_of(wish.manifest, wish.signature)
                 versions.refuse_downgrade(history, current, bundle, versions.release_of(manifest))
-            _check_signer(wish, manifest)
-            build = _to_build(manifest, wish.target)
+            build = _to_build(manifest, wish.target, _is_signed(wish, manifest))
         except MessError as error:
             refusal = str(error)
     free = shutil.disk_usage(str(_existing(folder))).free
@@ -152,13 +151,15 @@ def look(wish: Wish, say: Say) -> None:
     say("looked", asdict(looked))
 
 
-def _check_signer(wish: Wish, manifest: Manifest) -> None:
+def _is_signed(wish: Wish, manifest: Manifest) -> bool:
+    """Whether it is known whose the bundle is. Raises BundleError where that has to be known and is not."""
     signers = installed_signers()
     if signers is None:
-        return
+        return False
     if wish.signature is None:
         raise unsigned(manifest)
     signer_of((wish.manifest or "").encode("utf-8"), wish.signature.encode("utf-8"), signers)
+    return True
 
 
 def _existing(folder: Path) -> Path:
@@ -168,15 +169,17 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _to_build(manifest: Manifest, target: Optional[str]) -> List[str]:
-    """Graphs of which there is no engine yet."""
+def _to_build(manifest: Manifest, target: Optional[str], signed: bool) -> List[str]:
+    """Graphs of which there is no engine yet, nor brings the bundle one that may be used."""
     plan, library = first_that_opens(matching_plans(manifest, target, None))
     with closing(library):
         places = (None, profiled_folder())
+        fitting = {(engine.graph, engine.precision) for engine in brought(manifest, library)} if signed else set()
         return [
             path
             for path, precision in _graphs((plan, *safer_plans(manifest, plan)))
-            if not any(is_built(library, manifest.files[path].sha256, precision, place) for place in places)
+            if (path, precision) not in fitting
+            and not any(is_built(library, manifest.files[path].sha256, precision, place) for place in places)
         ]
 
 

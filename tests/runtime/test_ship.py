@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,9 @@ from mess_compile.runtime import archive, engine_cache, ship, tensorrt_build
 from mess_compile.runtime.archive import Archive
 from mess_compile.runtime.engine_fake import FakeLibrary
 from mess_compile.runtime.errors import EngineError
-from mess_compile.runtime.manifest import Manifest
+from mess_compile.runtime.manifest import EngineFile, File, Manifest, manifest_to_json
+from mess_compile.runtime.ship import Wish
+from mess_compile.runtime.signature import Signers
 from mess_compile.runtime.tensorrt_build import BuildOptions, Built
 from mess_compile.runtime.verify import verify
 from mess_compile.runtime.versions import History
@@ -86,6 +89,25 @@ def test_a_fallback_that_does_not_build_is_told_and_the_plan_itself_must(opened:
         path.unlink()
     with pytest.raises(EngineError, match="no kernel for it"):
         built(opened)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_engines_that_a_signed_bundle_brings_are_not_foretold_to_be_built(
+    opened: Archive, builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """`ship --dry-run` says how long it takes: minutes for each engine."""
+    plan, *_ = opened.manifest.plans
+    brought = EngineFile("engines/a.engine", plan.graphs()[0], "fp16", "tensorrt", "1", "GPU", (8, 7))
+    files = {**opened.manifest.files, brought.file: File("0" * 64, 3)}
+    manifest = replace(opened.manifest, engines=(brought,), files=files)
+    monkeypatch.setattr(ship, "first_that_opens", lambda plans: (plan, library()))
+    monkeypatch.setattr(ship, "installed_signers", lambda: Signers(tmp_path / "allowed") if known else None)
+    monkeypatch.setattr(ship, "signer_of", lambda *told: "maker@example.com")
+    said: dict[str, Any] = {}
+    ship.look(Wish(str(tmp_path), manifest_to_json(manifest), "signature"), said.__setitem__)
+    every = [*plan.graphs(), *plan.graphs()]
+    assert said["looked"]["refusal"] is None
+    assert sorted(said["looked"]["build"]) == sorted(every[known:])
 
 
 def test_what_was_built_to_be_measured_is_taken_over(opened: Archive, builder: Builder) -> None:
