@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mess_compile import ship
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.errors import InputError
-from mess_compile.ship import parse_place
+from mess_compile.runtime.ship import Looked
+from mess_compile.ship import Place, parse_place
 from mess_compile.workspace import Workspace
 from tests.commands import ANY_SPEED, complaint, done, printed_json, run
 from tests.json_docs import differences
@@ -264,6 +266,17 @@ def test_one_dead_host_of_three_does_not_stop_the_others(street: Street, newer: 
         in unit
     )
     assert "Restart=always" in unit
+
+
+def test_a_place_that_is_named_twice_is_listed_once_with_its_own_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked(places: Sequence[Place]) -> list[Looked]:
+        return [Looked(place.folder, (), {}, 0, None, (), (), None, False) for place in places]
+
+    monkeypatch.setattr(ship, "look", looked)
+    told = printed_json("-C", tmp_path, "ships", "xavier:/a", "xavier:/a", "orin:/b")["places"]
+    assert [(each["place"], each["current"]) for each in told] == [("xavier:/a", "/a"), ("orin:/b", "/b")]
 
 
 @pytest.mark.parametrize(

@@ -192,10 +192,10 @@ def ships(workspace: Workspace, places: tuple[str, ...], as_json: bool) -> None:
     """Which versions are where; by default at the places that this workspace has shipped to."""
     from mess_compile import ship as shipping
 
-    texts = places or workspace.memory().ships
+    texts = tuple(dict.fromkeys(places or workspace.memory().ships))
     if not texts:
         raise click.UsageError("nothing was shipped from this workspace: name ssh://USER@HOST:/FOLDER.")
-    found = shipping.look([shipping.parse_place(text) for text in dict.fromkeys(texts)])
+    found = shipping.look([shipping.parse_place(text) for text in texts])
     if as_json:
         print_json({"places": [{"place": text, **asdict(each)} for text, each in zip(texts, found, strict=False)]})
     else:
