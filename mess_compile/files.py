@@ -41,14 +41,14 @@ def sha256_of_json(content: Any) -> str:
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path, suffix: str = "") -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` when the body ends well, remove it otherwise.
 
-    Temporaries that killed runs left for the same `path` are removed.
+    It ends in `suffix`, for libraries that go by it. Temporaries that killed runs left for the same `path` are removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(suffix, f".{path.name}.", path.parent)
     temporary = Path(name)
     try:
         with _held(handle):
@@ -102,7 +102,8 @@ def _remove_leftovers(path: Path) -> None:
 
 def _leftovers(path: Path) -> list[Path]:
     """What killed runs left beside `path`, by the names that `tempfile` gives; living runs hold theirs."""
-    name = re.compile(rf"(\.{re.escape(path.name)}\.[a-z0-9_]{{8}})(?:{re.escape(_OLD)})?")
+    kept = rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}(?:{re.escape(path.suffix)})?"
+    name = re.compile(rf"({kept})(?:{re.escape(_OLD)})?")
     matches = [match for match in map(name.fullmatch, os.listdir(path.parent)) if match]
     return [path.with_name(match[0]) for match in matches if not _is_held(path.with_name(match[1]))]
 

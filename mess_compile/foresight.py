@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +46,10 @@ class Foresight:
     notes: tuple[str, ...] = ()
 
 
+_Recipe = tuple[GraphSet, tuple[str, ...]]
+"""The graphs of a recipe, and what is to be known; where it is not settled yet those of fp32, under its name."""
+
+
 def foresee_build(
     workspace: Workspace,
     device: str | None = None,
@@ -56,20 +60,27 @@ def foresee_build(
     """What `build` would do, recipe by recipe. Raises InputError and EngineError where it would."""
     target = target_of(workspace, device)
     building.refuse_without_engines(target)
+    return _builds(workspace, target, _recipes(workspace, target, verified_graphs(workspace), precisions), jobs, host)
+
+
+def _builds(
+    workspace: Workspace, target: Target, found: Sequence[_Recipe], jobs: int | None, host: str | None
+) -> tuple[Foresight, ...]:
     if host is None and target.library == "tensorrt":
         host = host_of(workspace, target)
-    return tuple(
-        _build(workspace, target, graph_set, jobs, host, notes)
-        for graph_set, notes in _graph_sets(workspace, target, precisions)
-    )
+    return tuple(_build(workspace, target, graph_set, jobs, host, notes) for graph_set, notes in found)
 
 
-def _graph_sets(
-    workspace: Workspace, target: Target, precisions: Sequence[str]
-) -> Iterable[tuple[GraphSet, tuple[str, ...]]]:
-    """The graphs of each recipe; where it is not settled yet those of fp32, under its name."""
-    graph_set = verified_graphs(workspace)
+def _recipes(
+    workspace: Workspace, target: Target, graph_set: GraphSet, precisions: Sequence[str]
+) -> tuple[_Recipe, ...]:
     refuse_other_precisions(target, precisions)
+    return tuple(_each_recipe(workspace, target, graph_set, precisions))
+
+
+def _each_recipe(
+    workspace: Workspace, target: Target, graph_set: GraphSet, precisions: Sequence[str]
+) -> Iterator[_Recipe]:
     for precision in precisions:
         recipe = recipes.recipe_name(precision, target.precisions)
         settled = recipes.settled_graphs(graph_set, recipe, workspace.recipes)
@@ -126,11 +137,14 @@ def foresee_profile(
     first = known if known is None or isinstance(known, str) else next(iter(known), None)
     if thrift is not None and thrift.by_default and first is None:
         thrift = None
+    graphs = verified_graphs(workspace)
     builds: tuple[Foresight, ...] = ()
+    found = _recipes(workspace, target, graphs, precisions)
     if not target.library.startswith("onnxruntime"):
-        builds = foresee_build(workspace, target.name, precisions, None, first)
-    sets = [graph_set for graph_set, _ in _graph_sets(workspace, target, precisions)]
-    table = _forecast(workspace, target, sets)
+        building.refuse_without_engines(target)
+        builds = _builds(workspace, target, found, None, first)
+    sets = [graph_set for graph_set, _ in found]
+    table = _forecast(workspace, target, sets, graphs)
     jobs = [job.name for job in profiling_jobs([plain_files(each) for each in sets])]
     times = {job_name(*key): entry.mean_ms for key, entry in table.entries.items()}
     steady = {name: min(_settled_s(times.get(name, 0.0), effort), effort.max_s) for name in jobs}
@@ -163,11 +177,11 @@ def _settled_s(mean_ms: float, effort: Effort) -> float:
     return effort.windows * max(effort.window_s, effort.window_runs * 2 * mean_ms / 1e3)
 
 
-def _forecast(workspace: Workspace, target: Target, sets: Sequence[GraphSet]) -> LatencyTable:
+def _forecast(workspace: Workspace, target: Target, sets: Sequence[GraphSet], graphs: GraphSet) -> LatencyTable:
     known = None
     with suppress(InputError):
         known = latency.read_latency_table(workspace.latency(target.name))
-    return forecast.forecast(sets, target, known, (), verified_graphs(workspace))
+    return forecast.forecast(sets, target, known, (), graphs)
 
 
 def _begun(path: Path, effort: Effort) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile import files
 from mess_compile.runtime.errors import InputError
 
 Pixels = NDArray[np.uint8]
@@ -117,9 +117,7 @@ def written(path: Path, fps: float) -> Iterator[Video]:
 
     Raises InputError when they cannot, which OpenCV does not tell.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        temporary = Path(folder, path.name)
+    with files.replaced(path, path.suffix) as temporary:
         video = Video(temporary, fps)
         try:
             yield video
@@ -128,7 +126,6 @@ def written(path: Path, fps: float) -> Iterator[Video]:
         kept = _frames_in(temporary)
         if kept != video.slots:
             raise InputError(f"{path} would hold {kept} of {video.slots} frames: see that the disk is not full")
-        os.replace(temporary, path)
 
 
 def _frames_in(path: Path) -> int:

@@ -190,3 +190,19 @@ def test_toml_of_the_largest_size_is_read(tmp_path: Path) -> None:
     text = 'name = "naïve"\n'
     (tmp_path / "mine.toml").write_text(text + "#" * (files.MAX_TOML_BYTES - len(text.encode())), encoding="utf-8")
     assert files.read_toml(tmp_path / "mine.toml") == {"name": "naïve"}
+
+
+def test_a_temporary_has_the_ending_that_a_library_goes_by_and_is_cleared_away_like_others(tmp_path: Path) -> None:
+    path = tmp_path / "street.mp4"
+    with files.replaced(path, ".mp4") as temporary:
+        assert temporary.suffix == ".mp4"
+        temporary.write_bytes(b"new")
+        with files.replaced(path, ".mp4") as other:
+            other.write_bytes(b"of another run")
+        assert temporary.exists(), "a run that lives holds its temporary"
+    assert path.read_bytes() == b"new"
+    left = tmp_path / ".street.mp4.abcd1234.mp4"
+    left.write_bytes(b"of a killed run")
+    with files.replaced(path, ".mp4") as temporary:
+        temporary.write_bytes(b"newer")
+    assert [each.name for each in tmp_path.iterdir()] == ["street.mp4"]

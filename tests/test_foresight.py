@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from mess_compile import compiling, steps
+from mess_compile.candidates import GraphSet
 from mess_compile.runtime import profile, session
+from mess_compile.workspace import Workspace
 from tests.commands import contents, done, printed_json, run
 
 NOWHERE = "ssh://nobody@192.0.2.1"
@@ -69,3 +72,16 @@ def test_engines_that_are_there_are_counted(workspace: Path) -> None:
 
 def test_an_estimate_has_nothing_to_foresee(workspace: Path) -> None:
     assert run("-C", workspace, "profile", "--device", "xavier", "--estimate", "--dry-run").exit_code == 2
+
+
+def test_graphs_are_read_through_once(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of gigabytes take a while, and whoever asks wants to know it now."""
+    seen: list[GraphSet] = []
+
+    def verify(graph_set: GraphSet) -> None:
+        seen.append(graph_set)
+
+    monkeypatch.setattr(compiling, "verify_graph_set", verify)
+    foreseen_once = steps.foresee_profile(Workspace(workspace), "xavier", host=NOWHERE)
+    assert [step.step for step in foreseen_once] == ["build", "profile"]
+    assert len(seen) == 1
