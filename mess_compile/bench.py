@@ -59,7 +59,8 @@ class Bench:
     """`latency_ratio` and `workload_ratio` are baseline over cascade; `p95_ms` is of the measured cascade.
 
     `baseline` is of the graph `baseline_name`, the best single-exit graph in mIoU on these images. `tuned_on` counts
-    the images among these that the plan was chosen on.
+    the images among these that the plan was chosen on. `doubts` say what speaks against the latencies of the table,
+    which are those predicted and replayed.
     """
 
     bundle: str
@@ -79,6 +80,7 @@ class Bench:
     miou_difference: float
     p95_ms: float
     disagreements: tuple[NearCut, ...]
+    doubts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class DeadlineBench:
     `miou` (percent) and `confidence` (mean) are of the labels that were there at the deadline; where none were, of the
     first ones after it. `exit_rates` are shares of images by their last result. Shares of misses: `missed_first` of the
     images had nothing at the deadline, `missed_later` had a result in time, and the last one after it. All times run
-    from the frame as it comes to the labels at its own size.
+    from the frame as it comes to the labels at its own size. `doubts` say what speaks against the latencies that
+    refining goes by.
     """
 
     bundle: str
@@ -103,6 +106,7 @@ class DeadlineBench:
     missed_later: float
     p50_ms: float
     p99_ms: float
+    doubts: tuple[str, ...]
 
 
 class _Score:
@@ -213,6 +217,7 @@ def bench_deadline(
         missed_later=float(np.mean(late & ~late_at_once)),
         p50_ms=float(np.percentile(last_ms, 50)),
         p99_ms=float(np.percentile(last_ms, 99)),
+        doubts=cascade.plan.doubts,
     )
 
 
@@ -317,6 +322,7 @@ def _compared(
             for index, (sample, expected, real) in enumerate(zip(items, replayed_exits, run.exits, strict=True))
             if expected != real
         ),
+        doubts=evidence.doubts,
     )
 
 

@@ -12,6 +12,7 @@ from mess_compile.runtime import decode
 from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.manifest import Plan
 
+VERSION = 2
 _REMEDY = "run `mess-compile bench BUNDLE --data DIR`"
 
 
@@ -33,12 +34,12 @@ class KeptBench:
 def write_bench(path: Path, found: Bench, plan: Plan) -> None:
     """Keep what was found of `plan`; all of it or nothing."""
     stages = [{"head": stage.head, "cut": stage.cut} for stage in plan.stages]
-    files.write_json(path, "mess-bench", 1, {"bench": asdict(found), "stages": stages})
+    files.write_json(path, "mess-bench", VERSION, {"bench": asdict(found), "stages": stages})
 
 
 def read_bench(path: Path) -> KeptBench:
     """Read what `write_bench` wrote. Raises InputError when it is missing or damaged."""
-    content = files.read_json(path, "mess-bench", 1, _REMEDY)
+    content = files.read_json(path, "mess-bench", VERSION, _REMEDY)
     kept: KeptBench = files.decoded(path, _REMEDY, lambda: _kept(content["bench"], content["stages"]))
     return kept
 

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import mess_compile
-from mess_compile.runtime.manifest import EngineFile, Figures, Manifest, Plan
+from mess_compile.runtime.manifest import DOUBT, EngineFile, Figures, Manifest, Plan
 
 README = "README.txt"
 _MAIN = """\
@@ -103,7 +103,8 @@ def _choice(manifest: Manifest) -> list[str]:
 
 
 def _plan_lines(plan: Plan) -> str:
-    where = "".join(f", {key} {value}" for key, value in sorted(plan.environment.items()))
+    facts = {key: value for key, value in plan.environment.items() if not key.startswith(DOUBT)}
+    where = "".join(f", {key} {value}" for key, value in sorted(facts.items()))
     title = f"Plan {plan.name}"
     lines = [
         "",
@@ -111,6 +112,7 @@ def _plan_lines(plan: Plan) -> str:
         "-" * len(title),
         f"{plan.library}, {plan.precision}, {plan.setting}; exits and thresholds by {plan.tuned_by}.",
         f"Latencies are {plan.predicted.source} on {plan.target}{where}.",
+        *(f"Mind: {doubt}." for doubt in plan.doubts),
         f"plan: {_figures(plan.predicted)}",
         f"{plan.baseline_name}: {_figures(plan.baseline)}",
     ]

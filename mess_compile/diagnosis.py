@@ -16,6 +16,8 @@ from mess_compile.statistics import ExitStatistics, Ints, head_miou
 MAX_ERRS_PP = (1.0, 0.1)
 TOLERANCE_PP = 1.0
 NEGLIGIBLE = 0.05
+CLEARLY_PP = 0.1
+"""By how much an early head is better than the final exit when that is worth a word."""
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Limit = Literal["gate", "heads", "both", "neither"]
@@ -122,6 +124,35 @@ def final_head(statistics: ExitStatistics) -> str:
     if not final:
         raise InputError("the statistics hold no heads: run `mess-compile evaluate`")
     return max(final, key=lambda head: head_miou(statistics, head))
+
+
+@dataclass(frozen=True)
+class Weak:
+    """A final exit that an early head does better than; mIoU in percent."""
+
+    final: str
+    final_miou: float
+    better: str
+    better_miou: float
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"the final exit ({self.final}, {self.final_miou:.2f} % mIoU) does worse than the early head {self.better} "
+            f"({self.better_miou:.2f} %): was it trained long enough (`train --epochs`), from a trained backbone "
+            "(`--weights`)? Whatever is held against it looks better than it is"
+        )
+
+
+def weak_final_exit(statistics: ExitStatistics) -> Weak | None:
+    """The final exit where the best early head is better, None where it is not, or not by more than `CLEARLY_PP`."""
+    final = final_head(statistics)
+    early = [head for head in statistics.heads if exit_number(head) < exit_number(final)]
+    mious = {head: head_miou(statistics, head) for head in (final, *early)}
+    best = max(mious, key=mious.__getitem__)
+    if mious[best] - mious[final] <= CLEARLY_PP:
+        return None
+    return Weak(final, mious[final], best, mious[best])
 
 
 def exit_number(head: str) -> int:

@@ -22,6 +22,7 @@ from mess_compile.runtime.manifest import MANIFEST
 from mess_compile.runtime.notebook import table_html, text_html
 from mess_compile.search import plan as plans
 from mess_compile.search.explain import Explanation, Outcome
+from mess_compile.searching import known_doubts
 from mess_compile.workspace import Workspace
 
 BACKBONES = ("resnet50", "mobilenetv2")
@@ -68,7 +69,8 @@ def inspect(workspace: Workspace, thing: str, classes: int, hw: tuple[int, int],
         if device is None:
             raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
         if thing == "latency":
-            return inspect_latency(latency.read_latency_table(workspace.latency(device)))
+            table = latency.read_latency_table(workspace.latency(device))
+            return inspect_latency(table, known_doubts(workspace, table))
         return inspect_plan(plans.read_result(workspace.plan(device)))
     if not Path(thing).is_file() and not Path(thing, MANIFEST).is_file():
         near = did_you_mean(thing, (*BACKBONES, *ARTEFACTS))
@@ -155,6 +157,7 @@ def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
     heads = [_head_content(found, head, early.get(head), diagnosed.max_errs_pp) for head in found.heads]
     verdicts = diagnosis.verdicts(diagnosed)
     alone = None if found.baseline_alone is None else statistics.head_miou(found, BASELINE_ALONE)
+    weak = diagnosis.weak_final_exit(found)
     content = {
         "split": found.split,
         "images": found.images,
@@ -166,6 +169,7 @@ def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
         "heads": heads,
         "limits": [_verdict_content(verdict) for verdict in verdicts],
         "baseline_alone": _identified(found.baseline_alone, miou=alone),
+        "weak_final": None if weak is None else asdict(weak),
     }
     title = (
         f"{found.images} images of {found.split}, {found.library} {found.precision} on {found.device}: "
@@ -175,6 +179,8 @@ def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
     notes = (*_legend(found, diagnosed), *map(_verdict_sentence, verdicts)) if verdicts else ()
     if alone is not None:
         notes = (f"{BASELINE_ALONE}, the single-exit network trained alone: {alone:.2f} % mIoU", *notes)
+    if weak is not None:
+        notes = (f"mind: {weak.sentence}", *notes)
     return Inspection(content, (table,), notes)
 
 
@@ -258,8 +264,8 @@ def _verdict_sentence(verdict: diagnosis.Verdict) -> str:
     )
 
 
-def inspect_latency(table: latency.LatencyTable) -> Inspection:
-    """Every entry of a latency table."""
+def inspect_latency(table: latency.LatencyTable, doubts: Sequence[str] = ()) -> Inspection:
+    """Every entry of a latency table, and what speaks against it."""
     entries = [asdict(entry) for entry in table.entries.values()]
     content = {
         "device": table.device,
@@ -270,6 +276,7 @@ def inspect_latency(table: latency.LatencyTable) -> Inspection:
         "recipes": list(table.recipes),
         "entries": entries,
         "failed": [asdict(failure) for failure in table.failed.values()],
+        "doubts": list(doubts),
     }
     rows = tuple(
         (
@@ -288,8 +295,8 @@ def inspect_latency(table: latency.LatencyTable) -> Inspection:
         f"{table.device}: {table.library} {table.library_version}, {table.environment.get('cpu', 'unknown processor')}"
     )
     header = ("graph", "precision", "mean ms", "p50", "p95", "p99", "runs", "source")
-    notes = tuple(f"{f.graph} in {f.precision} is in no plan: {f.error}" for f in table.failed.values())
-    return Inspection(content, (Table(title, header, rows),), notes)
+    failed = (f"{f.graph} in {f.precision} is in no plan: {f.error}" for f in table.failed.values())
+    return Inspection(content, (Table(title, header, rows),), (*failed, *(f"mind: {doubt}" for doubt in doubts)))
 
 
 def inspect_plan(result: plans.SearchResult) -> Inspection:
@@ -309,15 +316,18 @@ def inspect_plan(result: plans.SearchResult) -> Inspection:
     )
     title = f"front for {result.plan.device} by {', '.join(result.front_by)}, {result.plan.predicted.source} latency"
     header = ("", "precision", "latency ms", "mIoU %", "GMACs", "memory MiB", "exits", "heads")
-    return Inspection(plans.result_to_json(result), (Table(title, header, rows), points_table(result.plan)))
+    notes = tuple(f"mind: {doubt}" for doubt in result.plan.doubts)
+    return Inspection(plans.result_to_json(result), (Table(title, header, rows), *points_tables(result.plan)), notes)
 
 
 def _rates(figures: plans.Figures) -> str:
     return " ".join(f"{rate:.0%}" for rate in figures.exit_rates)
 
 
-def points_table(plan: plans.Plan) -> Table:
-    """The operating points of a plan: the same graphs, other thresholds."""
+def points_tables(plan: plans.Plan) -> tuple[Table, ...]:
+    """The operating points of a plan: the same graphs, other thresholds; none where there are no early exits."""
+    if len(plan.stages) == 1:
+        return ()
     rows = tuple(
         (
             point.name,
@@ -330,7 +340,7 @@ def points_table(plan: plans.Plan) -> Table:
         for point in plan.operating_points
     )
     title = "operating points: the same graphs, switched at run time"
-    return Table(title, ("", "latency ms", "p95 ms", "mIoU %", "exits", "sure at/leaves at"), rows)
+    return (Table(title, ("", "latency ms", "p95 ms", "mIoU %", "exits", "sure at/leaves at"), rows),)
 
 
 def inspect_explanation(found: Explanation) -> Inspection:
@@ -361,7 +371,8 @@ def inspect_explanation(found: Explanation) -> Inspection:
     if helps:
         columns = ("if", "gain", found.objective, "latency ms", "mIoU %", "heads")
         tables.append(Table("what would help most", columns, helps))
-    return Inspection(asdict(found), tuple(tables))
+    notes = () if found.weak_final is None else (f"mind: {found.weak_final.sentence}",)
+    return Inspection(asdict(found), tuple(tables), notes)
 
 
 def _outcome_cells(outcome: Outcome | None, found: Explanation) -> tuple[str, ...]:
@@ -383,7 +394,9 @@ def inspect_bundle(path: Path) -> Inspection:
             f"{figures.miou:.2f} % mIoU ({figures.source}, {figures.images} images of {figures.split}); "
             f"{plan.baseline_name} {plan.baseline.latency_ms:.2f} ms, {plan.baseline.miou:.2f} %"
         )
-        tables.append(Table(title, ("exit", "head", "row", "leaves at count"), _stage_rows(plan.stages)))
+        decided = ("row", "leaves at count") if len(plan.stages) > 1 else ()
+        tables.append(Table(title, ("exit", "head", *decided), _stage_rows(plan.stages, bool(decided))))
+        notes += [f"mind: {doubt}" for doubt in plan.doubts]
         notes += [
             f"{path} runs in {found.used}: in {found.wanted} it lost too much"
             for path, found in plan.precisions.items()
@@ -392,8 +405,11 @@ def inspect_bundle(path: Path) -> Inspection:
     return Inspection(asdict(manifest), tuple(tables), tuple(notes))
 
 
-def _stage_rows(stages: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
+def _stage_rows(stages: Sequence[Any], decided: bool) -> tuple[tuple[str, ...], ...]:
     return tuple(
-        (str(number), stage.head, str(stage.row), "-" if stage.cut is None else f"{stage.cut} of {stage.cells}")
-        for number, stage in enumerate(stages, start=1)
+        (str(number), stage.head, *(_decision(stage) if decided else ())) for number, stage in enumerate(stages, 1)
     )
+
+
+def _decision(stage: Any) -> tuple[str, str]:
+    return str(stage.row), "-" if stage.cut is None else f"{stage.cut} of {stage.cells}"

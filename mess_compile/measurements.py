@@ -38,8 +38,12 @@ def measurements_of(
         upload_mean_ms=table.cost_ns(UPLOAD) / 1e6,
         upload_p99_ms=table.cost_ns(UPLOAD, quantity="p99_ms") / 1e6,
         confidence=((),) * len(plan.stages) if statistics is None else confidence_histograms(plan.stages, statistics),
-        environment={**table.environment, "library_version": table.library_version},
+        environment={**table.environment, "library_version": table.library_version, **_doubts(plan)},
     )
+
+
+def _doubts(plan: Plan) -> dict[str, str]:
+    return {f"{manifest.DOUBT}_{number}": doubt for number, doubt in enumerate(plan.doubts, start=1)}
 
 
 def _cost(table: LatencyTable, graph_set: GraphSet, graphs: StageGraphs, stage: Stage) -> manifest.StageCost:

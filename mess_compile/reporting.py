@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile import __version__, extras, files, latency, scenes, statistics
+from mess_compile import extras, files, latency, scenes, statistics
 from mess_compile.benched import read_bench
 from mess_compile.dataset import Sample, open_dataset, read_sample
+from mess_compile.diagnosis import weak_final_exit
 from mess_compile.report import compared, strips, views
 from mess_compile.report.contents import Benched, Found, Missing, Report, Strip, Strips
 from mess_compile.report.provenance import provenance_of
@@ -24,7 +24,7 @@ from mess_compile.runtime.manifest import MANIFEST
 from mess_compile.search import plan as plans
 from mess_compile.search.figures import Evidence
 from mess_compile.search.plan import Plan, SearchResult
-from mess_compile.searching import settled_graphs_of
+from mess_compile.searching import known_doubts, settled_graphs_of
 from mess_compile.targets import find_target
 from mess_compile.workspace import Progress, Workspace, silent
 
@@ -37,13 +37,31 @@ _NO_PLAN = Missing("there is no current plan to show this of: run `mess-compile 
 def report(
     workspace: Workspace, device: str | None = None, output: Path | None = None, progress: Progress = silent
 ) -> tuple[Path, Report]:
-    """Write the report of a device, of the one profiled last by default; what is missing says what to run."""
+    """Write the report of a device, of the one profiled last by default; what is missing says what to run.
+
+    Raises InputError saying what comes first where there is nothing to show.
+    """
     page = extras.report_module("report.page")
     name = workspace.memory().device if device is None else find_target(device, workspace.root).name
+    if name is None:
+        raise InputError(f"there is nothing to report yet: {_first_step(workspace)}")
     found = gathered(workspace, name, progress)
+    if isinstance(found.search, Missing) and isinstance(found.costs, Missing):
+        raise InputError(f"there is nothing to report of {name} yet: {found.costs.reason}")
     path = output or workspace.root / "report.html"
     _write(path, page.report_page(found))
     return path, found
+
+
+def _first_step(workspace: Workspace) -> str:
+    if (workspace.graphs / "index.json").is_file():
+        return "no device was profiled; run `mess-compile profile --device host`"
+    if (workspace.candidate / "network.json").is_file():
+        return "the network is not exported; run `mess-compile export`"
+    return (
+        f"{workspace.root} has no network; train one by `mess-compile train --data DIR`, bring one by "
+        "`mess-compile export MODEL.onnx`, or see the whole flow by `mess-compile demo`"
+    )
 
 
 def compare(
@@ -63,7 +81,7 @@ def _write(path: Path, text: str) -> None:
 
 def _compared(workspace: Workspace, thing: str) -> tuple[compared.Compared, ...]:
     path = Path(thing)
-    if (path / MANIFEST).is_file() or (path.is_file() and zipfile.is_zipfile(path)):
+    if (path / MANIFEST).is_file() or archive.is_bundle(path):
         return compared.of_bundle(thing, archive.read_manifest(path))
     if path.is_file():
         return (compared.of_result(thing, plans.read_result(path)),)
@@ -76,27 +94,31 @@ def _compared(workspace: Workspace, thing: str) -> tuple[compared.Compared, ...]
     )
 
 
-def gathered(workspace: Workspace, device: str | None, progress: Progress) -> Report:
+def gathered(workspace: Workspace, device: str, progress: Progress) -> Report:
     """What there is to report of a device."""
-    if device is None:
-        missing = Missing("no device was profiled in this workspace: run `mess-compile profile --device host`")
-        return Report("", missing, missing, missing, missing, missing, (("mess-compile", __version__),))
     result = _tried(lambda: plans.read_result(workspace.plan(device)))
     table = _tried(lambda: latency.read_latency_table(workspace.latency(device)))
+    doubts = () if isinstance(table, Missing) else known_doubts(workspace, table)
     if isinstance(result, Missing):
-        costs = table if isinstance(table, Missing) else views.costs_of(table, next(iter(table.recipes)))
-        return Report(device, result, _NO_PLAN, costs, _NO_PLAN, _NO_PLAN, provenance_of(None, table))
+        costs = table if isinstance(table, Missing) else views.costs_of(table, next(iter(table.recipes)), doubts)
+        return Report(device, result, _NO_PLAN, costs, _NO_PLAN, _NO_PLAN, provenance_of(None, table), doubts)
     evidences, unseen = _evidences(workspace, result, table)
     chosen = evidences.get(result.plan.precision)
     return Report(
         device=device,
         search=Found(result, views.plan_views(result, evidences), unseen),
         classes=views.classes_of(chosen) if chosen else unseen or _NO_PLAN,
-        costs=table if isinstance(table, Missing) else views.costs_of(table, result.plan.precision),
+        costs=table if isinstance(table, Missing) else views.costs_of(table, result.plan.precision, doubts),
         bench=_tried(partial(_benched, workspace, result.plan)),
         strips=_tried(partial(_strips, workspace, result.plan, chosen, progress)),
         provenance=provenance_of(result, table),
+        notes=tuple(dict.fromkeys((*result.plan.doubts, *doubts, *_weakness(chosen)))),
     )
+
+
+def _weakness(chosen: Evidence | None) -> tuple[str, ...]:
+    weak = None if chosen is None else weak_final_exit(chosen.statistics)
+    return () if weak is None else (weak.sentence,)
 
 
 def _tried(find: Callable[[], _Part]) -> _Part | Missing:
@@ -196,7 +218,8 @@ def _extreme_samples(
 
 
 def content_of(found: Report) -> dict[str, Any]:
-    """What `report --json` prints beside the path: which parts are there, and what to run for the others."""
+    """What `report --json` prints beside the path: which parts are there, what to run for the others, and what to keep
+    in mind."""
     parts = {
         "plan": found.search,
         "classes": found.classes,
@@ -205,4 +228,5 @@ def content_of(found: Report) -> dict[str, Any]:
         "pictures": found.strips,
     }
     missing = {name: part.reason for name, part in parts.items() if isinstance(part, Missing)}
-    return {"device": found.device, "parts": [name for name in parts if name not in missing], "missing": missing}
+    there = [name for name in parts if name not in missing]
+    return {"device": found.device, "parts": there, "missing": missing, "notes": list(found.notes)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING
 from mess_compile import latency
 from mess_compile.candidates import GraphSet, read_graph_set
 from mess_compile.compiling import target_of
+from mess_compile.doubts import doubts_of
 from mess_compile.recording import current_statistics
 from mess_compile.runtime import machine, power
-from mess_compile.runtime.errors import InputError, RequirementError, StaleError, did_you_mean
+from mess_compile.runtime.errors import InputError, MessError, RequirementError, StaleError, did_you_mean
 from mess_compile.search import plan as plans
 from mess_compile.search.clock import Clock
 from mess_compile.search.requirement import Requirement
@@ -221,6 +223,17 @@ def _check_power_mode(table: latency.LatencyTable, target: Target) -> None:
             f"the latency table of {target.name} was measured in power mode {wanted}, and now it is "
             f"{found or 'unknown'}: set it back, or run `mess-compile profile --device {target.name}`"
         )
+
+
+def known_doubts(workspace: Workspace, table: latency.LatencyTable) -> tuple[str, ...]:
+    """What speaks against a table, of its recipes as far as their graphs are still here."""
+    graph_sets = []
+    for recipe in table.recipes:
+        with suppress(MessError):
+            graph_set = settled_graphs_of(workspace, recipe, table.device)
+            latency.check_current(table, graph_set)
+            graph_sets.append(graph_set)
+    return doubts_of(table, graph_sets)
 
 
 def settled_graphs_of(workspace: Workspace, recipe: str, device: str) -> GraphSet:

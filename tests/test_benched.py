@@ -24,6 +24,7 @@ class TestWhatBenchKeeps:
             miou_difference=-0.5,
             p95_ms=4.5,
             disagreements=(NearCut("a", 1, 2, 0),),
+            doubts=("host was unstable",),
         )
 
     def test_is_read_back_with_the_plan_it_was_of(self, tmp_path: Path) -> None:
@@ -41,10 +42,11 @@ class TestWhatBenchKeeps:
         assert [column.latency_ms for column in kept.columns.values()] == [1.5, 2.5, 3.5, 4.5]
         assert kept.columns["measured"].exit_rates == (0.75, 0.25)
         assert kept.found.latency_ratio_range == (2.25, 2.75)
+        assert kept.found.doubts == ("host was unstable",)
         assert (kept.heads, kept.cuts) == (small_network.HEADS, (18, None))
 
     def test_is_refused_when_it_is_damaged(self, tmp_path: Path) -> None:
         path = tmp_path / "host.json"
-        path.write_text('{"format": "mess-bench", "version": 1, "bench": {"split": 3}}')
+        path.write_text('{"format": "mess-bench", "version": 2, "bench": {"split": 3}}')
         with pytest.raises(InputError, match=r"damaged.*bench BUNDLE --data DIR"):
             benched.read_bench(path)

@@ -92,6 +92,13 @@ def test_every_command_ends_with_what_to_do_next_there(
             assert any(option in parameter.opts for parameter in options if isinstance(parameter, click.Option))
 
 
+def test_run_says_what_the_confidence_is_that_it_prints(workspace: Path) -> None:
+    image = first(workspace / "data" / "test" / "images")
+    shown = done("-C", workspace, "run", workspace / "host.mess", image, "-o", workspace / "predictions")
+    assert shown.count("confidence: the share of an exit's cells that are sure at the plan's pixel threshold") == 1
+    assert f"(`mess-compile inspect {workspace / 'host.mess'}`)" in shown
+
+
 def test_every_command_is_covered_here() -> None:
     """But for those that need a device: test_ship.py has these."""
     assert set(main.commands) == {*KEYS, "demo", "completion", "ship", "ships"}

@@ -22,9 +22,10 @@ from mess_compile.diagnosis import (
     final_head,
     image_mious,
     verdicts,
+    weak_final_exit,
 )
 from mess_compile.runtime.errors import InputError
-from mess_compile.statistics import ExitStatistics, head_miou, threshold_table, write_statistics
+from mess_compile.statistics import ExitStatistics, head_miou, read_statistics, threshold_table, write_statistics
 from tests.commands import done, printed_json
 from tests.search.cases import candidate_network, exit_statistics, graph_set
 
@@ -307,3 +308,40 @@ class TestInspect:
         write_statistics(place / "statistics" / "val", alone)
         assert "would help" not in done("-C", place, "inspect", "statistics")
         assert printed_json("-C", place, "inspect", "statistics")["limits"] == []
+
+
+class TestWeakFinalExit:
+    """What is held against a final exit that learned nothing looks good whatever it is."""
+
+    def test_is_told_with_the_head_that_does_better(self) -> None:
+        # IoU of one class of 10 labelled and 10 predicted pixels an image: right / (20 - right), summed over two images
+        found = one_class([[8, 9, 6], [8, 9, 6]], [[[1], [1], [1]]] * 2, ("exit1.a", "exit1.b", "exit2.c"))
+        weak = weak_final_exit(found)
+        assert weak is not None
+        assert (weak.final, weak.better) == ("exit2.c", "exit1.b")
+        assert weak.final_miou == pytest.approx(100 * 12 / 28)
+        assert weak.better_miou == pytest.approx(100 * 18 / 22)
+        assert "exit2.c, 42.86 % mIoU) does worse than the early head exit1.b (81.82 %)" in weak.sentence
+
+    def test_is_none_that_is_the_best_or_hardly_worse(self) -> None:
+        assert weak_final_exit(one_class([[8, 9]], [[[1], [1]]])) is None
+        assert weak_final_exit(one_class([[9, 9]], [[[1], [1]]])) is None
+        assert weak_final_exit(one_class([[9001, 9000]], [[[1], [1]]], pixels=10000)) is None, "0.02 pp are noise"
+
+    def test_is_pointed_out_where_a_network_is_judged(self, workspace: Path) -> None:
+        folder = workspace / "statistics" / "val"
+        found = read_statistics(folder)
+        right = found.intersection.copy()
+        right[:, found.head_index(final_head(found))] = 0
+        write_statistics(folder, dataclasses.replace(found, intersection=right))
+        best = max(found.heads[:-1], key=lambda head: head_miou(found, head))
+        words = f"0.00 % mIoU) does worse than the early head {best} ({head_miou(found, best):.2f} %)"
+        assert words in " ".join(done("-C", workspace, "inspect", "statistics").split())
+        assert words in " ".join(done("-C", workspace, "search", "--explain").split())
+        for content in (
+            printed_json("-C", workspace, "inspect", "statistics"),
+            printed_json("-C", workspace, "search", "--explain")["explanation"],
+        ):
+            assert (content["weak_final"]["better"], content["weak_final"]["final_miou"]) == (best, 0.0)
+        assert any(words in note for note in printed_json("-C", workspace, "report")["notes"])
+        assert words in (workspace / "report.html").read_text(encoding="utf-8")

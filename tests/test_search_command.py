@@ -16,7 +16,11 @@ import pytest
 
 from mess_compile import statistics
 from mess_compile.cli.searching import thrift_of
+from mess_compile.report.contents import Missing
+from mess_compile.report.provenance import provenance_of
+from mess_compile.search.plan import Optimism, read_result
 from mess_compile.search.requirement import Limit, Requirement
+from mess_compile.search.shown import expected_elsewhere
 from mess_compile.steps import Thrift
 from mess_compile.workspace import Workspace
 from tests.commands import complaint, contents, done, edit, overwrite, printed_json, refused
@@ -203,7 +207,7 @@ class TestExplain:
         for title in ("why: what each exit brings", "what each requirement costs (now accuracy", "max_latency"):
             assert title in shown
         content = printed_json(*arguments)["explanation"]
-        assert content.keys() == {"objective", "value", "exits", "bounds", "helps"}
+        assert content.keys() == {"objective", "value", "exits", "bounds", "helps", "weak_final"}
         rates = [share["coverage"] for share in content["exits"]]
         assert rates == printed_json("-C", workspace, "inspect", "plan")["plan"]["predicted"]["exit_rates"]
         assert [bound["tighter_limit"] for bound in content["bounds"]] == ["2.7x"]
@@ -358,3 +362,47 @@ def test_what_a_plan_rests_on_is_read_once(
     monkeypatch.setattr(statistics, "read_statistics", noted)
     done("-C", workspace, *command)
     assert read == [Workspace(workspace).statistics("val")]
+
+
+def test_a_plan_without_early_exits_shows_no_thresholds(workspace: Path) -> None:
+    """Nothing is held against them: a reader would look for what they do."""
+    gated = done("-C", workspace, "search", "--optimise", "accuracy")
+    assert "pixels sure at  leaves at count" in gated
+    assert "sure at/leaves at" in gated
+    assert "leaves at count" in done("inspect", workspace / "host.mess")
+    single = done("-C", workspace, "search", "--setting", "budgeted", "--optimise", "accuracy")
+    assert "head  images" in single
+    done("-C", workspace, "bundle")
+    for text in (
+        single,
+        done("-C", workspace, "inspect", "plan"),
+        done("inspect", workspace / "host.mess"),
+        read_result(workspace / "plans" / "host.json")._repr_html_(),
+    ):
+        assert "sure at" not in text
+        assert "leaves at" not in text
+
+
+def test_what_a_handful_of_images_foretell_is_called_a_guess(workspace: Path) -> None:
+    shown = done("-C", workspace, "search", "--max-err", "100%")
+    told = printed_json("-C", workspace, "search", "--max-err", "100%")["plan"]["optimism"]
+    assert told["images"] == 12
+    assert "on other images of this kind: 12 images hardly tell; as a guess, " in shown
+    assert "evaluate 40 images or more" in shown
+    provenance = provenance_of(read_result(workspace / "plans" / "host.json"), Missing("no table"))
+    assert dict(provenance)["on other images of this kind"].startswith("12 images hardly tell")
+
+
+@pytest.mark.parametrize(
+    ("images", "groups", "says"),
+    [
+        (39, 39, "39 images hardly tell; as a guess, its mIoU relative to the baseline's changes by about -1.3 pp"),
+        (40, 40, "expect its mIoU, relative to the baseline's, to change by -1.26 pp (spread over folds 0.52 pp)"),
+        (400, 1, "by folds; 400 images of 1 sequence, which say nothing of others"),
+        (400, 8, "by folds; 400 images of 8 sequences"),
+    ],
+)
+def test_an_expectation_says_what_it_rests_on(images: int, groups: int, says: str) -> None:
+    text = expected_elsewhere(Optimism(1.26, 3.4, 5, 0.52, "by folds", images, groups))
+    assert says in text
+    assert text.endswith(says) == (images == 400)

@@ -144,7 +144,9 @@ def test_what_changed_travels_takes_over_and_is_taken_back(street: Street, newer
 def test_an_older_bundle_takes_over_only_when_asked_to(street: Street, newer: Path) -> None:
     street.ship(newer)
     assert "--allow-downgrade" in street.refused(street.bundle)
-    assert "--allow-downgrade" in done("ship", street.bundle, street.place, "--dry-run")
+    refused = done("ship", street.bundle, street.place, "--dry-run")
+    assert "--allow-downgrade" in refused
+    assert f"next: mess-compile ships {street.place}" in refused, "without its place `ships` may know none"
     assert street.ship(street.bundle, "--allow-downgrade").startswith("versions/1-")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,18 +62,26 @@ def bundle(
     with progress_bar(as_json) as progress:
         path, manifest = steps.bundle(workspace, plans, output, options, progress)
     size = path.stat().st_size
+    doubts = list(dict.fromkeys(doubt for plan in manifest.plans for doubt in plan.doubts))
     if as_json:
         names = [plan.name for plan in manifest.plans]
-        return print_json({"bundle": str(path), "bytes": size, "files": len(manifest.files), "plans": names})
+        told = {"bundle": str(path), "bytes": size, "files": len(manifest.files), "plans": names, "doubts": doubts}
+        return print_json(told)
     frames = len({golden.frame for golden in manifest.golden})
     say(f"{path}: {size / 2**20:.2f} MiB, {len(manifest.files)} files, {frames} golden frames")
     if len(manifest.plans) > 1:
         say(f"plans: {', '.join(plan.name for plan in manifest.plans)}; the first for a device runs there")
+    _print_doubts(doubts)
     return print_next(
         f"run {quoted(path)} IMAGE...",
         f"bench {quoted(path)} --data DIR",
         f"ship {quoted(path)} ssh://USER@HOST:/FOLDER",
     )
+
+
+def _print_doubts(doubts: Iterable[str]) -> None:
+    for doubt in doubts:
+        say(f"mind: {doubt}")
 
 
 @click.command()
@@ -99,6 +108,7 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
     """
     from mess_compile import steps
     from mess_compile.running import is_moving
+    from mess_compile.runtime.confidence import LEGEND
     from mess_compile.search.requirement import parse_milliseconds
 
     deadline = options.pop("deadline")
@@ -121,6 +131,8 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
         videos = [asdict(result) for result in results if isinstance(result, steps.VideoResult)]
         images = [asdict(result) for result in results if isinstance(result, steps.ImageResult)]
         return print_json({"images": images, "videos": videos})
+    if any(isinstance(result, steps.ImageResult) for result in results):
+        say(f"{LEGEND} (`mess-compile inspect {quoted(bundle)}`)")
     return print_next(f"bench {quoted(bundle)} --data DIR")
 
 
@@ -205,7 +217,8 @@ def bench(
             f"{near.image}: replayed exit {near.replayed_exit}, measured {near.measured_exit}, "
             f"{near.counts_from_cut} counts from the cut"
         )
-    return print_next("search --max-err 0.1%", f"verify {quoted(bundle)}")
+    _print_doubts(result.doubts)
+    return print_next("report", f"ship {quoted(bundle)} ssh://USER@HOST:/FOLDER", "search --max-err 0.1%")
 
 
 def _bench_deadline(
@@ -234,6 +247,7 @@ def _bench_deadline(
         f"misses: {found.missed_later:.2%} of the images had a later result too late, {found.missed_first:.2%} "
         f"even the first; the last result came after {found.p50_ms:.2f} ms (median), {found.p99_ms:.2f} ms (p99)"
     )
+    _print_doubts(found.doubts)
     return print_next(f"run {quoted(bundle)} IMAGE... --deadline {deadline_ms:g}ms")
 
 

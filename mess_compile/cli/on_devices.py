@@ -133,7 +133,7 @@ def profile(
 
     A measurement that was broken off continues with the same command.
     """
-    from mess_compile import inspection, steps
+    from mess_compile import inspection, searching, steps
     from mess_compile.runtime import profile as measuring
 
     if seconds is not None and not 0 < seconds <= 3600:
@@ -159,9 +159,12 @@ def profile(
             table = steps.profile(
                 workspace, device, progress, precisions, data, effort, hosts or None, thrift, tell, lock_clocks
             )
+    doubts = searching.known_doubts(workspace, table)
     if as_json:
-        return print_json(inspection.inspect_latency(table).content)
+        return print_json(inspection.inspect_latency(table, doubts).content)
     _print_table_made(table)
+    for doubt in doubts:
+        say(f"mind: {doubt}")
     return print_next("search --max-err 1%" if any(workspace.root.glob("statistics/*")) else "evaluate --data DIR")
 
 
@@ -197,8 +200,6 @@ def _print_table_made(table: Any) -> None:
         + (f" ({times:.1f}x, measured again)" if slow else "")
         + f", {unsteady:.0%} of the graphs did not settle"
     )
-    if told["verdict"] == "unstable":
-        say(f"likely cause: {told['likely_cause']}; profile again when that is gone")
 
 
 @click.command()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import click
@@ -72,7 +73,7 @@ def print_inspection(found: Any) -> None:
     for table in found.tables:
         print_table(table.title, table.header, table.rows)
     for note in found.notes:
-        say(note if sys.stdout.isatty() else click.wrap_text(note, width=100))
+        say(note if sys.stdout.isatty() else fill(note, 100, break_long_words=False, break_on_hyphens=False))
 
 
 def size(text: str) -> tuple[int, int]:

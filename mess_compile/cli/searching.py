@@ -114,8 +114,8 @@ def search(
         return print_json(single if common is None else {"results": contents, "shared": asdict(common)})
     for i, result in enumerate(results):
         _print_plan(result.plan)
-        _warn(workspace, result.plan, requirement)
-        print_inspection(inspection.Inspection({}, (inspection.points_table(result.plan),)))
+        _warn(result.plan, requirement)
+        print_inspection(inspection.Inspection({}, inspection.points_tables(result.plan)))
         for reason in reasons[i : i + 1]:
             print_inspection(reason)
         _print_proof(result, requirement)
@@ -125,13 +125,10 @@ def search(
     return print_next(*(f"bundle {quoted(workspace.plan(result.plan.device))}" for result in results))
 
 
-def _warn(workspace: Workspace, plan: Any, requirement: Any) -> None:
+def _warn(plan: Any, requirement: Any) -> None:
     """What makes the figures doubtful, or the plan another one than was meant."""
-    from mess_compile.latency import read_latency_table
-
-    told = read_latency_table(workspace.latency(plan.device)).environment
-    if told.get("verdict") == "unstable":
-        say(f"mind: {plan.device} was unstable when it was profiled: profile again before you trust these latencies")
+    for doubt in plan.doubts:
+        say(f"mind: {doubt}")
     lost = plan.baseline.miou - plan.predicted.miou
     if requirement.max_err_pp is None and requirement.objective != "accuracy" and lost > 1:
         say(f"mind: no --max-err was asked for, and this plan loses {lost:.1f} pp of mIoU: add --max-err 1%")
@@ -153,6 +150,8 @@ def _refuse_what_does_not_fit(
 
 
 def _print_proof(result: Any, requirement: Any) -> None:
+    from mess_compile.search.shown import expected_elsewhere
+
     certificate, plan = result.certificate, result.plan
     front = (
         f"front of {len(result.front)} plans" if result.front_complete else f"{len(result.front)} plans of the front"
@@ -183,12 +182,7 @@ def _print_proof(result: Any, requirement: Any) -> None:
         say(f"no image has a labelled pixel of {absent}: mIoU is over the other classes")
     say(f"chosen on the images of {plan.predicted.split}, as {plan.tuned_by} sees them: a result from tuning data")
     if plan.optimism is not None:
-        told = plan.optimism
-        say(
-            f"on other images of this kind expect its mIoU, relative to the baseline's, to change by "
-            f"{-told.miou_pp:+.2f} pp (spread over folds {told.spread_pp:.2f} pp), and its latency by "
-            f"{told.latency_percent:+.1f} %: {told.method}"
-        )
+        say(f"on other images of this kind: {expected_elsewhere(plan.optimism)}")
     elif result.without_optimism:
         say(f"what to expect on other images is not told: {result.without_optimism}")
     if plan.guarantee is not None:
@@ -258,9 +252,9 @@ def _requirement(options: dict[str, Any]) -> Any:
 
 
 def _print_plan(plan: Any) -> None:
-    from mess_compile.search.shown import EXITS, FIGURES, exit_rows, figures_row
+    from mess_compile.search.shown import FIGURES, exits_table, figures_row
 
-    print_table(f"plan for {plan.device}, {plan.setting}, {plan.precision}", EXITS, exit_rows(plan))
+    print_table(f"plan for {plan.device}, {plan.setting}, {plan.precision}", *exits_table(plan))
     figures_of = {"plan": plan.predicted, plan.baseline_name: plan.baseline}
     estimated = [name for name, figures in figures_of.items() if figures.source == "estimated"]
     header = FIGURES if plan.predicted.energy_mj is None else [*FIGURES, "mJ"]

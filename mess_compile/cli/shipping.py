@@ -165,7 +165,10 @@ def _print_expected(bundle: Path, found: Sequence[Any], as_json: bool) -> None:
         say("\n".join(f"{each.place}: {line}" for line in _expected(each)))
     _fail_where_it_did(found, _CANNOT_TELL)
     ready = [each.place for each in told if each.refusal is None]
-    return print_next(f"ship {quoted(bundle)} {' '.join(ready)}" if ready else "ships")
+    if ready:
+        return print_next(f"ship {quoted(bundle)} {' '.join(ready)}")
+    places = " ".join(each.place for each in told)
+    return print_next(f"ships {places}", f"ship {quoted(bundle)} {places} --dry-run")
 
 
 def _expected(of: Expected) -> Iterator[str]:

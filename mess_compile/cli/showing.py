@@ -33,11 +33,27 @@ def report(workspace: Workspace, device: str | None, output: Path | None, as_jso
     if as_json:
         return print_json({"report": str(path), "bytes": path.stat().st_size, **content})
     say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, one file, no network needed")
+    for note in found.notes:
+        say(f"mind: {note}")
     missing = content["missing"]
     for reason in dict.fromkeys(missing.values()):
         parts = ", ".join(part for part, why in missing.items() if why == reason)
         say(f"without {parts}: {reason}")
-    return print_next("profile --device host" if "plan" in missing else "compare PLAN BUNDLE")
+    return print_next(*_after_report(workspace, found.device, set(missing)))
+
+
+def _after_report(workspace: Workspace, device: str, missing: set[str]) -> list[str]:
+    """The first step that would add to the report; where nothing would, what is done with a plan that is good."""
+    bundle, plan = quoted(workspace.bundle(device)), quoted(workspace.plan(device))
+    for part, command in (
+        ("latencies", f"profile --device {device}"),
+        ("plan", f"search --device {device} --max-err 1%"),
+        ("pictures", f"bundle {plan}"),
+        ("measured", f"bench {bundle} --data DIR"),
+    ):
+        if part in missing:
+            return [command]
+    return [f"ship {bundle} ssh://USER@HOST:/FOLDER", f"compare {device} PLAN|DEVICE|BUNDLE"]
 
 
 @click.command()
@@ -56,7 +72,7 @@ def compare(workspace: Workspace, things: tuple[str, ...], output: Path | None, 
     for start in range(0, len(found), _PER_TABLE):
         part = found[start : start + _PER_TABLE]
         print_table("", ["", *(one.name for one in part)], compared.rows(part))
-    for note in compared.notes(found):
+    for note in (*compared.notes(found), *compared.doubts(found)):
         say(f"mind: {note}")
     if page is not None:
         say(f"{page}: {page.stat().st_size / 1e6:.1f} MB, one file, no network needed")

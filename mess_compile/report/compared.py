@@ -38,6 +38,7 @@ class Compared:
     tuned_by: str
     operating_points: tuple[Point, ...]
     front: tuple[Point, ...]
+    doubts: tuple[str, ...]
 
     @property
     def latency_ratio(self) -> float:
@@ -55,61 +56,58 @@ class Compared:
 def of_result(name: str, result: plans.SearchResult) -> Compared:
     """The chosen plan of a search, and its front."""
     plan = result.plan
-    thresholds = plan.gate.thresholds
-    return Compared(
-        name=name,
-        kind="plan",
-        device=plan.device,
-        library=plan.library,
-        precision=plan.precision,
-        setting=plan.setting,
-        network=plan.network,
-        heads=tuple(stage.head for stage in plan.stages),
-        decisions=tuple(_decision(thresholds[stage.row], stage.cut) for stage in plan.stages),
-        predicted=plan.predicted,
-        baseline=plan.baseline,
-        baseline_name=plan.baseline_name,
-        tuned_by=plan.tuned_by,
-        operating_points=_points(plan.operating_points),
-        front=tuple(
-            Point(" → ".join(stage.head for stage in one.stages), one.predicted.latency_ms, one.predicted.miou)
-            for one in result.front
-        ),
+    front = (
+        Point(" → ".join(stage.head for stage in one.stages), one.predicted.latency_ms, one.predicted.miou)
+        for one in result.front
     )
+    return _compared(name, "plan", plan, plan.device, plan.network, plan.gate.thresholds, tuple(front))
 
 
 def of_bundle(name: str, content: manifest.Manifest) -> tuple[Compared, ...]:
     """Every plan that a bundle holds."""
-    return tuple(_of_bundle(name, content, plan) for plan in content.plans)
-
-
-def _of_bundle(name: str, content: manifest.Manifest, plan: manifest.Plan) -> Compared:
     lowest = [min(row) for row in content.gate.thresholds]
+    single = len(content.plans) == 1
+    return tuple(
+        _compared(
+            name if single else f"{name} ({plan.target})", "bundle", plan, plan.target, content.network.identity, lowest
+        )
+        for plan in content.plans
+    )
+
+
+def _compared(
+    name: str,
+    kind: str,
+    plan: plans.Plan | manifest.Plan,
+    device: str,
+    network: str,
+    thresholds: Sequence[float],
+    front: tuple[Point, ...] = (),
+) -> Compared:
     return Compared(
-        name=name if len(content.plans) == 1 else f"{name} ({plan.target})",
-        kind="bundle",
-        device=plan.target,
+        name=name,
+        kind=kind,
+        device=device,
         library=plan.library,
         precision=plan.precision,
         setting=plan.setting,
-        network=content.network.identity,
+        network=network,
         heads=tuple(stage.head for stage in plan.stages),
-        decisions=tuple(_decision(lowest[stage.row], stage.cut) for stage in plan.stages),
+        decisions=tuple(_decision(thresholds[stage.row], stage.cut) for stage in plan.stages),
         predicted=plans.Figures(**asdict(plan.predicted)),
         baseline=plans.Figures(**asdict(plan.baseline)),
         baseline_name=plan.baseline_name,
         tuned_by=plan.tuned_by,
-        operating_points=_points(plan.operating_points),
-        front=(),
+        operating_points=tuple(
+            Point(one.name, one.predicted.latency_ms, one.predicted.miou) for one in plan.operating_points
+        ),
+        front=front,
+        doubts=plan.doubts,
     )
 
 
 def _decision(threshold: float, cut: int | None) -> str:
     return "takes the rest" if cut is None else f"{cut} cells sure at {threshold:.2f}"
-
-
-def _points(points: Sequence[plans.OperatingPoint] | Sequence[manifest.OperatingPoint]) -> tuple[Point, ...]:
-    return tuple(Point(one.name, one.predicted.latency_ms, one.predicted.miou) for one in points)
 
 
 _ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
@@ -142,7 +140,7 @@ def rows(compared: Sequence[Compared]) -> tuple[tuple[str, ...], ...]:
 
 
 def notes(compared: Sequence[Compared]) -> tuple[str, ...]:
-    """Why figures that stand side by side may not be compared."""
+    """Why figures that stand side by side may not be compared, apart from the doubts of each plan."""
     differs = {
         "devices": {one.device for one in compared},
         "networks": {one.network for one in compared if one.precision == FP32},  # a recipe has an identity of its own
@@ -156,3 +154,12 @@ def notes(compared: Sequence[Compared]) -> tuple[str, ...]:
         "sources of latency": "some latencies are measured and some are estimated",
     }
     return tuple(meanings[what] for what, found in differs.items() if len(found) > 1)
+
+
+def doubts(compared: Sequence[Compared]) -> tuple[str, ...]:
+    """What speaks against the latencies of each plan, beside its name; told once of plans that have it in common."""
+    names: dict[str, list[str]] = {}
+    for one in compared:
+        for doubt in one.doubts:
+            names.setdefault(doubt, []).append(one.name)
+    return tuple(f"{', '.join(dict.fromkeys(of))}: {doubt}" for doubt, of in names.items())

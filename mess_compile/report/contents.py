@@ -62,7 +62,7 @@ class Benched:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page of one device; `device` is empty where none is known."""
+    """Everything on the page of one device; `notes` are what to keep in mind of all of it, in sentences."""
 
     device: str
     search: Found | Missing
@@ -71,3 +71,4 @@ class Report:
     bench: Benched | Missing
     strips: Strips | Missing
     provenance: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()

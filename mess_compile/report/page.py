@@ -14,7 +14,7 @@ import plotly.offline
 from markupsafe import Markup, escape
 
 from mess_compile import __version__
-from mess_compile.report.compared import Compared, notes, rows
+from mess_compile.report.compared import Compared, doubts, notes, rows
 from mess_compile.report.contents import Benched, Found, Missing, Picture, Report
 from mess_compile.report.paper import paper_rows
 from mess_compile.report.views import Classes, Costs, PlanView
@@ -30,7 +30,8 @@ def report_page(report: Report) -> str:
 def compare_page(compared: tuple[Compared, ...]) -> str:
     """The page of `mess-compile compare`."""
     content = {"plans": [asdict(each) for each in compared]}
-    return _rendered("compare.html.j2", compared=compared, rows=rows(compared), notes=notes(compared), data=content)
+    told = (*notes(compared), *doubts(compared))
+    return _rendered("compare.html.j2", compared=compared, rows=rows(compared), notes=told, data=content)
 
 
 def _rendered(template: str, **content: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mess_compile import __version__, latency
 from mess_compile.report.contents import Missing
-from mess_compile.search.plan import Guarantee, Optimism, SearchResult
+from mess_compile.search.plan import Guarantee, SearchResult
+from mess_compile.search.shown import expected_elsewhere
 
 
 def provenance_of(result: SearchResult | None, table: latency.LatencyTable | Missing) -> tuple[tuple[str, str], ...]:
@@ -34,7 +35,7 @@ def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
     if plan.absent_classes:
         told.append(("classes without a labelled pixel, in no mIoU", ", ".join(plan.absent_classes)))
     if plan.optimism is not None:
-        told.append(("on other images of this kind", _expected(plan.optimism)))
+        told.append(("on other images of this kind", expected_elsewhere(plan.optimism)))
     elif result.without_optimism:
         told.append(("on other images of this kind", f"not told: {result.without_optimism}"))
     if plan.guarantee is not None:
@@ -49,13 +50,6 @@ def _proof(result: SearchResult) -> str:
     if held is not None and held.place > 1:
         return f"number {held.place} of {held.candidates} that err ever less than the best of {proof.space:,} plans"
     return f"best of {proof.space:,} plans, gap {proof.gap:g}"
-
-
-def _expected(told: Optimism) -> str:
-    return (
-        f"its mIoU, relative to the baseline's, changes by {-told.miou_pp:+.2f} pp (spread over folds "
-        f"{told.spread_pp:.2f} pp), its latency by {told.latency_percent:+.1f} %: {told.method}"
-    )
 
 
 def _certified(told: Guarantee) -> str:

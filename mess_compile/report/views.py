@@ -108,14 +108,14 @@ class Cost:
 class Costs:
     """A latency table in the precision of a plan: segments by their exit points, heads, and what else there is.
 
-    `caution` says why not to rely on it, empty where nothing does.
+    `doubts` say what speaks against them.
     """
 
     segments: tuple[tuple[int, int, Cost], ...]
     heads: tuple[Cost, ...]
     others: tuple[Cost, ...]
     failed: tuple[str, ...]
-    caution: str
+    doubts: tuple[str, ...]
 
 
 def plan_views(result: SearchResult, evidences: Mapping[str, Evidence]) -> tuple[PlanView, ...]:
@@ -227,8 +227,8 @@ def classes_of(evidence: Evidence) -> Classes:
     return Classes(evidence.statistics.classes, _iou(evidence.statistics, index))
 
 
-def costs_of(table: LatencyTable, precision: str) -> Costs:
-    """Every graph in `precision`, or in what it falls back to."""
+def costs_of(table: LatencyTable, precision: str, doubts: tuple[str, ...] = ()) -> Costs:
+    """Every graph in `precision`, or in what it falls back to, and what speaks against the table."""
     by_graph: dict[str, Cost] = {}
     for entry in sorted(table.entries.values(), key=lambda entry: (entry.precision != precision, entry.precision)):
         cost = Cost(
@@ -246,13 +246,5 @@ def costs_of(table: LatencyTable, precision: str) -> Costs:
         heads=tuple(by_graph[name] for name in sorted(heads)),
         others=tuple(by_graph[name] for name in sorted(by_graph.keys() - {*segments, *heads})),
         failed=tuple(f"{each.graph} ({each.precision}): {each.error}" for each in table.failed.values()),
-        caution=_caution(table),
+        doubts=doubts,
     )
-
-
-def _caution(table: LatencyTable) -> str:
-    told = table.environment
-    if told.get("verdict") != "unstable":
-        return ""
-    cause = told.get("likely_cause", "unknown")
-    return f"The measurement was unstable; likely cause: {cause}. Profile again when that is gone."

@@ -14,6 +14,7 @@ import numpy as np
 
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.cascade import Cascade, Prediction, load
+from mess_compile.runtime.confidence import LEGEND
 from mess_compile.runtime.errors import InputError, MessError, one_line
 from mess_compile.runtime.manifest import Manifest
 from mess_compile.runtime.pictures import read_picture, write_labels, write_picture
@@ -148,6 +149,7 @@ def lines_of(manifest: Manifest) -> List[str]:
             f"{plan.target} ({plan.library}, {plan.precision}, {plan.setting}): {figures.latency_ms:.2f} ms, "
             f"{figures.miou:.2f} % mIoU, {figures.source}; baseline {baseline.latency_ms:.2f} ms, {baseline.miou:.2f} %"
         )
+        lines += [f"  mind: {doubt}" for doubt in plan.doubts]
         lines += [f"  exit {number}: {stage.head}" for number, stage in enumerate(plan.stages, 1)]
         for point in plan.operating_points:
             figures = point.predicted
@@ -178,6 +180,7 @@ def _run(options: argparse.Namespace) -> int:
                 print(f"{path}: {_words(prediction, deadline_ms)}")
             written = _write(cascade, results[-1], options.output / path.stem, frame)
             print(f"{path}: {_words(results[-1], deadline_ms)} -> {written}")
+        print(LEGEND)
         if options.deadline is not None:
             print(_misses(cascade, options.deadline))
     return 0

@@ -6,6 +6,12 @@ import math
 
 import numpy as np
 
+LEGEND = (
+    "confidence: the share of an exit's cells that are sure at the plan's pixel threshold; early exits decide by it, "
+    "unless a deadline does, and the last one only tells it"
+)
+"""What stands below figures of confidence."""
+
 
 def confidence_map(logits: np.ndarray, kind: str) -> np.ndarray:
     """Logits (K, h, w) -> confidence float32 (h, w) in 0..1, before the gate's rule for edges.

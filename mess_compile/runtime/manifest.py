@@ -22,6 +22,8 @@ SETTINGS = ("input-dependent", "budgeted", "anytime")
 SOURCES = ("measured", "estimated")
 RESIZES = ("stretch", "letterbox")
 DEFAULT_POINT = "default"
+DOUBT = "doubt"
+"""How the keys of a plan's environment begin that say what speaks against its latencies."""
 CONFIDENCE_BINS = 10
 MAX_POINTS = 8
 MAX_SIDE = 1 << 14
@@ -186,6 +188,11 @@ class Plan:
     def name(self) -> str:
         """Such as xavier:fp16; a bundle holds one plan of a name."""
         return f"{self.target}:{self.precision}"
+
+    @property
+    def doubts(self) -> Tuple[str, ...]:
+        """What speaks against the latencies."""
+        return tuple(text for key, text in sorted(self.environment.items()) if key.startswith(DOUBT))
 
     @property
     def boldest(self) -> str:

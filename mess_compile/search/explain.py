@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mess_compile.diagnosis import Weak, weak_final_exit
 from mess_compile.latency import Latency, LatencyTable, stage_graphs
 from mess_compile.runtime.errors import RequirementError
 from mess_compile.search.bounds import MEASURES
@@ -84,6 +85,7 @@ class Explanation:
     exits: tuple[ExitShare, ...]
     bounds: tuple[BoundCost, ...]
     helps: tuple[Help, ...]
+    weak_final: Weak | None
 
 
 def explain(
@@ -115,13 +117,9 @@ def explain(
             better = outcome.value - value if _is_to_grow(requirement) else value - outcome.value
             helps.append(Help(what, outcome, better / abs(value) if value else 0.0))
     ordered = sorted(helps, key=lambda each: -each.gain)
-    return Explanation(
-        _objective(requirement),
-        value,
-        _exit_shares(evidence_of_plan(evidences, plan), plan),
-        tuple(told),
-        tuple(ordered),
-    )
+    evidence = evidence_of_plan(evidences, plan)
+    weak = weak_final_exit(evidence.statistics)
+    return Explanation(_objective(requirement), value, _exit_shares(evidence, plan), tuple(told), tuple(ordered), weak)
 
 
 def _objective(requirement: Requirement) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.candidates import BASELINE, CandidateNetwork, GraphSet, Head, head_graph_name
+from mess_compile.doubts import doubts_of
 from mess_compile.latency import (
     PSEUDO_GRAPHS,
     LatencyTable,
@@ -119,6 +120,11 @@ class Evidence:
         """The classes without a labelled pixel in these images; no mIoU counts them."""
         pixels = self.statistics.labelled.sum(axis=0)
         return tuple(name for name, count in zip(self.statistics.classes, pixels, strict=True) if not count)
+
+    @cached_property
+    def doubts(self) -> tuple[str, ...]:
+        """What speaks against the latencies."""
+        return doubts_of(self.table, (self.graph_set,))
 
     @cached_property
     def table_sha256(self) -> str:
@@ -332,4 +338,5 @@ def plan_of_stages(evidence: Evidence, setting: str, stages: tuple[Stage, ...], 
         baseline_alone=evidence.graph_set.baseline_alone,
         reports=anytime_reports(evidence, [stage.head for stage in stages]) if anytime else (),
         absent_classes=evidence.absent_classes,
+        doubts=evidence.doubts,
     )

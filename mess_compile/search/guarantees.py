@@ -84,6 +84,8 @@ def optimism(
         folds=len(found),
         spread_pp=float(np.std(gains, ddof=1)),
         method=method + (f"; left out: {len(parts) - len(found)}" if len(found) < len(parts) else ""),
+        images=evidences[0].statistics.images,
+        groups=len(set(evidences[0].statistics.group)),
     )
 
 

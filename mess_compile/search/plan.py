@@ -19,10 +19,13 @@ FRONT_BY = ("latency", "miou")
 DEFAULT_POINT = "default"
 REFINED_POINT = "refined"
 POINT_NAMES = ("fastest", "fast", DEFAULT_POINT, "accurate", "most-accurate", REFINED_POINT)
-VERSION = 4
+VERSION = 5
+FEW_IMAGES = 40
+"""Below which cross-validation only guesses: of 20 images its figure had a standard deviation of 0.7 pp, of 40 one of
+0.3 pp (docs/guarantees.md), and `--max-err` is about a point."""
 _FRONT_FIELDS = (
     *("precision", "network", "stages", "graphs", "predicted", "baseline", "baseline_name", "reference_miou"),
-    *("statistics_sha256", "operating_points", "reports", "optimism", "guarantee"),
+    *("statistics_sha256", "operating_points", "reports", "optimism", "guarantee", "doubts"),
 )
 _REMEDY = "run `mess-compile search`"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -89,7 +92,8 @@ class Optimism:
     """By how much the figures of a plan flatter it because it was chosen on the images that they are taken on.
 
     By cross-validation over `folds`, in the words of `method`: expect `miou_pp` percentage points less mIoU, with
-    a spread of `spread_pp` between folds, and `latency_percent` more latency.
+    a spread of `spread_pp` between folds, and `latency_percent` more latency. It rests on so many `images` of so many
+    independent `groups`: sequences, or images that belong to none.
     """
 
     miou_pp: float
@@ -97,6 +101,13 @@ class Optimism:
     folds: int
     spread_pp: float
     method: str
+    images: int
+    groups: int
+
+    @property
+    def few(self) -> bool:
+        """Whether the figures are a guess."""
+        return self.images < FEW_IMAGES
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,7 @@ class Plan:
     choose. `tuned_by` says where the statistics were recorded: exits and thresholds may do otherwise on a target that
     is not that. `power_mode` is the one that latencies were measured in, where the device tells it. `reports` is empty
     but for the anytime setting. `reference_miou` (percent) is what the error counted from instead of the baseline's
-    own: a figure that was given, or the baseline of another recipe.
+    own: a figure that was given, or the baseline of another recipe. `doubts` say what speaks against its latencies.
     """
 
     device: str
@@ -178,6 +189,7 @@ class Plan:
     guarantee: Guarantee | None = None
     absent_classes: tuple[str, ...] = ()
     reference_miou: float | None = None
+    doubts: tuple[str, ...] = ()
 
     def _repr_html_(self) -> str:
         from mess_compile.search.shown import plan_html
@@ -333,6 +345,7 @@ def _plan_from_json(content: dict[str, Any]) -> Plan:
         guarantee=None if content["guarantee"] is None else _typed(Guarantee, content["guarantee"]),
         absent_classes=tuple(map(str, content["absent_classes"])),
         reference_miou=None if content["reference_miou"] is None else float(content["reference_miou"]),
+        doubts=tuple(map(str, content["doubts"])),
     )
 
 

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from mess_compile.runtime.notebook import table_html, text_html
-from mess_compile.search.plan import Figures, Plan, SearchResult
+from mess_compile.search.plan import FEW_IMAGES, Figures, Optimism, Plan, SearchResult, Stage
 
-EXITS = ("", "head", "pixels sure at", "leaves at count", "images")
 FIGURES = ("", "mIoU %", "latency ms", "p95 ms", "worst ms", "GMACs", "memory MiB")
 
 
-def exit_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """The cells below EXITS: a row for each exit."""
-    return [
-        (
-            f"exit {number}",
-            stage.head,
-            f"{plan.gate.thresholds[stage.row]:.2f}",
-            "-" if stage.cut is None else str(stage.cut),
-            f"{rate:.0%}",
-        )
+def exits_table(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and a row for each exit; without early exits nothing is held against a threshold, and none is shown."""
+    gated = len(plan.stages) > 1
+    rows = [
+        (f"exit {number}", stage.head, *(_decision(plan, stage) if gated else ()), f"{rate:.0%}")
         for number, (stage, rate) in enumerate(zip(plan.stages, plan.predicted.exit_rates, strict=True), start=1)
     ]
+    return ("", "head", *(("pixels sure at", "leaves at count") if gated else ()), "images"), rows
+
+
+def _decision(plan: Plan, stage: Stage) -> tuple[str, str]:
+    return f"{plan.gate.thresholds[stage.row]:.2f}", "-" if stage.cut is None else str(stage.cut)
+
+
+def expected_elsewhere(told: Optimism) -> str:
+    """What to expect on other images than those that the plan was chosen on; of few, that it is a guess."""
+    basis = told.method
+    if told.groups < told.images:
+        basis += f"; {told.images} images of {told.groups} {'sequence' if told.groups == 1 else 'sequences'}"
+    if told.groups < told.folds:
+        basis += ", which say nothing of others"
+    if told.few:
+        return (
+            f"{told.images} images hardly tell; as a guess, its mIoU relative to the baseline's changes by about "
+            f"{-told.miou_pp:+.1f} pp (folds differ by {told.spread_pp:.1f} pp), and its latency by about "
+            f"{told.latency_percent:+.0f} %: evaluate {FEW_IMAGES} images or more ({basis})"
+        )
+    return (
+        f"expect its mIoU, relative to the baseline's, to change by {-told.miou_pp:+.2f} pp (spread over folds "
+        f"{told.spread_pp:.2f} pp), and its latency by {told.latency_percent:+.1f} %: {basis}"
+    )
 
 
 def plan_html(plan: Plan) -> str:
@@ -32,8 +50,7 @@ def plan_html(plan: Plan) -> str:
     sources = sorted({plan.baseline.source, plan.predicted.source})
     return table_html(
         f"plan for {plan.device}, {plan.setting}, {plan.precision}",
-        EXITS,
-        exit_rows(plan),
+        *exits_table(plan),
     ) + table_html(
         f"{' and '.join(sources)} latency, {plan.predicted.images} images of {plan.predicted.split}", FIGURES, figures
     )

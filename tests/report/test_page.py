@@ -201,14 +201,29 @@ def test_estimates_are_told_apart_on_sight(window: Browser, benched: Path, tmp_p
     assert window.complaints == []
 
 
-def test_a_report_without_anything_and_a_comparison_draw_without_a_complaint(
+def test_a_plan_without_early_exits_shows_no_threshold(page: Browser) -> None:
+    single = page.value("front.stops.findIndex((stop) => stop.stages.length === 1)")
+    assert single >= 0, "the front should have a plan of one exit"
+    page.value(f"show({single})")
+    sure = page.value("document.getElementById('sure').innerText")
+    assert "no image is held against a threshold" in sure
+    assert "pixel threshold" not in sure
+    assert page.value("document.querySelectorAll('#sure .chart').length") == 0
+    page.value("show(front.stops.findIndex((stop) => stop.stages.length > 1))")
+    assert "pixel threshold" in page.value("document.getElementById('sure').innerText")
+    assert page.complaints == []
+
+
+def test_a_report_of_latencies_alone_and_a_comparison_draw_without_a_complaint(
     window: Browser, benched: Path, tmp_path: Path
 ) -> None:
-    done("-C", tmp_path, "report")
+    folder = Path(shutil.copytree(benched, tmp_path / "workspace"))
+    shutil.rmtree(folder / "plans")
+    done("-C", folder, "report")
     bundle, page = benched / "host.mess", tmp_path / "compare.html"
     done("-C", benched, "compare", "host", bundle, "-o", page)
     window.complaints.clear()
-    window.show(tmp_path / "report.html")
+    window.show(folder / "report.html")
     window.show(page)
     assert window.complaints == []
     plan = json.loads((benched / "plans" / "host.json").read_text())["plan"]

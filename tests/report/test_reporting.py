@@ -17,7 +17,6 @@ from mess_compile.report.strips import extremes
 from mess_compile.report.views import Classes
 from tests.commands import complaint, done, edit, overwrite, printed_json, refused
 
-PARTS = ["plan", "classes", "latencies", "measured", "pictures"]
 LIMIT_BYTES = 6_000_000
 
 
@@ -30,21 +29,37 @@ def page_data(path: Path) -> dict[str, object]:
     return content
 
 
-class TestMissingParts:
-    def test_a_fresh_folder_gets_a_page_that_says_where_to_begin(self, tmp_path: Path) -> None:
-        told = printed_json("-C", tmp_path, "report")
-        assert told["parts"] == []
-        assert list(told["missing"]) == PARTS
-        assert "profile --device host" in told["missing"]["plan"]
-        page = Path(told["report"]).read_text(encoding="utf-8")
-        assert page.count('class="missing">Not here: no device was profiled') == 8
-        assert told["bytes"] < LIMIT_BYTES
+class TestNothingToShow:
+    """An empty page would hide the one thing to know: what comes first."""
 
+    def test_a_fresh_folder_is_told_where_to_begin(self, tmp_path: Path) -> None:
+        for arguments in ((), ("--json",)):
+            message = refused(tmp_path, "report", *arguments)
+            assert "there is nothing to report yet" in message
+            assert "train one by `mess-compile train --data DIR`" in message
+
+    def test_what_comes_next_depends_on_what_is_there(self, workspace: Path) -> None:
+        for name in ("latency", "plans", "workspace.json"):
+            part = workspace / name
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        assert "run `mess-compile profile --device host`" in refused(workspace, "report")
+        (workspace / "graphs" / "index.json").unlink()
+        assert "run `mess-compile export`" in refused(workspace, "report")
+
+    def test_a_device_without_figures_is_named_with_its_command(self, workspace: Path) -> None:
+        message = refused(workspace, "report", "--device", "xavier")
+        assert "nothing to report of xavier yet" in message
+        assert "run `mess-compile profile --device xavier`" in message
+
+
+class TestMissingParts:
     def test_before_a_search_the_latencies_are_shown(self, workspace: Path) -> None:
         shutil.rmtree(workspace / "plans")
         told = printed_json("-C", workspace, "report")
         assert told["parts"] == ["latencies"]
         assert "run `mess-compile search" in told["missing"]["plan"]
+        assert list(told["missing"]) == ["plan", "classes", "measured", "pictures"]
+        assert done("-C", workspace, "report").rstrip().endswith("search --device host --max-err 1%")
 
     def test_a_changed_latency_table_is_not_shown_as_the_plans_times(self, workspace: Path) -> None:
         edit(workspace / "latency" / "host.json", lambda content: content["entries"][0].update(mean_ms=123.0))
@@ -63,7 +78,6 @@ class TestMissingParts:
 
     def test_a_mistyped_device_is_no_empty_report(self, workspace: Path) -> None:
         assert "xaveir" in refused(workspace, "report", "--device", "xaveir")
-        assert "xavier.json" in printed_json("-C", workspace, "report", "--device", "xavier")["missing"]["latencies"]
 
     @pytest.mark.parametrize(
         ("part", "left"),
@@ -104,6 +118,19 @@ class TestBench:
         done("-C", workspace, "search", "--setting", "budgeted")
         done("-C", workspace, "report")
         assert "another plan than the one above" in (workspace / "report.html").read_text(encoding="utf-8")
+
+    def test_what_to_do_next_is_what_the_report_lacks_and_then_the_device(self, workspace: Path) -> None:
+        shutil.rmtree(workspace / "bench", ignore_errors=True)
+        (workspace / "host.mess").rename(workspace / "elsewhere.mess")
+        assert f"next: mess-compile -C {workspace} bundle {workspace}/plans/host.json" in done(
+            "-C", workspace, "report"
+        )
+        (workspace / "elsewhere.mess").rename(workspace / "host.mess")
+        bundle = workspace / "host.mess"
+        assert f"next: mess-compile -C {workspace} bench {bundle} --data DIR" in done("-C", workspace, "report")
+        shown = done("-C", workspace, "bench", bundle, "--split", "test", "--passes", "1")
+        assert f"next: mess-compile -C {workspace} report" in shown
+        assert f"next: mess-compile -C {workspace} ship {bundle} ssh://" in done("-C", workspace, "report")
 
     def test_a_result_from_tuning_data_is_called_that(self, workspace: Path) -> None:
         note = "The plan was chosen on 4 of these images: a result from tuning data."

@@ -124,14 +124,15 @@ def test_under_a_deadline_every_exit_reports_there_and_misses_are_told(
     frame = saved(tmp_path, 1)
     done = run(python, bundle, "run", tmp_path / "1.png", "-o", tmp_path, "--deadline", "60000 ms")
     assert (done.returncode, done.stderr) == (0, "")
-    first, last, told = done.stdout.splitlines()
+    first, last, legend, told = done.stdout.splitlines()
+    assert legend.startswith("confidence: the share of an exit's cells")
     (counts, _), (deeper, labels) = small_network.expected(frame)
     assert f"1.png: exit 1, confidence {counts[2] / 24:.3f}, " in first
     assert f"1.png: exit 2, confidence {deeper[2] / 24:.3f}, " in last
     assert "too late" not in first + last
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "1.labels.png")), labels)
     assert told == "deadline 60000 ms: of 1 pictures the first result came too late for 0, a later one for 0"
-    first, told = run(
+    first, _, told = run(
         python, bundle, "run", tmp_path / "1.png", "-o", tmp_path, "--deadline", ".001ms"
     ).stdout.splitlines()
     assert "exit 1" in first

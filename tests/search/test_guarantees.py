@@ -105,6 +105,7 @@ def test_optimism_is_what_plans_chosen_without_a_fold_lose_on_it(seed: int) -> N
     expected = expected_optimism(case, [list(range(3 * i, 3 * i + 3)) for i in range(5)], max_err_pp)
     assert (told.miou_pp, told.latency_percent, told.spread_pp) == pytest.approx(expected, abs=1e-9)
     assert (told.folds, told.method) == (5, "cross-validation over 5 folds of 5 sequences")
+    assert (told.images, told.groups) == (15, 5)
 
 
 def test_with_fewer_sequences_than_folds_blocks_of_images_stand_in_and_it_says_so() -> None:
@@ -113,6 +114,7 @@ def test_with_fewer_sequences_than_folds_blocks_of_images_stand_in_and_it_says_s
     expected = expected_optimism(case, [list(range(3 * i, 3 * i + 3)) for i in range(4)], 3.0)
     assert (told.miou_pp, told.latency_percent, told.spread_pp) == pytest.approx(expected, abs=1e-9)
     assert "4 blocks of images in order (2 sequences are fewer than 4 folds" in told.method
+    assert (told.images, told.groups) == (12, 2)
 
 
 def test_folds_on_which_no_plan_satisfies_are_left_out_and_counted() -> None:

@@ -24,7 +24,7 @@ from mess_compile.search.requirement import Requirement
 from mess_compile.search.solver import search
 from tests.search.cases import evidence, with_baseline_alone
 
-OPTIMISM = Optimism(0.4, 1.5, 5, 0.2, "cross-validation over groups")
+OPTIMISM = Optimism(0.4, 1.5, 5, 0.2, "cross-validation over groups", 90, 12)
 GUARANTEE = Guarantee(0.95, 0, 500, 500, 40, 0.8, 1.0, "betting", 0.7, 1.0, "bootstrap", "exchangeable groups", 3, 1, 9)
 
 

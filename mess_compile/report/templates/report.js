@@ -159,13 +159,17 @@ function classesChart() {
   }, `IoU of ${names.length} classes, plan and baseline; all figures are in the table below.`];
 }
 
+/* Exits whose confidence says something: without an early exit nothing is decided by it. */
+const withThresholds = (stop) => stop.stages.length > 1 ? stop.stages.filter((stage) => stage.sure) : [];
+
 function showSure(stop) {
   const host = document.getElementById("sure-charts");
   for (const chart of host.querySelectorAll(".chart")) Plotly.purge(chart);
-  const known = stop.stages.filter((stage) => stage.sure);
+  const known = withThresholds(stop), none = stop.stages.length === 1 ? "This plan has no early exit: no image is held against a threshold." : "No statistics of this plan's recipe are here.";
+  for (const id of ["sure-note", "sure-details"]) document.getElementById(id).hidden = !known.length;
   host.replaceChildren(...(known.length ? known : [null]).map((stage) => stage
     ? element("figure", {}, element("h3", {}, `Exit ${stage.exit}: ${stage.head}`), element("div", { class: "chart", id: `sure-${stage.exit}` }))
-    : element("p", { class: "missing" }, "No statistics of this plan's recipe are here.")));
+    : element("p", { class: stop.stages.length === 1 ? "quiet" : "missing" }, none)));
   document.getElementById("sure-tables").replaceChildren(...known.map((stage) => table(
     `Exit ${stage.exit}, images by share of sure cells` + (stage.sure.cut === null ? "" : `; they leave from ${(100 * stage.sure.cut).toFixed(1)} % on`),
     ["sure cells", "left here", "went on"],
@@ -175,7 +179,7 @@ function showSure(stop) {
 const binned = (sure, i) => `${(100 * (sure.start + i * sure.width)).toFixed(1)} to ${(100 * (sure.start + (i + 1) * sure.width)).toFixed(1)} %`;
 
 function drawSure() {
-  for (const stage of shown().stages.filter((one) => one.sure)) {
+  for (const stage of withThresholds(shown())) {
     const sure = stage.sure, width = 100 * sure.width, x = sure.left.map((_, i) => 100 * sure.start + (i + 0.5) * width), cut = sure.cut === null ? null : 100 * sure.cut;
     const bars = (name, counts, color) => ({ type: "bar", name, x, y: counts, width, text: counts.map((_, i) => binned(sure, i)), textposition: "none",
       marker: { color, line: { color: colour("page"), width: 1 } }, hovertemplate: "%{text}: %{y} images<extra>%{fullData.name}</extra>" });

@@ -1,0 +1,140 @@
+"""Figures made of latencies that cannot be trusted must say so, wherever they are looked at."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mess_compile.candidates import GraphSet
+from mess_compile.doubts import doubts_of
+from mess_compile.latency import LatencyTable
+from mess_compile.runtime.__main__ import lines_of
+from mess_compile.runtime.archive import read_manifest
+from tests.commands import done, edit, printed_json
+from tests.search import cases
+
+PARTS = ("segment-0-1", "segment-1-2", "segment-2-3", "head-exit3.fcn-crm1-b0", "output-2x3")
+"""Of 2 ms each, so that the network takes 10 ms in parts."""
+TABLE = Path("latency") / "host.json"
+
+
+def case(baseline_ms: float) -> tuple[LatencyTable, GraphSet]:
+    found = cases.with_baseline_alone(cases.evidence((2, 1), 2, 6, seed=1), baseline_ms)
+    times = {"baseline": baseline_ms, **dict.fromkeys(PARTS, 2.0)}
+    entries = found.table.entries
+    entries = {**entries, **{(name, "fp32"): replace(entries[name, "fp32"], mean_ms=ms) for name, ms in times.items()}}
+    return replace(found.table, entries=entries), found.graph_set
+
+
+@pytest.mark.parametrize(
+    ("baseline_ms", "told"), [(20.0, "50% less"), (12.0, "17% less"), (6.25, "60% more"), (1.0, "900% more")]
+)
+def test_a_whole_that_is_not_the_sum_of_its_parts_makes_every_ratio_doubtful(baseline_ms: float, told: str) -> None:
+    table, graph_set = case(baseline_ms)
+    whole, alone = doubts_of(table, (graph_set,))
+    assert (
+        f"take 10.00 ms one after the other on host, {told} than baseline as one graph, {baseline_ms:.2f} ms" in whole
+    )
+    assert f"{told} than baseline-alone as one graph" in alone
+
+
+@pytest.mark.parametrize("baseline_ms", [11.7, 10.0, 9.0, 7.5])
+def test_cuts_that_cost_something_are_no_doubt(baseline_ms: float) -> None:
+    table, graph_set = case(baseline_ms)
+    assert doubts_of(table, (graph_set,)) == ()
+
+
+def test_what_was_not_measured_is_not_held_against_what_was() -> None:
+    table, graph_set = case(20.0)
+    part = "segment-1-2", "fp32"
+    estimated = {**table.entries, part: replace(table.entries[part], source="estimated", error=1.5)}
+    assert doubts_of(replace(table, entries=estimated), (graph_set,)) == ()
+    gone = {key: entry for key, entry in table.entries.items() if key != part}
+    assert doubts_of(replace(table, entries=gone), (graph_set,)) == ()
+
+
+def mended(content: dict[str, Any]) -> None:
+    """A steady table, in which the whole takes as long as its parts."""
+    content["environment"]["verdict"] = "steady"
+    times = {entry["graph"]: entry for entry in content["entries"]}
+    parts = [name for name in times if name.startswith(("segment-0-1", "segment-1-2", "segment-2-3"))]
+    parts += [name for name in times if name.startswith(("head-exit3.", "output-"))]
+    for name in parts:
+        times[name].update(mean_ms=2.0, p99_ms=2.0)
+    times["baseline"].update(mean_ms=2.0 * len(parts), p99_ms=2.0 * len(parts))
+
+
+def spoilt(content: dict[str, Any]) -> None:
+    """A table of an unstable machine, in which the whole takes twice as long as its parts."""
+    mended(content)
+    content["environment"].update(verdict="unstable", likely_cause="heat (91 C)")
+    (whole,) = (entry for entry in content["entries"] if entry["graph"] == "baseline")
+    whole.update(mean_ms=2 * whole["mean_ms"], p99_ms=2 * whole["p99_ms"])
+
+
+def told_everywhere(workspace: Path) -> dict[str, list[str]]:
+    """What each command says of the latencies, as JSON."""
+    bundle = workspace / "host.mess"
+    search = printed_json("-C", workspace, "search", "--optimise", "accuracy")
+    found = {"search": search["plan"]["doubts"], "front": search["front"][0]["doubts"]}
+    found["bundle"] = printed_json("-C", workspace, "bundle")["doubts"]
+    found["bench"] = printed_json("-C", workspace, "bench", bundle, "--split", "test", "--passes", "1")["doubts"]
+    plan, bundled = printed_json("-C", workspace, "compare", "host", bundle)["plans"]
+    found["compare"], found["compare a bundle"] = plan["doubts"], bundled["doubts"]
+    found["inspect latency"] = printed_json("-C", workspace, "inspect", "latency")["doubts"]
+    found["report"] = [note for note in printed_json("-C", workspace, "report")["notes"] if "final exit (" not in note]
+    return found
+
+
+@pytest.mark.parametrize("change", [mended, spoilt])
+def test_doubts_go_wherever_the_figures_go(workspace: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    edit(workspace / TABLE, change)
+    told = told_everywhere(workspace)
+    doubts = told["search"]
+    assert all(each == doubts for each in told.values()), told
+    if change is mended:
+        assert doubts == []
+        return
+    unstable, parts = doubts
+    assert "host was unstable when it was profiled (likely cause: heat (91 C)): profile again" in unstable
+    assert "50% less than baseline as one graph" in parts
+    shown = {
+        "search": done("-C", workspace, "search", "--optimise", "accuracy"),
+        "compare": done("-C", workspace, "compare", "host", workspace / "host.mess"),
+        "inspect latency": done("-C", workspace, "inspect", "latency"),
+        "inspect": done("inspect", workspace / "host.mess"),
+        "on the device": "\n".join(lines_of(read_manifest(workspace / "host.mess"))),
+    }
+    for where, text in shown.items():
+        words = " ".join(text.split())
+        assert all(doubt in words for doubt in doubts), where
+    assert f"mind: host, {workspace / 'host.mess'}: host was unstable" in shown["compare"]
+
+
+def test_pages_and_the_readme_of_a_bundle_say_it_too(workspace: Path) -> None:
+    edit(workspace / TABLE, spoilt)
+    done("-C", workspace, "search", "--optimise", "accuracy")
+    for command in ("bundle", "report"):
+        assert "mind: host was unstable" in done("-C", workspace, command)
+    bench = done("-C", workspace, "bench", workspace / "host.mess", "--split", "test", "--passes", "1")
+    assert "mind: host was unstable" in bench
+    assert "next: " in bench
+    done("-C", workspace, "report")
+    done("-C", workspace, "compare", "host", "-o", workspace / "compare.html")
+    report, compare = ((workspace / f"{name}.html").read_text("utf-8") for name in ("report", "compare"))
+    assert report.count("host was unstable when it was profiled") >= 3, "above, at the latencies, and at the bench"
+    assert "Mind: host: host was unstable" in compare
+    done("-C", workspace, "bundle", "-o", workspace / "other.mess")
+    with zipfile.ZipFile(workspace / "other.mess") as content:
+        readme = next(name for name in content.namelist() if name.upper().startswith("README"))
+        assert "Mind: host was unstable" in content.read(readme).decode()
+    (workspace / TABLE).unlink()
+    plan = json.loads((workspace / "plans" / "host.json").read_text())["plan"]
+    (shown,) = printed_json("-C", workspace, "compare", "host")["plans"]
+    assert shown["doubts"] == plan["doubts"] != [], "the plan keeps them, wherever its table is"
