@@ -39,12 +39,13 @@ def _doubtful_wholes(table: LatencyTable, graph_set: GraphSet) -> Iterator[str]:
         more = parts_ms / whole_ms - 1
         if -CHEAPER <= more <= DEARER:
             continue
-        why = "cutting costs that much here, or one of them" if more > 0 else "that cannot be, so that one of them"
+        why = "cutting costs that much here, or part of this" if more > 0 else "part of this"
         recipe = "" if graph_set.recipe == FP32 else f" in {graph_set.recipe}"
         yield (
-            f"the segments, the final head and its output take {parts_ms:.2f} ms one after the other on {table.device}"
-            f"{recipe}, {abs(more):.0%} {'more' if more > 0 else 'less'} than {name} as one graph, {whole_ms:.2f} ms: "
-            f"{why} was measured at another speed of the machine; profile again before you trust a ratio"
+            f"on {table.device} the parts of the network{recipe} (segments, final head, output) take {parts_ms:.2f} ms "
+            f"one after the other, {abs(more):.0%} {'more' if more > 0 else 'less'} than {name} as one graph "
+            f"({whole_ms:.2f} ms): {why} was measured at another speed of the machine; profile again before you trust "
+            "a ratio"
         )
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from mess_compile import profiling
 from mess_compile.candidates import GraphSet
 from mess_compile.doubts import doubts_of
 from mess_compile.latency import LatencyTable
 from mess_compile.runtime.__main__ import lines_of
 from mess_compile.runtime.archive import read_manifest
+from mess_compile.search.plan import read_result
 from tests.commands import done, edit, printed_json
 from tests.search import cases
 
@@ -38,9 +40,7 @@ def case(baseline_ms: float) -> tuple[LatencyTable, GraphSet]:
 def test_a_whole_that_is_not_the_sum_of_its_parts_makes_every_ratio_doubtful(baseline_ms: float, told: str) -> None:
     table, graph_set = case(baseline_ms)
     whole, alone = doubts_of(table, (graph_set,))
-    assert (
-        f"take 10.00 ms one after the other on host, {told} than baseline as one graph, {baseline_ms:.2f} ms" in whole
-    )
+    assert f"take 10.00 ms one after the other, {told} than baseline as one graph ({baseline_ms:.2f} ms)" in whole
     assert f"{told} than baseline-alone as one graph" in alone
 
 
@@ -117,6 +117,16 @@ def test_doubts_go_wherever_the_figures_go(workspace: Path, change: Callable[[di
     assert f"mind: host, {workspace / 'host.mess'}: host was unstable" in shown["compare"]
 
 
+@pytest.mark.usefixtures("brief_profile")
+def test_profile_says_at_once_what_will_follow_its_figures(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "SLOW", -1.0)
+    (workspace / TABLE).unlink()
+    shown = done("-C", workspace, "profile", "--device", "host")
+    doubts = printed_json("-C", workspace, "inspect", "latency")["doubts"]
+    assert doubts[0].startswith("host was unstable when it was profiled (likely cause: ")
+    assert [line for line in shown.splitlines() if line.startswith("mind: ")] == [f"mind: {each}" for each in doubts]
+
+
 def test_pages_and_the_readme_of_a_bundle_say_it_too(workspace: Path) -> None:
     edit(workspace / TABLE, spoilt)
     done("-C", workspace, "search", "--optimise", "accuracy")
@@ -128,7 +138,8 @@ def test_pages_and_the_readme_of_a_bundle_say_it_too(workspace: Path) -> None:
     done("-C", workspace, "report")
     done("-C", workspace, "compare", "host", "-o", workspace / "compare.html")
     report, compare = ((workspace / f"{name}.html").read_text("utf-8") for name in ("report", "compare"))
-    assert report.count("host was unstable when it was profiled") >= 3, "above, at the latencies, and at the bench"
+    assert report.count("Mind: host was unstable when it was profiled") == 2, "above all, and at the latencies"
+    assert "latencies that are in doubt" in report, "at what bench predicted"
     assert "Mind: host: host was unstable" in compare
     done("-C", workspace, "bundle", "-o", workspace / "other.mess")
     with zipfile.ZipFile(workspace / "other.mess") as content:
@@ -138,3 +149,4 @@ def test_pages_and_the_readme_of_a_bundle_say_it_too(workspace: Path) -> None:
     plan = json.loads((workspace / "plans" / "host.json").read_text())["plan"]
     (shown,) = printed_json("-C", workspace, "compare", "host")["plans"]
     assert shown["doubts"] == plan["doubts"] != [], "the plan keeps them, wherever its table is"
+    assert "mind: host was unstable" in read_result(workspace / "plans" / "host.json")._repr_html_()

@@ -48,11 +48,17 @@ def plan_html(plan: Plan) -> str:
         *(figures_row(p.name, p.predicted) for p in plan.operating_points),
     ]
     sources = sorted({plan.baseline.source, plan.predicted.source})
-    return table_html(
-        f"plan for {plan.device}, {plan.setting}, {plan.precision}",
-        *exits_table(plan),
-    ) + table_html(
-        f"{' and '.join(sources)} latency, {plan.predicted.images} images of {plan.predicted.split}", FIGURES, figures
+    return (
+        table_html(
+            f"plan for {plan.device}, {plan.setting}, {plan.precision}",
+            *exits_table(plan),
+        )
+        + table_html(
+            f"{' and '.join(sources)} latency, {plan.predicted.images} images of {plan.predicted.split}",
+            FIGURES,
+            figures,
+        )
+        + text_html(*(f"mind: {doubt}" for doubt in plan.doubts))
     )
 
 
