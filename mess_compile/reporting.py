@@ -59,7 +59,7 @@ def _first_step(workspace: Workspace) -> str:
     if (workspace.candidate / "network.json").is_file():
         return "the network is not exported; run `mess-compile export`"
     return (
-        f"{workspace.root} has no network; train one by `mess-compile train --data DIR`, bring one by "
+        "this workspace has no network; train one by `mess-compile train --data DIR`, bring one by "
         "`mess-compile export MODEL.onnx`, or see the whole flow by `mess-compile demo`"
     )
 

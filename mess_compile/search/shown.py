@@ -32,8 +32,8 @@ def expected_elsewhere(told: Optimism) -> str:
     if told.few:
         return (
             f"{told.images} images hardly tell; as a guess, its mIoU relative to the baseline's changes by about "
-            f"{-told.miou_pp:+.1f} pp (folds differ by {told.spread_pp:.1f} pp), and its latency by about "
-            f"{told.latency_percent:+.0f} %: evaluate {FEW_IMAGES} images or more ({basis})"
+            f"{round(-told.miou_pp, 1) + 0.0:+.1f} pp (folds differ by {told.spread_pp:.1f} pp), and its latency by "
+            f"about {told.latency_percent:+.0f} %: evaluate {FEW_IMAGES} images or more ({basis})"
         )
     return (
         f"expect its mIoU, relative to the baseline's, to change by {-told.miou_pp:+.2f} pp (spread over folds "
