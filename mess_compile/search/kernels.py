@@ -886,6 +886,7 @@ def settle_rows(
             twos[k] += twos[k - 1]
             stepping[k] += stepping[k - 1]
     sums, at = np.empty(columns), np.empty(4, np.int64)
+    options = np.array([[t, j], [s, 0], [v, 0]])
     evaluated = 0
     for k in range(cuts2):
         for m in range(cuts3):
@@ -893,7 +894,7 @@ def settle_rows(
                 continue
             evaluated += 1
             at[0], at[1], at[2] = gone, ones[k + 1], twos[k, m + 1]
-            at[3] = n - at[:3].sum()
+            at[3] = n - at[0] - at[1] - at[2]
             if not keeps(costs, at, wanted):
                 continue
             for c in range(columns):
@@ -902,7 +903,7 @@ def settle_rows(
             goal = 0
             for e in range(4):
                 goal += costs[wanted.objective, e] * at[e] if wanted.objective >= 0 else 0
-            options = np.array([[t, j], [s, k], [v, m]])
+            options[1, 1], options[2, 1] = k, m
             if miou >= wanted.floor and is_before(goal, miou, chain, options, field, found):
                 found[0], found[1] = goal, miou
                 found[2:8] = options.reshape(-1)
