@@ -151,7 +151,7 @@ class _Search:
             return float(100.0 - self.best.miou if self._unknown else max(gains, default=0.0))
         least = [each.price(self._aim).min(initial=self.best.goal) for each in self._open]
         reached = self._paid_anyhow() if self._unknown else min(least, default=self.best.goal)
-        return float((self.best.goal - reached) / self._images / self._problem.unit)
+        return float((self.best.goal - max(reached, self._paid_anyhow())) / self._images / self._problem.unit)
 
     def _paid_anyhow(self) -> int:
         """What no plan can save of the objective: every image passes a first head, and leaves."""

@@ -36,7 +36,7 @@ from mess_compile.search.space import CUTS
 
 Array = Any
 INFINITE = np.inf
-PARTS = 3
+PARTS = 2
 """Of the options of a third early head, by how many images leave there."""
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait would spin, and starve those they wait for
 
@@ -223,11 +223,12 @@ def least_of_rows(
 ) -> None:
     """Lowers `least` (cuts, lasts) to what each option of one row at a head comes to with the best of a row at another.
 
-    The images by falling level at the one head are `order`, with `ends`. `levels` (n,) and `gains` (cuts, lasts) are
-    the other's, `behind` (n, lasts) what an image adds that passes the one head's cut and not the other's.
+    The images by falling level at the one head are `order`, with `ends`. `levels` (n,) and `gains` (a multiple of four
+    cuts, lasts) are the other's, `behind` (n, lasts) what an image adds that passes the one head's cut and not the
+    other's.
     """
-    lasts = behind.shape[1]
-    columns = np.zeros((CUTS + 1, lasts), np.float32)  # of what passes the one head's cut, by level at the other
+    most, lasts = gains.shape
+    columns = np.zeros((most + 1, lasts), np.float32)  # of what passes the one head's cut, by level at the other
     total, some = np.empty(lasts, np.float32), np.empty(lasts, np.float32)
     done = 0
     for j in range(cuts1 - 1, -1, -1):
@@ -239,7 +240,7 @@ def least_of_rows(
         done = ends[j + 1]
         total[:] = 0
         some[:] = INFINITE
-        for k in range(0, CUTS, 4):  # by fours: what is added up stays in registers
+        for k in range(0, most, 4):  # by fours: what is added up stays in registers
             for r in range(lasts):
                 a = total[r] + columns[k, r]
                 b = a + columns[k + 1, r]
@@ -495,21 +496,25 @@ def best_after(
             third[i, r] = leaving - nowhere[i, r]
             second[i, r] = x - leaving
             fixed[r] += nowhere[i, r]
-    sums = np.empty((rows, CUTS, lasts))
+    sums, behind = np.empty((rows, CUTS, lasts)), third.astype(np.float32)
     summed_for_all(field.levels[h3], field.cuts[h3], third, sums)
-    for v in range(rows):
-        for m in range(CUTS):
-            if not among[v, m]:
-                sums[v, m] = INFINITE
-    gains, behind = sums.astype(np.float32), third.astype(np.float32)
+    gains, levels = np.full((rows, CUTS, lasts), np.float32(INFINITE)), np.empty((rows, n), np.int64)
+    widths = np.zeros(rows, np.int64)
+    for v in range(rows):  # its options among them are neighbours: the others need no place
+        cuts = np.flatnonzero(among[v])
+        if cuts.size:
+            levels[v] = np.minimum(np.maximum(field.levels[h3, v], cuts[0]), cuts[-1] + 1) - cuts[0]
+            gains[v, : cuts.size] = sums[v, cuts[0] : cuts[-1] + 1]
+            widths[v] = -(-cuts.size // 4) * 4
     summed_for_all(field.levels[h2], field.cuts[h2], second, sums)
     order, ends = np.empty(n, np.int64), np.empty(CUTS + 2, np.int64)
     found[:] = INFINITE
     for s in range(rows):
         in_falling_order(field.levels[h2, s], order, ends)
         for v in range(rows):
-            if among[v].any():
-                least_of_rows(order, ends, field.cuts[h2, s], field.levels[h3, v], gains[v], behind, found[s])
+            if widths[v]:
+                some = gains[v, : widths[v]]
+                least_of_rows(order, ends, field.cuts[h2, s], levels[v], some, behind, found[s])
         for k in range(field.cuts[h2, s]):
             for r in range(lasts):
                 found[s, k, r] += fixed[r] + sums[s, k, r]
@@ -743,14 +748,16 @@ def up_to_third(chain: Array, steps: Array, saved: Array, alone: Array, field: F
     rows, most = alone.shape
     table, sums = np.empty((most + 1, most + 1)), np.empty((rows, most))
     summed(two, cuts2, saved, sums)
+    both = steps[1] + saved
+    whole = both.sum()
     before[:] = INFINITE
     for s in range(rows):
         for t in range(rows):
             if not cuts1[t] or not cuts2[s]:
                 continue
-            staying(one[t], two[s], steps[1] + saved, table)
+            staying(one[t], two[s], both, table)
             for k in range(cuts2[s]):
-                fixed = steps[1].sum() + saved.sum() - sums[s, k]
+                fixed = whole - sums[s, k]
                 for j in range(cuts1[t]):
                     before[t, s, k] = min(before[t, s, k], fixed + alone[t, j] - table[j, k])
 
@@ -773,18 +780,19 @@ def from_third(
     rows, most = among.shape
     table, sums = np.empty((most + 1, most + 1)), np.empty((rows, most))
     summed(two, cuts2, values - leaving, sums)
+    apart, whole = leaving - nowhere, leaving.sum()
     after[:] = INFINITE
     for s in range(rows):
         for v in range(rows):
             if not cuts2[s] or not among[v].any():
                 continue
-            staying(two[s], three[v], leaving - nowhere, table)
+            staying(two[s], three[v], apart, table)
             for k in range(cuts2[s]):
                 stay = -INFINITE
                 for m in range(cuts3[v]):
                     if among[v, m]:
                         stay = max(stay, table[k, m])
-                after[s, v, k] = leaving.sum() + sums[s, k] - stay
+                after[s, v, k] = whole + sums[s, k] - stay
 
 
 @njit(cache=True, parallel=True)
