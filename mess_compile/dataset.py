@@ -18,6 +18,7 @@ from mess_compile.coco import Outlines, draw_labels
 from mess_compile.layouts import (
     ALWAYS_IGNORED,
     CAMVID,
+    AstrayError,
     ClassList,
     Item,
     LabelFile,
@@ -25,6 +26,7 @@ from mess_compile.layouts import (
     find_layout,
     is_camvid,
 )
+from mess_compile.nearby import did_you_mean_folder
 from mess_compile.runtime.errors import InputError
 
 __all__ = [
@@ -85,13 +87,16 @@ def open_dataset(root: Path, split: str, classes: ClassList | None = None) -> Da
     try:
         layout = find_layout(root)
         found = tuple(layout.find_items(root, match[1]))
+        items = found[start:stop]
+        if not items:
+            reason = f"the slice leaves none of {len(found)}" if found else f"expected {layout.expected}"
+            raise InputError(f"split {split!r} of {root} has no images: {reason}")
+        return DataSet(root, split, _class_list(root, items, layout.classes, classes), items)
     except OSError as error:
         raise InputError(f"{root} cannot be looked into ({error}): give yourself read access") from error
-    items = found[start:stop]
-    if not items:
-        reason = f"the slice leaves none of {len(found)}" if found else f"expected {layout.expected}"
-        raise InputError(f"split {split!r} of {root} has no images: {reason}")
-    return DataSet(root, split, _class_list(root, items, layout.classes, classes), items)
+    except AstrayError as error:
+        meant = did_you_mean_folder(root)
+        raise InputError(f"{error.brief}{meant}" if meant else str(error)) from error
 
 
 def _class_list(root: Path, items: tuple[Item, ...], known: ClassList | None, given: ClassList | None) -> ClassList:
@@ -106,8 +111,9 @@ def _class_list(root: Path, items: tuple[Item, ...], known: ClassList | None, gi
         return read_class_list(path)
     if is_camvid(items):
         return CAMVID
-    raise InputError(
-        f"{path} does not exist: write one class per line, in the order of label values: NAME or NAME R G B"
+    raise AstrayError(
+        f"{path} does not exist: write one class per line, in the order of label values: NAME or NAME R G B",
+        f"{path} does not exist",
     )
 
 

@@ -142,7 +142,19 @@ _VOC_VALUES = _class_values(range(len(_VOC_NAMES)), ())
 
 def is_camvid(items: Iterable[Item]) -> bool:
     """CamVid is known by the names of its four drives."""
-    return all(_CAMVID_NAME.fullmatch(item.id) for item in items)
+    return all(is_camvid_name(item.id) for item in items)
+
+
+def is_camvid_name(name: str) -> bool:
+    return _CAMVID_NAME.fullmatch(name) is not None
+
+
+class AstrayError(InputError):
+    """A folder that holds no data set, or not the one that was meant; `brief` leaves out what is known beside."""
+
+    def __init__(self, message: str, brief: str | None = None) -> None:
+        super().__init__(message)
+        self.brief = brief or message
 
 
 def _find_plain(root: Path, split: str) -> Iterable[Item]:
@@ -151,6 +163,11 @@ def _find_plain(root: Path, split: str) -> Iterable[Item]:
     if not (root / "images").is_dir() or split not in ("train", "val"):
         raise _no_split(root, split, (path.parent.name for path in root.glob("*/images")), root / split / "images")
     items = _paired(root / "images", root / "labels")
+    if len(items) == 1:
+        raise InputError(
+            f"{root} has 1 image, and without splits the last fifth is for validation: add images, to train on 2 and "
+            "validate on 1 at the least"
+        )
     border = len(items) - max(1, round(len(items) * VALIDATION_SHARE))
     return items[border:] if split == "val" else items[:border]
 
@@ -256,10 +273,10 @@ def _labelled(items: list[Item]) -> list[Item]:
     return items
 
 
-def _no_split(root: Path, split: str, found: Iterable[str], expected: Path) -> InputError:
+def _no_split(root: Path, split: str, found: Iterable[str], expected: Path) -> AstrayError:
     known = sorted(set(found))
-    told = f"{split!r}{did_you_mean(split, known)} (found: {', '.join(known) or 'none'})"
-    return InputError(f"{root} has no split {told}: expected {expected}")
+    told = f"{root} has no split {split!r}{did_you_mean(split, known)} (found: {', '.join(known) or 'none'})"
+    return AstrayError(f"{told}: expected {expected}", told)
 
 
 LAYOUTS = (
@@ -307,4 +324,7 @@ def find_layout(root: Path) -> Layout:
         if any(any(root.glob(mark)) for mark in layout.marks):
             return layout
     known = "; ".join(f"{layout.name}: {layout.expected}" for layout in LAYOUTS)
-    raise InputError(f"{root} holds no data set in a known layout; these are known: {known}")
+    raise AstrayError(
+        f"{root} holds no data set in a known layout; these are known: {known}",
+        f"{root} holds no data set in a known layout",
+    )

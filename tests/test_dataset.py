@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +224,66 @@ def test_default_colours_are_distinct() -> None:
     assert len({default_colour(index) for index in range(255)}) == 255
     assert default_colour(0) == (128, 0, 0)  # PASCAL VOC's aeroplane
     assert ClassList(("a", "b"), ((0, 0, 0),) * 2).ignored == {255}
+
+
+class TestAnotherFolder:
+    """Off by one folder is how most first commands fail: the message names the one that was meant."""
+
+    @pytest.fixture
+    @staticmethod
+    def shelf(tmp_path: Path, folder: Path) -> Path:
+        """A folder of data sets: one plain with splits, one flat (`folder`), CamVid's, Cityscapes'."""
+        shelf = tmp_path / "disk" / "shelf"
+        for split in ("train", "val"):
+            for kind in ("images", "labels"):
+                shutil.copytree(folder / kind, shelf / "street" / split / kind)
+                (shelf / "camvid" / split / kind).mkdir(parents=True)
+            (shelf / "camvid" / split / "images" / "0001TP_006690.png").touch()
+        shutil.copy(folder / "classes.txt", shelf / "street")
+        shutil.copytree(folder, shelf / "flat")
+        (shelf / "towns" / "leftImg8bit" / "val" / "ulm").mkdir(parents=True)
+        return shelf
+
+    @pytest.mark.parametrize(
+        ("named", "meant"),
+        [
+            ("street/val/images", "street"),
+            ("street/val", "street"),
+            ("street/train/labels", "street"),
+            ("flat/images", "flat"),
+            ("camvid/train/images", "camvid"),
+            ("towns/leftImg8bit", "towns"),
+            ("towns/leftImg8bit/val/ulm", "towns"),
+        ],
+    )
+    def test_a_folder_inside_names_the_one_around_it(self, shelf: Path, named: str, meant: str) -> None:
+        with pytest.raises(InputError) as refused:
+            open_dataset(shelf / named, "val")
+        assert str(refused.value).endswith(f": did you mean --data {shelf / meant}?")
+        assert "these are known" not in str(refused.value), "what helps is not lost in what does not"
+
+    def test_a_folder_of_data_sets_names_them(self, shelf: Path) -> None:
+        named = " or ".join(str(shelf / name) for name in ("camvid", "flat", "street", "towns"))
+        for root in (shelf, shelf.parent):
+            with pytest.raises(InputError, match=re.escape(f"name one of the data sets in it, --data {named}")):
+                open_dataset(root, "val")
+
+    def test_where_the_user_stands_the_way_is_as_he_would_type_it(
+        self, shelf: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(shelf / "street" / "val" / "images")
+        with pytest.raises(InputError, match=re.escape("did you mean --data ../..?")):
+            open_dataset(Path(), "val")
+
+    def test_a_data_set_without_the_split_is_no_other_data_set(self, shelf: Path) -> None:
+        for name in ("street", "camvid"):
+            with pytest.raises(InputError, match=r"no split 'test'.* expected") as refused:
+                open_dataset(shelf / name, "test")
+            assert "--data" not in str(refused.value)
+
+
+def test_one_image_alone_is_too_few_and_that_is_what_is_said(folder: Path) -> None:
+    for path in sorted((folder / "images").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(InputError, match=r"has 1 image, .*train on 2 and validate on 1 at the least"):
+        open_dataset(folder, "train")

@@ -54,6 +54,11 @@ class Batches:
         self._seed, self._augment = recipe.seed, recipe.augment
         self.batch = min(recipe.batch, len(data.items))
         pieces = shard.world * shard.accumulate
+        if len(data.items) < 2:
+            raise InputError(
+                f"split {data.split!r} of {data.root} has 1 image, and training takes 2 at a time at the "
+                "least: add images"
+            )
         if self.batch % pieces or self.batch // pieces < 2:
             raise InputError(
                 f"a batch of {self.batch} images cannot be shared by {shard.world} processes in {shard.accumulate} "

@@ -127,9 +127,12 @@ def _sha256_of_weights(path: Path) -> str:
 def _opening(run: Run, images: int) -> str:
     fabric, batches = run.fabric, run.batches
     where = f"{fabric.world_size} processes on " if fabric.world_size > 1 else ""
+    few = (
+        "; fewer than one batch: enough to try the commands, too few to learn from" if images < run.recipe.batch else ""
+    )
     return (
         f"training on {images} images, {len(batches)} batches of {batches.batch} per epoch, "
-        f"{where}{fabric.device.type}, {fabric.strategy.precision.precision}"
+        f"{where}{fabric.device.type}, {fabric.strategy.precision.precision}{few}"
     )
 
 

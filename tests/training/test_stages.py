@@ -414,3 +414,16 @@ def test_other_failures_of_a_step_are_not_called_memory() -> None:
 def test_impossible_recipes_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(InputError):
         Recipe(**wrong)  # type: ignore[arg-type]
+
+
+def test_two_images_are_the_least_and_few_are_called_few(data: Path, tmp_path: Path) -> None:
+    def trained(images: str, folder: str) -> str:
+        lines: list[str] = []
+        chosen = open_dataset(data, images)
+        train(architecture(chosen), chosen, open_dataset(data, "val"), tmp_path / folder, RECIPE, lines.append)
+        return lines[0]
+
+    with pytest.raises(InputError, match="has 1 image, and training takes 2 at a time at the least: add images"):
+        trained("train[:1]", "one")
+    assert trained("train[:2]", "two").endswith("too few to learn from")
+    assert "too few" not in trained("train", "all")
