@@ -22,11 +22,13 @@ from mess_compile.runtime.manifest import MANIFEST
 from mess_compile.runtime.notebook import table_html, text_html
 from mess_compile.search import plan as plans
 from mess_compile.search.explain import Explanation, Outcome
+from mess_compile.search.shown import FIGURES, exits_table, figures_row
 from mess_compile.searching import known_doubts
 from mess_compile.workspace import Workspace
 
 BACKBONES = ("resnet50", "mobilenetv2")
 ARTEFACTS = ("graphs", "statistics", "latency", "plan")
+FRONT_ROWS = 15
 _CONCLUSIONS = {
     "gate": "a better gate would help more than better heads",
     "heads": "better heads would help more than a better gate",
@@ -55,8 +57,13 @@ class Inspection:
         return "".join(tables) + text_html(*self.notes)
 
 
-def inspect(workspace: Workspace, thing: str, classes: int, hw: tuple[int, int], exits: int) -> Inspection:
-    """Describe a backbone by name, an artefact of the workspace by name, or a bundle by path. Raises InputError."""
+def inspect(
+    workspace: Workspace, thing: str, classes: int, hw: tuple[int, int], exits: int, whole_front: bool = False
+) -> Inspection:
+    """Describe a backbone or artefact of the workspace by name, a plan by file or device, or a bundle by path.
+
+    Of a long front a part is in the table, unless it is asked for `whole_front`. Raises InputError.
+    """
     if thing in BACKBONES:
         return inspect_backbone(thing, classes, hw, exits)
     if thing == "graphs":
@@ -71,8 +78,11 @@ def inspect(workspace: Workspace, thing: str, classes: int, hw: tuple[int, int],
         if thing == "latency":
             table = latency.read_latency_table(workspace.latency(device))
             return inspect_latency(table, known_doubts(workspace, table))
-        return inspect_plan(plans.read_result(workspace.plan(device)))
-    if not Path(thing).is_file() and not Path(thing, MANIFEST).is_file():
+        return inspect_plan(plans.read_result(workspace.plan(device)), whole_front)
+    is_there = Path(thing).is_file() or Path(thing, MANIFEST).is_file()
+    if thing.endswith(".json") or (not is_there and workspace.plan(thing).is_file()):
+        return inspect_plan(plans.read_result(workspace.plan_named(thing)), whole_front)
+    if not is_there:
         near = did_you_mean(thing, (*BACKBONES, *ARTEFACTS))
         raise InputError(f"{thing!r} is no file{near}, and none of {', '.join((*BACKBONES, *ARTEFACTS))}")
     return inspect_bundle(Path(thing))
@@ -299,11 +309,38 @@ def inspect_latency(table: latency.LatencyTable, doubts: Sequence[str] = ()) -> 
     return Inspection(content, (Table(title, header, rows),), (*failed, *(f"mind: {doubt}" for doubt in doubts)))
 
 
-def inspect_plan(result: plans.SearchResult) -> Inspection:
-    """The front of a search, fastest first, with the chosen plan marked, and the operating points of that."""
+def inspect_plan(result: plans.SearchResult, whole_front: bool = False) -> Inspection:
+    """The chosen plan, its figures beside the baseline's, its operating points, and the front, fastest first."""
+    plan, front = result.plan, result.front
+    header, exits = exits_table(plan)
+    figures = (figures_row(plan.baseline_name, plan.baseline), figures_row("plan", plan.predicted))
+    title = f"{plan.predicted.source} latency, {plan.predicted.images} images of {plan.predicted.split}"
+    tables = (
+        Table(f"plan for {plan.device}, {plan.setting}, {plan.precision}", header, tuple(exits)),
+        Table(title, FIGURES, figures),
+        *points_tables(plan),
+    )
+    chosen = next((i for i, p in enumerate(front) if (p.stages, p.precision) == (plan.stages, plan.precision)), None)
+    shown = range(len(front)) if whole_front else _shown_of_front(len(front), chosen)
+    left = len(front) - len(shown)
+    less = (f"{left} of the front's {len(front)} plans are left out: `inspect plan --all` shows them, as does --json",)
+    notes = (*(f"mind: {doubt}" for doubt in plan.doubts), *(less if left else ()))
+    return Inspection(plans.result_to_json(result), (*tables, _front_table(result, shown, chosen)), notes)
+
+
+def _shown_of_front(count: int, chosen: int | None) -> Sequence[int]:
+    """Both ends, the chosen plan and its neighbours, and the others evenly."""
+    if count <= FRONT_ROWS:
+        return range(count)
+    near = () if chosen is None else range(max(chosen - 1, 0), min(chosen + 2, count))
+    spread = (round(i * (count - 1) / (FRONT_ROWS - len(near) - 1)) for i in range(FRONT_ROWS - len(near)))
+    return sorted({*near, *spread})
+
+
+def _front_table(result: plans.SearchResult, shown: Sequence[int], chosen: int | None) -> Table:
     rows = tuple(
         (
-            "chosen" if (point.stages, point.precision) == (result.plan.stages, result.plan.precision) else "",
+            f"{index + 1} chosen" if index == chosen else str(index + 1),
             point.precision,
             f"{point.predicted.latency_ms:.3f}",
             f"{point.predicted.miou:.2f}",
@@ -312,12 +349,12 @@ def inspect_plan(result: plans.SearchResult) -> Inspection:
             _rates(point.predicted),
             " -> ".join(stage.head for stage in point.stages),
         )
-        for point in result.front
+        for index in shown
+        for point in (result.front[index],)
     )
     title = f"front for {result.plan.device} by {', '.join(result.front_by)}, {result.plan.predicted.source} latency"
-    header = ("", "precision", "latency ms", "mIoU %", "GMACs", "memory MiB", "exits", "heads")
-    notes = tuple(f"mind: {doubt}" for doubt in result.plan.doubts)
-    return Inspection(plans.result_to_json(result), (Table(title, header, rows), *points_tables(result.plan)), notes)
+    header = ("plan", "precision", "latency ms", "mIoU %", "GMACs", "memory MiB", "exits", "heads")
+    return Table(title, header, rows)
 
 
 def _rates(figures: plans.Figures) -> str:

@@ -44,12 +44,19 @@ def doctor(workspace: Workspace | None = None) -> tuple[Finding, ...]:
 
 
 def inspect(
-    workspace: Workspace, thing: str, classes: int = 21, hw: tuple[int, int] = (512, 512), exits: int = 6
+    workspace: Workspace,
+    thing: str,
+    classes: int = 21,
+    hw: tuple[int, int] = (512, 512),
+    exits: int = 6,
+    whole_front: bool = False,
 ) -> Inspection:
-    """What is in a backbone (resnet50, mobilenetv2), a bundle, or the workspace's graphs, statistics, latency or plan.
+    """What is in a backbone (resnet50, mobilenetv2), a bundle, a plan (its file or device), or the workspace's graphs,
+    statistics, latency or plan.
 
-    `classes`, `hw` and `exits` are those of a backbone. Shows itself in a notebook. Raises InputError.
+    `classes`, `hw` and `exits` are those of a backbone; `whole_front` is for a plan. Shows itself in a notebook.
+    Raises InputError.
     """
     from mess_compile import inspection
 
-    return inspection.inspect(workspace, thing, classes, hw, exits)
+    return inspection.inspect(workspace, thing, classes, hw, exits, whole_front)

@@ -83,15 +83,7 @@ def _compared(workspace: Workspace, thing: str) -> tuple[compared.Compared, ...]
     path = Path(thing)
     if (path / MANIFEST).is_file() or archive.is_bundle(path):
         return compared.of_bundle(thing, archive.read_manifest(path))
-    if path.is_file():
-        return (compared.of_result(thing, plans.read_result(path)),)
-    if workspace.plan(thing).is_file():
-        return (compared.of_result(thing, plans.read_result(workspace.plan(thing))),)
-    known = ", ".join(sorted(plan.stem for plan in workspace.plan("any").parent.glob("*.json"))) or "none"
-    raise InputError(
-        f"{thing!r} is no plan file, no bundle, and no device with a plan in this workspace ({known}): run "
-        "`mess-compile search --device NAME`, or name a file"
-    )
+    return (compared.of_result(thing, plans.read_result(workspace.plan_named(thing))),)
 
 
 def gathered(workspace: Workspace, device: str, progress: Progress) -> Report:

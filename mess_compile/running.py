@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from mess_compile import extras, files
 from mess_compile.dataset import ClassList, read_labels
 from mess_compile.layouts import IMAGE_SUFFIXES
+from mess_compile.runtime import archive, frames
 from mess_compile.runtime import cascade as runtime_cascade
-from mess_compile.runtime import frames
 from mess_compile.runtime.cascade import Cascade, Prediction
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.manifest import MANIFEST
 from mess_compile.runtime.pictures import read_picture
 from mess_compile.workspace import Progress, silent
 
@@ -96,6 +98,7 @@ def run(
     An image gets a palette PNG of labels, an overlay and on request the refinement strip, a video or camera one with
     overlay, exit and latency drawn on it; Ctrl-C ends it as its last frame does. Raises InputError, BundleError.
     """
+    _refuse_swapped(bundle, sources)
     images = [image for source in sources if not is_moving(source) for image in _images(source, options)]
     videos = [source for source in sources if is_moving(source)]
     _check_names(images, videos)
@@ -111,6 +114,23 @@ def run(
             results.append(_run_video(cascade, str(video), output, options, progress))
             done(results[-1])
     return tuple(results)
+
+
+def _refuse_swapped(bundle: Path, sources: Sequence[Path]) -> None:
+    """Raises InputError when the bundle does not come first."""
+    if _is_bundle(bundle):
+        return
+    among = next((source for source in sources if _is_bundle(source)), None)
+    if among is not None:
+        others = shlex.join(str(source) for source in (bundle, *sources) if source != among)
+        raise InputError(f"the bundle comes first, and {bundle} is none: `mess-compile run {among} {others}`")
+    if bundle.suffix.lower() in IMAGE_SUFFIXES or is_moving(bundle):
+        raise InputError(f"{bundle} is what to look at, and no bundle: `mess-compile run BUNDLE {bundle}`")
+
+
+def _is_bundle(path: Path) -> bool:
+    """A file, or the folder of one that was unpacked."""
+    return archive.is_bundle(path) or (path / MANIFEST).is_file()
 
 
 def _images(source: Path, options: RunOptions) -> list[Path]:

@@ -255,18 +255,19 @@ class BundleOptions:
 
 def bundle(
     workspace: Workspace,
-    plan_files: Sequence[Path] | None = None,
+    plan_files: Sequence[Path | str] | None = None,
     output: Path | None = None,
     options: BundleOptions = BundleOptions(),
     progress: Progress = silent,
 ) -> tuple[Path, Manifest]:
-    """Write the plan of the device profiled last, or those of the files, as a bundle; the first is preferred.
+    """Write the plan of the device profiled last, or those of files or devices, as a bundle; the first is preferred.
 
     Raises InputError when that would overwrite what is no bundle, for `options.single_file` no such ONNX file.
     """
     from mess_compile import bundle as bundles
 
-    sources = plan_files or [workspace.plan(_target(workspace, None).name)]
+    sources = [workspace.plan_named(plan) for plan in plan_files or ()]
+    sources = sources or [workspace.plan(_target(workspace, None).name)]
     chosen = [plans.read_result(path).plan for path in sources]
     path = output or workspace.bundle(chosen[0].device)
     _check_outputs(sources, path, options.single_file)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mess_compile import files
 from mess_compile.runtime.engine import FP32
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.errors import InputError, did_you_mean
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done, how many of it are, and of how many."""
@@ -90,6 +90,21 @@ class Workspace:
 
     def plan(self, device: str) -> Path:
         return self.root / "plans" / f"{device}.json"
+
+    def plan_named(self, thing: str | Path) -> Path:
+        """The file of a plan: named from the shell's folder, from the workspace's, or by the device that it is for.
+
+        Raises InputError naming the devices that have one.
+        """
+        places = (Path(thing), self.root / thing, self.plan(str(thing)))
+        found = next((place for place in places if place.is_file()), None)
+        if found is not None:
+            return found
+        devices = sorted(path.stem for path in self.plan("any").parent.glob("*.json"))
+        raise InputError(
+            f"{str(thing)!r} is no file{did_you_mean(str(thing), devices)}, and no device with a plan in this "
+            f"workspace ({', '.join(devices) or 'none'}): run `mess-compile search --device NAME`, or name a file"
+        )
 
     @property
     def searches(self) -> Path:

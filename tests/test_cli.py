@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mess_compile import steps
 from mess_compile.cli import main
 from mess_compile.runtime.profile import Effort
 from mess_compile.workspace import Workspace
-from tests.commands import ANY_SPEED, TRAIN, complaint, contents, done, first, printed_json, run
+from tests.commands import ANY_SPEED, TRAIN, complaint, contents, done, edit, first, printed_json, run
 from tests.json_docs import differences
 
 pytestmark = pytest.mark.usefixtures("brief_profile")
@@ -204,6 +205,25 @@ class TestBundle:
         pictured = np.asarray(Image.open(workspace / "out" / f"{image.stem}.labels.png"))
         np.testing.assert_array_equal(pictured, labels[0])
 
+    def test_a_plan_is_found_by_its_device_from_wherever_one_stands(
+        self, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A file where the user stands comes first, as everywhere; then the workspace's, then the device's."""
+        monkeypatch.chdir(tmp_path)
+        shutil.copy(workspace / "plans" / "host.json", "street.json")
+        (tmp_path / "host").mkdir()
+        for named in ("street.json", "plans/host.json", "host"):
+            made = printed_json("-C", workspace, "bundle", named, "-o", tmp_path / "made.mess")
+            assert made["plans"] == ["host:fp32"]
+            assert printed_json("-C", workspace, "compare", named)["plans"][0]["device"] == "host"
+            assert printed_json("-C", workspace, "inspect", named)["plan"]["device"] == "host"
+            assert done("-C", workspace, "inspect", named).endswith(f" bundle {named}\n")
+        (tmp_path / "host.json").write_text("{}")
+        assert "host.json" in complaint("-C", workspace, "bundle", "host.json")
+        for command in ("bundle", "compare"):
+            message = complaint("-C", workspace, command, "hots")
+            assert "'hots' is no file (did you mean 'host'?), and no device with a plan in this workspace" in message
+
     def test_unpacked_it_is_the_same(self, workspace: Path) -> None:
         folder = workspace / "unpacked"
         with zipfile.ZipFile(workspace / "host.mess") as content:
@@ -247,7 +267,49 @@ class TestBundle:
             done("-C", workspace, "bundle", "-o", tmp_path / "new", "--single-file", tmp_path / "new.onnx")
 
 
+class TestInspectPlan:
+    def test_a_long_front_is_shortened_and_that_is_said(self, workspace: Path) -> None:
+        def lengthen(content: dict[str, Any]) -> None:
+            """136 plans, each 1 ms slower than the one before; the chosen one is the 70th."""
+            chosen = {key: content["plan"][key] for key in content["front"][0]}
+            others = [point for point in content["front"] if point["stages"] != chosen["stages"]]
+            front = [json.loads(json.dumps(chosen if i == 69 else others[i % len(others)])) for i in range(136)]
+            for index, point in enumerate(front):
+                point["predicted"]["latency_ms"] = index + 1.0
+            content["front"] = front
+
+        edit(workspace / "plans" / "host.json", lengthen)
+        shown = done("-C", workspace, "inspect", "plan")
+        numbers = [int(found) for found in re.findall(r"^(\d+)(?: chosen)? +fp32 ", shown, re.MULTILINE)]
+        assert len(numbers) <= 15
+        assert {1, 69, 70, 71, 136} <= set(numbers)
+        assert max(b - a for a, b in pairwise(numbers)) < 20, "no part of the front is hidden"
+        assert re.search(r"^70 chosen +fp32 +70\.000 ", shown, re.MULTILINE)
+        assert f"{136 - len(numbers)} of the front's 136 plans are left out: `inspect plan --all`" in shown
+        everything = done("-C", workspace, "inspect", "plan", "--all")
+        assert len(re.findall(r"^\d+(?: chosen)? +fp32 ", everything, re.MULTILINE)) == 136
+        assert "left out" not in everything
+        assert len(printed_json("-C", workspace, "inspect", "plan")["front"]) == 136
+
+    def test_it_begins_with_what_was_chosen(self, workspace: Path) -> None:
+        plan = printed_json("-C", workspace, "inspect", "plan")["plan"]
+        shown = done("-C", workspace, "inspect", "plan")
+        assert shown.startswith(f"plan for host, {plan['setting']}, fp32\n")
+        for number, stage in enumerate(plan["stages"], start=1):
+            assert re.search(rf"^exit {number} +{re.escape(stage['head'])} ", shown, re.MULTILINE)
+        assert re.search(rf"^plan +{plan['predicted']['miou']:.2f} ", shown, re.MULTILINE)
+
+
 class TestRun:
+    def test_arguments_that_are_swapped_are_told_apart(self, workspace: Path) -> None:
+        images, bundle = workspace / "data" / "test" / "images", workspace / "host.mess"
+        image = first(images)
+        for given in (image, images):
+            message = complaint("run", given, bundle)
+            assert f"the bundle comes first, and {given} is none: `mess-compile run {bundle} {given}`" in message
+        assert f"run {bundle} {image} {images}" in complaint("run", image, bundle, images)
+        assert f"{image} is what to look at, and no bundle" in complaint("run", image, image)
+
     def test_pictures_have_the_frames_own_size_and_labels_are_values(self, workspace: Path, tmp_path: Path) -> None:
         image = tmp_path / "frame.png"
         Image.open(first(workspace / "data" / "test" / "images")).resize((150, 70)).save(image)

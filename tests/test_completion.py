@@ -63,7 +63,7 @@ def test_everything_that_the_workspace_knows_is_offered(place: Path) -> None:
         ("profile --host ssh:", ["ssh://me@mine"]),
         ("evaluate --split ", ["night[:5]", "train"]),
         ("profile --precision fp32,f", ["fp32,fp16"]),
-        ("bundle pl", ["plans/mine.json"]),
+        ("bundle ", ["mine", "plans/mine.json"]),
         ("verify t", ["tiny.mess"]),
         ("compare m", ["mine"]),
         ("ship tiny.mess ssh:", ["ssh://me@mine:/street"]),

@@ -25,7 +25,7 @@ _target_option = click.option(
 
 
 @click.command()
-@click.argument("plans", type=FILE, nargs=-1, shell_complete=completion.plans)
+@click.argument("plans", nargs=-1, metavar="[PLAN|DEVICE]...", shell_complete=completion.plans)
 @click.option("-o", "--output", type=FILE, help="DEVICE.mess in the workspace by default.")
 @click.option("--letterbox", is_flag=True, help="Frames of another shape keep their proportions; stretched otherwise.")
 @click.option("--sign", type=FILE, metavar="KEY", help="An OpenSSH private key, such as ~/.ssh/id_ed25519.")
@@ -41,7 +41,7 @@ _target_option = click.option(
 @click.pass_obj
 def bundle(
     workspace: Workspace,
-    plans: tuple[Path, ...],
+    plans: tuple[str, ...],
     output: Path | None,
     letterbox: bool,
     sign: Path | None,
@@ -52,9 +52,9 @@ def bundle(
 ) -> None:
     """Write the chosen plan, its graphs and the runtime as one file for the device.
 
-    PLANS are files that `search` wrote; by default the one for the device profiled last. Several make one bundle: for
-    several devices, each of which takes its own plan, or for one in several precisions, of which the first runs and a
-    safer one takes over where it fails.
+    A plan is named by the file that `search` wrote, or by its device; by default it is that of the device profiled
+    last. Several make one bundle: for several devices, each of which takes its own plan, or for one in several
+    precisions, of which the first runs and a safer one takes over where it fails.
     """
     from mess_compile import steps
 
@@ -310,22 +310,28 @@ def verify(
 )
 @click.option("--input", "input_hw", default="512x512", show_default=True, help="Input size, when THING is a backbone.")
 @click.option("--exits", default=6, show_default=True, help="Exit points, when THING is a backbone.")
+@click.option("--all", "whole_front", is_flag=True, help="Every plan of the front, when THING is a plan.")
 @json_option
 @click.pass_obj
-def inspect(workspace: Workspace, thing: str, classes: int, input_hw: str, exits: int, as_json: bool) -> None:
-    """What is in a backbone (resnet50, mobilenetv2), bundle, or the workspace's graphs, statistics, latency or plan."""
+def inspect(
+    workspace: Workspace, thing: str, classes: int, input_hw: str, exits: int, whole_front: bool, as_json: bool
+) -> None:
+    """What is in a backbone (resnet50, mobilenetv2), bundle, plan (its file or device), or the workspace's graphs,
+    statistics, latency or plan."""
     from mess_compile import inspection
 
-    found = inspection.inspect(workspace, thing, classes, size(input_hw), exits)
+    found = inspection.inspect(workspace, thing, classes, size(input_hw), exits, whole_front)
     if as_json:
         return print_json(found.content)
     print_inspection(found)
-    return print_next(_after_inspection(thing))
+    return print_next(_after_inspection(thing, found.content))
 
 
-def _after_inspection(thing: str) -> str:
+def _after_inspection(thing: str, content: dict[str, Any]) -> str:
     if thing in ("resnet50", "mobilenetv2"):
         return f"train --data DIR --backbone {thing}"
-    after = {"graphs": "profile --device host", "plan": "bundle"}
+    if "certificate" in content:
+        return "bundle" if thing == "plan" else f"bundle {quoted(Path(thing))}"
+    after = {"graphs": "profile --device host"}
     after |= dict.fromkeys(("statistics", "latency"), "search --max-err 1%")
     return after.get(thing, f"run {quoted(Path(thing))} IMAGE...")

@@ -61,7 +61,7 @@ def precisions(ctx: click.Context, param: click.Parameter, incomplete: str) -> l
 
 
 def plans(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    return _files(incomplete, _found(ctx, "plans/*.json"))
+    return _files(incomplete, [*_planned(ctx), *_found(ctx, "plans/*.json")])
 
 
 def bundles(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -73,8 +73,7 @@ def shipped(ctx: click.Context, param: click.Parameter, incomplete: str) -> list
 
 
 def compared(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    named = [path.stem for path in _workspace(ctx).glob("plans/*.json")]
-    return _files(incomplete, [*named, *_found(ctx, "plans/*.json"), *_found(ctx, "*.mess")])
+    return _files(incomplete, [*_planned(ctx), *_found(ctx, "plans/*.json"), *_found(ctx, "*.mess")])
 
 
 def inspected(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -113,6 +112,11 @@ def _plans_of(ctx: click.Context) -> list[Any]:
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return []
     return found
+
+
+def _planned(ctx: click.Context) -> list[str]:
+    """Devices that have a plan."""
+    return [path.stem for path in _workspace(ctx).glob("plans/*.json")]
 
 
 def _found(ctx: click.Context, pattern: str) -> list[str]:

@@ -122,7 +122,7 @@ def search(
     if common is None:
         return print_next("bundle" if output is None else f"bundle {quoted(output)}")
     _print_shared(common, len(results))
-    return print_next(*(f"bundle {quoted(workspace.plan(result.plan.device))}" for result in results))
+    return print_next(*(f"bundle {result.plan.device}" for result in results))
 
 
 def _warn(plan: Any, requirement: Any) -> None:
