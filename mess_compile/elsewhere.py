@@ -11,9 +11,10 @@ from mess_compile.compiling import RecipeBuild, precise_graphs
 from mess_compile.engines import EngineFiles, plain_files
 from mess_compile.jobs import job_name
 from mess_compile.runtime.engine import FP32
-from mess_compile.runtime.errors import MessError
+from mess_compile.runtime.errors import InputError, MessError
+from mess_compile.runtime.session import Hello, describe_machine
 from mess_compile.targets import Target, refuse_unless_there
-from mess_compile.workspace import Workspace
+from mess_compile.workspace import HOST, Workspace
 
 if TYPE_CHECKING:
     from mess_compile.building import EngineEntry, EngineSet
@@ -97,7 +98,7 @@ def session_there(remote: Remote, target: Target, graph_set: GraphSet, progress:
     from mess_compile.sessions import Session
 
     session = Session(remote, target.library, *places.fed(graph_set), progress)
-    refuse_unless_there(target, session.greet().machine, remote.host.text)
+    _refuse_another(target, session.greet(), remote.host.text)
     return session
 
 
@@ -120,5 +121,15 @@ def any_session_there(
         if session is None:
             raise
         tell(f"note: {error}; until then trtexec builds and measures there, by a protocol that the table names")
-    refuse_unless_there(target, session.greet().machine, remote.host.text)
+    _refuse_another(target, session.greet(), remote.host.text)
     return session
+
+
+def _refuse_another(target: Target, hello: Hello, host: str) -> None:
+    """Raises InputError when the machine at `host` is not the target; there is one `host`, and it is here."""
+    refuse_unless_there(target, hello.machine, host)
+    if target.name == HOST and hello.facts.get("identity") != describe_machine()["identity"]:
+        raise InputError(
+            f"--device host is the machine that mess-compile runs on, and {host} is another, whose latencies would "
+            "take the place of this one's: describe it in profiles/NAME.toml, and name it by --device NAME"
+        )

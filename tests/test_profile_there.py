@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile import steps
+from mess_compile import elsewhere, steps
 from mess_compile.latency import LatencyTable, read_latency_table
 from mess_compile.remote import RemoteError
-from mess_compile.runtime import profile
+from mess_compile.runtime import profile, session
 from mess_compile.workspace import Workspace
-from tests.commands import complaint, done, printed_json, run
+from tests.commands import complaint, done, printed_json, refused, run
 from tests.conftest import EFFORT
 from tests.remote_device import Device, remote_device
 
@@ -50,6 +50,18 @@ def unmeasured(workspace: Path) -> Path:
     path = workspace / "latency" / "host.json"
     if path.exists():
         read_latency_table(path)
+
+
+def test_another_machine_does_not_take_the_place_of_this_one(
+    workspace: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `host`, this machine's table would be another's, and every plan for it wrong."""
+    here = {**session.describe_machine(), "identity": "another"}
+    monkeypatch.setattr(elsewhere, "describe_machine", lambda: here)
+    for command in ("profile", "evaluate"):
+        message = refused(workspace, command, "--device", "host", "--host", device.host)
+        assert f"{device.host} is another, whose latencies would take the place of this one's" in message
+        assert "describe it in profiles/NAME.toml, and name it by --device NAME" in message
 
 
 def samples(workspace: Path) -> list[tuple[str, int]]:
