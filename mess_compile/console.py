@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,7 +36,14 @@ _REMEDIES = {
 
 
 class Group(click.Group):
-    """Unknown commands get the nearest known name; what goes wrong is one line and exit code 1."""
+    """Unknown commands get the nearest known name; what goes wrong is one line and exit code 1.
+
+    `stopped` says of each command what Ctrl-C leaves behind, and how to go on.
+    """
+
+    def __init__(self, *arguments: Any, stopped: Mapping[str, str], **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.stopped = stopped
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:
@@ -54,7 +61,7 @@ class Group(click.Group):
         except MessError as error:
             fail(str(error))
         except KeyboardInterrupt:
-            fail("stopped; what was finished is kept, and the same command continues")
+            _stop(self.stopped.get(ctx.invoked_subcommand or "", "nothing was begun"))
         except MemoryError:
             fail("out of memory; use a smaller input, batch or group of heads")
         except BrokenPipeError:
@@ -66,6 +73,13 @@ class Group(click.Group):
 def fail(message: str) -> NoReturn:
     """One line on standard error, and exit code 1."""
     say(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(1)
+
+
+def _stop(words: str) -> NoReturn:
+    if sys.stderr.isatty():
+        click.echo(err=True)  # it stands at ^C
+    say(f"stopped: {words}", err=True)
     sys.exit(1)
 
 

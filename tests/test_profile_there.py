@@ -58,10 +58,9 @@ def test_another_machine_does_not_take_the_place_of_this_one(
     """As `host`, this machine's table would be another's, and every plan for it wrong."""
     here = {**session.describe_machine(), "identity": "another"}
     monkeypatch.setattr(elsewhere, "describe_machine", lambda: here)
-    for command in ("profile", "evaluate"):
-        message = refused(workspace, command, "--device", "host", "--host", device.host)
-        assert f"{device.host} is another, whose latencies would take the place of this one's" in message
-        assert "describe it in profiles/NAME.toml, and name it by --device NAME" in message
+    message = refused(workspace, "profile", "--device", "host", "--host", device.host)
+    assert f"{device.host} is another, whose latencies would take the place of this one's" in message
+    assert "describe it in profiles/NAME.toml, and name it by --device NAME" in message
 
 
 def samples(workspace: Path) -> list[tuple[str, int]]:

@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -73,7 +74,9 @@ def launch(machines: Machines) -> Fabric:
             strategy="ddp" if devices * nodes > 1 else "auto",
             precision=PRECISIONS[machines.precision],  # type: ignore[arg-type]
         )
-        fabric.launch()
+        _shield(fabric)
+        with _interrupted_together(fabric):
+            fabric.launch()
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         raise InputError(f"{devices} x {nodes} processes could not be started or joined: {error}") from error
     if fabric.device.type == "cpu":
@@ -101,6 +104,35 @@ def _check_devices(devices: int) -> None:
 def _children(fabric: Fabric) -> list[subprocess.Popen[bytes]]:
     """The processes that this one started for its machine: none where a launcher did, or another process started us."""
     return list(getattr(fabric.strategy.launcher, "procs", []))
+
+
+def _shield(fabric: Fabric) -> None:
+    """Have processes that this one starts inherit that interrupts are blocked: a terminal sends them to every process,
+    and the first one speaks."""
+    starter = fabric.strategy.launcher
+    start = getattr(starter, "_call_children_scripts", None)
+    if start is None:
+        return
+
+    def started() -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    starter._call_children_scripts = started  # type: ignore[union-attr]
+
+
+@contextmanager
+def _interrupted_together(fabric: Fabric) -> Iterator[None]:
+    """End the others first: their libraries would complain of the one that they miss."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for child in _children(fabric):
+            child.kill()
+        raise
 
 
 def _watch_in_its_place(children: list[subprocess.Popen[bytes]]) -> None:
@@ -230,7 +262,8 @@ def lost_process_named(fabric: Fabric) -> Iterator[None]:
     """Turns the failure of a collective operation into one InputError, or into a silent end where another process has
     said why."""
     try:
-        yield
+        with _interrupted_together(fabric):
+            yield
     except RuntimeError as error:
         if fabric.world_size == 1 or not any(word in str(error).lower() for word in _LOST):
             raise
