@@ -14,7 +14,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 from mess_compile.runtime.cascade import Cascade, load
 from mess_compile.runtime.errors import MessError
@@ -38,23 +38,31 @@ def watch(bundle: Path, folder: Path, target: Optional[str], signers: Optional[S
     for name in ("in", "out", "refused"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     known = _version(bundle)
-    with _ending() as ended, load(bundle, target, on_failure="fallback", signers=signers) as cascade:
-        told, looked = 0.0, time.monotonic()
-        while not ended:
-            frame = _oldest(folder / "in")
-            if frame is not None:
-                _segment(cascade, frame, folder)
-            if time.monotonic() - told >= METRICS_S:
-                _write_metrics(cascade, folder / "metrics.prom")
-                told = time.monotonic()
-            if time.monotonic() - looked >= _BUNDLE_S:
-                if _version(bundle) not in (known, None):
-                    break
-                looked = time.monotonic()
-            if frame is None:
-                time.sleep(_LOOK_S)
-        _write_metrics(cascade, folder / "metrics.prom")
-        return not ended
+    with _ending() as ended:
+        with load(bundle, target, on_failure="fallback", signers=signers) as cascade:
+            _label(cascade, bundle, known, folder, ended)
+        return not ended  # only now: a signal may have come while the cascade was let go
+
+
+def _label(
+    cascade: Cascade, bundle: Path, known: Optional[Tuple[str, int]], folder: Path, ended: Sequence[int]
+) -> None:
+    """Until a signal has come, or the bundle is another than the one that is known."""
+    told, looked = 0.0, time.monotonic()
+    while not ended:
+        frame = _oldest(folder / "in")
+        if frame is not None:
+            _segment(cascade, frame, folder)
+        if time.monotonic() - told >= METRICS_S:
+            _write_metrics(cascade, folder / "metrics.prom")
+            told = time.monotonic()
+        if time.monotonic() - looked >= _BUNDLE_S:
+            if _version(bundle) not in (known, None):
+                break
+            looked = time.monotonic()
+        if frame is None:
+            time.sleep(_LOOK_S)
+    _write_metrics(cascade, folder / "metrics.prom")
 
 
 @contextmanager
