@@ -25,6 +25,19 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
+def reached(workspace: Workspace, host: str, python: str | None) -> Remote:
+    """The device at `host`, with the Python that is named, or was when it was reached before."""
+    from mess_compile.remote import PYTHON, Remote, parse_host
+
+    return Remote(parse_host(host, python or workspace.memory().pythons.get(host, PYTHON)))
+
+
+def refuse_python_here(python: str | None) -> None:
+    """Raises InputError when a Python is named and no host."""
+    if python is not None:
+        raise InputError(f"--python {python} is of a device elsewhere: add --host ssh://user@host")
+
+
 def forms_there(
     workspace: Workspace, target: Target, precisions: Sequence[str], data: Path | None, progress: Progress
 ) -> tuple[EngineFiles, ...]:
@@ -49,18 +62,18 @@ def build_there(
     host: str,
     progress: Progress,
     tell: Callable[[str], None],
+    python: str | None = None,
 ) -> tuple[RecipeBuild, ...]:
     """Have the target's engines of every graph and precision at `host`; what is there and unchanged is kept.
 
     A call that was cut is continued by the next. Raises RemoteError, InputError, EngineError.
     """
     from mess_compile import building, places
-    from mess_compile.remote import Remote, parse_host
     from mess_compile.runtime import session as device_side
     from mess_compile.sessions import STORE
 
     building.refuse_without_engines(target)
-    with Remote(parse_host(host)) as remote:
+    with reached(workspace, host, python) as remote:
         made = precise_graphs(workspace, target, precisions, data, progress)
         forms = [_form(workspace, target, each.graph_set, progress) for each in made]
         session = any_session_there(workspace, remote, target, made[0].graph_set, progress, tell)

@@ -21,7 +21,7 @@ from mess_compile.compiling import (
     precise_graphs,
     target_of,
 )
-from mess_compile.elsewhere import any_session_there, build_there, forms_there
+from mess_compile.elsewhere import any_session_there, build_there, forms_there, reached, refuse_python_here
 from mess_compile.engines import EngineFiles, plain_files
 from mess_compile.recording import current_statistics
 from mess_compile.runtime import machine
@@ -48,12 +48,13 @@ def build(
     progress: Progress = silent,
     host: str | None = None,
     tell: Callable[[str], None] = lambda words: None,
+    python: str | None = None,
 ) -> tuple[RecipeBuild, ...]:
     """Build the target's engines of every graph and precision, in `jobs` processes (None: one on each core).
 
     TensorRT-RTX builds ahead of time on any machine, the classic library on the device alone: this machine, or the one
-    at `host` (ssh://user@host; the one remembered for it by default), one at a time. fp16 and int8 are settled first,
-    on images of `data`: a graph that loses too much is built in a safer precision.
+    at `host` (ssh://user@host; the one remembered for it by default), where `python` starts Python, one at a time. fp16
+    and int8 are settled first, on images of `data`: a graph that loses too much is built in a safer precision.
     """
     target = target_of(workspace, device)
     if host is None and target.library == "tensorrt":
@@ -61,9 +62,11 @@ def build(
     if host is not None:
         if jobs is not None:
             raise InputError(f"engines are built one at a time at {host}: drop --jobs {jobs}")
-        built = build_there(workspace, target, precisions, data, host, progress, tell)
+        built = build_there(workspace, target, precisions, data, host, progress, tell, python)
         workspace.remember_host(target.name, host)
+        workspace.remember_python(host, python)
         return built
+    refuse_python_here(python)
     if target.library == "tensorrt":
         refuse_unless_here(target, workspace.root, "build there with --host ssh://user@host, or run this command on it")
     return tuple(engines_of(workspace, target, precisions, data, jobs, progress))
@@ -102,6 +105,7 @@ class _Order:
     thrift: Thrift | None
     lock_clocks: bool
     started: float
+    python: str | None
 
     @property
     def path(self) -> Path:
@@ -122,6 +126,7 @@ def profile(
     thrift: Thrift | None = None,
     tell: Callable[[str], None] = lambda words: None,
     lock_clocks: bool = False,
+    python: str | None = None,
 ) -> latency.LatencyTable:
     """Measure every graph in each precision on the device and write its latency table; the device is remembered.
 
@@ -130,7 +135,8 @@ def profile(
     is built and measured, and the rest estimated; `tell` hears what comes next, and how long it should take, and when
     trtexec measures in place of a Python that cannot be used at `host`. Of several hosts, devices of one kind, the
     first is the one that the table is of: the others share its work, and have tables beside it. With `lock_clocks` the
-    clocks are held while it is measured, and put back whatever happens.
+    clocks are held while it is measured, and put back whatever happens. `python` is what starts Python at `host`, a
+    path there; remembered with it.
     """
     target = target_of(workspace, device)
     known = host_of(workspace, target) if host is None else host
@@ -142,9 +148,13 @@ def profile(
     if thrift and len(precisions) > 1 and any(wish.setting == "anytime" for wish in thrift.requirements):
         raise InputError("the anytime setting compares plans of one recipe: profile one --precision for it")
     started = time.monotonic()
-    order = _Order(workspace, target, precisions, data, progress, tell, effort, thrift, lock_clocks, started)
+    if not hosts:
+        refuse_python_here(python)
+    order = _Order(workspace, target, precisions, data, progress, tell, effort, thrift, lock_clocks, started, python)
     table = _profile_there(order, hosts) if hosts else _profile_here(order)
     workspace.remember(device=target.name, host=hosts[0] if hosts else None)
+    for each in hosts:
+        workspace.remember_python(each, python)
     return table
 
 
@@ -172,16 +182,15 @@ def _profile_here(order: _Order) -> latency.LatencyTable:
 
 def _profile_there(order: _Order, hosts: Sequence[str]) -> latency.LatencyTable:
     from mess_compile import profiling, sharing, thrift
-    from mess_compile.remote import Remote, parse_host
 
     with ExitStack() as connected:
-        remotes = [connected.enter_context(Remote(parse_host(host))) for host in hosts]
+        remotes = [connected.enter_context(reached(order.workspace, host, order.python)) for host in hosts]
         forms = forms_there(order.workspace, order.target, order.precisions, order.data, order.progress)
-        reached = [_place_at(order, remote, forms[0].graph_set) for remote in remotes]
+        found = [_place_at(order, remote, forms[0].graph_set) for remote in remotes]
         if len(hosts) > 1:
-            errand = _errand(order, forms, reached[0])
-            return sharing.profile_shared(errand, dict(zip(hosts, reached, strict=True)), order.thrift is None)
-        (place,) = reached
+            errand = _errand(order, forms, found[0])
+            return sharing.profile_shared(errand, dict(zip(hosts, found, strict=True)), order.thrift is None)
+        (place,) = found
         if order.thrift is None:
             return profiling.profile_graphs(place.build(forms, None), place, order.path, order.progress, order.effort)
         return thrift.profile_sparingly(_errand(order, forms, place))

@@ -13,7 +13,7 @@ from mess_compile import extras, launcher, statistics
 from mess_compile.candidates import CandidateNetwork, GraphSet, read_graph_set, verify_graph_set
 from mess_compile.compiling import engine_files, in_precision, verified_graphs
 from mess_compile.dataset import DataSet, open_dataset
-from mess_compile.elsewhere import forms_there, session_there
+from mess_compile.elsewhere import forms_there, reached, refuse_python_here, session_there
 from mess_compile.engines import EngineFiles
 from mess_compile.runtime import machine
 from mess_compile.runtime.engine import FP32, PRECISIONS, open_library
@@ -36,17 +36,19 @@ def evaluate(
     device: str | None = None,
     precision: str = FP32,
     host: str | None = None,
+    python: str | None = None,
 ) -> statistics.ExitStatistics | None:
     """Run every head on a labelled split and write its exit statistics; both are remembered for `search`.
 
     Here by ONNX Runtime, on the `cpu` or by its `cuda` provider, then a GPU for each process; or by the engines of
-    `device`, which this machine is, or which is at `host` (ssh://user@host; the one remembered for it by default).
-    `devices` processes on each of `nodes` machines share the images, also under torchrun or SLURM; of several the first
-    returns the statistics, the others None.
+    `device`, which this machine is, or which is at `host` (ssh://user@host; the one remembered for it by default), and
+    `python` starts Python there. `devices` processes on each of `nodes` machines share the images, also under torchrun
+    or SLURM; of several the first returns the statistics, the others None.
     """
     library = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda"}[accelerator]
     counts = launcher.counts() or (devices, nodes)
     if host is None and device in (None, HOST):
+        refuse_python_here(python)
         graph_set = verified_graphs(workspace)
         made = in_precision(workspace, graph_set, precision, PRECISIONS, data, progress)
         return _evaluated_here(workspace, made.graph_set, data, split, progress, library, *counts)
@@ -58,7 +60,8 @@ def evaluate(
     if host is None and not targets_here((target,), machine.this_machine()):
         host = workspace.memory().hosts.get(target.name)
     if host is not None:
-        return _evaluated_there(workspace, target, precision, data, split, progress, host)
+        return _evaluated_there(workspace, target, precision, data, split, progress, host, python)
+    refuse_python_here(python)
     refuse_unless_here(target, workspace.root, "reach it with --host ssh://user@host, or run this command on it")
     (engines,) = engine_files(workspace, target, (precision,), data, None, progress)
     return _evaluated(workspace, engines, data, split, progress, target.library, 1, 1, target.name)
@@ -120,12 +123,12 @@ def _evaluated_there(
     split: str | None,
     progress: Progress,
     host: str,
+    python: str | None,
 ) -> statistics.ExitStatistics:
     from mess_compile import evaluation
-    from mess_compile.remote import Remote, parse_host
 
     root, folder = _labelled(workspace, read_graph_set(workspace.graphs).candidate, data, split)
-    with Remote(parse_host(host)) as remote:
+    with reached(workspace, host, python) as remote:
         (forms,) = forms_there(workspace, target, (precision,), data, progress)
         session = session_there(remote, target, forms.graph_set, progress)
         found = evaluation.evaluate_there(
@@ -137,6 +140,7 @@ def _evaluated_there(
             progress=lambda done: progress("evaluate", done, len(folder.items)),
         )
     workspace.remember(data=root, split=folder.split)
+    workspace.remember_python(host, python)
     return found
 
 

@@ -15,9 +15,9 @@ from typing import IO
 
 from mess_compile import files as local
 from mess_compile.runtime.errors import InputError
-from mess_compile.ssh import Connection, Host, RemoteError, last_line, parse_host
+from mess_compile.ssh import PYTHON, Connection, Host, RemoteError, last_line, parse_host
 
-__all__ = ["Done", "Host", "Pushed", "Remote", "RemoteError", "parse_host"]
+__all__ = ["PYTHON", "Done", "Host", "Pushed", "Remote", "RemoteError", "parse_host"]
 
 STOP_S = 10.0
 """For a program there to end when its lines are no longer wanted; it is killed there after 5 s."""
@@ -84,6 +84,8 @@ settle "$place"
 rm -rf "$place"
 exit $code
 """
+_LEAST_PYTHON = (3, 8)
+_VERSION = "import sys; print('.'.join(map(str, sys.version_info[:3])))"
 _SHOW = f'[ -e "$1" ] || exit {_ABSENT}; cat <"$1"; exit $?'
 _SHOW_HASHED = f'[ -e "$1" ] || exit {_ABSENT}; sha256sum <"$1" >&2 && cat <"$1"; exit $?'
 
@@ -199,14 +201,31 @@ class Remote:
         if re.search(r"No space left on device|Disk quota exceeded|Wrote only \d+ of", errors):
             return RemoteError(f"{self.host.text} has no space left for {what}: make room there, then run it again")
         if code in (126, 127):
-            reason = f"{what} cannot be started ({said}): install it there, or give the path at which it is"
+            reason = f"{what} cannot be started ({said}): install it there, or {self._naming(what)}"
         elif code == 255 or code > 128:
             signal = "" if code == 255 else f" by signal {code - 128}"
             reason = f"{what} was killed{signal}: has the device enough memory? (it said: {said or 'nothing'})"
         else:
-            remedy = ": install it there, for this python3" if "No module named" in said else ""
+            lacks = f": install it there, for this {self.host.python}, or {self._naming(what)}"
+            remedy = lacks if "No module named" in said else ""
             reason = f"{what} ended with code {code}: {said or 'it said nothing'}{remedy}"
         return RemoteError(f"{self.host.text}: {reason}")
+
+    def _naming(self, what: str) -> str:
+        """The remedy where the device has it elsewhere."""
+        python = what == f"`{self.host.python}`"
+        return "name another by --python PATH" if python else "give the path at which it is"
+
+    def refuse_old_python(self) -> None:
+        """Raises RemoteError when the Python there starts, and is older than what travels there is written for."""
+        done = self.run((self.host.python, "-c", _VERSION))
+        told = re.fullmatch(r"(\d+)[.](\d+)[.]\d+\s*", done.output.decode(errors="replace"))
+        if told is not None and (int(told[1]), int(told[2])) < _LEAST_PYTHON:
+            least = ".".join(map(str, _LEAST_PYTHON))
+            raise RemoteError(
+                f"{self.host.text}: `{self.host.python}` is Python {told[0].strip()}, and {least} or newer is needed: "
+                "name another by --python PATH"
+            )
 
     def _no_file(self, path: str, code: int, errors: str) -> RemoteError:
         if code == _ABSENT:

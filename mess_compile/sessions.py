@@ -48,7 +48,7 @@ class BuiltThere:
 
 @dataclass
 class Session:
-    """A device that does what we wish; `python` starts Python 3.8 or newer there, with numpy and an engine library."""
+    """A device that does what we wish, by the Python that its host names."""
 
     remote: Remote
     library: str
@@ -56,7 +56,6 @@ class Session:
     thresholds: NDArray[np.float32]
     progress: Progress
     lock_clocks: bool = False
-    python: str = "python3"
     hello: Hello | None = None
     states: list[power.DeviceState] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -64,8 +63,13 @@ class Session:
 
     def greet(self) -> Hello:
         """What the device is, before anything is built there. Raises RemoteError, EngineError."""
-        for _ in self._wish(self._wished("greet", (), (), "", Effort())):
-            pass
+        try:
+            for _ in self._wish(self._wished("greet", (), (), "", Effort())):
+                pass
+        except RemoteError as error:
+            if not error.lost:
+                self.remote.refuse_old_python()
+            raise
         if self.hello is None:
             raise InputError(f"{self.remote.host.text} ended without a word: is its Python 3.8 or newer?")
         return self.hello
@@ -207,7 +211,8 @@ class Session:
         text = session.wish_to_json(wish).encode()
         code, name = self._sent(session.WISHES, runtime_zip(), text)
         there = f"{STORE}/{session.WISHES}/{code}"
-        command = ("env", f"PYTHONPATH={there}", self.python, "-u", "-m", "mess_compile.runtime.session", STORE, name)
+        python = ("env", f"PYTHONPATH={there}", self.remote.host.python, "-u")
+        command = (*python, "-m", "mess_compile.runtime.session", STORE, name)
         error = ""
         try:
             for line in self.remote.lines(command, f"{STORE}/{_PID}"):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mess_compile.device_files import runtime_zip
-from mess_compile.remote import Host, Remote, RemoteError, parse_host
+from mess_compile.remote import PYTHON, Host, Remote, RemoteError, parse_host
 from mess_compile.runtime import decode, lines
 from mess_compile.runtime import ship as device_side
 from mess_compile.runtime.archive import Archive, open_archive
@@ -39,7 +39,7 @@ _LEAST_FOR_SPEED = 1 << 16
 _TELL_S = 2.0
 _ATTEMPTS = 3
 _LOOK = r"""
-d=$(mktemp -d) && tar -xof - -C "$d" && PYTHONPATH=$d/p.zip python3 -m mess_compile.runtime.ship look "$d/wish"
+d=$(mktemp -d) && tar -xof - -C "$d" && PYTHONPATH=$d/p.zip "$1" -m mess_compile.runtime.ship look "$d/wish"
 code=$?; rm -rf "$d"; exit $code
 """
 
@@ -94,8 +94,11 @@ class Expected:
     refusal: str | None
 
 
-def parse_place(text: str) -> Place:
-    """From ssh://user@host[:port]:/folder; `~/folder` is below the home folder there. Raises InputError."""
+def parse_place(text: str, python: str = PYTHON) -> Place:
+    """From ssh://user@host[:port]:/folder; `~/folder` is below the home folder there, `python` the Python to use there.
+
+    Raises InputError.
+    """
     match = _PLACE.fullmatch(text)
     if match is None or match["folder"].startswith("//"):
         parse_host(text)  # which refuses passwords, options and the like in its own words
@@ -103,7 +106,7 @@ def parse_place(text: str) -> Place:
     folder = re.sub("^/?~/", "", match["folder"]).rstrip("/")
     if _FOLDER.fullmatch(folder) is None or ".." in folder.split("/"):
         raise InputError(f"folder {match['folder'][:80]!r}: write a plain path, such as /opt/street or ~/street")
-    return Place(text, parse_host(match["host"]), folder)
+    return Place(text, parse_host(match["host"], python), folder)
 
 
 def ship(
@@ -305,7 +308,7 @@ def _act(action: str, wish: Wish, place: Place, remote: Remote, tell: Tell) -> t
     with written(runtime_zip(), _text(wish)) as paths:
         code, name = paths
         sent_bytes = _push(remote, paths, programs, lambda text: None)
-    command = ("env", f"PYTHONPATH={programs}/{code}", "python3", "-u", "-m", "mess_compile.runtime.ship")
+    command = ("env", f"PYTHONPATH={programs}/{code}", place.host.python, "-u", "-m", "mess_compile.runtime.ship")
     heard = _Heard()
     try:
         for line in remote.lines((*command, action, f"{programs}/{name}"), _pid_file(place)):
@@ -314,6 +317,8 @@ def _act(action: str, wish: Wish, place: Place, remote: Remote, tell: Tell) -> t
         if heard.error is not None and not failure.lost:
             raise RemoteError(f"{place.text}: {heard.error}") from failure
         if heard.done is None:
+            if not failure.lost:
+                remote.refuse_old_python()
             raise
     return heard, sent_bytes
 
@@ -327,13 +332,15 @@ def _pid_file(place: Place) -> str:
 def _look(place: Place, remote: Remote, wish: Wish) -> Looked:
     """By a program that is gone afterwards."""
     heard = _Heard()
-    done = remote.run(("sh", "-c", _LOOK), _tar({"p.zip": runtime_zip(), "wish": _text(wish)}))
+    python = place.host.python
+    done = remote.run(("sh", "-c", _LOOK, "sh", python), _tar({"p.zip": runtime_zip(), "wish": _text(wish)}))
     for line in done.output.decode(errors="replace").splitlines():
         _hear(heard, line, place, lambda text: None)
     if heard.error is not None:
         raise RemoteError(f"{place.text}: {heard.error}")
     if heard.looked is None:
-        raise remote.failure("`python3`", done.code or 1, done.errors)
+        remote.refuse_old_python()
+        raise remote.failure(f"`{python}`", done.code or 1, done.errors)
     return heard.looked
 
 

@@ -32,6 +32,9 @@ _HOST = re.compile(
     rf"(?P<scheme>ssh://)?(?P<user>{_NAME}@)?"
     rf"(?:(?P<name>{_NAME})|\[(?P<six>[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?)\])(?::(?P<port>[0-9]{{1,5}}))?"
 )
+PYTHON = "python3"
+_PYTHON = re.compile(r"[A-Za-z0-9_./~][^=\x00-\x1f\x7f]*")
+"""No option, and nothing that env takes for a variable; the shell there gets it quoted."""
 _REMEDIES = (
     ("Host key verification failed", "run `{login}` once and accept its host key"),
     ("Permission denied|Too many authentication", "check that `{login}` works without a password (`ssh-copy-id`)"),
@@ -51,11 +54,15 @@ class RemoteError(MessError):
 
 @dataclass(frozen=True)
 class Host:
-    """`text` as the user wrote it; `destination` and `port` as ssh takes them, None where its configuration decides."""
+    """`text` as the user wrote it; `destination` and `port` as ssh takes them, None where its configuration decides.
+
+    `python` is what starts Python 3.8 or newer there, with numpy and an engine library.
+    """
 
     text: str
     destination: str
     port: int | None
+    python: str = PYTHON
 
     @property
     def login(self) -> str:
@@ -63,8 +70,9 @@ class Host:
         return f"ssh {self.destination}" if self.port is None else f"ssh -p {self.port} {self.destination}"
 
 
-def parse_host(text: str) -> Host:
-    """From ssh://user@host[:port], user@host or a name of ~/.ssh/config; an IPv6 address stands in brackets.
+def parse_host(text: str, python: str = PYTHON) -> Host:
+    """From ssh://user@host[:port], user@host or a name of ~/.ssh/config; an IPv6 address stands in brackets. `python`
+    is a name on PATH there or a path, ~/ being the home folder there.
 
     Raises InputError for anything else: options, a path, a password (which the message does not repeat).
     """
@@ -75,7 +83,9 @@ def parse_host(text: str) -> Host:
     usable = match and (port is None or (match["scheme"] and 0 < port < 1 << 16)) and _is_ipv6(match["six"])
     if not match or not usable:
         raise InputError(f"host {text[:80]!r}: write ssh://user@host, ssh://user@host:port or a name of ~/.ssh/config")
-    return Host(text, (match["user"] or "") + (match["name"] or match["six"]), port)
+    if _PYTHON.fullmatch(python) is None:
+        raise InputError(f"--python {python[:80]!r}: write the path of a Python there, such as /opt/venv/bin/python3")
+    return Host(text, (match["user"] or "") + (match["name"] or match["six"]), port, re.sub("^~/", "./", python))
 
 
 def _is_ipv6(text: str | None) -> bool:

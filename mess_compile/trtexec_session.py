@@ -317,7 +317,7 @@ def in_place_of_python(
     """
     if target.library != LIBRARY or (isinstance(error, RemoteError) and error.lost):
         return None
-    if remote.run(("python3", "-c", _USABLE), patience_s=_PATIENCE_S).code == 0:
+    if remote.run((remote.host.python, "-c", _USABLE), patience_s=_PATIENCE_S).code == 0:
         return None
     session = TrtexecSession(remote, caches, progress)
     try:

@@ -28,13 +28,15 @@ def silent(what: str, done: int, total: int) -> None:
 class Memory:
     """What later commands use unless told otherwise: device profiled last, data folder, and the tuning split.
 
-    `hosts` are those over which a device was reached, by its name; `ships` the places that a bundle was shipped to.
+    `hosts` are those over which a device was reached, by its name, `pythons` the Python of a host that is not its
+    python3; `ships` are the places that a bundle was shipped to.
     """
 
     device: str | None = None
     data: str | None = None
     split: str | None = None
     hosts: dict[str, str] = field(default_factory=dict)
+    pythons: dict[str, str] = field(default_factory=dict)
     ships: tuple[str, ...] = ()
 
 
@@ -125,14 +127,14 @@ class Workspace:
             return Memory()
         content = files.read_json(path, "mess-workspace", 1, _REMEDY)
         texts = {name: content.get(name) for name in ("device", "data", "split")}
-        hosts = content.get("hosts", {})
+        hosts, pythons = content.get("hosts", {}), content.get("pythons", {})
         are_texts = all(value is None or isinstance(value, str) for value in texts.values())
-        if not are_texts or not isinstance(hosts, dict) or not all(isinstance(host, str) for host in hosts.values()):
-            raise InputError(f"{path} is damaged (device, data, split and hosts are texts): {_REMEDY}")
+        if not are_texts or not _are_texts_by_name(hosts) or not _are_texts_by_name(pythons):
+            raise InputError(f"{path} is damaged (device, data, split, hosts and pythons are texts): {_REMEDY}")
         ships = content.get("ships", [])
         if not isinstance(ships, list) or not all(isinstance(place, str) for place in ships):
             raise InputError(f"{path} is damaged (ships are texts): {_REMEDY}")
-        return Memory(**texts, hosts=hosts, ships=tuple(ships))
+        return Memory(**texts, hosts=hosts, pythons=pythons, ships=tuple(ships))
 
     def remember(
         self,
@@ -159,6 +161,13 @@ class Workspace:
             memory = replace(known, hosts={**known.hosts, device: host})
             files.write_json(self.root / "workspace.json", "mess-workspace", 1, asdict(memory))
 
+    def remember_python(self, host: str, python: str | None) -> None:
+        """What starts Python at a host; None leaves that as it was, and where this is no workspace yet none is made."""
+        known = self.memory()
+        if python is not None and (self.root / "workspace.json").exists() and known.pythons.get(host) != python:
+            memory = replace(known, pythons={**known.pythons, host: python})
+            files.write_json(self.root / "workspace.json", "mess-workspace", 1, asdict(memory))
+
     def remember_ships(self, places: Sequence[str]) -> None:
         """Where a bundle was shipped to; nothing where this is no workspace yet, for one ships from anywhere."""
         known = self.memory()
@@ -172,6 +181,10 @@ class Workspace:
         if data is None and remembered is None:
             raise InputError("no data folder is known in this workspace: name one with --data DIR")
         return data if data is not None else self.root / str(remembered)
+
+
+def _are_texts_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def open_workspace(folder: Path | str = ".") -> Workspace:

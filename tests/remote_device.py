@@ -109,6 +109,15 @@ class Device:
         places = [self.folder / "tools"] if python is None else [python.parent, self.folder / "tools"]
         (self.folder / "path").write_text(":".join(map(str, places)))
 
+    def wrapped_python(self, name: str, script: str | None = None) -> str:
+        """What a user writes after --python for one below the home folder there; a full one, unless `script` says."""
+        path = self.home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        full = f'exec {self.python} "$@"'
+        path.write_text(f"#!/bin/sh\n{script or full}\n")
+        path.chmod(0o755)
+        return f"~/{name}"
+
     def greet(self, text: str) -> None:
         """What its shell prints before every command, as a ~/.bashrc may."""
         (self.folder / "greeting").write_text(text)

@@ -17,8 +17,9 @@ import pytest
 
 from mess_compile import elsewhere, steps
 from mess_compile.latency import LatencyTable, read_latency_table
-from mess_compile.remote import RemoteError
+from mess_compile.remote import RemoteError, parse_host
 from mess_compile.runtime import profile, session
+from mess_compile.runtime.errors import InputError
 from mess_compile.workspace import Workspace
 from tests.commands import complaint, done, printed_json, refused, run
 from tests.conftest import EFFORT
@@ -61,6 +62,58 @@ def test_another_machine_does_not_take_the_place_of_this_one(
     message = refused(workspace, "profile", "--device", "host", "--host", device.host)
     assert f"{device.host} is another, whose latencies would take the place of this one's" in message
     assert "describe it in profiles/NAME.toml, and name it by --device NAME" in message
+
+
+EVIL = "my tools/py $(touch hacked) `touch hacked`; touch hacked & 'thon\""
+OLD = """[ "$1" = -c ] && echo 3.6.9 && exit 0
+echo "SyntaxError: future feature annotations is not defined" >&2; exit 1"""
+
+
+class TestNamedPython:
+    """The python3 of a device is often the wrong one: conda, a venv, JetPack's own."""
+
+    @pytest.mark.slow
+    def test_it_is_used_quoted_and_remembered(self, workspace: Path, device: Device) -> None:
+        python = device.wrapped_python(EVIL)
+        device.use_python(None)
+        given = ("evaluate", "--split", "val[:2]", "--device", "host", "--host", device.host)
+        assert "2 images" in done("-C", workspace, *given, "--python", python)
+        assert not list(device.home.rglob("hacked"))
+        again = elsewhere.reached(Workspace(workspace), device.host, None)
+        with again as remote:
+            assert remote.run((remote.host.python, "-c", "print(1)")).output == b"1\n"
+
+    @pytest.mark.parametrize(
+        ("python", "words"),
+        [
+            ("/nowhere/python3", "`/nowhere/python3` cannot be started"),
+            (f"~/{EVIL}", f"`./{EVIL}` is Python 3.6.9, and 3.8 or newer is needed: name another by --python PATH"),
+            (
+                "~/tools/bare",
+                "No module named 'numpy': install it there, for this ./tools/bare, or name another by --python",
+            ),
+        ],
+    )
+    def test_one_that_will_not_do_is_named_with_the_remedy(
+        self, unmeasured: Path, device: Device, python: str, words: str
+    ) -> None:
+        device.wrapped_python(EVIL, OLD)
+        device.wrapped_python("tools/bare", f'exec {device.bare_python} "$@"')
+        message = complaint("-C", unmeasured, "profile", "--device", "host", "--host", device.host, "--python", python)
+        assert words in message
+        assert "--python PATH" in message
+        assert Workspace(unmeasured).memory().pythons == {}
+        assert not list(device.home.rglob("hacked"))
+
+    @pytest.mark.parametrize("python", ["", "-c", "--help", "a=b", "python3\nrm", "A=1 python3"])
+    def test_what_is_no_path_never_reaches_the_device(self, python: str) -> None:
+        with pytest.raises(InputError, match="write the path of a Python there"):
+            parse_host("me@there", python)
+
+    def test_without_a_host_there_is_no_other_python(self, workspace: Path) -> None:
+        for command in ("profile", "evaluate"):
+            words = "--python /opt/python3 is of a device elsewhere: add --host ssh://user@host"
+            assert words in refused(workspace, command, "--device", "host", "--python", "/opt/python3")
 
 
 def samples(workspace: Path) -> list[tuple[str, int]]:

@@ -322,6 +322,43 @@ def test_no_text_becomes_an_option_or_leaves_its_folder(text: str) -> None:
     assert not set(place.folder) & set(" \t\n'\"$;&|<>`\\*%()")
 
 
+NAMED = "my tools/py $(touch hacked) 'thon"
+
+
+@pytest.fixture
+def without_python(street: Street) -> Iterator[Device]:
+    """Its python3 is gone; one more is below the home folder, by a name that no shell may take apart."""
+    street.device.wrapped_python(NAMED)
+    street.device.use_python(None)
+    yield street.device
+    street.device.use_python(street.device.python)
+    assert not list(street.device.home.rglob("hacked"))
+
+
+def test_the_python_there_is_named_or_the_error_says_how(street: Street, newer: Path, without_python: Device) -> None:
+    old = without_python.wrapped_python("old", 'echo 3.6.9; [ "$1" = -c ]')
+    message = failed("ship", newer, street.place, *ANY_SPEED)
+    assert "`python3` cannot be started" in message
+    assert "name another by --python PATH" in message
+    assert "`./old` is Python 3.6.9, and 3.8 or newer is needed" in failed("ship", newer, street.place, "--python", old)
+    assert "`./old` is Python 3.6.9, and 3.8 or newer is needed" in failed("ships", street.place, "--python", old)
+    (place,) = printed_json("ships", street.place, "--python", f"~/{NAMED}")["places"]
+    assert f"versions/{place['current']}" == check_whole(street.folder)
+
+
+@pytest.mark.slow
+def test_another_python_there_ships_and_is_remembered(street: Street, newer: Path, without_python: Device) -> None:
+    before = check_whole(street.folder)
+    try:
+        assert street.ship(newer, "--python", f"~/{NAMED}") != before
+        assert history(street)[0]["current"]
+        done("ship", "--rollback", street.place)
+    finally:
+        Path("workspace.json").unlink()
+        Workspace(Path()).remember(split="val")
+    assert check_whole(street.folder) == before
+
+
 def test_a_password_is_not_repeated(street: Street) -> None:
     message = complaint("ship", street.bundle, "ssh://nv:s3cret@xavier:/opt/street")
     assert "password" in message

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli import completion
-from mess_compile.cli.options import FILE, FOLDER, HW, PRECISION, json_option, picked, print_inspection, size
+from mess_compile.cli.options import FILE, FOLDER, HW, PRECISION, PYTHON, json_option, picked, print_inspection, size
 from mess_compile.console import print_json, print_next, progress_bar, say
 from mess_compile.runtime.errors import InputError
 
@@ -175,6 +175,7 @@ def export(
     shell_complete=completion.hosts,
     help="Where the device is: ssh://user@host[:port]; the one that it was profiled at by default.",
 )
+@PYTHON
 @PRECISION
 @click.option("--accelerator", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine that share the images.")

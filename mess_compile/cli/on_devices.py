@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli import completion
-from mess_compile.cli.options import JUDGED, PRECISIONS, dry_run_option, json_option, print_foresight
+from mess_compile.cli.options import JUDGED, PRECISIONS, PYTHON, dry_run_option, json_option, print_foresight
 from mess_compile.cli.searching import thrift_of
 from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, say
 from mess_compile.runtime.errors import InputError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--host", shell_complete=completion.hosts, help="Build on the device itself: ssh://user@host[:port]; remembered."
 )
+@PYTHON
 @dry_run_option
 @json_option
 @click.pass_obj
@@ -41,6 +42,7 @@ def build(
     data: Path | None,
     jobs: int | None,
     host: str | None,
+    python: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -54,7 +56,7 @@ def build(
     if dry_run:
         return print_foresight(steps.foresee_build(workspace, device, precisions, jobs, host), as_json)
     with progress_bar(as_json) as progress:
-        builds = steps.build(workspace, device, precisions, data, jobs, progress, host, tell)
+        builds = steps.build(workspace, device, precisions, data, jobs, progress, host, tell, python)
     if as_json:
         told = [
             {"engines": asdict(e.engines), "fallbacks": [asdict(f) for f in e.fallbacks], "place": e.place}
@@ -96,6 +98,7 @@ def _print_engines(engines: Any, place: str) -> None:
     help="Where the device is: ssh://user@host[:port], or a name of ~/.ssh/config; remembered. Of several devices of "
     "one kind that share the work the first is the one that plans are for.",
 )
+@PYTHON
 @click.option("--all", "everything", is_flag=True, help="Every graph; over SSH not only what could change the answer.")
 @click.option(
     "--for",
@@ -118,6 +121,7 @@ def profile(
     workspace: Workspace,
     device: str | None,
     hosts: tuple[str, ...],
+    python: str | None,
     everything: bool,
     wishes: tuple[str, ...],
     budget: str | None,
@@ -138,7 +142,14 @@ def profile(
 
     if seconds is not None and not 0 < seconds <= 3600:
         raise InputError(f"--seconds {seconds:g} is not between 0 and 3600")
-    measured_by = {"--host": hosts, "--all": everything, "--for": wishes, "--budget": budget, "--seconds": seconds}
+    measured_by = {
+        "--host": hosts,
+        "--python": python,
+        "--all": everything,
+        "--for": wishes,
+        "--budget": budget,
+        "--seconds": seconds,
+    }
     asked = [option for option, value in {**measured_by, "--lock-clocks": lock_clocks}.items() if value]
     if estimate and asked:
         raise click.UsageError(f"--estimate goes without the device: drop {', '.join(asked)}, or measure there.")
@@ -157,7 +168,7 @@ def profile(
             table = steps.estimate(workspace, device, progress, precisions, data)
         else:
             table = steps.profile(
-                workspace, device, progress, precisions, data, effort, hosts or None, thrift, tell, lock_clocks
+                workspace, device, progress, precisions, data, effort, hosts or None, thrift, tell, lock_clocks, python
             )
     doubts = searching.known_doubts(workspace, table)
     if as_json:

@@ -19,6 +19,11 @@ HW = click.option("--input", "input_hw", default="180x240", show_default=True, h
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 BUNDLE = click.Path(path_type=Path)
+PYTHON = click.option(
+    "--python",
+    metavar="PATH",
+    help="What starts Python there: a path, ~/ being the home folder there; python3 by default. Remembered.",
+)
 PRECISION = click.option(
     "--precision", default="fp32", shell_complete=precisions, show_default=True, help="fp32, fp16 or int8."
 )

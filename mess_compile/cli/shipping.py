@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli import completion
-from mess_compile.cli.options import FILE, FOLDER, json_option
+from mess_compile.cli.options import FILE, FOLDER, PYTHON, json_option
 from mess_compile.console import fail, print_json, print_next, print_table, quoted, say
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ _CANNOT_TELL = "cannot tell what is there; the same command asks again"
 )
 @click.option("--data", type=FOLDER, help="Choose thresholds again there, by the images that the plan was chosen on.")
 @click.option("--sign", type=FILE, metavar="KEY", help="With --data: sign again.")
+@PYTHON
 @click.option("--unit", is_flag=True, help="Also a systemd unit of the user's own, for frames in FOLDER/live/in.")
 @json_option
 @click.pass_obj
@@ -58,7 +59,7 @@ def ship(workspace: Workspace, /, things: tuple[str, ...], as_json: bool, **opti
     texts = things if options["rollback"] else things[1:]
     if not texts:
         raise click.UsageError("ship what, and where to? `ship BUNDLE ssh://USER@HOST:/FOLDER`.")
-    places = [ships.parse_place(text) for text in dict.fromkeys(texts)]
+    places = _places(workspace, texts, options["python"])
     factor = options["latency_factor"] or LATENCY_FACTOR
     choice = _choice(workspace, options["data"], options["sign"])
     chosen = ships.Options(
@@ -71,7 +72,11 @@ def ship(workspace: Workspace, /, things: tuple[str, ...], as_json: bool, **opti
         found = ships.rollback(places, chosen, tell)
     else:
         found = ships.ship(Path(things[0]), places, chosen, tell)
-    workspace.remember_ships([each.place for each in found if each.done])
+    reached = [each.place for each in found if each.done]
+    workspace.remember_ships(reached)
+    for place in places:
+        if place.text in reached:
+            workspace.remember_python(place.host.text, options["python"])
     if as_json:
         print_json({"places": [asdict(each) for each in found]})
     elif any(each.done for each in found):
@@ -82,6 +87,15 @@ def ship(workspace: Workspace, /, things: tuple[str, ...], as_json: bool, **opti
     if not as_json:
         print_next("ships", *(f"ship --rollback {each.place}" for each in found[:1] if _can_go_back(each, options)))
     return None
+
+
+def _places(workspace: Workspace, texts: Sequence[str], python: str | None) -> list[Place]:
+    """With the Python that is named, or was when the device was reached before."""
+    from mess_compile import ship as ships
+
+    known, places = workspace.memory().pythons, [ships.parse_place(text) for text in dict.fromkeys(texts)]
+    pythons = [python or known.get(place.host.text, place.host.python) for place in places]
+    return [ships.parse_place(place.text, python) for place, python in zip(places, pythons, strict=True)]
 
 
 def _can_go_back(shipped: Shipped, options: dict[str, Any]) -> bool:
@@ -189,16 +203,17 @@ def _expected(of: Expected) -> Iterator[str]:
 
 @click.command()
 @click.argument("places", nargs=-1, metavar="[ssh://USER@HOST[:PORT]:/FOLDER]...")
+@PYTHON
 @json_option
 @click.pass_obj
-def ships(workspace: Workspace, places: tuple[str, ...], as_json: bool) -> None:
+def ships(workspace: Workspace, places: tuple[str, ...], python: str | None, as_json: bool) -> None:
     """Which versions are where; by default at the places that this workspace has shipped to."""
     from mess_compile import ship as shipping
 
     texts = tuple(dict.fromkeys(places or workspace.memory().ships))
     if not texts:
         raise click.UsageError("nothing was shipped from this workspace: name ssh://USER@HOST:/FOLDER.")
-    found = shipping.look([shipping.parse_place(text) for text in texts])
+    found = shipping.look(_places(workspace, texts, python))
     if as_json:
         print_json({"places": [{"place": text, **asdict(each)} for text, each in zip(texts, found, strict=False)]})
     else:
