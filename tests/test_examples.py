@@ -95,7 +95,7 @@ def play(folder: Path, line: list[str]) -> str:
     program, *words = line
     if program == "python":
         played = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=600)
-        assert played.returncode == 0, played.stderr
+        assert (played.returncode, played.stderr) == (0, "")
         return played.stdout
     expanded = [[str(p) for p in sorted(Path().glob(word))] if "*" in word else [word] for word in words]
     assert all(expanded), f"{words}: nothing matches"
@@ -145,6 +145,16 @@ def test_the_application_shows_all_that_it_promises(examples: Path, monkeypatch:
     assert [line.split(":")[0] for line in shown.splitlines()[:12]] == [f"frame {number}" for number in range(12)]
     assert "refined: exit 1" in shown
     assert "\nmess_frames_total{" in shown
+
+
+@pytest.mark.parametrize("words", [[], ["gone.mess"]])
+def test_the_application_without_its_bundle_says_what_it_takes(examples: Path, words: list[str]) -> None:
+    played = subprocess.run(
+        [sys.executable, "application.py", *words], cwd=examples / "05-application", capture_output=True, text=True
+    )
+    assert played.returncode == 2
+    assert played.stderr.startswith("usage: application.py [-h] bundle\n")
+    assert ("gone.mess does not exist" if words else "required: bundle") in played.stderr
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Iterator
 
@@ -39,4 +41,9 @@ def main(bundle: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", help="what `mess-compile bundle` wrote, such as ../01-quickstart/demo/host.mess")
+    chosen = parser.parse_args()
+    if not os.path.exists(chosen.bundle):
+        parser.error(f"{chosen.bundle} does not exist: run ../01-quickstart first, or name another bundle")
+    main(chosen.bundle)

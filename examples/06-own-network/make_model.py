@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def train(network: ThreeExits, images: Tensor, labels: Tensor, steps: int) -> No
         optimiser.step()
         schedule.step()
         if step % 50 == 0:
-            print(f"step {step}: loss {float(loss):.2f}")
+            print(f"step {step}: loss {loss.item():.2f}")
 
 
 def main() -> None:
@@ -83,6 +84,7 @@ def main() -> None:
     network = ThreeExits()
     train(network, images, labels, chosen.steps)
     names = [f"{what}{number}" for what in ("map", "logits") for number in (1, 2, 3)]
+    warnings.filterwarnings("ignore", "You are using the legacy TorchScript-based ONNX export")  # all that it needs
     torch.onnx.export(
         network.eval(),
         (images[:1],),
