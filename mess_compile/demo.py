@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
-from mess_compile import extras, scenes
+from mess_compile import extras, scenes, statistics
+from mess_compile.candidates import read_graph_set, verify_graph_set
+from mess_compile.latency import check_current, read_latency_table
+from mess_compile.runtime.errors import MessError
+from mess_compile.runtime.session import describe_machine
 from mess_compile.search.plan import read_result
-from mess_compile.workspace import Workspace
+from mess_compile.workspace import HOST, Workspace
 
 INPUT_HW = (96, 128)
 COUNTS = {"train": 320, "val": 96, "test": 64}
@@ -22,7 +28,8 @@ SHOWN_SHARE = 0.1
 def run_demo(folder: Path, program: click.Command) -> None:
     """Generate data in FOLDER/data, then do everything from `train` to `bench` and `report` in FOLDER.
 
-    What is already there is used again, so that an interrupted demo continues.
+    An interrupted demo continues: what is there and fits what it is made from is kept, which is said, and the search
+    and all behind it is done again.
     """
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -30,8 +37,13 @@ def run_demo(folder: Path, program: click.Command) -> None:
     if not data.is_dir():
         click.echo(f"drawing {sum(COUNTS.values())} street scenes in {data}")
         scenes.write_scenes(data, COUNTS, INPUT_HW)
-    for line in _commands_before_search(folder):
-        _run(program, line)
+    kept = False
+    for line, what, is_there in _steps_before_search(folder):
+        if is_there(Workspace(folder)):
+            click.echo(f"\nkept: {what} (remove {folder} to start over)" if not kept else f"kept: {what}")
+            kept = True
+        else:
+            _run(program, line)
     for requirement in REQUIREMENTS:
         _run(program, ["-C", str(folder), "search", "--max-err", requirement])
         if _shows_two_exits(folder):
@@ -61,17 +73,49 @@ def _shows_two_exits(folder: Path) -> bool:
     return sum(rate >= SHOWN_SHARE for rate in rates) >= 2
 
 
-def _commands_before_search(folder: Path) -> list[list[str]]:
+def _steps_before_search(folder: Path) -> list[tuple[list[str], str, Callable[[Workspace], bool]]]:
+    """Commands, what they leave, and whether that is there."""
     here, data = ["-C", str(folder)], str(folder / "data")
     train = [*here, "train", "--data", data, "--input", f"{INPUT_HW[0]}x{INPUT_HW[1]}", "--width", "0.5"]
     train += ["--exits", "features.3,features.6,features.10,features.17", "--epochs", "12", "5"]
     train += ["--heads", "fcn-crm1-b0,fcn-crm1-b1,fcn-crm2-b2-rdi", "--learning-rate", "0.004"]
     return [
-        *([] if (folder / "candidate" / "network.json").is_file() else [train]),
-        [*here, "export"],
-        [*here, "profile", "--device", "host", "--seconds", "0.5"],
-        [*here, "evaluate", "--data", data],
+        (train, "the network in candidate/", _is_trained),
+        ([*here, "export"], "its graphs", _is_exported),
+        ([*here, "profile", "--device", "host", "--seconds", "0.5"], "their latencies on this machine", _is_profiled),
+        ([*here, "evaluate", "--data", data], "the statistics of every head", _is_evaluated),
     ]
+
+
+def _is_trained(workspace: Workspace) -> bool:
+    return (workspace.candidate / "network.json").is_file()
+
+
+def _is_exported(workspace: Workspace) -> bool:
+    with suppress(MessError):
+        network = extras.torch_module("nets.checkpoint").load_candidate(workspace.candidate)
+        graph_set = read_graph_set(workspace.graphs)
+        verify_graph_set(graph_set)
+        return bool(graph_set.candidate.identity == network.candidate.identity)
+    return False
+
+
+def _is_profiled(workspace: Workspace) -> bool:
+    """By this machine, when it was in a state to be trusted."""
+    with suppress(MessError):
+        table = read_latency_table(workspace.latency(HOST))
+        check_current(table, read_graph_set(workspace.graphs))
+        told = table.environment
+        return told.get("identity") == describe_machine()["identity"] and told.get("verdict") != "unstable"
+    return False
+
+
+def _is_evaluated(workspace: Workspace) -> bool:
+    with suppress(MessError):
+        found = statistics.read_statistics(workspace.statistics("val"))
+        statistics.check_current(found, read_graph_set(workspace.graphs))
+        return workspace.memory().data is not None
+    return False
 
 
 def _commands_after_search(folder: Path) -> list[list[str]]:

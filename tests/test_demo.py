@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mess_compile import demo
+from mess_compile.cli import main
+from tests.commands import edit, overwrite
+
 PROGRAM = Path(sys.executable).parent / "mess-compile"
 
 
@@ -40,3 +44,32 @@ def test_the_demo_ends_with_a_cascade_at_work(tmp_path: Path) -> None:
     report = (folder / "report.html").read_text(encoding="utf-8")
     assert "Not here:" not in report
     assert lines[-1].endswith(str(folder / "report.html"))
+
+
+def played(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The commands that a demo runs before its search, where all else is left out."""
+    ran: list[str] = []
+    monkeypatch.setattr(demo, "_run", lambda program, line: ran.append(line[2]))
+    monkeypatch.setattr(demo, "_shows_two_exits", lambda folder: True)
+    monkeypatch.setattr(demo, "_commands_after_search", lambda folder: [])
+    demo.run_demo(folder, main)
+    assert ran.pop() == "search"
+    return ran
+
+
+def test_a_second_demo_keeps_what_fits_and_makes_again_what_does_not(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = workspace / "latency" / "host.json"
+    edit(table, lambda content: content["environment"].update(verdict="stable"))
+    assert played(workspace, monkeypatch) == []
+    told = capsys.readouterr().out
+    assert told.count("kept: ") == 4
+    assert f"(remove {workspace} to start over)" in told
+    edit(table, lambda content: content["environment"].update(identity="another machine"))
+    assert played(workspace, monkeypatch) == ["profile"]
+    edit(workspace / "statistics" / "val" / "statistics.json", lambda content: content.update(network="0" * 64))
+    assert played(workspace, monkeypatch) == ["profile", "evaluate"]
+    graph = workspace / "graphs" / "baseline.onnx"
+    overwrite(graph, graph.read_bytes()[:-1])
+    assert played(workspace, monkeypatch) == ["export", "profile", "evaluate"]
