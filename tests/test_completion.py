@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
+import select
+import shlex
 import shutil
+import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +100,76 @@ def test_the_shell_takes_the_script(shell: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     subprocess.run([shell, "-n", script], check=True)
+
+
+BREAKS = " \t\n\"'><=;|&(:"
+"""By what bash parts words when nobody says otherwise."""
+
+
+def in_bash(script: Path, line: str) -> str:
+    """The word as readline leaves it: what follows its last break is replaced."""
+    asked = 'COMP_POINT=${#COMP_LINE}; _mess_compile_completion mess-compile; printf %s "${COMPREPLY[*]}"'
+    given = {"COMP_WORDBREAKS": BREAKS, "COMP_LINE": line, **ENVIRONMENT}
+    code = f"source {shlex.quote(str(script))}; {asked}"
+    ended = subprocess.run(["bash", "-c", code], env=given, capture_output=True, text=True, check=True)
+    return line.split()[-1].rpartition(":")[0] + ":" * (":" in line) + ended.stdout
+
+
+def in_fish(script: Path, line: str) -> str:
+    code = f"source {shlex.quote(str(script))}; complete -C {shlex.quote(line)}"
+    ended = subprocess.run(["fish", "--no-config", "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    return ended.stdout.partition("\t")[0].strip()
+
+
+def in_zsh(script: Path, line: str) -> str:
+    """What stands on the line after Tab."""
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
+    given = {**ENVIRONMENT, "TERM": "dumb", "PS1": "ready> "}
+    with subprocess.Popen(
+        ["zsh", "-f", "-i"], stdin=end, stdout=end, stderr=end, env=given, start_new_session=True
+    ) as zsh:
+        os.close(end)
+        try:
+            said = f"autoload -U compinit; compinit -u -D; source {shlex.quote(str(script))}; print do''ne\n"
+            os.write(terminal, said.encode())
+            heard(terminal, "done")
+            os.write(terminal, f"{line}\t".encode())
+            return heard(terminal, f"{line}[^ ]+ $").split()[-1]
+        finally:
+            zsh.kill()
+            os.close(terminal)
+
+
+def heard(terminal: int, pattern: str) -> str:
+    text, until = "", time.monotonic() + 30
+    while not re.search(pattern, text):
+        assert time.monotonic() < until, text
+        if select.select([terminal], [], [], 0.5)[0]:
+            text += os.read(terminal, 4096).decode(errors="replace").replace("\x07", "")
+    return text
+
+
+ENVIRONMENT = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": "/nowhere"}
+ENVIRONMENT |= {name: os.environ[name] for name in ("PYTHONPATH", "LANG") if name in os.environ}
+SHELLS = {"bash": in_bash, "zsh": in_zsh, "fish": in_fish}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_shell_completes_names_with_colons_and_commas(
+    shell: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shells part words at colons, and click's own scripts at commas."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed: apt-get install {shell}")
+    script = tmp_path / "script"
+    script.write_text(done("completion", shell))
+    monkeypatch.chdir(place)
+    for line, word in (
+        ("mess-compile profile --host ssh:", "ssh://me@mine"),
+        ("mess-compile profile --precision fp32,f", "fp32,fp16"),
+    ):
+        assert SHELLS[shell](script, line) == word
 
 
 def test_a_shell_that_is_not_known_is_wrong_usage() -> None:

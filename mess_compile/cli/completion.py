@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -10,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    FishComplete,
+    add_completion_class,
+    get_completion_class,
+    split_arg_string,
+)
 
 from mess_compile.shipped import profiles
 
@@ -19,6 +27,54 @@ _SPLITS = ("train", "val", "test")
 _MANIFEST = "manifest.json"
 _INSPECTED = ("resnet50", "mobilenetv2", "graphs", "statistics", "latency", "plan")
 _VARIABLE = "_MESS_COMPILE_COMPLETE"
+_BASH = """\
+%(complete_func)s() {
+    local IFS=$'\\n' response completion type value
+    local line="${COMP_LINE:0:$COMP_POINT}"
+    local word="${line##*[[:space:]]}"
+
+    response=$(env COMP_WORDS="$line" %(complete_var)s=bash_complete $1)
+
+    for completion in $response; do
+        IFS=',' read type value <<< "$completion"
+        case $type in
+            dir) COMPREPLY=(); compopt -o dirnames ;;
+            file) COMPREPLY=(); compopt -o default ;;
+            plain) COMPREPLY+=("$value") ;;
+        esac
+    done
+
+    [[ $COMP_WORDBREAKS == *=* ]] && word="${word##*=}"
+    if [[ $COMP_WORDBREAKS == *:* && $word == *:* ]]; then
+        COMPREPLY=("${COMPREPLY[@]#"${word%%"${word##*:}"}"}")
+    fi
+    return 0
+}
+
+complete -o nosort -F %(complete_func)s %(prog_name)s
+"""
+
+
+class _Bash(BashComplete):
+    """Bash parts words at colons, too, which targets and places have: the line as it is typed is parted here."""
+
+    source_template = _BASH
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        line = os.environ["COMP_WORDS"]
+        words = split_arg_string(line)
+        incomplete = words.pop() if words and not line[-1:].isspace() else ""
+        return words[1:], incomplete
+
+
+class _Fish(FishComplete):
+    """What is offered may have commas: lists of precisions, and what is said of an option."""
+
+    source_template = FishComplete.source_template.replace('(string split "," ', '(string split -m 1 "," ')
+
+
+add_completion_class(_Bash)
+add_completion_class(_Fish)
 
 
 @click.command()
