@@ -71,6 +71,13 @@ def refuse_other_precisions(target: Target, precisions: Sequence[str]) -> None:
         raise InputError(f"{target.name} computes in {', '.join(target.precisions)}, not in {unknown[0]!r}{near}")
 
 
+def refuse_unknown_precision(precision: str) -> None:
+    """Raises InputError for one that no target computes in."""
+    if precision not in PRECISIONS:
+        near = did_you_mean(precision, PRECISIONS)
+        raise InputError(f"precision {precision!r}{near} is not one of {', '.join(reversed(PRECISIONS))}")
+
+
 def precise_graphs(
     workspace: Workspace, target: Target, precisions: Sequence[str], data: Path | None, progress: Progress
 ) -> tuple[PreciseGraphs, ...]:
@@ -91,9 +98,7 @@ def in_precision(
     """The graphs in a precision; settled on the workspace's images, or anew on those of `data` when it is named."""
     from mess_compile import recipes
 
-    if precision not in PRECISIONS:
-        near = did_you_mean(precision, PRECISIONS)
-        raise InputError(f"precision {precision!r}{near} is not one of {', '.join(reversed(PRECISIONS))}")
+    refuse_unknown_precision(precision)
     images = partial(_real_images, workspace, data, graph_set.candidate.input_hw)
     tune = workspace.memory().split or "val"
     return recipes.precise_graphs(

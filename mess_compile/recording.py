@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from mess_compile import extras, launcher, statistics
+from mess_compile import extras, launcher, prospects, statistics
 from mess_compile.candidates import CandidateNetwork, GraphSet, read_graph_set, verify_graph_set
-from mess_compile.compiling import engine_files, in_precision, verified_graphs
+from mess_compile.compiling import (
+    engine_files,
+    in_precision,
+    refuse_other_precisions,
+    refuse_unknown_precision,
+    verified_graphs,
+)
 from mess_compile.dataset import DataSet, open_dataset
 from mess_compile.elsewhere import forms_there, reached, refuse_python_here, session_there
 from mess_compile.engines import EngineFiles
+from mess_compile.prospects import Prospect
 from mess_compile.runtime import machine
 from mess_compile.runtime.engine import FP32, PRECISIONS, open_library
 from mess_compile.runtime.errors import InputError, StaleError
@@ -23,6 +31,9 @@ from mess_compile.workspace import HOST, Progress, Workspace, silent
 
 if TYPE_CHECKING:
     from mess_compile.evaluation import Share
+
+
+_WAYS = "reach it with --host ssh://user@host, or run this command on it"
 
 
 def evaluate(
@@ -62,9 +73,43 @@ def evaluate(
     if host is not None:
         return _evaluated_there(workspace, target, precision, data, split, progress, host, python)
     refuse_python_here(python)
-    refuse_unless_here(target, workspace.root, "reach it with --host ssh://user@host, or run this command on it")
+    refuse_unless_here(target, workspace.root, _WAYS)
     (engines,) = engine_files(workspace, target, (precision,), data, None, progress)
     return _evaluated(workspace, engines, data, split, progress, target.library, 1, 1, target.name)
+
+
+def foresee_evaluate(
+    workspace: Workspace,
+    data: Path | None = None,
+    split: str | None = None,
+    device: str | None = None,
+    precision: str = FP32,
+    host: str | None = None,
+) -> tuple[Prospect, ...]:
+    """What `evaluate` would do; no device is asked. Raises InputError where it would."""
+    from mess_compile import recipes
+
+    graph_set, target = verified_graphs(workspace), None
+    if host is not None or device not in (None, HOST):
+        if device is None:
+            raise InputError(f"--host {host} says where a device is: say which it is with --device NAME")
+        target = find_target(device, workspace.root)
+        refuse_other_precisions(target, (precision,))
+        if host is None and not targets_here((target,), machine.this_machine()):
+            host = workspace.memory().hosts.get(target.name)
+        if host is None:
+            refuse_unless_here(target, workspace.root, _WAYS)
+    refuse_unknown_precision(precision)
+    _, folder = _labelled(workspace, graph_set.candidate, data, split)
+    recipe = recipes.recipe_name(precision, PRECISIONS if target is None else target.precisions)
+    settled = recipes.settled_graphs(graph_set, recipe, workspace.recipes)
+    graphs = replace(graph_set, recipe=recipe) if settled is None else settled.graph_set
+    unsettled = f"{precision} is settled first, graph by graph, on real images; that is not in the time"
+    notes = (unsettled,) if settled is None else ()
+    name = HOST if target is None else target.name
+    writes, place = (workspace.statistics(folder.split, recipe, name), workspace.file), host or "this machine"
+    found = prospects.of_evaluation(graphs, len(folder.items), writes, workspace.latency(name), place, notes)
+    return (found,)
 
 
 def _evaluated_here(

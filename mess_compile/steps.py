@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile import __version__, extras, files, latency, scenes, statistics
+from mess_compile import __version__, extras, files, latency, prospects, scenes, statistics
 from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, verify_graph_set
 from mess_compile.compiling import RecipeBuild
 from mess_compile.compiling import engine_files as _engine_files
@@ -23,13 +23,16 @@ from mess_compile.dataset import DataSet, open_dataset, read_frame
 from mess_compile.foresight import Foresight, foresee_build, foresee_profile
 from mess_compile.looking import KnownDevice, compare, devices, doctor, inspect, report, verify
 from mess_compile.measuring import Thrift, build, estimate, profile
-from mess_compile.recording import evaluate
+from mess_compile.prospects import Prospect
+from mess_compile.recording import evaluate, foresee_evaluate
 from mess_compile.running import ImageResult, RunOptions, VideoResult, run
+from mess_compile.runtime import archive, frames
 from mess_compile.runtime import cascade as runtime_cascade
-from mess_compile.runtime import frames
+from mess_compile.runtime.choice import matching_plans
 from mess_compile.runtime.engine import open_library
 from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.manifest import EngineFile, Manifest
+from mess_compile.runtime.manifest import Plan as ManifestPlan
 from mess_compile.runtime.versions import RELEASE
 from mess_compile.search import plan as plans
 from mess_compile.search.requirement import Requirement
@@ -55,6 +58,7 @@ __all__ = [
     "ImageResult",
     "KnownDevice",
     "NetworkChoice",
+    "Prospect",
     "RecipeBuild",
     "Requirement",
     "RunOptions",
@@ -73,9 +77,13 @@ __all__ = [
     "estimate",
     "evaluate",
     "export",
+    "foresee_bench",
     "foresee_build",
+    "foresee_bundle",
+    "foresee_evaluate",
     "foresee_profile",
     "foresee_ship",
+    "foresee_train",
     "inspect",
     "open_workspace",
     "parse_place",
@@ -153,8 +161,37 @@ def train_baseline(
     `export` puts it beside the candidate network's final exit, and the better of the two is what a plan is held
     against.
     """
-    alone, budget = replace(choice, exits=1, heads=()), replace(recipe, epochs=(sum(recipe.epochs), 0))
+    alone, budget = _alone(choice, recipe)
     return _trained(data, alone, workspace.baseline, budget, report, imagenet, machines, None, None, progress)
+
+
+def _alone(choice: NetworkChoice, recipe: Recipe) -> tuple[NetworkChoice, Recipe]:
+    return replace(choice, exits=1, heads=()), replace(recipe, epochs=(sum(recipe.epochs), 0))
+
+
+def foresee_train(
+    workspace: Workspace,
+    data: Path,
+    choice: NetworkChoice,
+    recipe: Recipe,
+    baseline: bool = False,
+    imagenet: Path | None = None,
+    machines: Machines | None = None,
+    source: Path | None = None,
+    teacher: Path | None = None,
+) -> tuple[Prospect, ...]:
+    """What `train` would do, or `train_baseline`. Raises InputError where they would."""
+    folder = workspace.baseline if baseline else workspace.candidate
+    if baseline:
+        choice, recipe = _alone(choice, recipe)
+    stages = extras.torch_module("training.stages")
+    images = open_dataset(data, "train")
+    validation = open_dataset(data, "val", images.classes)
+    what, notes = stages.foreseen(
+        _architecture(choice, images), images, validation, folder, recipe, imagenet, machines, source, teacher
+    )
+    basis = "how long a batch takes is known when the first ones are done, and stands on the progress line then"
+    return (Prospect("train", what, (str(folder), str(workspace.file)), None, basis, notes),)
 
 
 def _trained(data: Path, choice: NetworkChoice, folder: Path, recipe: Recipe, *how: Any) -> CandidateNetwork | None:
@@ -266,11 +303,7 @@ def bundle(
     """
     from mess_compile import bundle as bundles
 
-    sources = [workspace.plan_named(plan) for plan in plan_files or ()]
-    sources = sources or [workspace.plan(_target(workspace, None).name)]
-    chosen = [plans.read_result(path).plan for path in sources]
-    path = output or workspace.bundle(chosen[0].device)
-    _check_outputs(sources, path, options.single_file)
+    _, path, chosen = _sources_of(workspace, plan_files, output, options)
     released = {} if options.release is None else {RELEASE: str(options.release)}
     with TemporaryDirectory(prefix="mess-") as folder:
         parts = [
@@ -294,6 +327,43 @@ def bundle(
     return path, manifest
 
 
+def _sources_of(
+    workspace: Workspace, plan_files: Sequence[Path | str] | None, output: Path | None, options: BundleOptions
+) -> tuple[list[Path], Path, list[plans.Plan]]:
+    """Where the plans are, where the bundle goes, and the plans."""
+    sources = [workspace.plan_named(plan) for plan in plan_files or ()]
+    sources = sources or [workspace.plan(_target(workspace, None).name)]
+    chosen = [plans.read_result(path).plan for path in sources]
+    path = output or workspace.bundle(chosen[0].device)
+    _check_outputs(sources, path, options.single_file)
+    return sources, path, chosen
+
+
+def foresee_bundle(
+    workspace: Workspace,
+    plan_files: Sequence[Path | str] | None = None,
+    output: Path | None = None,
+    options: BundleOptions = BundleOptions(),
+) -> tuple[Prospect, ...]:
+    """What `bundle` would write. Raises InputError and StaleError where it would."""
+    sources, path, chosen = _sources_of(workspace, plan_files, output, options)
+    graph_sets = [_basis(workspace, plan)[0] for plan in chosen]
+    if options.engines:
+        for plan in chosen:
+            _refuse_without_engines(find_target(plan.device, workspace.root))
+    names = {
+        (g.name, each.identity): each.spec(g.name)
+        for plan, each in zip(chosen, graph_sets, strict=True)
+        for g in plan.graphs
+    }
+    size = sum(spec.bytes for spec in names.values()) / 2**20
+    what = f"bundle the plans {', '.join(map(str, sources))}: {len(names)} graphs with {size:.2f} MiB of weights"
+    replaced = [f"{path} is there, and would be replaced"] if path.exists() else []
+    notes = (*replaced, *(["engines that are missing would be built first"] if options.engines else []))
+    writes = (str(path), *([] if options.single_file is None else [str(options.single_file)]))
+    return (Prospect("bundle", what, writes, None, "nothing of it was ever timed here", notes),)
+
+
 def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleOptions, progress: Progress) -> Part:
     """A plan that is current, with what a bundle takes of it; graphs rewritten for its target lie in `folder`.
 
@@ -303,6 +373,17 @@ def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleO
     from mess_compile.measurements import measurements_of
 
     target = find_target(plan.device, workspace.root)
+    graph_set, table, known = _basis(workspace, plan)
+    folder.mkdir()
+    forms = _forms(graph_set, plan, target, folder)
+    engines = _engines_to_take(workspace, target, plan, progress) if options.engines else {}
+    return Part(graph_set, plan, measurements_of(plan, graph_set, table, known), target.device, forms, engines)
+
+
+def _basis(
+    workspace: Workspace, plan: plans.Plan
+) -> tuple[GraphSet, latency.LatencyTable, statistics.ExitStatistics | None]:
+    """Graphs, latencies and statistics (None: they are gone) of a plan. Raises StaleError when it is of others."""
     graph_set = settled_graphs_of(workspace, plan.precision, plan.device)
     plans.check_plan_current(plan, graph_set)
     table = latency.read_latency_table(workspace.latency(plan.device))
@@ -310,11 +391,7 @@ def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleO
     tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
     known = _tuning_statistics(table, plan.device, sources, tuning)
     latency.check_current(table, graph_set)
-    folder.mkdir()
-    forms = _forms(graph_set, plan, target, folder)
-    engines = _engines_to_take(workspace, target, plan, progress) if options.engines else {}
-    measurements = measurements_of(plan, graph_set, table, known)
-    return Part(graph_set, plan, measurements, target.device, forms, engines)
+    return graph_set, table, known
 
 
 def _check_outputs(sources: Sequence[Path], bundle: Path, single_file: Path | None) -> None:
@@ -339,8 +416,7 @@ def _engines_to_take(
     workspace: Workspace, target: Target, plan: plans.Plan, progress: Progress
 ) -> dict[EngineFile, Path]:
     """The plan's engines, and for classic TensorRT the timing cache that their builds left."""
-    if target.library.startswith("onnxruntime"):
-        raise InputError(f"{target.name} runs graphs by ONNX Runtime, which has no engines: leave --engines out")
+    _refuse_without_engines(target)
     from mess_compile import building
     from mess_compile.runtime.tensorrt_build import timing_cache_name
 
@@ -357,6 +433,11 @@ def _engines_to_take(
     }
     timing = workspace.engines(target.name, made.graph_set.recipe).parent / timing_cache_name(version)
     return found | ({engine(timing.name, None, ""): timing} if timing.is_file() else {})
+
+
+def _refuse_without_engines(target: Target) -> None:
+    if target.library.startswith("onnxruntime"):
+        raise InputError(f"{target.name} runs graphs by ONNX Runtime, which has no engines: leave --engines out")
 
 
 def _gpu(target: Target) -> tuple[str, tuple[int, int]]:
@@ -405,19 +486,58 @@ def bench(
         device = find_target(plan.target, workspace.root)
         table = latency.read_latency_table(workspace.latency(device.name))
         refuse_unless_here(device, workspace.root)
-        graph_set = settled_graphs_of(workspace, plan.precision, plan.target)
-        verify_graph_set(graph_set)
-        latency.check_current(table, graph_set)  # now, rather than after minutes of measuring
+        graph_set = _benched_graphs(workspace, plan, table)
         known = None
         if cascade.manifest.network.identity == graph_set.candidate.identity:  # else `bench` refuses the bundle
-            tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
-            known = _tuning_statistics(table, plan.target, plan.sources, tuning)
+            known = _tuning_of_bundle(workspace, plan, table)
         tuned_on = frozenset(known.image_id if known else ())
         (engines,) = _engine_files(workspace, device, (plan.precision.partition("-")[0],), None, None, progress)
         found = benches.bench(cascade, engines, table, folder, tuned_on, passes, progress)
         with suppress(OSError):  # a workspace that cannot be written is measured all the same
             write_bench(workspace.bench(plan.target), found, plan)
         return found
+
+
+def foresee_bench(
+    workspace: Workspace,
+    bundle: Path,
+    data: Path | None = None,
+    split: str = "val",
+    passes: int = 3,
+    target: str | None = None,
+    deadline_ms: float | None = None,
+) -> tuple[Prospect, ...]:
+    """What `bench` would do, or `bench_deadline`. Raises InputError, BundleError and StaleError where they would."""
+    if passes < 1:
+        raise InputError(f"passes is {passes}: at least 1 is needed")
+    folder = open_dataset(workspace.data_folder(data), split)
+    manifest = archive.read_manifest(bundle)
+    plan, *_ = matching_plans(manifest, target, None)
+    device = find_target(plan.target, workspace.root)
+    refuse_unless_here(device, workspace.root)
+    if deadline_ms is not None:
+        path_ms = plan.upload_mean_ms + sum(cost.mean_ms for cost in plan.costs) + plan.costs[-1].report_mean_ms
+        return (prospects.of_deadline(len(folder.items), passes, bundle, deadline_ms, path_ms),)
+    table = latency.read_latency_table(workspace.latency(device.name))
+    graph_set = _benched_graphs(workspace, plan, table)
+    if manifest.network.identity == graph_set.candidate.identity:
+        _tuning_of_bundle(workspace, plan, table)
+    kept, plan_ms = workspace.bench(plan.target), plan.predicted.latency_ms
+    return (prospects.of_bench(graph_set, table, plan_ms, len(folder.items), passes, bundle, kept),)
+
+
+def _benched_graphs(workspace: Workspace, plan: ManifestPlan, table: latency.LatencyTable) -> GraphSet:
+    graph_set = settled_graphs_of(workspace, plan.precision, plan.target)
+    verify_graph_set(graph_set)
+    latency.check_current(table, graph_set)  # now, rather than after minutes of measuring
+    return graph_set
+
+
+def _tuning_of_bundle(
+    workspace: Workspace, plan: ManifestPlan, table: latency.LatencyTable
+) -> statistics.ExitStatistics | None:
+    tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
+    return _tuning_statistics(table, plan.target, plan.sources, tuning)
 
 
 def bench_deadline(

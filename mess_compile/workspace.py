@@ -120,9 +120,14 @@ class Workspace:
     def bundle(self, device: str) -> Path:
         return self.root / f"{device}.mess"
 
+    @property
+    def file(self) -> Path:
+        """What is remembered between commands."""
+        return self.root / "workspace.json"
+
     def memory(self) -> Memory:
         """Raises InputError when `workspace.json` is damaged."""
-        path = self.root / "workspace.json"
+        path = self.file
         if not path.exists():
             return Memory()
         content = files.read_json(path, "mess-workspace", 1, _REMEDY)
@@ -152,28 +157,28 @@ class Workspace:
             given["hosts"] = {**known.hosts, device: host}
         memory = replace(known, **{name: value for name, value in given.items() if value is not None})
         if memory != known:
-            files.write_json(self.root / "workspace.json", "mess-workspace", 1, asdict(memory))
+            files.write_json(self.file, "mess-workspace", 1, asdict(memory))
 
     def remember_host(self, device: str, host: str) -> None:
         """Where a device is, whichever was profiled last."""
         known = self.memory()
         if known.hosts.get(device) != host:
             memory = replace(known, hosts={**known.hosts, device: host})
-            files.write_json(self.root / "workspace.json", "mess-workspace", 1, asdict(memory))
+            files.write_json(self.file, "mess-workspace", 1, asdict(memory))
 
     def remember_python(self, host: str, python: str | None) -> None:
         """What starts Python at a host; None leaves that as it was, and where this is no workspace yet none is made."""
         known = self.memory()
-        if python is not None and (self.root / "workspace.json").exists() and known.pythons.get(host) != python:
+        if python is not None and self.file.exists() and known.pythons.get(host) != python:
             memory = replace(known, pythons={**known.pythons, host: python})
-            files.write_json(self.root / "workspace.json", "mess-workspace", 1, asdict(memory))
+            files.write_json(self.file, "mess-workspace", 1, asdict(memory))
 
     def remember_ships(self, places: Sequence[str]) -> None:
         """Where a bundle was shipped to; nothing where this is no workspace yet, for one ships from anywhere."""
         known = self.memory()
-        if (self.root / "workspace.json").exists() and not set(places) <= set(known.ships):
+        if self.file.exists() and not set(places) <= set(known.ships):
             memory = replace(known, ships=tuple(dict.fromkeys((*known.ships, *places))))
-            files.write_json(self.root / "workspace.json", "mess-workspace", 1, asdict(memory))
+            files.write_json(self.file, "mess-workspace", 1, asdict(memory))
 
     def data_folder(self, data: Path | None) -> Path:
         """The data folder given or remembered. Raises InputError when there is neither."""

@@ -12,7 +12,8 @@ from mess_compile import compiling, steps
 from mess_compile.candidates import GraphSet
 from mess_compile.runtime import profile, session
 from mess_compile.workspace import Workspace
-from tests.commands import contents, done, printed_json, run
+from tests.commands import TRAIN, contents, done, edit, printed_json, refused, run
+from tests.json_docs import differences
 
 NOWHERE = "ssh://nobody@192.0.2.1"
 
@@ -68,6 +69,89 @@ def test_engines_that_are_there_are_counted(workspace: Path) -> None:
     assert fp16["there"] == 0
     assert "is settled first" in fp16["notes"][0]
     assert "13 engines built before" in fp16["basis"]
+
+
+def prospect(workspace: Path, *arguments: str | Path) -> dict[str, Any]:
+    """What one dry run says, which leaves everything as it was."""
+    before = contents(workspace)
+    given = ("-C", workspace, *arguments, "--dry-run")
+    content = printed_json(*given)
+    assert differences(", ".join(f"{name} --dry-run" for name in PROSPECTS), content) == []
+    (step,) = content["dry_run"]
+    assert step["step"] == arguments[0]
+    shown = done(*given)
+    assert shown.startswith(f"would {step['what']}\n")
+    assert all(f"would write {place}\n" in shown for place in step["writes"])
+    assert ("cannot be told" in shown) == (step["least_s"] is None)
+    assert ("ESTIMATED" in shown) == (step["least_s"] is not None)
+    assert contents(workspace) == before
+    return dict(step)
+
+
+PROSPECTS = ("train", "evaluate", "bundle", "bench")
+
+
+def all_heads_s(workspace: Path) -> float:
+    """Of one image, by the table: backbone point by point, every head, and full-size labels of each."""
+    graphs = json.loads((workspace / "graphs" / "index.json").read_text())["candidate"]
+    table = json.loads((workspace / "latency" / "host.json").read_text())["entries"]
+    ms = {entry["graph"]: entry["mean_ms"] for entry in table}
+    points = {number: point["hw"] for number, point in enumerate(graphs["exit_points"], start=1)}
+    total = sum(ms[f"segment-{number - 1}-{number}"] for number in points)
+    for head in graphs["heads"]:
+        height, width = points[head["exit_point"]]
+        total += ms[f"head-exit{head['exit_point']}.{head['config']}"] + ms[f"output-{height}x{width}"]
+    return float(total) / 1e3
+
+
+def test_an_evaluation_tells_what_it_records_and_how_long(workspace: Path) -> None:
+    step = prospect(workspace, "evaluate", "--split", "test")
+    assert step["what"] == "record 5 heads on 6 images, by fp32 at this machine"
+    assert step["writes"] == [str(workspace / "statistics" / "test"), str(workspace / "workspace.json")]
+    assert step["least_s"] == pytest.approx(6 * all_heads_s(workspace))
+    assert "measured latencies of host" in step["basis"]
+    assert "is settled first" in prospect(workspace, "evaluate", "--precision", "fp16")["notes"][0]
+    there = prospect(workspace, "evaluate", "--device", "xavier", "--host", NOWHERE)
+    assert (there["least_s"], NOWHERE in there["what"]) == (None, True)
+    (workspace / "latency" / "host.json").unlink()
+    assert prospect(workspace, "evaluate")["least_s"] is None
+
+
+def test_a_bench_tells_how_long_plan_baseline_and_replay_take(workspace: Path) -> None:
+    plan = json.loads((workspace / "plans" / "host.json").read_text())["plan"]
+    step = prospect(workspace, "bench", workspace / "host.mess", "--split", "test", "--passes", "7")
+    both_s = (plan["predicted"]["latency_ms"] + plan["baseline"]["latency_ms"]) / 1e3
+    whole_s = 6 * 7 * both_s + 6 * all_heads_s(workspace)
+    assert step["least_s"] == pytest.approx(whole_s, rel=0.1), "but for the baseline's upload and download"
+    assert step["writes"] == [str(workspace / "bench" / "host.json")]
+    late = prospect(workspace, "bench", workspace / "host.mess", "--passes", "2", "--deadline", "0.001ms")
+    assert late["least_s"] == pytest.approx(12 * 2 * 0.001e-3)
+    assert late["writes"] == []
+
+
+def test_a_bundle_tells_what_goes_in_and_what_it_would_replace(workspace: Path) -> None:
+    step = prospect(workspace, "bundle", "--single-file", workspace / "host.onnx")
+    assert step["writes"] == [str(workspace / "host.mess"), str(workspace / "host.onnx")]
+    graphs = json.loads((workspace / "plans" / "host.json").read_text())["plan"]["graphs"]
+    assert f": {len(graphs)} graphs with " in step["what"]
+    assert step["notes"] == [f"{workspace / 'host.mess'} is there, and would be replaced"]
+    edit(workspace / "latency" / "host.json", lambda content: content["entries"][0].update(runs=1))
+    for options in ((), ("--dry-run",)):
+        assert "latency table" in refused(workspace, "bundle", *options)
+
+
+def test_a_training_tells_its_steps_and_what_becomes_of_the_network_that_is_there(workspace: Path) -> None:
+    given = (*TRAIN, "--data", workspace / "data", "--batch", "5")
+    step = prospect(workspace, *given)
+    assert "on 24 images, validated on 12: stage 1, 1 epochs x 4 batches of 5; stage 2, 1 groups" in step["what"]
+    assert step["writes"] == [str(workspace / "candidate"), str(workspace / "workspace.json")]
+    assert step["least_s"] is None
+    assert "would be kept beside it, as candidate-N" in step["notes"][0]
+    alone = prospect(workspace, *given, "--baseline")
+    assert alone["writes"][0] == str(workspace / "baseline")
+    assert "stage 1, 2 epochs x 4 batches of 5" in alone["what"]
+    for options in ((), ("--dry-run",)):
+        assert "stage 1 has 0 epochs" in refused(workspace, *given, "--epochs", "0", "1", *options)
 
 
 def test_an_estimate_has_nothing_to_foresee(workspace: Path) -> None:

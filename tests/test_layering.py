@@ -47,7 +47,9 @@ ALLOWED = {
         *("building", "candidates", "compiling", "engines", "jobs", "places", "remote", "sessions", "targets"),
         *("trtexec_session", "workspace", "runtime"),
     },
+    "prospects": {"candidates", "latency", "runtime"},
     "recording": {
+        "prospects",
         *("candidates", "compiling", "dataset", "elsewhere", "engines", "evaluation", "extras", "launcher", "recipes"),
         *("remote", "statistics", "targets", "workspace", "runtime"),
     },

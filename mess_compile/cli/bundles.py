@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli import completion
-from mess_compile.cli.options import BUNDLE, FILE, FOLDER, json_option, print_inspection, rates, size
+from mess_compile.cli.options import (
+    BUNDLE,
+    FILE,
+    FOLDER,
+    dry_run_option,
+    json_option,
+    print_inspection,
+    print_prospects,
+    rates,
+    size,
+)
 from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, quoted, say
 
 if TYPE_CHECKING:
@@ -37,6 +47,7 @@ _target_option = click.option(
     help="Also the first plan as one ONNX with If, for ONNX Runtime alone.",
 )
 @click.option("--release", type=click.IntRange(0, 999_999_999), help="A growing number: `ship` refuses an older one.")
+@dry_run_option
 @json_option
 @click.pass_obj
 def bundle(
@@ -48,6 +59,7 @@ def bundle(
     engines: bool,
     single_file: Path | None,
     release: int | None,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Write the chosen plan, its graphs and the runtime as one file for the device.
@@ -59,6 +71,8 @@ def bundle(
     from mess_compile import steps
 
     options = steps.BundleOptions("letterbox" if letterbox else "stretch", sign, engines, single_file, release)
+    if dry_run:
+        return print_prospects(steps.foresee_bundle(workspace, plans, output, options), as_json)
     with progress_bar(as_json) as progress:
         path, manifest = steps.bundle(workspace, plans, output, options, progress)
     size = path.stat().st_size
@@ -168,6 +182,7 @@ def _of_video(result: VideoResult) -> str:
 @click.option("--passes", default=3, show_default=True, help="How often every image is measured.")
 @click.option("--deadline", help="Refine every image until then, such as 20ms: what is there, and how often too late.")
 @_target_option
+@dry_run_option
 @json_option
 @click.pass_obj
 def bench(
@@ -178,11 +193,17 @@ def bench(
     passes: int,
     deadline: str | None,
     target: str | None,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Measured against predicted, and against the better single-exit baseline in the same run."""
     from mess_compile import steps
+    from mess_compile.search.requirement import parse_milliseconds
 
+    if dry_run:
+        deadline_ms = None if deadline is None else parse_milliseconds(deadline)
+        foreseen = steps.foresee_bench(workspace, bundle, data, split, passes, target, deadline_ms)
+        return print_prospects(foreseen, as_json)
     if deadline is not None:
         return _bench_deadline(workspace, bundle, data, split, passes, deadline, target, as_json)
     with progress_bar(as_json) as progress:

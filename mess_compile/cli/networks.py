@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli import completion
-from mess_compile.cli.options import FILE, FOLDER, HW, PRECISION, PYTHON, json_option, picked, print_inspection, size
+from mess_compile.cli.options import (
+    FILE,
+    FOLDER,
+    HW,
+    PRECISION,
+    PYTHON,
+    dry_run_option,
+    json_option,
+    picked,
+    print_inspection,
+    print_prospects,
+    size,
+)
 from mess_compile.console import print_json, print_next, progress_bar, say
 from mess_compile.runtime.errors import InputError
 
@@ -91,9 +103,10 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @click.option("--data", type=FOLDER, required=True, help="CamVid, Cityscapes, VOC, COCO, or a folder of your own.")
 @_train_options
+@dry_run_option
 @json_option
 @click.pass_obj
-def train(workspace: Workspace, /, data: Path, as_json: bool, **options: Any) -> None:
+def train(workspace: Workspace, /, data: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train a candidate network in two stages; the same command continues an interrupted training."""
     from mess_compile import extras, inspection, steps
 
@@ -118,6 +131,9 @@ def train(workspace: Workspace, /, data: Path, as_json: bool, **options: Any) ->
     machines = parallel.Machines(**picked(options, "accelerator devices nodes precision accumulate"))
     if options["baseline"] and (options["source"] or options["teacher"]):
         raise InputError("--baseline trains a whole network for the sum of --epochs: it has no --from or --teacher")
+    if dry_run:
+        others = options["baseline"], options["weights"], machines, options["source"], options["teacher"]
+        return print_prospects(steps.foresee_train(workspace, data, choice, recipe, *others), as_json)
     folder = workspace.baseline if options["baseline"] else workspace.candidate
     with progress_bar(as_json) as progress:
         arguments = (workspace, data, choice, recipe, partial(say, err=as_json), options["weights"], machines)
@@ -180,12 +196,18 @@ def export(
 @click.option("--accelerator", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine that share the images.")
 @click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both themselves.")
+@dry_run_option
 @json_option
 @click.pass_obj
-def evaluate(workspace: Workspace, /, data: Path | None, split: str | None, as_json: bool, **options: Any) -> None:
+def evaluate(
+    workspace: Workspace, /, data: Path | None, split: str | None, dry_run: bool, as_json: bool, **options: Any
+) -> None:
     """Record how sure and how right every head is on labelled images."""
     from mess_compile import inspection, steps
 
+    if dry_run:
+        where = picked(options, "device precision host")
+        return print_prospects(steps.foresee_evaluate(workspace, data, split, **where), as_json)
     with progress_bar(as_json) as progress:
         found = steps.evaluate(workspace, data, split, progress, **options)
     if found is None:  # one of many processes; the first one speaks

@@ -67,6 +67,24 @@ def print_foresight(steps: Any, as_json: bool) -> None:
     return say("nothing was written")
 
 
+def print_prospects(found: Any, as_json: bool) -> None:
+    """What would be done and written, and that nothing was."""
+    if as_json:
+        return print_json({"dry_run": [asdict(step) for step in found]})
+    for each in found:
+        say(f"would {each.what}")
+        for place in each.writes:
+            say(f"would write {place}")
+        if each.least_s is None:
+            say(f"how long it takes cannot be told: {each.basis}")
+        else:
+            least = duration(each.least_s) if each.least_s >= 10 else f"{each.least_s:.1f} s"
+            say(f"it should take {least} or more, ESTIMATED (by {each.basis})")
+        for note in each.notes:
+            say(f"mind: {note}")
+    return say("nothing was written")
+
+
 def duration(seconds: float) -> str:
     """Such as 40 s, 12 min or 3.5 h."""
     if seconds < 90:

@@ -27,7 +27,7 @@ from mess_compile.nets.network import Architecture, OverprovisionedNetwork, with
 from mess_compile.runtime.errors import InputError
 from mess_compile.training import losses
 from mess_compile.training.augment import Batches, Shard
-from mess_compile.training.distilling import train_heads
+from mess_compile.training.distilling import head_groups, train_heads
 from mess_compile.training.loop import Run
 from mess_compile.training.parallel import Machines, launch, lost_process_named, said_once
 from mess_compile.training.pretraining import SAVED, pretrain
@@ -98,6 +98,39 @@ def train(
     save_candidate(network, folder)
     remove_progress(folder)
     return network.candidate
+
+
+def foreseen(
+    architecture: Architecture,
+    data: DataSet,
+    validation: DataSet,
+    folder: Path,
+    recipe: Recipe,
+    imagenet: Path | None = None,
+    machines: Machines | None = None,
+    source: Path | None = None,
+    teacher: Path | None = None,
+) -> tuple[str, tuple[str, ...]]:
+    """What `train` would do, and what is to be known beside; nothing is written. Raises InputError where it would."""
+    machines = machines or Machines()
+    kept, teaching = (load_candidate(path) if path else None for path in (source, teacher))
+    _check_stages(architecture, recipe, kept)
+    _check_teacher(architecture, teaching)
+    progress = read_progress(folder, _described(architecture, data, recipe, imagenet, (kept, teaching)))
+    shard = Shard(0, machines.devices * machines.nodes, machines.accumulate)
+    steps, batches = len(Batches(data, architecture.input_hw, recipe, shard)), min(recipe.batch, len(data.items))
+    groups = len(head_groups(_build(architecture), recipe.head_memory_mib))
+    first, second = recipe.epochs
+    what = (
+        f"train {architecture.backbone} on {len(data.items)} images, validated on {len(validation.items)}: stage 1, "
+        f"{first} epochs x {steps} batches of {batches}; stage 2, {groups} groups of heads x {second} epochs x as many"
+    )
+    notes: tuple[str, ...] = ()
+    if progress is not None:
+        notes += (f"it would go on in stage {progress.stage}, after epoch {progress.epoch}",)
+    elif (folder / "network.json").exists():
+        notes += (f"the network that is in {folder} would be kept beside it, as {folder.name}-N",)
+    return what, notes
 
 
 def _described(
