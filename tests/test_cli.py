@@ -133,6 +133,12 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 2
 
 
+def test_the_list_of_commands_is_whole_sentences_at_80_columns() -> None:
+    shown = done("--help")
+    assert "..." not in shown.partition("Commands:")[2]
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def test_help_is_not_an_error() -> None:
     for command in main.commands:
         assert done(command, "--help").startswith("Usage: ")

@@ -34,7 +34,7 @@ _target_option = click.option(
 )
 
 
-@click.command()
+@click.command(short_help="Write plan, graphs and runtime as one file.")
 @click.argument("plans", nargs=-1, metavar="[PLAN|DEVICE]...", shell_complete=completion.plans)
 @click.option("-o", "--output", type=FILE, help="DEVICE.mess in the workspace by default.")
 @click.option("--letterbox", is_flag=True, help="Frames of another shape keep their proportions; stretched otherwise.")
@@ -98,7 +98,7 @@ def _print_doubts(doubts: Iterable[str]) -> None:
         say(f"mind: {doubt}")
 
 
-@click.command()
+@click.command(short_help="Segment images, folders, videos or a camera.")
 @click.argument("bundle", type=BUNDLE, shell_complete=completion.bundles)
 @click.argument("sources", type=BUNDLE, nargs=-1, required=True, metavar="IMAGE|FOLDER|VIDEO|camera:N...")
 @click.option("-o", "--output", type=FOLDER, default="predictions", show_default=True)
@@ -169,7 +169,7 @@ def _of_video(result: VideoResult) -> str:
     return told + "\nstopped there by Ctrl-C; what is written is whole" * result.stopped
 
 
-@click.command()
+@click.command(short_help="Measured against predicted, and against the baseline.")
 @click.argument("bundle", type=BUNDLE, shell_complete=completion.bundles)
 @click.option("--data", type=FOLDER, help="Labelled images; the workspace's by default.")
 @click.option(
@@ -279,7 +279,7 @@ _REMEDIES = {
 }
 
 
-@click.command()
+@click.command(short_help="Does this machine compute what was evaluated?")
 @click.argument("bundle", type=BUNDLE, shell_complete=completion.bundles)
 @click.option("--allowed-signers", type=FILE, help="It must be signed by one of them: NAME and public key, one a line.")
 @click.option("--identity", help="Which of the allowed signers; any by default.")
@@ -324,7 +324,7 @@ def verify(
         print_next(f"run {quoted(bundle)} IMAGE...")
 
 
-@click.command()
+@click.command(short_help="What is in a backbone, bundle, plan or artefact.")
 @click.argument("thing", shell_complete=completion.inspected)
 @click.option(
     "--classes", type=click.IntRange(2, 255), default=21, show_default=True, help="Classes, when THING is a backbone."

@@ -77,7 +77,7 @@ add_completion_class(_Bash)
 add_completion_class(_Fish)
 
 
-@click.command()
+@click.command(short_help="Print the script that completes commands in a shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the script that completes commands, options, devices, splits, plans and bundles in a shell.

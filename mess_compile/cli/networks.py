@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
 
-@click.command()
+@click.command(short_help="The whole flow on generated street scenes.")
 @click.argument("folder", type=FOLDER, default="demo")
 def demo(folder: Path) -> None:
     """The whole flow on generated street scenes: train, export, profile, search, bundle, run, bench, report."""
@@ -100,7 +100,7 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command()
+@click.command(short_help="Train a candidate network in two stages.")
 @click.option("--data", type=FOLDER, required=True, help="CamVid, Cityscapes, VOC, COCO, or a folder of your own.")
 @_train_options
 @dry_run_option
@@ -149,7 +149,7 @@ def train(workspace: Workspace, /, data: Path, dry_run: bool, as_json: bool, **o
     return print_next("export")
 
 
-@click.command()
+@click.command(short_help="Cut a candidate network into checked graphs.")
 @click.argument("source", type=click.Path(path_type=Path), required=False)
 @click.option("--exits", type=FILE, help="TOML that names another framework's tensors; with MODEL.onnx.")
 @click.option("--confidence", type=click.Choice(["top1", "margin", "entropy"]), default="top1", show_default=True)
@@ -178,7 +178,7 @@ def export(
     return print_next("profile --device host")
 
 
-@click.command()
+@click.command(short_help="Record how sure and how right every head is.")
 @click.option("--data", type=FOLDER, help="Labelled images; remembered.")
 @click.option(
     "--split", shell_complete=completion.splits, help="val by default; val[:50] takes the first 50 files. Remembered."

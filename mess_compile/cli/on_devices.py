@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
 
-@click.command()
+@click.command(short_help="Build the device's engines, here or there.")
 @click.option(
     "--device",
     shell_complete=completion.devices,
@@ -86,7 +86,7 @@ def _print_engines(engines: Any, place: str) -> None:
         say(f"FAILED  {entry.graph} ({entry.precision}): {entry.error}")
 
 
-@click.command()
+@click.command(short_help="Measure the graphs on the device.")
 @click.option(
     "--device", shell_complete=completion.devices, help="A known device (see `mess-compile devices`); remembered."
 )
@@ -213,7 +213,7 @@ def _print_table_made(table: Any) -> None:
     )
 
 
-@click.command()
+@click.command(short_help="Known targets, and which of them this machine is.")
 @json_option
 @click.pass_obj
 def devices(workspace: Workspace, as_json: bool) -> None:

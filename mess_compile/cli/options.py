@@ -78,7 +78,7 @@ def print_prospects(found: Any, as_json: bool) -> None:
         if each.least_s is None:
             say(f"how long it takes cannot be told: {each.basis}")
         else:
-            least = duration(each.least_s) if each.least_s >= 10 else f"{each.least_s:.1f} s"
+            least = duration(each.least_s) if each.least_s >= 10 else f"{each.least_s:.2g} s"
             say(f"it should take {least} or more, ESTIMATED (by {each.basis})")
         for note in each.notes:
             say(f"mind: {note}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
 
-@click.command()
+@click.command(short_help="Choose exits, heads and thresholds; prove the choice.")
 @click.option(
     "--device",
     "devices",

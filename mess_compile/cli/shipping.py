@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _CANNOT_TELL = "cannot tell what is there; the same command asks again"
 
 
-@click.command()
+@click.command(short_help="Take a bundle to devices in use, verified there.")
 @click.argument(
     "things",
     nargs=-1,
@@ -164,7 +164,8 @@ def _fail_where_it_did(found: Sequence[Any], words: str) -> None:
     errors = [(each.place, each.error) for each in found if getattr(each, "error", None) is not None]
     if errors and len(found) > 1:
         for place, error in errors:
-            say(f"failed: {place}: {error.removeprefix(f'{place}: ')}", err=True)
+            words = error.removeprefix(f"{place}: ").removeprefix(f"{place.rpartition(':')[0]}: ")
+            say(f"failed: {place}: {words}", err=True)
         fail(f"{len(errors)} of {len(found)} places {words}")
     if errors:
         fail(errors[0][1])
@@ -201,7 +202,7 @@ def _expected(of: Expected) -> Iterator[str]:
         yield f"it would be refused: {of.refusal}"
 
 
-@click.command()
+@click.command(short_help="Which versions are where.")
 @click.argument("places", nargs=-1, metavar="[ssh://USER@HOST[:PORT]:/FOLDER]...")
 @PYTHON
 @json_option
@@ -221,7 +222,13 @@ def ships(workspace: Workspace, places: tuple[str, ...], python: str | None, as_
         print_table("", ["place", "version", "bundle", "release", "signed by", "MiB", "shipped", "state"], rows)
     _fail_where_it_did(found, _CANNOT_TELL)
     if not as_json:
-        print_next(f"ship {quoted(Path('BUNDLE'))} {texts[0]}", f"ship --rollback {texts[0]}")
+        back = [text for text, each in zip(texts, found, strict=False) if _kept(each) > 1]
+        print_next(f"ship {quoted(Path('BUNDLE'))} {texts[0]}", *(f"ship --rollback {text}" for text in back[:1]))
+
+
+def _kept(looked: Any) -> int:
+    """Versions that are at a place; of one that cannot tell none."""
+    return sum(version.here for version in getattr(looked, "versions", ()))
 
 
 def _rows(text: str, looked: Any) -> list[list[str]]:

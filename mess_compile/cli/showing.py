@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _PER_TABLE = 3
 
 
-@click.command()
+@click.command(short_help="One self-contained HTML page of what was found.")
 @click.option("--device", shell_complete=completion.devices, help="The device profiled last by default.")
 @click.option("-o", "--output", type=FILE, help="report.html in the workspace by default.")
 @json_option
@@ -56,7 +56,7 @@ def _after_report(workspace: Workspace, device: str, missing: set[str]) -> list[
     return [f"ship {bundle} ssh://USER@HOST:/FOLDER", f"compare {device} PLAN|DEVICE|BUNDLE"]
 
 
-@click.command()
+@click.command(short_help="Plans side by side.")
 @click.argument("things", nargs=-1, required=True, metavar="PLAN|DEVICE|BUNDLE...", shell_complete=completion.compared)
 @click.option("-o", "--output", type=FILE, metavar="PAGE.html", help="Also a page.")
 @json_option
