@@ -58,6 +58,8 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            raise _broken_between_words(error) from error
         except MessError as error:
             fail(str(error))
         except KeyboardInterrupt:
@@ -74,6 +76,14 @@ def fail(message: str) -> NoReturn:
     """One line on standard error, and exit code 1."""
     say(f"error: {' '.join(message.split())}", err=True)
     sys.exit(1)
+
+
+def _broken_between_words(error: click.UsageError) -> click.UsageError:
+    """What click says of wrong usage, as it stands on a terminal."""
+    message = error.format_message()
+    if sys.stderr.isatty():
+        message = _wrapped(f"Error: {message}", _columns()).removeprefix("Error: ")
+    return click.UsageError(message, error.ctx)
 
 
 def _stop(words: str) -> NoReturn:

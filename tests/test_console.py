@@ -101,6 +101,25 @@ def test_nothing_but_results_where_nobody_looks() -> None:
     assert (ended.stdout.count("result"), ended.stderr) == (4, "")
 
 
+USED_WRONGLY = """
+from mess_compile.cli import main
+try:
+    main(["search", "--confidence", "95%", "--time-limit", "9s"])
+except SystemExit as end:
+    print("code", end.code)
+"""
+
+
+def test_wrong_usage_breaks_between_words_too() -> None:
+    lines = plain(on_a_terminal(USED_WRONGLY)).replace("\r", "").strip().split("\n")
+    assert max(map(len, lines)) <= 80
+    assert lines[0].endswith("search [OPTIONS]")
+    (start,) = [number for number, line in enumerate(lines) if line.startswith("Error: ")]
+    assert len(lines[start:-1]) == 2
+    assert lines[start + 1].startswith("  ")
+    assert lines[-1] == "code 2"
+
+
 PRINTED = """
 from mess_compile.console import print_next, print_table, say
 say("one two three " * 12)
