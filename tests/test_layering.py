@@ -66,6 +66,10 @@ ALLOWED = {
         *("candidates", "common_graphs", "compiling", "doubts", "latency", "recipes", "recording", "search"),
         *("targets", "workspace", "runtime"),
     },
+    "bundling": {
+        *("building", "bundle", "candidates", "compiling", "graph", "latency", "measurements", "prospects", "scenes"),
+        *("search", "searching", "statistics", "targets", "workspace", "runtime"),
+    },
     "workers": set(),
     "building": {"files", "workers", "candidates", "engines", "graph", "targets", "runtime"},
     "samples": {"files", "runtime"},
