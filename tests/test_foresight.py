@@ -150,8 +150,7 @@ def test_a_training_tells_its_steps_and_what_becomes_of_the_network_that_is_ther
     alone = prospect(workspace, *given, "--baseline")
     assert alone["writes"][0] == str(workspace / "baseline")
     assert "stage 1, 2 epochs x 4 batches of 5" in alone["what"]
-    for options in ((), ("--dry-run",)):
-        assert "stage 1 has 0 epochs" in refused(workspace, *given, "--epochs", "0", "1", *options)
+    assert "stage 1 has 0 epochs" in refused(workspace, *given, "--epochs", "0", "1", "--dry-run")
 
 
 def test_an_estimate_has_nothing_to_foresee(workspace: Path) -> None:

@@ -55,7 +55,7 @@ def pressed(as_json: bool = False) -> Iterator[Callable[[str, int, int], None]]:
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
-        ("networks", ("export",)),
+        pytest.param("networks", ("export",), marks=pytest.mark.slow),
         ("bundles", ("bundle",)),
         ("bundles", ("bench", "host.mess", "--split", "test", "--passes", "1")),
         ("showing", ("report",)),
