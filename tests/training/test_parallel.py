@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from mess_compile import scenes
+from mess_compile.cli.stopped import KEPT
 from mess_compile.dataset import open_dataset
 from mess_compile.nets.checkpoint import load_candidate
 from mess_compile.nets.network import Architecture, heads_from_names, with_final_head
@@ -38,10 +39,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def started(folder: Path, *arguments: str, process_group: bool = False) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mess_compile", "-C", str(folder), *TRAIN, *arguments]
     return subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=folder,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=process_group,
     )
 
 
@@ -174,6 +181,24 @@ def test_processes_end_when_the_first_one_is_killed(folder: Path) -> None:
     while is_running(child) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not is_running(child)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [None, 0.0, 0.4, 1.5])
+def test_ctrl_c_is_said_once_while_they_start_as_when_they_train(folder: Path, after_s: float | None) -> None:
+    """A terminal sends it to every process: to the second one, too, whether it is just born or at work (None)."""
+    process = started(folder, *LONG, process_group=True)
+    if after_s is None:
+        until(process, "stage 1 epoch 1")
+    else:
+        while not children(process.pid):
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(after_s)
+    others = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == f"stopped: {KEPT['train']}\n"
+    assert not any(map(is_running, others))
 
 
 SHELL = """
