@@ -231,7 +231,7 @@ class TestSeveralDevices:
         assert "plan for rtx-2080," in shown
         assert f"graphs that all 2 plans run: {', '.join(names[0])}" in shown
         for device in plans:
-            assert f"bundle {workspace}/plans/{device}.json" in shown
+            assert f"-C {workspace} bundle {device}\n" in shown
             assert json.loads((workspace / "plans" / f"{device}.json").read_text())["plan"] == plans[device]
 
     def test_weights_are_counted_by_content(self, workspace: Path) -> None:
