@@ -15,7 +15,7 @@ from mess_compile.latency import Failure
 from mess_compile.runtime.errors import InputError, RequirementError
 from mess_compile.search import branch, kernels, large, solver
 from mess_compile.search.clock import Clock, UnfinishedError
-from mess_compile.search.figures import Evidence
+from mess_compile.search.figures import Evidence, figures_of_stages
 from mess_compile.search.plan import Plan, SearchResult
 from mess_compile.search.problem import Problem, problem_of
 from mess_compile.search.requirement import Limit, Requirement
@@ -444,3 +444,17 @@ def test_three_early_exits_are_searched_by_bounds_however_small_the_space_is() -
             assert identity(result.plan) == brute_identity(min(feasible, key=lambda plan: key(plan, objective)))
             assert (result.certificate.space, result.certificate.gap) == (len(plans), 0.0)
             assert {point.name for point in result.plan.operating_points} >= {"default"}
+
+
+def test_three_early_exits_have_cuts_off_the_grid_too() -> None:
+    """With more images than cuts on the grid the better cuts may lie between those of it."""
+    case = evidence((1, 1, 1), 1, images=120, seed=0)
+    counts = np.random.default_rng(1).integers(0, 5000, case.statistics.counts.shape).astype(np.int32)
+    case = dataclasses.replace(case, statistics=dataclasses.replace(case.statistics, counts=counts))
+    plan = solver.search(case, Requirement(objective="accuracy", max_exits=3)).plan
+    assert len(plan.stages) == 4
+    (refined,) = (point for point in plan.operating_points if point.name == "refined")
+    decisions = zip(plan.stages, refined.decisions, strict=True)
+    stages = [dataclasses.replace(stage, cut=decision.cut) for stage, decision in decisions]
+    assert refined.predicted == figures_of_stages(case, "input-dependent", stages)
+    assert refined.predicted.miou > plan.predicted.miou
