@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numba import get_num_threads
 
 from mess_compile.search import kernels
 from mess_compile.search.clock import Clock
@@ -22,6 +24,7 @@ from mess_compile.search.problem import UNBOUNDED, Array, Problem, problem_of
 from mess_compile.search.requirement import Requirement
 
 Progress = Callable[[int, int], None]
+Found = TypeVar("Found")
 _TOLERANCE = 1e-9
 _TUNED, _NEAR, _PAIRS, _SECONDS, _SETTLED = 2048, 8, 512, 8, 64
 _PLACES = 4
@@ -111,7 +114,7 @@ class _Search:
         parts = {exits: list(self._parts(every, exits)) for exits in range(3, early_exits + 2)}
         done, total = 0, sum(map(len, parts.values())) + 1
         for exits, some in parts.items():
-            self._try(self._near(least), tuned=exits == 3)
+            self._try(self._near(least, exits), tuned=exits == 3)
             left = []
             for points, seconds in some:
                 left.append(self._group(points, seconds))
@@ -126,7 +129,7 @@ class _Search:
         """Exit points of chains, and second heads there, a few at a time."""
         for points in itertools.combinations(every, exits):
             seconds = np.flatnonzero(self._problem.points == points[1])
-            step = _SECONDS if exits == 3 else 2
+            step = _SECONDS if exits == 3 else get_num_threads()
             for start in range(0, len(seconds), step):
                 yield points, seconds[start : start + step]
 
@@ -218,6 +221,11 @@ class _Search:
         found: Array = chains[(self._costs(0, *chains.T)[0] >= 0) & self._fits(chains)]
         return found
 
+    def _allowed(self, chains: Array) -> Array:
+        """Those of the chains (m, 4) that keep the bounds which no threshold moves."""
+        found: Array = chains[np.array([self._problem.allowed(self._names(chain)) for chain in chains], np.bool_)]
+        return found
+
     def _chains(self, *heads: Array) -> Array:
         """Chains (m, 4) of these heads (m,), with none before them."""
         none = [np.full(len(heads[0]), self._nobody)] * (_PLACES - len(heads))
@@ -252,23 +260,32 @@ class _Search:
 
     def _least(self, chains: Array) -> Array:
         """What cost - slope * mIoU comes to at least in the plans of each of the chains (m, 4), (m,)."""
-        prices = self._weight * self._costs(self._priced, *chains.T).T.astype(np.float64)  # (m, 4)
-        least: Array = kernels.least_of_chains(chains, prices, self._slope, self._problem.field)
+        prices = _in_order(self._weight * self._costs(self._priced, *chains.T).T, np.float64)  # (m, 4)
+        chains, slope, field = _in_order(chains, np.int64), self._slope, self._problem.field
+        least = np.empty(len(chains))
+        for part, found in _shared(
+            len(chains), lambda part: kernels.least_of_chains(chains[part], prices[part], slope, field)
+        ):
+            least[part] = found
         return least
 
     def _settle(self, chains: Array) -> None:
         """Settle chains (m, 4): of their plans that may be wanted keep the best."""
-        wanted, chains = self._problem.wanted, chains.astype(np.int64)
-        costs = np.stack([self._costs(q, *chains.T).T for q in range(len(self._problem.paths))], axis=1)  # (m, q, 4)
-        prices = self._weight * costs[:, self._priced].astype(np.float64)
-        floor = max(wanted.floor, self._aim)
-        found, evaluated = kernels.settle_all(
-            chains, prices, self._ceiling, self._slope, costs, wanted._replace(floor=floor), self._problem.field
-        )
-        self._evaluated += int(evaluated.sum())
-        for chain, one in zip(chains, found, strict=True):
-            if one[2] >= 0:
-                self._offer(self._plan(chain, one))
+        wanted, chains = self._problem.wanted, _in_order(chains, np.int64)
+        each = [self._costs(q, *chains.T).T for q in range(len(self._problem.paths))]
+        costs = _in_order(np.stack(each, axis=1), np.int64)  # (m, q, 4)
+        prices = _in_order(self._weight * costs[:, self._priced], np.float64)
+        wanted = wanted._replace(floor=max(wanted.floor, self._aim))
+        limit, slope, field = self._ceiling, self._slope, self._problem.field
+
+        def settle(part: Array) -> tuple[Array, Array]:
+            return kernels.settle_all(chains[part], prices[part], limit, slope, costs[part], wanted, field)
+
+        for part, (found, evaluated) in _shared(len(chains), settle):
+            self._evaluated += int(evaluated.sum())
+            for chain, one in zip(chains[part], found, strict=True):
+                if one[2] >= 0:
+                    self._offer(self._plan(chain, one))
 
     def _plan(self, chain: Array, found: Array) -> Best:
         options = found[2:].astype(int).reshape(-1, 2).tolist()
@@ -294,7 +311,7 @@ class _Search:
             some = some.part(self._may_win(some))
             if not len(some.least) and not self._may_win(rest).any():
                 break
-            chains = some.chains[np.array([self._problem.allowed(self._names(c)) for c in some.chains], np.bool_)]
+            chains = self._allowed(some.chains)
             if len(chains):
                 self._settle(chains)
                 self._settled += len(chains)
@@ -315,11 +332,12 @@ class _Search:
             least.append(self._least(part))
         return _Bounded(chains.astype(np.int16), np.concatenate(least), self._slope)
 
-    def _near(self, bounded: _Bounded) -> Array:
-        """Chains (m, 4) that hold a promising one, or that of the best plan, and a head more."""
+    def _near(self, bounded: _Bounded, exits: int) -> Array:
+        """Chains (m, 4) of so many exits that hold a promising one, or that of the best plan, and a head more."""
         points, found = np.append(self._problem.points, 0), [np.empty((0, _PLACES), np.int64)]
         best = [self._problem.names.index(head) for head in self.best.heads] if self.best else []
-        promising = [np.array([self._nobody] * (_PLACES - len(best)) + best)] if len(best) > 1 else []
+        as_long = len(best) == exits - 1
+        promising = [np.array([self._nobody] * (_PLACES - len(best)) + best)] if as_long else []
         for chain in (*promising, *bounded.from_cheapest().chains[:_SETTLED]):
             more = np.flatnonzero((points[:-1] < points[chain[-1]]) & ~np.isin(points[:-1], points[chain]))
             for head in more[:: len(more) // _NEAR + 1]:
@@ -332,7 +350,7 @@ class _Search:
         ask for. What three early exits ask for cannot be told from their bounds, which are less close."""
         self._check_time()
         best = self._tune(chains, (2.0, 1.4, 1.2, 1.1)) if tuned else chains[np.argsort(self._least(chains))]
-        self._tried = best[:_SETTLED]
+        self._tried = self._allowed(best[:_SETTLED])
         self._check_time()
         self._settle(self._tried)
         self._settled += len(self._tried)
@@ -381,7 +399,11 @@ class _Search:
         prices = np.ascontiguousarray(np.moveaxis(self._weight * costs, 1, 0))  # (seconds, exits, firsts, ..., lasts)
         self._check_time()
         bound: Any = kernels.bound_triples if len(points) == 3 else kernels.bound_fours
-        least = bound(second, first, *others, prices, alive, self._ceiling, self._slope, added, field, coefficients)
+        rest, least = (self._ceiling, self._slope, added, field, coefficients), np.empty(alive.shape)
+        for part, found in _shared(
+            len(second), lambda part: bound(second[part], first, *others, prices[part], alive[part], *rest)
+        ):
+            least[part] = found
         chains = self._chains(*(each[alive] for each in np.broadcast_arrays(*heads)))
         place = (self._nobody + 1) ** np.arange(_PLACES)
         tried = np.isin(chains @ place, self._tried @ place)
@@ -398,6 +420,19 @@ class _Search:
         found: Array = np.empty_like(near)
         kernels.envelope(np.maximum(0.0, near - spans[1]), near + spans[0], near, field.labelled, found)
         return found
+
+
+def _shared(count: int, work: Callable[[Array], Found]) -> list[tuple[Array, Found]]:
+    """What `work` does of so many things, given the indices of some of them: a part for each core."""
+    cores = get_num_threads()
+    parts = [np.arange(first, count, cores) for first in range(min(cores, count))]
+    with ThreadPoolExecutor(cores) as pool:
+        return list(zip(parts, pool.map(work, parts), strict=True))
+
+
+def _in_order(array: Array, dtype: type) -> Array:
+    """The array as numba has its functions compiled for; for each other layout or type it would do so anew."""
+    return np.ascontiguousarray(array, dtype)
 
 
 def _joined(parts: list[_Bounded], slope: float) -> _Bounded:

@@ -21,7 +21,9 @@ first's options and the least over the third's are found apart, and added up.
 
 Chains of heads have four places; a shorter one begins with the head that stands for none, by which no image leaves.
 
-All of it is one file, because numba's cache would not notice a change to what a function calls in another.
+All of it is one file, because numba's cache would not notice a change to what a function calls in another. What takes
+long lets go of Python's lock, for threads to share the work: loops that numba shares out take it twice as long to
+compile.
 """
 
 from __future__ import annotations
@@ -388,7 +390,7 @@ def most_miou(last: int, spans: Array, field: Field, coefficients: Array) -> flo
     return float(linear + remainder(low, high, field.labelled, coefficients))
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, nogil=True)
 def bound_triples(
     seconds: Array,
     firsts: Array,
@@ -403,7 +405,7 @@ def bound_triples(
 ) -> Array:
     """`bound_second` for `seconds`, with `costs` (seconds, 3, firsts, lasts), `alive` (seconds, firsts, lasts)."""
     least = np.empty(alive.shape)
-    for b in prange(seconds.size):
+    for b in range(seconds.size):
         bound_second(seconds[b], firsts, lasts, costs[b], alive[b], limit, slope, added, field, coefficients, least[b])
     return least
 
@@ -417,6 +419,13 @@ def from_hardest(h: int, field: Field) -> Array:
     places = np.empty(levels.size, np.int64)
     places[np.argsort(levels, kind="mergesort")] = np.arange(levels.size)
     return places
+
+
+@njit(cache=True)
+def is_easy(places: Array, part: int) -> Array:
+    """Whether images, by their `places` from the hardest, may leave where one of this part of the options is taken."""
+    n = places.shape[-1]
+    return places >= n - n * (2 * part + 1) // (2 * PARTS)
 
 
 @njit(cache=True)
@@ -436,7 +445,7 @@ def best_before(
 ) -> tuple[Array, Array]:
     """What the options of a second head come to up to the third, with the best of each first head's.
 
-    `entering` (firsts,) is what the second head's exit costs beyond the first's (below 0: no plan has it), `values`
+    `entering` (firsts,) is what the second head's exit costs beyond the first's (infinite: no plan has it), `values`
     (n, thirds) u2 - u3, `behind` (n, thirds) the same and what leaving at the first saves further on. Returns (firsts,
     rows, cuts, thirds), and (firsts,) the sums of |u1 - u2|.
     """
@@ -451,7 +460,7 @@ def best_before(
     passed = np.empty((rows, n), np.uint8)  # cuts that an image does not pass at the first head, from the largest
     options = np.empty((rows, CUTS, thirds), np.float32)
     for a in range(firsts.size):
-        if entering[a] < 0:
+        if entering[a] == INFINITE:
             continue
         for i in range(n):
             column[i] = -entering[a] - slope * (added[firsts[a], i] - added[h2, i])
@@ -541,7 +550,7 @@ def bound_second_of_three(
     least[:] = INFINITE
     if not alive.any():
         return
-    entering, further = np.full(firsts.size, -1.0), np.zeros((2, max(thirds.size, lasts.size)))
+    entering, further = np.full(firsts.size, INFINITE), np.zeros((2, max(thirds.size, lasts.size)))
     widest, ends = np.zeros((2, coefficients.size)), np.zeros(lasts.size, np.bool_)
     for a, c, r in np.ndindex(alive.shape):
         if alive[a, c, r]:
@@ -551,7 +560,7 @@ def bound_second_of_three(
             widest = np.maximum(widest, field.spans[:, firsts[a], h2])
             ends[r] = True
     values, mean = np.empty((n, thirds.size)), np.empty((n, thirds.size))
-    mass, entered = np.zeros((thirds.size, lasts.size)), np.zeros(firsts.size)
+    mass, entered = np.zeros((thirds.size, lasts.size)), np.empty(0)
     for i in range(n):
         typical = (slope * added[lasts, i] - further[1, : lasts.size])[ends].mean()
         for c in range(thirds.size):
@@ -567,7 +576,7 @@ def bound_second_of_three(
     steps, after = np.empty((n, lasts.size)), np.empty((rows, CUTS, lasts.size), np.float32)
     behind = np.empty(values.shape, np.float32)
     for part in range(PARTS):
-        easy = places >= n - n * (2 * part + 1) // (2 * PARTS)
+        easy = is_easy(places, part)
         for i in range(n):
             for c in range(thirds.size):
                 behind[i, c] = values[i, c] + (0.0 if easy[c, i] else mean[i, c])
@@ -599,7 +608,7 @@ def bound_second_of_three(
                     least[a, c, r] = others - slope * most_miou(lasts[r], narrower, field, coefficients)
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, nogil=True)
 def bound_fours(
     seconds: Array,
     firsts: Array,
@@ -616,7 +625,7 @@ def bound_fours(
     """`bound_second_of_three` for `seconds`, with `costs` (seconds, 4, firsts, thirds, lasts), `alive` (seconds,
     firsts, thirds, lasts)."""
     least = np.empty(alive.shape)
-    for b in prange(seconds.size):
+    for b in range(seconds.size):
         heads = seconds[b], firsts, thirds, lasts
         bound_second_of_three(*heads, costs[b], alive[b], limit, slope, added, field, coefficients, least[b])
     return least
@@ -724,9 +733,9 @@ def lows_of_rows(chain: Array, steps: Array, alone: Array, field: Field) -> Arra
     for part in range(1 if short else PARTS):
         saved, nowhere, leaving, among = np.zeros(n), np.zeros(n), steps[2].copy(), parts >= 0
         if not short:
-            among = parts == part
+            among, easy = parts == part, is_easy(places, part)
             for i in range(n):
-                if places[i] >= n - n * (2 * part + 1) // (2 * PARTS):
+                if easy[i]:
                     nowhere[i] = min(steps[2, i], 0.0)
                 else:
                     saved[i], leaving[i] = steps[2, i], min(steps[2, i], 0.0)
@@ -795,11 +804,11 @@ def from_third(
                 after[s, v, k] = whole + sums[s, k] - stay
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, nogil=True)
 def least_of_chains(chains: Array, prices: Array, slope: float, field: Field) -> Array:
     """Lower bounds (m,) on price - slope * mIoU of all plans of each of `chains` (m, 4), with `prices` (m, 4)."""
     least, (rows, n) = np.empty(chains.shape[0]), field.levels.shape[1:]
-    for m in prange(chains.shape[0]):
+    for m in range(chains.shape[0]):
         steps, alone = np.empty((3, n)), np.empty((rows, CUTS))
         base = steps_of(chains[m], prices[m], slope, field, steps)
         summed(field.levels[chains[m, 0]], field.cuts[chains[m, 0]], steps[0], alone)
@@ -918,7 +927,7 @@ def settle_rows(
     return evaluated
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, nogil=True)
 def settle_all(
     chains: Array, prices: Array, limit: float, slope: float, costs: Array, wanted: Wanted, field: Field
 ) -> tuple[Array, Array]:
@@ -928,6 +937,6 @@ def settle_all(
     """
     found = np.full((chains.shape[0], 8), -1.0)
     evaluated = np.zeros(chains.shape[0], np.int64)
-    for m in prange(chains.shape[0]):
+    for m in range(chains.shape[0]):
         evaluated[m] = settle(chains[m], prices[m], limit, slope, costs[m], wanted, field, found[m])
     return found, evaluated

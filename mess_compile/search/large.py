@@ -36,9 +36,10 @@ def search(
     memory.
     """
     if not set(front_by) <= set(FRONT_BY):
+        where = "with three early exits" if requirement.early_exits > 2 else "in a space as large as this"
         raise InputError(
-            f"a front by {', '.join(front_by)} is not searched for in a space as large as this: leave --front out, and "
-            "bound memory by --max-memory"
+            f"a front by {', '.join(front_by)} is not searched for {where}: leave --front out, and bound memory by "
+            "--max-memory"
         )
     refuse_without_plans(evidence, [head.name for head in evidence.heads if evidence.has_graphs_of([head.name])])
     best, proof = branch.branch_and_bound(evidence, requirement, progress, clock)

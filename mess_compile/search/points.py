@@ -12,7 +12,7 @@ from mess_compile.search.enumeration import Outcomes, Scores, best_outcomes, mer
 from mess_compile.search.figures import Evidence, exit_costs_ns, exits_taken, figures_of_stages
 from mess_compile.search.front import front_groups
 from mess_compile.search.plan import POINT_NAMES, Figures, OperatingPoint, Stage, decisions_of, default_point
-from mess_compile.search.space import Grids, Options, cut_grids, head_options, nobody
+from mess_compile.search.space import ENUMERATED_EXITS, Grids, Options, cut_grids, head_options, nobody
 from mess_compile.statistics import ExitStatistics
 
 Index = NDArray[np.intp]
@@ -88,11 +88,15 @@ def thresholds_front(statistics: ExitStatistics, stages: Sequence[Stage], costs:
 
 def _grids(statistics: ExitStatistics, stage: Stage, early: int) -> Grids:
     grids = cut_grids(statistics, stage.head)
-    return grids if early <= 2 else tuple(grid if row == stage.row else () for row, grid in enumerate(grids))
+    return (
+        grids
+        if early <= ENUMERATED_EXITS
+        else tuple(grid if row == stage.row else () for row, grid in enumerate(grids))
+    )
 
 
 def _outcomes(scores: Scores, early: Sequence[str], last: str, options: Sequence[Options]) -> Outcomes:
-    if len(early) > 2:
+    if len(early) > ENUMERATED_EXITS:
         return outcomes_of_three(scores, early, last, options)
     first, second = options if len(options) == 2 else (nobody(options[0].leaves.shape[1]), *options)
     blocks = states_of_pair(first, second)

@@ -29,6 +29,7 @@ from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, memo
 from mess_compile.search.plan import Stage
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.space import (
+    ENUMERATED_EXITS,
     NEAR,
     NEAR_OF_THREE,
     Options,
@@ -57,7 +58,7 @@ ROW = np.dtype(
     ]
 )
 Progress = Callable[[int, int], None]
-ENUMERATED_EXITS, ENUMERATED = 2, 6e9
+ENUMERATED = 6e9
 """Plans times images up to which all are enumerated, in about ten seconds on two cores."""
 
 

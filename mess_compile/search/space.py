@@ -12,6 +12,8 @@ from mess_compile.candidates import Head
 from mess_compile.statistics import ExitStatistics
 
 CUTS = 32
+ENUMERATED_EXITS = 2
+"""Early exits of which all rows and cuts are looked at together."""
 NEAR, NEAR_OF_THREE = 64, 16
 """Cuts of each head between two neighbours on the grid that are tried at most; fewer where there are three heads."""
 Grids = tuple[tuple[int, ...], ...]
