@@ -15,7 +15,7 @@ With a third early head, where C would leave, a plan comes to
 
 and only the last term needs all four heads. Of an image that is not in B it needs u3 - u4 if it is in A or C. The third
 head's options are parted by how many leave there; for each part the images are, too, into those that the third head
-mostly finds easy, of which C is to account for the term, and the others, of which A is, at the mean of the last heads.
+mostly finds easy, of which C is to account for the term, and the others, of which A is, at the cheapest last head.
 What may be too much is taken off where C is not as foreseen. So given the second head's option, the least over the
 first's options and the least over the third's are found apart, and added up.
 
@@ -486,18 +486,18 @@ def best_before(
 
 @njit(cache=True)
 def best_after(
-    h2: int, h3: int, values: Array, mean: Array, easy: Array, among: Array, field: Field, found: Array
+    h2: int, h3: int, values: Array, saving: Array, easy: Array, among: Array, field: Field, found: Array
 ) -> None:
     """What the options of a second head come to from the third on, with the best of some of the third's.
 
-    `values` (n, lasts) are u3 - u4, `mean` (n,) what leaving at the first head saves of them where an image is not
+    `values` (n, lasts) are u3 - u4, `saving` (n,) what leaving at the first head saves of them where an image is not
     `easy` (n,). `among` (rows, cuts) are the third head's options to be looked at; fills `found` (rows, cuts, lasts).
     """
     (n, lasts), rows = values.shape, field.cuts.shape[1]
     nowhere, third, second = np.empty((n, lasts)), np.empty((n, lasts)), np.empty((n, lasts))
     fixed = np.zeros(lasts)
     for i in range(n):
-        saved = 0.0 if easy[i] else mean[i]
+        saved = 0.0 if easy[i] else saving[i]
         for r in range(lasts):
             x = values[i, r]
             nowhere[i, r] = min(0.0, x - saved)
@@ -559,16 +559,20 @@ def bound_second_of_three(
             further[1, r] = costs[3, a, c, r] - costs[2, a, c, r]
             widest = np.maximum(widest, field.spans[:, firsts[a], h2])
             ends[r] = True
-    values, mean = np.empty((n, thirds.size)), np.empty((n, thirds.size))
+    totals = np.full(lasts.size, INFINITE)  # what all images come to beyond the third head, but for what that adds
+    for r in np.flatnonzero(ends):
+        totals[r] = n * further[1, r] - slope * added[lasts[r]].sum()
+    cheapest = totals.argmin()
+    values, saving = np.empty((n, thirds.size)), np.empty((n, thirds.size))
     mass, entered = np.zeros((thirds.size, lasts.size)), np.empty(0)
     for i in range(n):
-        typical = (slope * added[lasts, i] - further[1, : lasts.size])[ends].mean()
+        typical = slope * added[lasts[cheapest], i] - further[1, cheapest]
         for c in range(thirds.size):
             values[i, c] = -further[0, c] - slope * (added[h2, i] - added[thirds[c], i])
-            mean[i, c] = typical - slope * added[thirds[c], i]
+            saving[i, c] = typical - slope * added[thirds[c], i]
             for r in range(lasts.size):
                 step = further[1, r] + slope * (added[thirds[c], i] - added[lasts[r], i])
-                mass[c, r] += 2 * abs(values[i, c]) + 6 * abs(mean[i, c]) + 4 * abs(step)
+                mass[c, r] += 2 * abs(values[i, c]) + 6 * abs(saving[i, c]) + 4 * abs(step)
     places, parts = np.empty((thirds.size, n), np.int64), np.empty((thirds.size, rows, CUTS), np.int64)
     for c in range(thirds.size):
         places[c], parts[c] = from_hardest(thirds[c], field), parts_of_options(thirds[c], field)
@@ -579,7 +583,7 @@ def bound_second_of_three(
         easy = is_easy(places, part)
         for i in range(n):
             for c in range(thirds.size):
-                behind[i, c] = values[i, c] + (0.0 if easy[c, i] else mean[i, c])
+                behind[i, c] = values[i, c] + (0.0 if easy[c, i] else saving[i, c])
         before, entered = best_before(firsts, h2, entering, values, behind, slope, added, field)
         for c in range(thirds.size):
             if not alive[:, c].any():
@@ -587,7 +591,7 @@ def bound_second_of_three(
             for i in range(n):
                 for r in range(lasts.size):
                     steps[i, r] = -further[1, r] - slope * (added[thirds[c], i] - added[lasts[r], i])
-            best_after(h2, thirds[c], steps, mean[:, c], easy[c], parts[c] == part, field, after)
+            best_after(h2, thirds[c], steps, saving[:, c], easy[c], parts[c] == part, field, after)
             for a in range(firsts.size):
                 for s in range(rows):
                     for k in range(field.cuts[h2, s]):
