@@ -85,6 +85,7 @@ class _Bounded:
         return _Bounded(self.chains[which], self.least[which], self.slope)
 
     def from_cheapest(self) -> _Bounded:
+        """The aim does not change the order."""
         return self.part(np.argsort(self.least, kind="stable"))
 
 
@@ -107,7 +108,7 @@ class _Search:
     def run(self, early_exits: int, progress: Progress) -> None:
         self._singles()
         if early_exits >= 1:
-            least = self._pairs()
+            least = self._pairs().from_cheapest()
             self._open, self._unknown = [least], early_exits > 1
             self._settle_best_first(least)
         every = sorted(set(self._problem.points.tolist()))
@@ -120,7 +121,7 @@ class _Search:
                 left.append(self._group(points, seconds))
                 done += 1
                 progress(done, total)
-            least = _joined(left, self._slope)
+            least = _joined(left, self._slope).from_cheapest()
             self._open, self._unknown = [least], exits <= early_exits
             self._settle_best_first(least)
         self._unknown = False
@@ -301,7 +302,7 @@ class _Search:
 
     def _settle_best_first(self, bounded: _Bounded) -> None:
         """Settle what its bound leaves, the most promising (or smallest) first, until nothing left can be better."""
-        rest = bounded.from_cheapest()
+        rest = bounded
         if self._problem.by_memory:
             rest = rest.part(np.argsort(self._problem.memory(rest.chains), kind="stable"))
         while len(rest.least):
@@ -338,7 +339,7 @@ class _Search:
         best = [self._problem.names.index(head) for head in self.best.heads] if self.best else []
         as_long = len(best) == exits - 1
         promising = [np.array([self._nobody] * (_PLACES - len(best)) + best)] if as_long else []
-        for chain in (*promising, *bounded.from_cheapest().chains[:_SETTLED]):
+        for chain in (*promising, *bounded.chains[:_SETTLED]):
             more = np.flatnonzero((points[:-1] < points[chain[-1]]) & ~np.isin(points[:-1], points[chain]))
             for head in more[:: len(more) // _NEAR + 1]:
                 longer = np.array([*chain[1:], head], np.int64)
@@ -392,19 +393,21 @@ class _Search:
         if self._limit < UNBOUNDED:
             alive &= costs.min(axis=0) <= self._limit // self._images
         chains = self._chains(*(each[alive] for each in np.broadcast_arrays(*heads)))
-        alive[alive] = self._fits(chains)
+        fits = self._fits(chains)
+        chains, alive[alive] = chains[fits], fits
         added = np.zeros(field.scores.shape[:2])  # (heads, n)
         for h in (*second, *first, *np.concatenate(others)):
             kernels.additions(field.scores[h], coefficients, added[h])
         prices = np.ascontiguousarray(np.moveaxis(self._weight * costs, 1, 0))  # (seconds, exits, firsts, ..., lasts)
         self._check_time()
-        bound: Any = kernels.bound_triples if len(points) == 3 else kernels.bound_fours
+        bound: Any = kernels.bound_second if len(points) == 3 else kernels.bound_second_of_three
         rest, least = (self._ceiling, self._slope, added, field, coefficients), np.empty(alive.shape)
-        for part, found in _shared(
-            len(second), lambda part: bound(second[part], first, *others, prices[part], alive[part], *rest)
-        ):
-            least[part] = found
-        chains = self._chains(*(each[alive] for each in np.broadcast_arrays(*heads)))
+
+        def bound_some(part: Array) -> None:
+            for b in part:
+                bound(second[b], first, *others, prices[b], alive[b], *rest, least[b])
+
+        _shared(len(second), bound_some)
         place = (self._nobody + 1) ** np.arange(_PLACES)
         tried = np.isin(chains @ place, self._tried @ place)
         bounded = _Bounded(chains.astype(np.int16), least[alive], self._slope)

@@ -322,7 +322,7 @@ def gains_of(
     return lows, mass * (n + 2 * CUTS) * 2.0**-24
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def bound_second(
     h2: int,
     firsts: Array,
@@ -388,26 +388,6 @@ def most_miou(last: int, spans: Array, field: Field, coefficients: Array) -> flo
         high[k] = total + spans[0, k]
         low[k] = max(0.0, total - spans[1, k])
     return float(linear + remainder(low, high, field.labelled, coefficients))
-
-
-@njit(cache=True, nogil=True)
-def bound_triples(
-    seconds: Array,
-    firsts: Array,
-    lasts: Array,
-    costs: Array,
-    alive: Array,
-    limit: float,
-    slope: float,
-    added: Array,
-    field: Field,
-    coefficients: Array,
-) -> Array:
-    """`bound_second` for `seconds`, with `costs` (seconds, 3, firsts, lasts), `alive` (seconds, firsts, lasts)."""
-    least = np.empty(alive.shape)
-    for b in range(seconds.size):
-        bound_second(seconds[b], firsts, lasts, costs[b], alive[b], limit, slope, added, field, coefficients, least[b])
-    return least
 
 
 @njit(cache=True)
@@ -529,7 +509,7 @@ def best_after(
                 found[s, k, r] += fixed[r] + sums[s, k, r]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def bound_second_of_three(
     h2: int,
     firsts: Array,
@@ -610,29 +590,6 @@ def bound_second_of_three(
                 if least[a, c, r] <= limit:
                     narrower = spans + field.spans[:, firsts[a], h2]
                     least[a, c, r] = others - slope * most_miou(lasts[r], narrower, field, coefficients)
-
-
-@njit(cache=True, nogil=True)
-def bound_fours(
-    seconds: Array,
-    firsts: Array,
-    thirds: Array,
-    lasts: Array,
-    costs: Array,
-    alive: Array,
-    limit: float,
-    slope: float,
-    added: Array,
-    field: Field,
-    coefficients: Array,
-) -> Array:
-    """`bound_second_of_three` for `seconds`, with `costs` (seconds, 4, firsts, thirds, lasts), `alive` (seconds,
-    firsts, thirds, lasts)."""
-    least = np.empty(alive.shape)
-    for b in range(seconds.size):
-        heads = seconds[b], firsts, thirds, lasts
-        bound_second_of_three(*heads, costs[b], alive[b], limit, slope, added, field, coefficients, least[b])
-    return least
 
 
 @njit(cache=True)

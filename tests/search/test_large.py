@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -393,6 +394,20 @@ class Chain:
         return least
 
 
+def bounds_of_seconds(
+    bound: Callable[..., None],
+    seconds: np.ndarray,
+    others: tuple[np.ndarray, ...],
+    prices: np.ndarray,
+    alive: np.ndarray,
+    *given_to: object,
+) -> np.ndarray:
+    least = np.empty(alive.shape)
+    for b, second in enumerate(seconds):
+        bound(second, *others, prices[b], alive[b], *given_to, least[b])
+    return least
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=RELAXED)
 @given(
     st.integers(0, 10**6), st.floats(0, 100), st.lists(st.integers(0, 30), min_size=10, max_size=10), st.integers(2, 5)
@@ -414,8 +429,9 @@ def test_no_bound_of_a_group_of_plans_exceeds_the_least_of_them(
         prices[b, :, a] = np.stack([np.full(3, enter[a]), np.full(3, to_second), to_second + further[b]])
     alive = np.ones((2, 2, 3), np.bool_)
     given = slope, added, field, coefficients
-    close = kernels.bound_triples(h2, h1, h3, prices, alive, np.inf, *given)
-    bounds = [close, *(kernels.bound_triples(h2, h1, h3, prices, alive, limit, *given) for limit in close[0, 0])]
+    bound = functools.partial(bounds_of_seconds, kernels.bound_second, h2, (h1, h3), prices, alive)
+    close = bound(np.inf, *given)
+    bounds = [close, *(bound(limit, *given) for limit in close[0, 0])]
     for b, a, r in np.ndindex(2, 2, 3):
         heads = (int(h1[a]), int(h2[b]), int(h3[r]))
         price = np.ascontiguousarray(prices[b, :, a, r])
@@ -449,8 +465,9 @@ def test_no_bound_of_three_early_exits_exceeds_the_least_of_their_plans(
         prices[b, :, a, c, r] = np.cumsum([enter[a], second[b], further[c], last[r]])
     given_to = slope, field.scores @ coefficients, field, coefficients
     alive = ~np.array(holes).reshape(2, 2, 2, 2)
-    close = kernels.bound_fours(h2, h1, h3, h4, prices, alive, np.inf, *given_to)
-    bounds = [close, kernels.bound_fours(h2, h1, h3, h4, prices, alive, close.min(), *given_to)]
+    bound = functools.partial(bounds_of_seconds, kernels.bound_second_of_three, h2, (h1, h3, h4), prices, alive)
+    close = bound(np.inf, *given_to)
+    bounds = [close, bound(close.min(), *given_to)]
     for b, a, c, r in np.argwhere(alive):
         heads = (int(h1[a]), int(h2[b]), int(h3[c]), int(h4[r]))
         price = np.ascontiguousarray(prices[b, :, a, c, r])
