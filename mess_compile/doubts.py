@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mess_compile.candidates import GraphSet, head_graph_name, output_name, segment_name
-from mess_compile.latency import LatencyTable
+from mess_compile.latency import LatencyTable, mean_ms_of
 from mess_compile.runtime.engine import FP32
 
 CHEAPER, DEARER = 0.15, 0.35
@@ -31,9 +31,9 @@ def _unstable(table: LatencyTable) -> str:
 
 
 def _doubtful_wholes(table: LatencyTable, graph_set: GraphSet) -> Iterator[str]:
-    parts_ms = _measured_ms(table, graph_set, _parts(graph_set))
+    parts_ms = mean_ms_of(table, graph_set, _parts(graph_set), measured=True)
     for name in graph_set.baselines if parts_ms is not None else ():
-        whole_ms = _measured_ms(table, graph_set, [name])
+        whole_ms = mean_ms_of(table, graph_set, [name], measured=True)
         if not whole_ms or parts_ms is None:
             continue
         more = parts_ms / whole_ms - 1
@@ -55,12 +55,3 @@ def _parts(graph_set: GraphSet) -> list[str]:
     last = len(candidate.exit_points)
     segments = [segment_name(point, point + 1) for point in range(last)]
     return [*segments, head_graph_name(candidate.baseline), output_name(candidate.exit_point(last).hw)]
-
-
-def _measured_ms(table: LatencyTable, graph_set: GraphSet, graphs: Sequence[str]) -> float | None:
-    """What they take together; None where one is not there or estimated."""
-    keys = [(name, graph_set.graphs[name].precision) for name in graphs if name in graph_set.graphs]
-    entries = [table.entries[key] for key in keys if key in table.entries]
-    if len(entries) < len(graphs) or any(entry.source != "measured" for entry in entries):
-        return None
-    return sum(entry.mean_ms for entry in entries)

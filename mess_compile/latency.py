@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -187,6 +187,19 @@ def baseline_cost_ns(table: LatencyTable, graph_set: GraphSet, baseline: str, qu
 def graph_cost_ns(table: LatencyTable, graph_set: GraphSet, graph: str, quantity: Quantity = "mean_ms") -> int:
     """Of a graph in the precision that it has in `graph_set`. Raises InputError when the table lacks it."""
     return table.cost_ns(graph, graph_set.spec(graph).precision, quantity)
+
+
+def mean_ms_of(table: LatencyTable, graph_set: GraphSet, graphs: Iterable[str], measured: bool = False) -> float | None:
+    """What graphs take one after the other; None where one is not in the set, or the table has none of it, another, or
+    an estimate where only what was `measured` counts."""
+    total = 0.0
+    for name in graphs:
+        spec = graph_set.graphs.get(name)
+        entry = None if spec is None else table.entries.get((name, spec.precision))
+        if spec is None or entry is None or entry.sha256 != spec.sha256 or (measured and entry.source != "measured"):
+            return None
+        total += entry.mean_ms
+    return total
 
 
 def runs_there(table: LatencyTable, graph_set: GraphSet, graph: str) -> bool:

@@ -54,7 +54,7 @@ def of_bench(
     """
     entries = [entry for (name, _), entry in table.entries.items() if name in graph_set.baselines]
     each_ms = plan_ms + min((entry.mean_ms for entry in entries), default=0.0)
-    replay_ms = _cost_ms(graph_set, table, _recorded(graph_set)) or 0.0
+    replay_ms = latency.mean_ms_of(table, graph_set, _recorded(graph_set)) or 0.0
     what = f"run {bundle} and the baseline {passes} times on {images} images, and every head once"
     basis = f"{table.source} latencies of {table.device}, {_UNSCORED}"
     return Prospect("bench", what, (str(kept),), images * (passes * each_ms + replay_ms) / 1e3, basis)
@@ -71,7 +71,7 @@ def recording_ms(graph_set: GraphSet, path: Path) -> tuple[float | None, str]:
     """What all heads take on one image, and by what one knows."""
     with suppress(InputError):
         table = latency.read_latency_table(path)
-        cost_ms = _cost_ms(graph_set, table, _recorded(graph_set))
+        cost_ms = latency.mean_ms_of(table, graph_set, _recorded(graph_set))
         if cost_ms is not None:
             return cost_ms, f"{table.source} latencies of {table.device}, {_UNSCORED}"
     return None, f"there is no table {path} of these graphs"
@@ -84,15 +84,3 @@ def _recorded(graph_set: GraphSet) -> list[str]:
     for head in candidate.heads:
         names += [head_graph_name(head.name), output_name(candidate.exit_point(head.exit_point).hw)]
     return names + ([BASELINE_ALONE] if graph_set.baseline_alone else [])
-
-
-def _cost_ms(graph_set: GraphSet, table: LatencyTable, names: Sequence[str]) -> float | None:
-    """None where the table lacks one, or has it of another graph."""
-    total = 0.0
-    for name in names:
-        spec = graph_set.spec(name)
-        entry = table.entries.get((name, spec.precision))
-        if entry is None or entry.sha256 != spec.sha256:
-            return None
-        total += entry.mean_ms
-    return total
