@@ -24,6 +24,7 @@ from mess_compile.search.plan import Figures, Stage
 from mess_compile.statistics import ExitStatistics, Ints, miou
 
 WARM_UP_FRAMES = 5
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,52 @@ class OtherBaseline:
 
 
 @dataclass(frozen=True)
+class Held:
+    """A bound that the plan was asked to keep, and what was found here: `asked` in the unit of the `quantity`.
+
+    `held` is None where a bench cannot measure it (energy, memory).
+    """
+
+    quantity: str
+    asked: float
+    found: float | None
+    held: bool | None
+
+    @property
+    def sentence(self) -> str:
+        """What was asked, what was found, and whether that is within it."""
+        if self.held is None or self.found is None:
+            return f"not measured here: {_QUANTITIES[self.quantity].format(self.asked)}"
+        verdict = "held" if self.held else "MISSED"
+        if self.quantity == "err_pp":
+            return f"{verdict}: at most {self.asked:g} pp asked, {self.found:.2f} lost on these images"
+        asked, found = (_QUANTITIES[self.quantity].format(value) for value in (self.asked, self.found))
+        return f"{verdict}: at most {asked} asked, {found.partition(' ')[0]} measured"
+
+
+_QUANTITIES = {
+    "err_pp": "{:.2f} pp of mIoU",
+    "latency_ms": "{:.2f} ms mean latency",
+    "p95_ms": "{:.2f} ms p95 latency",
+    "worst_ms": "{:.2f} ms on the deepest path (p99)",
+    "gmacs": "{:.3f} GMACs",
+    "energy_mj": "{:.1f} mJ",
+    "memory_bytes": "{:.0f} bytes of memory",
+}
+
+
+@dataclass(frozen=True)
 class Bench:
     """`latency_ratio` and `workload_ratio` are baseline over cascade; `p95_ms` is of the measured cascade.
 
     `baseline` is of the graph `baseline_name`, the best single-exit graph in mIoU on these images. `tuned_on` counts
-    the images among these that the plan was chosen on. `doubts` say what speaks against the latencies of the table,
+    the images among these that the plan was chosen on. `promises` hold what the plan was asked to keep against the
+    measurement. `doubts` say what speaks against the latencies of the table,
     which are those predicted and replayed.
     """
 
     bundle: str
+    device: str
     split: str
     images: int
     tuned_on: int
@@ -80,18 +118,24 @@ class Bench:
     miou_difference: float
     p95_ms: float
     disagreements: tuple[NearCut, ...]
+    promises: tuple[Held, ...]
     doubts: tuple[str, ...]
+
+    @property
+    def missed(self) -> tuple[Held, ...]:
+        """The promises that did not hold on these images."""
+        return tuple(each for each in self.promises if each.held is False)
 
 
 @dataclass(frozen=True)
 class DeadlineBench:
     """What refining under a deadline gives.
 
-    `miou` (percent) and `confidence` (mean) are of the labels that were there at the deadline; where none were, of the
-    first ones after it. `exit_rates` are shares of images by their last result. Shares of misses: `missed_first` of the
-    images had nothing at the deadline, `missed_later` had a result in time, and the last one after it. All times run
-    from the frame as it comes to the labels at its own size. `doubts` say what speaks against the latencies that
-    refining goes by.
+    `miou` (percent) and `confidence` (mean; None of a whole network) are of the labels that were there at the deadline;
+    where none were, of the first ones after it. `exit_rates` are shares of images by their last result. Shares of
+    misses: `missed_first` of the images had nothing at the deadline, `missed_later` had a result in time, and the last
+    one after it. All times run from the frame as it comes to the labels at its own size. `doubts` say what speaks
+    against the latencies that refining goes by.
     """
 
     bundle: str
@@ -100,7 +144,7 @@ class DeadlineBench:
     passes: int
     deadline_ms: float
     miou: float
-    confidence: float
+    confidence: float | None
     exit_rates: tuple[float, ...]
     missed_first: float
     missed_later: float
@@ -198,7 +242,7 @@ def bench_deadline(
             results = list(cascade.refine(sample.frame, deadline_ms))
             there = max(sum(result.latency_ms <= deadline_ms for result in results) - 1, 0)
             score.add(results[there].labels, sample.labels)
-            sure.append(results[there].confidence)
+            sure += [confidence for confidence in [results[there].confidence] if confidence is not None]
             exits.append(results[-1].exit)
             first_ms.append(results[0].latency_ms)
             last_ms.append(results[-1].latency_ms)
@@ -211,7 +255,7 @@ def bench_deadline(
         passes=passes,
         deadline_ms=deadline_ms,
         miou=score.miou,
-        confidence=float(np.mean(sure)),
+        confidence=float(np.mean(sure)) if sure else None,
         exit_rates=_rates(exits, len(cascade.plan.stages)),
         missed_first=float(np.mean(late_at_once)),
         missed_later=float(np.mean(late & ~late_at_once)),
@@ -298,6 +342,7 @@ def _compared(
     baseline = Column(run.baseline_miou, baseline_ms, candidate.baseline_macs / 1e9, (1.0,))
     return Bench(
         bundle=cascade.manifest.name,
+        device=plan.target,
         split=evidence.statistics.split,
         images=len(items),
         tuned_on=sum(sample.id in tuned_on for sample in items),
@@ -322,8 +367,31 @@ def _compared(
             for index, (sample, expected, real) in enumerate(zip(items, replayed_exits, run.exits, strict=True))
             if expected != real
         ),
+        promises=_held(plan.promises, measured, baseline, run),
         doubts=evidence.doubts,
     )
+
+
+def _held(promises: Sequence[manifest.Promise], measured: Column, baseline: Column, run: _Run) -> tuple[Held, ...]:
+    """Each promise against what was measured; what is relative is so to the baseline of the same run."""
+    cascade_ms, single_ms = run.latency_ms
+    deepest = cascade_ms[:, np.array(run.exits) == max(run.exits)]
+    found = {
+        "err_pp": (baseline.miou - measured.miou, 0.0),
+        "latency_ms": (measured.latency_ms, baseline.latency_ms),
+        "p95_ms": (float(np.percentile(cascade_ms.mean(axis=0), 95)), baseline.latency_ms),
+        "worst_ms": (float(np.percentile(deepest, 99)), float(np.percentile(single_ms, 99))),
+        "gmacs": (measured.gmacs, baseline.gmacs),
+    }
+    held = []
+    for promise in promises:
+        value, of_baseline = found.get(promise.quantity, (None, 0.0))
+        asked = promise.limit * of_baseline if promise.relative else promise.limit
+        if value is not None:
+            value += promise.offset_pp
+        within = None if value is None else value <= asked + _ROUNDING
+        held.append(Held(promise.quantity, asked, value, within))
+    return tuple(held)
 
 
 def _column(figures: Figures | manifest.Figures) -> Column:

@@ -12,7 +12,7 @@ from mess_compile.runtime import decode
 from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.manifest import Plan
 
-VERSION = 2
+VERSION = 3
 _REMEDY = "run `mess-compile bench BUNDLE --data DIR`"
 
 

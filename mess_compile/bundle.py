@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import device_files, files
-from mess_compile.candidates import CandidateNetwork, GraphSet, check_hash
+from mess_compile.candidates import SOUND, CandidateNetwork, GraphSet, check_hash, is_whole
 from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.latency import StageGraphs, stage_graphs
 from mess_compile.measurements import Measurements
 from mess_compile.runtime import archive, cascade, manifest, npy, signature
 from mess_compile.runtime.engine import open_library
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.search.plan import Figures, OperatingPoint, Plan, Stage, check_plan_current
 
 Progress = Callable[[str, int, int], None]
@@ -126,6 +126,7 @@ def _check_parts(parts: Sequence[Part]) -> None:
     first, seen = parts[0], set()
     for part in parts:
         check_plan_current(part.plan, part.graph_set)
+        _refuse_unguarded(part)
         name = f"{part.plan.device} in {part.plan.precision}"
         if name in seen:
             raise InputError(f"two of the plans are for {name}: a bundle holds one for a target and precision")
@@ -134,6 +135,16 @@ def _check_parts(parts: Sequence[Part]) -> None:
             raise InputError(f"the plan for {name} is of another network than the one for {first.plan.device}")
         if part.plan.gate != first.plan.gate:
             raise InputError(f"the plan for {name} has another gate than the one for {first.plan.device}")
+
+
+def _refuse_unguarded(part: Part) -> None:
+    """Raises StaleError for a whole network that an earlier release exported, without the count of its sound cells."""
+    for stage in part.plan.stages:
+        if is_whole(stage.head) and SOUND not in {each.name for each in part.graph_set.spec(stage.head).outputs}:
+            raise StaleError(
+                f"graph {stage.head} of {part.graph_set.root} was exported by an earlier release, which did not let it "
+                f"run alone: run `mess-compile export`, and `mess-compile profile --device {part.plan.device}` after it"
+            )
 
 
 class _Sources:
@@ -178,7 +189,7 @@ def _described(part: Part, sources: _Sources) -> tuple[manifest.Plan, list[manif
 def _add_graphs(part: Part, names: Sequence[StageGraphs], sources: _Sources) -> dict[str, str]:
     """Where in the bundle each graph of the plan is, by its name; the weights that they name are added too."""
     places: dict[str, str] = {}
-    for name in dict.fromkeys(graph for stage in names for graph in (stage.segment, stage.head, stage.output)):
+    for name in dict.fromkeys(graph for stage in names for graph in stage.all):
         path = part.graph_set.path(name)
         check_hash(path, part.graph_set.graphs[name].sha256)
         form = part.forms.get(name, path)
@@ -220,6 +231,7 @@ def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -
         confidence=measurements.confidence,
         environment=dict(measurements.environment),
         sources={"latency table": plan.table_sha256, "statistics": plan.statistics_sha256},
+        promises=plan.promises,
     )
 
 
@@ -250,8 +262,8 @@ def _stage(stage: Stage, graphs: StageGraphs, graph_set: GraphSet, places: Mappi
         exit_point=stage.exit_point,
         head=stage.head,
         segment=places[graphs.segment],
-        head_graph=places[graphs.head],
-        output=places[graphs.output],
+        head_graph=None if graphs.head is None else places[graphs.head],
+        output=None if graphs.output is None else places[graphs.output],
         row=stage.row,
         cut=stage.cut,
         cells=height * width,
@@ -279,7 +291,7 @@ def _golden(
             progress("golden frames", len(runs), len(frames))
         for run in _chosen(runs):
             exit_, array = run.prediction.exit, npy.content_of(run.frame)
-            confident = round(run.prediction.confidence * loaded.plan.stages[exit_ - 1].cells)
+            confident = round((run.prediction.confidence or 0.0) * loaded.plan.stages[exit_ - 1].cells)
             number = next(number for number in count() if sources.has_room(f"golden/{number}.npy", array))
             place = sources.add(f"golden/{number}.npy", array)
             labels = sources.add(f"golden/{number}.labels.npy", npy.content_of(run.prediction.labels))
@@ -289,7 +301,7 @@ def _golden(
 def _run(loaded: cascade.Cascade, frame: NDArray[np.uint8]) -> _Run:
     margins: list[float] = []
     for stage, prediction in zip(loaded.plan.stages, loaded.refine(frame), strict=False):
-        if stage.cut is None:
+        if stage.cut is None or prediction.confidence is None:
             continue
         margins.append(abs(prediction.confidence - stage.cut / stage.cells))
         if prediction.confidence >= stage.cut / stage.cells:

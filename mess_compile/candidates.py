@@ -160,6 +160,10 @@ class CandidateNetwork:
                 return head
         raise InputError(f"no head {name!r} in this network; it has {', '.join(h.name for h in self.heads)}")
 
+    def point_of(self, name: str) -> int:
+        """The number of the exit point that a head lies at; a whole network ends at the last one."""
+        return len(self.exit_points) if is_whole(name) else self.head(name).exit_point
+
     def exit_point(self, number: int) -> ExitPoint:
         """The exit point by its number, from 1."""
         return self.exit_points[number - 1]
@@ -242,6 +246,13 @@ def output_name(hw: tuple[int, int]) -> str:
 
 BASELINE, BASELINE_ALONE = "baseline", "baseline-alone"
 """The single-exit graphs: the candidate network's final exit, and a network of one exit that was trained alone."""
+SOUND = "sound"
+"""The output of a single-exit graph that counts its cells with finite logits, as a gate's guard does for a head."""
+
+
+def is_whole(name: str) -> bool:
+    """Whether what a plan leaves through is a whole single-exit network, uncut, and not a head."""
+    return name in (BASELINE, BASELINE_ALONE)
 
 
 @dataclass(frozen=True)

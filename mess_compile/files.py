@@ -142,8 +142,8 @@ def write_json(path: Path, format: str, version: int, content: dict[str, Any]) -
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path, format: str, version: int, remedy: str) -> dict[str, Any]:
-    """Read what `write_json` wrote.
+def read_json(path: Path, format: str, version: int | tuple[int, ...], remedy: str) -> dict[str, Any]:
+    """Read what `write_json` wrote, in this version or one of several.
 
     Raises InputError naming the file, what is wrong with it and the remedy.
     """
@@ -156,8 +156,10 @@ def read_json(path: Path, format: str, version: int, remedy: str) -> dict[str, A
     if not isinstance(content, dict) or content.get("format") != format:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise InputError(f"{path} has format {found!r}, not {format!r}: {remedy}")
-    if content.get("version") != version:
-        raise InputError(f"{path} has version {content.get('version')!r}; this release reads {version}: {remedy}")
+    readable = version if isinstance(version, tuple) else (version,)
+    if content.get("version") not in readable:
+        known = " and ".join(map(str, readable))
+        raise InputError(f"{path} has version {content.get('version')!r}; this release reads {known}: {remedy}")
     return content
 
 

@@ -22,7 +22,7 @@ from mess_compile.runtime.manifest import MANIFEST
 from mess_compile.runtime.notebook import table_html, text_html
 from mess_compile.search import plan as plans
 from mess_compile.search.explain import Explanation, Outcome
-from mess_compile.search.shown import FIGURES, exits_table, figures_row
+from mess_compile.search.shown import FIGURES, exits_table, figures_row, sentences_of
 from mess_compile.searching import known_doubts
 from mess_compile.workspace import Workspace
 
@@ -324,7 +324,7 @@ def inspect_plan(result: plans.SearchResult, whole_front: bool = False) -> Inspe
     shown = range(len(front)) if whole_front else _shown_of_front(len(front), chosen)
     left = len(front) - len(shown)
     less = (f"{left} of the front's {len(front)} plans are left out: `inspect plan --all` shows them, as does --json",)
-    notes = (*(f"mind: {doubt}" for doubt in plan.doubts), *(less if left else ()))
+    notes = (*sentences_of(plan), *(f"mind: {doubt}" for doubt in plan.doubts), *(less if left else ()))
     return Inspection(plans.result_to_json(result), (*tables, _front_table(result, shown, chosen)), notes)
 
 

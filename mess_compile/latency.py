@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mess_compile import files
-from mess_compile.candidates import CandidateNetwork, GraphSet, head_graph_name, output_name, segment_name
+from mess_compile.candidates import CandidateNetwork, GraphSet, head_graph_name, is_whole, output_name, segment_name
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.runtime.notebook import table_html
@@ -120,18 +121,35 @@ def _remedy(device: str, more: str = "") -> str:
 
 @dataclass(frozen=True)
 class StageGraphs:
-    """The names of the graphs that one stage of a cascade runs."""
+    """The names of the graphs that one stage of a cascade runs; a whole network is one graph, from image to labels."""
 
     segment: str
-    head: str
-    output: str
+    head: str | None
+    output: str | None
+
+    @property
+    def passed(self) -> tuple[str, ...]:
+        """What every image that reaches the stage runs."""
+        return (self.segment,) if self.head is None else (self.segment, self.head)
+
+    @property
+    def leaving(self) -> tuple[str, ...]:
+        """What an image that leaves here runs besides."""
+        return () if self.output is None else (self.output,)
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (*self.passed, *self.leaving)
 
 
 def stage_graphs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[StageGraphs, ...]:
     """The graphs of a cascade that leaves through `heads`, named in running order.
 
-    Raises InputError when the heads do not lie at ever deeper exit points.
+    A whole network, which has no exits beside its own, stands alone. Raises InputError when the heads do not lie at
+    ever deeper exit points.
     """
+    if len(heads) == 1 and is_whole(heads[0]):
+        return (StageGraphs(heads[0], None, None),)
     stages, previous = [], 0
     for name in heads:
         point = candidate.head(name).exit_point
@@ -156,11 +174,11 @@ def path_costs_ns(
     download = table.cost_ns(DOWNLOAD, quantity=quantity)
     stages = stage_graphs(graph_set.candidate, heads)
     for stage in stages:
-        spent += graph_cost_ns(table, graph_set, stage.segment, quantity)
-        spent += graph_cost_ns(table, graph_set, stage.head, quantity)
+        spent += sum(graph_cost_ns(table, graph_set, graph, quantity) for graph in stage.passed)
         if stage is not stages[-1]:
             spent += table.cost_ns(NULL, quantity=quantity)
-        costs.append(spent + graph_cost_ns(table, graph_set, stage.output, quantity) + download)
+        leaving = sum(graph_cost_ns(table, graph_set, graph, quantity) for graph in stage.leaving)
+        costs.append(spent + leaving + download)
     return tuple(costs)
 
 
@@ -171,17 +189,40 @@ def report_times_ns(
     times: list[int] = []
     now = table.cost_ns(UPLOAD, quantity=quantity)
     for stage in stage_graphs(graph_set.candidate, heads):
-        for graph in (stage.segment, stage.head, stage.output):
+        for graph in stage.all:
             now += graph_cost_ns(table, graph_set, graph, quantity)
         now += table.cost_ns(DOWNLOAD, quantity=quantity)
         times.append(now)
     return tuple(times)
 
 
-def baseline_cost_ns(table: LatencyTable, graph_set: GraphSet, baseline: str, quantity: Quantity = "mean_ms") -> int:
-    """What an image costs on a single-exit network: upload + the graph `baseline` + download, in ns."""
-    transfers = (table.cost_ns(transfer, quantity=quantity) for transfer in (UPLOAD, DOWNLOAD))
-    return sum(transfers) + graph_cost_ns(table, graph_set, baseline, quantity)
+def path_p99_ns(table: LatencyTable, graph_set: GraphSet, heads: Sequence[str], every_report: bool = False) -> int:
+    """The p99 of the deepest path through `heads`, in ns: sum of the means + root of the sum of (p99 - mean)^2.
+
+    p99s do not add: that all graphs are slow at once is far rarer than that one is, and a sum of many p99s could not be
+    held against the one p99 of a whole network. Graphs are taken as independent of each other. With `every_report` the
+    reports of earlier exits are paid for too. Raises InputError when the table lacks a graph.
+    """
+    stages = stage_graphs(graph_set.candidate, heads)
+    mean, square = 0, 0.0
+
+    def passes(graph: str, precision: str) -> None:
+        nonlocal mean, square
+        cost = table.cost_ns(graph, precision)
+        mean += cost
+        square += float(max(0, table.cost_ns(graph, precision, "p99_ms") - cost)) ** 2
+
+    passes(UPLOAD, FP32)
+    for stage in stages:
+        last = stage is stages[-1]
+        graphs = stage.all if last or every_report else stage.passed
+        for graph in graphs:
+            passes(graph, graph_set.spec(graph).precision)
+        if last or every_report:
+            passes(DOWNLOAD, FP32)
+        else:
+            passes(NULL, FP32)
+    return mean + round(math.sqrt(square))
 
 
 def graph_cost_ns(table: LatencyTable, graph_set: GraphSet, graph: str, quantity: Quantity = "mean_ms") -> int:

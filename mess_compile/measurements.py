@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mess_compile.candidates import GraphSet
+from mess_compile.candidates import GraphSet, is_whole
 from mess_compile.latency import DOWNLOAD, NULL, UPLOAD, LatencyTable, StageGraphs, graph_cost_ns, stage_graphs
 from mess_compile.runtime import manifest
 from mess_compile.search.figures import exits_taken
@@ -49,11 +49,12 @@ def _doubts(plan: Plan) -> dict[str, str]:
 def _cost(table: LatencyTable, graph_set: GraphSet, graphs: StageGraphs, stage: Stage) -> manifest.StageCost:
     decision = 0 if stage.cut is None else table.cost_ns(NULL)
     mean, p99 = (
-        sum(graph_cost_ns(table, graph_set, name, quantity) for name in (graphs.segment, graphs.head))
+        sum(graph_cost_ns(table, graph_set, name, quantity) for name in graphs.passed)
         for quantity in ("mean_ms", "p99_ms")
     )
     report_mean, report_p99 = (
-        graph_cost_ns(table, graph_set, graphs.output, quantity) + table.cost_ns(DOWNLOAD, quantity=quantity)
+        sum(graph_cost_ns(table, graph_set, name, quantity) for name in graphs.leaving)
+        + table.cost_ns(DOWNLOAD, quantity=quantity)
         for quantity in ("mean_ms", "p99_ms")
     )
     p99 += table.cost_ns(NULL, quantity="p99_ms")
@@ -61,10 +62,12 @@ def _cost(table: LatencyTable, graph_set: GraphSet, graphs: StageGraphs, stage: 
 
 
 def confidence_histograms(stages: Sequence[Stage], statistics: ExitStatistics) -> tuple[tuple[int, ...], ...]:
-    """For each stage the images that reach it, by the share of its cells that are sure."""
+    """For each stage the images that reach it, by the share of its cells that are sure; none of a whole network."""
     taken = exits_taken(statistics, stages)  # (n,)
     return tuple(
-        _histogram(statistics, stage, [image for image, exit_ in enumerate(taken) if exit_ >= index])
+        ()
+        if is_whole(stage.head)
+        else _histogram(statistics, stage, [image for image, exit_ in enumerate(taken) if exit_ >= index])
         for index, stage in enumerate(stages)
     )
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mess_compile import extras, files, latency, scenes, statistics
 from mess_compile.benched import read_bench
+from mess_compile.candidates import is_whole
 from mess_compile.dataset import Sample, open_dataset, read_sample
 from mess_compile.diagnosis import weak_final_exit
 from mess_compile.report import compared, strips, views
@@ -191,22 +192,32 @@ def _extreme_samples(
         try:
             data = open_dataset(workspace.data_folder(None), known.split, None)
             items = {item.id: item for item in data.items}
-            sure = [float(n) for n in known.counts[:, known.head_index(first.head), first.row]]
-            chosen = [known.image_id[index] for index in strips.extremes(sure)]
+            chosen = [known.image_id[index] for index in strips.extremes(_sureness(known, first))]
             samples = [read_sample(items[name], data.classes) for name in chosen]
             truths = [each.labels if (each.labels < VOID).any() else None for each in samples]
-            return f"Images of {known.split}, by how sure the first exit is.", list(zip(samples, truths, strict=True))
+            whole = is_whole(first.head)
+            by = "how much of them the whole network gets right" if whole else "how sure the first exit is"
+            return f"Images of {known.split}, by {by}.", list(zip(samples, truths, strict=True))
         except (InputError, KeyError):
             pass  # the data may have moved or changed since; generated scenes show the same cascade
     hw = cascade.manifest.network.input_hw
     drawn = scenes.by_difficulty(hw, SCENES)
     void = cascade.manifest.network.classes != scenes.SCENE_CLASSES.names
-    confidences = [next(cascade.refine(scene.frame)).confidence for scene in drawn]
+    confidences = [next(cascade.refine(scene.frame)).confidence or 0.0 for scene in drawn]
     return (
         f"Of {SCENES} generated street scenes, for the data are not here, by how sure the first exit is"
         + (": the network was not trained on such." if void else "."),
         [(drawn[index], None if void else drawn[index].labels) for index in strips.extremes(confidences)],
     )
+
+
+def _sureness(known: statistics.ExitStatistics, stage: plans.Stage) -> list[float]:
+    """Of each image the cells that an exit is sure of, or the share of its pixels that a whole network gets right."""
+    head = known.head_index(stage.head)
+    if not is_whole(stage.head):
+        return [float(n) for n in known.counts[:, head, stage.row]]
+    right = known.intersection[:, head].sum(axis=1) / np.maximum(1, known.labelled.sum(axis=1))
+    return [float(share) for share in right]
 
 
 def content_of(found: Report) -> dict[str, Any]:

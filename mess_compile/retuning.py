@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import bundle as bundles
-from mess_compile.candidates import CandidateNetwork, Gate
+from mess_compile.candidates import BASELINE_ALONE, CandidateNetwork, Gate
 from mess_compile.dataset import ALWAYS_IGNORED, DataSet, Sample, open_dataset, samples
 from mess_compile.evaluation import BLOCK, Image, countable
 from mess_compile.measurements import confidence_histograms
@@ -141,10 +141,11 @@ def _recorded(
             items += block
             scores += score(counted(block))
             tell(f"scores the exits: {len(scores)} of {len(data.items)} images")
+    gated = [stage for stage in plan.stages if not stage.is_whole]
     return ExitStatistics(
-        heads=tuple(stage.head for stage in plan.stages),
+        heads=tuple(stage.head for stage in gated),
         classes=network.classes,
-        cells=tuple(stage.cells for stage in plan.stages),
+        cells=tuple(stage.cells for stage in gated),
         thresholds=thresholds,
         counts=np.stack([each.counts for each in scores]),
         intersection=np.stack([each.intersection for each in scores]),
@@ -158,16 +159,20 @@ def _recorded(
         device=plan.target,
         library=plan.library,
         split=plan.predicted.split,
+        baseline_alone=None if gated else network.identity,
+        final_head=None if gated else BASELINE_ALONE,
     )
 
 
 def _exits(plan: manifest.Plan, network: manifest.Network) -> Exits:
+    if plan.stages[0].is_whole:
+        return Exits(network.input_hw, len(network.classes), (), (), plan.stages[0].segment)
     points = [0, *(stage.exit_point for stage in plan.stages)]
     return Exits(
         network.input_hw,
         len(network.classes),
         tuple((a, b, stage.segment) for a, b, stage in zip(points, points[1:], plan.stages, strict=False)),
-        tuple(HeadEngines(stage.head_graph, stage.exit_point, stage.output) for stage in plan.stages),
+        tuple(HeadEngines(str(stage.head_graph), stage.exit_point, str(stage.output)) for stage in plan.stages),
         None,
     )
 

@@ -21,6 +21,7 @@ from mess_compile.layouts import IMAGE_SUFFIXES
 from mess_compile.runtime import archive, frames
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime.cascade import Cascade, Prediction
+from mess_compile.runtime.confidence import sure_words
 from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.manifest import MANIFEST
 from mess_compile.runtime.pictures import read_picture
@@ -54,7 +55,7 @@ class ImageResult:
     image: Path
     exit: int
     exit_point: int
-    confidence: float
+    confidence: float | None
     latency_ms: float
     pictures: tuple[Path, ...]
 
@@ -185,7 +186,7 @@ def _panels(
     panels = [("input", frame)]
     for prediction in cascade.refine(frame):
         mark = " (taken)" if prediction.exit == taken else ""
-        caption = f"exit {prediction.exit}{mark}  sure {prediction.confidence:.0%}  {prediction.latency_ms:.1f} ms"
+        caption = f"exit {prediction.exit}{mark}  {sure_words(prediction.confidence)}{prediction.latency_ms:.1f} ms"
         panels.append((caption, frames.overlay(frame, prediction.labels, network.colours)))
     if truth is not None:
         classes = ClassList(network.classes, network.colours, frozenset(range(len(network.classes), 256)))
@@ -266,7 +267,7 @@ def _segmented(
 
 def _drawn(media: Any, cascade: Cascade, frame: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint8]:
     exits = len(cascade.plan.stages)
-    words = f"exit {prediction.exit} of {exits}   sure {prediction.confidence:.0%}   {prediction.latency_ms:.1f} ms"
+    words = f"exit {prediction.exit} of {exits}  {sure_words(prediction.confidence)}{prediction.latency_ms:.1f} ms"
     picture: NDArray[np.uint8] = media.annotated(cascade.overlay(frame, prediction), prediction.exit, exits, words)
     return picture
 

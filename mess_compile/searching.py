@@ -96,6 +96,8 @@ def _found(
     options: SearchOptions,
 ) -> tuple[list[plans.SearchResult], list[list[Evidence]]]:
     """For each device what was found, and by what."""
+    from mess_compile.search.bounds import promises_of
+
     targets = [target_of(workspace, device) for device in dict.fromkeys(devices or (None,))]
     _refuse_to_overwrite(options.output, len(targets))
     clock = Clock(math.inf if options.time_limit_s is None else options.time_limit_s)
@@ -103,9 +105,8 @@ def _found(
     results = []
     for name, each in evidences.items():
         try:
-            results.append(
-                _searched(each, requirement, options, workspace.searches, partial(progress, "search"), clock)
-            )
+            found = _searched(each, requirement, options, workspace.searches, partial(progress, "search"), clock)
+            results.append(replace(found, plan=replace(found.plan, promises=promises_of(requirement, found.plan))))
         except RequirementError as error:
             raise RequirementError(f"{name}: {error}" if len(evidences) > 1 else str(error)) from error
     _write(workspace, results, options.output)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import files
-from mess_compile.candidates import BASELINE_ALONE, Gate, GraphSet
+from mess_compile.candidates import BASELINE, BASELINE_ALONE, Gate, GraphSet
 from mess_compile.runtime.errors import InputError, StaleError
 
 Ints = NDArray[np.int64]
@@ -37,6 +37,7 @@ class ExitStatistics:
     threshold row; `intersection` and `predicted` (n, scored, K), `labelled` (n, K) pixels per class at the frame's own
     size, ignored pixels in none of them. `group` is the image's sequence; `precision` names the recipe, `network`
     is the identity of its graphs, `baseline_alone` that of the baseline trained alone, None when there was none.
+    `final_head` is the head whose labels `BASELINE` gives as one graph; it is not stored, for the network tells it.
     """
 
     heads: tuple[str, ...]
@@ -56,6 +57,7 @@ class ExitStatistics:
     library: str
     split: str
     baseline_alone: str | None = None
+    final_head: str | None = None
 
     @property
     def images(self) -> int:
@@ -67,10 +69,14 @@ class ExitStatistics:
         return self.heads if self.baseline_alone is None else (*self.heads, BASELINE_ALONE)
 
     def head_index(self, head: str) -> int:
-        """The place of a head among the heads, or of `BASELINE_ALONE` behind them. Raises InputError."""
-        if head not in self.scored:
+        """The place of a head among the heads, or of `BASELINE_ALONE` behind them. Raises InputError.
+
+        `BASELINE` is scored as the final head.
+        """
+        name = self.final_head if head == BASELINE and self.final_head is not None else head
+        if name not in self.scored:
             raise InputError(f"the statistics hold no head {head!r}: {_REMEDY}")
-        return self.scored.index(head)
+        return self.scored.index(name)
 
     def select(self, indices: Sequence[int]) -> ExitStatistics:
         """The statistics of these images, in this order."""

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mess_compile import bundle, files
 from mess_compile.candidates import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
+from mess_compile.graph.gate import append_sound
 from mess_compile.measurements import Measurements
 from mess_compile.runtime import archive, signature
 from mess_compile.runtime.manifest import Manifest, StageCost
@@ -68,8 +69,8 @@ def candidate() -> CandidateNetwork:
     )
 
 
-def graph_set(root: Path, baseline_alone: str | None = None) -> GraphSet:
-    """All graphs of the network, written to `root` with their weights in one store."""
+def graph_set(root: Path, baseline_alone: str | None = None, whole: bool = False) -> GraphSet:
+    """All graphs of the network, written to `root` with their weights in one store; on request the `whole` one too."""
     root.mkdir(parents=True, exist_ok=True)
     image, exits = ("image", "uint8", (1, *HW, 3)), [(f"exit{n}", "float32", (1, CHANNELS, *CELLS_HW)) for n in (1, 2)]
     thresholds, counts = ("thresholds", "float32", (len(ROWS), len(CLASSES))), ("counts", "int32", (len(ROWS),))
@@ -82,6 +83,14 @@ def graph_set(root: Path, baseline_alone: str | None = None) -> GraphSet:
         f"head-{HEADS[1]}": ([exits[1], thresholds], [logits, counts], _head("exit2", CLASSIFIERS[1])),
         "output-4x6": ([logits], [labels], _output()),
     }
+    sound = ("sound", "int32", (1,))
+    if whole:
+        nodes = [
+            *_first("middle"),
+            *_conv("middle", "exit2", SECOND),
+            *_conv("exit2", "logits", CLASSIFIERS[1], relu=False),
+        ]
+        graphs["baseline"] = ([image], [labels, sound], [*nodes, *_output(), *_sound()])
     if baseline_alone:
         nodes = _first("middle") + _conv("middle", "logits", ALONE, relu=False) + _output()
         graphs["baseline-alone"] = ([image], [labels], nodes)
@@ -113,6 +122,13 @@ def plan(cut: int | None = 18, exits: Sequence[int] = (1, 2), setting: str = "in
         "b" * 64,
         (default_point(stages, figures),),
     )
+
+
+def whole_plan() -> Plan:
+    """The network as one graph, uncut."""
+    stages, graphs = (Stage(2, "baseline", 2, None),), (PlanGraph("baseline", "fp32", "fp32"),)
+    known = plan(exits=(2,))
+    return replace(known, stages=stages, graphs=graphs, operating_points=(default_point(stages, known.predicted),))
 
 
 def thresholds() -> NDArray[np.float32]:
@@ -202,6 +218,12 @@ def _output() -> list[_Node]:
     )
     argmax = helper.make_node("ArgMax", ["large"], ["index"], axis=1, keepdims=0)
     return [scales, resize, argmax, helper.make_node("Cast", ["index"], ["labels"], to=TensorProto.UINT8)]
+
+
+def _sound() -> list[_Node]:
+    model = helper.make_model(helper.make_graph([], "sound", [], []))
+    append_sound(model)
+    return [*model.graph.initializer, *model.graph.node]
 
 
 def _write(root: Path, name: str, inputs: list[_Tensor], outputs: list[_Tensor], parts: list[_Node]) -> GraphSpec:

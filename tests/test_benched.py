@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mess_compile import benched
-from mess_compile.bench import Bench, Column, NearCut
+from mess_compile.bench import Bench, Column, Held, NearCut
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.errors import InputError
 from tests import small_network
@@ -17,13 +17,14 @@ class TestWhatBenchKeeps:
     def found(self) -> Bench:
         columns = [Column(60.0 + i, 1.5 + i, 0.25, rates) for i, rates in enumerate([(1.0,), *[(0.75, 0.25)] * 3])]
         return Bench(
-            *("street", "test", 8, 0, 3, "baseline", columns[0], (), columns[1], columns[2], columns[3]),
+            *("street", "host", "test", 8, 0, 3, "baseline", columns[0], (), columns[1], columns[2], columns[3]),
             latency_ratio=2.5,
             latency_ratio_range=(2.25, 2.75),
             workload_ratio=3.0,
             miou_difference=-0.5,
             p95_ms=4.5,
             disagreements=(NearCut("a", 1, 2, 0),),
+            promises=(Held("err_pp", 2.0, 2.91, False),),
             doubts=("host was unstable",),
         )
 
@@ -43,10 +44,11 @@ class TestWhatBenchKeeps:
         assert kept.columns["measured"].exit_rates == (0.75, 0.25)
         assert kept.found.latency_ratio_range == (2.25, 2.75)
         assert kept.found.doubts == ("host was unstable",)
+        assert kept.found.missed == (Held("err_pp", 2.0, 2.91, False),)
         assert (kept.heads, kept.cuts) == (small_network.HEADS, (18, None))
 
     def test_is_refused_when_it_is_damaged(self, tmp_path: Path) -> None:
         path = tmp_path / "host.json"
-        path.write_text('{"format": "mess-bench", "version": 2, "bench": {"split": 3}}')
+        path.write_text('{"format": "mess-bench", "version": 3, "bench": {"split": 3}}')
         with pytest.raises(InputError, match=r"damaged.*bench BUNDLE --data DIR"):
             benched.read_bench(path)

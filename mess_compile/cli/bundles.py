@@ -24,6 +24,7 @@ from mess_compile.cli.options import (
 from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, quoted, say
 
 if TYPE_CHECKING:
+    from mess_compile.bench import Bench
     from mess_compile.running import ImageResult, VideoResult
     from mess_compile.workspace import Workspace
 
@@ -145,14 +146,16 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
         videos = [asdict(result) for result in results if isinstance(result, steps.VideoResult)]
         images = [asdict(result) for result in results if isinstance(result, steps.ImageResult)]
         return print_json({"images": images, "videos": videos})
-    if any(isinstance(result, steps.ImageResult) for result in results):
+    if any(isinstance(result, steps.ImageResult) and result.confidence is not None for result in results):
         say(f"{LEGEND} (`mess-compile inspect {quoted(bundle)}`)")
     return print_next(f"bench {quoted(bundle)} --data DIR")
 
 
 def _of_image(result: ImageResult) -> str:
+    from mess_compile.runtime.confidence import exit_words
+
     return (
-        f"{result.image}: exit {result.exit}, confidence {result.confidence:.3f}, {result.latency_ms:.2f} ms "
+        f"{result.image}: {exit_words(result.exit, result.confidence)}, {result.latency_ms:.2f} ms "
         f"-> {', '.join(str(path) for path in result.pictures)}"
     )
 
@@ -181,6 +184,7 @@ def _of_video(result: VideoResult) -> str:
 )
 @click.option("--passes", default=3, show_default=True, help="How often every image is measured.")
 @click.option("--deadline", help="Refine every image until then, such as 20ms: what is there, and how often too late.")
+@click.option("--strict", is_flag=True, help="End with exit code 3 where the plan's promise did not hold.")
 @_target_option
 @dry_run_option
 @json_option
@@ -192,13 +196,21 @@ def bench(
     split: str,
     passes: int,
     deadline: str | None,
+    strict: bool,
     target: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Measured against predicted, and against the better single-exit baseline in the same run."""
+    """Measured against predicted, and against the better single-exit baseline in the same run.
+
+    What the plan was asked to keep (`search --max-err 1%`) is held against the measurement: held, or MISSED.
+    """
     from mess_compile import steps
     from mess_compile.search.requirement import parse_milliseconds
+    from mess_compile.search.shown import speed, work
+
+    if strict and deadline is not None:
+        raise click.UsageError("--strict is about the bounds that the plan was searched by: leave --deadline out.")
 
     if dry_run:
         deadline_ms = None if deadline is None else parse_milliseconds(deadline)
@@ -209,7 +221,8 @@ def bench(
     with progress_bar(as_json) as progress:
         result = steps.bench(workspace, bundle, data, split, passes, progress, target)
     if as_json:
-        return print_json(asdict(result))
+        print_json(asdict(result))
+        return _exit_if_missed(result, strict)
     columns = {result.baseline_name: result.baseline}
     columns |= {name: getattr(result, name) for name in ("predicted", "replayed", "measured")}
     rows = [
@@ -225,9 +238,11 @@ def bench(
         say(f"{result.baseline_name} is the better baseline here: {other.name} has {other.miou:.2f} % mIoU")
     low, high = result.latency_ratio_range
     say(
-        f"measured against {result.baseline_name} in the same run: {result.latency_ratio:.2f}x in latency (passes "
-        f"{low:.2f} to {high:.2f}), {result.workload_ratio:.2f}x in workload, {result.miou_difference:+.2f} pp of mIoU"
+        f"measured against {result.baseline_name} in the same run: {speed(result.latency_ratio)} (passes "
+        f"{low:.2f}x to {high:.2f}x), {work(result.workload_ratio)}, {result.miou_difference:+.2f} pp of mIoU"
     )
+    for promise in result.promises:
+        say(promise.sentence)
     if result.tuned_on:
         say(
             f"the plan was chosen on {result.tuned_on} of these {result.images} images: a result from tuning data; "
@@ -239,7 +254,32 @@ def bench(
             f"{near.counts_from_cut} counts from the cut"
         )
     _print_doubts(result.doubts)
-    return print_next("report", f"ship {quoted(bundle)} ssh://USER@HOST:/FOLDER", "search --max-err 0.1%")
+    print_next(*_after_bench(result, bundle))
+    return _exit_if_missed(result, strict)
+
+
+MISSED = 3
+"""The exit code of `bench --strict` for a bench that was done, and found a promise missed."""
+
+
+def _exit_if_missed(result: Bench, strict: bool) -> None:
+    if strict and result.missed:
+        raise click.exceptions.Exit(MISSED)
+
+
+def _after_bench(result: Bench, bundle: Path) -> list[str]:
+    """What follows from the promises: a safer plan, a fresh latency table, or shipping."""
+    missed = {each.quantity: each for each in result.missed}
+    if not missed:
+        return ["report", f"ship {quoted(bundle)} ssh://USER@HOST:/FOLDER"]
+    steps = []
+    if "err_pp" in missed:
+        lost = missed["err_pp"]
+        safer = 2 * lost.asked - (lost.found or 0.0)
+        steps.append(f"search --max-err {safer:.2g}%" if safer > 0 else f"search --max-err {lost.asked / 4:.2g}%")
+    if set(missed) & {"latency_ms", "p95_ms", "worst_ms"}:
+        steps.append(f"profile --device {result.device}")
+    return [*steps, "report"]
 
 
 def _bench_deadline(
@@ -260,9 +300,10 @@ def _bench_deadline(
         found = steps.bench_deadline(workspace, bundle, data, split, passes, deadline_ms, progress, target)
     if as_json:
         return print_json(asdict(found))
+    sure = "" if found.confidence is None else f", {found.confidence:.0%} of the cells sure"
     say(
         f"{found.images} images of {found.split}, {found.passes} passes, at {found.deadline_ms:g} ms: "
-        f"{found.miou:.2f} % mIoU, {found.confidence:.0%} of the cells sure; last exits {rates(found.exit_rates)}"
+        f"{found.miou:.2f} % mIoU{sure}; last exits {rates(found.exit_rates)}"
     )
     say(
         f"misses: {found.missed_later:.2%} of the images had a later result too late, {found.missed_first:.2%} "

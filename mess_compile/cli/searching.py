@@ -86,6 +86,7 @@ def search(
     from mess_compile.search.guarantees import parse_confidence
     from mess_compile.search.plan import result_to_json
     from mess_compile.search.requirement import parse_front, parse_seconds
+    from mess_compile.search.shown import what_would_cut
 
     _refuse_what_does_not_fit(options, confidence, {"--seed": seed, "--time-limit": time_limit, "--explain": explain})
     requirement = _requirement(options)
@@ -114,6 +115,8 @@ def search(
         return print_json(single if common is None else {"results": contents, "shared": asdict(common)})
     for i, result in enumerate(results):
         _print_plan(result.plan)
+        if result.plan.is_whole:
+            say(what_would_cut(result))
         _warn(result.plan, requirement)
         print_inspection(inspection.Inspection({}, inspection.points_tables(result.plan)))
         for reason in reasons[i : i + 1]:
@@ -252,7 +255,7 @@ def _requirement(options: dict[str, Any]) -> Any:
 
 
 def _print_plan(plan: Any) -> None:
-    from mess_compile.search.shown import FIGURES, exits_table, figures_row
+    from mess_compile.search.shown import FIGURES, exits_table, figures_row, sentences_of, speed, work
 
     print_table(f"plan for {plan.device}, {plan.setting}, {plan.precision}", *exits_table(plan))
     figures_of = {"plan": plan.predicted, plan.baseline_name: plan.baseline}
@@ -269,7 +272,9 @@ def _print_plan(plan: Any) -> None:
     for number, report in enumerate(plan.reports, start=1):
         say(f"exit {number} reports after {report.latency_ms:.2f} ms: {report.miou:.2f} % mIoU by then")
     latency, workload = _ratio(plan, "latency_ms"), _ratio(plan, "gmacs")
-    say(f"predicted {latency:.2f}x in latency, {workload:.2f}x in workload")
+    say(f"predicted against {plan.baseline_name}: {speed(latency)}, {work(workload)}")
+    for sentence in sentences_of(plan):
+        say(sentence)
     for graph in plan.graphs:
         if graph.precision != graph.wanted:
             say(f"{graph.name} runs in {graph.precision}: in {graph.wanted} it lost too much")

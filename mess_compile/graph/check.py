@@ -14,6 +14,7 @@ import onnx
 from mess_compile.candidates import (
     BASELINE,
     BASELINE_ALONE,
+    SOUND,
     GraphSet,
     Head,
     head_graph_name,
@@ -75,6 +76,13 @@ def _check_baseline(
     """A single-exit graph gives the labels that the network's logits (1, K, h, w) mean."""
     painted = _run(library, graph_set.path(name), [{"image": frame[None]} for frame in frames])
     _compare_labels(name, [outputs["labels"] for outputs in painted], logits)
+    for number, (outputs, values) in enumerate(zip(painted, logits, strict=True)):
+        finite = int(np.isfinite(np.asarray(values).max(axis=1)).sum())
+        if int(outputs[SOUND][0]) != finite:
+            raise InputError(
+                f"graph {name} counts {int(outputs[SOUND][0])} cells with finite logits on frame {number}, and {finite} "
+                "are: the cut is wrong"
+            )
 
 
 def _check_head(

@@ -29,7 +29,7 @@ from mess_compile.candidates import (
     write_graph_set,
 )
 from mess_compile.graph.fold import has_subgraph
-from mess_compile.graph.gate import append_gate
+from mess_compile.graph.gate import append_gate, append_sound
 from mess_compile.graph.output import append_output, output_graph
 from mess_compile.graph.store import read_model, write_graph
 from mess_compile.graph.workload import activations, count_macs
@@ -190,6 +190,7 @@ def _baseline(network: gs.Graph, candidate: CandidateNetwork) -> onnx.ModelProto
     model = cut(network, ["image"], [logits_name(candidate.baseline)])
     _rename_output(model, "logits")
     append_output(model, len(candidate.classes), candidate.input_hw)
+    append_sound(model)
     return model
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from mess_compile.candidates import Gate
+from mess_compile.candidates import SOUND, Gate
 from mess_compile.graph.nodes import add, constant
 from mess_compile.runtime.errors import InputError
 
@@ -41,6 +41,25 @@ def append_gate(model: onnx.ModelProto, gate: Gate, classes: int) -> None:
     counts = add(graph, "ReduceSum", [sure, total], "gate/total", keepdims=0)  # (T,), exact below 2^24 cells
     add(graph, "Cast", [counts], "counts", to=TensorProto.INT32)
     graph.output.append(helper.make_tensor_value_info("counts", TensorProto.INT32, (rows,)))
+
+
+def append_sound(model: onnx.ModelProto) -> None:
+    """Add the output `sound` int32 (1,) to a single-exit graph with `logits` f32 (1, K, h, w): the cells whose best
+    logit is finite.
+
+    It is what a gate without thresholds would count, and finds NaN and infinities where there is no gate.
+    """
+    graph = model.graph
+    class_axis = constant(graph, "sound/class_axis", [1], "int64")
+    best = add(graph, "ReduceMax", ["logits"], "sound/best", axes=[1], keepdims=1)  # (1, 1, h, w)
+    powers = add(graph, "Exp", [add(graph, "Sub", ["logits", best], "sound/z")], "sound/powers")
+    total = add(graph, "ReduceSum", [powers, class_axis], "sound/sum", keepdims=1)  # at least 1, or not a number
+    finite = add(graph, "Greater", [total, constant(graph, "sound/half", 0.5, "float32")], "sound/finite")
+    values = add(graph, "Cast", [finite], "sound/finite_float", to=TensorProto.FLOAT)
+    axes = constant(graph, "sound/total_axes", [1, 2, 3], "int64")
+    counted = add(graph, "ReduceSum", [values, axes], "sound/total", keepdims=0)  # exact below 2^24 cells
+    add(graph, "Cast", [counted], SOUND, to=TensorProto.INT32)
+    graph.output.append(helper.make_tensor_value_info(SOUND, TensorProto.INT32, (1,)))
 
 
 def _limits(graph: onnx.GraphProto, labels: str) -> str:

@@ -96,6 +96,8 @@ class _Writer:
         source = f"exit{self._plan.stages[index - 1].exit_point}" if index else "image"
         point = f"exit{stage.exit_point}"
         nodes, made = self._graph(stage.segment, f"{place}/segment", {source: features})
+        if stage.head_graph is None:
+            return nodes + self._whole(made["labels"], prefix)
         if stage.cut is None and index + 1 < len(self._plan.stages):  # nothing is decided here
             return nodes + self._stage(index + 1, made[point], prefix)
         gated, said = self._graph(stage.head_graph, f"{place}/head", {point: made[point], "thresholds": "thresholds"})
@@ -117,7 +119,7 @@ class _Writer:
 
     def _leave(self, index: int, logits: str, count: str, prefix: str) -> list[onnx.NodeProto]:
         stage, place = self._plan.stages[index], f"exit{index + 1}"
-        nodes, made = self._graph(stage.output, f"{place}/output", {"logits": logits})
+        nodes, made = self._graph(str(stage.output), f"{place}/output", {"logits": logits})
         cells = self._constant(f"{place}/cells", np.array([stage.cells], np.float32))
         number = self._constant(f"{place}/number", np.array([index + 1], np.int32))
         share = f"{place}/sure-cells"
@@ -128,6 +130,15 @@ class _Writer:
             helper.make_node("Cast", [count], [share], to=TensorProto.FLOAT),
             helper.make_node("Div", [share, cells], [f"{prefix}confidence"]),
         ]
+
+    def _whole(self, labels: str, prefix: str) -> list[onnx.NodeProto]:
+        """A whole network leaves at its only exit, and has no confidence: NaN."""
+        made = {
+            "labels": labels,
+            "exit": self._constant("whole/number", np.array([1], np.int32)),
+            "confidence": self._constant("whole/confidence", np.array([np.nan], np.float32)),
+        }
+        return [helper.make_node("Identity", [made[name]], [prefix + name]) for name in _OUTPUTS]
 
     def _constant(self, name: str, value: np.ndarray) -> str:
         self._weights[name] = numpy_helper.from_array(value, name)
@@ -174,7 +185,7 @@ def _check_golden(library: Library, engine: Engine, archive: Archive, plan: Plan
     found = {name: library.download(value) for name, value in engine.run({"image": library.upload(image)}).items()}
     labels = from_input(found["labels"][0], frame.shape[:2], network.resize)
     exit_ = int(found["exit"][0])
-    count = round(float(found["confidence"][0]) * plan.stages[exit_ - 1].cells)
+    count = round(float(np.nan_to_num(found["confidence"][0])) * plan.stages[exit_ - 1].cells)
     if (exit_, count) != (golden.exit, golden.count) or not np.array_equal(labels, wanted):
         raise InputError(
             f"{path} is not written: on {golden.frame} the one file leaves at exit {exit_} with {count} confident "

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+from mess_compile.candidates import is_whole
 from mess_compile.runtime import manifest
 from mess_compile.runtime.engine import FP32
 from mess_compile.search import plan as plans
+from mess_compile.search.shown import speed, work
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,14 @@ class Compared:
     operating_points: tuple[Point, ...]
     front: tuple[Point, ...]
     doubts: tuple[str, ...]
+
+    @property
+    def what(self) -> str:
+        """Whether early exit does anything in it."""
+        if is_whole(self.heads[0]):
+            return "the whole network, uncut"
+        alone = self.setting != "anytime" and max(self.predicted.exit_rates) == 1
+        return "a shorter network: one exit takes all" if alone else f"a cascade of {len(self.heads)} exits"
 
     @property
     def latency_ratio(self) -> float:
@@ -115,6 +125,7 @@ _ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
     ("device", lambda one: one.device),
     ("library", lambda one: f"{one.library} {one.precision}"),
     ("setting", lambda one: one.setting),
+    ("plan", lambda one: one.what),
     ("heads", lambda one: " → ".join(one.heads)),
     ("leaves at", lambda one: "; ".join(one.decisions)),
     ("images per exit", lambda one: " ".join(f"{rate:.0%}" for rate in one.predicted.exit_rates)),
@@ -122,11 +133,11 @@ _ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
     ("against its baseline, pp", lambda one: f"{one.miou_pp:+.2f}"),
     ("latency ms", lambda one: f"{one.predicted.latency_ms:.2f} {one.predicted.source}"),
     ("baseline ms", lambda one: f"{one.baseline.latency_ms:.2f} ({one.baseline_name})"),
-    ("faster", lambda one: f"{one.latency_ratio:.2f}x"),
+    ("speed", lambda one: speed(one.latency_ratio)),
     ("p95 ms", lambda one: f"{one.predicted.p95_ms:.2f}"),
     ("worst ms", lambda one: f"{one.predicted.worst_ms:.2f}"),
     ("GMACs", lambda one: f"{one.predicted.gmacs:.3f}"),
-    ("less work", lambda one: f"{one.workload_ratio:.2f}x"),
+    ("work", lambda one: work(one.workload_ratio)),
     ("memory MiB", lambda one: f"{one.predicted.memory_bytes / 2**20:.1f}"),
     ("energy mJ", lambda one: "-" if one.predicted.energy_mj is None else f"{one.predicted.energy_mj:.1f}"),
     ("chosen on", lambda one: f"{one.predicted.images} images of {one.predicted.split}"),

@@ -18,13 +18,15 @@ from mess_compile.report.compared import Compared, doubts, notes, rows
 from mess_compile.report.contents import Benched, Found, Missing, Picture, Report
 from mess_compile.report.paper import paper_rows
 from mess_compile.report.views import Classes, Costs, PlanView
+from mess_compile.search.shown import sentences_of, speed
 
 _COMMAND = re.compile(r"`([^`]+)`")
 
 
 def report_page(report: Report) -> str:
     """The page of `mess-compile report`."""
-    return _rendered("report.html.j2", report=report, data=report_data(report))
+    sentences = sentences_of(report.search.result.plan) if isinstance(report.search, Found) else ()
+    return _rendered("report.html.j2", report=report, sentences=sentences, data=report_data(report))
 
 
 def compare_page(compared: tuple[Compared, ...]) -> str:
@@ -45,6 +47,7 @@ def _rendered(template: str, **content: Any) -> str:
     )
     environment.globals["verbatim"] = lambda name: Markup(loader.get_source(environment, name)[0])
     environment.filters.update(commands=_commands, data_uri=_data_uri, json=_json, max_err=max_err_text)
+    environment.filters.update(speed=speed, capital=lambda text: text[:1].upper() + text[1:])
     environment.tests["missing"] = lambda part: isinstance(part, Missing)
     plotting = Markup(plotly.offline.get_plotlyjs())
     return environment.get_template(template).render(version=__version__, plotting=plotting, **content)

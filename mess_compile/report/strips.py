@@ -13,6 +13,7 @@ from mess_compile.report.contents import Picture, Strip
 from mess_compile.report.pictures import truth_overlay
 from mess_compile.runtime import frames
 from mess_compile.runtime.cascade import Cascade
+from mess_compile.runtime.confidence import sure_words
 
 TITLES = ("easiest", "median", "hardest")
 _WIDTH, _QUALITY = 400, 82
@@ -34,7 +35,7 @@ def strip_of(
     colours = cascade.manifest.network.colours
     for prediction in cascade.refine(frame):
         mark = ", taken" if prediction.exit == taken else ""
-        caption = f"exit {prediction.exit}{mark}: {prediction.confidence:.0%} sure"
+        caption = f"exit {prediction.exit}{mark} {sure_words(prediction.confidence)}".rstrip()
         caption += "" if truth is None else _right(prediction.labels, truth)
         described = f"labels of exit {prediction.exit} laid over {name}"
         shown.append(picture(caption, described, frames.overlay(frame, prediction.labels, colours)))

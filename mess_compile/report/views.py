@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile.candidates import is_whole
 from mess_compile.latency import DOWNLOAD, NULL, UPLOAD, LatencyTable, graph_cost_ns, stage_graphs
 from mess_compile.search.figures import Evidence, exit_costs_ns, exits_taken
 from mess_compile.search.plan import Figures, OperatingPoint, Plan, Report, SearchResult, Stage
@@ -171,7 +172,8 @@ def _stage_times(plan: Plan, index: int, evidence: Evidence) -> StageTimes:
     heads = [stage.head for stage in plan.stages]
     graphs, table = stage_graphs(evidence.candidate, heads)[index], evidence.table
     segment, head, output = (
-        graph_cost_ns(table, evidence.graph_set, name) / 1e6 for name in (graphs.segment, graphs.head, graphs.output)
+        0.0 if name is None else graph_cost_ns(table, evidence.graph_set, name) / 1e6
+        for name in (graphs.segment, graphs.head, graphs.output)
     )
     decided = index < len(heads) - 1 and plan.setting != "anytime"
     return StageTimes(
@@ -185,7 +187,9 @@ def _stage_times(plan: Plan, index: int, evidence: Evidence) -> StageTimes:
 
 
 def _histogram(statistics: ExitStatistics, stage: Stage, index: int, exits: NDArray[np.intp]) -> Histogram | None:
-    """None where no image reaches the stage."""
+    """None where no image reaches the stage, and of a whole network."""
+    if is_whole(stage.head):
+        return None
     head = statistics.head_index(stage.head)
     cells = statistics.cells[head]
     counts = statistics.counts[:, head, stage.row].astype(np.int64)

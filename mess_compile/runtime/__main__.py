@@ -14,7 +14,7 @@ import numpy as np
 
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.cascade import Cascade, Prediction, load
-from mess_compile.runtime.confidence import LEGEND
+from mess_compile.runtime.confidence import LEGEND, exit_words
 from mess_compile.runtime.errors import InputError, MessError, one_line
 from mess_compile.runtime.manifest import Manifest
 from mess_compile.runtime.pictures import read_picture, write_labels, write_picture
@@ -189,7 +189,7 @@ def _run(options: argparse.Namespace) -> int:
 def _words(prediction: Prediction, deadline_ms: Optional[float]) -> str:
     late = deadline_ms is not None and prediction.latency_ms > deadline_ms
     return (
-        f"exit {prediction.exit}, confidence {prediction.confidence:.3f}, {prediction.latency_ms:.2f} ms"
+        f"{exit_words(prediction.exit, prediction.confidence)}, {prediction.latency_ms:.2f} ms"
         f"{', too late' if late else ''}"
     )
 

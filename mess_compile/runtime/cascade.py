@@ -55,22 +55,24 @@ class Prediction:
     """What the cascade says of one frame.
 
     `labels` uint8 (H, W) at the frame's own size; `exit` counts the plan's exits from 1 and `exit_point` the
-    network's; `confidence` is the share of sure cells at that exit. `latency_ms` runs from upload to download, in a
-    refinement from its first `next` until these labels are there. Where a plan of other exits had to be fallen back to,
-    `exit` is the plan's last one that is no deeper. `palette` has the name and colour of every label.
+    network's; `confidence` is the share of sure cells at that exit, None of a whole network. `latency_ms` runs from
+    upload to download, in a refinement from its first `next` until these labels are there. Where a plan of other exits
+    had to be fallen back to, `exit` is the plan's last one that is no deeper. `palette` has the name and colour of
+    every label.
     """
 
     labels: np.ndarray
     exit: int
     exit_point: int
-    confidence: float
+    confidence: Optional[float]
     latency_ms: float
     palette: Palette = field(default=(), repr=False, compare=False)
 
     def _repr_html_(self) -> str:
         from mess_compile.runtime.notebook import labels_html, text_html
 
-        words = f"exit {self.exit}, {self.confidence:.0%} of its cells sure, {self.latency_ms:.2f} ms"
+        sure = "" if self.confidence is None else f"{self.confidence:.0%} of its cells sure, "
+        words = f"exit {self.exit}, {sure}{self.latency_ms:.2f} ms"
         return text_html(words) + labels_html(self.labels, self.palette)
 
 
@@ -255,6 +257,8 @@ class Cascade:
             shown = self._shown
             if shown is None or shown[0] is not prediction or not self._is_there(shown[1]):
                 raise InputError("only the last prediction has a confidence map: ask for it before the next frame")
+            if prediction.confidence is None:
+                raise InputError("the plan runs the whole network, which has no gate and no confidence map")
             logits = shown[1].logits()
         cells = pictures.resize_labels(confidence_map(logits, self.manifest.gate.confidence), network.input_hw)
         return pictures.from_input(cells, prediction.labels.shape, network.resize)
@@ -340,6 +344,8 @@ class Cascade:
         if walk.plan is not self.plan:
             return found
         for stage, counts in zip(self.plan.stages, walk.counts):
+            if stage.is_whole:
+                break
             count = int(counts[stage.row])
             found.append(count / stage.cells)
             if walk.point != DEFAULT_POINT or (stage.cut is not None and count >= stage.cut):
@@ -360,7 +366,8 @@ class Cascade:
         return self._prediction(walk, self._mapped(labels, (frame.shape[0], frame.shape[1])), latency_ms)
 
     def _prediction(self, walk: Walk, labels: np.ndarray, latency_ms: float) -> Prediction:
-        stage, sure = walk.stage, walk.count / walk.stage.cells
+        stage, count = walk.stage, walk.count
+        sure = None if count is None else count / stage.cells
         return Prediction(labels, self._exit(walk), stage.exit_point, sure, latency_ms, self._palette)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Optional
 
 import numpy as np
 
@@ -11,6 +12,16 @@ LEGEND = (
     "unless a deadline does, and the last one only tells it"
 )
 """What stands below figures of confidence."""
+
+
+def sure_words(confidence: Optional[float]) -> str:
+    """The share of sure cells in a caption; a whole network has none."""
+    return "" if confidence is None else f"sure {confidence:.0%}  "
+
+
+def exit_words(number: int, confidence: Optional[float]) -> str:
+    """Where a frame left, and how sure it was there; a whole network has no confidence."""
+    return "the whole network" if confidence is None else f"exit {number}, confidence {confidence:.3f}"
 
 
 def confidence_map(logits: np.ndarray, kind: str) -> np.ndarray:

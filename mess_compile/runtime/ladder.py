@@ -213,9 +213,9 @@ class Walk:
         return self._rung.plan.stages[self.depth - 1]
 
     @property
-    def count(self) -> int:
-        """The sure cells of the last stage passed, by its decision's row."""
-        return int(self.counts[-1][self._decisions[self.depth - 1].row])
+    def count(self) -> Optional[int]:
+        """The sure cells of the last stage passed, by its decision's row; None of a whole network."""
+        return None if self.stage.is_whole else int(self.counts[-1][self._decisions[self.depth - 1].row])
 
     @property
     def is_last(self) -> bool:
@@ -225,7 +225,7 @@ class Walk:
     def leaves(self) -> bool:
         """Whether the image leaves here: it is sure, or there are no more exits."""
         cut = self._decisions[self.depth - 1].cut
-        return self.is_last or (cut is not None and self.count >= cut)
+        return self.is_last or (cut is not None and self.count is not None and self.count >= cut)
 
     def labels(self) -> np.ndarray:
         """Labels uint8 (H, W), at the network's input size, of the last stage passed. Raises EngineError."""

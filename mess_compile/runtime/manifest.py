@@ -12,7 +12,8 @@ from mess_compile.runtime.engine import PRECISIONS
 from mess_compile.runtime.errors import BundleError
 
 FORMAT = "mess-bundle"
-VERSION = 5
+VERSION = 6
+READABLE = (5, VERSION)
 MANIFEST = "manifest.json"
 MANIFEST_HASH = f"{MANIFEST}.sha256"
 SIGNATURE = f"{MANIFEST}.sig"
@@ -71,22 +72,35 @@ class Gate:
 class Stage:
     """One exit: its graphs as paths in the bundle, and the decision `counts[row] >= cut` over `cells` cells.
 
-    `cut` is None where no decision is taken: at the last exit, and everywhere in the anytime setting.
+    `cut` is None where no decision is taken: at the last exit, and everywhere in the anytime setting. A whole network,
+    uncut, is one `segment` from image to labels, without head graph, output graph or confidence.
     """
 
     exit_point: int
     head: str
     segment: str
-    head_graph: str
-    output: str
+    head_graph: Optional[str]
+    output: Optional[str]
     row: int
     cut: Optional[int]
     cells: int
 
+    @property
+    def is_whole(self) -> bool:
+        return self.head_graph is None
+
+    @property
+    def graphs(self) -> Tuple[str, ...]:
+        """Paths, in the order in which they run."""
+        return tuple(path for path in (self.segment, self.head_graph, self.output) if path is not None)
+
 
 @dataclass(frozen=True)
 class Figures:
-    """What the search foretold on its `images` of `split`; `miou` in percent, `source` measured or estimated."""
+    """What the search predicted on its `images` of `split`; `miou` in percent, `source` measured or estimated.
+
+    `error` is the factor by which estimated latencies may be too low or too high, None of measured ones.
+    """
 
     latency_ms: float
     p95_ms: float
@@ -98,6 +112,24 @@ class Figures:
     images: int
     split: str
     source: str
+    error: Optional[float]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A bound that the plan was asked to keep, in the unit of its `quantity`: one of PROMISED.
+
+    Where it is `relative`, `limit` is a share of the baseline's; `err_pp` always counts from the baseline's mIoU, plus
+    `offset_pp` where the error was counted from another mIoU than that.
+    """
+
+    quantity: str
+    limit: float
+    relative: bool
+    offset_pp: float
+
+
+PROMISED = ("err_pp", "latency_ms", "p95_ms", "worst_ms", "gmacs", "energy_mj", "memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -159,9 +191,9 @@ class Plan:
     `precision` names the recipe, `precisions` says it of each graph by its path. `tuned_by` is the engine library and
     device whose statistics the exits and thresholds were chosen on, `power_mode` the one that the latencies hold in,
     `environment` what else their measurement depended on. The operating point "default" is that of the stages.
-    `costs` has an entry for each stage; so has `confidence`: the tuning images that reached the stage, by the share of
-    its cells that were sure, in ten bins of equal width, or nothing where that is not known. `sources` are hashes of
-    what the plan was searched from.
+    `promises` are the bounds of its requirement. `costs` has an entry for each stage; so has `confidence`: the tuning
+    images that reached the stage, by the share of its cells that were sure, in ten bins of equal width, or nothing
+    where that is not known. `sources` are hashes of what the plan was searched from.
     """
 
     target: str
@@ -183,6 +215,7 @@ class Plan:
     confidence: Tuple[Tuple[int, ...], ...]
     environment: Dict[str, str]
     sources: Dict[str, str]
+    promises: Tuple[Promise, ...]
 
     @property
     def name(self) -> str:
@@ -201,15 +234,14 @@ class Plan:
 
     def graphs(self) -> Tuple[str, ...]:
         """Paths of the graphs, each once, in the order of their first run."""
-        paths = (path for stage in self.stages for path in (stage.segment, stage.head_graph, stage.output))
-        return tuple(dict.fromkeys(paths))
+        return tuple(dict.fromkeys(path for stage in self.stages for path in stage.graphs))
 
 
 @dataclass(frozen=True)
 class Golden:
     """A frame (.npy, uint8 (H, W, 3)) and what the plan of the name `plan` makes of it.
 
-    `labels` (.npy, uint8 (H, W)), `exit` from 1, `count` of the exit's row.
+    `labels` (.npy, uint8 (H, W)), `exit` from 1, `count` of the exit's row, 0 of a whole network.
     """
 
     plan: str
@@ -283,9 +315,11 @@ def manifest_from_json(text: str) -> Manifest:
         raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BundleError(f"{MANIFEST} is not of the format {FORMAT}")
-    if content.get("version") != VERSION or isinstance(content["version"], bool):
-        remedy = "update it, or write the bundle again"
-        raise BundleError(f"{MANIFEST} has version {content.get('version')!r}; this release reads {VERSION}: {remedy}")
+    if content.get("version") not in READABLE or isinstance(content["version"], bool):
+        known, remedy = " and ".join(map(str, READABLE)), "update it, or write the bundle again"
+        raise BundleError(f"{MANIFEST} has version {content.get('version')!r}; this release reads {known}: {remedy}")
+    if content["version"] == 5:
+        _bring_up_to_date(content)
     fields = {key: value for key, value in content.items() if key not in ("format", "version")}
     try:
         manifest: Manifest = decode.decode(Manifest, fields, "manifest")
@@ -378,6 +412,8 @@ def _check_plan(plan: Plan, manifest: Manifest) -> None:
         _check_stage(stage, plan, f"{where}, exit point {stage.exit_point}", manifest)
     _check_points(plan, where, manifest)
     _check_costs(plan, where)
+    for promise in plan.promises:
+        _need(promise.quantity in PROMISED, f"{where} promises {promise.quantity!r:.80}, not one of {PROMISED}")
     odd = sorted(set(plan.precisions) ^ set(plan.graphs()))
     _need(not odd, f"{where}: graphs and precisions disagree on {', '.join(map(repr, odd))}"[:300])
     for path, found in plan.precisions.items():
@@ -385,8 +421,26 @@ def _check_plan(plan: Plan, manifest: Manifest) -> None:
         _need(known, f"{where}: {path} is {found.used!r}, wanted {found.wanted!r}; known are {', '.join(PRECISIONS)}")
 
 
+def _bring_up_to_date(content: Dict[str, Any]) -> None:
+    """Give a manifest of version 5 what this one has more; what is not as it should be is left to the decoder."""
+    plans = content.get("plans")
+    for plan in plans if isinstance(plans, list) else ():
+        if not isinstance(plan, dict):
+            continue
+        plan.setdefault("promises", [])
+        points = plan.get("operating_points")
+        points = points if isinstance(points, list) else []
+        more = [point.get("predicted") for point in points if isinstance(point, dict)]
+        for figures in (plan.get("predicted"), plan.get("baseline"), *more):
+            if isinstance(figures, dict):
+                figures.setdefault("error", None)
+
+
 def _check_stage(stage: Stage, plan: Plan, where: str, manifest: Manifest) -> None:
-    for path in (stage.segment, stage.head_graph, stage.output):
+    uncut = stage.head_graph is None, stage.output is None
+    _need(uncut[0] == uncut[1], f"{where}: it has one of head_graph and output, not both")
+    _need(not stage.is_whole or len(plan.stages) == 1, f"{where}: a whole network is not the only stage")
+    for path in stage.graphs:
         _need(path in manifest.files and path.endswith(".onnx"), f"{where}: {path!r} is not a graph of the bundle")
     _need(stage.cells >= 1, f"{where}: cells is {stage.cells}")
     _check_decision(Decision(stage.row, stage.cut), stage, plan, where, manifest)
@@ -403,6 +457,7 @@ def _check_decision(decision: Decision, stage: Stage, plan: Plan, where: str, ma
 def _check_figures(figures: Figures, plan: Plan, where: str) -> None:
     _need(figures.source in SOURCES, f"{where} has source {figures.source!r}")
     _need(len(figures.exit_rates) == len(plan.stages), f"{where}: exit_rates does not fit its stages")
+    _need(figures.error is None or figures.error >= 1, f"{where}: error is {figures.error}, not a factor from 1")
 
 
 def _check_points(plan: Plan, where: str, manifest: Manifest) -> None:

@@ -111,7 +111,8 @@ def scored(
             counts.append(row)
         intersection.append(np.bincount(truth[truth == guessed], minlength=classes))
         predicted.append(np.bincount(guessed, minlength=classes))
-    return Score(np.stack(counts), np.stack(intersection), np.stack(predicted), np.bincount(truth, minlength=classes))
+    labelled = np.bincount(truth, minlength=classes)
+    return Score(np.array(counts, np.int32), np.stack(intersection), np.stack(predicted), labelled)
 
 
 def write_images(path: Path, images: Iterable[Tuple[np.ndarray, np.ndarray]]) -> None:
@@ -178,6 +179,7 @@ def _numbers(name: str, values: Any, shape: Tuple[int, ...]) -> np.ndarray:
         array = np.array(values, np.int64)
     except (ValueError, TypeError, OverflowError) as error:
         raise decode.DecodeError(f"scored.{name} is no array of {shape}: {error}") from error
+    array = array.reshape(shape) if not array.size and 0 in shape else array
     if array.shape != shape:
         raise decode.DecodeError(f"scored.{name} is of shape {array.shape}, not {shape}")
     if ((array < 0) | (array >= _COUNTABLE)).any():

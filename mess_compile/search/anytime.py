@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from mess_compile.candidates import Head, head_graph_name, output_name, segment_name
 from mess_compile.latency import DOWNLOAD, UPLOAD, Quantity, graph_cost_ns
+from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError
-from mess_compile.search.figures import Evidence
+from mess_compile.search.figures import Evidence, memory_bytes, worst_ns
 from mess_compile.search.requirement import Requirement
 from mess_compile.statistics import head_miou
 
@@ -31,20 +32,39 @@ class Chains:
 
 
 def anytime_chains(evidence: Evidence, requirement: Requirement) -> list[Chains]:
-    """Every chain of at most `early_exits` + 1 heads at ever deeper exit points, as far as the target has its graphs.
+    """Every chain of at most `early_exits` + 1 heads at ever deeper exit points, as far as the target has its graphs,
+    and the whole networks, each of which reports once.
 
     Their `score` is the best mIoU (percent) reported by the deadline or, without one, its mean from 0 to the baseline's
     latency; zero before the first report. Raises InputError when they are too many.
     """
+    found = [_whole(evidence, requirement, name) for name in evidence.baselines]
     at = {point: [head for head in evidence.heads if head.exit_point == point] for point in _points(evidence)}
     _refuse_too_many(requirement.early_exits, [len(heads) for heads in at.values()])
     mious = {head.name: head_miou(evidence.statistics, head.name) for head in evidence.heads}
-    found = []
     for size in range(1, requirement.early_exits + 2):
         for points in itertools.combinations(at, size):
             if evidence.runs(_fixed_graphs(evidence, points)):
                 found.append(_chains(evidence, requirement, points, [at[point] for point in points], mious))
     return found
+
+
+def _whole(evidence: Evidence, requirement: Requirement, name: str) -> Chains:
+    images = evidence.statistics.images
+    time, miou = evidence.path_cost_ns(name), evidence.baseline_miou(name)
+    columns: dict[str, Values] = {
+        "cost_ns": np.array([time * images]),
+        "p95_ns": np.array([time]),
+        "worst_ns": np.array([worst_ns(evidence, "anytime", [name])]),
+        "macs": np.array([evidence.candidate.baseline_macs * images]),
+        "memory_bytes": np.array([memory_bytes(evidence.graph_set, [name])]),
+        "graphs": np.array([1]),
+        "miou": np.array([miou]),
+        "score": _score(evidence, requirement, [np.array([time])], [np.array([miou])]),
+    }
+    if not evidence.without_energy:
+        columns["energy_nj"] = np.array([evidence.path_cost_ns(name, "energy_mj") * images])
+    return Chains(((name,),), columns)
 
 
 def _refuse_too_many(early_exits: int, heads: Sequence[int]) -> None:
@@ -83,7 +103,7 @@ def _chains(
     columns: dict[str, Values] = {
         "cost_ns": times[-1] * images,
         "p95_ns": times[-1],
-        "worst_ns": _report_times(evidence, points, heads, "p99_ms")[-1],
+        "worst_ns": _worst_ns(evidence, points, heads),
         "macs": macs * images,
         "memory_bytes": _memory_bytes(evidence, points, heads),
         "graphs": np.array(len(_fixed_graphs(evidence, points)) + len(points)),
@@ -117,6 +137,25 @@ def _report_times(
         now = now + (_along(np.array(own, np.int64), i, len(heads)) + fixed)
         times.append(now)
     return times
+
+
+def _worst_ns(evidence: Evidence, points: Sequence[int], heads: Sequence[Sequence[Head]]) -> Values:
+    """As `latency.path_p99_ns` with every report, in the same order of sums."""
+    table, graph_set = evidence.table, evidence.graph_set
+
+    def square(graph: str, precision: str = FP32) -> float:
+        return float(max(0, table.cost_ns(graph, precision, "p99_ms") - table.cost_ns(graph, precision))) ** 2
+
+    def square_of(graph: str) -> float:
+        return square(graph, graph_set.spec(graph).precision)
+
+    squares: Values = np.array(square(UPLOAD))
+    for i, (before, point) in enumerate(itertools.pairwise((0, *points))):
+        own = np.array([square_of(head_graph_name(head.name)) for head in heads[i]])
+        squares = squares + square_of(segment_name(before, point)) + _along(own, i, len(heads))
+        squares = squares + square_of(output_name(evidence.candidate.exit_point(point).hw)) + square(DOWNLOAD)
+    last: Values = _report_times(evidence, points, heads, "mean_ms")[-1] + np.rint(np.sqrt(squares)).astype(np.int64)
+    return last
 
 
 def _best_so_far(heads: Sequence[Sequence[Head]], mious: dict[str, float]) -> list[Values]:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.latency import Quantity
-from mess_compile.search.figures import Evidence
-from mess_compile.search.plan import Figures
+from mess_compile.runtime.manifest import Promise
+from mess_compile.search.figures import Evidence, worst_ns
+from mess_compile.search.plan import Figures, Plan
 from mess_compile.search.requirement import Limit, Requirement
 
 
@@ -112,12 +112,28 @@ def bounds_of(evidence: Evidence, requirement: Requirement) -> dict[str, Bound]:
     return bounds
 
 
+def promises_of(requirement: Requirement, plan: Plan) -> tuple[Promise, ...]:
+    """The bounds that a plan was asked to keep, as a bundle carries them."""
+    offset_pp = 0.0 if plan.reference_miou is None else plan.reference_miou - plan.baseline.miou
+    found = []
+    if requirement.max_err_pp is not None:
+        found.append(Promise("err_pp", requirement.max_err_pp, False, offset_pp))
+    for field, measure in _LIMITED.items():
+        limit: Limit | None = getattr(requirement, field)
+        if limit is not None:
+            found.append(Promise(measure.figure, limit.value, limit.relative, 0.0))
+    if requirement.max_memory_bytes is not None:
+        found.append(Promise("memory_bytes", float(requirement.max_memory_bytes), False, 0.0))
+    return tuple(found)
+
+
 def _of_baseline(evidence: Evidence, measure: Measure) -> int:
     """What an image takes of it by the baseline, as the column counts."""
-    quantities: dict[str, Quantity] = {"worst_ns": "p99_ms", "energy_nj": "energy_mj"}
     if measure is MEASURES["workload"]:
         return evidence.candidate.baseline_macs
-    return evidence.baseline_cost_ns(quantities.get(measure.column, "mean_ms"))
+    if measure is _LIMITED["max_latency_worst"]:
+        return worst_ns(evidence, "budgeted", [evidence.baseline])
+    return evidence.baseline_cost_ns("energy_mj" if measure is MEASURES["energy"] else "mean_ms")
 
 
 def objective_of(plans: NDArray[np.void], requirement: Requirement) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numba import get_num_threads
 
+from mess_compile.candidates import is_whole
 from mess_compile.search import kernels
 from mess_compile.search.clock import Clock
 from mess_compile.search.figures import Evidence
@@ -158,10 +159,12 @@ class _Search:
         return float((self.best.goal - max(reached, self._paid_anyhow())) / self._images / self._problem.unit)
 
     def _paid_anyhow(self) -> int:
-        """What no plan can save of the objective: every image passes a first head, and leaves."""
-        path = self._problem.paths[self._problem.wanted.objective]
+        """What no plan can save of the objective: every image passes a first head, or a whole network, and leaves."""
+        objective = self._problem.wanted.objective
+        path = self._problem.paths[objective]
         first = path.step[0][path.step[0] >= 0].min()
-        return int((path.start + first + path.leave[1:].min()) * self._images)
+        uncut = min(whole.costs[objective] for whole in self._problem.wholes)
+        return int(min(path.start + first + path.leave[1:].min(), uncut) * self._images)
 
     # what a plan must beat
 
@@ -244,10 +247,26 @@ class _Search:
             goal = int(costs[wanted.objective, h]) * self._images if wanted.objective >= 0 else 0
             self._offer(Best(self._goal(self._chains(heads[[h]])[0], goal), float(mious[h]), (problem.names[h],), ()))
         self._evaluated += int(runs.sum())
+        self._wholes()
         spread = max(0.1, float(mious.max() - np.median(mious)))
         self._slope = (
             float(costs[self._priced, runs].mean()) * self._images / spread if self._weight * runs.any() else 1.0
         )
+
+    def _wholes(self) -> None:
+        """The networks as they are, which every other plan has to beat."""
+        wanted = self._problem.wanted
+        for whole in self._problem.wholes:
+            costs = np.array(whole.costs)
+            self._evaluated += 1
+            if (
+                (costs * self._images <= wanted.bounds).all()
+                and costs[0] <= wanted.percentile[1]
+                and (whole.miou >= wanted.floor)
+            ):
+                goal = int(costs[wanted.objective]) * self._images if wanted.objective >= 0 else 0
+                goal = whole.memory if self._problem.by_memory else goal
+                self._offer(Best(goal, whole.miou, (whole.name,), ()))
 
     def _offer(self, found: Best) -> None:
         if self._problem.allowed(found.heads) and (self.best is None or self._order(found) < self._order(self.best)):
@@ -255,9 +274,13 @@ class _Search:
 
     def _order(self, found: Best) -> Any:
         """By objective, mIoU (greatest), number of graphs and text (issue 5)."""
-        points = [str(self._problem.points[self._problem.names.index(head)]) for head in found.heads]
+        known = self._problem
+        points = [str(known.final if is_whole(head) else known.points[self._index(head)]) for head in found.heads]
         rows, cuts = ([str(decision[i]) for decision in found.decisions] for i in (0, 1))
         return found.goal, -found.miou, self._problem.graphs(found.heads), points, found.heads, rows, cuts
+
+    def _index(self, head: str) -> int:
+        return self._problem.names.index(head)
 
     def _least(self, chains: Array) -> Array:
         """What cost - slope * mIoU comes to at least in the plans of each of the chains (m, 4), (m,)."""
@@ -336,7 +359,7 @@ class _Search:
     def _near(self, bounded: _Bounded, exits: int) -> Array:
         """Chains (m, 4) of so many exits that hold a promising one, or that of the best plan, and a head more."""
         points, found = np.append(self._problem.points, 0), [np.empty((0, _PLACES), np.int64)]
-        best = [self._problem.names.index(head) for head in self.best.heads] if self.best else []
+        best = [self._index(head) for head in self.best.heads if not is_whole(head)] if self.best else []
         as_long = len(best) == exits - 1
         promising = [np.array([self._nobody] * (_PLACES - len(best)) + best)] if as_long else []
         for chain in (*promising, *bounded.chains[:_SETTLED]):

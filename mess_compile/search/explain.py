@@ -222,7 +222,7 @@ def _costliest(evidences: Sequence[Evidence], plan: Plan) -> list[tuple[str, str
     for i, stage in enumerate(stages):
         reached = sum(rates[i:])
         leaving = reached if plan.setting == "anytime" else rates[i]
-        for graph, share in ((stage.segment, reached), (stage.head, reached), (stage.output, leaving)):
+        for graph, share in (*((name, reached) for name in stage.passed), *((name, leaving) for name in stage.leaving)):
             key = graph, evidence.graph_set.spec(graph).precision
             spent[key] = spent.get(key, 0.0) + share * evidence.table.latency(*key).mean_ms
     return sorted(spent, key=lambda key: -spent[key])[:GRAPHS]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.candidates import BASELINE, CandidateNetwork, GraphSet, Head, head_graph_name
+from mess_compile.candidates import BASELINE, CandidateNetwork, GraphSet, Head, head_graph_name, is_whole
 from mess_compile.doubts import doubts_of
 from mess_compile.latency import (
     PSEUDO_GRAPHS,
     LatencyTable,
     Quantity,
-    baseline_cost_ns,
     path_costs_ns,
+    path_p99_ns,
     report_times_ns,
     runs_there,
     stage_graphs,
@@ -51,6 +51,8 @@ class Evidence:
         check_statistics_current(self.statistics, self.graph_set)
         check_table_current(self.table, self.graph_set)
         _refuse_no_numbers(self.table)
+        if self.statistics.final_head is None:
+            object.__setattr__(self, "statistics", replace(self.statistics, final_head=self.candidate.baseline))
         if not self.baselines:
             raise InputError(
                 f"no baseline in {self.graph_set.recipe} runs on {self.table.device}, so that nothing can be compared "
@@ -83,6 +85,12 @@ class Evidence:
         keys = [(graph, self.graph_set.spec(graph).precision) for graph in graphs]
         keys += [(pseudo, FP32) for pseudo in PSEUDO_GRAPHS]
         return "estimated" if any(self.table.entries[key].source == "estimated" for key in keys) else "measured"
+
+    def error(self, graphs: Iterable[str]) -> float | None:
+        """The largest factor by which an estimated latency of these graphs may be wrong, None of measured ones."""
+        entries = (self.table.entries[graph, self.graph_set.spec(graph).precision] for graph in graphs)
+        errors = [entry.error for entry in entries if entry.source == "estimated" and entry.error is not None]
+        return max(errors, default=None)
 
     @cached_property
     def without_energy(self) -> tuple[str, ...]:
@@ -134,8 +142,13 @@ class Evidence:
     def statistics_sha256(self) -> str:
         return statistics_content_sha256(self.statistics)
 
+    def path_cost_ns(self, name: str, quantity: Quantity = "mean_ms") -> int:
+        """What an image costs on a whole network, in ns: upload, one graph, download."""
+        return path_costs_ns(self.table, self.graph_set, [name], quantity)[-1]
+
     def baseline_cost_ns(self, quantity: Quantity = "mean_ms") -> int:
-        return baseline_cost_ns(self.table, self.graph_set, self.baseline, quantity)
+        """What an image costs on the baseline, in ns."""
+        return self.path_cost_ns(self.baseline, quantity)
 
 
 def _refuse_no_numbers(table: LatencyTable) -> None:
@@ -186,7 +199,7 @@ def figures_of_stages(evidence: Evidence, setting: str, stages: Sequence[Stage])
     return Figures(
         latency_ms=int(costs.sum()) / statistics.images / 1e6,
         p95_ms=percentile(costs, 95) / 1e6,
-        worst_ms=exit_costs_ns(evidence, setting, heads, "p99_ms")[-1] / 1e6,
+        worst_ms=worst_ns(evidence, setting, heads) / 1e6,
         miou=_best_report(statistics, heads) if setting == "anytime" else mixture_miou(statistics, heads, exits),
         gmacs=int(workload.sum()) / statistics.images / 1e9,
         memory_bytes=memory_bytes(evidence.graph_set, heads),
@@ -195,6 +208,7 @@ def figures_of_stages(evidence: Evidence, setting: str, stages: Sequence[Stage])
         split=statistics.split,
         source=evidence.source(plan_graphs(evidence.candidate, heads)),
         energy_mj=_energy_mj(evidence, setting, heads, exits),
+        error=evidence.error(plan_graphs(evidence.candidate, heads)),
     )
 
 
@@ -206,21 +220,9 @@ def _energy_mj(evidence: Evidence, setting: str, heads: Sequence[str], exits: ND
 
 
 def baseline_figures(evidence: Evidence) -> Figures:
-    """Figures of the better single-exit network. Source: DESIGN.md, Baseline."""
-    latency_ms = evidence.baseline_cost_ns() / 1e6
-    return Figures(
-        latency_ms=latency_ms,
-        p95_ms=latency_ms,
-        worst_ms=evidence.baseline_cost_ns("p99_ms") / 1e6,
-        miou=evidence.baseline_miou(evidence.baseline),
-        gmacs=evidence.candidate.baseline_macs / 1e9,
-        memory_bytes=_memory_of_graphs(evidence.graph_set, [evidence.baseline]),
-        exit_rates=(1.0,),
-        images=evidence.statistics.images,
-        split=evidence.statistics.split,
-        source=evidence.source([evidence.baseline]),
-        energy_mj=None if evidence.without_energy else evidence.baseline_cost_ns("energy_mj") / 1e6,
-    )
+    """Figures of the better single-exit network, which is a plan too. Source: DESIGN.md, Baseline."""
+    stage = Stage(evidence.candidate.point_of(evidence.baseline), evidence.baseline, 0, None)
+    return figures_of_stages(evidence, "budgeted", [stage])
 
 
 def replay(evidence: Evidence, setting: str, stages: Sequence[Stage]) -> tuple[NDArray[np.intp], Figures]:
@@ -249,8 +251,15 @@ def exit_costs_ns(
     return costs(evidence.table, evidence.graph_set, heads, quantity)
 
 
+def worst_ns(evidence: Evidence, setting: str, heads: Sequence[str]) -> int:
+    """The p99 of the deepest path, in ns; of a plan and of a whole network by the same rule."""
+    return path_p99_ns(evidence.table, evidence.graph_set, heads, every_report=setting == "anytime")
+
+
 def exit_macs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[int, ...]:
     """Workload of an image that ends at each exit: the backbone up to it and every head on the way."""
+    if len(heads) == 1 and is_whole(heads[0]):
+        return (candidate.baseline_macs,)
     macs, spent = [], 0
     for name in heads:
         head = candidate.head(name)
@@ -286,7 +295,7 @@ def _best_report(statistics: ExitStatistics, heads: Sequence[str]) -> float:
 def plan_graphs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[str, ...]:
     """The names of all graphs of a plan that leaves through `heads`, each once."""
     stages = stage_graphs(candidate, heads)
-    return tuple(dict.fromkeys(name for stage in stages for name in (stage.segment, stage.head, stage.output)))
+    return tuple(dict.fromkeys(name for stage in stages for name in stage.all))
 
 
 def graphs_of_stages(evidence: Evidence, stages: Sequence[Stage]) -> tuple[PlanGraph, ...]:

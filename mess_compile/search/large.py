@@ -15,7 +15,7 @@ from mess_compile.search.clock import Clock, UnfinishedError
 from mess_compile.search.figures import Evidence, plan_of_stages
 from mess_compile.search.plan import FRONT_BY, Certificate, Plan, SearchResult, Stage
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.rows import plans_in_space, refuse_without_plans
+from mess_compile.search.rows import plans_in_space
 
 _FRONT_POINTS, _FRONT_SIZE = 12, 2e13
 """So many points of the front are searched for, where the space (plans times images) is no larger."""
@@ -41,7 +41,6 @@ def search(
             f"a front by {', '.join(front_by)} is not searched for {where}: leave --front out, and bound memory by "
             "--max-memory"
         )
-    refuse_without_plans(evidence, [head.name for head in evidence.heads if evidence.has_graphs_of([head.name])])
     best, proof = branch.branch_and_bound(evidence, requirement, progress, clock)
     if best is None:
         raise UnfinishedError() if proof.gap > 0 else RequirementError(_refusal(evidence, requirement, clock))
@@ -60,7 +59,7 @@ def _plan(evidence: Evidence, requirement: Requirement, best: branch.Best) -> Pl
     middle = len(evidence.graph_set.gate.thresholds) // 2
     decisions = (*best.decisions, (middle, None))
     stages = tuple(
-        Stage(evidence.candidate.head(head).exit_point, head, row, cut)
+        Stage(evidence.candidate.point_of(head), head, row, cut)
         for head, (row, cut) in zip(best.heads, decisions, strict=True)
     )
     return plan_of_stages(evidence, requirement.setting, stages, requirement.baseline_miou)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mess_compile import files
-from mess_compile.candidates import BASELINE, Gate, GraphSet
+from mess_compile.candidates import BASELINE, Gate, GraphSet, is_whole
 from mess_compile.runtime.errors import InputError, StaleError
+from mess_compile.runtime.manifest import PROMISED, Promise
 
 SETTINGS = ("input-dependent", "budgeted", "anytime")
 FRONT_AXES = ("latency", "miou", "memory")
@@ -19,13 +20,14 @@ FRONT_BY = ("latency", "miou")
 DEFAULT_POINT = "default"
 REFINED_POINT = "refined"
 POINT_NAMES = ("fastest", "fast", DEFAULT_POINT, "accurate", "most-accurate", REFINED_POINT)
-VERSION = 5
+VERSION = 6
+_READABLE = (5, VERSION)
 FEW_IMAGES = 40
 """Below which cross-validation only guesses: of 20 images its figure had a standard deviation of 0.7 pp, of 40 one of
 0.3 pp (docs/guarantees.md), and `--max-err` is about a point."""
 _FRONT_FIELDS = (
     *("precision", "network", "stages", "graphs", "predicted", "baseline", "baseline_name", "reference_miou"),
-    *("statistics_sha256", "operating_points", "reports", "optimism", "guarantee", "doubts"),
+    *("statistics_sha256", "operating_points", "reports", "optimism", "guarantee", "doubts", "promises"),
 )
 _REMEDY = "run `mess-compile search`"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -54,7 +56,8 @@ class Figures:
     `latency_ms` is the mean over images, `p95_ms` the percentile of their path costs, `worst_ms` the deepest path at
     p99; `miou` in percent; `gmacs` the mean over images; `exit_rates` the share of images that end at each exit;
     `source` tells measured from estimated latencies; `energy_mj` is the mean over images, None where the latency table
-    does not tell the energy of every graph.
+    does not tell the energy of every graph. `error` is the factor by which estimated latencies may be too low or too
+    high (90 % of the graphs that were checked are within), None of measured ones.
     """
 
     latency_ms: float
@@ -68,6 +71,7 @@ class Figures:
     split: str
     source: str
     energy_mj: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,8 @@ class Plan:
     choose. `tuned_by` says where the statistics were recorded: exits and thresholds may do otherwise on a target that
     is not that. `power_mode` is the one that latencies were measured in, where the device tells it. `reports` is empty
     but for the anytime setting. `reference_miou` (percent) is what the error counted from instead of the baseline's
-    own: a figure that was given, or the baseline of another recipe. `doubts` say what speaks against its latencies.
+    own: a figure that was given, or the baseline of another recipe. `doubts` say what speaks against its latencies,
+    `promises` which bounds it was asked to keep.
     """
 
     device: str
@@ -190,6 +195,18 @@ class Plan:
     absent_classes: tuple[str, ...] = ()
     reference_miou: float | None = None
     doubts: tuple[str, ...] = ()
+    promises: tuple[Promise, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the single-exit network as one graph, uncut."""
+        return is_whole(self.stages[0].head)
+
+    @property
+    def only_exit(self) -> int | None:
+        """The exit (from 1) that every tuning image leaves at, None when they leave at several."""
+        taken = [number for number, rate in enumerate(self.predicted.exit_rates, start=1) if rate]
+        return taken[0] if len(taken) == 1 and self.setting != "anytime" else None
 
     def _repr_html_(self) -> str:
         from mess_compile.search.shown import plan_html
@@ -257,7 +274,7 @@ def check_plan_current(plan: Plan, graph_set: GraphSet) -> None:
         if different:
             raise StaleError(f"the plan for {plan.device} is of another {what} than {graph_set.root}: {_REMEDY}")
     for stage in plan.stages:
-        if graph_set.candidate.head(stage.head).exit_point != stage.exit_point:
+        if graph_set.candidate.point_of(stage.head) != stage.exit_point:
             raise InputError(f"the plan for {plan.device} has {stage.head} at exit point {stage.exit_point}: {_REMEDY}")
         if not 0 <= stage.row < len(plan.gate.thresholds):
             raise InputError(f"the plan for {plan.device} has threshold row {stage.row}, not in its gate: {_REMEDY}")
@@ -299,7 +316,7 @@ def write_result(path: Path, result: SearchResult) -> None:
 
 def read_result(path: Path) -> SearchResult:
     """Read what `write_result` wrote. Raises InputError when it is missing or damaged."""
-    content = files.read_json(path, "mess-plan", VERSION, _REMEDY)
+    content = files.read_json(path, "mess-plan", _READABLE, _REMEDY)
     result: SearchResult = files.decoded(path, _REMEDY, lambda: _result_from_json(content))
     return result
 
@@ -346,6 +363,7 @@ def _plan_from_json(content: dict[str, Any]) -> Plan:
         absent_classes=tuple(map(str, content["absent_classes"])),
         reference_miou=None if content["reference_miou"] is None else float(content["reference_miou"]),
         doubts=tuple(map(str, content["doubts"])),
+        promises=tuple(map(_promise_from_json, content.get("promises", ()))),
     )
 
 
@@ -412,6 +430,15 @@ def _figures_from_json(content: dict[str, Any]) -> Figures:
         split=str(content["split"]),
         source=str(content["source"]),
         energy_mj=None if content["energy_mj"] is None else float(content["energy_mj"]),
+        error=None if content.get("error") is None else float(content["error"]),
+    )
+
+
+def _promise_from_json(content: dict[str, Any]) -> Promise:
+    if content["quantity"] not in PROMISED:
+        raise ValueError(f"a promise of {content['quantity']!r}")
+    return Promise(
+        str(content["quantity"]), float(content["limit"]), bool(content["relative"]), float(content["offset_pp"])
     )
 
 

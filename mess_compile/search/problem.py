@@ -13,7 +13,7 @@ from mess_compile.candidates import head_graph_name, output_name, segment_name
 from mess_compile.latency import DOWNLOAD, NULL, UPLOAD, Quantity, graph_cost_ns
 from mess_compile.search import kernels
 from mess_compile.search.bounds import Bound, bounds_of
-from mess_compile.search.figures import Evidence, exit_costs_ns, memory_bytes, plan_graphs
+from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs, worst_ns
 from mess_compile.search.memory import memory_of_chains
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.space import CUTS
@@ -53,6 +53,16 @@ class PathCosts:
         return np.where(runs, np.stack(np.broadcast_arrays(*costs)), -1)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A whole network, uncut: what an image costs by each of the problem's `paths`, its mIoU (percent) and memory."""
+
+    name: str
+    costs: tuple[int, ...]
+    miou: float
+    memory: int
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A search in arrays: heads by index, their exit `points` (from 1), and per head and row the `grid` of cuts.
@@ -60,7 +70,8 @@ class Problem:
     `paths` are the quantities that `wanted` counts, the first the latency. `allowed` says of a plan's heads whether
     they keep the bounds that no threshold moves, `graphs` counts their graphs, `names` are theirs. `memory` is what
     chains (m, 4) of heads take in bytes, `most_memory` what they may, and `by_memory` whether it is the objective. One
-    `unit` of any other (ms, GMACs, mJ) is so many of the integers.
+    `unit` of any other (ms, GMACs, mJ) is so many of the integers. `wholes` are the plans without a head of their own,
+    which end at exit point `final`.
     """
 
     names: tuple[str, ...]
@@ -75,6 +86,8 @@ class Problem:
     most_memory: int
     by_memory: bool
     unit: float
+    wholes: tuple[Whole, ...]
+    final: int
 
 
 def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
@@ -123,7 +136,20 @@ def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
         _most(bounds, "max_memory_bytes"),
         objective == "memory",
         1e9 if objective == "workload" else 1e6,
+        tuple(_whole(evidence, name, tuple(paths)) for name in evidence.baselines),
+        len(evidence.candidate.exit_points),
     )
+
+
+def _whole(evidence: Evidence, name: str, paths: tuple[str, ...]) -> Whole:
+    costs = {
+        "latency": exit_costs_ns(evidence, "budgeted", [name])[-1],
+        "workload": exit_macs(evidence.candidate, [name])[-1],
+    }
+    if "energy" in paths:
+        costs["energy"] = exit_costs_ns(evidence, "budgeted", [name], "energy_mj")[-1]
+    size = memory_bytes(evidence.graph_set, [name])
+    return Whole(name, tuple(costs[path] for path in paths), evidence.baseline_miou(name), size)
 
 
 def _most(bounds: dict[str, Bound], field: str) -> int:
@@ -135,8 +161,7 @@ def _is_allowed(evidence: Evidence, bounds: dict[str, Bound], heads: tuple[str, 
         return False
     if "max_latency_worst" not in bounds:
         return True
-    worst_ns = exit_costs_ns(evidence, "input-dependent", heads, "p99_ms")[-1]
-    return worst_ns <= _most(bounds, "max_latency_worst")
+    return worst_ns(evidence, "input-dependent", heads) <= _most(bounds, "max_latency_worst")
 
 
 def _times(evidence: Evidence, quantity: Quantity) -> PathCosts:

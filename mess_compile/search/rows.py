@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from mess_compile.candidates import output_name, segment_name
 from mess_compile.latency import Quantity
-from mess_compile.runtime.errors import RequirementError
 from mess_compile.search.anytime import anytime_chains
 from mess_compile.search.clock import Clock
 from mess_compile.search.enumeration import (
@@ -25,7 +24,7 @@ from mess_compile.search.enumeration import (
     states_of_pair,
     undominated,
 )
-from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs
+from mess_compile.search.figures import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs, worst_ns
 from mess_compile.search.plan import Stage
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.space import (
@@ -91,7 +90,8 @@ class Rows:
 
 
 def plans_in_space(evidence: Evidence, early_exits: int) -> int:
-    """How many plans there are: for each chain of heads every pair of a row and a cut at each early one."""
+    """How many plans there are: for each chain of heads every pair of a row and a cut at each early one, and the whole
+    networks, uncut."""
     points = len(evidence.candidate.exit_points)
     heads, options = np.zeros(points + 1, np.int64), np.zeros(points + 1, np.int64)
     for head in evidence.heads:
@@ -101,7 +101,7 @@ def plans_in_space(evidence: Evidence, early_exits: int) -> int:
     endings = [[sum(int(heads[q]) for q in after[p]) for p in range(points + 1)]]  # from a point on, by early heads
     for _ in range(early_exits):
         endings.append([sum(int(options[q]) * endings[-1][q] for q in after[p]) for p in range(points + 1)])
-    return sum(each[0] for each in endings)
+    return sum(each[0] for each in endings) + len(evidence.baselines)
 
 
 def _leads(evidence: Evidence, point: int, deeper: int) -> bool:
@@ -111,6 +111,8 @@ def _leads(evidence: Evidence, point: int, deeper: int) -> bool:
 
 def is_large(evidence: Evidence, early_exits: int) -> bool:
     """Whether branch and bound takes less time than an enumeration, which knows two early exits at most."""
+    if not any(evidence.has_graphs_of([head.name]) for head in evidence.heads):
+        return False  # the whole networks alone are left
     if min(early_exits, len(evidence.candidate.exit_points) - 1) > ENUMERATED_EXITS:
         return True
     return plans_in_space(evidence, early_exits) * evidence.statistics.images > ENUMERATED
@@ -132,8 +134,6 @@ def rows_of_plans(evidence: Evidence, requirement: Requirement, progress: Progre
             progress(done, len(beginnings))
             if clock is not None and clock.up:
                 break
-    if done == len(beginnings):
-        refuse_without_plans(evidence, ledger.chains)
     return ledger.rows(beginnings[done:])
 
 
@@ -147,15 +147,6 @@ def rows_near(evidence: Evidence, stages: Sequence[Stage]) -> Rows:
     return ledger.rows()
 
 
-def refuse_without_plans(evidence: Evidence, found: Sequence[object]) -> None:
-    """Raises RequirementError when nothing was `found`: no chain of heads has all its graphs."""
-    if not found:
-        device = evidence.table.device
-        raise RequirementError(
-            f"no plan has all its graphs on {device}: see what failed with `mess-compile inspect latency`"
-        )
-
-
 def least_cost_of_plans(evidence: Evidence, early: tuple[str, ...], quantity: Quantity) -> float:
     """What an image costs at the least in plans that begin with `early`, in ns; infinite when there are none."""
     costs = (exit_costs_ns(evidence, "input-dependent", (*early, last), quantity) for last in _lasts(evidence, early))
@@ -163,15 +154,16 @@ def least_cost_of_plans(evidence: Evidence, early: tuple[str, ...], quantity: Qu
 
 
 def _lasts(evidence: Evidence, early: tuple[str, ...]) -> tuple[str, ...]:
-    """The last heads of the plans that begin with `early`, as far as the target has all their graphs."""
+    """The last heads of the plans that begin with `early`, as far as the target has all their graphs; where nothing is
+    early, also the whole networks."""
     lasts = last_heads(evidence.heads, early)
-    return tuple(last for last in lasts if evidence.has_graphs_of((*early, last)))
+    found = tuple(last for last in lasts if evidence.has_graphs_of((*early, last)))
+    return found if early else (*found, *evidence.baselines)
 
 
 def _anytime_rows(evidence: Evidence, requirement: Requirement) -> Rows:
     found = anytime_chains(evidence, requirement)
     whole = tuple(chain for each in found for chain in each.heads)
-    refuse_without_plans(evidence, whole)
     plans = np.zeros(len(whole), ROW)
     plans["chain"] = np.arange(len(whole))
     plans["taken"] = NO_OPTION
@@ -196,7 +188,7 @@ def _rows_of_chain(evidence: Evidence, index: int, heads: tuple[str, ...], found
     rows["taken"][:, :early] = found.taken
     rows["memory_bytes"] = memory_bytes(evidence.graph_set, heads)
     rows["graphs"] = len(plan_graphs(evidence.candidate, heads))
-    rows["worst_ns"] = exit_costs_ns(evidence, "input-dependent", heads, "p99_ms")[-1]
+    rows["worst_ns"] = worst_ns(evidence, "input-dependent", heads)
     leave = np.append(found.at, statistics.images - found.at.sum(axis=1, keepdims=True), axis=1)  # (rows, exits)
     for name, each in costs.items():
         rows[name] = leave @ np.array(each, np.int64)
@@ -285,7 +277,7 @@ def stages_of_row(evidence: Evidence, rows: Rows, plan: Any) -> tuple[Stage, ...
         row, cut = middle, None
         if option != NO_OPTION and head is not heads[-1]:
             row, cut = int(rows.options[head].rows[option]), int(rows.options[head].cuts[option])
-        stages.append(Stage(evidence.candidate.head(head).exit_point, head, row, cut))
+        stages.append(Stage(evidence.candidate.point_of(head), head, row, cut))
     return tuple(stages)
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+from mess_compile.candidates import is_whole
 from mess_compile.runtime.notebook import table_html, text_html
 from mess_compile.search.plan import FEW_IMAGES, Figures, Optimism, Plan, SearchResult, Stage
 
+NEARLY = 0.005
+"""Ratios as close to 1 as this are told as equal."""
 FIGURES = ("", "mIoU %", "latency ms", "p95 ms", "worst ms", "GMACs", "memory MiB")
 
 
@@ -12,14 +17,92 @@ def exits_table(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and a row for each exit; without early exits nothing is held against a threshold, and none is shown."""
     gated = len(plan.stages) > 1
     rows = [
-        (f"exit {number}", stage.head, *(_decision(plan, stage) if gated else ()), f"{rate:.0%}")
+        (f"exit {number}", _head(stage), *(_decision(plan, stage) if gated else ()), f"{rate:.0%}")
         for number, (stage, rate) in enumerate(zip(plan.stages, plan.predicted.exit_rates, strict=True), start=1)
     ]
     return ("", "head", *(("pixels sure at", "leaves at count") if gated else ()), "images"), rows
 
 
+def _head(stage: Stage) -> str:
+    return f"{stage.head} (the whole network)" if is_whole(stage.head) else stage.head
+
+
 def _decision(plan: Plan, stage: Stage) -> tuple[str, str]:
     return f"{plan.gate.thresholds[stage.row]:.2f}", "-" if stage.cut is None else str(stage.cut)
+
+
+def speed(ratio: float) -> str:
+    """How much faster something is that takes 1 / `ratio` of the time."""
+    if abs(ratio - 1) < NEARLY:
+        return "as fast"
+    return f"{ratio:.2f}x faster" if ratio > 1 else f"{_percent_more(ratio)} slower"
+
+
+def work(ratio: float) -> str:
+    """How much less work something is that takes 1 / `ratio` of it."""
+    if abs(ratio - 1) < NEARLY:
+        return "as much work"
+    return f"{ratio:.2f}x less work" if ratio > 1 else f"{_percent_more(ratio)} more work"
+
+
+def _percent_more(ratio: float) -> str:
+    more = 100 * (1 / ratio - 1) if ratio > 0 else math.inf
+    return f"{more:.0f} %" if more >= 1 else f"{more:.1f} %"
+
+
+def kind_of_plan(plan: Plan) -> str | None:
+    """One sentence when early exit adds nothing to a plan; None where images leave at several exits."""
+    if plan.is_whole:
+        return "the plan is the whole network, uncut: no plan with exits does better under this requirement"
+    if plan.only_exit is None:
+        return None
+    stage = plan.stages[plan.only_exit - 1]
+    return (
+        f"the plan is a shorter network: every image leaves at {stage.head}, so early exit adds nothing to it "
+        "(images that differ more in difficulty, or better early heads, would)"
+    )
+
+
+def what_would_cut(result: SearchResult) -> str:
+    """Of a whole network that won: what would have to change for exits to pay."""
+    plan = result.plan
+    faster = [p for p in result.front if not p.is_whole and p.predicted.latency_ms < plan.predicted.latency_ms]
+    if not faster:
+        return (
+            f"no plan with exits is faster on {plan.device}: cheaper heads (`--heads`), larger images or a deeper "
+            "network would change that"
+        )
+    nearest = max(faster, key=lambda each: each.predicted.miou)
+    counted_from = plan.baseline.miou if plan.reference_miou is None else plan.reference_miou
+    lost = math.ceil(round(10 * (counted_from - nearest.predicted.miou), 6)) / 10
+    ratio = plan.predicted.latency_ms / nearest.predicted.latency_ms
+    return f"--max-err {max(lost, 0.0):.1f}% would allow a plan with exits that is {speed(ratio)}"
+
+
+def tail_sentence(plan: Plan) -> str | None:
+    """What the slowest images pay, where that is more than by the baseline although the mean is not."""
+    own, other = plan.predicted, plan.baseline
+    pairs = (("p95", own.p95_ms, other.p95_ms), ("worst case", own.worst_ms, other.worst_ms))
+    slower = [f"{name} {ms:.2f} ms against {base:.2f} ms" for name, ms, base in pairs if ms > base * (1 + NEARLY)]
+    return f"the slowest images take longer than by the baseline: {', '.join(slower)}" if slower else None
+
+
+def estimate_sentence(plan: Plan) -> str | None:
+    """How far estimated latencies may be off, and whether the saving is larger than that."""
+    errors = [figures.error for figures in (plan.predicted, plan.baseline) if figures.error is not None]
+    if not errors:
+        return None
+    ratio = plan.baseline.latency_ms / plan.predicted.latency_ms if plan.predicted.latency_ms else math.inf
+    told = f"latencies are estimates, which may be off by x {max(errors):.1f}"
+    if max(ratio, 1 / ratio) >= max(errors):
+        return told
+    return f"{told}: {speed(ratio)} is within the estimate's error (x {max(errors):.1f}); profile on the device to know"
+
+
+def sentences_of(plan: Plan) -> tuple[str, ...]:
+    """What has to stand beside a plan's figures wherever they are shown."""
+    found = (kind_of_plan(plan), tail_sentence(plan), estimate_sentence(plan))
+    return tuple(sentence for sentence in found if sentence is not None)
 
 
 def expected_elsewhere(told: Optimism) -> str:
@@ -58,7 +141,7 @@ def plan_html(plan: Plan) -> str:
             FIGURES,
             figures,
         )
-        + text_html(*(f"mind: {doubt}" for doubt in plan.doubts))
+        + text_html(*sentences_of(plan), *(f"mind: {doubt}" for doubt in plan.doubts))
     )
 
 

@@ -67,7 +67,8 @@ def test_every_graph_is_there_with_its_fixed_names(tmp_path: Path) -> None:
     assert (graphs["segment-0-2"].inputs, graphs["segment-0-2"].outputs) == ((image,), (exit2,))
     assert (graphs["head-exit2.wide"].inputs, graphs["head-exit2.wide"].outputs) == ((exit2, rows), (logits, counts))
     assert (graphs["output-4x6"].inputs, graphs["output-4x6"].outputs) == ((logits,), (labels,))
-    assert (graphs["baseline"].inputs, graphs["baseline"].outputs) == ((image,), (labels,))
+    sound = TensorSpec("sound", "int32", (1,))
+    assert (graphs["baseline"].inputs, graphs["baseline"].outputs) == ((image,), (labels, sound))
 
 
 def test_segments_hold_no_weight_that_is_not_theirs(tmp_path: Path) -> None:

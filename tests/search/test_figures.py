@@ -10,7 +10,7 @@ import pytest
 
 from mess_compile.candidates import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
 from mess_compile.latency import Failure, Latency, LatencyTable
-from mess_compile.runtime.errors import InputError, RequirementError, StaleError
+from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.search.figures import Evidence, anytime_reports, baseline_figures, figures_of_stages, replay
 from mess_compile.search.plan import Report, Stage
 from mess_compile.search.requirement import Limit, Requirement
@@ -86,7 +86,8 @@ def test_figures_of_a_plan_by_hand() -> None:
     early, late = 1 + 2 + 0.5 + 0.05 + 0.3 + 0.1, 1 + 2 + 0.5 + 0.05 + 4 + 0.7 + 0.3 + 0.1
     assert figures.latency_ms == pytest.approx((early + late) / 2)
     assert figures.p95_ms == pytest.approx(late)
-    assert figures.worst_ms == pytest.approx(2 * late)
+    excesses = (1, 2, 0.5, 0.05, 4, 0.7, 0.3, 0.1)  # every p99 is twice the mean
+    assert figures.worst_ms == pytest.approx(late + sum(each**2 for each in excesses) ** 0.5, abs=1e-6)
     assert figures.gmacs == pytest.approx((1010 + 3030) / 2 / 1e9)
     assert figures.memory_bytes == (100 + 200 + 10 + 20) + 60 + (48 + 48 + 48 + 8 + 32 + 4 + 16)
     assert figures.exit_rates == (0.5, 0.5)
@@ -98,7 +99,7 @@ def test_figures_of_a_plan_by_hand() -> None:
 def test_figures_of_the_baseline_by_hand() -> None:
     figures = baseline_figures(by_hand())
     assert figures.latency_ms == pytest.approx(8.1)
-    assert figures.worst_ms == pytest.approx(16.2)
+    assert figures.worst_ms == pytest.approx(8.1 + (1**2 + 7**2 + 0.1**2) ** 0.5, abs=1e-6)
     assert figures.gmacs == pytest.approx(3020 / 1e9)
     assert figures.memory_bytes == 320 + 70 + 48 + 16
     assert figures.miou == pytest.approx(100 * (18 / (20 + 20 - 18) + 16 / (20 + 20 - 16)) / 2)
@@ -131,7 +132,7 @@ def test_a_better_baseline_trained_alone_takes_the_place_of_the_final_exit() -> 
     assert case.baseline == "baseline-alone"
     assert figures.miou == pytest.approx(100 * (20 / 20 + 16 / 20) / 2)
     assert figures.latency_ms == pytest.approx(1 + 6.5 + 0.1)
-    assert figures.worst_ms == pytest.approx(2 + 13 + 0.2)
+    assert figures.worst_ms == pytest.approx(7.6 + (1**2 + 6.5**2 + 0.1**2) ** 0.5, abs=1e-6)
     assert figures.gmacs == pytest.approx(3020 / 1e9)
     assert figures.memory_bytes == 310 + 70 + 48 + 16
 
@@ -222,11 +223,11 @@ def test_recipes_that_saw_different_images_are_not_compared() -> None:
         search_recipes([case, other], Requirement())
 
 
-def test_a_target_without_a_whole_plan_says_so() -> None:
+def test_a_target_that_has_no_plan_with_exits_runs_the_whole_network() -> None:
     case = evidence((1,), 2, 4, seed=0)
     kept = {key: entry for key, entry in case.table.entries.items() if not key[0].startswith("output-")}
     gone = {key: Failure(key[0], f"sha-{key[0]}", "fp32", "no") for key in case.table.entries if key not in kept}
     lacking = dataclasses.replace(case, table=dataclasses.replace(case.table, entries=kept, failed=gone))
     for setting in ("input-dependent", "anytime"):
-        with pytest.raises(RequirementError, match="no plan has all its graphs on host"):
-            search_recipes([lacking], Requirement(setting=setting))
+        plan = search_recipes([lacking], Requirement(setting=setting, max_exits=3)).plan
+        assert [graph.name for graph in plan.graphs] == ["baseline"]

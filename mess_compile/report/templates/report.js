@@ -7,7 +7,7 @@ const rates = (stop) => stop.predicted.exit_rates.map(percent).join(", ");
 function show(index) {
   at = index;
   const stop = shown(), slider = document.getElementById("stop"), figures = stop.predicted;
-  const sentence = `${stop.chosen ? "The chosen plan. " : ""}${ms(figures.latency_ms)} (${stop.latency_ratio.toFixed(2)}x faster), `
+  const sentence = `${stop.chosen ? "The chosen plan. " : ""}${ms(figures.latency_ms)} (${speed(stop.latency_ratio)}), `
     + `${figures.miou.toFixed(2)} % mIoU (${signed(-stop.max_err_pp)} pp), images per exit ${rates(stop)}: ${stop.heads}`;
   slider.value = index;
   slider.setAttribute("aria-valuetext", `${stop.max_err}: ${ms(figures.latency_ms)}, ${figures.miou.toFixed(2)} % mIoU`);
@@ -26,9 +26,9 @@ function show(index) {
 function showTiles(stop) {
   const figures = stop.predicted, baseline = front.baseline;
   const tiles = [
-    ["latency, mean", ms(figures.latency_ms), `${stop.latency_ratio.toFixed(2)}x faster, ${figures.source}`],
+    ["latency, mean", ms(figures.latency_ms), `${speed(stop.latency_ratio)}, ${figures.source}`],
     ["mIoU", figures.miou.toFixed(2) + " %", `${signed(-stop.max_err_pp)} pp of ${baseline.name}`],
-    ["workload", figures.gmacs.toFixed(3) + " GMACs", stop.workload_ratio.toFixed(2) + "x less"],
+    ["workload", figures.gmacs.toFixed(3) + " GMACs", work(stop.workload_ratio)],
     ["p95, worst case", ms(figures.p95_ms), "worst " + ms(figures.worst_ms)],
     ["memory", (figures.memory_bytes / 1048576).toFixed(1) + " MiB", `baseline ${(baseline.memory_bytes / 1048576).toFixed(1)} MiB`],
   ];

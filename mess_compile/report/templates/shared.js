@@ -14,6 +14,14 @@ function element(tag, attributes, ...children) {
 function plain(text) { return String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;"); }
 
 const ms = (value) => value.toFixed(value < 1 ? 3 : 2) + " ms";
+/* As search/shown.py says it: what takes 1 / `ratio` of the time (or work). */
+function compared(ratio, better, worse, equal) {
+  if (Math.abs(ratio - 1) < 0.005) return equal;
+  const more = 100 * (1 / ratio - 1);
+  return ratio > 1 ? ratio.toFixed(2) + "x " + better : more.toFixed(more >= 1 ? 0 : 1) + " % " + worse;
+}
+const speed = (ratio) => compared(ratio, "faster", "slower", "as fast");
+const work = (ratio) => compared(ratio, "less work", "more work", "as much work");
 const percent = (share) => (100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0) + " %";
 const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
 const exitColour = (index) => colour("exit" + (index % 3 + 1));
