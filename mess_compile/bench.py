@@ -121,6 +121,14 @@ class Bench:
     promises: tuple[Held, ...]
     doubts: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        from mess_compile.search.shown import speed
+
+        return (
+            f"<bench of {self.bundle} on {self.images} images of {self.split}: {speed(self.latency_ratio)} than "
+            f"{self.baseline_name}, {self.miou_difference:+.2f} pp of mIoU, {len(self.missed)} promises missed>"
+        )
+
     @property
     def missed(self) -> tuple[Held, ...]:
         """The promises that did not hold on these images."""

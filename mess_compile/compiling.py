@@ -164,8 +164,14 @@ def verified_graphs(workspace: Workspace) -> GraphSet:
 
 
 def target_of(workspace: Workspace, device: str | None) -> Target:
-    """The device that is named, or the one profiled last. Raises InputError when there is neither."""
+    """The device that is named, or the one measured last. Raises InputError when there is neither."""
     name = device or workspace.memory().device
     if name is None:
+        estimated = sorted(path.stem for path in workspace.latency("any").parent.glob("*.json"))
+        if estimated:
+            raise InputError(
+                f"no device was measured in this workspace yet; {', '.join(estimated)} was estimated, and estimates are "
+                f"not taken by default: name it (--device {estimated[0]})"
+            )
         raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
     return find_target(name, workspace.root)

@@ -105,6 +105,10 @@ class LatencyTable:
     def remedy(self) -> str:
         return _remedy(self.device)
 
+    def __repr__(self) -> str:
+        recipes, failed = ", ".join(self.recipes), f", {len(self.failed)} failed" if self.failed else ""
+        return f"<latencies of {self.device} ({self.library}, {recipes}): {len(self.entries)} {self.source}{failed}>"
+
     def _repr_html_(self) -> str:
         rows = [
             (e.graph, e.precision, f"{e.mean_ms:.3f}", f"{e.p50_ms:.3f}", f"{e.p95_ms:.3f}", f"{e.p99_ms:.3f}", e.told)

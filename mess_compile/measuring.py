@@ -254,7 +254,8 @@ def estimate(
 ) -> latency.LatencyTable:
     """Write a latency table without the device: what was measured of these graphs is kept, the rest is estimated.
 
-    Recipes of which something was measured stay in it, whichever are named. Calibrated by what was measured on it, or
+    The device does not become the default: that is the one measured last. Recipes of which something was measured stay
+    in the table, whichever are named. Calibrated by what was measured on it, or
     of this network on other devices of its sort in this workspace.
     """
     from mess_compile.forecast import forecast
@@ -267,7 +268,6 @@ def estimate(
     others = [(find_target(name, workspace.root), table) for name, table in tables.items()]
     table = forecast([*made, *_measured_besides(workspace, plain, known, made)], target, known, others, plain)
     latency.write_latency_table(workspace.latency(target.name), table)
-    workspace.remember(device=target.name)
     return table
 
 

@@ -132,7 +132,9 @@ def _refuse_to_overwrite(output: Path | None, devices: int) -> None:
 def _write(workspace: Workspace, results: Sequence[plans.SearchResult], output: Path | None) -> None:
     for result in results:
         plans.write_result(output or workspace.plan(result.plan.device), result)
-    workspace.remember(device=results[0].plan.device)
+    first = results[0].plan
+    if plans.source_of(first) == "measured":
+        workspace.remember(device=first.device)
 
 
 def _searched(

@@ -59,6 +59,9 @@ class ExitStatistics:
     baseline_alone: str | None = None
     final_head: str | None = None
 
+    def __repr__(self) -> str:
+        return f"<exit statistics of {self.images} images of {self.split}: {len(self.heads)} heads, {self.precision}>"
+
     @property
     def images(self) -> int:
         return len(self.image_id)

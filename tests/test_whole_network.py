@@ -225,3 +225,11 @@ def test_a_bench_holds_every_promise_against_what_it_measured() -> None:
     assert found[0].sentence == "MISSED: at most 2 pp asked, 2.91 lost on these images"
     assert found[2].sentence == "MISSED: at most 5.00 ms mean latency asked, 6.00 measured"
     assert found[5] == Held("energy_mj", 5.0, None, None)
+
+
+def test_what_a_program_prints_is_short() -> None:
+    case = evidence((1, 2), 3, 8, seed=1)
+    result = search(case, Requirement())
+    for thing in (result, result.plan, case.table, case.statistics):
+        assert len(repr(thing)) < 320, repr(thing)
+        assert "\n" not in repr(thing)

@@ -80,8 +80,8 @@ def _check_baseline(
         finite = int(np.isfinite(np.asarray(values).max(axis=1)).sum())
         if int(outputs[SOUND][0]) != finite:
             raise InputError(
-                f"graph {name} counts {int(outputs[SOUND][0])} cells with finite logits on frame {number}, and {finite} "
-                "are: the cut is wrong"
+                f"graph {name} counts {int(outputs[SOUND][0])} cells with finite logits on frame {number}, where there "
+                f"are {finite}: the cut is wrong"
             )
 
 

@@ -68,6 +68,10 @@ class Prediction:
     latency_ms: float
     palette: Palette = field(default=(), repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        sure = "" if self.confidence is None else f", {self.confidence:.0%} of its cells sure"
+        return f"<labels {self.labels.shape} of exit {self.exit}{sure}, {self.latency_ms:.2f} ms>"
+
     def _repr_html_(self) -> str:
         from mess_compile.runtime.notebook import labels_html, text_html
 

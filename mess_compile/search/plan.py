@@ -208,6 +208,11 @@ class Plan:
         taken = [number for number, rate in enumerate(self.predicted.exit_rates, start=1) if rate]
         return taken[0] if len(taken) == 1 and self.setting != "anytime" else None
 
+    def __repr__(self) -> str:
+        from mess_compile.search.shown import plan_text
+
+        return f"<{plan_text(self)}>"
+
     def _repr_html_(self) -> str:
         from mess_compile.search.shown import plan_html
 
@@ -245,6 +250,11 @@ class SearchResult:
     front_by: tuple[str, ...] = FRONT_BY
     front_complete: bool = True
     without_optimism: str = ""
+
+    def __repr__(self) -> str:
+        from mess_compile.search.shown import result_text
+
+        return f"<{result_text(self)}>"
 
     def _repr_html_(self) -> str:
         from mess_compile.search.shown import result_html

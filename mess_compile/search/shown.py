@@ -124,6 +124,23 @@ def expected_elsewhere(told: Optimism) -> str:
     )
 
 
+def plan_text(plan: Plan) -> str:
+    """A plan in a line."""
+    own, other = plan.predicted, plan.baseline
+    exits = ", ".join(f"{stage.head} {rate:.0%}" for stage, rate in zip(plan.stages, own.exit_rates, strict=True))
+    ratio = other.latency_ms / own.latency_ms if own.latency_ms else math.inf
+    return (
+        f"plan for {plan.device} ({plan.precision}): {exits}; {own.latency_ms:.2f} ms {own.source}, {speed(ratio)}, "
+        f"{own.miou:.2f} % mIoU ({own.miou - other.miou:+.2f} pp of {plan.baseline_name}) on {own.images} images of "
+        f"{own.split}"
+    )
+
+
+def result_text(result: SearchResult) -> str:
+    """The chosen plan and its proof in a line."""
+    return f"{plan_text(result.plan)}; {_proof(result)}"
+
+
 def plan_html(plan: Plan) -> str:
     """Where images leave, and the plan's figures beside the baseline's."""
     figures = [
@@ -147,10 +164,14 @@ def plan_html(plan: Plan) -> str:
 
 def result_html(result: SearchResult) -> str:
     """The chosen plan, and of how many it is the best."""
+    return plan_html(result.plan) + text_html(_proof(result))
+
+
+def _proof(result: SearchResult) -> str:
     certificate = result.certificate
     proof = "the best" if certificate.gap == 0 else f"not proved the best (gap {certificate.gap:.3g})"
     front = f"{len(result.front)} plans of the front" if not result.front_complete else f"front of {len(result.front)}"
-    return plan_html(result.plan) + text_html(f"{proof} of {certificate.space:,} plans; {front}")
+    return f"{proof} of {certificate.space:,} plans; {front}"
 
 
 def figures_row(name: str, figures: Figures) -> tuple[str, ...]:

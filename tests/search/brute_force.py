@@ -87,6 +87,19 @@ def whole_plan(evidence: Evidence, name: str, anytime: tuple[int | None] | None)
     )
 
 
+def graphs_of_plan(evidence: Evidence, plan: BrutePlan) -> set[str]:
+    if plan.heads[0] in whole_networks(evidence):
+        return {plan.heads[0]}
+    return graphs_of(evidence, tuple(map(evidence.candidate.head, plan.heads)))
+
+
+def cost_of_exit(evidence: Evidence, plan: BrutePlan, taken: int) -> int:
+    """What an image costs that leaves at the exit of this index."""
+    if plan.heads[0] in whole_networks(evidence):
+        return sum(ns(evidence, graph) for graph in ("upload", plan.heads[0], "download"))
+    return path_cost(evidence, tuple(map(evidence.candidate.head, plan.heads)), taken)
+
+
 def slowest(evidence: Evidence, path: list[str]) -> int:
     """The p99 of graphs one after the other: their means, and the root of the sum of their squared excesses."""
     excesses = [ns(evidence, graph, "p99_ms") - ns(evidence, graph) for graph in path]
@@ -249,6 +262,7 @@ def memory(evidence: Evidence, heads: tuple[Head, ...]) -> int:
 def miou_of(evidence: Evidence, head_of_image: list[str]) -> float:
     statistics = evidence.statistics
     scored = [*statistics.heads, "baseline-alone"]
+    head_of_image = [evidence.candidate.baseline if name == "baseline" else name for name in head_of_image]
     ious = []
     for k in range(len(statistics.classes)):
         labelled = sum(int(pixels) for pixels in statistics.labelled[:, k])

@@ -35,7 +35,7 @@ from mess_compile.search.paired import (
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search
 from mess_compile.statistics import ExitStatistics
-from tests.search.brute_force import BrutePlan, all_plans, baseline_of, miou_of, path_cost
+from tests.search.brute_force import BrutePlan, all_plans, baseline_of, cost_of_exit, miou_of
 from tests.search.cases import evidence, with_baseline_alone
 from tests.search.test_solver import brute_identity, identity, key, satisfies
 
@@ -81,12 +81,11 @@ def expected_optimism(case: Evidence, folds: list[list[int]], max_err_pp: float)
         allowed = [p for p in all_plans(rest, "input-dependent", 2) if p.miou >= baseline_of(rest)[1] - max_err_pp]
         best = min(allowed, key=lambda plan: (plan.cost_ns, -plan.miou, plan.graphs, plan.text))
         taken = heads_taken(case, best, held)
-        heads = tuple(case.candidate.head(head) for head in best.heads)
         foretold.append(best.miou - miou_of(rest, [scored] * rest.statistics.images))
         unseen = part(case, held)
         differences.append(foretold[-1] - (miou_of(unseen, taken) - miou_of(unseen, [scored] * len(held))))
         foretold_ns += best.cost_ns / rest.statistics.images * len(held)
-        held_ns += sum(path_cost(case, heads, best.heads.index(head)) for head in taken)
+        held_ns += sum(cost_of_exit(case, best, best.heads.index(head)) for head in taken)
         for image, head in zip(held, taken, strict=True):
             answers[image] = head
     pooled = miou_of(case, answers) - miou_of(case, [scored] * n)
@@ -482,8 +481,8 @@ def plans_to_test(case: Evidence, requirement: Requirement) -> list[BrutePlan]:
     [
         (Requirement(max_exits=1), 21, 5),
         (Requirement(objective="workload", max_exits=1), 10, 4),
-        (Requirement(objective="memory", max_exits=1), 41, 3),
-        (Requirement(objective="energy", max_exits=1), 6, 4),
+        (Requirement(objective="memory", max_exits=1), 41, 1),
+        (Requirement(objective="energy", max_exits=1), 10, 4),
         (Requirement(objective="accuracy", max_exits=1), 1, 1),
         (Requirement(max_latency=Limit(2.5, relative=True), max_exits=1), 57, 3),
         (Requirement(setting="budgeted"), 15, 3),
@@ -518,7 +517,7 @@ def mean_risk(case: Evidence, baseline: str, taken: list[str]) -> float:
     return sum(risks) / len(risks)
 
 
-@pytest.mark.parametrize(("seed", "place"), [(29, 1), (35, 3), (59, 2), (56, 1)])
+@pytest.mark.parametrize(("seed", "place"), [(29, 1), (103, 3), (59, 2), (56, 1)])
 @pytest.mark.parametrize("front_by", [("latency", "miou"), ("latency", "miou", "memory")])
 def test_whatever_the_front_is_by_only_plans_that_keep_the_bounds_are_certified(
     seed: int, place: int, front_by: tuple[str, ...]
