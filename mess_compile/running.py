@@ -188,7 +188,10 @@ def _panels(
         caption = f"exit {prediction.exit}{mark}  sure {prediction.confidence:.0%}  {prediction.latency_ms:.1f} ms"
         panels.append((caption, frames.overlay(frame, prediction.labels, network.colours)))
     if truth is not None:
-        classes = ClassList(network.classes, network.colours, frozenset(range(len(network.classes), 256)))
+        void = frozenset(range(len(network.classes), 256))
+        classes = ClassList(
+            network.classes, network.colours, void, is_coloured=len({*network.colours}) == len(network.colours)
+        )
         labels = read_labels(truth / f"{image.stem}.png", classes)
         if labels.shape != frame.shape[:2]:
             raise InputError(f"{truth / image.stem}.png is {labels.shape}, but {image} is {frame.shape[:2]}")
