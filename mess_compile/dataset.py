@@ -179,10 +179,10 @@ class Survey:
         if self.void:
             told.append(f"{self.void_share:.1%} of the pixels of {split} are void and count nowhere")
         if self.absent:
-            left = len(self.pixels) - len(self.absent)
+            one = len(self.absent) == 1
             told.append(
-                f"{', '.join(self.absent)} never occur{'s' if len(self.absent) == 1 else ''} in the labels of {split}: "
-                f"mIoU is the mean over the other {left}"
+                f"{', '.join(self.absent)} never occur{'s' if one else ''} in the labels of {split}, and "
+                f"{'is' if one else 'are'} left out of its mIoU"
             )
         if len(self.pixels) - len(self.absent) < 2 or self.void_share > _MUCH_VOID:
             told.append(f"these labels say little: {self.suspicion()}")

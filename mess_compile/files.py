@@ -194,6 +194,7 @@ def read_json(path: Path, format: str, version: int, remedy: str) -> dict[str, A
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist: {remedy}")
+    refuse_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -224,11 +225,21 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"it cannot be read ({error.strerror})") from error
     if len(content) > MAX_TOML_BYTES:
         raise ValueError(f"it has more than {MAX_TOML_BYTES} bytes")
+    refuse_pointer(path, content)
     try:
-        found: dict[str, Any] = tomllib.loads(content.decode("utf-8"))
+        text = content.decode("utf-8-sig")
+        found: dict[str, Any] = tomllib.loads(text)
         return found
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not TOML, for it is not UTF-8 ({error}): save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not TOML ({error})") from error
+        raise ValueError(f"it is not TOML ({error}){_comma_in(text)}") from error
+
+
+def _comma_in(text: str) -> str:
+    """What to say of a number that is written with a decimal comma, which TOML does not know."""
+    comma = re.search(r"^\s*\S+\s*=\s*([-+]?\d+),(\d+)\s*(?:#.*)?$", text, re.MULTILINE)
+    return f"; numbers have a decimal point: {comma[1]}.{comma[2]}, not {comma[1]},{comma[2]}" if comma else ""
 
 
 def decoded(path: Path, remedy: str, decode: Callable[[], Any]) -> Any:

@@ -101,16 +101,16 @@ def listed_files(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Li
     notes = []
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
-        notes.append(f"{_are(others.total())} of {folder} not read ({kinds}): {_one_of(suffixes)} are")
+        notes.append(f"{_of(others.total(), 'file', folder)} not read ({kinds}): {_one_of(suffixes)} are")
     if hidden:
-        notes.append(f"{_are(len(hidden), 'hidden file')} of {folder} left out (first {hidden[0]})")
+        notes.append(f"{_of(len(hidden), 'hidden file', folder)} left out (first {hidden[0]})")
     if folders:
-        notes.append(f"{_are(len(folders), 'folder')} in {folder} not looked into (first {folders[0]})")
+        notes.append(f"{_of(len(folders), 'folder', folder)} not looked into (first {folders[0]})")
     return Listing(tuple(read), tuple(notes))
 
 
-def _are(count: int, what: str = "file") -> str:
-    return f"1 {what} is" if count == 1 else f"{count} {what}s are"
+def _of(count: int, what: str, folder: Path) -> str:
+    return f"1 {what} of {folder} is" if count == 1 else f"{count} {what}s of {folder} are"
 
 
 def _one_of(suffixes: tuple[str, ...]) -> str:
@@ -263,7 +263,7 @@ def _paired(images: Path, labels: Path) -> Found:
     ]
     notes, alone = [*pictures.notes, *masks.notes], sorted(labelled.keys() - wanted.keys())
     if alone:
-        notes.append(f"{_are(len(alone), 'label')} of {labels} without an image (first {labelled[alone[0]].name})")
+        notes.append(f"{_of(len(alone), 'label', labels)} without an image (first {labelled[alone[0]].name})")
     return Found(tuple(_labelled(items)), tuple(notes))
 
 
@@ -282,7 +282,7 @@ def _find_cityscapes(root: Path, split: str) -> Found:
     others = [path for path in there if not path.name.endswith(_CITYSCAPES_IMAGE)]
     notes = []
     if others:
-        notes.append(f"{_are(len(others))} of {images} not read (first {others[0].name}): *{_CITYSCAPES_IMAGE} are")
+        notes.append(f"{_of(len(others), 'file', images)} not read (first {others[0].name}): *{_CITYSCAPES_IMAGE} are")
     return Found(tuple(_labelled([_cityscapes_item(path, labels) for path in paths])), tuple(notes))
 
 

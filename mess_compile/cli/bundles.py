@@ -143,7 +143,7 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
 
     with progress_bar(as_json) as progress:
         how = steps.RunOptions(deadline_ms=deadline_ms, **options)
-        results = steps.run(bundle, sources, output, how, tell, progress)
+        results = steps.run(bundle, sources, output, how, tell, progress, partial(say, err=as_json))
     if as_json:
         videos = [asdict(result) for result in results if isinstance(result, steps.VideoResult)]
         images = [asdict(result) for result in results if isinstance(result, steps.ImageResult)]

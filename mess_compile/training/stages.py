@@ -188,8 +188,7 @@ def _described(
 
 
 def _sha256_of_weights(path: Path) -> str:
-    if not path.is_file():
-        raise InputError(f"weights {path} do not exist")
+    load_state(path)  # now, rather than when labels are counted and processes started
     return files.sha256_of_file(path)
 
 
