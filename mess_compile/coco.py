@@ -218,8 +218,8 @@ def _check_categories(path: Path, content: Any) -> None:
         if name != known.get(number):
             instead = f", which is {known[number]!r} in COCO" if number in known else ", which COCO does not have"
             raise InputError(
-                f"{path} has the category {number} {name!r:.40}{instead}: in this format only COCO's own categories are "
-                "read; for others write label PNGs, with a classes.txt (docs/own-images.md)"
+                f"{path} has the category {number} {name!r:.40}{instead}: in this format only COCO's own categories "
+                "are read; for others write label PNGs, with a classes.txt (docs/own-images.md)"
             )
 
 
