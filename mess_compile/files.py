@@ -150,10 +150,12 @@ def used_alone(folder: Path, otherwise: str) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise InputError(f"{folder} is in use: {otherwise}") from error
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
     finally:
-        with suppress(OSError):  # it is not empty
-            folder.rmdir()
         os.close(descriptor)
 
 

@@ -116,7 +116,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 _CONTENTS = {
     "labels_sha256": "the labels, which were changed since",
     "images_sha256": "the images, which were changed since",
-    "image_ids_sha256": "the list of images",
+    "image_ids_sha256": "the list of images (image_ids)",
     "imagenet_sha256": "the ImageNet weights",
 }
 _NEWER = ("labels_sha256", "images_sha256")
