@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mess_compile import files
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.pointers import refuse_pointer
 
 # COCO's categories that are VOC's classes 0 to 20, in that order
 CATEGORIES = {
@@ -41,6 +42,69 @@ CATEGORIES = {
     63: "couch",
     7: "train",
     72: "tv",
+}
+# the rest of COCO's, whose objects are background
+OTHERS = {
+    8: "truck",
+    10: "traffic light",
+    11: "fire hydrant",
+    13: "stop sign",
+    14: "parking meter",
+    15: "bench",
+    22: "elephant",
+    23: "bear",
+    24: "zebra",
+    25: "giraffe",
+    27: "backpack",
+    28: "umbrella",
+    31: "handbag",
+    32: "tie",
+    33: "suitcase",
+    34: "frisbee",
+    35: "skis",
+    36: "snowboard",
+    37: "sports ball",
+    38: "kite",
+    39: "baseball bat",
+    40: "baseball glove",
+    41: "skateboard",
+    42: "surfboard",
+    43: "tennis racket",
+    46: "wine glass",
+    47: "cup",
+    48: "fork",
+    49: "knife",
+    50: "spoon",
+    51: "bowl",
+    52: "banana",
+    53: "apple",
+    54: "sandwich",
+    55: "orange",
+    56: "broccoli",
+    57: "carrot",
+    58: "hot dog",
+    59: "pizza",
+    60: "donut",
+    61: "cake",
+    65: "bed",
+    70: "toilet",
+    73: "laptop",
+    74: "mouse",
+    75: "remote",
+    76: "keyboard",
+    77: "cell phone",
+    78: "microwave",
+    79: "oven",
+    80: "toaster",
+    81: "sink",
+    82: "refrigerator",
+    84: "book",
+    85: "clock",
+    86: "vase",
+    87: "scissors",
+    88: "teddy bear",
+    89: "hair drier",
+    90: "toothbrush",
 }
 VOID = 255
 TRAINED_AREA = 1000  # pixels; an image with less is left out of train
@@ -107,6 +171,7 @@ def read_outlines(path: Path, only_trained: bool) -> tuple[tuple[str, Outlines],
     InputError for what is missing, malformed or out of the image, and when no image is left.
     """
     content = _read_json(path)
+    _check_categories(path, content)
     found: tuple[tuple[str, Outlines], ...] = files.decoded(path, _REMEDY, lambda: _decoded(content, only_trained))
     if not found:
         kept = f" with more than {TRAINED_AREA} pixels of VOC's classes, which train asks for" if only_trained else ""
@@ -116,7 +181,8 @@ def read_outlines(path: Path, only_trained: bool) -> tuple[tuple[str, Outlines],
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        refuse_pointer(path)
+        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}): {_REMEDY}") from error
 
@@ -126,7 +192,6 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _decoded(content: Any, only_trained: bool) -> tuple[tuple[str, Outlines], ...]:
-    _check_categories(content)
     images = _images(content)
     objects: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
     for entry in _entries(content, "annotations"):
@@ -142,12 +207,20 @@ def _decoded(content: Any, only_trained: bool) -> tuple[tuple[str, Outlines], ..
     )
 
 
-def _check_categories(content: Any) -> None:
-    """Another data set in COCO's format may number its categories otherwise."""
-    for entry in _entries(content, "categories"):
-        number, name = _value(entry, "id", int), _value(entry, "name", str)
-        if name != CATEGORIES.get(number, name):
-            raise InputError(f"category {number} is {name!r:.40}, but {CATEGORIES[number]!r} in COCO")
+def _check_categories(path: Path, content: Any) -> None:
+    """Raises InputError for another data set in COCO's format, which has categories of its own."""
+
+    def read() -> list[tuple[int, str]]:
+        return [(_value(entry, "id", int), _value(entry, "name", str)) for entry in _entries(content, "categories")]
+
+    known = CATEGORIES | OTHERS
+    for number, name in files.decoded(path, _REMEDY, read):
+        if name != known.get(number):
+            instead = f", which is {known[number]!r} in COCO" if number in known else ", which COCO does not have"
+            raise InputError(
+                f"{path} has the category {number} {name!r:.40}{instead}: in this format only COCO's own categories "
+                "are read; for others write label PNGs, with a classes.txt (docs/own-images.md)"
+            )
 
 
 def _images(content: Any) -> dict[int, tuple[str, tuple[int, int]]]:
@@ -216,8 +289,32 @@ def _polygon(polygon: Any, hw: tuple[int, int]) -> bytes:
     return points.tobytes()
 
 
+def _counts_of_text(text: str) -> list[int]:
+    """Run lengths out of COCO's textual form: 5 bits a character, the sixth says that more follow; from the fourth on
+    each is the difference to the last but one.
+
+    Not by pycocotools, which reads on behind the end of a text that is cut off.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for letter in text:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            raise InputError(f"run lengths {text!r:.40} are not COCO's textual form")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << (shift - 4)
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    if shift or not counts:
+        raise InputError(f"run lengths {text!r:.40} end in the middle")
+    return counts
+
+
 def _runs(outline: dict[str, Any], hw: tuple[int, int]) -> bytes:
-    counts = np.array(outline.get("counts"))
+    counts = outline.get("counts")
+    counts = np.array(_counts_of_text(counts) if isinstance(counts, str) else counts)
     if counts.ndim != 1 or counts.dtype.kind != "i":
         raise InputError(f"run lengths {outline.get('counts')!r:.40} are not a list of numbers")
     pixels = hw[0] * hw[1]

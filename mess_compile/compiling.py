@@ -6,14 +6,13 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.candidates import GraphSet, check_graphs, read_graph_set, verify_graph_set
-from mess_compile.dataset import open_dataset, read_frame
+from mess_compile.dataset import Data, open_dataset, read_frame
 from mess_compile.engines import EngineFiles, plain_files
 from mess_compile.jobs import job_names
 from mess_compile.runtime import frames
@@ -45,7 +44,7 @@ def engines_of(
     workspace: Workspace,
     target: Target,
     precisions: Sequence[str],
-    data: Path | None,
+    data: Data | None,
     jobs: int | None,
     progress: Progress,
 ) -> Iterator[RecipeBuild]:
@@ -79,7 +78,7 @@ def refuse_unknown_precision(precision: str) -> None:
 
 
 def precise_graphs(
-    workspace: Workspace, target: Target, precisions: Sequence[str], data: Path | None, progress: Progress
+    workspace: Workspace, target: Target, precisions: Sequence[str], data: Data | None, progress: Progress
 ) -> tuple[PreciseGraphs, ...]:
     """The workspace's graphs in each of the target's precisions that is named; see `in_precision`."""
     graph_set = verified_graphs(workspace)
@@ -92,7 +91,7 @@ def in_precision(
     graph_set: GraphSet,
     precision: str,
     allowed: Sequence[str],
-    data: Path | None,
+    data: Data | None,
     progress: Progress,
 ) -> PreciseGraphs:
     """The graphs in a precision; settled on the workspace's images, or anew on those of `data` when it is named."""
@@ -110,7 +109,7 @@ def engine_files(
     workspace: Workspace,
     target: Target,
     precisions: Sequence[str],
-    data: Path | None,
+    data: Data | None,
     jobs: int | None,
     progress: Progress,
 ) -> tuple[EngineFiles, ...]:
@@ -147,7 +146,7 @@ def built_here(
     return tuple(built)
 
 
-def _real_images(workspace: Workspace, data: Path | None, hw: tuple[int, int], split: str) -> list[NDArray[np.uint8]]:
+def _real_images(workspace: Workspace, data: Data | None, hw: tuple[int, int], split: str) -> list[NDArray[np.uint8]]:
     """Images from all over a split, at the network's input size. Raises InputError when no data are known."""
     if data is None and workspace.memory().data is None:
         raise InputError("fp16 and int8 are judged on real images: name a data folder with --data DIR")

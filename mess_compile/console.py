@@ -81,6 +81,9 @@ def fail(message: str) -> NoReturn:
 def _broken_between_words(error: click.UsageError) -> click.UsageError:
     """What click says of wrong usage, as it stands on a terminal."""
     message = error.format_message()
+    comma = re.search(r"'([-+]?\d+),(\d+)' is not a valid (?:float|integer)", message)
+    if comma is not None:
+        message = f"{message.rstrip('.')}: numbers have a decimal point, {comma[1]}.{comma[2]}"
     if sys.stderr.isatty():
         message = _wrapped(f"Error: {message}", _columns()).removeprefix("Error: ")
     return click.UsageError(message, error.ctx)

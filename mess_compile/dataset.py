@@ -1,43 +1,40 @@
-"""Data sets of labelled images: a split opened, its class list, its frames and labels decoded."""
+"""Data sets of labelled images: a split opened, its frames and labels decoded, and its labels surveyed."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
-from mess_compile.coco import Outlines, draw_labels
-from mess_compile.layouts import (
-    ALWAYS_IGNORED,
-    CAMVID,
-    AstrayError,
-    ClassList,
-    Item,
-    LabelFile,
-    default_colour,
-    find_layout,
-    is_camvid,
-)
-from mess_compile.nearby import did_you_mean_folder
+from mess_compile.class_list import ALWAYS_IGNORED, ClassList, default_colour, read_class_list
+from mess_compile.coco import Outlines
+from mess_compile.data_folder import Data, DataFolder, data_folder
+from mess_compile.labels import LabelValueError, label_values, read_labels, remedy_of_value
+from mess_compile.layouts import CAMVID, AstrayError, Item, LabelFile, Layout, NoLayoutError, find_layout, is_camvid
+from mess_compile.nearby import did_you_mean_folder, nearest_layout
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.pictures import read_picture
 
 __all__ = [
     "ALWAYS_IGNORED",
     "CAMVID",
     "ClassList",
+    "Data",
+    "DataFolder",
     "DataSet",
     "Item",
     "LabelFile",
     "Outlines",
     "Sample",
+    "Survey",
     "check_trainable",
     "count_labels",
     "default_colour",
@@ -46,19 +43,24 @@ __all__ = [
     "read_frame",
     "read_labels",
     "read_sample",
+    "refuse_untrainable",
     "samples",
+    "survey_labels",
 ]
 _SPLIT = re.compile(r"([\w-]+)(?:\[(\d{0,9}):(\d{0,9})\])?")
+_MUCH_VOID = 0.5
+read_frame = read_picture
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """One split of a folder of labelled images."""
+    """One split of a folder of labelled images; `notes` are sentences on what lies there and is not read."""
 
     root: Path
     split: str
     classes: ClassList
     items: tuple[Item, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,41 +73,61 @@ class Sample:
     labels: NDArray[np.uint8]
 
 
-def open_dataset(root: Path, split: str, classes: ClassList | None = None) -> DataSet:
-    """Open a split of a data set in one of the layouts of `layouts.LAYOUTS`, recognised from what lies in `root`.
+def open_dataset(data: Data, split: str, classes: ClassList | None = None) -> DataSet:
+    """Open a split of a data set in one of the layouts of `layouts.LAYOUTS`, recognised from what lies in its folder.
 
     `split` may carry a slice in the order of file names, or of PASCAL VOC's list: `val[:50]`, `val[60:]`. In a plain
     folder without splits the last fifth of the files is `val` and the rest `train`: neighbouring video frames then
     stay together. There, classes come from `ROOT/classes.txt` unless given. Raises InputError.
     """
+    folder = data_folder(data)
     match = _SPLIT.fullmatch(split)
     if match is None:
         raise InputError(f"split {split!r} is not of the form NAME or NAME[START:STOP], such as val or val[:50]")
-    if not root.is_dir():
+    root = folder.root
+    if root is None or not root.is_dir():
         raise InputError(f"data folder {root} does not exist: --data names the folder that the data set lies in")
     start, stop = (int(text) if text else None for text in (match[2], match[3]))
     try:
-        layout = find_layout(root)
-        found = tuple(layout.find_items(root, match[1]))
-        items = found[start:stop]
+        layout = find_layout(root, folder.names)
+        found = layout.find_items(root, match[1])
+        items = found.items[start:stop]
         if not items:
-            reason = f"the slice leaves none of {len(found)}" if found else f"expected {layout.expected}"
+            reason = f"the slice leaves none of {len(found.items)}" if found.items else f"expected {layout.expected}"
             raise InputError(f"split {split!r} of {root} has no images: {reason}")
-        return DataSet(root, split, _class_list(root, items, layout.classes, classes), items)
+        _check_ids(root, items)
+        return DataSet(root, split, _class_list(folder, root, items, layout, classes), items, found.notes)
     except OSError as error:
         raise InputError(f"{root} cannot be looked into ({error}): give yourself read access") from error
     except AstrayError as error:
         meant = did_you_mean_folder(root)
+        if not meant and isinstance(error, NoLayoutError):
+            raise InputError(f"{error.brief}{nearest_layout(root)}") from error
         raise InputError(f"{error.brief}{meant}" if meant else str(error)) from error
 
 
-def _class_list(root: Path, items: tuple[Item, ...], known: ClassList | None, given: ClassList | None) -> ClassList:
-    if known is not None:
-        if given is not None and given.names != known.names:
-            raise InputError(f"{root} has the classes {', '.join(known.names)}, not {', '.join(given.names)}")
-        return known
+def _check_ids(root: Path, items: tuple[Item, ...]) -> None:
+    (name, often), *_ = Counter(item.id for item in items).most_common(1)
+    if often > 1:
+        twice = [item.image for item in items if item.id == name][:2]
+        raise InputError(f"{root} has two images named {name} ({twice[0]}, {twice[1]}): rename one of them")
+
+
+def _class_list(
+    folder: DataFolder, root: Path, items: tuple[Item, ...], layout: Layout, given: ClassList | None
+) -> ClassList:
+    if layout.classes is not None:
+        if given is not None and given.names != layout.classes.names:
+            raise InputError(f"{root} has the classes {', '.join(layout.classes.names)}, not {', '.join(given.names)}")
+        if folder.label_offset:
+            raise InputError(f"{root} is {layout.name}, which says itself what label values mean: drop --label-offset")
+        return layout.classes
     if given is not None:
         return given
+    return replace(_own_class_list(root, items), label_offset=folder.label_offset or 0)
+
+
+def _own_class_list(root: Path, items: tuple[Item, ...]) -> ClassList:
     path = root / "classes.txt"
     if path.is_file():
         return read_class_list(path)
@@ -117,97 +139,13 @@ def _class_list(root: Path, items: tuple[Item, ...], known: ClassList | None, gi
     )
 
 
-def read_class_list(path: Path) -> ClassList:
-    """Read lines `NAME` or `NAME R G B`, in the order of label values; a line `ignore VALUE` names a void label.
-
-    Raises InputError naming file and line.
-    """
-    if not path.is_file():
-        raise InputError(f"class list {path} does not exist")
-    names: list[str] = []
-    colours: list[tuple[int, int, int]] = []
-    ignored = {ALWAYS_IGNORED}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        words = line.split("#")[0].split()
-        if not words:
-            continue
-        numbers = [int(word) for word in words[1:] if word.isdecimal() and len(word) <= 3 and int(word) <= 255]
-        if len(numbers) != len(words) - 1 or len(numbers) not in ((1,) if words[0] == "ignore" else (0, 3)):
-            raise InputError(f"{path}, line {number}: {line.strip()!r} is not NAME, NAME R G B or ignore VALUE")
-        if words[0] == "ignore":
-            ignored.add(numbers[0])
-            continue
-        names.append(words[0])
-        colours.append((numbers[0], numbers[1], numbers[2]) if numbers else default_colour(len(names) - 1))
-    if not 2 <= len(names) <= ALWAYS_IGNORED or len(set(names)) != len(names):
-        raise InputError(
-            f"{path} lists {len(names)} classes, {len(set(names))} of them distinct: 2 to 255 are possible"
-        )
-    return ClassList(tuple(names), tuple(colours), frozenset(ignored))
-
-
-def read_frame(path: Path) -> NDArray[np.uint8]:
-    """An image file as uint8 (H, W, 3). Raises InputError for what is not an 8-bit image."""
-    with _opened(path, "image") as image:
-        if image.mode not in ("RGB", "L", "P", "RGBA"):
-            raise InputError(f"{path} has mode {image.mode}: convert it to 8-bit RGB")
-        return np.asarray(image.convert("RGB"))
-
-
-def read_labels(label: Path | LabelFile | Outlines, classes: ClassList) -> NDArray[np.uint8]:
-    """An item's labels, or those in a PNG, as uint8 (H, W); ignored values become 255.
-
-    Safe to call from several threads. Raises InputError for values that stand for no class.
-    """
-    if isinstance(label, Outlines):
-        return draw_labels(label)
-    path = label.path if isinstance(label, LabelFile) else label
-    with _opened(path, "label") as image:
-        if image.mode not in ("L", "P"):
-            raise InputError(f"label {path} has mode {image.mode}: labels are 8-bit single-channel PNGs of values")
-        stored = np.asarray(image)
-    table = np.array(label.classes if isinstance(label, LabelFile) else _classes_of_values(classes))
-    wrong = np.flatnonzero((np.bincount(stored.ravel(), minlength=256) > 0) & (table < 0))
-    if wrong.size:
-        raise InputError(f"label {path} holds the value {wrong[0]}, but {_remedy(label, classes, int(wrong[0]))}")
-    labels: NDArray[np.uint8] = table.astype(np.uint8)[stored]
-    return labels
-
-
-def _classes_of_values(classes: ClassList) -> tuple[int, ...]:
-    """The class of each of the 256 label values; 255 for void, -1 for what is neither."""
-    void = classes.ignored | {ALWAYS_IGNORED}
-    return tuple(
-        ALWAYS_IGNORED if value in void else value if value < len(classes.names) else -1 for value in range(256)
-    )
-
-
-def _remedy(label: Path | LabelFile, classes: ClassList, value: int) -> str:
-    if isinstance(label, LabelFile):
-        return f"this data set uses 0 to {max(np.flatnonzero(np.array(label.classes[:255]) >= 0))} and 255: correct it"
-    return (
-        f"the {len(classes.names)} classes are 0 to {len(classes.names) - 1}: correct classes.txt (add "
-        f"`ignore {value}` for a void value) or the label"
-    )
-
-
-@contextmanager
-def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError as error:
-        raise InputError(f"{kind} {path} does not exist") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image ({error})") from error
-
-
 def read_sample(item: Item, classes: ClassList) -> Sample:
     """Frame and labels of one item. Raises InputError, also when their sizes differ."""
     frame, labels = read_frame(item.image), read_labels(item.label, classes)
     if frame.shape[:2] != labels.shape:
         label = f"its label {item.label_path} is" if item.label_path else "by its annotations"
-        raise InputError(f"{item.image} is {_size(frame)}, but {label} {_size(labels)}")
+        turned = ", as EXIF data turn it" if frame.shape[:2] == labels.shape[::-1] else ""
+        raise InputError(f"{item.image} is {_size(frame)}{turned}, but {label} {_size(labels)}")
     return Sample(item.id, item.group, frame, labels)
 
 
@@ -217,33 +155,107 @@ def samples(data: DataSet) -> Iterator[Sample]:
         yield read_sample(item, data.classes)
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What all labels of a split hold: labelled `pixels` of each class (K,), void ones, and a digest of all maps."""
+
+    data: DataSet
+    pixels: NDArray[np.int64]
+    void: int
+    sha256: str
+
+    @property
+    def void_share(self) -> float:
+        return self.void / max(1, int(self.pixels.sum()) + self.void)
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Classes without a labelled pixel."""
+        return tuple(name for name, count in zip(self.data.classes.names, self.pixels, strict=True) if not count)
+
+    def sentences(self) -> tuple[str, ...]:
+        """What a user should know of the labels: void pixels, and classes that never occur."""
+        split, told = self.data.split, []
+        if self.void:
+            told.append(f"{self.void_share:.1%} of the pixels of {split} are void and count nowhere")
+        if self.absent:
+            one = len(self.absent) == 1
+            told.append(
+                f"{', '.join(self.absent)} never occur{'s' if one else ''} in the labels of {split}, and "
+                f"{'is' if one else 'are'} left out of its mIoU"
+            )
+        if len(self.pixels) - len(self.absent) < 2 or self.void_share > _MUCH_VOID:
+            told.append(f"these labels say little: {self.suspicion()}")
+        return tuple(told)
+
+    def suspicion(self) -> str:
+        """What is probably wrong with labels of which most are void, or all of one class."""
+        names = self.data.classes.names
+        if self.void and len(names) == 2 and not self.pixels[1]:
+            return f"255 is void; in masks of 0 and 255, {names[1]} has to be stored as 1 instead of 255"
+        if self.void_share > _MUCH_VOID:
+            return "255 and each `ignore` of classes.txt are void; store what is meant to count as a class"
+        return "correct the labels or the class list"
+
+
+def survey_labels(data: DataSet) -> Survey:
+    """Read all labels of a split. Raises InputError for one that cannot be read, or holds what is no class."""
+
+    def surveyed(item: Item) -> tuple[NDArray[np.int64], bytes]:
+        labels = read_labels(item.label, data.classes)
+        digest = hashlib.sha256(repr(labels.shape).encode() + np.ascontiguousarray(labels).tobytes()).digest()
+        return np.bincount(labels.ravel(), minlength=256), digest
+
+    counts, digests = np.zeros(256, np.int64), hashlib.sha256()
+    try:
+        with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) // 2)) as pool:
+            for found, digest in pool.map(surveyed, data.items):
+                counts += found
+                digests.update(digest)
+    except LabelValueError as error:
+        raise _explained(error, data) from error
+    classes = len(data.classes.names)
+    return Survey(data, counts[:classes], int(counts[ALWAYS_IGNORED]), digests.hexdigest())
+
+
+def _explained(error: LabelValueError, data: DataSet) -> InputError:
+    """With a remedy that follows from all labels: what one of them holds does not say where they begin."""
+    if error.value is None:
+        return error
+    seen = np.zeros(256, bool)
+    for item in data.items:
+        try:
+            seen |= label_values(item.label)
+        except InputError:
+            continue
+    return InputError(
+        f"label {error.path} holds the value {error.value}, but {remedy_of_value(data.classes, error.value, seen)}"
+    )
+
+
 def count_labels(data: DataSet) -> NDArray[np.int64]:
     """Labelled pixels of each class, (K,), over the whole split. Raises InputError for a label that cannot be read."""
-
-    def counted(item: Item) -> NDArray[np.int64]:
-        return np.bincount(read_labels(item.label, data.classes).ravel(), minlength=256)
-
-    counts = np.zeros(256, np.int64)
-    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) // 2)) as pool:
-        for found in pool.map(counted, data.items):
-            counts += found
-    return counts[: len(data.classes.names)]
+    return survey_labels(data).pixels
 
 
 def check_trainable(data: DataSet) -> NDArray[np.int64]:
-    """Labelled pixels of each class, (K,), over the whole split.
+    """Labelled pixels of each class, (K,), over the whole split. Raises InputError as `refuse_untrainable` does."""
+    survey = survey_labels(data)
+    refuse_untrainable(survey)
+    return survey.pixels
 
-    Raises InputError when fewer than two classes have labelled pixels: a network would learn to say one thing.
-    """
-    counts = count_labels(data)
-    labelled = [name for name, count in zip(data.classes.names, counts, strict=True) if count]
+
+def refuse_untrainable(survey: Survey) -> None:
+    """Raises InputError when fewer than two classes have labelled pixels: a network would learn to say one thing."""
+    data = survey.data
+    labelled = [name for name in data.classes.names if name not in survey.absent]
     if len(labelled) < 2:
         found = f"of {labelled[0]} alone" if labelled else "of no class"
+        void = f" ({survey.void_share:.0%} of the pixels are void)" if survey.void else ""
         raise InputError(
-            f"split {data.split!r} of {data.root} has labelled pixels {found} in its {len(data.items)} images: "
-            "training needs two classes or more; correct the labels or the class list"
+            f"split {data.split!r} of {data.root} has labelled pixels {found} in its {len(data.items)} images{void}: "
+            f"training needs two classes or more; {survey.suspicion()}"
         )
-    return counts
 
 
 def _size(array: NDArray[np.uint8]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile.candidates import GraphSet
 from mess_compile.compiling import RecipeBuild, precise_graphs
+from mess_compile.data_folder import Data
 from mess_compile.engines import EngineFiles, plain_files
 from mess_compile.jobs import job_name
 from mess_compile.runtime.engine import FP32
@@ -39,7 +39,7 @@ def refuse_python_here(python: str | None) -> None:
 
 
 def forms_there(
-    workspace: Workspace, target: Target, precisions: Sequence[str], data: Path | None, progress: Progress
+    workspace: Workspace, target: Target, precisions: Sequence[str], data: Data | None, progress: Progress
 ) -> tuple[EngineFiles, ...]:
     """The graphs as the library there takes them."""
     made = precise_graphs(workspace, target, precisions, data, progress)
@@ -58,7 +58,7 @@ def build_there(
     workspace: Workspace,
     target: Target,
     precisions: Sequence[str],
-    data: Path | None,
+    data: Data | None,
     host: str,
     progress: Progress,
     tell: Callable[[str], None],

@@ -264,7 +264,8 @@ def _told(progress: Callable[[int], None], before: int, share: Share, done: int)
 
 def _fingerprint(data: DataSet) -> str:
     """Of classes, images and labels: a block of others, or of some changed since, is not taken up again."""
-    digest = hashlib.sha256(repr((data.classes.names, sorted(data.classes.ignored))).encode())
+    digest = hashlib.sha256(repr(replace(data.classes, ignored=frozenset())).encode())
+    digest.update(repr(sorted(data.classes.ignored)).encode())
     for item in data.items:
         label = item.label_path
         digest.update(item.image.read_bytes() + (label.read_bytes() if label else repr(item.label).encode()))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.pointers import refuse_pointer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -135,6 +136,52 @@ def _is_held(temporary: Path) -> bool:
     return False
 
 
+@contextmanager
+def used_alone(folder: Path, otherwise: str) -> Iterator[None]:
+    """Keep other processes that ask for the same out of a folder, which is made where it is missing.
+
+    Raises InputError with the words of `otherwise` when one is in it. The system lets go of it when this run is killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"{folder} is in use: {otherwise}") from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path, most_bytes: int = 1 << 24) -> list[str]:
+    """The lines of a text file in UTF-8, with or without a byte order mark, whatever the line ends.
+
+    Raises InputError naming the file, the line that is of another encoding, and what to do.
+    """
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(most_bytes + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    refuse_pointer(path, content)
+    if len(content) > most_bytes:
+        raise InputError(f"{path} has more than {most_bytes} bytes: this is not a list")
+    if content.count(b"\0") > len(content) // 4 or content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{path}, line 1 is not UTF-8 (UTF-16, as some editors write?): save the file as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {number} is not UTF-8 (Latin-1?): save the file as UTF-8") from error
+    return re.split(r"\r\n|\r|\n", text)
+
+
 def write_json(path: Path, format: str, version: int, content: dict[str, Any]) -> None:
     """Write `content` with its `format` and `version` in front; all of it or nothing."""
     text = json.dumps({"format": format, "version": version, **content}, indent=1) + "\n"
@@ -149,6 +196,7 @@ def read_json(path: Path, format: str, version: int | tuple[int, ...], remedy: s
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist: {remedy}")
+    refuse_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -181,11 +229,21 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"it cannot be read ({error.strerror})") from error
     if len(content) > MAX_TOML_BYTES:
         raise ValueError(f"it has more than {MAX_TOML_BYTES} bytes")
+    refuse_pointer(path, content)
     try:
-        found: dict[str, Any] = tomllib.loads(content.decode("utf-8"))
+        text = content.decode("utf-8-sig")
+        found: dict[str, Any] = tomllib.loads(text)
         return found
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not TOML, for it is not UTF-8 ({error}): save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not TOML ({error})") from error
+        raise ValueError(f"it is not TOML ({error}){_comma_in(text)}") from error
+
+
+def _comma_in(text: str) -> str:
+    """What to say of a number that is written with a decimal comma, which TOML does not know."""
+    comma = re.search(r"^\s*\S+\s*=\s*([-+]?\d+),(\d+)\s*(?:#.*)?$", text, re.MULTILINE)
+    return f"; numbers have a decimal point: {comma[1]}.{comma[2]}, not {comma[1]},{comma[2]}" if comma else ""
 
 
 def decoded(path: Path, remedy: str, decode: Callable[[], Any]) -> Any:

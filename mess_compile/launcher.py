@@ -28,6 +28,11 @@ def is_child() -> bool:
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"
 
 
+def is_first() -> bool:
+    """Whether this process is the first on all machines."""
+    return not is_child() and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def started_this() -> bool:
     """Whether a launcher did, so that it ends the other processes too."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ

@@ -6,28 +6,25 @@ Looks at names, and at COCO's annotations; `dataset` decodes images and labels.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mess_compile import coco
+from mess_compile import coco, files
+from mess_compile.class_list import ALWAYS_IGNORED, ClassList, default_colour
+from mess_compile.data_folder import IMAGES, LABELS
 from mess_compile.runtime.errors import InputError, did_you_mean
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-ALWAYS_IGNORED = 255
+LABEL_SUFFIXES = (".png",)
 VALIDATION_SHARE = 0.2
+PLAIN = "plain folders"
+_UNSAID = ("thumbs.db", "desktop.ini")
+PICTURES = (*IMAGE_SUFFIXES, ".tif", ".tiff", ".gif", ".jp2", ".heic", ".avif", ".ppm", ".npy")
 _CAMVID_NAME = re.compile(r"(0001TP|0006R0|0016E5|Seq05VD)_f?\d+")
 _CITYSCAPES_IMAGE = "_leftImg8bit.png"
 _CITYSCAPES_IDS = range(34)  # -1, the licence plate, is 255 in a PNG
-
-
-@dataclass(frozen=True)
-class ClassList:
-    """Class names and colours by label value; `ignored` label values count nowhere."""
-
-    names: tuple[str, ...]
-    colours: tuple[tuple[int, int, int], ...]
-    ignored: frozenset[int] = frozenset({ALWAYS_IGNORED})
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,14 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Found:
+    """The items of a split, and sentences on what lies there and is not read."""
+
+    items: tuple[Item, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Layout:
     """One way for a data set to lie on disk. A folder that has one of `marks` (glob patterns) is taken to be of this
     layout; `expected` tells the user what belongs there. `classes` is None where the folder says them itself."""
@@ -66,19 +71,63 @@ class Layout:
     marks: tuple[str, ...]
     expected: str
     classes: ClassList | None
-    find_items: Callable[[Path, str], Iterable[Item]]
+    find_items: Callable[[Path, str], Found]
 
 
-def default_colour(index: int) -> tuple[int, int, int]:
-    """The PASCAL VOC palette's colour of a label value: its bits dealt to red, green and blue from the top."""
-    red = green = blue = 0
-    value = index + 1
-    for bit in range(7, -1, -1):
-        red |= (value & 1) << bit
-        green |= (value >> 1 & 1) << bit
-        blue |= (value >> 2 & 1) << bit
-        value >>= 3
-    return red, green, blue
+@dataclass(frozen=True)
+class Listing:
+    """The files of a folder that are read, by name, and sentences on those that are not."""
+
+    paths: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def listed_files(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Listing:
+    """The files of a folder that end in one of `suffixes`, in small or capital letters; hidden ones are left out."""
+    read: list[Path] = []
+    hidden: list[str] = []
+    folders: list[str] = []
+    others: Counter[str] = Counter()
+    for path in sorted(folder.iterdir()):
+        suffix = path.suffix.lower()
+        if path.name.startswith("."):
+            hidden += [path.name] if suffix in PICTURES else []
+        elif path.is_dir():
+            folders.append(path.name)
+        elif suffix in suffixes:
+            read.append(path)
+        elif path.name.lower() not in _UNSAID:
+            others[path.suffix or "without suffix"] += 1
+    notes = []
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
+        notes.append(f"{_of(others.total(), 'file', folder)} not read ({kinds}): {_one_of(suffixes)} are")
+    if hidden:
+        notes.append(f"{_of(len(hidden), 'hidden file', folder)} left out (first {hidden[0]})")
+    if folders:
+        notes.append(f"{_of(len(folders), 'folder', folder)} not looked into (first {folders[0]})")
+    return Listing(tuple(read), tuple(notes))
+
+
+def _of(count: int, what: str, folder: Path) -> str:
+    return f"1 {what} of {folder} is" if count == 1 else f"{count} {what}s of {folder} are"
+
+
+def _one_of(suffixes: tuple[str, ...]) -> str:
+    return suffixes[0] if len(suffixes) == 1 else f"{', '.join(suffixes[:-1])} and {suffixes[-1]}"
+
+
+def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    """Files by their name without suffix. Raises InputError when two have the same."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in found:
+            raise InputError(
+                f"{found[path.stem].name} and {path.name} of {path.parent} have the same name but for the suffix, "
+                "by which image and label find each other: keep one of them, or rename it"
+            )
+        found[path.stem] = path
+    return found
 
 
 def _class_values(stored: Iterable[int], used: Iterable[int]) -> tuple[int, ...]:
@@ -104,6 +153,8 @@ CAMVID = ClassList(
         (0, 128, 192),
     ),
     ignored=frozenset({11, ALWAYS_IGNORED}),
+    is_coloured=True,
+    void_colours=((0, 0, 0),),
 )
 
 _CITYSCAPES = (  # labelId, name, colour; in the order of trainIds
@@ -127,7 +178,9 @@ _CITYSCAPES = (  # labelId, name, colour; in the order of trainIds
     (32, "motorcycle", (0, 0, 230)),
     (33, "bicycle", (119, 11, 32)),
 )
-CITYSCAPES = ClassList(tuple(name for _, name, _ in _CITYSCAPES), tuple(colour for _, _, colour in _CITYSCAPES))
+CITYSCAPES = ClassList(
+    tuple(name for _, name, _ in _CITYSCAPES), tuple(colour for _, _, colour in _CITYSCAPES), is_coloured=True
+)
 _LABEL_IDS = _class_values((value for value, _, _ in _CITYSCAPES), _CITYSCAPES_IDS)
 _TRAIN_IDS = _class_values(range(len(_CITYSCAPES)), ())
 
@@ -136,7 +189,7 @@ _VOC_NAMES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 # a plain class list has no background: its first default colour is VOC's second
-VOC = ClassList(_VOC_NAMES, tuple(default_colour(value - 1) for value in range(len(_VOC_NAMES))))
+VOC = ClassList(_VOC_NAMES, tuple(default_colour(value - 1) for value in range(len(_VOC_NAMES))), is_coloured=True)
 _VOC_VALUES = _class_values(range(len(_VOC_NAMES)), ())
 
 
@@ -157,46 +210,80 @@ class AstrayError(InputError):
         self.brief = brief or message
 
 
-def _find_plain(root: Path, split: str) -> Iterable[Item]:
-    if (root / split / "images").is_dir():
-        return _paired(root / split / "images", root / split / "labels")
-    if not (root / "images").is_dir() or split not in ("train", "val"):
-        raise _no_split(root, split, (path.parent.name for path in root.glob("*/images")), root / split / "images")
-    items = _paired(root / "images", root / "labels")
+class NoLayoutError(AstrayError):
+    """A folder in which no layout is recognised."""
+
+
+def plain_layout(images: str, labels: str) -> Layout:
+    """Folders of images and labels, called so: in a folder for each split, or with one for each split in them."""
+
+    def find(root: Path, split: str) -> Found:
+        return _find_plain(root, split, images, labels)
+
+    expected = f"SPLIT/{images}/* and SPLIT/{labels}/*.png, or {images}/* and {labels}/*.png, with a classes.txt"
+    return Layout(PLAIN, (images, f"*/{images}"), expected, None, find)
+
+
+def _find_plain(root: Path, split: str, images: str, labels: str) -> Found:
+    if (root / split / images).is_dir():
+        return _paired(root / split / images, root / split / labels)
+    if (root / images / split).is_dir():
+        return _paired(root / images / split, root / labels / split)
+    splits = {path.relative_to(root).parts[0] for path in root.glob(f"*/{images}")}
+    splits |= {path.name for path in root.glob(f"{labels}/*") if path.is_dir() and (root / images / path.name).is_dir()}
+    if splits or not (root / images).is_dir() or split not in ("train", "val"):
+        raise _no_split(root, split, splits, root / split / images)
+    found = _paired(root / images, root / labels)
+    items = found.items
     if len(items) == 1:
         raise InputError(
             f"{root} has 1 image, and without splits the last fifth is for validation: add images, to train on 2 and "
             "validate on 1 at the least"
         )
     border = len(items) - max(1, round(len(items) * VALIDATION_SHARE))
-    return items[border:] if split == "val" else items[:border]
+    return replace(found, items=items[border:] if split == "val" else items[:border])
 
 
-def _find_segnet(root: Path, split: str) -> Iterable[Item]:
+def _find_segnet(root: Path, split: str) -> Found:
     if not (root / split).is_dir():
         found = (path.name.removesuffix("annot") for path in root.glob("*annot"))
         raise _no_split(root, split, found, root / split)
     return _paired(root / split, root / f"{split}annot")
 
 
-def _paired(images: Path, labels: Path) -> list[Item]:
+def _paired(images: Path, labels: Path) -> Found:
     if not labels.is_dir():
         raise InputError(f"{labels} does not exist: every image needs a label PNG of the same name there")
-    paths = sorted(path for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    return _labelled([Item(path.stem, _sequence(path.stem), path, labels / f"{path.stem}.png") for path in paths])
+    pictures, masks = listed_files(images), listed_files(labels, LABEL_SUFFIXES)
+    if not pictures.paths and pictures.notes:
+        raise InputError(f"{images} holds no image that is read: {'; '.join(pictures.notes)}; convert them")
+    labelled, wanted = by_stem(masks.paths), by_stem(pictures.paths)
+    items = [
+        Item(stem, _sequence(stem), path, labelled.get(stem, labels / f"{stem}.png")) for stem, path in wanted.items()
+    ]
+    notes, alone = [*pictures.notes, *masks.notes], sorted(labelled.keys() - wanted.keys())
+    if alone:
+        notes.append(f"{_of(len(alone), 'label', labels)} without an image (first {labelled[alone[0]].name})")
+    return Found(tuple(_labelled(items)), tuple(notes))
 
 
 def _sequence(stem: str) -> str:
     return re.sub(r"[_-]?[a-z]?\d+$", "", stem) or "all"
 
 
-def _find_cityscapes(root: Path, split: str) -> Iterable[Item]:
+def _find_cityscapes(root: Path, split: str) -> Found:
     images, labels = root / "leftImg8bit" / split, root / "gtFine" / split
     if not images.is_dir():
         raise _no_split(root, split, (path.parent.name for path in root.glob("leftImg8bit/*/*")), images)
     if not labels.is_dir():
         raise InputError(f"{labels} does not exist: unpack Cityscapes' gtFine_trainvaltest.zip beside leftImg8bit")
-    return _labelled([_cityscapes_item(image, labels) for image in sorted(images.glob(f"*/*{_CITYSCAPES_IMAGE}"))])
+    there = sorted(path for path in images.glob("*/*") if not path.name.startswith("."))
+    paths = [path for path in there if path.name.endswith(_CITYSCAPES_IMAGE)]
+    others = [path for path in there if not path.name.endswith(_CITYSCAPES_IMAGE)]
+    notes = []
+    if others:
+        notes.append(f"{_of(len(others), 'file', images)} not read (first {others[0].name}): *{_CITYSCAPES_IMAGE} are")
+    return Found(tuple(_labelled([_cityscapes_item(path, labels) for path in paths])), tuple(notes))
 
 
 def _cityscapes_item(image: Path, labels: Path) -> Item:
@@ -212,7 +299,7 @@ def _cityscapes_label(folder: Path, name: str) -> LabelFile:
     return LabelFile(ids, _LABEL_IDS)
 
 
-def _find_voc(root: Path, split: str) -> Iterable[Item]:
+def _find_voc(root: Path, split: str) -> Found:
     places = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
     year = next((place for place in places if (place / "JPEGImages").is_dir()), None)
     if year is None:
@@ -221,25 +308,25 @@ def _find_voc(root: Path, split: str) -> Iterable[Item]:
     if not labels.is_dir():
         raise InputError(f"{labels} does not exist: PASCAL VOC's label PNGs lie there")
     names = _listed(root, lists, split)
-    _check_present(lists / f"{split}.txt", [f"{name}.jpg" for name in names], images)
-    return _labelled(
-        [Item(name, name, images / f"{name}.jpg", LabelFile(labels / f"{name}.png", _VOC_VALUES)) for name in names]
-    )
+    pictures, masks = by_stem(listed_files(images).paths), by_stem(listed_files(labels, LABEL_SUFFIXES).paths)
+    _check_present(lists / f"{split}.txt", names, pictures, images)
+    where = [masks.get(name, labels / f"{name}.png") for name in names]
+    items = [Item(n, n, pictures[n], LabelFile(path, _VOC_VALUES)) for n, path in zip(names, where, strict=True)]
+    return Found(tuple(_labelled(items)))
 
 
 def _listed(root: Path, lists: Path, split: str) -> list[str]:
     path = lists / f"{split}.txt"
     if not path.is_file():
         raise _no_split(root, split, (found.stem for found in lists.glob("*.txt")), path)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line.strip() for line in files.read_lines(path) if line.strip()]
     twice = len(names) - len(set(names))
     if twice:
         raise InputError(f"{path} names {twice} images more than once: keep one line for each")
     return names
 
 
-def _find_coco(root: Path, split: str) -> Iterable[Item]:
+def _find_coco(root: Path, split: str) -> Found:
     coco.drawing_library()  # a missing extra is said now, not in the middle of a training
     path, images = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
     if not path.is_file():
@@ -248,13 +335,12 @@ def _find_coco(root: Path, split: str) -> Iterable[Item]:
     if not images.is_dir():
         raise InputError(f"{images} does not exist: unpack COCO's {split}2017.zip there")
     outlines = coco.read_outlines(path, only_trained=split == "train")
-    _check_present(path, [name for name, _ in outlines], images)
-    return [Item(Path(name).stem, Path(name).stem, images / name, label) for name, label in outlines]
+    _check_present(path, [name for name, _ in outlines], {each.name for each in images.iterdir()}, images)
+    return Found(tuple(Item(Path(name).stem, Path(name).stem, images / name, label) for name, label in outlines))
 
 
-def _check_present(source: Path, names: Iterable[str], folder: Path) -> None:
+def _check_present(source: Path, names: Iterable[str], here: Container[str], folder: Path) -> None:
     """Names are compared with those that lie there, so that none can lead out of the folder."""
-    here = {path.name for path in folder.iterdir()}
     missing = [name for name in names if name not in here]
     if missing:
         raise InputError(
@@ -266,11 +352,23 @@ def _check_present(source: Path, names: Iterable[str], folder: Path) -> None:
 def _labelled(items: list[Item]) -> list[Item]:
     missing = [item for item in items if item.label_path and not item.label_path.is_file()]
     if missing:
+        wanted = missing[0].label_path
+        assert wanted is not None, "drawn labels are never missing"
         raise InputError(
             f"{len(missing)} of {len(items)} images have no label, first {missing[0].image}: put it at "
-            f"{missing[0].label_path}"
+            f"{wanted}{_instead(wanted)}"
         )
     return items
+
+
+def _instead(wanted: Path) -> str:
+    """What lies where a label is missing and may be meant for it."""
+    there = sorted(wanted.parent.iterdir()) if wanted.parent.is_dir() else []
+    near = [path for path in there if path.name.startswith(wanted.stem)]
+    if not near:
+        return ""
+    remedy = f"rename it to {wanted.name}" if near[0].suffix.lower() == wanted.suffix else "labels are PNG files"
+    return f" ({near[0].name} lies there: {remedy})"
 
 
 def _no_split(root: Path, split: str, found: Iterable[str], expected: Path) -> AstrayError:
@@ -308,23 +406,19 @@ LAYOUTS = (
         None,
         _find_segnet,
     ),
-    Layout(
-        "plain folders",
-        ("images", "*/images"),
-        "SPLIT/images/* and SPLIT/labels/*.png, or images/* and labels/*.png, with a classes.txt",
-        None,
-        _find_plain,
-    ),
+    plain_layout(IMAGES, LABELS),
 )
 
 
-def find_layout(root: Path) -> Layout:
-    """The layout of a folder, from what lies in it. Raises InputError that lists the layouts known."""
-    for layout in LAYOUTS:
+def find_layout(root: Path, names: tuple[str, str] = (IMAGES, LABELS)) -> Layout:
+    """The layout of a folder, from what lies in it; `names` are what the folders of images and labels are called.
+
+    Raises NoLayoutError where nothing is recognised.
+    """
+    layouts = LAYOUTS if names == (IMAGES, LABELS) else (plain_layout(*names),)
+    for layout in layouts:
         if any(any(root.glob(mark)) for mark in layout.marks):
             return layout
-    known = "; ".join(f"{layout.name}: {layout.expected}" for layout in LAYOUTS)
-    raise AstrayError(
-        f"{root} holds no data set in a known layout; these are known: {known}",
-        f"{root} holds no data set in a known layout",
-    )
+    if names != (IMAGES, LABELS):
+        raise InputError(f"{root} has no folder {names[0]}: expected {layouts[0].expected}")
+    raise NoLayoutError(f"{root} holds no data set in a known layout")

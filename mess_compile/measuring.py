@@ -21,6 +21,7 @@ from mess_compile.compiling import (
     precise_graphs,
     target_of,
 )
+from mess_compile.data_folder import Data
 from mess_compile.elsewhere import any_session_there, build_there, forms_there, reached, refuse_python_here
 from mess_compile.engines import EngineFiles, plain_files
 from mess_compile.recording import current_statistics
@@ -43,7 +44,7 @@ def build(
     workspace: Workspace,
     device: str | None = None,
     precisions: Sequence[str] = (FP32,),
-    data: Path | None = None,
+    data: Data | None = None,
     jobs: int | None = None,
     progress: Progress = silent,
     host: str | None = None,
@@ -98,7 +99,7 @@ class _Order:
     workspace: Workspace
     target: Target
     precisions: Sequence[str]
-    data: Path | None
+    data: Data | None
     progress: Progress
     tell: Callable[[str], None]
     effort: Effort | None
@@ -120,7 +121,7 @@ def profile(
     device: str | None = None,
     progress: Progress = silent,
     precisions: Sequence[str] = (FP32,),
-    data: Path | None = None,
+    data: Data | None = None,
     effort: Effort | None = None,
     host: str | Sequence[str] | None = None,
     thrift: Thrift | None = None,
@@ -250,7 +251,7 @@ def estimate(
     device: str | None = None,
     progress: Progress = silent,
     precisions: Sequence[str] = (FP32,),
-    data: Path | None = None,
+    data: Data | None = None,
 ) -> latency.LatencyTable:
     """Write a latency table without the device: what was measured of these graphs is kept, the rest is estimated.
 

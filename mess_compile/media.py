@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mess_compile import files
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.pointers import refuse_pointer
 
 Pixels = NDArray[np.uint8]
 CAMERA = "camera:"
@@ -69,6 +70,8 @@ def opened(name: str, every: int) -> Iterator[Source]:
         raise InputError(f"{name!r} is no camera: write camera:0, or another number")
     if not live and not Path(name).is_file():
         raise InputError(f"{name} does not exist, or is no file")
+    if not live:
+        refuse_pointer(Path(name))
     capture = cv2.VideoCapture(int(name[len(CAMERA) :]) if live else name)
     try:
         if not capture.isOpened():

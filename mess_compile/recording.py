@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from mess_compile.compiling import (
     refuse_unknown_precision,
     verified_graphs,
 )
-from mess_compile.dataset import DataSet, open_dataset
+from mess_compile.dataset import Data, DataFolder, DataSet, open_dataset, survey_labels
 from mess_compile.elsewhere import forms_there, reached, refuse_python_here, session_there
 from mess_compile.engines import EngineFiles
 from mess_compile.prospects import Prospect
@@ -38,7 +38,7 @@ _WAYS = "reach it with --host ssh://user@host, or run this command on it"
 
 def evaluate(
     workspace: Workspace,
-    data: Path | None = None,
+    data: Data | None = None,
     split: str | None = None,
     progress: Progress = silent,
     devices: int = 1,
@@ -48,13 +48,15 @@ def evaluate(
     precision: str = FP32,
     host: str | None = None,
     python: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> statistics.ExitStatistics | None:
     """Run every head on a labelled split and write its exit statistics; both are remembered for `search`.
 
     Here by ONNX Runtime, on the `cpu` or by its `cuda` provider, then a GPU for each process; or by the engines of
     `device`, which this machine is, or which is at `host` (ssh://user@host; the one remembered for it by default), and
     `python` starts Python there. `devices` processes on each of `nodes` machines share the images, also under torchrun
-    or SLURM; of several the first returns the statistics, the others None.
+    or SLURM; of several the first returns the statistics, the others None. `tell` is told what is left out of the data,
+    and what there is to know of their labels.
     """
     library = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda"}[accelerator]
     counts = launcher.counts() or (devices, nodes)
@@ -62,7 +64,7 @@ def evaluate(
         refuse_python_here(python)
         graph_set = verified_graphs(workspace)
         made = in_precision(workspace, graph_set, precision, PRECISIONS, data, progress)
-        return _evaluated_here(workspace, made.graph_set, data, split, progress, library, *counts)
+        return _evaluated_here(workspace, made.graph_set, data, split, progress, library, *counts, tell)
     if device is None:
         raise InputError(f"--host {host} says where a device is: say which it is with --device NAME")
     if accelerator != "cpu" or counts != (1, 1):
@@ -71,16 +73,16 @@ def evaluate(
     if host is None and not targets_here((target,), machine.this_machine()):
         host = workspace.memory().hosts.get(target.name)
     if host is not None:
-        return _evaluated_there(workspace, target, precision, data, split, progress, host, python)
+        return _evaluated_there(workspace, target, precision, data, split, progress, host, python, tell)
     refuse_python_here(python)
     refuse_unless_here(target, workspace.root, _WAYS)
     (engines,) = engine_files(workspace, target, (precision,), data, None, progress)
-    return _evaluated(workspace, engines, data, split, progress, target.library, 1, 1, target.name)
+    return _evaluated(workspace, engines, data, split, progress, target.library, 1, 1, target.name, tell)
 
 
 def foresee_evaluate(
     workspace: Workspace,
-    data: Path | None = None,
+    data: Data | None = None,
     split: str | None = None,
     device: str | None = None,
     precision: str = FP32,
@@ -105,7 +107,7 @@ def foresee_evaluate(
     settled = recipes.settled_graphs(graph_set, recipe, workspace.recipes)
     graphs = replace(graph_set, recipe=recipe) if settled is None else settled.graph_set
     unsettled = f"{precision} is settled first, graph by graph, on real images; that is not in the time"
-    notes = (unsettled,) if settled is None else ()
+    notes = (*folder.notes, unsettled) if settled is None else folder.notes
     name = HOST if target is None else target.name
     writes, place = (workspace.statistics(folder.split, recipe, name), workspace.file), host or "this machine"
     found = prospects.of_evaluation(graphs, len(folder.items), writes, workspace.latency(name), place, notes)
@@ -115,35 +117,38 @@ def foresee_evaluate(
 def _evaluated_here(
     workspace: Workspace,
     graph_set: GraphSet,
-    data: Path | None,
+    data: Data | None,
     split: str | None,
     progress: Progress,
     library: str,
     devices: int,
     nodes: int,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> statistics.ExitStatistics | None:
     """By ONNX Runtime on this machine, which computes fp16 as a GPU would."""
     from mess_compile import recipes
 
     with TemporaryDirectory(prefix="mess-") as folder:
         engines = recipes.reference_files(graph_set, Path(folder))
-        return _evaluated(workspace, engines, data, split, progress, library, devices, nodes, HOST)
+        return _evaluated(workspace, engines, data, split, progress, library, devices, nodes, HOST, tell)
 
 
 def _evaluated(
     workspace: Workspace,
     engines: EngineFiles,
-    data: Path | None,
+    data: Data | None,
     split: str | None,
     progress: Progress,
     library: str,
     devices: int,
     nodes: int,
     device: str,
+    tell: Callable[[str], None],
 ) -> statistics.ExitStatistics | None:
     from mess_compile import evaluation
 
     root, folder = _labelled(workspace, engines.graph_set.candidate, data, split)
+    _tell_of(folder, tell)
     threads = max(1, (os.cpu_count() or 1) // devices) if devices > 1 else None
     with _shared(devices, nodes) as share:
         found = evaluation.evaluate_data(
@@ -164,15 +169,17 @@ def _evaluated_there(
     workspace: Workspace,
     target: Target,
     precision: str,
-    data: Path | None,
+    data: Data | None,
     split: str | None,
     progress: Progress,
     host: str,
     python: str | None,
+    tell: Callable[[str], None],
 ) -> statistics.ExitStatistics:
     from mess_compile import evaluation
 
     root, folder = _labelled(workspace, read_graph_set(workspace.graphs).candidate, data, split)
+    _tell_of(folder, tell)
     with reached(workspace, host, python) as remote:
         (forms,) = forms_there(workspace, target, (precision,), data, progress)
         session = session_there(remote, target, forms.graph_set, progress)
@@ -190,17 +197,24 @@ def _evaluated_there(
 
 
 def _labelled(
-    workspace: Workspace, candidate: CandidateNetwork, data: Path | None, split: str | None
-) -> tuple[Path, DataSet]:
+    workspace: Workspace, candidate: CandidateNetwork, data: Data | None, split: str | None
+) -> tuple[DataFolder, DataSet]:
     """The data folder, and its split, given or remembered. Raises InputError when its classes are not the network's."""
     root = workspace.data_folder(data)
     folder = open_dataset(root, split or workspace.memory().split or "val")
     if folder.classes.names != candidate.classes:
         raise InputError(
-            f"{root} has {len(folder.classes.names)} classes ({', '.join(folder.classes.names)}), the network "
+            f"{root.root} has {len(folder.classes.names)} classes ({', '.join(folder.classes.names)}), the network "
             f"{len(candidate.classes)} ({', '.join(candidate.classes)}): use its own class list"
         )
     return root, folder
+
+
+def _tell_of(folder: DataSet, tell: Callable[[str], None]) -> None:
+    """What is left out and what labels hold, once; labels that cannot be read are found before anything runs."""
+    if not launcher.is_child():
+        for sentence in (*folder.notes, *survey_labels(folder).sentences()):
+            tell(sentence)
 
 
 @contextmanager

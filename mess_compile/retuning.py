@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mess_compile import bundle as bundles
 from mess_compile.candidates import BASELINE_ALONE, CandidateNetwork, Gate
-from mess_compile.dataset import ALWAYS_IGNORED, DataSet, Sample, open_dataset, samples
+from mess_compile.dataset import ALWAYS_IGNORED, Data, DataSet, Sample, open_dataset, samples
 from mess_compile.evaluation import BLOCK, Image, countable
 from mess_compile.measurements import confidence_histograms
 from mess_compile.remote import Remote
@@ -35,7 +35,7 @@ Costs = NDArray[np.int64]
 class Choice:
     """By what to choose: labelled images, the network that the bundle's graphs are of, and a key to sign with."""
 
-    data: Path
+    data: Data
     candidate: CandidateNetwork
     key: Path | None
 
@@ -103,13 +103,14 @@ def _plan(described: manifest.Manifest, candidate: CandidateNetwork, target: str
     return plans[0]
 
 
-def _images(root: Path, plan: manifest.Plan, described: manifest.Manifest) -> DataSet:
+def _images(root: Data, plan: manifest.Plan, described: manifest.Manifest) -> DataSet:
     """Those that the plan was chosen on: on others, its mIoU is another."""
     data = open_dataset(root, plan.predicted.split)
     if data.classes.names != described.network.classes or len(data.items) != plan.predicted.images:
         raise InputError(
-            f"{root} has {len(data.items)} images of {len(data.classes.names)} classes in {plan.predicted.split}, and "
-            f"the plan was chosen on {plan.predicted.images} of {len(described.network.classes)}: name the same data"
+            f"{data.root} has {len(data.items)} images of {len(data.classes.names)} classes in "
+            f"{plan.predicted.split}, and the plan "
+            f"was chosen on {plan.predicted.images} of {len(described.network.classes)}: name the same data"
         )
     return data
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mess_compile import extras, files
 from mess_compile.dataset import ClassList, read_labels
-from mess_compile.layouts import IMAGE_SUFFIXES
+from mess_compile.layouts import IMAGE_SUFFIXES, listed_files
 from mess_compile.runtime import archive, frames
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime.cascade import Cascade, Prediction
@@ -93,14 +93,17 @@ def run(
     options: RunOptions = RunOptions(),
     done: Callable[[Result], None] = lambda result: None,
     progress: Progress = silent,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Result, ...]:
     """Segment images, those in folders, videos and `camera:N` with a bundle, and tell `done` of each.
+
+    `tell` is told which files of folders are left out.
 
     An image gets a palette PNG of labels, an overlay and on request the refinement strip, a video or camera one with
     overlay, exit and latency drawn on it; Ctrl-C ends it as its last frame does. Raises InputError, BundleError.
     """
     _refuse_swapped(bundle, sources)
-    images = [image for source in sources if not is_moving(source) for image in _images(source, options)]
+    images = [image for source in sources if not is_moving(source) for image in _images(source, options, tell)]
     videos = [source for source in sources if is_moving(source)]
     _check_names(images, videos)
     results: list[Result] = []
@@ -134,13 +137,15 @@ def _is_bundle(path: Path) -> bool:
     return archive.is_bundle(path) or (path / MANIFEST).is_file()
 
 
-def _images(source: Path, options: RunOptions) -> list[Path]:
+def _images(source: Path, options: RunOptions, tell: Callable[[str], None]) -> Sequence[Path]:
     if not source.is_dir():
         return [source]
-    found = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not found:
+    listing = listed_files(source)
+    for note in listing.notes:
+        tell(note)
+    if not listing.paths:
         raise InputError(f"{source} holds no {', '.join(IMAGE_SUFFIXES)}; folders in it are not looked into")
-    return found[:: options.every][: options.limit]
+    return listing.paths[:: options.every][: options.limit]
 
 
 def _check_names(*kinds: Sequence[Path]) -> None:
@@ -189,7 +194,10 @@ def _panels(
         caption = f"exit {prediction.exit}{mark}  {sure_words(prediction.confidence)}{prediction.latency_ms:.1f} ms"
         panels.append((caption, frames.overlay(frame, prediction.labels, network.colours)))
     if truth is not None:
-        classes = ClassList(network.classes, network.colours, frozenset(range(len(network.classes), 256)))
+        void = frozenset(range(len(network.classes), 256))
+        classes = ClassList(
+            network.classes, network.colours, void, is_coloured=len({*network.colours}) == len(network.colours)
+        )
         labels = read_labels(truth / f"{image.stem}.png", classes)
         if labels.shape != frame.shape[:2]:
             raise InputError(f"{truth / image.stem}.png is {labels.shape}, but {image} is {frame.shape[:2]}")

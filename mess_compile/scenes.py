@@ -23,6 +23,7 @@ SCENE_CLASSES = ClassList(
         (210, 170, 40),
         (230, 90, 120),
     ),
+    is_coloured=True,
 )
 _SKY, _BUILDING, _ROAD, _PAVEMENT, _TREE, _CAR, _PEDESTRIAN, _SIGN = range(8)
 _PAINT = (

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile import extras, latency, prospects, scenes, statistics
+from mess_compile import extras, latency, launcher, prospects, scenes, statistics
 from mess_compile.bundling import BundleOptions, bundle, foresee_bundle, tuning_statistics
 from mess_compile.candidates import CandidateNetwork, Gate, GraphSet, verify_graph_set
 from mess_compile.compiling import RecipeBuild
 from mess_compile.compiling import engine_files as _engine_files
-from mess_compile.dataset import DataSet, open_dataset, read_frame
+from mess_compile.dataset import Data, DataFolder, DataSet, open_dataset, read_frame, survey_labels
 from mess_compile.foresight import Foresight, foresee_build, foresee_profile
 from mess_compile.looking import KnownDevice, compare, devices, doctor, inspect, report, verify
 from mess_compile.measuring import Thrift, build, estimate, profile
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BundleOptions",
+    "DataFolder",
     "Foresight",
     "Gate",
     "ImageResult",
@@ -58,6 +59,7 @@ __all__ = [
     "SearchOptions",
     "ShipOptions",
     "Thrift",
+    "TrainingData",
     "VideoResult",
     "Workspace",
     "bench",
@@ -91,6 +93,7 @@ __all__ = [
     "ships",
     "train",
     "train_baseline",
+    "training_data",
     "verify",
 ]
 
@@ -111,9 +114,37 @@ class NetworkChoice:
     width: float = 1.0
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """The splits train and val of a data folder, opened before anything heavy is loaded."""
+
+    folder: DataFolder
+    images: DataSet
+    validation: DataSet
+
+
+def training_data(workspace: Workspace, data: Data, tell: Callable[[str], None] = print) -> TrainingData:
+    """Open what a network is trained and validated on, read as it was last in this workspace unless said otherwise.
+
+    `tell` is told what lies there and is not read. Raises InputError where the folder is no data set, without a wait
+    for PyTorch.
+    """
+    folder = workspace.data_folder(data)
+    images = open_dataset(folder, "train")
+    validation = open_dataset(folder, "val", images.classes)
+    if not launcher.is_child():
+        for note in dict.fromkeys((*images.notes, *validation.notes)):
+            tell(note)
+    return TrainingData(folder, images, validation)
+
+
+def _opened(workspace: Workspace, data: Data | TrainingData, tell: Callable[[str], None]) -> TrainingData:
+    return data if isinstance(data, TrainingData) else training_data(workspace, data, tell)
+
+
 def train(
     workspace: Workspace,
-    data: Path,
+    data: Data | TrainingData,
     choice: NetworkChoice,
     recipe: Recipe,
     report: Callable[[str], None] = print,
@@ -130,17 +161,18 @@ def train(
     """
     if source is not None and source.resolve() == workspace.candidate.resolve():
         raise InputError(f"--from {source} is where the result goes: copy or move that folder first")
+    opened = _opened(workspace, data, report)
     candidate = _trained(
-        data, choice, workspace.candidate, recipe, report, imagenet, machines, source, teacher, progress
+        opened, choice, workspace.candidate, recipe, report, imagenet, machines, source, teacher, progress
     )
     if candidate is not None:
-        workspace.remember(data=data)
+        workspace.remember(data=opened.folder)
     return candidate
 
 
 def train_baseline(
     workspace: Workspace,
-    data: Path,
+    data: Data | TrainingData,
     choice: NetworkChoice,
     recipe: Recipe,
     report: Callable[[str], None] = print,
@@ -154,7 +186,8 @@ def train_baseline(
     against.
     """
     alone, budget = _alone(choice, recipe)
-    return _trained(data, alone, workspace.baseline, budget, report, imagenet, machines, None, None, progress)
+    opened = _opened(workspace, data, report)
+    return _trained(opened, alone, workspace.baseline, budget, report, imagenet, machines, None, None, progress)
 
 
 def _alone(choice: NetworkChoice, recipe: Recipe) -> tuple[NetworkChoice, Recipe]:
@@ -163,7 +196,7 @@ def _alone(choice: NetworkChoice, recipe: Recipe) -> tuple[NetworkChoice, Recipe
 
 def foresee_train(
     workspace: Workspace,
-    data: Path,
+    data: Data | TrainingData,
     choice: NetworkChoice,
     recipe: Recipe,
     baseline: bool = False,
@@ -176,23 +209,22 @@ def foresee_train(
     folder = workspace.baseline if baseline else workspace.candidate
     if baseline:
         choice, recipe = _alone(choice, recipe)
-    stages = extras.torch_module("training.stages")
-    images = open_dataset(data, "train")
-    validation = open_dataset(data, "val", images.classes)
+    opened = _opened(workspace, data, lambda line: None)
+    images, stages = opened.images, extras.torch_module("training.stages")
     what, notes = stages.foreseen(
-        _architecture(choice, images), images, validation, folder, recipe, imagenet, machines, source, teacher
+        _architecture(choice, images), images, opened.validation, folder, recipe, imagenet, machines, source, teacher
     )
     basis = "how long a batch takes is known when the first ones are done, and stands on the progress line then"
     return (Prospect("train", what, (str(folder), str(workspace.file)), None, basis, notes),)
 
 
-def _trained(data: Path, choice: NetworkChoice, folder: Path, recipe: Recipe, *how: Any) -> CandidateNetwork | None:
+def _trained(
+    data: TrainingData, choice: NetworkChoice, folder: Path, recipe: Recipe, *how: Any
+) -> CandidateNetwork | None:
     """Train on the split train and write to `folder`; `how` are the further arguments of `stages.train`."""
     stages = extras.torch_module("training.stages")
-    images = open_dataset(data, "train")
-    validation = open_dataset(data, "val", images.classes)
     network: CandidateNetwork | None = stages.train(
-        _architecture(choice, images), images, validation, folder, recipe, *how
+        _architecture(choice, data.images), data.images, data.validation, folder, recipe, *how
     )
     return network
 
@@ -273,17 +305,21 @@ def _scene_frames(hw: tuple[int, int], count: int) -> list[NDArray[np.uint8]]:
 def bench(
     workspace: Workspace,
     bundle: Path,
-    data: Path | None = None,
+    data: Data | None = None,
     split: str = "val",
     passes: int = 3,
     progress: Progress = silent,
     target: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Bench:
-    """Measure a bundle made in this workspace on a labelled split, beside the baseline; kept for `report`."""
+    """Measure a bundle made in this workspace on a labelled split, beside the baseline; kept for `report`.
+
+    `tell` is told what is left out of the data, and what there is to know of their labels.
+    """
     from mess_compile import bench as benches
     from mess_compile.benched import write_bench
 
-    folder = open_dataset(workspace.data_folder(data), split)
+    folder = _told_of(open_dataset(workspace.data_folder(data), split), tell)
     with runtime_cascade.load(bundle, target) as cascade:
         plan = cascade.plan
         device = find_target(plan.target, workspace.root)
@@ -301,10 +337,16 @@ def bench(
         return found
 
 
+def _told_of(folder: DataSet, tell: Callable[[str], None]) -> DataSet:
+    for sentence in (*folder.notes, *survey_labels(folder).sentences()):
+        tell(sentence)
+    return folder
+
+
 def foresee_bench(
     workspace: Workspace,
     bundle: Path,
-    data: Path | None = None,
+    data: Data | None = None,
     split: str = "val",
     passes: int = 3,
     target: str | None = None,
@@ -346,17 +388,18 @@ def _tuning_of_bundle(
 def bench_deadline(
     workspace: Workspace,
     bundle: Path,
-    data: Path | None,
+    data: Data | None,
     split: str,
     passes: int,
     deadline_ms: float,
     progress: Progress,
     target: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> DeadlineBench:
-    """Refine a labelled split under a deadline with a bundle."""
+    """Refine a labelled split under a deadline with a bundle; `tell` is told what there is to know of the data."""
     from mess_compile import bench as benches
 
-    folder = open_dataset(workspace.data_folder(data), split)
+    folder = _told_of(open_dataset(workspace.data_folder(data), split), tell)
     with runtime_cascade.load(bundle, target) as cascade:
         refuse_unless_here(find_target(cascade.plan.target, workspace.root), workspace.root)
         return benches.bench_deadline(cascade, folder, deadline_ms, passes, progress)

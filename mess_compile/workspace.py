@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mess_compile import files
+from mess_compile.data_folder import IMAGES, LABELS, Data, DataFolder, data_folder
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError, did_you_mean
 
@@ -28,13 +29,16 @@ def silent(what: str, done: int, total: int) -> None:
 class Memory:
     """What later commands use unless told otherwise: device profiled last, data folder, and the tuning split.
 
-    `hosts` are those over which a device was reached, by its name, `pythons` the Python of a host that is not its
-    python3; `ships` are the places that a bundle was shipped to.
+    `read_as` says of data folders what their folders of images and labels are called and where labels begin, as
+    options of `DataFolder`; one that is not in it is read by default. `hosts` are those over which a device was
+    reached, by its name, `pythons` the Python of a host that is not its python3; `ships` are the places that a bundle
+    was shipped to.
     """
 
     device: str | None = None
     data: str | None = None
     split: str | None = None
+    read_as: dict[str, dict[str, str | int]] = field(default_factory=dict)
     hosts: dict[str, str] = field(default_factory=dict)
     pythons: dict[str, str] = field(default_factory=dict)
     ships: tuple[str, ...] = ()
@@ -139,20 +143,26 @@ class Workspace:
         ships = content.get("ships", [])
         if not isinstance(ships, list) or not all(isinstance(place, str) for place in ships):
             raise InputError(f"{path} is damaged (ships are texts): {_REMEDY}")
-        return Memory(**texts, hosts=hosts, pythons=pythons, ships=tuple(ships))
+        read_as = content.get("read_as", {})
+        if not isinstance(read_as, dict) or not all(map(_is_read_as, read_as.values())):
+            raise InputError(f"{path} is damaged (read_as holds options of data folders): {_REMEDY}")
+        return Memory(**texts, read_as=read_as, hosts=hosts, pythons=pythons, ships=tuple(ships))
 
     def remember(
         self,
         device: str | None = None,
-        data: Path | None = None,
+        data: DataFolder | None = None,
         split: str | None = None,
         host: str | None = None,
     ) -> None:
-        """Keep what is given, leave the rest as it was. The data folder is kept relative to the workspace, `host` for
-        the `device`."""
+        """Keep what is given, leave the rest as it was. The data folder is kept relative to the workspace, together
+        with how it is read; `host` for the `device`."""
         given: dict[str, Any] = {"device": device, "split": split}
-        given["data"] = None if data is None else os.path.relpath(data.resolve(), self.root.resolve())
         known = self.memory()
+        if data is not None and data.root is not None:
+            given["data"] = name = self._relative(data.root)
+            others = {other: options for other, options in known.read_as.items() if other != name}
+            given["read_as"] = others | ({name: _read_as(data)} if _read_as(data) else {})
         if host is not None and device is not None:
             given["hosts"] = {**known.hosts, device: host}
         memory = replace(known, **{name: value for name, value in given.items() if value is not None})
@@ -180,12 +190,44 @@ class Workspace:
             memory = replace(known, ships=tuple(dict.fromkeys((*known.ships, *places))))
             files.write_json(self.file, "mess-workspace", 1, asdict(memory))
 
-    def data_folder(self, data: Path | None) -> Path:
-        """The data folder given or remembered. Raises InputError when there is neither."""
-        remembered = self.memory().data
-        if data is None and remembered is None:
+    def data_folder(self, data: Data | None) -> DataFolder:
+        """The data folder given or remembered, and how it is read, nothing left open.
+
+        Raises InputError when there is neither, and for another folder than one whose labels do not begin at 0 unless
+        it is said where its own begin.
+        """
+        memory, named = self.memory(), DataFolder() if data is None else data_folder(data)
+        if named.root is None and memory.data is None:
             raise InputError("no data folder is known in this workspace: name one with --data DIR")
-        return data if data is not None else self.root / str(remembered)
+        root = named.root if named.root is not None else self.root / str(memory.data)
+        known = DataFolder(**memory.read_as.get(self._relative(root), {}))  # type: ignore[arg-type]
+        last = memory.read_as.get(str(memory.data), {}).get("label_offset", 0)
+        if last and named.label_offset is None and self._relative(root) != memory.data and not known.label_offset:
+            raise InputError(
+                f"the labels of {memory.data}, which this workspace was used with, begin at {last}: say where those "
+                f"of {root} do, with --label-offset {last} or --label-offset 0"
+            )
+        offset = known.label_offset if named.label_offset is None else named.label_offset
+        return DataFolder(
+            root, named.images or known.images or IMAGES, named.labels or known.labels or LABELS, offset or 0
+        )
+
+    def _relative(self, folder: Path) -> str:
+        return os.path.relpath(folder.resolve(), self.root.resolve())
+
+
+def _read_as(data: DataFolder) -> dict[str, str | int]:
+    """What is to be remembered of a folder beside its name."""
+    usual = {"images": IMAGES, "labels": LABELS, "label_offset": 0}
+    options = {"images": data.images, "labels": data.labels, "label_offset": data.label_offset}
+    return {name: value for name, value in options.items() if value is not None and value != usual[name]}
+
+
+def _is_read_as(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    kinds = {"images": str, "labels": str, "label_offset": int}
+    return all(type(option) is kinds.get(name) for name, option in value.items())
 
 
 def _are_texts_by_name(value: Any) -> bool:

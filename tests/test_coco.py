@@ -188,7 +188,6 @@ def test_an_image_of_another_size_than_annotated_is_named(tmp_path: Path) -> Non
         (("images", 0, "width"), True, "width of 2 is True, not int"),
         (("images",), {"id": 1}, "no list of objects named images"),
         (("annotations",), [1], "no list of objects named annotations"),
-        (("categories", 0, "name"), "dog", "category 1 is 'dog', but 'person' in COCO"),
         (("annotations", 0, "image_id"), 7, "annotation 10 is of image 7"),
         (("annotations", 0, "image_id"), [], "image_id of 10 is []"),
         (("annotations", 0, "category_id"), "3", "category_id of 10 is '3'"),
@@ -208,7 +207,12 @@ def test_an_image_of_another_size_than_annotated_is_named(tmp_path: Path) -> Non
         (("annotations", 4, "segmentation", "counts"), [5], "do not fill the image"),
         (("annotations", 4, "segmentation", "counts"), [-5, 2405], "do not fill the image"),
         (("annotations", 4, "segmentation", "counts"), [2**63 - 1, 2**63 - 1, 2402], "do not fill the image"),
-        (("annotations", 4, "segmentation", "counts"), "PPYo1", "run lengths 'PPYo1' are not a list"),
+        (("annotations", 4, "segmentation", "counts"), "PPYo1", "do not fill the image"),
+        (("annotations", 4, "segmentation", "counts"), "P", "run lengths 'P' end in the middle"),
+        (("annotations", 4, "segmentation", "counts"), "", "end in the middle"),
+        (("annotations", 4, "segmentation", "counts"), "P" * 99 + "1", "not COCO's textual form"),
+        (("annotations", 4, "segmentation", "counts"), "1 2", "not COCO's textual form"),
+        (("annotations", 4, "segmentation", "counts"), {"a": 1}, "are not a list of numbers"),
     ],
 )
 def test_a_hostile_annotation_is_named(tmp_path: Path, place: tuple[Any, ...], value: Any, complaint: str) -> None:
@@ -221,6 +225,48 @@ def test_a_hostile_annotation_is_named(tmp_path: Path, place: tuple[Any, ...], v
     assert "instances_val2017.json is damaged" in message
     assert complaint in message
     assert len(message) < 500 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("category", "words"),
+    [
+        ({"id": PERSON, "name": "dog"}, "category 1 'dog', which is 'person' in COCO"),
+        ({"id": TRUCK, "name": "pothole"}, "category 8 'pothole', which is 'truck' in COCO"),
+        ({"id": 200, "name": "pothole"}, "category 200 'pothole', which COCO does not have"),
+    ],
+)
+def test_a_data_set_with_categories_of_its_own_is_told_to_write_label_pngs(
+    tmp_path: Path, category: dict[str, Any], words: str
+) -> None:
+    written = content()
+    written["categories"] = [category]
+    message = refusal(write(tmp_path, written))
+    assert words in message
+    assert "write label PNGs, with a classes.txt" in message
+    assert "damaged" not in message
+
+
+def textual(mask: np.ndarray) -> str:
+    """The text that pycocotools, which most tools use, makes of a mask."""
+    from pycocotools import mask as library
+
+    return str(library.encode(np.asfortranarray(mask))["counts"].decode())
+
+
+def test_run_lengths_as_text_are_the_mask_that_was_encoded(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    mask = (random.random((HEIGHT, WIDTH)) < 0.3).astype(np.uint8)
+    mask[:, 20:] = 0
+    written = content()
+    written["annotations"] = [
+        annotation(1, 2, CAR, {"size": [HEIGHT, WIDTH], "counts": textual(mask)}, 500),
+        annotation(2, 3, PERSON, {"size": [HEIGHT, WIDTH], "counts": textual(np.ones_like(mask))}, 2400),
+        annotation(3, 1, PERSON, {"size": [HEIGHT, WIDTH], "counts": textual(np.zeros_like(mask))}, 0),
+    ]
+    found = labels_by_id(write(tmp_path, written))
+    np.testing.assert_array_equal(found["000000000002"], np.where(mask, 7, 0))
+    assert (found["000000000003"] == 15).all()
+    assert (found["000000000001"] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from mess_compile.dataset import (
     read_labels,
     read_sample,
     samples,
+    survey_labels,
 )
 from mess_compile.runtime.errors import InputError
 
@@ -85,7 +86,7 @@ def test_class_lists_hold_colours_comments_and_void(folder: Path) -> None:
     assert classes.ignored == {7, 255}
 
 
-@pytest.mark.parametrize("line", ["road 1 2", "road 300 0 0", "ignore", "ignore x", "two words", "r 1 2 " + "3" * 5000])
+@pytest.mark.parametrize("line", ["road 1 2", "road 300 0 0", "ignore", "ignore x", "one,two", "r 1 2 " + "3" * 5000])
 def test_a_wrong_line_of_the_class_list_is_named(folder: Path, line: str) -> None:
     (folder / "classes.txt").write_text(f"sky\n{line}\n")
     with pytest.raises(InputError, match=r"classes\.txt, line 2"):
@@ -119,7 +120,8 @@ def test_every_label_value_is_its_class_or_void_or_named(
     void = ignored | {255}
     wrong = sorted(value for value in values if value >= classes and value not in void)
     if wrong:
-        with pytest.raises(InputError, match=rf"label\.png holds the value {wrong[0]}, .* `ignore {wrong[0]}`"):
+        remedy = "--label-offset 1" if 0 in ignored and wrong[0] == classes else f"`ignore {wrong[0]}`"
+        with pytest.raises(InputError, match=rf"label\.png holds the value {wrong[0]}, .* {remedy}"):
             read_labels(tmp_path / "label.png", listed)
     else:
         found = read_labels(tmp_path / "label.png", listed)
@@ -154,7 +156,7 @@ def test_sizes_that_differ_are_named(folder: Path) -> None:
         read_sample(data.items[0], data.classes)
 
 
-@pytest.mark.parametrize("mode", ["I;16", "1", "F"])
+@pytest.mark.parametrize("mode", ["I;16", "CMYK", "F"])
 def test_images_that_are_not_8_bit_are_refused(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "frame.tiff"
     Image.new(mode, (4, 4)).save(path)
@@ -162,10 +164,10 @@ def test_images_that_are_not_8_bit_are_refused(tmp_path: Path, mode: str) -> Non
         read_frame(path)
 
 
-def test_colour_labels_are_refused(folder: Path) -> None:
+def test_colour_labels_without_colours_in_the_class_list_are_refused(folder: Path) -> None:
     data = open_dataset(folder, "train")
-    Image.new("RGB", (8, 6)).save(data.items[0].label)
-    with pytest.raises(InputError, match="single-channel"):
+    Image.new("RGB", (8, 6), (128, 64, 128)).save(data.items[0].label)
+    with pytest.raises(InputError, match=r"RGB mask \(colour \(128, 64, 128\) at row 0, column 0\): give the colours"):
         read_sample(data.items[0], data.classes)
 
 
@@ -287,3 +289,78 @@ def test_one_image_alone_is_too_few_and_that_is_what_is_said(folder: Path) -> No
         path.unlink()
     with pytest.raises(InputError, match=r"has 1 image, .*train on 2 and validate on 1 at the least"):
         open_dataset(folder, "train")
+
+
+def test_void_and_classes_that_never_occur_are_told(folder: Path) -> None:
+    for path in (folder / "labels").iterdir():
+        Image.fromarray(np.array([[0, 255, 255, 255]] * 6, np.uint8)).save(path)
+    survey = survey_labels(open_dataset(folder, "val"))
+    assert (survey.pixels.tolist(), survey.void) == ([2 * 6, 0], 2 * 18)
+    assert survey.sentences() == (
+        "75.0% of the pixels of val are void and count nowhere",
+        "car never occurs in the labels of val, and is left out of its mIoU",
+        "these labels say little: 255 is void; in masks of 0 and 255, car has to be stored as 1 instead of 255",
+    )
+
+
+def test_labels_of_which_all_is_well_are_not_talked_about(folder: Path) -> None:
+    assert survey_labels(open_dataset(folder, "train")).sentences() == ()
+
+
+def test_the_digest_of_labels_is_that_of_their_meaning(folder: Path) -> None:
+    before = survey_labels(open_dataset(folder, "train")).sha256
+    label = folder / "labels" / "drive_000.png"
+    Image.open(label).save(label, compress_level=0)
+    assert survey_labels(open_dataset(folder, "train")).sha256 == before
+    Image.fromarray(np.full((6, 8), 1, np.uint8)).save(label)
+    assert survey_labels(open_dataset(folder, "train")).sha256 != before
+
+
+def test_masks_of_0_and_255_are_explained_before_training(folder: Path) -> None:
+    for path in (folder / "labels").iterdir():
+        Image.fromarray(np.array([[0] * 4 + [255] * 4] * 6, np.uint8)).save(path)
+    with pytest.raises(InputError, match=r"of road alone .*50% of the pixels are void.*car has to be stored as 1"):
+        check_trainable(open_dataset(folder, "train"))
+
+
+@pytest.mark.parametrize(
+    ("values", "listed", "told", "untold"),
+    [
+        ((0, 1, 2), "", ["the labels hold 0, 1, 2", "--label-offset 1 if labels begin at 1"], "here, so"),
+        ((1, 2), "", ["no label holds 0: labels begin at 1 here, so add --label-offset 1"], "ignore 2"),
+        ((0, 1, 2), "ignore 0\n", ["0 is void: labels begin at 1 here, so add --label-offset 1"], "ignore 2"),
+        ((0, 2, 9), "", ["the labels hold 0, 2, 9", "list every class in classes.txt"], "--label-offset"),
+    ],
+)
+def test_all_labels_together_say_where_they_begin(
+    folder: Path, values: tuple[int, ...], listed: str, told: list[str], untold: str
+) -> None:
+    (folder / "classes.txt").write_text(f"road\ncar\n{listed}")
+    for number, path in enumerate(sorted((folder / "labels").iterdir())):
+        Image.fromarray(np.full((6, 8), values[number % len(values)], np.uint8)).save(path)
+    with pytest.raises(InputError) as refused:
+        survey_labels(open_dataset(folder, "train"))
+    assert all(text in str(refused.value) for text in told), refused.value
+    assert untold not in str(refused.value)
+
+
+def test_a_photograph_that_is_turned_by_exif_data_meets_its_label_as_shown(folder: Path) -> None:
+    shown = np.zeros((6, 8, 3), np.uint8)
+    shown[:, :3] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "images" / "drive_000.png").unlink()
+    stored = Image.fromarray(shown).transpose(Image.Transpose.ROTATE_90)
+    stored.save(folder / "images" / "drive_000.jpg", quality=95, exif=exif)
+    data = open_dataset(folder, "train")
+    np.testing.assert_array_equal(read_sample(data.items[0], data.classes).frame[..., 0] > 127, shown[..., 0] > 127)
+
+
+def test_a_label_of_the_photograph_as_it_is_stored_is_said_to_be_turned(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "images" / "drive_000.png").unlink()
+    Image.new("RGB", (8, 6)).save(folder / "images" / "drive_000.jpg", exif=exif)
+    data = open_dataset(folder, "train")
+    with pytest.raises(InputError, match=r"is 8 x 6, as EXIF data turn it, but its label .* is 6 x 8"):
+        read_sample(data.items[0], data.classes)

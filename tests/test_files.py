@@ -206,3 +206,28 @@ def test_a_temporary_has_the_ending_that_a_library_goes_by_and_is_cleared_away_l
     with files.replaced(path, ".mp4") as temporary:
         temporary.write_bytes(b"newer")
     assert [each.name for each in tmp_path.iterdir()] == ["street.mp4"]
+
+
+def test_a_decimal_comma_in_toml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "xavier.toml"
+    path.write_text("name = 'xavier'\npeak = 1,4  # TFLOP/s\n")
+    with pytest.raises(ValueError, match=r"numbers have a decimal point: 1\.4, not 1,4"):
+        files.read_toml(path)
+
+
+def test_toml_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "xavier.toml"
+    path.write_bytes(b"\xef\xbb\xbfname = 'xavier'\r\n")
+    assert files.read_toml(path) == {"name": "xavier"}
+
+
+def test_a_folder_that_is_used_alone_keeps_others_out_and_is_not_left_behind_empty(tmp_path: Path) -> None:
+    place = tmp_path / "new" / "candidate"
+    with files.used_alone(place, "wait"):
+        with pytest.raises(InputError, match="candidate is in use: wait"), files.used_alone(place, "wait"):
+            pass
+        assert place.is_dir()
+    assert not place.exists()
+    with files.used_alone(place, "wait"):
+        (place / "kept").touch()
+    assert (place / "kept").exists()

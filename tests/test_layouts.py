@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mess_compile import layouts
+from mess_compile.data_folder import DataFolder
 from mess_compile.dataset import DataSet, open_dataset, read_sample
 from mess_compile.runtime.errors import InputError
 
@@ -251,12 +253,10 @@ def test_a_layout_is_recognised_beside_other_files(tmp_path: Path, name: str) ->
     assert layouts.find_layout(LAYOUTS[name](tmp_path)).name == name
 
 
-def test_where_nothing_is_recognised_the_known_layouts_are_listed(tmp_path: Path) -> None:
+def test_where_nothing_is_recognised_the_message_fits_three_lines_and_says_what_is_expected(tmp_path: Path) -> None:
     message = refusal(tmp_path)
-    for text in (
-        *("gtFine/SPLIT/CITY/*_gtFine_labelIds.png", "ImageSets/Segmentation/SPLIT.txt", "instances_SPLIT2017.json"),
-        *("SPLITannot/*.png", "SPLIT/labels/*.png", "classes.txt"),
-    ):
+    assert len(message.replace(str(tmp_path), "data")) < 240
+    for text in ("images/", "labels/", "classes.txt", "CamVid, Cityscapes, PASCAL VOC and COCO"):
         assert text in message
 
 
@@ -271,3 +271,116 @@ def test_what_is_written_with_a_data_set_s_values_is_read_as_its_classes(stored:
     assert [classes[value] for value in stored] == list(range(len(stored)))
     assert all(classes[value] == 255 for value in [*used - {*stored}, 255])
     assert all(classes[value] == -1 for value in {*range(255)} - used - {*stored})
+
+
+class TestPlainFolders:
+    """What lies beside images and labels is counted and named; nothing is left out in silence."""
+
+    def test_what_is_not_read_is_counted_and_named(self, tmp_path: Path) -> None:
+        root = plain(tmp_path)
+        images, labels = root / "train" / "images", root / "train" / "labels"
+        for name in ("a.tif", "b.tif", "notes.txt", "._drive_001.png", "Thumbs.db", ".DS_Store"):
+            (images / name).write_bytes(b"\0")
+        (images / "more").mkdir()
+        (labels / "old.jpg").write_bytes(b"\0")
+        write_labels(labels / "alone.png", [[0, 1, 0], [0, 1, 0]])
+        data = open_dataset(root, "train")
+        assert [item.id for item in data.items] == ["drive_001"]
+        assert data.notes == (
+            f"3 files of {images} are not read (2 .tif, 1 .txt): .jpg, .jpeg, .png, .bmp and .webp are",
+            f"1 hidden file of {images} is left out (first ._drive_001.png)",
+            f"1 folder of {images} is not looked into (first more)",
+            f"1 file of {labels} is not read (1 .jpg): .png are",
+            f"1 label of {labels} is without an image (first alone.png)",
+        )
+        assert open_dataset(root, "val").notes == ()
+
+    def test_images_of_which_none_is_read_are_said_to_be(self, tmp_path: Path) -> None:
+        root = plain(tmp_path)
+        image = root / "train" / "images" / "drive_001.png"
+        image.rename(image.with_suffix(".tif"))
+        assert "holds no image that is read: 1 file of" in refusal(root)
+
+    def test_suffixes_in_capitals_are_read(self, tmp_path: Path) -> None:
+        root = plain(tmp_path)
+        for kind in ("images", "labels"):
+            path = root / "train" / kind / "drive_001.png"
+            path.rename(path.with_suffix(".PNG"))
+        assert first_labels(open_dataset(root, "train")) == [[0, 1, 255], [0, 1, 0]]
+
+    @pytest.mark.parametrize("kind", ["images", "labels"])
+    def test_equal_names_are_refused_before_anything_is_read(self, tmp_path: Path, kind: str) -> None:
+        root = plain(tmp_path)
+        other = ".jpg" if kind == "images" else ".PNG"
+        (root / "train" / kind / f"drive_001{other}").write_bytes(b"never looked at")
+        message = refusal(root)
+        assert "drive_001.png" in message
+        assert f"drive_001{other}" in message
+        assert "keep one of them" in message
+
+    @pytest.mark.parametrize("form", ["{split}/{kind}", "{kind}/{split}"])
+    @pytest.mark.parametrize("names", [("images", "labels"), ("frames", "masks"), ("rgb/left", "gt")])
+    def test_folders_are_found_by_the_names_that_are_given(
+        self, tmp_path: Path, form: str, names: tuple[str, str]
+    ) -> None:
+        for split in ("train", "val"):
+            write_image(tmp_path / form.format(split=split, kind=names[0]) / "drive_001.png")
+            write_labels(tmp_path / form.format(split=split, kind=names[1]) / "drive_001.png", [[0, 1, 7], [0, 1, 0]])
+        (tmp_path / "classes.txt").write_text("road\ncar\nignore 7\n")
+        folder = DataFolder(tmp_path, *names)
+        assert first_labels(open_dataset(folder, "val")) == [[0, 1, 255], [0, 1, 0]]
+        with pytest.raises(InputError, match=r"no split 'test'.*found: train, val"):
+            open_dataset(folder, "test")
+
+    def test_one_name_alone_leaves_the_other_as_it_is(self, tmp_path: Path) -> None:
+        root = plain(tmp_path)
+        for split in ("train", "val"):
+            (root / split / "labels").rename(root / split / "masks")
+        assert first_labels(open_dataset(DataFolder(root, labels="masks"), "train")) == [[0, 1, 255], [0, 1, 0]]
+
+    @pytest.mark.parametrize(
+        ("images", "labels", "words"),
+        [
+            ("../frames", None, "--images '../frames' is not the name of a folder"),
+            (None, "/etc", "--labels '/etc' is not the name of a folder"),
+            ("", None, "--images '' is not"),
+            ("a", "a", "both name 'a'"),
+        ],
+    )
+    def test_names_that_lead_elsewhere_are_refused(self, images: str | None, labels: str | None, words: str) -> None:
+        with pytest.raises(InputError, match=re.escape(words)):
+            DataFolder(Path(), images, labels)
+
+    def test_an_offset_is_for_label_values_that_the_user_chose(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="drop --label-offset"):
+            open_dataset(DataFolder(voc(tmp_path), label_offset=1), "val")
+
+
+class TestNearest:
+    """Where a folder is no data set, the message says what lies there and what would make it one, in three lines."""
+
+    @pytest.mark.parametrize("form", ["{kind}", "{split}/{kind}", "{kind}/{split}"])
+    def test_folders_that_are_called_otherwise_give_the_options(self, tmp_path: Path, form: str) -> None:
+        for split in ("train", "val"):
+            write_image(tmp_path / form.format(split=split, kind="frames") / "a.png")
+            write_labels(tmp_path / form.format(split=split, kind="masks") / "a.png", [[0]])
+        message = refusal(tmp_path)
+        assert message.endswith("add --images frames --labels masks")
+        assert len(message.replace(str(tmp_path), "data")) < 260
+
+    def test_a_heap_of_pictures_is_told_where_they_belong(self, tmp_path: Path) -> None:
+        write_image(tmp_path / "a.tif")
+        message = refusal(tmp_path)
+        assert "(1 .tif)" in message
+        assert "put images into images/" in message
+
+    def test_a_label_under_another_name_is_pointed_at(self, tmp_path: Path) -> None:
+        root = plain(tmp_path)
+        label = root / "train" / "labels" / "drive_001.png"
+        label.rename(label.with_name("drive_001_mask.png"))
+        assert "drive_001_mask.png lies there: rename it to drive_001.png" in refusal(root)
+
+
+def test_a_list_with_a_byte_order_mark_names_the_same_images(tmp_path: Path) -> None:
+    (voc(tmp_path) / "ImageSets" / "Segmentation" / "val.txt").write_bytes(b"\xef\xbb\xbf2007_000033\r\n")
+    assert [item.id for item in open_dataset(tmp_path, "val").items] == ["2007_000033"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from mess_compile.cli.options import (
     BUNDLE,
     FILE,
     FOLDER,
+    data_options,
     dry_run_option,
     json_option,
     print_inspection,
@@ -22,6 +24,7 @@ from mess_compile.cli.options import (
     size,
 )
 from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, quoted, say
+from mess_compile.data_folder import DataFolder
 
 if TYPE_CHECKING:
     from mess_compile.bench import Bench
@@ -141,7 +144,7 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
 
     with progress_bar(as_json) as progress:
         how = steps.RunOptions(deadline_ms=deadline_ms, **options)
-        results = steps.run(bundle, sources, output, how, tell, progress)
+        results = steps.run(bundle, sources, output, how, tell, progress, partial(say, err=as_json))
     if as_json:
         videos = [asdict(result) for result in results if isinstance(result, steps.VideoResult)]
         images = [asdict(result) for result in results if isinstance(result, steps.ImageResult)]
@@ -174,7 +177,7 @@ def _of_video(result: VideoResult) -> str:
 
 @click.command(short_help="Measured against predicted, and against the baseline.")
 @click.argument("bundle", type=BUNDLE, shell_complete=completion.bundles)
-@click.option("--data", type=FOLDER, help="Labelled images; the workspace's by default.")
+@data_options("Labelled images; the workspace's by default.")
 @click.option(
     "--split",
     default="val",
@@ -192,7 +195,7 @@ def _of_video(result: VideoResult) -> str:
 def bench(
     workspace: Workspace,
     bundle: Path,
-    data: Path | None,
+    data: DataFolder | None,
     split: str,
     passes: int,
     deadline: str | None,
@@ -219,7 +222,7 @@ def bench(
     if deadline is not None:
         return _bench_deadline(workspace, bundle, data, split, passes, deadline, target, as_json)
     with progress_bar(as_json) as progress:
-        result = steps.bench(workspace, bundle, data, split, passes, progress, target)
+        result = steps.bench(workspace, bundle, data, split, passes, progress, target, partial(say, err=as_json))
     if as_json:
         print_json(asdict(result))
         return _exit_if_missed(result, strict)
@@ -285,7 +288,7 @@ def _after_bench(result: Bench, bundle: Path) -> list[str]:
 def _bench_deadline(
     workspace: Workspace,
     bundle: Path,
-    data: Path | None,
+    data: DataFolder | None,
     split: str,
     passes: int,
     deadline: str,
@@ -297,7 +300,8 @@ def _bench_deadline(
 
     deadline_ms = parse_milliseconds(deadline)
     with progress_bar(as_json) as progress:
-        found = steps.bench_deadline(workspace, bundle, data, split, passes, deadline_ms, progress, target)
+        tell = partial(say, err=as_json)
+        found = steps.bench_deadline(workspace, bundle, data, split, passes, deadline_ms, progress, target, tell)
     if as_json:
         return print_json(asdict(found))
     sure = "" if found.confidence is None else f", {found.confidence:.0%} of the cells sure"

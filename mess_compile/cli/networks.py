@@ -16,6 +16,7 @@ from mess_compile.cli.options import (
     HW,
     PRECISION,
     PYTHON,
+    data_options,
     dry_run_option,
     json_option,
     picked,
@@ -24,6 +25,7 @@ from mess_compile.cli.options import (
     size,
 )
 from mess_compile.console import print_json, print_next, progress_bar, say
+from mess_compile.data_folder import DataFolder
 from mess_compile.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -101,15 +103,16 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command(short_help="Train a candidate network in two stages.")
-@click.option("--data", type=FOLDER, required=True, help="CamVid, Cityscapes, VOC, COCO, or a folder of your own.")
+@data_options("CamVid, Cityscapes, VOC, COCO, or a folder of your own.", required=True)
 @_train_options
 @dry_run_option
 @json_option
 @click.pass_obj
-def train(workspace: Workspace, /, data: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+def train(workspace: Workspace, /, data: DataFolder, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train a candidate network in two stages; the same command continues an interrupted training."""
     from mess_compile import extras, inspection, steps
 
+    opened = steps.training_data(workspace, data, partial(say, err=as_json))
     recipes, parallel = extras.torch_module("training.recipe"), extras.torch_module("training.parallel")
     exits = options["exits"]
     choice = steps.NetworkChoice(
@@ -133,10 +136,10 @@ def train(workspace: Workspace, /, data: Path, dry_run: bool, as_json: bool, **o
         raise InputError("--baseline trains a whole network for the sum of --epochs: it has no --from or --teacher")
     if dry_run:
         others = options["baseline"], options["weights"], machines, options["source"], options["teacher"]
-        return print_prospects(steps.foresee_train(workspace, data, choice, recipe, *others), as_json)
+        return print_prospects(steps.foresee_train(workspace, opened, choice, recipe, *others), as_json)
     folder = workspace.baseline if options["baseline"] else workspace.candidate
     with progress_bar(as_json) as progress:
-        arguments = (workspace, data, choice, recipe, partial(say, err=as_json), options["weights"], machines)
+        arguments = (workspace, opened, choice, recipe, partial(say, err=as_json), options["weights"], machines)
         if options["baseline"]:
             candidate = steps.train_baseline(*arguments, progress)
         else:
@@ -179,7 +182,7 @@ def export(
 
 
 @click.command(short_help="Record how sure and how right every head is.")
-@click.option("--data", type=FOLDER, help="Labelled images; remembered.")
+@data_options("Labelled images; remembered.")
 @click.option(
     "--split", shell_complete=completion.splits, help="val by default; val[:50] takes the first 50 files. Remembered."
 )
@@ -200,7 +203,7 @@ def export(
 @json_option
 @click.pass_obj
 def evaluate(
-    workspace: Workspace, /, data: Path | None, split: str | None, dry_run: bool, as_json: bool, **options: Any
+    workspace: Workspace, /, data: DataFolder | None, split: str | None, dry_run: bool, as_json: bool, **options: Any
 ) -> None:
     """Record how sure and how right every head is on labelled images."""
     from mess_compile import inspection, steps
@@ -209,7 +212,7 @@ def evaluate(
         where = picked(options, "device precision host")
         return print_prospects(steps.foresee_evaluate(workspace, data, split, **where), as_json)
     with progress_bar(as_json) as progress:
-        found = steps.evaluate(workspace, data, split, progress, **options)
+        found = steps.evaluate(workspace, data, split, progress, **options, tell=partial(say, err=as_json))
     if found is None:  # one of many processes; the first one speaks
         return None
     described = inspection.inspect_statistics(found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +12,7 @@ from mess_compile.cli import completion
 from mess_compile.cli.options import JUDGED, PRECISIONS, PYTHON, dry_run_option, json_option, print_foresight
 from mess_compile.cli.searching import thrift_of
 from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, say
+from mess_compile.data_folder import DataFolder
 from mess_compile.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def build(
     workspace: Workspace,
     device: str | None,
     precision: str,
-    data: Path | None,
+    data: DataFolder | None,
     jobs: int | None,
     host: str | None,
     python: str | None,
@@ -129,7 +129,7 @@ def profile(
     lock_clocks: bool,
     estimate: bool,
     precision: str,
-    data: Path | None,
+    data: DataFolder | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:

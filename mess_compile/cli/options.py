@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -13,6 +14,7 @@ import click
 
 from mess_compile.cli.completion import precisions
 from mess_compile.console import print_json, print_table, say
+from mess_compile.data_folder import DataFolder
 from mess_compile.runtime.errors import InputError
 
 HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
@@ -34,9 +36,41 @@ PRECISIONS = click.option(
     show_default=True,
     help="One or more of fp32, fp16, int8: fp32,fp16.",
 )
-JUDGED = click.option(
-    "--data", type=FOLDER, help="Images that fp16 and int8 are judged on; the workspace's by default."
-)
+
+
+def data_options(help: str, required: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--data`, and how it is read; the command gets one `data`: a DataFolder, or None where nothing is said."""
+    options = (
+        click.option("--data", type=FOLDER, required=required, help=help),
+        click.option("--images", metavar="NAME", help="The folders of images in --data, if not `images`. Remembered."),
+        click.option("--labels", metavar="NAME", help="The folders of labels in --data, if not `labels`. Remembered."),
+        click.option(
+            "--label-offset", type=int, metavar="N", help="The label value of the first class, 1 where 0 is unlabelled."
+        ),
+    )
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def combined(
+            *arguments: Any,
+            data: Path | None,
+            images: str | None,
+            labels: str | None,
+            label_offset: int | None,
+            **others: Any,
+        ) -> Any:
+            folder = DataFolder(data, images, labels, label_offset)
+            return command(*arguments, data=None if folder == DataFolder() else folder, **others)
+
+        wrapped: Callable[..., Any] = combined
+        for option in reversed(options):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
+
+
+JUDGED = data_options("Images that fp16 and int8 are judged on; the workspace's by default.")
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli import completion
-from mess_compile.cli.options import FILE, FOLDER, PYTHON, json_option
+from mess_compile.cli.options import FILE, PYTHON, data_options, json_option
 from mess_compile.console import fail, print_json, print_next, print_table, quoted, say
+from mess_compile.data_folder import DataFolder
 
 if TYPE_CHECKING:
     from mess_compile.ship import Expected, Place, Shipped
@@ -38,7 +39,7 @@ _CANNOT_TELL = "cannot tell what is there; the same command asks again"
     type=click.FloatRange(min=0, min_open=True),
     help="What golden frames may take there, in multiples of the plan's latency; 1.25 by default.",
 )
-@click.option("--data", type=FOLDER, help="Choose thresholds again there, by the images that the plan was chosen on.")
+@data_options("Choose thresholds again there, by the images that the plan was chosen on.")
 @click.option("--sign", type=FILE, metavar="KEY", help="With --data: sign again.")
 @PYTHON
 @click.option("--unit", is_flag=True, help="Also a systemd unit of the user's own, for frames in FOLDER/live/in.")
@@ -108,7 +109,7 @@ def _can_go_back(shipped: Shipped, options: dict[str, Any]) -> bool:
     )
 
 
-def _choice(workspace: Workspace, data: Path | None, key: Path | None) -> Any:
+def _choice(workspace: Workspace, data: DataFolder | None, key: Path | None) -> Any:
     if data is None:
         if key is not None:
             raise click.UsageError("--sign is for thresholds that --data changes; `bundle --sign` signs a bundle.")
@@ -116,7 +117,7 @@ def _choice(workspace: Workspace, data: Path | None, key: Path | None) -> Any:
     from mess_compile.candidates import read_graph_set
     from mess_compile.retuning import Choice
 
-    return Choice(data, read_graph_set(workspace.graphs).candidate, key)
+    return Choice(workspace.data_folder(data), read_graph_set(workspace.graphs).candidate, key)
 
 
 def _teller(as_json: bool) -> Callable[[Place, str], None]:

@@ -16,6 +16,7 @@ from mess_compile.candidates import GraphSpec
 from mess_compile.graph.nodes import IR_VERSION, OPSET
 from mess_compile.graph.workload import count_macs, tensor_spec, workspace_bytes
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.pointers import refuse_pointer
 
 INLINE_BYTES = 1024
 """Smaller tensors stay in the ONNX file: shape inference reads some of them."""
@@ -28,6 +29,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     """An ONNX model without its external weights. Raises InputError for anything else."""
     if not path.is_file():
         raise InputError(f"{path} does not exist")
+    refuse_pointer(path)
     try:
         model = onnx.load(str(path), format="protobuf", load_external_data=False)
     except DecodeError as error:
@@ -68,6 +70,7 @@ def _stored(folder: Path, location: str) -> bytes:
         data = (folder / location).read_bytes()
     except OSError as error:
         raise InputError(f"{folder / location} cannot be read ({error.strerror}): {_EXPORT}") from error
+    refuse_pointer(folder / location, data)
     if hashlib.sha256(data).hexdigest() != Path(location).name:
         raise InputError(f"{folder / location} was changed after export: {_EXPORT}")
     return data
@@ -117,6 +120,9 @@ def move_weights_out(path: Path) -> None:
 
 
 def _load(tensor: onnx.TensorProto, source: Path) -> None:
+    location = _location(tensor)
+    if location and Path(location).name == location:
+        refuse_pointer(source / location)
     try:
         external_data_helper.load_external_data_for_tensor(tensor, str(source))
     except (onnx.checker.ValidationError, OSError, ValueError) as error:

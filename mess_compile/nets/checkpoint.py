@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from mess_compile import files
 from mess_compile.candidates import MAX_SIDE, head_config_from_name
 from mess_compile.nets.network import Architecture, OverprovisionedNetwork
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.errors import InputError, one_line
+from mess_compile.runtime.pointers import refuse_pointer
 
 _REMEDY = "train a candidate network with `mess-compile train`, or name the folder of one"
 
@@ -125,6 +126,7 @@ def load_candidate(folder: Path) -> OverprovisionedNetwork:
     weights = folder / str(content.get("weights"))
     if not re.fullmatch(r"weights-[0-9a-f]{16}\.safetensors", weights.name) or not weights.is_file():
         raise InputError(f"{weights} does not exist, though {path} names it: {_REMEDY}")
+    refuse_pointer(weights)
     digest = files.sha256_of_file(weights)
     if digest != content.get("weights_sha256"):
         raise InputError(f"{weights} is damaged (its SHA-256 is not the one in {path}): restore it or train again")
@@ -149,16 +151,64 @@ def load_weights(network: torch.nn.Module, state: dict[str, torch.Tensor], sourc
 def load_state(path: Path) -> dict[str, torch.Tensor]:
     """A state dict from `.safetensors`, or from a foreign `.pth` by the unpickler that runs no code.
 
-    Raises InputError.
+    Raises InputError saying what the file is instead, and what to do.
     """
     if not path.is_file():
         raise InputError(f"weights {path} do not exist")
+    refuse_pointer(path)
+    _refuse_text(path)
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
-        raise InputError(f"{path} cannot be read as weights ({error})") from error
+        raise InputError(
+            f"{path} cannot be read as weights, and may be truncated ({_brief(error)}): {_AGAIN}"
+        ) from error
     except Exception as error:  # pickle.UnpicklingError: whatever the file would have executed is refused here
-        raise InputError(f"{path} holds more than tensors and was refused ({type(error).__name__})") from error
+        raise InputError(
+            f"{path} holds more than tensors and was refused ({type(error).__name__}): save its state dict alone, "
+            "`torch.save(model.state_dict(), FILE)`"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path} is not a state dict (a mapping of names to tensors)")
+        raise InputError(f"{path} is not a state dict (a mapping of names to tensors): {_remedy_of_content(state)}")
+    if state and all(key.startswith(_WRAPPED) for key in state):
+        raise InputError(
+            f"the names in {path} begin with {_WRAPPED!r}, for it was saved of a DataParallel model: save "
+            "`model.module.state_dict()`"
+        )
     return state
+
+
+_AGAIN = "copy or download it again"
+_WRAPPED = "module."
+_PICKLED = (b"PK", b"\x80")
+"""How files of torch.save begin: zip archives, before version 1.6 pickles."""
+
+
+def _refuse_text(path: Path) -> None:
+    """Raises InputError for what no library wrote as weights: an error page, or another text."""
+    with path.open("rb") as stream:
+        head = stream.read(512)
+    if not head:
+        raise InputError(f"{path} is empty, and no file of weights: {_AGAIN}")
+    if path.suffix == ".safetensors" or head.startswith(_PICKLED):
+        return
+    is_text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in head)
+    kind = "an HTML page" if b"<html" in head.lower() or b"<!doctype" in head.lower() else "a text" if is_text else ""
+    found = f", but {kind}" if kind else ""
+    raise InputError(
+        f"{path} is no file of weights{found} (it begins with {bytes(head[:16])!r}): give a .safetensors, or what "
+        f"torch.save wrote; {_AGAIN}"
+    )
+
+
+def _remedy_of_content(content: Any) -> str:
+    """What to save instead of a checkpoint that holds a state dict among other things."""
+    entries = content.items() if isinstance(content, dict) else ()
+    for name, entry in entries:
+        if isinstance(entry, dict) and entry and all(isinstance(value, torch.Tensor) for value in entry.values()):
+            return f"its entry {name!r} is one, so save that alone: `torch.save(torch.load(FILE)[{name!r}], NEW)`"
+    return "save `model.state_dict()`"
+
+
+def _brief(error: BaseException) -> str:
+    return one_line(str(error).partition("\n")[0])[:120]

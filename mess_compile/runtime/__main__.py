@@ -116,6 +116,9 @@ def _deadline(text: str) -> float:
 def _positive(text: str, number: str, wanted: str) -> float:
     """Of decimal digits alone: neither `nan` nor `1_000`."""
     value = float(number) if re.fullmatch(r"\d+\.?\d*|\.\d+", number.strip(), re.ASCII) else 0.0
+    comma = re.fullmatch(r"(\d+),(\d+)", number.strip(), re.ASCII)
+    if comma is not None:
+        raise argparse.ArgumentTypeError(f"{text!r} has a decimal comma: write {comma[1]}.{comma[2]}")
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return value

@@ -31,6 +31,7 @@ from mess_compile.runtime.manifest import (
     manifest_from_json,
     manifest_to_json,
 )
+from mess_compile.runtime.pointers import refuse_pointer
 from mess_compile.runtime.scratch import Scratch, sweep
 from mess_compile.runtime.signature import Signers, check_signers, signer_of
 
@@ -118,6 +119,7 @@ def open_archive(path: Path) -> Archive:
     """
     if not path.is_file() and not path.is_dir():
         raise InputError(f"there is no bundle {path}")
+    refuse_pointer(path)
     try:
         with _entries_of_folder(path) if path.is_dir() else _entries_of_file(path) as entries:
             return _unpacked(entries, path)

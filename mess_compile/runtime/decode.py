@@ -6,10 +6,13 @@ import dataclasses
 import json
 import math
 import sys
+import types
 import typing
 from typing import Any, Dict, Tuple, Union
 
 _LARGEST = int(sys.float_info.max)
+_UNIONS = (Union, getattr(types, "UnionType", Union))
+"""`Optional[X]`, and from Python 3.10 on `X | None`."""
 
 
 class DecodeError(Exception):
@@ -41,7 +44,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, value, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Union:
+    if origin in _UNIONS:
         return None if value is None else decode(arguments[0], value, where)
     if origin is tuple:
         return _decode_tuple(arguments, value, where)

@@ -25,8 +25,10 @@ _DEPTHS = {_GREY: (1, 2, 4, 8, 16), _RGB: (8, 16), _PALETTE: (1, 2, 4, 8), _GREY
 _PAETH = 4
 
 
-class OtherPngError(InputError):
-    """A PNG that is not damaged as far as was looked, but of a kind that is not read here."""
+_PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+"""Of the seven pictures that an interlaced one consists of: first row and column, and the steps in both."""
+DARK = 1 << 12
+"""16-bit samples that all lie below come from a 10- or 12-bit source; their upper 8 bits are nearly black."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class _Header:
     height: int
     depth: int
     colour_type: int
+    interlaced: bool = False
 
     @property
     def step(self) -> int:
@@ -46,25 +49,99 @@ class _Header:
         return (self.width * _CHANNELS[self.colour_type] * self.depth + 7) // 8
 
 
-def read_png(content: bytes) -> np.ndarray:
-    """The picture as uint8 RGB (H, W, 3), transparency left out; of 16 bits a sample the upper 8.
+@dataclass(frozen=True)
+class Png:
+    """A PNG whose chunks and rows are whole, before its rows are filtered back: `rows` are inflated."""
 
-    Raises OtherPngError for an interlaced one, InputError for a damaged one, before memory is taken for pixels that are
-    not there.
-    """
+    header: _Header
+    palette: np.ndarray
+    exif: bytes
+    frames: int
+    rows: bytes
+
+    @property
+    def is_palette(self) -> bool:
+        return self.header.colour_type == _PALETTE
+
+    @property
+    def depth(self) -> int:
+        """Bits of a sample."""
+        return self.header.depth
+
+    @property
+    def is_grey(self) -> bool:
+        """One channel of grey, with or without transparency."""
+        return self.header.colour_type in (_GREY, _GREY_ALPHA)
+
+    @property
+    def has_alpha(self) -> bool:
+        """The last channel is transparency."""
+        return self.header.colour_type in (_GREY_ALPHA, _RGBA)
+
+    @property
+    def shape(self) -> Tuple[int, int, int]:
+        """Height, width and channels of its samples."""
+        return self.header.height, self.header.width, _CHANNELS[self.header.colour_type]
+
+
+def opened(content: bytes) -> Png:
+    """Look through a PNG. Raises InputError for a damaged one, before memory is taken for pixels that are not there."""
     chunks = list(_chunks(content))
     if not chunks or chunks[0][0] != b"IHDR" or chunks[-1][0] != b"IEND":
         raise InputError("the PNG does not begin with IHDR and end with IEND: it is truncated or damaged")
     header = _header(chunks[0][1])
     _refuse_unknown(kind for kind, _ in chunks)
-    stored = _stored(header, b"".join(data for kind, data in chunks if kind == b"IDAT"))
-    samples = _unpacked(stored[..., 0], header) if header.depth < 8 else stored[..., :: header.depth // 8]
-    if header.colour_type == _PALETTE:
-        return _painted(samples[..., 0], [data for kind, data in chunks if kind == b"PLTE"])
-    if header.colour_type in (_GREY, _GREY_ALPHA):
-        white = (1 << min(header.depth, 8)) - 1
+    rows = _inflated(header, b"".join(data for kind, data in chunks if kind == b"IDAT"))
+    palettes = [data for kind, data in chunks if kind == b"PLTE"]
+    animations = [data for kind, data in chunks if kind == b"acTL" and len(data) == 8]
+    return Png(
+        header=header,
+        palette=_palette(palettes) if header.colour_type == _PALETTE else np.zeros((0, 3), np.uint8),
+        exif=next((data for kind, data in chunks if kind == b"eXIf"), b""),
+        frames=max((int.from_bytes(data[:4], "big") for data in animations), default=1),
+        rows=rows,
+    )
+
+
+def read_png(content: bytes) -> np.ndarray:
+    """The picture as it is stored, uint8 RGB (H, W, 3), transparency left out; of 16 bits a sample the upper 8.
+
+    Raises InputError for a damaged one.
+    """
+    picture = opened(content)
+    return rgb(picture, samples_of(picture))
+
+
+def rgb(picture: Png, samples: np.ndarray) -> np.ndarray:
+    """The pixels that its samples (H, W, channels) stand for: uint8 RGB (H, W, 3), transparency left out.
+
+    Of 16 bits a sample the upper 8 are taken. Raises InputError for a palette index without a colour.
+    """
+    if picture.is_palette:
+        return _painted(samples[..., 0], picture.palette)
+    if samples.dtype == np.uint16:
+        samples = (samples >> 8).astype(np.uint8)
+    if picture.is_grey:
+        white = (1 << min(picture.depth, 8)) - 1
         return np.repeat(samples[..., :1] * np.uint8(255 // white), 3, axis=2)
     return np.ascontiguousarray(samples[..., :3])
+
+
+def samples_of(picture: Png) -> np.ndarray:
+    """The numbers that are stored, (H, W, channels): uint8, of 16 bits uint16; palette indices as they are."""
+    header = picture.header
+    stored = _deinterlaced(picture) if header.interlaced else _pixels(header, picture.rows)
+    if header.depth < 16:
+        return stored
+    wide: np.ndarray = stored[..., 0::2].astype(np.uint16) << 8 | stored[..., 1::2]
+    return wide
+
+
+def _painted(indices: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    if int(indices.max()) >= len(palette):
+        raise InputError(f"the PNG has the index {indices.max()} in a palette of {len(palette)} colours: damaged")
+    painted: np.ndarray = palette[indices]
+    return painted
 
 
 def write_png(pixels: np.ndarray, palette: Optional[Sequence[Tuple[int, int, int]]] = None) -> bytes:
@@ -126,17 +203,15 @@ def _header(data: bytes) -> _Header:
         raise InputError(f"the PNG claims {width} x {height} pixels, not 1 to {MAX_SIDE} a side, {MAX_PIXELS} in all")
     if depth not in _DEPTHS.get(colour_type, ()) or compression or filtering or interlace > 1:
         raise InputError("the PNG's IHDR has values that no PNG has: damaged")
-    if interlace:
-        raise OtherPngError("the PNG is interlaced: save it without interlacing")
-    header = _Header(width, height, depth, colour_type)
+    header = _Header(width, height, depth, colour_type, bool(interlace))
     if header.row_bytes * height > MAX_BYTES:
         raise InputError(f"the PNG claims {width} x {height} pixels of {depth} bits a sample: convert it to 8 bits")
     return header
 
 
-def _stored(header: _Header, compressed: bytes) -> np.ndarray:
-    """The bytes of the rows without their filters: (H, W, bytes of a pixel), below 8 bits (H, row_bytes, 1)."""
-    size = header.height * (1 + header.row_bytes)
+def _inflated(header: _Header, compressed: bytes) -> bytes:
+    """The filtered rows. Raises InputError when they are not as many bytes as the header says."""
+    size = sum(part.height * (1 + part.row_bytes) for part in _parts(header))
     inflater = zlib.decompressobj()
     try:
         raw = inflater.decompress(compressed, size + 1)
@@ -144,11 +219,46 @@ def _stored(header: _Header, compressed: bytes) -> np.ndarray:
         raise InputError(f"the PNG's pixels are damaged: {error}") from error
     if len(raw) != size or not inflater.eof:
         raise InputError(f"the PNG's pixels are not the {size} bytes that its header says: truncated or damaged")
-    rows = np.frombuffer(raw, np.uint8).reshape(header.height, -1)  # (H, 1 + W * channels)
-    filters = rows[:, 0]
-    if filters.max() > _PAETH:
-        raise InputError(f"the PNG has a row filter {filters.max()}, not 0 to {_PAETH}: damaged")
-    return _unfiltered(filters, rows[:, 1:].reshape(header.height, -1, header.step))
+    start = 0
+    for part in _parts(header):
+        stop = start + part.height * (1 + part.row_bytes)
+        highest = max(raw[start : stop : 1 + part.row_bytes])
+        if highest > _PAETH:
+            raise InputError(f"the PNG has a row filter {highest}, not 0 to {_PAETH}: damaged")
+        start = stop
+    return raw
+
+
+def _parts(header: _Header) -> List[_Header]:
+    """The pictures that are stored one after the other: the whole, or the passes of an interlaced one."""
+    if not header.interlaced:
+        return [header]
+    sizes = [
+        ((header.width - left + right - 1) // right, (header.height - top + down - 1) // down)
+        for top, left, down, right in _PASSES
+    ]
+    return [_Header(width, height, header.depth, header.colour_type) for width, height in sizes if width and height]
+
+
+def _deinterlaced(picture: Png) -> np.ndarray:
+    header, start = picture.header, 0
+    whole = np.zeros((header.height, header.width, 0), np.uint8)
+    places = [place for place in _PASSES if place[0] < header.height and place[1] < header.width]
+    for part, (top, left, down, right) in zip(_parts(header), places):
+        stop = start + part.height * (1 + part.row_bytes)
+        pixels = _pixels(part, picture.rows[start:stop])
+        if not start:
+            whole = np.zeros((header.height, header.width, pixels.shape[2]), np.uint8)
+        whole[top::down, left::right] = pixels
+        start = stop
+    return whole
+
+
+def _pixels(header: _Header, raw: bytes) -> np.ndarray:
+    """The bytes of the pixels of a picture that is not interlaced, (H, W, bytes); below 8 bits (H, W, 1) samples."""
+    rows = np.frombuffer(raw, np.uint8).reshape(header.height, -1)  # (H, 1 + row_bytes)
+    stored = _unfiltered(rows[:, 0], rows[:, 1:].reshape(header.height, -1, header.step))
+    return _unpacked(stored[..., 0], header) if header.depth < 8 else stored
 
 
 def _unpacked(rows: np.ndarray, header: _Header) -> np.ndarray:
@@ -186,11 +296,8 @@ def _predicted(kinds: np.ndarray, left: np.ndarray, up: np.ndarray, corner: np.n
     return np.choose(kinds, [np.zeros_like(left), left, up, (left + up) >> 1, paeth])
 
 
-def _painted(indices: np.ndarray, palettes: List[bytes]) -> np.ndarray:
+def _palette(palettes: List[bytes]) -> np.ndarray:
+    """Colours uint8 (n, 3)."""
     if len(palettes) != 1 or not palettes[0] or len(palettes[0]) % 3 or len(palettes[0]) > 768:
         raise InputError("the PNG has no palette of 1 to 256 colours: damaged")
-    colours = np.frombuffer(palettes[0], np.uint8).reshape(-1, 3)
-    if int(indices.max()) >= len(colours):
-        raise InputError(f"the PNG has the index {indices.max()} in a palette of {len(colours)} colours: damaged")
-    painted: np.ndarray = colours[indices]
-    return painted
+    return np.frombuffer(palettes[0], np.uint8).reshape(-1, 3)

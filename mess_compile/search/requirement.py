@@ -172,6 +172,10 @@ def _positive(text: str, units: Collection[str], option: str, example: str) -> t
 
 def _refusal(text: str, option: str, example: str) -> InputError:
     """What is wrong with a number, and how it is written."""
+    comma = re.fullmatch(r"([0-9]+),([0-9]+)(.*)", text.strip())
+    if comma is not None:
+        point = f"{comma[1]}.{comma[2]}{comma[3]}"
+        return InputError(f"{option} {_shortened(text)!r} has a decimal comma: write {_shortened(point)}")
     match = re.match(rf"(-?){_NUMBER}(.*)", text.strip())
     reason = "is not understood"
     if match is not None and match[1]:

@@ -84,7 +84,7 @@ def read_progress(folder: Path, described: dict[str, Any]) -> Progress | None:
         return None
     content = files.read_json(path, "mess-training", 1, _REMEDY)
     saved = content.get("training")
-    if not isinstance(saved, dict) or not _same(saved, described):
+    if not isinstance(saved, dict) or _changed(saved, described):
         raise InputError(
             f"{folder} holds an unfinished training that differs in {_difference(saved, described)}: {_REMEDY}"
         )
@@ -113,11 +113,26 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value}
 
 
-def _same(saved: Any, described: Any) -> bool:
-    return _flat(saved) == _flat(described)
+_CONTENTS = {
+    "labels_sha256": "the labels, which were changed since",
+    "images_sha256": "the images, which were changed since",
+    "image_ids_sha256": "the list of images (image_ids)",
+    "imagenet_sha256": "the ImageNet weights",
+}
+_NEWER = ("labels_sha256", "images_sha256")
+"""What earlier releases did not save, and what is not known before labels are read."""
+
+
+def _changed(saved: Any, described: dict[str, Any]) -> list[str]:
+    """In what a saved training differs from the one that is described."""
+    old, new = _flat(saved), _flat(described)
+    unknown = {key for key in _NEWER if key not in old or key not in new}
+    return [key for key in sorted((old.keys() | new.keys()) - unknown) if old.get(key) != new.get(key)]
 
 
 def _difference(saved: Any, described: dict[str, Any]) -> str:
     old, new = _flat(saved), _flat(described)
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return "; ".join(f"{key} ({old.get(key)!r}, now {new.get(key)!r})" for key in changed[:3])
+    return "; ".join(
+        _CONTENTS.get(key) or f"{key} ({old.get(key)!r}, now {new.get(key)!r})"
+        for key in _changed(saved, described)[:3]
+    )

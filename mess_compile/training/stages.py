@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from mess_compile import files, launcher
 from mess_compile.candidates import CandidateNetwork, head_config_from_name
-from mess_compile.dataset import DataSet, check_trainable, count_labels
+from mess_compile.dataset import DataSet, refuse_untrainable, survey_labels
 from mess_compile.nets.backbones import load_imagenet
 from mess_compile.nets.checkpoint import (
     architecture_to_json,
@@ -35,6 +36,8 @@ from mess_compile.training.progress import Progress, progress_of, read_progress,
 from mess_compile.training.recipe import Recipe
 from mess_compile.training.validate import miou_line
 
+_OTHER = "another training is running there: wait until it has ended, or train in another workspace (-C DIR)"
+
 
 def train(
     architecture: Architecture,
@@ -55,18 +58,50 @@ def train(
     all but the first return None. `source` is the folder of a candidate network to start stage 2 from, stage 1 then
     having no epochs; `teacher` that of one whose final exit teaches instead of the network's own. Raises InputError
     when `folder` holds another unfinished training, `source` another architecture, the data do not suffice, the loss is
-    not a number, memory runs out, or a process is gone.
+    not a number, memory runs out, a process is gone, or another training runs in `folder`.
     """
-    machines = machines or Machines()
+    alone = files.used_alone(folder, _OTHER) if launcher.is_first() else nullcontext()
+    with alone:
+        return _train(
+            architecture,
+            data,
+            validation,
+            folder,
+            recipe,
+            report,
+            imagenet,
+            machines or Machines(),
+            source,
+            teacher,
+            progress_bar,
+        )
+
+
+def _train(
+    architecture: Architecture,
+    data: DataSet,
+    validation: DataSet,
+    folder: Path,
+    recipe: Recipe,
+    report: Callable[[str], None],
+    imagenet: Path | None,
+    machines: Machines,
+    source: Path | None,
+    teacher: Path | None,
+    progress_bar: Callable[[str, int, int], None],
+) -> CandidateNetwork | None:
     kept, teaching = (load_candidate(path) if path else None for path in (source, teacher))
     _check_stages(architecture, recipe, kept)
     _check_teacher(architecture, teaching)
     described = _described(architecture, data, recipe, imagenet, (kept, teaching))
     progress, counts = None, None
     if not launcher.is_child():  # before others are started, so that what is wrong is said once
+        surveyed = survey_labels(data)
+        refuse_untrainable(surveyed)
+        described["labels_sha256"], counts = surveyed.sha256, surveyed.pixels
         progress = read_progress(folder, described)
-        counts = check_trainable(data)
-        count_labels(validation)
+        for sentence in (*surveyed.sentences(), *survey_labels(validation).sentences()):
+            report(sentence)
     fabric = launch(machines)
     first = fabric.global_rank == 0
     with lost_process_named(fabric):
@@ -146,14 +181,14 @@ def _described(
         "recipe": asdict(recipe),
         "images": len(data.items),
         "image_ids_sha256": hashlib.sha256("\n".join(item.id for item in data.items).encode()).hexdigest(),
+        "images_sha256": hashlib.sha256(repr([item.image.stat().st_size for item in data.items]).encode()).hexdigest(),
         "imagenet_sha256": None if imagenet is None else _sha256_of_weights(imagenet),
         "source_and_teacher": [None if other is None else other.candidate.identity for other in others],
     }
 
 
 def _sha256_of_weights(path: Path) -> str:
-    if not path.is_file():
-        raise InputError(f"weights {path} do not exist")
+    load_state(path)  # now, rather than when labels are counted and processes started
     return files.sha256_of_file(path)
 
 

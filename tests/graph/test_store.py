@@ -107,3 +107,17 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
         read_model(tmp_path / "model.onnx")
     with pytest.raises(InputError, match=r"absent\.onnx does not exist"):
         read_model(tmp_path / "absent.onnx")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n"
+
+
+def test_pointers_of_git_lfs_instead_of_a_model_or_its_weights_are_named(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_text(POINTER)
+    with pytest.raises(InputError, match=r"model\.onnx is a Git LFS pointer.*git lfs pull"):
+        read_model(tmp_path / "model.onnx")
+    model = small_model()
+    onnx.save(model, str(tmp_path / "model.onnx"), save_as_external_data=True, location="model.data", size_threshold=0)
+    (tmp_path / "model.data").write_text(POINTER)
+    with pytest.raises(InputError, match=r"model\.data is a Git LFS pointer"):
+        externalise(read_model(tmp_path / "model.onnx"), tmp_path / "graphs", tmp_path)

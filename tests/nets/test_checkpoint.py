@@ -119,3 +119,38 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"no tensors")
     with pytest.raises(InputError, match="cannot be read"):
         load_state(tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14212972\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>404</html>", "is no file of weights, but an HTML page"),
+        (b'{"message": "Not Found"}', "is no file of weights, but a text"),
+        (b"\0\1\2\3" * 99, "is no file of weights .it begins with"),
+        (b"", "is empty"),
+    ],
+)
+def test_what_was_saved_instead_of_weights_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"weights\.pth .*{words}"):
+        load_state(path)
+
+
+def test_weights_that_were_cut_off_are_said_to_be(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.zeros(999)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(InputError, match=r"may be truncated .*copy or download it again"):
+        load_state(path)
+
+
+def test_a_checkpoint_says_which_of_its_entries_is_the_state(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"epoch": 3, "state_dict": {"a": torch.zeros(1)}}, path)
+    with pytest.raises(InputError, match=r"its entry 'state_dict' is one, so save that alone: .*\['state_dict'\]"):
+        load_state(path)
+    torch.save({"module.a": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match=r"DataParallel model: save `model\.module.state_dict"):
+        load_state(path)

@@ -298,3 +298,10 @@ def test_links_and_more_files_in_an_unpacked_bundle_are_refused(unpacked: Path, 
     (unpacked / "golden" / "more.npy").write_bytes(b"x")
     with pytest.raises(BundleError, match=r"disagree on 'golden/more\.npy'"):
         open_archive(unpacked)
+
+
+def test_a_pointer_of_git_lfs_is_no_damaged_bundle(tmp_path: Path) -> None:
+    path = tmp_path / "street.mess"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3\n")
+    with pytest.raises(InputError, match=r"street\.mess is a Git LFS pointer.*git lfs pull"):
+        open_archive(path)

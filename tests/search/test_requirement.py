@@ -115,3 +115,20 @@ def test_contradictory_requirements_are_refused(fields: dict[str, Any]) -> None:
 def test_a_bound_that_is_no_positive_number_is_refused(value: float) -> None:
     with pytest.raises(InputError, match="is not a positive number"):
         Limit(value)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "meant"),
+    [
+        (parse_max_err, "0,5%", "0.5%"),
+        (parse_milliseconds, "20,5ms", "20.5ms"),
+        (parse_max_latency, "0,5x", "0.5x"),
+        (parse_max_workload, "3,5", "3.5"),
+        (parse_max_memory, "1,5 GB", "1.5 GB"),
+        (parse_seconds, "1,5h", "1.5h"),
+        (parse_baseline, "54,24%", "54.24%"),
+    ],
+)
+def test_a_decimal_comma_is_named_for_what_it_is(parse: Callable[[str], Any], text: str, meant: str) -> None:
+    with pytest.raises(InputError, match=f"'{text}' has a decimal comma: write {meant}$"):
+        parse(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,58 @@ def test_other_images_or_weights_are_another_training(data: Path, tmp_path: Path
     scenes.write_scenes(tmp_path / "data", {"train": 8, "val": 2}, HW, seed=100)
     with pytest.raises(InputError, match="image_ids"):
         run(tmp_path / "data", tmp_path / "candidate")
+
+
+def killed_in_epoch_2(data: Path, folder: Path) -> None:
+    def kill(text: str) -> None:
+        if "epoch 2" in text:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(data, folder, report=kill)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("labels", "the labels, which were changed"), ("images", "the images")])
+def test_labels_or_images_that_were_changed_are_another_training(tmp_path: Path, kind: str, words: str) -> None:
+    root = tmp_path / "data"
+    scenes.write_scenes(root, {"train": 8, "val": 2}, HW)
+    killed_in_epoch_2(root, tmp_path / "candidate")
+    path = min((root / "train" / kind).iterdir())
+    pixels = np.array(Image.open(path))
+    pixels[0] = pixels[-1] = 1
+    Image.fromarray(pixels).save(path)
+    with pytest.raises(InputError, match=f"differs in {words}"):
+        run(root, tmp_path / "candidate")
+
+
+def test_a_training_that_an_older_release_left_goes_on(data: Path, tmp_path: Path) -> None:
+    killed_in_epoch_2(data, tmp_path / "candidate")
+    path = tmp_path / "candidate" / "training" / "progress.json"
+    content = json.loads(path.read_text())
+    del content["training"]["labels_sha256"], content["training"]["images_sha256"]
+    path.write_text(json.dumps(content))
+    lines: list[str] = []
+    run(data, tmp_path / "candidate", report=lines.append)
+    assert not any(line.startswith("stage 1, epoch 1 ") for line in lines)
+
+
+def test_a_second_training_in_the_same_place_is_refused_and_leaves_the_first_alone(data: Path, tmp_path: Path) -> None:
+    def second(text: str) -> None:
+        if "epoch 2" in text:
+            with pytest.raises(InputError, match=r"candidate is in use: another training is running there"):
+                run(data, tmp_path / "candidate")
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(data, tmp_path / "candidate", report=second)
+    assert (tmp_path / "candidate" / "training" / "progress.json").is_file()
+
+
+def test_a_training_that_is_refused_leaves_no_folder(data: Path, tmp_path: Path) -> None:
+    few = open_dataset(data, "train[:1]")
+    with pytest.raises(InputError):
+        train(architecture(few), few, open_dataset(data, "val"), tmp_path / "candidate", RECIPE, lambda line: None)
+    assert not (tmp_path / "candidate").exists()
 
 
 def test_another_training_in_the_folder_is_not_overwritten(data: Path, tmp_path: Path) -> None:
