@@ -161,7 +161,7 @@ class _Search:
         """What no plan can save of the objective: every image passes a first head, and leaves."""
         path = self._problem.paths[self._problem.wanted.objective]
         first = path.step[0][path.step[0] >= 0].min()
-        return int((path.start + first + path.leave[1:].min()) * self._images)
+        return int((path.start + first + path.leave.min()) * self._images)
 
     # what a plan must beat
 
@@ -236,7 +236,7 @@ class _Search:
 
     def _singles(self) -> None:
         problem, wanted, heads = self._problem, self._problem.wanted, np.arange(self._nobody)
-        costs = np.stack([p.start + p.step[0] + p.leave[problem.points] for p in problem.paths])  # (q, heads)
+        costs = np.stack([p.start + p.step[0] + p.leave for p in problem.paths])  # (q, heads)
         runs = np.array([path.step[0] >= 0 for path in problem.paths]).all(axis=0)
         mious = np.array([kernels.mean_iou(totals, problem.field.labelled) for totals in problem.field.totals])
         kept = runs & (costs * self._images <= wanted.bounds[:, None]).all(axis=0) & (costs[0] <= wanted.percentile[1])
