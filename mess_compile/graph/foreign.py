@@ -32,7 +32,7 @@ from mess_compile.graph.fidelity import original_logits, write_original
 from mess_compile.graph.fold import fold_constants
 from mess_compile.graph.nodes import OPSET, add, constant, empty_model, keep
 from mess_compile.graph.places import Places, find_places
-from mess_compile.graph.store import externalise, read_model, write_model
+from mess_compile.graph.store import drop_unread_weights, externalise, read_model, widen_weights, write_model
 from mess_compile.runtime import engine
 from mess_compile.runtime.errors import InputError
 
@@ -94,6 +94,7 @@ def import_with_exits(
         graph_set = cut_network(folder, gate, progress)
         known = {id(frame): values for frame, values in zip(frames, logits, strict=True)}
         check_stages(graph_set, lambda frame: known[id(frame)], frames, progress)
+        drop_unread_weights(folder)
     return read_graph_set(graphs)
 
 
@@ -103,6 +104,7 @@ def _write_both(
     """Write the model as it came, ending in all logits, and its whole-network form; what tensors are called there."""
     original = onnx.ModelProto.FromString(model.SerializeToString())
     at_our_opset(model)
+    widen_weights(model, folder)
     share_weights(model)
     hw = exits.input.hw(image.shape)
     places = find_places(model, image.name, hw, exits)

@@ -60,6 +60,10 @@ def _expand_newer(model: onnx.ModelProto) -> None:
     while newer := sorted({node.op_type for node in model.graph.node} & defined):
         outputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in model.graph.output]
         shaped = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        shaped.graph.value_info.extend(  # a definition may depend on the types of weights
+            helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims)
+            for weight in shaped.graph.initializer
+        )
         wanted = [("", name) for name in newer]
         model.CopyFrom(inliner.inline_selected_functions(shaped, wanted, inline_schema_functions=True))
         keep(model.graph.output, outputs)
@@ -83,29 +87,30 @@ def _converted(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]
     """What computes at opset 17 what `node` does."""
     if not defs.has(node.op_type, change.version, ""):
         raise change.refused(node, f"is no operator of opset {change.version}, which the model says it has")
-    since = defs.get_schema(node.op_type, change.version, "").since_version
-    rules = [rule for names, first, last, rule in RULES if node.op_type in names and first <= since <= last]
+    theirs = defs.get_schema(node.op_type, change.version, "")
+    rules = [
+        rule for names, first, last, rule in RULES if node.op_type in names and first <= theirs.since_version <= last
+    ]
     made = rules[0](change, node) if rules else [node]
     for each in made:
-        _fit(change, each, node)
+        _fit(change, each, theirs)
     return made
 
 
-def _fit(change: Conversion, made: onnx.NodeProto, node: onnx.NodeProto) -> None:
+def _fit(change: Conversion, made: onnx.NodeProto, theirs: Any) -> None:
     """Let attributes and inputs be those that opset 17 knows; what has no meaning is left out."""
     if not defs.has(made.op_type, OPSET, ""):
-        raise change.refused(node, f"came after opset {OPSET}, and ONNX defines it by no older operators")
+        raise change.refused(made, f"came after opset {OPSET}, and ONNX defines it by no older operators")
     ours = defs.get_schema(made.op_type, OPSET, "")
-    theirs = defs.get_schema(made.op_type, change.version, "") if made is node else ours
     for attribute in [each for each in made.attribute if each.name not in ours.attributes]:
         if not _says_nothing(attribute, theirs):
             value = shown(helper.get_attribute_value(attribute))
-            raise change.refused(node, f"has {attribute.name} = {value}, which opset {OPSET} lacks")
+            raise change.refused(made, f"has {attribute.name} = {value}, which opset {OPSET} lacks")
         made.attribute.remove(attribute)
     while made.input and not made.input[-1]:
         del made.input[-1]
     if len(made.input) > ours.max_input:
-        raise change.refused(node, f"has {len(made.input)} inputs, at opset {OPSET} it takes {ours.max_input}")
+        raise change.refused(made, f"has {len(made.input)} inputs, at opset {OPSET} it takes {ours.max_input}")
 
 
 def _says_nothing(attribute: onnx.AttributeProto, schema: Any) -> bool:

@@ -11,6 +11,8 @@ from mess_compile.graph.nodes import constant, keep
 from mess_compile.graph.workload import tensor_spec
 from mess_compile.runtime.errors import InputError
 
+_OF_ITS_INPUT = ("GroupNormalization",)
+
 
 def fold_shapes(model: onnx.ModelProto) -> None:
     """Fold constants and the sizes that follow from the input's; every round may tell more shapes than the last."""
@@ -33,7 +35,7 @@ def fold_shapes(model: onnx.ModelProto) -> None:
 def known_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     """The static shapes of weights and tensors, by name. Raises InputError when they contradict each other."""
     try:
-        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        graph = onnx.shape_inference.infer_shapes(_inferable(model), data_prop=True).graph
     except onnx.shape_inference.InferenceError as error:
         raise InputError(f"the shapes of the model contradict each other: {error}") from error
     found: dict[str, tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
@@ -41,3 +43,15 @@ def known_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
         with suppress(InputError):  # not static, or not yet
             found[value.name] = tensor_spec(value).shape
     return found
+
+
+def _inferable(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, or a copy where nodes whose shape ONNX does not infer give their input."""
+    if not any(node.op_type in _OF_ITS_INPUT for node in model.graph.node):
+        return model
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    for node in copy.graph.node:
+        if node.op_type in _OF_ITS_INPUT:
+            node.op_type = "Identity"
+            del node.input[1:], node.attribute[:]
+    return copy
