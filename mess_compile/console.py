@@ -68,7 +68,7 @@ class Group(click.Group):
         standalone = named.pop("standalone_mode", True)
         with _one_object(standalone):
             try:
-                code = super().main(words, *rest, standalone_mode=False, **named)
+                code = super().main(words, *rest, **{**named, "standalone_mode": False})
             except click.ClickException as error:
                 _add_error(error.format_message())
                 if not standalone:

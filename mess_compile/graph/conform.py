@@ -48,7 +48,7 @@ def check_valid(model: onnx.ModelProto, path: Path) -> None:
 def _of_known_ir(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy for the checker, which refuses newer IR versions; what they add is not read here. Weights in other files
     are inputs in it."""
-    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
     copy.ir_version = onnx.IR_VERSION
     external = [tensor for tensor in copy.graph.initializer if uses_external_data(tensor)]
     known = {value.name for value in copy.graph.input}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -79,10 +80,10 @@ def _outputs(library: Library, path: Path, feeds: Sequence[Feed]) -> list[Feed]:
     """By ONNX Runtime, or where it lacks an operator by ONNX's reference implementation. Raises InputError."""
     try:
         with closing(library.load(path)) as loaded:
-            return [run(library, loaded, feed) for feed in feeds]
+            return [dict(run(library, loaded, feed)) for feed in feeds]
     except EngineError as error:
         try:
-            evaluator = ReferenceEvaluator(str(path))
+            evaluator: Any = ReferenceEvaluator(str(path))
             return [dict(zip(evaluator.output_names, evaluator.run(None, feed), strict=True)) for feed in feeds]
         except Exception as second:  # whatever its operators raise
             raise InputError(

@@ -78,7 +78,7 @@ def _defined(version: int) -> Iterator[str]:
     """The operators of opset `version` that ours lacks and that are defined by others."""
     for name in {schema.name for schema in defs.get_all_schemas() if not schema.domain}:
         if name not in _OF_OURS and not defs.has(name, OPSET, "") and defs.has(name, version, ""):
-            schema = defs.get_schema(name, version, "")
+            schema: Any = defs.get_schema(name, version, "")
             if schema.has_function or schema.has_context_dependent_function:
                 yield name
 

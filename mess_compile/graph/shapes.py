@@ -49,7 +49,7 @@ def _inferable(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model, or a copy where nodes whose shape ONNX does not infer give their input."""
     if not any(node.op_type in _OF_ITS_INPUT for node in model.graph.node):
         return model
-    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
     for node in copy.graph.node:
         if node.op_type in _OF_ITS_INPUT:
             node.op_type = "Identity"
