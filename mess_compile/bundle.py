@@ -257,7 +257,7 @@ def _network(candidate: CandidateNetwork, resize: str) -> manifest.Network:
 
 
 def _stage(stage: Stage, graphs: StageGraphs, graph_set: GraphSet, places: Mapping[str, str]) -> manifest.Stage:
-    height, width = graph_set.candidate.exit_point(stage.exit_point).hw
+    height, width = graph_set.candidate.logits_hw(graph_set.candidate.head_behind(stage.head))
     return manifest.Stage(
         exit_point=stage.exit_point,
         head=stage.head,

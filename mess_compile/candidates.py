@@ -113,11 +113,15 @@ class ExitPoint:
 
 @dataclass(frozen=True)
 class Head:
-    """One candidate head; `exit_point` counts from 1, `config` is a HeadConfig's name or a foreign name."""
+    """One candidate head; `exit_point` counts from 1, `config` is a HeadConfig's name or a foreign name.
+
+    `hw` is the size of its logits, None where it is that of the exit point's map: a head may upsample inside.
+    """
 
     exit_point: int
     config: str
     macs: int
+    hw: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -160,13 +164,25 @@ class CandidateNetwork:
                 return head
         raise InputError(f"no head {name!r} in this network; it has {', '.join(h.name for h in self.heads)}")
 
+    def head_behind(self, name: str) -> Head:
+        """The head of this name, or of a whole network the one that it ends with."""
+        return self.head(self.baseline if is_whole(name) else name)
+
     def point_of(self, name: str) -> int:
         """The number of the exit point that a head lies at; a whole network ends at the last one."""
-        return len(self.exit_points) if is_whole(name) else self.head(name).exit_point
+        return self.head_behind(name).exit_point
 
     def exit_point(self, number: int) -> ExitPoint:
         """The exit point by its number, from 1."""
         return self.exit_points[number - 1]
+
+    def logits_hw(self, head: Head) -> tuple[int, int]:
+        """The size of a head's logits, which its gate counts over and its output graph begins with."""
+        return head.hw or self.exit_point(head.exit_point).hw
+
+    def output_of(self, head: Head) -> str:
+        """The name of the output graph that a head's logits go to."""
+        return output_name(self.logits_hw(head))
 
     def heads_at(self, number: int) -> tuple[Head, ...]:
         return tuple(head for head in self.heads if head.exit_point == number)
@@ -185,7 +201,11 @@ class CandidateNetwork:
         return self.exit_points[-1].macs + self.head(self.baseline).macs
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        content = asdict(self)
+        for head in content["heads"]:
+            if head["hw"] is None:
+                del head["hw"]
+        return content
 
 
 def candidate_from_json(content: dict[str, Any]) -> CandidateNetwork:
@@ -194,7 +214,7 @@ def candidate_from_json(content: dict[str, Any]) -> CandidateNetwork:
         ExitPoint(str(p["name"]), str(p["block"]), int(p["channels"]), _pair(p["hw"]), _count(p["macs"]))
         for p in content["exit_points"]
     )
-    heads = tuple(Head(int(h["exit_point"]), str(h["config"]), _count(h["macs"])) for h in content["heads"])
+    heads = tuple(_head_from_json(head) for head in content["heads"])
     classes = tuple(str(name) for name in content["classes"])
     colours = tuple((int(r), int(g), int(b)) for r, g, b in content["colours"])
     if not heads or not exit_points or any(not 1 <= h.exit_point <= len(exit_points) for h in heads):
@@ -216,6 +236,13 @@ def candidate_from_json(content: dict[str, Any]) -> CandidateNetwork:
     if network.head(network.baseline).exit_point != len(exit_points):
         raise ValueError(f"the baseline head {network.baseline} is not at the final exit")
     return network
+
+
+def _head_from_json(content: dict[str, Any]) -> Head:
+    hw = _pair(content["hw"]) if content.get("hw") is not None else None
+    if hw is not None and not all(1 <= side <= MAX_SIDE for side in hw):
+        raise ValueError(f"hw of head {content['config']} is {hw}, not of sides from 1 to {MAX_SIDE}")
+    return Head(int(content["exit_point"]), str(content["config"]), _count(content["macs"]), hw)
 
 
 def _count(value: Any) -> int:
@@ -240,7 +267,7 @@ def head_graph_name(head: str) -> str:
 
 
 def output_name(hw: tuple[int, int]) -> str:
-    """The output graph shared by all exits whose feature map has this size."""
+    """The output graph shared by all heads whose logits have this size."""
     return f"output-{hw[0]}x{hw[1]}"
 
 

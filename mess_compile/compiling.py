@@ -169,8 +169,8 @@ def target_of(workspace: Workspace, device: str | None) -> Target:
         estimated = sorted(path.stem for path in workspace.latency("any").parent.glob("*.json"))
         if estimated:
             raise InputError(
-                f"no device was measured in this workspace yet; {', '.join(estimated)} was estimated, and estimates are "
-                f"not taken by default: name it (--device {estimated[0]})"
+                f"no device was measured in this workspace yet; {', '.join(estimated)} was estimated, and an estimate "
+                f"is not taken by default: name it (--device {estimated[0]})"
             )
         raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
     return find_target(name, workspace.root)

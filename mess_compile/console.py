@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
+import os
 import re
 import shlex
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -24,6 +26,9 @@ _RATE_OVER_S = 600.0
 """What the rate is an average over; an engine can take minutes."""
 _bars: list[Any] = []
 """Those on the terminal now."""
+_contents: list[dict[str, Any]] = []
+"""What the command that runs with `--json` has to say so far."""
+_NOT_BEGUN = "nothing was begun"
 _ELSEWHERE = "work in a folder that can be written (-C DIR)"
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
@@ -55,6 +60,28 @@ class Group(click.Group):
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx) from error
 
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **named: Any) -> Any:
+        """With `--json` standard output gets one object: what the command found, an `error`, or both."""
+        words = list(sys.argv[1:] if args is None else args)
+        if not _asks_for_json(words):
+            return super().main(args, *rest, **named)
+        standalone = named.pop("standalone_mode", True)
+        with _one_object(standalone):
+            try:
+                code = super().main(words, *rest, **{**named, "standalone_mode": False})
+            except click.ClickException as error:
+                _add_error(error.format_message())
+                if not standalone:
+                    raise
+                error.show()
+                code = error.exit_code
+            except click.Abort:
+                _stop(_NOT_BEGUN)
+            except Exception as error:
+                _add_error(f"{type(error).__name__}: {error}")
+                raise
+        return sys.exit(code if isinstance(code, int) else 0) if standalone else code
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -63,7 +90,7 @@ class Group(click.Group):
         except MessError as error:
             fail(str(error))
         except KeyboardInterrupt:
-            _stop(self.stopped.get(ctx.invoked_subcommand or "", "nothing was begun"))
+            _stop(self.stopped.get(ctx.invoked_subcommand or "", _NOT_BEGUN))
         except MemoryError:
             fail("out of memory; use a smaller input, batch or group of heads")
         except BrokenPipeError:
@@ -73,9 +100,83 @@ class Group(click.Group):
 
 
 def fail(message: str) -> NoReturn:
-    """One line on standard error, and exit code 1."""
-    say(f"error: {' '.join(message.split())}", err=True)
+    """One line on standard error, the same as `error` in the JSON where that was asked for, and exit code 1."""
+    words = " ".join(message.split())
+    say(f"error: {words}", err=True)
+    _add_error(words)
     sys.exit(1)
+
+
+def _asks_for_json(words: Sequence[str]) -> bool:
+    """Whether a command line does, right or wrong as it may be; help is for people."""
+    options = words[: words.index("--")] if "--" in words else words
+    return "--json" in options and not {"-h", "--help", "--version"}.intersection(options)
+
+
+@contextmanager
+def _one_object(for_good: bool) -> Iterator[None]:
+    """Standard output for one JSON object alone, written in the end: all else that is printed, by libraries in C too,
+    goes to standard error; `for_good`: what they print as the process ends, as well."""
+    with _others_to_stderr(for_good) as stream:
+        _contents.append({})
+        try:
+            yield
+        finally:
+            content = _contents.pop()
+            if content:
+                _write_object(stream, content)
+
+
+def _write_object(stream: TextIO, content: dict[str, Any]) -> None:
+    try:
+        stream.write(json.dumps(content, default=str) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        say(f"error: {_os_message(error)}", err=True)
+        sys.exit(1)
+
+
+@contextmanager
+def _others_to_stderr(for_good: bool) -> Iterator[TextIO]:
+    """Give the stream that standard output was."""
+    ours = sys.stdout
+    if not _is_standard_output(ours):  # somebody caught it already, in Python
+        with redirect_stdout(sys.stderr):
+            yield ours
+        return
+    ours.flush()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as stream:
+        _let_first_be_second()
+        try:
+            yield stream
+        finally:
+            ours.flush()
+            if not for_good:
+                ctypes.CDLL(None).fflush(None)
+                os.dup2(stream.fileno(), 1)
+
+
+def _is_standard_output(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == 1
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def _let_first_be_second() -> None:
+    """What is written to standard output goes to standard error; where that is closed, nowhere."""
+    try:
+        os.dup2(2, 1)
+    except OSError:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+
+
+def _add_error(words: str) -> None:
+    if _contents:
+        _contents[-1]["error"] = words
 
 
 def _broken_between_words(error: click.UsageError) -> click.UsageError:
@@ -93,6 +194,7 @@ def _stop(words: str) -> NoReturn:
     if sys.stderr.isatty():
         click.echo(err=True)  # it stands at ^C
     say(f"stopped: {words}", err=True)
+    _add_error(f"stopped: {words}")
     sys.exit(1)
 
 
@@ -102,7 +204,11 @@ def _os_message(error: OSError) -> str:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    click.echo(json.dumps(content, default=str))
+    """The object that a command's `--json` prints; on the command line it is written when the command ends."""
+    if _contents:
+        _contents[-1].update(content)
+    else:
+        click.echo(json.dumps(content, default=str))
 
 
 def print_next(*commands: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mess_compile.candidates import GraphSet, head_graph_name, output_name, segment_name
+from mess_compile.candidates import GraphSet, head_graph_name, segment_name
 from mess_compile.latency import LatencyTable, mean_ms_of
 from mess_compile.runtime.engine import FP32
 
@@ -54,4 +54,4 @@ def _parts(graph_set: GraphSet) -> list[str]:
     candidate = graph_set.candidate
     last = len(candidate.exit_points)
     segments = [segment_name(point, point + 1) for point in range(last)]
-    return [*segments, head_graph_name(candidate.baseline), output_name(candidate.exit_point(last).hw)]
+    return [*segments, head_graph_name(candidate.baseline), candidate.output_of(candidate.head(candidate.baseline))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mess_compile.candidates import GraphSet, head_graph_name, output_name, segment_name
+from mess_compile.candidates import GraphSet, head_graph_name, segment_name
 from mess_compile.runtime.errors import InputError
 
 
@@ -32,7 +32,7 @@ class EngineFiles:
             for head in candidate.heads
             if head.exit_point in reached
             and head_graph_name(head.name) in self.paths
-            and output_name(candidate.exit_point(head.exit_point).hw) in self.paths
+            and candidate.output_of(head) in self.paths
         )
 
     @property

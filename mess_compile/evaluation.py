@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from mess_compile.candidates import (
     BASELINE_ALONE,
     CandidateNetwork,
+    Head,
     head_graph_name,
-    output_name,
     segment_name,
 )
 from mess_compile.dataset import ALWAYS_IGNORED, DataSet, Item, samples
@@ -106,7 +106,7 @@ def _evaluated(
     return ExitStatistics(
         heads=heads,
         classes=candidate.classes,
-        cells=tuple(_cells(candidate, candidate.head(head).exit_point) for head in heads),
+        cells=tuple(_cells(candidate, candidate.head(head)) for head in heads),
         thresholds=threshold_table(graph_set.gate, classes),
         counts=np.stack([each.counts for each in scores]),
         intersection=np.stack([each.intersection for each in scores]),
@@ -148,10 +148,7 @@ def _exits(engines: EngineFiles) -> Exits:
         classes=len(candidate.classes),
         segments=tuple((a, b, segment_name(a, b)) for b, a in engines.sources.items()),
         heads=tuple(
-            HeadEngines(
-                head_graph_name(head.name), head.exit_point, output_name(candidate.exit_point(head.exit_point).hw)
-            )
-            for head in heads
+            HeadEngines(head_graph_name(head.name), head.exit_point, candidate.output_of(head)) for head in heads
         ),
         alone=BASELINE_ALONE if BASELINE_ALONE in engines.paths else None,
     )
@@ -282,8 +279,8 @@ def _is_done(part: Path, items: Sequence[Item], origin: _Origin) -> bool:
     return (found.image_id, found.library, found.device, found.heads) == here
 
 
-def _cells(candidate: CandidateNetwork, exit_point: int) -> int:
-    height, width = candidate.exit_point(exit_point).hw
+def _cells(candidate: CandidateNetwork, head: Head) -> int:
+    height, width = candidate.logits_hw(head)
     return height * width
 
 

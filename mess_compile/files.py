@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.errors import InputError, MessError
 from mess_compile.runtime.pointers import refuse_pointer
 
 if sys.version_info >= (3, 11):
@@ -52,7 +52,7 @@ def replaced(path: Path, suffix: str = "") -> Iterator[Path]:
     handle, name = tempfile.mkstemp(suffix, f".{path.name}.", path.parent)
     temporary = Path(name)
     try:
-        with _held(handle):
+        with _held(handle), _named_for(temporary, path):
             os.chmod(name, 0o644)
             yield temporary
             os.replace(temporary, path)
@@ -69,7 +69,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     old = temporary.with_name(temporary.name + _OLD)
     try:
-        with _held(os.open(temporary, os.O_RDONLY)):
+        with _held(os.open(temporary, os.O_RDONLY)), _named_for(temporary, path):
             os.chmod(temporary, 0o755)
             yield temporary
             if path.exists():
@@ -82,6 +82,23 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             os.replace(old, path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _named_for(temporary: Path, path: Path) -> Iterator[None]:
+    """Let errors name the file or folder that is to be written, and not the temporary one."""
+    try:
+        yield
+    except MessError as error:
+        error.args = tuple(_renamed(part, temporary, path) for part in error.args)
+        raise
+    except OSError as error:
+        error.filename = _renamed(error.filename, temporary, path)
+        raise
+
+
+def _renamed(words: Any, temporary: Path, path: Path) -> Any:
+    return words.replace(str(temporary), str(path)) if isinstance(words, str) else words
 
 
 def recovered(folder: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mess_compile import latency
-from mess_compile.candidates import BASELINE, head_graph_name, output_name, segment_name
+from mess_compile.candidates import BASELINE, head_graph_name, segment_name
 from mess_compile.engines import EngineFiles
 from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.pool import Job
@@ -57,7 +57,10 @@ def _jobs_of(engines: EngineFiles) -> Iterator[Job]:
 
     heads = [candidate.head(name) for name in engines.heads]
     typical = {point: _typical([h for h in heads if h.exit_point == point]) for point in {h.exit_point for h in heads}}
-    outputs = {output_name(candidate.exit_point(point).hw): head for point, head in typical.items()}
+    outputs: dict[str, str] = {}
+    for point, output in sorted({(head.exit_point, candidate.output_of(head)) for head in heads}):
+        alike = [head for head in heads if (head.exit_point, candidate.output_of(head)) == (point, output)]
+        outputs[output] = _typical(alike)
     output, head_graph = next(iter(outputs.items()))
     for name in graph_set.baselines:
         if name in engines.paths:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mess_compile import files
-from mess_compile.candidates import CandidateNetwork, GraphSet, head_graph_name, is_whole, output_name, segment_name
+from mess_compile.candidates import CandidateNetwork, GraphSet, head_graph_name, is_whole, segment_name
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError, StaleError
 from mess_compile.runtime.notebook import table_html
@@ -156,11 +156,11 @@ def stage_graphs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[Sta
         return (StageGraphs(heads[0], None, None),)
     stages, previous = [], 0
     for name in heads:
-        point = candidate.head(name).exit_point
+        head = candidate.head(name)
+        point = head.exit_point
         if point <= previous:
             raise InputError(f"the heads {', '.join(heads)} are not at ever deeper exit points")
-        output = output_name(candidate.exit_point(point).hw)
-        stages.append(StageGraphs(segment_name(previous, point), head_graph_name(name), output))
+        stages.append(StageGraphs(segment_name(previous, point), head_graph_name(name), candidate.output_of(head)))
         previous = point
     return tuple(stages)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mess_compile import latency
-from mess_compile.candidates import BASELINE_ALONE, GraphSet, head_graph_name, output_name, segment_name
+from mess_compile.candidates import BASELINE_ALONE, GraphSet, head_graph_name, segment_name
 from mess_compile.latency import LatencyTable
 from mess_compile.runtime.errors import InputError
 
@@ -82,5 +82,5 @@ def _recorded(graph_set: GraphSet) -> list[str]:
     candidate = graph_set.candidate
     names = [segment_name(number, number + 1) for number in range(len(candidate.exit_points))]
     for head in candidate.heads:
-        names += [head_graph_name(head.name), output_name(candidate.exit_point(head.exit_point).hw)]
+        names += [head_graph_name(head.name), candidate.output_of(head)]
     return names + ([BASELINE_ALONE] if graph_set.baseline_alone else [])

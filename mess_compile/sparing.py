@@ -22,7 +22,7 @@ from functools import cached_property
 
 import onnx
 
-from mess_compile.candidates import CandidateNetwork, GraphSet, GraphSpec, output_name, segment_name
+from mess_compile.candidates import CandidateNetwork, GraphSet, GraphSpec, segment_name
 from mess_compile.estimate import Estimate, Roofline, calibrated, choose_calibration
 from mess_compile.graph.store import read_model
 from mess_compile.graph.workload import activations
@@ -213,7 +213,7 @@ def _fair_share(subject: Subject) -> list[Key]:
     for graphs in subject.graph_sets:
         candidate = graphs.candidate
         near = [segment_name(a, b) for a, b in candidate.segments() if a == 0 or b == a + 1]
-        outputs = dict.fromkeys(output_name(point.hw) for point in candidate.exit_points)
+        outputs = dict.fromkeys(candidate.output_of(head) for head in candidate.heads)
         chosen += [_key(graphs, name) for name in (*near, *outputs) if name in graphs.graphs]
     return chosen + _most_telling(subject, FAIR, besides=chosen)
 

@@ -27,7 +27,7 @@ from mess_compile.running import ImageResult, RunOptions, VideoResult, run
 from mess_compile.runtime import archive, frames
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime.choice import matching_plans
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.errors import InputError, did_you_mean
 from mess_compile.runtime.manifest import Plan as ManifestPlan
 from mess_compile.search.requirement import Requirement
 from mess_compile.searching import SearchOptions, search, search_and_explain, settled_graphs_of, shared
@@ -262,6 +262,9 @@ def export(
     """
     if exits is not None and source is None:
         raise InputError(f"{exits} names tensors of a model: `mess-compile export MODEL.onnx --exits {exits}`")
+    if source is not None and not source.exists():
+        near = did_you_mean(source.name, sorted(path.name for path in source.parent.glob("*")))
+        raise InputError(f"{source} does not exist{near}: name an ONNX file, or the folder of a candidate network")
     source = source or workspace.candidate
     baseline = workspace.baseline if (workspace.baseline / "network.json").is_file() else None
     if source.is_file():

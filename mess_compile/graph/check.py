@@ -18,7 +18,6 @@ from mess_compile.candidates import (
     GraphSet,
     Head,
     head_graph_name,
-    output_name,
     segment_name,
 )
 from mess_compile.graph.agreement import run, thresholds_of
@@ -50,11 +49,13 @@ def check_stages(graph_set: GraphSet, reference: Reference, frames: Sequence[Arr
     for name in graph_set.graphs:
         _check_form(graph_set, name)
     expected = [reference(frame) for frame in frames]
+    for index, outputs in enumerate(expected):
+        check_finite(outputs, index)
     with closing(engine.open_library("onnxruntime")) as library:
         features = _checked_features(library, graph_set, frames, progress)
         heads = graph_set.candidate.heads
         for done, head in enumerate(heads, start=1):
-            hw = graph_set.candidate.exit_point(head.exit_point).hw
+            hw = graph_set.candidate.logits_hw(head)
             logits = [np.reshape(outputs[head.name], (1, -1, *hw)) for outputs in expected]
             _check_head(library, graph_set, head, features[head.exit_point], logits)
             if head.name == graph_set.candidate.baseline:
@@ -89,7 +90,7 @@ def _check_head(
     library: engine.Library, graph_set: GraphSet, head: Head, features: Sequence[Array], logits: Sequence[Array]
 ) -> None:
     """The gated head gives the network's logits, and its output graph the labels that they mean."""
-    name, output = head_graph_name(head.name), output_name(graph_set.candidate.exit_point(head.exit_point).hw)
+    name, output = head_graph_name(head.name), graph_set.candidate.output_of(head)
     thresholds = thresholds_of(graph_set)
     feeds = [{f"exit{head.exit_point}": x, "thresholds": thresholds} for x in features]
     found = [outputs["logits"] for outputs in _run(library, graph_set.path(name), feeds)]
@@ -139,13 +140,38 @@ def _run(library: engine.Library, path: Path, feeds: Sequence[Feed]) -> list[Fee
 
 def _compare(name: str, found: Sequence[Array], expected: Sequence[Array]) -> None:
     for index, (values, wanted) in enumerate(zip(found, expected, strict=True)):
-        deviation = float(np.abs(values - wanted).max())
-        allowed = _allowed(wanted)
-        if not deviation <= allowed:
+        share = shares_of_allowed(values, wanted)
+        if share > 1:
+            allowed = _allowed(wanted)
             raise InputError(
-                f"graph {name} deviates by {deviation:.3g} from the network on frame {index}, more than {allowed:.3g}: "
-                "the cut is wrong, or the network does not compute the same twice"
+                f"graph {name} deviates by {share * allowed:.3g} from the network on frame {index}, more than "
+                f"{allowed:.3g}: the cut is wrong, or the network does not compute the same twice"
             )
+
+
+def check_finite(logits: Mapping[str, Array], index: int) -> None:
+    """Raises InputError for a network that itself gives NaN or infinity on frame `index`."""
+    for head, values in logits.items():
+        what = what_is_not_finite(values)
+        if what is not None:
+            remedy = "correct its weights, or the scale, mean and std of its input"
+            if what == "-inf":
+                remedy = "where a class is masked out, let it have a large negative number such as -10000"
+            raise InputError(f"head {head} of the model as it came gives {what} on frame {index}: {remedy}")
+
+
+def what_is_not_finite(values: Array) -> str | None:
+    """NaN, inf or -inf, whichever is among the values; None where all are finite."""
+    if np.isnan(values).any():
+        return "NaN"
+    return next((name for name, value in (("inf", np.inf), ("-inf", -np.inf)) if (values == value).any()), None)
+
+
+def shares_of_allowed(values: Array, wanted: Array) -> float:
+    """The largest deviation from what is `wanted`, in units of what is allowed; infinite for another shape, or NaN."""
+    if values.shape != wanted.shape or not np.isfinite(values).all():
+        return np.inf
+    return float(np.abs(values - wanted).max()) / _allowed(wanted)
 
 
 def _compare_labels(name: str, found: Sequence[Array], logits: Sequence[Array]) -> None:

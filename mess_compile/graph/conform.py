@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import onnx
-from onnx import TensorProto, helper, version_converter
+import onnx.inliner
+from onnx import TensorProto, helper
 from onnx.external_data_helper import uses_external_data
 
 from mess_compile.candidates import MAX_SIDE, TensorSpec
+from mess_compile.graph.conversion import EXPORT_AT
 from mess_compile.graph.exits import Exits, InputRule, nearest
-from mess_compile.graph.fold import fold_constants, has_subgraph
-from mess_compile.graph.nodes import IR_VERSION, OPSET, constant, keep
+from mess_compile.graph.fold import has_subgraph
+from mess_compile.graph.nodes import IR_VERSION, keep
+from mess_compile.graph.opset import to_our_opset
+from mess_compile.graph.shapes import fold_shapes
 from mess_compile.graph.workload import tensor_spec
 from mess_compile.runtime.errors import InputError
 
@@ -22,8 +25,15 @@ _STANDARD = ("", "ai.onnx")
 
 def check_valid(model: onnx.ModelProto, path: Path) -> None:
     """Raises InputError when the model at `path` is not valid ONNX, or its external data lie outside its folder."""
+    newest = onnx.defs.onnx_opset_version()
+    opset = max((entry.version for entry in model.opset_import if entry.domain in _STANDARD), default=1)
+    if opset > newest:
+        raise InputError(
+            f"{path} has opset {opset}, and the onnx that is installed ({onnx.__version__}) knows {newest} at most: "
+            f"run `pip install -U onnx`, or {EXPORT_AT}"
+        )
     try:
-        onnx.checker.check_model(str(path))
+        onnx.checker.check_model(str(path) if model.ir_version <= onnx.IR_VERSION else _of_known_ir(model))
     except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid ONNX: {error}") from error
     graph = model.graph
@@ -35,15 +45,34 @@ def check_valid(model: onnx.ModelProto, path: Path) -> None:
             raise InputError(f"{path} is not valid ONNX: the name {text!r} is not UTF-8")
 
 
+def _of_known_ir(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for the checker, which refuses newer IR versions; what they add is not read here. Weights in other files
+    are inputs in it."""
+    copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
+    copy.ir_version = onnx.IR_VERSION
+    external = [tensor for tensor in copy.graph.initializer if uses_external_data(tensor)]
+    known = {value.name for value in copy.graph.input}
+    copy.graph.input.extend(
+        helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in external
+        if tensor.name not in known
+    )
+    keep(copy.graph.initializer, [tensor for tensor in copy.graph.initializer if not uses_external_data(tensor)])
+    return copy
+
+
+def inline_functions(model: onnx.ModelProto) -> None:
+    """Write calls to functions that the model defines by the nodes of their bodies."""
+    if model.functions:
+        model.CopyFrom(onnx.inliner.inline_local_functions(model))
+
+
 def check_standard(model: onnx.ModelProto) -> None:
     """Raises InputError for what other engines, and the cut, could not follow."""
     if model.graph.sparse_initializer:
         raise InputError("the model has sparse weights: export dense ones")
-    functions = {(function.domain, function.name) for function in model.functions}
     for node in model.graph.node:
         name = node.name or (node.output[0] if node.output else node.op_type)
-        if (node.domain, node.op_type) in functions:
-            raise InputError(f"node {name!r} calls a function: inline it (onnx.inliner.inline_local_functions)")
         if node.domain not in _STANDARD:
             raise InputError(
                 f"node {name!r} is {node.domain}.{node.op_type}, outside the standard ONNX operators: export without "
@@ -121,55 +150,16 @@ def _check_input(spec: TensorSpec, rule: InputRule) -> None:
         )
 
 
-def at_our_opset(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model at opset 17, of the one standard domain. Raises InputError when a node cannot be converted."""
+def at_our_opset(model: onnx.ModelProto) -> None:
+    """Bring the model to opset 17, of the one standard domain. Raises InputError naming a node that cannot be."""
     versions = [entry.version for entry in model.opset_import if entry.domain in _STANDARD]
-    version = max(versions, default=1)
     for node in model.graph.node:
         node.ClearField("domain")
     del model.opset_import[:], model.functions[:]
-    model.opset_import.append(helper.make_opsetid("", version))
-    if versions != [OPSET]:
-        try:
-            model = version_converter.convert_version(model, OPSET)
-        except Exception as error:  # the converter raises what its parts raise
-            reason = str(error).rpartition("failed: ")[2][:200]
-            raise InputError(
-                f"the model has opset {version}, and the conversion to {OPSET} fails ({reason}): export it at "
-                f"opset {OPSET}"
-            ) from error
+    model.opset_import.append(helper.make_opsetid("", max(versions, default=1)))
+    to_our_opset(model)
+    fold_shapes(model)
     model.ir_version = IR_VERSION
-    return model
-
-
-def fold_shapes(model: onnx.ModelProto) -> None:
-    """Fold constants and the sizes that follow from the input's; every round may tell more shapes than the last."""
-    while True:
-        fold_constants(model)
-        shapes = _known_shapes(model)
-        rest = []
-        for node in model.graph.node:
-            if node.op_type == "Shape" and node.input[0] in shapes:
-                bounds = {attribute.name: attribute.i for attribute in node.attribute}
-                sizes = shapes[node.input[0]][bounds.get("start", 0) : bounds.get("end")]
-                constant(model.graph, node.output[0], sizes, "int64")
-            else:
-                rest.append(node)
-        if len(rest) == len(model.graph.node):
-            return
-        keep(model.graph.node, rest)
-
-
-def _known_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    try:
-        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    except onnx.shape_inference.InferenceError as error:
-        raise InputError(f"the shapes of the model contradict each other: {error}") from error
-    found: dict[str, tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        with suppress(InputError):  # not static, or not yet
-            found[value.name] = tensor_spec(value).shape
-    return found
 
 
 def share_weights(model: onnx.ModelProto) -> None:

@@ -169,7 +169,7 @@ def _jobs(network: gs.Graph, candidate: CandidateNetwork, gate: Gate) -> list[_J
         jobs.append((segment_name(a, b), candidate.segment_macs(a, b), make))
     for head in candidate.heads:
         jobs.append((head_graph_name(head.name), head.macs, partial(_gated_head, network, head, gate, classes)))
-    for feature_hw in sorted({candidate.exit_point(head.exit_point).hw for head in candidate.heads}):
+    for feature_hw in sorted({candidate.logits_hw(head) for head in candidate.heads}):
         jobs.append((output_name(feature_hw), 0, partial(output_graph, classes, feature_hw, hw)))
     jobs.append((BASELINE, candidate.baseline_macs, partial(_baseline, network, candidate)))
     return jobs
@@ -189,7 +189,8 @@ def _gated_head(network: gs.Graph, head: Head, gate: Gate, classes: int) -> onnx
 def _baseline(network: gs.Graph, candidate: CandidateNetwork) -> onnx.ModelProto:
     model = cut(network, ["image"], [logits_name(candidate.baseline)])
     _rename_output(model, "logits")
-    append_output(model, len(candidate.classes), candidate.input_hw)
+    logits_hw = candidate.logits_hw(candidate.head(candidate.baseline))
+    append_output(model, len(candidate.classes), logits_hw, candidate.input_hw)
     append_sound(model)
     return model
 
@@ -223,7 +224,7 @@ def _check_tensors(candidate: CandidateNetwork, network: gs.Graph) -> None:
     for head in candidate.heads:
         if not re.fullmatch(r"[\w.-]+", head.config):
             raise InputError(f"head {head.name!r}: a head's name holds letters, digits, '_', '-' and '.' only")
-        hw = candidate.exit_point(head.exit_point).hw
+        hw = candidate.logits_hw(head)
         expected[logits_name(head.name)] = ("float32", (1, len(candidate.classes), *hw))
     tensors = network.tensors()
     for name, (dtype, shape) in expected.items():

@@ -22,6 +22,7 @@ SCALES = {"0-1": (0.0, 1.0), "0-255": (0.0, 255.0), "-1-1": (-1.0, 1.0)}
 LAYOUTS = ("NCHW", "NHWC")
 CHANNELS = ("RGB", "BGR")
 _HEAD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_BACKGROUND = "background"
 _REMEDY = "docs/own-network.md has an example"
 
 Triple = tuple[float, float, float]
@@ -87,13 +88,17 @@ class ExitRule:
 
 @dataclass(frozen=True)
 class Exits:
-    """The whole file. `points` are in running order, the last is the final exit; `baseline` is a head there."""
+    """The whole file. `points` are in running order, the last is the final exit; `baseline` is a head there.
+
+    `single`: the file names one class, which one channel tells from the background.
+    """
 
     classes: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
     input: InputRule
     points: tuple[ExitRule, ...]
     baseline: str
+    single: bool = False
 
     @property
     def heads(self) -> dict[str, HeadRule]:
@@ -121,29 +126,38 @@ def nearest(name: str, known: list[str]) -> str:
 def _exits(content: dict[str, Any]) -> Exits:
     _table(content, "the file", ("classes", "input", "exit"), ("colours", "baseline"))
     classes = _classes(content["classes"])
+    single = len(content["classes"]) == 1
     points = tuple(_point(point, number) for number, point in enumerate(_list(content["exit"], "exit"), start=1))
     return Exits(
         classes=classes,
-        colours=_colours(content.get("colours"), len(classes)),
+        colours=_colours(content.get("colours"), classes, single),
         input=_input(content["input"]),
         points=points,
         baseline=_baseline(content.get("baseline"), points),
+        single=single,
     )
 
 
 def _classes(value: Any) -> tuple[str, ...]:
+    """Class names; a single one stands beside the background, which comes first."""
     names = tuple(_text(name, "a name in classes") for name in _list(value, "classes"))
+    if len(names) == 1:
+        if names[0] == _BACKGROUND:
+            raise InputError(f"classes is {_BACKGROUND!r} alone: name the class that the network finds")
+        return (_BACKGROUND, *names)
     if not 2 <= len(names) <= 255 or len(set(names)) != len(names):
-        raise InputError(f"classes has {len(names)} names, {len(set(names))} of them distinct: 2 to 255 are possible")
+        raise InputError(f"classes has {len(names)} names, {len(set(names))} of them distinct: 1 to 255 are possible")
     return names
 
 
-def _colours(value: Any, count: int) -> tuple[tuple[int, int, int], ...]:
+def _colours(value: Any, classes: tuple[str, ...], single: bool) -> tuple[tuple[int, int, int], ...]:
     if value is None:
-        return tuple(_made_up(index) for index in range(count))
+        return tuple(_made_up(index) for index in range(len(classes)))
     colours = _list(value, "colours")
-    if len(colours) != count:
-        raise InputError(f"colours has {len(colours)} entries for {count} classes")
+    if single and len(colours) == 1:
+        colours = [[0, 0, 0], *colours]
+    if len(colours) != len(classes):
+        raise InputError(f"colours has {len(colours)} entries for the classes {', '.join(classes)}")
     return tuple(_colour(colour) for colour in colours)
 
 

@@ -20,21 +20,22 @@ from mess_compile.graph.conform import (
     check_standard,
     check_valid,
     fixed_input,
-    fold_shapes,
+    inline_functions,
     name_outputs,
     prune,
     share_weights,
 )
+from mess_compile.graph.conversion import EXPORT_AT
 from mess_compile.graph.cut import METADATA_KEY, NETWORK, Progress, cut_network, logits_name
 from mess_compile.graph.exits import Exits, InputRule, read_exits
+from mess_compile.graph.fidelity import original_logits, write_original
 from mess_compile.graph.fold import fold_constants
 from mess_compile.graph.nodes import OPSET, add, constant, empty_model, keep
 from mess_compile.graph.places import Places, find_places
-from mess_compile.graph.store import externalise, read_model, write_model
+from mess_compile.graph.store import drop_unread_weights, externalise, read_model, widen_weights, write_model
 from mess_compile.runtime import engine
 from mess_compile.runtime.errors import InputError
 
-_ORIGINAL = "original.onnx"
 _OURS = re.compile(r"image|exit\d+|logits|labels|counts|thresholds|(logits:|gate/|input/|output/).*", re.DOTALL)
 """Names that the whole-network form and the cuts give to tensors of their own."""
 
@@ -52,6 +53,7 @@ def import_onnx(source: Path, graphs: Path, gate: Gate, frames: Sequence[Array],
     """
     model = read_model(source)
     check_valid(model, source)
+    inline_functions(model)
     check_standard(model)
     fold_constants(model)
     _drop_identity(model)
@@ -76,35 +78,57 @@ def import_with_exits(
     """
     exits, model = read_exits(toml), read_model(source)
     check_valid(model, source)
+    inline_functions(model)
     name_outputs(model, exits)
     check_standard(model)
     image = fixed_input(model, exits.input)
     with files.replaced_folder(graphs) as folder:
         externalise(model, folder, source.parent)
-        places = _write_both(model, image, exits, source.stem, folder)
-        graph_set = cut_network(folder, gate, progress)
-        frames = frames_of(graph_set.candidate.input_hw)
+        places, names = _write_both(model, image, exits, source.stem, folder)
+        frames = frames_of(exits.input.hw(image.shape))
+        inputs = [
+            {image.name: frame[None] if image.dtype == "uint8" else exits.input.of_frame(frame)} for frame in frames
+        ]
         with closing(engine.open_library("onnxruntime")) as library:
-            whole = _original_reference(library, folder / _ORIGINAL, exits.input, image, places)
-            check_stages(graph_set, whole, frames, progress)
-        (folder / _ORIGINAL).unlink()
+            logits = original_logits(library, folder, places, names, inputs, frames)
+        graph_set = cut_network(folder, gate, progress)
+        known = {id(frame): values for frame, values in zip(frames, logits, strict=True)}
+        check_stages(graph_set, lambda frame: known[id(frame)], frames, progress)
+        drop_unread_weights(folder)
     return read_graph_set(graphs)
 
 
-def _write_both(model: onnx.ModelProto, image: TensorSpec, exits: Exits, name: str, folder: Path) -> Places:
-    """Write the model as it came, ending in all logits, and its whole-network form."""
+def _write_both(
+    model: onnx.ModelProto, image: TensorSpec, exits: Exits, name: str, folder: Path
+) -> tuple[Places, dict[str, str]]:
+    """Write the model as it came, ending in all logits, and its whole-network form; what tensors are called there."""
     original = onnx.ModelProto.FromString(model.SerializeToString())
-    model = at_our_opset(model)
-    fold_shapes(model)
+    at_our_opset(model)
+    widen_weights(model, folder)
     share_weights(model)
     hw = exits.input.hw(image.shape)
     places = find_places(model, image.name, hw, exits)
-    _write_original(original, places, folder)
-    _rename(model, _new_names(model, image, places))
+    write_original(original, places, folder)
+    names = _new_names(model, image, places)
+    _rename(model, names)
+    for head, spec in places.logits.items():
+        if spec.shape[1] == 1:
+            _append_background(model.graph, names.get(spec.name, spec.name), logits_name(head))
     _prepend_input(model, image, exits.input)
     _describe(model, _candidate(exits, places, hw, name), places)
-    write_model(model, folder / NETWORK)
-    return places
+    _write_network(model, folder)
+    return places, names
+
+
+def _write_network(model: onnx.ModelProto, folder: Path) -> None:
+    """Write the whole-network form. What is not valid now was made so by us: the model as it came was checked."""
+    try:
+        write_model(model, folder / NETWORK)
+    except InputError as error:
+        raise InputError(
+            f"bringing the model to opset {OPSET} gave no valid ONNX ({error}): a fault of mess-compile, not of the "
+            f"model (please report it); until it is mended, {EXPORT_AT}"
+        ) from error
 
 
 def _new_names(model: onnx.ModelProto, image: TensorSpec, places: Places) -> dict[str, str]:
@@ -117,7 +141,7 @@ def _new_names(model: onnx.ModelProto, image: TensorSpec, places: Places) -> dic
             names[name] += "_"
         taken[names[name]] = None
     names |= {spec.name: where for where, spec in places.exits.items()}
-    names |= {spec.name: logits_name(head) for head, spec in places.logits.items()}
+    names |= {spec.name: logits_name(head) for head, spec in places.logits.items() if spec.shape[1] > 1}
     return names | ({image.name: "image"} if image.dtype == "uint8" else {})
 
 
@@ -128,6 +152,13 @@ def _rename(model: onnx.ModelProto, names: dict[str, str]) -> None:
             field[:] = [names.get(name, name) for name in field]
     for value in (*graph.initializer, *graph.input):
         value.name = names.get(value.name, value.name)
+
+
+def _append_background(graph: onnx.GraphProto, channel: str, logits: str) -> None:
+    """Logits [0, x] of a map x (1, 1, h, w): their argmax is 1 where sigmoid(x) > 0.5."""
+    pads = constant(graph, f"{logits}/pads", [0, 1, 0, 0, 0, 0, 0, 0], "int64")
+    zero = constant(graph, f"{logits}/zero", 0.0, "float32")
+    add(graph, "Pad", [channel, pads, zero], logits)
 
 
 def _prepend_input(model: onnx.ModelProto, image: TensorSpec, rule: InputRule) -> None:
@@ -164,46 +195,27 @@ def _candidate(exits: Exits, places: Places, hw: tuple[int, int], backbone: str)
         ExitPoint(name, rule.tensor, spec.shape[1], (spec.shape[2], spec.shape[3]), 0)
         for (name, spec), rule in zip(places.exits.items(), exits.points, strict=True)
     )
-    heads = tuple(
-        Head(number, head.name, 0) for number, rule in enumerate(exits.points, start=1) for head in rule.heads
-    )
+    heads = tuple(_head(name, places) for name in exits.heads)
     return CandidateNetwork(backbone, exits.classes, exits.colours, hw, points, heads, exits.baseline, "")
+
+
+def _head(name: str, places: Places) -> Head:
+    point, _, config = name.partition(".")
+    hw, (_, _, height, width) = places.exits[point].shape[2:], places.logits[name].shape
+    return Head(int(point.removeprefix("exit")), config, 0, None if hw == (height, width) else (height, width))
 
 
 def _describe(model: onnx.ModelProto, candidate: CandidateNetwork, places: Places) -> None:
     """Outputs and metadata as `cut_network` expects them."""
-    outputs = {**places.exits, **{logits_name(head): spec for head, spec in places.logits.items()}}
-    prune(model, [_float_output(name, spec) for name, spec in outputs.items()])
+    outputs = {name: spec.shape for name, spec in places.exits.items()}
+    outputs |= {logits_name(head): (1, max(2, spec.shape[1]), *spec.shape[2:]) for head, spec in places.logits.items()}
+    prune(model, [_float_output(name, shape) for name, shape in outputs.items()])
     del model.metadata_props[:]
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(candidate.to_json()))
 
 
-def _float_output(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, spec.shape)
-
-
-def _write_original(model: onnx.ModelProto, places: Places, folder: Path) -> None:
-    """Write the model as it came, at its own opset, ending in all logits."""
-    made = {name for node in model.graph.node for name in node.output}
-    lost = [spec.name for spec in places.logits.values() if spec.name not in made]
-    if lost:
-        raise InputError(f"the conversion to opset {OPSET} changed the name of {lost[0]!r}: export at opset {OPSET}")
-    prune(model, [_float_output(spec.name, spec) for spec in places.logits.values()])
-    (folder / _ORIGINAL).write_bytes(model.SerializeToString())
-
-
-def _original_reference(
-    library: engine.Library, path: Path, rule: InputRule, image: TensorSpec, places: Places
-) -> Reference:
-    """The model as it came, run whole on inputs that numpy computed."""
-    whole = library.load(path)
-
-    def logits(frame: Array) -> dict[str, Array]:
-        values = frame[None] if image.dtype == "uint8" else rule.of_frame(frame)
-        outputs = whole.run({image.name: library.upload(values)})
-        return {head: np.array(library.download(outputs[spec.name])) for head, spec in places.logits.items()}
-
-    return logits
+def _float_output(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
 def _drop_identity(model: onnx.ModelProto) -> None:

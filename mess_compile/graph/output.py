@@ -11,22 +11,24 @@ from mess_compile.runtime.errors import InputError
 MAX_CLASSES = 256
 
 
-def append_output(model: onnx.ModelProto, classes: int, hw: tuple[int, int]) -> None:
-    """Let a graph that ends in `logits` f32 (1, K, h, w), K = `classes`, end in `labels` uint8 (1, *hw) instead.
+def append_output(model: onnx.ModelProto, classes: int, feature_hw: tuple[int, int], hw: tuple[int, int]) -> None:
+    """Let a graph that ends in `logits` f32 (1, K, h, w) end in `labels` uint8 (1, *hw) instead.
 
-    Bilinear with half-pixel centres, then argmax, the lowest index on ties. Raises InputError when the labels do
+    K = `classes`, (h, w) = `feature_hw`. Bilinear with half-pixel centres where the two sizes differ, then argmax, the
+    lowest index on ties. Raises InputError when the labels do
     not fit a byte.
     """
     if classes > MAX_CLASSES:
         raise InputError(f"{classes} classes do not fit uint8 labels: at most {MAX_CLASSES}")
     graph = model.graph
     # Classes innermost: ONNX Runtime scales and compares 1.7 to 2.6 times faster than with classes outermost.
-    cells = add(graph, "Transpose", ["logits"], "output/cells", perm=[0, 2, 3, 1])  # (1, h, w, K)
-    size = constant(graph, "output/size", [1, *hw, classes], "int64")
-    pixels = add(
-        graph, "Resize", [cells, "", "", size], "output/pixels",
-        mode="linear", coordinate_transformation_mode="half_pixel",
-    )  # fmt: skip
+    pixels = add(graph, "Transpose", ["logits"], "output/cells", perm=[0, 2, 3, 1])  # (1, h, w, K)
+    if feature_hw != hw:
+        size = constant(graph, "output/size", [1, *hw, classes], "int64")
+        pixels = add(
+            graph, "Resize", [pixels, "", "", size], "output/pixels",
+            mode="linear", coordinate_transformation_mode="half_pixel",
+        )  # fmt: skip
     index = add(graph, "ArgMax", [pixels], "output/index", axis=3, keepdims=0, select_last_index=0)  # (1, H, W)
     # TensorRT 8.5 writes uint8 from floating point only.
     value = add(graph, "Cast", [index], "output/value", to=TensorProto.FLOAT)
@@ -36,8 +38,8 @@ def append_output(model: onnx.ModelProto, classes: int, hw: tuple[int, int]) -> 
 
 
 def output_graph(classes: int, feature_hw: tuple[int, int], hw: tuple[int, int]) -> onnx.ModelProto:
-    """The output graph of every exit whose feature map is `feature_hw`: `logits` (1, K, h, w) -> `labels` (1, *hw)."""
+    """The output graph of heads whose logits are of size `feature_hw`: `logits` (1, K, h, w) -> `labels` (1, *hw)."""
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, (1, classes, *feature_hw))
     model = empty_model([logits])
-    append_output(model, classes, hw)
+    append_output(model, classes, feature_hw, hw)
     return model

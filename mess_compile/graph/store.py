@@ -7,17 +7,19 @@ import re
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from mess_compile import files
 from mess_compile.candidates import GraphSpec
-from mess_compile.graph.nodes import IR_VERSION, OPSET
+from mess_compile.graph.nodes import IR_VERSION, OPSET, keep
 from mess_compile.graph.workload import count_macs, tensor_spec, workspace_bytes
 from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.pointers import refuse_pointer
 
+_OTHER_FLOATS = (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 INLINE_BYTES = 1024
 """Smaller tensors stay in the ONNX file: shape inference reads some of them."""
 WEIGHTS = "weights"
@@ -112,6 +114,33 @@ def externalise(model: onnx.ModelProto, folder: Path, source: Path | None = None
         store_weight(tensor, folder)
 
 
+def widen_weights(model: onnx.ModelProto, folder: Path) -> None:
+    """Fold casts of weights from fp16, bf16 or fp64 to fp32; larger weights are in the store in `folder`."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type in _OTHER_FLOATS}
+    kept, widened = [], []
+    for node in model.graph.node:
+        weight = weights.get(node.input[0]) if node.op_type == "Cast" else None
+        if weight is None or helper.get_node_attr_value(node, "to") != TensorProto.FLOAT:
+            kept.append(node)
+            continue
+        whole = TensorProto.FromString(weight.SerializeToString())
+        if external_data_helper.uses_external_data(whole):
+            _take(whole, _stored(folder, _location(whole)))
+        wide = numpy_helper.from_array(numpy_helper.to_array(whole).astype(np.float32), node.output[0])
+        store_weight(wide, folder)
+        widened.append(wide)
+    keep(model.graph.node, kept)
+    model.graph.initializer.extend(widened)
+
+
+def drop_unread_weights(folder: Path) -> None:
+    """Remove from the store what no graph in `folder` names."""
+    read = {path for graph in folder.glob("*.onnx") for path in stored_weights(graph)}
+    for path in (folder / WEIGHTS).glob("*"):
+        if path not in read:
+            path.unlink()
+
+
 def move_weights_out(path: Path) -> None:
     """Let an ONNX file that holds its weights name them in the store beside it."""
     model = read_model(path)
@@ -181,3 +210,5 @@ def _strip(model: onnx.ModelProto, name: str) -> None:
     model.graph.ClearField("value_info")
     for part in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
         part.ClearField("doc_string")
+        if hasattr(part, "metadata_props"):  # the stack trace of an exporter, with its machine's paths
+            part.ClearField("metadata_props")

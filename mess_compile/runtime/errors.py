@@ -41,6 +41,10 @@ class BatchError(EngineError):
         self.results = tuple(results)
 
 
+MOST_WORDS = 300
+"""Characters of what a library says that a message repeats."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """For a message, behind the name: the nearest of what there is; empty where nothing is near."""
     import difflib
@@ -50,5 +54,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def one_line(text: object) -> str:
-    """What a library says, for a message of ours."""
-    return " ".join(str(text).split())[:300]
+    """What a library says, for a message of ours: the end of it, where the reason stands."""
+    words = " ".join(str(text).split())
+    return words if len(words) <= MOST_WORDS else "... " + words[4 - MOST_WORDS :].partition(" ")[2]

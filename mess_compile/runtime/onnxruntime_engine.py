@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Mapping, Optional
@@ -47,6 +48,13 @@ def open_library(
     return OnnxRuntime(onnxruntime, name, threads, gpu, plain)
 
 
+def _reason(error: Exception, path: Path) -> str:
+    """What ONNX Runtime says, without its own name, the file's, and the place in its sources."""
+    text = str(error).replace(str(path), path.name)
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?", "", text)
+    return one_line(re.sub(r"\S*onnxruntime\S*\.(?:cc|h|cpp):\d+ .*?\)(?: const)? (?=\S)", "", text))
+
+
 class OnnxRuntime:
     """Sessions of one process; each has its own thread pool, which sleeps between runs."""
 
@@ -71,7 +79,7 @@ class OnnxRuntime:
                 str(path), self._options(), providers=list(zip(wanted, options)), enable_fallback=0
             )
         except Exception as error:
-            raise EngineError(f"ONNX Runtime {self.version} cannot load {path}: {one_line(error)}") from error
+            raise EngineError(f"ONNX Runtime {self.version} cannot load {path}: {_reason(error, path)}") from error
         if session.get_providers()[0] != wanted[0]:
             raise EngineError(
                 f"ONNX Runtime {self.version} could not start {wanted[0]}: are the CUDA and cuDNN that it was built "
@@ -145,7 +153,8 @@ class OnnxRuntimeEngine:
                 return self._run_bound(self._session, feeds, self._buffers)
             return dict(zip(self._names, self._session.run_with_ort_values(self._names, feeds)))
         except Exception as error:
-            raise EngineError(f"ONNX Runtime cannot run {self._path.name}: {one_line(error)}") from error
+            reason = _reason(error, self._path)
+            raise EngineError(f"ONNX Runtime cannot run {self._path.name}: {reason}") from error
 
     def run_timed(self, feeds: Mapping[str, Tensor]) -> Timing:
         """A run returns when its results are there, on a GPU too; giving the results up is part of it."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.candidates import Head, head_graph_name, output_name, segment_name
+from mess_compile.candidates import Head, head_graph_name, segment_name
 from mess_compile.latency import DOWNLOAD, UPLOAD, Quantity, graph_cost_ns
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import InputError
@@ -21,6 +21,8 @@ from mess_compile.statistics import head_miou
 
 Values = NDArray[Any]
 _MOST_CHAINS = 5_000_000
+Place = tuple[int, str]
+"""An exit point, and the output graph that heads there share."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +41,16 @@ def anytime_chains(evidence: Evidence, requirement: Requirement) -> list[Chains]
     latency; zero before the first report. Raises InputError when they are too many.
     """
     found = [_whole(evidence, requirement, name) for name in evidence.baselines]
-    at = {point: [head for head in evidence.heads if head.exit_point == point] for point in _points(evidence)}
-    _refuse_too_many(requirement.early_exits, [len(heads) for heads in at.values()])
+    at = _heads_by_place(evidence)
+    points = sorted({point for point, _ in at})
+    heads_of = [sum(len(heads) for (there, _), heads in at.items() if there == point) for point in points]
+    _refuse_too_many(requirement.early_exits, heads_of)
     mious = {head.name: head_miou(evidence.statistics, head.name) for head in evidence.heads}
     for size in range(1, requirement.early_exits + 2):
-        for points in itertools.combinations(at, size):
-            if evidence.runs(_fixed_graphs(evidence, points)):
-                found.append(_chains(evidence, requirement, points, [at[point] for point in points], mious))
+        for places in itertools.combinations(at, size):
+            ascending = all(a < b for (a, _), (b, _) in itertools.pairwise(places))
+            if ascending and evidence.runs(_fixed_graphs(places)):
+                found.append(_chains(evidence, requirement, places, [at[place] for place in places], mious))
     return found
 
 
@@ -76,42 +81,48 @@ def _refuse_too_many(early_exits: int, heads: Sequence[int]) -> None:
         )
 
 
-def _points(evidence: Evidence) -> list[int]:
-    return sorted({head.exit_point for head in evidence.heads})
+def _heads_by_place(evidence: Evidence) -> dict[Place, list[Head]]:
+    """The heads that share exit point and output graph, by ever deeper exit points."""
+    found: dict[Place, list[Head]] = {}
+    for head in sorted(evidence.heads, key=lambda head: head.exit_point):
+        found.setdefault((head.exit_point, evidence.candidate.output_of(head)), []).append(head)
+    return found
 
 
-def _fixed_graphs(evidence: Evidence, points: Sequence[int]) -> list[str]:
-    """Segments and output graphs of a cascade that leaves at these exit points, each once."""
-    segments = [segment_name(a, b) for a, b in itertools.pairwise((0, *points))]
-    outputs = [output_name(evidence.candidate.exit_point(point).hw) for point in points]
-    return list(dict.fromkeys([*segments, *outputs]))
+def _segments(places: Sequence[Place]) -> list[str]:
+    return [segment_name(a, b) for a, b in itertools.pairwise((0, *(point for point, _ in places)))]
+
+
+def _fixed_graphs(places: Sequence[Place]) -> list[str]:
+    """Segments and output graphs of a cascade that leaves at these places, each once."""
+    return list(dict.fromkeys([*_segments(places), *(output for _, output in places)]))
 
 
 def _chains(
     evidence: Evidence,
     requirement: Requirement,
-    points: Sequence[int],
+    places: Sequence[Place],
     heads: Sequence[Sequence[Head]],
     mious: dict[str, float],
 ) -> Chains:
     images = evidence.statistics.images
-    times = _report_times(evidence, points, heads, "mean_ms")
+    times = _report_times(evidence, places, heads, "mean_ms")
     best = _best_so_far(heads, mious)
-    macs: Values = np.array(evidence.candidate.exit_point(points[-1]).macs)
+    macs: Values = np.array(evidence.candidate.exit_point(places[-1][0]).macs)
     for i, stage in enumerate(heads):
         macs = macs + _along(np.array([head.macs for head in stage], np.int64), i, len(heads))
     columns: dict[str, Values] = {
         "cost_ns": times[-1] * images,
         "p95_ns": times[-1],
-        "worst_ns": _worst_ns(evidence, points, heads),
+        "worst_ns": _worst_ns(evidence, places, heads),
         "macs": macs * images,
-        "memory_bytes": _memory_bytes(evidence, points, heads),
-        "graphs": np.array(len(_fixed_graphs(evidence, points)) + len(points)),
+        "memory_bytes": _memory_bytes(evidence, places, heads),
+        "graphs": np.array(len(_fixed_graphs(places)) + len(places)),
         "miou": best[-1],
         "score": _score(evidence, requirement, times, best),
     }
     if not evidence.without_energy:
-        columns["energy_nj"] = _report_times(evidence, points, heads, "energy_mj")[-1] * images
+        columns["energy_nj"] = _report_times(evidence, places, heads, "energy_mj")[-1] * images
     shape = tuple(map(len, heads))
     flat = {name: np.broadcast_to(column, shape).reshape(-1) for name, column in columns.items()}
     return Chains(tuple(itertools.product(*([head.name for head in stage] for stage in heads))), flat)
@@ -123,23 +134,22 @@ def _along(values: Values, axis: int, axes: int) -> Values:
 
 
 def _report_times(
-    evidence: Evidence, points: Sequence[int], heads: Sequence[Sequence[Head]], quantity: Quantity
+    evidence: Evidence, places: Sequence[Place], heads: Sequence[Sequence[Head]], quantity: Quantity
 ) -> list[Values]:
     """When each exit's labels are there, as `latency.report_times_ns` counts, by the heads up to it."""
     table, graph_set = evidence.table, evidence.graph_set
     now: Values = np.array(table.cost_ns(UPLOAD, quantity=quantity), np.int64)
     times = []
-    for i, (before, point) in enumerate(itertools.pairwise((0, *points))):
+    for i, (segment, (_, output)) in enumerate(zip(_segments(places), places, strict=True)):
         own = [graph_cost_ns(table, graph_set, head_graph_name(head.name), quantity) for head in heads[i]]
-        output = output_name(evidence.candidate.exit_point(point).hw)
-        every = sum(graph_cost_ns(table, graph_set, g, quantity) for g in (segment_name(before, point), output))
+        every = sum(graph_cost_ns(table, graph_set, graph, quantity) for graph in (segment, output))
         fixed = every + table.cost_ns(DOWNLOAD, quantity=quantity)
         now = now + (_along(np.array(own, np.int64), i, len(heads)) + fixed)
         times.append(now)
     return times
 
 
-def _worst_ns(evidence: Evidence, points: Sequence[int], heads: Sequence[Sequence[Head]]) -> Values:
+def _worst_ns(evidence: Evidence, places: Sequence[Place], heads: Sequence[Sequence[Head]]) -> Values:
     """As `latency.path_p99_ns` with every report, in the same order of sums."""
     table, graph_set = evidence.table, evidence.graph_set
 
@@ -150,11 +160,10 @@ def _worst_ns(evidence: Evidence, points: Sequence[int], heads: Sequence[Sequenc
         return square(graph, graph_set.spec(graph).precision)
 
     squares: Values = np.array(square(UPLOAD))
-    for i, (before, point) in enumerate(itertools.pairwise((0, *points))):
+    for i, (segment, (_, output)) in enumerate(zip(_segments(places), places, strict=True)):
         own = np.array([square_of(head_graph_name(head.name)) for head in heads[i]])
-        squares = squares + square_of(segment_name(before, point)) + _along(own, i, len(heads))
-        squares = squares + square_of(output_name(evidence.candidate.exit_point(point).hw)) + square(DOWNLOAD)
-    last: Values = _report_times(evidence, points, heads, "mean_ms")[-1] + np.rint(np.sqrt(squares)).astype(np.int64)
+        squares = squares + square_of(segment) + _along(own, i, len(heads)) + square_of(output) + square(DOWNLOAD)
+    last: Values = _report_times(evidence, places, heads, "mean_ms")[-1] + np.rint(np.sqrt(squares)).astype(np.int64)
     return last
 
 
@@ -180,10 +189,10 @@ def _score(evidence: Evidence, requirement: Requirement, times: list[Values], be
     return score / horizon
 
 
-def _memory_bytes(evidence: Evidence, points: Sequence[int], heads: Sequence[Sequence[Head]]) -> Values:
+def _memory_bytes(evidence: Evidence, places: Sequence[Place], heads: Sequence[Sequence[Head]]) -> Values:
     """As `figures.memory_bytes`: weights + the largest workspace + inputs and outputs, each tensor once."""
     spec = evidence.graph_set.spec
-    fixed = [spec(name) for name in _fixed_graphs(evidence, points)]
+    fixed = [spec(name) for name in _fixed_graphs(places)]
     weights: Values = np.array(sum(each.bytes for each in fixed))
     workspace: Values = np.array(max(each.workspace_bytes for each in fixed))
     shapes: list[tuple[list[frozenset[Any]], list[int]]] = []

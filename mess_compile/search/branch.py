@@ -164,7 +164,7 @@ class _Search:
         path = self._problem.paths[objective]
         first = path.step[0][path.step[0] >= 0].min()
         uncut = min(whole.costs[objective] for whole in self._problem.wholes)
-        return int(min(path.start + first + path.leave[1:].min(), uncut) * self._images)
+        return int(min(path.start + first + path.leave.min(), uncut) * self._images)
 
     # what a plan must beat
 
@@ -239,7 +239,7 @@ class _Search:
 
     def _singles(self) -> None:
         problem, wanted, heads = self._problem, self._problem.wanted, np.arange(self._nobody)
-        costs = np.stack([p.start + p.step[0] + p.leave[problem.points] for p in problem.paths])  # (q, heads)
+        costs = np.stack([p.start + p.step[0] + p.leave for p in problem.paths])  # (q, heads)
         runs = np.array([path.step[0] >= 0 for path in problem.paths]).all(axis=0)
         mious = np.array([kernels.mean_iou(totals, problem.field.labelled) for totals in problem.field.totals])
         kept = runs & (costs * self._images <= wanted.bounds[:, None]).all(axis=0) & (costs[0] <= wanted.percentile[1])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.candidates import head_graph_name, output_name, segment_name
+from mess_compile.candidates import head_graph_name, segment_name
 from mess_compile.latency import DOWNLOAD, NULL, UPLOAD, Quantity, graph_cost_ns
 from mess_compile.search import kernels
 from mess_compile.search.bounds import Bound, bounds_of
@@ -25,8 +25,8 @@ UNBOUNDED = np.iinfo(np.int64).max
 @dataclass(frozen=True, eq=False)
 class PathCosts:
     """What an image pays, in integers: `start`, then `step[p, h]` from exit point p (0: the image) to head h and
-    through it, `decide` after each early head, and `leave[p]` at exit point p. Below 0 is a step that the target cannot
-    take."""
+    through it, `decide` after each early head, and `leave[h]` from head h on to the labels. Below 0 is a step that the
+    target cannot take."""
 
     start: int
     step: Array
@@ -46,7 +46,7 @@ class PathCosts:
             at, runs = np.where(none, at, np.append(points, 0)[head]), runs & (step >= 0)
             decide = 0 if head is heads[-1] else np.where(none, 0, self.decide)
             paid = paid + step + decide
-            costs.append(paid + self.leave[at])
+            costs.append(paid + np.append(self.leave, 0)[head])
             skipped.append(none)
         for exit_ in range(len(heads) - 2, -1, -1):
             costs[exit_] = np.where(skipped[exit_], costs[exit_ + 1], costs[exit_])
@@ -167,7 +167,7 @@ def _is_allowed(evidence: Evidence, bounds: dict[str, Bound], heads: tuple[str, 
 def _times(evidence: Evidence, quantity: Quantity) -> PathCosts:
     table, graph_set, candidate = evidence.table, evidence.graph_set, evidence.candidate
     points = len(candidate.exit_points)
-    outputs = {point: output_name(candidate.exit_point(point).hw) for point in range(1, points + 1)}
+    outputs = [candidate.output_of(head) for head in evidence.heads]
 
     def cost(*graphs: str) -> int:
         return sum(graph_cost_ns(table, graph_set, graph, quantity) for graph in graphs)
@@ -176,10 +176,10 @@ def _times(evidence: Evidence, quantity: Quantity) -> PathCosts:
     for (point, column), _ in np.ndenumerate(step):
         head = evidence.heads[column]
         graphs = (segment_name(point, head.exit_point), head_graph_name(head.name))
-        if point < head.exit_point and evidence.runs((*graphs, outputs[head.exit_point])):
+        if point < head.exit_point and evidence.runs((*graphs, outputs[column])):
             step[point, column] = cost(*graphs)
     download = table.cost_ns(DOWNLOAD, quantity=quantity)
-    leave = [0] + [cost(name) + download if evidence.runs([name]) else 0 for name in outputs.values()]
+    leave = [cost(name) + download if evidence.runs([name]) else 0 for name in outputs]
     start, decide = (table.cost_ns(pseudo, quantity=quantity) for pseudo in (UPLOAD, NULL))
     return PathCosts(start, step, decide, np.array(leave, np.int64))
 
@@ -191,7 +191,7 @@ def _workloads(evidence: Evidence) -> PathCosts:
         [candidate.segment_macs(p, h.exit_point) + h.macs if p < h.exit_point else -1 for h in evidence.heads]
         for p in points
     ]
-    return PathCosts(0, np.array(step, np.int64), 0, np.zeros(len(points) + 1, np.int64))
+    return PathCosts(0, np.array(step, np.int64), 0, np.zeros(len(evidence.heads), np.int64))
 
 
 def _thresholds(evidence: Evidence, heads: tuple[str, ...]) -> tuple[Array, Array, Array, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.candidates import output_name, segment_name
+from mess_compile.candidates import segment_name
 from mess_compile.latency import Quantity
 from mess_compile.search.anytime import anytime_chains
 from mess_compile.search.clock import Clock
@@ -95,18 +95,15 @@ def plans_in_space(evidence: Evidence, early_exits: int) -> int:
     points = len(evidence.candidate.exit_points)
     heads, options = np.zeros(points + 1, np.int64), np.zeros(points + 1, np.int64)
     for head in evidence.heads:
+        if not evidence.runs([evidence.candidate.output_of(head)]):
+            continue
         heads[head.exit_point] += 1
         options[head.exit_point] += sum(map(len, evidence.cuts[head.name]))
-    after = [[q for q in range(p + 1, points + 1) if _leads(evidence, p, q)] for p in range(points + 1)]
+    after = [[q for q in range(p + 1, points + 1) if evidence.runs([segment_name(p, q)])] for p in range(points + 1)]
     endings = [[sum(int(heads[q]) for q in after[p]) for p in range(points + 1)]]  # from a point on, by early heads
     for _ in range(early_exits):
         endings.append([sum(int(options[q]) * endings[-1][q] for q in after[p]) for p in range(points + 1)])
     return sum(each[0] for each in endings) + len(evidence.baselines)
-
-
-def _leads(evidence: Evidence, point: int, deeper: int) -> bool:
-    """Whether the target can go from one exit point to a `deeper` one and leave there."""
-    return evidence.runs([segment_name(point, deeper), output_name(evidence.candidate.exit_point(deeper).hw)])
 
 
 def is_large(evidence: Evidence, early_exits: int) -> bool:

@@ -218,7 +218,7 @@ def ns(evidence: Evidence, graph: str, quantity: str = "mean_ms") -> int:
 
 
 def graphs_of_stage(evidence: Evidence, previous: int, head: Head) -> list[str]:
-    height, width = evidence.graph_set.candidate.exit_points[head.exit_point - 1].hw
+    height, width = head.hw or evidence.graph_set.candidate.exit_points[head.exit_point - 1].hw
     return [f"segment-{previous}-{head.exit_point}", f"head-{head.name}", f"output-{height}x{width}"]
 
 

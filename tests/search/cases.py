@@ -30,7 +30,10 @@ HW = (4, 6)
 
 
 def candidate_network(heads_per_point: tuple[int, ...], classes: int = 3, seed: int = 0) -> CandidateNetwork:
-    """A network of `len(heads_per_point)` early exit points and the final one, with random workloads."""
+    """A network of `len(heads_per_point)` early exit points and the final one, with random workloads.
+
+    By every fourth seed the second head of an exit point upsamples inside: its logits have a size of their own.
+    """
     rng = np.random.default_rng(seed)
     counts = (*heads_per_point, 1)
     macs = np.cumsum(rng.integers(1, 5, len(counts)) * 1000)
@@ -44,7 +47,7 @@ def candidate_network(heads_per_point: tuple[int, ...], classes: int = 3, seed: 
             ExitPoint(f"exit{i + 1}", f"block{i}", 4, sizes[i], int(macs[i])) for i in range(len(counts))
         ),
         heads=tuple(
-            Head(i + 1, CONFIGS[j], int(rng.integers(1, 4)) * 500)
+            Head(i + 1, CONFIGS[j], int(rng.integers(1, 4)) * 500, (8, 12) if j == 1 and seed % 4 == 3 else None)
             for i, count in enumerate(counts)
             for j in range(count)
         ),
@@ -72,7 +75,7 @@ def graph_set(candidate: CandidateNetwork, rows: int, seed: int = 0) -> GraphSet
     for a, b in candidate.segments():
         add(segment_name(a, b), [feature(a) if a else image], [feature(b)])
     for head in candidate.heads:
-        hw = candidate.exit_point(head.exit_point).hw
+        hw = head.hw or candidate.exit_point(head.exit_point).hw
         logits = TensorSpec("logits", "float32", (1, len(candidate.classes), *hw))
         thresholds = TensorSpec("thresholds", "float32", (rows, len(candidate.classes)))
         counts = TensorSpec("counts", "int32", (rows,))
