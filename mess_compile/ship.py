@@ -17,6 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mess_compile.device_files import SHIP as SHIP_PROGRAM
 from mess_compile.device_files import runtime_zip
 from mess_compile.remote import PYTHON, Host, Remote, RemoteError, parse_host
 from mess_compile.runtime import decode, lines
@@ -39,7 +40,7 @@ _LEAST_FOR_SPEED = 1 << 16
 _TELL_S = 2.0
 _ATTEMPTS = 3
 _LOOK = r"""
-d=$(mktemp -d) && tar -xof - -C "$d" && PYTHONPATH=$d/p.zip "$1" -m mess_compile.runtime.ship look "$d/wish"
+d=$(mktemp -d) && tar -xof - -C "$d" && "$1" "$d/p.zip" "$2" look "$d/wish"
 code=$?; rm -rf "$d"; exit $code
 """
 
@@ -308,7 +309,7 @@ def _act(action: str, wish: Wish, place: Place, remote: Remote, tell: Tell) -> t
     with written(runtime_zip(), _text(wish)) as paths:
         code, name = paths
         sent_bytes = _push(remote, paths, programs, lambda text: None)
-    command = ("env", f"PYTHONPATH={programs}/{code}", place.host.python, "-u", "-m", "mess_compile.runtime.ship")
+    command = (place.host.python, "-u", f"{programs}/{code}", SHIP_PROGRAM)
     heard = _Heard()
     try:
         for line in remote.lines((*command, action, f"{programs}/{name}"), _pid_file(place)):
@@ -333,7 +334,9 @@ def _look(place: Place, remote: Remote, wish: Wish) -> Looked:
     """By a program that is gone afterwards."""
     heard = _Heard()
     python = place.host.python
-    done = remote.run(("sh", "-c", _LOOK, "sh", python), _tar({"p.zip": runtime_zip(), "wish": _text(wish)}))
+    done = remote.run(
+        ("sh", "-c", _LOOK, "sh", python, SHIP_PROGRAM), _tar({"p.zip": runtime_zip(), "wish": _text(wish)})
+    )
     for line in done.output.decode(errors="replace").splitlines():
         _hear(heard, line, place, lambda text: None)
     if heard.error is not None:
