@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
+from mess_compile.runtime import terminal
 from mess_compile.runtime.errors import MessError
 
 _BAR = 18
@@ -55,6 +56,10 @@ class Group(click.Group):
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx) from error
 
+    def main(self, *arguments: Any, **named: Any) -> Any:
+        terminal.show_all()
+        return super().main(*arguments, **named)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -70,6 +75,8 @@ class Group(click.Group):
             sys.exit(1)
         except OSError as error:
             fail(_os_message(error))
+        except UnicodeEncodeError as error:
+            fail(terminal.unencodable(error))
 
 
 def fail(message: str) -> NoReturn:

@@ -224,7 +224,7 @@ def _ship(archive: Archive, place: Place, remote: Remote, options: Options, tell
             seconds = time.monotonic() - start
             return Shipped(place.text, sent_bytes, seconds, heard.done, tuple(heard.checks))
         if not heard.absent:
-            raise RemoteError(f"{place.text} ended without a word: run the command again", lost=True)
+            raise RemoteError(f"{place.text} exited without output: run the command again", lost=True)
     raise RemoteError(f"{place.text}: files that arrive are gone again: does something else clear {place.folder}?")
 
 
@@ -234,7 +234,7 @@ def _rollback(place: Place, remote: Remote, options: Options, tell: Tell) -> Shi
         raise InputError(f"{place.text}: nothing was shipped there: see `mess-compile ships {place.text}`")
     heard, sent_bytes = _act("rollback", Wish(place.folder, target=options.target), place, remote, tell)
     if heard.done is None:
-        raise RemoteError(f"{place.text} ended without a word: run the command again", lost=True)
+        raise RemoteError(f"{place.text} exited without output: run the command again", lost=True)
     return Shipped(place.text, sent_bytes, time.monotonic() - start, heard.done, tuple(heard.checks))
 
 

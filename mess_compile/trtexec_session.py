@@ -278,7 +278,7 @@ class TrtexecSession:
             (said if ended is None else times).append(line)
             ended = ended or re.fullmatch("ended ([0-9]+) +([0-9]+)", line)
         if ended is None:
-            raise RemoteError(f"{self.remote.host.text}: trtexec ended without a word: run the command again")
+            raise RemoteError(f"{self.remote.host.text}: trtexec exited without output: run the command again")
         return _Run(int(ended[1]), int(ended[2]), "\n".join([*said][:-1]), "\n".join(times))
 
     def _kept(self, keys: set[str]) -> dict[str, _Kept]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Sequence, Tuple
@@ -9,9 +10,11 @@ from typing import Any, Sequence, Tuple
 import numpy as np
 
 from mess_compile.runtime import png
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.errors import InputError, PlaceError
 
 _MAX_BYTES = 1 << 28
+OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ELOOP)
+"""Why a file cannot be written while another one beside it can."""
 _MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 
 
@@ -58,12 +61,12 @@ def _by_pillow(pillow: Any, path: Path) -> np.ndarray:
 
 
 def write_labels(path: Path, labels: np.ndarray, colours: Sequence[Tuple[int, int, int]]) -> None:
-    """Labels (H, W) as a palette PNG whose pixel values are the labels. Raises InputError."""
+    """Labels (H, W) as a palette PNG whose pixel values are the labels. Raises InputError, PlaceError."""
     _write(path, png.write_png(labels, colours))
 
 
 def write_picture(path: Path, pixels: np.ndarray) -> None:
-    """RGB (H, W, 3) as a PNG. Raises InputError."""
+    """RGB (H, W, 3) as a PNG. Raises InputError, PlaceError."""
     _write(path, png.write_png(pixels))
 
 
@@ -77,4 +80,5 @@ def _write(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+        kind = InputError if error.errno in OF_ONE_NAME else PlaceError
+        raise kind(f"{path} cannot be written: {error.strerror}") from error
