@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TextIO
 
 import click
 
+from mess_compile.runtime import terminal
 from mess_compile.runtime.errors import MessError
 
 _BAR = 18
@@ -62,6 +63,7 @@ class Group(click.Group):
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **named: Any) -> Any:
         """With `--json` standard output gets one object: what the command found, an `error`, or both."""
+        terminal.show_all()
         words = list(sys.argv[1:] if args is None else args)
         if not _asks_for_json(words):
             return super().main(args, *rest, **named)
@@ -97,6 +99,8 @@ class Group(click.Group):
             sys.exit(1)
         except OSError as error:
             fail(_os_message(error))
+        except UnicodeEncodeError as error:
+            fail(terminal.unencodable(error))
 
 
 def fail(message: str) -> NoReturn:

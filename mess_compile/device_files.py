@@ -11,18 +11,40 @@ import mess_compile
 from mess_compile.runtime.manifest import DOUBT, EngineFile, Figures, Manifest, Plan
 
 README = "README.txt"
-_MAIN = """\
+OWN_FILES_LAST = """\
 import os
 import sys
 
-sys.dont_write_bytecode = True  # an unpacked bundle stays as it is
-sys.path[0] = os.path.realpath(sys.path[0])  # a link to it may be switched while it runs
+
+def own_files_last(paths):
+    try:
+        own = [os.path.realpath(place) for place in (os.path.expanduser("~"), os.curdir)]
+    except OSError:  # the current folder is gone
+        return list(paths)
+    return sorted(paths, key=lambda path: os.path.realpath(path) in own)
+
+
+"""
+"""Before the imports of a program on a device: no file of the user's, in the home folder or in the current one, stands
+for a module (json.py, numpy.py), even where PYTHONPATH names these folders. Else that variable has its way."""
+_FIRST = f"""\
+{OWN_FILES_LAST}sys.path[:] = [os.path.realpath(sys.path[0]), *own_files_last(sys.path[1:])]
+"""
+_MAIN = f"""\
+{_FIRST}sys.dont_write_bytecode = True  # an unpacked bundle stays as it is
 from pathlib import Path
 
 from mess_compile.runtime.__main__ import main
 
 sys.exit(main(bundle=Path(os.path.dirname(os.path.abspath(__file__)))))
 """
+_PROGRAM = f"""\
+{_FIRST}from importlib import import_module
+
+sys.exit(import_module(sys.argv[1]).main(sys.argv[2:]))
+"""
+SESSION, SHIP = "mess_compile.runtime.session", "mess_compile.runtime.ship"
+"""Programs in `runtime_zip`."""
 
 
 def runtime_files() -> dict[str, bytes]:
@@ -32,10 +54,13 @@ def runtime_files() -> dict[str, bytes]:
 
 @functools.lru_cache(maxsize=1)
 def runtime_zip() -> bytes:
-    """The device side as Python imports it, the same bytes each time."""
+    """The device side as `python3 ZIP PROGRAM ARGUMENT...` runs it, the same bytes each time.
+
+    Python then looks for modules in the zip first, and not in the current folder, as it does for `python3 -m`.
+    """
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as content:
-        for path, source in _modules().items():
+        for path, source in {"__main__.py": _PROGRAM.encode(), **_modules()}.items():
             content.writestr(zipfile.ZipInfo(path, (1980, 1, 1, 0, 0, 0)), source, zipfile.ZIP_DEFLATED)
     return stream.getvalue()
 

@@ -40,26 +40,55 @@ class Shot:
 
 
 class Source:
-    """A video file or a camera, open; `frames` is how many it announces, 0 where that is not known."""
+    """A video file or a camera, open; `frames` is how many it announces, 0 where that is not known.
+
+    Of the frames that are wanted, `lost` has the numbers of those between others that could not be decoded, and
+    `unread`, at the end, of those that were announced and did not come.
+    """
 
     def __init__(self, capture: cv2.VideoCapture, live: bool, every: int) -> None:
         self._capture, self._live, self._every = capture, live, every
         fps, frames = (capture.get(key) for key in (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
+        self._announced = 0 if live or not 0 < frames < 1 << 31 else int(frames)
         self.fps = (fps if 0 < fps < 1000 else _USUAL_FPS) / every
-        self.frames = 0 if live or not 0 < frames < 1 << 31 else -(-int(frames) // every)
+        self.frames = -(-self._announced // every)
+        self.lost: list[int] = []
+        self.unread: list[int] = []
 
     def shots(self, limit: int | None) -> Iterator[Shot]:
         """Every so many frames, at most `limit`; from a camera what it shows by then, placed by the time it was."""
-        taken, number, started = 0, 0, time.monotonic()
-        while limit is None or taken < limit:
-            good, pixels = self._capture.read()
+        taken, started = 0, time.monotonic()
+        for number in self._grabbed():
+            if number % self._every:
+                continue
+            good, pixels = self._capture.retrieve()
             if not good:
-                return
-            slot = round((time.monotonic() - started) * self.fps) if self._live else taken
+                self.lost.append(number)
+                continue
+            slot = round((time.monotonic() - started) * self.fps) if self._live else number // self._every
             yield Shot(number, cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), slot)
-            taken, number = taken + 1, number + self._every
-            for _ in range(self._every - 1):
-                self._capture.grab()
+            taken += 1
+            if taken == limit:
+                return
+
+    def _grabbed(self) -> Iterator[int]:
+        """The numbers of frames, each of them at hand.
+
+        OpenCV tells of a damaged one as of the end of the file: what is announced behind it is tried as well.
+        """
+        number, damaged = 0, 0
+        while not damaged or number + damaged <= self._announced:
+            if not self._capture.grab():
+                damaged += 1
+                continue
+            self.lost += self._wanted(number, number + damaged)
+            number, damaged = number + damaged, 0
+            yield number
+            number += 1
+        self.unread += self._wanted(number, self._announced)
+
+    def _wanted(self, first: int, end: int) -> list[int]:
+        return [number for number in range(first, end) if number % self._every == 0]
 
 
 @contextmanager
@@ -70,6 +99,7 @@ def opened(name: str, every: int) -> Iterator[Source]:
         raise InputError(f"{name!r} is no camera: write camera:0, or another number")
     if not live and not Path(name).is_file():
         raise InputError(f"{name} does not exist, or is no file")
+    _check_name(name)
     if not live:
         refuse_pointer(Path(name))
     capture = cv2.VideoCapture(int(name[len(CAMERA) :]) if live else name)
@@ -79,6 +109,14 @@ def opened(name: str, every: int) -> Iterator[Source]:
         yield Source(capture, live, every)
     finally:
         capture.release()
+
+
+def _check_name(name: str) -> None:
+    """Raises InputError for one that OpenCV cannot be given."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} is not UTF-8, and OpenCV opens no such name: rename the file or folder") from error
 
 
 class Video:
@@ -120,6 +158,7 @@ def written(path: Path, fps: float) -> Iterator[Video]:
 
     Raises InputError when they cannot, which OpenCV does not tell.
     """
+    _check_name(str(path))
     with files.replaced(path, path.suffix) as temporary:
         video = Video(temporary, fps)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -15,13 +16,14 @@ from typing import IO
 
 from mess_compile import files as local
 from mess_compile.runtime.errors import InputError
-from mess_compile.ssh import PYTHON, Connection, Host, RemoteError, last_line, parse_host
+from mess_compile.ssh import KILLED, PYTHON, Connection, Host, RemoteError, after_start, began, last_line, parse_host
 
 __all__ = ["PYTHON", "Done", "Host", "Pushed", "Remote", "RemoteError", "parse_host"]
 
 STOP_S = 10.0
 """For a program there to end when its lines are no longer wanted; it is killed there after 5 s."""
 _ABSENT = 44
+_LAST_SIGNAL = 64
 _PLAIN = '"$@"; exit $?'  # the shell stays, so that a program that was killed gives 128 + its signal
 _WATCHED = r"""
 file=$1; shift
@@ -92,7 +94,7 @@ _SHOW_HASHED = f'[ -e "$1" ] || exit {_ABSENT}; sha256sum <"$1" >&2 && cat <"$1"
 
 @dataclass(frozen=True)
 class Done:
-    """What a program left: 128 + N is the code after signal N; 255 also stands for an end that ssh could not tell."""
+    """What a program left: 128 + N is the code after signal N, KILLED stands for an end that ssh could not tell."""
 
     code: int
     output: bytes
@@ -146,16 +148,18 @@ class Remote:
                 assert client.stdin
                 assert client.stdout
                 try:
+                    started = began(client.stdout)
                     for line in client.stdout:
                         yield line.decode(errors="replace").rstrip("\r\n")
-                    code = self._connection.code(client)
+                    client.wait()
+                    code, said = self._connection.ended(client, started, _text(errors))
                 finally:
                     client.stdout.close()
                     client.stdin.close()  # the other side waits for this
                     with suppress(subprocess.TimeoutExpired):
                         client.wait(STOP_S)
             if code:
-                raise self.failure(f"`{_program(command)}`", code, _text(errors))
+                raise self.failure(f"`{command[0]}`", code, said)
 
     def push(self, files: Mapping[str, Path], folder: str, progress: Callable[[int, int], None]) -> Pushed:
         """Have `files`, named by the hex SHA-256 of their bytes, in `folder` there, under these names.
@@ -176,10 +180,13 @@ class Remote:
         with local.replaced(target) as temporary, tempfile.TemporaryFile() as errors:
             with (
                 temporary.open("wb") as stream,
-                self._connection.client(_SHOW_HASHED, (path,), stream, errors) as client,
+                self._connection.client(_SHOW_HASHED, (path,), subprocess.PIPE, errors) as client,
             ):
-                code = self._connection.code(client)
-            said = _text(errors)
+                assert client.stdout
+                started = began(client.stdout)
+                shutil.copyfileobj(client.stdout, stream)
+                client.wait()
+                code, said = self._connection.ended(client, started, _text(errors))
             if code:
                 raise self._no_file(path, code, said)
             if f"{local.sha256_of_file(temporary)}  -" not in said.splitlines():
@@ -202,8 +209,8 @@ class Remote:
             return RemoteError(f"{self.host.text} has no space left for {what}: make room there, then run it again")
         if code in (126, 127):
             reason = f"{what} cannot be started ({said}): install it there, or {self._naming(what)}"
-        elif code == 255 or code > 128:
-            signal = "" if code == 255 else f" by signal {code - 128}"
+        elif code == KILLED or 128 < code <= 128 + _LAST_SIGNAL:
+            signal = "" if code == KILLED else f" by signal {code - 128}"
             reason = f"{what} was killed{signal}: has the device enough memory? (it said: {said or 'nothing'})"
         else:
             lacks = f": install it there, for this {self.host.python}, or {self._naming(what)}"
@@ -250,10 +257,13 @@ class Remote:
                 finally:
                     with suppress(BrokenPipeError):
                         client.stdin.close()
-                    code = self._connection.code(client)
+                    client.wait()
+                    output.seek(0)
+                    told = after_start(output.read())
+                    code, said = self._connection.ended(client, told is not None, _text(errors))
             if code:
-                raise self.failure(f"folder {folder}", code, _text(errors))
-            arrived = set(_text(output).split())
+                raise self.failure(f"folder {folder}", code, said)
+            arrived = set((told or b"").decode().split())
         self._refuse_damaged({name: path for name, path in missing.items() if name not in arrived}, folder)
         return sent_bytes
 
@@ -273,12 +283,9 @@ class Remote:
             except subprocess.TimeoutExpired as error:
                 what = f"`{arguments[0]}` has not ended within {patience_s:g} s"
                 raise RemoteError(f"{self.host.text}: {what}: is the device busy, or out of memory?") from error
-            return Done(self._connection.code(client), output, errors.decode(errors="replace"))
-
-
-def _program(command: Sequence[str]) -> str:
-    """What runs: `env` and what it sets aside."""
-    return next((word for word in command if word != "env" and "=" not in word), command[0])
+            told = after_start(output)
+            code, said = self._connection.ended(client, told is not None, errors.decode(errors="replace"))
+            return Done(code, told or b"", said)
 
 
 def _write_archive(pipe: IO[bytes], files: Mapping[str, Path], progress: Callable[[int, int], None]) -> int:

@@ -22,12 +22,14 @@ from mess_compile.runtime import archive, frames
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime.cascade import Cascade, Prediction
 from mess_compile.runtime.confidence import sure_words
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.errors import InputError, MessError, PlaceError
 from mess_compile.runtime.manifest import MANIFEST
-from mess_compile.runtime.pictures import read_picture
+from mess_compile.runtime.pictures import OF_ONE_NAME, read_picture
 from mess_compile.workspace import Progress, silent
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts", ".wmv", ".mjpeg")
+_COUNTED = (".mp4", ".m4v", ".mov", ".avi")
+"""Videos that hold how many frames there are; others tell how long they last, and the number is a guess."""
 _CAMERA = "camera:"
 _LABELS = re.compile(r"\d{6}\.png")
 
@@ -64,7 +66,7 @@ class ImageResult:
 class VideoResult:
     """What `run` made of a video or camera: the frames that left at each exit, and the files it wrote.
 
-    `unread` frames were announced by the file and could not be read; `stopped`: by Ctrl-C.
+    `unread` frames, at its end, were announced by the file and could not be read; `stopped`: by Ctrl-C.
     """
 
     source: str
@@ -81,6 +83,23 @@ class VideoResult:
 Result = ImageResult | VideoResult
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What `run` could not do of a source, and why: an image or a whole video, or such `frames` of a video, from 0."""
+
+    source: str
+    error: str
+    frames: tuple[int, ...] = ()
+
+
+class RunError(MessError):
+    """Some images or frames failed; `results` are those of the others, which are written."""
+
+    def __init__(self, message: str, results: Sequence[Result], failures: Sequence[Failure]) -> None:
+        super().__init__(message)
+        self.results, self.failures = tuple(results), tuple(failures)
+
+
 def is_moving(source: Path) -> bool:
     """Whether it is a video or a camera, by its name."""
     return str(source).startswith(_CAMERA) or source.suffix.lower() in VIDEO_SUFFIXES
@@ -93,31 +112,67 @@ def run(
     options: RunOptions = RunOptions(),
     done: Callable[[Result], None] = lambda result: None,
     progress: Progress = silent,
+    failed: Callable[[Failure], None] = lambda failure: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Result, ...]:
-    """Segment images, those in folders, videos and `camera:N` with a bundle, and tell `done` of each.
+    """Segment images, those in folders, videos and `camera:N` with a bundle, and tell `done` or `failed` of each.
 
     `tell` is told which files of folders are left out.
 
     An image gets a palette PNG of labels, an overlay and on request the refinement strip, a video or camera one with
-    overlay, exit and latency drawn on it; Ctrl-C ends it as its last frame does. Raises InputError, BundleError.
+    overlay, exit and latency drawn on it; Ctrl-C ends it as its last frame does. An image or frame that fails does not
+    end the rest: RunError comes at the end. Raises InputError, BundleError before anything is run.
     """
     _refuse_swapped(bundle, sources)
     images = [image for source in sources if not is_moving(source) for image in _images(source, options, tell)]
     videos = [source for source in sources if is_moving(source)]
     _check_names(images, videos)
     results: list[Result] = []
+    failures: list[Failure] = []
+
+    def fail(failure: Failure) -> None:
+        failures.append(failure)
+        failed(failure)
+
     with runtime_cascade.load(bundle, options.target) as cascade:
         if options.operating_point is not None:
             cascade.operating_point = options.operating_point
-        for number, image in enumerate(images):
-            progress("run", number, len(images))
-            results.append(_run_image(cascade, image, output, options))
+        for number, source in enumerate((*images, *videos)):
+            try:
+                if is_moving(source):
+                    results.append(_run_video(cascade, str(source), output, options, progress, fail))
+                else:
+                    progress("run", number, len(images))
+                    results.append(_run_image(cascade, source, output, options))
+            except (MessError, MemoryError, OSError) as error:
+                fail(Failure(str(source), _reason(error, source)))
+                continue
             done(results[-1])
-        for video in videos:
-            results.append(_run_video(cascade, str(video), output, options, progress))
-            done(results[-1])
+    if failures:
+        raise RunError(_failed_words(failures, len(images), len(videos), output), results, failures)
     return tuple(results)
+
+
+def _reason(error: MessError | MemoryError | OSError, source: Path | str) -> str:
+    """Why one image or frame fails; what ends every other one, too, is raised again."""
+    if isinstance(error, PlaceError) or (isinstance(error, OSError) and error.errno not in OF_ONE_NAME):
+        raise error
+    if isinstance(error, MemoryError):
+        return f"{source} takes more memory than there is: use smaller images"
+    return f"{source}: {error.strerror}" if isinstance(error, OSError) else str(error)
+
+
+def _failed_words(failures: Sequence[Failure], images: int, videos: int, output: Path) -> str:
+    if images + videos == 1 and len(failures) == 1 and not failures[0].frames:
+        return failures[0].error
+    whole = [is_moving(Path(failure.source)) for failure in failures if not failure.frames]
+    frames = Counter[str]()
+    for failure in failures:
+        frames[failure.source] += len(failure.frames)
+    told = [f"{whole.count(False)} of {images} images"] if False in whole else []
+    told += [f"{whole.count(True)} of {videos} videos"] if True in whole else []
+    told += [f"{count} frame{'s' * (count > 1)} of {source}" for source, count in frames.items() if count]
+    return f"{', '.join(told)} failed; what could be labelled is in {output}"
 
 
 def _refuse_swapped(bundle: Path, sources: Sequence[Path]) -> None:
@@ -211,11 +266,19 @@ class _Course:
 
     exits: list[int]
     latencies_ms: list[float] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     stopped: bool = False
 
 
-def _run_video(cascade: Cascade, source: str, output: Path, options: RunOptions, progress: Progress) -> VideoResult:
+def _run_video(
+    cascade: Cascade,
+    source: str,
+    output: Path,
+    options: RunOptions,
+    progress: Progress,
+    fail: Callable[[Failure], None],
+) -> VideoResult:
     media = extras.video_module("media")
     stem = source.replace(":", "") if source.startswith(_CAMERA) else Path(source).stem
     video, labels = output / f"{stem}.overlay.mp4", output / f"{stem}.labels" if options.label_pictures else None
@@ -228,6 +291,10 @@ def _run_video(cascade: Cascade, source: str, output: Path, options: RunOptions,
         try:
             with closing(_segmented(cascade, shown.shots(options.limit), options)) as found:
                 for shot, prediction in found:
+                    if not isinstance(prediction, Prediction):
+                        error = _reason(prediction, f"frame {shot.number} of {source}")
+                        course.failed.append(Failure(source, error, (shot.number,)))
+                        continue
                     file.write(_drawn(media, cascade, shot.frame, prediction), shot.slot)
                     if kept is not None:
                         _save_labels(kept / f"{shot.number:06}.png", prediction, cascade)
@@ -240,7 +307,10 @@ def _run_video(cascade: Cascade, source: str, output: Path, options: RunOptions,
             course.stopped = True
         count = len(course.latencies_ms)
         if not count:
-            raise InputError(f"{source} gave no frame: see that it plays, or that nothing else uses the camera")
+            why = "see that it plays, or that nothing else uses the camera"
+            raise InputError(f"{source} gave no frame: {course.failed[0].error if course.failed else why}")
+        for failure in (*course.failed, *_undecoded(source, shown.lost, shown.unread)):
+            fail(failure)
     return VideoResult(
         source=source,
         frames=count,
@@ -249,17 +319,31 @@ def _run_video(cascade: Cascade, source: str, output: Path, options: RunOptions,
         frames_per_s=count / (time.monotonic() - course.started),
         video=video,
         labels=labels,
-        unread=max(total - count, 0) if shown.frames and not course.stopped else 0,
+        unread=len(shown.unread),
         stopped=course.stopped,
     )
 
 
+def counts_frames(source: str) -> bool:
+    """Whether a video holds how many frames there are, by its name; others tell how long they last."""
+    return Path(source).suffix.lower() in _COUNTED
+
+
+def _undecoded(source: str, lost: Sequence[int], unread: Sequence[int]) -> Iterator[Failure]:
+    missing = unread if counts_frames(source) else ()
+    for numbers, words in ((lost, "cannot be decoded"), (missing, "are missing at its end")):
+        if numbers:
+            shown = ", ".join(map(str, numbers[:9])) + (f" and {len(numbers) - 9} more" if len(numbers) > 9 else "")
+            yield Failure(source, f"{source}: frames {shown} (from 0) {words}", tuple(numbers))
+
+
 def _segmented(
     cascade: Cascade, shots: Iterator[Any], options: RunOptions
-) -> Generator[tuple[Any, Prediction], None, None]:
-    """Each shot with its prediction; without a deadline, neighbouring frames overlap."""
+) -> Generator[tuple[Any, Prediction | MessError | MemoryError], None, None]:
+    """Each shot with its prediction, or with what failed; without a deadline, neighbouring frames overlap."""
     if options.deadline_ms is not None:
-        yield from ((shot, _predicted(cascade, shot.frame, options)) for shot in shots)
+        for shot in shots:
+            yield shot, _attempted(lambda frame: _predicted(cascade, frame, options), shot.frame)
         return
     waiting: deque[Any] = deque()
 
@@ -269,8 +353,18 @@ def _segmented(
             yield shot.frame
 
     with closing(cascade.stream(frames_of())) as stream:
-        for prediction in stream:
-            yield waiting.popleft(), prediction
+        while (found := _attempted(lambda at_end: next(stream, at_end), None)) is not None:
+            if not waiting:  # it is the source that failed
+                raise found
+            yield waiting.popleft(), found
+
+
+def _attempted(action: Callable[[Any], Any], given: Any) -> Any:
+    """What the action gives, or the error of one frame."""
+    try:
+        return action(given)
+    except (MessError, MemoryError) as error:
+        return error
 
 
 def _drawn(media: Any, cascade: Cascade, frame: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint8]:

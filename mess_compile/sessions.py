@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import files
-from mess_compile.device_files import runtime_zip
+from mess_compile.device_files import SESSION, runtime_zip
 from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.remote import Remote, RemoteError
 from mess_compile.runtime import decode, frames, lines, npy, power, scoring, session
@@ -71,7 +71,9 @@ class Session:
                 self.remote.refuse_old_python()
             raise
         if self.hello is None:
-            raise InputError(f"{self.remote.host.text} ended without a word: is its Python 3.8 or newer?")
+            raise InputError(
+                f"{self.remote.host.text}: the program there exited without output: is its Python 3.8 or newer?"
+            )
         return self.hello
 
     def build(self, jobs: Mapping[str, tuple[Path, str]]) -> dict[str, str]:
@@ -211,8 +213,7 @@ class Session:
         text = session.wish_to_json(wish).encode()
         code, name = self._sent(session.WISHES, runtime_zip(), text)
         there = f"{STORE}/{session.WISHES}/{code}"
-        python = ("env", f"PYTHONPATH={there}", self.remote.host.python, "-u")
-        command = (*python, "-m", "mess_compile.runtime.session", STORE, name)
+        command = (self.remote.host.python, "-u", there, SESSION, STORE, name)
         error = ""
         try:
             for line in self.remote.lines(command, f"{STORE}/{_PID}"):

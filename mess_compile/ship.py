@@ -17,6 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mess_compile.device_files import SHIP as SHIP_PROGRAM
 from mess_compile.device_files import runtime_zip
 from mess_compile.remote import PYTHON, Host, Remote, RemoteError, parse_host
 from mess_compile.runtime import decode, lines
@@ -39,7 +40,7 @@ _LEAST_FOR_SPEED = 1 << 16
 _TELL_S = 2.0
 _ATTEMPTS = 3
 _LOOK = r"""
-d=$(mktemp -d) && tar -xof - -C "$d" && PYTHONPATH=$d/p.zip "$1" -m mess_compile.runtime.ship look "$d/wish"
+d=$(mktemp -d) && tar -xof - -C "$d" && "$1" "$d/p.zip" "$2" look "$d/wish"
 code=$?; rm -rf "$d"; exit $code
 """
 
@@ -223,7 +224,7 @@ def _ship(archive: Archive, place: Place, remote: Remote, options: Options, tell
             seconds = time.monotonic() - start
             return Shipped(place.text, sent_bytes, seconds, heard.done, tuple(heard.checks))
         if not heard.absent:
-            raise RemoteError(f"{place.text} ended without a word: run the command again", lost=True)
+            raise RemoteError(f"{place.text} exited without output: run the command again", lost=True)
     raise RemoteError(f"{place.text}: files that arrive are gone again: does something else clear {place.folder}?")
 
 
@@ -233,7 +234,7 @@ def _rollback(place: Place, remote: Remote, options: Options, tell: Tell) -> Shi
         raise InputError(f"{place.text}: nothing was shipped there: see `mess-compile ships {place.text}`")
     heard, sent_bytes = _act("rollback", Wish(place.folder, target=options.target), place, remote, tell)
     if heard.done is None:
-        raise RemoteError(f"{place.text} ended without a word: run the command again", lost=True)
+        raise RemoteError(f"{place.text} exited without output: run the command again", lost=True)
     return Shipped(place.text, sent_bytes, time.monotonic() - start, heard.done, tuple(heard.checks))
 
 
@@ -308,7 +309,7 @@ def _act(action: str, wish: Wish, place: Place, remote: Remote, tell: Tell) -> t
     with written(runtime_zip(), _text(wish)) as paths:
         code, name = paths
         sent_bytes = _push(remote, paths, programs, lambda text: None)
-    command = ("env", f"PYTHONPATH={programs}/{code}", place.host.python, "-u", "-m", "mess_compile.runtime.ship")
+    command = (place.host.python, "-u", f"{programs}/{code}", SHIP_PROGRAM)
     heard = _Heard()
     try:
         for line in remote.lines((*command, action, f"{programs}/{name}"), _pid_file(place)):
@@ -333,7 +334,9 @@ def _look(place: Place, remote: Remote, wish: Wish) -> Looked:
     """By a program that is gone afterwards."""
     heard = _Heard()
     python = place.host.python
-    done = remote.run(("sh", "-c", _LOOK, "sh", python), _tar({"p.zip": runtime_zip(), "wish": _text(wish)}))
+    done = remote.run(
+        ("sh", "-c", _LOOK, "sh", python, SHIP_PROGRAM), _tar({"p.zip": runtime_zip(), "wish": _text(wish)})
+    )
     for line in done.output.decode(errors="replace").splitlines():
         _hear(heard, line, place, lambda text: None)
     if heard.error is not None:

@@ -1,4 +1,7 @@
-"""The system's own ssh with its configuration: one connection to a device, held open, that programs there share."""
+"""The system's own ssh with its configuration: one connection to a device, held open, that programs there share.
+
+A login shell may be any (bash, dash, zsh, fish, tcsh). It is given one plain line, which starts `sh`; the script that
+`sh` runs comes over standard input, ahead of the program's own. What the shell prints at its start is left out."""
 
 from __future__ import annotations
 
@@ -27,12 +30,24 @@ _SETTINGS = (
     *("ForwardAgent=no", "ForwardX11=no"),
 )
 _UP = b"mess-compile is connected\n"
+"""Printed by a script of ours when it begins: what comes before it is the login shell's."""
+_ENDED = "mess-compile: ended with 255"
+"""Said by a script of ours that ends with this code, which else is ssh's own for whatever went wrong."""
+_START = "exec sh -c 'eval \"$(dd bs=1 count={} 2>/dev/null)\"'"
+"""What the login shell is given. `dd` takes so many bytes of standard input and not one more, as no shell does."""
+_TELL_END = f"""trap '[ $? != 255 ] || echo "{_ENDED}" >&2' 0
+"""
+_WAIT = "exec cat >/dev/null"
+_CUT = re.compile("onnection (closed|reset)|closed by remote host|client_loop|Timeout, server|packet_write|Broken pipe")
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _HOST = re.compile(
     rf"(?P<scheme>ssh://)?(?P<user>{_NAME}@)?"
     rf"(?:(?P<name>{_NAME})|\[(?P<six>[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?)\])(?::(?P<port>[0-9]{{1,5}}))?"
 )
 PYTHON = "python3"
+KILLED = -1
+"""The code of a script that the system killed, of which ssh cannot tell the signal."""
+_MOST_NOISE = 1 << 16
 _PYTHON = re.compile(r"[A-Za-z0-9_./~][^=\x00-\x1f\x7f]*")
 """No option, and nothing that env takes for a variable; the shell there gets it quoted."""
 _REMEDIES = (
@@ -41,6 +56,11 @@ _REMEDIES = (
     ("Could not resolve hostname", "check the name, or add it to ~/.ssh/config"),
     ("Connection refused", "is the device up, and does its ssh server listen on this port?"),
     ("timed out|No route to host|unreachable", "is the device switched on, and on this network?"),
+    (
+        "kex_exchange|onnection (closed|reset)|closed by remote host",
+        "its ssh server takes no more connections now (MaxStartups, penalties for failed logins): wait and try again",
+    ),
+    ("ession open refused|open failed", "its ssh server lets nobody run programs (MaxSessions 0): allow at least 1"),
 )
 
 
@@ -97,7 +117,8 @@ def _is_ipv6(text: str | None) -> bool:
 class Connection:
     """A connection, for one thread: made when it is first needed, and again after it was lost.
 
-    Keys, agent, jump hosts and host keys are those of the user's ssh; `options` are further arguments for it.
+    Keys, agent, jump hosts and host keys are those of the user's ssh; `options` are further arguments for it. Where the
+    server takes no further session on the connection (MaxSessions), ssh makes one more connection for a program.
     """
 
     def __init__(self, host: Host, options: Sequence[str] = ()) -> None:
@@ -106,6 +127,7 @@ class Connection:
         self._folder: str | None = None
         self._master: subprocess.Popen[bytes] | None = None
         self._said = ""
+        self._clients: set[subprocess.Popen[bytes]] = set()
 
     def open(self) -> None:
         """Hold a session that ends with this process: its program there reads what we never write.
@@ -117,16 +139,19 @@ class Connection:
         self.close()
         try:
             self._folder = _private_folder()
-            there = f"echo {_UP.decode().strip()}; exec cat >/dev/null"
+            script = _script(_WAIT, ())
             with (Path(self._folder) / "said").open("wb") as said:
-                command = self._command("-M", "--", self.host.destination, there)
+                command = self._command("-M", "--", self.host.destination, _START.format(len(script)))
                 self._master = _started(command, subprocess.PIPE, subprocess.PIPE, said)
+            _give(self._master, script)
             self._await_up(self._master)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
+        for client in tuple(self._clients):
+            client.terminate()  # it may have a connection of its own
         if self._master is not None:
             self._master.terminate()
             _end(self._master, 2.0)
@@ -138,23 +163,38 @@ class Connection:
     def client(
         self, script: str, arguments: Sequence[str], output: int | IO[bytes], errors: int | IO[bytes]
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """The ssh of a shell script that runs there, through the connection and never beside it."""
+        """The ssh of a shell script that runs there. Its output is for `began` or `after_start` first."""
         self.open()
-        text = "exec " + shlex.join(["sh", "-c", script, "sh", *arguments])
-        command = self._command("-o", "ControlMaster=no", "-o", "ProxyCommand=false", "--", self.host.destination, text)
+        text = _script(script, arguments)
+        command = self._command("-o", "ControlMaster=no", "--", self.host.destination, _START.format(len(text)))
         client = _started(command, subprocess.PIPE, output, errors)
+        self._clients.add(client)
         try:
+            _give(client, text)
             yield client
         finally:
+            self._clients.discard(client)
             _end(client, 0.0)
 
-    def code(self, client: subprocess.Popen[bytes]) -> int:
-        """The code of the script there, once its ssh has ended. Raises RemoteError when the connection was lost."""
+    def ended(self, client: subprocess.Popen[bytes], began: bool, said: str) -> tuple[int, str]:
+        """The code of the script there, whose ssh has ended, and what it `said`; KILLED when the system killed it.
+
+        Raises RemoteError when the connection was lost, or when the script never `began`.
+        """
         code = client.wait()
-        if (code == 255 or code < 0) and not (self._socket() in str(client.args) and self._is_up()):
-            reason = last_line(self._said) or "ssh was ended"
-            raise RemoteError(f"{self.host.text}: the connection was lost ({reason}): run the command again", lost=True)
-        return code
+        by_ssh = code == 255 and _ENDED not in said
+        if (by_ssh or code < 0) and not (self._socket() in str(client.args) and self._is_up()):
+            raise self._lost(self._said)
+        if by_ssh and began and _CUT.search(said):
+            raise self._lost(said)
+        if not began:
+            raise _refusal(self.host, said, "", code)
+        own = "".join(line for line in said.splitlines(keepends=True) if line.strip() != _ENDED)
+        return KILLED if by_ssh else code, own
+
+    def _lost(self, said: str) -> RemoteError:
+        reason = last_line(said) or "ssh was ended"
+        return RemoteError(f"{self.host.text}: the connection was lost ({reason}): run the command again", lost=True)
 
     def _is_up(self) -> bool:
         """ssh's own word on the connection: 255 is what it says of a lost one, but a program may end so, too."""
@@ -185,26 +225,51 @@ class Connection:
         heard, until = b"", time.monotonic() + CONNECT_S
         while not heard.endswith(_UP):
             if not _readable(master.stdout, until - time.monotonic()):
-                remedy = f"check that `{self.host.login}` works"
+                remedy = f"check that `{self.host.login}` works, and that no start file of its shell waits for input"
                 raise RemoteError(f"{self.host.text}: no connection after {CONNECT_S:g} s: {remedy}")
             block = os.read(master.stdout.fileno(), 1 << 16)
             if not block:
-                master.wait()
+                code = master.wait()
                 self._hear()
-                raise _refusal(self.host, self._said)
-            heard += block
-        if heard != _UP:
-            noise = one_line(heard.removesuffix(_UP).decode(errors="replace"))[:80]
-            remedy = "let ~/.bashrc print only in interactive shells"
-            raise RemoteError(f"{self.host.text}: its shell prints {noise!r} before every answer: {remedy}")
+                raise _refusal(self.host, self._said, heard.decode(errors="replace"), code)
+            heard = (heard + block)[-_MOST_NOISE:]
 
 
-def _refusal(host: Host, said: str) -> RemoteError:
-    """Why there is no connection, in ssh's words, and what to do."""
+def began(output: IO[bytes]) -> bool:
+    """Read what the login shell printed, up to the first byte of the script; False when that never began."""
+    return any(line.endswith(_UP) for line in output)
+
+
+def after_start(output: bytes) -> bytes | None:
+    """The output of the script alone; None when it never began."""
+    _, up, own = output.partition(_UP)
+    return own if up else None
+
+
+def _script(script: str, arguments: Sequence[str]) -> bytes:
+    """What `sh` reads. The script is a process that has `arguments` on its command line, as `ps` shows it."""
+    command = shlex.join(["sh", "-c", _TELL_END + script, "sh", *arguments])
+    return os.fsencode(f"echo {_UP.decode().strip()}\nexec {command}")
+
+
+def _give(client: subprocess.Popen[bytes], text: bytes) -> None:
+    """Write to standard input ahead of what else comes there; an ssh that has ended is told of later."""
+    assert client.stdin
+    with suppress(BrokenPipeError):
+        while text:
+            text = text[os.write(client.stdin.fileno(), text) :]
+
+
+def _refusal(host: Host, said: str, printed: str, code: int) -> RemoteError:
+    """Why nothing can be run there, in the words of ssh or of the login shell, and what to do."""
     if "IDENTIFICATION HAS CHANGED" in said:
         return _changed_key(host, said)
+    if code not in (255, *range(-64, 0)):
+        words = last_line(said) or last_line(printed) or f"it ended with code {code}"
+        remedy = "give the account a usual one there (`chsh -s /bin/sh`), without a command that the server forces"
+        return RemoteError(f"{host.text}: its login shell does not start `sh` ({words}): {remedy}")
     remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, said)), "check that `{login}` works")
-    reason = last_line(said) or "ssh ended without a word"
+    reason = last_line(said) or "ssh ended and gave no reason (does its server allow a session: MaxSessions?)"
     return RemoteError(f"{host.text}: {reason}: {remedy.format(login=host.login)}")
 
 

@@ -23,7 +23,7 @@ from mess_compile.looking import KnownDevice, compare, devices, doctor, inspect,
 from mess_compile.measuring import Thrift, build, estimate, profile
 from mess_compile.prospects import Prospect
 from mess_compile.recording import evaluate, foresee_evaluate
-from mess_compile.running import ImageResult, RunOptions, VideoResult, run
+from mess_compile.running import Failure, ImageResult, RunError, RunOptions, VideoResult, run
 from mess_compile.runtime import archive, frames
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime.choice import matching_plans
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BundleOptions",
     "DataFolder",
+    "Failure",
     "Foresight",
     "Gate",
     "ImageResult",
@@ -55,6 +56,7 @@ __all__ = [
     "Prospect",
     "RecipeBuild",
     "Requirement",
+    "RunError",
     "RunOptions",
     "SearchOptions",
     "ShipOptions",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mess_compile import files, forecast, trtexec
 from mess_compile.candidates import GraphSet
+from mess_compile.device_files import OWN_FILES_LAST
 from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.latency import PSEUDO_GRAPHS, Latency
 from mess_compile.remote import Remote, RemoteError
@@ -43,7 +44,12 @@ _LINES, _PATIENCE_S = 2000, 600.0
 _FULL = re.compile("Saving engine to file failed|No space left on device|Disk quota exceeded")
 _NO_CACHE = re.compile("TimingCache creation failed|Failed to create timing ?cache", re.IGNORECASE)
 
-_USABLE = "import sys, numpy, tensorrt; sys.exit(sys.version_info < (3, 8))"
+_USABLE = f"""\
+{OWN_FILES_LAST}sys.path[:] = own_files_last(sys.path)
+import numpy, tensorrt
+
+sys.exit(sys.version_info < (3, 8))
+"""
 _LOOK = r"""
 LC_ALL=C; export LC_ALL
 program=$(command -v "$1" || command -v trtexec) || exit 127
@@ -272,7 +278,7 @@ class TrtexecSession:
             (said if ended is None else times).append(line)
             ended = ended or re.fullmatch("ended ([0-9]+) +([0-9]+)", line)
         if ended is None:
-            raise RemoteError(f"{self.remote.host.text}: trtexec ended without a word: run the command again")
+            raise RemoteError(f"{self.remote.host.text}: trtexec exited without output: run the command again")
         return _Run(int(ended[1]), int(ended[2]), "\n".join([*said][:-1]), "\n".join(times))
 
     def _kept(self, keys: set[str]) -> dict[str, _Kept]:

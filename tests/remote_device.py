@@ -27,7 +27,8 @@ cat {folder}/greeting
 trap '' XFSZ
 ulimit -f $(cat {folder}/blocks)
 cd {home} || exit 1
-exec env -i HOME={home} PATH="$(cat {folder}/path)" LANG=C.UTF-8 SHELL=/bin/sh sh -c "$SSH_ORIGINAL_COMMAND"
+shell=$(cat {folder}/shell)
+exec env -i HOME={home} PATH="$(cat {folder}/path)" LANG=C.UTF-8 SHELL="$shell" "$shell" -c "$SSH_ORIGINAL_COMMAND"
 """
 DAEMON = """Port {port}
 ListenAddress 127.0.0.1
@@ -43,6 +44,8 @@ PrintMotd no
 Banner {folder}/banner
 ForceCommand {folder}/entry
 """
+SESSIONS = 10
+"""That sshd allows on a connection, unless it is told otherwise."""
 CLIENT = """Host *
 IdentityFile {key}
 IdentitiesOnly yes
@@ -67,6 +70,7 @@ class Device:
     small: str | None
     _daemon: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _frozen: list[int] = field(default_factory=list, repr=False)
+    _sessions: int = field(default=SESSIONS, repr=False)
 
     @property
     def host(self) -> str:
@@ -122,6 +126,21 @@ class Device:
         """What its shell prints before every command, as a ~/.bashrc may."""
         (self.folder / "greeting").write_text(text)
 
+    def log_in_by(self, shell: str) -> None:
+        """Which login shell the user has, from the next command on; its start files are in the home folder."""
+        (self.folder / "shell").write_text(shell)
+
+    def allow_sessions(self, most: int) -> None:
+        """How many programs may run over one connection, from the next connection on."""
+        if most == self._sessions:
+            return
+        config = self.folder / "sshd_config"
+        lines = [line for line in config.read_text().splitlines() if not line.startswith("MaxSessions ")]
+        self.stop()
+        config.write_text("\n".join([*lines, f"MaxSessions {most}", ""]))
+        self.start()
+        self._sessions = most
+
     def limit_file_bytes(self, limit: int | None) -> None:
         """Programs there can write no longer files, from the next command on; a write beyond fails."""
         (self.folder / "blocks").write_text("unlimited" if limit is None else str(limit // 512))
@@ -160,6 +179,8 @@ class Device:
         self.thaw()
         self.cut()
         self.greet("")
+        self.log_in_by("/bin/sh")
+        self.allow_sessions(SESSIONS)
         self.limit_file_bytes(None)
         self.use_python(self.python)
         shutil.rmtree(self.home, ignore_errors=True)

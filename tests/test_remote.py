@@ -187,6 +187,10 @@ def test_arguments_arrive_as_they_are(lasting: Remote, arguments: list[str]) -> 
 def test_a_program_that_is_killed_or_ends_with_255_is_no_lost_connection(remote: Remote) -> None:
     assert remote.run(("sh", "-c", "kill -9 $$")).code == 137
     assert remote.run(("sh", "-c", "exit 255")).code == 255
+    with pytest.raises(RemoteError, match=r"`sh` ended with code 255: no such option$"):
+        list(remote.lines(("sh", "-c", "echo no such option >&2; exit 255")))
+    with pytest.raises(RemoteError, match="`sh` was killed: has the device enough memory"):
+        list(remote.lines(("sh", "-c", "kill -9 $PPID")))
 
 
 def test_a_program_without_end_is_given_up_in_one_line(remote: Remote) -> None:
@@ -472,9 +476,17 @@ def test_a_port_at_which_nothing_answers(device: Device) -> None:
     assert message.endswith("is the device switched on, and on this network?")
 
 
-def test_a_shell_that_prints_at_its_start_would_spoil_results(device: Device) -> None:
-    device.greet("Welcome!\n")
-    assert "its shell prints 'Welcome!' before every answer: let ~/.bashrc" in refusal(device, *device.ssh_options)
+@pytest.mark.parametrize("greeting", ["Welcome!\n", "no line end", "x" * 200_000])
+def test_what_a_shell_prints_at_its_start_is_in_no_result(
+    device: Device, remote: Remote, some: dict[str, Path], tmp_path: Path, greeting: str
+) -> None:
+    device.greet(greeting)
+    assert remote.run(("cat",), b"given").output == b"given"
+    assert list(remote.lines(("echo", "line"))) == ["line"]
+    assert remote.push(some, "files", quiet).sent == len(some)
+    for name, path in some.items():
+        remote.pull(f"files/{name}", tmp_path / "back")
+        assert (tmp_path / "back").read_bytes() == path.read_bytes() == remote.read(f"files/{name}")
 
 
 def test_ssh_that_is_not_installed(device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

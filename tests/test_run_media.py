@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +17,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from mess_compile.runtime.cascade import Cascade
+from mess_compile.runtime.errors import EngineError
 from tests import small_network
 from tests.commands import complaint, done, printed_json, run
 
@@ -137,9 +141,58 @@ def test_a_film_that_breaks_off_is_shown_as_far_as_it_goes(bundle: Path, tmp_pat
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     readable = len(frames_of(path))
     assert 0 < readable < FRAMES
-    shown = done("run", bundle, path, "-o", tmp_path)
-    assert f"announces {FRAMES - readable} more frames, which cannot be read" in shown
+    ended = run("run", bundle, path, "-o", tmp_path)
+    numbers = ", ".join(map(str, range(readable, FRAMES)))
+    assert ended.exit_code == 1
+    assert f"failed: {path}: frames {numbers} (from 0) are missing at its end\n" in ended.stderr
+    assert (
+        f"error: {FRAMES - readable} frames of {path} failed; what could be labelled is in {tmp_path}" in ended.stderr
+    )
     assert len(frames_of(tmp_path / "cut.overlay.mp4")) == readable
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_damaged_frame_in_a_film_is_named_and_those_behind_it_are_shown(
+    bundle: Path, tmp_path: Path, every: int
+) -> None:
+    path, out = tmp_path / "scratched.avi", tmp_path / "out"
+    frames = film(path, range(FRAMES), "MJPG")
+    content = bytearray(path.read_bytes())
+    starts = [place.start() for place in re.finditer(rb"00dc....\xff\xd8", content, re.DOTALL)][:FRAMES]
+    content[starts[6] + 8 : starts[7] - 40] = bytes(starts[7] - 40 - starts[6] - 8)
+    path.write_bytes(content)
+    ended = run("run", bundle, path, "-o", out, "--labels", "--every", str(every), "--json")
+    assert ended.exit_code == 1
+    told = json.loads(ended.stdout)
+    assert [(each["source"], each["frames"]) for each in told["failed"]] == [(str(path), [6])]
+    assert f"1 frame of {path} failed" in ended.stderr
+    good = [number for number in range(0, FRAMES, every) if number != 6]
+    assert [picture.name for picture in sorted((out / "scratched.labels").iterdir())] == [f"{n:06}.png" for n in good]
+    for number in good:
+        labels = Image.open(out / "scratched.labels" / f"{number:06}.png")
+        np.testing.assert_array_equal(np.asarray(labels), expected(frames[number])[1])
+    assert len(frames_of(out / "scratched.overlay.mp4")) == FRAMES // every, "it keeps the pace of the film"
+
+
+def test_a_frame_that_no_engine_computes_is_named_and_those_behind_it_are_shown(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, count = Cascade._segmented, iter(range(FRAMES))
+
+    def broken(*arguments: Any) -> Any:
+        if next(count) == 3:
+            raise EngineError("logits are not finite")
+        return computed(*arguments)
+
+    film(tmp_path / "street.mp4", range(FRAMES))
+    film(tmp_path / "second.mp4", range(2))
+    monkeypatch.setattr(Cascade, "_segmented", broken)
+    ended = run("run", bundle, tmp_path / "street.mp4", tmp_path / "gone.mp4", "-o", tmp_path / "out")
+    assert ended.exit_code == 1
+    assert "gone.mp4 does not exist" in ended.stderr
+    assert "logits are not finite" in ended.stderr
+    assert f"error: 1 of 2 videos, 1 frame of {tmp_path / 'street.mp4'} failed" in ended.stderr
+    assert len(frames_of(tmp_path / "out" / "street.overlay.mp4")) == FRAMES
 
 
 class Camera:
@@ -154,10 +207,13 @@ class Camera:
     def get(self, key: int) -> float:
         return {cv2.CAP_PROP_FPS: 30.0}.get(key, -1.0)
 
-    def read(self) -> tuple[bool, NDArray[np.uint8]]:
+    def grab(self) -> bool:
         self.taken += 1
         if self.taken == 7:
             os.kill(os.getpid(), signal.SIGINT)
+        return True
+
+    def retrieve(self) -> tuple[bool, NDArray[np.uint8]]:
         return True, np.full((96, 144, 3), self.taken, np.uint8)
 
     def release(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from mess_compile.data_folder import DataFolder
 
 if TYPE_CHECKING:
     from mess_compile.bench import Bench
-    from mess_compile.running import ImageResult, VideoResult
+    from mess_compile.running import Failure, ImageResult, VideoResult
     from mess_compile.workspace import Workspace
 
 _target_option = click.option(
@@ -142,13 +142,27 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
         if not as_json:
             say(_of_video(result) if isinstance(result, steps.VideoResult) else _of_image(result))
 
+    def tell_failure(failure: steps.Failure) -> None:
+        failures.append(failure)
+        if len(failures) > 1 or not _is_all(failures, sources):
+            say(f"failed: {failure.error}", err=True)
+
+    failures: list[steps.Failure] = []
+    words = ""
     with progress_bar(as_json) as progress:
         how = steps.RunOptions(deadline_ms=deadline_ms, **options)
-        results = steps.run(bundle, sources, output, how, tell, progress, partial(say, err=as_json))
+        try:
+            results = steps.run(bundle, sources, output, how, tell, progress, tell_failure, partial(say, err=as_json))
+        except steps.RunError as error:
+            results, words = error.results, str(error)
     if as_json:
         videos = [asdict(result) for result in results if isinstance(result, steps.VideoResult)]
         images = [asdict(result) for result in results if isinstance(result, steps.ImageResult)]
-        return print_json({"images": images, "videos": videos})
+        print_json({"images": images, "videos": videos, "failed": [asdict(failure) for failure in failures]})
+    if words:
+        fail(words)
+    if as_json:
+        return None
     if any(isinstance(result, steps.ImageResult) and result.confidence is not None for result in results):
         say(f"{LEGEND} (`mess-compile inspect {quoted(bundle)}`)")
     return print_next(f"bench {quoted(bundle)} --data DIR")
@@ -163,14 +177,21 @@ def _of_image(result: ImageResult) -> str:
     )
 
 
+def _is_all(failures: Sequence[Failure], sources: Sequence[Path]) -> bool:
+    """Whether what failed is the one image or video there is: the error at the end says it."""
+    return len(sources) == 1 and [each.source for each in failures if not each.frames] == [str(sources[0])]
+
+
 def _of_video(result: VideoResult) -> str:
+    from mess_compile.running import counts_frames
+
     written = [str(path) for path in (result.video, result.labels) if path is not None]
     told = (
         f"{result.source}: {result.frames} frames at {result.frames_per_s:.1f}/s, "
         f"exits {rates(count / result.frames for count in result.exits)}, {result.mean_latency_ms:.2f} ms a frame "
         f"-> {', '.join(written)}"
     )
-    if result.unread:
+    if result.unread and not counts_frames(result.source):
         told += f"\nmind: {result.source} announces {result.unread} more frames, which cannot be read"
     return told + "\nstopped there by Ctrl-C; what is written is whole" * result.stopped
 

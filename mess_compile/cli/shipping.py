@@ -165,8 +165,8 @@ def _fail_where_it_did(found: Sequence[Any], words: str) -> None:
     errors = [(each.place, each.error) for each in found if getattr(each, "error", None) is not None]
     if errors and len(found) > 1:
         for place, error in errors:
-            words = error.removeprefix(f"{place}: ").removeprefix(f"{place.rpartition(':')[0]}: ")
-            say(f"failed: {place}: {words}", err=True)
+            why = error.removeprefix(f"{place}: ").removeprefix(f"{place.rpartition(':')[0]}: ")
+            say(f"failed: {place}: {why}", err=True)
         fail(f"{len(errors)} of {len(found)} places {words}")
     if errors:
         fail(errors[0][1])

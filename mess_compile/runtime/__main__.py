@@ -12,15 +12,19 @@ from typing import List, Optional
 
 import numpy as np
 
+from mess_compile.runtime import terminal
 from mess_compile.runtime.archive import open_archive
 from mess_compile.runtime.cascade import Cascade, Prediction, load
 from mess_compile.runtime.confidence import LEGEND, exit_words
-from mess_compile.runtime.errors import InputError, MessError, one_line
+from mess_compile.runtime.errors import InputError, MessError, PlaceError, one_line
 from mess_compile.runtime.manifest import Manifest
 from mess_compile.runtime.pictures import read_picture, write_labels, write_picture
 from mess_compile.runtime.signature import Signers, installed_signers
 from mess_compile.runtime.verify import LATENCY_FACTOR, Demands, verify_bundle
-from mess_compile.runtime.watch import watch
+from mess_compile.runtime.watch import REFUSED, watch
+
+_REFUSED = "MESS_COMPILE_REFUSED"
+"""How many frames were refused by the versions of a bundle that ran before, in the same process."""
 
 
 def main(arguments: Optional[List[str]] = None, bundle: Optional[Path] = None) -> int:
@@ -28,6 +32,7 @@ def main(arguments: Optional[List[str]] = None, bundle: Optional[Path] = None) -
 
     `bundle` is the one that this program lies in, None where it has to be named.
     """
+    terminal.show_all()
     options = _parser(bundle).parse_args(arguments)
     try:
         code: int = options.do(options)
@@ -43,6 +48,8 @@ def main(arguments: Optional[List[str]] = None, bundle: Optional[Path] = None) -
         return _unread()
     except OSError as error:
         return _failed(_os_words(error))
+    except UnicodeEncodeError as error:
+        return _failed(terminal.unencodable(error))
 
 
 def _failed(words: str) -> int:
@@ -173,20 +180,36 @@ def _run(options: argparse.Namespace) -> int:
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
         raise InputError(f"two images are named {twice[0]}: their pictures would share a name; run them one by one")
+    failed = 0
     with load(options.bundle, options.target, signers=_signers(options)) as cascade:
         cascade.operating_point = options.operating_point
         for path in options.images:
-            frame = read_picture(path)
-            deadline_ms: Optional[float] = options.deadline
-            results = [cascade(frame)] if deadline_ms is None else list(cascade.refine(frame, deadline_ms))
-            for prediction in results[:-1]:
-                print(f"{path}: {_words(prediction, deadline_ms)}")
-            written = _write(cascade, results[-1], options.output / path.stem, frame)
-            print(f"{path}: {_words(results[-1], deadline_ms)} -> {written}")
-        print(LEGEND)
-        if options.deadline is not None:
-            print(_misses(cascade, options.deadline))
-    return 0
+            try:
+                _run_picture(cascade, path, options)
+            except PlaceError:
+                raise
+            except MessError as error:
+                failed += 1
+                _failed(str(error))
+            except MemoryError:
+                failed += 1
+                _failed(f"{path} takes more memory than there is: use a smaller picture")
+        if failed < len(options.images):
+            print(LEGEND)
+            if options.deadline is not None:
+                print(_misses(cascade, options.deadline))
+    if failed and len(options.images) > 1:
+        _failed(f"{failed} of {len(options.images)} pictures failed; those of the others are in {options.output}")
+    return 1 if failed else 0
+
+
+def _run_picture(cascade: Cascade, path: Path, options: argparse.Namespace) -> None:
+    frame, deadline_ms = read_picture(path), options.deadline
+    results = [cascade(frame)] if deadline_ms is None else list(cascade.refine(frame, deadline_ms))
+    for prediction in results[:-1]:
+        print(f"{path}: {_words(prediction, deadline_ms)}")
+    written = _write(cascade, results[-1], options.output / path.stem, frame)
+    print(f"{path}: {_words(results[-1], deadline_ms)} -> {written}")
 
 
 def _words(prediction: Prediction, deadline_ms: Optional[float]) -> str:
@@ -207,10 +230,17 @@ def _misses(cascade: Cascade, deadline_ms: float) -> str:
 
 def _watch(options: argparse.Namespace) -> int:
     signers = _signers(options) or installed_signers()
-    while watch(options.bundle, options.folder, options.target, signers):
+    before = os.environ.pop(_REFUSED, "0")
+    refused = int(before) if before.isdecimal() else 0
+    while True:
+        ended = watch(options.bundle, options.folder, options.target, signers)
+        refused += ended.refused
+        if not ended.by_new_bundle:
+            break
         if options.inside:  # the program is the bundle's, too
+            os.environ[_REFUSED] = str(refused)
             os.execv(sys.executable, [sys.executable, str(options.bundle), *sys.argv[1:]])
-    return 0
+    return _failed(f"refused frames: {refused}; they lie in {options.folder / REFUSED}") if refused else 0
 
 
 def _write(cascade: Cascade, prediction: Prediction, stem: Path, frame: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -26,6 +27,7 @@ from typing import (
 
 import numpy as np
 
+from mess_compile.runtime import forked
 from mess_compile.runtime import frames as pictures
 from mess_compile.runtime.archive import Archive, open_archive
 from mess_compile.runtime.choice import first_that_opens, matching_plans
@@ -86,6 +88,8 @@ class Cascade:
     Threads may share it: their calls wait for each other. With `on_failure="fallback"` a frame on which an engine fails
     or gives NaN is computed by the bundle's next safer plan for the target, in the end by ONNX Runtime on the CPU; with
     "raise" it raises EngineError. Either way the cascade can be used further.
+
+    It belongs to the process that loaded it: in a forked child each call raises EngineError, and `close` does nothing.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Cascade:
         self.plan = plan
         self.library = library
         self.archive = archive
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._recorder = Recorder(plan)
         self._on_engine: Optional[Walk] = None
@@ -109,13 +114,14 @@ class Cascade:
         self._palette = tuple(zip(self.manifest.network.classes, self.manifest.network.colours))
         self._ladder = Ladder(self.manifest, plan, library, archive.folder, on_failure == "fallback", threads)
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
-        self._release = weakref.finalize(self, _release, self._ladder, archive)
+        self._release = forked.finalizer(self, _release, self._ladder, archive)
 
     def __call__(self, frame: np.ndarray) -> Prediction:
         """Segment one frame: uint8 RGB (H, W, 3), resized as the bundle says when it is not of the network's size.
 
         Raises InputError for any other array, EngineError when a graph cannot run.
         """
+        self._check_process()
         image = self._image(frame)
         with self._lock:
             left = self._segmented(image, time.perf_counter_ns())
@@ -142,6 +148,7 @@ class Cascade:
         latencies_ms: List[float] = []
         try:
             while walk is None or not walk.is_last:
+                self._check_process()
                 with self._lock:
                     if walk is not None and not self._fits(walk, hw, start, deadline_ms):
                         return
@@ -189,6 +196,7 @@ class Cascade:
         pass a stage before the next one begins and those that leave make room; elsewhere image follows image. Raises
         BatchError, with the results of the others, when some frame cannot be computed.
         """
+        self._check_process()
         given = list(frames)
         images = [self._image(frame) for frame in given]
         with self._lock:
@@ -206,6 +214,7 @@ class Cascade:
         the labels of the last one are mapped back. What a frame or the source raises comes in its place; behind a
         frame that failed the stream goes on. Close the stream, or drop it, to end it early.
         """
+        self._check_process()
         stream = Stream(frames, self._streamed, ahead)
         self._streams.add(stream)
         return stream
@@ -254,6 +263,7 @@ class Cascade:
         Computed now, from the logits that the engine still holds: of the last frame alone, and of none from `stream` or
         `batch`. Raises InputError for any other.
         """
+        self._check_process()
         network = self.manifest.network
         with self._lock:
             if not self._release.alive:
@@ -270,6 +280,9 @@ class Cascade:
     def metrics(self) -> Metrics:
         """Exits taken, latencies, deadlines missed, failures and drift since loading."""
         return self._recorder.metrics(self.manifest.name, self._point)
+
+    def _check_process(self) -> None:
+        forked.check_process(self._process, "this cascade")
 
     def _image(self, frame: Any) -> np.ndarray:
         network = self.manifest.network
@@ -376,6 +389,8 @@ class Cascade:
 
     def close(self) -> None:
         """End the streams, wait for a frame under way, then give everything back; done too when the process ends."""
+        if os.getpid() != self._process:
+            return
         for stream in tuple(self._streams):
             stream.close()
         with self._lock:

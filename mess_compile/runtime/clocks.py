@@ -307,14 +307,14 @@ def _watched(keep: Path) -> Iterator[None]:
 
 def _start_watch(keep: Path) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = [package, *filter(None, sys.path)]  # without the current folder, which `-c` puts in front
+    code = f"import sys; sys.path[:] = {path!r}\nfrom mess_compile.runtime import clocks\nclocks.watch(sys.argv[1])"
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "mess_compile.runtime.clocks", str(keep)],
+            [sys.executable, "-c", code, str(keep)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path},
         )
     except OSError as error:
         raise InputError(f"clocks are not locked: no process to watch over them starts ({error.strerror})") from error
@@ -409,18 +409,14 @@ def _boot_id(root: Path) -> str:
     return _text(root / "proc" / "sys" / "kernel" / "random" / "boot_id")
 
 
-def _watch(keep: Path) -> None:
-    """Wait until the other process is gone, then restore what it left."""
+def watch(keep: str) -> None:
+    """Wait until the other process is gone, then restore what it left by the file `keep`."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     with suppress(BrokenPipeError):  # killed already
         os.write(sys.stdout.fileno(), b"ready\n")
     sys.stdin.buffer.read()
     try:
-        restore_leftover(keep)
+        restore_leftover(Path(keep))
     except InputError as error:
         sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    _watch(Path(sys.argv[1]))

@@ -13,6 +13,10 @@ class InputError(MessError):
     """A file, folder or value from outside is missing, damaged, foreign or out of range."""
 
 
+class PlaceError(InputError):
+    """A file could not be written for a reason that holds for every other file there: a full disk, missing rights."""
+
+
 class StaleError(MessError):
     """An artefact was made from something that has changed since."""
 

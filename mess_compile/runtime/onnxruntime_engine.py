@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Mapping, Option
 
 import numpy as np
 
+from mess_compile.runtime import forked
 from mess_compile.runtime.engine import Tensor, TensorSpec, Timing
 from mess_compile.runtime.errors import EngineError, one_line
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 
 _DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(int64)": "int64"}
 _FATAL = 4  # what goes wrong is raised; the log would say it a second time
-
+# ONNX Runtime 1.29 and newer read this when they are imported. Else a device sends usage data to a server, by a thread
+# for which each forked child waits for ever when it ends.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 PROVIDERS = {
     "onnxruntime": ("CPUExecutionProvider",),
@@ -80,6 +84,7 @@ class OnnxRuntime:
             )
         except Exception as error:
             raise EngineError(f"ONNX Runtime {self.version} cannot load {path}: {_reason(error, path)}") from error
+        forked.keep_in_children(session)  # its destructor waits for its pool of threads
         if session.get_providers()[0] != wanted[0]:
             raise EngineError(
                 f"ONNX Runtime {self.version} could not start {wanted[0]}: are the CUDA and cuDNN that it was built "

@@ -6,6 +6,7 @@ and reads other files. EXIF orientation is applied: pixels are those that viewer
 
 from __future__ import annotations
 
+import errno
 import io
 from contextlib import suppress
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any, Sequence, Tuple
 import numpy as np
 
 from mess_compile.runtime import png
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.errors import InputError, PlaceError
 from mess_compile.runtime.orientation import UPRIGHT, orientation_of, shown
 from mess_compile.runtime.pointers import refuse_pointer
 
 _MAX_BYTES = 1 << 28
+OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ELOOP)
+"""Why a file cannot be written while another one beside it can."""
 _MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1")
 _TIFF_BITS, _TIFF_ORIENTATION = 258, 274
 _SEVERAL = ("GIF", "WEBP", "TIFF", "PNG", "AVIF", "PSD")
@@ -133,12 +136,12 @@ def _orientation(image: Any) -> int:
 
 
 def write_labels(path: Path, labels: np.ndarray, colours: Sequence[Tuple[int, int, int]]) -> None:
-    """Labels (H, W) as a palette PNG whose pixel values are the labels. Raises InputError."""
+    """Labels (H, W) as a palette PNG whose pixel values are the labels. Raises InputError, PlaceError."""
     _write(path, png.write_png(labels, colours))
 
 
 def write_picture(path: Path, pixels: np.ndarray) -> None:
-    """RGB (H, W, 3) as a PNG. Raises InputError."""
+    """RGB (H, W, 3) as a PNG. Raises InputError, PlaceError."""
     _write(path, png.write_png(pixels))
 
 
@@ -152,4 +155,5 @@ def _write(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+        kind = InputError if error.errno in OF_ONE_NAME else PlaceError
+        raise kind(f"{path} cannot be written: {error.strerror}") from error

@@ -9,22 +9,26 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import weakref
 from contextlib import suppress
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import gettempdir, mkdtemp
 from typing import Tuple
+
+from mess_compile.runtime import forked
 
 PREFIX = "mess-bundle-"
 _TRIES = 10
 
 
 class Scratch:
-    """A folder `name` of mode 700 in the temporary folder, until `cleanup` or the process's end. Raises OSError."""
+    """A folder `name` of mode 700 in the temporary folder, until `cleanup` or the end of the process that made it.
+
+    Raises OSError.
+    """
 
     def __init__(self) -> None:
         folder, descriptor = _held_folder()
-        self.name = folder.name
-        self._release = weakref.finalize(self, _remove, folder, descriptor)
+        self.name = folder
+        self._release = forked.finalizer(self, _remove, folder, descriptor)
 
     def cleanup(self) -> None:
         self._release()
@@ -49,13 +53,13 @@ def _sweep(path: str) -> None:
         os.close(descriptor)
 
 
-def _held_folder() -> Tuple[TemporaryDirectory[str], int]:
+def _held_folder() -> Tuple[str, int]:
     """The folder is made, then locked: in between another process may take it for one that was left behind."""
     for _ in range(_TRIES):
-        folder = TemporaryDirectory(prefix=PREFIX)
+        folder = mkdtemp(prefix=PREFIX)
         with suppress(FileNotFoundError):
-            return folder, _locked(folder.name)
-        folder.cleanup()
+            return folder, _locked(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     raise OSError("folders vanish there as they are made")
 
 
@@ -71,6 +75,6 @@ def _locked(path: str) -> int:
     return descriptor
 
 
-def _remove(folder: TemporaryDirectory[str], descriptor: int) -> None:
-    folder.cleanup()
+def _remove(folder: str, descriptor: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
     os.close(descriptor)

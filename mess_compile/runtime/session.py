@@ -15,7 +15,7 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -262,6 +262,11 @@ def _identity() -> str:
     return hashlib.sha256(f"mess-compile {platform.node()}".encode("utf-8")).hexdigest()[:12]
 
 
+def main(arguments: Sequence[str]) -> int:
+    """`STORE NAME`: do what the wish of that name in a store says, by lines on standard output; the exit code."""
+    store, name = Path(arguments[0]), arguments[1]
+    return lines.tell(lambda say: serve(store, name, say), store)
+
+
 if __name__ == "__main__":
-    store, name = Path(sys.argv[1]), sys.argv[2]
-    sys.exit(lines.tell(lambda say: serve(store, name, say), store))
+    sys.exit(main(sys.argv[1:]))

@@ -368,6 +368,11 @@ def tell(action: str, wish: Path) -> int:
     return lines.tell(act, wish)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> int:
+    """`ACTION WISH`: as `tell`, and what it writes may be read by every user of the device."""
     os.umask(0o022)
-    sys.exit(tell(sys.argv[1], Path(sys.argv[2])))
+    return tell(arguments[0], Path(arguments[1]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

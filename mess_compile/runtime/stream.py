@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
-import weakref
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
 
+from mess_compile.runtime import forked
 from mess_compile.runtime.errors import InputError
 from mess_compile.runtime.values import check_whole
 
@@ -37,9 +38,10 @@ class Stream:
             source = iter(frames)
         except TypeError as error:
             raise InputError(f"frames is {frames!r:.80}, not a list or an iterator of frames") from error
+        self._process = os.getpid()
         self._state = _State(source, segment, ahead)
         threads = [threading.Thread(target=_lane, args=(self._state,), daemon=True) for _ in range(LANES)]
-        self._close = weakref.finalize(self, _stop, self._state, threads)
+        self._close = forked.finalizer(self, _stop, self._state, threads)
         for thread in threads:
             thread.start()
 
@@ -47,6 +49,7 @@ class Stream:
         return self
 
     def __next__(self) -> Prediction:
+        forked.check_process(self._process, "the cascade of this stream")
         if not self._close.alive:
             raise StopIteration
         place = self._state.places.get()

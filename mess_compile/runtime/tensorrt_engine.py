@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import numpy as np
 
-from mess_compile.runtime import tensorrt_module
+from mess_compile.runtime import forked, tensorrt_module
 from mess_compile.runtime.cuda import Cuda, open_cuda
 from mess_compile.runtime.device_memory import Block, DeviceMemory, DeviceTensor
 from mess_compile.runtime.engine import Tensor, TensorSpec, Timing
@@ -47,6 +47,7 @@ class TensorRt:
         self._engines: weakref.WeakSet[TensorRtEngine] = weakref.WeakSet()
         self._closed = False
         self._listener = tensorrt_module.listener(module)
+        forked.keep_in_children(self)  # a CUDA context does not survive a fork
         with cuda:
             self._runtime: Any = self._started()
 
@@ -67,6 +68,7 @@ class TensorRt:
         with self._cuda:
             engine = TensorRtEngine(path, lambda: self._deserialised(path, content), self._tools())
         self._engines.add(engine)
+        forked.keep_in_children(engine)
         return engine
 
     def _deserialised(self, path: Path, content: bytes) -> Any:

@@ -18,7 +18,7 @@ Description=mess-compile: labels for the frames in {folder}/live/in
 StartLimitIntervalSec=0
 
 [Service]
-ExecStart={python} {folder}/current watch {folder}/live{options}
+{environment}ExecStart={python} {folder}/current watch {folder}/live{options}
 Restart=always
 RestartSec=2
 
@@ -27,6 +27,8 @@ WantedBy=default.target
 """
 _PLAIN = re.compile(r"/[A-Za-z0-9_./+-]+")
 _TIMEOUT_S = 30
+_PATHS = ("PYTHONPATH", "LD_LIBRARY_PATH")
+"""By what a login finds numpy and the engine library; systemd reads no start files of a shell."""
 
 
 def check_paths(folder: Path, python: str) -> None:
@@ -47,7 +49,7 @@ def installed(folder: Path, python: str, target: Optional[str] = None) -> str:
     settings.mkdir(parents=True, exist_ok=True)
     temporary = settings / f".{name}"
     options = "" if target is None else f" --target {target}"
-    text = _TEXT.format(folder=folder, python=python, options=options)
+    text = _TEXT.format(folder=folder, python=python, options=options, environment=_environment())
     changed = (settings / name).is_file() and (settings / name).read_bytes() != text.encode("utf-8")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, settings / name)
@@ -56,6 +58,20 @@ def installed(folder: Path, python: str, target: Optional[str] = None) -> str:
         if reason is not None:
             return f"{settings / name} is written ({reason}): start it by `systemctl --user enable --now {name}`"
     return f"{name} is enabled; `loginctl enable-linger` lets it run while nobody is logged in"
+
+
+def _environment() -> str:
+    """Lines for the paths that are set here, as systemd reads them."""
+    values = {name: os.environ.get(name, "") for name in _PATHS}
+    return "".join(f'Environment="{name}={_quoted(value)}"\n' for name, value in values.items() if _is_plain(value))
+
+
+def _is_plain(value: str) -> bool:
+    return bool(value) and value.isprintable()
+
+
+def _quoted(value: str) -> str:
+    return re.sub(r'["\\]', r"\\\g<0>", value).replace("%", "%%")
 
 
 def _refusal(command: List[str]) -> Optional[str]:

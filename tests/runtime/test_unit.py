@@ -71,3 +71,14 @@ def test_where_systemd_cannot_be_reached_the_command_is_told(home: Path) -> None
 def test_a_path_that_a_unit_reads_otherwise_is_refused(folder: str) -> None:
     with pytest.raises(InputError, match="plain path"):
         unit.check_paths(Path(folder), "/usr/bin/python3")
+
+
+def test_the_unit_finds_modules_where_the_login_does(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd reads no ~/.bashrc; without numpy the service would end again and again."""
+    systemctl(home, 0)
+    monkeypatch.setenv("PYTHONPATH", '/opt/100%/a "b":/opt/ros')
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    unit.installed(Path("/opt/street"), "/usr/bin/python3")
+    text = (home / ".config" / "systemd" / "user" / "mess-street.service").read_text()
+    assert 'Environment="PYTHONPATH=/opt/100%%/a \\"b\\":/opt/ros"\n' in text
+    assert "LD_LIBRARY_PATH" not in text

@@ -78,10 +78,12 @@ def test_frames_get_labels_or_a_reason_across_versions_until_the_end(tmp_path: P
         until(lambda: len(list((live / "in").iterdir())) == 1)
         process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 0
+    assert process.returncode == 1
     assert [path.name for path in (live / "refused").iterdir()] == ["b.png"]
-    assert errors.count("error: ") == 1
-    assert "b.png" in errors
+    of_frame, at_end = errors.splitlines()
+    assert of_frame.startswith("error: ")
+    assert "b.png" in of_frame
+    assert at_end == f"error: refused frames: 1; they lie in {live / 'refused'}"
     names = ["a.labels.png", *(f"c{number}.labels.png" for number in range(30))]
     assert {path.name for path in (live / "out").iterdir()} == set(names)
     by_other = [labelled_alike(live / "out" / name, labels, at_once) for name in names]
@@ -122,6 +124,29 @@ def test_a_frame_that_takes_all_memory_is_refused(
     arrive(tmp_path, "huge.png", b"")
     small_network.write_bundle(tmp_path / "street.mess")
     with runtime.load(tmp_path / "street.mess") as cascade:
-        watch._segment(cascade, tmp_path / "in" / "huge.png", tmp_path)
+        assert watch._is_refused(cascade, tmp_path / "in" / "huge.png", tmp_path, set())
     assert (tmp_path / "refused" / "huge.png").exists()
     assert "huge.png" in capsys.readouterr().err
+
+
+def test_no_name_of_a_frame_keeps_the_others_from_their_labels(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One whose labels would have too long a name; one that is not UTF-8; one that cannot even be put aside."""
+    long, strange = "x" * 250 + ".png", os.fsdecode(b"caf\xe9.png")
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "refused" / "stuck.png").mkdir(parents=True)
+    arrive(tmp_path, "stuck.png", b"not a picture")
+    Image.fromarray(small_network.frame(0)).save(tmp_path / "frame.png")
+    for name in (long, strange, "last.png"):
+        arrive(tmp_path, name, (tmp_path / "frame.png").read_bytes())
+    small_network.write_bundle(tmp_path / "street.mess")
+    stuck: set[str] = set()
+    with runtime.load(tmp_path / "street.mess") as cascade:
+        while (frame := watch._oldest(tmp_path / "in", stuck)) is not None:
+            watch._is_refused(cascade, frame, tmp_path, stuck)
+    assert os.listdir(tmp_path / "in") == ["stuck.png"]
+    assert set(os.listdir(tmp_path / "refused")) == {"stuck.png", long}
+    assert set(os.listdir(tmp_path / "out")) == {f"{strange[:-4]}.labels.png", "last.labels.png"}
+    assert "stuck.png cannot be moved" in capfd.readouterr().err

@@ -1,0 +1,19 @@
+"""Standard output takes every name: one that is not UTF-8, and one that the terminal cannot show."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+
+def show_all() -> None:
+    """Print as \\xNN or \\uNNNN what the streams would else refuse, as standard error does by itself."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def unencodable(error: UnicodeEncodeError) -> str:
+    """One line for a name that something of ours, or a library, could not take as UTF-8."""
+    around = error.object[max(error.start - 60, 0) : error.end + 60]
+    return f"{around!a} holds a name that is not UTF-8: rename the file or folder"
