@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from mess_compile.coco import Outlines, draw_labels
+from mess_compile.cores import cores
 from mess_compile.layouts import (
     ALWAYS_IGNORED,
     CAMVID,
@@ -224,7 +224,7 @@ def count_labels(data: DataSet) -> NDArray[np.int64]:
         return np.bincount(read_labels(item.label, data.classes).ravel(), minlength=256)
 
     counts = np.zeros(256, np.int64)
-    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) // 2)) as pool:
+    with ThreadPoolExecutor(max_workers=max(1, cores() // 2)) as pool:
         for found in pool.map(counted, data.items):
             counts += found
     return counts[: len(data.classes.names)]

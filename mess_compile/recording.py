@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from mess_compile.compiling import (
     refuse_unknown_precision,
     verified_graphs,
 )
+from mess_compile.cores import share_of_cores
 from mess_compile.dataset import DataSet, open_dataset
 from mess_compile.elsewhere import forms_there, reached, refuse_python_here, session_there
 from mess_compile.engines import EngineFiles
@@ -26,6 +26,7 @@ from mess_compile.prospects import Prospect
 from mess_compile.runtime import machine
 from mess_compile.runtime.engine import FP32, PRECISIONS, open_library
 from mess_compile.runtime.errors import InputError, StaleError
+from mess_compile.runtime.values import check_threads
 from mess_compile.targets import Target, find_target, refuse_unless_here, targets_here
 from mess_compile.workspace import HOST, Progress, Workspace, silent
 
@@ -48,25 +49,30 @@ def evaluate(
     precision: str = FP32,
     host: str | None = None,
     python: str | None = None,
+    threads: int | None = None,
 ) -> statistics.ExitStatistics | None:
     """Run every head on a labelled split and write its exit statistics; both are remembered for `search`.
 
     Here by ONNX Runtime, on the `cpu` or by its `cuda` provider, then a GPU for each process; or by the engines of
     `device`, which this machine is, or which is at `host` (ssh://user@host; the one remembered for it by default), and
     `python` starts Python there. `devices` processes on each of `nodes` machines share the images, also under torchrun
-    or SLURM; of several the first returns the statistics, the others None.
+    or SLURM; of several the first returns the statistics, the others None. `threads` are the CPU threads of each
+    process, an even share of the cores by default.
     """
+    check_threads(threads)
     library = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda"}[accelerator]
     counts = launcher.counts() or (devices, nodes)
     if host is None and device in (None, HOST):
         refuse_python_here(python)
         graph_set = verified_graphs(workspace)
         made = in_precision(workspace, graph_set, precision, PRECISIONS, data, progress)
-        return _evaluated_here(workspace, made.graph_set, data, split, progress, library, *counts)
+        return _evaluated_here(workspace, made.graph_set, data, split, progress, library, *counts, threads)
     if device is None:
         raise InputError(f"--host {host} says where a device is: say which it is with --device NAME")
-    if accelerator != "cpu" or counts != (1, 1):
-        raise InputError(f"--device {device} says what runs the graphs: drop --accelerator, --devices and --nodes")
+    if accelerator != "cpu" or counts != (1, 1) or threads is not None:
+        raise InputError(
+            f"--device {device} says what runs the graphs: drop --accelerator, --devices, --nodes and --threads"
+        )
     target = find_target(device, workspace.root)
     if host is None and not targets_here((target,), machine.this_machine()):
         host = workspace.memory().hosts.get(target.name)
@@ -121,13 +127,14 @@ def _evaluated_here(
     library: str,
     devices: int,
     nodes: int,
+    threads: int | None = None,
 ) -> statistics.ExitStatistics | None:
     """By ONNX Runtime on this machine, which computes fp16 as a GPU would."""
     from mess_compile import recipes
 
     with TemporaryDirectory(prefix="mess-") as folder:
         engines = recipes.reference_files(graph_set, Path(folder))
-        return _evaluated(workspace, engines, data, split, progress, library, devices, nodes, HOST)
+        return _evaluated(workspace, engines, data, split, progress, library, devices, nodes, HOST, threads)
 
 
 def _evaluated(
@@ -140,15 +147,17 @@ def _evaluated(
     devices: int,
     nodes: int,
     device: str,
+    threads: int | None = None,
 ) -> statistics.ExitStatistics | None:
     from mess_compile import evaluation
 
     root, folder = _labelled(workspace, engines.graph_set.candidate, data, split)
-    threads = max(1, (os.cpu_count() or 1) // devices) if devices > 1 else None
-    with _shared(devices, nodes) as share:
+    with _shared(devices, nodes, threads) as share:
         found = evaluation.evaluate_data(
             engines,
-            open_library(library, threads, share.gpu if library == "onnxruntime-cuda" else 0),
+            open_library(
+                library, threads or share_of_cores(devices), share.gpu if library == "onnxruntime-cuda" else 0
+            ),
             folder,
             workspace.statistics(folder.split, engines.graph_set.recipe, device),
             share,
@@ -204,14 +213,14 @@ def _labelled(
 
 
 @contextmanager
-def _shared(devices: int, nodes: int) -> Iterator[Share]:
+def _shared(devices: int, nodes: int, threads: int | None) -> Iterator[Share]:
     from mess_compile.evaluation import Share
 
     if devices * nodes == 1:
         yield Share()
         return
     parallel = extras.torch_module("training.parallel")
-    fabric = parallel.launch(parallel.Machines("cpu", devices, nodes))
+    fabric = parallel.launch(parallel.Machines("cpu", devices, nodes, threads=threads))
     with parallel.lost_process_named(fabric):
         yield Share(fabric.global_rank, fabric.world_size, fabric.local_rank, fabric.barrier)
 

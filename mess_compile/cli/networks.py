@@ -92,6 +92,11 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--accelerator", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
         click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine."),
         click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both themselves."),
+        click.option(
+            "--threads",
+            type=click.IntRange(1),
+            help="CPU threads of each process; by default OMP_NUM_THREADS, else its share of the cores.",
+        ),
         click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True),
         click.option("--accumulate", default=1, show_default=True, help="Pieces of a batch, one after the other."),
     )
@@ -128,7 +133,7 @@ def train(workspace: Workspace, /, data: Path, dry_run: bool, as_json: bool, **o
         **picked(options, "epochs batch learning_rate full_size_epochs order stage1_head exit_weight ema lovasz"),
         **picked(options, "class_power loss_resolution seed"),
     )
-    machines = parallel.Machines(**picked(options, "accelerator devices nodes precision accumulate"))
+    machines = parallel.Machines(**picked(options, "accelerator devices nodes precision accumulate threads"))
     if options["baseline"] and (options["source"] or options["teacher"]):
         raise InputError("--baseline trains a whole network for the sum of --epochs: it has no --from or --teacher")
     if dry_run:
@@ -196,6 +201,9 @@ def export(
 @click.option("--accelerator", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine that share the images.")
 @click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both themselves.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads of each process; by default its share of the cores."
+)
 @dry_run_option
 @json_option
 @click.pass_obj

@@ -29,7 +29,7 @@ from mess_compile.training import losses
 from mess_compile.training.augment import Batches, Shard
 from mess_compile.training.distilling import head_groups, train_heads
 from mess_compile.training.loop import Run
-from mess_compile.training.parallel import Machines, launch, lost_process_named, said_once
+from mess_compile.training.parallel import Machines, launch, lost_process_named, readers, said_once
 from mess_compile.training.pretraining import SAVED, pretrain
 from mess_compile.training.progress import Progress, progress_of, read_progress, remove_progress, save_progress
 from mess_compile.training.recipe import Recipe
@@ -73,7 +73,8 @@ def train(
         progress, counts = fabric.broadcast((progress, counts))
         assert counts is not None, "the first process has counted"
         with said_once(fabric):
-            batches = Batches(data, architecture.input_hw, recipe, Shard.of(fabric, machines.accumulate))
+            shard = Shard.of(fabric, machines.accumulate)
+            batches = Batches(data, architecture.input_hw, recipe, shard, readers(fabric, machines))
         run = Run(
             fabric=fabric,
             batches=batches,
