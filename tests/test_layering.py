@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "mess_compile"
 TOP = ("__main__", "extras", "cli", "demo", "steps", "inspection", "bench", "doctor", "looking", "reporting")
 ALLOWED = {
     "candidates": {"files", "runtime"},
-    "console": {"runtime"},
+    "progress_lines": set(),
+    "console": {"launcher", "progress_lines", "runtime"},
     "files": {"runtime"},
     "cores": set(),
     "launcher": {"runtime"},

@@ -115,32 +115,24 @@ def train(workspace: Workspace, /, data: Path, dry_run: bool, as_json: bool, **o
     """Train a candidate network in two stages; the same command continues an interrupted training."""
     from mess_compile import extras, inspection, steps
 
-    recipes, parallel = extras.torch_module("training.recipe"), extras.torch_module("training.parallel")
-    exits = options["exits"]
+    if options["baseline"] and (options["source"] or options["teacher"]):
+        raise InputError("--baseline trains a whole network for the sum of --epochs: it has no --from or --teacher")
     choice = steps.NetworkChoice(
         backbone=options["backbone"],
         input_hw=size(options["input_hw"]),
-        exits=int(exits) if exits.isdecimal() else tuple(exits.split(",")),
+        exits=int(options["exits"]) if options["exits"].isdecimal() else tuple(options["exits"].split(",")),
         heads=tuple(options["heads"].split(",")),
         output_stride=int(options["output_stride"]),
         width=options["width"],
     )
-    recipe = recipes.Recipe(
-        crop_hw=size(options["crop"]) if options["crop"] else None,
-        augment=not options["no_augment"],
-        distillation=recipes.Distillation(options["distillation"], options["alpha"], options["temperature"]),
-        head_memory_mib=options["head_memory"],
-        **picked(options, "epochs batch learning_rate full_size_epochs order stage1_head exit_weight ema lovasz"),
-        **picked(options, "class_power loss_resolution seed"),
-    )
-    machines = parallel.Machines(**picked(options, "accelerator devices nodes precision accumulate threads"))
-    if options["baseline"] and (options["source"] or options["teacher"]):
-        raise InputError("--baseline trains a whole network for the sum of --epochs: it has no --from or --teacher")
-    if dry_run:
-        others = options["baseline"], options["weights"], machines, options["source"], options["teacher"]
-        return print_prospects(steps.foresee_train(workspace, data, choice, recipe, *others), as_json)
     folder = workspace.baseline if options["baseline"] else workspace.candidate
-    with progress_bar(as_json) as progress:
+    with progress_bar(as_json) as progress:  # torch, which is slow to load, is part of what it tells
+        recipe = _recipe(extras.torch_module("training.recipe"), options)
+        parallel = extras.torch_module("training.parallel")
+        machines = parallel.Machines(**picked(options, "accelerator devices nodes precision accumulate threads"))
+        if dry_run:
+            others = options["baseline"], options["weights"], machines, options["source"], options["teacher"]
+            return print_prospects(steps.foresee_train(workspace, data, choice, recipe, *others), as_json)
         arguments = (workspace, data, choice, recipe, partial(say, err=as_json), options["weights"], machines)
         if options["baseline"]:
             candidate = steps.train_baseline(*arguments, progress)
@@ -152,6 +144,18 @@ def train(workspace: Workspace, /, data: Path, dry_run: bool, as_json: bool, **o
         return print_json({"folder": str(folder), **inspection.inspect_candidate(candidate).content})
     say(f"{'baseline' if options['baseline'] else 'candidate network'} in {folder}")
     return print_next("export")
+
+
+def _recipe(recipes: Any, options: dict[str, Any]) -> Any:
+    """The recipe, of the module `recipes`, that the options of `train` describe."""
+    return recipes.Recipe(
+        crop_hw=size(options["crop"]) if options["crop"] else None,
+        augment=not options["no_augment"],
+        distillation=recipes.Distillation(options["distillation"], options["alpha"], options["temperature"]),
+        head_memory_mib=options["head_memory"],
+        **picked(options, "epochs batch learning_rate full_size_epochs order stage1_head exit_weight ema lovasz"),
+        **picked(options, "class_power loss_resolution seed"),
+    )
 
 
 @click.command(short_help="Cut a candidate network into checked graphs.")

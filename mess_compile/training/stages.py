@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ def train(
             teacher=teaching.to(fabric.device) if teaching else None,
             report=report if first else lambda line: None,
             save=lambda found: save_progress(folder, found, described),
-            stepped=partial(progress_bar, "steps of the stage") if first else lambda done, total: None,
+            trained=progress_bar if first else lambda what, done, total: None,
         )
         run.report(_opening(run, len(data.items)))
         network = _trained(architecture, run, progress, imagenet, kept)
