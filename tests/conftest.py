@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile import scenes, steps
+from mess_compile import progress_lines, scenes, steps
 from mess_compile.candidates import Gate
 from mess_compile.runtime import profile
 from mess_compile.search.requirement import Requirement
@@ -24,6 +24,12 @@ CHOICE = steps.NetworkChoice("mobilenetv2", HW, exits=3, heads=("fcn-crm1-b0", "
 
 def quiet(*told: object) -> None:
     pass
+
+
+@pytest.fixture(autouse=True)
+def no_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine, a command that a test runs in this process tells nothing of how far it is."""
+    monkeypatch.setattr(progress_lines, "FIRST_S", 3600.0)
 
 
 @pytest.fixture(scope="session")
