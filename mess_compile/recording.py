@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -226,9 +226,14 @@ def _shared(devices: int, nodes: int, threads: int | None) -> Iterator[Share]:
 
 
 def current_statistics(
-    workspace: Workspace, graph_set: GraphSet, device: str, split: str | None, progress: Progress
+    workspace: Workspace,
+    graph_set: GraphSet,
+    device: str,
+    split: str | None,
+    progress: Progress,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> statistics.ExitStatistics:
-    """Of the device itself where there are some, else of this machine, which records them when it can."""
+    """Of the device itself where there are some, else of this machine, which records them when it can, and `tell`s."""
     memory = workspace.memory()
     split = split or memory.split or "val"
     for place in dict.fromkeys((device, HOST)):
@@ -240,6 +245,11 @@ def current_statistics(
             if place == HOST and memory.data is None:
                 raise
     verify_graph_set(graph_set)
+    root, folder = _labelled(workspace, graph_set.candidate, None, split)
+    tell(
+        f"there are no current statistics of {split} in {graph_set.recipe}: evaluating first, on the "
+        f"{len(folder.items)} images of {split} in {root}"
+    )
     made = _evaluated_here(workspace, graph_set, None, split, progress, "onnxruntime", 1, 1)
     assert made is not None, "a search is one process"
     return made
