@@ -49,7 +49,6 @@ def settings() -> dict[str, Setting]:
     found = {
         "default": Setting(),
         "--threads 1": Setting(1),
-        "OMP_NUM_THREADS=1": Setting(environment={"OMP_NUM_THREADS": "1"}),
         "spinning a little": Setting(environment={"GOMP_SPINCOUNT": "1000"}),
         "spinning": Setting(environment={"GOMP_SPINCOUNT": "300000"}),
     }

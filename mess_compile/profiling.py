@@ -43,7 +43,7 @@ def profile_graphs(
     names = tuple(job.name for job in jobs)
     for event in place.measure(Task(samples.run, tuple(jobs), names, reference_of(jobs)), effort, samples.in_order):
         samples.append(event)
-        progress("profile", *windows_done(samples, names, effort))
+        progress("measurements", *windows_done(samples, names, effort))
     table = table_of(engines, jobs, place, samples, effort, before, place.state())
     latency.write_latency_table(path, table)
     samples.path.unlink()

@@ -114,7 +114,7 @@ class Course:
 
     def _time(self, task: Task) -> None:
         errand, samples = self.errand, self.samples
-        label = f"measure: {len(self._asked)} of {len(self._every)}"
+        label = f"graphs {len(self._asked)}/{len(self._every)}, measurements"
         for event in errand.place.measure(task, errand.effort, samples.in_order):
             samples.append(event)
             errand.progress(label, *windows_done(samples, task.measured, errand.effort))

@@ -17,7 +17,7 @@ import numpy as np
 from mess_compile.runtime.errors import InputError
 from mess_compile.search.figures import Evidence, baseline_figures, evidence_of_plan, figures_of_stages
 from mess_compile.search.paired import Index, numbered_groups
-from mess_compile.search.plan import FEW_IMAGES, HoldOut, SearchResult
+from mess_compile.search.plan import FEW_IMAGES, HoldOut, SearchResult, share_of
 from mess_compile.search.shown import FIGURES, figures_row
 from mess_compile.statistics import ExitStatistics
 
@@ -30,7 +30,7 @@ NOT_WANTED = "--hold-out none"
 
 def parse_hold_out(text: str) -> Fraction:
     """A share from `33%`, or 0 from `none`. Raises InputError."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*%", text.strip())
+    match = re.fullmatch(r"(\d{1,2}(?:\.\d{0,6})?)\s*%", text.strip())
     if text.strip() == "none":
         return Fraction(0)
     if match is None or not _SHARES[0] <= Fraction(match[1]) <= _SHARES[1]:
@@ -64,9 +64,9 @@ def held_rows(groups: Sequence[str], share: Fraction) -> tuple[Index, str]:
 
 def tuning_rows(groups: Sequence[str], share: str | None) -> Index:
     """The images that a plan was chosen on, given the sequence of each and the `share` that its record says was held
-    out (None: nothing)."""
+    out (None: nothing). Raises InputError when that is none."""
     everything = np.arange(len(groups))
-    return everything if share is None else np.delete(everything, held_rows(groups, Fraction(share))[0])
+    return everything if share is None else np.delete(everything, held_rows(groups, share_of(share))[0])
 
 
 def tuning_part(statistics: ExitStatistics, hold_out: HoldOut | None) -> ExitStatistics:
@@ -166,4 +166,4 @@ def held_out_sentence(result: SearchResult, max_err_pp: float | None) -> str:
     )
     if max_err_pp is None or held <= max_err_pp:
         return words
-    return f"{words}, where more than {max_err_pp:.4g} pp is lost: ask for less, or certify by --confidence 95%"
+    return f"{words}, where more than {max_err_pp:.4g} pp is lost: evaluate more images, or give a smaller --max-err"

@@ -307,6 +307,14 @@ def result_to_json(result: SearchResult) -> dict[str, Any]:
     }
 
 
+def share_of(text: str) -> Fraction:
+    """A share of the images, such as 1/3, as a plan or a bundle records it. Raises InputError."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if match is None or not 0 < int(match[1]) < int(match[2]):
+        raise InputError(f"{text!r:.40} is no share of images held out, such as 1/3: {_REMEDY}, and bundle its plan")
+    return Fraction(text)
+
+
 def source_of(plan: Plan) -> str:
     """ "estimated" when the latency of the plan or of the baseline beside it is, "measured" otherwise."""
     sources = {plan.predicted.source, plan.baseline.source}
@@ -438,10 +446,8 @@ def _figures_from_json(content: dict[str, Any]) -> Figures:
 
 
 def _hold_out_from_json(content: dict[str, Any]) -> HoldOut:
-    if not 0 < Fraction(str(content["share"])) < 1:
-        raise ValueError(f"a share of {content['share']!r} held out")
     return HoldOut(
-        share=str(content["share"]),
+        share=str(share_of(str(content["share"]))),
         rule=str(content["rule"]),
         image_ids_sha256=_sha256(content["image_ids_sha256"]),
         predicted=_figures_from_json(content["predicted"]),

@@ -19,6 +19,7 @@ from mess_compile.search.hold_out import (
     parse_hold_out,
     parted,
     tuning_part,
+    tuning_rows,
 )
 from mess_compile.search.plan import SearchResult, read_result, write_result
 from mess_compile.search.requirement import Requirement
@@ -50,7 +51,7 @@ def test_shares_are_read(text: str, share: Fraction) -> None:
     assert parse_hold_out(text) == share
 
 
-@pytest.mark.parametrize("text", ["", "0.3", "a third", "0%", "91%", "-5%", "nan%", "1e1%"])
+@pytest.mark.parametrize("text", ["", "0.3", "a third", "0%", "91%", "-5%", "nan%", "1e1%", "33.3333333%"])
 def test_other_shares_are_refused_with_an_example(text: str) -> None:
     with pytest.raises(InputError, match=r"write 33% \(from 1% to 90%\), or none"):
         parse_hold_out(text)
@@ -138,6 +139,13 @@ def test_more_lost_than_asked_for_on_the_images_held_out_is_said() -> None:
     lost = dataclasses.replace(result, plan=dataclasses.replace(result.plan, hold_out=worse))
     assert "-2.50 pp on the 22 held out, where more than 1 pp is lost" in held_out_sentence(lost, 1.0)
     assert held_out_sentence(lost, 3.0).endswith("-2.50 pp on the 22 held out")
+
+
+@pytest.mark.parametrize("share", ["", "0/3", "3/3", "1/0", "0.5", "1e999999999", "-1/3", "9999999999/99999999999"])
+def test_a_forged_record_is_refused_at_once(share: str) -> None:
+    with pytest.raises(InputError, match="is no share of images held out, such as 1/3"):
+        tuning_rows(["a", "b", "c"], share)
+    assert tuning_rows(["a", "b", "c"], "1/3").tolist() == [0, 1]
 
 
 def test_the_record_survives_the_file_and_older_plans_have_none(tmp_path: Path) -> None:
