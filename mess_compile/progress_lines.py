@@ -52,7 +52,7 @@ class ProgressLines:
 
     def __exit__(self, *raised: object) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(timeout=1.0)  # it may wait for a reader that is gone
 
     def tell(self, label: str, done: int, total: int) -> None:
         """So much is done, and of how much: 0 where that is not known."""
