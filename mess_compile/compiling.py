@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.candidates import GraphSet, check_graphs, read_graph_set, verify_graph_set
+from mess_compile.cores import cores
 from mess_compile.dataset import Data, open_dataset, read_frame
 from mess_compile.engines import EngineFiles, plain_files
 from mess_compile.jobs import job_names
@@ -58,7 +58,7 @@ def engines_of(
     for precision in precisions:
         made = in_precision(workspace, graph_set, precision, target.precisions, data, progress)
         folder = workspace.engines(target.name, made.graph_set.recipe)
-        processes = jobs or len(os.sched_getaffinity(0))
+        processes = jobs or cores()
         engines = building.build_engines(made.graph_set, target, folder, processes, progress)
         yield RecipeBuild(made.graph_set, engines, made.fallbacks, str(folder))
 
@@ -135,7 +135,7 @@ def built_here(
     """Have engines of some jobs' graphs (None: of all) in the workspace; a `Build` of `places`."""
     from mess_compile import building
 
-    built, processes = [], len(os.sched_getaffinity(0))
+    built, processes = [], cores()
     for each in forms:
         folder = workspace.engines(target.name, each.graph_set.recipe)
         wanted = {graph for graph, job in job_names(each).items() if jobs is None or job in jobs}

@@ -11,13 +11,17 @@ import shlex
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import click
 
+from mess_compile import launcher
+from mess_compile.progress_lines import ProgressLines, rate
 from mess_compile.runtime import terminal
 from mess_compile.runtime.errors import MessError
 
@@ -25,6 +29,8 @@ _BAR = 18
 """Columns of the bar: with label, amount, rate and time left, a line of 80."""
 _RATE_OVER_S = 600.0
 """What the rate is an average over; an engine can take minutes."""
+_BEGUN = f"{__name__}.begun"
+"""What a context remembers of when its command began."""
 _bars: list[Any] = []
 """Those on the terminal now."""
 _contents: list[dict[str, Any]] = []
@@ -85,6 +91,7 @@ class Group(click.Group):
         return sys.exit(code if isinstance(code, int) else 0) if standalone else code
 
     def invoke(self, ctx: click.Context) -> Any:
+        ctx.meta[_BEGUN] = time.monotonic()
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
@@ -229,13 +236,17 @@ def quoted(path: Path) -> str:
 
 @contextmanager
 def progress_bar(as_json: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error while it is a terminal; silence otherwise.
+    """A progress bar on standard error while it is a terminal, else a line there now and then.
 
     Takes a label, what is done, and of how much: 0 where that is not known. Results that are printed meanwhile stand
-    above the bar, by `say`.
+    above the bar, by `say`. Of several processes that share the work only the first tells.
     """
-    if as_json or not sys.stderr.isatty():
+    if launcher.is_child():
         yield lambda label, done, total: None
+        return
+    if as_json or not sys.stderr.isatty():
+        with _progress_lines() as lines:
+            yield lines.tell
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -266,10 +277,19 @@ def progress_bar(as_json: bool = False) -> Iterator[Callable[[str, int, int], No
                 bar.reset(task, total=total or None, completed=done)
             last = done, total
             amount = f"{done}/{total}" if total else f"{done}"
-            rate = _rate(bar.tasks[0].speed)
-            bar.update(task, description=label, completed=done, total=total or None, amount=amount, rate=rate)
+            speed = bar.tasks[0].speed
+            pace = rate(speed) if speed else ""
+            bar.update(task, description=label, completed=done, total=total or None, amount=amount, rate=pace)
 
         yield tell
+
+
+def _progress_lines() -> ProgressLines:
+    """Of the command that runs, by its name and since it began."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return ProgressLines("at work", partial(say, err=True))
+    return ProgressLines(context.info_name or "at work", partial(say, err=True), context.meta.get(_BEGUN))
 
 
 def say(text: str, err: bool = False) -> None:
@@ -296,13 +316,6 @@ def _wrapped(line: str, columns: int) -> str:
         line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
     )
     return "\n".join(lines)
-
-
-def _rate(per_s: float | None) -> str:
-    """Such as 12.5/s, or where that is slow the time of each."""
-    if not per_s:
-        return ""
-    return f"{per_s:.3g}/s" if per_s >= 1 else f"{1 / per_s:.3g} s each"
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from mess_compile.class_list import ALWAYS_IGNORED, ClassList, default_colour, read_class_list
 from mess_compile.coco import Outlines
+from mess_compile.cores import cores
 from mess_compile.data_folder import Data, DataFolder, data_folder
 from mess_compile.labels import LabelValueError, label_values, read_labels, remedy_of_value
 from mess_compile.layouts import CAMVID, AstrayError, Item, LabelFile, Layout, NoLayoutError, find_layout, is_camvid
@@ -208,7 +208,7 @@ def survey_labels(data: DataSet) -> Survey:
 
     counts, digests = np.zeros(256, np.int64), hashlib.sha256()
     try:
-        with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) // 2)) as pool:
+        with ThreadPoolExecutor(max_workers=max(1, cores() // 2)) as pool:
             for found, digest in pool.map(surveyed, data.items):
                 counts += found
                 digests.update(digest)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mess_compile.cores import cores
 from mess_compile.runtime import machine as machines
 from mess_compile.runtime import onnxruntime_engine
 from mess_compile.runtime.errors import InputError
@@ -29,7 +29,7 @@ def examine(workspace: Path | None = None) -> tuple[Finding, ...]:
     """Import each optional library, ask the driver, and say what that makes possible."""
     machine = machines.this_machine()
     return (
-        Finding("cores for this process", True, str(len(os.sched_getaffinity(0)))),
+        Finding("cores for this process", True, str(cores())),
         _gpu(machine),
         _driver(machine),
         _toolkit(machine),

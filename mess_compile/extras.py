@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from typing import Any
 
+from mess_compile import cores
 from mess_compile.runtime.errors import EngineError
 
 _TORCH = ("torch", "safetensors", "lightning_fabric")
@@ -15,6 +16,7 @@ _REPORT = ("jinja2", "markupsafe", "plotly")
 
 def torch_module(name: str) -> Any:
     """A module of this package that needs torch. Raises EngineError naming the `pip install` line."""
+    cores.wait_without_spinning()
     return _module(name, "torch", _TORCH)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from statistics import fmean
 from mess_compile import building, forecast, latency, recipes, sparing
 from mess_compile.candidates import GraphSet
 from mess_compile.compiling import refuse_other_precisions, target_of, verified_graphs
+from mess_compile.cores import cores
 from mess_compile.engines import plain_files
 from mess_compile.jobs import job_name, profiling_jobs
 from mess_compile.latency import LatencyTable
@@ -106,7 +106,7 @@ def _build(
     names = {entry.graph for entry in there or ()}
     known = {e.graph: e.seconds for place in folder.parent.glob("*") for e in building.entries_in(place) if not e.error}
     usual = fmean(known.values()) if known else BUILDING_S[target.library]
-    at_once = 1 if host or target.library == "tensorrt" else jobs or len(os.sched_getaffinity(0))
+    at_once = 1 if host or target.library == "tensorrt" else jobs or cores()
     spent = sum(known.get(name, usual) for name in graph_set.graphs if name not in names) / at_once
     basis = f"{len(known)} engines built before" if known else f"{usual:g} s for an engine, a guess"
     return Foresight(

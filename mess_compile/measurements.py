@@ -9,6 +9,7 @@ from mess_compile.candidates import GraphSet, is_whole
 from mess_compile.latency import DOWNLOAD, NULL, UPLOAD, LatencyTable, StageGraphs, graph_cost_ns, stage_graphs
 from mess_compile.runtime import manifest
 from mess_compile.search.figures import exits_taken
+from mess_compile.search.hold_out import tuning_part
 from mess_compile.search.plan import Plan, Stage
 from mess_compile.statistics import ExitStatistics
 
@@ -27,23 +28,28 @@ class Measurements:
 def measurements_of(
     plan: Plan, graph_set: GraphSet, table: LatencyTable, statistics: ExitStatistics | None
 ) -> Measurements:
-    """What table and statistics say of a plan. `statistics` are those that it was chosen on, None when they are gone.
+    """What table and statistics say of a plan. `statistics` are those that it was searched on, None when they are gone.
 
     Raises InputError when the table or the statistics lack a graph.
     """
     graphs = stage_graphs(graph_set.candidate, [stage.head for stage in plan.stages])
     pairs = zip(plan.stages, graphs, strict=True)
+    tuned = None if statistics is None else tuning_part(statistics, plan.hold_out)
     return Measurements(
         costs=tuple(_cost(table, graph_set, names, stage) for stage, names in pairs),
         upload_mean_ms=table.cost_ns(UPLOAD) / 1e6,
         upload_p99_ms=table.cost_ns(UPLOAD, quantity="p99_ms") / 1e6,
-        confidence=((),) * len(plan.stages) if statistics is None else confidence_histograms(plan.stages, statistics),
-        environment={**table.environment, "library_version": table.library_version, **_doubts(plan)},
+        confidence=((),) * len(plan.stages) if tuned is None else confidence_histograms(plan.stages, tuned),
+        environment={**table.environment, "library_version": table.library_version, **_doubts(plan), **_held_out(plan)},
     )
 
 
 def _doubts(plan: Plan) -> dict[str, str]:
     return {f"{manifest.DOUBT}_{number}": doubt for number, doubt in enumerate(plan.doubts, start=1)}
+
+
+def _held_out(plan: Plan) -> dict[str, str]:
+    return {} if plan.hold_out is None else {manifest.HELD_OUT: plan.hold_out.share}
 
 
 def _cost(table: LatencyTable, graph_set: GraphSet, graphs: StageGraphs, stage: Stage) -> manifest.StageCost:

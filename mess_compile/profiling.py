@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,19 +40,29 @@ def profile_graphs(
     jobs = jobs_at(place, engines)
     samples = kept_samples(engines, place, path, effort, jobs)
     before = place.state()
-    full_ms = profile.full_speed_ms(samples.in_order)
-    done = {name for name, windows in samples.windows.items() if profile.is_done(windows, effort, full_ms)}
     names = tuple(job.name for job in jobs)
     for event in place.measure(Task(samples.run, tuple(jobs), names, reference_of(jobs)), effort, samples.in_order):
         samples.append(event)
-        full_ms = profile.full_speed_ms(samples.in_order)
-        if profile.is_done(samples.windows.get(event.job, []), effort, full_ms):
-            done.add(event.job)
-        progress("profile", len(done), len(jobs))
+        progress("measurements", *windows_done(samples, names, effort))
     table = table_of(engines, jobs, place, samples, effort, before, place.state())
     latency.write_latency_table(path, table)
     samples.path.unlink()
     return table
+
+
+def windows_done(samples: Samples, names: Collection[str], effort: Effort) -> tuple[int, int]:
+    """How many of the visits that these jobs need at least are done, and how many these are.
+
+    All jobs are visited in turn, so that jobs that are done would say nothing for most of the time. The last visit of a
+    job counts when it is steady or given up.
+    """
+    full_ms = profile.full_speed_ms(samples.in_order)
+    taken = [samples.windows.get(name, []) for name in names]
+    done = 0
+    for windows in taken:
+        whole = len(windows) >= effort.windows and profile.is_done(windows, effort, full_ms)
+        done += effort.windows if whole else min(len(windows), effort.windows - 1)
+    return done, effort.windows * len(taken)
 
 
 def jobs_at(place: Place, engines: Sequence[EngineFiles]) -> list[Job]:

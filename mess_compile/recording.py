@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from mess_compile.compiling import (
     refuse_unknown_precision,
     verified_graphs,
 )
+from mess_compile.cores import share_of_cores
 from mess_compile.dataset import Data, DataFolder, DataSet, open_dataset, survey_labels
 from mess_compile.elsewhere import forms_there, reached, refuse_python_here, session_there
 from mess_compile.engines import EngineFiles
@@ -26,6 +26,7 @@ from mess_compile.prospects import Prospect
 from mess_compile.runtime import machine
 from mess_compile.runtime.engine import FP32, PRECISIONS, open_library
 from mess_compile.runtime.errors import InputError, StaleError
+from mess_compile.runtime.values import check_threads
 from mess_compile.targets import Target, find_target, refuse_unless_here, targets_here
 from mess_compile.workspace import HOST, Progress, Workspace, silent
 
@@ -49,6 +50,7 @@ def evaluate(
     host: str | None = None,
     python: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
+    threads: int | None = None,
 ) -> statistics.ExitStatistics | None:
     """Run every head on a labelled split and write its exit statistics; both are remembered for `search`.
 
@@ -56,19 +58,23 @@ def evaluate(
     `device`, which this machine is, or which is at `host` (ssh://user@host; the one remembered for it by default), and
     `python` starts Python there. `devices` processes on each of `nodes` machines share the images, also under torchrun
     or SLURM; of several the first returns the statistics, the others None. `tell` is told what is left out of the data,
-    and what there is to know of their labels.
+    and what there is to know of their labels. `threads` are the CPU threads of each process, an even share of the cores
+    by default.
     """
+    check_threads(threads)
     library = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda"}[accelerator]
     counts = launcher.counts() or (devices, nodes)
     if host is None and device in (None, HOST):
         refuse_python_here(python)
         graph_set = verified_graphs(workspace)
         made = in_precision(workspace, graph_set, precision, PRECISIONS, data, progress)
-        return _evaluated_here(workspace, made.graph_set, data, split, progress, library, *counts, tell)
+        return _evaluated_here(workspace, made.graph_set, data, split, progress, library, *counts, tell, threads)
     if device is None:
         raise InputError(f"--host {host} says where a device is: say which it is with --device NAME")
-    if accelerator != "cpu" or counts != (1, 1):
-        raise InputError(f"--device {device} says what runs the graphs: drop --accelerator, --devices and --nodes")
+    if accelerator != "cpu" or counts != (1, 1) or threads is not None:
+        raise InputError(
+            f"--device {device} says what runs the graphs: drop --accelerator, --devices, --nodes and --threads"
+        )
     target = find_target(device, workspace.root)
     if host is None and not targets_here((target,), machine.this_machine()):
         host = workspace.memory().hosts.get(target.name)
@@ -124,13 +130,14 @@ def _evaluated_here(
     devices: int,
     nodes: int,
     tell: Callable[[str], None] = lambda line: None,
+    threads: int | None = None,
 ) -> statistics.ExitStatistics | None:
     """By ONNX Runtime on this machine, which computes fp16 as a GPU would."""
     from mess_compile import recipes
 
     with TemporaryDirectory(prefix="mess-") as folder:
         engines = recipes.reference_files(graph_set, Path(folder))
-        return _evaluated(workspace, engines, data, split, progress, library, devices, nodes, HOST, tell)
+        return _evaluated(workspace, engines, data, split, progress, library, devices, nodes, HOST, tell, threads)
 
 
 def _evaluated(
@@ -144,16 +151,18 @@ def _evaluated(
     nodes: int,
     device: str,
     tell: Callable[[str], None],
+    threads: int | None = None,
 ) -> statistics.ExitStatistics | None:
     from mess_compile import evaluation
 
     root, folder = _labelled(workspace, engines.graph_set.candidate, data, split)
     _tell_of(folder, tell)
-    threads = max(1, (os.cpu_count() or 1) // devices) if devices > 1 else None
-    with _shared(devices, nodes) as share:
+    with _shared(devices, nodes, threads) as share:
         found = evaluation.evaluate_data(
             engines,
-            open_library(library, threads, share.gpu if library == "onnxruntime-cuda" else 0),
+            open_library(
+                library, threads or share_of_cores(devices), share.gpu if library == "onnxruntime-cuda" else 0
+            ),
             folder,
             workspace.statistics(folder.split, engines.graph_set.recipe, device),
             share,
@@ -218,22 +227,27 @@ def _tell_of(folder: DataSet, tell: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _shared(devices: int, nodes: int) -> Iterator[Share]:
+def _shared(devices: int, nodes: int, threads: int | None) -> Iterator[Share]:
     from mess_compile.evaluation import Share
 
     if devices * nodes == 1:
         yield Share()
         return
     parallel = extras.torch_module("training.parallel")
-    fabric = parallel.launch(parallel.Machines("cpu", devices, nodes))
+    fabric = parallel.launch(parallel.Machines("cpu", devices, nodes, threads=threads))
     with parallel.lost_process_named(fabric):
         yield Share(fabric.global_rank, fabric.world_size, fabric.local_rank, fabric.barrier)
 
 
 def current_statistics(
-    workspace: Workspace, graph_set: GraphSet, device: str, split: str | None, progress: Progress
+    workspace: Workspace,
+    graph_set: GraphSet,
+    device: str,
+    split: str | None,
+    progress: Progress,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> statistics.ExitStatistics:
-    """Of the device itself where there are some, else of this machine, which records them when it can."""
+    """Of the device itself where there are some, else of this machine, which records them when it can, and `tell`s."""
     memory = workspace.memory()
     split = split or memory.split or "val"
     for place in dict.fromkeys((device, HOST)):
@@ -245,6 +259,11 @@ def current_statistics(
             if place == HOST and memory.data is None:
                 raise
     verify_graph_set(graph_set)
+    root, folder = _labelled(workspace, graph_set.candidate, None, split)
+    tell(
+        f"there are no current statistics of {split} in {graph_set.recipe}: evaluating first, on the "
+        f"{len(folder.items)} images of {split} in {root}"
+    )
     made = _evaluated_here(workspace, graph_set, None, split, progress, "onnxruntime", 1, 1)
     assert made is not None, "a search is one process"
     return made

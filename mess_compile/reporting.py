@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from mess_compile.runtime.errors import InputError, MessError, StaleError
 from mess_compile.runtime.manifest import MANIFEST
 from mess_compile.search import plan as plans
 from mess_compile.search.figures import Evidence
+from mess_compile.search.hold_out import tuning_part
 from mess_compile.search.plan import Plan, SearchResult
 from mess_compile.searching import known_doubts, settled_graphs_of
 from mess_compile.targets import find_target
@@ -146,7 +148,7 @@ def _evidence(workspace: Workspace, plan: Plan, table: latency.LatencyTable) -> 
     sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
     found = {"latency table": evidence.table_sha256, "statistics": evidence.statistics_sha256}
     plans.check_sources_current(plan.device, sources, found)
-    return evidence
+    return replace(evidence, statistics=tuning_part(evidence.statistics, plan.hold_out))
 
 
 def _benched(workspace: Workspace, plan: Plan) -> Benched:

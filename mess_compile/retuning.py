@@ -22,6 +22,7 @@ from mess_compile.runtime.choice import named_plans
 from mess_compile.runtime.errors import EngineError, InputError
 from mess_compile.runtime.scoring import Exits, HeadEngines, Score
 from mess_compile.search.figures import exit_macs, exits_taken, mixture_miou, percentile
+from mess_compile.search.hold_out import tuning_rows
 from mess_compile.search.plan import Stage
 from mess_compile.search.points import thresholds_front
 from mess_compile.sessions import Session
@@ -106,6 +107,8 @@ def _plan(described: manifest.Manifest, candidate: CandidateNetwork, target: str
 def _images(root: Data, plan: manifest.Plan, described: manifest.Manifest) -> DataSet:
     """Those that the plan was chosen on: on others, its mIoU is another."""
     data = open_dataset(root, plan.predicted.split)
+    rows = tuning_rows([item.group for item in data.items], plan.environment.get(manifest.HELD_OUT))
+    data = replace(data, items=tuple(data.items[row] for row in rows))
     if data.classes.names != described.network.classes or len(data.items) != plan.predicted.images:
         raise InputError(
             f"{data.root} has {len(data.items)} images of {len(data.classes.names)} classes in "

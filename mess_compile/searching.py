@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mess_compile.common_graphs import Shared
     from mess_compile.search.explain import Explanation
     from mess_compile.search.figures import Evidence
+    from mess_compile.search.hold_out import Parted
 
 FASTEST = Requirement()
 """No bounds."""
@@ -36,7 +38,8 @@ FASTEST = Requirement()
 class SearchOptions:
     """How to search: the recipes (None: all that were profiled), what the front is by, when to end, and whether the
     plan is certified at a `confidence` (0.95), on sequences drawn by `seed`. `output` is where the plan goes instead of
-    the workspace's own place, of one device."""
+    the workspace's own place, of one device. `hold_out` is the share of the images that the plan is judged by and not
+    chosen on: None, a third where they suffice; 0, none. `tell` hears what is evaluated first, where anything is."""
 
     precisions: tuple[str, ...] | None = None
     front_by: tuple[str, ...] = plans.FRONT_BY
@@ -44,6 +47,8 @@ class SearchOptions:
     confidence: float | None = None
     seed: int = 0
     output: Path | None = None
+    hold_out: Fraction | None = None
+    tell: Callable[[str], None] = lambda line: None
 
 
 def search(
@@ -94,14 +99,16 @@ def _found(
     requirement: Requirement,
     progress: Progress,
     options: SearchOptions,
-) -> tuple[list[plans.SearchResult], list[list[Evidence]]]:
+) -> tuple[list[plans.SearchResult], list[Sequence[Evidence]]]:
     """For each device what was found, and by what."""
     from mess_compile.search.bounds import promises_of
 
     targets = [target_of(workspace, device) for device in dict.fromkeys(devices or (None,))]
     _refuse_to_overwrite(options.output, len(targets))
     clock = Clock(math.inf if options.time_limit_s is None else options.time_limit_s)
-    evidences = {t.name: _evidences(workspace, t, split, progress, options.precisions) for t in targets}
+    whole = {t.name: _evidences(workspace, t, split, progress, options) for t in targets}
+    parts = {name: _parted(each, options) for name, each in whole.items()}
+    evidences = {name: part.chosen for name, part in parts.items()}
     results = []
     for name, each in evidences.items():
         try:
@@ -109,11 +116,21 @@ def _found(
             results.append(replace(found, plan=replace(found.plan, promises=promises_of(requirement, found.plan))))
         except RequirementError as error:
             raise RequirementError(f"{name}: {error}" if len(evidences) > 1 else str(error)) from error
+    results = [part.judged(result) for part, result in zip(parts.values(), results, strict=True)]
     _write(workspace, results, options.output)
     if options.confidence is None:
         results = list(_expected(list(evidences.values()), results, requirement, options, workspace.searches, progress))
         _write(workspace, results, options.output)
     return results, list(evidences.values())
+
+
+def _parted(evidences: Sequence[Evidence], options: SearchOptions) -> Parted:
+    """What to choose by and what to judge by; `--confidence` parts the images by itself."""
+    from mess_compile.search import hold_out
+
+    if options.confidence is None:
+        return hold_out.parted(evidences, options.hold_out)
+    return hold_out.Parted(evidences, evidences, without="--confidence tests on images of its own")
 
 
 def _refuse_to_overwrite(output: Path | None, devices: int) -> None:
@@ -189,11 +206,12 @@ def shared(workspace: Workspace, results: Sequence[plans.SearchResult]) -> Share
 
 
 def _evidences(
-    workspace: Workspace, target: Target, split: str | None, progress: Progress, precisions: Sequence[str] | None
+    workspace: Workspace, target: Target, split: str | None, progress: Progress, options: SearchOptions
 ) -> list[Evidence]:
     """What a search goes by, for each recipe."""
     from mess_compile.search.figures import Evidence
 
+    precisions = options.precisions
     table = latency.read_latency_table(workspace.latency(target.name))
     known = {recipe.partition("-")[0]: recipe for recipe in table.recipes}
     absent = [precision for precision in precisions or () if precision not in known]
@@ -210,7 +228,7 @@ def _evidences(
     for recipe in map(known.__getitem__, precisions or known):
         graph_set = settled_graphs_of(workspace, recipe, target.name)
         latency.check_current(table, graph_set)
-        found = current_statistics(workspace, graph_set, target.name, split, progress)
+        found = current_statistics(workspace, graph_set, target.name, split, progress, options.tell)
         evidences.append(Evidence(graph_set, table, found))
     return evidences
 

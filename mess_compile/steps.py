@@ -28,6 +28,7 @@ from mess_compile.runtime import archive, frames
 from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime.choice import matching_plans
 from mess_compile.runtime.errors import InputError, did_you_mean
+from mess_compile.runtime.manifest import HELD_OUT
 from mess_compile.runtime.manifest import Plan as ManifestPlan
 from mess_compile.search.requirement import Requirement
 from mess_compile.searching import SearchOptions, search, search_and_explain, settled_graphs_of, shared
@@ -323,6 +324,7 @@ def bench(
     """
     from mess_compile import bench as benches
     from mess_compile.benched import write_bench
+    from mess_compile.search.hold_out import tuning_rows
 
     folder = _told_of(open_dataset(workspace.data_folder(data), split), tell)
     with runtime_cascade.load(bundle, target) as cascade:
@@ -334,7 +336,8 @@ def bench(
         known = None
         if cascade.manifest.network.identity == graph_set.candidate.identity:  # else `bench` refuses the bundle
             known = _tuning_of_bundle(workspace, plan, table)
-        tuned_on = frozenset(known.image_id if known else ())
+        rows = tuning_rows(known.group, plan.environment.get(HELD_OUT)) if known else ()
+        tuned_on = frozenset(known.image_id[row] for row in rows) if known else frozenset()
         (engines,) = _engine_files(workspace, device, (plan.precision.partition("-")[0],), None, None, progress)
         found = benches.bench(cascade, engines, table, folder, tuned_on, passes, progress)
         with suppress(OSError):  # a workspace that cannot be written is measured all the same

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,11 +12,10 @@ from mess_compile.engines import EngineFiles
 from mess_compile.jobs import job_name, reference_of, with_feeders, without
 from mess_compile.latency import PSEUDO_GRAPHS, LatencyTable
 from mess_compile.places import Place, Task
-from mess_compile.profiling import empty_table, jobs_at, kept_samples, table_of
+from mess_compile.profiling import empty_table, jobs_at, kept_samples, table_of, windows_done
 from mess_compile.runtime import profile
 from mess_compile.runtime.pool import Job
 from mess_compile.runtime.profile import Effort
-from mess_compile.samples import Samples
 from mess_compile.sparing import Subject, Wanted
 
 Progress = Callable[[str, int, int], None]
@@ -115,10 +114,10 @@ class Course:
 
     def _time(self, task: Task) -> None:
         errand, samples = self.errand, self.samples
-        label = f"measure: {len(self._asked)} of {len(self._every)}"
+        label = f"graphs {len(self._asked)}/{len(self._every)}, measurements"
         for event in errand.place.measure(task, errand.effort, samples.in_order):
             samples.append(event)
-            errand.progress(label, _done(samples, task.measured, errand.effort), len(task.measured))
+            errand.progress(label, *windows_done(samples, task.measured, errand.effort))
 
     def _table(self, jobs: Sequence[Job]) -> LatencyTable:
         place, effort = self.errand.place, self.errand.effort
@@ -130,8 +129,3 @@ def _task(run: str, jobs: dict[str, Job], names: Sequence[str]) -> Task:
     reference, measured = reference_of(list(jobs.values())), tuple(name for name in names if name in jobs)
     chosen = with_feeders(list(jobs.values()), [*measured, reference])
     return Task(run, tuple(jobs[name] for name in chosen), measured, reference)
-
-
-def _done(samples: Samples, names: Collection[str], effort: Effort) -> int:
-    full_ms = profile.full_speed_ms(samples.in_order)
-    return sum(profile.is_done(samples.windows.get(name, []), effort, full_ms) for name in names)

@@ -139,3 +139,44 @@ def test_lines_break_between_words_and_tables_between_columns() -> None:
     piped = subprocess.run([sys.executable, "-c", PRINTED], capture_output=True, text=True, check=True).stdout
     assert [len(line.split()) for line in piped.splitlines() if line.startswith("second")] == [7]
     assert piped.count("\n") == 6
+
+
+SLOW = """
+import time
+from mess_compile import progress_lines
+progress_lines.FIRST_S, progress_lines.EVERY_S = 0.2, 0.3
+import click
+from mess_compile.console import Group, progress_bar, say
+@click.group(cls=Group, stopped={})
+def main():
+    pass
+@main.command()
+@click.option("--json", "as_json", is_flag=True)
+def measure(as_json):
+    with progress_bar(as_json) as progress:
+        time.sleep(0.35)
+        for done in range(10):
+            progress("visits", done, 2000)
+            time.sleep(0.07)
+        say("result")
+main()
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_log_hears_now_and_then_how_far_long_work_is(options: list[str]) -> None:
+    command = [sys.executable, "-c", SLOW, "measure", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stdout == "result\n"
+    first, *others = ended.stderr.splitlines()
+    assert re.fullmatch(r"measure: \d s so far", first), "a step of which nothing is known yet is heard of, too"
+    found = [re.fullmatch(r"measure: visits: (\d+) of 2000, ([\d.]+)/s, about \d+ min left", line) for line in others]
+    assert any(found), ended.stderr
+    assert all(1 < float(each[2]) < 15 for each in found if each), "a thing takes 0.07 s at least"
+
+
+def test_of_processes_that_share_the_work_the_first_one_tells() -> None:
+    command = [sys.executable, "-c", SLOW, "measure"]
+    environment = {**os.environ, "LOCAL_RANK": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert (ended.stdout, ended.stderr) == ("result\n", "")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mess_compile import cores, recording
+from mess_compile.runtime import engine
 from mess_compile.workspace import Workspace
 from tests.commands import complaint, contents, done
 from tests.remote_device import Device, remote_device
@@ -62,3 +64,29 @@ def test_a_host_without_its_device_s_name_is_refused(workspace: Path) -> None:
 def test_a_device_with_other_software_is_one_line(workspace: Path, device: Device) -> None:
     device.use_python(device.bare_python)
     assert "numpy" in complaint("-C", workspace, "evaluate", "--device", "host", "--host", device.host)
+
+
+@pytest.mark.parametrize("asked", [[], ["--threads", "1"]])
+def test_graphs_run_with_the_threads_that_were_asked_for(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
+    opened = []
+
+    def open_library(name: str, threads: int | None, gpu: int) -> object:
+        opened.append(threads)
+        return engine.open_library(name, threads, gpu)
+
+    monkeypatch.setattr(recording, "open_library", open_library)
+    monkeypatch.setattr(cores, "cpu_quota", lambda: None)
+    done("-C", workspace, "evaluate", *asked)
+    assert opened == [1 if asked else None], "by default the library takes all cores that it sees"
+
+
+def test_impossible_numbers_of_threads_are_refused(workspace: Path) -> None:
+    assert "threads is 100000, not a whole number from 1 to " in complaint(
+        "-C", workspace, "evaluate", "--threads", "100000"
+    )
+    device = ("--device", "xavier", "--host", "ssh://nowhere", "--threads", "2")
+    assert "says what runs the graphs: drop --accelerator, --devices, --nodes and --threads" in complaint(
+        "-C", workspace, "evaluate", *device
+    )

@@ -14,8 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "mess_compile"
 TOP = ("__main__", "extras", "cli", "demo", "steps", "inspection", "bench", "doctor", "looking", "reporting")
 ALLOWED = {
     "candidates": {"files", "runtime"},
-    "console": {"runtime"},
+    "progress_lines": set(),
+    "console": {"launcher", "progress_lines", "runtime"},
     "files": {"runtime"},
+    "cores": set(),
     "launcher": {"runtime"},
     "coco": {"files", "runtime"},
     "data_folder": {"runtime"},
@@ -23,7 +25,7 @@ ALLOWED = {
     "layouts": {"class_list", "coco", "data_folder", "files", "runtime"},
     "nearby": {"data_folder", "layouts"},
     "labels": {"class_list", "coco", "layouts", "runtime"},
-    "dataset": {"class_list", "coco", "data_folder", "labels", "layouts", "nearby", "runtime"},
+    "dataset": {"class_list", "coco", "cores", "data_folder", "labels", "layouts", "nearby", "runtime"},
     "scenes": {"files", "dataset", "runtime"},
     "workspace": {"data_folder", "files", "runtime"},
     "shipped": set(),
@@ -43,7 +45,7 @@ ALLOWED = {
     "evaluation": {"candidates", "dataset", "engines", "sessions", "statistics", "runtime"},
     "recipes": {"files", "candidates", "engines", "graph", "runtime"},
     "compiling": {
-        *("building", "candidates", "dataset", "engines", "graph", "jobs", "recipes", "targets", "workspace"),
+        *("building", "candidates", "cores", "dataset", "engines", "graph", "jobs", "recipes", "targets", "workspace"),
         *("runtime",),
     },
     "elsewhere": {
@@ -53,7 +55,18 @@ ALLOWED = {
     "prospects": {"candidates", "latency", "runtime"},
     "recording": {
         "prospects",
-        *("candidates", "compiling", "dataset", "elsewhere", "engines", "evaluation", "extras", "launcher", "recipes"),
+        *(
+            "candidates",
+            "cores",
+            "compiling",
+            "dataset",
+            "elsewhere",
+            "engines",
+            "evaluation",
+            "extras",
+            "launcher",
+            "recipes",
+        ),
         *("remote", "statistics", "targets", "workspace", "runtime"),
     },
     "measuring": {
@@ -63,7 +76,18 @@ ALLOWED = {
         *("runtime",),
     },
     "foresight": {
-        *("building", "candidates", "compiling", "engines", "forecast", "jobs", "latency", "measuring", "recipes"),
+        *(
+            "building",
+            "candidates",
+            "cores",
+            "compiling",
+            "engines",
+            "forecast",
+            "jobs",
+            "latency",
+            "measuring",
+            "recipes",
+        ),
         *("sparing", "targets", "thrift", "workspace", "runtime"),
     },
     "searching": {
@@ -103,14 +127,14 @@ ALLOWED = {
     "trtexec_session": {
         *("candidates", "files", "forecast", "graph", "latency", "remote", "sessions", "targets", "trtexec", "runtime"),
     },
-    "search": {"files", "candidates", "diagnosis", "doubts", "latency", "statistics", "search", "runtime"},
+    "search": {"files", "candidates", "cores", "diagnosis", "doubts", "latency", "statistics", "search", "runtime"},
     "common_graphs": {"candidates", "graph", "search", "runtime"},
     "graph": {"files", "candidates", "graph", "runtime"},
     "measurements": {"candidates", "latency", "search", "statistics", "runtime"},
     "device_files": {"runtime"},
     "bundle": {"device_files", "files", "candidates", "latency", "measurements", "search", "graph", "runtime"},
     "nets": {"files", "candidates", "nets", "runtime"},
-    "training": {"files", "launcher", "candidates", "dataset", "nets", "statistics", "training", "runtime"},
+    "training": {"files", "launcher", "candidates", "cores", "dataset", "nets", "statistics", "training", "runtime"},
     "export": {"files", "candidates", "graph", "nets", "runtime"},
     "benched": {"bench", "files", "runtime"},
     "media": {"files", "runtime"},

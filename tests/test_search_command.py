@@ -23,7 +23,7 @@ from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.shown import expected_elsewhere
 from mess_compile.steps import Thrift
 from mess_compile.workspace import Workspace
-from tests.commands import complaint, contents, done, edit, overwrite, printed_json, refused
+from tests.commands import complaint, contents, done, edit, overwrite, printed_json, refused, run
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind", "brief_profile")
 
@@ -85,6 +85,35 @@ class TestBounds:
         edit(workspace / "latency" / "host.json", lambda content: content["entries"][0].update(energy_mj=None))
         message = refused(workspace, "search", "--max-energy", "50mJ")
         assert "run `mess-compile profile --device host --all`" in message
+
+
+class TestHoldOut:
+    def test_both_figures_are_printed_and_bench_knows_the_images_that_were_held_out(self, workspace: Path) -> None:
+        shown = done("-C", workspace, "search", "--max-err", "50%", "--hold-out", "33%")
+        assert re.search(r"^measured latency, 9 images of val$", shown, re.MULTILINE)
+        assert "held out, not used to choose the plan: 3 images of val, the last 33 % of each sequence" in shown
+        assert re.search(r"pp on the 9 images that it was chosen on, [+-][\d.]+ pp on the 3 held out", shown)
+        done("-C", workspace, "bundle")
+        bench = printed_json("-C", workspace, "bench", workspace / "host.mess", "--split", "val", "--passes", "1")
+        assert (bench["tuned_on"], bench["images"]) == (9, 12)
+        report = dict(provenance_of(read_result(Workspace(workspace).plan("host")), Missing("")))
+        assert "pp on the 3 held out" in report["held out"]
+        assert "(3 images)" in done("-C", workspace, "compare", "host")
+
+    def test_of_few_images_none_are_and_the_line_says_so(self, workspace: Path) -> None:
+        assert "nothing was held out (12 images are fewer than 60)" in done("-C", workspace, "search")
+        content = printed_json("-C", workspace, "search", "--hold-out", "none")
+        assert (content["plan"]["hold_out"], content["without_hold_out"]) == (None, "--hold-out none")
+
+    def test_what_cannot_be_is_refused(self, workspace: Path) -> None:
+        assert "--hold-out '1' is not understood: write 33%" in refused(workspace, "search", "--hold-out", "1")
+        both = run("-C", workspace, "search", "--max-err", "1%", "--confidence", "95%", "--hold-out", "33%")
+        assert both.exit_code == 2
+        assert "drop --hold-out" in both.stderr
+
+    def test_what_is_evaluated_first_is_said(self, workspace: Path) -> None:
+        shutil.rmtree(Workspace(workspace).statistics("val"))
+        assert "in fp32: evaluating first, on the 12 images of val in" in done("-C", workspace, "search")
 
 
 class TestEvidence:

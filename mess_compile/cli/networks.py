@@ -94,6 +94,11 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--accelerator", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
         click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine."),
         click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both themselves."),
+        click.option(
+            "--threads",
+            type=click.IntRange(1),
+            help="CPU threads of each process; by default OMP_NUM_THREADS, else its share of the cores.",
+        ),
         click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True),
         click.option("--accumulate", default=1, show_default=True, help="Pieces of a batch, one after the other."),
     )
@@ -112,33 +117,25 @@ def train(workspace: Workspace, /, data: DataFolder, dry_run: bool, as_json: boo
     """Train a candidate network in two stages; the same command continues an interrupted training."""
     from mess_compile import extras, inspection, steps
 
+    if options["baseline"] and (options["source"] or options["teacher"]):
+        raise InputError("--baseline trains a whole network for the sum of --epochs: it has no --from or --teacher")
     opened = steps.training_data(workspace, data, partial(say, err=as_json))
-    recipes, parallel = extras.torch_module("training.recipe"), extras.torch_module("training.parallel")
-    exits = options["exits"]
     choice = steps.NetworkChoice(
         backbone=options["backbone"],
         input_hw=size(options["input_hw"]),
-        exits=int(exits) if exits.isdecimal() else tuple(exits.split(",")),
+        exits=int(options["exits"]) if options["exits"].isdecimal() else tuple(options["exits"].split(",")),
         heads=tuple(options["heads"].split(",")),
         output_stride=int(options["output_stride"]),
         width=options["width"],
     )
-    recipe = recipes.Recipe(
-        crop_hw=size(options["crop"]) if options["crop"] else None,
-        augment=not options["no_augment"],
-        distillation=recipes.Distillation(options["distillation"], options["alpha"], options["temperature"]),
-        head_memory_mib=options["head_memory"],
-        **picked(options, "epochs batch learning_rate full_size_epochs order stage1_head exit_weight ema lovasz"),
-        **picked(options, "class_power loss_resolution seed"),
-    )
-    machines = parallel.Machines(**picked(options, "accelerator devices nodes precision accumulate"))
-    if options["baseline"] and (options["source"] or options["teacher"]):
-        raise InputError("--baseline trains a whole network for the sum of --epochs: it has no --from or --teacher")
-    if dry_run:
-        others = options["baseline"], options["weights"], machines, options["source"], options["teacher"]
-        return print_prospects(steps.foresee_train(workspace, opened, choice, recipe, *others), as_json)
     folder = workspace.baseline if options["baseline"] else workspace.candidate
-    with progress_bar(as_json) as progress:
+    with progress_bar(as_json) as progress:  # torch, which is slow to load, is part of what it tells
+        recipe = _recipe(extras.torch_module("training.recipe"), options)
+        parallel = extras.torch_module("training.parallel")
+        machines = parallel.Machines(**picked(options, "accelerator devices nodes precision accumulate threads"))
+        if dry_run:
+            others = options["baseline"], options["weights"], machines, options["source"], options["teacher"]
+            return print_prospects(steps.foresee_train(workspace, opened, choice, recipe, *others), as_json)
         arguments = (workspace, opened, choice, recipe, partial(say, err=as_json), options["weights"], machines)
         if options["baseline"]:
             candidate = steps.train_baseline(*arguments, progress)
@@ -150,6 +147,18 @@ def train(workspace: Workspace, /, data: DataFolder, dry_run: bool, as_json: boo
         return print_json({"folder": str(folder), **inspection.inspect_candidate(candidate).content})
     say(f"{'baseline' if options['baseline'] else 'candidate network'} in {folder}")
     return print_next("export")
+
+
+def _recipe(recipes: Any, options: dict[str, Any]) -> Any:
+    """The recipe, of the module `recipes`, that the options of `train` describe."""
+    return recipes.Recipe(
+        crop_hw=size(options["crop"]) if options["crop"] else None,
+        augment=not options["no_augment"],
+        distillation=recipes.Distillation(options["distillation"], options["alpha"], options["temperature"]),
+        head_memory_mib=options["head_memory"],
+        **picked(options, "epochs batch learning_rate full_size_epochs order stage1_head exit_weight ema lovasz"),
+        **picked(options, "class_power loss_resolution seed"),
+    )
 
 
 @click.command(short_help="Cut a candidate network into checked graphs.")
@@ -199,6 +208,9 @@ def export(
 @click.option("--accelerator", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine that share the images.")
 @click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both themselves.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads of each process; by default its share of the cores."
+)
 @dry_run_option
 @json_option
 @click.pass_obj

@@ -15,6 +15,7 @@ import click
 from mess_compile.cli.completion import precisions
 from mess_compile.console import print_json, print_table, say
 from mess_compile.data_folder import DataFolder
+from mess_compile.progress_lines import duration
 from mess_compile.runtime.errors import InputError
 
 HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
@@ -117,13 +118,6 @@ def print_prospects(found: Any, as_json: bool) -> None:
         for note in each.notes:
             say(f"mind: {note}")
     return say("nothing was written")
-
-
-def duration(seconds: float) -> str:
-    """Such as 40 s, 12 min or 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def print_inspection(found: Any) -> None:

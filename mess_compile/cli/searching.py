@@ -60,6 +60,11 @@ if TYPE_CHECKING:
 )
 @click.option("--front", default="latency,miou", show_default=True, help="latency,miou,memory: memory counts too.")
 @click.option("--time-limit", help="Such as 60s: the best plan found by then, and what a better one could still gain.")
+@click.option(
+    "--hold-out",
+    help="Share of the images that the plan is not chosen on, only judged by: 33%, or none. A third of 60 or more by "
+    "default: the last of each sequence.",
+)
 @click.option("--confidence", help="Such as 95%: certify that --max-err holds on unseen images of the same kind.")
 @click.option("--seed", type=click.IntRange(0), help="Of the images that --confidence certifies on; 0 by default.")
 @click.option("-o", "--output", type=FILE, help="Where the plan goes; plans/DEVICE.json in the workspace by default.")
@@ -74,6 +79,7 @@ def search(
     precision: str | None,
     front: str,
     time_limit: str | None,
+    hold_out: str | None,
     confidence: str | None,
     seed: int | None,
     output: Path | None,
@@ -84,11 +90,13 @@ def search(
     """Choose exits, heads and thresholds that satisfy a requirement, and prove the choice."""
     from mess_compile import inspection, steps
     from mess_compile.search.guarantees import parse_confidence
+    from mess_compile.search.hold_out import parse_hold_out
     from mess_compile.search.plan import result_to_json
     from mess_compile.search.requirement import parse_front, parse_seconds
     from mess_compile.search.shown import what_would_cut
 
-    _refuse_what_does_not_fit(options, confidence, {"--seed": seed, "--time-limit": time_limit, "--explain": explain})
+    beside = {"--seed": seed, "--time-limit": time_limit, "--explain": explain, "--hold-out": hold_out}
+    _refuse_what_does_not_fit(options, confidence, beside)
     requirement = _requirement(options)
     how = steps.SearchOptions(
         precisions=None if precision is None else tuple(dict.fromkeys(precision.split(","))),
@@ -97,6 +105,8 @@ def search(
         confidence=None if confidence is None else parse_confidence(confidence),
         seed=seed or 0,
         output=output,
+        hold_out=None if hold_out is None else parse_hold_out(hold_out),
+        tell=partial(say, err=as_json),
     )
     reasons: list[inspection.Inspection] = []
     with progress_bar(as_json) as progress:
@@ -115,6 +125,7 @@ def search(
         return print_json(single if common is None else {"results": contents, "shared": asdict(common)})
     for i, result in enumerate(results):
         _print_plan(result.plan)
+        _print_held_out(result, requirement)
         if result.plan.is_whole:
             say(what_would_cut(result))
         _warn(result.plan, requirement)
@@ -126,6 +137,14 @@ def search(
         return print_next("bundle" if output is None else f"bundle {quoted(output)}")
     _print_shared(common, len(results))
     return print_next(*(f"bundle {result.plan.device}" for result in results))
+
+
+def _print_held_out(result: Any, requirement: Any) -> None:
+    from mess_compile.search.hold_out import held_out_sentence, held_out_table
+
+    if result.plan.hold_out is not None:
+        print_table(*held_out_table(result.plan.hold_out, result.plan.baseline_name))
+    say(held_out_sentence(result, requirement.max_err_pp))
 
 
 def _warn(plan: Any, requirement: Any) -> None:
@@ -143,6 +162,8 @@ def _refuse_what_does_not_fit(
     """Options that would change nothing, or not what they say."""
     if confidence is None and beside["--seed"] is not None:
         raise click.UsageError("--seed draws the images that --confidence certifies on: add it, or drop --seed.")
+    if confidence is not None and beside["--hold-out"] is not None:
+        raise click.UsageError("--confidence holds images out to certify on: drop --hold-out.")
     for name in ("--time-limit", "--explain"):
         if confidence is not None and beside[name]:
             raise click.UsageError(f"{name} is of the best plan, --confidence may certify another: give one of them.")

@@ -111,6 +111,7 @@ def settle(
     _check_frames(graph_set, (*frames, *calibration))
     with files.replaced_folder(folder) as made:
         with TemporaryDirectory(dir=made) as scratch:
+            progress(f"checking {wanted}", 0, len(graph_set.graphs))
             settling = _Settling(graph_set, start, allowed, library, made, Path(scratch), Kept(kept))
             settling.settle(frames, calibration, progress)
         _drop_unread_weights(made)

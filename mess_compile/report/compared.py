@@ -41,6 +41,7 @@ class Compared:
     operating_points: tuple[Point, ...]
     front: tuple[Point, ...]
     doubts: tuple[str, ...]
+    held_out: str = "-"
 
     @property
     def what(self) -> str:
@@ -113,7 +114,13 @@ def _compared(
         ),
         front=front,
         doubts=plan.doubts,
+        held_out=_held_out(plan.hold_out if isinstance(plan, plans.Plan) else None),
     )
+
+
+def _held_out(told: plans.HoldOut | None) -> str:
+    """By how much the plan's mIoU differs from the baseline's there, and on how many images."""
+    return "-" if told is None else f"{told.predicted.miou - told.baseline.miou:+.2f} ({told.predicted.images} images)"
 
 
 def _decision(threshold: float, cut: int | None) -> str:
@@ -141,6 +148,7 @@ _ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
     ("memory MiB", lambda one: f"{one.predicted.memory_bytes / 2**20:.1f}"),
     ("energy mJ", lambda one: "-" if one.predicted.energy_mj is None else f"{one.predicted.energy_mj:.1f}"),
     ("chosen on", lambda one: f"{one.predicted.images} images of {one.predicted.split}"),
+    ("against its baseline on images held out, pp", lambda one: one.held_out),
 )
 
 

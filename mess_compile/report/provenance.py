@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mess_compile import __version__, latency
 from mess_compile.report.contents import Missing
+from mess_compile.search.hold_out import held_out_sentence
 from mess_compile.search.plan import Guarantee, SearchResult
 from mess_compile.search.shown import expected_elsewhere
 
@@ -26,6 +27,7 @@ def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
         ("gate", f"{plan.gate.confidence}, {'edge-aware' if plan.gate.edge_aware else 'plain'}"),
         ("baseline", plan.baseline_name),
         ("chosen on", f"{plan.predicted.images} images of {plan.predicted.split}, as {plan.tuned_by} sees them"),
+        ("held out", held_out_sentence(result, None)),
         ("latency table, SHA-256", plan.table_sha256),
         ("statistics, SHA-256", plan.statistics_sha256),
         ("search", _proof(result)),

@@ -23,6 +23,8 @@ SETTINGS = ("input-dependent", "budgeted", "anytime")
 SOURCES = ("measured", "estimated")
 RESIZES = ("stretch", "letterbox")
 DEFAULT_POINT = "default"
+HELD_OUT = "held_out"
+"""In the environment of a plan, the share of its split's images that it was not chosen on."""
 DOUBT = "doubt"
 """How the keys of a plan's environment begin that say what speaks against its latencies."""
 CONFIDENCE_BINS = 10

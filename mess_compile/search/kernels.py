@@ -28,19 +28,19 @@ compile.
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, prange
 
+from mess_compile.cores import wait_without_spinning
 from mess_compile.search.space import CUTS
 
 Array = Any
 INFINITE = np.inf
 PARTS = 2
 """Of the options of a third early head, by how many images leave there."""
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait would spin, and starve those they wait for
+wait_without_spinning()
 
 
 class Field(NamedTuple):

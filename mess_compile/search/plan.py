@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ FEW_IMAGES = 40
 0.3 pp (docs/guarantees.md), and `--max-err` is about a point."""
 _FRONT_FIELDS = (
     *("precision", "network", "stages", "graphs", "predicted", "baseline", "baseline_name", "reference_miou"),
-    *("statistics_sha256", "operating_points", "reports", "optimism", "guarantee", "doubts", "promises"),
+    *("statistics_sha256", "operating_points", "reports", "optimism", "guarantee", "doubts", "promises", "hold_out"),
 )
 _REMEDY = "run `mess-compile search`"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -142,6 +143,21 @@ class Guarantee:
 
 
 @dataclass(frozen=True)
+class HoldOut:
+    """The images that a plan was not chosen on, of the split that it was searched on, and what it does there.
+
+    `share` (such as 1/3) and `rule` say which were left out; `image_ids_sha256` is a hash of their ids, one a line.
+    `predicted` are the plan's figures on them, `baseline` those of the single-exit network that is the best there.
+    """
+
+    share: str
+    rule: str
+    image_ids_sha256: str
+    predicted: Figures
+    baseline: Figures
+
+
+@dataclass(frozen=True)
 class Report:
     """One report of an anytime plan: when its labels are there, and the best mIoU (percent) up to then."""
 
@@ -169,7 +185,8 @@ class Plan:
     is not that. `power_mode` is the one that latencies were measured in, where the device tells it. `reports` is empty
     but for the anytime setting. `reference_miou` (percent) is what the error counted from instead of the baseline's
     own: a figure that was given, or the baseline of another recipe. `doubts` say what speaks against its latencies,
-    `promises` which bounds it was asked to keep.
+    `promises` which bounds it was asked to keep. `hold_out` are the images that were left out of the search;
+    `predicted` is of the others.
     """
 
     device: str
@@ -196,6 +213,7 @@ class Plan:
     reference_miou: float | None = None
     doubts: tuple[str, ...] = ()
     promises: tuple[Promise, ...] = ()
+    hold_out: HoldOut | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -241,7 +259,8 @@ class Certificate:
 class SearchResult:
     """The chosen plan, the front of latency and mIoU (and what else `front_by` names) it stands on, and the proof.
 
-    `front_complete` tells a whole front from some of its points, `without_optimism` why the plan has none.
+    `front_complete` tells a whole front from some of its points, `without_optimism` and `without_hold_out` why the plan
+    has none.
     """
 
     plan: Plan
@@ -250,6 +269,7 @@ class SearchResult:
     front_by: tuple[str, ...] = FRONT_BY
     front_complete: bool = True
     without_optimism: str = ""
+    without_hold_out: str = ""
 
     def __repr__(self) -> str:
         from mess_compile.search.shown import result_text
@@ -310,7 +330,16 @@ def result_to_json(result: SearchResult) -> dict[str, Any]:
         "front_complete": result.front_complete,
         "certificate": asdict(result.certificate),
         "without_optimism": result.without_optimism,
+        "without_hold_out": result.without_hold_out,
     }
+
+
+def share_of(text: str) -> Fraction:
+    """A share of the images, such as 1/3, as a plan or a bundle records it. Raises InputError."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if match is None or not 0 < int(match[1]) < int(match[2]):
+        raise InputError(f"{text!r:.40} is no share of images held out, such as 1/3: {_REMEDY}, and bundle its plan")
+    return Fraction(text)
 
 
 def source_of(plan: Plan) -> str:
@@ -341,7 +370,7 @@ def _result_from_json(content: dict[str, Any]) -> SearchResult:
     if not set(FRONT_BY) <= set(front_by) <= set(FRONT_AXES):
         raise ValueError(f"a front by {front_by}")
     whole, without = bool(content["front_complete"]), str(content["without_optimism"])
-    return SearchResult(plan, front, certificate, front_by, whole, without)
+    return SearchResult(plan, front, certificate, front_by, whole, without, str(content.get("without_hold_out", "")))
 
 
 def _plan_from_json(content: dict[str, Any]) -> Plan:
@@ -374,6 +403,7 @@ def _plan_from_json(content: dict[str, Any]) -> Plan:
         reference_miou=None if content["reference_miou"] is None else float(content["reference_miou"]),
         doubts=tuple(map(str, content["doubts"])),
         promises=tuple(map(_promise_from_json, content.get("promises", ()))),
+        hold_out=None if content.get("hold_out") is None else _hold_out_from_json(content["hold_out"]),
     )
 
 
@@ -449,6 +479,16 @@ def _promise_from_json(content: dict[str, Any]) -> Promise:
         raise ValueError(f"a promise of {content['quantity']!r}")
     return Promise(
         str(content["quantity"]), float(content["limit"]), bool(content["relative"]), float(content["offset_pp"])
+    )
+
+
+def _hold_out_from_json(content: dict[str, Any]) -> HoldOut:
+    return HoldOut(
+        share=str(share_of(str(content["share"]))),
+        rule=str(content["rule"]),
+        image_ids_sha256=_sha256(content["image_ids_sha256"]),
+        predicted=_figures_from_json(content["predicted"]),
+        baseline=_figures_from_json(content["baseline"]),
     )
 
 

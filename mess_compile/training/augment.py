@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,6 @@ from mess_compile.training.recipe import Recipe
 SCALE_RANGE = (0.5, 2.0)
 JITTER = 0.25
 _CACHED_BYTES = 1 << 30
-_THREADS = max(1, min(8, (os.cpu_count() or 2) // 2))
 Image8 = NDArray[np.uint8]
 
 
@@ -46,11 +44,14 @@ class Batches:
     tensors; the pieces of a list together are this process's part of one batch.
 
     The order and every crop follow from (seed, epoch, place in the epoch), so a continued run sees what an unbroken
-    one would have, and several processes together what one would.
+    one would have, and several processes together what one would; so it is with any number of `readers`, the threads
+    that make batches.
     """
 
-    def __init__(self, data: DataSet, input_hw: tuple[int, int], recipe: Recipe, shard: Shard) -> None:
-        self._data, self._input_hw, self._shard = data, input_hw, shard
+    def __init__(
+        self, data: DataSet, input_hw: tuple[int, int], recipe: Recipe, shard: Shard, readers: int = 1
+    ) -> None:
+        self._data, self._input_hw, self._shard, self._readers = data, input_hw, shard, readers
         self._seed, self._augment = recipe.seed, recipe.augment
         self.batch = min(recipe.batch, len(data.items))
         pieces = shard.world * shard.accumulate
@@ -92,8 +93,8 @@ class Batches:
 
     def epoch(self, number: int, hw: tuple[int, int]) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
         indices = iter(range(len(self)))
-        with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-            waiting = deque(pool.submit(self._make, number, index, hw) for index in islice(indices, 2 * _THREADS))
+        with ThreadPoolExecutor(max_workers=self._readers) as pool:
+            waiting = deque(pool.submit(self._make, number, index, hw) for index in islice(indices, 2 * self._readers))
             while waiting:
                 ready = waiting.popleft().result()
                 waiting.extend(pool.submit(self._make, number, index, hw) for index in islice(indices, 1))

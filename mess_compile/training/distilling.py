@@ -61,7 +61,7 @@ def _train_group(
     for epoch in range(first, epochs):
         started = time.monotonic()
         loop.seed_epoch(run, 2, number, epoch)
-        mean = _epoch(network, names, modules, run, epoch, optimiser)
+        mean = _epoch(network, names, modules, run, epoch, optimiser, (number, groups))
         line = f"stage 2 group {number + 1}/{groups} epoch {epoch + 1}/{epochs}  loss per head {loop.shown(mean)}"
         saved = partial(progress_of, 2, number, epoch + 1, network, optimiser, {})
         loop.finish_epoch(run, f"{line}  {time.monotonic() - started:.0f} s", network, saved)
@@ -75,14 +75,20 @@ def _epoch(
     run: Run,
     epoch: int,
     optimiser: torch.optim.Optimizer,
+    group: tuple[int, int],
 ) -> NDArray[np.float64]:
+    """The mean loss of every head of a group: number, from 0, of how many."""
     sums = np.zeros(len(names))
     points = [network.candidate.head(name).exit_point for name in names]
     steps = run.recipe.epochs[1] * len(run.batches)
+    before, all_steps = group[0] * steps, group[1] * steps
     backward = partial(_backward, network, heads, points, run)
+    loop.tell_progress(run, 2, before + epoch * len(run.batches), all_steps)
     for index, pieces in enumerate(run.batches.epoch(run.recipe.epochs[0] + epoch, run.recipe.head_crop(run.input_hw))):
         found = loop.computed(run, 2, epoch, index, pieces, backward)
-        loop.take_step(optimiser, run, epoch * len(run.batches) + index, steps)
+        step = epoch * len(run.batches) + index
+        loop.take_step(optimiser, run, step, steps)
+        loop.tell_progress(run, 2, before + step + 1, all_steps)
         sums += found
     return sums / len(run.batches)
 

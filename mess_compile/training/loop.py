@@ -40,7 +40,7 @@ class Run:
     teacher: OverprovisionedNetwork | None  # of stage 2; the network's own final exit without one
     report: Callable[[str], None]
     save: Callable[[Progress], None]
-    stepped: Callable[[int, int], None]  # so many steps of so many of this stage
+    trained: Callable[[str, int, int], None]  # of what, so many images of so many
 
 
 def optimiser_of(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
@@ -73,7 +73,11 @@ def take_step(optimiser: torch.optim.Optimizer, run: Run, step: int, steps: int)
         group["lr"] = run.recipe.learning_rate * schedule(step, steps)
     optimiser.step()
     optimiser.zero_grad()
-    run.stepped(step + 1, steps)
+
+
+def tell_progress(run: Run, stage: int, step: int, steps: int) -> None:
+    """So many steps of a stage are done, told in images, so that a pace is images per second."""
+    run.trained(f"stage {stage} of 2, images", step * run.batches.batch, steps * run.batches.batch)
 
 
 def pieces_with_targets(run: Run, pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, losses.Targets]]:

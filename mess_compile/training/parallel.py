@@ -21,8 +21,9 @@ from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed, nn
 
-from mess_compile import launcher
+from mess_compile import cores, launcher
 from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.values import check_threads
 
 ACCELERATORS = ("auto", "cpu", "cuda")
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -30,6 +31,7 @@ _GONE = "a process of those that share the work is gone: run the same command ag
 _failing = threading.Event()
 """Set by the main thread when a collective operation failed: it says so itself."""
 _LOST = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "socket", "timed out")
+_MOST_READERS = 8
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
@@ -37,7 +39,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 class Machines:
     """Where to train: `devices` processes on each of `nodes` machines; every batch in `accumulate` pieces.
 
-    Started by torchrun or SLURM, the launcher's counts are taken instead.
+    Started by torchrun or SLURM, the launcher's counts are taken instead. `threads` are the CPU threads of each
+    process, None: as many as OMP_NUM_THREADS says, else an even share of the cores.
     """
 
     accelerator: str = "auto"
@@ -45,6 +48,7 @@ class Machines:
     nodes: int = 1
     precision: str = "fp32"
     accumulate: int = 1
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.accelerator not in ACCELERATORS or self.precision not in PRECISIONS:
@@ -56,6 +60,7 @@ class Machines:
             raise InputError(
                 f"devices {self.devices}, nodes {self.nodes} and accumulate {self.accumulate} must be positive"
             )
+        check_threads(self.threads)
 
 
 def launch(machines: Machines) -> Fabric:
@@ -66,6 +71,7 @@ def launch(machines: Machines) -> Fabric:
     if machines.accelerator != "cpu" and (machines.accelerator == "cuda" or torch.cuda.is_available()):
         _check_devices(devices)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    threads = _threads_each(machines.threads, devices)
     try:
         fabric = Fabric(
             accelerator=machines.accelerator,
@@ -79,12 +85,33 @@ def launch(machines: Machines) -> Fabric:
             fabric.launch()
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         raise InputError(f"{devices} x {nodes} processes could not be started or joined: {error}") from error
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
     if fabric.device.type == "cpu":
         _keep_freed_memory()
     if fabric.world_size > 1:
         _watch_in_its_place(_children(fabric))
         atexit.register(_leave)
     return fabric
+
+
+def _threads_each(asked: int | None, processes: int) -> int:
+    """The threads that each of some processes on this machine computes with; fixed, since sums round by their number.
+
+    torch's own default leaves out a cgroup's limit and the other processes, but knows the user's OMP_NUM_THREADS.
+    """
+    if asked is not None:
+        return asked
+    own = torch.get_num_threads()
+    return own if cores.threads_are_set() else max(1, min(own, cores.cores() // processes))
+
+
+def readers(fabric: Fabric, machines: Machines) -> int:
+    """The threads of this process that decode and augment: few beside a CPU that computes, all beside a GPU."""
+    if fabric.device.type == "cpu":
+        return max(1, min(_MOST_READERS, torch.get_num_threads() // 2))
+    processes, _ = launcher.counts() or (machines.devices, machines.nodes)
+    return max(1, min(_MOST_READERS, machines.threads or cores.cores() // processes))
 
 
 def _leave() -> None:

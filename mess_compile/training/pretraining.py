@@ -94,12 +94,14 @@ def _epoch(
     sums, counts = np.zeros(len(names)), np.zeros(len(names))
     steps = run.recipe.epochs[0] * len(run.batches)
     hw = run.recipe.crop(epoch, run.input_hw)
+    loop.tell_progress(run, 1, epoch * len(run.batches), steps)
     for index, pieces in enumerate(run.batches.epoch(epoch, hw)):
         step = epoch * len(run.batches) + index
         trained = trained_exits(run.recipe.order, step, len(names))
         backward = partial(_backward, network, [names[i] for i in trained], run)
         found = loop.computed(run, 1, epoch, index, pieces, backward)
         loop.take_step(optimiser, run, step, steps)
+        loop.tell_progress(run, 1, step + 1, steps)
         if average is not None:
             average.update(step)
         sums[trained] += found

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from mess_compile.training import losses
 from mess_compile.training.augment import Batches, Shard
 from mess_compile.training.distilling import head_groups, train_heads
 from mess_compile.training.loop import Run
-from mess_compile.training.parallel import Machines, launch, lost_process_named, said_once
+from mess_compile.training.parallel import Machines, launch, lost_process_named, readers, said_once
 from mess_compile.training.pretraining import SAVED, pretrain
 from mess_compile.training.progress import Progress, progress_of, read_progress, remove_progress, save_progress
 from mess_compile.training.recipe import Recipe
@@ -108,7 +107,8 @@ def _train(
         progress, counts = fabric.broadcast((progress, counts))
         assert counts is not None, "the first process has counted"
         with said_once(fabric):
-            batches = Batches(data, architecture.input_hw, recipe, Shard.of(fabric, machines.accumulate))
+            shard = Shard.of(fabric, machines.accumulate)
+            batches = Batches(data, architecture.input_hw, recipe, shard, readers(fabric, machines))
         run = Run(
             fabric=fabric,
             batches=batches,
@@ -120,7 +120,7 @@ def _train(
             teacher=teaching.to(fabric.device) if teaching else None,
             report=report if first else lambda line: None,
             save=lambda found: save_progress(folder, found, described),
-            stepped=partial(progress_bar, "steps of the stage") if first else lambda done, total: None,
+            trained=progress_bar if first else lambda what, done, total: None,
         )
         run.report(_opening(run, len(data.items)))
         network = _trained(architecture, run, progress, imagenet, kept)

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -302,6 +302,8 @@ def test_synchronised_norms_are_batchnorm_over_all_images(tmp_path: Path) -> Non
         ({"precision": "int4"}, "int4"),
         ({"accelerator": "abacus"}, "abacus"),
         ({"accumulate": 0}, "positive"),
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": 100_000}, "threads is 100000"),
     ],
 )
 def test_impossible_machines_are_refused(wrong: dict[str, object], words: str) -> None:
@@ -313,3 +315,30 @@ def test_impossible_machines_are_refused(wrong: dict[str, object], words: str) -
 def test_a_missing_gpu_is_said() -> None:
     with pytest.raises(InputError, match="1 CUDA devices are asked for, this machine shows 0"):
         parallel.launch(Machines(accelerator="cuda"))
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch computes with two threads by itself, and a container's limit grants one core."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(parallel.cores, "cores", lambda: 1)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("asked", "variable", "threads"),
+    [(None, None, 1), (None, "2", 2), (4, "2", 4), (1, None, 1)],
+    ids=["the cores there are", "OMP_NUM_THREADS", "--threads", "one"],
+)
+def test_a_training_computes_with_the_threads_that_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, two_threads: None, asked: int | None, variable: str | None, threads: int
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    machines = Machines("cpu", threads=asked)
+    fabric = parallel.launch(machines)
+    assert torch.get_num_threads() == threads
+    assert parallel.readers(fabric, machines) == max(1, threads // 2), "decoding leaves cores to what computes"

@@ -1,0 +1,169 @@
+"""Images that a search leaves out, so that its plan is also judged by images that it was not chosen on.
+
+What is held out, and when nothing is: docs/guarantees.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+
+from mess_compile.runtime.errors import InputError
+from mess_compile.search.figures import Evidence, baseline_figures, evidence_of_plan, figures_of_stages
+from mess_compile.search.paired import Index, numbered_groups
+from mess_compile.search.plan import FEW_IMAGES, HoldOut, SearchResult, share_of
+from mess_compile.search.shown import FIGURES, figures_row
+from mess_compile.statistics import ExitStatistics
+
+THIRD = Fraction(1, 3)
+LEAST_IMAGES = math.ceil(FEW_IMAGES / (1 - THIRD))
+"""Below which nothing is held out unless it is asked for: fewer than FEW_IMAGES would be left to choose a plan by."""
+_SHARES = (1, 90)  # per cent
+NOT_WANTED = "--hold-out none"
+
+
+def parse_hold_out(text: str) -> Fraction:
+    """A share from `33%`, or 0 from `none`. Raises InputError."""
+    match = re.fullmatch(r"(\d{1,2}(?:\.\d{0,6})?)\s*%", text.strip())
+    if text.strip() == "none":
+        return Fraction(0)
+    if match is None or not _SHARES[0] <= Fraction(match[1]) <= _SHARES[1]:
+        raise InputError(
+            f"--hold-out {text!r} is not understood: write 33% (from {_SHARES[0]}% to {_SHARES[1]}%), or none"
+        )
+    return Fraction(match[1]) / 100
+
+
+def held_rows(groups: Sequence[str], share: Fraction) -> tuple[Index, str]:
+    """The images to hold out, given the sequence of each, and by what rule.
+
+    Of each sequence the last ones, since neighbours in a video are nearly the same image; where images belong to no
+    sequences, or these are too short for that, whole sequences at even distances.
+    """
+    names, group = numbered_groups(groups)
+    sizes = np.bincount(group)
+    last = [int(size * share) for size in sizes]
+    if len(names) < len(groups) and 2 * sum(last) >= share * len(groups):
+        left = sizes - np.array(last)
+        place = np.empty(len(groups), np.intp)  # of each image in its sequence
+        for number, size in enumerate(sizes):
+            place[group == number] = np.arange(size)
+        part = "third" if share == THIRD else f"{100 * float(share):.4g} %"
+        return np.flatnonzero(place >= left[group]), f"the last {part} of each sequence"
+    chosen = [number for number in range(len(names)) if int((number + 1) * share) > int(number * share)]
+    unit = "image" if len(names) == len(groups) else "sequence"
+    rule = f"every third {unit}" if share == THIRD else f"{100 * float(share):.4g} % of the {unit}s, at even distances"
+    return np.flatnonzero(np.isin(group, chosen)), rule
+
+
+def tuning_rows(groups: Sequence[str], share: str | None) -> Index:
+    """The images that a plan was chosen on, given the sequence of each and the `share` that its record says was held
+    out (None: nothing). Raises InputError when that is none."""
+    everything = np.arange(len(groups))
+    return everything if share is None else np.delete(everything, held_rows(groups, share_of(share))[0])
+
+
+def tuning_part(statistics: ExitStatistics, hold_out: HoldOut | None) -> ExitStatistics:
+    """The statistics of the images that a plan with this record was chosen on."""
+    return statistics if hold_out is None else statistics.select(tuning_rows(statistics.group, hold_out.share).tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class Parted:
+    """What a plan is chosen by and what it is judged by, for each recipe; `held` is empty where nothing is held out,
+    and `without` says why."""
+
+    chosen: Sequence[Evidence]
+    whole: Sequence[Evidence]
+    held: Sequence[Evidence] = ()
+    share: Fraction = Fraction(0)
+    rule: str = ""
+    without: str = ""
+
+    def judged(self, result: SearchResult) -> SearchResult:
+        """The result of a search by `chosen`, with the figures of its plan on what was held out.
+
+        Its plans name the statistics of all images, which are those that lie in the workspace.
+        """
+        if not self.held:
+            return replace(result, without_hold_out=self.without)
+        evidence = evidence_of_plan(self.held, result.plan)
+        held = HoldOut(
+            share=str(self.share),
+            rule=self.rule,
+            image_ids_sha256=hashlib.sha256("\n".join(evidence.statistics.image_id).encode()).hexdigest(),
+            predicted=figures_of_stages(evidence, result.plan.setting, result.plan.stages),
+            baseline=baseline_figures(evidence),
+        )
+        whole = {each.graph_set.recipe: each.statistics_sha256 for each in self.whole}
+        front = tuple(replace(plan, statistics_sha256=whole[plan.precision]) for plan in result.front)
+        plan = replace(result.plan, statistics_sha256=whole[result.plan.precision], hold_out=held)
+        return replace(result, plan=plan, front=front)
+
+
+def parted(evidences: Sequence[Evidence], share: Fraction | None) -> Parted:
+    """`evidences`, of the recipes searched, without `share` of their images; None: a third, where they suffice.
+
+    Raises InputError when a share that was asked for leaves nothing to choose by, or to judge by.
+    """
+    images = evidences[0].statistics.images
+    if share == 0:
+        return Parted(evidences, evidences, without=NOT_WANTED)
+    if share is None and images < LEAST_IMAGES:
+        return Parted(evidences, evidences, without=f"{images} images are fewer than {LEAST_IMAGES}")
+    wanted = THIRD if share is None else share
+    rows = [held_rows(each.statistics.group, wanted) for each in evidences]
+    lacking = _lacking(evidences[0], rows[0][0])
+    if lacking and share is None:
+        return Parted(evidences, evidences, without=lacking)
+    if lacking:
+        raise InputError(
+            f"--hold-out {100 * float(wanted):.4g}% of {images} images: {lacking}; evaluate more images, or give "
+            "--hold-out none"
+        )
+    parts = [(each, held) for each, (held, _) in zip(evidences, rows, strict=True)]
+    chosen = [_part(each, np.setdiff1d(np.arange(each.statistics.images), held)) for each, held in parts]
+    return Parted(chosen, evidences, [_part(each, held) for each, held in parts], wanted, rows[0][1])
+
+
+def _lacking(evidence: Evidence, held: Index) -> str:
+    """Why a part of the images cannot be held out, "" where it can."""
+    labelled = np.asarray(evidence.statistics.labelled.any(axis=1))
+    if not labelled[held].any():
+        return "no image with labels would be held out"
+    if not np.delete(labelled, held).any():
+        return "no image with labels would be left to choose a plan by"
+    return ""
+
+
+def _part(evidence: Evidence, rows: Index) -> Evidence:
+    return replace(evidence, statistics=evidence.statistics.select(rows.tolist()))
+
+
+def held_out_table(told: HoldOut, baseline_name: str) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """Title, header and rows: the plan and the baseline on images that it was not chosen on."""
+    images = f"{told.predicted.images} images of {told.predicted.split}"
+    title = f"held out, not used to choose the plan: {images}, {told.rule}"
+    return title, FIGURES, [figures_row(baseline_name, told.baseline), figures_row("plan", told.predicted)]
+
+
+def held_out_sentence(result: SearchResult, max_err_pp: float | None) -> str:
+    """What the plan loses on the images that it was chosen on and on those held out, or why none were."""
+    plan, told = result.plan, result.plan.hold_out
+    if told is None:
+        why = f" ({result.without_hold_out})" if result.without_hold_out else ""
+        return f"nothing was held out{why}: all figures are of the images that it was chosen on"
+    tuned, held = (figures.baseline.miou - figures.predicted.miou for figures in (plan, told))
+    words = (
+        f"mIoU against {plan.baseline_name}: {-tuned:+.2f} pp on the {plan.predicted.images} images that it was chosen "
+        f"on, {-held:+.2f} pp on the {told.predicted.images} held out"
+    )
+    if max_err_pp is None or held <= max_err_pp:
+        return words
+    return f"{words}, where more than {max_err_pp:.4g} pp is lost: evaluate more images, or give a smaller --max-err"
