@@ -485,7 +485,7 @@ def plans_to_test(case: Evidence, requirement: Requirement) -> list[BrutePlan]:
         (Requirement(objective="energy", max_exits=1), 10, 4),
         (Requirement(objective="accuracy", max_exits=1), 1, 1),
         (Requirement(max_latency=Limit(2.5, relative=True), max_exits=1), 57, 3),
-        (Requirement(setting="budgeted"), 15, 3),
+        (Requirement(setting="budgeted"), 37, 3),
         (Requirement(setting="anytime", max_exits=1), 1, 1),
     ],
 )
@@ -518,7 +518,7 @@ def mean_risk(case: Evidence, baseline: str, taken: list[str]) -> float:
     return sum(risks) / len(risks)
 
 
-@pytest.mark.parametrize(("seed", "place"), [(29, 1), (103, 3), (59, 2), (56, 1)])
+@pytest.mark.parametrize(("seed", "place"), [(29, 1), (20, 3), (59, 2), (56, 1)])
 @pytest.mark.parametrize("front_by", [("latency", "miou"), ("latency", "miou", "memory")])
 def test_whatever_the_front_is_by_only_plans_that_keep_the_bounds_are_certified(
     seed: int, place: int, front_by: tuple[str, ...]
