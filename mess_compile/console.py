@@ -12,7 +12,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -50,10 +50,10 @@ _REMEDIES = {
 class Group(click.Group):
     """Unknown commands get the nearest known name; what goes wrong is one line and exit code 1.
 
-    `stopped` says of each command what Ctrl-C leaves behind, and how to go on.
+    `stopped` says what Ctrl-C leaves behind, and how to go on: of which command, in which workspace, begun when.
     """
 
-    def __init__(self, *arguments: Any, stopped: Mapping[str, str], **named: Any) -> None:
+    def __init__(self, *arguments: Any, stopped: Callable[[str, Path | None, float], str], **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.stopped = stopped
 
@@ -91,7 +91,7 @@ class Group(click.Group):
         return sys.exit(code if isinstance(code, int) else 0) if standalone else code
 
     def invoke(self, ctx: click.Context) -> Any:
-        ctx.meta[_BEGUN] = time.monotonic()
+        ctx.meta[_BEGUN], begun = time.monotonic(), time.time()
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
@@ -99,7 +99,7 @@ class Group(click.Group):
         except MessError as error:
             fail(str(error))
         except KeyboardInterrupt:
-            _stop(self.stopped.get(ctx.invoked_subcommand or "", _NOT_BEGUN))
+            _stop(self.stopped(ctx.invoked_subcommand or "", ctx.params.get("folder"), begun))
         except MemoryError:
             fail("out of memory; use a smaller input, batch or group of heads")
         except BrokenPipeError:

@@ -9,12 +9,12 @@ import click
 from mess_compile import __version__
 from mess_compile.cli import bundles, completion, networks, on_devices, searching, shipping, showing
 from mess_compile.cli.options import FOLDER
-from mess_compile.cli.stopped import KEPT
+from mess_compile.cli.stopped import words_of
 from mess_compile.console import Group
 
 
 @click.group(
-    cls=Group, stopped=KEPT, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=Group, stopped=words_of, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.option("-C", "folder", type=FOLDER, default=".", help="The workspace: the current folder by default.")
 @click.version_option(__version__)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli import completion
+from mess_compile.cli import completion, next_steps
 from mess_compile.cli.options import (
     BUNDLE,
     FILE,
@@ -90,11 +90,7 @@ def bundle(
     if len(manifest.plans) > 1:
         say(f"plans: {', '.join(plan.name for plan in manifest.plans)}; the first for a device runs there")
     _print_doubts(doubts)
-    return print_next(
-        f"run {quoted(path)} IMAGE...",
-        f"bench {quoted(path)} --data DIR",
-        f"ship {quoted(path)} ssh://USER@HOST:/FOLDER",
-    )
+    return next_steps.after_a_bundle(path, manifest.plans)
 
 
 def _print_doubts(doubts: Iterable[str]) -> None:
@@ -165,7 +161,7 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
         return None
     if any(isinstance(result, steps.ImageResult) and result.confidence is not None for result in results):
         say(f"{LEGEND} (`mess-compile inspect {quoted(bundle)}`)")
-    return print_next(f"bench {quoted(bundle)} --data DIR")
+    return next_steps.print_known(next_steps.bench_on_data(bundle))
 
 
 def _of_image(result: ImageResult) -> str:
@@ -295,7 +291,7 @@ def _after_bench(result: Bench, bundle: Path) -> list[str]:
     """What follows from the promises: a safer plan, a fresh latency table, or shipping."""
     missed = {each.quantity: each for each in result.missed}
     if not missed:
-        return ["report", f"ship {quoted(bundle)} ssh://USER@HOST:/FOLDER"]
+        return ["report", *filter(None, [next_steps.ship_to_host(bundle, result.device)])]
     steps = []
     if "err_pp" in missed:
         lost = missed["err_pp"]
@@ -335,7 +331,7 @@ def _bench_deadline(
         f"even the first; the last result came after {found.p50_ms:.2f} ms (median), {found.p99_ms:.2f} ms (p99)"
     )
     _print_doubts(found.doubts)
-    return print_next(f"run {quoted(bundle)} IMAGE... --deadline {deadline_ms:g}ms")
+    return next_steps.print_known(next_steps.run_on_an_image(bundle, f" --deadline {deadline_ms:g}ms"))
 
 
 _REMEDIES = {
@@ -387,7 +383,7 @@ def verify(
         remedy = _REMEDIES.get(failed[0], "write it again on this machine")
         fail(f"{bundle} is not here what it was made to be ({', '.join(failed)}): {remedy}")
     if not as_json:
-        print_next(f"run {quoted(bundle)} IMAGE...")
+        next_steps.print_known(next_steps.run_on_an_image(bundle))
 
 
 @click.command(short_help="What is in a backbone, bundle, plan or artefact.")
@@ -411,14 +407,15 @@ def inspect(
     if as_json:
         return print_json(found.content)
     print_inspection(found)
-    return print_next(_after_inspection(thing, found.content))
+    return next_steps.print_known(_after_inspection(thing, found.content))
 
 
-def _after_inspection(thing: str, content: dict[str, Any]) -> str:
+def _after_inspection(thing: str, content: dict[str, Any]) -> str | None:
     if thing in ("resnet50", "mobilenetv2"):
-        return f"train --data DIR --backbone {thing}"
+        known = next_steps.workspace_here().memory().data is not None
+        return f"train --data {quoted(next_steps.data_root())} --backbone {thing}" if known else None
     if "certificate" in content:
         return "bundle" if thing == "plan" else f"bundle {quoted(Path(thing))}"
     after = {"graphs": "profile --device host"}
     after |= dict.fromkeys(("statistics", "latency"), "search --max-err 1%")
-    return after.get(thing, f"run {quoted(Path(thing))} IMAGE...")
+    return after.get(thing) or next_steps.run_on_an_image(Path(thing))

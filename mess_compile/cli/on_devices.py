@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli import completion
+from mess_compile.cli import completion, next_steps
 from mess_compile.cli.options import JUDGED, PRECISIONS, PYTHON, dry_run_option, json_option, print_foresight
 from mess_compile.cli.searching import thrift_of
 from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, say
@@ -176,7 +176,9 @@ def profile(
     _print_table_made(table)
     for doubt in doubts:
         say(f"mind: {doubt}")
-    return print_next("search --max-err 1%" if any(workspace.root.glob("statistics/*")) else "evaluate --data DIR")
+    if any(workspace.root.glob("statistics/*")) or workspace.memory().data is not None:
+        return print_next(next_steps.search_for(table.device))
+    return say("then evaluate it on labelled images: `mess-compile evaluate --data DIR`, with their folder for DIR")
 
 
 def _print_table_made(table: Any) -> None:
@@ -230,7 +232,7 @@ def devices(workspace: Workspace, as_json: bool) -> None:
     header = ["device", "here", "library", "precisions", "capability", "peak TFLOP/s, TOP/s", "GB/s", "description"]
     print_table("", header, [[name, mark, *rest] for mark, name, *rest in rows])
     say(f"this machine: {machines.in_words(machine)}")
-    return print_next(f"profile --device {here[0].name if here else 'NAME'}")
+    return print_next(f"profile --device {here[0].name if here else 'host'}")
 
 
 @click.command()
@@ -247,4 +249,4 @@ def doctor(workspace: Workspace, as_json: bool) -> None:
         return print_json({"findings": [asdict(finding) for finding in findings]})
     for finding in findings:
         say(f"{'yes' if finding.possible else 'no '}  {finding.what}: {finding.detail}")
-    return print_next("demo", "train --data DIR")
+    return print_next("demo")

@@ -134,7 +134,9 @@ def search(
             print_inspection(reason)
         _print_proof(result, requirement)
     if common is None:
-        return print_next("bundle" if output is None else f"bundle {quoted(output)}")
+        name = results[0].plan.device
+        by_name = "bundle" if workspace.memory().device == name else f"bundle {name}"
+        return print_next(by_name if output is None else f"bundle {quoted(output)}")
     _print_shared(common, len(results))
     return print_next(*(f"bundle {result.plan.device}" for result in results))
 

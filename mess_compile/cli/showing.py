@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli import completion
+from mess_compile.cli import completion, next_steps
 from mess_compile.cli.options import FILE, json_option
 from mess_compile.console import print_json, print_next, print_table, progress_bar, quoted, say
 
@@ -39,21 +40,21 @@ def report(workspace: Workspace, device: str | None, output: Path | None, as_jso
     for reason in dict.fromkeys(missing.values()):
         parts = ", ".join(part for part, why in missing.items() if why == reason)
         say(f"without {parts}: {reason}")
-    return print_next(*_after_report(workspace, found.device, set(missing)))
+    return next_steps.print_known(*_after_report(workspace, found.device, set(missing)))
 
 
-def _after_report(workspace: Workspace, device: str, missing: set[str]) -> list[str]:
+def _after_report(workspace: Workspace, device: str, missing: set[str]) -> Sequence[str | None]:
     """The first step that would add to the report; where nothing would, what is done with a plan that is good."""
-    bundle, plan = quoted(workspace.bundle(device)), quoted(workspace.plan(device))
+    plan = quoted(workspace.plan(device))
     for part, command in (
         ("latencies", f"profile --device {device}"),
         ("plan", f"search --device {device} --max-err 1%"),
         ("pictures", f"bundle {plan}"),
-        ("measured", f"bench {bundle} --data DIR"),
+        ("measured", next_steps.bench_on_data(workspace.bundle(device))),
     ):
-        if part in missing:
+        if part in missing and command is not None:
             return [command]
-    return [f"ship {bundle} ssh://USER@HOST:/FOLDER", f"compare {device} PLAN|DEVICE|BUNDLE"]
+    return [next_steps.ship_to_host(workspace.bundle(device), device), f"compare {device} -o compare.html"]
 
 
 @click.command(short_help="Plans side by side.")

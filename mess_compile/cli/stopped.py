@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 _UNTOUCHED = "nothing was changed; the same command starts over"
 KEPT = {
     "demo": "steps that were finished are kept; the same command goes on after the last of them",
@@ -25,3 +28,24 @@ KEPT = {
     "inspect": _UNTOUCHED,
     "completion": _UNTOUCHED,
 }
+GRADUAL = frozenset({"train", "evaluate", "build", "profile"})
+"""Commands that keep in the workspace what they have finished."""
+NOTHING = "nothing was finished yet, so nothing is kept; the same command starts over"
+
+
+def words_of(command: str, folder: Path | None, begun: float) -> str:
+    """What to say when `command` was stopped, which began to work in `folder` at that time (seconds of the clock)."""
+    if command in GRADUAL and folder is not None and not _left_anything(folder, begun):
+        return NOTHING
+    return KEPT.get(command, "nothing was begun")
+
+
+def _left_anything(folder: Path, since: float) -> bool:
+    """Whether a file in the workspace is newer; hidden ones are locks, and files that are being written."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(place, name)
+            if not name.startswith(".") and not path.is_symlink() and path.stat().st_mtime >= since:
+                return True
+    return False
