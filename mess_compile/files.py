@@ -93,7 +93,8 @@ def _named_for(temporary: Path, path: Path) -> Iterator[None]:
         error.args = tuple(_renamed(part, temporary, path) for part in error.args)
         raise
     except OSError as error:
-        error.filename = _renamed(error.filename, temporary, path)
+        if isinstance(error.filename, str):  # setting it otherwise changes the message
+            error.filename = _renamed(error.filename, temporary, path)
         raise
 
 

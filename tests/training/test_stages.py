@@ -474,7 +474,7 @@ def test_two_images_are_the_least_and_few_are_called_few(data: Path, tmp_path: P
         lines: list[str] = []
         chosen = open_dataset(data, images)
         train(architecture(chosen), chosen, open_dataset(data, "val"), tmp_path / folder, RECIPE, lines.append)
-        return lines[0]
+        return next(line for line in lines if line.startswith("training on"))
 
     with pytest.raises(InputError, match="has 1 image, and training takes 2 at a time at the least: add images"):
         trained("train[:1]", "one")
