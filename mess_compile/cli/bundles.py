@@ -418,4 +418,7 @@ def _after_inspection(thing: str, content: dict[str, Any]) -> str | None:
         return "bundle" if thing == "plan" else f"bundle {quoted(Path(thing))}"
     after = {"graphs": "profile --device host"}
     after |= dict.fromkeys(("statistics", "latency"), "search --max-err 1%")
-    return after.get(thing) or next_steps.run_on_an_image(Path(thing))
+    if thing in after:
+        return after[thing]
+    here = any(next_steps.runs_here(plan["target"], plan["library"]) for plan in content["plans"])
+    return next_steps.run_on_an_image(Path(thing)) if here else None

@@ -62,7 +62,7 @@ def ship_to_host(bundle: Path, device: str) -> str | None:
 
 def after_a_bundle(bundle: Path, plans: Sequence[Plan]) -> None:
     """Try it here where this machine can run it, else on its device, else look into it."""
-    here = any(_runs_here(plan) for plan in plans)
+    here = any(runs_here(plan.target, plan.library) for plan in plans)
     commands = [run_on_an_image(bundle), bench_on_data(bundle)] if here else []
     commands += [ship_to_host(bundle, plan.target) for plan in plans[:1]]
     if any(command is not None for command in commands):
@@ -76,14 +76,15 @@ def search_for(device: str, max_err: str = "1%") -> str:
     return f"search {name}--max-err {max_err}"
 
 
-def _runs_here(plan: Plan) -> bool:
+def runs_here(target: str, library: str) -> bool:
+    """Whether this machine is likely to run a plan for a target: ONNX Runtime does anywhere, an engine on its device."""
     from mess_compile.runtime.machine import this_machine
     from mess_compile.targets import find_target, targets_here
 
-    if plan.library == "onnxruntime":
+    if library == "onnxruntime":
         return True
     with suppress(MessError):
-        return bool(targets_here((find_target(plan.target, workspace_here().root),), this_machine()))
+        return bool(targets_here((find_target(target, workspace_here().root),), this_machine()))
     return False
 
 
