@@ -125,7 +125,8 @@ ALLOWED = {
     },
     "ship": {"device_files", "remote", "retuning", "sessions", "runtime"},
     "trtexec_session": {
-        *("candidates", "files", "forecast", "graph", "latency", "remote", "sessions", "targets", "trtexec", "runtime"),
+        *("candidates", "device_files", "files", "forecast", "graph", "latency", "remote", "sessions", "targets"),
+        *("trtexec", "runtime"),
     },
     "search": {"files", "candidates", "cores", "diagnosis", "doubts", "latency", "statistics", "search", "runtime"},
     "common_graphs": {"candidates", "graph", "search", "runtime"},

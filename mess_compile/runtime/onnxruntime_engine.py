@@ -76,6 +76,8 @@ class OnnxRuntime:
     def load(self, path: Path) -> OnnxRuntimeEngine:
         if not path.is_file():
             raise EngineError(f"there is no graph {path}")
+        if any("\udc80" <= letter <= "\udcff" for letter in str(path)):
+            raise EngineError(f"{path} is not UTF-8, and ONNX Runtime opens no such name: rename the folder")
         wanted = PROVIDERS[self.name]
         options = [{} if name == "CPUExecutionProvider" else {"device_id": str(self._place[1])} for name in wanted]
         try:

@@ -15,5 +15,6 @@ def show_all() -> None:
 
 def unencodable(error: UnicodeEncodeError) -> str:
     """One line for a name that something of ours, or a library, could not take as UTF-8."""
-    around = error.object[max(error.start - 60, 0) : error.end + 60]
+    before, after = error.object[: error.start], error.object[error.start :]
+    around = (before.splitlines() or [""])[-1][-60:] + after.splitlines()[0][:60]
     return f"{around!a} holds a name that is not UTF-8: rename the file or folder"
