@@ -29,6 +29,7 @@ _BAR = 18
 """Columns of the bar: with label, amount, rate and time left, a line of 80."""
 _RATE_OVER_S = 600.0
 """What the rate is an average over; an engine can take minutes."""
+_SWITCH = "MESS_COMPILE_PROGRESS"
 _BEGUN = f"{__name__}.begun"
 """What a context remembers of when its command began."""
 _bars: list[Any] = []
@@ -239,9 +240,10 @@ def progress_bar(as_json: bool = False) -> Iterator[Callable[[str, int, int], No
     """A progress bar on standard error while it is a terminal, else a line there now and then.
 
     Takes a label, what is done, and of how much: 0 where that is not known. Results that are printed meanwhile stand
-    above the bar, by `say`. Of several processes that share the work only the first tells.
+    above the bar, by `say`. Of several processes that share the work only the first tells, and none where the
+    environment says MESS_COMPILE_PROGRESS=off.
     """
-    if launcher.is_child():
+    if launcher.is_child() or os.environ.get(_SWITCH) == "off":
         yield lambda label, done, total: None
         return
     if as_json or not sys.stderr.isatty():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile import progress_lines, scenes, steps
+from mess_compile import scenes, steps
 from mess_compile.candidates import Gate
 from mess_compile.cores import wait_without_spinning
 from mess_compile.runtime import profile
@@ -19,6 +19,7 @@ from mess_compile.workspace import Workspace
 from tests.commands import contents
 
 wait_without_spinning()  # test modules import torch themselves
+os.environ["MESS_COMPILE_PROGRESS"] = "off"  # however slow the machine, commands print nothing but results
 HW = (64, 96)
 EFFORT = profile.Effort(window_s=0.002, window_runs=2, windows=2, max_s=0.02, warm_up_s=0.0)
 CHOICE = steps.NetworkChoice("mobilenetv2", HW, exits=3, heads=("fcn-crm1-b0", "fcn-crm2-b1"), width=0.25)
@@ -26,12 +27,6 @@ CHOICE = steps.NetworkChoice("mobilenetv2", HW, exits=3, heads=("fcn-crm1-b0", "
 
 def quiet(*told: object) -> None:
     pass
-
-
-@pytest.fixture(autouse=True)
-def no_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slow the machine, a command that a test runs in this process tells nothing of how far it is."""
-    monkeypatch.setattr(progress_lines, "FIRST_S", 3600.0)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+TOLD = {name: value for name, value in os.environ.items() if name != "MESS_COMPILE_PROGRESS"}
+"""The environment, in which progress is told."""
 WORK = """
 import time
 from mess_compile.console import progress_bar, say
@@ -33,7 +35,7 @@ def on_a_terminal(code: str, stdout: int | None = None, **environment: str) -> s
     """All that a terminal of 80 columns gets; `stdout` is where results go instead."""
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
-    kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    kept = {name: value for name, value in TOLD.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.DEVNULL,
@@ -97,7 +99,7 @@ def test_no_colour_where_none_is_wanted(shown: str) -> None:
 
 
 def test_nothing_but_results_where_nobody_looks() -> None:
-    ended = subprocess.run([sys.executable, "-c", WORK], capture_output=True, text=True, check=True)
+    ended = subprocess.run([sys.executable, "-c", WORK], capture_output=True, text=True, check=True, env=TOLD)
     assert (ended.stdout.count("result"), ended.stderr) == (4, "")
 
 
@@ -163,10 +165,16 @@ main()
 """
 
 
+def slow_work(variables: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    """SLOW, under the environment of this process and these variables."""
+    command = [sys.executable, "-c", SLOW, "measure", *options]
+    environment = {**TOLD, **variables}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+
+
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_log_hears_now_and_then_how_far_long_work_is(options: list[str]) -> None:
-    command = [sys.executable, "-c", SLOW, "measure", *options]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    ended = slow_work({}, *options)
     assert ended.stdout == "result\n"
     first, *others = ended.stderr.splitlines()
     assert re.fullmatch(r"measure: \d s so far", first), "a step of which nothing is known yet is heard of, too"
@@ -176,7 +184,10 @@ def test_a_log_hears_now_and_then_how_far_long_work_is(options: list[str]) -> No
 
 
 def test_of_processes_that_share_the_work_the_first_one_tells() -> None:
-    command = [sys.executable, "-c", SLOW, "measure"]
-    environment = {**os.environ, "LOCAL_RANK": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    ended = slow_work({"LOCAL_RANK": "1"})
+    assert (ended.stdout, ended.stderr) == ("result\n", "")
+
+
+def test_progress_can_be_turned_off() -> None:
+    ended = slow_work({"MESS_COMPILE_PROGRESS": "off"})
     assert (ended.stdout, ended.stderr) == ("result\n", "")

@@ -20,7 +20,8 @@ With `--json` it prints one object on standard output and nothing else there. It
 be done (one line says why and what to do), 2 for wrong usage. After Ctrl-C one line says what is kept and how to go on:
 `train`, `evaluate`, `build`, `profile`, `ship` and `demo` continue with the same command, `search` gives the best plan
 so far, and what is written is written whole or not at all. Long steps show a bar on a terminal; elsewhere a line on
-standard error says within ten seconds, and then each half minute, how far they are and what is left.
+standard error says within ten seconds, and then each half minute, how far they are and what is left. In the
+environment `MESS_COMPILE_PROGRESS=off` turns both off.
 """
 
 
