@@ -233,3 +233,14 @@ def test_what_a_program_prints_is_short() -> None:
     for thing in (result, result.plan, case.table, case.statistics):
         assert len(repr(thing)) < 320, repr(thing)
         assert "\n" not in repr(thing)
+
+
+def test_the_error_of_an_estimate_is_that_of_the_graphs_by_their_time() -> None:
+    case = evidence((1,), 2, 5, seed=1)
+    entries = dict(case.table.entries)
+    for name, mean_ms, source, error in (("baseline", 3.0, "estimated", 2.0), ("segment-0-1", 1.0, "measured", None)):
+        entries[name, "fp32"] = replace(entries[name, "fp32"], mean_ms=mean_ms, source=source, error=error)
+    case = replace(case, table=replace(case.table, entries=entries))
+    assert case.error(["baseline"]) == 2.0
+    assert case.error(["segment-0-1"]) is None
+    assert case.error(["baseline", "segment-0-1"]) == pytest.approx((3.0 * 2.0 + 1.0) / 4.0)

@@ -87,10 +87,15 @@ class Evidence:
         return "estimated" if any(self.table.entries[key].source == "estimated" for key in keys) else "measured"
 
     def error(self, graphs: Iterable[str]) -> float | None:
-        """The largest factor by which an estimated latency of these graphs may be wrong, None of measured ones."""
-        entries = (self.table.entries[graph, self.graph_set.spec(graph).precision] for graph in graphs)
-        errors = [entry.error for entry in entries if entry.source == "estimated" and entry.error is not None]
-        return max(errors, default=None)
+        """The factor by which the latency of these graphs together may be wrong, where any of it is an estimate.
+
+        The mean of the graphs' factors, by the time that they take; that of a measured one is 1. None without estimates.
+        """
+        entries = [self.table.entries[graph, self.graph_set.spec(graph).precision] for graph in graphs]
+        if all(entry.source != "estimated" or entry.error is None for entry in entries):
+            return None
+        spent = sum(entry.mean_ms for entry in entries)
+        return sum(entry.mean_ms * (entry.error or 1.0) for entry in entries) / spent if spent else None
 
     @cached_property
     def without_energy(self) -> tuple[str, ...]:
