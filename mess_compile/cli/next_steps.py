@@ -77,7 +77,7 @@ def search_for(device: str, max_err: str = "1%") -> str:
 
 
 def runs_here(target: str, library: str) -> bool:
-    """Whether this machine is likely to run a plan for a target: ONNX Runtime does anywhere, an engine on its device."""
+    """Whether this machine is likely to run a plan: ONNX Runtime does anywhere, an engine on its device."""
     from mess_compile.runtime.machine import this_machine
     from mess_compile.targets import find_target, targets_here
 

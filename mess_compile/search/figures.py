@@ -89,7 +89,8 @@ class Evidence:
     def error(self, graphs: Iterable[str]) -> float | None:
         """The factor by which the latency of these graphs together may be wrong, where any of it is an estimate.
 
-        The mean of the graphs' factors, by the time that they take; that of a measured one is 1. None without estimates.
+        The mean of the graphs' factors, by the time that they take; that of a measured one is 1. None where all of
+        them were measured.
         """
         entries = [self.table.entries[graph, self.graph_set.spec(graph).precision] for graph in graphs]
         if all(entry.source != "estimated" or entry.error is None for entry in entries):
