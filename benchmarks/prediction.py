@@ -4,8 +4,9 @@
 
 Heads, exits and cuts are drawn at random; frames are generated scenes. A prediction is the mean over the frames of the
 cost of the path that each took. Plans are visited in turn, between ticks of the first segment: as in the table, a visit
-counts when the machine was at full speed, and is brought to it. The baseline is visited, too: its own ratio says how
-much the machine moved since the table was made.
+counts when the machine was at full speed, and is brought to it. Between frames the baseline runs, as in `bench`: a
+program has other work there, too, and its caches are cold. The baseline is visited itself, after the first plan's runs:
+its own ratio says how much the machine moved since the table was made.
 """
 
 from __future__ import annotations
@@ -140,26 +141,32 @@ def of_baseline(library: Library, engine: Engine) -> Subject:
     return run
 
 
-def visit(subject: Subject, frames: Sequence[NDArray[np.uint8]], tick: Callable[[], float]) -> Visit:
+def visit(subject: Subject, between: Subject, frames: Sequence[NDArray[np.uint8]], tick: Callable[[], float]) -> Visit:
     """The first frame runs once more before: it finds the caches of another plan."""
-    subject(frames[0])
+
+    def run(frame: NDArray[np.uint8]) -> tuple[float, int]:
+        between(frame)
+        return subject(frame)
+
+    run(frames[0])
     before = tick()
-    times, exits = zip(*(subject(frame) for frame in frames), strict=True)
+    times, exits = zip(*map(run, frames), strict=True)
     return Visit(times, exits, (before, tick()))
 
 
 def visited(
     subjects: Sequence[Subject], frames: Sequence[NDArray[np.uint8]], tick: Callable[[], float], wanted: int
 ) -> tuple[list[list[Visit]], float]:
-    """For each subject the visits at full speed, `wanted` or more of them unless the machine is too seldom, and a tick
-    at full speed.
+    """For each subject, the baseline first, the visits at full speed, `wanted` or more unless there are too few,
+    and a tick at full speed.
     """
     found: list[list[Visit]] = [[] for _ in subjects]
+    baseline, first = subjects[0], subjects[1]
     full = float("inf")
     for number in range(MOST * wanted):
         left = [index for index, visits in enumerate(found) if len(at_full_speed(visits, full)) < wanted]
         for index in random.Random(number).sample(left, len(left)):
-            found[index].append(visit(subjects[index], frames, tick))
+            found[index].append(visit(subjects[index], baseline if index else first, frames, tick))
         full = level.full_speed_ms([each for visits in found for one in visits for each in one.ticks_ms]) or full
     made = sum(map(len, found))
     kept = [at_full_speed(visits, full) for visits in found]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from mess_compile import extras, scenes, statistics
+from mess_compile import extras, files, scenes, statistics
 from mess_compile.candidates import read_graph_set, verify_graph_set
 from mess_compile.latency import check_current, read_latency_table
 from mess_compile.runtime.errors import MessError
@@ -18,27 +20,30 @@ from mess_compile.runtime.session import describe_machine
 from mess_compile.search.plan import read_result
 from mess_compile.workspace import HOST, Workspace
 
-INPUT_HW = (96, 128)
-COUNTS = {"train": 320, "val": 96, "test": 64}
+NETWORK = Path(__file__).with_name("demo_network")
+"""What `train_command` made of TRAIN_COUNT scenes, none of which is drawn for validation or test."""
+INPUT_HW = (192, 256)
+COUNTS = {"val": 120, "test": 64}
+SPREADS = {"val": scenes.MOSTLY_EASY, "test": scenes.MOSTLY_EASY, "train": scenes.SOME_HARD}
+"""Training sees hard scenes more often than they come, as is usual where these matter."""
+TRAIN_COUNT = 480
 PICTURES = 4
 REQUIREMENTS = ("1%", "0.5%", "0.2%")
 SHOWN_SHARE = 0.1
 
 
-def run_demo(folder: Path, program: click.Command) -> None:
-    """Generate data in FOLDER/data, then do everything from `train` to `bench` and `report` in FOLDER.
+def run_demo(folder: Path, program: click.Command, train: bool = False) -> None:
+    """Generate data in FOLDER/data, then do everything from `export` to `bench` and `report` in FOLDER.
 
-    An interrupted demo continues: what is there and fits what it is made from is kept, which is said, and the search
-    and all behind it is done again.
+    The network is the one that mess-compile brings, or with `train` one that is trained first. An interrupted demo
+    continues: what is there and fits what it is made from is kept, which is said, and the search and all behind it is
+    done again.
     """
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    data = folder / "data"
-    if not data.is_dir():
-        click.echo(f"drawing {sum(COUNTS.values())} street scenes in {data}")
-        scenes.write_scenes(data, COUNTS, INPUT_HW)
-    kept = False
-    for line, what, is_there in _steps_before_search(folder):
+    _draw_scenes(folder / "data", {**COUNTS, "train": TRAIN_COUNT} if train else COUNTS)
+    kept = _put_network(folder) if not train else False
+    for line, what, is_there in _steps_before_search(folder, train):
         if is_there(Workspace(folder)):
             click.echo(f"\nkept: {what} (remove {folder} to start over)" if not kept else f"kept: {what}")
             kept = True
@@ -62,6 +67,25 @@ def run_demo(folder: Path, program: click.Command) -> None:
         click.echo("For everything on one page: pip install 'mess-compile[report]', then `mess-compile report`")
 
 
+def _draw_scenes(data: Path, counts: dict[str, int]) -> None:
+    """All of them again when a split is missing: the same ones, and the missing ones."""
+    if not all((data / split).is_dir() for split in counts):
+        click.echo(f"drawing {sum(counts.values())} street scenes in {data}")
+        scenes.write_scenes(data, counts, INPUT_HW, spreads=SPREADS)
+
+
+def _put_network(folder: Path) -> bool:
+    """Put our network into FOLDER/candidate; whether one was there already, which is kept."""
+    candidate = Workspace(folder).candidate
+    if (candidate / "network.json").is_file():
+        click.echo(f"\nkept: the network in candidate/ (remove {folder} to start over)")
+        return True
+    with files.replaced_folder(candidate) as temporary:
+        shutil.copytree(NETWORK, temporary, dirs_exist_ok=True)
+    click.echo(f"the network that mess-compile brings is in {candidate} (demo --train trains it from scratch)")
+    return False
+
+
 def _run(program: click.Command, line: list[str]) -> None:
     click.echo(f"\n$ mess-compile {shlex.join(line)}")
     program.main(args=line, prog_name="mess-compile", standalone_mode=False)
@@ -73,22 +97,33 @@ def _shows_two_exits(folder: Path) -> bool:
     return sum(rate >= SHOWN_SHARE for rate in rates) >= 2
 
 
-def _steps_before_search(folder: Path) -> list[tuple[list[str], str, Callable[[Workspace], bool]]]:
+def _steps_before_search(folder: Path, train: bool) -> list[tuple[list[str], str, Callable[[Workspace], bool]]]:
     """Commands, what they leave, and whether that is there."""
     here, data = ["-C", str(folder)], str(folder / "data")
-    train = [*here, "train", "--data", data, "--input", f"{INPUT_HW[0]}x{INPUT_HW[1]}", "--width", "0.5"]
-    train += ["--exits", "features.3,features.6,features.10,features.17", "--epochs", "12", "5"]
-    train += ["--heads", "fcn-crm1-b0,fcn-crm1-b1,fcn-crm2-b2-rdi", "--learning-rate", "0.004"]
+    training = (train_command(folder), "the network trained in candidate/", _is_trained)
     return [
-        (train, "the network in candidate/", _is_trained),
+        *([training] if train else []),
         ([*here, "export"], "its graphs", _is_exported),
-        ([*here, "profile", "--device", "host", "--seconds", "0.5"], "their latencies on this machine", _is_profiled),
+        ([*here, "profile", "--device", "host", "--seconds", "0.3"], "their latencies on this machine", _is_profiled),
         ([*here, "evaluate", "--data", data], "the statistics of every head", _is_evaluated),
     ]
 
 
+def train_command(folder: Path) -> list[str]:
+    """What trains the network of the demo in FOLDER."""
+    line = ["-C", str(folder), "train", "--data", str(folder / "data"), "--input", f"{INPUT_HW[0]}x{INPUT_HW[1]}"]
+    line += ["--width", "0.5", "--exits", "features.6,features.10,features.17"]
+    line += ["--heads", "fcn-crm1-b1,fcn-crm1-b2-rdi,sep32-crm1-b0", "--epochs", "12", "4", "--learning-rate", "0.004"]
+    return [*line, "--crop", "128x160", "--full-size-epochs", "2"]
+
+
 def _is_trained(workspace: Workspace) -> bool:
-    return (workspace.candidate / "network.json").is_file()
+    """Here, and not put there by a demo without `--train`."""
+    found, brought = (
+        json.loads(path.read_bytes()) if path.is_file() else None
+        for path in (workspace.candidate / "network.json", NETWORK / "network.json")
+    )
+    return found is not None and found != brought
 
 
 def _is_exported(workspace: Workspace) -> bool:
@@ -125,6 +160,6 @@ def _commands_after_search(folder: Path) -> list[list[str]]:
     return [
         [*here, "bundle"],
         [*here, "run", bundle, *shown, "--progressive", "--truth", str(test / "labels"), "-o", output],
-        [*here, "bench", bundle, "--data", str(folder / "data"), "--split", "test"],
+        [*here, "bench", bundle, "--data", str(folder / "data"), "--split", "test", "--passes", "2"],
         *([[*here, "report"]] if extras.writes_reports() else []),
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,14 @@ SCENE_CLASSES = ClassList(
     ),
     is_coloured=True,
 )
+Spread = tuple[float, float]
+"""The parameters of a beta distribution of difficulties, from 0 to 1."""
+HALF_HARD: Spread = (0.6, 0.6)
+"""As many hard scenes as easy ones, and few between."""
+SOME_HARD: Spread = (0.5, 1.0)
+"""Half of the scenes have a difficulty below 0.25, three in ten one above 0.5."""
+MOSTLY_EASY: Spread = (0.4, 1.6)
+"""Two in three scenes have a difficulty below 0.2, one in nine one above 0.5."""
 _SKY, _BUILDING, _ROAD, _PAVEMENT, _TREE, _CAR, _PEDESTRIAN, _SIGN = range(8)
 _PAINT = (
     (150, 190, 230),
@@ -75,13 +85,16 @@ def by_difficulty(hw: tuple[int, int], count: int) -> list[Sample]:
     return [make_scene(seed, hw, seed / max(1, count - 1)) for seed in range(count)]
 
 
-def make_scene(seed: int, hw: tuple[int, int], difficulty: float | None = None) -> Sample:
+def make_scene(
+    seed: int, hw: tuple[int, int], difficulty: float | None = None, spread: Spread = HALF_HARD
+) -> Sample:
     """One street scene (H, W, 3) with its labels; the same seed gives the same scene.
 
-    `difficulty` in 0..1 (drawn from the seed by default) sets how crowded, colourless, dark, blurred and noisy it is.
+    `difficulty` in 0..1 sets how crowded, colourless, dark, blurred and noisy it is. By default it is drawn from the
+    seed, by a beta distribution with the parameters `spread`.
     """
     rng = np.random.default_rng(seed)
-    drawn = float(rng.beta(0.6, 0.6))
+    drawn = float(rng.beta(*spread))
     hard = drawn if difficulty is None else difficulty
     canvas = _Canvas(hw, rng, hard)
     horizon = hw[0] * rng.uniform(0.38, 0.52)
@@ -131,15 +144,26 @@ def _photograph(canvas: _Canvas, hard: float) -> NDArray[np.uint8]:
     rng = canvas.rng
     scale = canvas.height / 120
     blurred = canvas.frame.filter(ImageFilter.GaussianBlur(scale * (0.3 + 1.0 * hard * rng.random())))
-    frame = np.asarray(blurred, float)
-    shade = np.linspace(1.0, 1.0 - 0.5 * hard * rng.random(), canvas.width)[None, :, None]
-    gain = 1.0 - 0.55 * hard * rng.random()
-    noise = rng.normal(0.0, 3.0 + 15.0 * hard, frame.shape)
-    return np.clip(frame * gain * shade + noise, 0, 255).astype(np.uint8)
+    frame = np.asarray(blurred, np.float32)
+    shade = np.linspace(1.0, 1.0 - 0.5 * hard * rng.random(), canvas.width, dtype=np.float32)
+    gain = np.float32(1.0 - 0.55 * hard * rng.random())
+    noise = rng.standard_normal(frame.shape, np.float32)
+    noise *= np.float32(3.0 + 15.0 * hard)
+    noise += frame * (gain * shade)[None, :, None]
+    return np.clip(noise, 0, 255, out=noise).astype(np.uint8)
 
 
-def write_scenes(root: Path, counts: dict[str, int], hw: tuple[int, int], seed: int = 0) -> None:
-    """Write `ROOT/SPLIT/images|labels` for every split and `ROOT/classes.txt`; all of it or nothing."""
+def write_scenes(
+    root: Path,
+    counts: dict[str, int],
+    hw: tuple[int, int],
+    seed: int = 0,
+    spreads: Mapping[str, Spread] = MappingProxyType({}),
+) -> None:
+    """Write `ROOT/SPLIT/images|labels` for every split and `ROOT/classes.txt`; all of it or nothing.
+
+    `spreads` has the spread of a split's difficulties where it is another than HALF_HARD.
+    """
     with files.replaced_folder(root) as folder:
         lines = (
             f"{name} {r} {g} {b}" for name, (r, g, b) in zip(SCENE_CLASSES.names, SCENE_CLASSES.colours, strict=True)
@@ -149,7 +173,7 @@ def write_scenes(root: Path, counts: dict[str, int], hw: tuple[int, int], seed: 
             for kind in ("images", "labels"):
                 (folder / split / kind).mkdir(parents=True)
             for _ in range(count):
-                sample = make_scene(seed, hw)
-                Image.fromarray(sample.frame).save(folder / split / "images" / f"{sample.id}.png")
+                sample = make_scene(seed, hw, spread=spreads.get(split, HALF_HARD))
+                Image.fromarray(sample.frame).save(folder / split / "images" / f"{sample.id}.png", compress_level=0)
                 Image.fromarray(sample.labels).save(folder / split / "labels" / f"{sample.id}.png")
                 seed += 1

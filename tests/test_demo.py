@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mess_compile import demo
+from mess_compile import demo, scenes
 from mess_compile.cli import main
+from mess_compile.nets.checkpoint import load_candidate, read_architecture
 from tests.commands import edit, overwrite
 
 PROGRAM = Path(sys.executable).parent / "mess-compile"
@@ -46,13 +47,14 @@ def test_the_demo_ends_with_a_cascade_at_work(tmp_path: Path) -> None:
     assert lines[-1].endswith(str(folder / "report.html"))
 
 
-def played(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def played(folder: Path, monkeypatch: pytest.MonkeyPatch, train: bool = False) -> list[str]:
     """The commands that a demo runs before its search, where all else is left out."""
     ran: list[str] = []
+    monkeypatch.setattr(scenes, "write_scenes", lambda data, counts, *how, **more: ran.append(" ".join(counts)))
     monkeypatch.setattr(demo, "_run", lambda program, line: ran.append(line[2]))
     monkeypatch.setattr(demo, "_shows_two_exits", lambda folder: True)
     monkeypatch.setattr(demo, "_commands_after_search", lambda folder: [])
-    demo.run_demo(folder, main)
+    demo.run_demo(folder, main, train)
     assert ran.pop() == "search"
     return ran
 
@@ -73,3 +75,35 @@ def test_a_second_demo_keeps_what_fits_and_makes_again_what_does_not(
     graph = workspace / "graphs" / "baseline.onnx"
     overwrite(graph, graph.read_bytes()[:-1])
     assert played(workspace, monkeypatch) == ["export", "profile", "evaluate"]
+
+
+def test_the_demo_begins_with_the_network_that_is_brought_and_trains_it_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "demo"
+    assert played(folder, monkeypatch) == ["val test", "export", "profile", "evaluate"]
+    brought = load_candidate(folder / "candidate")
+    assert [point.block for point in brought.candidate.exit_points] == ["features.6", "features.10", "features.17"]
+    assert "(demo --train trains it from scratch)" in capsys.readouterr().out
+    assert played(folder, monkeypatch, train=True) == ["val test train", "train", "export", "profile", "evaluate"]
+
+
+def test_demo_train_keeps_a_network_that_it_trained(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "train" not in played(workspace, monkeypatch, train=True)
+
+
+def test_the_network_that_is_brought_is_what_demo_train_makes(tmp_path: Path) -> None:
+    options = demo.train_command(tmp_path)
+    told = {name: options[options.index(name) + 1] for name in ("--input", "--width", "--exits", "--heads")}
+    architecture = read_architecture(demo.NETWORK)
+    assert "{}x{}".format(*architecture.input_hw) == told["--input"]
+    assert architecture.width == float(told["--width"])
+    assert ",".join(architecture.exit_blocks) == told["--exits"]
+    early = {config.name for number, config in architecture.heads if number < len(architecture.exit_blocks)}
+    assert early == set(told["--heads"].split(","))
+    assert architecture.classes == scenes.SCENE_CLASSES.names
+
+
+def test_the_network_that_is_brought_weighs_little() -> None:
+    """Every clone, wheel and container carries it."""
+    assert sum(path.stat().st_size for path in demo.NETWORK.iterdir()) <= 1.5e6

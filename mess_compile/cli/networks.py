@@ -34,11 +34,15 @@ if TYPE_CHECKING:
 
 @click.command(short_help="The whole flow on generated street scenes.")
 @click.argument("folder", type=FOLDER, default="demo")
-def demo(folder: Path) -> None:
-    """The whole flow on generated street scenes: train, export, profile, search, bundle, run, bench, report."""
+@click.option("--train", is_flag=True, help="Train the network from scratch, instead of the one that is brought.")
+def demo(folder: Path, train: bool) -> None:
+    """The whole flow on generated street scenes: export, profile, search, bundle, run, bench, report.
+
+    It takes a minute, with a network that mess-compile brings; to train that takes a quarter of an hour more.
+    """
     from mess_compile import demo as demonstration
 
-    demonstration.run_demo(folder, click.get_current_context().find_root().command)
+    demonstration.run_demo(folder, click.get_current_context().find_root().command, train)
 
 
 def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +151,29 @@ def test_the_predecessor_runs_just_before_every_timed_run(root: Path) -> None:
     assert window == Window("b", 0, (2.0,) * 4, (), None, 4 * 0.0031, (0.5, 0.5))
     ran = [name for verb, name in library.log if verb == "run" and name != "tick"]
     assert ran[-8:] == ["a", "b"] * 4
+
+
+def ran_for(root: Path, job: str, stranger_ms: float = 0.5, power: Callable[[], float | None] | None = None) -> str:
+    """The graphs that ran in the last runs of a job's first window, where `tick` is the first graph of the list."""
+    library, todo = scripted(), jobs(root)
+    library.graphs = {**library.graphs, "tick": replace(library.graphs["tick"], cost_ns=int(stranger_ms * MS))}
+    going = events(library, [todo[-1], *todo[:-1]], measured=[job], reference="a", power=power)
+    next(event for event in going if isinstance(event, Window))
+    ran = "".join({"tick": "t", "head": "h"}.get(name, name) for verb, name in library.log if verb == "run")
+    return ran.rstrip("a")  # ticks of the reference
+
+
+def test_other_work_comes_between_the_frames_so_that_caches_are_cold_as_in_a_cascade(root: Path) -> None:
+    """Before the predecessor of a graph within a frame; just before what begins one, such as the upload."""
+    assert ran_for(root, "b").endswith("tabtab")
+    assert ran_for(root, "head").endswith("tbhtbh")
+    assert ran_for(root, "download").endswith("thth")
+    assert ran_for(root, "upload").endswith("tt")
+
+
+def test_no_other_work_comes_between_where_it_would_take_long_or_power_is_read(root: Path) -> None:
+    assert ran_for(root, "head", stranger_ms=3).endswith("bhbhbh")
+    assert ran_for(root, "head", power=lambda: 1.0).endswith("bhbhbh")
 
 
 def test_device_times_are_kept_beside_the_wall(root: Path) -> None:
@@ -304,6 +327,11 @@ def test_each_graph_tells_once_what_it_costs_to_hold(root: Path) -> None:
         assert told == [Opened] + [Window] * (len(told) - 1)
 
 
+def times(found: Sequence[Window]) -> list[tuple[str, int, float]]:
+    """What is told of each window, however many runs it has."""
+    return [(window.job, window.round, window.median_ms) for window in found]
+
+
 def most_open(library: FakeLibrary) -> int:
     steps = [{"load": 1, "close": -1}.get(verb, 0) for verb, _ in library.log]
     return int(np.cumsum(steps).max())
@@ -311,7 +339,7 @@ def most_open(library: FakeLibrary) -> int:
 
 def test_more_graphs_than_may_be_open_are_measured_all_the_same(root: Path) -> None:
     library = scripted()
-    assert windows(library, jobs(root), kept_open=1) == windows(scripted(), jobs(root))
+    assert times(windows(library, jobs(root), kept_open=1)) == times(windows(scripted(), jobs(root)))
     assert most_open(library) == 3
 
 
@@ -342,7 +370,7 @@ def test_memory_is_scarce_below_an_eighth_where_the_system_tells(tmp_path: Path,
 def test_engines_that_take_the_memory_of_another_make_room(root: Path) -> None:
     """A GPU that is full refuses the next engine, or its run; what is open is closed, and it has a second chance."""
     library = replace(scripted(), room=3)
-    assert windows(library, jobs(root)) == windows(scripted(), jobs(root))
+    assert times(windows(library, jobs(root))) == times(windows(scripted(), jobs(root)))
     assert most_open(library) == 3
 
 
