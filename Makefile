@@ -20,11 +20,14 @@ lint: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# A worker a core, each of which computes with one thread: two pools of threads on the same cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
+
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 test-all: lint
-	$(VENV)/bin/python -m pytest -m ''
+	$(PYTEST) -m ''
 
 docs: venv
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[docs]'
