@@ -202,9 +202,20 @@ def read_lines(path: Path, most_bytes: int = 1 << 24) -> list[str]:
 
 def write_json(path: Path, format: str, version: int, content: dict[str, Any]) -> None:
     """Write `content` with its `format` and `version` in front; all of it or nothing."""
-    text = json.dumps({"format": format, "version": version, **content}, indent=1) + "\n"
+    lines = (f" {json.dumps(key)}: {_text_of(value)}" for key, value in (_named(format, version) | content).items())
     with replaced(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _named(format: str, version: int) -> dict[str, Any]:
+    return {"format": format, "version": version}
+
+
+def _text_of(value: Any) -> str:
+    """Indented; a list of objects has each on a line, without Python's slow encoder: a front has hundreds."""
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+    return json.dumps(value, indent=1).replace("\n", "\n ")
 
 
 def read_json(path: Path, format: str, version: int | tuple[int, ...], remedy: str) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +29,8 @@ Spread = tuple[float, float]
 """The parameters of a beta distribution of difficulties, from 0 to 1."""
 HALF_HARD: Spread = (0.6, 0.6)
 """As many hard scenes as easy ones, and few between."""
-SOME_HARD: Spread = (0.5, 1.0)
+MOSTLY_EASY: Spread = (0.5, 1.0)
 """Half of the scenes have a difficulty below 0.25, three in ten one above 0.5."""
-MOSTLY_EASY: Spread = (0.4, 1.6)
-"""Two in three scenes have a difficulty below 0.2, one in nine one above 0.5."""
 _SKY, _BUILDING, _ROAD, _PAVEMENT, _TREE, _CAR, _PEDESTRIAN, _SIGN = range(8)
 _PAINT = (
     (150, 190, 230),
@@ -85,9 +81,7 @@ def by_difficulty(hw: tuple[int, int], count: int) -> list[Sample]:
     return [make_scene(seed, hw, seed / max(1, count - 1)) for seed in range(count)]
 
 
-def make_scene(
-    seed: int, hw: tuple[int, int], difficulty: float | None = None, spread: Spread = HALF_HARD
-) -> Sample:
+def make_scene(seed: int, hw: tuple[int, int], difficulty: float | None = None, spread: Spread = HALF_HARD) -> Sample:
     """One street scene (H, W, 3) with its labels; the same seed gives the same scene.
 
     `difficulty` in 0..1 sets how crowded, colourless, dark, blurred and noisy it is. By default it is drawn from the
@@ -158,12 +152,9 @@ def write_scenes(
     counts: dict[str, int],
     hw: tuple[int, int],
     seed: int = 0,
-    spreads: Mapping[str, Spread] = MappingProxyType({}),
+    spread: Spread = HALF_HARD,
 ) -> None:
-    """Write `ROOT/SPLIT/images|labels` for every split and `ROOT/classes.txt`; all of it or nothing.
-
-    `spreads` has the spread of a split's difficulties where it is another than HALF_HARD.
-    """
+    """Write `ROOT/SPLIT/images|labels` for every split and `ROOT/classes.txt`; all of it or nothing."""
     with files.replaced_folder(root) as folder:
         lines = (
             f"{name} {r} {g} {b}" for name, (r, g, b) in zip(SCENE_CLASSES.names, SCENE_CLASSES.colours, strict=True)
@@ -173,7 +164,7 @@ def write_scenes(
             for kind in ("images", "labels"):
                 (folder / split / kind).mkdir(parents=True)
             for _ in range(count):
-                sample = make_scene(seed, hw, spread=spreads.get(split, HALF_HARD))
+                sample = make_scene(seed, hw, spread=spread)
                 Image.fromarray(sample.frame).save(folder / split / "images" / f"{sample.id}.png", compress_level=0)
                 Image.fromarray(sample.labels).save(folder / split / "labels" / f"{sample.id}.png")
                 seed += 1

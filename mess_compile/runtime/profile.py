@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -35,6 +35,8 @@ _REHEARSED = 0.1
 _STRANGER = 0.2
 """Share of a window that a stranger's run may take: a slower one leaves too few runs, and what it cools costs a
 network as slow as that a hundredth."""
+_TRIED = 3
+"""So many graphs are tried as the stranger of a job, in each of its windows."""
 _TICK = 0.2
 """Share of a window that a tick may take, about."""
 _PATIENCE = 0.5
@@ -330,16 +332,14 @@ class _Bench:
         return not self._outputs_read(job.predecessor, self._pool.engine(job.name))
 
     def _stranger(self, job: Job, effort: Effort) -> Optional[Callable[[], Timing]]:
-        """A run of the first graph that is neither the job's nor its predecessor's; None when it takes too long."""
-        name = self._pool.stranger_of(job)
-        if name is None:
-            return None
-        self._pool.prime(name)
-        engine = self._pool.engine(name)
-        feeds = self._pool.feeds(name, engine)
-        if engine.run_timed(feeds).wall_ms > 1e3 * _STRANGER * effort.window_s:
-            return None
-        return lambda: engine.run_timed(feeds)
+        """A run of another graph that does not take too long; None where there is none."""
+        for name in self._pool.strangers_of(job)[:_TRIED]:
+            self._pool.prime(name)
+            engine = self._pool.engine(name)
+            feeds = self._pool.feeds(name, engine)
+            if engine.run_timed(feeds).wall_ms <= 1e3 * _STRANGER * effort.window_s:
+                return partial(engine.run_timed, feeds)
+        return None
 
     def _before(self, job: Job) -> Callable[[], Mapping[str, Tensor]]:
         """The predecessor's run, giving its outputs."""

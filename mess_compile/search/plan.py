@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -326,12 +326,18 @@ def result_to_json(result: SearchResult) -> dict[str, Any]:
         "source": source_of(result.plan),
         "plan": asdict(result.plan),
         "front_by": list(result.front_by),
-        "front": [{name: point[name] for name in _FRONT_FIELDS} for point in map(asdict, result.front)],
+        "front": [{name: _plain(getattr(point, name)) for name in _FRONT_FIELDS} for point in result.front],
         "front_complete": result.front_complete,
         "certificate": asdict(result.certificate),
         "without_optimism": result.without_optimism,
         "without_hold_out": result.without_hold_out,
     }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def share_of(text: str) -> Fraction:
