@@ -127,7 +127,7 @@ def search(
         _print_plan(result.plan)
         _print_held_out(result, requirement)
         if result.plan.is_whole:
-            say(what_would_cut(result))
+            say(what_would_cut(result, requirement))
         _warn(result.plan, requirement)
         print_inspection(inspection.Inspection({}, inspection.points_tables(result.plan)))
         for reason in reasons[i : i + 1]:

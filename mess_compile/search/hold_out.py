@@ -159,11 +159,12 @@ def held_out_sentence(result: SearchResult, max_err_pp: float | None) -> str:
     if told is None:
         why = f" ({result.without_hold_out})" if result.without_hold_out else ""
         return f"nothing was held out{why}: all figures are of the images that it was chosen on"
-    tuned, held = (figures.baseline.miou - figures.predicted.miou for figures in (plan, told))
+    tuned, held = (figures.predicted.miou - figures.baseline.miou for figures in (plan, told))
     words = (
-        f"mIoU against {plan.baseline_name}: {-tuned:+.2f} pp on the {plan.predicted.images} images that it was chosen "
-        f"on, {-held:+.2f} pp on the {told.predicted.images} held out"
+        f"mIoU against {plan.baseline_name}: {tuned:+.2f} pp on the {plan.predicted.images} images that it was chosen "
+        f"on, {held:+.2f} pp on the {told.predicted.images} held out"
     )
-    if max_err_pp is None or held <= max_err_pp:
+    if max_err_pp is None or plan.offset_pp - held <= max_err_pp:
         return words
-    return f"{words}, where more than {max_err_pp:.4g} pp is lost: evaluate more images, or give a smaller --max-err"
+    remedy = "evaluate more images" + (", or give a smaller --max-err" if max_err_pp else "")
+    return f"{words}, where more than {max_err_pp:.4g} pp is lost: {remedy}"
