@@ -196,6 +196,7 @@ def test_an_early_exit_that_every_image_takes_is_called_a_shorter_network() -> N
         "the plan is a shorter network: every image leaves at exit1.fcn-crm1-b0"
     )
     assert kind_of_plan(replace(plan, predicted=replace(plan.predicted, exit_rates=(0.7, 0.3)))) is None
+    assert (kind_of_plan(replace(plan, setting="budgeted")) or "").endswith("as in every plan of the budgeted setting")
 
 
 def test_a_tail_that_is_worse_than_the_baselines_is_told_beside_the_mean() -> None:

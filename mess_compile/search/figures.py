@@ -92,6 +92,10 @@ class Evidence:
         errors = [entry.error for entry in entries if entry.source == "estimated" and entry.error is not None]
         return max(errors, default=None)
 
+    def of_images(self, rows: NDArray[np.intp]) -> Evidence:
+        """The same of these images alone."""
+        return replace(self, statistics=self.statistics.select(rows.tolist()))
+
     @cached_property
     def without_energy(self) -> tuple[str, ...]:
         """What the target runs, pseudo graphs included, and has no energy of in the latency table."""

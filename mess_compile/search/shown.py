@@ -57,11 +57,10 @@ def kind_of_plan(plan: Plan) -> str | None:
         return "the plan is the whole network, uncut: no plan with exits does better under this requirement"
     if plan.only_exit is None:
         return None
-    stage = plan.stages[plan.only_exit - 1]
-    return (
-        f"the plan is a shorter network: every image leaves at {stage.head}, so early exit adds nothing to it "
-        "(images that differ more in difficulty, or better early heads, would)"
-    )
+    told = f"the plan is a shorter network: every image leaves at {plan.stages[plan.only_exit - 1].head}"
+    if plan.setting == "budgeted":
+        return f"{told}, as in every plan of the budgeted setting"
+    return f"{told}, so early exit adds nothing to it (images that differ more in difficulty, or better early heads, would)"
 
 
 def what_would_cut(result: SearchResult, requirement: Requirement) -> str:
