@@ -170,7 +170,7 @@ def target_of(workspace: Workspace, device: str | None) -> Target:
         if estimated:
             raise InputError(
                 f"no device was measured in this workspace yet; {', '.join(estimated)} was estimated, and an estimate "
-                f"is not taken by default: name it (--device {estimated[0]})"
+                f"is not taken by default: name it, as in `search --device {estimated[0]}` or `bundle {estimated[0]}`"
             )
         raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
     return find_target(name, workspace.root)

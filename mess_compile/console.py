@@ -154,6 +154,10 @@ def _write_object(stream: TextIO, content: dict[str, Any]) -> None:
 def _others_to_stderr(for_good: bool) -> Iterator[TextIO]:
     """Give the stream that standard output was."""
     ours = sys.stdout
+    if ours is None:  # it was closed before the program began
+        with open(os.devnull, "w", encoding="utf-8") as nothing:
+            yield nothing
+        return
     if not _is_standard_output(ours):  # somebody caught it already, in Python
         with redirect_stdout(sys.stderr):
             yield ours

@@ -259,10 +259,10 @@ def current_statistics(
             if place == HOST and memory.data is None:
                 raise
     verify_graph_set(graph_set)
-    root, folder = _labelled(workspace, graph_set.candidate, None, split)
+    _, folder = _labelled(workspace, graph_set.candidate, None, split)
     tell(
         f"there are no current statistics of {split} in {graph_set.recipe}: evaluating first, on the "
-        f"{len(folder.items)} images of {split} in {root}"
+        f"{len(folder.items)} images of {split} in {folder.root}"
     )
     made = _evaluated_here(workspace, graph_set, None, split, progress, "onnxruntime", 1, 1)
     assert made is not None, "a search is one process"

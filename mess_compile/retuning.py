@@ -112,8 +112,8 @@ def _images(root: Data, plan: manifest.Plan, described: manifest.Manifest) -> Da
     if data.classes.names != described.network.classes or len(data.items) != plan.predicted.images:
         raise InputError(
             f"{data.root} has {len(data.items)} images of {len(data.classes.names)} classes in "
-            f"{plan.predicted.split}, and the plan "
-            f"was chosen on {plan.predicted.images} of {len(described.network.classes)}: name the same data"
+            f"{plan.predicted.split}, and the plan was chosen on {plan.predicted.images} of "
+            f"{len(described.network.classes)}: name the same data"
         )
     return data
 

@@ -37,11 +37,13 @@ _LABELS = re.compile(r"\d{6}\.png")
 @dataclass(frozen=True)
 class RunOptions:
     """How a bundle is run. `truth` is a folder of label PNGs named as the images, for the end of the `progressive`
-    strip; under a deadline a frame is refined, and its last result kept. Of folders, videos and cameras every so many
-    frames are taken, at most `limit` of each; `label_pictures` are those of a video's frames."""
+    strip; its first class has the value `label_offset`. Under a deadline a frame is refined, and its last result kept.
+    Of folders, videos and cameras every so many frames are taken, at most `limit` of each; `label_pictures` are those
+    of a video's frames."""
 
     progressive: bool = False
     truth: Path | None = None
+    label_offset: int = 0
     deadline_ms: float | None = None
     operating_point: str | None = None
     target: str | None = None
@@ -223,7 +225,7 @@ def _run_image(cascade: Cascade, image: Path, output: Path, options: RunOptions)
         "overlay": pictures.overlay_picture(frame, prediction.labels, colours),
     }
     if options.progressive:
-        drawn["progressive"] = pictures.strip_picture(_panels(cascade, frame, prediction.exit, image, options.truth))
+        drawn["progressive"] = pictures.strip_picture(_panels(cascade, frame, prediction.exit, image, options))
     paths = []
     for kind, picture in drawn.items():
         paths.append(output / f"{image.stem}.{kind}.png")
@@ -238,7 +240,7 @@ def _predicted(cascade: Cascade, frame: NDArray[np.uint8], options: RunOptions) 
 
 
 def _panels(
-    cascade: Cascade, frame: NDArray[np.uint8], taken: int, image: Path, truth: Path | None
+    cascade: Cascade, frame: NDArray[np.uint8], taken: int, image: Path, options: RunOptions
 ) -> list[tuple[str, NDArray[np.uint8]]]:
     from mess_compile.report import pictures
 
@@ -248,16 +250,25 @@ def _panels(
         mark = " (taken)" if prediction.exit == taken else ""
         caption = f"exit {prediction.exit}{mark}  {sure_words(prediction.confidence)}{prediction.latency_ms:.1f} ms"
         panels.append((caption, frames.overlay(frame, prediction.labels, network.colours)))
-    if truth is not None:
-        void = frozenset(range(len(network.classes), 256))
-        classes = ClassList(
-            network.classes, network.colours, void, is_coloured=len({*network.colours}) == len(network.colours)
-        )
-        labels = read_labels(truth / f"{image.stem}.png", classes)
+    if options.truth is not None:
+        path = options.truth / f"{image.stem}.png"
+        labels = read_labels(path, _classes_of_truth(cascade, options.label_offset))
         if labels.shape != frame.shape[:2]:
-            raise InputError(f"{truth / image.stem}.png is {labels.shape}, but {image} is {frame.shape[:2]}")
+            raise InputError(f"{path} is {labels.shape}, but {image} is {frame.shape[:2]}")
         panels.append(("truth", pictures.truth_overlay(frame, labels, network.colours)))
     return panels
+
+
+def _classes_of_truth(cascade: Cascade, label_offset: int) -> ClassList:
+    """The network's classes; what stands for none of them is void."""
+    network = cascade.manifest.network
+    return ClassList(
+        network.classes,
+        network.colours,
+        frozenset(range(label_offset + len(network.classes), 256)),
+        is_coloured=len({*network.colours}) == len(network.colours),
+        label_offset=label_offset,
+    )
 
 
 @dataclass

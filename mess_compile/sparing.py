@@ -30,6 +30,7 @@ from mess_compile.latency import PSEUDO_GRAPHS, Latency, LatencyTable
 from mess_compile.runtime.engine import FP32
 from mess_compile.runtime.errors import RequirementError
 from mess_compile.search.figures import Evidence
+from mess_compile.search.hold_out import parted
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.solver import search_recipes
 from mess_compile.statistics import ExitStatistics
@@ -189,7 +190,8 @@ def contenders(subject: Subject, optimistic: LatencyTable) -> tuple[Key, ...]:
     ]
     if not evidences:
         return tuple(_fair_share(subject))
-    keys = dict.fromkeys(key for requirement in subject.requirements for key in _best_plan(evidences, requirement))
+    chosen = parted(evidences, None).chosen  # as `search` chooses, unless it is told otherwise
+    keys = dict.fromkeys(key for requirement in subject.requirements for key in _best_plan(chosen, requirement))
     estimated = tuple(key for key in keys if optimistic.entries[key].source != "measured")
     return estimated or tuple(keys)
 

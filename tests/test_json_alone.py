@@ -114,3 +114,10 @@ def test_what_was_found_before_an_error_stands_beside_it(monkeypatch: pytest.Mon
 
 def test_help_stays_on_standard_output() -> None:
     assert run("export", "--json", "--help").stdout.startswith("Usage: ")
+
+
+def test_a_closed_standard_output_is_no_traceback() -> None:
+    code = "from mess_compile.cli import main\nmain(['devices', '--json'])"
+    found = ended(code, preexec_fn=lambda: os.close(1))
+    assert found.returncode == 0, found.stderr
+    assert "Traceback" not in found.stderr

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from PIL import Image
 
 from mess_compile import scenes, workspace
+from mess_compile.bench import Bench, Held
+from mess_compile.cli import bundles, main, next_steps
 from mess_compile.runtime.verify import Demands
+from mess_compile.ship import parse_place
+from mess_compile.workspace import Workspace, open_workspace
 from tests.commands import TRAIN, run
 from tests.graph import foreign_network
 
@@ -75,3 +81,41 @@ def test_from_an_own_network_to_a_plan_for_an_orin_by_estimate(tmp_path: Path, m
     assert {"search", "bundle", "inspect"} <= {*names}
     assert Path("plans/orin.json").is_file()
     assert workspace.open_workspace(tmp_path).memory().device == "host", "an estimated device became the default"
+
+
+@pytest.fixture
+def used(tmp_path: Path) -> Iterator[Workspace]:
+    """A workspace whose default device is the host, and that reached an Orin."""
+    found = open_workspace(tmp_path)
+    found.remember(device="orin", host="ssh://me@orin:2222")
+    found.remember(device="host")
+    with click.Context(main, obj=found):
+        yield found
+
+
+def benched(device: str, *missed: Held) -> Bench:
+    found = object.__new__(Bench)
+    for name, value in (("device", device), ("promises", missed)):
+        object.__setattr__(found, name, value)
+    return found
+
+
+def test_after_a_missed_promise_the_device_that_was_benched_is_searched_again(used: Workspace) -> None:
+    lost, slow = Held("err_pp", 2.0, 2.5, False), Held("latency_ms", 5.0, 6.0, False)
+    assert bundles._after_bench(benched("orin", lost, slow), Path("a.mess")) == [
+        "search --device orin --max-err 1.5%",
+        "profile --device orin",
+        "report --device orin",
+    ]
+    assert bundles._after_bench(benched("host", lost), Path("a.mess")) == ["search --max-err 1.5%", "report"]
+
+
+def test_a_search_that_allowed_no_error_is_not_proposed_again(used: Workspace) -> None:
+    lost = Held("err_pp", 0.0, 0.5, False)
+    assert bundles._after_bench(benched("host", lost), Path("a.mess")) == ["report"]
+
+
+def test_a_bundle_of_any_name_is_shipped_into_a_folder_that_ship_takes(used: Workspace) -> None:
+    command = next_steps.ship_to_host(Path("my street (2).mess"), "orin")
+    assert command == "ship 'my street (2).mess' ssh://me@orin:2222:~/my-street--2-"
+    assert parse_place(shlex.split(command)[-1]).folder == "my-street--2-"

@@ -17,6 +17,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from mess_compile import running
+from mess_compile.runtime import cascade as runtime_cascade
 from mess_compile.runtime.cascade import Cascade
 from mess_compile.runtime.errors import EngineError
 from tests import small_network
@@ -272,3 +274,20 @@ class TestFolder:
 
     def test_one_without_images_says_what_is_looked_for(self, bundle: Path, tmp_path: Path) -> None:
         assert "holds no .jpg, .jpeg, .png" in complaint("run", bundle, tmp_path, "-o", tmp_path / "out")
+
+
+def test_the_truth_of_labels_that_begin_at_1_is_not_shifted(bundle: Path, tmp_path: Path) -> None:
+    frame = small_network.frame(0)
+    labels = np.arange(frame[..., 0].size, dtype=np.uint8).reshape(frame.shape[:2]) % 2
+    shown = []
+    with runtime_cascade.load(bundle) as cascade:
+        for offset in (0, 1):
+            folder = tmp_path / str(offset)
+            folder.mkdir()
+            Image.fromarray(labels + np.uint8(offset)).save(folder / "a.png")
+            options = running.RunOptions(progressive=True, truth=folder, label_offset=offset)
+            shown.append(running._panels(cascade, frame, 1, Path("a.png"), options)[-1][1])
+    np.testing.assert_array_equal(shown[0], shown[1])
+    assert len(np.unique(shown[0].reshape(-1, 3), axis=0)) > 1
+    image = tmp_path / "0" / "a.png"
+    assert "--truth" in run("run", bundle, image, "--label-offset", "1").stderr

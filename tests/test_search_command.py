@@ -113,7 +113,8 @@ class TestHoldOut:
 
     def test_what_is_evaluated_first_is_said(self, workspace: Path) -> None:
         shutil.rmtree(Workspace(workspace).statistics("val"))
-        assert "in fp32: evaluating first, on the 12 images of val in" in done("-C", workspace, "search")
+        told = done("-C", workspace, "search")
+        assert f"in fp32: evaluating first, on the 12 images of val in {workspace / 'data'}\n" in told
 
 
 class TestEvidence:
@@ -409,7 +410,7 @@ def test_a_plan_without_early_exits_shows_no_thresholds(workspace: Path) -> None
         read_result(workspace / "plans" / "host.json")._repr_html_(),
     ):
         assert "sure at" not in text
-        assert "leaves at" not in text
+        assert "leaves at count" not in text
 
 
 def test_what_a_handful_of_images_foretell_is_called_a_guess(workspace: Path) -> None:

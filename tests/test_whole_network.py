@@ -140,7 +140,7 @@ def test_what_would_let_a_cut_plan_win_is_told() -> None:
     case = evidence((1, 1), 2, 6, seed=7)
     result = search(case, Requirement(max_err_pp=0.0))
     cheap = replace(result, front=(result.plan,))
-    assert what_would_cut(cheap).startswith("no plan with exits is faster on host")
+    assert what_would_cut(cheap, Requirement(max_err_pp=0.0)).startswith("no plan with exits is faster on host")
     faster = replace(
         result.plan,
         stages=(replace(result.plan.stages[0], head="exit1.fcn-crm1-b0", exit_point=1),),
@@ -150,8 +150,15 @@ def test_what_would_let_a_cut_plan_win_is_told() -> None:
             miou=result.plan.baseline.miou - 3.04,
         ),
     )
-    told = what_would_cut(replace(result, front=(faster, result.plan)))
-    assert told == "--max-err 3.1% would allow a plan with exits that is 2.00x faster"
+    either = replace(result, front=(faster, result.plan))
+    ends = " would allow a plan with exits that is 2.00x faster"
+    assert what_would_cut(either, Requirement(max_err_pp=0.0)) == f"--max-err 3.1%{ends}"
+    by_memory = Requirement(max_err_pp=5.0, objective="memory")  # the error asked for is not what stands in the way
+    assert what_would_cut(either, by_memory) == f"--optimise latency{ends}"
+    assert what_would_cut(either, Requirement(objective="accuracy")) == f"--optimise latency --max-err 3.1%{ends}"
+    anytime = replace(either, plan=replace(result.plan, setting="anytime"))
+    told = what_would_cut(anytime, Requirement(setting="anytime", deadline_ms=20.0))
+    assert told.startswith(f"a shorter --deadline below {result.plan.predicted.latency_ms:.2f} ms")
 
 
 def test_a_plan_and_its_promises_come_back_from_disk(tmp_path: Path) -> None:
@@ -189,6 +196,7 @@ def test_an_early_exit_that_every_image_takes_is_called_a_shorter_network() -> N
         "the plan is a shorter network: every image leaves at exit1.fcn-crm1-b0"
     )
     assert kind_of_plan(replace(plan, predicted=replace(plan.predicted, exit_rates=(0.7, 0.3)))) is None
+    assert (kind_of_plan(replace(plan, setting="budgeted")) or "").endswith("as in every plan of the budgeted setting")
 
 
 def test_a_tail_that_is_worse_than_the_baselines_is_told_beside_the_mean() -> None:

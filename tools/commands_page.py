@@ -17,7 +17,8 @@ HEAD = """\
 
 Every command works in a workspace, the current folder or that of `mess-compile -C DIR`, and ends with what to do next.
 With `--json` it prints one object on standard output and nothing else there. It exits 0 when done, 1 when it could not
-be done (one line says why and what to do), 2 for wrong usage. After Ctrl-C one line says what is kept and how to go on:
+be done (one line says why and what to do), 2 for wrong usage, 3 where `bench --strict` found a promise missed. After
+Ctrl-C one line says what is kept and how to go on:
 `train`, `evaluate`, `build`, `profile`, `ship` and `demo` continue with the same command, `search` gives the best plan
 so far, and what is written is written whole or not at all. Long steps show a bar on a terminal; elsewhere a line on
 standard error says within ten seconds, and then each half minute, how far they are and what is left. In the

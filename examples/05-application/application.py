@@ -32,9 +32,8 @@ def main(bundle: str) -> None:
             print(f"frame {number}: exit {prediction.exit}, mostly {cascade.class_names[label]}")
         (frame,) = camera(1, 2 * height, 2 * width)  # of another size: resized on the way in, labels on the way out
         for prediction in cascade.refine(frame, deadline_ms=DEADLINE_MS):
-            print(
-                f"refined: exit {prediction.exit}, {prediction.confidence:.0%} sure, labels {prediction.labels.shape}"
-            )
+            sure = "" if prediction.confidence is None else f"{prediction.confidence:.0%} sure, "  # None: no exit rule
+            print(f"refined: exit {prediction.exit}, {sure}labels {prediction.labels.shape}")
         cascade.operating_point = min(cascade.operating_points, key=len)
         print(f"operating point {cascade.operating_point}: exit {cascade(frame).exit}")
         print(cascade.metrics().to_prometheus())

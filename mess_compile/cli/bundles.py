@@ -24,7 +24,7 @@ from mess_compile.cli.options import (
     size,
 )
 from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, quoted, say
-from mess_compile.data_folder import DataFolder
+from mess_compile.data_folder import MOST_OFFSET, DataFolder
 
 if TYPE_CHECKING:
     from mess_compile.bench import Bench
@@ -104,6 +104,13 @@ def _print_doubts(doubts: Iterable[str]) -> None:
 @click.option("-o", "--output", type=FOLDER, default="predictions", show_default=True)
 @click.option("--progressive", is_flag=True, help="Also a strip: the input, and every exit's labels.")
 @click.option("--truth", type=FOLDER, help="Folder of label PNGs to show at the end of the strip.")
+@click.option(
+    "--label-offset",
+    type=click.IntRange(0, MOST_OFFSET),
+    default=0,
+    metavar="N",
+    help="The label value of the first class in --truth, 1 where 0 is unlabelled.",
+)
 @click.option("--deadline", help="Refine as long as the next exit's p99 fits, such as 20ms.")
 @click.option(
     "--operating-point",
@@ -131,6 +138,8 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
         raise click.UsageError("--deadline decides by time, --operating-point by confidence: give one of them.")
     if options["truth"] is not None and not options["progressive"]:
         raise click.UsageError("--truth is shown in the strip of --progressive; add it.")
+    if options["truth"] is None and options["label_offset"]:
+        raise click.UsageError("--label-offset says how --truth is read; add it.")
     if options["progressive"] and any(map(is_moving, sources)):
         raise click.UsageError("--progressive makes a strip of an image: leave videos and cameras out.")
 
@@ -289,17 +298,17 @@ def _exit_if_missed(result: Bench, strict: bool) -> None:
 
 def _after_bench(result: Bench, bundle: Path) -> list[str]:
     """What follows from the promises: a safer plan, a fresh latency table, or shipping."""
-    missed = {each.quantity: each for each in result.missed}
+    missed, report = {each.quantity: each for each in result.missed}, next_steps.for_device("report", result.device)
     if not missed:
-        return ["report", *filter(None, [next_steps.ship_to_host(bundle, result.device)])]
+        return [report, *filter(None, [next_steps.ship_to_host(bundle, result.device)])]
     steps = []
-    if "err_pp" in missed:
+    if "err_pp" in missed and missed["err_pp"].asked > 0:  # nothing is safer than 0
         lost = missed["err_pp"]
         safer = 2 * lost.asked - (lost.found or 0.0)
-        steps.append(f"search --max-err {safer:.2g}%" if safer > 0 else f"search --max-err {lost.asked / 4:.2g}%")
+        steps.append(next_steps.search_for(result.device, f"{safer if safer > 0 else lost.asked / 4:.2g}%"))
     if set(missed) & {"latency_ms", "p95_ms", "worst_ms"}:
         steps.append(f"profile --device {result.device}")
-    return [*steps, "report"]
+    return [*steps, report]
 
 
 def _bench_deadline(

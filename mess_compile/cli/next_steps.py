@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -55,9 +56,10 @@ def bench_on_data(bundle: Path) -> str | None:
 
 
 def ship_to_host(bundle: Path, device: str) -> str | None:
-    """Ship a bundle to where its device was reached before."""
+    """Ship a bundle to where its device was reached before, into a folder of its name as far as `ship` takes it."""
     host = workspace_here().memory().hosts.get(device)
-    return None if host is None else f"ship {quoted(bundle)} {host}:~/{bundle.stem}"
+    folder = re.sub("[^A-Za-z0-9_.+-]", "-", bundle.stem).lstrip(".-") or "bundle"
+    return None if host is None else f"ship {quoted(bundle)} {host}:~/{folder}"
 
 
 def after_a_bundle(bundle: Path, plans: Sequence[Plan]) -> None:
@@ -71,9 +73,13 @@ def after_a_bundle(bundle: Path, plans: Sequence[Plan]) -> None:
 
 
 def search_for(device: str, max_err: str = "1%") -> str:
-    """Search a plan for a device, which is named where it is not the default."""
-    name = "" if workspace_here().memory().device == device else f"--device {device} "
-    return f"search {name}--max-err {max_err}"
+    """Search a plan for a device."""
+    return f"{for_device('search', device)} --max-err {max_err}"
+
+
+def for_device(command: str, device: str) -> str:
+    """A command for a device, which is named where it is not the default."""
+    return command if workspace_here().memory().device == device else f"{command} --device {device}"
 
 
 def runs_here(target: str, library: str) -> bool:

@@ -62,8 +62,8 @@ if TYPE_CHECKING:
 @click.option("--time-limit", help="Such as 60s: the best plan found by then, and what a better one could still gain.")
 @click.option(
     "--hold-out",
-    help="Share of the images that the plan is not chosen on, only judged by: 33%, or none. A third of 60 or more by "
-    "default: the last of each sequence.",
+    help="Share of the images that only judge the plan, such as 33%, or none. By default a third where there are 60 or "
+    "more: the last images of each sequence.",
 )
 @click.option("--confidence", help="Such as 95%: certify that --max-err holds on unseen images of the same kind.")
 @click.option("--seed", type=click.IntRange(0), help="Of the images that --confidence certifies on; 0 by default.")
@@ -125,9 +125,9 @@ def search(
         return print_json(single if common is None else {"results": contents, "shared": asdict(common)})
     for i, result in enumerate(results):
         _print_plan(result.plan)
-        _print_held_out(result, requirement)
         if result.plan.is_whole:
-            say(what_would_cut(result))
+            say(what_would_cut(result, requirement))
+        _print_held_out(result, requirement)
         _warn(result.plan, requirement)
         print_inspection(inspection.Inspection({}, inspection.points_tables(result.plan)))
         for reason in reasons[i : i + 1]:

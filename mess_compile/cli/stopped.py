@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 _UNTOUCHED = "nothing was changed; the same command starts over"
@@ -46,6 +47,7 @@ def _left_anything(folder: Path, since: float) -> bool:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(place, name)
-            if not name.startswith(".") and not path.is_symlink() and path.stat().st_mtime >= since:
-                return True
+            with suppress(OSError):  # it may be gone by now
+                if not name.startswith(".") and path.lstat().st_mtime >= since and not path.is_symlink():
+                    return True
     return False

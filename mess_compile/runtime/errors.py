@@ -60,4 +60,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def one_line(text: object) -> str:
     """What a library says, for a message of ours: the end of it, where the reason stands."""
     words = " ".join(str(text).split())
-    return words if len(words) <= MOST_WORDS else "... " + words[4 - MOST_WORDS :].partition(" ")[2]
+    if len(words) <= MOST_WORDS:
+        return words
+    end = words[4 - MOST_WORDS :]
+    return "... " + (end.partition(" ")[2] or end)

@@ -114,10 +114,9 @@ def bounds_of(evidence: Evidence, requirement: Requirement) -> dict[str, Bound]:
 
 def promises_of(requirement: Requirement, plan: Plan) -> tuple[Promise, ...]:
     """The bounds that a plan was asked to keep, as a bundle carries them."""
-    offset_pp = 0.0 if plan.reference_miou is None else plan.reference_miou - plan.baseline.miou
     found = []
     if requirement.max_err_pp is not None:
-        found.append(Promise("err_pp", requirement.max_err_pp, False, offset_pp))
+        found.append(Promise("err_pp", requirement.max_err_pp, False, plan.offset_pp))
     for field, measure in _LIMITED.items():
         limit: Limit | None = getattr(requirement, field)
         if limit is not None:

@@ -98,6 +98,10 @@ class Evidence:
         spent = sum(entry.mean_ms for entry in entries)
         return sum(entry.mean_ms * (entry.error or 1.0) for entry in entries) / spent if spent else None
 
+    def of_images(self, rows: NDArray[np.intp]) -> Evidence:
+        """The same of these images alone."""
+        return replace(self, statistics=self.statistics.select(rows.tolist()))
+
     @cached_property
     def without_energy(self) -> tuple[str, ...]:
         """What the target runs, pseudo graphs included, and has no energy of in the latency table."""

@@ -105,7 +105,7 @@ def _replayed_fold(
     evidences: Sequence[Evidence], requirement: Requirement, held: Index, baseline: tuple[int, str], kept: Path | None
 ) -> _Fold | None:
     rest = np.setdiff1d(np.arange(evidences[0].statistics.images), held)
-    chosen, unseen = ([_part(evidence, rows) for evidence in evidences] for rows in (rest, held))
+    chosen, unseen = ([evidence.of_images(rows) for evidence in evidences] for rows in (rest, held))
     if not chosen[0].statistics.labelled.any() or not unseen[0].statistics.labelled.any():
         return None
     try:
@@ -165,7 +165,7 @@ def certify(
     refuse_different_images(evidences)
     limit_pp = _limit_pp(requirement, confidence)
     rows = certification_split(evidences[0].statistics, limit_pp, confidence, seed)
-    chosen, held = ([_part(evidence, part) for evidence in evidences] for part in rows)
+    chosen, held = ([evidence.of_images(part) for evidence in evidences] for part in rows)
     result = search_without_points(chosen, requirement, progress, front_by, kept)
     plans = _from_the_boldest(chosen, requirement, result, kept)
     baseline = _baseline(chosen)
@@ -305,10 +305,6 @@ def _more_careful(result: SearchResult, requirement: Requirement) -> list[Plan]:
 
 def _unit(groups: Sequence[str]) -> str:
     return "images" if len(set(groups)) == len(groups) else "sequences"
-
-
-def _part(evidence: Evidence, rows: Index) -> Evidence:
-    return replace(evidence, statistics=evidence.statistics.select(rows.tolist()))
 
 
 def _baseline(evidences: Sequence[Evidence]) -> tuple[int, str]:

@@ -128,8 +128,8 @@ def parted(evidences: Sequence[Evidence], share: Fraction | None) -> Parted:
             "--hold-out none"
         )
     parts = [(each, held) for each, (held, _) in zip(evidences, rows, strict=True)]
-    chosen = [_part(each, np.setdiff1d(np.arange(each.statistics.images), held)) for each, held in parts]
-    return Parted(chosen, evidences, [_part(each, held) for each, held in parts], wanted, rows[0][1])
+    chosen = [each.of_images(np.setdiff1d(np.arange(each.statistics.images), held)) for each, held in parts]
+    return Parted(chosen, evidences, [each.of_images(held) for each, held in parts], wanted, rows[0][1])
 
 
 def _lacking(evidence: Evidence, held: Index) -> str:
@@ -140,10 +140,6 @@ def _lacking(evidence: Evidence, held: Index) -> str:
     if not np.delete(labelled, held).any():
         return "no image with labels would be left to choose a plan by"
     return ""
-
-
-def _part(evidence: Evidence, rows: Index) -> Evidence:
-    return replace(evidence, statistics=evidence.statistics.select(rows.tolist()))
 
 
 def held_out_table(told: HoldOut, baseline_name: str) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
@@ -158,12 +154,13 @@ def held_out_sentence(result: SearchResult, max_err_pp: float | None) -> str:
     plan, told = result.plan, result.plan.hold_out
     if told is None:
         why = f" ({result.without_hold_out})" if result.without_hold_out else ""
-        return f"nothing was held out{why}: all figures are of the images that it was chosen on"
-    tuned, held = (figures.baseline.miou - figures.predicted.miou for figures in (plan, told))
+        return f"nothing was held out{why}: all figures are of the images that the plan was chosen on"
+    tuned, held = (figures.predicted.miou - figures.baseline.miou for figures in (plan, told))
     words = (
-        f"mIoU against {plan.baseline_name}: {-tuned:+.2f} pp on the {plan.predicted.images} images that it was chosen "
-        f"on, {-held:+.2f} pp on the {told.predicted.images} held out"
+        f"mIoU against {plan.baseline_name}: {tuned:+.2f} pp on the {plan.predicted.images} images that it was chosen "
+        f"on, {held:+.2f} pp on the {told.predicted.images} held out"
     )
-    if max_err_pp is None or held <= max_err_pp:
+    if max_err_pp is None or plan.offset_pp - held <= max_err_pp:
         return words
-    return f"{words}, where more than {max_err_pp:.4g} pp is lost: evaluate more images, or give a smaller --max-err"
+    remedy = "evaluate more images" + (", or give a smaller --max-err" if max_err_pp else "")
+    return f"{words}, where more than {max_err_pp:.4g} pp is lost: {remedy}"

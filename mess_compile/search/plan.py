@@ -221,6 +221,11 @@ class Plan:
         return is_whole(self.stages[0].head)
 
     @property
+    def offset_pp(self) -> float:
+        """How far above the mIoU of the baseline beside it the mIoU is that its error was counted from."""
+        return 0.0 if self.reference_miou is None else self.reference_miou - self.baseline.miou
+
+    @property
     def only_exit(self) -> int | None:
         """The exit (from 1) that every tuning image leaves at, None when they leave at several."""
         taken = [number for number, rate in enumerate(self.predicted.exit_rates, start=1) if rate]

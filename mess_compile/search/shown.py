@@ -7,6 +7,7 @@ import math
 from mess_compile.candidates import is_whole
 from mess_compile.runtime.notebook import table_html, text_html
 from mess_compile.search.plan import FEW_IMAGES, Figures, Optimism, Plan, SearchResult, Stage
+from mess_compile.search.requirement import Requirement
 
 NEARLY = 0.005
 """Ratios as close to 1 as this are told as equal."""
@@ -56,27 +57,32 @@ def kind_of_plan(plan: Plan) -> str | None:
         return "the plan is the whole network, uncut: no plan with exits does better under this requirement"
     if plan.only_exit is None:
         return None
-    stage = plan.stages[plan.only_exit - 1]
-    return (
-        f"the plan is a shorter network: every image leaves at {stage.head}, so early exit adds nothing to it "
-        "(images that differ more in difficulty, or better early heads, would)"
-    )
+    told = f"the plan is a shorter network: every image leaves at {plan.stages[plan.only_exit - 1].head}"
+    if plan.setting == "budgeted":
+        return f"{told}, as in every plan of the budgeted setting"
+    return f"{told}, so early exit adds nothing to it (images that differ more in difficulty, or better early heads, would)"
 
 
-def what_would_cut(result: SearchResult) -> str:
-    """Of a whole network that won: what would have to change for exits to pay."""
+def what_would_cut(result: SearchResult, requirement: Requirement) -> str:
+    """Of a whole network that won under `requirement`: what would have to change for exits to pay."""
     plan = result.plan
+    if plan.setting == "anytime":
+        what = "a shorter --deadline" if requirement.deadline_ms is not None else "a --deadline"
+        return f"{what} below {plan.predicted.latency_ms:.2f} ms, or cheaper heads (`--heads`), would change that"
     faster = [p for p in result.front if not p.is_whole and p.predicted.latency_ms < plan.predicted.latency_ms]
     if not faster:
         return (
             f"no plan with exits is faster on {plan.device}: cheaper heads (`--heads`), larger images or a deeper "
             "network would change that"
         )
+    counted_from = plan.baseline.miou + plan.offset_pp
     nearest = max(faster, key=lambda each: each.predicted.miou)
-    counted_from = plan.baseline.miou if plan.reference_miou is None else plan.reference_miou
-    lost = math.ceil(round(10 * (counted_from - nearest.predicted.miou), 6)) / 10
+    lost = max(0.0, math.ceil(round(10 * (counted_from - nearest.predicted.miou), 6)) / 10)
+    options = [] if requirement.objective in (None, "latency") else ["--optimise latency"]
+    if requirement.max_err_pp is None or lost > requirement.max_err_pp:
+        options.append(f"--max-err {lost:.1f}%")
     ratio = plan.predicted.latency_ms / nearest.predicted.latency_ms
-    return f"--max-err {max(lost, 0.0):.1f}% would allow a plan with exits that is {speed(ratio)}"
+    return f"{' '.join(options)} would allow a plan with exits that is {speed(ratio)}"
 
 
 def tail_sentence(plan: Plan) -> str | None:
@@ -119,7 +125,7 @@ def expected_elsewhere(told: Optimism) -> str:
             f"about {told.latency_percent:+.0f} %: evaluate {FEW_IMAGES} images or more ({basis})"
         )
     return (
-        f"expect its mIoU, relative to the baseline's, to change by {-told.miou_pp:+.2f} pp (spread over folds "
+        f"expect its mIoU, relative to the baseline's, to change by {0.0 - told.miou_pp:+.2f} pp (spread over folds "
         f"{told.spread_pp:.2f} pp), and its latency by {told.latency_percent:+.1f} %: {basis}"
     )
 

@@ -24,6 +24,7 @@ from mess_compile.search.hold_out import (
 from mess_compile.search.plan import SearchResult, read_result, write_result
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.solver import search
+from mess_compile.sparing import Subject, contenders
 from tests.search.brute_force import miou_of
 from tests.search.cases import evidence
 
@@ -139,6 +140,46 @@ def test_more_lost_than_asked_for_on_the_images_held_out_is_said() -> None:
     lost = dataclasses.replace(result, plan=dataclasses.replace(result.plan, hold_out=worse))
     assert "-2.50 pp on the 22 held out, where more than 1 pp is lost" in held_out_sentence(lost, 1.0)
     assert held_out_sentence(lost, 3.0).endswith("-2.50 pp on the 22 held out")
+    assert held_out_sentence(lost, 0.0).endswith("where more than 0 pp is lost: evaluate more images")
+
+
+def test_what_is_lost_counts_from_the_miou_that_was_given() -> None:
+    result = found(case(66))
+    told = result.plan.hold_out
+    assert told is not None
+    worse = dataclasses.replace(told, predicted=dataclasses.replace(told.predicted, miou=told.baseline.miou - 2.5))
+    plan = dataclasses.replace(result.plan, hold_out=worse, reference_miou=result.plan.baseline.miou - 2.0)
+    below = dataclasses.replace(result, plan=plan)
+    assert held_out_sentence(below, 1.0).endswith("-2.50 pp on the 22 held out")
+    assert "where more than 0.4 pp is lost" in held_out_sentence(below, 0.4)
+
+
+def test_no_loss_has_no_sign_of_one() -> None:
+    result = found(case(66))
+    told = result.plan.hold_out
+    assert told is not None
+    same = dataclasses.replace(told, predicted=told.baseline)
+    plan = dataclasses.replace(result.plan, hold_out=same, predicted=result.plan.baseline)
+    assert "-0.00" not in held_out_sentence(dataclasses.replace(result, plan=plan), 1.0)
+
+
+def test_a_sparing_profile_asks_what_the_search_will_choose_by() -> None:
+    about = next(each for each in map(with_another_plan, range(40)) if each is not None)
+    case_, requirement, wanted = about
+    subject = Subject((case_.graph_set,), {}, {"fp32": case_.statistics}, (requirement,))
+    everything_estimated = {
+        key: dataclasses.replace(entry, source="estimated", error=2.0) for key, entry in case_.table.entries.items()
+    }
+    asked = contenders(subject, dataclasses.replace(case_.table, entries=everything_estimated))
+    assert {graph for graph, _ in asked} >= wanted
+
+
+def with_another_plan(seed: int) -> tuple[Evidence, Requirement, set[str]] | None:
+    """A case of which the tuning part has a plan of other graphs than all images, and these graphs."""
+    whole, requirement = evidence((2, 1), 2, 66, seed), Requirement(max_err_pp=1.0)
+    plans = [search(each, requirement, front_by=()).plan for each in (whole, parted([whole], None).chosen[0])]
+    every, part = ({graph.name for graph in plan.graphs} for plan in plans)
+    return None if part <= every else (whole, requirement, part)
 
 
 @pytest.mark.parametrize("share", ["", "0/3", "3/3", "1/0", "0.5", "1e999999999", "-1/3", "9999999999/99999999999"])
