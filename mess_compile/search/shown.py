@@ -60,7 +60,8 @@ def kind_of_plan(plan: Plan) -> str | None:
     told = f"the plan is a shorter network: every image leaves at {plan.stages[plan.only_exit - 1].head}"
     if plan.setting == "budgeted":
         return f"{told}, as in every plan of the budgeted setting"
-    return f"{told}, so early exit adds nothing to it (images that differ more in difficulty, or better early heads, would)"
+    why = "images that differ more in difficulty, or better early heads, would"
+    return f"{told}, so early exit adds nothing to it ({why})"
 
 
 def what_would_cut(result: SearchResult, requirement: Requirement) -> str:
