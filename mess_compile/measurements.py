@@ -49,6 +49,8 @@ def _doubts(plan: Plan) -> dict[str, str]:
 
 
 def _held_out(plan: Plan) -> dict[str, str]:
+    if plan.guarantee is not None:
+        return {manifest.CERTIFIED: f"{plan.guarantee.confidence:g}"}
     return {} if plan.hold_out is None else {manifest.HELD_OUT: plan.hold_out.share}
 
 

@@ -57,6 +57,9 @@ def report(
 
 
 def _first_step(workspace: Workspace) -> str:
+    estimated = sorted(path.stem for path in workspace.latency("any").parent.glob("*.json"))
+    if estimated:
+        return f"no device was measured; name one that was estimated: `mess-compile report --device {estimated[0]}`"
     if (workspace.graphs / "index.json").is_file():
         return "no device was profiled; run `mess-compile profile --device host`"
     if (workspace.candidate / "network.json").is_file():

@@ -106,6 +106,11 @@ def _plan(described: manifest.Manifest, candidate: CandidateNetwork, target: str
 
 def _images(root: Data, plan: manifest.Plan, described: manifest.Manifest) -> DataSet:
     """Those that the plan was chosen on: on others, its mIoU is another."""
+    if manifest.CERTIFIED in plan.environment:
+        raise InputError(
+            f"the plan for {plan.name} was certified (`search --confidence`) on images drawn for that, and other "
+            "thresholds would not be: ship it without --data, or ship a plan that was searched without --confidence"
+        )
     data = open_dataset(root, plan.predicted.split)
     rows = tuning_rows([item.group for item in data.items], plan.environment.get(manifest.HELD_OUT))
     data = replace(data, items=tuple(data.items[row] for row in rows))

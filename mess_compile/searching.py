@@ -102,6 +102,7 @@ def _found(
 ) -> tuple[list[plans.SearchResult], list[Sequence[Evidence]]]:
     """For each device what was found, and by what."""
     from mess_compile.search.bounds import promises_of
+    from mess_compile.search.shown import what_would_cut
 
     targets = [target_of(workspace, device) for device in dict.fromkeys(devices or (None,))]
     _refuse_to_overwrite(options.output, len(targets))
@@ -117,6 +118,12 @@ def _found(
         except RequirementError as error:
             raise RequirementError(f"{name}: {error}" if len(evidences) > 1 else str(error)) from error
     results = [part.judged(result) for part, result in zip(parts.values(), results, strict=True)]
+    results = [
+        replace(result, what_would_cut=what_would_cut(result, requirement, len(each[0].table.failed)))
+        if result.plan.is_whole
+        else result
+        for result, each in zip(results, evidences.values(), strict=True)
+    ]
     _write(workspace, results, options.output)
     if options.confidence is None:
         results = list(_expected(list(evidences.values()), results, requirement, options, workspace.searches, progress))

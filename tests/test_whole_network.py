@@ -132,7 +132,7 @@ def test_it_wins_where_cutting_costs_more_than_it_saves() -> None:
     assert (plan.predicted.latency_ms, plan.predicted.exit_rates) == (3.0, (1.0,))  # upload, one graph, download
     assert plan.predicted == plan.baseline
     assert kind_of_plan(plan) == (
-        "the plan is the whole network, uncut: no plan with exits does better under this requirement"
+        "the plan is the whole network, uncut: no plan with exits was found to do better under this requirement"
     )
 
 

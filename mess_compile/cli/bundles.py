@@ -296,6 +296,17 @@ def _exit_if_missed(result: Bench, strict: bool) -> None:
         raise click.exceptions.Exit(MISSED)
 
 
+_BOUNDS = {
+    "latency_ms": "--max-latency {:.4g}ms",
+    "p95_ms": "--max-latency-p95 {:.4g}ms",
+    "worst_ms": "--max-latency-worst {:.4g}ms",
+    "gmacs": "--max-workload {:.4g}",
+    "energy_mj": "--max-energy {:.4g}mJ",
+    "memory_bytes": "--max-memory {:.0f}B",
+}
+"""How `search` is asked for the bounds that a bench speaks of."""
+
+
 def _after_bench(result: Bench, bundle: Path) -> list[str]:
     """What follows from the promises: a safer plan, a fresh latency table, or shipping."""
     missed, report = {each.quantity: each for each in result.missed}, next_steps.for_device("report", result.device)
@@ -305,7 +316,9 @@ def _after_bench(result: Bench, bundle: Path) -> list[str]:
     if "err_pp" in missed and missed["err_pp"].asked > 0:  # nothing is safer than 0
         lost = missed["err_pp"]
         safer = 2 * lost.asked - (lost.found or 0.0)
-        steps.append(next_steps.search_for(result.device, f"{safer if safer > 0 else lost.asked / 4:.2g}%"))
+        others = [_BOUNDS[each.quantity].format(each.asked) for each in result.promises if each is not lost]
+        asked = next_steps.search_for(result.device, f"{safer if safer > 0 else lost.asked / 4:.2g}%")
+        steps.append(" ".join([asked, *others]))
     if set(missed) & {"latency_ms", "p95_ms", "worst_ms"}:
         steps.append(f"profile --device {result.device}")
     return [*steps, report]
@@ -390,7 +403,7 @@ def verify(
     if not good:
         failed = [check.name for check in checks if not check.passed]
         remedy = _REMEDIES.get(failed[0], "write it again on this machine")
-        fail(f"{bundle} is not here what it was made to be ({', '.join(failed)}): {remedy}")
+        fail(f"{bundle} failed verification on this machine ({', '.join(failed)}): {remedy}")
     if not as_json:
         next_steps.print_known(next_steps.run_on_an_image(bundle))
 

@@ -93,7 +93,6 @@ def search(
     from mess_compile.search.hold_out import parse_hold_out
     from mess_compile.search.plan import result_to_json
     from mess_compile.search.requirement import parse_front, parse_seconds
-    from mess_compile.search.shown import what_would_cut
 
     beside = {"--seed": seed, "--time-limit": time_limit, "--explain": explain, "--hold-out": hold_out}
     _refuse_what_does_not_fit(options, confidence, beside)
@@ -125,8 +124,8 @@ def search(
         return print_json(single if common is None else {"results": contents, "shared": asdict(common)})
     for i, result in enumerate(results):
         _print_plan(result.plan)
-        if result.plan.is_whole:
-            say(what_would_cut(result, requirement))
+        if result.what_would_cut:
+            say(result.what_would_cut)
         _print_held_out(result, requirement)
         _warn(result.plan, requirement)
         print_inspection(inspection.Inspection({}, inspection.points_tables(result.plan)))

@@ -25,7 +25,8 @@ _COMMAND = re.compile(r"`([^`]+)`")
 
 def report_page(report: Report) -> str:
     """The page of `mess-compile report`."""
-    sentences = sentences_of(report.search.result.plan) if isinstance(report.search, Found) else ()
+    found = report.search.result if isinstance(report.search, Found) else None
+    sentences = () if found is None else (*sentences_of(found.plan), *filter(None, [found.what_would_cut]))
     return _rendered("report.html.j2", report=report, sentences=sentences, data=report_data(report))
 
 

@@ -25,6 +25,8 @@ RESIZES = ("stretch", "letterbox")
 DEFAULT_POINT = "default"
 HELD_OUT = "held_out"
 """In the environment of a plan, the share of its split's images that it was not chosen on."""
+CERTIFIED = "certified"
+"""There, too: the confidence that the plan was certified at, on images that were drawn for that."""
 DOUBT = "doubt"
 """How the keys of a plan's environment begin that say what speaks against its latencies."""
 CONFIDENCE_BINS = 10

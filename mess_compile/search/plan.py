@@ -265,7 +265,7 @@ class SearchResult:
     """The chosen plan, the front of latency and mIoU (and what else `front_by` names) it stands on, and the proof.
 
     `front_complete` tells a whole front from some of its points, `without_optimism` and `without_hold_out` why the plan
-    has none.
+    has none, `what_would_cut` what would let a plan with exits win where the whole network did.
     """
 
     plan: Plan
@@ -275,6 +275,7 @@ class SearchResult:
     front_complete: bool = True
     without_optimism: str = ""
     without_hold_out: str = ""
+    what_would_cut: str = ""
 
     def __repr__(self) -> str:
         from mess_compile.search.shown import result_text
@@ -336,6 +337,7 @@ def result_to_json(result: SearchResult) -> dict[str, Any]:
         "certificate": asdict(result.certificate),
         "without_optimism": result.without_optimism,
         "without_hold_out": result.without_hold_out,
+        "what_would_cut": result.what_would_cut,
     }
 
 
@@ -381,7 +383,8 @@ def _result_from_json(content: dict[str, Any]) -> SearchResult:
     if not set(FRONT_BY) <= set(front_by) <= set(FRONT_AXES):
         raise ValueError(f"a front by {front_by}")
     whole, without = bool(content["front_complete"]), str(content["without_optimism"])
-    return SearchResult(plan, front, certificate, front_by, whole, without, str(content.get("without_hold_out", "")))
+    more = (str(content.get(name, "")) for name in ("without_hold_out", "what_would_cut"))
+    return SearchResult(plan, front, certificate, front_by, whole, without, *more)
 
 
 def _plan_from_json(content: dict[str, Any]) -> Plan:

@@ -54,7 +54,7 @@ def _percent_more(ratio: float) -> str:
 def kind_of_plan(plan: Plan) -> str | None:
     """One sentence when early exit adds nothing to a plan; None where images leave at several exits."""
     if plan.is_whole:
-        return "the plan is the whole network, uncut: no plan with exits does better under this requirement"
+        return "the plan is the whole network, uncut: no plan with exits was found to do better under this requirement"
     if plan.only_exit is None:
         return None
     told = f"the plan is a shorter network: every image leaves at {plan.stages[plan.only_exit - 1].head}"
@@ -63,9 +63,17 @@ def kind_of_plan(plan: Plan) -> str | None:
     return f"{told}, so early exit adds nothing (images that differ more, or better early heads, would change that)"
 
 
-def what_would_cut(result: SearchResult, requirement: Requirement) -> str:
-    """Of a whole network that won under `requirement`: what would have to change for exits to pay."""
+def what_would_cut(result: SearchResult, requirement: Requirement, failed: int = 0) -> str:
+    """Of a whole network that won under `requirement`: what would have to change for exits to pay.
+
+    `failed` counts the graphs that the target could not build.
+    """
     plan = result.plan
+    if failed and all(each.is_whole for each in result.front):
+        return (
+            f"{failed} graphs failed on {plan.device}, and no plan with exits has all that it needs: see what failed "
+            "with `mess-compile inspect latency`"
+        )
     if plan.setting == "anytime":
         what = "a shorter --deadline" if requirement.deadline_ms is not None else "a --deadline"
         return f"{what} below {plan.predicted.latency_ms:.2f} ms, or cheaper heads (`--heads`), would change that"
