@@ -66,12 +66,12 @@ class Pool:
         self._told.update(self._opened)
         return found
 
-    def strangers_of(self, job: Job) -> List[str]:
-        """The jobs with a graph that are neither this one nor its predecessor; none without room for one more."""
+    def stranger_of(self, job: Job) -> Optional[str]:
+        """The first job with a graph that is neither this one nor its predecessor; None without room for one more."""
         if self._kept_open <= FEWEST_OPEN or _memory_is_scarce():
-            return []
+            return None
         names = (each.name for each in self._jobs.values() if each.path is not None)
-        return [name for name in names if name not in (job.name, job.predecessor)]
+        return next((name for name in names if name not in (job.name, job.predecessor)), None)
 
     def make_room(self) -> bool:
         """Close all, and keep fewer open from now on; whether there was any."""

@@ -1,9 +1,9 @@
 """How long each graph takes on this device, in context: its predecessor in a cascade runs just before it, untimed.
 
-A cascade runs a graph once a frame, and all others in between: it finds cold caches. So does a timed run, since another
-graph, the stranger, runs before. On two cores without it a network of 5 ms was told 25 to 30 % too fast in its early
-exits and 10 % in the whole of it; with it 5 % are left. Where power is read no stranger runs, since a window's power is
-to be that of its job.
+A cascade runs a graph once a frame, and all others in between: it finds cold caches. So does a timed run of a small
+graph, since another graph runs between two of them: the first in the list, the baseline as a rule, or the reference.
+Without it the early exits of a network of 5 ms are told 25 % too fast beside its baseline, with it 6 %. Where power is
+read it is left out, since a window's power is to be that of its job.
 
 Jobs are visited in rounds, in a new order each round, so that drift of the device spreads over all. A reference graph
 ticks before and after every window: the windows at full speed count, each brought to one level, the others are taken
@@ -18,7 +18,7 @@ import random
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 
@@ -32,11 +32,10 @@ KEPT_OPEN = 400
 _REHEARSALS = 2
 _REHEARSED = 0.1
 """Share of a window that a rehearsal may take before it is the last."""
-_STRANGER = 0.2
-"""Share of a window that a stranger's run may take: a slower one leaves too few runs, and what it cools costs a
-network as slow as that a hundredth."""
-_TRIED = 3
-"""So many graphs are tried as the stranger of a job, in each of its windows."""
+_BETWEEN = 0.5
+"""Share of a run's part of a window that a small graph's run may take, with its predecessor's and other work."""
+_MUCH_TOO_LONG = 5
+"""A graph that takes so many times what other work may take is not tried again."""
 _TICK = 0.2
 """Share of a window that a tick may take, about."""
 _PATIENCE = 0.5
@@ -211,10 +210,11 @@ class _Bench:
         self._ticked: Optional[Tuple[float, float]] = None
         self._spent_s = self._waited_s = 0.0
         self._slow: Dict[str, Engine] = {}
+        self._long: Set[str] = set()
 
     def warm_up(self, seconds: float) -> None:
         """Caches fill, and clocks rise, before the first window."""
-        run = self._runner(self._pool.job(self._reference), None)
+        run = self._runner(self._pool.job(self._reference))
         start = self._now_s()
         while self._now_s() - start < seconds:
             run()
@@ -234,7 +234,7 @@ class _Bench:
         self, job: Job, number: int, effort: Effort, power: Optional[Power], full_ms: Optional[float]
     ) -> Window:
         self._pool.prime(self._reference)
-        run = self._runner(job, None if power else self._stranger(job, effort))
+        run = self._runner(job)
         start = self._now_s()
         before_ms = self._tick_before(effort)
         patience_s = min(effort.max_s, _PATIENCE * self._spent_s - self._waited_s)
@@ -269,7 +269,9 @@ class _Bench:
     ) -> Window:
         engine = None if job.path is None else self._pool.engine(job.name)
         if engine is None or self._slow.get(job.name) is not engine:
-            self._rehearse(run, effort)
+            run_s = self._rehearse(run, effort)
+            if power is None:
+                run = self._runner(job, self._other_work(job, run_s, effort))
         timings: List[Timing] = []
         readings: List[float] = []
         start = now = read = self._clock_ns()
@@ -287,41 +289,60 @@ class _Bench:
             self._slow[job.name] = engine
         return Window(job.name, number, wall_ms, device_ms, power_mw, (now - start) / 1e9)
 
-    def _rehearse(self, run: Callable[[], object], effort: Effort) -> None:
+    def _rehearse(self, run: Callable[[], object], effort: Effort) -> float:
         """An engine just opened takes memory in its first run; one not used for long finds cold caches.
 
         Those cost a run of some milliseconds a tenth and more, but one of 20 ms a hundredth: a slow job is rehearsed
-        only when its engine is new, else rehearsals would take a fifth of all time.
+        only when its engine is new, else rehearsals would take a fifth of all time. Returns the last one's seconds.
         """
-        start = self._clock_ns()
+        start = now = self._clock_ns()
+        last_s = 0.0
         for _ in range(_REHEARSALS):
             run()
-            if (self._clock_ns() - start) / 1e9 > _REHEARSED * effort.window_s:
-                return
+            before, now = now, self._clock_ns()
+            last_s = (now - before) / 1e9
+            if (now - start) / 1e9 > _REHEARSED * effort.window_s:
+                break
+        return last_s
 
-    def _runner(self, job: Job, stranger: Optional[Callable[[], Timing]]) -> Callable[[], Timing]:
+    def _other_work(self, job: Job, run_s: float, effort: Effort) -> Optional[Callable[[], object]]:
+        """What may run between two runs of a job that take `run_s`, so that a window still has half its time to spare.
+
+        A slow graph finds cold caches of its own making: between its runs, nothing does.
+        """
+        whole_s = _BETWEEN * effort.window_s / effort.window_runs
+        for name in (self._pool.stranger_of(job), None if job.name == self._reference else self._reference):
+            if name is None or name in self._long or run_s > whole_s / 2:
+                continue
+            self._pool.prime(name)
+            engine = self._pool.engine(name)
+            run = partial(engine.run_timed, self._pool.feeds(name, engine))
+            took_s = run().wall_ms / 1e3
+            if run_s + took_s <= whole_s:
+                return run
+            if took_s > _MUCH_TOO_LONG * whole_s:
+                self._long.add(name)
+        return None
+
+    def _runner(self, job: Job, between: Optional[Callable[[], object]] = None) -> Callable[[], Timing]:
         """One run of the predecessor, and then a timed one.
 
-        The stranger comes between frames: before the predecessor, or behind it where that ended the frame before.
+        `between` comes between frames: before the predecessor, or behind it where that ended the frame before.
         """
         if job.predecessor is not None:
             self._pool.prime(job.predecessor)
         before = self._before(job)
         timed = self._transfer(job) if job.path is None else self._graph(job)
-        if stranger is None:
-            return lambda: timed(before())
-        between_frames = stranger
-        if self._begins_frame(job):
+        other_work: Callable[[], object] = between or (lambda: None)
+        begins_frame = self._begins_frame(job)
 
-            def run() -> Timing:
-                produced = before()
-                between_frames()
-                return timed(produced)
-        else:
-
-            def run() -> Timing:
-                between_frames()
-                return timed(before())
+        def run() -> Timing:
+            if not begins_frame:
+                other_work()
+            produced = before()
+            if begins_frame:
+                other_work()
+            return timed(produced)
 
         return run
 
@@ -330,16 +351,6 @@ class _Bench:
         if job.path is None:
             return job.name == UPLOAD
         return not self._outputs_read(job.predecessor, self._pool.engine(job.name))
-
-    def _stranger(self, job: Job, effort: Effort) -> Optional[Callable[[], Timing]]:
-        """A run of another graph that does not take too long; None where there is none."""
-        for name in self._pool.strangers_of(job)[:_TRIED]:
-            self._pool.prime(name)
-            engine = self._pool.engine(name)
-            feeds = self._pool.feeds(name, engine)
-            if engine.run_timed(feeds).wall_ms <= 1e3 * _STRANGER * effort.window_s:
-                return partial(engine.run_timed, feeds)
-        return None
 
     def _before(self, job: Job) -> Callable[[], Mapping[str, Tensor]]:
         """The predecessor's run, giving its outputs."""

@@ -148,23 +148,32 @@ def test_each_graph_is_timed_without_its_predecessor(root: Path, queued: bool) -
 def test_the_predecessor_runs_just_before_every_timed_run(root: Path) -> None:
     library = scripted()
     window = next(event for event in events(library, jobs(root), measured=["b"]) if isinstance(event, Window))
-    spent_s = 0.0005 + 0.001 + 0.002 + 0.0001  # the work between frames, a, b, and a look at the clock
-    assert window == replace(Window("b", 0, (2.0,) * 3, (), None, 0.0, (0.5, 0.5)), spent_s=pytest.approx(3 * spent_s))
+    assert window == Window("b", 0, (2.0,) * 4, (), None, 4 * 0.0031, (0.5, 0.5))
     ran = [name for verb, name in library.log if verb == "run" and name != "tick"]
-    assert ran[-6:] == ["a", "b"] * 3
+    assert ran[-8:] == ["a", "b"] * 4
 
 
-def ran_for(root: Path, job: str, stranger_ms: float = 0.5, power: Callable[[], float | None] | None = None) -> str:
-    """The graphs that ran in the last runs of a job's first window, where `tick` is the first graph of the list."""
+def ran_for(
+    root: Path,
+    job: str,
+    first_ms: float = 0.5,
+    window_s: float = 0.09,
+    power: Callable[[], float | None] | None = None,
+) -> str:
+    """The graphs that ran in the last runs of a job's first window; `tick` is the first in the list, as baselines are.
+
+    Three runs in half of 90 ms leave 15 ms to each, of which a small graph and its predecessor take no more than half.
+    """
     library, todo = scripted(), jobs(root)
-    library.graphs = {**library.graphs, "tick": replace(library.graphs["tick"], cost_ns=int(stranger_ms * MS))}
-    going = events(library, [todo[-1], *todo[:-1]], measured=[job], reference="a", power=power)
+    library.graphs = {**library.graphs, "tick": replace(library.graphs["tick"], cost_ns=int(first_ms * MS))}
+    effort = replace(BRIEF, window_s=window_s)
+    going = events(library, [todo[-1], *todo[:-1]], effort, measured=[job], reference="a", power=power)
     next(event for event in going if isinstance(event, Window))
     ran = "".join({"tick": "t", "head": "h"}.get(name, name) for verb, name in library.log if verb == "run")
     return ran.rstrip("a")  # ticks of the reference
 
 
-def test_other_work_comes_between_the_frames_so_that_caches_are_cold_as_in_a_cascade(root: Path) -> None:
+def test_other_work_comes_between_frames_so_that_caches_are_cold_as_in_a_cascade(root: Path) -> None:
     """Before the predecessor of a graph within a frame; just before what begins one, such as the upload."""
     assert ran_for(root, "b").endswith("tabtab")
     assert ran_for(root, "head").endswith("tbhtbh")
@@ -172,9 +181,12 @@ def test_other_work_comes_between_the_frames_so_that_caches_are_cold_as_in_a_cas
     assert ran_for(root, "upload").endswith("tt")
 
 
-def test_no_other_work_comes_between_where_it_would_take_long_or_power_is_read(root: Path) -> None:
-    assert ran_for(root, "head", stranger_ms=3).endswith("abhabh")  # a graph that takes less does it, too
-    assert ran_for(root, "b", stranger_ms=3).endswith("ababab")
+def test_the_reference_is_the_other_work_where_the_first_graph_takes_too_long(root: Path) -> None:
+    assert ran_for(root, "b", first_ms=13).endswith("aabaab")
+
+
+def test_nothing_runs_between_the_runs_of_a_slow_graph_or_where_power_is_read(root: Path) -> None:
+    assert ran_for(root, "head", window_s=0.03).endswith("bhbhbh")
     assert ran_for(root, "head", power=lambda: 1.0).endswith("bhbhbh")
 
 
