@@ -25,8 +25,10 @@ NETWORK = Path(__file__).with_name("demo_network")
 INPUT_HW = (192, 256)
 COUNTS = {"val": 120, "test": 64}
 TRAIN_COUNT = 480
+FIRST_SEED = 2000
+"""No scene from here on was looked at while the network, its heads and the scenes' difficulty were chosen."""
 PICTURES = 4
-REQUIREMENTS = ("1%", "0.5%", "0.2%")
+REQUIREMENTS = ("0.5%", "0.2%")
 SHOWN_SHARE = 0.1
 
 
@@ -69,7 +71,7 @@ def _draw_scenes(data: Path, counts: dict[str, int]) -> None:
     """All of them again when a split is missing: the same ones, and the missing ones."""
     if not all((data / split).is_dir() for split in counts):
         click.echo(f"drawing {sum(counts.values())} street scenes in {data}")
-        scenes.write_scenes(data, counts, INPUT_HW, spread=scenes.MOSTLY_EASY)
+        scenes.write_scenes(data, counts, INPUT_HW, FIRST_SEED, scenes.MOSTLY_EASY)
 
 
 def _put_network(folder: Path) -> bool:
