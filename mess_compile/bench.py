@@ -74,7 +74,8 @@ class Held:
             return f"not measured here: {_QUANTITIES[self.quantity].format(self.asked)}"
         verdict = "held" if self.held else "MISSED"
         if self.quantity == "err_pp":
-            return f"{verdict}: at most {self.asked:g} pp asked, {self.found:.2f} lost on these images"
+            lost = f"{self.found:.2f} lost" if self.found >= 0 else f"{-self.found:.2f} gained"
+            return f"{verdict}: at most {self.asked:g} pp asked, {lost} on these images"
         asked, found = (_QUANTITIES[self.quantity].format(value) for value in (self.asked, self.found))
         return f"{verdict}: at most {asked} asked, {found.partition(' ')[0]} measured"
 

@@ -23,7 +23,8 @@ from mess_compile.workspace import HOST, Workspace
 NETWORK = Path(__file__).with_name("demo_network")
 """What `train_command` made of TRAIN_COUNT scenes, none of which is drawn for validation or test."""
 INPUT_HW = (192, 256)
-COUNTS = {"val": 120, "test": 64}
+COUNTS = {"val": 120, "test": 64, "train": 120}
+"""Scenes; those to train on are for networks of your own, and --train draws TRAIN_COUNT."""
 TRAIN_COUNT = 480
 FIRST_SEED = 2000
 """No scene from here on was looked at while the network, its heads and the scenes' difficulty were chosen."""
@@ -68,8 +69,8 @@ def run_demo(folder: Path, program: click.Command, train: bool = False) -> None:
 
 
 def _draw_scenes(data: Path, counts: dict[str, int]) -> None:
-    """All of them again when a split is missing: the same ones, and the missing ones."""
-    if not all((data / split).is_dir() for split in counts):
+    """All of them again when some are missing: the same ones, and the missing ones."""
+    if any(len(list((data / split / "images").glob("*"))) < count for split, count in counts.items()):
         click.echo(f"drawing {sum(counts.values())} street scenes in {data}")
         scenes.write_scenes(data, counts, INPUT_HW, FIRST_SEED, scenes.MOSTLY_EASY)
 

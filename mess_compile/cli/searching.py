@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli import completion
+from mess_compile.cli import completion, next_steps
 from mess_compile.cli.options import FILE, json_option, print_inspection
 from mess_compile.console import print_json, print_next, print_table, progress_bar, quoted, say
 from mess_compile.runtime.errors import InputError
@@ -135,9 +135,20 @@ def search(
     if common is None:
         name = results[0].plan.device
         by_name = "bundle" if workspace.memory().device == name else f"bundle {name}"
-        return print_next(by_name if output is None else f"bundle {quoted(output)}")
+        safer = _safer(results[0], requirement)
+        again = [] if safer is None else [next_steps.search_for(name, f"{safer:.2g}%")]
+        return print_next(*again, by_name if output is None else f"bundle {quoted(output)}")
     _print_shared(common, len(results))
     return print_next(*(f"bundle {result.plan.device}" for result in results))
+
+
+def _safer(result: Any, requirement: Any) -> float | None:
+    """The `--max-err` to try where more was lost on the images held out; None where its bound held, or is not alone."""
+    plan, asked = result.plan, requirement.max_err_pp
+    if plan.hold_out is None or not asked or requirement != replace(type(requirement)(), max_err_pp=asked):
+        return None
+    lost = plan.offset_pp + plan.hold_out.baseline.miou - plan.hold_out.predicted.miou
+    return None if lost <= asked else float(asked * asked / lost)
 
 
 def _print_held_out(result: Any, requirement: Any) -> None:
@@ -206,7 +217,7 @@ def _print_proof(result: Any, requirement: Any) -> None:
         absent = ", ".join(plan.absent_classes)
         say(f"no image has a labelled pixel of {absent}: mIoU is over the other classes")
     say(f"chosen on the images of {plan.predicted.split}, as {plan.tuned_by} sees them: a result from tuning data")
-    if plan.optimism is not None:
+    if plan.optimism is not None and plan.hold_out is None:  # what was held out says it by itself
         say(f"on other images of this kind: {expected_elsewhere(plan.optimism)}")
     elif result.without_optimism:
         say(f"what to expect on other images is not told: {result.without_optimism}")

@@ -54,7 +54,7 @@ def _after_report(workspace: Workspace, device: str, missing: set[str]) -> Seque
     ):
         if part in missing and command is not None:
             return [command]
-    return [next_steps.ship_to_host(workspace.bundle(device), device), f"compare {device} -o compare.html"]
+    return [next_steps.ship_to_host(workspace.bundle(device), device)]
 
 
 @click.command(short_help="Plans side by side.")
