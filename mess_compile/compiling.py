@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile import latency
 from mess_compile.candidates import GraphSet, check_graphs, read_graph_set, verify_graph_set
 from mess_compile.cores import cores
 from mess_compile.dataset import Data, open_dataset, read_frame
@@ -17,8 +19,8 @@ from mess_compile.engines import EngineFiles, plain_files
 from mess_compile.jobs import job_names
 from mess_compile.runtime import frames
 from mess_compile.runtime.engine import PRECISIONS
-from mess_compile.runtime.errors import InputError, did_you_mean
-from mess_compile.targets import Target, find_target
+from mess_compile.runtime.errors import InputError, MessError, did_you_mean
+from mess_compile.targets import Target, find_target, known_targets
 from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -162,11 +164,18 @@ def verified_graphs(workspace: Workspace) -> GraphSet:
     return graph_set
 
 
+def _is_estimated(workspace: Workspace, device: str) -> bool:
+    """Whether there are latencies of a device, and none of them was measured."""
+    with suppress(MessError):
+        return latency.read_latency_table(workspace.latency(device)).source == "estimated"
+    return False
+
+
 def target_of(workspace: Workspace, device: str | None) -> Target:
     """The device that is named, or the one measured last. Raises InputError when there is neither."""
     name = device or workspace.memory().device
     if name is None:
-        estimated = sorted(path.stem for path in workspace.latency("any").parent.glob("*.json"))
+        estimated = [name for name in known_targets(workspace.root) if _is_estimated(workspace, name)]
         if estimated:
             raise InputError(
                 f"no device was measured in this workspace yet; {', '.join(estimated)} was estimated, and an estimate "

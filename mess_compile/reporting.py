@@ -58,7 +58,7 @@ def report(
 
 def _first_step(workspace: Workspace) -> str:
     estimated = sorted(path.stem for path in workspace.latency("any").parent.glob("*.json"))
-    if estimated:
+    if estimated and workspace.memory().device is None:
         return f"no device was measured; name one that was estimated: `mess-compile report --device {estimated[0]}`"
     if (workspace.graphs / "index.json").is_file():
         return "no device was profiled; run `mess-compile profile --device host`"

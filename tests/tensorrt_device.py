@@ -13,11 +13,13 @@ from tests.remote_device import Device
 
 HERE = Path(__file__).parent
 STANDIN = """
-import os, pathlib, sys, time
+import os, pathlib, sys, time, zipfile
 from pathlib import Path
 
 place = Path({place!r})
 sys.path.insert(0, str(place))
+programs = [word for word in sys.orig_argv[1:] if os.path.isfile(word) and zipfile.is_zipfile(word)]
+sys.path[:0] = programs  # Python puts the program that it runs there only after this
 from tests.runtime.cuda_standin import Driver
 from tests.runtime.tensorrt_standin import make_module, write_engine
 

@@ -102,7 +102,7 @@ def cost_of_exit(evidence: Evidence, plan: BrutePlan, taken: int) -> int:
 
 def slowest(evidence: Evidence, path: list[str]) -> int:
     """The p99 of graphs one after the other: their means, and the root of the sum of their squared excesses."""
-    excesses = [ns(evidence, graph, "p99_ms") - ns(evidence, graph) for graph in path]
+    excesses = [max(0, ns(evidence, graph, "p99_ms") - ns(evidence, graph)) for graph in path]
     return sum(ns(evidence, graph) for graph in path) + round(math.sqrt(sum(each**2 for each in excesses)))
 
 
