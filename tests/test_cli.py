@@ -109,7 +109,7 @@ def test_a_command_in_the_current_folder_proposes_commands_there(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workspace)
-    assert "next: mess-compile run host.mess IMAGE..." in done("bundle")
+    assert "next: mess-compile run host.mess data/test/images/" in done("bundle")
 
 
 def test_a_mistyped_command_gets_the_nearest_one() -> None:

@@ -127,10 +127,13 @@ class TestBench:
         )
         (workspace / "elsewhere.mess").rename(workspace / "host.mess")
         bundle = workspace / "host.mess"
-        assert f"next: mess-compile -C {workspace} bench {bundle} --data DIR" in done("-C", workspace, "report")
+        assert f"next: mess-compile -C {workspace} bench {bundle} --split test" in done("-C", workspace, "report")
         shown = done("-C", workspace, "bench", bundle, "--split", "test", "--passes", "1")
         assert f"next: mess-compile -C {workspace} report" in shown
-        assert f"next: mess-compile -C {workspace} ship {bundle} ssh://" in done("-C", workspace, "report")
+        assert "next:" not in done("-C", workspace, "report"), "no device is known to ship to"
+        edit(workspace / "workspace.json", lambda kept: kept["hosts"].update(host="ssh://user@street"))
+        shown = done("-C", workspace, "report")
+        assert f"next: mess-compile -C {workspace} ship {bundle} ssh://user@street:~/host" in shown
 
     def test_a_result_from_tuning_data_is_called_that(self, workspace: Path) -> None:
         note = "The plan was chosen on 4 of these images: a result from tuning data."
