@@ -44,7 +44,8 @@ ALLOWED = {
     "sharing": {"estimate", "latency", "places", "sparing", "thrift", "runtime"},
     "evaluation": {"candidates", "dataset", "engines", "sessions", "statistics", "runtime"},
     "recipes": {"files", "candidates", "engines", "graph", "runtime"},
-    "compiling": {"latency", 
+    "compiling": {
+        "latency",
         *("building", "candidates", "cores", "dataset", "engines", "graph", "jobs", "recipes", "targets", "workspace"),
         *("runtime",),
     },
