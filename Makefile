@@ -21,7 +21,7 @@ lint: venv
 	$(VENV)/bin/mypy
 
 # A worker a core, each of which computes with one thread: two pools of threads on the same cores wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal --durations=15
 
 test: lint
 	$(PYTEST)
