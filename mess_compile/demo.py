@@ -69,8 +69,10 @@ def run_demo(folder: Path, program: click.Command, train: bool = False) -> None:
 
 
 def _draw_scenes(data: Path, counts: dict[str, int]) -> None:
-    """All of them again when some are missing: the same ones, and the missing ones."""
-    if any(len(list((data / split / "images").glob("*"))) < count for split, count in counts.items()):
+    """All of them again when a split is missing, or has the few that a demo without --train draws: the same ones, and
+    the missing ones."""
+    few = counts["train"] > COUNTS["train"] == len(list((data / "train" / "images").glob("*")))
+    if few or not all((data / split).is_dir() for split in counts):
         click.echo(f"drawing {sum(counts.values())} street scenes in {data}")
         scenes.write_scenes(data, counts, INPUT_HW, FIRST_SEED, scenes.MOSTLY_EASY)
 

@@ -81,7 +81,7 @@ def test_the_demo_begins_with_the_network_that_is_brought_and_trains_it_when_ask
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "demo"
-    assert played(folder, monkeypatch) == ["val test", "export", "profile", "evaluate"]
+    assert played(folder, monkeypatch) == ["val test train", "export", "profile", "evaluate"]
     brought = load_candidate(folder / "candidate")
     assert [point.block for point in brought.candidate.exit_points] == ["features.6", "features.10", "features.17"]
     assert "(demo --train trains it from scratch)" in capsys.readouterr().out

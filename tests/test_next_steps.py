@@ -103,7 +103,7 @@ def benched(device: str, *missed: Held) -> Bench:
 def test_after_a_missed_promise_the_device_that_was_benched_is_searched_again(used: Workspace) -> None:
     lost, slow = Held("err_pp", 2.0, 2.5, False), Held("latency_ms", 5.0, 6.0, False)
     assert bundles._after_bench(benched("orin", lost, slow), Path("a.mess")) == [
-        "search --device orin --max-err 1.5%",
+        "search --device orin --max-err 1.5% --max-latency 5ms",
         "profile --device orin",
         "report --device orin",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mess_compile.cli import main
-from mess_compile.cli.stopped import KEPT
+from mess_compile.cli.stopped import GRADUAL, KEPT, NOTHING, words_of
 from tests.commands import contents, run
 
 GIVEN = {
@@ -26,14 +27,27 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("command", sorted(main.commands))
-def test_one_line_says_what_is_kept(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_line_says_what_is_kept(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*given: object, **named: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main.commands[command], "callback", interrupted)
-    ended = run(command, *GIVEN.get(command, ()))
+    ended = run("-C", tmp_path, command, *GIVEN.get(command, ()))
     assert (ended.exit_code, ended.stdout) == (1, "")
-    assert ended.stderr == f"stopped: {KEPT[command]}\n"
+    assert ended.stderr == f"stopped: {NOTHING if command in GRADUAL else KEPT[command]}\n"
+
+
+@pytest.mark.parametrize("command", sorted(GRADUAL))
+def test_what_a_command_has_finished_since_it_began_is_kept(command: str, tmp_path: Path) -> None:
+    (tmp_path / "old").touch()
+    begun = (tmp_path / "old").stat().st_mtime + 10
+    (tmp_path / ".lock").touch()
+    os.utime(tmp_path / ".lock", (begun + 1, begun + 1))
+    assert words_of(command, tmp_path, begun) == NOTHING, "a lock is nothing that is kept"
+    (tmp_path / "statistics").mkdir()
+    (tmp_path / "statistics" / "block").touch()
+    os.utime(tmp_path / "statistics" / "block", (begun + 1, begun + 1))
+    assert words_of(command, tmp_path, begun) == KEPT[command]
 
 
 def test_nothing_is_said_of_commands_that_are_not_there() -> None:
