@@ -126,8 +126,8 @@ class Bench:
         from mess_compile.search.shown import speed
 
         return (
-            f"<bench of {self.bundle} on {self.images} images of {self.split}: {speed(self.latency_ratio)} than "
-            f"{self.baseline_name}, {self.miou_difference:+.2f} pp of mIoU, {len(self.missed)} promises missed>"
+            f"<bench of {self.bundle} on {self.images} images of {self.split}: {speed(self.latency_ratio)} (against "
+            f"{self.baseline_name}), {self.miou_difference:+.2f} pp of mIoU, {len(self.missed)} promises missed>"
         )
 
     @property

@@ -309,15 +309,17 @@ _BOUNDS = {
 
 def _after_bench(result: Bench, bundle: Path) -> list[str]:
     """What follows from the promises: a safer plan, a fresh latency table, or shipping."""
+    from mess_compile.search.requirement import safer_max_err
+
     missed, report = {each.quantity: each for each in result.missed}, next_steps.for_device("report", result.device)
     if not missed:
         return [report, *filter(None, [next_steps.ship_to_host(bundle, result.device)])]
     steps = []
     if "err_pp" in missed and missed["err_pp"].asked > 0:  # nothing is safer than 0
         lost = missed["err_pp"]
-        safer = 2 * lost.asked - (lost.found or 0.0)
+        safer = safer_max_err(lost.asked, lost.found or 0.0)
         others = [_BOUNDS[each.quantity].format(each.asked) for each in result.promises if each is not lost]
-        asked = next_steps.search_for(result.device, f"{safer if safer > 0 else lost.asked / 4:.2g}%")
+        asked = next_steps.search_for(result.device, f"{safer:.2g}%")
         steps.append(" ".join([asked, *others]))
     if set(missed) & {"latency_ms", "p95_ms", "worst_ms"}:
         steps.append(f"profile --device {result.device}")

@@ -144,11 +144,13 @@ def search(
 
 def _safer(result: Any, requirement: Any) -> float | None:
     """The `--max-err` to try where more was lost on the images held out; None where its bound held, or is not alone."""
+    from mess_compile.search.requirement import safer_max_err
+
     plan, asked = result.plan, requirement.max_err_pp
     if plan.hold_out is None or not asked or requirement != replace(type(requirement)(), max_err_pp=asked):
         return None
     lost = plan.offset_pp + plan.hold_out.baseline.miou - plan.hold_out.predicted.miou
-    return None if lost <= asked else float(asked * asked / lost)
+    return None if lost <= asked else safer_max_err(asked, lost)
 
 
 def _print_held_out(result: Any, requirement: Any) -> None:

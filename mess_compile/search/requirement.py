@@ -91,6 +91,12 @@ class Requirement:
         return self.objective == "energy" or self.max_energy is not None
 
 
+def safer_max_err(asked_pp: float, lost_pp: float) -> float:
+    """The `max_err_pp` to try next where `asked_pp`, above 0, was asked for and more was lost on other images."""
+    safer = 2 * asked_pp - lost_pp
+    return safer if safer > 0 else asked_pp / 4
+
+
 def parse_max_err(text: str) -> float:
     """Percentage points from `1%`. Raises InputError."""
     value = _percent(text, "--max-err", "1% for one percentage point of mIoU below the baseline")
