@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import steps
-from mess_compile.candidates import CONFIDENCES, Gate
-from mess_compile.diagnosis import TOLERANCE_PP, auroc, final_head, image_mious
+from mess_compile.evaluate.diagnose import TOLERANCE_PP, auroc, final_head, image_mious
+from mess_compile.evaluate.statistics import ExitStatistics, head_miou, miou
 from mess_compile.files import write_json
 from mess_compile.nets.checkpoint import load_candidate
-from mess_compile.statistics import ExitStatistics, head_miou, miou
+from mess_compile.network import CONFIDENCES, Gate
 from mess_compile.training.recipe import Distillation, Recipe
 from mess_compile.workspace import Workspace
 

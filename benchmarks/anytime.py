@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.dataset import read_frame
-from mess_compile.runtime.cascade import Cascade, load
+from mess_compile.data.dataset import read_frame
+from mess_compile.runtime.cascade.cascade import Cascade, load
 
 ALLOWED = 0.01
 WARM_UP_FRAMES = 50

@@ -20,12 +20,11 @@ from pathlib import Path
 
 import torch
 
-from mess_compile.building import EngineSet, build_engines
-from mess_compile.candidates import Gate, GraphSet, HeadConfig, head_config_from_name, head_grid, write_graph_set
-from mess_compile.export import export_network
+from mess_compile.engines.build import EngineSet, build_engines
 from mess_compile.graph.cut import cut_network
 from mess_compile.graph.precision import is_fp16, to_fp16
 from mess_compile.graph.store import read_whole_model, write_graph
+from mess_compile.nets.export import export_network
 from mess_compile.nets.network import (
     Architecture,
     OverprovisionedNetwork,
@@ -33,6 +32,7 @@ from mess_compile.nets.network import (
     place_exits,
     with_final_head,
 )
+from mess_compile.network import Gate, GraphSet, HeadConfig, head_config_from_name, head_grid, write_graph_set
 from mess_compile.targets import find_target
 
 CAPABILITIES = ((7, 5), (8, 6))

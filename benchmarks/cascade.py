@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.runtime.cascade import Cascade, load
-from mess_compile.runtime.engine import Engine, Tensor, open_library
+from mess_compile.runtime.cascade.cascade import Cascade, load
+from mess_compile.runtime.engines.engine import Engine, Tensor, open_library
 
 WARM_UP_ROUNDS = 10
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile import estimate
-from mess_compile.candidates import CandidateNetwork, head_graph_name, read_graph_set
-from mess_compile.estimate import Estimate, Features
-from mess_compile.latency import read_latency_table
+from mess_compile.latency import roofline
+from mess_compile.latency.roofline import Estimate, Features
+from mess_compile.latency.table import read_latency_table
+from mess_compile.network import CandidateNetwork, head_graph_name, read_graph_set
 from mess_compile.targets import find_target
 from mess_compile.workspace import Workspace
 
@@ -91,25 +91,25 @@ class Measured:
     name: str
     candidate: CandidateNetwork
     graphs: dict[str, Features]
-    prior: dict[str, estimate.Roofline]
+    prior: dict[str, roofline.Roofline]
     table: dict[str, float]
 
 
 def read_measured(root: Path, device: str) -> Measured:
     workspace = Workspace(root)
     graph_set = read_graph_set(workspace.graphs)
-    graphs = estimate.features(graph_set)
+    graphs = roofline.features(graph_set)
     found = read_latency_table(workspace.latency(device)).entries
     entries = {graph: entry for (graph, precision), entry in found.items() if precision == "fp32"}
     table = {name: entries[name].mean_ms for name in graphs if name in entries and entries[name].source == "measured"}
-    prior = estimate.roofline(graphs, find_target(device, root), "fp32")
+    prior = roofline.roofline(graphs, find_target(device, root), "fp32")
     return Measured(str(root), graph_set.candidate, graphs, prior, table)
 
 
 def trial(measured: Measured, names: Sequence[str]) -> Trial:
     table = measured.table
     known = {name: table[name] for name in names}
-    found = estimate.calibrated(known, measured.prior)
+    found = roofline.calibrated(known, measured.prior)
     within = [found[name].low_ms <= ms <= found[name].high_ms for name, ms in table.items() if name not in known]
     ours = score(measured.candidate, means(found), table, known)
     return Trial(ours, score(measured.candidate, by_macs(measured.graphs, known), table, known), float(np.mean(within)))
@@ -156,7 +156,7 @@ def main() -> None:
         print(f"  {'measured':18} {'':11} {'rank':>8} {'heads':>8} {'error':>8}")
         drawn = [np.random.default_rng(seed).permutation(names)[:count].tolist() for seed in range(given.seeds)]
         good &= report(f"{given.seeds} random choices", [trial(measured, each) for each in drawn])
-        chosen = estimate.choose_calibration({name: measured.prior[name] for name in names}, count)
+        chosen = roofline.choose_calibration({name: measured.prior[name] for name in names}, count)
         good &= report("choose_calibration", [trial(measured, chosen)])
         unmeasured = {name: graph.ms for name, graph in measured.prior.items()}
         print(line("none", "roofline", figures(score(measured.candidate, unmeasured, measured.table, ()))))

@@ -43,10 +43,10 @@ from typing import Any
 import numpy as np
 
 from mess_compile import runtime
-from mess_compile.runtime import tensorrt_build
-from mess_compile.runtime.engine import Engine, open_library
-from mess_compile.runtime.errors import EngineError, MessError
-from mess_compile.runtime.tensorrt_build import BuildOptions, Built
+from mess_compile.runtime.base.errors import EngineError, MessError
+from mess_compile.runtime.engines import tensorrt_build
+from mess_compile.runtime.engines.engine import Engine, open_library
+from mess_compile.runtime.engines.tensorrt_build import BuildOptions, Built
 from tests import mutations, small_network
 
 LIMIT_S, KILL_S = 10.0, 20.0

@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.candidates import (
+from mess_compile.evaluate.statistics import ExitStatistics, threshold_table
+from mess_compile.latency.table import PSEUDO_GRAPHS, Latency, LatencyTable
+from mess_compile.network import (
     BASELINE,
     CandidateNetwork,
     ExitPoint,
@@ -33,14 +35,12 @@ from mess_compile.candidates import (
     output_name,
     segment_name,
 )
-from mess_compile.latency import PSEUDO_GRAPHS, Latency, LatencyTable
-from mess_compile.runtime.errors import RequirementError
-from mess_compile.search.figures import Evidence, figures_of_stages
+from mess_compile.runtime.base.errors import RequirementError
 from mess_compile.search.guarantees import certify
-from mess_compile.search.paired import Pairs, certified_in_turn, drops_pp, pairs_of_plans, risk_bound, stake_for
+from mess_compile.search.metrics import Evidence, figures_of_stages
 from mess_compile.search.requirement import Requirement
+from mess_compile.search.risk import Pairs, certified_in_turn, drops_pp, pairs_of_plans, risk_bound, stake_for
 from mess_compile.search.solver import search
-from mess_compile.statistics import ExitStatistics, threshold_table
 
 CONFIDENCE = 0.95
 BOUNDS_PP = (0.5, 1.0, 2.0)

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.candidates import (
+from mess_compile.evaluate.statistics import ExitStatistics, head_miou, miou, threshold_table
+from mess_compile.latency.table import PSEUDO_GRAPHS, Latency, LatencyTable
+from mess_compile.network import (
     BASELINE,
     DEFAULT_THRESHOLDS,
     CandidateNetwork,
@@ -22,9 +24,7 @@ from mess_compile.candidates import (
     output_name,
     segment_name,
 )
-from mess_compile.latency import PSEUDO_GRAPHS, Latency, LatencyTable
-from mess_compile.search.figures import Evidence
-from mess_compile.statistics import ExitStatistics, head_miou, miou, threshold_table
+from mess_compile.search.metrics import Evidence
 
 Array = NDArray[np.float64]
 

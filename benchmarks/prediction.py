@@ -25,10 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from mess_compile import scenes
-from mess_compile.bundle import Part, write_bundle
-from mess_compile.candidates import BASELINE, GraphSet, read_graph_set, segment_name
-from mess_compile.latency import (
+from mess_compile.bundle.stage_costs import measurements_of
+from mess_compile.bundle.write import Part, write_bundle
+from mess_compile.data import scenes
+from mess_compile.evaluate.statistics import threshold_table
+from mess_compile.latency.table import (
     LatencyTable,
     baseline_cost_ns,
     check_current,
@@ -36,14 +37,13 @@ from mess_compile.latency import (
     path_costs_ns,
     read_latency_table,
 )
-from mess_compile.measurements import measurements_of
-from mess_compile.runtime import level
-from mess_compile.runtime.cascade import Cascade, load
-from mess_compile.runtime.engine import Engine, Library
-from mess_compile.runtime.summary import mean_without_stalls
-from mess_compile.search.figures import plan_graphs
+from mess_compile.network import BASELINE, GraphSet, read_graph_set, segment_name
+from mess_compile.runtime.cascade.cascade import Cascade, load
+from mess_compile.runtime.engines.engine import Engine, Library
+from mess_compile.runtime.measure import full_speed
+from mess_compile.runtime.measure.summary import mean_without_stalls
+from mess_compile.search.metrics import plan_graphs
 from mess_compile.search.plan import Figures, Plan, PlanGraph, Stage, default_point
-from mess_compile.statistics import threshold_table
 
 FRAMES, TICK_S = 8, 0.02
 MOST = 3
@@ -167,7 +167,7 @@ def visited(
         left = [index for index, visits in enumerate(found) if len(at_full_speed(visits, full)) < wanted]
         for index in random.Random(number).sample(left, len(left)):
             found[index].append(visit(subjects[index], baseline if index else first, frames, tick))
-        full = level.full_speed_ms([each for visits in found for one in visits for each in one.ticks_ms]) or full
+        full = full_speed.full_speed_ms([each for visits in found for one in visits for each in one.ticks_ms]) or full
     made = sum(map(len, found))
     kept = [at_full_speed(visits, full) for visits in found]
     print(f"{made} visits to {len(subjects)} subjects, {sum(map(len, kept))} of them at full speed")
@@ -175,7 +175,7 @@ def visited(
 
 
 def at_full_speed(visits: Sequence[Visit], full: float) -> list[Visit]:
-    return [each for each in visits if level.is_full_speed(each.ticks_ms, full)]
+    return [each for each in visits if full_speed.is_full_speed(each.ticks_ms, full)]
 
 
 def mean_ms(visits: Sequence[Visit], full: float) -> float:
@@ -183,7 +183,7 @@ def mean_ms(visits: Sequence[Visit], full: float) -> float:
     if not visits:
         raise SystemExit("the machine was never at full speed for one of the plans: run it again when it is quieter")
     times = np.array([each.times_ms for each in visits])
-    times *= np.array([[level.factor(each.ticks_ms, full)] for each in visits])
+    times *= np.array([[full_speed.factor(each.ticks_ms, full)] for each in visits])
     return float(np.mean([mean_without_stalls(column) for column in times.T]))
 
 
@@ -203,7 +203,7 @@ def outcomes(graph_set: GraphSet, table: LatencyTable, plans: list[Plan], rounds
         for subject in subjects:
             subject(frames[0])
         (single, *visits), full = visited(
-            subjects, frames, lambda: level.tick_ms(lambda: segment.run_timed(image), TICK_S), rounds
+            subjects, frames, lambda: full_speed.tick_ms(lambda: segment.run_timed(image), TICK_S), rounds
         )
     found = []
     for plan, each in zip(plans, visits, strict=True):

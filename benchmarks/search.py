@@ -23,15 +23,15 @@ from pathlib import Path
 import numpy as np
 from made_up import Fit, Size, fit, made_up
 
-from mess_compile.candidates import read_graph_set
-from mess_compile.latency import read_latency_table
-from mess_compile.search import branch
-from mess_compile.search.clock import Clock
-from mess_compile.search.figures import Evidence, baseline_figures
+from mess_compile.evaluate.statistics import read_statistics
+from mess_compile.latency.table import read_latency_table
+from mess_compile.network import read_graph_set
+from mess_compile.search.bnb import driver
+from mess_compile.search.deadline import Clock
+from mess_compile.search.exhaustive.plan_table import plans_in_space, rows_of_plans
+from mess_compile.search.metrics import Evidence, baseline_figures
 from mess_compile.search.requirement import Limit, Requirement
-from mess_compile.search.rows import plans_in_space, rows_of_plans
 from mess_compile.search.solver import search
-from mess_compile.statistics import read_statistics
 
 CAMVID = Path(__file__).parents[1] / "examples/02-camvid/statistics/val_0-50"
 GROWTH = {"images": (250, 1000, 4000, 16000), "heads": (8, 14, 28, 56), "points": (3, 4, 5)}
@@ -58,8 +58,8 @@ class Found:
     """What branch and bound came to in so many seconds, `best` None where that was too short for any plan."""
 
     seconds: float
-    best: branch.Best | None
-    proof: branch.Proof
+    best: driver.Best | None
+    proof: driver.Proof
     images: int
 
     @property
@@ -77,7 +77,7 @@ class Found:
 def searched(evidence: Evidence, requirement: Requirement, limit_s: float | None) -> Found:
     start = time.perf_counter()
     clock = None if limit_s is None else Clock(limit_s)
-    best, proof = branch.branch_and_bound(evidence, requirement, in_silence, clock)
+    best, proof = driver.branch_and_bound(evidence, requirement, in_silence, clock)
     return Found(time.perf_counter() - start, best, proof, evidence.statistics.images)
 
 
@@ -142,7 +142,7 @@ def enumeration(size: Size, requirement: Requirement) -> None:
         )
 
 
-def enumerated(evidence: Evidence, requirement: Requirement, progress: branch.Progress) -> float:
+def enumerated(evidence: Evidence, requirement: Requirement, progress: driver.Progress) -> float:
     """The least mean latency in ms of the plans that keep --max-err, by looking at all of them."""
     plans = rows_of_plans(evidence, requirement, progress).plans
     floor = baseline_figures(evidence).miou - (requirement.max_err_pp or 0.0)

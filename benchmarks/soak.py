@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import runtime
-from mess_compile.runtime.engine import open_library
-from mess_compile.runtime.metrics import Metrics
+from mess_compile.runtime.cascade.metrics import Metrics
+from mess_compile.runtime.engines.engine import open_library
 from tests import small_network
 from tests.runtime.faults import FaultyLibrary
 

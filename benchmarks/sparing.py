@@ -17,15 +17,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mess_compile import estimate, sparing
-from mess_compile.candidates import GraphSet, read_graph_set
-from mess_compile.latency import PSEUDO_GRAPHS, LatencyTable, check_current, read_latency_table
-from mess_compile.runtime.errors import RequirementError
-from mess_compile.search.figures import Evidence
+from mess_compile.evaluate.statistics import ExitStatistics, read_statistics
+from mess_compile.latency import roofline
+from mess_compile.latency.table import PSEUDO_GRAPHS, LatencyTable, check_current, read_latency_table
+from mess_compile.network import GraphSet, read_graph_set
+from mess_compile.profile import selection
+from mess_compile.profile.selection import Subject
+from mess_compile.runtime.base.errors import RequirementError
+from mess_compile.search.metrics import Evidence
 from mess_compile.search.requirement import Requirement, parse_max_err, parse_max_latency
 from mess_compile.search.solver import search
-from mess_compile.sparing import Subject
-from mess_compile.statistics import ExitStatistics, read_statistics
 from mess_compile.targets import find_target
 from mess_compile.workspace import Workspace
 
@@ -51,7 +52,7 @@ class Replay:
 
 def replayed(subject: Subject, whole: LatencyTable) -> Replay:
     table, batches, start = replace(whole, entries={}), 0, time.perf_counter()
-    while wanted := sparing.next_batch(subject, table):
+    while wanted := selection.next_batch(subject, table):
         table = replace(table, entries=table.entries | {key: whole.entries[key] for key in wanted.graphs})
         batches += 1
     return Replay(table, batches, time.perf_counter() - start)
@@ -67,7 +68,7 @@ def answer(graph_set: GraphSet, table: LatencyTable, statistics: ExitStatistics,
 
 def outside(subject: Subject, found: LatencyTable, whole: LatencyTable) -> str:
     """How many of the graphs that were not measured are not within the bars of their estimates."""
-    bars: Mapping[sparing.Key, estimate.Estimate] = sparing.estimates(subject, found)
+    bars: Mapping[selection.Key, roofline.Estimate] = selection.estimates(subject, found)
     open_ = [key for key in whole.entries if key not in found.entries]
     wrong = sum(not bars[key].low_ms <= whole.entries[key].mean_ms <= bars[key].high_ms for key in open_)
     return f"{wrong} of {len(open_)} outside their bars"
@@ -85,18 +86,18 @@ def main() -> None:
     statistics = read_statistics(workspace.statistics(given.split))
     whole = read_latency_table(workspace.latency(given.table or given.device))
     check_current(whole, graph_set)
-    graphs = estimate.features(graph_set) | estimate.pseudo_features(graph_set.candidate)
-    priors = {"fp32": estimate.roofline(graphs, find_target(given.device, workspace.root), "fp32")}
-    twins, good = sparing.twins(graph_set), True
+    graphs = roofline.features(graph_set) | roofline.pseudo_features(graph_set.candidate)
+    priors = {"fp32": roofline.roofline(graphs, find_target(given.device, workspace.root), "fp32")}
+    twins, good = selection.twins(graph_set), True
     print(f"{given.workspace}: {len(graph_set.graphs)} graphs, of which {len(twins)} equal others in structure")
     for name, requirement in REQUIREMENTS.items():
         subject = Subject((graph_set,), priors, {"fp32": statistics}, (requirement,), twins)
         replay = replayed(subject, whole)
-        table = sparing.expected_table(subject, replay.table)
+        table = selection.expected_table(subject, replay.table)
         same = answer(graph_set, table, statistics, requirement) == answer(graph_set, whole, statistics, requirement)
         measured = sum(key[0] not in PSEUDO_GRAPHS for key in replay.table.entries)
         good &= same and measured <= GOAL * len(graph_set.graphs)
-        share = f"{sparing.coverage(subject, replay.table)} ({measured / len(graph_set.graphs):.0%})"
+        share = f"{selection.coverage(subject, replay.table)} ({measured / len(graph_set.graphs):.0%})"
         print(f"{name}: {share}; {'the same' if same else 'ANOTHER'} plan")
         print(
             f"  {replay.batches} batches, {replay.seconds:.0f} s of searches, {outside(subject, replay.table, whole)}"

@@ -24,9 +24,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mess_compile import extras, scenes
+from mess_compile import extras
 from mess_compile.cores import cores
-from mess_compile.dataset import open_dataset
+from mess_compile.data import scenes
+from mess_compile.data.dataset import open_dataset
 from mess_compile.steps import NetworkChoice, Workspace, train
 
 MOST_RATIO = 1.3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 IMAGES, LABELS = "images", "labels"
 MOST_OFFSET = 254

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mess_compile.cores import cores
-from mess_compile.runtime import machine as machines
-from mess_compile.runtime import onnxruntime_engine
-from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.machine import Machine, dotted
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.engines import onnxruntime_engine
+from mess_compile.runtime.machine import machine as machines
+from mess_compile.runtime.machine.machine import Machine, dotted
 from mess_compile.targets import RTX_CAPABILITIES, known_targets, targets_here
 
 _NEWER_DRIVER = "sudo ubuntu-drivers install"

@@ -7,7 +7,7 @@ import importlib.util
 from typing import Any
 
 from mess_compile import cores
-from mess_compile.runtime.errors import EngineError
+from mess_compile.runtime.base.errors import EngineError
 
 _TORCH = ("torch", "safetensors", "lightning_fabric")
 _VIDEO = ("cv2",)

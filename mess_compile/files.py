@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mess_compile.runtime.errors import InputError, MessError
-from mess_compile.runtime.pointers import refuse_pointer
+from mess_compile.runtime.base.errors import InputError, MessError
+from mess_compile.runtime.base.lfs_pointers import refuse_pointer
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 
 def counts() -> tuple[int, int] | None:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mess_compile import files, shipped
-from mess_compile.runtime import machine as machines
-from mess_compile.runtime.choice import device_differences
-from mess_compile.runtime.engine import FP32, LIBRARIES, PRECISIONS
-from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.machine import Machine, dotted
-from mess_compile.runtime.manifest import Device
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.bundle.manifest import Device
+from mess_compile.runtime.bundle.plan_choice import device_differences
+from mess_compile.runtime.engines.engine import FP32, LIBRARIES, PRECISIONS
+from mess_compile.runtime.machine import machine as machines
+from mess_compile.runtime.machine.machine import Machine, dotted
 
 RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 _ON_GPU = LIBRARIES[1:]

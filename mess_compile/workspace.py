@@ -11,8 +11,8 @@ from typing import Any
 
 from mess_compile import files
 from mess_compile.data_folder import IMAGES, LABELS, Data, DataFolder, data_folder
-from mess_compile.runtime.engine import FP32
-from mess_compile.runtime.errors import InputError, did_you_mean
+from mess_compile.runtime.base.errors import InputError, did_you_mean
+from mess_compile.runtime.engines.engine import FP32
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done, how many of it are, and of how many."""

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile import scenes, steps
-from mess_compile.candidates import Gate
+from mess_compile import steps
 from mess_compile.cores import wait_without_spinning
-from mess_compile.runtime import profile
+from mess_compile.data import scenes
+from mess_compile.network import Gate
+from mess_compile.runtime.measure import measure
 from mess_compile.search.requirement import Requirement
 from mess_compile.workspace import Workspace
 from tests.commands import contents
@@ -21,7 +22,7 @@ from tests.commands import contents
 wait_without_spinning()  # test modules import torch themselves
 os.environ["MESS_COMPILE_PROGRESS"] = "off"  # however slow the machine, commands print nothing but results
 HW = (64, 96)
-EFFORT = profile.Effort(window_s=0.002, window_runs=2, windows=2, max_s=0.02, warm_up_s=0.0)
+EFFORT = measure.Effort(window_s=0.002, window_runs=2, windows=2, max_s=0.02, warm_up_s=0.0)
 CHOICE = steps.NetworkChoice("mobilenetv2", HW, exits=3, heads=("fcn-crm1-b0", "fcn-crm2-b1"), width=0.25)
 
 
@@ -61,7 +62,7 @@ def workspace(finished: Path, tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def brief_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """`profile` measures for milliseconds."""
-    monkeypatch.setattr(profile, "Effort", lambda: EFFORT)
+    monkeypatch.setattr(measure, "Effort", lambda: EFFORT)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-from mess_compile.candidates import HeadConfig
 from mess_compile.nets.network import (
     Architecture,
     OverprovisionedNetwork,
@@ -15,6 +14,7 @@ from mess_compile.nets.network import (
     place_exits,
     with_final_head,
 )
+from mess_compile.network import HeadConfig
 
 
 def random_network(

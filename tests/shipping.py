@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mess_compile.runtime import archive
-from mess_compile.runtime.manifest import Golden, Manifest
+from mess_compile.runtime.bundle import archive
+from mess_compile.runtime.bundle.manifest import Golden, Manifest
 from tests.remote_device import Device
 
 PATIENCE_S = 60.0

@@ -17,13 +17,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mess_compile import bundle, files
-from mess_compile.candidates import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
+from mess_compile import files
+from mess_compile.bundle import write
+from mess_compile.bundle.stage_costs import Measurements
 from mess_compile.graph.gate import append_sound
-from mess_compile.measurements import Measurements
-from mess_compile.runtime import archive, signature
-from mess_compile.runtime.manifest import Manifest, StageCost
-from mess_compile.search.figures import plan_graphs
+from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
+from mess_compile.runtime.bundle import archive, signature
+from mess_compile.runtime.bundle.manifest import Manifest, StageCost
+from mess_compile.search.metrics import plan_graphs
 from mess_compile.search.plan import Figures, Plan, PlanGraph, Stage, default_point
 
 HW, CELLS_HW, CHANNELS = (8, 12), (4, 6), 4
@@ -144,19 +145,19 @@ def write_bundle(path: Path, of: Plan | None = None, golden: int = 2, key: Path 
     return write_parts(path, [part(graph_set(path.parent / "graphs"), of or plan())], golden, key)
 
 
-def write_parts(path: Path, parts: Sequence[bundle.Part], golden: int = 2, key: Path | None = None) -> Manifest:
+def write_parts(path: Path, parts: Sequence[write.Part], golden: int = 2, key: Path | None = None) -> Manifest:
     frames = [frame(seed) for seed in range(golden)]
-    return bundle.write_bundle(path, parts, thresholds(), frames, {"mess-compile": "1"}, key=key)
+    return write.write_bundle(path, parts, thresholds(), frames, {"mess-compile": "1"}, key=key)
 
 
-def part(graphs: GraphSet, of: Plan, recipe: str = "fp32") -> bundle.Part:
+def part(graphs: GraphSet, of: Plan, recipe: str = "fp32") -> write.Part:
     """A plan as a bundle takes it; the same graphs may be said to be of another recipe."""
     if recipe != "fp32":
         graphs = replace(graphs, recipe=recipe)
         precision = recipe.partition("-")[0]
         named = tuple(PlanGraph(graph.name, precision, precision) for graph in of.graphs)
         of = replace(of, precision=recipe, network=graphs.identity, graphs=named)
-    return bundle.Part(graphs, of, measurements(len(of.stages)))
+    return write.Part(graphs, of, measurements(len(of.stages)))
 
 
 def changed_bundle(source: Path, target: Path, change: Callable[[Manifest], Manifest], key: Path | None = None) -> Path:

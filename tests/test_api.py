@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mess_compile import runtime, scenes, steps
+from mess_compile import runtime, steps
 from mess_compile.cli import main
-from mess_compile.latency import read_latency_table
-from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.notebook import labels_html, table_html
+from mess_compile.data import scenes
+from mess_compile.latency.table import read_latency_table
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.base.notebook import labels_html, table_html
 from mess_compile.search.plan import read_result
 from tests.commands import printed_json
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mess_compile import scenes, steps
-from mess_compile.candidates import Gate, HeadConfig
+from mess_compile import steps
+from mess_compile.data import scenes
 from mess_compile.nets.checkpoint import load_candidate, save_candidate
 from mess_compile.nets.network import normalise
-from mess_compile.runtime.profile import Effort
+from mess_compile.network import Gate, HeadConfig
+from mess_compile.runtime.measure.measure import Effort
 from mess_compile.search.requirement import Requirement
 from mess_compile.workspace import Workspace
 from tests.commands import contents, done, edit, overwrite, printed_json, refused

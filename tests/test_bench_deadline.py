@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from mess_compile import runtime
-from mess_compile.bench import bench_deadline
-from mess_compile.dataset import DataSet, open_dataset
+from mess_compile.bench.run import bench_deadline
+from mess_compile.data.dataset import DataSet, open_dataset
 from tests import small_network
 from tests.runtime.clock import Clock, cheap
 

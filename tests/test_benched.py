@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile import benched
-from mess_compile.bench import Bench, Column, Held, NearCut
-from mess_compile.runtime.archive import open_archive
-from mess_compile.runtime.errors import InputError
+from mess_compile.bench import result
+from mess_compile.bench.run import Bench, Column, Held, NearCut
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.bundle.archive import open_archive
 from tests import small_network
 
 
@@ -32,8 +32,8 @@ class TestWhatBenchKeeps:
         small_network.write_bundle(tmp_path / "street.mess")
         opened = open_archive(tmp_path / "street.mess")
         opened.close()
-        benched.write_bench(tmp_path / "bench" / "host.json", self.found(), opened.manifest.plans[0])
-        kept = benched.read_bench(tmp_path / "bench" / "host.json")
+        result.write_bench(tmp_path / "bench" / "host.json", self.found(), opened.manifest.plans[0])
+        kept = result.read_bench(tmp_path / "bench" / "host.json")
         assert (kept.found.split, kept.found.images, kept.found.passes, len(kept.found.disagreements)) == (
             "test",
             8,
@@ -51,4 +51,4 @@ class TestWhatBenchKeeps:
         path = tmp_path / "host.json"
         path.write_text('{"format": "mess-bench", "version": 3, "bench": {"split": 3}}')
         with pytest.raises(InputError, match=r"damaged.*bench BUNDLE --data DIR"):
-            benched.read_bench(path)
+            result.read_bench(path)

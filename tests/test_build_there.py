@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from mess_compile import steps
-from mess_compile.candidates import read_graph_set
+from mess_compile.device.remote import RemoteError
 from mess_compile.files import sha256_of_file
-from mess_compile.latency import PSEUDO_GRAPHS, read_latency_table
-from mess_compile.remote import RemoteError
-from mess_compile.runtime import profile
+from mess_compile.latency.table import PSEUDO_GRAPHS, read_latency_table
+from mess_compile.network import read_graph_set
+from mess_compile.runtime.measure import measure
 from mess_compile.workspace import Workspace
 from tests.commands import complaint, done, printed_json
 from tests.conftest import EFFORT, quiet
@@ -32,13 +32,14 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Xavier]:
 def xavier(running: Xavier, monkeypatch: pytest.MonkeyPatch) -> Xavier:
     running.restore()
     monkeypatch.setenv("PATH", f"{running.device.path_folder()}:{os.environ['PATH']}")
-    monkeypatch.setattr(profile, "Effort", lambda: EFFORT)
+    monkeypatch.setattr(measure, "Effort", lambda: EFFORT)
     return running
 
 
 def form_of(workspace: Path, graph: str, xavier: Xavier) -> str:
     """The hash of a graph as TensorRT 8.5 takes it."""
-    from mess_compile import building, targets
+    from mess_compile import targets
+    from mess_compile.engines import build as building
 
     target = targets.find_target("xavier", workspace)
     forms = building.target_forms(

@@ -15,12 +15,13 @@ from pathlib import Path
 import onnx
 import pytest
 
-from mess_compile import building, files
-from mess_compile.building import EngineEntry, build_engines
-from mess_compile.candidates import Gate, GraphSet, HeadConfig, read_graph_set, write_graph_set
-from mess_compile.export import export_network
+from mess_compile import files
+from mess_compile.engines import build as building
+from mess_compile.engines.build import EngineEntry, build_engines
 from mess_compile.graph.cut import cut_network
-from mess_compile.runtime.errors import InputError
+from mess_compile.nets.export import export_network
+from mess_compile.network import Gate, GraphSet, HeadConfig, read_graph_set, write_graph_set
+from mess_compile.runtime.base.errors import InputError
 from mess_compile.targets import Target, find_target
 from tests.commands import printed_json, run
 from tests.graph import tiny

@@ -9,14 +9,15 @@ import numpy as np
 import onnx
 import pytest
 
-from mess_compile import bundle, runtime
-from mess_compile.candidates import GraphSet
+from mess_compile import runtime
+from mess_compile.bundle import write as bundle
 from mess_compile.files import sha256_of_file
-from mess_compile.runtime import npy
-from mess_compile.runtime.archive import file_of, open_archive, write_archive
-from mess_compile.runtime.errors import BundleError, InputError, StaleError
-from mess_compile.runtime.manifest import EngineFile, Manifest
-from mess_compile.runtime.verify import verify_bundle
+from mess_compile.network import GraphSet
+from mess_compile.runtime.base.errors import BundleError, InputError, StaleError
+from mess_compile.runtime.bundle.archive import file_of, open_archive, write_archive
+from mess_compile.runtime.bundle.manifest import EngineFile, Manifest
+from mess_compile.runtime.images import npy
+from mess_compile.runtime.serve.verify import verify_bundle
 from mess_compile.search.plan import Plan
 from tests import small_network
 from tests.small_network import frame

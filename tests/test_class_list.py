@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile.class_list import read_class_list
-from mess_compile.runtime.errors import InputError
+from mess_compile.data.class_list import read_class_list
+from mess_compile.runtime.base.errors import InputError
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from PIL import Image
 
 from mess_compile import steps
 from mess_compile.cli import main
-from mess_compile.runtime.profile import Effort
+from mess_compile.runtime.measure.measure import Effort
 from mess_compile.workspace import Workspace
 from tests.commands import ANY_SPEED, TRAIN, complaint, contents, done, edit, first, printed_json, run
 from tests.json_docs import differences

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mess_compile import coco
-from mess_compile.dataset import open_dataset, read_sample, samples
-from mess_compile.runtime.errors import InputError
+from mess_compile.data import coco
+from mess_compile.data.dataset import open_dataset, read_sample, samples
+from mess_compile.runtime.base.errors import InputError
 
 pytest.importorskip("pycocotools", reason="pip install 'mess-compile[coco]'")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools 2.0.11

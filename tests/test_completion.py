@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from mess_compile.cli import completion
-from mess_compile.runtime.engine import PRECISIONS
+from mess_compile.runtime.engines.engine import PRECISIONS
 from mess_compile.targets import known_targets
 from tests import small_network
 from tests.commands import complaint, done, run

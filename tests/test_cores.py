@@ -69,5 +69,5 @@ def test_threads_are_told_not_to_spin_before_torch_is_loaded(monkeypatch: pytest
         return ModuleType(name)
 
     monkeypatch.setattr(importlib, "import_module", imported)
-    extras.torch_module("training.stages")
+    extras.torch_module("training.train")
     assert seen == [own or "passive"]

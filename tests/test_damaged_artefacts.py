@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mess_compile.runtime.archive import file_of, open_archive, write_archive
+from mess_compile.runtime.bundle.archive import file_of, open_archive, write_archive
 from tests.commands import ANY_SPEED, complaint, contents, done, edit, first, overwrite, refused, run
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind", "brief_profile")

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mess_compile import scenes
-from mess_compile.dataset import (
+from mess_compile.data import scenes
+from mess_compile.data.dataset import (
     CAMVID,
     ClassList,
     check_trainable,
@@ -27,7 +27,7 @@ from mess_compile.dataset import (
     samples,
     survey_labels,
 )
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 CAMVID_FOLDER = Path(os.environ.get("MESS_CAMVID", Path(__file__).parents[2] / "shared" / "data" / "camvid"))
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mess_compile import demo, scenes
 from mess_compile.cli import main
+from mess_compile.data import scenes
 from mess_compile.nets.checkpoint import load_candidate, read_architecture
+from mess_compile.steps import demo
 from tests.commands import edit, overwrite
 
 PROGRAM = Path(sys.executable).parent / "mess-compile"

@@ -20,15 +20,20 @@ import numpy as np
 import onnx
 import pytest
 
-from mess_compile import building, runtime, steps, workers
-from mess_compile.latency import read_latency_table
-from mess_compile.runtime import machine, power, profile, tensorrt_build, tensorrt_engine, verify
-from mess_compile.runtime.cuda import Cuda
-from mess_compile.runtime.errors import EngineError
-from mess_compile.runtime.machine import Gpu, InstalledLibrary, Machine
-from mess_compile.runtime.tensorrt_build import BuildOptions, Built
+from mess_compile import runtime, steps
+from mess_compile.engines import build as building
+from mess_compile.engines import process_pool
+from mess_compile.evaluate.statistics import read_statistics
+from mess_compile.latency.table import read_latency_table
+from mess_compile.runtime.base.errors import EngineError
+from mess_compile.runtime.engines import tensorrt_build, tensorrt_engine
+from mess_compile.runtime.engines.cuda import Cuda
+from mess_compile.runtime.engines.tensorrt_build import BuildOptions, Built
+from mess_compile.runtime.machine import machine, power
+from mess_compile.runtime.machine.machine import Gpu, InstalledLibrary, Machine
+from mess_compile.runtime.measure import measure
+from mess_compile.runtime.serve import verify
 from mess_compile.search.plan import read_result
-from mess_compile.statistics import read_statistics
 from mess_compile.workspace import Workspace
 from tests.commands import ANY_SPEED, complaint, done, printed_json, run
 from tests.conftest import EFFORT
@@ -67,8 +72,8 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.setattr(tensorrt_engine, "open_cuda", lambda: Cuda(driver))
     monkeypatch.setitem(sys.modules, "tensorrt", make_module(VERSION, driver))
     monkeypatch.setattr(tensorrt_build, "build_engine", place.build)
-    monkeypatch.setattr(workers, "results", in_process)
-    monkeypatch.setattr(profile, "Effort", lambda: EFFORT)
+    monkeypatch.setattr(process_pool, "results", in_process)
+    monkeypatch.setattr(measure, "Effort", lambda: EFFORT)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield place
     assert driver.faults == []

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mess_compile.candidates import Gate
-from mess_compile.diagnosis import (
+from mess_compile.evaluate.diagnose import (
     Diagnosis,
     ExitLimit,
     HeadDiagnosis,
@@ -24,8 +23,15 @@ from mess_compile.diagnosis import (
     verdicts,
     weak_final_exit,
 )
-from mess_compile.runtime.errors import InputError
-from mess_compile.statistics import ExitStatistics, head_miou, read_statistics, threshold_table, write_statistics
+from mess_compile.evaluate.statistics import (
+    ExitStatistics,
+    head_miou,
+    read_statistics,
+    threshold_table,
+    write_statistics,
+)
+from mess_compile.network import Gate
+from mess_compile.runtime.base.errors import InputError
 from tests.commands import done, printed_json
 from tests.search.cases import candidate_network, exit_statistics, graph_set
 

@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 
 from mess_compile import doctor
-from mess_compile.runtime import machine
-from mess_compile.runtime.machine import Gpu, Machine
+from mess_compile.runtime.machine import machine
+from mess_compile.runtime.machine.machine import Gpu, Machine
 
 ADA = Machine((Gpu("NVIDIA GeForce RTX 4090", (8, 9), 23.5),), driver="550.54.15", cuda="12.4")
 HOPPER = Machine((Gpu("NVIDIA H200", (9, 0), 139.8),), driver="580.65.06", cuda="13.0")

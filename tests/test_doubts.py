@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from mess_compile import profiling
-from mess_compile.candidates import GraphSet
-from mess_compile.doubts import doubts_of
-from mess_compile.latency import LatencyTable
+from mess_compile.latency.checks import doubts_of
+from mess_compile.latency.table import LatencyTable
+from mess_compile.network import GraphSet
+from mess_compile.profile import full
 from mess_compile.runtime.__main__ import lines_of
-from mess_compile.runtime.archive import read_manifest
+from mess_compile.runtime.bundle.archive import read_manifest
 from mess_compile.search.plan import read_result
 from tests.commands import done, edit, printed_json
 from tests.search import cases
@@ -119,7 +119,7 @@ def test_doubts_go_wherever_the_figures_go(workspace: Path, change: Callable[[di
 
 @pytest.mark.usefixtures("brief_profile")
 def test_profile_says_at_once_what_will_follow_its_figures(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "SLOW", -1.0)
+    monkeypatch.setattr(full, "SLOW", -1.0)
     (workspace / TABLE).unlink()
     shown = done("-C", workspace, "profile", "--device", "host")
     doubts = printed_json("-C", workspace, "inspect", "latency")["doubts"]

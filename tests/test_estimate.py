@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from mess_compile import estimate
-from mess_compile.estimate import Features, Roofline, calibrate, calibrated, choose_calibration, roofline
-from mess_compile.graph.nodes import add, empty_model
-from mess_compile.runtime.errors import InputError
+from mess_compile.graph.node_builder import add, empty_model
+from mess_compile.latency import roofline as estimate
+from mess_compile.latency.roofline import Features, Roofline, calibrate, calibrated, choose_calibration, roofline
+from mess_compile.runtime.base.errors import InputError
 from mess_compile.targets import Peak, Target
 from tests import small_network
 from tests.graph.tiny import tiny_network

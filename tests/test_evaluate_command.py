@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile import cores, recording
-from mess_compile.runtime import engine
+from mess_compile import cores
+from mess_compile.runtime.engines import engine
+from mess_compile.steps import evaluate
 from mess_compile.workspace import Workspace
 from tests.commands import complaint, contents, done
 from tests.remote_device import Device, remote_device
@@ -76,7 +77,7 @@ def test_graphs_run_with_the_threads_that_were_asked_for(
         opened.append(threads)
         return engine.open_library(name, threads, gpu)
 
-    monkeypatch.setattr(recording, "open_library", open_library)
+    monkeypatch.setattr(evaluate, "open_library", open_library)
     monkeypatch.setattr(cores, "cpu_quota", lambda: None)
     done("-C", workspace, "evaluate", *asked)
     assert opened == [1 if asked else None], "by default the library takes all cores that it sees"

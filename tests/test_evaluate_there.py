@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mess_compile import evaluation
-from mess_compile.candidates import GraphSet
-from mess_compile.dataset import DataSet, open_dataset
-from mess_compile.engines import EngineFiles, plain_files
-from mess_compile.evaluation import Share, built_there, evaluate_data, evaluate_there
-from mess_compile.remote import Remote, parse_host
-from mess_compile.runtime.engine import open_library
-from mess_compile.runtime.errors import EngineError, InputError, MessError
-from mess_compile.runtime.scoring import Exits
-from mess_compile.sessions import Session
-from mess_compile.statistics import ExitStatistics
+from mess_compile.data.dataset import DataSet, open_dataset
+from mess_compile.device.client import Session
+from mess_compile.device.remote import Remote, parse_host
+from mess_compile.engines.files import EngineFiles, plain_files
+from mess_compile.evaluate import record
+from mess_compile.evaluate.record import Share, built_there, evaluate_data, evaluate_there
+from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.network import GraphSet
+from mess_compile.runtime.base.errors import EngineError, InputError, MessError
+from mess_compile.runtime.engines.engine import open_library
+from mess_compile.runtime.serve.scoring import Exits
 from tests import small_network
 from tests.commands import contents
 from tests.remote_device import Device, remote_device
@@ -47,7 +47,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
 @pytest.fixture
 def device(running: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
     running.restore()
-    monkeypatch.setattr(evaluation, "BLOCK", BLOCK)
+    monkeypatch.setattr(record, "BLOCK", BLOCK)
     return running
 
 
@@ -197,7 +197,7 @@ def test_a_break_between_two_blocks_is_one_line_and_the_first_is_kept(
 def kill_program(device: Device) -> None:
     """As the system does when memory runs out."""
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and b"mess_compile.runtime.session" in command(entry, device):
+        if entry.name.isdecimal() and b"mess_compile.runtime.serve.worker" in command(entry, device):
             os.kill(int(entry.name), signal.SIGKILL)
 
 

@@ -15,14 +15,16 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from mess_compile import evaluation, scenes, steps
-from mess_compile.candidates import GraphSet
-from mess_compile.engines import plain_files
-from mess_compile.evaluation import LabelledImage, evaluate
-from mess_compile.runtime.engine import Library, open_library
-from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.frames import resize
-from mess_compile.statistics import check_current, head_miou, merge
+from mess_compile import steps
+from mess_compile.data import scenes
+from mess_compile.engines.files import plain_files
+from mess_compile.evaluate import record
+from mess_compile.evaluate.record import LabelledImage, evaluate
+from mess_compile.evaluate.statistics import check_current, head_miou, merge
+from mess_compile.network import GraphSet
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.engines.engine import Library, open_library
+from mess_compile.runtime.images.frames import resize
 from mess_compile.workspace import Workspace
 from tests import small_network
 from tests.commands import contents
@@ -172,7 +174,7 @@ def told(counts: list[int], at: int | None = None) -> Callable[[str, int, int], 
 def test_a_killed_evaluation_continues_with_the_images_it_lacks(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "BLOCK", 4)
+    monkeypatch.setattr(record, "BLOCK", 4)
     place = Workspace(workspace)
     expected = contents(place.statistics("val"))
     with pytest.raises(Killed):
@@ -186,7 +188,7 @@ def test_a_killed_evaluation_continues_with_the_images_it_lacks(
 
 
 def test_blocks_of_images_that_changed_are_not_taken_up_again(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "BLOCK", 4)
+    monkeypatch.setattr(record, "BLOCK", 4)
     place = Workspace(workspace)
     with pytest.raises(Killed):
         steps.evaluate(place, None, "val", told([], at=10))

@@ -13,13 +13,13 @@ import onnxruntime
 import pytest
 import torch
 
-from mess_compile.candidates import Gate, HeadConfig, read_graph_set
-from mess_compile.export import export_checkpoint, export_network, torch_reference
-from mess_compile.graph.check import check_baseline_alone, check_stages
 from mess_compile.graph.cut import candidate_from_metadata, cut_network
+from mess_compile.graph.recompose_check import check_baseline_alone, check_stages
 from mess_compile.nets.checkpoint import load_candidate, save_candidate
+from mess_compile.nets.export import export_checkpoint, export_network, torch_reference
 from mess_compile.nets.network import OverprovisionedNetwork
-from mess_compile.runtime.errors import InputError
+from mess_compile.network import Gate, HeadConfig, read_graph_set
+from mess_compile.runtime.base.errors import InputError
 from tests.graph import tiny
 from tests.networks import random_network
 

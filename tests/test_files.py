@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from mess_compile import files
-from mess_compile.candidates import read_graph_set, verify_graph_set, write_graph_set
-from mess_compile.runtime.errors import InputError
-from mess_compile.statistics import read_statistics, write_statistics
+from mess_compile.evaluate.statistics import read_statistics, write_statistics
+from mess_compile.network import read_graph_set, verify_graph_set, write_graph_set
+from mess_compile.runtime.base.errors import InputError
 from tests import small_network
 from tests.search import cases
 from tests.search.cases import candidate_network, exit_statistics

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile.candidates import GraphSet
-from mess_compile.estimate import USUAL
-from mess_compile.forecast import forecast, start_from
-from mess_compile.latency import PSEUDO_GRAPHS, Failure, LatencyTable, check_current
+from mess_compile.latency.estimate import forecast, start_from
+from mess_compile.latency.roofline import USUAL
+from mess_compile.latency.table import PSEUDO_GRAPHS, Failure, LatencyTable, check_current
+from mess_compile.network import GraphSet
 from mess_compile.targets import Target, find_target
 from tests import small_network
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from mess_compile import compiling, steps
-from mess_compile.candidates import GraphSet
-from mess_compile.runtime import profile, session
+from mess_compile import steps
+from mess_compile.engines import prepare
+from mess_compile.network import GraphSet
+from mess_compile.runtime.measure import measure
+from mess_compile.runtime.serve import worker
 from mess_compile.workspace import Workspace
 from tests.commands import TRAIN, contents, done, edit, printed_json, refused, run
 from tests.json_docs import differences
@@ -30,7 +32,7 @@ def foreseen(workspace: Path, *arguments: str) -> list[dict[str, Any]]:
 def test_a_profile_tells_how_many_graphs_and_how_long(workspace: Path) -> None:
     (step,) = foreseen(workspace, "profile", "--device", "host")
     table = json.loads((workspace / "latency" / "host.json").read_text())
-    effort = profile.Effort()
+    effort = measure.Effort()
     assert step["graphs"] == len(table["entries"])
     assert f"{step['graphs']} latencies measured before, 0 estimated" in step["basis"]
     assert step["least_s"] >= 0.999 * (effort.warm_up_s + step["graphs"] * effort.windows * effort.window_s)
@@ -40,8 +42,8 @@ def test_a_profile_tells_how_many_graphs_and_how_long(workspace: Path) -> None:
 
 
 def test_what_a_broken_measurement_left_is_told(workspace: Path) -> None:
-    kind, window = session.told(profile.Window("baseline@fp32", 1, (1.0,)))
-    lines = [json.dumps({"run": "1"}), *[json.dumps({kind: window})] * profile.Effort().windows]
+    kind, window = worker.told(measure.Window("baseline@fp32", 1, (1.0,)))
+    lines = [json.dumps({"run": "1"}), *[json.dumps({kind: window})] * measure.Effort().windows]
     (workspace / "latency" / "host.samples.jsonl").write_text("\n".join(lines))
     (step,) = foreseen(workspace, "profile", "--device", "host")
     assert "had timed 1 of them" in step["notes"][0]
@@ -164,7 +166,7 @@ def test_graphs_are_read_through_once(workspace: Path, monkeypatch: pytest.Monke
     def verify(graph_set: GraphSet) -> None:
         seen.append(graph_set)
 
-    monkeypatch.setattr(compiling, "verify_graph_set", verify)
+    monkeypatch.setattr(prepare, "verify_graph_set", verify)
     foreseen_once = steps.foresee_profile(Workspace(workspace), "xavier", host=NOWHERE)
     assert [step.step for step in foreseen_once] == ["build", "profile"]
     assert len(seen) == 1

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from mess_compile.runtime.errors import EngineError
+from mess_compile.runtime.base.errors import EngineError
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = ROOT / "benchmarks" / "fuzz_bundle.py"

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from mess_compile.cli import main
-from mess_compile.console import fail, print_json
+from mess_compile.cli.console import fail, print_json
 from tests.commands import run
 
 LOUD = """

@@ -13,10 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from mess_compile.class_list import ClassList
-from mess_compile.labels import read_labels
-from mess_compile.runtime import png
-from mess_compile.runtime.errors import InputError
+from mess_compile.data.class_list import ClassList
+from mess_compile.data.labels import read_labels
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.images import png
 
 NAMES = ("sky", "road", "tree")
 PLAIN = ClassList(NAMES, ((1, 0, 0), (2, 0, 0), (3, 0, 0)))

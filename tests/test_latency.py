@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile.latency import check_current, path_costs_ns, read_latency_table, stage_graphs, write_latency_table
-from mess_compile.runtime.errors import InputError, StaleError
+from mess_compile.latency.table import (
+    check_current,
+    path_costs_ns,
+    read_latency_table,
+    stage_graphs,
+    write_latency_table,
+)
+from mess_compile.runtime.base.errors import InputError, StaleError
 from tests.search.cases import candidate_network, graph_set, latency_table
 
 GRAPHS = graph_set(candidate_network((1, 1)), rows=2)

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mess_compile import layouts
+from mess_compile.data import layouts
+from mess_compile.data.dataset import DataSet, open_dataset, read_sample
 from mess_compile.data_folder import DataFolder
-from mess_compile.dataset import DataSet, open_dataset, read_sample
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 TRAIN_IDS = {  # labelId: trainId, from the table on the data set's web page
     7: 0,

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mess_compile.remote import Remote, RemoteError, parse_host
-from mess_compile.sessions import Session
+from mess_compile.device.client import Session
+from mess_compile.device.remote import Remote, RemoteError, parse_host
 from tests import small_network
 from tests.remote_device import Device, remote_device
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mess_compile.latency import Latency, LatencyTable
-from mess_compile.measurements import measurements_of
-from mess_compile.statistics import ExitStatistics
+from mess_compile.bundle.stage_costs import measurements_of
+from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.latency.table import Latency, LatencyTable
 from tests import small_network
 
 MEAN_MS = {"segment-0-1": 4.0, "segment-1-2": 8.0, "output-4x6": 0.5, "upload": 0.25, "download": 0.125, "null": 0.03}

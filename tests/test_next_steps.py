@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mess_compile import scenes, workspace
-from mess_compile.bench import Bench, Held
-from mess_compile.cli import bundles, main, next_steps
-from mess_compile.runtime.verify import Demands
-from mess_compile.ship import parse_place
+from mess_compile import workspace
+from mess_compile.bench.run import Bench, Held
+from mess_compile.cli import bundles, hints, main
+from mess_compile.data import scenes
+from mess_compile.runtime.serve.verify import Demands
+from mess_compile.ship.client import parse_place
 from mess_compile.workspace import Workspace, open_workspace
 from tests.commands import TRAIN, run
 from tests.graph import foreign_network
@@ -116,6 +117,6 @@ def test_a_search_that_allowed_no_error_is_not_proposed_again(used: Workspace) -
 
 
 def test_a_bundle_of_any_name_is_shipped_into_a_folder_that_ship_takes(used: Workspace) -> None:
-    command = next_steps.ship_to_host(Path("my street (2).mess"), "orin")
+    command = hints.ship_to_host(Path("my street (2).mess"), "orin")
     assert command == "ship 'my street (2).mess' ssh://me@orin:2222:~/my-street--2-"
     assert parse_place(shlex.split(command)[-1]).folder == "my-street--2-"

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mess_compile.data_folder import DataFolder
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 from mess_compile.workspace import Workspace
 from tests.commands import TRAIN, complaint, contents, done, refused, run
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mess_compile.candidates import CONFIDENCES, Gate
+from mess_compile.network import CONFIDENCES, Gate
 from tests.graph.test_gate import run_gate
 from tests.paper_gate import agreement, edge_mask, image_confidence, pixel_confidence, smoothed
 

@@ -15,17 +15,19 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile import elsewhere, steps
-from mess_compile.latency import LatencyTable, read_latency_table
-from mess_compile.remote import RemoteError, parse_host
-from mess_compile.runtime import profile, session
-from mess_compile.runtime.errors import InputError
+from mess_compile import steps
+from mess_compile.device import connect
+from mess_compile.device.remote import RemoteError, parse_host
+from mess_compile.latency.table import LatencyTable, read_latency_table
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.measure import measure
+from mess_compile.runtime.serve import worker
 from mess_compile.workspace import Workspace
 from tests.commands import complaint, done, printed_json, refused, run
 from tests.conftest import EFFORT
 from tests.remote_device import Device, remote_device
 
-LONGER = profile.Effort(window_s=0.03, window_runs=2, max_s=0.2, warm_up_s=0.0)
+LONGER = measure.Effort(window_s=0.03, window_runs=2, max_s=0.2, warm_up_s=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def device(running: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
     """Reached by the `ssh` on PATH, as a user's ~/.ssh/config would reach it; `profile` measures for milliseconds."""
     running.restore()
     monkeypatch.setenv("PATH", f"{running.path_folder()}:{os.environ['PATH']}")
-    monkeypatch.setattr(profile, "Effort", lambda: EFFORT)
+    monkeypatch.setattr(measure, "Effort", lambda: EFFORT)
     return running
 
 
@@ -57,8 +59,8 @@ def test_another_machine_does_not_take_the_place_of_this_one(
     workspace: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `host`, this machine's table would be another's, and every plan for it wrong."""
-    here = {**session.describe_machine(), "identity": "another"}
-    monkeypatch.setattr(elsewhere, "describe_machine", lambda: here)
+    here = {**worker.describe_machine(), "identity": "another"}
+    monkeypatch.setattr(connect, "describe_machine", lambda: here)
     message = refused(workspace, "profile", "--device", "host", "--host", device.host)
     assert f"{device.host} is another, whose latencies would take the place of this one's" in message
     assert "describe it in profiles/NAME.toml, and name it by --device NAME" in message
@@ -79,7 +81,7 @@ class TestNamedPython:
         given = ("evaluate", "--split", "val[:2]", "--device", "host", "--host", device.host)
         assert "2 images" in done("-C", workspace, *given, "--python", python)
         assert not list(device.home.rglob("hacked"))
-        again = elsewhere.reached(Workspace(workspace), device.host, None)
+        again = connect.reached(Workspace(workspace), device.host, None)
         with again as remote:
             assert remote.run((remote.host.python, "-c", "print(1)")).output == b"1\n"
 
@@ -276,7 +278,7 @@ def _sessions(device: Device) -> list[int]:
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
             words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdecimal() else [b""]
-            ours = b"python" in words[0] and b"mess_compile.runtime.session" in words
+            ours = b"python" in words[0] and b"mess_compile.runtime.serve.worker" in words
             if ours and f"HOME={device.home}".encode() in (entry / "environ").read_bytes().split(b"\0"):
                 found.append(int(entry.name))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from mess_compile.progress_lines import ProgressLines
+from mess_compile.cli.progress import ProgressLines
 
 
 class Clock:

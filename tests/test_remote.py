@@ -18,8 +18,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mess_compile.remote import Host, Pushed, Remote, RemoteError, parse_host
-from mess_compile.runtime.errors import InputError
+from mess_compile.device.remote import Host, Pushed, Remote, RemoteError, parse_host
+from mess_compile.runtime.base.errors import InputError
 from tests.remote_device import Device, remote_device
 
 pytestmark = pytest.mark.slow
@@ -240,7 +240,7 @@ def test_the_program_and_its_children_stop_when_nobody_reads(remote: Remote) -> 
 
 def test_the_program_stops_when_this_process_is_killed(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
-        "from mess_compile.remote import Remote, parse_host\n"
+        "from mess_compile.device.remote import Remote, parse_host\n"
         f"remote = Remote(parse_host({device.host!r}), {device.ssh_options!r})\n"
         f"for line in remote.lines({SLEEPER!r}): print(line, flush=True)"
     )

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile.bundle import write_retuned
-from mess_compile.remote import Remote, parse_host
-from mess_compile.retuning import Choice, chosen_stages, retuned
-from mess_compile.runtime import archive, manifest
-from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.verify import verify_bundle
+from mess_compile.bundle.write import write_retuned
+from mess_compile.device.remote import Remote, parse_host
+from mess_compile.evaluate.statistics import ExitStatistics, read_statistics
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.bundle import archive, manifest
+from mess_compile.runtime.serve.verify import verify_bundle
 from mess_compile.search.plan import Stage
-from mess_compile.statistics import ExitStatistics, read_statistics
+from mess_compile.ship.retune import Choice, chosen_stages, retuned
 from tests import small_network
 from tests.commands import ANY_SPEED, printed_json
 from tests.conftest import quiet

@@ -17,10 +17,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from mess_compile import running
-from mess_compile.runtime import cascade as runtime_cascade
-from mess_compile.runtime.cascade import Cascade
-from mess_compile.runtime.errors import EngineError
+from mess_compile.runtime.base.errors import EngineError
+from mess_compile.runtime.cascade import cascade as runtime_cascade
+from mess_compile.runtime.cascade.cascade import Cascade
+from mess_compile.steps import run as running
 from tests import small_network
 from tests.commands import complaint, done, printed_json, run
 
@@ -223,10 +223,10 @@ class Camera:
 
 
 def test_ctrl_c_ends_the_film_of_a_camera_whole(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mess_compile import media
+    from mess_compile.data import video
 
     real = cv2.VideoCapture
-    monkeypatch.setattr(media.cv2, "VideoCapture", lambda name: Camera() if name == 0 else real(name))
+    monkeypatch.setattr(video.cv2, "VideoCapture", lambda name: Camera() if name == 0 else real(name))
     shown = done("run", bundle, "camera:0", "-o", tmp_path)
     assert "stopped there by Ctrl-C; what is written is whole" in shown
     monkeypatch.undo()

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mess_compile import statistics
 from mess_compile.cli.searching import thrift_of
-from mess_compile.report.contents import Missing
+from mess_compile.evaluate import statistics
+from mess_compile.report.model import Missing
 from mess_compile.report.provenance import provenance_of
+from mess_compile.search.display import expected_elsewhere
 from mess_compile.search.plan import Optimism, read_result
 from mess_compile.search.requirement import Limit, Requirement
-from mess_compile.search.shown import expected_elsewhere
 from mess_compile.steps import Thrift
 from mess_compile.workspace import Workspace
 from tests.commands import complaint, contents, done, edit, overwrite, printed_json, refused, run

@@ -10,19 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile import forecast, sharing, sparing
-from mess_compile.candidates import BASELINE, BASELINE_ALONE, GraphSet
-from mess_compile.engines import plain_files
-from mess_compile.jobs import job_name
-from mess_compile.latency import PSEUDO_GRAPHS, LatencyTable, check_current, read_latency_table
-from mess_compile.places import Place, Task, as_they_are
-from mess_compile.runtime import profile
-from mess_compile.runtime.errors import EngineError, InputError
-from mess_compile.runtime.pool import Opened
-from mess_compile.runtime.power import DeviceState
-from mess_compile.runtime.profile import Effort, Window
+from mess_compile.engines.files import plain_files
+from mess_compile.engines.jobs import job_name
+from mess_compile.latency import estimate
+from mess_compile.latency.table import PSEUDO_GRAPHS, LatencyTable, check_current, read_latency_table
+from mess_compile.network import BASELINE, BASELINE_ALONE, GraphSet
+from mess_compile.profile import multi_device, selection
+from mess_compile.profile.backends import Place, Task, as_they_are
+from mess_compile.profile.sparse import Errand
+from mess_compile.runtime.base.errors import EngineError, InputError
+from mess_compile.runtime.machine.power import DeviceState
+from mess_compile.runtime.measure import measure as profile
+from mess_compile.runtime.measure.job_pool import Opened
+from mess_compile.runtime.measure.measure import Effort, Window
 from mess_compile.targets import find_target
-from mess_compile.thrift import Errand
 from tests import small_network
 from tests.conftest import quiet
 
@@ -53,7 +54,7 @@ class Scripted:
 @pytest.fixture
 def graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GraphSet:
     """Few enough that calibration as usual would be all of them."""
-    monkeypatch.setattr(sparing, "FEWEST", 3)
+    monkeypatch.setattr(selection, "FEWEST", 3)
     made = small_network.graph_set(tmp_path / "graphs", baseline_alone="alone")
     specs = dict(made.graphs)
     specs[BASELINE] = replace(specs.pop(BASELINE_ALONE), name=BASELINE)
@@ -69,14 +70,14 @@ def devices(graphs: GraphSet) -> tuple[Scripted, Scripted]:
 
 
 def errand(graphs: GraphSet, place: Place, path: Path) -> Errand:
-    priors = forecast.priors_of(graphs, find_target("host", path.parent), ())
-    subject = sparing.Subject((graphs,), priors)
+    priors = estimate.priors_of(graphs, find_target("host", path.parent), ())
+    subject = selection.Subject((graphs,), priors)
     return Errand((plain_files(graphs),), place, subject, path, quiet, quiet, lambda: True, EFFORT)
 
 
 def shared(graphs: GraphSet, path: Path, *scripted: Scripted, everything: bool = True) -> LatencyTable:
     places = {f"ssh://{each.place.facts['identity']}": each.place for each in scripted}
-    return sharing.profile_shared(errand(graphs, scripted[0].place, path), places, everything)
+    return multi_device.profile_shared(errand(graphs, scripted[0].place, path), places, everything)
 
 
 def own(table: LatencyTable) -> dict[str, float]:
@@ -150,4 +151,4 @@ def test_one_device_by_two_names_is_refused(graphs: GraphSet, tmp_path: Path) ->
     one, _ = devices(graphs)
     places = {"ssh://xavier": one.place, "ssh://10.0.0.7": one.place}
     with pytest.raises(InputError, match=r"ssh://10.0.0.7 is the same device as ssh://xavier: name each device once"):
-        sharing.profile_shared(errand(graphs, one.place, tmp_path / "host.json"), places, True)
+        multi_device.profile_shared(errand(graphs, one.place, tmp_path / "host.json"), places, True)

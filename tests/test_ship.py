@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mess_compile import ship
-from mess_compile.runtime.archive import open_archive
-from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.ship import Looked
-from mess_compile.ship import Place, parse_place
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.bundle.archive import open_archive
+from mess_compile.runtime.serve.ship import Looked
+from mess_compile.ship import client as ship
+from mess_compile.ship.client import Place, parse_place
 from mess_compile.workspace import Workspace
 from tests.commands import ANY_SPEED, complaint, done, printed_json, run
 from tests.json_docs import differences
@@ -406,7 +406,7 @@ def _kill_there(device: Device) -> None:
         with suppress(OSError):
             words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdecimal() else []
             if (
-                b"mess_compile.runtime.ship" in words
+                b"mess_compile.runtime.serve.ship" in words
                 and f"HOME={device.home}".encode() in (entry / "environ").read_bytes()
             ):
                 os.kill(int(entry.name), signal.SIGKILL)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile.runtime import profile
+from mess_compile.runtime.measure import measure
 from tests.commands import ANY_SPEED, done, printed_json, run
 from tests.conftest import EFFORT
 from tests.remote_device import remote_device
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 def xavier(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Xavier]:
     with remote_device(tmp_path_factory.mktemp("device")) as device:
         monkeypatch.setenv("PATH", f"{device.path_folder()}:{os.environ['PATH']}")
-        monkeypatch.setattr(profile, "Effort", lambda: EFFORT)
+        monkeypatch.setattr(measure, "Effort", lambda: EFFORT)
         yield as_xavier(device, "one")
 
 

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from mess_compile import sparing
-from mess_compile.candidates import BASELINE, BASELINE_ALONE, GraphSet
-from mess_compile.estimate import TERMS, Roofline
-from mess_compile.latency import PSEUDO_GRAPHS, Failure, LatencyTable
-from mess_compile.runtime.errors import RequirementError
-from mess_compile.search.figures import Evidence
+from mess_compile.latency.roofline import TERMS, Roofline
+from mess_compile.latency.table import PSEUDO_GRAPHS, Failure, LatencyTable
+from mess_compile.network import BASELINE, BASELINE_ALONE, GraphSet
+from mess_compile.profile import selection
+from mess_compile.profile.selection import Key, Subject, Wanted
+from mess_compile.runtime.base.errors import RequirementError
+from mess_compile.search.metrics import Evidence
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search, search_recipes
-from mess_compile.sparing import Key, Subject, Wanted
 from tests import small_network
 from tests.graph.tiny import tiny_network
 from tests.search.brute_force import BrutePlan, all_plans, baseline_of, ns
@@ -58,7 +58,7 @@ def measured(table: LatencyTable, of: LatencyTable, wanted: Wanted) -> LatencyTa
 def settled(about: Subject, of: LatencyTable) -> LatencyTable:
     """What a caller with time enough has in the end."""
     table = nothing_of(of)
-    while wanted := sparing.next_batch(about, table):
+    while wanted := selection.next_batch(about, table):
         table = measured(table, of, wanted)
     return table
 
@@ -91,7 +91,7 @@ def test_a_plan_of_measured_graphs_that_is_best_by_lower_ends_is_the_best(
     known = {(name, FP32): truth.latency(name) for name in (*case.graph_set.baselines, *PSEUDO_GRAPHS)}
     for _ in low:
         table = replace(truth, entries=low | known)
-        wanted = [key for key in sparing.contenders(subject(case, requirement), table) if key not in known]
+        wanted = [key for key in selection.contenders(subject(case, requirement), table) if key not in known]
         if not wanted:
             break
         known |= {key: truth.entries[key] for key in wanted}
@@ -112,12 +112,12 @@ def test_the_same_plan_as_with_everything_measured_under_a_bound_relative_to_the
     expected = best(case, objective, lambda plan: plan.cost_ns <= round(share * cost_ns) * n)
     about = subject(case, Requirement(objective=objective, max_latency=Limit(share, relative=True)))
     table = settled(about, case.table)
-    whole = replace(case, table=sparing.expected_table(about, table))
+    whole = replace(case, table=selection.expected_table(about, table))
     if expected is None:
         fastest = min(plan.cost_ns for plan in all_plans(case, "input-dependent", 2))
         assert search(whole, Requirement()).plan.predicted.latency_ms == fastest / n / 1e6
         return
-    plan = search(replace(case, table=sparing.optimistic_table(about, table)), about.requirements[0]).plan
+    plan = search(replace(case, table=selection.optimistic_table(about, table)), about.requirements[0]).plan
     assert identity(plan) == brute_identity(expected)
     assert {(graph.name, graph.precision) for graph in plan.graphs} <= table.entries.keys()
 
@@ -129,7 +129,7 @@ def test_an_anytime_plan_is_the_same_too(case: Evidence, microseconds: int | Non
     expected = min(all_plans(case, "anytime", 2, deadline), key=lambda plan: key(plan, "anytime"))
     requirement = Requirement(setting="anytime", deadline_ms=None if deadline is None else deadline / 1e6)
     about = subject(case, requirement)
-    table = sparing.optimistic_table(about, settled(about, case.table))
+    table = selection.optimistic_table(about, settled(about, case.table))
     if deadline is not None and not expected.score:
         with pytest.raises(RequirementError, match="no plan reports by"):
             search(replace(case, table=table), requirement)
@@ -213,7 +213,7 @@ def test_the_best_plan_of_several_recipes_is_found_too(
     ordered = sorted((key(plan, objective)[:3], recipe == "fp16") for recipe, plan in found.items() if plan)
     assert ordered, "a baseline that is the best of all satisfies"
     recipe = "fp16" if ordered[0][1] else "fp32"
-    optimistic = sparing.optimistic_table(about, table)
+    optimistic = selection.optimistic_table(about, table)
     plan = search_recipes([replace(each, table=optimistic) for each in (plain, half)], requirement).plan
     expected = found[recipe]
     assert expected is not None
@@ -226,13 +226,13 @@ def test_every_recipe_has_its_baseline_and_calibration_measured_first() -> None:
     half, _ = in_fp16(case, seed=11)
     prior = priors(case)[FP32]
     about = Subject((case.graph_set, half.graph_set), {FP32: prior, "fp16": prior})
-    wanted = sparing.next_batch(about, nothing_of(half.table))
+    wanted = selection.next_batch(about, nothing_of(half.table))
     assert wanted is not None
     assert {key for key in wanted.graphs if key[0] == BASELINE} == {
         (BASELINE, graphs.spec(BASELINE).precision) for graphs in about.graph_sets
     }
     for precision in (FP32, "fp16"):
-        assert sum(key[1] == precision and key[0] not in PSEUDO_GRAPHS for key in wanted.graphs) >= sparing.FEWEST
+        assert sum(key[1] == precision and key[0] not in PSEUDO_GRAPHS for key in wanted.graphs) >= selection.FEWEST
 
 
 def test_a_kind_of_equal_graphs_is_one_in_all_recipes(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_kind_of_equal_graphs_is_one_in_all_recipes(tmp_path: Path) -> None:
     graphs = replace(graphs, graphs={**graphs.graphs, third.name: third})
     specs = graphs.graphs | {HEADS[0][0]: replace(graphs.spec(HEADS[0][0]), precision="fp16")}
     half = replace(graphs, graphs=specs, recipe="fp16")
-    found = sparing.twins(graphs, half)
+    found = selection.twins(graphs, half)
     assert found == {HEADS[1]: HEADS[0], (third.name, FP32): HEADS[0]}
     assert not found.keys() & set(found.values())
 
@@ -254,7 +254,7 @@ def test_good_estimates_leave_most_graphs_unmeasured() -> None:
     requirement = Requirement(max_err_pp=1.0)
     about = replace(subject(case, requirement, slack=1.0), priors=exact)
     table = settled(about, case.table)
-    whole = replace(case, table=sparing.expected_table(about, table))
+    whole = replace(case, table=selection.expected_table(about, table))
     assert identity(search(whole, requirement).plan) == identity(search(case, requirement).plan)
     assert len(table.entries) < len(case.table.entries) * 0.7
 
@@ -263,7 +263,7 @@ def test_bars_that_lie_lose_the_best_plan() -> None:
     """Known and stated: what is measured is settled by lower ends, and one that is too high hides a plan."""
     case = evidence((3, 3, 3), 2, images=6, seed=2)
     about = subject(case, Requirement(), slack=1e-6)
-    found = search(replace(case, table=sparing.optimistic_table(about, settled(about, case.table))), Requirement())
+    found = search(replace(case, table=selection.optimistic_table(about, settled(about, case.table))), Requirement())
     assert found.plan.predicted.latency_ms > search(case, Requirement()).plan.predicted.latency_ms
 
 
@@ -272,7 +272,7 @@ def test_bars_that_lie_lose_the_best_plan() -> None:
 
 def test_baselines_and_transfers_are_measured_first() -> None:
     case = evidence((2, 1), 2, images=5, seed=0)
-    wanted = sparing.next_batch(subject(case, Requirement()), nothing_of(case.table))
+    wanted = selection.next_batch(subject(case, Requirement()), nothing_of(case.table))
     assert wanted is not None
     assert wanted.graphs[:4] == ((BASELINE, FP32), *((name, FP32) for name in PSEUDO_GRAPHS))
 
@@ -282,14 +282,14 @@ def test_a_graph_that_fails_to_build_is_not_asked_for_again_and_costs_only_its_p
     plan = search(case, Requirement()).plan
     lost = (plan.graphs[1].name, FP32)
     about, table = subject(case, Requirement()), nothing_of(case.table)
-    while wanted := sparing.next_batch(about, table):
+    while wanted := selection.next_batch(about, table):
         if lost in wanted.graphs:
             failed = {lost: Failure(*lost[:1], case.graph_set.spec(lost[0]).sha256, FP32, "out of memory")}
             table, wanted = replace(table, failed=failed), Wanted(tuple(set(wanted.graphs) - {lost}), wanted.why)
             if not wanted.graphs:
                 continue
         table = measured(table, case.table, wanted)
-    found = search(replace(case, table=sparing.optimistic_table(about, table)), Requirement()).plan
+    found = search(replace(case, table=selection.optimistic_table(about, table)), Requirement()).plan
     expected = best(case, "latency", lambda plan: lost[0] not in {f"head-{head}" for head in plan.heads})
     assert table.failed
     assert expected is not None
@@ -300,20 +300,20 @@ def test_a_call_that_ends_early_continues_with_what_it_has() -> None:
     case = evidence((2, 2), 2, images=6, seed=4)
     about, table = subject(case, Requirement(max_err_pp=1.0)), nothing_of(case.table)
     whole = settled(about, case.table)
-    wanted = sparing.next_batch(about, table)
+    wanted = selection.next_batch(about, table)
     assert wanted is not None
     half = measured(table, case.table, Wanted(wanted.graphs[:2], ""))
-    again = sparing.next_batch(about, half)
+    again = selection.next_batch(about, half)
     assert again is not None
     assert again.graphs == wanted.graphs[2:]
-    assert sparing.next_batch(about, whole) is None
+    assert selection.next_batch(about, whole) is None
 
 
 def test_several_requirements_are_all_answered() -> None:
     case = evidence((2, 2), 2, images=6, seed=5)
     requirements = (Requirement(), Requirement(objective="accuracy"))
     about = subject(case, *requirements)
-    table = sparing.optimistic_table(about, settled(about, case.table))
+    table = selection.optimistic_table(about, settled(about, case.table))
     for requirement in requirements:
         plan = search(replace(case, table=table), requirement).plan
         assert identity(plan) == identity(search(case, requirement).plan)
@@ -339,14 +339,14 @@ def test_every_entry_says_whether_it_was_measured() -> None:
     case = evidence((2, 1), 2, images=5, seed=7)
     about = subject(case, Requirement())
     known = {key: case.table.entries[key] for key in [(BASELINE, FP32), ("upload", FP32), ("segment-0-1", FP32)]}
-    table = sparing.expected_table(about, replace(case.table, entries=known))
+    table = selection.expected_table(about, replace(case.table, entries=known))
     Evidence(case.graph_set, table, case.statistics)  # nothing is missing
     assert {key for key, entry in table.entries.items() if entry.source == "measured"} == known.keys()
     assert table.source == "estimated"
     assert all(entry.error is not None and entry.error > 1 for entry in table.entries.values() if not entry.runs)
-    assert sparing.expected_table(about, case.table) == case.table
+    assert selection.expected_table(about, case.table) == case.table
     assert (
-        sparing.coverage(about, table)
+        selection.coverage(about, table)
         == f"measured {len(case.graph_set.graphs)} of {len(case.graph_set.graphs)} graphs"
     )
 
@@ -359,7 +359,7 @@ def test_no_segment_is_outside_what_others_leave_for_it(parts: list[float], laun
     random = np.random.default_rng(seed)
     truth = {f"segment-{a}-{b}": sum(parts[a:b]) + launch_ms for a, b in candidate.segments()}
     known = {name: ms * random.uniform(0.92, 1.08) for name, ms in truth.items() if random.random() < 0.4}
-    for name, (low_ms, high_ms) in sparing.segment_bounds(candidate, known).items():
+    for name, (low_ms, high_ms) in selection.segment_bounds(candidate, known).items():
         assert low_ms <= truth[name] * 1.0001
         assert low_ms <= high_ms
         assert high_ms >= truth[name]
@@ -367,7 +367,7 @@ def test_no_segment_is_outside_what_others_leave_for_it(parts: list[float], laun
 
 def test_a_whole_and_all_but_one_part_tell_the_last_part() -> None:
     candidate = evidence((1, 1), 1, images=3, seed=0).candidate
-    low_ms, high_ms = sparing.segment_bounds(candidate, {"segment-0-3": 10.0, "segment-0-1": 2.0})["segment-1-3"]
+    low_ms, high_ms = selection.segment_bounds(candidate, {"segment-0-3": 10.0, "segment-0-1": 2.0})["segment-1-3"]
     assert low_ms == pytest.approx(0.9 * 10 - 1.1 * 2)
     assert high_ms == pytest.approx(1.1 * 10)
 
@@ -400,7 +400,7 @@ def reweighted(graph: onnx.GraphProto) -> None:
 
 @pytest.mark.parametrize("change", [renamed, reweighted, lambda graph: graph.initializer.sort(key=lambda t: t.name)])
 def test_names_weights_and_their_order_make_no_difference(change: Callable[[onnx.GraphProto], object]) -> None:
-    assert sparing.structure_of(changed(change)) == sparing.structure_of(tiny_network())
+    assert selection.structure_of(changed(change)) == selection.structure_of(tiny_network())
 
 
 def swapped(graph: onnx.GraphProto) -> None:
@@ -416,7 +416,7 @@ def rewired(graph: onnx.GraphProto) -> None:
 
 @pytest.mark.parametrize("change", [swapped, rewired, lambda graph: graph.output.pop()])
 def test_another_operator_connection_or_output_makes_a_difference(change: Callable[[onnx.GraphProto], object]) -> None:
-    assert sparing.structure_of(changed(change)) != sparing.structure_of(tiny_network())
+    assert selection.structure_of(changed(change)) != selection.structure_of(tiny_network())
 
 
 def resized(height: int) -> onnx.ModelProto:
@@ -430,20 +430,21 @@ def resized(height: int) -> onnx.ModelProto:
 
 
 def test_integers_that_decide_shapes_make_a_difference() -> None:
-    assert sparing.structure_of(resized(6)) == sparing.structure_of(resized(6)) != sparing.structure_of(resized(9))
+    structures = [selection.structure_of(resized(size)) for size in (6, 6, 9)]
+    assert structures[0] == structures[1] != structures[2]
 
 
 HEADS = tuple((f"head-{name}", FP32) for name in small_network.HEADS)
 
 
 def test_heads_of_equal_architecture_and_shape_are_twins(tmp_path: Path) -> None:
-    assert sparing.twins(small_network.graph_set(tmp_path)) == {HEADS[1]: HEADS[0]}
+    assert selection.twins(small_network.graph_set(tmp_path)) == {HEADS[1]: HEADS[0]}
 
 
 def test_the_same_graph_in_another_precision_is_no_twin(tmp_path: Path) -> None:
     graphs = small_network.graph_set(tmp_path)
     specs = graphs.graphs | {HEADS[1][0]: replace(graphs.spec(HEADS[1][0]), precision="fp16")}
-    assert sparing.twins(replace(graphs, graphs=specs)) == {}
+    assert selection.twins(replace(graphs, graphs=specs)) == {}
 
 
 def twin_case() -> tuple[GraphSet, Subject, LatencyTable]:
@@ -460,11 +461,11 @@ def twin_case() -> tuple[GraphSet, Subject, LatencyTable]:
 def test_twins_share_a_measurement_under_their_own_name_and_hash() -> None:
     graphs, about, truth = twin_case()
     ((twin, first),) = about.twins.items()
-    table = sparing.expected_table(about, replace(truth, entries={first: truth.entries[first]}))
+    table = selection.expected_table(about, replace(truth, entries={first: truth.entries[first]}))
     shared = table.entries[twin]
     assert (shared.mean_ms, shared.source) == (0.003, "measured")
     assert (shared.graph, shared.sha256) == (twin[0], graphs.spec(twin[0]).sha256)
-    assert sparing.coverage(about, replace(truth, entries={first: truth.entries[first]})) == (
+    assert selection.coverage(about, replace(truth, entries={first: truth.entries[first]})) == (
         f"measured 1 of {len(graphs.graphs)} graphs, 1 more like one of them"
     )
 
@@ -476,28 +477,28 @@ def test_twins_that_differ_do_not_share() -> None:
     twins = {twin: first, third: first}
     slower = replace(truth.entries[twin], mean_ms=0.00316)
     entries = {first: truth.entries[first], twin: slower}
-    assert sparing.differing_twins(entries, twins) == (first,)
-    assert sparing.differing_twins(entries, twins, tolerance=0.06) == ()
-    assert sparing.differing_twins({twin: slower}, twins) == ()
+    assert selection.differing_twins(entries, twins) == (first,)
+    assert selection.differing_twins(entries, twins, tolerance=0.06) == ()
+    assert selection.differing_twins({twin: slower}, twins) == ()
 
 
 def test_twins_are_sampled_beside_one_of_their_kind_and_no_more_than_needed() -> None:
     kinds = [[(f"{kind}{i}", FP32) for i in range(10)] for kind in "abc"]
     twins = {key: kind[0] for kind in kinds for key in kind[1:]}
     known = {kinds[0][0], kinds[1][4], kinds[1][5]}
-    sampled = sparing.sampled_twins(twins, known, count=3)
+    sampled = selection.sampled_twins(twins, known, count=3)
     assert len(set(sampled)) == 2  # one pair is there
     assert not set(sampled) & (known | set(kinds[2]))
-    assert sampled == sparing.sampled_twins(twins, known, count=3)
-    assert sparing.sampled_twins(twins, known, count=1) == ()
-    assert len(sparing.sampled_twins(twins, known, count=100)) == 17
+    assert sampled == selection.sampled_twins(twins, known, count=3)
+    assert selection.sampled_twins(twins, known, count=1) == ()
+    assert len(selection.sampled_twins(twins, known, count=100)) == 17
 
 
 def test_the_plan_in_the_end_was_measured_itself_not_by_a_twin() -> None:
     _, about, truth = twin_case()
     table = settled(about, truth)
     graphs, statistics = about.graph_sets[0], about.statistics[FP32]
-    plan = search(Evidence(graphs, sparing.optimistic_table(about, table), statistics), about.requirements[0]).plan
+    plan = search(Evidence(graphs, selection.optimistic_table(about, table), statistics), about.requirements[0]).plan
     assert {(graph.name, graph.precision) for graph in plan.graphs} <= table.entries.keys()
 
 
@@ -505,4 +506,4 @@ def test_a_baseline_trained_alone_is_like_the_other(tmp_path: Path) -> None:
     graphs = small_network.graph_set(tmp_path, baseline_alone="alone")
     again = replace(graphs.spec(BASELINE_ALONE), name=BASELINE)
     both = replace(graphs, graphs={BASELINE: again, **graphs.graphs})
-    assert sparing.twins(both)[BASELINE_ALONE, FP32] == (BASELINE, FP32)
+    assert selection.twins(both)[BASELINE_ALONE, FP32] == (BASELINE, FP32)

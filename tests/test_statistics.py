@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mess_compile.candidates import Gate
-from mess_compile.runtime.errors import InputError, StaleError
-from mess_compile.statistics import (
+from mess_compile.evaluate.statistics import (
     ExitStatistics,
     check_current,
     head_miou,
@@ -24,6 +22,8 @@ from mess_compile.statistics import (
     threshold_table,
     write_statistics,
 )
+from mess_compile.network import Gate
+from mess_compile.runtime.base.errors import InputError, StaleError
 from tests.search.cases import candidate_network, exit_statistics, graph_set
 
 GRAPHS = graph_set(candidate_network((2, 1)), rows=3)

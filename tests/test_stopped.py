@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mess_compile.cli import main
-from mess_compile.cli.stopped import GRADUAL, KEPT, NOTHING, words_of
+from mess_compile.cli.interrupts import GRADUAL, KEPT, NOTHING, words_of
 from tests.commands import contents, run
 
 GIVEN = {

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mess_compile import targets
-from mess_compile.runtime import machine as machines
-from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.machine import Gpu, InstalledLibrary, Machine
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.machine import machine as machines
+from mess_compile.runtime.machine.machine import Gpu, InstalledLibrary, Machine
 from mess_compile.targets import Peak, Target, differences, find_target, known_targets, refuse_unless_here
 from tests.commands import complaint, done, printed_json
 

@@ -11,10 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mess_compile import trtexec
-from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.machine import Gpu
-from mess_compile.trtexec import (
+from mess_compile.device import trtexec
+from mess_compile.device.trtexec import (
     Samples,
     build_command,
     error_from_output,
@@ -24,6 +22,8 @@ from mess_compile.trtexec import (
     timing_command,
     version_from_output,
 )
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.machine.machine import Gpu
 
 KEYS = (
     *("startEnqMs", "endEnqMs", "startH2dMs", "endH2dMs", "startComputeMs", "endComputeMs", "startD2hMs", "endD2hMs"),

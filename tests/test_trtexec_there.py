@@ -15,21 +15,22 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from mess_compile import building, files, steps
-from mess_compile.candidates import GraphSet, read_graph_set
+from mess_compile import files, steps
+from mess_compile.device.remote import Remote, RemoteError, parse_host
+from mess_compile.device.trtexec import PROTOCOL_DIFFERENCE
+from mess_compile.device.trtexec_client import MOST_RUNS, TrtexecSession, in_place_of_python, state_from_text
+from mess_compile.engines import build as building
 from mess_compile.graph.store import store_weight
-from mess_compile.latency import PSEUDO_GRAPHS, LatencyTable, read_latency_table
-from mess_compile.remote import Remote, RemoteError, parse_host
-from mess_compile.runtime import profile
-from mess_compile.runtime.errors import EngineError, InputError, MessError
-from mess_compile.runtime.machine import Gpu, InstalledLibrary, Machine
-from mess_compile.runtime.pool import Job, Opened
-from mess_compile.runtime.power import DeviceState
-from mess_compile.runtime.profile import Window
-from mess_compile.runtime.session import describe_machine
+from mess_compile.latency.table import PSEUDO_GRAPHS, LatencyTable, read_latency_table
+from mess_compile.network import GraphSet, read_graph_set
+from mess_compile.runtime.base.errors import EngineError, InputError, MessError
+from mess_compile.runtime.machine.machine import Gpu, InstalledLibrary, Machine
+from mess_compile.runtime.machine.power import DeviceState
+from mess_compile.runtime.measure import measure
+from mess_compile.runtime.measure.job_pool import Job, Opened
+from mess_compile.runtime.measure.measure import Window
+from mess_compile.runtime.serve.worker import describe_machine
 from mess_compile.targets import find_target
-from mess_compile.trtexec import PROTOCOL_DIFFERENCE
-from mess_compile.trtexec_session import MOST_RUNS, TrtexecSession, in_place_of_python, state_from_text
 from mess_compile.workspace import Workspace
 from tests.commands import printed_json, run
 from tests.conftest import EFFORT, quiet
@@ -160,7 +161,7 @@ def standin(running: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     place.mkdir()
     (running.folder / "path").write_text(f"{place}:{running.folder / 'tools'}")
     monkeypatch.setenv("PATH", f"{running.path_folder()}:{os.environ['PATH']}")
-    monkeypatch.setattr(profile, "Effort", lambda: EFFORT)
+    monkeypatch.setattr(measure, "Effort", lambda: EFFORT)
     made = Standin(running, place)
     made.install("8.5.2", "8502", "", OPTIONS_8_5)
     return made

@@ -12,17 +12,17 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from mess_compile.bench import Column, Held, _held, _Run
+from mess_compile.bench.run import Column, Held, _held, _Run
+from mess_compile.bundle.single_file import write_single_file
 from mess_compile.graph.gate import append_sound
-from mess_compile.graph.single_file import write_single_file
-from mess_compile.runtime import archive, manifest
-from mess_compile.runtime.cascade import load
-from mess_compile.runtime.errors import InputError, NotFiniteError, StaleError
-from mess_compile.runtime.verify import verify_bundle
-from mess_compile.search.bounds import promises_of
+from mess_compile.runtime.base.errors import InputError, NotFiniteError, StaleError
+from mess_compile.runtime.bundle import archive, manifest
+from mess_compile.runtime.cascade.cascade import load
+from mess_compile.runtime.serve.verify import verify_bundle
+from mess_compile.search.constraints import promises_of
+from mess_compile.search.display import estimate_sentence, kind_of_plan, speed, tail_sentence, what_would_cut, work
 from mess_compile.search.plan import Plan, read_result, write_result
 from mess_compile.search.requirement import Limit, Requirement
-from mess_compile.search.shown import estimate_sentence, kind_of_plan, speed, tail_sentence, what_would_cut, work
 from mess_compile.search.solver import search
 from tests import small_network
 from tests.search.cases import evidence

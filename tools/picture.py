@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from mess_compile.dataset import open_dataset, read_sample
-from mess_compile.runtime import frames
-from mess_compile.runtime.cascade import Cascade, load
+from mess_compile.data.dataset import open_dataset, read_sample
+from mess_compile.runtime.cascade.cascade import Cascade, load
+from mess_compile.runtime.images import frames
 
 Pixels = NDArray[np.uint8]
 PANEL = (320, 240)

@@ -8,9 +8,9 @@ import click
 
 from mess_compile import __version__
 from mess_compile.cli import bundles, completion, networks, on_devices, searching, shipping, showing
+from mess_compile.cli.console import Group
+from mess_compile.cli.interrupts import words_of
 from mess_compile.cli.options import FOLDER
-from mess_compile.cli.stopped import words_of
-from mess_compile.console import Group
 
 
 @click.group(

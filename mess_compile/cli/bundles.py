@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli import completion, next_steps
+from mess_compile.cli import completion, hints
+from mess_compile.cli.console import fail, print_json, print_next, print_table, progress_bar, quoted, say
 from mess_compile.cli.options import (
     BUNDLE,
     FILE,
@@ -23,12 +24,11 @@ from mess_compile.cli.options import (
     rates,
     size,
 )
-from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, quoted, say
 from mess_compile.data_folder import MOST_OFFSET, DataFolder
 
 if TYPE_CHECKING:
-    from mess_compile.bench import Bench
-    from mess_compile.running import Failure, ImageResult, VideoResult
+    from mess_compile.bench.run import Bench
+    from mess_compile.steps.run import Failure, ImageResult, VideoResult
     from mess_compile.workspace import Workspace
 
 _target_option = click.option(
@@ -90,7 +90,7 @@ def bundle(
     if len(manifest.plans) > 1:
         say(f"plans: {', '.join(plan.name for plan in manifest.plans)}; the first for a device runs there")
     _print_doubts(doubts)
-    return next_steps.after_a_bundle(path, manifest.plans)
+    return hints.after_a_bundle(path, manifest.plans)
 
 
 def _print_doubts(doubts: Iterable[str]) -> None:
@@ -128,9 +128,9 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
     An image gets a palette PNG of its labels and an overlay, a video one with overlay, exit and latency on it.
     """
     from mess_compile import steps
-    from mess_compile.running import is_moving
-    from mess_compile.runtime.confidence import LEGEND
+    from mess_compile.runtime.images.confidence import LEGEND
     from mess_compile.search.requirement import parse_milliseconds
+    from mess_compile.steps.run import is_moving
 
     deadline = options.pop("deadline")
     deadline_ms = None if deadline is None else parse_milliseconds(deadline)
@@ -170,11 +170,11 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
         return None
     if any(isinstance(result, steps.ImageResult) and result.confidence is not None for result in results):
         say(f"{LEGEND} (`mess-compile inspect {quoted(bundle)}`)")
-    return next_steps.print_known(next_steps.bench_on_data(bundle))
+    return hints.print_known(hints.bench_on_data(bundle))
 
 
 def _of_image(result: ImageResult) -> str:
-    from mess_compile.runtime.confidence import exit_words
+    from mess_compile.runtime.images.confidence import exit_words
 
     return (
         f"{result.image}: {exit_words(result.exit, result.confidence)}, {result.latency_ms:.2f} ms "
@@ -188,7 +188,7 @@ def _is_all(failures: Sequence[Failure], sources: Sequence[Path]) -> bool:
 
 
 def _of_video(result: VideoResult) -> str:
-    from mess_compile.running import counts_frames
+    from mess_compile.steps.run import counts_frames
 
     written = [str(path) for path in (result.video, result.labels) if path is not None]
     told = (
@@ -235,8 +235,8 @@ def bench(
     What the plan was asked to keep (`search --max-err 1%`) is held against the measurement: held, or MISSED.
     """
     from mess_compile import steps
+    from mess_compile.search.display import speed, work
     from mess_compile.search.requirement import parse_milliseconds
-    from mess_compile.search.shown import speed, work
 
     if strict and deadline is not None:
         raise click.UsageError("--strict is about the bounds that the plan was searched by: leave --deadline out.")
@@ -311,15 +311,15 @@ def _after_bench(result: Bench, bundle: Path) -> list[str]:
     """What follows from the promises: a safer plan, a fresh latency table, or shipping."""
     from mess_compile.search.requirement import safer_max_err
 
-    missed, report = {each.quantity: each for each in result.missed}, next_steps.for_device("report", result.device)
+    missed, report = {each.quantity: each for each in result.missed}, hints.for_device("report", result.device)
     if not missed:
-        return [report, *filter(None, [next_steps.ship_to_host(bundle, result.device)])]
+        return [report, *filter(None, [hints.ship_to_host(bundle, result.device)])]
     steps = []
     if "err_pp" in missed and missed["err_pp"].asked > 0:  # nothing is safer than 0
         lost = missed["err_pp"]
         safer = safer_max_err(lost.asked, lost.found or 0.0)
         others = [_BOUNDS[each.quantity].format(each.asked) for each in result.promises if each is not lost]
-        asked = next_steps.search_for(result.device, f"{safer:.2g}%")
+        asked = hints.search_for(result.device, f"{safer:.2g}%")
         steps.append(" ".join([asked, *others]))
     if set(missed) & {"latency_ms", "p95_ms", "worst_ms"}:
         steps.append(f"profile --device {result.device}")
@@ -355,7 +355,7 @@ def _bench_deadline(
         f"even the first; the last result came after {found.p50_ms:.2f} ms (median), {found.p99_ms:.2f} ms (p99)"
     )
     _print_doubts(found.doubts)
-    return next_steps.print_known(next_steps.run_on_an_image(bundle, f" --deadline {deadline_ms:g}ms"))
+    return hints.print_known(hints.run_on_an_image(bundle, f" --deadline {deadline_ms:g}ms"))
 
 
 _REMEDIES = {
@@ -387,8 +387,8 @@ def verify(
     as_json: bool,
 ) -> None:
     """Hashes, signature, golden frames, latency: does this machine compute what was evaluated?"""
-    from mess_compile.runtime.signature import Signers
-    from mess_compile.runtime.verify import LATENCY_FACTOR, Demands, verify_bundle
+    from mess_compile.runtime.bundle.signature import Signers
+    from mess_compile.runtime.serve.verify import LATENCY_FACTOR, Demands, verify_bundle
 
     if allowed_signers is None and (require_signature or identity is not None):
         raise click.UsageError("a signature is checked by --allowed-signers FILE; add it.")
@@ -407,7 +407,7 @@ def verify(
         remedy = _REMEDIES.get(failed[0], "write it again on this machine")
         fail(f"{bundle} failed verification on this machine ({', '.join(failed)}): {remedy}")
     if not as_json:
-        next_steps.print_known(next_steps.run_on_an_image(bundle))
+        hints.print_known(hints.run_on_an_image(bundle))
 
 
 @click.command(short_help="What is in a backbone, bundle, plan or artefact.")
@@ -425,24 +425,24 @@ def inspect(
 ) -> None:
     """What is in a backbone (resnet50, mobilenetv2), bundle, plan (its file or device), or the workspace's graphs,
     statistics, latency or plan."""
-    from mess_compile import inspection
+    from mess_compile.report import inspection
 
     found = inspection.inspect(workspace, thing, classes, size(input_hw), exits, whole_front)
     if as_json:
         return print_json(found.content)
     print_inspection(found)
-    return next_steps.print_known(_after_inspection(thing, found.content))
+    return hints.print_known(_after_inspection(thing, found.content))
 
 
 def _after_inspection(thing: str, content: dict[str, Any]) -> str | None:
     if thing in ("resnet50", "mobilenetv2"):
-        known = next_steps.workspace_here().memory().data is not None
-        return f"train --data {quoted(next_steps.data_root())} --backbone {thing}" if known else None
+        known = hints.workspace_here().memory().data is not None
+        return f"train --data {quoted(hints.data_root())} --backbone {thing}" if known else None
     if "certificate" in content:
         return "bundle" if thing == "plan" else f"bundle {quoted(Path(thing))}"
     after = {"graphs": "profile --device host"}
     after |= dict.fromkeys(("statistics", "latency"), "search --max-err 1%")
     if thing in after:
         return after[thing]
-    here = any(next_steps.runs_here(plan["target"], plan["library"]) for plan in content["plans"])
-    return next_steps.run_on_an_image(Path(thing)) if here else None
+    here = any(hints.runs_here(plan["target"], plan["library"]) for plan in content["plans"])
+    return hints.run_on_an_image(Path(thing)) if here else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli import completion
+from mess_compile.cli.console import print_json, print_next, progress_bar, say
 from mess_compile.cli.options import (
     FILE,
     FOLDER,
@@ -24,9 +25,8 @@ from mess_compile.cli.options import (
     print_prospects,
     size,
 )
-from mess_compile.console import print_json, print_next, progress_bar, say
 from mess_compile.data_folder import DataFolder
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
@@ -40,7 +40,7 @@ def demo(folder: Path, train: bool) -> None:
 
     It takes a minute, with a network that mess-compile brings; to train that takes a quarter of an hour more.
     """
-    from mess_compile import demo as demonstration
+    from mess_compile.steps import demo as demonstration
 
     demonstration.run_demo(folder, click.get_current_context().find_root().command, train)
 
@@ -127,7 +127,8 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.pass_obj
 def train(workspace: Workspace, /, data: DataFolder, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train a candidate network in two stages; the same command continues an interrupted training."""
-    from mess_compile import extras, inspection, steps
+    from mess_compile import extras, steps
+    from mess_compile.report import inspection
 
     if options["baseline"] and (options["source"] or options["teacher"]):
         raise InputError("--baseline trains a whole network for the sum of --epochs: it has no --from or --teacher")
@@ -184,8 +185,9 @@ def export(
     workspace: Workspace, source: Path | None, exits: Path | None, confidence: str, plain: bool, as_json: bool
 ) -> None:
     """Cut a candidate network (or a multi-exit ONNX) into checked graphs."""
-    from mess_compile import inspection, steps
-    from mess_compile.candidates import Gate
+    from mess_compile import steps
+    from mess_compile.network import Gate
+    from mess_compile.report import inspection
 
     with progress_bar(as_json) as progress:
         graph_set = steps.export(workspace, source, Gate(confidence, not plain), progress, exits)
@@ -230,7 +232,8 @@ def evaluate(
     workspace: Workspace, /, data: DataFolder | None, split: str | None, dry_run: bool, as_json: bool, **options: Any
 ) -> None:
     """Record how sure and how right every head is on labelled images."""
-    from mess_compile import inspection, steps
+    from mess_compile import steps
+    from mess_compile.report import inspection
 
     if dry_run:
         where = picked(options, "device precision host")

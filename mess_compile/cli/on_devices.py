@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli import completion, next_steps
+from mess_compile.cli import completion, hints
+from mess_compile.cli.console import fail, print_json, print_next, print_table, progress_bar, say
 from mess_compile.cli.options import JUDGED, PRECISIONS, PYTHON, dry_run_option, json_option, print_foresight
 from mess_compile.cli.searching import thrift_of
-from mess_compile.console import fail, print_json, print_next, print_table, progress_bar, say
 from mess_compile.data_folder import DataFolder
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
@@ -137,8 +137,10 @@ def profile(
 
     A measurement that was broken off continues with the same command.
     """
-    from mess_compile import inspection, searching, steps
-    from mess_compile.runtime import profile as measuring
+    from mess_compile import steps
+    from mess_compile.runtime.measure import measure as measuring
+    from mess_compile.report import inspection
+    from mess_compile.steps.search import known_doubts
 
     if seconds is not None and not 0 < seconds <= 3600:
         raise InputError(f"--seconds {seconds:g} is not between 0 and 3600")
@@ -170,14 +172,14 @@ def profile(
             table = steps.profile(
                 workspace, device, progress, precisions, data, effort, hosts or None, thrift, tell, lock_clocks, python
             )
-    doubts = searching.known_doubts(workspace, table)
+    doubts = known_doubts(workspace, table)
     if as_json:
         return print_json(inspection.inspect_latency(table, doubts).content)
     _print_table_made(table)
     for doubt in doubts:
         say(f"mind: {doubt}")
     if any(workspace.root.glob("statistics/*")) or workspace.memory().data is not None:
-        return print_next(next_steps.search_for(table.device))
+        return print_next(hints.search_for(table.device))
     return say("then evaluate it on labelled images: `mess-compile evaluate --data DIR`, with their folder for DIR")
 
 
@@ -221,7 +223,7 @@ def _print_table_made(table: Any) -> None:
 def devices(workspace: Workspace, as_json: bool) -> None:
     """Known targets, ours and the workspace's own, and which of them this machine is."""
     from mess_compile import steps, targets
-    from mess_compile.runtime import machine as machines
+    from mess_compile.runtime.machine import machine as machines
 
     machine, known = machines.this_machine(), steps.devices(workspace)
     here = targets.targets_here([each.target for each in known], machine)

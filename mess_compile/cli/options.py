@@ -13,10 +13,10 @@ from typing import Any
 import click
 
 from mess_compile.cli.completion import precisions
-from mess_compile.console import print_json, print_table, say
+from mess_compile.cli.console import print_json, print_table, say
+from mess_compile.cli.progress import duration
 from mess_compile.data_folder import DataFolder
-from mess_compile.progress_lines import duration
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -128,7 +128,7 @@ def print_inspection(found: Any) -> None:
 
 
 def size(text: str) -> tuple[int, int]:
-    from mess_compile.candidates import MAX_SIDE
+    from mess_compile.network import MAX_SIDE
 
     height, separator, width = text.lower().partition("x")
     if not separator or not height.isdecimal() or not width.isdecimal() or min(int(height), int(width)) < 32:

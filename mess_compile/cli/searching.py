@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli import completion, next_steps
+from mess_compile.cli import completion, hints
+from mess_compile.cli.console import print_json, print_next, print_table, progress_bar, quoted, say
 from mess_compile.cli.options import FILE, json_option, print_inspection
-from mess_compile.console import print_json, print_next, print_table, progress_bar, quoted, say
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
@@ -88,11 +88,12 @@ def search(
     **options: Any,
 ) -> None:
     """Choose exits, heads and thresholds that satisfy a requirement, and prove the choice."""
-    from mess_compile import inspection, steps
+    from mess_compile import steps
     from mess_compile.search.guarantees import parse_confidence
     from mess_compile.search.hold_out import parse_hold_out
     from mess_compile.search.plan import result_to_json
     from mess_compile.search.requirement import parse_front, parse_seconds
+    from mess_compile.report import inspection
 
     beside = {"--seed": seed, "--time-limit": time_limit, "--explain": explain, "--hold-out": hold_out}
     _refuse_what_does_not_fit(options, confidence, beside)
@@ -136,7 +137,7 @@ def search(
         name = results[0].plan.device
         by_name = "bundle" if workspace.memory().device == name else f"bundle {name}"
         safer = _safer(results[0], requirement)
-        again = [] if safer is None else [next_steps.search_for(name, f"{safer:.2g}%")]
+        again = [] if safer is None else [hints.search_for(name, f"{safer:.2g}%")]
         return print_next(*again, by_name if output is None else f"bundle {quoted(output)}")
     _print_shared(common, len(results))
     return print_next(*(f"bundle {result.plan.device}" for result in results))
@@ -188,7 +189,7 @@ def _refuse_what_does_not_fit(
 
 
 def _print_proof(result: Any, requirement: Any) -> None:
-    from mess_compile.search.shown import expected_elsewhere
+    from mess_compile.search.display import expected_elsewhere
 
     certificate, plan = result.certificate, result.plan
     front = (
@@ -290,7 +291,7 @@ def _requirement(options: dict[str, Any]) -> Any:
 
 
 def _print_plan(plan: Any) -> None:
-    from mess_compile.search.shown import FIGURES, exits_table, figures_row, sentences_of, speed, work
+    from mess_compile.search.display import FIGURES, exits_table, figures_row, sentences_of, speed, work
 
     print_table(f"plan for {plan.device}, {plan.setting}, {plan.precision}", *exits_table(plan))
     figures_of = {"plan": plan.predicted, plan.baseline_name: plan.baseline}

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli import completion
+from mess_compile.cli.console import fail, print_json, print_next, print_table, quoted, say
 from mess_compile.cli.options import FILE, PYTHON, data_options, json_option
-from mess_compile.console import fail, print_json, print_next, print_table, quoted, say
 from mess_compile.data_folder import DataFolder
 
 if TYPE_CHECKING:
-    from mess_compile.ship import Expected, Place, Shipped
+    from mess_compile.ship.client import Expected, Place, Shipped
     from mess_compile.workspace import Workspace
 
 _CANNOT_TELL = "cannot tell what is there; the same command asks again"
@@ -50,8 +50,8 @@ def ship(workspace: Workspace, /, things: tuple[str, ...], as_json: bool, **opti
 
     What changed travels, nothing else. A ship that was cut is continued by the same command.
     """
-    from mess_compile import ship as ships
-    from mess_compile.runtime.verify import LATENCY_FACTOR
+    from mess_compile.runtime.serve.verify import LATENCY_FACTOR
+    from mess_compile.ship import client as ships
 
     if options["data"] is not None and (options["rollback"] or options["dry_run"]):
         raise click.UsageError("--data is for shipping itself: leave --rollback and --dry-run out.")
@@ -92,7 +92,7 @@ def ship(workspace: Workspace, /, things: tuple[str, ...], as_json: bool, **opti
 
 def _places(workspace: Workspace, texts: Sequence[str], python: str | None) -> list[Place]:
     """With the Python that is named, or was when the device was reached before."""
-    from mess_compile import ship as ships
+    from mess_compile.ship import client as ships
 
     known, places = workspace.memory().pythons, [ships.parse_place(text) for text in dict.fromkeys(texts)]
     pythons = [python or known.get(place.host.text, place.host.python) for place in places]
@@ -114,8 +114,8 @@ def _choice(workspace: Workspace, data: DataFolder | None, key: Path | None) -> 
         if key is not None:
             raise click.UsageError("--sign is for thresholds that --data changes; `bundle --sign` signs a bundle.")
         return None
-    from mess_compile.candidates import read_graph_set
-    from mess_compile.retuning import Choice
+    from mess_compile.network import read_graph_set
+    from mess_compile.ship.retune import Choice
 
     return Choice(workspace.data_folder(data), read_graph_set(workspace.graphs).candidate, key)
 
@@ -188,7 +188,7 @@ def _print_expected(bundle: Path, found: Sequence[Any], as_json: bool) -> None:
 
 
 def _expected(of: Expected) -> Iterator[str]:
-    from mess_compile.ship import duration
+    from mess_compile.ship.client import duration
 
     time = "how long it takes there is known after the first time"
     if of.expected_s is not None:
@@ -210,7 +210,7 @@ def _expected(of: Expected) -> Iterator[str]:
 @click.pass_obj
 def ships(workspace: Workspace, places: tuple[str, ...], python: str | None, as_json: bool) -> None:
     """Which versions are where; by default at the places that this workspace has shipped to."""
-    from mess_compile import ship as shipping
+    from mess_compile.ship import client as shipping
 
     texts = tuple(dict.fromkeys(places or workspace.memory().ships))
     if not texts:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli import completion, next_steps
+from mess_compile.cli import completion, hints
+from mess_compile.cli.console import print_json, print_next, print_table, progress_bar, quoted, say
 from mess_compile.cli.options import FILE, json_option
-from mess_compile.console import print_json, print_next, print_table, progress_bar, quoted, say
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
@@ -26,11 +26,11 @@ _PER_TABLE = 3
 @click.pass_obj
 def report(workspace: Workspace, device: str | None, output: Path | None, as_json: bool) -> None:
     """One self-contained HTML page of what was found: cascade, front, classes, latencies, pictures."""
-    from mess_compile import reporting
+    from mess_compile.report import collect
 
     with progress_bar(as_json) as progress:
-        path, found = reporting.report(workspace, device, output, progress)
-    content = reporting.content_of(found)
+        path, found = collect.report(workspace, device, output, progress)
+    content = collect.content_of(found)
     if as_json:
         return print_json({"report": str(path), "bytes": path.stat().st_size, **content})
     say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, one file, no network needed")
@@ -40,7 +40,7 @@ def report(workspace: Workspace, device: str | None, output: Path | None, as_jso
     for reason in dict.fromkeys(missing.values()):
         parts = ", ".join(part for part, why in missing.items() if why == reason)
         say(f"without {parts}: {reason}")
-    return next_steps.print_known(*_after_report(workspace, found.device, set(missing)))
+    return hints.print_known(*_after_report(workspace, found.device, set(missing)))
 
 
 def _after_report(workspace: Workspace, device: str, missing: set[str]) -> Sequence[str | None]:
@@ -50,11 +50,11 @@ def _after_report(workspace: Workspace, device: str, missing: set[str]) -> Seque
         ("latencies", f"profile --device {device}"),
         ("plan", f"search --device {device} --max-err 1%"),
         ("pictures", f"bundle {plan}"),
-        ("measured", next_steps.bench_on_data(workspace.bundle(device))),
+        ("measured", hints.bench_on_data(workspace.bundle(device))),
     ):
         if part in missing and command is not None:
             return [command]
-    return [next_steps.ship_to_host(workspace.bundle(device), device)]
+    return [hints.ship_to_host(workspace.bundle(device), device)]
 
 
 @click.command(short_help="Plans side by side.")
@@ -64,16 +64,15 @@ def _after_report(workspace: Workspace, device: str, missing: set[str]) -> Seque
 @click.pass_obj
 def compare(workspace: Workspace, things: tuple[str, ...], output: Path | None, as_json: bool) -> None:
     """Plans side by side: of devices of the workspace, plan files, or bundles."""
-    from mess_compile import reporting
-    from mess_compile.report import compared
+    from mess_compile.report import collect, comparison
 
-    found, page = reporting.compare(workspace, things, output)
+    found, page = collect.compare(workspace, things, output)
     if as_json:
-        return print_json({"plans": [_content(one) for one in found], "notes": compared.notes(found), "page": page})
+        return print_json({"plans": [_content(one) for one in found], "notes": comparison.notes(found), "page": page})
     for start in range(0, len(found), _PER_TABLE):
         part = found[start : start + _PER_TABLE]
-        print_table("", ["", *(one.name for one in part)], compared.rows(part))
-    for note in (*compared.notes(found), *compared.doubts(found)):
+        print_table("", ["", *(one.name for one in part)], comparison.rows(part))
+    for note in (*comparison.notes(found), *comparison.doubts(found)):
         say(f"mind: {note}")
     if page is not None:
         say(f"{page}: {page.stat().st_size / 1e6:.1f} MB, one file, no network needed")

@@ -14,7 +14,12 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from mess_compile import files
-from mess_compile.candidates import (
+from mess_compile.graph.constant_fold import has_subgraph
+from mess_compile.graph.gate import append_gate, append_sound
+from mess_compile.graph.output_graph import append_output, output_graph
+from mess_compile.graph.store import read_model, write_graph
+from mess_compile.graph.workload import activations, count_macs
+from mess_compile.network import (
     BASELINE,
     BASELINE_ALONE,
     CandidateNetwork,
@@ -28,12 +33,7 @@ from mess_compile.candidates import (
     segment_name,
     write_graph_set,
 )
-from mess_compile.graph.fold import has_subgraph
-from mess_compile.graph.gate import append_gate, append_sound
-from mess_compile.graph.output import append_output, output_graph
-from mess_compile.graph.store import read_model, write_graph
-from mess_compile.graph.workload import activations, count_macs
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 NETWORK = "network.onnx"
 METADATA_KEY = "mess"

@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from mess_compile.candidates import SOUND, Gate
-from mess_compile.graph.nodes import add, constant
-from mess_compile.runtime.errors import InputError
+from mess_compile.graph.node_builder import add, constant
+from mess_compile.network import SOUND, Gate
+from mess_compile.runtime.base.errors import InputError
 
 HALF = 0.49
 """Half of a window of at most 25 cells is above this, anything less than half is below (12/25 = 0.48)."""

@@ -13,8 +13,8 @@ import onnx
 from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
-from mess_compile.graph.fold import has_subgraph
-from mess_compile.runtime.errors import InputError
+from mess_compile.graph.constant_fold import has_subgraph
+from mess_compile.runtime.base.errors import InputError
 
 CLASSIC, RTX = "tensorrt", "tensorrt_rtx"
 _KINDS: dict[int, str] = {

@@ -8,12 +8,12 @@ from typing import Any
 import onnx
 from onnx import defs, helper, inliner, version_converter
 
-from mess_compile.graph.conversion import EXPORT_AT, Conversion
-from mess_compile.graph.fold import fold_constants
-from mess_compile.graph.nodes import OPSET, keep
+from mess_compile.graph.constant_fold import fold_constants
+from mess_compile.graph.node_builder import OPSET, keep
+from mess_compile.graph.opset_context import EXPORT_AT, Conversion
 from mess_compile.graph.opset_rules import RULES, shown
 from mess_compile.graph.shapes import fold_shapes
-from mess_compile.runtime.errors import InputError, one_line
+from mess_compile.runtime.base.errors import InputError, one_line
 
 _OLDEST = 7
 """ONNX Runtime guarantees nothing below, and broadcasting had other rules."""

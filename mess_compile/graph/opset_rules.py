@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from mess_compile.graph.conversion import Conversion
-from mess_compile.graph.nodes import OPSET
+from mess_compile.graph.node_builder import OPSET
+from mess_compile.graph.opset_context import Conversion
 
 _REDUCTIONS = {
     "ReduceL1": ("Abs",), "ReduceL2": ("Abs",), "ReduceLogSum": ("Log",), "ReduceLogSumExp": (), "ReduceMax": (),

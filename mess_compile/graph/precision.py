@@ -19,9 +19,9 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from mess_compile.graph.nodes import keep
+from mess_compile.graph.node_builder import keep
 from mess_compile.graph.workload import activations
-from mess_compile.runtime.errors import EngineError, InputError
+from mess_compile.runtime.base.errors import EngineError, InputError
 
 Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]

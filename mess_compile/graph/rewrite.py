@@ -16,8 +16,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from mess_compile.graph.lint import CLASSIC, Parser, builds_for_turing, is_before, is_zero
-from mess_compile.graph.nodes import keep
-from mess_compile.runtime.errors import InputError
+from mess_compile.graph.node_builder import keep
+from mess_compile.runtime.base.errors import InputError
 
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16}
 _LARGEST = 4

@@ -6,10 +6,10 @@ from contextlib import suppress
 
 import onnx
 
-from mess_compile.graph.fold import fold_constants
-from mess_compile.graph.nodes import constant, keep
+from mess_compile.graph.constant_fold import fold_constants
+from mess_compile.graph.node_builder import constant, keep
 from mess_compile.graph.workload import tensor_spec
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 _OF_ITS_INPUT = ("GroupNormalization",)
 

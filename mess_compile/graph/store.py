@@ -13,11 +13,11 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from mess_compile import files
-from mess_compile.candidates import GraphSpec
-from mess_compile.graph.nodes import IR_VERSION, OPSET, keep
+from mess_compile.graph.node_builder import IR_VERSION, OPSET, keep
 from mess_compile.graph.workload import count_macs, tensor_spec, workspace_bytes
-from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.pointers import refuse_pointer
+from mess_compile.network import GraphSpec
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.base.lfs_pointers import refuse_pointer
 
 _OTHER_FLOATS = (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 INLINE_BYTES = 1024

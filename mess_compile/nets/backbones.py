@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 OUTPUT_STRIDES = (8, 16)
 _CLASSIFIERS = {"resnet50": ("fc.",), "mobilenetv2": ("features.18.", "classifier.")}

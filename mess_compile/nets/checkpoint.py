@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mess_compile import files
-from mess_compile.candidates import MAX_SIDE, head_config_from_name
 from mess_compile.nets.network import Architecture, OverprovisionedNetwork
-from mess_compile.runtime.errors import InputError, one_line
-from mess_compile.runtime.pointers import refuse_pointer
+from mess_compile.network import MAX_SIDE, head_config_from_name
+from mess_compile.runtime.base.errors import InputError, one_line
+from mess_compile.runtime.base.lfs_pointers import refuse_pointer
 
 _REMEDY = "train a candidate network with `mess-compile train`, or name the folder of one"
 

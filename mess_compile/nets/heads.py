@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mess_compile.candidates import HeadConfig
+from mess_compile.network import HeadConfig
 
 ASPP_RATES = (12, 24, 36)
 SEPARABLE_RATES = (3, 6, 12)

@@ -14,11 +14,11 @@ import plotly.offline
 from markupsafe import Markup, escape
 
 from mess_compile import __version__
-from mess_compile.report.compared import Compared, doubts, notes, rows
-from mess_compile.report.contents import Benched, Found, Missing, Picture, Report
-from mess_compile.report.paper import paper_rows
+from mess_compile.report.comparison import Compared, doubts, notes, rows
+from mess_compile.report.model import Benched, Found, Missing, Picture, Report
+from mess_compile.report.published import paper_rows
 from mess_compile.report.views import Classes, Costs, PlanView
-from mess_compile.search.shown import sentences_of, speed
+from mess_compile.search.display import sentences_of, speed
 
 _COMMAND = re.compile(r"`([^`]+)`")
 

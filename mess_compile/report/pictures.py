@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from mess_compile import files
-from mess_compile.runtime import frames
+from mess_compile.runtime.images import frames
 
 Colours = Sequence[tuple[int, int, int]]
 Pixels = NDArray[np.uint8]

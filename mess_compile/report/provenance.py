@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mess_compile import __version__, latency
-from mess_compile.report.contents import Missing
+from mess_compile import __version__
+from mess_compile.latency import table as latency
+from mess_compile.report.model import Missing
+from mess_compile.search.display import expected_elsewhere
 from mess_compile.search.hold_out import held_out_sentence
 from mess_compile.search.plan import Guarantee, SearchResult
-from mess_compile.search.shown import expected_elsewhere
 
 
 def provenance_of(result: SearchResult | None, table: latency.LatencyTable | Missing) -> tuple[tuple[str, str], ...]:

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mess_compile.report.contents import Picture, Strip
+from mess_compile.report.model import Picture, Strip
 from mess_compile.report.pictures import truth_overlay
-from mess_compile.runtime import frames
-from mess_compile.runtime.cascade import Cascade
-from mess_compile.runtime.confidence import sure_words
+from mess_compile.runtime.cascade.cascade import Cascade
+from mess_compile.runtime.images import frames
+from mess_compile.runtime.images.confidence import sure_words
 
 TITLES = ("easiest", "median", "hardest")
 _WIDTH, _QUALITY = 400, 82

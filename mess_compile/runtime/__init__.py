@@ -9,20 +9,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mess_compile.runtime.errors import (
-    BatchError,
-    BundleError,
-    EngineError,
-    InputError,
-    MessError,
-    NotFiniteError,
-)
+from mess_compile.runtime.base.errors import BatchError, BundleError, EngineError, InputError, MessError, NotFiniteError
 
 if TYPE_CHECKING:
-    from mess_compile.runtime.cascade import Cascade, Prediction, load
-    from mess_compile.runtime.metrics import Metrics
-    from mess_compile.runtime.signature import Signers
-    from mess_compile.runtime.stream import Stream
+    from mess_compile.runtime.bundle.signature import Signers
+    from mess_compile.runtime.cascade.cascade import Cascade, Prediction, load
+    from mess_compile.runtime.cascade.metrics import Metrics
+    from mess_compile.runtime.cascade.stream import Stream
 
 __all__ = [
     "BatchError",
@@ -39,10 +32,10 @@ __all__ = [
     "load",
 ]
 _LATER = {
-    **dict.fromkeys(("Cascade", "Prediction", "load"), "cascade"),
-    "Metrics": "metrics",
-    "Signers": "signature",
-    "Stream": "stream",
+    **dict.fromkeys(("Cascade", "Prediction", "load"), "cascade.cascade"),
+    "Metrics": "cascade.metrics",
+    "Signers": "bundle.signature",
+    "Stream": "cascade.stream",
 }
 
 

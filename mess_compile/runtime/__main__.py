@@ -12,16 +12,16 @@ from typing import List, Optional
 
 import numpy as np
 
-from mess_compile.runtime import terminal
-from mess_compile.runtime.archive import open_archive
-from mess_compile.runtime.cascade import Cascade, Prediction, load
-from mess_compile.runtime.confidence import LEGEND, exit_words
-from mess_compile.runtime.errors import InputError, MessError, PlaceError, one_line
-from mess_compile.runtime.manifest import Manifest
-from mess_compile.runtime.pictures import read_picture, write_labels, write_picture
-from mess_compile.runtime.signature import Signers, installed_signers
-from mess_compile.runtime.verify import LATENCY_FACTOR, Demands, verify_bundle
-from mess_compile.runtime.watch import REFUSED, watch
+from mess_compile.runtime.base import terminal
+from mess_compile.runtime.base.errors import InputError, MessError, PlaceError, one_line
+from mess_compile.runtime.bundle.archive import open_archive
+from mess_compile.runtime.bundle.manifest import Manifest
+from mess_compile.runtime.bundle.signature import Signers, installed_signers
+from mess_compile.runtime.cascade.cascade import Cascade, Prediction, load
+from mess_compile.runtime.images.confidence import LEGEND, exit_words
+from mess_compile.runtime.images.pictures import read_picture, write_labels, write_picture
+from mess_compile.runtime.serve.verify import LATENCY_FACTOR, Demands, verify_bundle
+from mess_compile.runtime.serve.watch import REFUSED, watch
 
 _REFUSED = "MESS_COMPILE_REFUSED"
 """How many frames were refused by the versions of a bundle that ran before, in the same process."""

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from mess_compile.diagnosis import Weak, weak_final_exit
-from mess_compile.latency import Latency, LatencyTable, stage_graphs
-from mess_compile.runtime.errors import RequirementError
-from mess_compile.search.bounds import MEASURES
-from mess_compile.search.figures import Evidence, evidence_of_plan, exit_costs_ns, exit_macs, exits_taken
+from mess_compile.evaluate.diagnose import Weak, weak_final_exit
+from mess_compile.evaluate.statistics import ExitStatistics, Ints, miou
+from mess_compile.latency.table import Latency, LatencyTable, stage_graphs
+from mess_compile.runtime.base.errors import RequirementError
+from mess_compile.search.constraints import MEASURES
+from mess_compile.search.metrics import Evidence, evidence_of_plan, exit_costs_ns, exit_macs, exits_taken
 from mess_compile.search.plan import Plan, SearchResult
 from mess_compile.search.requirement import DEFAULT_EXITS, Limit, Requirement
-from mess_compile.statistics import ExitStatistics, Ints, miou
 
 STEP = 0.1
 """By what share each bound is moved, and a graph made faster."""

@@ -13,9 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mess_compile.runtime.errors import InputError, RequirementError
-from mess_compile.search.figures import Evidence, evidence_of_plan, figures_of_stages, refuse_different_images
-from mess_compile.search.paired import (
+from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.runtime.base.errors import InputError, RequirementError
+from mess_compile.search.exhaustive.plan_table import Progress
+from mess_compile.search.metrics import Evidence, evidence_of_plan, figures_of_stages, refuse_different_images
+from mess_compile.search.plan import FRONT_BY, Guarantee, Optimism, Plan, SearchResult
+from mess_compile.search.requirement import Requirement
+from mess_compile.search.risk import (
     RESAMPLES,
     Floats,
     Index,
@@ -25,11 +29,7 @@ from mess_compile.search.paired import (
     numbered_groups,
     pairs_of_plans,
 )
-from mess_compile.search.plan import FRONT_BY, Guarantee, Optimism, Plan, SearchResult
-from mess_compile.search.requirement import Requirement
-from mess_compile.search.rows import Progress
 from mess_compile.search.solver import search_recipes, search_without_points
-from mess_compile.statistics import ExitStatistics
 
 FOLDS = 5
 LEAST_CHOSEN = 20  # sequences to choose a plan by: fewer say next to nothing

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.candidates import head_graph_name
-from mess_compile.search.figures import Evidence, memory_bytes, plan_graphs
+from mess_compile.network import head_graph_name
+from mess_compile.search.metrics import Evidence, memory_bytes, plan_graphs
 
 Array = NDArray[Any]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mess_compile import files
-from mess_compile.candidates import BASELINE, Gate, GraphSet, is_whole
-from mess_compile.runtime.errors import InputError, StaleError
-from mess_compile.runtime.manifest import PROMISED, Promise
+from mess_compile.network import BASELINE, Gate, GraphSet, is_whole
+from mess_compile.runtime.base.errors import InputError, StaleError
+from mess_compile.runtime.bundle.manifest import PROMISED, Promise
 
 SETTINGS = ("input-dependent", "budgeted", "anytime")
 FRONT_AXES = ("latency", "miou", "memory")
@@ -232,12 +232,12 @@ class Plan:
         return taken[0] if len(taken) == 1 and self.setting != "anytime" else None
 
     def __repr__(self) -> str:
-        from mess_compile.search.shown import plan_text
+        from mess_compile.search.display import plan_text
 
         return f"<{plan_text(self)}>"
 
     def _repr_html_(self) -> str:
-        from mess_compile.search.shown import plan_html
+        from mess_compile.search.display import plan_html
 
         return plan_html(self)
 
@@ -278,12 +278,12 @@ class SearchResult:
     what_would_cut: str = ""
 
     def __repr__(self) -> str:
-        from mess_compile.search.shown import result_text
+        from mess_compile.search.display import result_text
 
         return f"<{result_text(self)}>"
 
     def _repr_html_(self) -> str:
-        from mess_compile.search.shown import result_html
+        from mess_compile.search.display import result_html
 
         return result_html(self)
 

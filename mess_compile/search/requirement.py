@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 from mess_compile.search.plan import FRONT_AXES, FRONT_BY, SETTINGS
 
 OBJECTIVES = ("latency", "accuracy", "workload", "memory", "energy")

@@ -10,31 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.latency import Quantity
-from mess_compile.runtime.errors import InputError, RequirementError
-from mess_compile.search.bounds import MEASURES, Bound, bounds_of, objective_of
-from mess_compile.search.clock import Clock, UnfinishedError
-from mess_compile.search.figures import (
-    Evidence,
-    evidence_of_plan,
-    plan_of_stages,
-    refuse_different_images,
-    refuse_without_energy,
-)
-from mess_compile.search.front import front_groups
-from mess_compile.search.kept import kept_rows
-from mess_compile.search.plan import (
-    FRONT_BY,
-    REFINED_POINT,
-    Certificate,
-    OperatingPoint,
-    Plan,
-    SearchResult,
-    decisions_of,
-)
-from mess_compile.search.points import operating_points
-from mess_compile.search.requirement import Requirement
-from mess_compile.search.rows import (
+from mess_compile.latency.table import Quantity
+from mess_compile.runtime.base.errors import InputError, RequirementError
+from mess_compile.search.constraints import MEASURES, Bound, bounds_of, objective_of
+from mess_compile.search.deadline import Clock, UnfinishedError
+from mess_compile.search.exhaustive.cache import kept_rows
+from mess_compile.search.exhaustive.plan_table import (
     Progress,
     Rows,
     is_large,
@@ -44,6 +25,25 @@ from mess_compile.search.rows import (
     stages_of_row,
     text_of_stages,
 )
+from mess_compile.search.metrics import (
+    Evidence,
+    evidence_of_plan,
+    plan_of_stages,
+    refuse_different_images,
+    refuse_without_energy,
+)
+from mess_compile.search.operating_points import operating_points
+from mess_compile.search.pareto import front_groups
+from mess_compile.search.plan import (
+    FRONT_BY,
+    REFINED_POINT,
+    Certificate,
+    OperatingPoint,
+    Plan,
+    SearchResult,
+    decisions_of,
+)
+from mess_compile.search.requirement import Requirement
 
 Mask = NDArray[np.bool_]
 _AXES = {"latency": "cost_ns", "miou": "miou", "memory": "memory_bytes"}
@@ -83,7 +83,7 @@ def _search(
     if requirement.needs_energy:
         refuse_without_energy(evidence)
     if requirement.setting == "input-dependent" and is_large(evidence, requirement.early_exits):
-        from mess_compile.search import large  # compiles when it is first used
+        from mess_compile.search.bnb import search as large  # compiles when it is first used
 
         return large.search(evidence, requirement, progress, front_by, clock)
     rows = kept_rows(evidence, requirement, progress, kept, clock)

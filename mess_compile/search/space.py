@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.candidates import Head
-from mess_compile.statistics import ExitStatistics
+from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.network import Head
 
 CUTS = 32
 ENUMERATED_EXITS = 2

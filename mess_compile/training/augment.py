@@ -15,9 +15,9 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from PIL import Image
 
-from mess_compile.dataset import ALWAYS_IGNORED, DataSet, Sample, read_sample
-from mess_compile.runtime import frames
-from mess_compile.runtime.errors import InputError
+from mess_compile.data.dataset import ALWAYS_IGNORED, DataSet, Sample, read_sample
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.images import frames
 from mess_compile.training.recipe import Recipe
 
 SCALE_RANGE = (0.5, 2.0)

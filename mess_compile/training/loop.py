@@ -12,9 +12,9 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from torch import nn
 
-from mess_compile.dataset import DataSet
+from mess_compile.data.dataset import DataSet
 from mess_compile.nets.network import OverprovisionedNetwork
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 from mess_compile.training import losses
 from mess_compile.training.augment import Batches
 from mess_compile.training.parallel import average_gradients, refuse_if_any, summed

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from mess_compile.dataset import ALWAYS_IGNORED
+from mess_compile.data.dataset import ALWAYS_IGNORED
 from mess_compile.training.recipe import Distillation
 
 LOVASZ_STRIDE = 4

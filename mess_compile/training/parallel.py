@@ -22,8 +22,8 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed, nn
 
 from mess_compile import cores, launcher
-from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.values import check_threads
+from mess_compile.runtime.base.checks import check_threads
+from mess_compile.runtime.base.errors import InputError
 
 ACCELERATORS = ("auto", "cpu", "cuda")
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}

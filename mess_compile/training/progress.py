@@ -12,7 +12,7 @@ from torch import nn
 
 from mess_compile import files
 from mess_compile.nets.checkpoint import load_state, write_tensors
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 _REMEDY = "remove the folder `training` in it to start over"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mess_compile.candidates import head_config_from_name
-from mess_compile.runtime.errors import InputError
+from mess_compile.network import head_config_from_name
+from mess_compile.runtime.base.errors import InputError
 
 DISTILLATIONS = ("pfd", "kd", "none")
 ORDERS = ("round-robin", "joint", "final")

@@ -10,10 +10,10 @@ import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
-from mess_compile.dataset import DataSet, samples
+from mess_compile.data.dataset import DataSet, samples
+from mess_compile.evaluate.statistics import miou
 from mess_compile.nets.network import OverprovisionedNetwork, features_of
-from mess_compile.runtime import frames
-from mess_compile.statistics import miou
+from mess_compile.runtime.images import frames
 from mess_compile.training.losses import upsampled
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from mess_compile.graph.nodes import add, constant, empty_model
+from mess_compile.graph.node_builder import add, constant, empty_model
 
 HW = (32, 48)
 CLASSES = 4

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from mess_compile.candidates import GraphSet
-from mess_compile.graph.agreement import LEAST_AGREEMENT, Agreement, agreement_of, check_path, compare, verdict
-from mess_compile.runtime import engine
-from mess_compile.runtime.errors import InputError
+from mess_compile.graph.compare import LEAST_AGREEMENT, Agreement, agreement_of, check_path, compare, verdict
+from mess_compile.network import GraphSet
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.engines import engine
 from tests import small_network
 
 

@@ -12,10 +12,10 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from mess_compile.candidates import Gate, GraphSet
-from mess_compile.graph.check import check_stages, upsampled
-from mess_compile.graph.foreign import import_onnx
-from mess_compile.runtime.errors import InputError
+from mess_compile.graph.import_onnx import import_onnx
+from mess_compile.graph.recompose_check import check_stages, upsampled
+from mess_compile.network import Gate, GraphSet
+from mess_compile.runtime.base.errors import InputError
 from tests.graph import tiny
 
 

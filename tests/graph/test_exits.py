@@ -17,13 +17,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from mess_compile.candidates import Gate, GraphSet
 from mess_compile.graph import opset
-from mess_compile.graph.conversion import Conversion
-from mess_compile.graph.exits import read_exits
-from mess_compile.graph.foreign import import_with_exits
-from mess_compile.graph.nodes import add, constant, empty_model
-from mess_compile.runtime.errors import EngineError, InputError
+from mess_compile.graph.exits_toml import read_exits
+from mess_compile.graph.import_onnx import import_with_exits
+from mess_compile.graph.node_builder import add, constant, empty_model
+from mess_compile.graph.opset_context import Conversion
+from mess_compile.network import Gate, GraphSet
+from mess_compile.runtime.base.errors import EngineError, InputError
 from tests.commands import complaint, contents, done, printed_json
 from tests.graph import tiny
 from tests.graph.foreign_network import (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mess_compile.graph.fold import fold_constants
+from mess_compile.graph.constant_fold import fold_constants
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from mess_compile.candidates import CONFIDENCES, Gate
 from mess_compile.graph.gate import append_gate
-from mess_compile.graph.nodes import add, empty_model
-from mess_compile.runtime.errors import InputError
+from mess_compile.graph.node_builder import add, empty_model
+from mess_compile.network import CONFIDENCES, Gate
+from mess_compile.runtime.base.errors import InputError
 
 
 def gate_session(gate: Gate, classes: int, hw: tuple[int, int]) -> onnxruntime.InferenceSession:

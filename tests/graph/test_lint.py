@@ -12,14 +12,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mess_compile.candidates import CONFIDENCES, Gate, GraphSet, HeadConfig
-from mess_compile.export import export_network
 from mess_compile.graph.cut import cut_network
 from mess_compile.graph.lint import Parser, lint, operators
 from mess_compile.graph.precision import MIN_CALIBRATION_FRAMES, to_fp16, to_int8
 from mess_compile.graph.rewrite import rewritten
 from mess_compile.graph.store import read_model, read_whole_model
-from mess_compile.runtime.errors import InputError
+from mess_compile.nets.export import export_network
+from mess_compile.network import CONFIDENCES, Gate, GraphSet, HeadConfig
+from mess_compile.runtime.base.errors import InputError
 from tests.graph import tiny
 from tests.networks import random_network
 

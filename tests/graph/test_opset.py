@@ -10,9 +10,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mess_compile.graph.nodes import OPSET
+from mess_compile.graph.node_builder import OPSET
 from mess_compile.graph.opset import to_our_opset
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 SHAPE = (1, 8, 6, 10)
 F, INT = np.float32, np.int64

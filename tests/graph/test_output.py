@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mess_compile.graph.output import output_graph
-from mess_compile.runtime.errors import InputError
+from mess_compile.graph.output_graph import output_graph
+from mess_compile.runtime.base.errors import InputError
 
 
 def run_output(logits: np.ndarray, hw: tuple[int, int]) -> np.ndarray:

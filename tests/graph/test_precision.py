@@ -13,19 +13,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from mess_compile.candidates import Gate, GraphSet, HeadConfig
-from mess_compile.export import export_network
-from mess_compile.graph.agreement import loaded, run, thresholds_of
+from mess_compile.data.scenes import make_scene
+from mess_compile.graph.compare import loaded, run, thresholds_of
 from mess_compile.graph.cut import cut_network
 from mess_compile.graph.gate import append_gate
 from mess_compile.graph.lint import Parser
-from mess_compile.graph.nodes import add, empty_model
+from mess_compile.graph.node_builder import add, empty_model
 from mess_compile.graph.precision import MIN_CALIBRATION_FRAMES, Feed, to_fp16, to_int8
 from mess_compile.graph.rewrite import rewritten
 from mess_compile.graph.store import read_whole_model, write_graph
-from mess_compile.runtime import engine
-from mess_compile.runtime.errors import InputError
-from mess_compile.scenes import make_scene
+from mess_compile.nets.export import export_network
+from mess_compile.network import Gate, GraphSet, HeadConfig
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.engines import engine
 from tests.graph import tiny
 from tests.networks import random_network
 

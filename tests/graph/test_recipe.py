@@ -14,14 +14,14 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from mess_compile.candidates import Gate, GraphSet, read_graph_set, verify_graph_set
-from mess_compile.graph.agreement import check_path, verdict
+from mess_compile.data.scenes import make_scene
+from mess_compile.graph.compare import check_path, verdict
 from mess_compile.graph.cut import cut_network
-from mess_compile.graph.recipe import Fallback, PrecisionRecipe, bold_recipe, fallback, settle
+from mess_compile.graph.settle_precision import Fallback, PrecisionRecipe, bold_recipe, fallback, settle
 from mess_compile.graph.store import externalise, read_model, write_model
-from mess_compile.runtime import engine
-from mess_compile.runtime.errors import InputError
-from mess_compile.scenes import make_scene
+from mess_compile.network import Gate, GraphSet, read_graph_set, verify_graph_set
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.engines import engine
 from tests.commands import contents
 from tests.graph import tiny
 

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.transformers import float16
 
-from mess_compile.candidates import Gate, GraphSet, HeadConfig
-from mess_compile.export import export_network
 from mess_compile.graph.cut import cut_network
 from mess_compile.graph.lint import Parser, lint
 from mess_compile.graph.precision import to_fp16
 from mess_compile.graph.rewrite import PASSES, rewritten
 from mess_compile.graph.store import read_model, read_whole_model
-from mess_compile.runtime.errors import InputError
+from mess_compile.nets.export import export_network
+from mess_compile.network import Gate, GraphSet, HeadConfig
+from mess_compile.runtime.base.errors import InputError
 from tests.graph import tiny
 from tests.networks import random_network
 

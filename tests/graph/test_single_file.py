@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 
 from mess_compile import runtime
-from mess_compile.graph import single_file
-from mess_compile.runtime.errors import InputError
+from mess_compile.bundle import single_file
+from mess_compile.runtime.base.errors import InputError
 from mess_compile.search.plan import Plan
 from tests import small_network
 

@@ -10,10 +10,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mess_compile.graph.nodes import add, empty_model
+from mess_compile.graph.node_builder import add, empty_model
 from mess_compile.graph.store import externalise, read_model, write_graph
 from mess_compile.graph.workload import activations, count_macs, workspace_bytes
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 from tests.graph import tiny
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile.candidates import CONFIDENCES, Gate, GraphSet, HeadConfig
-from mess_compile.export import export_network
 from mess_compile.graph.cut import cut_network
+from mess_compile.nets.export import export_network
+from mess_compile.network import CONFIDENCES, Gate, GraphSet, HeadConfig
 from tests.graph import tiny
 from tests.networks import random_network
 

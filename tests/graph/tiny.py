@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from mess_compile.graph.nodes import add, empty_model
+from mess_compile.graph.node_builder import add, empty_model
 
 CLASSES = 4
 HW = (16, 24)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mess_compile.nets.backbones import build_backbone, load_imagenet
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 
 
 def parameters(backbone: torch.nn.Module) -> int:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mess_compile.candidates import HeadConfig
 from mess_compile.nets.checkpoint import load_candidate, load_state, save_candidate, set_aside
-from mess_compile.runtime.errors import InputError
+from mess_compile.network import HeadConfig
+from mess_compile.runtime.base.errors import InputError
 from tests.networks import random_network
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from mess_compile.candidates import HeadConfig, head_config_from_name, head_grid
 from mess_compile.nets import network
 from mess_compile.nets.heads import build_head
-from mess_compile.runtime.errors import InputError
+from mess_compile.network import HeadConfig, head_config_from_name, head_grid
+from mess_compile.runtime.base.errors import InputError
 
 
 def candidate(backbone: str, heads: tuple[str, ...] = ()) -> network.CandidateNetwork:

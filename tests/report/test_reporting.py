@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile.report.contents import Missing, Report
+from mess_compile.report.model import Missing, Report
 from mess_compile.report.page import max_err_text, report_page
 from mess_compile.report.strips import extremes
 from mess_compile.report.views import Classes

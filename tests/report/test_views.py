@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from mess_compile.latency import Latency
-from mess_compile.report.contents import Found, Missing, Report
+from mess_compile.latency.table import Latency
+from mess_compile.report.model import Found, Missing, Report
 from mess_compile.report.page import report_page
-from mess_compile.report.paper import paper_rows
+from mess_compile.report.published import paper_rows
 from mess_compile.report.views import classes_of, costs_of, plan_view, plan_views
-from mess_compile.search.figures import Evidence, plan_of_stages
+from mess_compile.search.metrics import Evidence, plan_of_stages
 from mess_compile.search.plan import Certificate, Plan, SearchResult, Stage
 from tests.search import cases
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from mess_compile.runtime import cascade as cascade_module
-from mess_compile.runtime import frames
-from mess_compile.runtime.manifest import Manifest, StageCost
+from mess_compile.runtime.bundle.manifest import Manifest, StageCost
+from mess_compile.runtime.cascade import cascade as cascade_module
+from mess_compile.runtime.images import frames
 
 
 class Clock:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mess_compile.runtime.engine import Engine, Library, Tensor, TensorSpec, Timing
-from mess_compile.runtime.errors import EngineError
+from mess_compile.runtime.base.errors import EngineError
+from mess_compile.runtime.engines.engine import Engine, Library, Tensor, TensorSpec, Timing
 
 Fault = Callable[[str], str | None]
 """Graph -> what becomes of its next run: None for nothing, "error", or "nan": a head is fed NaN, of which its own

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mess_compile.runtime.archive import file_of, open_archive, write_sealed_zip
-from mess_compile.runtime.errors import BundleError, InputError
-from mess_compile.runtime.manifest import manifest_to_json
+from mess_compile.runtime.base.errors import BundleError, InputError
+from mess_compile.runtime.bundle.archive import file_of, open_archive, write_sealed_zip
+from mess_compile.runtime.bundle.manifest import manifest_to_json
 from tests import small_network
 
 

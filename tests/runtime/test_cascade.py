@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 from mess_compile import runtime
-from mess_compile.runtime import cascade as cascade_module
-from mess_compile.runtime import choice
-from mess_compile.runtime.archive import open_archive
-from mess_compile.runtime.cascade import Cascade
-from mess_compile.runtime.engine import TensorSpec, open_library
-from mess_compile.runtime.engine_fake import FakeGraph, FakeLibrary
-from mess_compile.runtime.errors import BundleError, EngineError, InputError
-from mess_compile.runtime.manifest import Decision, Manifest, StageCost
+from mess_compile.runtime.base.errors import BundleError, EngineError, InputError
+from mess_compile.runtime.bundle import plan_choice
+from mess_compile.runtime.bundle.archive import open_archive
+from mess_compile.runtime.bundle.manifest import Decision, Manifest, StageCost
+from mess_compile.runtime.cascade import cascade as cascade_module
+from mess_compile.runtime.cascade.cascade import Cascade
+from mess_compile.runtime.engines.engine import TensorSpec, open_library
+from mess_compile.runtime.engines.engine_fake import FakeGraph, FakeLibrary
 from tests import small_network
 from tests.runtime.clock import Clock, cheap
 from tests.runtime.faults import FaultyLibrary
@@ -472,7 +472,7 @@ def test_nothing_stays_on_disk_after_closing_or_failing(
     with runtime.load(bundle, threads=1):
         assert len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(choice, "open_library", lambda name, threads, cuda_graphs: FakeLibrary({}))
+    monkeypatch.setattr(plan_choice, "open_library", lambda name, threads, cuda_graphs: FakeLibrary({}))
     with pytest.raises(runtime.EngineError):
         runtime.load(bundle)
     assert list(tmp_path.iterdir()) == []

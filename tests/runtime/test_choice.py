@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile import bundle as bundles
 from mess_compile import runtime
-from mess_compile.candidates import GraphSet
-from mess_compile.runtime import choice
-from mess_compile.runtime.errors import EngineError, InputError
-from mess_compile.runtime.machine import Gpu, Machine
-from mess_compile.runtime.manifest import Device
+from mess_compile.bundle import write as bundles
+from mess_compile.network import GraphSet
+from mess_compile.runtime.base.errors import EngineError, InputError
+from mess_compile.runtime.bundle import plan_choice
+from mess_compile.runtime.bundle.manifest import Device
+from mess_compile.runtime.machine.machine import Gpu, Machine
 from tests import small_network
 
 XAVIER, ORIN = Device("Xavier", (7, 2), ("AGX Xavier",)), Device("Orin", (8, 7), ("AGX Orin",))
@@ -39,7 +39,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mess_compile.runtime.machine.this_machine", lambda: machine)
+    monkeypatch.setattr("mess_compile.runtime.machine.machine.this_machine", lambda: machine)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_one_target_alone_runs_where_its_library_is(tmp_path: Path, monkeypatch:
     def unasked() -> Machine:
         raise AssertionError
 
-    monkeypatch.setattr("mess_compile.runtime.machine.this_machine", unasked)
+    monkeypatch.setattr("mess_compile.runtime.machine.machine.this_machine", unasked)
     graphs = small_network.graph_set(tmp_path / "graphs")
     small_network.write_parts(tmp_path / "one.mess", [part(graphs, "xavier", XAVIER)])
     with runtime.load(tmp_path / "one.mess", threads=1) as cascade:
@@ -109,14 +109,14 @@ def test_one_target_alone_runs_where_its_library_is(tmp_path: Path, monkeypatch:
 
 
 def test_a_library_that_is_not_here_leaves_the_next_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = choice.open_library
+    opened = plan_choice.open_library
 
     def without_tensorrt(name: str, threads: int | None, cuda_graphs: bool) -> object:
         if name == "tensorrt":
             raise EngineError("TensorRT is not installed")
         return opened(name, threads, cuda_graphs=cuda_graphs)
 
-    monkeypatch.setattr(choice, "open_library", without_tensorrt)
+    monkeypatch.setattr(plan_choice, "open_library", without_tensorrt)
     on(ON_XAVIER, monkeypatch)
     graphs = small_network.graph_set(tmp_path / "graphs")
     parts = [part(graphs, "xavier", XAVIER, "tensorrt"), part(graphs, "host", Device())]

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 import mess_compile
-from mess_compile.runtime import clocks, power
-from mess_compile.runtime.clocks import lock_clocks, restore_leftover
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.machine import clocks, power
+from mess_compile.runtime.machine.clocks import lock_clocks, restore_leftover
 
 PACKAGE = Path(mess_compile.__file__).parents[1]
 GPU = "sys/class/devfreq/17000000.gv11b"

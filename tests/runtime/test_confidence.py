@@ -9,11 +9,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from mess_compile.candidates import Gate
 from mess_compile.graph.gate import append_gate
-from mess_compile.graph.nodes import empty_model
-from mess_compile.runtime.confidence import confidence_map
-from mess_compile.runtime.engine import open_library
+from mess_compile.graph.node_builder import empty_model
+from mess_compile.network import Gate
+from mess_compile.runtime.engines.engine import open_library
+from mess_compile.runtime.images.confidence import confidence_map
 
 CLASSES, HW, ROWS = 5, (6, 7), (0.15, 0.3, 0.45, 0.6, 0.9)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from mess_compile.runtime import cuda as cuda_module
-from mess_compile.runtime.cuda import CALLS, Cuda, open_cuda
-from mess_compile.runtime.errors import EngineError
+from mess_compile.runtime.base.errors import EngineError
+from mess_compile.runtime.engines import cuda as cuda_module
+from mess_compile.runtime.engines.cuda import CALLS, Cuda, open_cuda
 from tests.runtime.cuda_standin import PROTOTYPES, Driver, c_types
 
 HEADERS = sorted(Path("/usr/local").glob("cuda*/include/cuda.h"))

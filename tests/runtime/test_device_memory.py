@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mess_compile.runtime.cuda import Cuda
-from mess_compile.runtime.device_memory import DeviceMemory, DeviceTensor
-from mess_compile.runtime.errors import EngineError
+from mess_compile.runtime.base.errors import EngineError
+from mess_compile.runtime.engines.cuda import Cuda
+from mess_compile.runtime.engines.device_memory import DeviceMemory, DeviceTensor
 from tests.runtime.cuda_standin import Driver
 from tests.runtime.test_cuda import opened_cuda
 

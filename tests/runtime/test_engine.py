@@ -12,10 +12,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from mess_compile.runtime import onnxruntime_engine
-from mess_compile.runtime.engine import TensorSpec, Timing, open_library
-from mess_compile.runtime.engine_fake import FakeGraph, FakeLibrary
-from mess_compile.runtime.errors import EngineError, InputError
+from mess_compile.runtime.base.errors import EngineError, InputError
+from mess_compile.runtime.engines import onnxruntime_engine
+from mess_compile.runtime.engines.engine import TensorSpec, Timing, open_library
+from mess_compile.runtime.engines.engine_fake import FakeGraph, FakeLibrary
 from tests import small_network
 
 

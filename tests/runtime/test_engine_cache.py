@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile.runtime import engine_cache, manifest, tensorrt_build
-from mess_compile.runtime.engine_fake import FakeLibrary
-from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.tensorrt_build import BuildOptions, Built
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.bundle import manifest
+from mess_compile.runtime.engines import engine_cache, tensorrt_build
+from mess_compile.runtime.engines.engine_fake import FakeLibrary
+from mess_compile.runtime.engines.tensorrt_build import BuildOptions, Built
 from tests import small_network
 from tests.runtime.homeless import homeless
 

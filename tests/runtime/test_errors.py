@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mess_compile.runtime.errors import MOST_WORDS, one_line
+from mess_compile.runtime.base.errors import MOST_WORDS, one_line
 
 
 def test_a_long_message_keeps_its_end_from_a_word_on() -> None:

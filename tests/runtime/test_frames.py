@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mess_compile.runtime import frames
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.images import frames
 
 SIDES = st.integers(1, 40)
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from mess_compile import runtime
-from mess_compile.runtime import onnxruntime_engine
-from mess_compile.runtime.cascade import Cascade, Prediction
-from mess_compile.runtime.engine import open_library
-from mess_compile.runtime.errors import EngineError, InputError, NotFiniteError
-from mess_compile.runtime.ladder import REST_FRAMES
+from mess_compile.runtime.base.errors import EngineError, InputError, NotFiniteError
+from mess_compile.runtime.cascade.cascade import Cascade, Prediction
+from mess_compile.runtime.cascade.fallback import REST_FRAMES
+from mess_compile.runtime.engines import onnxruntime_engine
+from mess_compile.runtime.engines.engine import open_library
 from tests import small_network
 from tests.runtime.faults import FaultyLibrary
 from tests.small_network import frame

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mess_compile.runtime.engine import Timing
-from mess_compile.runtime.level import factor, full_speed_ms, is_full_speed, is_slow, tick_ms
+from mess_compile.runtime.engines.engine import Timing
+from mess_compile.runtime.measure.full_speed import factor, full_speed_ms, is_full_speed, is_slow, tick_ms
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 10.0), (0.2, 10.0), (0.6, 10.0), (0.75, 18.0), (1.0, 18.0)])

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mess_compile.remote import parse_host
-from mess_compile.runtime import decode, lines
-from mess_compile.runtime.errors import InputError
-from mess_compile.ship import Place, _hear, _Heard
+from mess_compile.device.remote import parse_host
+from mess_compile.runtime.base import decode, protocol
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.ship.client import Place, _hear, _Heard
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -31,16 +31,16 @@ class Told:
 
 @given(st.text(), values)
 def test_a_line_says_what_was_told(kind: str, content: Any) -> None:
-    line = lines.line_of(kind, content)
+    line = protocol.line_of(kind, content)
     assert "\n" not in line
-    assert lines.said(line) == (kind, content)
+    assert protocol.said(line) == (kind, content)
 
 
 @pytest.mark.parametrize(
     "line", ["", "[TRT] 3 warnings", "12", "[]", "{}", '{"a": 1, "b": 2}', "[" * 100_000, '{"a": 1']
 )
 def test_what_libraries_print_is_none(line: str) -> None:
-    assert lines.said(line) is None
+    assert protocol.said(line) is None
 
 
 def deep(levels: int) -> Any:
@@ -83,12 +83,12 @@ def test_a_device_that_says_nonsense_is_named() -> None:
     ],
 )
 def test_what_goes_wrong_is_the_last_line(error: BaseException, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    def act(say: lines.Say) -> None:
+    def act(say: protocol.Say) -> None:
         say("step", 1)
         raise error
 
-    assert lines.tell(act, Path("wishes")) == 1
-    first, last = map(lines.said, capsys.readouterr().out.splitlines())
+    assert protocol.tell(act, Path("wishes")) == 1
+    first, last = map(protocol.said, capsys.readouterr().out.splitlines())
     assert first == ("step", 1)
     assert last is not None
     assert last[0] == "error"

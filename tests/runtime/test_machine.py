@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mess_compile.runtime import machine
-from mess_compile.runtime.machine import Gpu, InstalledLibrary, Machine, this_machine
+from mess_compile.runtime.machine import machine
+from mess_compile.runtime.machine.machine import Gpu, InstalledLibrary, Machine, this_machine
 
 DRIVER = r"""
 #include <stdio.h>

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mess_compile.runtime.errors import BundleError
-from mess_compile.runtime.manifest import EngineFile, File, Manifest, manifest_from_json, manifest_to_json
+from mess_compile.runtime.base.errors import BundleError
+from mess_compile.runtime.bundle.manifest import EngineFile, File, Manifest, manifest_from_json, manifest_to_json
 from tests import small_network
 
 Path_ = tuple[str | int, ...]

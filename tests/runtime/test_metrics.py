@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mess_compile import runtime
-from mess_compile.runtime import metrics as metrics_module
-from mess_compile.runtime.manifest import Manifest, Plan
-from mess_compile.runtime.metrics import Metrics, Recorder, drift
+from mess_compile.runtime.bundle.manifest import Manifest, Plan
+from mess_compile.runtime.cascade import metrics as metrics_module
+from mess_compile.runtime.cascade.metrics import Metrics, Recorder, drift
 from tests import small_network
 from tests.small_network import frame
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from mess_compile.runtime import onnx_file
-from mess_compile.runtime.errors import BundleError
+from mess_compile.runtime.base.errors import BundleError
+from mess_compile.runtime.bundle import onnx_file
 from tests import small_network
 
 NAME = "graphs/segment-0-1.onnx"

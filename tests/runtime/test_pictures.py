@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from mess_compile.dataset import read_frame
-from mess_compile.runtime import pictures, png
-from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.orientation import orientation_of
+from mess_compile.data.dataset import read_frame
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.images import pictures, png
+from mess_compile.runtime.images.orientation import orientation_of
 
 FRAME = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 

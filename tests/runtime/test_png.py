@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from mess_compile.runtime import pictures, png
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.images import pictures, png
 
 
 def smooth(height: int, width: int, channels: int, seed: int) -> NDArray[np.uint8]:

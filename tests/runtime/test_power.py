@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mess_compile.runtime import power
-from mess_compile.runtime.power import (
+from mess_compile.runtime.machine import power
+from mess_compile.runtime.machine.power import (
     DeviceState,
     likely_cause,
     power_meter,

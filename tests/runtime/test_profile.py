@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mess_compile.runtime import pool
-from mess_compile.runtime.engine import TensorSpec, open_library
-from mess_compile.runtime.engine_fake import FakeGraph, FakeLibrary
-from mess_compile.runtime.errors import EngineError, InputError
-from mess_compile.runtime.pool import Job, Opened
-from mess_compile.runtime.profile import Effort, Window, measure
-from mess_compile.runtime.summary import summarise
+from mess_compile.runtime.base.errors import EngineError, InputError
+from mess_compile.runtime.engines.engine import TensorSpec, open_library
+from mess_compile.runtime.engines.engine_fake import FakeGraph, FakeLibrary
+from mess_compile.runtime.measure import job_pool
+from mess_compile.runtime.measure.job_pool import Job, Opened
+from mess_compile.runtime.measure.measure import Effort, Window, measure
+from mess_compile.runtime.measure.summary import summarise
 from tests import small_network
 
 MS = 1_000_000
@@ -358,7 +358,7 @@ def test_more_graphs_than_may_be_open_are_measured_all_the_same(root: Path) -> N
 
 
 def test_fewer_engines_stay_open_when_memory_is_scarce(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_memory_is_scarce", lambda: True)
+    monkeypatch.setattr(job_pool, "_memory_is_scarce", lambda: True)
     library = scripted()
     assert len(windows(library, jobs(root))) == 18
     assert most_open(library) == 3
@@ -377,8 +377,8 @@ def test_fewer_engines_stay_open_when_memory_is_scarce(root: Path, monkeypatch: 
 def test_memory_is_scarce_below_an_eighth_where_the_system_tells(tmp_path: Path, text: str, scarce: bool) -> None:
     path = tmp_path / "meminfo"
     path.write_text(text)
-    assert pool._memory_is_scarce(path) == scarce
-    assert not pool._memory_is_scarce(tmp_path / "none")
+    assert job_pool._memory_is_scarce(path) == scarce
+    assert not job_pool._memory_is_scarce(tmp_path / "none")
 
 
 def test_engines_that_take_the_memory_of_another_make_room(root: Path) -> None:

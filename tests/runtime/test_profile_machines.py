@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mess_compile.runtime import profile, summary
-from mess_compile.runtime.engine import TensorSpec
-from mess_compile.runtime.engine_fake import FakeGraph, FakeLibrary
-from mess_compile.runtime.pool import Job
-from mess_compile.runtime.profile import Effort, Window
-from mess_compile.runtime.summary import Speed, Summary
+from mess_compile.runtime.engines.engine import TensorSpec
+from mess_compile.runtime.engines.engine_fake import FakeGraph, FakeLibrary
+from mess_compile.runtime.measure import measure, summary
+from mess_compile.runtime.measure.job_pool import Job
+from mess_compile.runtime.measure.measure import Effort, Window
+from mess_compile.runtime.measure.summary import Speed, Summary
 
 STAGES_MS = (7.0, 3.3, 3.5, 7.0, 35.0)
 HEADS_MS = (0.9, 2.5, 3.0, 5.5, 12.0)
@@ -99,7 +99,7 @@ def measured(machine: Machine, folder: Path) -> tuple[dict[str, Summary], Speed,
         (folder / f"{name}.onnx").touch()
     jobs = [Job(name, folder / f"{name}.onnx", "s05" if name.startswith("s0") else f"s0{name[1]}") for name in costs]
     thresholds, clock = np.zeros((1, 2), np.float32), library.clock_ns
-    events = profile.measure(library, jobs, FRAME, thresholds, "s01", Effort(), clock_ns=clock)
+    events = measure.measure(library, jobs, FRAME, thresholds, "s01", Effort(), clock_ns=clock)
     windows = [event for event in events if isinstance(event, Window)]
     speed = summary.speed(windows)
     by_job = {name: [window for window in windows if window.job == name] for name in costs}

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from mess_compile.runtime import scoring, session
-from mess_compile.runtime.decode import DecodeError
-from mess_compile.runtime.engine import TensorSpec
-from mess_compile.runtime.engine_fake import FakeGraph, FakeLibrary
-from mess_compile.runtime.profile import Effort
-from mess_compile.runtime.scoring import IGNORED, Exits, HeadEngines, Score, open_scorer, score_of, scored, told
+from mess_compile.runtime.base.decode import DecodeError
+from mess_compile.runtime.engines.engine import TensorSpec
+from mess_compile.runtime.engines.engine_fake import FakeGraph, FakeLibrary
+from mess_compile.runtime.measure.measure import Effort
+from mess_compile.runtime.serve import scoring, worker
+from mess_compile.runtime.serve.scoring import IGNORED, Exits, HeadEngines, Score, open_scorer, score_of, scored, told
 
 EXITS = Exits(
     (2, 2),
@@ -127,10 +127,10 @@ def test_labels_of_a_large_image_travel_small(tmp_path: Path) -> None:
 
 
 def test_what_runs_is_told_to_the_device_as_it_is() -> None:
-    wish = session.Wish("score", "onnxruntime", (), (), "", Effort(), "f" * 64, ((0.5,) * 3,), EXITS)
-    assert session.wish_from_json(session.wish_to_json(wish)) == wish
+    wish = worker.Wish("score", "onnxruntime", (), (), "", Effort(), "f" * 64, ((0.5,) * 3,), EXITS)
+    assert worker.wish_from_json(worker.wish_to_json(wish)) == wish
     without = replace(wish, exits=replace(EXITS, alone=None))
-    assert session.wish_from_json(session.wish_to_json(without)) == without
+    assert worker.wish_from_json(worker.wish_to_json(without)) == without
 
 
 def test_a_score_arrives_as_it_was_told() -> None:

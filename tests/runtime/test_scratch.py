@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile.runtime import scratch
-from mess_compile.runtime.archive import open_archive
+from mess_compile.runtime.bundle import scratch
+from mess_compile.runtime.bundle.archive import open_archive
 from tests import small_network
 
 LOAD = """

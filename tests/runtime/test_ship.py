@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 
 from mess_compile import runtime
-from mess_compile.runtime import archive, engine_cache, ship, tensorrt_build
-from mess_compile.runtime.archive import Archive
-from mess_compile.runtime.engine_fake import FakeLibrary
-from mess_compile.runtime.errors import EngineError
-from mess_compile.runtime.manifest import EngineFile, File, Manifest, manifest_to_json
-from mess_compile.runtime.ship import Wish
-from mess_compile.runtime.signature import Signers
-from mess_compile.runtime.tensorrt_build import BuildOptions, Built
-from mess_compile.runtime.verify import verify
-from mess_compile.runtime.versions import History
+from mess_compile.runtime.base.errors import EngineError
+from mess_compile.runtime.bundle import archive
+from mess_compile.runtime.bundle.archive import Archive
+from mess_compile.runtime.bundle.manifest import EngineFile, File, Manifest, manifest_to_json
+from mess_compile.runtime.bundle.signature import Signers
+from mess_compile.runtime.engines import engine_cache, tensorrt_build
+from mess_compile.runtime.engines.engine_fake import FakeLibrary
+from mess_compile.runtime.engines.tensorrt_build import BuildOptions, Built
+from mess_compile.runtime.serve import ship
+from mess_compile.runtime.serve.ship import Wish
+from mess_compile.runtime.serve.verify import verify
+from mess_compile.runtime.serve.versions import History
 from tests import small_network
 
 

@@ -12,10 +12,10 @@ import pytest
 
 from mess_compile import runtime
 from mess_compile.runtime import __main__ as command
-from mess_compile.runtime.archive import open_archive, write_sealed_zip
-from mess_compile.runtime.errors import BundleError, InputError
-from mess_compile.runtime.signature import Signers, sign, signer_of
-from mess_compile.runtime.verify import Demands, verify_bundle
+from mess_compile.runtime.base.errors import BundleError, InputError
+from mess_compile.runtime.bundle.archive import open_archive, write_sealed_zip
+from mess_compile.runtime.bundle.signature import Signers, sign, signer_of
+from mess_compile.runtime.serve.verify import Demands, verify_bundle
 from tests import commands, small_network
 
 pytestmark = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="there is no ssh-keygen")
@@ -73,10 +73,10 @@ def test_another_key_another_name_and_no_signature_fail_and_nothing_runs(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a bundle of unknown origin was loaded")
 
-    monkeypatch.setattr("mess_compile.runtime.verify.load_archive", refuse)
-    monkeypatch.setattr("mess_compile.runtime.cascade.load_archive", refuse)
+    monkeypatch.setattr("mess_compile.runtime.serve.verify.load_archive", refuse)
+    monkeypatch.setattr("mess_compile.runtime.cascade.cascade.load_archive", refuse)
     foreign, plain = tmp_path / "foreign.mess", tmp_path / "plain.mess"
-    monkeypatch.setattr("mess_compile.bundle._golden", lambda *_: ())
+    monkeypatch.setattr("mess_compile.bundle.write._golden", lambda *_: ())
     small_network.write_bundle(foreign, key=keys / "other")
     small_network.write_bundle(plain)
     for path, words, identity in (

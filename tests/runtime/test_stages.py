@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from mess_compile.candidates import Gate
 from mess_compile.graph.gate import append_gate
-from mess_compile.graph.nodes import empty_model
-from mess_compile.runtime.archive import open_archive
-from mess_compile.runtime.engine import Engine, Library, open_library
-from mess_compile.runtime.errors import NotFiniteError
-from mess_compile.runtime.manifest import Decision, Manifest, OperatingPoint
-from mess_compile.runtime.stages import Stages
+from mess_compile.graph.node_builder import empty_model
+from mess_compile.network import Gate
+from mess_compile.runtime.base.errors import NotFiniteError
+from mess_compile.runtime.bundle.archive import open_archive
+from mess_compile.runtime.bundle.manifest import Decision, Manifest, OperatingPoint
+from mess_compile.runtime.cascade.stages import Stages
+from mess_compile.runtime.engines.engine import Engine, Library, open_library
 from tests import small_network
 from tests.runtime.faults import FaultyLibrary
 

@@ -14,9 +14,9 @@ import pytest
 from numpy.typing import NDArray
 
 from mess_compile import runtime
-from mess_compile.runtime.cascade import Cascade
-from mess_compile.runtime.engine import open_library
-from mess_compile.runtime.errors import EngineError, InputError
+from mess_compile.runtime.base.errors import EngineError, InputError
+from mess_compile.runtime.cascade.cascade import Cascade
+from mess_compile.runtime.engines.engine import open_library
 from tests import small_network
 from tests.runtime.faults import FaultyLibrary
 from tests.small_network import frame

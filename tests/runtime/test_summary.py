@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from mess_compile.runtime.errors import InputError
-from mess_compile.runtime.profile import Effort, Window
-from mess_compile.runtime.summary import Speed, speed, summarise
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.measure.measure import Effort, Window
+from mess_compile.runtime.measure.summary import Speed, speed, summarise
 
 
 def between(*ticks_ms: float, wall_ms: float = 1.0, spent_s: float = 0.1) -> Window:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from mess_compile.runtime import tensorrt_module
-from mess_compile.runtime.errors import EngineError, InputError
-from mess_compile.runtime.tensorrt_build import BuildOptions, build_engine
+from mess_compile.runtime.base.errors import EngineError, InputError
+from mess_compile.runtime.engines import tensorrt_module
+from mess_compile.runtime.engines.tensorrt_build import BuildOptions, build_engine
 
 FP32, FP16 = "float32", "float16"
 

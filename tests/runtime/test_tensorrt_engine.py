@@ -19,12 +19,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from mess_compile import runtime
-from mess_compile.runtime import pool, profile, tensorrt_engine, tensorrt_module
-from mess_compile.runtime.cascade import Cascade
-from mess_compile.runtime.cuda import Cuda, open_cuda
-from mess_compile.runtime.engine import TensorSpec, open_library
-from mess_compile.runtime.errors import EngineError, InputError
-from mess_compile.runtime.tensorrt_engine import TensorRt
+from mess_compile.runtime.base.errors import EngineError, InputError
+from mess_compile.runtime.cascade.cascade import Cascade
+from mess_compile.runtime.engines import tensorrt_engine, tensorrt_module
+from mess_compile.runtime.engines.cuda import Cuda, open_cuda
+from mess_compile.runtime.engines.engine import TensorSpec, open_library
+from mess_compile.runtime.engines.tensorrt_engine import TensorRt
+from mess_compile.runtime.measure import job_pool as pool
+from mess_compile.runtime.measure import measure
 from tests import small_network
 from tests.runtime import tensorrt_standin
 from tests.runtime.cuda_standin import Driver
@@ -108,7 +110,7 @@ def write_engines(bundle: Path, folder: Path, version: str, **facts: Any) -> Pat
 
 
 def real_engines(name: str, bundle: Path, folder: Path, capability: str) -> Path:
-    from mess_compile.runtime.tensorrt_build import BuildOptions, build_engine
+    from mess_compile.runtime.engines.tensorrt_build import BuildOptions, build_engine
 
     for graph in sorted((bundle.parent / "graphs").glob("*.onnx")):
         engine = build_engine(graph, BuildOptions(name, "fp32", capability)).engine
@@ -222,10 +224,10 @@ def test_the_profiler_measures_every_stage(place: Place) -> None:
         for name, before in zip(names, (None, *names), strict=False)
     ]
     jobs += [pool.Job(pool.NULL, None, names[1]), pool.Job(pool.UPLOAD, None)]
-    effort = profile.Effort(window_s=0, window_runs=2, windows=1, warm_up_s=0)
+    effort = measure.Effort(window_s=0, window_runs=2, windows=1, warm_up_s=0)
     with closing(place.open()) as library:
-        events = list(profile.measure(library, jobs, frame(0), small_network.thresholds(), names[0], effort))
-    found = [event for event in events if isinstance(event, profile.Window)]
+        events = list(measure.measure(library, jobs, frame(0), small_network.thresholds(), names[0], effort))
+    found = [event for event in events if isinstance(event, measure.Window)]
     assert {window.job for window in found} == {*names, pool.NULL, pool.UPLOAD}
     for window in found:
         assert len(window.device_ms) == (len(window.wall_ms) if window.job in names else 0)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from mess_compile.runtime import tensorrt_build, tensorrt_engine, tensorrt_module
-from mess_compile.runtime.errors import EngineError
+from mess_compile.runtime.base.errors import EngineError
+from mess_compile.runtime.engines import tensorrt_build, tensorrt_engine, tensorrt_module
 from tests.runtime import tensorrt_standin
 from tests.runtime.cuda_standin import Driver
 from tests.runtime.tensorrt_bindings import RTX, VERSIONS, bindings

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from mess_compile.runtime import archive, ship, versions
-from mess_compile.runtime.errors import BundleError, InputError, MessError
-from mess_compile.runtime.manifest import Manifest
-from mess_compile.runtime.ship import Wish
+from mess_compile.runtime.base.errors import BundleError, InputError, MessError
+from mess_compile.runtime.bundle import archive
+from mess_compile.runtime.bundle.manifest import Manifest
+from mess_compile.runtime.serve import ship, versions
+from mess_compile.runtime.serve.ship import Wish
 from tests import small_network
 from tests.shipping import check_whole, released, with_threshold
 from tests.small_network import changed_bundle

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mess_compile import runtime
-from mess_compile.runtime import watch
-from mess_compile.runtime.manifest import Manifest
-from mess_compile.runtime.signature import Signers, installed_signers
+from mess_compile.runtime.bundle.manifest import Manifest
+from mess_compile.runtime.bundle.signature import Signers, installed_signers
+from mess_compile.runtime.serve import watch
 from tests import small_network
 from tests.runtime.homeless import homeless
 
@@ -93,7 +93,7 @@ def test_frames_get_labels_or_a_reason_across_versions_until_the_end(tmp_path: P
 
 
 def test_a_device_says_whose_bundles_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mess_compile.runtime import signature
+    from mess_compile.runtime.bundle import signature
 
     monkeypatch.setattr(signature, "INSTALLED", tmp_path / "etc")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mess_compile.candidates import Head
-from mess_compile.search.figures import Evidence
+from mess_compile.network import Head
+from mess_compile.search.metrics import Evidence
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mess_compile.candidates import (
+from mess_compile.evaluate.statistics import ExitStatistics, threshold_table
+from mess_compile.latency.table import PSEUDO_GRAPHS, Latency, LatencyTable
+from mess_compile.network import (
     BASELINE,
     BASELINE_ALONE,
     CandidateNetwork,
@@ -21,9 +23,7 @@ from mess_compile.candidates import (
     output_name,
     segment_name,
 )
-from mess_compile.latency import PSEUDO_GRAPHS, Latency, LatencyTable
-from mess_compile.search.figures import Evidence
-from mess_compile.statistics import ExitStatistics, threshold_table
+from mess_compile.search.metrics import Evidence
 
 CONFIGS = ("fcn-crm1-b0", "dlb-crm2-b0", "fcn-crm4-b2-rdi")
 HW = (4, 6)

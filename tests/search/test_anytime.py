@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 from mess_compile.search import anytime
+from mess_compile.search.exhaustive.plan_table import rows_of_plans
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.rows import rows_of_plans
 from mess_compile.search.solver import search
 from tests.search.brute_force import all_plans
 from tests.search.cases import evidence

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mess_compile.search.bounds import MEASURES, bounds_of
-from mess_compile.search.figures import Evidence
+from mess_compile.search.constraints import MEASURES, bounds_of
+from mess_compile.search.exhaustive.plan_table import ROW, rows_of_plans
+from mess_compile.search.metrics import Evidence
 from mess_compile.search.plan import Figures
 from mess_compile.search.requirement import Limit, Requirement
-from mess_compile.search.rows import ROW, rows_of_plans
 from tests.search.brute_force import BrutePlan, all_plans, baseline_of, ns, slowest
 from tests.search.cases import evidence
 

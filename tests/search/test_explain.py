@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mess_compile.runtime.errors import RequirementError
+from mess_compile.runtime.base.errors import RequirementError
 from mess_compile.search.explain import BoundCost, Explanation, explain
-from mess_compile.search.figures import Evidence
+from mess_compile.search.metrics import Evidence
 from mess_compile.search.plan import Plan
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search_recipes

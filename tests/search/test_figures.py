@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mess_compile.candidates import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
-from mess_compile.latency import Failure, Latency, LatencyTable
-from mess_compile.runtime.errors import InputError, StaleError
-from mess_compile.search.figures import Evidence, anytime_reports, baseline_figures, figures_of_stages, replay
+from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.latency.table import Failure, Latency, LatencyTable
+from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
+from mess_compile.runtime.base.errors import InputError, StaleError
+from mess_compile.search.metrics import Evidence, anytime_reports, baseline_figures, figures_of_stages, replay
 from mess_compile.search.plan import Report, Stage
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search_recipes
-from mess_compile.statistics import ExitStatistics
 from tests.search.cases import evidence
 
 HEADS = ("exit1.fcn-crm1-b0", "exit2.fcn-crm1-b0")

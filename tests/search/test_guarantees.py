@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import guarantee as benchmark
-from mess_compile.runtime.errors import InputError, RequirementError, StaleError
-from mess_compile.search.figures import Evidence, figures_of_stages
+from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.runtime.base.errors import InputError, RequirementError, StaleError
 from mess_compile.search.guarantees import (
     certification_split,
     certify,
@@ -22,7 +22,9 @@ from mess_compile.search.guarantees import (
     optimism,
     parse_confidence,
 )
-from mess_compile.search.paired import (
+from mess_compile.search.metrics import Evidence, figures_of_stages
+from mess_compile.search.requirement import Limit, Requirement
+from mess_compile.search.risk import (
     Pairs,
     bootstrap_bounds_pp,
     certified_in_turn,
@@ -32,9 +34,7 @@ from mess_compile.search.paired import (
     safest_first,
     stake_for,
 )
-from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search
-from mess_compile.statistics import ExitStatistics
 from tests.search.brute_force import BrutePlan, all_plans, baseline_of, cost_of_exit, miou_of
 from tests.search.cases import evidence, with_baseline_alone
 from tests.search.test_solver import brute_identity, identity, key, satisfies

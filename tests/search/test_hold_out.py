@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile.runtime.errors import InputError
-from mess_compile.search.figures import Evidence
+from mess_compile.profile.selection import Subject, contenders
+from mess_compile.runtime.base.errors import InputError
 from mess_compile.search.hold_out import (
     LEAST_IMAGES,
     THIRD,
@@ -21,10 +21,10 @@ from mess_compile.search.hold_out import (
     tuning_part,
     tuning_rows,
 )
+from mess_compile.search.metrics import Evidence
 from mess_compile.search.plan import SearchResult, read_result, write_result
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.solver import search
-from mess_compile.sparing import Subject, contenders
 from tests.search.brute_force import miou_of
 from tests.search.cases import evidence
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mess_compile.runtime.errors import RequirementError
-from mess_compile.search import kept, rows
-from mess_compile.search.figures import Evidence
+from mess_compile.runtime.base.errors import RequirementError
+from mess_compile.search.exhaustive import cache, plan_table
+from mess_compile.search.metrics import Evidence
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search
 from tests.commands import contents
@@ -31,11 +31,11 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[Evidence]:
     """The evidence of every search that was not spared by what was kept."""
     told: list[Evidence] = []
 
-    def rows_of_plans(evidence: Evidence, *rest: Any) -> rows.Rows:
+    def rows_of_plans(evidence: Evidence, *rest: Any) -> plan_table.Rows:
         told.append(evidence)
-        return rows.rows_of_plans(evidence, *rest)
+        return plan_table.rows_of_plans(evidence, *rest)
 
-    monkeypatch.setattr(kept, "rows_of_plans", rows_of_plans)
+    monkeypatch.setattr(cache, "rows_of_plans", rows_of_plans)
     return told
 
 
@@ -106,10 +106,10 @@ def test_rows_of_another_case_under_this_key_are_not_believed(tmp_path: Path, se
     case = evidence((2, 1), 2, 8, seed=4)
     result = search(case, Requirement(), kept=tmp_path)
     (folder,) = tmp_path.iterdir()
-    wrong = rows.rows_of_plans(case, Requirement(), lambda done, total: None)
+    wrong = plan_table.rows_of_plans(case, Requirement(), lambda done, total: None)
     wrong.plans["miou"] += 1.0
     shutil.rmtree(folder)
-    kept._keep(folder, folder.name, wrong)
+    cache._keep(folder, folder.name, wrong)
     assert search(case, Requirement(), kept=tmp_path) == result
     assert len(searches) == 2
 
@@ -118,7 +118,7 @@ def test_the_folder_does_not_grow_without_bound(tmp_path: Path, monkeypatch: pyt
     cases = [evidence((1, 1), 2, 6, seed) for seed in range(4)]
     search(cases[0], Requirement(), kept=tmp_path)
     one = sum(map(len, contents(tmp_path).values()))
-    monkeypatch.setattr(kept, "MOST_BYTES", 2 * one + one // 2)
+    monkeypatch.setattr(cache, "MOST_BYTES", 2 * one + one // 2)
     (tmp_path / "notes").mkdir()
     for case in cases:
         search(case, Requirement(), kept=tmp_path)
@@ -144,7 +144,7 @@ def test_a_refusal_is_the_same(tmp_path: Path) -> None:
 
 def test_rows_are_kept_as_they_are(tmp_path: Path) -> None:
     case = evidence((2, 1), 2, 8, seed=4)
-    fresh, again = (kept.kept_rows(case, Requirement(), lambda done, total: None, tmp_path, None) for _ in range(2))
+    fresh, again = (cache.kept_rows(case, Requirement(), lambda done, total: None, tmp_path, None) for _ in range(2))
     assert again.chains == fresh.chains
     assert np.array_equal(again.plans, fresh.plans)
     assert (again.space, again.evaluated) == (fresh.space, fresh.evaluated)

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mess_compile.latency import Failure
-from mess_compile.runtime.errors import InputError, RequirementError
-from mess_compile.search import branch, kernels, large, solver
-from mess_compile.search.clock import Clock, UnfinishedError
-from mess_compile.search.figures import Evidence, figures_of_stages
+from mess_compile.latency.table import Failure
+from mess_compile.runtime.base.errors import InputError, RequirementError
+from mess_compile.search import solver
+from mess_compile.search.bnb import driver, kernels, search
+from mess_compile.search.bnb.arrays import Problem, problem_of
+from mess_compile.search.deadline import Clock, UnfinishedError
+from mess_compile.search.metrics import Evidence, figures_of_stages
 from mess_compile.search.plan import Plan, SearchResult
-from mess_compile.search.problem import Problem, problem_of
 from mess_compile.search.requirement import Limit, Requirement
 from tests.search.brute_force import BrutePlan, all_plans, graphs_of_plan
 from tests.search.cases import evidence
@@ -108,10 +109,10 @@ def check_against_every_plan(hard: Hard, data: st.DataObject, most_exits: int = 
     feasible = [plan for plan in plans if satisfies(plan, requirement, hard.whole)]
     if not feasible:
         with pytest.raises(RequirementError, match="no plan satisfies"):
-            large.search(case, requirement, in_silence)
+            search.search(case, requirement, in_silence)
         return
     best = min(feasible, key=lambda plan: key(plan, requirement.objective or "latency"))
-    result = large.search(case, requirement, in_silence)
+    result = search.search(case, requirement, in_silence)
     assert identity(result.plan) == brute_identity(best)
     assert (result.plan.predicted.miou, result.plan.predicted.latency_ms) == (
         best.miou,
@@ -160,7 +161,7 @@ def deep_cases(draw: st.DrawFn) -> Evidence:
 def check_three_early_exits(hard: Hard, data: st.DataObject) -> None:
     """Few chains are settled before all have bounds, so that it is these which decide."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(branch, "_SETTLED", data.draw(st.sampled_from([1, 1, 2, 64])))
+        patch.setattr(driver, "_SETTLED", data.draw(st.sampled_from([1, 1, 2, 64])))
         check_against_every_plan(hard, data, most_exits=3)
 
 
@@ -182,7 +183,7 @@ def test_a_deeper_exit_that_costs_less_is_not_put_away_unseen() -> None:
     plans = list(all_plans(case, "input-dependent", 3))
     best = max(plans, key=lambda plan: plan.miou)
     limit = Limit((best.cost_ns // 6 + 1) / 1e6)
-    found = large.search(case, Requirement(objective="accuracy", max_exits=3, max_latency=limit), in_silence)
+    found = search.search(case, Requirement(objective="accuracy", max_exits=3, max_latency=limit), in_silence)
     assert (len(best.heads), found.plan.predicted.miou) == (4, best.miou)
 
 
@@ -214,11 +215,11 @@ class Interrupted:
 def ended(case: Evidence, requirement: Requirement, by_hand: bool, at: int) -> SearchResult | None:
     """What a search says that the clock or Ctrl-C ends at a step of it; None when it had found nothing by then."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(branch, "_SETTLED", 2)
+        patch.setattr(driver, "_SETTLED", 2)
         if by_hand:
-            patch.setattr(branch.kernels, "settle_all", Interrupted(kernels.settle_all, at))
+            patch.setattr(driver.kernels, "settle_all", Interrupted(kernels.settle_all, at))
         try:
-            return large.search(case, requirement, in_silence, clock=Clock() if by_hand else Ended(at))
+            return search.search(case, requirement, in_silence, clock=Clock() if by_hand else Ended(at))
         except UnfinishedError:
             return None
 
@@ -275,7 +276,7 @@ def test_ctrl_c_between_two_chains_of_exit_points_gives_the_best_so_far(call: in
         if done == call:
             raise KeyboardInterrupt
 
-    result = large.search(case, Requirement(objective="accuracy"), progress, clock=Clock())
+    result = search.search(case, Requirement(objective="accuracy"), progress, clock=Clock())
     best = max(plan.miou for plan in all_plans(case, "input-dependent", 2))
     assert calls == list(range(1, call + 1)) if call else len(calls) == 4
     assert (result.certificate.gap > 0) == (call > 0)
@@ -284,7 +285,7 @@ def test_ctrl_c_between_two_chains_of_exit_points_gives_the_best_so_far(call: in
 
 def test_a_search_without_end_and_one_with_time_enough_agree() -> None:
     case = evidence((2, 2, 2), 3, images=9, seed=1)
-    assert large.search(case, Requirement(), in_silence, clock=Clock(3600)) == large.search(
+    assert search.search(case, Requirement(), in_silence, clock=Clock(3600)) == search.search(
         case, Requirement(), in_silence
     )
 
@@ -303,7 +304,7 @@ def test_a_large_space_is_searched_by_its_bounds_and_has_no_front_by_memory(monk
 def test_a_bound_beyond_all_numbers_bounds_nothing() -> None:
     case = evidence((1, 2), 2, images=6, seed=4)
     free, bounded = Requirement(), Requirement(max_latency=Limit(1e15))
-    assert large.search(case, free, in_silence).plan == large.search(case, bounded, in_silence).plan
+    assert search.search(case, free, in_silence).plan == search.search(case, bounded, in_silence).plan
 
 
 def test_a_refusal_names_every_bound_and_what_could_be_reached() -> None:
@@ -311,20 +312,20 @@ def test_a_refusal_names_every_bound_and_what_could_be_reached() -> None:
     best = max(plan.miou for plan in all_plans(case, "input-dependent", 2))
     hopeless = Limit(1e-6)
     with pytest.raises(RequirementError, match=r"no plan satisfies mIoU >= 101 % and latency <= 1e-06 ms$"):
-        large.search(case, Requirement(max_err_pp=0.0, baseline_miou=101, max_latency=hopeless), in_silence)
+        search.search(case, Requirement(max_err_pp=0.0, baseline_miou=101, max_latency=hopeless), in_silence)
     with pytest.raises(RequirementError, match=r"no plan satisfies p95 latency <= 1e-06 ms and memory <= 1 MiB$"):
-        large.search(case, Requirement(max_latency_p95=hopeless, max_memory_bytes=1 << 20), in_silence)
+        search.search(case, Requirement(max_latency_p95=hopeless, max_memory_bytes=1 << 20), in_silence)
     smallest = min(plan.memory for plan in all_plans(case, "input-dependent", 2)) / (1 << 20)
     with pytest.raises(RequirementError, match=f"<= 9.537e-07 MiB; best reachable: memory {smallest:.4g} MiB$"):
-        large.search(case, Requirement(max_memory_bytes=1), in_silence)
+        search.search(case, Requirement(max_memory_bytes=1), in_silence)
     with pytest.raises(RequirementError, match=f"best reachable: mIoU {best:.4g} %$"):
-        large.search(case, Requirement(max_err_pp=0.0, baseline_miou=100), in_silence)
+        search.search(case, Requirement(max_err_pp=0.0, baseline_miou=100), in_silence)
 
 
 def test_more_than_32_cuts_are_those_of_the_stated_grid() -> None:
     case = evidence((1,), 1, images=80, seed=3, levels=300)
     best = min(all_plans(case, "input-dependent", 1), key=lambda plan: key(plan, "accuracy"))
-    assert identity(large.search(case, Requirement(objective="accuracy"), in_silence).plan) == brute_identity(best)
+    assert identity(search.search(case, Requirement(objective="accuracy"), in_silence).plan) == brute_identity(best)
 
 
 BOXES = st.integers(1, 4).flatmap(

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mess_compile import latency, statistics
-from mess_compile.candidates import Gate
-from mess_compile.runtime.errors import InputError, StaleError
+from mess_compile.evaluate import statistics
+from mess_compile.latency import table as latency
+from mess_compile.network import Gate
+from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.search.plan import (
     Guarantee,
     Optimism,

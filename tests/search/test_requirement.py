@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 from mess_compile.search.requirement import (
     Limit,
     Requirement,

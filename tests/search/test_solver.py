@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mess_compile.runtime.errors import RequirementError
-from mess_compile.search.clock import Clock, UnfinishedError
-from mess_compile.search.figures import Evidence, figures_of_stages
+from mess_compile.runtime.base.errors import RequirementError
+from mess_compile.search.deadline import Clock, UnfinishedError
+from mess_compile.search.metrics import Evidence, figures_of_stages
 from mess_compile.search.plan import Plan
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mess_compile import scenes
-from mess_compile.dataset import open_dataset
+from mess_compile.data import scenes
+from mess_compile.data.dataset import open_dataset
 from mess_compile.nets.checkpoint import load_candidate
 from mess_compile.nets.network import Architecture, heads_from_names, with_final_head
 from mess_compile.training.parallel import Machines
 from mess_compile.training.recipe import Recipe
-from mess_compile.training.stages import train
+from mess_compile.training.train import train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mess_compile.runtime.errors import InputError
+from mess_compile.runtime.base.errors import InputError
 from mess_compile.training import losses
 from mess_compile.training.recipe import Distillation
 

@@ -16,16 +16,16 @@ import pytest
 import torch
 from torch import nn
 
-from mess_compile import scenes
-from mess_compile.cli.stopped import KEPT
-from mess_compile.dataset import open_dataset
+from mess_compile.cli.interrupts import KEPT
+from mess_compile.data import scenes
+from mess_compile.data.dataset import open_dataset
 from mess_compile.nets.checkpoint import load_candidate
 from mess_compile.nets.network import Architecture, heads_from_names, with_final_head
-from mess_compile.runtime.errors import InputError
-from mess_compile.training import parallel, pretraining
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.training import backbone, parallel
 from mess_compile.training.parallel import Machines
 from mess_compile.training.recipe import Recipe
-from mess_compile.training.stages import train
+from mess_compile.training.train import train
 
 HW = (48, 64)
 TRAIN = ["train", "--data", "data", "--input", "48x64", "--width", "0.25", "--exits", "features.6,features.17"]
@@ -79,7 +79,7 @@ def first_gradient(folder: str, name: str, pieces: int = 1) -> None:
 
     torch.optim.AdamW.step = stop  # type: ignore[assignment, method-assign]
     nn.functional.dropout = lambda x, *rest, **more: x  # type: ignore[assignment]
-    pretraining.synchronise_norms = lambda module: None  # type: ignore[assignment]
+    backbone.synchronise_norms = lambda module: None  # type: ignore[assignment]
     nn.BatchNorm2d.forward = lambda norm, x: 3 * x  # type: ignore[assignment, method-assign]
     data = open_dataset(Path(folder) / "data", "train")
     blocks = ("features.6", "features.17")

@@ -13,17 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from mess_compile import scenes
-from mess_compile.dataset import DataSet, Sample, open_dataset
+from mess_compile.data import scenes
+from mess_compile.data.dataset import DataSet, Sample, open_dataset
 from mess_compile.nets import network
 from mess_compile.nets.checkpoint import load_candidate
-from mess_compile.runtime.errors import InputError
-from mess_compile.training import distilling, loop, pretraining, stages
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.training import backbone, loop
+from mess_compile.training import heads as distilling
+from mess_compile.training import train as stages
 from mess_compile.training.augment import Batches, Shard, augmented
-from mess_compile.training.distilling import head_groups
-from mess_compile.training.pretraining import trained_exits
+from mess_compile.training.backbone import trained_exits
+from mess_compile.training.heads import head_groups
 from mess_compile.training.recipe import Distillation, Recipe
-from mess_compile.training.stages import train
+from mess_compile.training.train import train
 from tests.networks import random_network
 
 HW = (48, 64)
@@ -412,14 +414,14 @@ def test_a_backbone_of_another_architecture_is_named(data: Path, tmp_path: Path,
 def test_a_loss_that_is_not_a_number_names_the_batch_and_keeps_the_last_epoch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = pretraining.losses.loss_of, []
+    original, calls = backbone.losses.loss_of, []
 
     def poisoned(*arguments: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         found = original(*arguments)  # type: ignore[arg-type]
         return found * float("nan") if len(calls) > 2 * 2 else found  # the first batch of the second epoch
 
-    monkeypatch.setattr(pretraining.losses, "loss_of", poisoned)
+    monkeypatch.setattr(backbone.losses, "loss_of", poisoned)
     with pytest.raises(InputError, match=r"stage 1, epoch 2, batch 1 \(scene.*learning-rate"):
         run(data, tmp_path / "candidate")
     monkeypatch.undo()
@@ -432,14 +434,14 @@ def test_a_loss_that_is_not_a_number_names_the_batch_and_keeps_the_last_epoch(
 def test_memory_that_runs_out_says_which_batch_fits(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, words: str
 ) -> None:
-    original = pretraining.features_of
+    original = backbone.features_of
 
     def hungry(net: network.OverprovisionedNetwork, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if len(frames) > room:
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
         return original(net, frames)
 
-    monkeypatch.setattr(pretraining, "features_of", hungry)
+    monkeypatch.setattr(backbone, "features_of", hungry)
     with pytest.raises(InputError, match=f"out of memory.*batch 1, with 4 images.*{words}"):
         run(data, tmp_path / "candidate")
 

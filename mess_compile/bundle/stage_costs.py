@@ -1,0 +1,89 @@
+"""What a device goes by while it runs a plan: its stages' costs, and how sure its exits were where it was tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.latency.table import DOWNLOAD, NULL, UPLOAD, LatencyTable, StageGraphs, graph_cost_ns, stage_graphs
+from mess_compile.network import GraphSet, is_whole
+from mess_compile.runtime.bundle import manifest
+from mess_compile.search.hold_out import tuning_part
+from mess_compile.search.metrics import exits_taken
+from mess_compile.search.plan import Plan, Stage
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """As the manifest's plan has them."""
+
+    costs: tuple[manifest.StageCost, ...]
+    upload_mean_ms: float
+    upload_p99_ms: float
+    confidence: tuple[tuple[int, ...], ...]
+    environment: Mapping[str, str]
+
+
+def measurements_of(
+    plan: Plan, graph_set: GraphSet, table: LatencyTable, statistics: ExitStatistics | None
+) -> Measurements:
+    """What table and statistics say of a plan. `statistics` are those that it was searched on, None when they are gone.
+
+    Raises InputError when the table or the statistics lack a graph.
+    """
+    graphs = stage_graphs(graph_set.candidate, [stage.head for stage in plan.stages])
+    pairs = zip(plan.stages, graphs, strict=True)
+    tuned = None if statistics is None else tuning_part(statistics, plan.hold_out)
+    return Measurements(
+        costs=tuple(_cost(table, graph_set, names, stage) for stage, names in pairs),
+        upload_mean_ms=table.cost_ns(UPLOAD) / 1e6,
+        upload_p99_ms=table.cost_ns(UPLOAD, quantity="p99_ms") / 1e6,
+        confidence=((),) * len(plan.stages) if tuned is None else confidence_histograms(plan.stages, tuned),
+        environment={**table.environment, "library_version": table.library_version, **_doubts(plan), **_held_out(plan)},
+    )
+
+
+def _doubts(plan: Plan) -> dict[str, str]:
+    return {f"{manifest.DOUBT}_{number}": doubt for number, doubt in enumerate(plan.doubts, start=1)}
+
+
+def _held_out(plan: Plan) -> dict[str, str]:
+    if plan.guarantee is not None:
+        return {manifest.CERTIFIED: f"{plan.guarantee.confidence:g}"}
+    return {} if plan.hold_out is None else {manifest.HELD_OUT: plan.hold_out.share}
+
+
+def _cost(table: LatencyTable, graph_set: GraphSet, graphs: StageGraphs, stage: Stage) -> manifest.StageCost:
+    decision = 0 if stage.cut is None else table.cost_ns(NULL)
+    mean, p99 = (
+        sum(graph_cost_ns(table, graph_set, name, quantity) for name in graphs.passed)
+        for quantity in ("mean_ms", "p99_ms")
+    )
+    report_mean, report_p99 = (
+        sum(graph_cost_ns(table, graph_set, name, quantity) for name in graphs.leaving)
+        + table.cost_ns(DOWNLOAD, quantity=quantity)
+        for quantity in ("mean_ms", "p99_ms")
+    )
+    p99 += table.cost_ns(NULL, quantity="p99_ms")
+    return manifest.StageCost((mean + decision) / 1e6, p99 / 1e6, report_mean / 1e6, report_p99 / 1e6)
+
+
+def confidence_histograms(stages: Sequence[Stage], statistics: ExitStatistics) -> tuple[tuple[int, ...], ...]:
+    """For each stage the images that reach it, by the share of its cells that are sure; none of a whole network."""
+    taken = exits_taken(statistics, stages)  # (n,)
+    return tuple(
+        ()
+        if is_whole(stage.head)
+        else _histogram(statistics, stage, [image for image, exit_ in enumerate(taken) if exit_ >= index])
+        for index, stage in enumerate(stages)
+    )
+
+
+def _histogram(statistics: ExitStatistics, stage: Stage, images: list[int]) -> tuple[int, ...]:
+    head = statistics.head_index(stage.head)
+    bins = [0] * manifest.CONFIDENCE_BINS
+    for image in images:
+        sure = int(statistics.counts[image, head, stage.row]) * manifest.CONFIDENCE_BINS // statistics.cells[head]
+        bins[min(sure, manifest.CONFIDENCE_BINS - 1)] += 1
+    return tuple(bins)

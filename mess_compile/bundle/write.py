@@ -1,0 +1,324 @@
+"""Write a bundle from a plan and its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile import files
+from mess_compile.bundle.stage_costs import Measurements
+from mess_compile.device import payload
+from mess_compile.graph.store import WEIGHTS, stored_weights
+from mess_compile.latency.table import StageGraphs, stage_graphs
+from mess_compile.network import SOUND, CandidateNetwork, GraphSet, check_hash, is_whole
+from mess_compile.runtime.base.errors import InputError, StaleError
+from mess_compile.runtime.bundle import archive, manifest, signature
+from mess_compile.runtime.cascade import cascade
+from mess_compile.runtime.engines.engine import open_library
+from mess_compile.runtime.images import npy
+from mess_compile.search.plan import Figures, OperatingPoint, Plan, Stage, check_plan_current
+
+Progress = Callable[[str, int, int], None]
+GOLDEN_FRAMES = 4
+_FOLDER = "graphs"
+_REFERENCE = "onnxruntime"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A plan, with what a bundle takes of it.
+
+    `device` is what tells its target from other machines. `forms` are graphs as the target's parser takes them, where
+    it does not take their own; `engines` are built ones to take along.
+    """
+
+    graph_set: GraphSet
+    plan: Plan
+    measurements: Measurements
+    device: manifest.Device = field(default_factory=manifest.Device)
+    forms: Mapping[str, Path] = field(default_factory=dict)
+    engines: Mapping[manifest.EngineFile, Path] = field(default_factory=dict)
+
+
+def write_bundle(
+    path: Path,
+    parts: Sequence[Part],
+    thresholds: NDArray[np.float32],
+    golden_frames: Sequence[NDArray[np.uint8]],
+    provenance: Mapping[str, str],
+    resize: str = "stretch",
+    key: Path | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> manifest.Manifest:
+    """Write plans of one network, their graphs, the weights they name, the runtime and golden frames to one file.
+
+    All of it or nothing; what plans share is in it once. `thresholds` is (T, K); `golden_frames` are uint8 (H, W, 3) to
+    choose from, and what they must give is computed here, in ONNX Runtime. `resize` is what becomes of frames of
+    another size, `key` is an OpenSSH key to sign with. Equal content gives equal bytes. Raises StaleError when a plan
+    was made from other graphs, InputError when plans do not go together, a graph or weight is missing or damaged or
+    there is no golden frame.
+    """
+    _check_parts(parts)
+    if not golden_frames:
+        raise InputError("a bundle needs at least one golden frame to verify itself by")
+    sources = _Sources()
+    described = [_described(part, sources) for part in parts]
+    plans = tuple(plan for plan, _ in described)
+    content = manifest.Manifest(
+        name=path.stem,
+        network=_network(parts[0].graph_set.candidate, resize),
+        gate=_gate(parts[0].graph_set, thresholds),
+        plans=plans,
+        golden=(),
+        engines=tuple(dict.fromkeys(engine for _, engines in described for engine in engines)),
+        files=sources.listed(),
+        provenance=dict(provenance),
+    )
+    with files.replaced(path) as temporary:
+        archive.write_archive(temporary, content, sources.files)
+        golden = tuple(
+            case for plan in plans for case in _golden(temporary, plan.name, golden_frames, sources, progress)
+        )
+        for name, text in payload.runtime_files().items():
+            sources.add(name, text)
+        return _completed(temporary, content, golden, sources, key)
+
+
+def write_retuned(
+    path: Path, opened: archive.Archive, plan: manifest.Plan, key: Path | None = None
+) -> manifest.Manifest:
+    """Write an open bundle once more, with other thresholds in the plan of this name; graphs and golden frames stay.
+
+    Raises InputError.
+    """
+    known = opened.manifest
+    others = tuple(golden for golden in known.golden if golden.plan != plan.name)
+    shared = {name for golden in others for name in (golden.frame, golden.labels)}
+    made = {name for golden in known.golden_of(plan) for name in (golden.frame, golden.labels)} - shared
+    sources = _Sources()
+    for name in known.files:
+        if name not in made | {payload.README}:
+            sources.add(name, opened.folder / name)
+    plans = tuple(plan if each.name == plan.name else each for each in known.plans)
+    content = replace(known, plans=plans, golden=(), files=sources.listed())
+    frames = [opened.array(golden.frame) for golden in known.golden_of(plan)]
+    with files.replaced(path) as temporary:
+        archive.write_archive(temporary, content, sources.files)
+        golden = (*others, *_golden(temporary, plan.name, frames, sources, lambda what, done, total: None))
+        return _completed(temporary, content, golden, sources, key)
+
+
+def _completed(
+    path: Path, content: manifest.Manifest, golden: tuple[manifest.Golden, ...], sources: _Sources, key: Path | None
+) -> manifest.Manifest:
+    """Write the bundle that is in `path` again, with golden frames, the README and the signature."""
+    sources.add(payload.README, payload.readme(content))
+    complete = replace(content, golden=golden, files=sources.listed())
+    signed = None if key is None else lambda content: signature.sign(content, key)
+    archive.write_archive(path, complete, sources.files, signed)
+    return complete
+
+
+def _check_parts(parts: Sequence[Part]) -> None:
+    """Raises StaleError, InputError."""
+    first, seen = parts[0], set()
+    for part in parts:
+        check_plan_current(part.plan, part.graph_set)
+        _refuse_unguarded(part)
+        name = f"{part.plan.device} in {part.plan.precision}"
+        if name in seen:
+            raise InputError(f"two of the plans are for {name}: a bundle holds one for a target and precision")
+        seen.add(name)
+        if part.graph_set.candidate.identity != first.graph_set.candidate.identity:
+            raise InputError(f"the plan for {name} is of another network than the one for {first.plan.device}")
+        if part.plan.gate != first.plan.gate:
+            raise InputError(f"the plan for {name} has another gate than the one for {first.plan.device}")
+
+
+def _refuse_unguarded(part: Part) -> None:
+    """Raises StaleError for a whole network that an earlier release exported, without the count of its sound cells."""
+    for stage in part.plan.stages:
+        if is_whole(stage.head) and SOUND not in {each.name for each in part.graph_set.spec(stage.head).outputs}:
+            raise StaleError(
+                f"graph {stage.head} of {part.graph_set.root} was exported by an earlier release, which did not let it "
+                f"run alone: run `mess-compile export`, and `mess-compile profile --device {part.plan.device}` after it"
+            )
+
+
+class _Sources:
+    """Paths in the bundle -> files or bytes; content that is there already is not taken twice."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Path | bytes] = {}
+        self._listed: dict[str, manifest.File] = {}
+
+    def add(self, wanted: str, source: Path | bytes) -> str:
+        """Its path: the wanted one, or where something else has that, one that names its hash too."""
+        entry = archive.file_of(source)
+        stem, _, ending = wanted.rpartition(".")
+        name = wanted if self.has_room(wanted, source) else f"{stem}.{entry.sha256[:16]}.{ending}"
+        self.files.setdefault(name, source)
+        self._listed[name] = entry
+        return name
+
+    def has_room(self, name: str, source: Path | bytes) -> bool:
+        """Whether nothing else has the name."""
+        return name not in self._listed or self._listed[name] == archive.file_of(source)
+
+    def listed(self) -> dict[str, manifest.File]:
+        return dict(sorted(self._listed.items()))
+
+
+def _described(part: Part, sources: _Sources) -> tuple[manifest.Plan, list[manifest.EngineFile]]:
+    """A plan and its engines as the manifest has them; their files are added to `sources`."""
+    names = stage_graphs(part.graph_set.candidate, [stage.head for stage in part.plan.stages])
+    places = _add_graphs(part, names, sources)
+    engines = [
+        replace(
+            engine,
+            file=sources.add(engine.file, built),
+            graph=None if engine.graph is None else places[Path(engine.graph).stem],
+        )
+        for engine, built in part.engines.items()
+    ]
+    return _plan(part, names, places), engines
+
+
+def _add_graphs(part: Part, names: Sequence[StageGraphs], sources: _Sources) -> dict[str, str]:
+    """Where in the bundle each graph of the plan is, by its name; the weights that they name are added too."""
+    places: dict[str, str] = {}
+    for name in dict.fromkeys(graph for stage in names for graph in stage.all):
+        path = part.graph_set.path(name)
+        check_hash(path, part.graph_set.graphs[name].sha256)
+        form = part.forms.get(name, path)
+        places[name] = sources.add(f"{_FOLDER}/{path.name}", form)
+        for weight in stored_weights(form):
+            location = f"{_FOLDER}/{WEIGHTS}/{weight.name}"
+            if location not in sources.files:
+                check_hash(weight, weight.name)
+                sources.add(location, weight)
+    return places
+
+
+def _gate(graph_set: GraphSet, thresholds: NDArray[np.float32]) -> manifest.Gate:
+    gate = graph_set.gate
+    return manifest.Gate(gate.confidence, gate.edge_aware, tuple(tuple(map(float, row)) for row in thresholds))
+
+
+def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -> manifest.Plan:
+    plan, measurements = part.plan, part.measurements
+    stages = (_stage(stage, graphs, part.graph_set, places) for stage, graphs in zip(plan.stages, names, strict=True))
+    precisions = {places[graph.name]: manifest.GraphPrecision(graph.precision, graph.wanted) for graph in plan.graphs}
+    return manifest.Plan(
+        target=plan.device,
+        device=part.device,
+        library=plan.library,
+        precision=plan.precision,
+        setting=plan.setting,
+        stages=tuple(stages),
+        predicted=_figures(plan.predicted),
+        baseline=_figures(plan.baseline),
+        baseline_name=plan.baseline_name,
+        precisions=precisions,
+        tuned_by=plan.tuned_by,
+        power_mode=plan.power_mode,
+        operating_points=tuple(map(_operating_point, plan.operating_points)),
+        costs=measurements.costs,
+        upload_mean_ms=measurements.upload_mean_ms,
+        upload_p99_ms=measurements.upload_p99_ms,
+        confidence=measurements.confidence,
+        environment=dict(measurements.environment),
+        sources={"latency table": plan.table_sha256, "statistics": plan.statistics_sha256},
+        promises=plan.promises,
+    )
+
+
+def _operating_point(point: OperatingPoint) -> manifest.OperatingPoint:
+    decisions = tuple(manifest.Decision(decision.row, decision.cut) for decision in point.decisions)
+    return manifest.OperatingPoint(point.name, decisions, _figures(point.predicted))
+
+
+def _figures(figures: Figures) -> manifest.Figures:
+    return manifest.Figures(**{each.name: getattr(figures, each.name) for each in fields(manifest.Figures)})
+
+
+def _network(candidate: CandidateNetwork, resize: str) -> manifest.Network:
+    return manifest.Network(
+        backbone=candidate.backbone,
+        identity=candidate.identity,
+        classes=candidate.classes,
+        colours=candidate.colours,
+        input_hw=candidate.input_hw,
+        gmacs=candidate.baseline_macs / 1e9,
+        resize=resize,
+    )
+
+
+def _stage(stage: Stage, graphs: StageGraphs, graph_set: GraphSet, places: Mapping[str, str]) -> manifest.Stage:
+    height, width = graph_set.candidate.logits_hw(graph_set.candidate.head_behind(stage.head))
+    return manifest.Stage(
+        exit_point=stage.exit_point,
+        head=stage.head,
+        segment=places[graphs.segment],
+        head_graph=None if graphs.head is None else places[graphs.head],
+        output=None if graphs.output is None else places[graphs.output],
+        row=stage.row,
+        cut=stage.cut,
+        cells=height * width,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A frame and what the cascade made of it; `margin` is how far the counts on the way were from their cuts, at the
+    least, in shares of the cells."""
+
+    frame: NDArray[np.uint8]
+    prediction: cascade.Prediction
+    margin: float
+
+
+def _golden(
+    bundle: Path, name: str, frames: Sequence[NDArray[np.uint8]], sources: _Sources, progress: Progress
+) -> Iterator[manifest.Golden]:
+    """What the plan of that name makes of the frames it is to be verified by; arrays are added to `sources`."""
+    with cascade.load(bundle, name, open_library(_REFERENCE)) as loaded:
+        runs = []
+        for frame in frames:
+            runs.append(_run(loaded, frame))
+            progress("golden frames", len(runs), len(frames))
+        for run in _chosen(runs):
+            exit_, array = run.prediction.exit, npy.content_of(run.frame)
+            confident = round((run.prediction.confidence or 0.0) * loaded.plan.stages[exit_ - 1].cells)
+            number = next(number for number in count() if sources.has_room(f"golden/{number}.npy", array))
+            place = sources.add(f"golden/{number}.npy", array)
+            labels = sources.add(f"golden/{number}.labels.npy", npy.content_of(run.prediction.labels))
+            yield manifest.Golden(name, place, labels, exit_, confident)
+
+
+def _run(loaded: cascade.Cascade, frame: NDArray[np.uint8]) -> _Run:
+    margins: list[float] = []
+    for stage, prediction in zip(loaded.plan.stages, loaded.refine(frame), strict=False):
+        if stage.cut is None or prediction.confidence is None:
+            continue
+        margins.append(abs(prediction.confidence - stage.cut / stage.cells))
+        if prediction.confidence >= stage.cut / stage.cells:
+            break
+    return _Run(frame, prediction, min(margins, default=1.0))
+
+
+def _chosen(runs: Sequence[_Run]) -> list[_Run]:
+    """A frame for each exit that any takes, then others, the clearest decisions first; in the order they came in.
+
+    A decision on the edge says little: another engine's rounding may turn it.
+    """
+    clearest = sorted(runs, key=lambda run: -run.margin)
+    first = {run.prediction.exit: run for run in reversed(clearest)}
+    most = max(GOLDEN_FRAMES, len(first))
+    kept = [*first.values(), *(run for run in clearest if run not in first.values())][:most]
+    return [run for run in runs if run in kept]

@@ -1,0 +1,349 @@
+"""How the commands speak: JSON or tables on standard output, progress and one line of what went wrong on the other."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import click
+
+from mess_compile import launcher
+from mess_compile.cli.progress import ProgressLines, rate
+from mess_compile.runtime.base import terminal
+from mess_compile.runtime.base.errors import MessError
+
+_BAR = 18
+"""Columns of the bar: with label, amount, rate and time left, a line of 80."""
+_RATE_OVER_S = 600.0
+"""What the rate is an average over; an engine can take minutes."""
+_SWITCH = "MESS_COMPILE_PROGRESS"
+_BEGUN = f"{__name__}.begun"
+"""What a context remembers of when its command began."""
+_bars: list[Any] = []
+"""Those on the terminal now."""
+_contents: list[dict[str, Any]] = []
+"""What the command that runs with `--json` has to say so far."""
+_NOT_BEGUN = "nothing was begun"
+_ELSEWHERE = "work in a folder that can be written (-C DIR)"
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
+    errno.EFBIG: "a file would exceed the size allowed here (ulimit -f): raise that and run the same command again",
+    errno.EROFS: f"the file system is read-only: {_ELSEWHERE}",
+    errno.EACCES: f"permission denied: {_ELSEWHERE}",
+    errno.EPERM: f"permission denied: {_ELSEWHERE}",
+}
+
+
+class Group(click.Group):
+    """Unknown commands get the nearest known name; what goes wrong is one line and exit code 1.
+
+    `stopped` says what Ctrl-C leaves behind, and how to go on: of which command, in which workspace, begun when.
+    """
+
+    def __init__(self, *arguments: Any, stopped: Callable[[str, Path | None, float], str], **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.stopped = stopped
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx) from error
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **named: Any) -> Any:
+        """With `--json` standard output gets one object: what the command found, an `error`, or both."""
+        terminal.show_all()
+        words = list(sys.argv[1:] if args is None else args)
+        if not _asks_for_json(words):
+            return super().main(args, *rest, **named)
+        standalone = named.pop("standalone_mode", True)
+        with _one_object(standalone):
+            try:
+                code = super().main(words, *rest, **{**named, "standalone_mode": False})
+            except click.ClickException as error:
+                _add_error(error.format_message())
+                if not standalone:
+                    raise
+                error.show()
+                code = error.exit_code
+            except click.Abort:
+                _stop(_NOT_BEGUN)
+            except Exception as error:
+                _add_error(f"{type(error).__name__}: {error}")
+                raise
+        return sys.exit(code if isinstance(code, int) else 0) if standalone else code
+
+    def invoke(self, ctx: click.Context) -> Any:
+        ctx.meta[_BEGUN], begun = time.monotonic(), time.time()
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            raise _broken_between_words(error) from error
+        except MessError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            _stop(self.stopped(ctx.invoked_subcommand or "", ctx.params.get("folder"), begun))
+        except MemoryError:
+            fail("out of memory; use a smaller input, batch or group of heads")
+        except BrokenPipeError:
+            sys.exit(1)
+        except OSError as error:
+            fail(_os_message(error))
+        except UnicodeEncodeError as error:
+            fail(terminal.unencodable(error))
+
+
+def fail(message: str) -> NoReturn:
+    """One line on standard error, the same as `error` in the JSON where that was asked for, and exit code 1."""
+    words = " ".join(message.split())
+    say(f"error: {words}", err=True)
+    _add_error(words)
+    sys.exit(1)
+
+
+def _asks_for_json(words: Sequence[str]) -> bool:
+    """Whether a command line does, right or wrong as it may be; help is for people."""
+    options = words[: words.index("--")] if "--" in words else words
+    return "--json" in options and not {"-h", "--help", "--version"}.intersection(options)
+
+
+@contextmanager
+def _one_object(for_good: bool) -> Iterator[None]:
+    """Standard output for one JSON object alone, written in the end: all else that is printed, by libraries in C too,
+    goes to standard error; `for_good`: what they print as the process ends, as well."""
+    with _others_to_stderr(for_good) as stream:
+        _contents.append({})
+        try:
+            yield
+        finally:
+            content = _contents.pop()
+            if content:
+                _write_object(stream, content)
+
+
+def _write_object(stream: TextIO, content: dict[str, Any]) -> None:
+    try:
+        stream.write(json.dumps(content, default=str) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        say(f"error: {_os_message(error)}", err=True)
+        sys.exit(1)
+
+
+@contextmanager
+def _others_to_stderr(for_good: bool) -> Iterator[TextIO]:
+    """Give the stream that standard output was."""
+    ours = sys.stdout
+    if ours is None:  # it was closed before the program began
+        with open(os.devnull, "w", encoding="utf-8") as nothing:
+            yield nothing
+        return
+    if not _is_standard_output(ours):  # somebody caught it already, in Python
+        with redirect_stdout(sys.stderr):
+            yield ours
+        return
+    ours.flush()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as stream:
+        _let_first_be_second()
+        try:
+            yield stream
+        finally:
+            ours.flush()
+            if not for_good:
+                ctypes.CDLL(None).fflush(None)
+                os.dup2(stream.fileno(), 1)
+
+
+def _is_standard_output(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == 1
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def _let_first_be_second() -> None:
+    """What is written to standard output goes to standard error; where that is closed, nowhere."""
+    try:
+        os.dup2(2, 1)
+    except OSError:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+
+
+def _add_error(words: str) -> None:
+    if _contents:
+        _contents[-1]["error"] = words
+
+
+def _broken_between_words(error: click.UsageError) -> click.UsageError:
+    """What click says of wrong usage, as it stands on a terminal."""
+    message = error.format_message()
+    comma = re.search(r"'([-+]?\d+),(\d+)' is not a valid (?:float|integer)", message)
+    if comma is not None:
+        message = f"{message.rstrip('.')}: numbers have a decimal point, {comma[1]}.{comma[2]}"
+    if sys.stderr.isatty():
+        message = _wrapped(f"Error: {message}", _columns()).removeprefix("Error: ")
+    return click.UsageError(message, error.ctx)
+
+
+def _stop(words: str) -> NoReturn:
+    if sys.stderr.isatty():
+        click.echo(err=True)  # it stands at ^C
+    say(f"stopped: {words}", err=True)
+    _add_error(f"stopped: {words}")
+    sys.exit(1)
+
+
+def _os_message(error: OSError) -> str:
+    place = f" ({error.filename})" if error.filename else ""
+    return _REMEDIES.get(error.errno or 0, error.strerror or str(error)) + place
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """The object that a command's `--json` prints; on the command line it is written when the command ends."""
+    if _contents:
+        _contents[-1].update(content)
+    else:
+        click.echo(json.dumps(content, default=str))
+
+
+def print_next(*commands: str) -> None:
+    """Say what to do next, in the same workspace."""
+    folder = click.get_current_context().find_root().params["folder"]
+    place = "" if folder == Path() else f"-C {quoted(folder)} "
+    click.echo("next: " + "\n      ".join(f"mess-compile {place}{command}" for command in commands))
+
+
+def quoted(path: Path) -> str:
+    """The path as a shell takes it."""
+    return shlex.quote(str(path))
+
+
+@contextmanager
+def progress_bar(as_json: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error while it is a terminal, else a line there now and then.
+
+    Takes a label, what is done, and of how much: 0 where that is not known. Results that are printed meanwhile stand
+    above the bar, by `say`. Of several processes that share the work only the first tells, and none where the
+    environment says MESS_COMPILE_PROGRESS=off.
+    """
+    if launcher.is_child() or os.environ.get(_SWITCH) == "off":
+        yield lambda label, done, total: None
+        return
+    if as_json or not sys.stderr.isatty():
+        with _progress_lines() as lines:
+            yield lines.tell
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with (
+        ExitStack() as stack,
+        Progress(
+            TextColumn("{task.description:<24.24}"),
+            BarColumn(_BAR),
+            TextColumn("{task.fields[amount]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=Console(stderr=True),
+            transient=True,
+            speed_estimate_period=_RATE_OVER_S,
+            redirect_stdout=False,  # what `say` does, where it is a terminal too
+            redirect_stderr=False,
+        ) as bar,
+    ):
+        _bars.append(bar)
+        stack.callback(_bars.remove, bar)
+        task = bar.add_task("", total=None, amount="", rate="")
+        last = (0, 0)
+
+        def tell(label: str, done: int, total: int) -> None:
+            nonlocal last
+            if done < last[0] or total != last[1]:  # something else begins, at another pace
+                bar.reset(task, total=total or None, completed=done)
+            last = done, total
+            amount = f"{done}/{total}" if total else f"{done}"
+            speed = bar.tasks[0].speed
+            pace = rate(speed) if speed else ""
+            bar.update(task, description=label, completed=done, total=total or None, amount=amount, rate=pace)
+
+        yield tell
+
+
+def _progress_lines() -> ProgressLines:
+    """Of the command that runs, by its name and since it began."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return ProgressLines("at work", partial(say, err=True))
+    return ProgressLines(context.info_name or "at work", partial(say, err=True), context.meta.get(_BEGUN))
+
+
+def say(text: str, err: bool = False) -> None:
+    """A line for people: on a terminal between words, below a hanging indent, and above a progress bar."""
+    stream = sys.stderr if err else sys.stdout
+    if not stream.isatty():
+        return click.echo(text, err=err)
+    text = "\n".join(_wrapped(line, _columns()) for line in text.split("\n"))
+    if not _bars:
+        return click.echo(text, err=err)
+    _bars[-1].console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return None
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _wrapped(line: str, columns: int) -> str:
+    """Continued below what follows the first word, where that is set apart."""
+    first = re.match(r"\S+\s{2,}", line)
+    indent = " " * (len(first[0]) if first else 2)
+    lines = textwrap.wrap(
+        line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
+    return "\n".join(lines)
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A plain table, left column left, the others right.
+
+    On a terminal that is too narrow, further columns follow below, beside the left one again.
+    """
+    lines = [header, *rows]
+    widths = [max(len(row[i]) for row in lines) for i in range(len(header))]
+    if title:
+        say(title)
+    for columns in _blocks(widths, _columns() if sys.stdout.isatty() else sys.maxsize):
+        for row in lines:
+            cells = [row[0].ljust(widths[0])] + [row[i].rjust(widths[i]) for i in columns]
+            click.echo("  ".join(cells).rstrip())
+
+
+def _blocks(widths: Sequence[int], most: int) -> list[list[int]]:
+    """The columns after the first, parted so that each part fits beside the first."""
+    blocks: list[list[int]] = [[]]
+    for column in range(1, len(widths)):
+        if blocks[-1] and widths[0] + sum(2 + widths[i] for i in (*blocks[-1], column)) > most:
+            blocks.append([])
+        blocks[-1].append(column)
+    return blocks

@@ -1,0 +1,198 @@
+"""Frames from a video file or a camera, and a video of what was seen in them, by OpenCV."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what goes wrong is told in words of ours
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile import files
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.base.lfs_pointers import refuse_pointer
+
+Pixels = NDArray[np.uint8]
+CAMERA = "camera:"
+_NO_CAMERA = "cannot be opened: see that it is connected, that nothing else uses it, and that you may read /dev/video*"
+_NO_VIDEO = "is no video that OpenCV reads: damaged, or of a codec that it lacks (convert it: `ffmpeg -i IN OUT.mp4`)"
+_USUAL_FPS = 25.0
+_CODEC = "mp4v"
+"""Every build of OpenCV with FFmpeg has it, the wheels too; its sides are even."""
+_BAND, _BOX, _DARK, _TEXT = (24, 24, 24), (255, 196, 0), (90, 90, 90), (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A frame, uint8 RGB (H, W, 3); its number in the source from 0; and its place in a video of `Source.fps`."""
+
+    number: int
+    frame: Pixels
+    slot: int
+
+
+class Source:
+    """A video file or a camera, open; `frames` is how many it announces, 0 where that is not known.
+
+    Of the frames that are wanted, `lost` has the numbers of those between others that could not be decoded, and
+    `unread`, at the end, of those that were announced and did not come.
+    """
+
+    def __init__(self, capture: cv2.VideoCapture, live: bool, every: int) -> None:
+        self._capture, self._live, self._every = capture, live, every
+        fps, frames = (capture.get(key) for key in (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
+        self._announced = 0 if live or not 0 < frames < 1 << 31 else int(frames)
+        self.fps = (fps if 0 < fps < 1000 else _USUAL_FPS) / every
+        self.frames = -(-self._announced // every)
+        self.lost: list[int] = []
+        self.unread: list[int] = []
+
+    def shots(self, limit: int | None) -> Iterator[Shot]:
+        """Every so many frames, at most `limit`; from a camera what it shows by then, placed by the time it was."""
+        taken, started = 0, time.monotonic()
+        for number in self._grabbed():
+            if number % self._every:
+                continue
+            good, pixels = self._capture.retrieve()
+            if not good:
+                self.lost.append(number)
+                continue
+            slot = round((time.monotonic() - started) * self.fps) if self._live else number // self._every
+            yield Shot(number, cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), slot)
+            taken += 1
+            if taken == limit:
+                return
+
+    def _grabbed(self) -> Iterator[int]:
+        """The numbers of frames, each of them at hand.
+
+        OpenCV tells of a damaged one as of the end of the file: what is announced behind it is tried as well.
+        """
+        number, damaged = 0, 0
+        while not damaged or number + damaged <= self._announced:
+            if not self._capture.grab():
+                damaged += 1
+                continue
+            self.lost += self._wanted(number, number + damaged)
+            number, damaged = number + damaged, 0
+            yield number
+            number += 1
+        self.unread += self._wanted(number, self._announced)
+
+    def _wanted(self, first: int, end: int) -> list[int]:
+        return [number for number in range(first, end) if number % self._every == 0]
+
+
+@contextmanager
+def opened(name: str, every: int) -> Iterator[Source]:
+    """A file, or `camera:N`, of which every so many frames are taken. Raises InputError when it shows nothing."""
+    live = name.startswith(CAMERA)
+    if live and not name[len(CAMERA) :].isdecimal():
+        raise InputError(f"{name!r} is no camera: write camera:0, or another number")
+    if not live and not Path(name).is_file():
+        raise InputError(f"{name} does not exist, or is no file")
+    _check_name(name)
+    if not live:
+        refuse_pointer(Path(name))
+    capture = cv2.VideoCapture(int(name[len(CAMERA) :]) if live else name)
+    try:
+        if not capture.isOpened():
+            raise InputError(f"{name} {_NO_CAMERA if live else _NO_VIDEO}")
+        yield Source(capture, live, every)
+    finally:
+        capture.release()
+
+
+def _check_name(name: str) -> None:
+    """Raises InputError for one that OpenCV cannot be given."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name} is not UTF-8, and OpenCV opens no such name: rename the file or folder") from error
+
+
+class Video:
+    """A video file that is being written, whose size is that of its first picture."""
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self._path, self._fps = path, fps
+        self._writer: cv2.VideoWriter | None = None
+        self.slots = 0
+
+    def write(self, picture: Pixels, slot: int) -> None:
+        """Show a picture, uint8 RGB (H, W, 3), up to `slot` and in it. Raises InputError when there is no codec."""
+        height, width = picture.shape[:2]
+        even = cv2.copyMakeBorder(picture, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+        if self._writer is None:
+            self._writer = self._open(even)
+        for _ in range(max(slot + 1 - self.slots, 1)):
+            self._writer.write(cv2.cvtColor(even, cv2.COLOR_RGB2BGR))
+            self.slots += 1
+
+    def _open(self, picture: Pixels) -> cv2.VideoWriter:
+        size = picture.shape[1], picture.shape[0]
+        writer = cv2.VideoWriter(str(self._path), cv2.VideoWriter.fourcc(*_CODEC), self._fps, size)
+        if not writer.isOpened():
+            raise InputError(
+                f"this OpenCV ({cv2.__version__}) writes no {_CODEC} video of {size[0]}x{size[1]}: "
+                "`pip install opencv-python-headless`, whose wheels do"
+            )
+        return writer
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.release()
+
+
+@contextmanager
+def written(path: Path, fps: float) -> Iterator[Video]:
+    """A video that is at `path` once the body ends well, and all of whose pictures can be read then.
+
+    Raises InputError when they cannot, which OpenCV does not tell.
+    """
+    _check_name(str(path))
+    with files.replaced(path, path.suffix) as temporary:
+        video = Video(temporary, fps)
+        try:
+            yield video
+        finally:
+            video.close()
+        kept = _frames_in(temporary)
+        if kept != video.slots:
+            raise InputError(f"{path} would hold {kept} of {video.slots} frames: see that the disk is not full")
+
+
+def _frames_in(path: Path) -> int:
+    capture = cv2.VideoCapture(str(path))
+    try:
+        return int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
+    finally:
+        capture.release()
+
+
+def annotated(picture: Pixels, exit_: int, exits: int, words: str) -> Pixels:
+    """The picture, uint8 RGB (H, W, 3), with a band: a box for each exit, filled up to the one taken, then `words`."""
+    shown: Pixels = picture.copy()
+    height, width = shown.shape[:2]
+    band = min(max(height // 12, 12), 40)
+    side, gap = band // 2, band // 4
+    cv2.rectangle(shown, (0, 0), (width - 1, band - 1), _BAND, -1)
+    for number in range(exits):
+        left = gap + number * (side + gap)
+        colour = _BOX if number < exit_ else _DARK
+        cv2.rectangle(shown, (left, gap), (left + side - 1, gap + side - 1), colour, -1)
+    start = gap + exits * (side + gap) + gap
+    (wide, tall), _ = cv2.getTextSize(words, cv2.FONT_HERSHEY_SIMPLEX, 1.0, 1)
+    scale = min(0.6 * band / tall, (width - start - gap) / wide)
+    if scale > 0:
+        place = start, gap + side
+        cv2.putText(shown, words, place, cv2.FONT_HERSHEY_SIMPLEX, scale, _TEXT, 1, cv2.LINE_AA)
+    return shown

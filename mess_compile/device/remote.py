@@ -1,0 +1,349 @@
+"""What is done on a device over SSH: run, stream, push and pull. A POSIX shell, tar and sha256sum are enough there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from mess_compile import files as local
+from mess_compile.device.ssh import (
+    KILLED,
+    PYTHON,
+    Connection,
+    Host,
+    RemoteError,
+    after_start,
+    began,
+    last_line,
+    parse_host,
+)
+from mess_compile.runtime.base.errors import InputError
+
+__all__ = ["PYTHON", "Done", "Host", "Pushed", "Remote", "RemoteError", "parse_host"]
+
+STOP_S = 10.0
+"""For a program there to end when its lines are no longer wanted; it is killed there after 5 s."""
+_ABSENT = 44
+_LAST_SIGNAL = 64
+_PLAIN = '"$@"; exit $?'  # the shell stays, so that a program that was killed gives 128 + its signal
+_WATCHED = r"""
+file=$1; shift
+runs() { tr '\0' '\n' <"/proc/$1/cmdline" | grep -qxF -e "$file"; } 2>/dev/null
+if [ -n "$file" ]; then
+    mkdir -p -- "$(dirname -- "$file")" || exit 1
+    old=$(cat -- "$file" 2>/dev/null); tries=0
+    [ -n "$old" ] && runs "$old" && kill -TERM "$old"
+    while [ -n "$old" ] && runs "$old"; do
+        tries=$((tries + 1)); [ $tries -lt 100 ] || { echo "process $old of an earlier run does not end" >&2; exit 1; }
+        sleep 0.1
+    done
+    echo $$ >"$file" || exit 1
+fi
+stop() {
+    trap '' TERM; kill -TERM 0
+    { sleep 5; kill -KILL 0; } >/dev/null 2>&1 &
+    wait "$program"; kill -KILL 0
+}
+trap stop TERM
+exec 3<&0
+"$@" </dev/null 3<&- &
+program=$!
+{ while read -r said; do :; done <&3; kill -TERM $$; } >/dev/null 2>&1 &
+watcher=$!
+wait "$program"; code=$?
+kill "$watcher" 2>/dev/null
+exit "$code"
+"""
+"""Run $2... under the eyes of a reader of our end: sshd makes its commands a process group each, and when standard
+input ends, because we closed it, died or were cut off, all of the group is stopped. $1 is a file for the process
+number, by which a later run finds one that a frozen connection left running."""
+
+_SETTLE = r"""
+LC_ALL=C; export LC_ALL; trap '' PIPE
+command -v sha256sum >/dev/null || { echo "sha256sum: not found" >&2; exit 127; }
+mkdir -p -- "$1" && cd -- "$1" || exit 1
+good() { while read -r name; do [ ! -f "$name" ] || echo "$name  $name"; done | sha256sum -c 2>/dev/null; }
+settle() {
+    (cd "$1" && ls | good) | while read -r name verdict; do
+        [ "$verdict" != OK ] || { mv -f "$1/${name%:}" "${name%:}" 2>/dev/null && echo "${name%:}"; }
+    done
+}
+"""
+_PRESENT = rf"""{_SETTLE}
+for place in incoming-*; do
+    [ -d "$place" ] || continue
+    settle "$place" >/dev/null
+    [ -d "/proc/${{place#incoming-}}" ] || rm -rf -- "$place"
+done
+good | while read -r name verdict; do
+    if [ "$verdict" = OK ]; then echo "${{name%:}}"; else rm -f -- "${{name%:}}"; fi
+done
+"""
+_RECEIVE = rf"""{_SETTLE}
+place=incoming-$$
+mkdir -p "$place" || exit 1
+tar -xo -f - -C "$place"; code=$?
+settle "$place"
+rm -rf "$place"
+exit $code
+"""
+_LEAST_PYTHON = (3, 8)
+_VERSION = "import sys; print('.'.join(map(str, sys.version_info[:3])))"
+_SHOW = f'[ -e "$1" ] || exit {_ABSENT}; cat <"$1"; exit $?'
+_SHOW_HASHED = f'[ -e "$1" ] || exit {_ABSENT}; sha256sum <"$1" >&2 && cat <"$1"; exit $?'
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a program left: 128 + N is the code after signal N, KILLED stands for an end that ssh could not tell."""
+
+    code: int
+    output: bytes
+    errors: str
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Files and their bytes that travelled, and files that were there."""
+
+    sent_bytes: int
+    sent: int
+    kept: int
+
+
+class Remote:
+    """A device over SSH, for one thread. Connects on entry, and again at the next call after a connection was lost.
+
+    Paths there are absolute or start at the home folder. `options` are arguments for ssh beside its configuration.
+    All methods raise RemoteError.
+    """
+
+    def __init__(self, host: Host, options: Sequence[str] = ()) -> None:
+        self.host = host
+        self._connection = Connection(host, options)
+
+    def __enter__(self) -> Remote:
+        self._connection.open()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the connection; what `lines` started is stopped there."""
+        self._connection.close()
+
+    def run(self, command: Sequence[str], given: bytes = b"", patience_s: float = 60.0) -> Done:
+        """Run a short program, `given` on its standard input, and wait for its end, whatever its code.
+
+        After `patience_s` seconds it is given up; it is not stopped there. What runs for long belongs to `lines`.
+        """
+        return self._answer(_PLAIN, command, given, patience_s)
+
+    def lines(self, command: Sequence[str], pid_file: str | None = None) -> Iterator[str]:
+        """The standard output of a program, line by line as they come; the error at the end names what it said last.
+
+        Its standard input is empty. It is stopped there, with its children, when the generator is closed, this
+        process ends in any way, or the connection is cut. A link that died silently may leave it running: a program
+        that was started with the same `pid_file` (a path there) is stopped before this one starts.
+        """
+        with tempfile.TemporaryFile() as errors:
+            with self._connection.client(_WATCHED, (pid_file or "", *command), subprocess.PIPE, errors) as client:
+                assert client.stdin
+                assert client.stdout
+                try:
+                    started = began(client.stdout)
+                    for line in client.stdout:
+                        yield line.decode(errors="replace").rstrip("\r\n")
+                    client.wait()
+                    code, said = self._connection.ended(client, started, _text(errors))
+                finally:
+                    client.stdout.close()
+                    client.stdin.close()  # the other side waits for this
+                    with suppress(subprocess.TimeoutExpired):
+                        client.wait(STOP_S)
+            if code:
+                raise self.failure(f"`{command[0]}`", code, said)
+
+    def push(self, files: Mapping[str, Path], folder: str, progress: Callable[[int, int], None]) -> Pushed:
+        """Have `files`, named by the hex SHA-256 of their bytes, in `folder` there, under these names.
+
+        Only what is missing there travels; what is there is hashed again each time (some seconds a GB), and replaced
+        when it is damaged. A file gets its name when all of it has arrived and its hash is right. A call that was cut
+        is continued by the next. `progress` is told the bytes sent and to send, and nothing when none are missing.
+        Raises InputError when a file cannot be read or is not what its name says.
+        """
+        assert all(re.fullmatch("[0-9a-f]{64}", name) for name in files)
+        present = self._present(files, folder)
+        missing = {name: path for name, path in files.items() if name not in present}
+        sent_bytes = self._send(missing, folder, progress) if missing else 0
+        return Pushed(sent_bytes, len(missing), len(present))
+
+    def pull(self, path: str, target: Path) -> None:
+        """Copy a file from there; `target` is the whole file or as it was before."""
+        with local.replaced(target) as temporary, tempfile.TemporaryFile() as errors:
+            with (
+                temporary.open("wb") as stream,
+                self._connection.client(_SHOW_HASHED, (path,), subprocess.PIPE, errors) as client,
+            ):
+                assert client.stdout
+                started = began(client.stdout)
+                shutil.copyfileobj(client.stdout, stream)
+                client.wait()
+                code, said = self._connection.ended(client, started, _text(errors))
+            if code:
+                raise self._no_file(path, code, said)
+            if f"{local.sha256_of_file(temporary)}  -" not in said.splitlines():
+                reason = f"{path} changed while it was copied, or there is no room for {target}"
+                raise RemoteError(f"{self.host.text}: {reason}: run the command again")
+
+    def read(self, path: str) -> bytes | None:
+        """The bytes of a small file there; None when there is none."""
+        done = self._answer(_SHOW, (path,))
+        if done.code == _ABSENT:
+            return None
+        if done.code:
+            raise self._no_file(path, done.code, done.errors)
+        return done.output
+
+    def failure(self, what: str, code: int, errors: str) -> RemoteError:
+        """The error for `what` ("`python3`") that ended there with a code other than 0, having said `errors`."""
+        said = last_line(re.sub("tar: Exiting with failure status.*", "", errors))
+        if re.search(r"No space left on device|Disk quota exceeded|Wrote only \d+ of", errors):
+            return RemoteError(f"{self.host.text} has no space left for {what}: make room there, then run it again")
+        if code in (126, 127):
+            reason = f"{what} cannot be started ({said}): install it there, or {self._naming(what)}"
+        elif code == KILLED or 128 < code <= 128 + _LAST_SIGNAL:
+            signal = "" if code == KILLED else f" by signal {code - 128}"
+            reason = f"{what} was killed{signal}: has the device enough memory? (it said: {said or 'nothing'})"
+        else:
+            lacks = f": install it there, for this {self.host.python}, or {self._naming(what)}"
+            remedy = lacks if "No module named" in said else ""
+            reason = f"{what} ended with code {code}: {said or 'it said nothing'}{remedy}"
+        return RemoteError(f"{self.host.text}: {reason}")
+
+    def _naming(self, what: str) -> str:
+        """The remedy where the device has it elsewhere."""
+        python = what == f"`{self.host.python}`"
+        return "name another by --python PATH" if python else "give the path at which it is"
+
+    def refuse_old_python(self) -> None:
+        """Raises RemoteError when the Python there starts, and is older than what travels there is written for."""
+        done = self.run((self.host.python, "-c", _VERSION))
+        told = re.fullmatch(r"(\d+)[.](\d+)[.]\d+\s*", done.output.decode(errors="replace"))
+        if told is not None and (int(told[1]), int(told[2])) < _LEAST_PYTHON:
+            least = ".".join(map(str, _LEAST_PYTHON))
+            raise RemoteError(
+                f"{self.host.text}: `{self.host.python}` is Python {told[0].strip()}, and {least} or newer is needed: "
+                "name another by --python PATH"
+            )
+
+    def _no_file(self, path: str, code: int, errors: str) -> RemoteError:
+        if code == _ABSENT:
+            return RemoteError(f"{self.host.text} has no file {path}")
+        return self.failure(f"reading {path}", code, errors)
+
+    def _present(self, names: Iterable[str], folder: str) -> set[str]:
+        """Those of `names` that are whole in `folder`, which is made; damaged ones are removed."""
+        done = self._answer(_PRESENT, (folder,), "".join(f"{name}\n" for name in names).encode())
+        if done.code:
+            raise self.failure(f"folder {folder}", done.code, done.errors)
+        return set(done.output.decode().split())
+
+    def _send(self, missing: Mapping[str, Path], folder: str, progress: Callable[[int, int], None]) -> int:
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            with self._connection.client(_RECEIVE, (folder,), output, errors) as client:
+                assert client.stdin
+                sent_bytes = 0
+                try:
+                    with suppress(BrokenPipeError):  # the other side says why
+                        sent_bytes = _write_archive(client.stdin, missing, progress)
+                finally:
+                    with suppress(BrokenPipeError):
+                        client.stdin.close()
+                    client.wait()
+                    output.seek(0)
+                    told = after_start(output.read())
+                    code, said = self._connection.ended(client, told is not None, _text(errors))
+            if code:
+                raise self.failure(f"folder {folder}", code, said)
+            arrived = set((told or b"").decode().split())
+        self._refuse_damaged({name: path for name, path in missing.items() if name not in arrived}, folder)
+        return sent_bytes
+
+    def _refuse_damaged(self, absent: Mapping[str, Path], folder: str) -> None:
+        """Another push to the same folder may have settled files of ours; what then is still absent, is wrong."""
+        for name in absent.keys() - (self._present(absent, folder) if absent else set()):
+            if local.sha256_of_file(absent[name]) != name:
+                raise InputError(f"{absent[name]} has changed since it was hashed: run the command again")
+            raise RemoteError(f"{self.host.text}: {absent[name]} arrived damaged in {folder}: is its disk in order?")
+
+    def _answer(
+        self, script: str, arguments: Sequence[str], given: bytes = b"", patience_s: float | None = None
+    ) -> Done:
+        with self._connection.client(script, arguments, subprocess.PIPE, subprocess.PIPE) as client:
+            try:
+                output, errors = client.communicate(given, patience_s)
+            except subprocess.TimeoutExpired as error:
+                what = f"`{arguments[0]}` has not ended within {patience_s:g} s"
+                raise RemoteError(f"{self.host.text}: {what}: is the device busy, or out of memory?") from error
+            told = after_start(output)
+            code, said = self._connection.ended(client, told is not None, errors.decode(errors="replace"))
+            return Done(code, told or b"", said)
+
+
+def _write_archive(pipe: IO[bytes], files: Mapping[str, Path], progress: Callable[[int, int], None]) -> int:
+    """A tar stream of `files`; the bytes of their contents. One block of one file is in memory at a time."""
+    sent, total = 0, sum(_size(path) for path in files.values())
+
+    def count(block_bytes: int) -> None:
+        nonlocal sent
+        sent += block_bytes
+        progress(sent, total)
+
+    with tarfile.open(fileobj=pipe, mode="w|", format=tarfile.GNU_FORMAT) as archive:
+        archive.copybufsize = 1 << 18  # type: ignore[attr-defined]
+        for name, path in files.items():
+            _add(archive, name, path, count)
+    return sent
+
+
+def _add(archive: tarfile.TarFile, name: str, path: Path, count: Callable[[int], None]) -> None:
+    try:
+        with path.open("rb") as stream:
+            entry = tarfile.TarInfo(name)
+            entry.size = os.fstat(stream.fileno()).st_size
+            archive.addfile(entry, _Counted(stream, count))  # type: ignore[arg-type]
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}): run the command again") from error
+
+
+@dataclass(frozen=True)
+class _Counted:
+    stream: IO[bytes]
+    count: Callable[[int], None]
+
+    def read(self, size: int) -> bytes:
+        block = self.stream.read(size)
+        self.count(len(block))
+        return block
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): run the command again") from error
+
+
+def _text(stream: IO[bytes]) -> str:
+    stream.seek(0)
+    return stream.read().decode(errors="replace")

@@ -1,0 +1,185 @@
+"""A workspace's graphs in each precision, as the library of a target that is here loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.cores import cores
+from mess_compile.data.dataset import Data, open_dataset, read_frame
+from mess_compile.engines.files import EngineFiles, plain_files
+from mess_compile.engines.jobs import job_names
+from mess_compile.latency import table
+from mess_compile.network import GraphSet, check_graphs, read_graph_set, verify_graph_set
+from mess_compile.runtime.base.errors import InputError, MessError, did_you_mean
+from mess_compile.runtime.engines.engine import PRECISIONS
+from mess_compile.runtime.images import frames
+from mess_compile.targets import Target, find_target, known_targets
+from mess_compile.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mess_compile.engines.build import EngineSet
+    from mess_compile.engines.recipes import PreciseGraphs
+    from mess_compile.graph.settle_precision import Fallback
+
+Progress = Callable[[str, int, int], None]
+PRECISION_FRAMES = 24
+
+
+@dataclass(frozen=True)
+class RecipeBuild:
+    """The engines of one recipe, where they are, and the graphs that are in a safer precision than was wanted."""
+
+    graph_set: GraphSet
+    engines: EngineSet
+    fallbacks: tuple[Fallback, ...]
+    place: str
+
+
+def engines_of(
+    workspace: Workspace,
+    target: Target,
+    precisions: Sequence[str],
+    data: Data | None,
+    jobs: int | None,
+    progress: Progress,
+) -> Iterator[RecipeBuild]:
+    """Have the target's engines of every graph in each precision, and yield them recipe by recipe."""
+    from mess_compile.engines import build
+
+    graph_set = read_graph_set(workspace.graphs)
+    check_graphs(graph_set)
+    refuse_other_precisions(target, precisions)
+    build.library_version(target)
+    for precision in precisions:
+        made = in_precision(workspace, graph_set, precision, target.precisions, data, progress)
+        folder = workspace.engines(target.name, made.graph_set.recipe)
+        processes = jobs or cores()
+        engines = build.build_engines(made.graph_set, target, folder, processes, progress)
+        yield RecipeBuild(made.graph_set, engines, made.fallbacks, str(folder))
+
+
+def refuse_other_precisions(target: Target, precisions: Sequence[str]) -> None:
+    unknown = [precision for precision in precisions if precision not in target.precisions]
+    if unknown:
+        near = did_you_mean(unknown[0], () if unknown[0] in PRECISIONS else target.precisions)
+        raise InputError(f"{target.name} computes in {', '.join(target.precisions)}, not in {unknown[0]!r}{near}")
+
+
+def refuse_unknown_precision(precision: str) -> None:
+    """Raises InputError for one that no target computes in."""
+    if precision not in PRECISIONS:
+        near = did_you_mean(precision, PRECISIONS)
+        raise InputError(f"precision {precision!r}{near} is not one of {', '.join(reversed(PRECISIONS))}")
+
+
+def precise_graphs(
+    workspace: Workspace, target: Target, precisions: Sequence[str], data: Data | None, progress: Progress
+) -> tuple[PreciseGraphs, ...]:
+    """The workspace's graphs in each of the target's precisions that is named; see `in_precision`."""
+    graph_set = verified_graphs(workspace)
+    refuse_other_precisions(target, precisions)
+    return tuple(in_precision(workspace, graph_set, p, target.precisions, data, progress) for p in precisions)
+
+
+def in_precision(
+    workspace: Workspace,
+    graph_set: GraphSet,
+    precision: str,
+    allowed: Sequence[str],
+    data: Data | None,
+    progress: Progress,
+) -> PreciseGraphs:
+    """The graphs in a precision; settled on the workspace's images, or anew on those of `data` when it is named."""
+    from mess_compile.engines import recipes
+
+    refuse_unknown_precision(precision)
+    images = partial(_real_images, workspace, data, graph_set.candidate.input_hw)
+    tune = workspace.memory().split or "val"
+    return recipes.precise_graphs(
+        graph_set, precision, allowed, workspace.recipes, tune, images, progress, renewed=data is not None
+    )
+
+
+def engine_files(
+    workspace: Workspace,
+    target: Target,
+    precisions: Sequence[str],
+    data: Data | None,
+    jobs: int | None,
+    progress: Progress,
+) -> tuple[EngineFiles, ...]:
+    """What the target's library loads, in each precision; engines are built where they are missing."""
+    if target.library.startswith("onnxruntime"):
+        made = precise_graphs(workspace, target, precisions, data, progress)
+        return tuple(plain_files(each.graph_set) for each in made)
+    from mess_compile.engines import build
+
+    return tuple(
+        build.engine_files(made.graph_set, made.engines, workspace.engines(target.name, made.graph_set.recipe))
+        for made in engines_of(workspace, target, precisions, data, jobs, progress)
+    )
+
+
+def built_here(
+    workspace: Workspace,
+    target: Target,
+    progress: Progress,
+    forms: Sequence[EngineFiles],
+    jobs: Collection[str] | None,
+) -> tuple[EngineFiles, ...]:
+    """Have engines of some jobs' graphs (None: of all) in the workspace; a `Build` of `places`."""
+    from mess_compile.engines import build
+
+    built, processes = [], cores()
+    for each in forms:
+        folder = workspace.engines(target.name, each.graph_set.recipe)
+        wanted = {graph for graph, job in job_names(each).items() if jobs is None or job in jobs}
+        engines = build.build_engines(each.graph_set, target, folder, processes, progress, wanted)
+        found = build.engine_files(each.graph_set, engines, folder)
+        paths = {name: path for name, path in (each.paths | found.paths).items() if name not in found.failed}
+        built.append(EngineFiles(each.graph_set, paths, each.failed | found.failed))
+    return tuple(built)
+
+
+def _real_images(workspace: Workspace, data: Data | None, hw: tuple[int, int], split: str) -> list[NDArray[np.uint8]]:
+    """Images from all over a split, at the network's input size. Raises InputError when no data are known."""
+    if data is None and workspace.memory().data is None:
+        raise InputError("fp16 and int8 are judged on real images: name a data folder with --data DIR")
+    items = open_dataset(workspace.data_folder(data), split).items
+    places = np.unique(np.linspace(0, len(items) - 1, PRECISION_FRAMES).round().astype(int))
+    return [frames.resize(read_frame(items[place].image), hw) for place in places]
+
+
+def verified_graphs(workspace: Workspace) -> GraphSet:
+    """The graphs whose bytes are still those that export wrote."""
+    graph_set = read_graph_set(workspace.graphs)
+    verify_graph_set(graph_set)
+    return graph_set
+
+
+def _is_estimated(workspace: Workspace, device: str) -> bool:
+    """Whether there are latencies of a device, and none of them was measured."""
+    with suppress(MessError):
+        return table.read_latency_table(workspace.latency(device)).source == "estimated"
+    return False
+
+
+def target_of(workspace: Workspace, device: str | None) -> Target:
+    """The device that is named, or the one measured last. Raises InputError when there is neither."""
+    name = device or workspace.memory().device
+    if name is None:
+        estimated = [name for name in known_targets(workspace.root) if _is_estimated(workspace, name)]
+        if estimated:
+            raise InputError(
+                f"no device was measured in this workspace yet; {', '.join(estimated)} was estimated, and an estimate "
+                f"is not taken by default: name it, as in `search --device {estimated[0]}` or `bundle {estimated[0]}`"
+            )
+        raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
+    return find_target(name, workspace.root)

@@ -1,0 +1,309 @@
+"""Would better heads or a better gate help? What leaving by confidence reaches, and what perfect knowledge would."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.evaluate.statistics import ExitStatistics, Ints, head_miou
+from mess_compile.runtime.base.errors import InputError
+
+MAX_ERRS_PP = (1.0, 0.1)
+TOLERANCE_PP = 1.0
+NEGLIGIBLE = 0.05
+CLEARLY_PP = 0.1
+"""By how much an early head is better than the final exit when that is worth a word."""
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Limit = Literal["gate", "heads", "both", "neither"]
+
+
+@dataclass(frozen=True)
+class HeadDiagnosis:
+    """One early head, alone before the final exit. Shares are of images, 0 to 1.
+
+    `coverage`: of the images with labels, those on which this head is as good as the final exit (by `image_mious`, but
+    for a tolerance). `auroc`: how well its confidence tells them from the others, at the threshold row where it does so
+    best (`auroc_row`, chosen on these same images), and `auroc_middle` at the middle row; None when all images are of
+    one kind. `gate_share` and `oracle_share`: the images that may leave here within each of the diagnosis's
+    `max_errs_pp`, by the best row and cut, and with perfect knowledge; `oracle_miou` (percent): the best that perfect
+    knowledge reaches. The oracle is greedy, a lower estimate: see `diagnose`.
+    """
+
+    head: str
+    coverage: float
+    auroc: float | None
+    auroc_row: int | None
+    auroc_middle: float | None
+    gate_share: tuple[float, ...]
+    oracle_share: tuple[float, ...]
+    oracle_miou: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """`heads` are the early ones, compared with `final`; errors and tolerance in percentage points of mIoU."""
+
+    final: str
+    max_errs_pp: tuple[float, ...]
+    tolerance_pp: float
+    heads: tuple[HeadDiagnosis, ...]
+
+
+@dataclass(frozen=True)
+class ExitLimit:
+    """Of an early exit's best head: the shares that may leave by its gate and with perfect knowledge."""
+
+    exit_point: int
+    head: str
+    gate_share: float
+    oracle_share: float
+
+    @property
+    def limit(self) -> Limit:
+        return _limit(self.gate_share, self.oracle_share)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What limits the network within `max_err_pp`: the mean over early exits of what their best heads could do."""
+
+    max_err_pp: float
+    exits: tuple[ExitLimit, ...]
+
+    @property
+    def gate_share(self) -> float:
+        return sum(found.gate_share for found in self.exits) / len(self.exits)
+
+    @property
+    def oracle_share(self) -> float:
+        return sum(found.oracle_share for found in self.exits) / len(self.exits)
+
+    @property
+    def limit(self) -> Limit:
+        return _limit(self.gate_share, self.oracle_share)
+
+
+def _limit(gate_share: float, oracle_share: float) -> Limit:
+    """A better gate could bring oracle - gate, better heads 1 - oracle; less than one image in twenty is nothing."""
+    by_gate, by_heads = round(oracle_share - gate_share, 9), round(1 - oracle_share, 9)  # equal shares of images tie
+    if max(by_gate, by_heads) < NEGLIGIBLE:
+        return "neither"
+    if by_gate == by_heads:
+        return "both"
+    return "gate" if by_gate > by_heads else "heads"
+
+
+def diagnose(
+    statistics: ExitStatistics, max_errs_pp: Sequence[float] = MAX_ERRS_PP, tolerance_pp: float = TOLERANCE_PP
+) -> Diagnosis:
+    """Compare every early head with the final exit's head (where that exit has several, with the best of them).
+
+    "oracle, greedy": images are sorted by what their leaving early changes in mIoU, to first order around the final
+    exit's sums; of every prefix of that order the mIoU is exact, and the largest prefix within the error counts. mIoU
+    is not additive, so that another choice of images may do better: a lower estimate. A gate that happens to do better
+    is a choice of images too, and raises it. Raises InputError when mIoU is undefined or a name tells no exit point.
+    """
+    if not all(error >= 0 for error in max_errs_pp):
+        raise InputError(f"errors of {max_errs_pp} percentage points: give numbers that are not negative")
+    final = final_head(statistics)
+    early = [head for head in statistics.heads if exit_number(head) < exit_number(final)]
+    heads = tuple(_diagnosed(statistics, head, final, max_errs_pp, tolerance_pp) for head in early)
+    return Diagnosis(final, tuple(max_errs_pp), tolerance_pp, heads)
+
+
+def final_head(statistics: ExitStatistics) -> str:
+    """The head of the deepest exit point; of several there, the first of the best. Raises InputError."""
+    last = max((exit_number(head) for head in statistics.heads), default=0)
+    final = [head for head in statistics.heads if exit_number(head) == last]
+    if not final:
+        raise InputError("the statistics hold no heads: run `mess-compile evaluate`")
+    return max(final, key=lambda head: head_miou(statistics, head))
+
+
+@dataclass(frozen=True)
+class Weak:
+    """A final exit that an early head does better than; mIoU in percent."""
+
+    final: str
+    final_miou: float
+    better: str
+    better_miou: float
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"the final exit ({self.final}, {self.final_miou:.2f} % mIoU) does worse than the early head {self.better} "
+            f"({self.better_miou:.2f} %): was it trained long enough (`train --epochs`), from a trained backbone "
+            "(`--weights`)? Whatever is held against it looks better than it is"
+        )
+
+
+def weak_final_exit(statistics: ExitStatistics) -> Weak | None:
+    """The final exit where the best early head is better, None where it is not, or not by more than `CLEARLY_PP`."""
+    final = final_head(statistics)
+    early = [head for head in statistics.heads if exit_number(head) < exit_number(final)]
+    mious = {head: head_miou(statistics, head) for head in (final, *early)}
+    best = max(mious, key=mious.__getitem__)
+    if mious[best] - mious[final] <= CLEARLY_PP:
+        return None
+    return Weak(final, mious[final], best, mious[best])
+
+
+def exit_number(head: str) -> int:
+    """The exit point of `exit3.fcn-crm1-b0`: 3. Raises InputError."""
+    match = re.match(r"exit([0-9]{1,9})\.", head)
+    if match is None:
+        raise InputError(f"head {head!r} of the statistics is not named exitN.NAME: run `mess-compile evaluate`")
+    return int(match[1])
+
+
+def verdicts(diagnosis: Diagnosis) -> tuple[Verdict, ...]:
+    """For each error what limits the network; an exit's best head is the one that most images could leave at."""
+    points = sorted({exit_number(found.head) for found in diagnosis.heads})
+    if not points:
+        return ()
+    return tuple(
+        Verdict(error, tuple(_exit_limit(diagnosis, point, index) for point in points))
+        for index, error in enumerate(diagnosis.max_errs_pp)
+    )
+
+
+def _exit_limit(diagnosis: Diagnosis, point: int, error: int) -> ExitLimit:
+    there = [found for found in diagnosis.heads if exit_number(found.head) == point]
+    best = max(there, key=lambda found: (found.oracle_share[error], found.gate_share[error]))
+    return ExitLimit(point, best.head, best.gate_share[error], best.oracle_share[error])
+
+
+def _diagnosed(
+    statistics: ExitStatistics, head: str, final: str, max_errs_pp: Sequence[float], tolerance_pp: float
+) -> HeadDiagnosis:
+    counts = np.asarray(statistics.counts[:, statistics.head_index(head)])  # (n, rows)
+    mious, labelled = image_mious(statistics, head), statistics.labelled.any(axis=1)
+    good = mious[labelled] >= image_mious(statistics, final)[labelled] - tolerance_pp
+    areas = auroc(good, counts[labelled])
+    row = None if areas is None else int(areas.argmax())
+    swap = _swap(statistics, head, final)
+    gate = _gate_curve(swap, counts)
+    oracle = np.maximum(gate, _mious_of_prefixes(swap, np.argsort(-_first_order(swap), kind="stable")))
+    return HeadDiagnosis(
+        head=head,
+        coverage=float(good.mean()),
+        auroc=None if areas is None else float(areas[row]),
+        auroc_row=row,
+        auroc_middle=None if areas is None else float(areas[len(areas) // 2]),
+        gate_share=tuple(_largest_share(gate, error) for error in max_errs_pp),
+        oracle_share=tuple(_largest_share(oracle, error) for error in max_errs_pp),
+        oracle_miou=float(oracle.max()),
+    )
+
+
+def image_mious(statistics: ExitStatistics, head: str) -> Floats:
+    """Each image's own mIoU (n,) in percent at `head`, over the classes labelled in it; 0 without labelled pixels.
+
+    And not its pixel accuracy, which the large classes decide: errors are allowed in mIoU, to which a lost rare class
+    is as much as a lost road. On CamVid's heads the difference between early and final exit in image mIoU ranks the
+    images almost as their share in the set's mIoU does (rank correlation 0.92), that in accuracy less so (0.73). The
+    score of single images: Csurka et al., What is a good evaluation measure for semantic segmentation?, BMVC 2013.
+    """
+    index = statistics.head_index(head)
+    right, labelled = statistics.intersection[:, index], statistics.labelled
+    union = statistics.predicted[:, index] + labelled - right
+    ious = np.where(labelled > 0, right / np.maximum(union, 1), 0.0)  # (n, classes)
+    mious: Floats = 100 * ious.sum(axis=1) / np.maximum((labelled > 0).sum(axis=1), 1)
+    return mious
+
+
+def auroc(good: Mask, confidence: NDArray[np.int32]) -> Floats | None:
+    """Per column of `confidence` (n, rows): how often a good image is above another one, equals counted half.
+
+    None when all of `good` (n,) are alike. The area under the ROC curve, by the rank sum of Mann and Whitney.
+    """
+    total, positive = good.size, int(good.sum())
+    if not 0 < positive < total:
+        return None
+    order = np.argsort(confidence, axis=0, kind="stable")
+    ordered = np.take_along_axis(confidence, order, axis=0)
+    new = np.concatenate([np.ones((1, ordered.shape[1]), np.bool_), ordered[1:] != ordered[:-1]])
+    first, after = _runs(new)
+    ranks = (first + after + 1) / 2  # the mean rank, from 1, of each run of equals
+    rank_sum = np.where(good[order], ranks, 0.0).sum(axis=0)
+    area: Floats = (rank_sum - positive * (positive + 1) / 2) / (positive * (total - positive))
+    return area
+
+
+def _runs(new: Mask) -> tuple[Ints, Ints]:
+    """Where the run that each element of a column belongs to begins, and where the next one does."""
+    total = len(new)
+    position = np.arange(total)[:, None]
+    first = np.maximum.accumulate(np.where(new, position, 0))
+    last = np.concatenate([new[1:], np.ones((1, new.shape[1]), np.bool_)])
+    after = np.minimum.accumulate(np.where(last, position + 1, total)[::-1])[::-1]
+    return first, after
+
+
+@dataclass(frozen=True, eq=False)
+class _Swap:
+    """The final exit's sums over the set (1, classes), and what every image changes in them by leaving early
+    (n, classes). Only classes with labelled pixels."""
+
+    intersection: Ints
+    union: Ints
+    intersection_change: Ints
+    union_change: Ints
+
+
+def _swap(statistics: ExitStatistics, head: str, final: str) -> _Swap:
+    present = np.flatnonzero(statistics.labelled.sum(axis=0))
+    (early_right, early_predicted), (right, predicted) = (
+        (statistics.intersection[:, index][:, present], statistics.predicted[:, index][:, present])
+        for index in (statistics.head_index(head), statistics.head_index(final))
+    )
+    union = predicted + statistics.labelled[:, present] - right
+    change = early_right - right
+    return _Swap(
+        right.sum(axis=0, keepdims=True), union.sum(axis=0, keepdims=True), change, early_predicted - predicted - change
+    )
+
+
+def _first_order(swap: _Swap) -> Floats:
+    """The change (n,) of the set's mean IoU by each image's leaving, linearised at the final exit's sums."""
+    iou = swap.intersection / swap.union
+    change: Floats = ((swap.intersection_change - iou * swap.union_change) / swap.union).mean(axis=1)
+    return change
+
+
+def _mious_of_prefixes(swap: _Swap, order: NDArray[np.intp]) -> Floats:
+    """mIoU (n + 1,) in percent when the first 0, 1, ..., n images of `order` leave early.
+
+    Summed from the first class to the last like `statistics.miou`, to the same last bit.
+    """
+    intersection = np.concatenate([swap.intersection, swap.intersection_change[order]]).cumsum(axis=0)
+    union = np.concatenate([swap.union, swap.union_change[order]]).cumsum(axis=0)
+    ious = intersection / union  # (n + 1, classes)
+    mious: Floats = 100.0 * (ious.cumsum(axis=1)[:, -1] / ious.shape[1])
+    return mious
+
+
+def _gate_curve(swap: _Swap, counts: NDArray[np.int32]) -> Floats:
+    """The best mIoU (n + 1,) in percent at which a row and a cut of `counts` (n, rows) let 0, 1, ..., n images leave.
+
+    Minus infinity where no cut lets so many leave: images with equal counts stay together.
+    """
+    best = np.full(len(counts) + 1, -np.inf)
+    for column in counts.T:
+        order = np.argsort(column, kind="stable")[::-1]
+        ordered = column[order]
+        parted = np.concatenate([[True], ordered[1:] != ordered[:-1], [True]])
+        best = np.maximum(best, np.where(parted, _mious_of_prefixes(swap, order), -np.inf))
+    return best
+
+
+def _largest_share(curve: Floats, max_err_pp: float) -> float:
+    """`curve[0]` is the final exit's mIoU: nobody leaves early."""
+    return int(np.flatnonzero(curve >= curve[0] - max_err_pp)[-1]) / (len(curve) - 1)

@@ -1,0 +1,279 @@
+"""Exit statistics: per image and head, how sure and how right. Sufficient for any plan's mIoU, exits and latency."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile import files
+from mess_compile.network import BASELINE, BASELINE_ALONE, Gate, GraphSet
+from mess_compile.runtime.base.errors import InputError, StaleError
+
+Ints = NDArray[np.int64]
+_REMEDY = "run `mess-compile evaluate`"
+_BLOCK = 256
+_ARRAYS = {
+    "thresholds": np.float32,
+    "counts": np.int32,
+    "intersection": np.int64,
+    "predicted": np.int64,
+    "labelled": np.int64,
+}
+_TEXTS = ("network", "precision", "device", "library", "split")
+
+
+@dataclass(frozen=True, eq=False)
+class ExitStatistics:
+    """What one recipe's exits said and got right, per image.
+
+    `cells` is each head's feature-map size, `thresholds` (T, K); `counts` (n, heads, T) the confident cells per
+    threshold row; `intersection` and `predicted` (n, scored, K), `labelled` (n, K) pixels per class at the frame's own
+    size, ignored pixels in none of them. `group` is the image's sequence; `precision` names the recipe, `network`
+    is the identity of its graphs, `baseline_alone` that of the baseline trained alone, None when there was none.
+    `final_head` is the head whose labels `BASELINE` gives as one graph; it is not stored, for the network tells it.
+    """
+
+    heads: tuple[str, ...]
+    classes: tuple[str, ...]
+    cells: tuple[int, ...]
+    thresholds: NDArray[np.float32]
+    counts: NDArray[np.int32]
+    intersection: Ints
+    predicted: Ints
+    labelled: Ints
+    image_id: tuple[str, ...]
+    group: tuple[str, ...]
+    network: str
+    gate: Gate
+    precision: str
+    device: str
+    library: str
+    split: str
+    baseline_alone: str | None = None
+    final_head: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<exit statistics of {self.images} images of {self.split}: {len(self.heads)} heads, {self.precision}>"
+
+    @property
+    def images(self) -> int:
+        return len(self.image_id)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The heads, and the baseline trained alone, which has pixels but no counts."""
+        return self.heads if self.baseline_alone is None else (*self.heads, BASELINE_ALONE)
+
+    def head_index(self, head: str) -> int:
+        """The place of a head among the heads, or of `BASELINE_ALONE` behind them. Raises InputError.
+
+        `BASELINE` is scored as the final head.
+        """
+        name = self.final_head if head == BASELINE and self.final_head is not None else head
+        if name not in self.scored:
+            raise InputError(f"the statistics hold no head {head!r}: {_REMEDY}")
+        return self.scored.index(name)
+
+    def select(self, indices: Sequence[int]) -> ExitStatistics:
+        """The statistics of these images, in this order."""
+        rows = np.asarray(indices, dtype=np.intp)
+        return dataclasses.replace(
+            self,
+            counts=self.counts[rows],
+            intersection=self.intersection[rows],
+            predicted=self.predicted[rows],
+            labelled=self.labelled[rows],
+            image_id=tuple(self.image_id[i] for i in rows),
+            group=tuple(self.group[i] for i in rows),
+        )
+
+
+def miou(intersection: Ints, predicted: Ints, labelled: Ints) -> float:
+    """mIoU in percent of (K,) pixel sums over a set, over the classes that have labelled pixels.
+
+    Summed from the first class to the last, so that every implementation rounds alike. Raises InputError when no
+    class has labelled pixels.
+    """
+    present = np.flatnonzero(labelled)
+    if not present.size:
+        raise InputError(
+            "no image has a labelled pixel outside the ignored classes, so that mIoU is undefined: check labels and "
+            f"classes.txt, then {_REMEDY}"
+        )
+    total = 0.0
+    for k in present:
+        total += float(intersection[k]) / float(predicted[k] + labelled[k] - intersection[k])
+    return 100.0 * (total / present.size)
+
+
+def head_miou(statistics: ExitStatistics, head: str) -> float:
+    """mIoU in percent when every image leaves at `head`, or goes to the baseline trained alone."""
+    index = statistics.head_index(head)
+    return miou(
+        statistics.intersection[:, index].sum(axis=0),
+        statistics.predicted[:, index].sum(axis=0),
+        statistics.labelled.sum(axis=0),
+    )
+
+
+def threshold_table(gate: Gate, classes: int) -> NDArray[np.float32]:
+    """The gate's plain thresholds as its (T, K) input: row j repeats threshold j for every class."""
+    return np.repeat(np.array(gate.thresholds, np.float32)[:, None], classes, axis=1)
+
+
+def merge(shards: Sequence[ExitStatistics]) -> ExitStatistics:
+    """One set of statistics from shards of the same recipe: their images one after the other, in the order given.
+
+    Raises InputError when a shard is of another recipe or an image is there twice.
+    """
+    if not shards:
+        raise InputError("there are no statistics to merge")
+    first = shards[0]
+    for shard in shards[1:]:
+        for field in ("heads", "classes", "cells", "gate", "baseline_alone", *_TEXTS):
+            if getattr(shard, field) != getattr(first, field):
+                raise InputError(f"cannot merge statistics whose {field} differ; evaluate all shards alike")
+    ids = [image for shard in shards for image in shard.image_id]
+    twice = sorted({image for image in ids if ids.count(image) > 1}) if len(set(ids)) < len(ids) else []
+    if twice:
+        raise InputError(f"cannot merge statistics: image {twice[0]} is in more than one shard")
+    return dataclasses.replace(
+        first,
+        counts=np.concatenate([shard.counts for shard in shards]),
+        intersection=np.concatenate([shard.intersection for shard in shards]),
+        predicted=np.concatenate([shard.predicted for shard in shards]),
+        labelled=np.concatenate([shard.labelled for shard in shards]),
+        image_id=tuple(ids),
+        group=tuple(group for shard in shards for group in shard.group),
+    )
+
+
+def check_current(statistics: ExitStatistics, graph_set: GraphSet) -> None:
+    """Raises StaleError when `statistics` are of another network, recipe, baseline, gate or heads than `graph_set`.
+
+    They may lack heads, and on another device than this the baseline, that have no engine where they were recorded.
+    """
+    candidate = graph_set.candidate
+    differs = {
+        "recipe": statistics.precision != graph_set.recipe,
+        "network": statistics.network != graph_set.identity,
+        "baseline": statistics.baseline_alone != graph_set.baseline_alone
+        and not (statistics.baseline_alone is None and statistics.device != "host"),
+        "gate": statistics.gate != graph_set.gate,
+        "heads": statistics.heads != tuple(h.name for h in candidate.heads if h.name in statistics.heads),
+        "classes": statistics.classes != candidate.classes,
+    }
+    for what, different in differs.items():
+        if different:
+            raise StaleError(f"the statistics are of another {what} than {graph_set.root}: {_REMEDY}")
+
+
+def write_statistics(folder: Path, statistics: ExitStatistics) -> None:
+    """Write `statistics.json` and one `.npy` per array; the old folder stays until the new one is complete."""
+    with files.replaced_folder(folder) as temporary:
+        arrays = {}
+        for name, dtype in _ARRAYS.items():
+            path = temporary / f"{name}.npy"
+            _write_array(path, np.ascontiguousarray(getattr(statistics, name), dtype=dtype))
+            arrays[name] = files.sha256_of_file(path)
+        files.write_json(temporary / "statistics.json", "mess-statistics", 1, _to_json(statistics, arrays))
+
+
+def content_sha256(statistics: ExitStatistics) -> str:
+    """A hash of all that the statistics hold."""
+    arrays = {
+        name: hashlib.sha256(np.ascontiguousarray(getattr(statistics, name), dtype=dtype).data).hexdigest()
+        for name, dtype in _ARRAYS.items()
+    }
+    return files.sha256_of_json(_to_json(statistics, arrays))
+
+
+def _to_json(statistics: ExitStatistics, arrays: dict[str, str]) -> dict[str, Any]:
+    content: dict[str, Any] = {name: getattr(statistics, name) for name in (*_TEXTS, "baseline_alone")}
+    for name in ("heads", "classes", "cells", "image_id", "group"):
+        content[name] = list(getattr(statistics, name))
+    return {**content, "gate": asdict(statistics.gate), "sha256": arrays}
+
+
+def _write_array(path: Path, array: NDArray[Any]) -> None:
+    with path.open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+        stream.write(array.reshape(-1).view(np.uint8).data)  # numpy's own write hides what the system says
+
+
+def read_statistics(folder: Path) -> ExitStatistics:
+    """Read what `write_statistics` wrote; arrays are memory-mapped. Raises InputError when missing or damaged."""
+    files.recovered(folder)
+    path = folder / "statistics.json"
+    content = files.read_json(path, "mess-statistics", 1, _REMEDY)
+    arrays = {name: _read_array(folder / f"{name}.npy", content) for name in _ARRAYS}
+    statistics: ExitStatistics = files.decoded(path, _REMEDY, lambda: _statistics_from_json(content, arrays))
+    return statistics
+
+
+def _read_array(path: Path, content: dict[str, Any]) -> Any:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: {_REMEDY}")
+    hashes = content.get("sha256")
+    if not isinstance(hashes, dict) or files.sha256_of_file(path) != hashes.get(path.stem):
+        raise InputError(f"{path} is damaged (its bytes are not those that were written): {_REMEDY}")
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _statistics_from_json(content: dict[str, Any], arrays: dict[str, Any]) -> ExitStatistics:
+    gate, alone = content["gate"], content.get("baseline_alone")
+    texts: dict[str, Any] = {name: str(content[name]) for name in _TEXTS}
+    statistics = ExitStatistics(
+        **arrays,
+        heads=tuple(map(str, content["heads"])),
+        classes=tuple(map(str, content["classes"])),
+        cells=tuple(map(int, content["cells"])),
+        image_id=tuple(map(str, content["image_id"])),
+        group=tuple(map(str, content["group"])),
+        gate=Gate(gate["confidence"], bool(gate["edge_aware"]), tuple(map(float, gate["thresholds"]))),
+        baseline_alone=None if alone is None else str(alone),
+        **texts,
+    )
+    _check_shapes(statistics)
+    return statistics
+
+
+def _check_shapes(statistics: ExitStatistics) -> None:
+    n, heads, classes = statistics.images, len(statistics.heads), len(statistics.classes)
+    rows, scored = len(statistics.gate.thresholds), len(statistics.scored)
+    expected = {
+        "thresholds": (rows, classes),
+        "counts": (n, heads, rows),
+        "intersection": (n, scored, classes),
+        "predicted": (n, scored, classes),
+        "labelled": (n, classes),
+    }
+    for name, shape in expected.items():
+        array = getattr(statistics, name)
+        if array.shape != shape or array.dtype != _ARRAYS[name]:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, not {np.dtype(_ARRAYS[name])} {shape}")
+    if len(statistics.group) != n or len(statistics.cells) != heads:
+        raise ValueError("image ids, groups, heads and cells do not fit each other")
+    if min(statistics.cells, default=1) < 1:
+        raise ValueError(f"cells {statistics.cells} are not positive")
+    _check_values(statistics)
+
+
+def _check_values(statistics: ExitStatistics) -> None:
+    """Whether anything could have been counted like this."""
+    if not np.isfinite(statistics.thresholds).all():
+        raise ValueError("a threshold is no number")
+    if (statistics.counts < 0).any() or (statistics.counts > np.array(statistics.cells, np.int32)[:, None]).any():
+        raise ValueError("a count of sure cells is below 0 or above the head's cells")
+    for start in range(0, statistics.images, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        right, most = statistics.intersection[part], statistics.labelled[part, None]
+        if (right < 0).any() or (right > np.minimum(statistics.predicted[part], most)).any():
+            raise ValueError("more pixels of a class are right than were predicted or labelled")

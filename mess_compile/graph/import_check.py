@@ -1,0 +1,136 @@
+"""Hold the whole-network form against the model as it came: what our conversion changes is found, and named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from mess_compile.graph.compare import run
+from mess_compile.graph.cut import NETWORK, logits_name
+from mess_compile.graph.cut_points import Places
+from mess_compile.graph.node_builder import IR_VERSION, OPSET, keep
+from mess_compile.graph.opset_context import EXPORT_AT
+from mess_compile.graph.recompose_check import Array, check_finite, shares_of_allowed, what_is_not_finite
+from mess_compile.graph.store import read_model
+from mess_compile.graph.workload import activations
+from mess_compile.runtime.base.errors import EngineError, InputError, one_line
+from mess_compile.runtime.engines.engine import Library
+
+_ORIGINAL = "original.onnx"
+_PROBE = "probe.onnx"
+Feed = dict[str, Array]
+
+
+def write_original(model: onnx.ModelProto, places: Places, folder: Path) -> None:
+    """Write the model as it came, at its own opset, ending in all logits; its weights are in the store in `folder`."""
+    model.ir_version = IR_VERSION  # ONNX Runtime refuses newer ones than it knows, of which nothing is used here
+    _write(model, folder / _ORIGINAL, {spec.name: spec.shape for spec in places.logits.values()})
+
+
+def original_logits(
+    library: Library,
+    folder: Path,
+    places: Places,
+    names: Mapping[str, str],
+    inputs: Sequence[Feed],
+    frames: Sequence[Array],
+) -> list[Feed]:
+    """The logits f32 (1, K, h, w) of the model as it came, by head, for each of `inputs`.
+
+    `folder/network.onnx` gives the same for `frames`; there the tensors of the model have the `names` given, or their
+    own. The model as it came is removed. Raises InputError when it does not run or gives NaN or infinity, and when the
+    conversion changed what it computes, naming the node.
+    """
+    expected = [
+        {head: _with_background(outputs[spec.name]) for head, spec in places.logits.items()}
+        for outputs in _outputs(library, folder / _ORIGINAL, inputs)
+    ]
+    found = _outputs(library, folder / NETWORK, [{"image": frame[None]} for frame in frames])
+    for index, (wanted, ours) in enumerate(zip(expected, found, strict=True)):
+        try:
+            check_finite(wanted, index)
+        except InputError as error:
+            raise InputError(f"{error}{_first_broken(library, folder, names, inputs[index])}") from error
+        if any(shares_of_allowed(ours[logits_name(head)], values) > 1 for head, values in wanted.items()):
+            raise InputError(_changed(library, folder, names, inputs[index], frames[index]))
+    (folder / _ORIGINAL).unlink()
+    return expected
+
+
+def _with_background(values: Array) -> Array:
+    """Logits (1, K, h, w); of one channel x they are [0, x]."""
+    return np.concatenate([np.zeros_like(values), values], axis=1) if values.shape[1] == 1 else values
+
+
+def _write(model: onnx.ModelProto, path: Path, outputs: Mapping[str, tuple[int, ...]]) -> None:
+    keep(
+        model.graph.output, [helper.make_tensor_value_info(name, TensorProto.FLOAT, outputs[name]) for name in outputs]
+    )
+    path.write_bytes(model.SerializeToString())
+
+
+def _outputs(library: Library, path: Path, feeds: Sequence[Feed]) -> list[Feed]:
+    """By ONNX Runtime, or where it lacks an operator by ONNX's reference implementation. Raises InputError."""
+    try:
+        with closing(library.load(path)) as loaded:
+            return [dict(run(library, loaded, feed)) for feed in feeds]
+    except EngineError as error:
+        try:
+            evaluator: Any = ReferenceEvaluator(str(path))
+            return [dict(zip(evaluator.output_names, evaluator.run(None, feed), strict=True)) for feed in feeds]
+        except Exception as second:  # whatever its operators raise
+            raise InputError(
+                f"the model does not run, so that nothing can be checked against it: {one_line(error)}; ONNX's "
+                f"reference implementation: {one_line(second)}; {EXPORT_AT}"
+            ) from error
+
+
+def _first_broken(library: Library, folder: Path, names: Mapping[str, str], feed: Feed) -> str:
+    """Where NaN or infinity comes from, as the end of a message."""
+    found = _probed(library, folder, _ORIGINAL, _common(folder, names), feed)
+    for name, values in found.items():
+        if what_is_not_finite(values) is not None:
+            return f"; the first tensor with {what_is_not_finite(values)} is {name!r}"
+    return ""
+
+
+def _changed(library: Library, folder: Path, names: Mapping[str, str], feed: Feed, frame: Array) -> str:
+    """Which node computes something else since the conversion."""
+    common, original = _common(folder, names), read_model(folder / _ORIGINAL)
+    wanted = _probed(library, folder, _ORIGINAL, common, feed)
+    ours = {names.get(name, name): shape for name, shape in common.items()}
+    found = _probed(library, folder, NETWORK, ours, {"image": frame[None]})
+    makers = {name: node for node in original.graph.node for name in node.output}
+    what, more = "the model", ""
+    for name, values in wanted.items():
+        same = found[names.get(name, name)]
+        if shares_of_allowed(same, values) > 1:
+            what = f"node {makers[name].name or name!r} ({makers[name].op_type})"
+            more = f" by {np.abs(same - values).max():.3g}" if same.shape == values.shape else " in shape"
+            break
+    opset = max(entry.version for entry in original.opset_import)
+    return (
+        f"bringing the model from opset {opset} to {OPSET} changed what {what} computes{more}: a fault of "
+        f"mess-compile, not of the model (please report it); until it is mended, {EXPORT_AT}"
+    )
+
+
+def _common(folder: Path, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """The float32 tensors that the model as it came and the whole-network form both compute, in running order."""
+    ours = activations(read_model(folder / NETWORK))
+    made = [name for node in read_model(folder / _ORIGINAL).graph.node for name in node.output if name]
+    both = {name: ours[names.get(name, name)] for name in made if names.get(name, name) in ours}
+    return {name: spec.shape for name, spec in both.items() if spec.dtype == "float32"}
+
+
+def _probed(library: Library, folder: Path, file: str, outputs: Mapping[str, tuple[int, ...]], feed: Feed) -> Feed:
+    """The values of these tensors of a model in `folder`."""
+    _write(read_model(folder / file), folder / _PROBE, outputs)
+    return _outputs(library, folder / _PROBE, [feed])[0]

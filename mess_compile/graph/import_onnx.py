@@ -1,0 +1,240 @@
+"""A multi-exit ONNX from any framework -> the same graphs as from our own networks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from mess_compile import files
+from mess_compile.graph.constant_fold import fold_constants
+from mess_compile.graph.cut import METADATA_KEY, NETWORK, Progress, cut_network, logits_name
+from mess_compile.graph.cut_points import Places, find_places
+from mess_compile.graph.exits_toml import Exits, InputRule, read_exits
+from mess_compile.graph.import_check import original_logits, write_original
+from mess_compile.graph.node_builder import OPSET, add, constant, empty_model, keep
+from mess_compile.graph.normalise import (
+    at_our_opset,
+    check_standard,
+    check_valid,
+    fixed_input,
+    inline_functions,
+    name_outputs,
+    prune,
+    share_weights,
+)
+from mess_compile.graph.opset_context import EXPORT_AT
+from mess_compile.graph.recompose_check import Array, Reference, check_stages
+from mess_compile.graph.store import drop_unread_weights, externalise, read_model, widen_weights, write_model
+from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, Head, TensorSpec, read_graph_set
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.engines import engine
+
+_OURS = re.compile(r"image|exit\d+|logits|labels|counts|thresholds|(logits:|gate/|input/|output/).*", re.DOTALL)
+"""Names that the whole-network form and the cuts give to tensors of their own."""
+
+FramesOf = Callable[[tuple[int, int]], Sequence[Array]]
+"""Input size (H, W) -> frames uint8 (H, W, 3) of that size."""
+
+
+def import_onnx(source: Path, graphs: Path, gate: Gate, frames: Sequence[Array], progress: Progress) -> GraphSet:
+    """Cut a whole-network ONNX of opset 17 into the folder `graphs`, checked on `frames` uint8 (H, W, 3).
+
+    Its metadata entry `mess` describes exit points and heads (CandidateNetwork as JSON; workloads may be left
+    out), its tensors are named `image`, `exitN` and `logits:HEAD`; its identity is the hash of the network as written,
+    whatever the entry says. The folder is replaced when all is well.
+    Raises InputError or EngineError.
+    """
+    model = read_model(source)
+    check_valid(model, source)
+    inline_functions(model)
+    check_standard(model)
+    fold_constants(model)
+    _drop_identity(model)
+    with files.replaced_folder(graphs) as folder:
+        externalise(model, folder, source.parent)
+        write_model(model, folder / NETWORK)
+        graph_set = cut_network(folder, gate, progress)
+        with closing(engine.open_library("onnxruntime")) as library:
+            whole = _onnx_reference(library, source, graph_set.candidate)
+            check_stages(graph_set, whole, frames, progress)
+    return read_graph_set(graphs)
+
+
+def import_with_exits(
+    source: Path, toml: Path, graphs: Path, gate: Gate, frames_of: FramesOf, progress: Progress
+) -> GraphSet:
+    """Cut another framework's ONNX at the tensors that the file `toml` names, into the folder `graphs`.
+
+    The model has one image input, (1, 3, H, W) or (1, H, W, 3), float32 or uint8; nodes that no exit needs are left
+    out. All graphs are checked against the model as it came, its input computed by numpy. The folder is replaced when
+    all is well. Raises InputError or EngineError.
+    """
+    exits, model = read_exits(toml), read_model(source)
+    check_valid(model, source)
+    inline_functions(model)
+    name_outputs(model, exits)
+    check_standard(model)
+    image = fixed_input(model, exits.input)
+    with files.replaced_folder(graphs) as folder:
+        externalise(model, folder, source.parent)
+        places, names = _write_both(model, image, exits, source.stem, folder)
+        frames = frames_of(exits.input.hw(image.shape))
+        inputs = [
+            {image.name: frame[None] if image.dtype == "uint8" else exits.input.of_frame(frame)} for frame in frames
+        ]
+        with closing(engine.open_library("onnxruntime")) as library:
+            logits = original_logits(library, folder, places, names, inputs, frames)
+        graph_set = cut_network(folder, gate, progress)
+        known = {id(frame): values for frame, values in zip(frames, logits, strict=True)}
+        check_stages(graph_set, lambda frame: known[id(frame)], frames, progress)
+        drop_unread_weights(folder)
+    return read_graph_set(graphs)
+
+
+def _write_both(
+    model: onnx.ModelProto, image: TensorSpec, exits: Exits, name: str, folder: Path
+) -> tuple[Places, dict[str, str]]:
+    """Write the model as it came, ending in all logits, and its whole-network form; what tensors are called there."""
+    original = onnx.ModelProto.FromString(model.SerializeToString())
+    at_our_opset(model)
+    widen_weights(model, folder)
+    share_weights(model)
+    hw = exits.input.hw(image.shape)
+    places = find_places(model, image.name, hw, exits)
+    write_original(original, places, folder)
+    names = _new_names(model, image, places)
+    _rename(model, names)
+    for head, spec in places.logits.items():
+        if spec.shape[1] == 1:
+            _append_background(model.graph, names.get(spec.name, spec.name), logits_name(head))
+    _prepend_input(model, image, exits.input)
+    _describe(model, _candidate(exits, places, hw, name), places)
+    _write_network(model, folder)
+    return places, names
+
+
+def _write_network(model: onnx.ModelProto, folder: Path) -> None:
+    """Write the whole-network form. What is not valid now was made so by us: the model as it came was checked."""
+    try:
+        write_model(model, folder / NETWORK)
+    except InputError as error:
+        raise InputError(
+            f"bringing the model to opset {OPSET} gave no valid ONNX ({error}): a fault of mess-compile, not of the "
+            f"model (please report it); until it is mended, {EXPORT_AT}"
+        ) from error
+
+
+def _new_names(model: onnx.ModelProto, image: TensorSpec, places: Places) -> dict[str, str]:
+    """What tensors are called in the whole-network form; those that have one of its names make way."""
+    taken = dict.fromkeys(name for node in model.graph.node for name in (*node.input, *node.output))
+    names = {}
+    for name in filter(_OURS.fullmatch, list(taken)):
+        names[name] = f"model/{name}"
+        while names[name] in taken:
+            names[name] += "_"
+        taken[names[name]] = None
+    names |= {spec.name: where for where, spec in places.exits.items()}
+    names |= {spec.name: logits_name(head) for head, spec in places.logits.items() if spec.shape[1] > 1}
+    return names | ({image.name: "image"} if image.dtype == "uint8" else {})
+
+
+def _rename(model: onnx.ModelProto, names: dict[str, str]) -> None:
+    graph = model.graph
+    for node in graph.node:
+        for field in (node.input, node.output):
+            field[:] = [names.get(name, name) for name in field]
+    for value in (*graph.initializer, *graph.input):
+        value.name = names.get(value.name, value.name)
+
+
+def _append_background(graph: onnx.GraphProto, channel: str, logits: str) -> None:
+    """Logits [0, x] of a map x (1, 1, h, w): their argmax is 1 where sigmoid(x) > 0.5."""
+    pads = constant(graph, f"{logits}/pads", [0, 1, 0, 0, 0, 0, 0, 0], "int64")
+    zero = constant(graph, f"{logits}/zero", 0.0, "float32")
+    add(graph, "Pad", [channel, pads, zero], logits)
+
+
+def _prepend_input(model: onnx.ModelProto, image: TensorSpec, rule: InputRule) -> None:
+    """Put the way from `image` uint8 (1, H, W, 3) to the model's own input in front of a model that wants float32."""
+    if image.dtype == "uint8":
+        return
+    frame = helper.make_tensor_value_info("image", TensorProto.UINT8, (1, *rule.hw(image.shape), 3))
+    front = empty_model([frame]).graph
+    _normalise(front, rule, model.graph.input[0].name)
+    keep(model.graph.node, [*front.node, *model.graph.node])
+    model.graph.initializer.extend(front.initializer)
+    keep(model.graph.input, [frame])
+
+
+def _normalise(graph: onnx.GraphProto, rule: InputRule, target: str) -> None:
+    """(x - mean) / std of bytes x, in the order that TensorRT parses: cast, then transpose."""
+    values = add(graph, "Cast", ["image"], "input/float", to=TensorProto.FLOAT)  # (1, H, W, 3)
+    if rule.layout == "NCHW":
+        values = add(graph, "Transpose", [values], "input/planes", perm=[0, 3, 1, 2])  # (1, 3, H, W)
+    if rule.channels == "BGR":
+        order = constant(graph, "input/order", [2, 1, 0], "int64")
+        values = add(graph, "Gather", [values, order], "input/bgr", axis=rule.layout.index("C"))
+    shape = (1, 3, 1, 1) if rule.layout == "NCHW" else (1, 1, 1, 3)
+    for op, numbers, neutral in zip(("Sub", "Div"), rule.of_bytes, (0, 1), strict=True):
+        if np.any(numbers != neutral):
+            factor = constant(graph, f"input/{op}.values", numbers.reshape(shape), "float32")
+            values = add(graph, op, [values, factor], f"input/{op}")
+    graph.node[-1].output[0] = target
+
+
+def _candidate(exits: Exits, places: Places, hw: tuple[int, int], backbone: str) -> CandidateNetwork:
+    """Workloads are counted and the identity is taken when the network is cut."""
+    points = tuple(
+        ExitPoint(name, rule.tensor, spec.shape[1], (spec.shape[2], spec.shape[3]), 0)
+        for (name, spec), rule in zip(places.exits.items(), exits.points, strict=True)
+    )
+    heads = tuple(_head(name, places) for name in exits.heads)
+    return CandidateNetwork(backbone, exits.classes, exits.colours, hw, points, heads, exits.baseline, "")
+
+
+def _head(name: str, places: Places) -> Head:
+    point, _, config = name.partition(".")
+    hw, (_, _, height, width) = places.exits[point].shape[2:], places.logits[name].shape
+    return Head(int(point.removeprefix("exit")), config, 0, None if hw == (height, width) else (height, width))
+
+
+def _describe(model: onnx.ModelProto, candidate: CandidateNetwork, places: Places) -> None:
+    """Outputs and metadata as `cut_network` expects them."""
+    outputs = {name: spec.shape for name, spec in places.exits.items()}
+    outputs |= {logits_name(head): (1, max(2, spec.shape[1]), *spec.shape[2:]) for head, spec in places.logits.items()}
+    prune(model, [_float_output(name, shape) for name, shape in outputs.items()])
+    del model.metadata_props[:]
+    model.metadata_props.add(key=METADATA_KEY, value=json.dumps(candidate.to_json()))
+
+
+def _float_output(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def _drop_identity(model: onnx.ModelProto) -> None:
+    """Forget the identity in the metadata: an edited copy would still claim to be the network that it was."""
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            with suppress(ValueError, RecursionError):  # the cut says what is wrong with it
+                content = json.loads(entry.value)
+                if isinstance(content, dict) and "identity" in content:
+                    del content["identity"]
+                    entry.value = json.dumps(content)
+
+
+def _onnx_reference(library: engine.Library, path: Path, candidate: CandidateNetwork) -> Reference:
+    """The untouched model, run whole."""
+    whole = library.load(path)
+
+    def logits(frame: Array) -> dict[str, Array]:
+        outputs = whole.run({"image": library.upload(frame[None])})
+        return {head.name: np.array(library.download(outputs[logits_name(head.name)])) for head in candidate.heads}
+
+    return logits

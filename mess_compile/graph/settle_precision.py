@@ -1,0 +1,351 @@
+"""Precision recipes: which precision every graph has, and the boldest that still gives the labels of fp32."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+
+from mess_compile import files
+from mess_compile.graph.compare import agreement_of, compare, labels_of, loaded, run, thresholds_of, verdict
+from mess_compile.graph.cut import Progress
+from mess_compile.graph.precision import (
+    CONVERTED,
+    Array,
+    Feed,
+    check_calibration,
+    quantiser,
+    to_fp16,
+    to_int8,
+)
+from mess_compile.graph.settle_progress import Kept, Tried
+from mess_compile.graph.store import WEIGHTS, read_model, read_whole_model, stored_weights, write_graph
+from mess_compile.network import GraphSet, GraphSpec, head_graph_name, segment_name, write_graph_set
+from mess_compile.runtime.base.errors import EngineError, InputError, MessError
+from mess_compile.runtime.engines.engine import PRECISIONS, Library
+
+
+@dataclass(frozen=True)
+class PrecisionRecipe:
+    """The precision of every graph of a set; those without convolutions are fp32."""
+
+    name: str
+    precisions: dict[str, str]
+
+    def precision(self, graph: str) -> str:
+        """Raises InputError for a graph that the recipe does not know."""
+        if graph not in self.precisions:
+            raise InputError(f"recipe {self.name!r} does not say which precision graph {graph} has: make it again")
+        return self.precisions[graph]
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A graph that is not in the precision that was wanted for it, and what each bolder one failed on."""
+
+    graph: str
+    wanted: str
+    used: str
+    reason: str
+
+
+def bold_recipe(graph_set: GraphSet, wanted: str) -> PrecisionRecipe:
+    """Every graph that has convolutions in the `wanted` precision. Raises InputError for an unknown one."""
+    if wanted not in PRECISIONS:
+        raise InputError(f"precision {wanted!r} is not one of {', '.join(PRECISIONS)}")
+    precisions = {}
+    for name in graph_set.graphs:
+        nodes = read_model(graph_set.path(name)).graph.node
+        precisions[name] = wanted if any(node.op_type in CONVERTED[wanted] for node in nodes) else "fp32"
+    return PrecisionRecipe(wanted, precisions)
+
+
+def fallback(recipe: PrecisionRecipe, graph: str, allowed: Sequence[str] = PRECISIONS) -> PrecisionRecipe:
+    """The recipe with `graph` in the next safer of the `allowed` precisions; fp32 always is one.
+
+    Raises InputError when the graph is in fp32.
+    """
+    safer = PRECISIONS[PRECISIONS.index(recipe.precision(graph)) + 1 :]
+    if not safer:
+        raise InputError(f"graph {graph} of recipe {recipe.name!r} is in fp32: nothing is safer")
+    used = next((precision for precision in safer if precision in allowed), "fp32")
+    return replace(recipe, precisions={**recipe.precisions, graph: used})
+
+
+def settle(
+    graph_set: GraphSet,
+    wanted: str,
+    frames: Sequence[Array],
+    folder: Path,
+    library: Library,
+    progress: Progress,
+    *,
+    calibration: Sequence[Array] = (),
+    allowed: Sequence[str] = PRECISIONS,
+    kept: Path | None = None,
+) -> tuple[GraphSet, tuple[Fallback, ...]]:
+    """Convert every graph to the `wanted` precision, or to the next safer one of `allowed` that passes, into `folder`.
+
+    Frames are real images, uint8 (H, W, 3) at the network's input size: `frames` to judge on and, for int8,
+    `calibration`, from the training images. Graphs are taken along the path over all exit points, each on the maps
+    that the settled ones before it give. One passes when it alone, and the path up to it, keep enough labels of every
+    head at its exit point (a segment is judged by the heads in fp32). Where the path has lost too much before a graph
+    in fp32, the nearest one before is lowered and the walk begins again with that.
+    `folder` becomes a graph set of the same names, whose recipe has the folder's name, and is replaced when all is
+    well. What is found out of each graph is written to the folder `kept`, if given: a call that was broken off
+    continues there, and the caller removes it. Raises InputError for bad frames and for a network that is not finite in
+    fp32, EngineError when a graph does not run.
+    """
+    start = bold_recipe(graph_set, wanted)
+    if wanted == "int8":
+        quantiser()
+        check_calibration(len(calibration))
+    else:
+        calibration = ()
+    _check_frames(graph_set, (*frames, *calibration))
+    with files.replaced_folder(folder) as made:
+        with TemporaryDirectory(dir=made) as scratch:
+            progress(f"checking {wanted}", 0, len(graph_set.graphs))
+            settling = _Settling(graph_set, start, allowed, library, made, Path(scratch), Kept(kept))
+            settling.settle(frames, calibration, progress)
+        _drop_unread_weights(made)
+        specs = {
+            name: replace(spec, precision=settling.recipe.precision(name), wanted=start.precision(name))
+            for name, spec in settling.specs.items()
+        }
+        found = replace(graph_set, root=made, graphs=specs, recipe=folder.name)
+        write_graph_set(found)
+    return replace(found, root=folder), tuple(
+        Fallback(name, start.precision(name), settling.recipe.precision(name), "; ".join(reasons))
+        for name, reasons in settling.reasons.items()
+    )
+
+
+def _check_frames(graph_set: GraphSet, frames: Sequence[Array]) -> None:
+    shape = (*graph_set.candidate.input_hw, 3)
+    for frame in frames:
+        if frame.dtype != np.uint8 or frame.shape != shape:
+            raise InputError(
+                f"a frame is {frame.dtype} {frame.shape}, the network takes uint8 {shape}: resize it first"
+            )
+
+
+def _drop_unread_weights(folder: Path) -> None:
+    """Remove the weights of precisions that were tried and given up."""
+    read = {weight for path in folder.glob("*.onnx") for weight in stored_weights(path)}
+    for weight in set(folder.glob(f"{WEIGHTS}/*")) - read:
+        weight.unlink()
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """One tensor of every frame, a file each."""
+
+    tensor: str
+    paths: tuple[Path, ...]
+
+    def arrays(self) -> Iterator[Feed]:
+        return ({self.tensor: np.load(path)} for path in self.paths)
+
+
+_Check = Callable[[Path, str, str], str | None]
+"""A converted graph, its precision, the boldest on the path up to it -> why it fails."""
+
+
+class _Settling:
+    """State of `settle`: the recipe so far, why it is no bolder, what was written.
+
+    At most two engines and one converted graph are in memory, and the maps of two exit points on disk.
+    """
+
+    def __init__(
+        self,
+        graph_set: GraphSet,
+        recipe: PrecisionRecipe,
+        allowed: Sequence[str],
+        library: Library,
+        folder: Path,
+        scratch: Path,
+        kept: Kept,
+    ) -> None:
+        self.kept, self.decides = kept, ""
+        self.graph_set, self.recipe, self.allowed = graph_set, recipe, allowed
+        self.library, self.folder, self.scratch = library, folder, scratch
+        self.reasons: dict[str, tuple[str, ...]] = {}
+        self.specs: dict[str, GraphSpec] = {}
+        self.labels: dict[str, list[Feed]] = {}
+
+    def settle(self, frames: Sequence[Array], calibration: Sequence[Array], progress: Progress) -> None:
+        self.decides = self._decides(frames, calibration)
+        judged = self._stored("judged", "image", ({"image": frame[None]} for frame in frames))
+        calibrating = self._stored("calibrating", "image", ({"image": frame[None]} for frame in calibration))
+        self._keep_labels(judged)
+        while True:
+            recipe, reasons = self.recipe, self.reasons
+            blamed = self._walk(judged, calibrating, progress)
+            if blamed is None:
+                return
+            # What else fell back did so on maps that are better now.
+            self.recipe = replace(recipe, precisions={**recipe.precisions, blamed: self.recipe.precision(blamed)})
+            self.reasons = {**reasons, blamed: self.reasons[blamed]}
+            self.specs = {}
+
+    def _decides(self, *groups: Sequence[Array]) -> str:
+        """Of all graphs, images and the library that computes: a hash."""
+        sources = [(name, spec.sha256) for name, spec in self.graph_set.graphs.items()]
+        images = [[hashlib.sha256(frame.tobytes()).hexdigest() for frame in frames] for frames in groups]
+        return files.sha256_of_json((sources, images, self.library.name, self.library.version))
+
+    def _keep_labels(self, maps: _Maps) -> None:
+        """Labels of every head on the path in fp32."""
+        for b in range(1, len(self.graph_set.candidate.exit_points) + 1):
+            maps = self._advanced(self.graph_set.path(segment_name(b - 1, b)), maps, "exact", b)
+            for head in self.graph_set.candidate.heads_at(b):
+                self.labels[head.name] = _labels(self._logits(self._head_path(head.name), maps))
+
+    def _walk(self, judged: _Maps, calibrating: _Maps, progress: Progress) -> str | None:
+        """Settle graph after graph; the graph that was settled too boldly for one after it, None at the end."""
+        candidate, images = self.graph_set.candidate, (judged, calibrating)
+        before: list[str] = []
+        for a in range(len(candidate.exit_points)):
+            for b in (b for start, b in candidate.segments() if start == a):
+                check: _Check = partial(self._segment_failure, a, b, judged)
+                if blamed := self._settle(segment_name(a, b), before, calibrating, check, progress):
+                    return blamed
+            before.append(segment_name(a, a + 1))
+            judged = self._advanced(self._written(before[-1]), judged, "judged", a + 1)
+            calibrating = self._advanced(self._written(before[-1]), calibrating, "calibrating", a + 1)
+            for head in candidate.heads_at(a + 1):
+                check = partial(self._head_failure, head.name, judged)
+                if blamed := self._settle(head_graph_name(head.name), before, calibrating, check, progress):
+                    return blamed
+        for name in [name for name in self.graph_set.graphs if name not in self.specs]:
+            self._settle(name, (), images[1], partial(self._baseline_failure, name, images[0]), progress)
+        return None
+
+    def _settle(
+        self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check, progress: Progress
+    ) -> str | None:
+        """Write a graph in the boldest precision that passes; where none does, lower one `before` it and name that."""
+        while (reason := self._failure(name, before, calibrating, check)) is not None:
+            lowered = next(graph for graph in (name, *reversed(before)) if self.recipe.precision(graph) != "fp32")
+            shown = f"{self.recipe.precision(lowered)}: {reason if lowered == name else f'{name}: {reason}'}"
+            self.reasons = {**self.reasons, lowered: (*self.reasons.get(lowered, ()), shown)}
+            self.recipe = fallback(self.recipe, lowered, self.allowed)
+            if lowered != name:
+                return lowered
+        progress(f"{name} in {self.recipe.precision(name)}", len(self.specs), len(self.graph_set.graphs))
+        return None
+
+    def _failure(self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check) -> str | None:
+        """Convert, write and check a graph; why it must not be used, None when it may."""
+        path = [(graph, self.specs[graph].sha256) for graph in before]
+        key = files.sha256_of_json((self.decides, name, self.recipe.precision(name), path))
+        tried = self.kept.take(key, self.folder)
+        if tried is None:
+            reason = self._tried(name, before, calibrating, check)
+            tried = Tried(reason, None if reason else self.specs[name])
+            self.kept.keep(key, tried, self.folder)
+        if tried.spec is not None:
+            self.specs[name] = tried.spec
+        return tried.reason
+
+    def _tried(self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check) -> str | None:
+        precision = self.recipe.precision(name)
+        boldest = min((precision, *map(self.recipe.precision, before)), key=PRECISIONS.index)
+        model = read_whole_model(self.graph_set.path(name))
+        try:
+            model = self._converted(model, precision, calibrating)
+        except MessError as error:
+            return str(error)
+        self._write(model, name)
+        if boldest == "fp32":
+            return None
+        try:
+            return check(self._written(name), precision, boldest)
+        except EngineError as error:  # the fp32 graphs ran before
+            return str(error)
+
+    def _write(self, model: onnx.ModelProto, name: str) -> None:
+        spec = self.graph_set.spec(name)
+        written = write_graph(model, self.folder, name, spec.macs)
+        # Weights that int8 dequantises are no activations.
+        self.specs[name] = replace(written, workspace_bytes=min(written.workspace_bytes, spec.workspace_bytes))
+
+    def _converted(self, model: onnx.ModelProto, precision: str, calibrating: _Maps) -> onnx.ModelProto:
+        if precision == "fp16":
+            return to_fp16(model)
+        names = [value.name for value in model.graph.input]
+        feeds = ({name: feed[name] for name in names} for feed in self._feeds(calibrating))
+        return to_int8(model, feeds) if precision == "int8" else model
+
+    def _segment_failure(self, a: int, b: int, maps: _Maps, path: Path, precision: str, boldest: str) -> str | None:
+        exact = self._after(self.graph_set.path(segment_name(a, b)), maps, "exact", b)
+        found = self._after(path, maps, "found", b)
+        reason = verdict(agreement_of(zip(exact.arrays(), found.arrays(), strict=True)), precision)
+        for head in self.graph_set.candidate.heads_at(b) if reason is None else ():
+            outputs = [self._logits(self._head_path(head.name), maps) for maps in (exact, found)]
+            reason = reason or self._labels_failure(head.name, outputs[0], outputs[1], precision, boldest)
+        return reason
+
+    def _head_failure(self, head: str, maps: _Maps, path: Path, precision: str, boldest: str) -> str | None:
+        exact, found = self._logits(self._head_path(head), maps), self._logits(path, maps)
+        return self._labels_failure(head, exact, found, precision, boldest)
+
+    def _labels_failure(
+        self, head: str, exact: Sequence[Feed], found: Sequence[Feed], precision: str, boldest: str
+    ) -> str | None:
+        """Of one graph alone, `exact` being fp32 on the same maps, and then of the whole path up to it."""
+        alone = verdict(agreement_of(zip(exact, found, strict=True)), precision)
+        if alone is not None:
+            return f"{alone} (at {head})"
+        path = verdict(agreement_of(zip(self.labels[head], _labels(found), strict=True)), boldest)
+        return path and f"{path} (at {head}, together with the graphs before)"
+
+    def _baseline_failure(self, name: str, images: _Maps, path: Path, precision: str, boldest: str) -> str | None:
+        return verdict(compare(self.graph_set.path(name), path, images.arrays(), self.library), precision)
+
+    def _written(self, name: str) -> Path:
+        return self.folder / self.specs[name].path
+
+    def _head_path(self, head: str) -> Path:
+        return self.graph_set.path(head_graph_name(head))
+
+    def _advanced(self, graph: Path, maps: _Maps, place: str, b: int) -> _Maps:
+        """Maps after a segment; those before it are removed, for they are large."""
+        after = self._after(graph, maps, place, b)
+        for path in maps.paths if maps.tensor != "image" else ():
+            path.unlink()
+        return after
+
+    def _after(self, graph: Path, maps: _Maps, place: str, b: int) -> _Maps:
+        return self._stored(place, f"exit{b}", self._outputs(graph, maps))
+
+    def _stored(self, place: str, tensor: str, outputs: Iterable[Feed]) -> _Maps:
+        paths = []
+        for index, found in enumerate(outputs):
+            paths.append(self.scratch / f"{place}-{tensor}-{index}.npy")
+            np.save(paths[-1], found[tensor])
+        return _Maps(tensor, tuple(paths))
+
+    def _logits(self, graph: Path, maps: _Maps) -> list[Feed]:
+        return [{"logits": outputs["logits"]} for outputs in self._outputs(graph, maps)]
+
+    def _outputs(self, graph: Path, maps: _Maps) -> Iterator[Feed]:
+        if maps.paths:
+            with loaded(self.library, graph) as engine:
+                for feed in self._feeds(maps):
+                    yield run(self.library, engine, feed)
+
+    def _feeds(self, maps: _Maps) -> Iterator[Feed]:
+        return ({**feed, "thresholds": thresholds_of(self.graph_set)} for feed in maps.arrays())
+
+
+def _labels(logits: Sequence[Feed]) -> list[Feed]:
+    return [{"labels": labels_of(outputs)} for outputs in logits]

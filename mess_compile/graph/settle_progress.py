@@ -1,0 +1,87 @@
+"""What a settling of precisions has found out so far, on disk: one that is broken off continues there."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mess_compile import files
+from mess_compile.graph.store import WEIGHTS, stored_weights
+from mess_compile.network import GraphSpec, graph_spec_from_json
+from mess_compile.runtime.base.errors import InputError
+
+_FORMAT, _VERSION = "mess-settling", 1
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A graph in one precision: why it must not be used, or what was written of it."""
+
+    reason: str | None
+    spec: GraphSpec | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Results by a key, a hash over all that decides them, in `folder`; with None nothing is kept.
+
+    Graphs that pass are there with their weights. What is damaged is none.
+    """
+
+    folder: Path | None
+
+    def take(self, key: str, target: Path) -> Tried | None:
+        """An earlier result; a graph that passed is put into `target`, as `write_graph` would."""
+        if self.folder is None:
+            return None
+        try:
+            tried = _read(self.folder / f"{key}.json")
+        except InputError:
+            return None
+        if tried.spec is not None and not self._put(key, tried.spec, target):
+            return None
+        return tried
+
+    def _put(self, key: str, spec: GraphSpec, target: Path) -> bool:
+        assert self.folder is not None
+        source = self.folder / f"{key}.onnx"
+        if not source.is_file() or files.sha256_of_file(source) != spec.sha256:
+            return False
+        for weight in stored_weights(source):
+            if not weight.is_file() or files.sha256_of_file(weight) != weight.name:
+                return False
+            _copy(weight, target / WEIGHTS / weight.name)
+        shutil.copyfile(source, target / spec.path)
+        return True
+
+    def keep(self, key: str, tried: Tried, source: Path) -> None:
+        """Keep a result, and of a graph that passed the file in `source`; whole or not at all."""
+        if self.folder is None:
+            return
+        if tried.spec is not None:
+            for weight in stored_weights(source / tried.spec.path):
+                _copy(weight, self.folder / WEIGHTS / weight.name)
+            with files.replaced(self.folder / f"{key}.onnx") as temporary:
+                shutil.copyfile(source / tried.spec.path, temporary)
+        spec = None if tried.spec is None else asdict(tried.spec)
+        files.write_json(self.folder / f"{key}.json", _FORMAT, _VERSION, {"reason": tried.reason, "spec": spec})
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A copy, for ONNX's checker refuses weights that two folders share by a hard link."""
+    if not target.exists():
+        with files.replaced(target) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def _read(path: Path) -> Tried:
+    content = files.read_json(path, _FORMAT, _VERSION, "")
+    tried: Tried = files.decoded(path, "", lambda: _tried(content))
+    return tried
+
+
+def _tried(content: dict[str, Any]) -> Tried:
+    reason, spec = content["reason"], content["spec"]
+    return Tried(str(reason), None) if spec is None else Tried(None, graph_spec_from_json(spec))

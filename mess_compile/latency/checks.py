@@ -1,0 +1,57 @@
+"""What speaks against the latencies of a table, in sentences that go wherever figures made of them go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mess_compile.latency.table import LatencyTable, mean_ms_of
+from mess_compile.network import GraphSet, head_graph_name, segment_name
+from mess_compile.runtime.engines.engine import FP32
+
+CHEAPER, DEARER = 0.15, 0.35
+"""By what share of the whole network its parts, one after the other, may take less or more.
+
+More is normal: there are more tensors to hand over, and the head has its gate. Steady tables had 5 % at 63 ms and 31 %
+at 0.8 ms (ONNX Runtime, two cores). Less is not: what was measured at another speed of the machine gave 26 to 71 %.
+"""
+
+
+def doubts_of(table: LatencyTable, graph_sets: Sequence[GraphSet] = ()) -> tuple[str, ...]:
+    """Of a table, and of what it says of the graphs of these recipes."""
+    told = [_unstable(table)] if table.environment.get("verdict") == "unstable" else []
+    return (*told, *(doubt for each in graph_sets for doubt in _doubtful_wholes(table, each)))
+
+
+def _unstable(table: LatencyTable) -> str:
+    cause = table.environment.get("likely_cause", "unknown")
+    return (
+        f"{table.device} was unstable when it was profiled (likely cause: {cause}): profile again when that is gone, "
+        "before you trust these latencies"
+    )
+
+
+def _doubtful_wholes(table: LatencyTable, graph_set: GraphSet) -> Iterator[str]:
+    parts_ms = mean_ms_of(table, graph_set, _parts(graph_set), measured=True)
+    for name in graph_set.baselines if parts_ms is not None else ():
+        whole_ms = mean_ms_of(table, graph_set, [name], measured=True)
+        if not whole_ms or parts_ms is None:
+            continue
+        more = parts_ms / whole_ms - 1
+        if -CHEAPER <= more <= DEARER:
+            continue
+        why = "cutting costs that much here, or part of this" if more > 0 else "part of this"
+        recipe = "" if graph_set.recipe == FP32 else f" in {graph_set.recipe}"
+        yield (
+            f"on {table.device} the parts of the network{recipe} (segments, final head, output) take {parts_ms:.2f} ms "
+            f"one after the other, {abs(more):.0%} {'more' if more > 0 else 'less'} than {name} as one graph "
+            f"({whole_ms:.2f} ms): {why} was measured at another speed of the machine; profile again before you trust "
+            "a ratio"
+        )
+
+
+def _parts(graph_set: GraphSet) -> list[str]:
+    """The graphs of the candidate network's final exit, cut at every exit point."""
+    candidate = graph_set.candidate
+    last = len(candidate.exit_points)
+    segments = [segment_name(point, point + 1) for point in range(last)]
+    return [*segments, head_graph_name(candidate.baseline), candidate.output_of(candidate.head(candidate.baseline))]

@@ -1,0 +1,117 @@
+"""A latency table of a device that is out of reach, or of which only a part was measured: the rest is estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mess_compile.latency.roofline import (
+    USUAL,
+    Calibration,
+    Estimate,
+    Roofline,
+    calibrate,
+    calibrated,
+    features,
+    for_another_device,
+    pseudo_features,
+    roofline,
+)
+from mess_compile.latency.table import PSEUDO_GRAPHS, Latency, LatencyTable
+from mess_compile.network import GraphSet
+from mess_compile.runtime.engines.engine import FP32
+from mess_compile.targets import Target
+
+Priors = Mapping[str, Mapping[str, Roofline]]
+"""By precision and graph."""
+
+
+def priors_of(plain: GraphSet, target: Target, precisions: Sequence[str]) -> Priors:
+    """What the target's figures allow for every graph and pseudo graph; `plain` is the network in fp32."""
+    found = features(plain) | pseudo_features(plain.candidate)
+    return {precision: roofline(found, target, precision) for precision in dict.fromkeys((FP32, *precisions))}
+
+
+def estimated(
+    priors: Priors, measured: Mapping[tuple[str, str], float], start: Calibration = USUAL
+) -> dict[tuple[str, str], Estimate]:
+    """Every graph in every precision of `priors`, by mean latencies in ms measured on this target.
+
+    A precision without measurements begins with what fp32's say.
+    """
+    found: dict[tuple[str, str], Estimate] = {}
+    for precision, prior in priors.items():
+        here = {name: ms for (name, other), ms in measured.items() if other == precision and name not in PSEUDO_GRAPHS}
+        for name, estimate in calibrated(here, prior, start).items():
+            found[name, precision] = estimate
+        if precision == FP32 and here:
+            start = for_another_device(calibrate(here, prior, start))
+    return found
+
+
+def start_from(tables: Sequence[tuple[Target, LatencyTable]], plain: GraphSet, target: Target) -> Calibration:
+    """What measurements of the same network on a device of the same sort, GPU or not, say of this one's."""
+    best: dict[str, float] = {}
+    source = target
+    for other, table in tables:
+        known = {
+            name: entry.mean_ms
+            for name, spec in plain.graphs.items()
+            for entry in [table.entries.get((name, FP32))]
+            if entry is not None and entry.source == "measured" and entry.sha256 == spec.sha256
+        }
+        if other.name != target.name and (other.gpu is None) == (target.gpu is None) and len(known) > len(best):
+            best, source = known, other
+    if not best:
+        return USUAL
+    return for_another_device(calibrate(best, priors_of(plain, source, ())[FP32]))
+
+
+def forecast(
+    graph_sets: Sequence[GraphSet],
+    target: Target,
+    known: LatencyTable | None,
+    tables: Sequence[tuple[Target, LatencyTable]],
+    plain: GraphSet,
+) -> LatencyTable:
+    """The table of `target` for all recipes of `graph_sets`; what `known` has measured of these graphs is kept.
+
+    `tables` are those of other devices, `plain` is the network in fp32. Raises InputError.
+    """
+    if known is not None and known.network != plain.candidate.identity:
+        known = None
+    kept = {} if known is None else {key: e for key, e in known.entries.items() if e.source == "measured"}
+    wanted = {(pseudo, FP32): "" for pseudo in PSEUDO_GRAPHS}
+    for graph_set in graph_sets:
+        wanted |= {(name, spec.precision): spec.sha256 for name, spec in graph_set.graphs.items()}
+    kept = {key: entry for key, entry in kept.items() if wanted.get(key) == entry.sha256}
+    priors = priors_of(plain, target, [precision for _, precision in wanted])
+    measured = {key: entry.mean_ms for key, entry in kept.items()}
+    found = estimated(priors, measured, start_from(tables, plain, target))
+    failures = {} if known is None else known.failed
+    failed = {key: failure for key, failure in failures.items() if wanted.get(key) == failure.sha256}
+    entries = {
+        key: kept.get(key) or estimated_entry(key, sha256, found[key])
+        for key, sha256 in wanted.items()
+        if key not in failed
+    }
+    graphs = sum(name not in PSEUDO_GRAPHS for name, _ in measured)
+    basis = f"{graphs} of its graphs measured" if graphs else "its data sheet"
+    return LatencyTable(
+        device=target.name,
+        library=target.library,
+        library_version=known.library_version if known and kept else " or ".join(target.library_versions) or "unknown",
+        network=plain.candidate.identity,
+        environment={**(known.environment if known and kept else {}), "estimated_from": basis},
+        source="measured" if len(kept) == len(entries) else "estimated",
+        entries=entries,
+        recipes={graph_set.recipe: graph_set.identity for graph_set in graph_sets},
+        failed=failed,
+    )
+
+
+def estimated_entry(key: tuple[str, str], sha256: str, estimate: Estimate) -> Latency:
+    """Percentiles are not estimated: they stand at the mean."""
+    ms = estimate.mean_ms
+    return Latency(
+        key[0], sha256, key[1], ms, ms, ms, ms, ms, runs=0, source="estimated", steady=False, error=estimate.factor
+    )

@@ -1,0 +1,409 @@
+"""What each graph will take on a target, from its workload and the target's figures, calibrated by what was measured.
+
+A graph's time is a sum of terms: the MACs of each kind of convolution at the target's peak, the bytes of each kind of
+operator at its memory bandwidth, a launch per kernel. Each term takes a multiple of what the figures allow. Before any
+measurement the multiples are those usual for small batches, within wide bounds; measurements narrow them down. They
+are fitted in their logarithms, with a Gaussian around what was known before: none becomes negative, more work never
+takes less time, and few measurements do not run away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from mess_compile.graph.store import read_model
+from mess_compile.graph.workload import activations
+from mess_compile.latency.table import DOWNLOAD, NULL, UPLOAD
+from mess_compile.network import CandidateNetwork, GraphSet, TensorSpec
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.targets import Peak, Target
+
+DEFAULT_PEAK, DEFAULT_GB_PER_S = Peak(0.1, 0.1, 0.2), 20.0
+"""Of a target that does not tell: one CPU core of 256-bit vectors at 3 GHz, and its share of the memory."""
+LAUNCH_MS = 0.005
+"""What starting one kernel takes, on a GPU or in ONNX Runtime."""
+_MACS = ("pointwise_macs", "dense_macs", "dilated_macs", "depthwise_macs", "padded_macs")
+_BYTES = ("conv_bytes", "resampling_bytes", "other_bytes")
+TERMS = (*_MACS, *_BYTES, "kernels")
+_WIDTHS = {"fp32": 1.0, "fp16": 0.5, "int8": 0.25}
+_LONGEST_MS, _SHORTEST_MS, _WIDEST = 1e9, 1e-6, 1e6
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one graph does: multiply-adds by kind of convolution, bytes read and written by kind of operator, kernels.
+
+    `pointwise` convolutions are 1x1, `depthwise` all grouped ones, `dilated` those with gaps between the taps, `dense`
+    the rest; `padded` are the multiply-adds of all kinds that fall outside the map, which some libraries skip. Gates
+    and outputs count. Bytes are the weights and what passes between kernels; a convolution takes in the BatchNorm,
+    activation and sum behind it. `resampling` is Resize and ArgMax.
+    """
+
+    graph: str
+    pointwise_macs: int = 0
+    dense_macs: int = 0
+    dilated_macs: int = 0
+    depthwise_macs: int = 0
+    padded_macs: int = 0
+    conv_bytes: int = 0
+    resampling_bytes: int = 0
+    other_bytes: int = 0
+    kernels: int = 1
+
+    @property
+    def macs(self) -> int:
+        """Of every convolution, those in the padding included."""
+        return sum(getattr(self, kind) for kind in _MACS)
+
+    @property
+    def bytes_moved(self) -> int:
+        return sum(getattr(self, kind) for kind in _BYTES)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What a target's figures allow for one graph: `ms` in all, `terms_ms` one for each of TERMS."""
+
+    ms: float
+    terms_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A graph's mean latency: 90 of 100 graphs that are estimated lie between their `low_ms` and `high_ms`."""
+
+    mean_ms: float
+    low_ms: float
+    high_ms: float
+
+    @property
+    def factor(self) -> float:
+        """By which the mean may be too low or too high."""
+        return max(self.high_ms / self.mean_ms, self.mean_ms / self.low_ms)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How many times what the figures allow each term takes: `log_multiples` (terms,), `covariance` (terms, terms).
+
+    `noise` is how far a graph's log latency lies from the sum of its terms besides, as a deviation; 90 % of what
+    cross-validation left out lay within `reach` such deviations.
+    """
+
+    log_multiples: Array
+    covariance: Array
+    noise: float
+    reach: float
+
+
+USUAL = Calibration(
+    log_multiples=np.log([3.0, 3.0, 3.0, 10.0, 1.0, 1.5, 4.0, 3.0, 1.0]),
+    covariance=np.diag([0.7**2] * len(TERMS)) + 1.0,
+    noise=0.12,
+    reach=2.0,
+)
+"""Before anything was measured: each term is within a factor of 2 of what is usual (one deviation), all of 2.7."""
+_OTHER_DEVICE = np.diag([0.4**2] * len(TERMS)) + 0.5**2
+"""Covariance that the multiples of one device gain when they speak for another."""
+_KNOWN_ERRORS = 4
+"""As many graphs as the usual noise counts for, beside the errors that cross-validation saw."""
+
+
+def features(graph_set: GraphSet) -> dict[str, Features]:
+    """What every graph of the fp32 `graph_set` does, read off its ONNX without the weights. Raises InputError."""
+    return {name: graph_features(name, read_model(graph_set.path(name))) for name in graph_set.graphs}
+
+
+def pseudo_features(candidate: CandidateNetwork) -> dict[str, Features]:
+    """The pseudo graphs of a latency table: to estimate, not to calibrate by, for they run no kernel of the library."""
+    pixels = prod(candidate.input_hw)
+    sizes = {UPLOAD: 3 * pixels, DOWNLOAD: pixels, NULL: 0}
+    return {name: Features(name, other_bytes=2 * size) for name, size in sizes.items()}
+
+
+def graph_features(name: str, model: onnx.ModelProto) -> Features:
+    """What one graph does. Raises InputError when its shapes do not follow from it."""
+    tensors = activations(model) | {tensor.name: _weight(tensor) for tensor in model.graph.initializer}
+    counts = Counter[str]()
+    for group in _fused_groups(model, tensors):
+        kind = _kind(group.first, tensors)
+        counts[f"{'conv' if kind in _MACS else kind}_bytes"] += group.bytes
+        counts["kernels"] += 1
+        if kind in _MACS:
+            inside = _inside_macs(group.first, tensors)
+            counts[kind] += inside
+            counts["padded_macs"] += _macs(group.first, tensors) - inside
+    return Features(name, **{"kernels": 1, **counts})
+
+
+def _weight(tensor: onnx.TensorProto) -> TensorSpec:
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name
+    return TensorSpec(tensor.name, dtype, tuple(tensor.dims))
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def _kind(node: onnx.NodeProto, tensors: Mapping[str, TensorSpec]) -> str:
+    if node.op_type in ("Gemm", "MatMul"):
+        return "pointwise_macs"
+    if node.op_type not in _CONVOLUTIONS:
+        return "resampling" if node.op_type in ("Resize", "ArgMax") else "other"
+    given = _attributes(node)
+    if given.get("group", 1) > 1:
+        return "depthwise_macs"
+    if prod(tensors[node.input[1]].shape[2:]) == 1:
+        return "pointwise_macs"
+    return "dilated_macs" if max(given.get("dilations", [1])) > 1 else "dense_macs"
+
+
+def _macs(node: onnx.NodeProto, tensors: Mapping[str, TensorSpec]) -> int:
+    source, weight, made = (tensors[name].shape for name in (*node.input[:2], node.output[0]))
+    if node.op_type == "Conv":
+        return prod(made) * prod(weight[1:])
+    return prod(source) * (prod(weight[1:]) if node.op_type == "ConvTranspose" else made[-1])
+
+
+def _inside_macs(node: onnx.NodeProto, tensors: Mapping[str, TensorSpec]) -> int:
+    """Without those in the padding of a Conv."""
+    given = _attributes(node)
+    if not any(given.get("pads", ())):
+        return _macs(node, tensors)
+    source, weight, made = (tensors[name].shape for name in (*node.input[:2], node.output[0]))
+    count = prod(made[:2]) * weight[1]
+    for axis, (size, taps, steps) in enumerate(zip(source[2:], weight[2:], made[2:], strict=True)):
+        stride, dilation = (given.get(name, [1] * len(made))[axis] for name in ("strides", "dilations"))
+        places = np.add.outer(stride * np.arange(steps), dilation * np.arange(taps)) - given["pads"][axis]
+        count *= int(((places >= 0) & (places < size)).sum())
+    return count
+
+
+_CONVOLUTIONS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
+_VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Dropout"))
+_ARITHMETIC = "Abs Add Cast Div Erf Exp Log Max Min Mul Neg Pow Sqrt Sub Where"
+_COMPARISONS = "Equal Greater GreaterOrEqual Less LessOrEqual"
+_ACTIVATIONS = "BatchNormalization Clip Elu Gelu HardSigmoid HardSwish LeakyRelu PRelu Relu Sigmoid Softplus Tanh"
+_POINTWISE = frozenset(f"{_ARITHMETIC} {_COMPARISONS} {_ACTIVATIONS}".split())
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Nodes that become one kernel: the first of them, and how much they read and write together."""
+
+    first: onnx.NodeProto
+    bytes: int
+
+
+def _fused_groups(model: onnx.ModelProto, tensors: Mapping[str, TensorSpec]) -> list[_Group]:
+    """A pointwise node joins the convolution, or pointwise node, whose result nothing else reads."""
+    shown: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type in _VIEWS:
+            shown[node.output[0]] = shown.get(node.input[0], node.input[0])
+    nodes = [node for node in model.graph.node if node.op_type not in _VIEWS]
+    reads = [{shown.get(name, name) for name in node.input if name} for node in nodes]
+    outputs = {shown.get(value.name, value.name) for value in model.graph.output}
+    readers = Counter([*outputs, *(name for names in reads for name in names)])
+    maker: dict[str, int] = {}
+    groups: list[list[int]] = []
+    for index, node in enumerate(nodes):
+        alone = (name for name in reads[index] if name in maker and readers[name] == 1)
+        fitting = {maker[name] for name in alone if tensors[name].shape == tensors[node.output[0]].shape}
+        joined = [group for group in fitting if _takes_in(nodes[groups[group][0]], node)]
+        if not joined:
+            groups.append([])
+        number = max(joined, default=len(groups) - 1)
+        groups[number].append(index)
+        maker.update({name: number for name in node.output if name})
+    return [_group([nodes[i] for i in group], [reads[i] for i in group], readers, tensors) for group in groups]
+
+
+def _takes_in(first: onnx.NodeProto, node: onnx.NodeProto) -> bool:
+    return node.op_type in _POINTWISE and first.op_type in _POINTWISE | _CONVOLUTIONS
+
+
+def _group(
+    nodes: Sequence[onnx.NodeProto],
+    reads: Sequence[set[str]],
+    readers: Mapping[str, int],
+    tensors: Mapping[str, TensorSpec],
+) -> _Group:
+    """Reads what others made, each tensor once, and writes what others read."""
+    within = Counter(name for names in reads for name in names)
+    made = {name for node in nodes for name in node.output if name}
+    passed = [name for name in within if name not in made] + [name for name in made if readers[name] > within[name]]
+    return _Group(nodes[0], sum(tensors[name].bytes for name in passed))
+
+
+def roofline(features: Mapping[str, Features], target: Target, precision: str) -> dict[str, Roofline]:
+    """What the target's figures allow, without any measurement.
+
+    A graph computes while it moves its bytes, the longer of the two, and launches its kernels one after the other.
+    DEFAULT_PEAK and DEFAULT_GB_PER_S stand in for what the target does not tell. Raises InputError for a precision that
+    the target has not.
+    """
+    peak = (target.peak or DEFAULT_PEAK).of(precision) if precision in target.precisions else None
+    if peak is None:
+        raise InputError(f"{target.name} does not compute in {precision}: take one of {', '.join(target.precisions)}")
+    byte_ms = _WIDTHS[precision] / 1e6 / (target.memory_bandwidth_gb_per_s or DEFAULT_GB_PER_S)
+    return {name: _roofline(graph, 2 / 1e9 / peak, byte_ms) for name, graph in features.items()}
+
+
+def _roofline(graph: Features, mac_ms: float, byte_ms: float) -> Roofline:
+    computing = [getattr(graph, kind) * mac_ms for kind in _MACS]
+    moving = [getattr(graph, kind) * byte_ms for kind in _BYTES]
+    launching = graph.kernels * LAUNCH_MS
+    return Roofline(max(sum(computing), sum(moving)) + launching, (*computing, *moving, launching))
+
+
+def calibrated(
+    measured: Mapping[str, float], prior: Mapping[str, Roofline], start: Calibration = USUAL
+) -> dict[str, Estimate]:
+    """Every graph of `prior`, by what was `measured` (mean in ms, by graph) on this target in this precision.
+
+    `start` is what was known before, such as another device's calibration, `for_another_device`. Where nothing is
+    known, the means are the roofline's and the bars rest on what is usual. Raises InputError for a graph that is not
+    in `prior`, or a measurement that is none.
+    """
+    found = estimates(prior, calibrate(measured, prior, start))
+    if measured or start is not USUAL:
+        return found
+    return {
+        name: Estimate(graph.ms, min(graph.ms, found[name].low_ms), max(graph.ms, found[name].high_ms))
+        for name, graph in prior.items()
+    }
+
+
+def estimates(prior: Mapping[str, Roofline], calibration: Calibration) -> dict[str, Estimate]:
+    """Every graph of `prior`; bars are wider for graphs with much of a term that is not well known."""
+    return {name: _estimate(graph, calibration) for name, graph in prior.items()}
+
+
+def _estimate(graph: Roofline, calibration: Calibration) -> Estimate:
+    ms, deviation = _prediction(np.array(graph.terms_ms), calibration)
+    bar = min(_WIDEST, math.exp(calibration.reach * deviation))
+    return Estimate(ms, ms / bar, ms * bar)
+
+
+def _prediction(terms_ms: Array, calibration: Calibration) -> tuple[float, float]:
+    """A graph's latency in ms, and the deviation of its logarithm."""
+    times = terms_ms * np.exp(calibration.log_multiples)
+    shares = times / times.sum()
+    return float(times.sum()), math.sqrt(calibration.noise**2 + float(shares @ calibration.covariance @ shares))
+
+
+def calibrate(measured: Mapping[str, float], prior: Mapping[str, Roofline], start: Calibration = USUAL) -> Calibration:
+    """What measurements (mean in ms, by graph) and what was known before say together of the multiples.
+
+    Raises InputError for a graph that is not in `prior`, or a measurement that is none.
+    """
+    _check_measured(measured, prior)
+    if not measured:
+        return start
+    terms = np.array([prior[name].terms_ms for name in sorted(measured)])  # (graphs, terms)
+    logs = np.log([measured[name] for name in sorted(measured)])
+    noise = start.noise * _spread(_errors_left_out(terms, logs, start))
+    start = replace(start, noise=noise)
+    found = _most_likely(terms, logs, start, start.log_multiples)
+    return replace(found, reach=_reach(_errors_left_out(terms, logs, start)))
+
+
+def for_another_device(calibration: Calibration) -> Calibration:
+    """What one device's multiples say of another's: the same, less surely."""
+    covariance = calibration.covariance + _OTHER_DEVICE
+    return replace(calibration, covariance=covariance, reach=max(USUAL.reach, calibration.reach))
+
+
+def choose_calibration(prior: Mapping[str, Roofline], count: int, start: Calibration = USUAL) -> tuple[str, ...]:
+    """The `count` graphs to measure first, the most telling in front: each makes the estimates of all the surest.
+
+    Depends on nothing but the order of `prior`. Raises InputError for less than no graph.
+    """
+    if count < 0:
+        raise InputError(f"{count} graphs cannot be measured: name 0 or more")
+    terms = np.array([graph.terms_ms for graph in prior.values()]).reshape(-1, len(TERMS))
+    times = terms * np.exp(start.log_multiples)
+    shares = times / times.sum(axis=1, keepdims=True)  # (graphs, terms)
+    covariance, left = start.covariance, list(range(len(shares)))
+    chosen: list[int] = []
+    while left and len(chosen) < count:
+        tied = shares @ covariance @ shares[left].T  # (graphs, left): how much one tells of another
+        gains = np.square(tied).sum(axis=0) / (start.noise**2 + tied[left, range(len(left))])
+        chosen.append(left.pop(int(gains.argmax())))
+        known = covariance @ shares[chosen[-1]]
+        covariance = covariance - np.outer(known, known) / (start.noise**2 + shares[chosen[-1]] @ known)
+    names = tuple(prior)
+    return tuple(names[index] for index in chosen)
+
+
+def _check_measured(measured: Mapping[str, float], prior: Mapping[str, Roofline]) -> None:
+    for name, ms in measured.items():
+        if name not in prior:
+            raise InputError(f"{name!r} was measured, but is none of the graphs to estimate: profile these graphs")
+        if not _SHORTEST_MS <= ms <= _LONGEST_MS:
+            raise InputError(f"{name} was measured as {ms} ms, which no graph takes: profile it again")
+
+
+def _most_likely(terms: Array, logs: Array, start: Calibration, first_guess: Array) -> Calibration:
+    """The multiples by which squared errors of log latency, and of what was known, are least: Gauss-Newton steps."""
+    known = np.linalg.inv(start.covariance)
+
+    def misfit(multiples: Array) -> float:
+        errors, moved = logs - np.log(terms @ np.exp(multiples)), multiples - start.log_multiples
+        return float(errors @ errors / start.noise**2 + moved @ known @ moved)
+
+    at = first_guess
+    for _ in range(50):
+        times = terms * np.exp(at)
+        shares = times / times.sum(axis=1, keepdims=True)
+        errors = logs - np.log(times.sum(axis=1))
+        information = shares.T @ shares / start.noise**2 + known
+        pull = shares.T @ errors / start.noise**2 - known @ (at - start.log_multiples)
+        step = np.linalg.solve(information, pull)
+        while np.abs(step).max() > 1e-6 and misfit(at + step) > misfit(at):
+            step = step / 2
+        if np.abs(step).max() <= 1e-6:
+            break
+        at = at + step
+    return replace(start, log_multiples=at, covariance=np.linalg.inv(information))
+
+
+def _errors_left_out(terms: Array, logs: Array, start: Calibration) -> Array:
+    """How many deviations each graph's log latency lies from what the others say of it."""
+    first_guess = _most_likely(terms, logs, start, start.log_multiples).log_multiples
+    errors = []
+    for graph in range(len(logs)):
+        others = np.arange(len(logs)) != graph
+        ms, deviation = _prediction(terms[graph], _most_likely(terms[others], logs[others], start, first_guess))
+        errors.append(abs(float(logs[graph]) - math.log(ms)) / deviation)
+    return np.array(errors)
+
+
+def _spread(errors: Array) -> float:
+    """Root mean square of errors in deviations, and of those that are usual."""
+    return math.sqrt((_KNOWN_ERRORS + float(errors @ errors)) / (_KNOWN_ERRORS + len(errors)))
+
+
+def _reach(errors: Array) -> float:
+    """Deviations within which 90 % of further graphs lie: Student's t, no less than the conformal quantile if any."""
+    rank = math.ceil(0.9 * (len(errors) + 1))
+    conformal = float(np.sort(errors)[rank - 1]) if rank <= len(errors) else 0.0
+    return max(_student_90(_KNOWN_ERRORS + len(errors)) * _spread(errors), conformal)
+
+
+def _student_90(freedom: float) -> float:
+    """Two-sided 90 % of Student's t, by its expansion around the normal one (Abramowitz and Stegun, 26.7.5)."""
+    z = 1.6449
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

@@ -1,0 +1,358 @@
+"""The latency table of one target, and what a path through the cascade costs by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mess_compile import files
+from mess_compile.network import CandidateNetwork, GraphSet, head_graph_name, is_whole, segment_name
+from mess_compile.runtime.base.errors import InputError, StaleError
+from mess_compile.runtime.base.notebook import table_html
+from mess_compile.runtime.engines.engine import FP32
+
+UPLOAD, DOWNLOAD, NULL = "upload", "download", "null"
+PSEUDO_GRAPHS = (UPLOAD, DOWNLOAD, NULL)
+SOURCES = ("measured", "estimated")
+Quantity = Literal["mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "energy_mj"]
+_MOST_MS = 1e9  # sums over a data set, in ns, must fit 64 bits
+_QUANTITIES: tuple[Quantity, ...] = ("mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What one graph costs in one precision, in wall time. `sha256` is that of the graph, empty for pseudo graphs.
+
+    `steady` says that its last windows lay together. What the library or the device does not tell is None:
+    `device_ms`, the mean between events on the GPU; `file_bytes` of what is loaded, `scratch_bytes` that a run needs;
+    `energy_mj` of a run, the module's mean power in these windows times `mean_ms`. An estimate has an `error`, the
+    factor by which it may be too low or too high (90 % of those that were checked are within). `shared_with` names the
+    graph of equal structure that was measured in its stead.
+    """
+
+    graph: str
+    sha256: str
+    precision: str
+    mean_ms: float
+    p50_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float
+    runs: int
+    source: str
+    steady: bool = True
+    device_ms: float | None = None
+    file_bytes: int | None = None
+    scratch_bytes: int | None = None
+    energy_mj: float | None = None
+    error: float | None = None
+    shared_with: str | None = None
+
+    @property
+    def told(self) -> str:
+        """Where it is from, and of an estimate by which factor it may be wrong."""
+        return self.source if self.error is None else f"{self.source}, x{self.error:.1f}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A graph that has no engine on the target, in the words of its lint, parser or builder."""
+
+    graph: str
+    sha256: str
+    precision: str
+    error: str
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """All latencies of one target, by (graph, precision), and the graphs that `failed` there.
+
+    Beside the graphs there are three pseudo graphs: `upload` (frame to device), `download` (labels back) and `null`
+    (what a decision costs beside its head: on a CPU a read of the counts and a comparison). `network` is the candidate
+    network's identity, `recipes` what was profiled, each with the identity of its graphs; `environment` what the
+    measurement depended on (machine, cores, spread). A plan's latency is made of wall times.
+    """
+
+    device: str
+    library: str
+    library_version: str
+    network: str
+    environment: dict[str, str]
+    source: str
+    entries: dict[tuple[str, str], Latency]
+    recipes: dict[str, str] = field(default_factory=dict)
+    failed: dict[tuple[str, str], Failure] = field(default_factory=dict)
+
+    def latency(self, graph: str, precision: str = FP32) -> Latency:
+        """Raises InputError naming the graph and what to run."""
+        entry = self.entries.get((graph, precision))
+        if entry is None:
+            raise InputError(f"the latency table of {self.device} has no {precision} entry for {graph}: {self.remedy}")
+        return entry
+
+    def cost_ns(self, graph: str, precision: str = FP32, quantity: Quantity = "mean_ms") -> int:
+        """In nanoseconds, or of `energy_mj` in nanojoules. Raises InputError when the table does not tell it."""
+        thousandths: float | None = getattr(self.latency(graph, precision), quantity)
+        if thousandths is None:
+            raise InputError(f"the latency table of {self.device} does not tell the energy of {graph}")
+        return round(thousandths * 1e6)
+
+    @property
+    def remedy(self) -> str:
+        return _remedy(self.device)
+
+    def __repr__(self) -> str:
+        recipes, failed = ", ".join(self.recipes), f", {len(self.failed)} failed" if self.failed else ""
+        return f"<latencies of {self.device} ({self.library}, {recipes}): {len(self.entries)} {self.source}{failed}>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (e.graph, e.precision, f"{e.mean_ms:.3f}", f"{e.p50_ms:.3f}", f"{e.p95_ms:.3f}", f"{e.p99_ms:.3f}", e.told)
+            for e in self.entries.values()
+        ]
+        failed = [(f.graph, f.precision, "", "", "", "", f"failed: {f.error}") for f in self.failed.values()]
+        header = ("graph", "precision", "mean ms", "p50", "p95", "p99", "source")
+        return table_html(f"{self.device}: {self.library} {self.library_version}", header, rows + failed)
+
+
+def _remedy(device: str, more: str = "") -> str:
+    return f"run `mess-compile profile --device {device}{more}`"
+
+
+@dataclass(frozen=True)
+class StageGraphs:
+    """The names of the graphs that one stage of a cascade runs; a whole network is one graph, from image to labels."""
+
+    segment: str
+    head: str | None
+    output: str | None
+
+    @property
+    def passed(self) -> tuple[str, ...]:
+        """What every image that reaches the stage runs."""
+        return (self.segment,) if self.head is None else (self.segment, self.head)
+
+    @property
+    def leaving(self) -> tuple[str, ...]:
+        """What an image that leaves here runs besides."""
+        return () if self.output is None else (self.output,)
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (*self.passed, *self.leaving)
+
+
+def stage_graphs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[StageGraphs, ...]:
+    """The graphs of a cascade that leaves through `heads`, named in running order.
+
+    A whole network, which has no exits beside its own, stands alone. Raises InputError when the heads do not lie at
+    ever deeper exit points.
+    """
+    if len(heads) == 1 and is_whole(heads[0]):
+        return (StageGraphs(heads[0], None, None),)
+    stages, previous = [], 0
+    for name in heads:
+        head = candidate.head(name)
+        point = head.exit_point
+        if point <= previous:
+            raise InputError(f"the heads {', '.join(heads)} are not at ever deeper exit points")
+        stages.append(StageGraphs(segment_name(previous, point), head_graph_name(name), candidate.output_of(head)))
+        previous = point
+    return tuple(stages)
+
+
+def path_costs_ns(
+    table: LatencyTable, graph_set: GraphSet, heads: Sequence[str], quantity: Quantity = "mean_ms"
+) -> tuple[int, ...]:
+    """What an image costs that leaves at each of the plan's exits, in ns, by the precisions of `graph_set`.
+
+    Upload + segments + gated heads up to the exit taken + one null stage per decision + output graph + download; the
+    last exit decides nothing. Source: DESIGN.md, Latency of a plan. Raises InputError when the table lacks a graph.
+    """
+    costs: list[int] = []
+    spent = table.cost_ns(UPLOAD, quantity=quantity)
+    download = table.cost_ns(DOWNLOAD, quantity=quantity)
+    stages = stage_graphs(graph_set.candidate, heads)
+    for stage in stages:
+        spent += sum(graph_cost_ns(table, graph_set, graph, quantity) for graph in stage.passed)
+        if stage is not stages[-1]:
+            spent += table.cost_ns(NULL, quantity=quantity)
+        leaving = sum(graph_cost_ns(table, graph_set, graph, quantity) for graph in stage.leaving)
+        costs.append(spent + leaving + download)
+    return tuple(costs)
+
+
+def report_times_ns(
+    table: LatencyTable, graph_set: GraphSet, heads: Sequence[str], quantity: Quantity = "mean_ms"
+) -> tuple[int, ...]:
+    """When each exit's labels are there in the anytime setting, in ns: every report pays output graph and download."""
+    times: list[int] = []
+    now = table.cost_ns(UPLOAD, quantity=quantity)
+    for stage in stage_graphs(graph_set.candidate, heads):
+        for graph in stage.all:
+            now += graph_cost_ns(table, graph_set, graph, quantity)
+        now += table.cost_ns(DOWNLOAD, quantity=quantity)
+        times.append(now)
+    return tuple(times)
+
+
+def path_p99_ns(table: LatencyTable, graph_set: GraphSet, heads: Sequence[str], every_report: bool = False) -> int:
+    """The p99 of the deepest path through `heads`, in ns: sum of the means + root of the sum of (p99 - mean)^2.
+
+    p99s do not add: that all graphs are slow at once is far rarer than that one is, and a sum of many p99s could not be
+    held against the one p99 of a whole network. Graphs are taken as independent of each other. With `every_report` the
+    reports of earlier exits are paid for too. Raises InputError when the table lacks a graph.
+    """
+    stages = stage_graphs(graph_set.candidate, heads)
+    mean, square = 0, 0.0
+
+    def passes(graph: str, precision: str) -> None:
+        nonlocal mean, square
+        cost = table.cost_ns(graph, precision)
+        mean += cost
+        square += float(max(0, table.cost_ns(graph, precision, "p99_ms") - cost)) ** 2
+
+    passes(UPLOAD, FP32)
+    for stage in stages:
+        last = stage is stages[-1]
+        graphs = stage.all if last or every_report else stage.passed
+        for graph in graphs:
+            passes(graph, graph_set.spec(graph).precision)
+        if last or every_report:
+            passes(DOWNLOAD, FP32)
+        else:
+            passes(NULL, FP32)
+    return mean + round(math.sqrt(square))
+
+
+def graph_cost_ns(table: LatencyTable, graph_set: GraphSet, graph: str, quantity: Quantity = "mean_ms") -> int:
+    """Of a graph in the precision that it has in `graph_set`. Raises InputError when the table lacks it."""
+    return table.cost_ns(graph, graph_set.spec(graph).precision, quantity)
+
+
+def mean_ms_of(table: LatencyTable, graph_set: GraphSet, graphs: Iterable[str], measured: bool = False) -> float | None:
+    """What graphs take one after the other; None where one is not in the set, or the table has none of it, another, or
+    an estimate where only what was `measured` counts."""
+    total = 0.0
+    for name in graphs:
+        spec = graph_set.graphs.get(name)
+        entry = None if spec is None else table.entries.get((name, spec.precision))
+        if spec is None or entry is None or entry.sha256 != spec.sha256 or (measured and entry.source != "measured"):
+            return None
+        total += entry.mean_ms
+    return total
+
+
+def runs_there(table: LatencyTable, graph_set: GraphSet, graph: str) -> bool:
+    """Whether the target has a graph of this name in its precision; one that failed to build it has not."""
+    return (graph, graph_set.spec(graph).precision) in table.entries
+
+
+def check_current(table: LatencyTable, graph_set: GraphSet) -> None:
+    """Raises StaleError naming the graphs that changed since `table` was made, or that it lacks."""
+    recipes = ",".join(recipe.partition("-")[0] for recipe in (*table.recipes, graph_set.recipe))
+    if graph_set.recipe not in table.recipes:
+        raise StaleError(
+            f"the latency table of {table.device} has {', '.join(table.recipes) or 'no recipe'}, not "
+            f"{graph_set.recipe}: {_remedy(table.device, f' --precision {recipes}')}"
+        )
+    wanted = {(name, spec.precision): spec.sha256 for name, spec in graph_set.graphs.items()}
+    known: dict[tuple[str, str], Latency | Failure] = {**table.failed, **table.entries}
+    keys = (*wanted, *((pseudo, FP32) for pseudo in PSEUDO_GRAPHS))
+    changed = [key[0] for key in keys if key in known and known[key].sha256 != wanted.get(key, "")]
+    missing = [key[0] for key in keys if key not in known]
+    for verb, names in (("was made from other graphs than these", changed), ("lacks graphs", missing)):
+        if names:
+            raise StaleError(f"the latency table of {table.device} {verb} ({_listed(names)}): {table.remedy}")
+    if table.network != graph_set.candidate.identity or table.recipes[graph_set.recipe] != graph_set.identity:
+        raise StaleError(f"the latency table of {table.device} was made from another network: {table.remedy}")
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def write_latency_table(path: Path, table: LatencyTable) -> None:
+    """Write `latency/<device>.json`; all of it or nothing."""
+    files.write_json(path, "mess-latency", 2, _table_to_json(table))
+
+
+def content_sha256(table: LatencyTable) -> str:
+    """A hash of all that the table holds."""
+    return files.sha256_of_json(_table_to_json(table))
+
+
+def _table_to_json(table: LatencyTable) -> dict[str, Any]:
+    content = {name: getattr(table, name) for name in _TABLE_FIELDS}
+    lists = {name: [asdict(each) for _, each in sorted(getattr(table, name).items())] for name in ("entries", "failed")}
+    return {**content, **lists}
+
+
+_TABLE_FIELDS = ("device", "library", "library_version", "network", "environment", "source", "recipes")
+
+
+def read_latency_table(path: Path) -> LatencyTable:
+    """Read `latency/<device>.json`. Raises InputError when it is missing or damaged."""
+    remedy = _remedy(path.stem)
+    content = files.read_json(path, "mess-latency", 2, remedy)
+    table: LatencyTable = files.decoded(path, remedy, lambda: _table_from_json(content))
+    return table
+
+
+def _table_from_json(content: dict[str, Any]) -> LatencyTable:
+    entries = [_latency_from_json(entry) for entry in content["entries"]]
+    failures = [
+        Failure(*(str(each[name]) for name in ("graph", "sha256", "precision", "error"))) for each in content["failed"]
+    ]
+    by_key = {(entry.graph, entry.precision): entry for entry in entries}
+    failed = {(failure.graph, failure.precision): failure for failure in failures}
+    if len(by_key | failed) != len(entries) + len(failures):
+        raise ValueError("a graph is there twice")
+    return LatencyTable(
+        device=str(content["device"]),
+        library=str(content["library"]),
+        library_version=str(content["library_version"]),
+        network=str(content["network"]),
+        environment={str(key): str(value) for key, value in content["environment"].items()},
+        source=_source(content["source"]),
+        entries=by_key,
+        recipes={str(name): str(identity) for name, identity in content["recipes"].items()},
+        failed=failed,
+    )
+
+
+def _latency_from_json(content: dict[str, Any]) -> Latency:
+    times: dict[str, Any] = {name: _checked(content, name) for name in _QUANTITIES}
+    times |= {name: None if content[name] is None else _checked(content, name) for name in _MEASURES}
+    times |= {name: None if content[name] is None else int(content[name]) for name in _SIZES}
+    return Latency(
+        graph=str(content["graph"]),
+        sha256=str(content["sha256"]),
+        precision=str(content["precision"]),
+        runs=int(content["runs"]),
+        source=_source(content["source"]),
+        steady=bool(content["steady"]),
+        shared_with=None if content["shared_with"] is None else str(content["shared_with"]),
+        **times,
+    )
+
+
+_MEASURES, _SIZES = ("device_ms", "energy_mj", "error"), ("file_bytes", "scratch_bytes")
+
+
+def _checked(content: dict[str, Any], name: str) -> float:
+    value = float(content[name])
+    if not 0 <= value <= _MOST_MS:
+        raise ValueError(f"{name} of {content['graph']} is {value}")
+    return value
+
+
+def _source(text: Any) -> str:
+    if text not in SOURCES:
+        raise ValueError(f"source {text!r} is neither measured nor estimated")
+    return str(text)

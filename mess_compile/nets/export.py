@@ -1,0 +1,178 @@
+"""torch -> the whole-network ONNX, and from there to the checked graphs (DESIGN.md, decision 2)."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from mess_compile import files
+from mess_compile.graph.constant_fold import fold_constants
+from mess_compile.graph.cut import METADATA_KEY, NETWORK, Progress, add_baseline_alone, cut_network, logits_name
+from mess_compile.graph.node_builder import OPSET, keep
+from mess_compile.graph.recompose_check import Array, Reference, check_baseline_alone, check_stages
+from mess_compile.graph.store import read_model, store_weight, write_model
+from mess_compile.nets.checkpoint import load_candidate
+from mess_compile.nets.network import MEAN, STD, Architecture, OverprovisionedNetwork, normalise
+from mess_compile.network import BASELINE_ALONE, Gate, GraphSet, read_graph_set
+from mess_compile.runtime.base.errors import InputError
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    graphs: Path,
+    gate: Gate,
+    frames: Sequence[Array],
+    progress: Progress,
+    baseline: Path | None = None,
+) -> GraphSet:
+    """Export the candidate network in folder `checkpoint`, cut it into the folder `graphs`, and check every graph.
+
+    `frames` are uint8 (H, W, 3) at the network's input size, on which torch and the graphs must agree; `baseline` is
+    the folder of a single-exit network trained alone, which becomes one more graph. The folder `graphs` is replaced
+    when all is well. Raises InputError.
+    """
+    network = load_candidate(checkpoint)
+    alone = None if baseline is None else _load_baseline(baseline, network.architecture)
+    with files.replaced_folder(graphs) as folder:
+        export_network(network, folder)
+        progress(NETWORK, 1, 1)
+        graph_set = cut_network(folder, gate, progress)
+        check_stages(graph_set, torch_reference(network), frames, progress)
+        if alone is not None:
+            graph_set = add_baseline_alone(graph_set, export_network(alone, folder, "alone.onnx"))
+            check_baseline_alone(graph_set, torch_reference(alone), frames)
+            progress(f"checked {BASELINE_ALONE}", 1, 1)
+    return read_graph_set(graphs)
+
+
+def _load_baseline(folder: Path, candidate: Architecture) -> OverprovisionedNetwork:
+    """The network in `folder`. Raises InputError when it is not the candidate network with the final exit alone."""
+    network = load_candidate(folder)
+    found, wanted = _decisive(network.architecture), _decisive(candidate)
+    differences = [f"{what} {found[what]}, not {wanted[what]}" for what in found if found[what] != wanted[what]]
+    if len(network.candidate.heads) > 1:
+        differences.append(f"{len(network.candidate.heads)} heads, not 1")
+    if differences:
+        raise InputError(
+            f"the baseline in {folder} does not fit the candidate network, it has {' and '.join(differences)}: train "
+            f"it with the same options (`mess-compile train --baseline`), or remove {folder}"
+        )
+    return network
+
+
+def _decisive(architecture: Architecture) -> dict[str, str | float]:
+    """What a baseline must share with the candidate network, to answer the same task with the same workload."""
+    return {
+        "backbone": architecture.backbone,
+        "width": architecture.width,
+        "output stride": architecture.output_stride,
+        "input size": "{}x{}".format(*architecture.input_hw),
+        "classes": ", ".join(architecture.classes),
+    }
+
+
+def export_network(network: OverprovisionedNetwork, folder: Path, name: str = NETWORK) -> Path:
+    """Write `folder/NAME`, opset 17, its weights in the store, BatchNorm folded into the convolutions.
+
+    Input `image` uint8 (1, H, W, 3); outputs `exit1`.. and `logits:HEAD`, described in the metadata entry `mess`.
+    Weights go from the network to the store one at a time; the network is left in eval mode.
+    """
+    network.eval()
+    candidate = network.candidate
+    names = [point.name for point in candidate.exit_points] + [logits_name(head.name) for head in candidate.heads]
+    path = folder / name
+    _write_structure(_FromFrame(network), candidate.input_hw, names, path)
+    model = read_model(path)
+    fold_constants(model)
+    _attach_weights(model, {f"network.{key}": value for key, value in network.state_dict().items()}, folder)
+    model.metadata_props.add(key=METADATA_KEY, value=json.dumps(candidate.to_json()))
+    write_model(model, path)
+    return path
+
+
+def torch_reference(network: OverprovisionedNetwork) -> Reference:
+    """What the graphs are held against: a frame's logits by head name, computed by torch."""
+
+    def logits(frame: Array) -> dict[str, Array]:
+        with torch.inference_mode():
+            _, found = network.eval()(normalise(torch.tensor(frame)[None]))
+        return {name: values.numpy() for name, values in found.items()}
+
+    return logits
+
+
+class _FromFrame(nn.Module):
+    """The network with its normalisation in front, in the order that TensorRT parses: cast, then transpose."""
+
+    def __init__(self, network: OverprovisionedNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:  # (1, H, W, 3) uint8
+        x = image.float().permute(0, 3, 1, 2)  # (1, 3, H, W)
+        mean, std = (255 * torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+        features, logits = self.network((x - mean) / std)
+        return (*features, *logits.values())
+
+
+def _write_structure(module: nn.Module, hw: tuple[int, int], outputs: Sequence[str], path: Path) -> None:
+    """Write the traced graph without weights: every parameter is a graph input under its name in the state dict."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecation; the newer exporter writes opset 18 whatever it is told
+        torch.onnx.export(
+            module,
+            (torch.zeros(1, *hw, 3, dtype=torch.uint8),),
+            str(path),
+            input_names=["image"],
+            output_names=list(outputs),
+            opset_version=OPSET,
+            dynamo=False,
+            export_params=False,
+            do_constant_folding=False,
+            training=torch.onnx.TrainingMode.PRESERVE,
+        )
+
+
+def _attach_weights(model: onnx.ModelProto, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Turn parameters that are graph inputs into stored initializers, each BatchNorm folded into its convolution."""
+    graph = model.graph
+    norms = {node.input[0]: node for node in graph.node if node.op_type == "BatchNormalization"}
+    for conv in graph.node:
+        if conv.op_type != "Conv":
+            continue
+        weight, bias = _parameters(conv, norms.get(conv.output[0]), state)
+        if conv.output[0] in norms:
+            conv.output[0] = norms.pop(conv.output[0]).output[0]
+        names = (conv.input[1], conv.input[1].removesuffix("weight") + "bias")
+        conv.input[:] = [conv.input[0], *names]
+        for name, values in zip(names, (weight, bias), strict=True):
+            tensor = numpy_helper.from_array(values.astype(np.float32), name)
+            store_weight(tensor, folder)
+            graph.initializer.append(tensor)
+    assert not norms, f"BatchNorm without a convolution in front: {', '.join(norms)}"
+    # Parameters of equal value were merged by the tracer, an Identity giving back each one's name.
+    nodes = [node for node in graph.node if node.op_type != "BatchNormalization" and node.output[0] not in state]
+    keep(graph.node, nodes)
+    keep(graph.input, [value for value in graph.input if value.name == "image"])
+
+
+def _parameters(
+    conv: onnx.NodeProto, norm: onnx.NodeProto | None, state: Mapping[str, torch.Tensor]
+) -> tuple[Array, Array]:
+    """Weight and bias in float64 of a convolution together with the BatchNorm behind it, if there is one."""
+    weight, *rest = (state[name].double().numpy() for name in conv.input[1:])
+    bias = rest[0] if rest else np.zeros(len(weight))
+    if norm is None:
+        return weight, bias
+    gamma, beta, mean, variance = (state[name].double().numpy() for name in norm.input[1:])
+    epsilon = next(attribute.f for attribute in norm.attribute if attribute.name == "epsilon")
+    scale = gamma / np.sqrt(variance + epsilon)
+    return weight * scale[:, None, None, None], beta + (bias - mean) * scale

@@ -1,0 +1,446 @@
+"""The candidate network as data: exit points, heads, segments, workloads. No torch, no ONNX."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mess_compile import files
+from mess_compile.runtime.base.errors import InputError, did_you_mean
+from mess_compile.runtime.engines.engine import FP32, PRECISIONS
+
+CRM_DIVISORS = (1, 2, 4, 8)
+MAX_BLOCKS = 3
+HEAD_KINDS = ("fcn", "dlb", "sep", "lra")
+HEAD_WIDTHS = {"dlb": 256, "sep": 64, "lra": 128}
+"""Default width of the kinds that have one of their own; an FCN head's follows from its channels."""
+MAX_HEAD_WIDTH = 512
+CONFIDENCES = ("top1", "margin", "entropy")
+DEFAULT_THRESHOLDS = (0.40, 0.50, 0.60, 0.70, 0.75, 0.80, 0.85, 0.90, 0.93, 0.96, 0.98, 0.99)
+_HEAD_NAME = re.compile(r"([a-z]+)([1-9]\d{0,3})?-crm([1-9]\d*)-b(\d)(-rdi)?")
+MAX_SIDE = 1 << 14
+DTYPES = ("uint8", "int32", "int64", "float32")
+_GRAPHS_REMEDY = "run `mess-compile export`"
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """One point of the head space: CRM -> extra blocks (dilated further by RDI) -> head.
+
+    `crm` divides the channels (1: no module); `blocks` counts the extra 3x3 blocks; `fcn` and `dlb` (DeepLabV3) are the
+    MESS poster's. `sep` is an ASPP of depthwise separable convolutions, `lra` the lite reduced ASPP of MobileNetV3;
+    `width` is the number of channels within a `dlb`, `sep` or `lra`.
+    """
+
+    kind: str = "fcn"
+    crm: int = 1
+    blocks: int = 0
+    rdi: bool = False
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in HEAD_KINDS or self.crm not in CRM_DIVISORS or not 0 <= self.blocks <= MAX_BLOCKS:
+            raise InputError(
+                f"head {self.name}{_nearest_head(self.name)}: kind is one of {', '.join(HEAD_KINDS)}, crm one of "
+                f"{', '.join(map(str, CRM_DIVISORS))}, blocks 0 to {MAX_BLOCKS}"
+            )
+        if self.rdi and self.blocks == 0:
+            raise InputError(f"head {self.name}: RDI means nothing without blocks; drop -rdi")
+        if self.kind not in HEAD_WIDTHS and self.width is not None:
+            raise InputError(f"head {self.name}: a {self.kind} head has no width of its own; drop the {self.width}")
+        if self.width is not None and not 8 <= self.width <= MAX_HEAD_WIDTH:
+            raise InputError(f"head {self.name}: width {self.width} is not between 8 and {MAX_HEAD_WIDTH}")
+        if self.width == HEAD_WIDTHS.get(self.kind, 0):
+            object.__setattr__(self, "width", None)  # one head, one name
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}{self.width or ''}-crm{self.crm}-b{self.blocks}" + ("-rdi" if self.rdi else "")
+
+    @property
+    def channels(self) -> int:
+        """The width that is built, of a kind that has one."""
+        return self.width or HEAD_WIDTHS[self.kind]
+
+
+def head_config_from_name(name: str) -> HeadConfig:
+    """Parse `fcn-crm4-b2-rdi` or `sep96-crm1-b0`. Raises InputError."""
+    match = _HEAD_NAME.fullmatch(name)
+    if match is None:
+        raise InputError(
+            f"head {name!r}{_nearest_head(name)} is not of the form KIND[WIDTH]-crmN-bN[-rdi], such as fcn-crm4-b2-rdi "
+            "or sep96-crm1-b0"
+        )
+    width = None if match[2] is None else int(match[2])
+    return HeadConfig(match[1], int(match[3]), int(match[4]), match[5] is not None, width)
+
+
+def _nearest_head(name: str) -> str:
+    return did_you_mean(name, (head.name for head in head_grid()))
+
+
+def head_grid() -> tuple[HeadConfig, ...]:
+    """The paper's head space: 64 nominal configurations, 56 distinct."""
+    return tuple(
+        HeadConfig(kind, crm, blocks, rdi)
+        for kind in ("fcn", "dlb")
+        for crm in CRM_DIVISORS
+        for blocks in range(MAX_BLOCKS + 1)
+        for rdi in ((False, True) if blocks else (False,))
+    )
+
+
+@dataclass(frozen=True)
+class ExitPoint:
+    """A place on the backbone where heads may attach.
+
+    `name` is exit1..exitN, the tensor's name in every graph; `block` the backbone module it follows; `macs` the
+    backbone's cumulative workload up to here (convolution MACs + 2 per BatchNorm element).
+    """
+
+    name: str
+    block: str
+    channels: int
+    hw: tuple[int, int]
+    macs: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """One candidate head; `exit_point` counts from 1, `config` is a HeadConfig's name or a foreign name.
+
+    `hw` is the size of its logits, None where it is that of the exit point's map: a head may upsample inside.
+    """
+
+    exit_point: int
+    config: str
+    macs: int
+    hw: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"exit{self.exit_point}.{self.config}"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How a head's logits become counts of confident cells: see DESIGN.md, Definitions, Gate.
+
+    `thresholds` are the plain pixel thresholds of the T rows; `edge_aware` switches Eq. 2-3 on.
+    """
+
+    confidence: str = "top1"
+    edge_aware: bool = True
+    thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
+
+    def __post_init__(self) -> None:
+        if self.confidence not in CONFIDENCES:
+            raise InputError(f"confidence {self.confidence!r} is not one of {', '.join(CONFIDENCES)}")
+
+
+@dataclass(frozen=True)
+class CandidateNetwork:
+    """The overprovisioned network. `baseline` names the final exit's head; `identity` is a SHA-256 of all that
+    decides its outputs (weights and architecture), by which statistics recognise their network."""
+
+    backbone: str
+    classes: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    input_hw: tuple[int, int]
+    exit_points: tuple[ExitPoint, ...]
+    heads: tuple[Head, ...]
+    baseline: str
+    identity: str
+
+    def head(self, name: str) -> Head:
+        for head in self.heads:
+            if head.name == name:
+                return head
+        raise InputError(f"no head {name!r} in this network; it has {', '.join(h.name for h in self.heads)}")
+
+    def head_behind(self, name: str) -> Head:
+        """The head of this name, or of a whole network the one that it ends with."""
+        return self.head(self.baseline if is_whole(name) else name)
+
+    def point_of(self, name: str) -> int:
+        """The number of the exit point that a head lies at; a whole network ends at the last one."""
+        return self.head_behind(name).exit_point
+
+    def exit_point(self, number: int) -> ExitPoint:
+        """The exit point by its number, from 1."""
+        return self.exit_points[number - 1]
+
+    def logits_hw(self, head: Head) -> tuple[int, int]:
+        """The size of a head's logits, which its gate counts over and its output graph begins with."""
+        return head.hw or self.exit_point(head.exit_point).hw
+
+    def output_of(self, head: Head) -> str:
+        """The name of the output graph that a head's logits go to."""
+        return output_name(self.logits_hw(head))
+
+    def heads_at(self, number: int) -> tuple[Head, ...]:
+        return tuple(head for head in self.heads if head.exit_point == number)
+
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """All N(N+1)/2 pairs (a, b), 0 <= a < b <= N; 0 is the image."""
+        n = len(self.exit_points)
+        return tuple((a, b) for a in range(n) for b in range(a + 1, n + 1))
+
+    def segment_macs(self, a: int, b: int) -> int:
+        start = self.exit_points[a - 1].macs if a else 0
+        return self.exit_points[b - 1].macs - start
+
+    @property
+    def baseline_macs(self) -> int:
+        return self.exit_points[-1].macs + self.head(self.baseline).macs
+
+    def to_json(self) -> dict[str, Any]:
+        content = asdict(self)
+        for head in content["heads"]:
+            if head["hw"] is None:
+                del head["hw"]
+        return content
+
+
+def candidate_from_json(content: dict[str, Any]) -> CandidateNetwork:
+    """Inverse of `CandidateNetwork.to_json`. Raises KeyError, TypeError or ValueError on damaged content."""
+    exit_points = tuple(
+        ExitPoint(str(p["name"]), str(p["block"]), int(p["channels"]), _pair(p["hw"]), _count(p["macs"]))
+        for p in content["exit_points"]
+    )
+    heads = tuple(_head_from_json(head) for head in content["heads"])
+    classes = tuple(str(name) for name in content["classes"])
+    colours = tuple((int(r), int(g), int(b)) for r, g, b in content["colours"])
+    if not heads or not exit_points or any(not 1 <= h.exit_point <= len(exit_points) for h in heads):
+        raise ValueError("heads and exit points do not fit each other")
+    if len(colours) != len(classes):
+        raise ValueError(f"{len(colours)} colours for {len(classes)} classes")
+    if not all(1 <= side <= MAX_SIDE for side in _pair(content["input_hw"])):
+        raise ValueError(f"input_hw {content['input_hw']} is not of sides from 1 to {MAX_SIDE}")
+    network = CandidateNetwork(
+        backbone=str(content["backbone"]),
+        classes=classes,
+        colours=colours,
+        input_hw=_pair(content["input_hw"]),
+        exit_points=exit_points,
+        heads=heads,
+        baseline=str(content["baseline"]),
+        identity=str(content["identity"]),
+    )
+    if network.head(network.baseline).exit_point != len(exit_points):
+        raise ValueError(f"the baseline head {network.baseline} is not at the final exit")
+    return network
+
+
+def _head_from_json(content: dict[str, Any]) -> Head:
+    hw = _pair(content["hw"]) if content.get("hw") is not None else None
+    if hw is not None and not all(1 <= side <= MAX_SIDE for side in hw):
+        raise ValueError(f"hw of head {content['config']} is {hw}, not of sides from 1 to {MAX_SIDE}")
+    return Head(int(content["exit_point"]), str(content["config"]), _count(content["macs"]), hw)
+
+
+def _count(value: Any) -> int:
+    """A workload or size: sums over a data set must fit 64 bits."""
+    number = int(value)
+    if not 0 <= number < 1 << 48:
+        raise ValueError(f"{number} is no workload or size")
+    return number
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, second = values
+    return int(first), int(second)
+
+
+def segment_name(a: int, b: int) -> str:
+    return f"segment-{a}-{b}"
+
+
+def head_graph_name(head: str) -> str:
+    return f"head-{head}"
+
+
+def output_name(hw: tuple[int, int]) -> str:
+    """The output graph shared by all heads whose logits have this size."""
+    return f"output-{hw[0]}x{hw[1]}"
+
+
+BASELINE, BASELINE_ALONE = "baseline", "baseline-alone"
+"""The single-exit graphs: the candidate network's final exit, and a network of one exit that was trained alone."""
+SOUND = "sound"
+"""The output of a single-exit graph that counts its cells with finite logits, as a gate's guard does for a head."""
+
+
+def is_whole(name: str) -> bool:
+    """Whether what a plan leaves through is a whole single-exit network, uncut, and not a head."""
+    return name in (BASELINE, BASELINE_ALONE)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph's input or output: numpy dtype name and static shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the values; bool takes a byte."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file below `graphs/`.
+
+    `sha256` is over the ONNX bytes, which name every weight by its own hash. `bytes` counts the weights;
+    `workspace_bytes` is the estimated peak of live activations. `precision` is what the graph computes in, `wanted`
+    what its recipe asked of it: they differ where the graph fell back to a safer one.
+    """
+
+    name: str
+    path: str
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    macs: int
+    bytes: int
+    workspace_bytes: int
+    precision: str = FP32
+    wanted: str = FP32
+
+
+@dataclass(frozen=True)
+class GraphSet:
+    """What `export` leaves in `graphs/`: the candidate network, the gate, and every graph by name.
+
+    `baseline_alone` is the identity of the single-exit network trained alone, None without one. `recipe` names the
+    precision recipe that the graphs were converted by.
+    """
+
+    root: Path
+    candidate: CandidateNetwork
+    gate: Gate
+    graphs: dict[str, GraphSpec]
+    baseline_alone: str | None = None
+    recipe: str = FP32
+
+    @property
+    def identity(self) -> str:
+        """Of all that decides the outputs: the network's, and for another recipe than fp32 that of its graphs too."""
+        if self.recipe == FP32:
+            return self.candidate.identity
+        parts = [f"{name} {spec.sha256}" for name, spec in sorted(self.graphs.items())]
+        return hashlib.sha256("\n".join([self.candidate.identity, self.recipe, *parts]).encode()).hexdigest()
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The graphs that plans are held against: image to labels, one exit, no gate, all of one workload."""
+        return (BASELINE,) if self.baseline_alone is None else (BASELINE, BASELINE_ALONE)
+
+    def spec(self, name: str) -> GraphSpec:
+        if name not in self.graphs:
+            raise InputError(f"{self.root} has no graph {name!r}: {_GRAPHS_REMEDY}")
+        return self.graphs[name]
+
+    def path(self, name: str) -> Path:
+        return self.root / self.spec(name).path
+
+
+def write_graph_set(graph_set: GraphSet) -> None:
+    """Write `index.json` into the set's root."""
+    content = {
+        "candidate": graph_set.candidate.to_json(),
+        "gate": asdict(graph_set.gate),
+        "baseline_alone": graph_set.baseline_alone,
+        "recipe": graph_set.recipe,
+        "graphs": [asdict(spec) for spec in graph_set.graphs.values()],
+    }
+    files.write_json(graph_set.root / "index.json", "mess-graphs", 1, content)
+
+
+def read_graph_set(root: Path) -> GraphSet:
+    """Read `index.json`. Raises InputError."""
+    files.recovered(root)
+    path = root / "index.json"
+    content = files.read_json(path, "mess-graphs", 1, _GRAPHS_REMEDY)
+
+    def decode() -> GraphSet:
+        gate = content["gate"]
+        specs = {spec.name: spec for spec in map(graph_spec_from_json, content["graphs"])}
+        alone = content.get("baseline_alone")
+        if (alone is None) == (BASELINE_ALONE in specs):
+            raise ValueError(f"baseline_alone is {alone!r}, which does not fit the graphs")
+        return GraphSet(
+            root=root,
+            candidate=candidate_from_json(content["candidate"]),
+            gate=Gate(gate["confidence"], bool(gate["edge_aware"]), tuple(float(t) for t in gate["thresholds"])),
+            graphs=specs,
+            baseline_alone=None if alone is None else str(alone),
+            recipe=str(content.get("recipe", FP32)),
+        )
+
+    graph_set: GraphSet = files.decoded(path, _GRAPHS_REMEDY, decode)
+    return graph_set
+
+
+def check_graphs(graph_set: GraphSet) -> None:
+    """Hash every graph, not its weights. Raises InputError naming one that is missing or was changed."""
+    for name, spec in graph_set.graphs.items():
+        check_hash(graph_set.path(name), spec.sha256)
+
+
+def verify_graph_set(graph_set: GraphSet) -> None:
+    """Hash every graph and every stored weight. Raises InputError naming one that is missing or was changed."""
+    check_graphs(graph_set)
+    weights = graph_set.root / "weights"
+    for weight in sorted(weights.iterdir()) if weights.is_dir() else ():
+        check_hash(weight, weight.name)
+
+
+def check_hash(path: Path, sha256: str) -> None:
+    """Raises InputError when a graph or weight is missing or its bytes are not those that `export` wrote."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {_GRAPHS_REMEDY}")
+    if files.sha256_of_file(path) != sha256:
+        raise InputError(f"{path} was changed after export: {_GRAPHS_REMEDY}")
+
+
+def graph_spec_from_json(content: dict[str, Any]) -> GraphSpec:
+    """What `asdict` gave of one. Raises KeyError, TypeError or ValueError on damaged content."""
+    if not re.fullmatch(r"[\w.-]+\.onnx", content["path"]):
+        raise ValueError(f"graph path {content['path']!r}")
+    return GraphSpec(
+        name=str(content["name"]),
+        path=str(content["path"]),
+        sha256=str(content["sha256"]),
+        inputs=_tensors_from_json(content["inputs"]),
+        outputs=_tensors_from_json(content["outputs"]),
+        macs=_count(content["macs"]),
+        bytes=_count(content["bytes"]),
+        workspace_bytes=_count(content["workspace_bytes"]),
+        precision=_precision(content.get("precision", FP32)),
+        wanted=_precision(content.get("wanted", FP32)),
+    )
+
+
+def _precision(text: Any) -> str:
+    if text not in PRECISIONS:
+        raise ValueError(f"precision {text!r} is not one of {', '.join(PRECISIONS)}")
+    return str(text)
+
+
+def _tensors_from_json(content: Any) -> tuple[TensorSpec, ...]:
+    specs = tuple(TensorSpec(str(t["name"]), str(t["dtype"]), tuple(int(d) for d in t["shape"])) for t in content)
+    for spec in specs:
+        _count(math.prod(spec.shape))
+        if spec.dtype not in DTYPES:
+            raise ValueError(f"tensor {spec.name} has dtype {spec.dtype!r}, not one of {', '.join(DTYPES)}")
+    return specs

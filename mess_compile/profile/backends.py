@@ -1,0 +1,111 @@
+"""Where graphs are measured: this machine, or a device over SSH; what builds there, and what times there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.data import scenes
+from mess_compile.device.client import Session
+from mess_compile.device.trtexec_client import TrtexecSession
+from mess_compile.engines.files import EngineFiles
+from mess_compile.engines.jobs import job_names, without
+from mess_compile.evaluate.statistics import threshold_table
+from mess_compile.latency.table import Latency
+from mess_compile.network import GraphSet
+from mess_compile.runtime.engines.engine import FP32, Library
+from mess_compile.runtime.machine import power
+from mess_compile.runtime.machine.power import DeviceState
+from mess_compile.runtime.measure import measure as profile
+from mess_compile.runtime.measure.job_pool import Job, Opened
+from mess_compile.runtime.measure.measure import Effort, Window
+from mess_compile.runtime.serve.worker import describe_machine
+
+Measure = Callable[["Task", Effort, Sequence[Window]], Iterator[Opened | Window]]
+"""What, how long, what is known already -> what is measured now."""
+Build = Callable[[Sequence[EngineFiles], Collection[str] | None], tuple[EngineFiles, ...]]
+"""Have engines of some jobs' graphs (None: of all) -> what is loaded for them; those that do not build are failed."""
+Transfers = Callable[[Mapping[tuple[str, str], Latency]], dict[tuple[str, str], Latency]]
+"""Entries that were measured -> those of upload, download and null stage, estimated."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Jobs of one `run`, those among them to be `measured`, and the `reference` that tells the machine's speed."""
+
+    run: str
+    jobs: tuple[Job, ...]
+    measured: tuple[str, ...]
+    reference: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device that can be measured on: its name as a target, its library, what `facts` tell of it, and how to look.
+
+    Where the pseudo graphs cannot be measured, `transfers` estimates them.
+    """
+
+    device: str
+    library: str
+    version: str
+    facts: dict[str, str]
+    measure: Measure
+    state: Callable[[], DeviceState]
+    build: Build
+    transfers: Transfers | None = None
+
+
+def as_they_are(forms: Sequence[EngineFiles], jobs: Collection[str] | None) -> tuple[EngineFiles, ...]:
+    """Nothing to build: the library loads the files that are there."""
+    return tuple(forms)
+
+
+def here(library: Library, device: str, graph_set: GraphSet, build: Build = as_they_are) -> Place:
+    """This machine."""
+    frame, thresholds = fed(graph_set)
+
+    def measure(task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
+        meter = power.power_meter()
+        return profile.measure(
+            library, task.jobs, frame, thresholds, task.reference, effort, earlier, meter, measured=task.measured
+        )
+
+    return Place(device, library.name, library.version, describe_machine(), measure, power.read_state, build)
+
+
+def there(session: Session | TrtexecSession, device: str, transfers: Transfers | None = None) -> Place:
+    """A device over SSH, which has said hello."""
+    assert session.hello is not None, "whoever builds there first hears it"
+
+    def measure(task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
+        precisions = {job.name: job.name.partition("@")[2] or FP32 for job in task.jobs}
+        return session.measure(task.run, task.jobs, precisions, task.measured, task.reference, effort, earlier)
+
+    hello, build = session.hello, partial(built_there, session)
+    return Place(
+        device, hello.library, hello.version, hello.facts, measure, lambda: session.states[-1], build, transfers
+    )
+
+
+def built_there(
+    session: Session | TrtexecSession, forms: Sequence[EngineFiles], jobs: Collection[str] | None = None
+) -> tuple[EngineFiles, ...]:
+    """Have engines there of some jobs' graphs, or of all. Raises what `Session.build` does."""
+    wanted = {}
+    for each in forms:
+        for name, job in job_names(each).items():
+            if jobs is None or job in jobs:
+                wanted[job] = each.paths[name], each.graph_set.spec(name).precision
+    failed = session.build(wanted)
+    return tuple(without(each, failed) for each in forms)
+
+
+def fed(graph_set: GraphSet) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """What graphs are measured on: a generated frame at the network's input size, and the gate's thresholds."""
+    frame = scenes.make_scene(0, graph_set.candidate.input_hw).frame
+    return frame, threshold_table(graph_set.gate, len(graph_set.candidate.classes))

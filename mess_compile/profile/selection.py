@@ -1,0 +1,345 @@
+"""What to measure on a slow device: what could still change the answer, and no more.
+
+A graph that was not measured is at least as slow as the lower end of its bar. A table with measurements where there
+are some and lower ends elsewhere is optimistic: by it no plan costs more than in truth. When all graphs of the plan
+that is best by it were measured, that plan costs what the search believed, and every other costs no less than was
+believed, which was no better: a table of measurements alone gives the same plan. While some were not, these are
+what to measure next. It takes objectives and bounds for which less latency is never worse. All are so once the
+baseline is measured, which relative bounds and the anytime setting's horizon refer to.
+
+Bars hold 90 of 100 graphs, which is not certainty: a plan is missed when a graph of it is faster than its bar says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import onnx
+
+from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.graph.store import read_model
+from mess_compile.graph.workload import activations
+from mess_compile.latency.roofline import Estimate, Roofline, calibrated, choose_calibration
+from mess_compile.latency.table import PSEUDO_GRAPHS, Latency, LatencyTable
+from mess_compile.network import CandidateNetwork, GraphSet, GraphSpec, segment_name
+from mess_compile.runtime.base.errors import RequirementError
+from mess_compile.runtime.engines.engine import FP32
+from mess_compile.search.hold_out import parted
+from mess_compile.search.metrics import Evidence
+from mess_compile.search.requirement import Requirement
+from mess_compile.search.solver import search_recipes
+
+Key = tuple[str, str]
+"""A graph and its precision, as in a latency table."""
+CALIBRATION, FEWEST = 0.05, 5
+"""Share of the graphs of a precision to calibrate estimates by, and how many at least."""
+FAIR = 0.25
+"""Share that is measured of heads and long segments where no requirement says what matters."""
+SAMPLED = 0.05
+"""Share of the twins that are measured themselves, to see whether they agree."""
+SAME = 0.05
+"""Measurements of equal things differ by no more, as a share."""
+NESTED = 0.1
+"""Likewise of a segment and its parts, where engines choose their kernels anew."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure next, in this order, and in words why."""
+
+    graphs: tuple[Key, ...]
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is profiled: the graph sets of some recipes of one network, and what is known without any measurement.
+
+    `priors` has for each precision of a graph, and for fp32, what the target's figures allow for each graph and pseudo
+    graph; `statistics` are by recipe; `twins` are those of all graph sets; `elsewhere` is what measurements on other
+    devices of the kind say, in place of an estimate. The lower ends of bars are taken `slack` times lower than they
+    are: above 1 less is missed, and more is measured.
+    """
+
+    graph_sets: tuple[GraphSet, ...]
+    priors: Mapping[str, Mapping[str, Roofline]]
+    statistics: Mapping[str, ExitStatistics] = field(default_factory=dict)
+    requirements: tuple[Requirement, ...] = ()
+    twins: Mapping[Key, Key] = field(default_factory=dict)
+    slack: float = 1.0
+    elsewhere: Mapping[Key, Estimate] = field(default_factory=dict)
+
+    @cached_property
+    def specs(self) -> dict[Key, GraphSpec]:
+        """Every graph, in order, once."""
+        return {(spec.name, spec.precision): spec for graphs in self.graph_sets for spec in graphs.graphs.values()}
+
+
+def _key(graph_set: GraphSet, graph: str) -> Key:
+    return graph, graph_set.spec(graph).precision
+
+
+def twins(*graph_sets: GraphSet) -> dict[Key, Key]:
+    """The graphs that equal an earlier one in structure and precision, with the first of them, which equals none.
+
+    Recipes share the graphs that are alike in both. Equal are operators, attributes, shapes and dtypes, of weights too;
+    names and the weights' values are not compared.
+    """
+    first: dict[str, Key] = {}
+    found: dict[Key, Key] = {}
+    paths = {_key(graphs, name): graphs.path(name) for graphs in reversed(graph_sets) for name in graphs.graphs}
+    for key in dict.fromkeys(_key(graphs, name) for graphs in graph_sets for name in graphs.graphs):
+        structure = f"{key[1]} {structure_of(read_model(paths[key]))}"
+        if first.setdefault(structure, key) != key:
+            found[key] = first[structure]
+    return found
+
+
+def structure_of(model: onnx.ModelProto) -> str:
+    """A SHA-256 over all of a model but names and the values of weights; 64-bit integers are no weights."""
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in activations(model).items()}
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    numbers: dict[str, int] = {"": 0}
+
+    def described(name: str) -> object:
+        number = numbers.setdefault(name, len(numbers))
+        return (number, _weight(weights[name]) if name in weights else shapes.get(name))
+
+    digest = hashlib.sha256()
+    for value in model.graph.input:
+        digest.update(repr(described(value.name)).encode())
+    for node in model.graph.node:
+        attributes = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
+        names = [described(name) for name in (*node.input, "", *node.output)]
+        digest.update(repr((node.domain, node.op_type, attributes, names)).encode())
+    digest.update(repr([described(value.name) for value in model.graph.output]).encode())
+    return digest.hexdigest()
+
+
+def _weight(tensor: onnx.TensorProto) -> object:
+    values = b""
+    if tensor.data_type == onnx.TensorProto.INT64:  # shapes, axes and places: they decide what is computed
+        nameless = onnx.TensorProto()
+        nameless.CopyFrom(tensor)
+        nameless.ClearField("name")
+        values = nameless.SerializeToString(deterministic=True)
+    return tensor.data_type, tuple(tensor.dims), values
+
+
+def next_batch(subject: Subject, table: LatencyTable) -> Wanted | None:
+    """What to measure next, when `table` holds what was measured so far and what failed; None when all is settled.
+
+    First what every plan is compared by, and what calibrates the estimates; then for each requirement what was not
+    measured of the plan that is best by `optimistic_table`, until all of it was. A twin's measurement will do until a
+    plan is settled: its graphs are measured themselves. Last, some twins are, to see whether they agree. Where there
+    are no statistics or no requirements it is a fair share of the graphs. What is in `table` is not named again, so
+    that a caller measures until it gets None, or has no time left, and then takes the `expected_table`.
+    """
+    for choose, why in (
+        (_start, "what plans are held against, and what tells most of the rest"),
+        (_decisive, "what could still change the answer"),
+        (_samples, "whether graphs of equal structure take equally long"),
+    ):
+        missing = tuple(key for key in choose(subject, table) if not _is_known(table, key))
+        if missing:
+            return Wanted(tuple(dict.fromkeys(missing)), why)
+    return None
+
+
+def _is_known(table: LatencyTable, key: Key) -> bool:
+    return key in table.entries or key in table.failed
+
+
+def _start(subject: Subject, table: LatencyTable) -> list[Key]:
+    baselines = [_key(graphs, name) for graphs in subject.graph_sets for name in graphs.baselines]
+    pseudo = [(name, FP32) for name in PSEUDO_GRAPHS]
+    return [key for key in baselines if key not in subject.twins] + pseudo + _most_telling(subject, CALIBRATION)
+
+
+def _most_telling(subject: Subject, share: float, besides: Collection[Key] = ()) -> list[Key]:
+    chosen, left_out = [], {*subject.twins, *besides}
+    for precision, prior in subject.priors.items():
+        distinct = [name for name, its in subject.specs if its == precision and (name, its) not in left_out]
+        count = max(FEWEST, math.ceil(share * len(distinct)))
+        chosen += [(name, precision) for name in choose_calibration({name: prior[name] for name in distinct}, count)]
+    return chosen
+
+
+def _decisive(subject: Subject, table: LatencyTable) -> Sequence[Key]:
+    return contenders(subject, optimistic_table(subject, table)) if subject.requirements else _fair_share(subject)
+
+
+def contenders(subject: Subject, optimistic: LatencyTable) -> tuple[Key, ...]:
+    """What is only estimated in `optimistic` of the plans that are best by it; of measured plans, all their graphs.
+
+    Without a recipe that has statistics and a baseline that runs, a fair share of the graphs. Raises InputError,
+    StaleError as `Evidence` and `search_recipes` do, never for a requirement that no plan satisfies: then it is about
+    the plan that comes nearest in latency, if any.
+    """
+    evidences = [
+        Evidence(graphs, optimistic, subject.statistics[graphs.recipe])
+        for graphs in subject.graph_sets
+        if graphs.recipe in subject.statistics
+        and any(_key(graphs, name) in optimistic.entries for name in graphs.baselines)
+    ]
+    if not evidences:
+        return tuple(_fair_share(subject))
+    chosen = parted(evidences, None).chosen  # as `search` chooses, unless it is told otherwise
+    keys = dict.fromkeys(key for requirement in subject.requirements for key in _best_plan(chosen, requirement))
+    estimated = tuple(key for key in keys if optimistic.entries[key].source != "measured")
+    return estimated or tuple(keys)
+
+
+def _best_plan(evidences: Sequence[Evidence], requirement: Requirement) -> list[Key]:
+    """The graphs of the best plan, or of the one that comes nearest where none is fast enough."""
+    nearest = replace(requirement, max_latency=None, objective=None)
+    for wanted in dict.fromkeys((requirement, nearest)):
+        try:
+            plan = search_recipes(evidences, wanted, front_by=()).plan
+        except RequirementError:
+            continue
+        baselines = [_key(each.graph_set, each.baseline) for each in evidences]
+        return [*baselines, *((graph.name, graph.precision) for graph in plan.graphs)]
+    return []
+
+
+def _fair_share(subject: Subject) -> list[Key]:
+    """Output graphs, segments from the image and between neighbours; of the rest the quarter that tells most."""
+    chosen: list[Key] = []
+    for graphs in subject.graph_sets:
+        candidate = graphs.candidate
+        near = [segment_name(a, b) for a, b in candidate.segments() if a == 0 or b == a + 1]
+        outputs = dict.fromkeys(candidate.output_of(head) for head in candidate.heads)
+        chosen += [_key(graphs, name) for name in (*near, *outputs) if name in graphs.graphs]
+    return chosen + _most_telling(subject, FAIR, besides=chosen)
+
+
+def _samples(subject: Subject, table: LatencyTable) -> Sequence[Key]:
+    return sampled_twins(subject.twins, table.entries, math.ceil(SAMPLED * len(subject.twins)))
+
+
+def sampled_twins(twins: Mapping[Key, Key], measured: Collection[Key], count: int, seed: int = 0) -> tuple[Key, ...]:
+    """Twins to measure so that `count` stand beside one of their own kind; of kinds of which one was `measured`."""
+    members = _members(twins)
+    known = {first: sum(key in measured for key in group) for first, group in members.items()}
+    compared = sum(max(0, seen - 1) for seen in known.values())
+    others = [key for first, group in members.items() if known[first] for key in group if key not in measured]
+    return tuple(random.Random(seed).sample(others, min(len(others), max(0, count - compared))))
+
+
+def _members(twins: Mapping[Key, Key]) -> dict[Key, list[Key]]:
+    members = {first: [first] for first in twins.values()}
+    for twin, first in twins.items():
+        members[first].append(twin)
+    return members
+
+
+def differing_twins(
+    entries: Mapping[Key, Latency], twins: Mapping[Key, Key], tolerance: float = SAME
+) -> tuple[Key, ...]:
+    """The first of each kind of which two were measured that differ by more than `tolerance`, as a share."""
+    differing = []
+    for first, group in _members(twins).items():
+        times = [entries[key].mean_ms for key in group if key in entries]
+        if times and max(times) > min(times) * (1 + tolerance):
+            differing.append(first)
+    return tuple(differing)
+
+
+def optimistic_table(subject: Subject, table: LatencyTable) -> LatencyTable:
+    """Every graph as it was measured, or its twin, or as fast as its estimate allows; sources say which."""
+    return _whole(subject, table, lambda estimate: estimate.low_ms / subject.slack)
+
+
+def expected_table(subject: Subject, table: LatencyTable) -> LatencyTable:
+    """Every graph as it was measured, or its twin, or as it is estimated, with the factor of its error."""
+    return _whole(subject, table, lambda estimate: estimate.mean_ms)
+
+
+def _whole(subject: Subject, table: LatencyTable, taken: Callable[[Estimate], float]) -> LatencyTable:
+    """`taken` is the time, in ms, that an estimate stands for."""
+    entries = table.entries | _shared(subject, table)
+    for (graph, precision), each in estimates(subject, table).items():
+        key = (graph, precision)
+        if key not in entries and key not in table.failed:
+            sha256 = subject.specs[key].sha256 if key in subject.specs else ""
+            times = (taken(each),) * 5
+            entries[key] = Latency(graph, sha256, precision, *times, 0, "estimated", error=each.factor)
+    source = "measured" if all(entry.source == "measured" for entry in entries.values()) else "estimated"
+    return replace(table, entries=entries, source=source)
+
+
+def _shared(subject: Subject, table: LatencyTable) -> dict[Key, Latency]:
+    """The measurements of twins under the names of graphs that were not measured; of kinds that agree."""
+    refused = differing_twins(table.entries, subject.twins)
+    shared = {}
+    for first, group in _members(subject.twins).items():
+        measured = [table.entries[key] for key in group if key in table.entries]
+        for graph, precision in group if measured and first not in refused else ():
+            if not _is_known(table, (graph, precision)):
+                sha256 = subject.specs[graph, precision].sha256
+                of = measured[0].graph
+                shared[graph, precision] = replace(measured[0], graph=graph, sha256=sha256, shared_with=of)
+    return shared
+
+
+def coverage(subject: Subject, table: LatencyTable) -> str:
+    """Such as `measured 41 of 321 graphs, 60 more like one of them`; pseudo graphs are not counted."""
+    measured, shared = (len(subject.specs.keys() & found.keys()) for found in (table.entries, _shared(subject, table)))
+    return f"measured {measured} of {len(subject.specs)} graphs" + (f", {shared} more like one of them" * bool(shared))
+
+
+def estimates(subject: Subject, table: LatencyTable) -> dict[Key, Estimate]:
+    """Every graph and pseudo graph, by what was measured in its precision."""
+    found: dict[Key, Estimate] = {}
+    for precision, prior in subject.priors.items():
+        graphs = {name: prior[name] for name, its in subject.specs if its == precision}
+        graphs |= {name: prior[name] for name in PSEUDO_GRAPHS if precision == FP32}
+        measured = {
+            name: table.entries[name, precision].mean_ms
+            for name in graphs
+            if name not in PSEUDO_GRAPHS and (name, precision) in table.entries
+        }
+        within = segment_bounds(subject.graph_sets[0].candidate, measured)
+        for name, each in calibrated(measured, graphs).items():
+            found[name, precision] = _narrowed(each, *within.get(name, (0.0, math.inf)))
+    return found | {key: each for key, each in subject.elsewhere.items() if key in found}
+
+
+def _narrowed(estimate: Estimate, low_ms: float, high_ms: float) -> Estimate:
+    mean = min(max(estimate.mean_ms, low_ms), high_ms)
+    return Estimate(mean, min(mean, max(estimate.low_ms, low_ms)), max(mean, min(estimate.high_ms, high_ms)))
+
+
+def segment_bounds(candidate: CandidateNetwork, measured: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """From and to, in ms, what measurements (ms, by graph) leave for each segment; 0 and infinity: all is open.
+
+    A segment takes no less than a part of it, and no more than its parts one after the other, which are launched apart
+    and fused less; both within `NESTED`.
+    """
+    pairs = candidate.segments()
+    within = [(outer, inner) for outer, inner in itertools.product(pairs, pairs) if _is_within(inner, outer)]
+    times = {pair: measured[segment_name(*pair)] for pair in pairs if segment_name(*pair) in measured}
+    low = {pair: times.get(pair, 0.0) * (1 - NESTED) for pair in pairs}
+    high = {pair: times.get(pair, math.inf) * (1 + NESTED) for pair in pairs}
+    for _ in candidate.exit_points:  # what follows from what followed
+        for outer, inner in within:
+            high[inner] = min(high[inner], high[outer])
+            ends = (outer[0], inner[0]), (inner[1], outer[1])
+            high[outer] = min(high[outer], high[inner] + sum(high.get(end, 0.0) for end in ends))
+    for outer, inner in within:
+        low[outer] = max(low[outer], low[inner])
+    for outer, inner in within:
+        ends = (outer[0], inner[0]), (inner[1], outer[1])
+        low[inner] = max(low[inner], low[outer] - sum(high.get(end, 0.0) for end in ends))
+    return {segment_name(*pair): (min(low[pair], high[pair]), high[pair]) for pair in pairs}
+
+
+def _is_within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]

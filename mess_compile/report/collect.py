@@ -1,0 +1,243 @@
+"""Gathers what a workspace has to show: everything that is there and current, and for the rest what to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile import extras, files
+from mess_compile.bench.result import read_bench
+from mess_compile.data import scenes
+from mess_compile.data.dataset import Sample, open_dataset, read_sample
+from mess_compile.evaluate import statistics
+from mess_compile.evaluate.diagnose import weak_final_exit
+from mess_compile.latency import table as latency
+from mess_compile.network import is_whole
+from mess_compile.report import comparison, strips, views
+from mess_compile.report.model import Benched, Found, Missing, Report, Strip, Strips
+from mess_compile.report.provenance import provenance_of
+from mess_compile.runtime.base.errors import InputError, MessError, StaleError
+from mess_compile.runtime.bundle import archive
+from mess_compile.runtime.bundle.manifest import MANIFEST
+from mess_compile.runtime.cascade.cascade import Cascade, load
+from mess_compile.search import plan as plans
+from mess_compile.search.hold_out import tuning_part
+from mess_compile.search.metrics import Evidence
+from mess_compile.search.plan import Plan, SearchResult
+from mess_compile.steps.search import known_doubts, settled_graphs_of
+from mess_compile.targets import find_target
+from mess_compile.workspace import Progress, Workspace, silent
+
+SCENES = 24
+VOID = 255
+_Part = TypeVar("_Part")
+_NO_PLAN = Missing("there is no current plan to show this of: run `mess-compile search --max-err 1%`")
+
+
+def report(
+    workspace: Workspace, device: str | None = None, output: Path | None = None, progress: Progress = silent
+) -> tuple[Path, Report]:
+    """Write the report of a device, of the one profiled last by default; what is missing says what to run.
+
+    Raises InputError saying what comes first where there is nothing to show.
+    """
+    page = extras.report_module("report.page")
+    name = workspace.memory().device if device is None else find_target(device, workspace.root).name
+    if name is None:
+        raise InputError(f"there is nothing to report yet: {_first_step(workspace)}")
+    found = gathered(workspace, name, progress)
+    if isinstance(found.search, Missing) and isinstance(found.costs, Missing):
+        raise InputError(f"there is nothing to report of {name} yet: {found.costs.reason}")
+    path = output or workspace.root / "report.html"
+    _write(path, page.report_page(found))
+    return path, found
+
+
+def _first_step(workspace: Workspace) -> str:
+    estimated = sorted(path.stem for path in workspace.latency("any").parent.glob("*.json"))
+    if estimated and workspace.memory().device is None:
+        return f"no device was measured; name one that was estimated: `mess-compile report --device {estimated[0]}`"
+    if (workspace.graphs / "index.json").is_file():
+        return "no device was profiled; run `mess-compile profile --device host`"
+    if (workspace.candidate / "network.json").is_file():
+        return "the network is not exported; run `mess-compile export`"
+    return (
+        "this workspace has no network; train one by `mess-compile train --data DIR`, bring one by "
+        "`mess-compile export MODEL.onnx`, or see the whole flow by `mess-compile demo`"
+    )
+
+
+def compare(
+    workspace: Workspace, things: Sequence[str], output: Path | None = None
+) -> tuple[tuple[comparison.Compared, ...], Path | None]:
+    """Plans side by side, of devices of this workspace, plan files or bundles; a page where `output` says so."""
+    found = tuple(one for thing in things for one in _compared(workspace, thing))
+    if output is not None:
+        _write(output, extras.report_module("report.page").compare_page(found))
+    return found, output
+
+
+def _write(path: Path, text: str) -> None:
+    with files.replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _compared(workspace: Workspace, thing: str) -> tuple[comparison.Compared, ...]:
+    path = Path(thing)
+    if (path / MANIFEST).is_file() or archive.is_bundle(path):
+        return comparison.of_bundle(thing, archive.read_manifest(path))
+    return (comparison.of_result(thing, plans.read_result(workspace.plan_named(thing))),)
+
+
+def gathered(workspace: Workspace, device: str, progress: Progress) -> Report:
+    """What there is to report of a device."""
+    result = _tried(lambda: plans.read_result(workspace.plan(device)))
+    table = _tried(lambda: latency.read_latency_table(workspace.latency(device)))
+    doubts = () if isinstance(table, Missing) else known_doubts(workspace, table)
+    if isinstance(result, Missing):
+        costs = table if isinstance(table, Missing) else views.costs_of(table, next(iter(table.recipes)), doubts)
+        return Report(device, result, _NO_PLAN, costs, _NO_PLAN, _NO_PLAN, provenance_of(None, table), doubts)
+    evidences, unseen = _evidences(workspace, result, table)
+    chosen = evidences.get(result.plan.precision)
+    return Report(
+        device=device,
+        search=Found(result, views.plan_views(result, evidences), unseen),
+        classes=views.classes_of(chosen) if chosen else unseen or _NO_PLAN,
+        costs=table if isinstance(table, Missing) else views.costs_of(table, result.plan.precision, doubts),
+        bench=_tried(partial(_benched, workspace, result.plan)),
+        strips=_tried(partial(_strips, workspace, result.plan, chosen, progress)),
+        provenance=provenance_of(result, table),
+        notes=tuple(dict.fromkeys((*result.plan.doubts, *doubts, *_weakness(chosen)))),
+    )
+
+
+def _weakness(chosen: Evidence | None) -> tuple[str, ...]:
+    weak = None if chosen is None else weak_final_exit(chosen.statistics)
+    return () if weak is None else (weak.sentence,)
+
+
+def _tried(find: Callable[[], _Part]) -> _Part | Missing:
+    try:
+        return find()
+    except MessError as error:
+        return Missing(str(error))
+
+
+def _evidences(
+    workspace: Workspace, result: SearchResult, table: latency.LatencyTable | Missing
+) -> tuple[dict[str, Evidence], Missing | None]:
+    """What the plans were found by, for each recipe where it is still that; else why not."""
+    if isinstance(table, Missing):
+        return {}, table
+    evidences, unseen = {}, None
+    for plan in {plan.precision: plan for plan in (*result.front, result.plan)}.values():
+        found = _tried(partial(_evidence, workspace, plan, table))
+        if isinstance(found, Missing):
+            unseen = found
+        else:
+            evidences[plan.precision] = found
+    return evidences, unseen
+
+
+def _evidence(workspace: Workspace, plan: Plan, table: latency.LatencyTable) -> Evidence:
+    """Raises StaleError when it is no longer what the plan was searched by."""
+    graph_set = settled_graphs_of(workspace, plan.precision, plan.device)
+    plans.check_plan_current(plan, graph_set)
+    tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
+    evidence = Evidence(graph_set, table, statistics.read_statistics(tuning))
+    sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
+    found = {"latency table": evidence.table_sha256, "statistics": evidence.statistics_sha256}
+    plans.check_sources_current(plan.device, sources, found)
+    return replace(evidence, statistics=tuning_part(evidence.statistics, plan.hold_out))
+
+
+def _benched(workspace: Workspace, plan: Plan) -> Benched:
+    path = workspace.bench(plan.device)
+    if not path.is_file():
+        raise InputError(
+            f"nothing was measured of {plan.device}'s bundle yet: run `mess-compile bundle`, then "
+            f"`mess-compile bench {workspace.bundle(plan.device).name} --data DIR`"
+        )
+    kept = read_bench(path)
+    now = tuple((stage.head, stage.cut) for stage in plan.stages)
+    remarks = []
+    if tuple(zip(kept.heads, kept.cuts, strict=True)) != now:
+        remarks.append("This was another plan than the one above: run `mess-compile bundle` and `bench` again.")
+    if kept.found.tuned_on:
+        remarks.append(f"The plan was chosen on {kept.found.tuned_on} of these images: a result from tuning data.")
+    return Benched(kept, " ".join(remarks))
+
+
+def _strips(workspace: Workspace, plan: Plan, evidence: Evidence | None, progress: Progress) -> Strips:
+    bundle = workspace.bundle(plan.device)
+    if not bundle.is_file():
+        raise InputError(f"pictures need the bundle {bundle.name}: run `mess-compile bundle`")
+    with load(bundle, plan.device) as cascade:
+        if [(s.head, s.row, s.cut) for s in cascade.plan.stages] != [(s.head, s.row, s.cut) for s in plan.stages]:
+            raise StaleError(f"{bundle.name} is of another plan than the one chosen: run `mess-compile bundle`")
+        source, samples = _extreme_samples(workspace, plan, evidence, cascade)
+        drawn: list[Strip] = []
+        for title, (sample, truth) in zip(strips.TITLES, samples, strict=False):
+            drawn.append(strips.strip_of(cascade, title, sample.id, sample.frame, truth))
+            progress("pictures", len(drawn), len(samples))
+    return Strips(source, tuple(drawn))
+
+
+def _extreme_samples(
+    workspace: Workspace, plan: Plan, evidence: Evidence | None, cascade: Cascade
+) -> tuple[str, list[tuple[Sample, NDArray[np.uint8] | None]]]:
+    """The images that the first exit is most, middling and least sure of, with their true labels where there are any;
+    generated ones where data are not here."""
+    first = plan.stages[0]
+    if evidence is not None and workspace.memory().data is not None:
+        known = evidence.statistics
+        try:
+            data = open_dataset(workspace.data_folder(None), known.split, None)
+            items = {item.id: item for item in data.items}
+            chosen = [known.image_id[index] for index in strips.extremes(_sureness(known, first))]
+            samples = [read_sample(items[name], data.classes) for name in chosen]
+            truths = [each.labels if (each.labels < VOID).any() else None for each in samples]
+            whole = is_whole(first.head)
+            by = "how much of them the whole network gets right" if whole else "how sure the first exit is"
+            return f"Images of {known.split}, by {by}.", list(zip(samples, truths, strict=True))
+        except (InputError, KeyError):
+            pass  # the data may have moved or changed since; generated scenes show the same cascade
+    hw = cascade.manifest.network.input_hw
+    drawn = scenes.by_difficulty(hw, SCENES)
+    void = cascade.manifest.network.classes != scenes.SCENE_CLASSES.names
+    confidences = [next(cascade.refine(scene.frame)).confidence or 0.0 for scene in drawn]
+    return (
+        f"Of {SCENES} generated street scenes, for the data are not here, by how sure the first exit is"
+        + (": the network was not trained on such." if void else "."),
+        [(drawn[index], None if void else drawn[index].labels) for index in strips.extremes(confidences)],
+    )
+
+
+def _sureness(known: statistics.ExitStatistics, stage: plans.Stage) -> list[float]:
+    """Of each image the cells that an exit is sure of, or the share of its pixels that a whole network gets right."""
+    head = known.head_index(stage.head)
+    if not is_whole(stage.head):
+        return [float(n) for n in known.counts[:, head, stage.row]]
+    right = known.intersection[:, head].sum(axis=1) / np.maximum(1, known.labelled.sum(axis=1))
+    return [float(share) for share in right]
+
+
+def content_of(found: Report) -> dict[str, Any]:
+    """What `report --json` prints beside the path: which parts are there, what to run for the others, and what to keep
+    in mind."""
+    parts = {
+        "plan": found.search,
+        "classes": found.classes,
+        "latencies": found.costs,
+        "measured": found.bench,
+        "pictures": found.strips,
+    }
+    missing = {name: part.reason for name, part in parts.items() if isinstance(part, Missing)}
+    there = [name for name in parts if name not in missing]
+    return {"device": found.device, "parts": there, "missing": missing, "notes": list(found.notes)}

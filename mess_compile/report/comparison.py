@@ -1,0 +1,184 @@
+"""Plans of several devices, files or bundles side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from mess_compile.network import is_whole
+from mess_compile.runtime.bundle import manifest
+from mess_compile.runtime.engines.engine import FP32
+from mess_compile.search import plan as plans
+from mess_compile.search.display import speed, work
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a plan of the front, or an operating point, lies."""
+
+    name: str
+    latency_ms: float
+    miou: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One plan, `name` as it was asked for; `front` is empty for a bundle, which holds none."""
+
+    name: str
+    kind: str
+    device: str
+    library: str
+    precision: str
+    setting: str
+    network: str
+    heads: tuple[str, ...]
+    decisions: tuple[str, ...]
+    predicted: plans.Figures
+    baseline: plans.Figures
+    baseline_name: str
+    tuned_by: str
+    operating_points: tuple[Point, ...]
+    front: tuple[Point, ...]
+    doubts: tuple[str, ...]
+    held_out: str = "-"
+
+    @property
+    def what(self) -> str:
+        """Whether early exit does anything in it."""
+        if is_whole(self.heads[0]):
+            return "the whole network, uncut"
+        alone = self.setting != "anytime" and max(self.predicted.exit_rates) == 1
+        return "a shorter network: one exit takes all" if alone else f"a cascade of {len(self.heads)} exits"
+
+    @property
+    def latency_ratio(self) -> float:
+        return self.baseline.latency_ms / self.predicted.latency_ms
+
+    @property
+    def workload_ratio(self) -> float:
+        return self.baseline.gmacs / self.predicted.gmacs
+
+    @property
+    def miou_pp(self) -> float:
+        return self.predicted.miou - self.baseline.miou
+
+
+def of_result(name: str, result: plans.SearchResult) -> Compared:
+    """The chosen plan of a search, and its front."""
+    plan = result.plan
+    front = (
+        Point(" → ".join(stage.head for stage in one.stages), one.predicted.latency_ms, one.predicted.miou)
+        for one in result.front
+    )
+    return _compared(name, "plan", plan, plan.device, plan.network, plan.gate.thresholds, tuple(front))
+
+
+def of_bundle(name: str, content: manifest.Manifest) -> tuple[Compared, ...]:
+    """Every plan that a bundle holds."""
+    lowest = [min(row) for row in content.gate.thresholds]
+    single = len(content.plans) == 1
+    return tuple(
+        _compared(
+            name if single else f"{name} ({plan.target})", "bundle", plan, plan.target, content.network.identity, lowest
+        )
+        for plan in content.plans
+    )
+
+
+def _compared(
+    name: str,
+    kind: str,
+    plan: plans.Plan | manifest.Plan,
+    device: str,
+    network: str,
+    thresholds: Sequence[float],
+    front: tuple[Point, ...] = (),
+) -> Compared:
+    return Compared(
+        name=name,
+        kind=kind,
+        device=device,
+        library=plan.library,
+        precision=plan.precision,
+        setting=plan.setting,
+        network=network,
+        heads=tuple(stage.head for stage in plan.stages),
+        decisions=tuple(_decision(thresholds[stage.row], stage.cut) for stage in plan.stages),
+        predicted=plans.Figures(**asdict(plan.predicted)),
+        baseline=plans.Figures(**asdict(plan.baseline)),
+        baseline_name=plan.baseline_name,
+        tuned_by=plan.tuned_by,
+        operating_points=tuple(
+            Point(one.name, one.predicted.latency_ms, one.predicted.miou) for one in plan.operating_points
+        ),
+        front=front,
+        doubts=plan.doubts,
+        held_out=_held_out(plan.hold_out if isinstance(plan, plans.Plan) else None),
+    )
+
+
+def _held_out(told: plans.HoldOut | None) -> str:
+    """By how much the plan's mIoU differs from the baseline's there, and on how many images."""
+    return "-" if told is None else f"{told.predicted.miou - told.baseline.miou:+.2f} ({told.predicted.images} images)"
+
+
+def _decision(threshold: float, cut: int | None) -> str:
+    return "takes the rest" if cut is None else f"{cut} cells sure at {threshold:.2f}"
+
+
+_ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
+    ("kind", lambda one: one.kind),
+    ("device", lambda one: one.device),
+    ("library", lambda one: f"{one.library} {one.precision}"),
+    ("setting", lambda one: one.setting),
+    ("plan", lambda one: one.what),
+    ("heads", lambda one: " → ".join(one.heads)),
+    ("leaves at", lambda one: "; ".join(one.decisions)),
+    ("images per exit", lambda one: " ".join(f"{rate:.0%}" for rate in one.predicted.exit_rates)),
+    ("mIoU %", lambda one: f"{one.predicted.miou:.2f}"),
+    ("against its baseline, pp", lambda one: f"{one.miou_pp:+.2f}"),
+    ("latency ms", lambda one: f"{one.predicted.latency_ms:.2f} {one.predicted.source}"),
+    ("baseline ms", lambda one: f"{one.baseline.latency_ms:.2f} ({one.baseline_name})"),
+    ("speed", lambda one: speed(one.latency_ratio)),
+    ("p95 ms", lambda one: f"{one.predicted.p95_ms:.2f}"),
+    ("worst ms", lambda one: f"{one.predicted.worst_ms:.2f}"),
+    ("GMACs", lambda one: f"{one.predicted.gmacs:.3f}"),
+    ("work", lambda one: work(one.workload_ratio)),
+    ("memory MiB", lambda one: f"{one.predicted.memory_bytes / 2**20:.1f}"),
+    ("energy mJ", lambda one: "-" if one.predicted.energy_mj is None else f"{one.predicted.energy_mj:.1f}"),
+    ("chosen on", lambda one: f"{one.predicted.images} images of {one.predicted.split}"),
+    ("against its baseline on images held out, pp", lambda one: one.held_out),
+)
+
+
+def rows(compared: Sequence[Compared]) -> tuple[tuple[str, ...], ...]:
+    """What there is to compare, one line each: its name, then a cell for every plan."""
+    found = tuple((label, *(cell(one) for one in compared)) for label, cell in _ROWS)
+    return tuple(row for row in found if set(row[1:]) != {"-"})
+
+
+def notes(compared: Sequence[Compared]) -> tuple[str, ...]:
+    """Why figures that stand side by side may not be compared, apart from the doubts of each plan."""
+    differs = {
+        "devices": {one.device for one in compared},
+        "networks": {one.network for one in compared if one.precision == FP32},  # a recipe has an identity of its own
+        "images": {f"{one.predicted.images} images of {one.predicted.split}" for one in compared},
+        "sources of latency": {one.predicted.source for one in compared},
+    }
+    meanings = {
+        "devices": "latencies and memory are of different devices",
+        "networks": "the networks differ, and with them what a plan could reach",
+        "images": "mIoU and exit rates were taken on different images",
+        "sources of latency": "some latencies are measured and some are estimated",
+    }
+    return tuple(meanings[what] for what, found in differs.items() if len(found) > 1)
+
+
+def doubts(compared: Sequence[Compared]) -> tuple[str, ...]:
+    """What speaks against the latencies of each plan, beside its name; told once of plans that have it in common."""
+    names: dict[str, list[str]] = {}
+    for one in compared:
+        for doubt in one.doubts:
+            names.setdefault(doubt, []).append(one.name)
+    return tuple(f"{', '.join(dict.fromkeys(of))}: {doubt}" for doubt, of in names.items())

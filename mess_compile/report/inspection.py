@@ -1,0 +1,447 @@
+"""What is in a backbone, a bundle or an artefact of the workspace: as JSON for programs, as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mess_compile import extras
+from mess_compile.evaluate import diagnose, statistics
+from mess_compile.latency import table as latency
+from mess_compile.network import BASELINE_ALONE, CandidateNetwork, GraphSet, head_grid, read_graph_set, segment_name
+from mess_compile.runtime.base.errors import InputError, did_you_mean
+from mess_compile.runtime.base.notebook import table_html, text_html
+from mess_compile.runtime.bundle.archive import read_manifest
+from mess_compile.runtime.bundle.manifest import MANIFEST
+from mess_compile.search import plan as plans
+from mess_compile.search.display import FIGURES, exits_table, figures_row, sentences_of
+from mess_compile.search.explain import Explanation, Outcome
+from mess_compile.steps.search import known_doubts
+from mess_compile.workspace import Workspace
+
+BACKBONES = ("resnet50", "mobilenetv2")
+ARTEFACTS = ("graphs", "statistics", "latency", "plan")
+FRONT_ROWS = 15
+_CONCLUSIONS = {
+    "gate": "a better gate would help more than better heads",
+    "heads": "better heads would help more than a better gate",
+    "both": "a better gate and better heads would help alike",
+    "neither": "a better gate or better heads would bring little",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`content` is what `--json` prints; `notes` are sentences that follow the tables."""
+
+    content: dict[str, Any]
+    tables: tuple[Table, ...]
+    notes: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        tables = (table_html(table.title, table.header, table.rows) for table in self.tables)
+        return "".join(tables) + text_html(*self.notes)
+
+
+def inspect(
+    workspace: Workspace, thing: str, classes: int, hw: tuple[int, int], exits: int, whole_front: bool = False
+) -> Inspection:
+    """Describe a backbone or artefact of the workspace by name, a plan by file or device, or a bundle by path.
+
+    Of a long front a part is in the table, unless it is asked for `whole_front`. Raises InputError.
+    """
+    if thing in BACKBONES:
+        return inspect_backbone(thing, classes, hw, exits)
+    if thing == "graphs":
+        return inspect_graphs(read_graph_set(workspace.graphs))
+    if thing == "statistics":
+        split = workspace.memory().split or "val"
+        return inspect_statistics(statistics.read_statistics(workspace.statistics(split)))
+    if thing in ("latency", "plan"):
+        device = workspace.memory().device
+        if device is None:
+            raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
+        if thing == "latency":
+            table = latency.read_latency_table(workspace.latency(device))
+            return inspect_latency(table, known_doubts(workspace, table))
+        return inspect_plan(plans.read_result(workspace.plan(device)), whole_front)
+    is_there = Path(thing).is_file() or Path(thing, MANIFEST).is_file()
+    if thing.endswith(".json") or (not is_there and workspace.plan(thing).is_file()):
+        return inspect_plan(plans.read_result(workspace.plan_named(thing)), whole_front)
+    if not is_there:
+        near = did_you_mean(thing, (*BACKBONES, *ARTEFACTS))
+        raise InputError(f"{thing!r} is no file{near}, and none of {', '.join((*BACKBONES, *ARTEFACTS))}")
+    return inspect_bundle(Path(thing))
+
+
+def inspect_backbone(backbone: str, classes: int, hw: tuple[int, int], exits: int) -> Inspection:
+    """Workloads of a backbone with the paper's head space: convolution MACs + 2 per BatchNorm element (facts: MESS)."""
+    network = extras.torch_module("nets.network")
+    blocks = network.place_exits(network.block_workloads(backbone, hw), exits)
+    heads = [(number, config) for number in range(1, exits) for config in head_grid()]
+    candidate = network.described(
+        network.Architecture(
+            backbone=backbone,
+            classes=tuple(f"class{index}" for index in range(classes)),
+            colours=((0, 0, 0),) * classes,
+            input_hw=hw,
+            exit_blocks=blocks,
+            heads=network.with_final_head(heads, exits),
+        )
+    )
+    return inspect_candidate(candidate)
+
+
+def inspect_candidate(candidate: CandidateNetwork) -> Inspection:
+    """Workload of every exit point, segment and head of a candidate network."""
+    return Inspection(_workloads(candidate), _workload_tables(candidate))
+
+
+def _gmacs(macs: int) -> float:
+    return macs / 1e9
+
+
+def _workloads(candidate: CandidateNetwork) -> dict[str, Any]:
+    return {
+        "backbone": candidate.backbone,
+        "classes": len(candidate.classes),
+        "input_hw": list(candidate.input_hw),
+        "baseline": {"head": candidate.baseline, "gmacs": _gmacs(candidate.baseline_macs)},
+        "exit_points": [asdict(point) | {"gmacs": _gmacs(point.macs)} for point in candidate.exit_points],
+        "segments": [
+            {"name": segment_name(a, b), "gmacs": _gmacs(candidate.segment_macs(a, b))} for a, b in candidate.segments()
+        ],
+        "heads": [{"name": h.name, "exit_point": h.exit_point, "gmacs": _gmacs(h.macs)} for h in candidate.heads],
+    }
+
+
+def _workload_tables(candidate: CandidateNetwork) -> tuple[Table, ...]:
+    total = candidate.exit_points[-1].macs or 1
+    points = tuple(
+        (p.name, p.block, str(p.channels), f"{p.hw[0]}x{p.hw[1]}", f"{_gmacs(p.macs):.3f}", f"{p.macs / total:.1%}")
+        for p in candidate.exit_points
+    )
+    height, width = candidate.input_hw
+    title = (
+        f"{candidate.backbone}, {len(candidate.classes)} classes, {height}x{width}: "
+        f"baseline {_gmacs(candidate.baseline_macs):.3f} GMACs"
+    )
+    heads = tuple((h.name, f"{_gmacs(h.macs):.4f}") for h in candidate.heads)
+    return (
+        Table(title, ("exit point", "block", "channels", "map", "GMACs", "of backbone"), points),
+        Table(f"{len(heads)} heads", ("head", "GMACs"), heads),
+    )
+
+
+def inspect_graphs(graph_set: GraphSet) -> Inspection:
+    """The graphs that export left: tensors, workload, weights."""
+    graphs = [asdict(spec) for spec in graph_set.graphs.values()]
+    content = _workloads(graph_set.candidate) | {"gate": asdict(graph_set.gate), "graphs": graphs}
+    content["baseline_alone"] = _identified(graph_set.baseline_alone, gmacs=content["baseline"]["gmacs"])
+    rows = tuple(
+        (s.name, f"{_gmacs(s.macs):.4f}", f"{s.bytes / 2**20:.2f}", f"{s.workspace_bytes / 2**20:.2f}")
+        for s in graph_set.graphs.values()
+    )
+    table = Table(f"{len(rows)} graphs", ("graph", "GMACs", "weights MiB", "activations MiB"), rows)
+    return Inspection(content, (*_workload_tables(graph_set.candidate)[:1], table))
+
+
+def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
+    """Every head on its own: mIoU, how often it is sure at the middle threshold row, and what limits leaving there."""
+    diagnosed = diagnose.diagnose(found)
+    early = {one.head: one for one in diagnosed.heads}
+    heads = [_head_content(found, head, early.get(head), diagnosed.max_errs_pp) for head in found.heads]
+    verdicts = diagnose.verdicts(diagnosed)
+    alone = None if found.baseline_alone is None else statistics.head_miou(found, BASELINE_ALONE)
+    weak = diagnose.weak_final_exit(found)
+    content = {
+        "split": found.split,
+        "images": found.images,
+        "device": found.device,
+        "library": found.library,
+        "precision": found.precision,
+        "threshold": found.gate.thresholds[_middle_row(found)],
+        "tolerance_pp": diagnosed.tolerance_pp,
+        "heads": heads,
+        "limits": [_verdict_content(verdict) for verdict in verdicts],
+        "baseline_alone": _identified(found.baseline_alone, miou=alone),
+        "weak_final": None if weak is None else asdict(weak),
+    }
+    title = (
+        f"{found.images} images of {found.split}, {found.library} {found.precision} on {found.device}: "
+        "what search tunes on, not a test result"
+    )
+    table = _statistics_table(title, heads, diagnosed.max_errs_pp)
+    notes = (*_legend(found, diagnosed), *map(_verdict_sentence, verdicts)) if verdicts else ()
+    if alone is not None:
+        notes = (f"{BASELINE_ALONE}, the single-exit network trained alone: {alone:.2f} % mIoU", *notes)
+    if weak is not None:
+        notes = (f"mind: {weak.sentence}", *notes)
+    return Inspection(content, (table,), notes)
+
+
+def _identified(identity: str | None, **figures: float | None) -> dict[str, Any] | None:
+    """What there is to say of the baseline trained alone, None without one."""
+    return None if identity is None else {"identity": identity, **figures}
+
+
+def _middle_row(found: statistics.ExitStatistics) -> int:
+    return len(found.gate.thresholds) // 2
+
+
+def _head_content(
+    found: statistics.ExitStatistics, head: str, early: diagnose.HeadDiagnosis | None, errors: Sequence[float]
+) -> dict[str, Any]:
+    index = found.head_index(head)
+    sure = float(found.counts[:, index, _middle_row(found)].mean()) / found.cells[index]
+    content: dict[str, Any] = {"name": head, "miou": statistics.head_miou(found, head), "sure": sure}
+    if early is None:
+        names = ("coverage", "auroc", "auroc_threshold", "auroc_middle", "gate_share", "oracle_share", "oracle_miou")
+        return content | dict.fromkeys(names)
+    return content | {
+        "coverage": early.coverage,
+        "auroc": early.auroc,
+        "auroc_threshold": None if early.auroc_row is None else found.gate.thresholds[early.auroc_row],
+        "auroc_middle": early.auroc_middle,
+        "gate_share": {f"{error:g}": share for error, share in zip(errors, early.gate_share, strict=True)},
+        "oracle_share": {f"{error:g}": share for error, share in zip(errors, early.oracle_share, strict=True)},
+        "oracle_miou": early.oracle_miou,
+    }
+
+
+def _verdict_content(verdict: diagnose.Verdict) -> dict[str, Any]:
+    return {
+        "max_err_pp": verdict.max_err_pp,
+        "gate_share": verdict.gate_share,
+        "oracle_share": verdict.oracle_share,
+        "limit": verdict.limit,
+        "exits": [asdict(one) | {"limit": one.limit} for one in verdict.exits],
+    }
+
+
+def _statistics_table(title: str, heads: Sequence[dict[str, Any]], errors: Sequence[float]) -> Table:
+    shares = [(f"{kind}_share", f"{error:g}") for error in errors for kind in ("gate", "oracle")]
+    rows = tuple(
+        (
+            head["name"],
+            f"{head['miou']:.2f}",
+            f"{head['sure']:.0%}",
+            _share(head["coverage"]),
+            "-" if head["auroc"] is None else f"{head['auroc']:.2f}",
+            *(_share((head[kind] or {}).get(error)) for kind, error in shares),
+        )
+        for head in heads
+    )
+    columns = tuple(f"{kind.removesuffix('_share')} {error}%" for kind, error in shares)
+    return Table(title, ("head", "mIoU %", "sure", "coverage", "AUROC", *columns), rows)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _legend(found: statistics.ExitStatistics, diagnosed: diagnose.Diagnosis) -> tuple[str, ...]:
+    errors = " or ".join(f"{error:g}" for error in diagnosed.max_errs_pp)
+    return (
+        f"sure: cells sure at {found.gate.thresholds[_middle_row(found)]:g}",
+        f"coverage: images on which the head is as good as {diagnosed.final}, to {diagnosed.tolerance_pp:g} pp of mIoU",
+        "AUROC: how well its confidence tells them at the best threshold; 0.5 is chance",
+        f"gate: images that may leave there within {errors} pp of mIoU, by the best threshold and cut",
+        "oracle: those that may with perfect knowledge (greedy: at least so many)",
+    )
+
+
+def _verdict_sentence(verdict: diagnose.Verdict) -> str:
+    exits = ", ".join(f"exit {one.exit_point} {one.limit}" for one in verdict.exits)
+    return (
+        f"at {verdict.max_err_pp:g}%, the best head of each early exit could let {verdict.oracle_share:.0%} of images "
+        f"leave with perfect knowledge (mean over exits), its gate lets {verdict.gate_share:.0%}: "
+        f"{_CONCLUSIONS[verdict.limit]} (limited by: {exits})"
+    )
+
+
+def inspect_latency(table: latency.LatencyTable, doubts: Sequence[str] = ()) -> Inspection:
+    """Every entry of a latency table, and what speaks against it."""
+    entries = [asdict(entry) for entry in table.entries.values()]
+    content = {
+        "device": table.device,
+        "library": table.library,
+        "library_version": table.library_version,
+        "source": table.source,
+        "environment": table.environment,
+        "recipes": list(table.recipes),
+        "entries": entries,
+        "failed": [asdict(failure) for failure in table.failed.values()],
+        "doubts": list(doubts),
+    }
+    rows = tuple(
+        (
+            e.graph,
+            e.precision,
+            f"{e.mean_ms:.3f}",
+            f"{e.p50_ms:.3f}",
+            f"{e.p95_ms:.3f}",
+            f"{e.p99_ms:.3f}",
+            str(e.runs),
+            e.told,
+        )
+        for e in table.entries.values()
+    )
+    title = (
+        f"{table.device}: {table.library} {table.library_version}, {table.environment.get('cpu', 'unknown processor')}"
+    )
+    header = ("graph", "precision", "mean ms", "p50", "p95", "p99", "runs", "source")
+    failed = (f"{f.graph} in {f.precision} is in no plan: {f.error}" for f in table.failed.values())
+    return Inspection(content, (Table(title, header, rows),), (*failed, *(f"mind: {doubt}" for doubt in doubts)))
+
+
+def inspect_plan(result: plans.SearchResult, whole_front: bool = False) -> Inspection:
+    """The chosen plan, its figures beside the baseline's, its operating points, and the front, fastest first."""
+    plan, front = result.plan, result.front
+    header, exits = exits_table(plan)
+    figures = (figures_row(plan.baseline_name, plan.baseline), figures_row("plan", plan.predicted))
+    title = f"{plan.predicted.source} latency, {plan.predicted.images} images of {plan.predicted.split}"
+    tables = (
+        Table(f"plan for {plan.device}, {plan.setting}, {plan.precision}", header, tuple(exits)),
+        Table(title, FIGURES, figures),
+        *points_tables(plan),
+    )
+    chosen = next((i for i, p in enumerate(front) if (p.stages, p.precision) == (plan.stages, plan.precision)), None)
+    shown = range(len(front)) if whole_front else _shown_of_front(len(front), chosen)
+    left = len(front) - len(shown)
+    less = (f"{left} of the front's {len(front)} plans are left out: `inspect plan --all` shows them, as does --json",)
+    notes = (*sentences_of(plan), *(f"mind: {doubt}" for doubt in plan.doubts), *(less if left else ()))
+    return Inspection(plans.result_to_json(result), (*tables, _front_table(result, shown, chosen)), notes)
+
+
+def _shown_of_front(count: int, chosen: int | None) -> Sequence[int]:
+    """Both ends, the chosen plan and its neighbours, and the others evenly."""
+    if count <= FRONT_ROWS:
+        return range(count)
+    near = () if chosen is None else range(max(chosen - 1, 0), min(chosen + 2, count))
+    spread = (round(i * (count - 1) / (FRONT_ROWS - len(near) - 1)) for i in range(FRONT_ROWS - len(near)))
+    return sorted({*near, *spread})
+
+
+def _front_table(result: plans.SearchResult, shown: Sequence[int], chosen: int | None) -> Table:
+    rows = tuple(
+        (
+            f"{index + 1} chosen" if index == chosen else str(index + 1),
+            point.precision,
+            f"{point.predicted.latency_ms:.3f}",
+            f"{point.predicted.miou:.2f}",
+            f"{point.predicted.gmacs:.3f}",
+            f"{point.predicted.memory_bytes / 2**20:.1f}",
+            _rates(point.predicted),
+            " -> ".join(stage.head for stage in point.stages),
+        )
+        for index in shown
+        for point in (result.front[index],)
+    )
+    title = f"front for {result.plan.device} by {', '.join(result.front_by)}, {result.plan.predicted.source} latency"
+    header = ("plan", "precision", "latency ms", "mIoU %", "GMACs", "memory MiB", "exits", "heads")
+    return Table(title, header, rows)
+
+
+def _rates(figures: plans.Figures) -> str:
+    return " ".join(f"{rate:.0%}" for rate in figures.exit_rates)
+
+
+def points_tables(plan: plans.Plan) -> tuple[Table, ...]:
+    """The operating points of a plan: the same graphs, other thresholds; none where there are no early exits."""
+    if len(plan.stages) == 1:
+        return ()
+    rows = tuple(
+        (
+            point.name,
+            f"{point.predicted.latency_ms:.2f}",
+            f"{point.predicted.p95_ms:.2f}",
+            f"{point.predicted.miou:.2f}",
+            _rates(point.predicted),
+            " ".join("-" if d.cut is None else f"{plan.gate.thresholds[d.row]:.2f}/{d.cut}" for d in point.decisions),
+        )
+        for point in plan.operating_points
+    )
+    title = "operating points: the same graphs, switched at run time"
+    return (Table(title, ("", "latency ms", "p95 ms", "mIoU %", "exits", "sure at/leaves at"), rows),)
+
+
+def inspect_explanation(found: Explanation) -> Inspection:
+    """Why a plan was chosen: what its exits bring, what its requirement costs, what would help most."""
+    exits = tuple(
+        (
+            f"exit {share.exit}",
+            share.head,
+            f"{share.coverage:.0%}",
+            *("-" if value is None else f"{value:.2f}" for value in (share.miou, share.baseline_miou)),
+            "-" if share.gain_pp is None else f"{share.gain_pp:+.2f}",
+            f"{share.latency_ms:.2f}",
+            f"{share.saved_ms:+.2f}",
+        )
+        for share in found.exits
+    )
+    header = ("", "head", "images", "mIoU % of these", "baseline's", "gain pp", "latency ms", "saved ms")
+    tables = [Table("why: what each exit brings", header, exits)]
+    bounds = tuple(
+        (bound.bound, limit, *_outcome_cells(outcome, found))
+        for bound in found.bounds
+        for limit, outcome in ((bound.tighter_limit, bound.tighter), (bound.looser_limit, bound.looser))
+    )
+    if bounds:
+        columns = ("bound", "if it were", found.objective, "latency ms", "mIoU %", "heads")
+        tables.append(Table(f"what each requirement costs (now {found.objective} {found.value:.4g})", columns, bounds))
+    helps = tuple((each.what, f"{each.gain:.1%}", *_outcome_cells(each.outcome, found)) for each in found.helps)
+    if helps:
+        columns = ("if", "gain", found.objective, "latency ms", "mIoU %", "heads")
+        tables.append(Table("what would help most", columns, helps))
+    notes = () if found.weak_final is None else (f"mind: {found.weak_final.sentence}",)
+    return Inspection(asdict(found), tuple(tables), notes)
+
+
+def _outcome_cells(outcome: Outcome | None, found: Explanation) -> tuple[str, ...]:
+    if outcome is None:
+        return ("no plan", "-", "-", "-")
+    change = outcome.value - found.value
+    value = "the same" if change == 0 else f"{outcome.value:.4g} ({change:+.2g})"
+    return value, f"{outcome.latency_ms:.2f}", f"{outcome.miou:.2f}", " -> ".join(outcome.heads)
+
+
+def inspect_bundle(path: Path) -> Inspection:
+    """The manifest of a bundle, after its bytes are verified. Raises BundleError."""
+    manifest = read_manifest(path)
+    tables, notes = [], []
+    for plan in manifest.plans:
+        figures = plan.predicted
+        title = (
+            f"{plan.target}, {plan.library} {plan.precision}, {plan.setting}: predicted {figures.latency_ms:.2f} ms, "
+            f"{figures.miou:.2f} % mIoU ({figures.source}, {figures.images} images of {figures.split}); "
+            f"{plan.baseline_name} {plan.baseline.latency_ms:.2f} ms, {plan.baseline.miou:.2f} %"
+        )
+        decided = ("row", "leaves at count") if len(plan.stages) > 1 else ()
+        tables.append(Table(title, ("exit", "head", *decided), _stage_rows(plan.stages, bool(decided))))
+        notes += [f"mind: {doubt}" for doubt in plan.doubts]
+        notes += [
+            f"{path} runs in {found.used}: in {found.wanted} it lost too much"
+            for path, found in plan.precisions.items()
+            if found.used != found.wanted
+        ]
+    return Inspection(asdict(manifest), tuple(tables), tuple(notes))
+
+
+def _stage_rows(stages: Sequence[Any], decided: bool) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        (str(number), stage.head, *(_decision(stage) if decided else ())) for number, stage in enumerate(stages, 1)
+    )
+
+
+def _decision(stage: Any) -> tuple[str, str]:
+    return str(stage.row), "-" if stage.cut is None else f"{stage.cut} of {stage.cells}"

@@ -1,0 +1,282 @@
+"""Ways to run a plan, from the wanted one to the safest, and one frame's walk through the stages on them."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Callable, Iterator, List, Optional, Tuple, TypeVar
+
+import numpy as np
+
+from mess_compile.runtime.base.errors import EngineError, MessError
+from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, Decision, Manifest, Plan, Stage
+from mess_compile.runtime.cascade.metrics import Recorder
+from mess_compile.runtime.cascade.stages import Stages
+from mess_compile.runtime.engines import onnxruntime_engine
+from mess_compile.runtime.engines.engine import PRECISIONS, Library, Tensor
+
+FAILURES_IN_A_ROW = 3
+REST_FRAMES = 100
+"""After so many failures in a row a rung is left out for so many frames, then tried again."""
+_CLOSED = "the cascade is closed"
+_Result = TypeVar("_Result")
+
+
+class Rung:
+    """One way to run a frame: a plan in an engine library.
+
+    One that cannot be opened refuses, and is opened again after a rest, unless that would build engines.
+    """
+
+    def __init__(self, plan: Plan, name: str, builds: bool, open_stages: Callable[[], Stages]) -> None:
+        self.plan, self.name = plan, name
+        self._builds, self._open_stages = builds, open_stages
+        self._decisions = {point.name: point.decisions for point in plan.operating_points}
+        self._stages: Optional[Stages] = None
+        self._refusal: Optional[str] = None
+        self._lock, self._opening = threading.Lock(), threading.Lock()
+        self._failures_in_a_row, self._rest = 0, 0
+
+    def stages(self) -> Stages:
+        """Raises EngineError when they cannot be opened."""
+        return self._stages or self._opened()
+
+    def open(self) -> None:
+        """Now rather than with the first frame that needs it; what keeps it from opening is told by `refusal`."""
+        with suppress(EngineError):
+            self.stages()
+
+    def _opened(self) -> Stages:
+        with self._opening:
+            if self._stages is None and self._refusal is None:
+                try:
+                    self._stages = self._open_stages()
+                except MessError as error:
+                    self._refusal = str(error)
+            if self._stages is None:
+                raise EngineError(str(self._refusal))
+            return self._stages
+
+    @property
+    def refusal(self) -> Optional[str]:
+        """Why it does not open; None for one that is open."""
+        return self._refusal
+
+    def decisions(self, point: str) -> Tuple[Decision, ...]:
+        """Those of an operating point, of the default one where the plan has none of the name."""
+        return self._decisions.get(point) or self._decisions[DEFAULT_POINT]
+
+    def rests(self) -> bool:
+        """Whether the next frame leaves it out."""
+        if self._rest <= 0:
+            return False
+        with self._lock:
+            if self._rest <= 0:
+                return False
+            self._rest -= 1
+            if self._rest == 0 and not self._builds and self._refusal != _CLOSED:
+                self._refusal = None
+        return True
+
+    def failed(self) -> None:
+        with self._lock:
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row >= FAILURES_IN_A_ROW and self._rest <= 0:
+                self._rest = REST_FRAMES
+
+    def succeeded(self) -> None:
+        self._failures_in_a_row = 0
+
+    def close(self) -> None:
+        """Give back what it holds; it does not open again."""
+        with self._opening:
+            self._refusal = _CLOSED
+            if self._stages is not None:
+                self._stages.close()
+            self._stages = None
+
+
+class Ladder:
+    """The rungs of a plan, opened here; the first is the plan as it is. It closes `library` with itself.
+
+    With `fallback` there follow the bundle's plans for the same target in safer precisions, in the same library; and
+    last ONNX Runtime's plain kernels on the CPU, by the safest of these plans. What of these cannot be opened is left
+    out, and told by `refusals`.
+    """
+
+    def __init__(
+        self, manifest: Manifest, plan: Plan, library: Library, folder: Path, fallback: bool, threads: Optional[int]
+    ) -> None:
+        self._libraries: List[Library] = [library]
+        builds = library.builds_for is not None
+
+        def rung(of: Plan) -> Rung:
+            return Rung(of, f"{of.name} on {library.name}", builds, lambda: Stages(manifest, of, library, folder))
+
+        def plain_stages() -> Stages:
+            if len(self._libraries) == 1:
+                self._libraries.append(onnxruntime_engine.open_library(threads=threads, plain=True))
+            return Stages(manifest, plans[-1], self._libraries[-1], folder)
+
+        plans = (plan, *(safer_plans(manifest, plan) if fallback else ()))
+        try:
+            first = Stages(manifest, plan, library, folder)
+        except BaseException:
+            library.close()
+            raise
+        self._rungs = [Rung(plan, f"{plan.name} on {library.name}", builds, lambda: first)]
+        self._rungs += [rung(safer) for safer in plans[1:]]
+        if fallback:
+            name = f"{plans[-1].name} on ONNX Runtime's plain kernels"
+            self._rungs.append(Rung(plans[-1], name, False, plain_stages))
+        try:
+            for each in self._rungs:
+                each.open()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def refusals(self) -> Tuple[str, ...]:
+        """What cannot be fallen back to, and why."""
+        return tuple(f"{rung.name}: {rung.refusal}" for rung in self._rungs if rung.refusal is not None)
+
+    @property
+    def falls_back(self) -> bool:
+        return len(self._rungs) > 1
+
+    def rungs(self) -> Iterator[Rung]:
+        """Those that a frame tries in turn; the last one never rests."""
+        last = self._rungs[-1]
+        for rung in self._rungs:
+            if not rung.rests() or rung is last:
+                yield rung
+
+    def is_first(self, rung: Rung) -> bool:
+        return rung is self._rungs[0]
+
+    def close(self) -> None:
+        for rung in self._rungs:
+            rung.close()
+        for library in self._libraries:
+            library.close()
+
+
+def safer_plans(manifest: Manifest, plan: Plan) -> Tuple[Plan, ...]:
+    """What else the bundle has for the same target, library and setting in a safer precision, the boldest first."""
+
+    def safety(of: Plan) -> int:
+        return PRECISIONS.index(of.boldest)
+
+    def place(of: Plan) -> Tuple[str, str, str]:
+        return of.target, of.library, of.setting
+
+    safer = [each for each in manifest.plans if place(each) == place(plan) and safety(each) > safety(plan)]
+    return tuple(sorted(safer, key=safety))
+
+
+class Walk:
+    """One frame on its way through the stages. What fails on one rung is done again, from the image, on the next."""
+
+    def __init__(self, ladder: Ladder, image: np.ndarray, point: str, recorder: Recorder) -> None:
+        self.counts: List[np.ndarray] = []
+        """Of every stage passed, (T,) each."""
+        self.depth = 0
+        self.point = point
+        self._image, self._recorder = image, recorder
+        self._rungs = ladder.rungs()
+        self._rung = next(self._rungs)
+        self._decisions = self._rung.decisions(point)
+        self.fell_back = not ladder.is_first(self._rung)
+        self._reason: Optional[EngineError] = None
+        self._stages: Optional[Stages] = None
+        self._features: Tensor = None
+        self._logits: Tensor = None
+
+    def advance(self) -> None:
+        """Pass one more stage. Raises EngineError when no rung can.
+
+        A plan of other exits that is fallen back to goes on at its first exit that is as deep, or its last one.
+        """
+        self.depth += 1
+        self._attempt(self._caught_up)
+
+    @property
+    def plan(self) -> Plan:
+        """The one that computes the frame: another than the cascade's where that failed."""
+        return self._rung.plan
+
+    @property
+    def stage(self) -> Stage:
+        """The last one passed."""
+        return self._rung.plan.stages[self.depth - 1]
+
+    @property
+    def count(self) -> Optional[int]:
+        """The sure cells of the last stage passed, by its decision's row; None of a whole network."""
+        return None if self.stage.is_whole else int(self.counts[-1][self._decisions[self.depth - 1].row])
+
+    @property
+    def is_last(self) -> bool:
+        return self.depth == len(self._decisions)
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the image leaves here: it is sure, or there are no more exits."""
+        cut = self._decisions[self.depth - 1].cut
+        return self.is_last or (cut is not None and self.count is not None and self.count >= cut)
+
+    def labels(self) -> np.ndarray:
+        """Labels uint8 (H, W), at the network's input size, of the last stage passed. Raises EngineError."""
+        labels = self._attempt(self._labels)
+        self._rung.succeeded()
+        return labels
+
+    def _labels(self) -> np.ndarray:
+        return self._caught_up().labels(self.depth - 1, self._logits)
+
+    def ended(self) -> None:
+        """No stage follows: the features may make room, warm in the cache, for those of the next frame."""
+        self._features = None
+
+    def logits(self) -> np.ndarray:
+        """Logits (K, h, w) of the last stage passed, while they are there. Raises EngineError."""
+        values: np.ndarray = self._caught_up().library.download(self._logits)[0]
+        return values
+
+    def _attempt(self, action: Callable[[], _Result]) -> _Result:
+        while True:
+            try:
+                return action()
+            except EngineError as error:
+                self._climb(error)
+
+    def _caught_up(self) -> Stages:
+        """The present rung's stages, all of them run that the frame is to have passed."""
+        if self._stages is None:
+            self._stages = self._rung.stages()
+            self._features = self._stages.upload(self._image)
+            self.counts.clear()
+        while len(self.counts) < self.depth:
+            self._features, self._logits, counts = self._stages.advance(len(self.counts), self._features)
+            self.counts.append(counts)
+        return self._stages
+
+    def _climb(self, error: EngineError) -> None:
+        self._recorder.failed(error)
+        self._rung.failed()
+        following = next(self._rungs, None)
+        if following is None:
+            self._recorder.lost()
+            raise error if self._reason is None else EngineError(f"{self._reason}; then, falling back: {error}")
+        self._reason = self._reason or error
+        self.depth = _as_deep(following.plan, self.stage.exit_point)
+        self._rung, self._stages, self.fell_back = following, None, True
+        self._decisions = following.decisions(self.point)
+
+
+def _as_deep(plan: Plan, exit_point: int) -> int:
+    """The number, from 1, of the plan's first exit that is no shallower, or of its last one."""
+    deep = (number for number, stage in enumerate(plan.stages, 1) if stage.exit_point >= exit_point)
+    return next(deep, len(plan.stages))

@@ -1,0 +1,194 @@
+"""Engines that a device builds for itself from ONNX files, kept in a folder of the user's own.
+
+An engine is code: it is taken from that folder alone, and only with the hash that it was written with. What a bundle
+brings gets there only when the user named whose signature counts, and the bundle has it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, Optional, Tuple
+
+from mess_compile.runtime.base import user_dirs
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.bundle.manifest import EngineFile, Manifest, Plan
+from mess_compile.runtime.engines import tensorrt_build
+from mess_compile.runtime.engines.engine import Library
+from mess_compile.runtime.engines.tensorrt_build import BuildOptions
+
+_Gpu = Tuple[str, Tuple[int, int]]
+_PROFILED = Path(".mess-compile", "engines")
+
+
+def default_folder() -> Path:
+    """Where engines are kept unless told otherwise; `XDG_CACHE_HOME` moves it. Raises InputError without a home."""
+    cache = user_dirs.cache()
+    if cache is None:
+        raise InputError("no home folder is known to keep engines in: set XDG_CACHE_HOME to one of your own")
+    return cache / "mess-compile" / "engines"
+
+
+def profiled_folder() -> Optional[Path]:
+    """Where `profile` and `build` keep what they build here; None where no home is known."""
+    own = user_dirs.home()
+    return None if own is None else own / _PROFILED
+
+
+def loadable(library: Library, graph: Path, precision: str, folder: Optional[Path] = None) -> Path:
+    """What `library` loads for an ONNX file: the file itself, or an engine built from it for the device that is here.
+
+    The graph is in the form that the library's parser takes, its weights inside or named by their hashes. An engine is
+    built once (minutes, on a Jetson) and kept in `folder`. Raises InputError when others can write there, EngineError
+    in the builder's words; where nothing can be written, InputError of the default folder and OSError of another.
+    """
+    gpu = library.builds_for
+    if gpu is None:
+        return graph
+    if folder is not None:
+        return _loadable(library, gpu, graph, precision, folder)
+    folder = default_folder()
+    with _writable(folder):
+        return _loadable(library, gpu, graph, precision, folder)
+
+
+def _loadable(library: Library, gpu: _Gpu, graph: Path, precision: str, folder: Path) -> Path:
+    _own(folder)
+    path = _place(library, gpu, folder, _sha256(graph), precision)
+    if not _is_intact(path):
+        _build(graph, path, _options(library, gpu, precision), _timing(folder, library))
+    return path
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"engines cannot be kept in {folder} ({error.strerror or error}): make room there, or set XDG_CACHE_HOME "
+            "to a folder that can be written"
+        ) from error
+
+
+def is_built(library: Library, sha256: str, precision: str, folder: Optional[Path] = None) -> bool:
+    """Whether `loadable` has an engine of the graph with this hash, or needs none."""
+    gpu = library.builds_for
+    return gpu is None or _is_intact(_place(library, gpu, folder or default_folder(), sha256, precision))
+
+
+def borrow(library: Library, sha256: str, precision: str) -> bool:
+    """Take over the engine that `profile` or `build` had this user build here for the graph, where there is one."""
+    gpu, place = library.builds_for, profiled_folder()
+    if gpu is None or place is None or not place.is_dir():
+        return False
+    _own(place)
+    path = _place(library, gpu, place, sha256, precision)
+    if not _is_intact(path):
+        return False
+    folder = default_folder()
+    with _writable(folder):
+        _own(folder)
+        _keep(folder / path.name, path.read_bytes())
+    return True
+
+
+def _options(library: Library, gpu: _Gpu, precision: str) -> BuildOptions:
+    _, (major, minor) = gpu
+    capability = f"SM{major}{minor}" if library.name == "tensorrt_rtx" else None
+    return BuildOptions(library.name, precision, capability)
+
+
+def _sha256(graph: Path) -> str:
+    return hashlib.sha256(graph.read_bytes()).hexdigest()
+
+
+def _place(library: Library, gpu: _Gpu, folder: Path, sha256: str, precision: str) -> Path:
+    """Where in `folder` the engine lies that `library` makes of a graph for this GPU."""
+    name, (major, minor) = gpu
+    decides = (sha256, repr(_options(library, gpu, precision)), library.version, name, major, minor)
+    return folder / f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.engine"
+
+
+def _timing(folder: Path, library: Library) -> Path:
+    return folder / tensorrt_build.timing_cache_name(library.version)
+
+
+def brought(manifest: Manifest, library: Library) -> Tuple[EngineFile, ...]:
+    """What a bundle brings for this very library and GPU: engines, and what a builder has timed."""
+    gpu = library.builds_for
+    return () if gpu is None else tuple(engine for engine in manifest.engines if _fits(engine, library, gpu))
+
+
+def adopt(manifest: Manifest, plan: Plan, library: Library, source: Path) -> None:
+    """Put the engines that a bundle in `source` has `brought` among the user's own, unless there are some.
+
+    Only of a bundle whose signature is known. Raises InputError.
+    """
+    gpu, engines = library.builds_for, brought(manifest, library)
+    if gpu is None or not engines:
+        return
+    folder = default_folder()
+    with _writable(folder):
+        _own(folder)
+        for engine in engines:
+            if engine.graph is None:
+                if not _timing(folder, library).exists():
+                    _write(_timing(folder, library), (source / engine.file).read_bytes())
+            elif engine.graph in plan.precisions and engine.precision == plan.precisions[engine.graph].used:
+                path = _place(library, gpu, folder, manifest.files[engine.graph].sha256, engine.precision)
+                if not _is_intact(path):
+                    _keep(path, (source / engine.file).read_bytes())
+
+
+def _fits(engine: EngineFile, library: Library, gpu: _Gpu) -> bool:
+    same_library = (engine.library, engine.library_version) == (library.name, library.version)
+    return same_library and engine.device in ("", gpu[0]) and engine.capability == gpu[1]
+
+
+def _own(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise InputError(
+            f"others can write in {folder}, and engines are code: `chmod go-w` it, or set XDG_CACHE_HOME to a folder "
+            "of your own"
+        )
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        known = path.with_suffix(".sha256").read_text(encoding="ascii")
+        return hashlib.sha256(path.read_bytes()).hexdigest() == known
+    except (OSError, ValueError):
+        return False
+
+
+def _build(graph: Path, path: Path, options: BuildOptions, timing: Path) -> None:
+    """Classic TensorRT keeps what it timed for the builds to come; a cache of another device it does not take."""
+    known = timing.read_bytes() if options.library == "tensorrt" and timing.is_file() else None
+    built = tensorrt_build.build_engine(graph, options, known)
+    _keep(path, built.engine)
+    if built.timing_cache is not None:
+        _write(timing, built.timing_cache)
+
+
+def _keep(path: Path, engine: bytes) -> None:
+    _write(path, engine)
+    _write(path.with_suffix(".sha256"), hashlib.sha256(engine).hexdigest().encode("ascii"))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of it or nothing, also when two processes build at once."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".making-")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

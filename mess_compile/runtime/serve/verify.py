@@ -1,0 +1,171 @@
+"""Does a bundle compute, on this machine, what it computed where it was made, as fast, and from whom is it?"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from mess_compile.runtime.base.errors import BundleError
+from mess_compile.runtime.bundle.archive import Archive, open_archive
+from mess_compile.runtime.bundle.manifest import Golden
+from mess_compile.runtime.bundle.signature import Signers, check_signers
+from mess_compile.runtime.cascade.cascade import Cascade, Prediction, load_archive
+from mess_compile.runtime.machine.power import read_state
+
+LABELS_EQUAL_PERCENT = {"fp32": 99.9, "fp16": 99.5, "int8": 98.0}
+COUNT_TOLERANCE = {"fp32": 0.0, "fp16": 0.005, "int8": 0.02}
+"""Share of the cells by which a count may differ, beside one cell."""
+LATENCY_FACTOR = 1.25
+Progress = Callable[[str, int, int], None]
+_WARM_UP, _RUNS, _MOST_S = 2, 15, 3.0
+"""Every golden frame runs so often, or fewer times when that takes longer, but three times at the least."""
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a bundle is held to beside its hashes and golden frames.
+
+    With `signers` it must be signed by one of them; `require_signature` fails where nobody is named. `latency_factor`
+    is what the golden frames may take, in multiples of what the plan says of the exits they leave at.
+    """
+
+    signers: Optional[Signers] = None
+    require_signature: bool = False
+    latency_factor: float = LATENCY_FACTOR
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def verify_bundle(
+    path: Path, target: Optional[str] = None, demands: Optional[Demands] = None, progress: Progress = _silent
+) -> Tuple[Check, ...]:
+    """All checks of a bundle; nothing of it runs when its signature is not as demanded.
+
+    `progress` hears what is done, and of how much: 0 where that is not known.
+
+    Raises BundleError when a byte of the bundle was changed, InputError, EngineError.
+    """
+    demands = demands or Demands()
+    if demands.signers is not None:
+        check_signers(demands.signers)
+    progress("hashes", 0, 0)
+    archive = open_archive(path)
+    try:
+        checks = (_hashes(archive), _signature(archive, demands))
+        if not checks[1].passed:
+            return checks
+        progress("open engines", 0, 0)
+        with load_archive(archive, target) as cascade:
+            return checks + verify(cascade, demands.latency_factor, progress)
+    finally:
+        archive.close()
+
+
+def _hashes(archive: Archive) -> Check:
+    return Check("hashes", True, f"{len(archive.manifest.files)} files are as they were written")
+
+
+def _signature(archive: Archive, demands: Demands) -> Check:
+    needed = demands.require_signature or demands.signers is not None
+    if archive.signature is None:
+        return Check("signature", not needed, "there is none, and one is required" if needed else "there is none")
+    if demands.signers is None:
+        detail = "there is one, and no file of allowed signers to check it by"
+        return Check("signature", not needed, detail)
+    try:
+        return Check("signature", True, f"by {archive.check_signer(demands.signers)}")
+    except BundleError as error:
+        return Check("signature", False, str(error))
+
+
+def verify(cascade: Cascade, latency_factor: float = LATENCY_FACTOR, progress: Progress = _silent) -> Tuple[Check, ...]:
+    """The checks of a loaded bundle: every golden frame of its plan, power mode, latency.
+
+    A golden frame passes when it leaves at the exit it left at, with as many labels equal and its confident cells
+    counted as closely as the boldest precision of the plan allows; of a whole network the labels alone count. An
+    infinite `latency_factor` judges neither latency nor the power mode that it holds in. Raises BundleError for a
+    golden file that is not a plain array, EngineError.
+    """
+    plan = cascade.plan
+    cases = cascade.manifest.golden_of(plan)
+    if not cases:
+        return (Check("golden", False, f"the bundle holds no golden frame for {plan.name}"),)
+    frames = [cascade.archive.array(golden.frame) for golden in cases]
+    checks = []
+    for golden, frame in zip(cases, frames):
+        checks.append(_golden(cascade, golden, frame))
+        progress("golden frames", len(checks), len(cases))
+    if plan.power_mode is not None and not math.isinf(latency_factor):
+        checks.append(_power_mode(plan.power_mode, read_state().power_mode))
+    checks.append(_latency(cascade, frames, latency_factor, progress))
+    return tuple(checks)
+
+
+def _power_mode(wanted: str, found: Optional[str]) -> Check:
+    detail = f"{found or 'unknown'}; the plan's latencies were measured in {wanted}"
+    return Check("power mode", found == wanted, detail)
+
+
+def _golden(cascade: Cascade, golden: Golden, frame: np.ndarray) -> Check:
+    labels, prediction = cascade.archive.array(golden.labels), cascade(frame)
+    if prediction.labels.shape != labels.shape:
+        return Check(golden.frame, False, f"labels are {prediction.labels.shape}, expected {labels.shape}")
+    equal = 100.0 * float(np.mean(prediction.labels == labels))
+    cells, precision = cascade.plan.stages[prediction.exit - 1].cells, cascade.plan.boldest
+    passed = prediction.exit == golden.exit and equal >= LABELS_EQUAL_PERCENT[precision]
+    if prediction.confidence is None:
+        return Check(golden.frame, passed, f"the whole network; {equal:.3f} % of the labels are equal")
+    count = round(prediction.confidence * cells)
+    passed = passed and abs(count - golden.count) <= 1 + COUNT_TOLERANCE[precision] * cells
+    detail = (
+        f"exit {prediction.exit}, expected {golden.exit}; {count} confident cells, expected {golden.count}; "
+        f"{equal:.3f} % of the labels are equal"
+    )
+    return Check(golden.frame, passed, detail)
+
+
+def _latency(cascade: Cascade, frames: Sequence[np.ndarray], factor: float, progress: Progress) -> Check:
+    """The sum of the frames' medians against the sum of the costs of the exits they took."""
+    rounds = _timed(cascade, frames, progress)
+    latencies = np.array([[prediction.latency_ms for prediction in predictions] for predictions in rounds])
+    measured = float(np.median(latencies, axis=0).mean())
+    planned = float(np.mean([_planned_ms(cascade, prediction.exit) for prediction in rounds[-1]]))
+    ratio = measured / planned if planned else float("inf")
+    found = f"{measured:.2f} ms a golden frame, the plan says {planned:.2f} ms: {ratio:.2f}x"
+    if cascade.plan.predicted.source == "estimated":
+        return Check("latency", True, f"{found}; not judged, for the plan's are estimates")
+    if math.isinf(factor):
+        return Check("latency", True, f"{found}; not judged")
+    return Check("latency", ratio <= factor, f"{found}, at most {factor:g}x")
+
+
+def _timed(cascade: Cascade, frames: Sequence[np.ndarray], progress: Progress) -> List[List[Prediction]]:
+    """Round by round, so that a disturbance hits few runs of each frame."""
+    for frame in frames[:_WARM_UP]:
+        cascade(frame)
+    rounds: List[List[Prediction]] = []
+    started = time.monotonic()
+    while len(rounds) < 3 or (len(rounds) < _RUNS and time.monotonic() - started < _MOST_S):
+        rounds.append([cascade(frame) for frame in frames])
+        progress("latency", len(rounds), _RUNS)
+    return rounds
+
+
+def _planned_ms(cascade: Cascade, exit_: int) -> float:
+    """What the latency table says of an image that leaves there: upload, stages, one output graph, download."""
+    costs = cascade.plan.costs[:exit_]
+    return cascade.plan.upload_mean_ms + sum(cost.mean_ms for cost in costs) + costs[-1].report_mean_ms

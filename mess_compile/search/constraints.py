@@ -1,0 +1,144 @@
+"""What plans are bounded and chosen by, under one name among rows, figures and messages; and a requirement's bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.runtime.bundle.manifest import Promise
+from mess_compile.search.metrics import Evidence, worst_ns
+from mess_compile.search.plan import Figures, Plan
+from mess_compile.search.requirement import Limit, Requirement
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something of a plan that is bounded, or chosen by.
+
+    It is the `column` of a row of plans, summed over images where `is_sum`, and the `figure` of a plan's figures.
+    Messages say so many `unit` of it: `column_unit` of the column, or `figure_unit` of the figure, make one.
+    """
+
+    name: str
+    column: str
+    figure: str
+    unit: str
+    column_unit: float
+    is_sum: bool = False
+    figure_unit: float = 1
+
+    def of(self, figures: Figures) -> float:
+        """The figure; 0 where the latency table does not tell it."""
+        value: float | None = getattr(figures, self.figure)
+        return value or 0.0
+
+    def text(self, figures: Figures) -> str:
+        """What a plan with these figures has of it."""
+        return self.told(self.of(figures) / self.figure_unit)
+
+    def told(self, value: float, relation: str = "") -> str:
+        return f"{self.name}{relation} {value:.4g} {self.unit}"
+
+
+MEASURES = {
+    "latency": Measure("latency", "cost_ns", "latency_ms", "ms", 1e6, is_sum=True),
+    "accuracy": Measure("mIoU", "miou", "miou", "%", 1),
+    "workload": Measure("workload", "macs", "gmacs", "GMACs", 1e9, is_sum=True),
+    "memory": Measure("memory", "memory_bytes", "memory_bytes", "MiB", 1 << 20, figure_unit=1 << 20),
+    "energy": Measure("energy", "energy_nj", "energy_mj", "mJ", 1e6, is_sum=True),
+}
+"""What can be an objective."""
+_LIMITED = {
+    "max_latency": MEASURES["latency"],
+    "max_latency_p95": Measure("p95 latency", "p95_ns", "p95_ms", "ms", 1e6),
+    "max_latency_worst": Measure("worst-case latency", "worst_ns", "worst_ms", "ms", 1e6),
+    "max_energy": MEASURES["energy"],
+    "max_workload": MEASURES["workload"],
+}
+"""What the fields of a requirement that may be relative to the baseline bound."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound on a measure, as its column counts of so many `images`: at least `limit` for mIoU, at most for others."""
+
+    measure: Measure
+    limit: float
+    images: int
+
+    @property
+    def sign(self) -> int:
+        """1 where less is better, else -1."""
+        return -1 if self.measure is MEASURES["accuracy"] else 1
+
+    @property
+    def objective(self) -> str | None:
+        """The objective that searches for the best of what is bounded, None when there is none."""
+        return next((name for name, measure in MEASURES.items() if measure is self.measure), None)
+
+    def kept(self, plans: NDArray[np.void]) -> NDArray[np.bool_]:
+        kept: NDArray[np.bool_] = self.sign * plans[self.measure.column] <= self.sign * self.limit
+        return kept
+
+    def best_of(self, plans: NDArray[np.void]) -> str:
+        """The best that rows of plans reach in what is bounded."""
+        return self._told((self.sign * plans[self.measure.column]).min() * self.sign)
+
+    def __str__(self) -> str:
+        return self._told(self.limit, " >=" if self.sign < 0 else " <=")
+
+    def _told(self, value: float, relation: str = "") -> str:
+        unit = self.measure.column_unit * (self.images if self.measure.is_sum else 1)
+        return self.measure.told(value / unit, relation)
+
+
+def bounds_of(evidence: Evidence, requirement: Requirement) -> dict[str, Bound]:
+    """The bounds of a requirement by its fields, in the order of messages; integers but for that on mIoU."""
+    images = evidence.statistics.images
+    bounds = {}
+    if requirement.max_err_pp is not None:
+        reference = requirement.counts_from(evidence.baseline_miou(evidence.baseline))
+        bounds["max_err_pp"] = Bound(MEASURES["accuracy"], reference - requirement.max_err_pp, images)
+    for field, measure in _LIMITED.items():
+        limit: Limit | None = getattr(requirement, field)
+        if limit is not None:
+            of_one = limit.resolved(_of_baseline(evidence, measure), measure.column_unit)
+            bounds[field] = Bound(measure, of_one * images if measure.is_sum else of_one, images)
+    if requirement.max_memory_bytes is not None:
+        bounds["max_memory_bytes"] = Bound(MEASURES["memory"], requirement.max_memory_bytes, images)
+    return bounds
+
+
+def promises_of(requirement: Requirement, plan: Plan) -> tuple[Promise, ...]:
+    """The bounds that a plan was asked to keep, as a bundle carries them."""
+    found = []
+    if requirement.max_err_pp is not None:
+        found.append(Promise("err_pp", requirement.max_err_pp, False, plan.offset_pp))
+    for field, measure in _LIMITED.items():
+        limit: Limit | None = getattr(requirement, field)
+        if limit is not None:
+            found.append(Promise(measure.figure, limit.value, limit.relative, 0.0))
+    if requirement.max_memory_bytes is not None:
+        found.append(Promise("memory_bytes", float(requirement.max_memory_bytes), False, 0.0))
+    return tuple(found)
+
+
+def _of_baseline(evidence: Evidence, measure: Measure) -> int:
+    """What an image takes of it by the baseline, as the column counts."""
+    if measure is MEASURES["workload"]:
+        return evidence.candidate.baseline_macs
+    if measure is _LIMITED["max_latency_worst"]:
+        return worst_ns(evidence, "budgeted", [evidence.baseline])
+    return evidence.baseline_cost_ns("energy_mj" if measure is MEASURES["energy"] else "mean_ms")
+
+
+def objective_of(plans: NDArray[np.void], requirement: Requirement) -> NDArray[Any]:
+    """What is to be minimised, of rows of plans."""
+    if requirement.setting == "anytime":
+        return -plans["score"]
+    objective = requirement.objective or "latency"
+    values: NDArray[Any] = plans[MEASURES[objective].column]
+    return -values if objective == "accuracy" else values

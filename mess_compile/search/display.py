@@ -1,0 +1,201 @@
+"""How plans show themselves: rows of their tables, and those tables in a notebook."""
+
+from __future__ import annotations
+
+import math
+
+from mess_compile.network import is_whole
+from mess_compile.runtime.base.notebook import table_html, text_html
+from mess_compile.search.plan import FEW_IMAGES, Figures, Optimism, Plan, SearchResult, Stage
+from mess_compile.search.requirement import Requirement
+
+NEARLY = 0.005
+"""Ratios as close to 1 as this are told as equal."""
+FIGURES = ("", "mIoU %", "latency ms", "p95 ms", "worst ms", "GMACs", "memory MiB")
+
+
+def exits_table(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and a row for each exit; without early exits nothing is held against a threshold, and none is shown."""
+    gated = len(plan.stages) > 1
+    rows = [
+        (f"exit {number}", _head(stage), *(_decision(plan, stage) if gated else ()), f"{rate:.0%}")
+        for number, (stage, rate) in enumerate(zip(plan.stages, plan.predicted.exit_rates, strict=True), start=1)
+    ]
+    return ("", "head", *(("pixels sure at", "leaves at count") if gated else ()), "images"), rows
+
+
+def _head(stage: Stage) -> str:
+    return f"{stage.head} (the whole network)" if is_whole(stage.head) else stage.head
+
+
+def _decision(plan: Plan, stage: Stage) -> tuple[str, str]:
+    return f"{plan.gate.thresholds[stage.row]:.2f}", "-" if stage.cut is None else str(stage.cut)
+
+
+def speed(ratio: float) -> str:
+    """How much faster something is that takes 1 / `ratio` of the time."""
+    if abs(ratio - 1) < NEARLY:
+        return "as fast"
+    return f"{ratio:.2f}x faster" if ratio > 1 else f"{_percent_more(ratio)} slower"
+
+
+def work(ratio: float) -> str:
+    """How much less work something is that takes 1 / `ratio` of it."""
+    if abs(ratio - 1) < NEARLY:
+        return "as much work"
+    return f"{ratio:.2f}x less work" if ratio > 1 else f"{_percent_more(ratio)} more work"
+
+
+def _percent_more(ratio: float) -> str:
+    more = 100 * (1 / ratio - 1) if ratio > 0 else math.inf
+    return f"{more:.0f} %" if more >= 1 else f"{more:.1f} %"
+
+
+def kind_of_plan(plan: Plan) -> str | None:
+    """One sentence when early exit adds nothing to a plan; None where images leave at several exits."""
+    if plan.is_whole:
+        return "the plan is the whole network, uncut: no plan with exits was found to do better under this requirement"
+    if plan.only_exit is None:
+        return None
+    told = f"the plan is a shorter network: every image leaves at {plan.stages[plan.only_exit - 1].head}"
+    if plan.setting == "budgeted":
+        return f"{told}, as in every plan of the budgeted setting"
+    return f"{told}, so early exit adds nothing (images that differ more, or better early heads, would change that)"
+
+
+def what_would_cut(result: SearchResult, requirement: Requirement, failed: int = 0) -> str:
+    """Of a whole network that won under `requirement`: what would have to change for exits to pay.
+
+    `failed` counts the graphs that the target could not build.
+    """
+    plan = result.plan
+    if failed and all(each.is_whole for each in result.front):
+        return (
+            f"{failed} graphs failed on {plan.device}, and no plan with exits has all that it needs: see what failed "
+            "with `mess-compile inspect latency`"
+        )
+    if plan.setting == "anytime":
+        what = "a shorter --deadline" if requirement.deadline_ms is not None else "a --deadline"
+        return f"{what} below {plan.predicted.latency_ms:.2f} ms, or cheaper heads (`--heads`), would change that"
+    faster = [p for p in result.front if not p.is_whole and p.predicted.latency_ms < plan.predicted.latency_ms]
+    if not faster:
+        return (
+            f"no plan with exits is faster on {plan.device}: cheaper heads (`--heads`), larger images or a deeper "
+            "network would change that"
+        )
+    counted_from = plan.baseline.miou + plan.offset_pp
+    nearest = max(faster, key=lambda each: each.predicted.miou)
+    lost = max(0.0, math.ceil(round(10 * (counted_from - nearest.predicted.miou), 6)) / 10)
+    options = [] if requirement.objective in (None, "latency") else ["--optimise latency"]
+    if requirement.max_err_pp is None or lost > requirement.max_err_pp:
+        options.append(f"--max-err {lost:.1f}%")
+    ratio = plan.predicted.latency_ms / nearest.predicted.latency_ms
+    return f"{' '.join(options)} would allow a plan with exits that is {speed(ratio)}"
+
+
+def tail_sentence(plan: Plan) -> str | None:
+    """What the slowest images pay, where that is more than by the baseline although the mean is not."""
+    own, other = plan.predicted, plan.baseline
+    pairs = (("p95", own.p95_ms, other.p95_ms), ("worst case", own.worst_ms, other.worst_ms))
+    slower = [f"{name} {ms:.2f} ms against {base:.2f} ms" for name, ms, base in pairs if ms > base * (1 + NEARLY)]
+    return f"the slowest images take longer than by the baseline: {', '.join(slower)}" if slower else None
+
+
+def estimate_sentence(plan: Plan) -> str | None:
+    """How far estimated latencies may be off, and whether the saving is larger than that."""
+    errors = [figures.error for figures in (plan.predicted, plan.baseline) if figures.error is not None]
+    if not errors:
+        return None
+    ratio = plan.baseline.latency_ms / plan.predicted.latency_ms if plan.predicted.latency_ms else math.inf
+    told = f"latencies are estimates, which may be off by x {max(errors):.1f}"
+    if max(ratio, 1 / ratio) >= max(errors):
+        return told
+    return f"{told}: {speed(ratio)} is within the estimate's error (x {max(errors):.1f}); profile on the device to know"
+
+
+def sentences_of(plan: Plan) -> tuple[str, ...]:
+    """What has to stand beside a plan's figures wherever they are shown."""
+    found = (kind_of_plan(plan), tail_sentence(plan), estimate_sentence(plan))
+    return tuple(sentence for sentence in found if sentence is not None)
+
+
+def expected_elsewhere(told: Optimism) -> str:
+    """What to expect on other images than those that the plan was chosen on; of few, that it is a guess."""
+    basis = told.method
+    if told.groups < told.images:
+        basis += f"; {told.images} images of {told.groups} {'sequence' if told.groups == 1 else 'sequences'}"
+    if told.groups < told.folds:
+        basis += ", which say nothing of others"
+    if told.few:
+        return (
+            f"{told.images} images hardly tell; as a guess, its mIoU relative to the baseline's changes by about "
+            f"{round(-told.miou_pp, 1) + 0.0:+.1f} pp (folds differ by {told.spread_pp:.1f} pp), and its latency by "
+            f"about {told.latency_percent:+.0f} %: evaluate {FEW_IMAGES} images or more ({basis})"
+        )
+    return (
+        f"expect its mIoU, relative to the baseline's, to change by {0.0 - told.miou_pp:+.2f} pp (spread over folds "
+        f"{told.spread_pp:.2f} pp), and its latency by {told.latency_percent:+.1f} %: {basis}"
+    )
+
+
+def plan_text(plan: Plan) -> str:
+    """A plan in a line."""
+    own, other = plan.predicted, plan.baseline
+    exits = ", ".join(f"{stage.head} {rate:.0%}" for stage, rate in zip(plan.stages, own.exit_rates, strict=True))
+    ratio = other.latency_ms / own.latency_ms if own.latency_ms else math.inf
+    return (
+        f"plan for {plan.device} ({plan.precision}): {exits}; {own.latency_ms:.2f} ms {own.source}, {speed(ratio)}, "
+        f"{own.miou:.2f} % mIoU ({own.miou - other.miou:+.2f} pp of {plan.baseline_name}) on {own.images} images of "
+        f"{own.split}"
+    )
+
+
+def result_text(result: SearchResult) -> str:
+    """The chosen plan and its proof in a line."""
+    return f"{plan_text(result.plan)}; {_proof(result)}"
+
+
+def plan_html(plan: Plan) -> str:
+    """Where images leave, and the plan's figures beside the baseline's."""
+    figures = [
+        figures_row(plan.baseline_name, plan.baseline),
+        *(figures_row(p.name, p.predicted) for p in plan.operating_points),
+    ]
+    sources = sorted({plan.baseline.source, plan.predicted.source})
+    return (
+        table_html(
+            f"plan for {plan.device}, {plan.setting}, {plan.precision}",
+            *exits_table(plan),
+        )
+        + table_html(
+            f"{' and '.join(sources)} latency, {plan.predicted.images} images of {plan.predicted.split}",
+            FIGURES,
+            figures,
+        )
+        + text_html(*sentences_of(plan), *(f"mind: {doubt}" for doubt in plan.doubts))
+    )
+
+
+def result_html(result: SearchResult) -> str:
+    """The chosen plan, and of how many it is the best."""
+    return plan_html(result.plan) + text_html(_proof(result))
+
+
+def _proof(result: SearchResult) -> str:
+    certificate = result.certificate
+    proof = "the best" if certificate.gap == 0 else f"not proved the best (gap {certificate.gap:.3g})"
+    front = f"{len(result.front)} plans of the front" if not result.front_complete else f"front of {len(result.front)}"
+    return f"{proof} of {certificate.space:,} plans; {front}"
+
+
+def figures_row(name: str, figures: Figures) -> tuple[str, ...]:
+    """The cells below FIGURES."""
+    return (
+        name,
+        f"{figures.miou:.2f}",
+        f"{figures.latency_ms:.2f}",
+        f"{figures.p95_ms:.2f}",
+        f"{figures.worst_ms:.2f}",
+        f"{figures.gmacs:.3f}",
+        f"{figures.memory_bytes / 2**20:.1f}",
+    )

@@ -1,0 +1,199 @@
+"""Every plan with early exits, evaluated exactly: counts and costs in integers, mIoU in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.search.space import Options
+
+STATES = 8192
+UNTHREADED_SIZE = 1 << 18
+Floats = NDArray[np.float64]
+Index = NDArray[np.intp]
+Ints = NDArray[np.int64]
+
+
+class Scores:
+    """Intersections and false positives of every head, (n, 2 * classes), of the classes that have labelled pixels.
+
+    They are integers below 2^53, so that float64 sums of them are exact in any order.
+    """
+
+    def __init__(self, statistics: ExitStatistics) -> None:
+        labelled = statistics.labelled.sum(axis=0)
+        present = np.flatnonzero(labelled)
+        right = statistics.intersection[:, :, present]  # (n, heads, classes)
+        wrong = statistics.predicted[:, :, present] - right
+        both = np.concatenate([right, wrong], axis=2).astype(np.float64)
+        self.of_head = {head: np.ascontiguousarray(both[:, i]) for i, head in enumerate(statistics.heads)}
+        self.labelled = labelled[present].astype(np.float64)[:, None]  # (classes, 1)
+
+    def miou(self, sums: Floats) -> Floats:
+        """mIoU in percent (states,) of scores summed over images (2 * classes, states), which are overwritten.
+
+        Adds up class by class like `statistics.miou`, to the same last bit.
+        """
+        classes = len(self.labelled)
+        iou, union = sums[:classes], sums[classes:]
+        union += self.labelled
+        iou /= union
+        total: Floats = iou[0].copy()
+        for row in iou[1:]:
+            total += row
+        total /= classes
+        total *= 100.0
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """Decisions of two early heads, sorted by images at the first exit, images at the second, then text.
+
+    `first` and `second` (states,) index the heads' options, `leaves` (n, states) is 1.0 where an image leaves at the
+    second exit. Each `group` of states that send as many images to each exit begins at `starts` and has `at_first`
+    and `at_second` images.
+    """
+
+    first: Index
+    second: Index
+    leaves: Floats
+    starts: Index
+    at_first: Ints
+    at_second: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Evaluated decisions: options `taken` and images `at` each early exit (rows, exits), mIoU in percent (rows,)."""
+
+    taken: Index
+    at: Ints
+    miou: Floats
+
+    def of_last(self, early: int) -> Outcomes:
+        """The same without the heads before the last `early` ones, which stand for none."""
+        return Outcomes(self.taken[:, -early:], self.at[:, -early:], self.miou)
+
+
+def states_of_pair(first: Options, second: Options) -> Iterator[States]:
+    """All states of two early heads, in blocks; of those in which the same images leave at each only the first."""
+    by_size = np.argsort(first.leaves.sum(axis=1), kind="stable")
+    step = max(1, STATES // len(second.rows)) if len(second.rows) else 1
+    for start in range(0, len(by_size), step):
+        yield _states(first, second, by_size[start : start + step])
+
+
+def _states(first: Options, second: Options, chosen: Index) -> States:
+    n = first.leaves.shape[1]
+    left = second.leaves & ~first.leaves[chosen][:, None]  # (chosen, second, n)
+    parent, b = _distinct(_words(left))
+    a = chosen[parent]
+    leaves = left[parent, b]  # (states, n)
+    code = first.leaves.sum(axis=1)[a] * (n + 1) + leaves.sum(axis=1)
+    key = code
+    for number, size in ((first.row_rank[a], 0), (second.row_rank[b], 0), (a, len(first.rows)), (b, len(second.rows))):
+        key = key * (size or int(number.max(initial=0)) + 1) + number
+    order = np.argsort(key)
+    code = code[order]
+    starts = np.flatnonzero(np.concatenate([[True], code[1:] != code[:-1]]))
+    at_first, at_second = np.divmod(code[starts], n + 1)
+    return States(a[order], b[order], leaves[order].T.astype(np.float64, order="C"), starts, at_first, at_second)
+
+
+def _distinct(words: NDArray[np.uint64]) -> tuple[Index, Index]:
+    """Row and column of the first occurrence of every value in each row of `words`."""
+    order = np.argsort(words, axis=1, kind="stable")
+    ordered = np.take_along_axis(words, order, axis=1)
+    new = np.ones(words.shape, np.bool_)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    row, position = np.nonzero(new)
+    return row, order[row, position]
+
+
+def _words(masks: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """A number for each mask (..., n): equal for equal masks only."""
+    packed = np.packbits(masks, axis=-1)
+    padding = [(0, 0)] * (packed.ndim - 1) + [(0, -packed.shape[-1] % 8)]
+    words = np.ascontiguousarray(np.pad(packed, padding)).view(np.uint64)
+    if words.shape[-1] == 1:
+        return words[..., 0]
+    _, inverse = np.unique(words.reshape(-1, words.shape[-1]), axis=0, return_inverse=True)
+    return inverse.reshape(masks.shape[:-1]).astype(np.uint64)
+
+
+def best_outcomes(
+    scores: Scores, early: tuple[str, str], last: str, first_leaves: NDArray[np.bool_], states: States
+) -> Outcomes:
+    """The best state by mIoU, then by text, of each group, when images that leave at neither exit leave at `last`.
+
+    `first_leaves` (options, n) tells which images each of the first head's options sends away.
+    """
+    base = scores.of_head[last]
+    sums = _product(scores.of_head[early[1]] - base, states.leaves)  # (2 * classes, states)
+    fixed = _product(scores.of_head[early[0]] - base, first_leaves.T.astype(np.float64)) + base.sum(axis=0)[:, None]
+    sums += fixed[:, states.first]
+    miou = scores.miou(sums)
+    best = np.maximum.reduceat(miou, states.starts)
+    at_best = np.flatnonzero(miou == np.repeat(best, np.diff(states.starts, append=len(miou))))
+    group = np.searchsorted(states.starts, at_best, side="right") - 1
+    member = at_best[np.unique(group, return_index=True)[1]]
+    taken = np.stack([states.first[member], states.second[member]], axis=1)
+    return Outcomes(taken, np.stack([states.at_first, states.at_second], axis=1), best)
+
+
+def outcomes_of_three(scores: Scores, early: Sequence[str], last: str, options: Sequence[Options]) -> Outcomes:
+    """Every choice of the options of three early heads, with images that leave at none of them at `last`."""
+    base = scores.of_head[last]
+    first, second, third = options
+    pairs = np.stack(np.divmod(np.arange(len(second.rows) * len(third.rows)), max(1, len(third.rows))), axis=1)
+    parts = [Outcomes(np.zeros((0, 3), np.intp), np.zeros((0, 3), np.int64), np.zeros(0))]
+    for a, leaves in enumerate(first.leaves):
+        at_second = second.leaves & ~leaves  # (options, n)
+        at_third = (third.leaves & ~leaves & ~second.leaves[:, None]).reshape(len(pairs), -1)
+        sums = _product(scores.of_head[early[2]] - base, at_third.T.astype(np.float64))  # (2 * classes, pairs)
+        sums += _product(scores.of_head[early[1]] - base, at_second.T.astype(np.float64))[:, pairs[:, 0]]
+        sums += ((scores.of_head[early[0]] - base)[leaves].sum(axis=0) + base.sum(axis=0))[:, None]
+        counts = leaves.sum(), at_second.sum(axis=1)[pairs[:, 0]], at_third.sum(axis=1)
+        taken, at = (np.stack(np.broadcast_arrays(*each), axis=1) for each in ((a, *pairs.T), counts))
+        parts.append(Outcomes(taken, at, scores.miou(sums)))
+    return merged(parts)
+
+
+def _product(weights: Floats, leaves: Floats) -> Floats:
+    """`weights.T @ leaves`, in slices that OpenBLAS computes in one thread.
+
+    Two threads gain little on matrices of this size, and with another process on the cores they wait for each other:
+    a product then takes twenty times as long.
+    """
+    product = np.empty((weights.shape[1], leaves.shape[1]))
+    step = max(8, UNTHREADED_SIZE // weights.size)
+    for start in range(0, leaves.shape[1], step):
+        part = slice(start, start + step)
+        np.matmul(weights.T, leaves[:, part], out=product[:, part])
+    return product
+
+
+def merged(parts: list[Outcomes]) -> Outcomes:
+    """The outcomes of several blocks of states as one."""
+    return Outcomes(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("taken", "at", "miou")))
+
+
+def undominated(outcomes: Outcomes) -> Outcomes:
+    """The outcomes of one or two early exits that no other beats in mIoU while it sends as many images or more there.
+
+    Where deeper exits cost no less, what is left out is beaten in mIoU at no more cost, so that it can be neither
+    optimal nor on the front. Equals stay, for the order by text to decide.
+    """
+    row, early = outcomes.at[:, :-1].sum(axis=1), outcomes.at.sum(axis=1)
+    row -= row.min()
+    grid = np.full((int(row.max()) + 1, int(early.max()) + 1), -1.0)
+    np.maximum.at(grid, (row, early), outcomes.miou)
+    for axis in (0, 1):
+        grid = np.flip(np.maximum.accumulate(np.flip(grid, axis), axis=axis), axis)
+    kept = outcomes.miou >= grid[row, early]
+    return Outcomes(outcomes.taken[kept], outcomes.at[kept], outcomes.miou[kept])

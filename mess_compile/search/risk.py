@@ -1,0 +1,178 @@
+"""Plans beside the baseline on the same images, and the tests of how far they fall below it on images unseen.
+
+Definitions and sources: docs/guarantees.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.evaluate.statistics import head_miou
+from mess_compile.search.metrics import Evidence, evidence_of_plan, exits_taken
+from mess_compile.search.plan import Plan
+
+RESAMPLES = 2000
+_WEIGHTS = 1 << 22
+
+Floats = NDArray[np.float64]
+Index = NDArray[np.intp]
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Plans beside the baseline on the same images, summed up by sequence.
+
+    `risk` (plans, sequences) is the mean over a sequence's images of the share of labelled pixels that the plan gets
+    wrong, less that of the baseline: -1 to 1. `pixels` (sequences, 3 + 2 * plans, classes) are labelled pixels, then
+    intersection and predicted pixels of the baseline and of each plan.
+    """
+
+    risk: Floats
+    pixels: Floats
+
+
+def pairs_of_plans(
+    part: Sequence[Evidence], chosen: Sequence[Evidence], plans: Sequence[Plan], baseline: tuple[int, str]
+) -> Pairs:
+    """`plans`, chosen on the images of `chosen`, on those of `part`; `baseline` names an evidence and a head of it."""
+    truth = part[0].statistics
+    names, group = numbered_groups(truth.group)
+    everyone = np.arange(truth.images)
+    recipe, head = baseline
+    answers = [(part[recipe].statistics, np.full(truth.images, part[recipe].statistics.head_index(head)))]
+    answers += [(evidence_of_plan(part, plan).statistics, _answers(part, chosen, plan)) for plan in plans]
+    rows = [truth.labelled]
+    for statistics, answer in answers:
+        rows += [statistics.intersection[everyone, answer], statistics.predicted[everyone, answer]]
+    stacked = np.stack(rows, axis=1).astype(np.float64)  # (n, 3 + 2 * plans, classes)
+    right = stacked[:, 1::2].sum(axis=2)
+    risk = (right[:, :1] - right[:, 1:]) / np.maximum(1, stacked[:, :1].sum(axis=2))  # (n, plans)
+    sums = np.zeros((len(names), *stacked.shape[1:]))
+    np.add.at(sums, group, stacked)
+    means = np.zeros((len(names), len(plans)))
+    np.add.at(means, group, risk)
+    return Pairs((means / np.bincount(group)[:, None]).T, sums)
+
+
+def _answers(part: Sequence[Evidence], chosen: Sequence[Evidence], plan: Plan) -> Index:
+    """The index (n,) of the head whose labels each image ends with; in the anytime setting that of the best report."""
+    statistics = evidence_of_plan(part, plan).statistics
+    heads = [stage.head for stage in plan.stages]
+    index = np.array([statistics.head_index(head) for head in heads])
+    if plan.setting == "anytime":
+        known = evidence_of_plan(chosen, plan).statistics
+        best = max(range(len(heads)), key=lambda i: head_miou(known, heads[i]))
+        return np.full(statistics.images, index[best])
+    return index[exits_taken(statistics, plan.stages)]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`passed` is the boldest plan that passed, None when not even the safest did; the bounds (pp) are of that plan."""
+
+    passed: int | None
+    tested: int
+    risk_bound_pp: float
+    drop_bound_pp: float
+
+
+def certified_in_turn(chosen: Pairs, held: Pairs, limit_pp: float, confidence: float, seed: int) -> Verdict:
+    """Test plans, given from the boldest, on `held`, from the safest on until one fails; the order is from `chosen`.
+
+    A plan passes when the bound of its risk and the bootstrap bound of its mIoU drop are within the limit. Since each
+    is tested at the full level only after all before it passed, the chance that one with a risk above the limit passes
+    is at most 1 - confidence (Learn then Test, fixed-sequence testing).
+    """
+    order = safest_first(chosen)
+    columns = [0, 1, 2, *(row for plan in order for row in (3 + 2 * plan, 4 + 2 * plan))]
+    drops = bootstrap_bounds_pp(held.pixels[:, columns], confidence, seed)
+    verdict = None
+    for tested, (plan, drop) in enumerate(zip(order, drops.tolist(), strict=True), start=1):
+        stake = stake_for(chosen.risk[plan], held.risk.shape[1], confidence)
+        risk_pp = 100 * risk_bound(held.risk[plan], stake, confidence)
+        if max(risk_pp, drop) > limit_pp:
+            return replace(verdict, tested=tested) if verdict else Verdict(None, tested, risk_pp, drop)
+        verdict = Verdict(plan, tested, risk_pp, drop)
+    assert verdict is not None, "there is a plan to test"
+    return verdict
+
+
+def safest_first(chosen: Pairs) -> list[int]:
+    """From the safest plan to the boldest, which comes first in `chosen`.
+
+    Plans that are no safer there than a bolder one are left out.
+    """
+    lost = np.maximum(100 * chosen.risk.mean(axis=1), drops_pp(chosen.pixels.sum(axis=0)[None])[0])
+    kept = [plan for plan in range(len(lost)) if not plan or lost[plan] < lost[:plan].min()]
+    return kept[::-1]
+
+
+def stake_for(known_risk: Floats, tests: int, confidence: float) -> float:
+    """What to bet per unit of risk, from risks that are not tested: the best for `tests` risks of the same spread.
+
+    Source: the bets of Waudby-Smith and Ramdas (2024) for a fixed number, with a variance that starts at 1/4 as theirs.
+    """
+    variance = (0.25 + known_risk.var() * known_risk.size) / (known_risk.size + 1)
+    return math.sqrt(2 * math.log(1 / (1 - confidence)) / (tests * variance))
+
+
+def log_capital(risk: Floats, mean: float, stake: float) -> float:
+    """The logarithm of what a bet against "the mean of `risk` is at least `mean`" has made of 1.
+
+    Its expectation is at most 1 when that is true: risks are at most 1, so that no stake up to 1 / (1 - mean) can lose
+    more than all.
+    """
+    factors = 1 + min(stake, 1 / (1 - mean)) * (mean - risk)
+    return float(np.log(factors).sum()) if factors.min() > 0 else -math.inf
+
+
+def risk_bound(risk: Floats, stake: float, confidence: float) -> float:
+    """An upper bound of the mean of the distribution that `risk` (n,) <= 1 was drawn from, or 1."""
+    wanted = -math.log(1 - confidence)
+    low, high = float(risk.mean()), 1.0
+    while high - low > 1e-9:  # the capital grows with the mean that is bet against
+        middle = (low + high) / 2
+        low, high = (low, middle) if log_capital(risk, middle, stake) >= wanted else (middle, high)
+    return high
+
+
+def bootstrap_bounds_pp(pixels: Floats, confidence: float, seed: int) -> Floats:
+    """Upper bounds (plans,) of the mIoU drop below the baseline, in pp, from `pixels` as in Pairs.
+
+    The percentile of drops over RESAMPLES sets of as many sequences, drawn with replacement, the same for all plans.
+    """
+    rng = np.random.default_rng([seed, 1])
+    sequences = len(pixels)
+    flat = pixels.reshape(sequences, -1)
+    step = max(1, min(RESAMPLES, _WEIGHTS // sequences))
+    drops = []
+    for start in range(0, RESAMPLES, step):
+        sets = min(step, RESAMPLES - start)
+        drawn = rng.integers(sequences, size=(sets, sequences)) + sequences * np.arange(sets)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=sets * sequences).reshape(sets, sequences)
+        drops.append(drops_pp((times.astype(np.float64) @ flat).reshape(sets, *pixels.shape[1:])))
+    rank = min(RESAMPLES, math.ceil(confidence * (RESAMPLES + 1)))
+    bounds: Floats = np.sort(np.concatenate(drops), axis=0)[rank - 1]
+    return bounds
+
+
+def drops_pp(sums: Floats) -> Floats:
+    """mIoU of the baseline less that of each plan, (sets, plans), in pp; of `sums` (sets, 3 + 2 * plans, classes)."""
+    labelled, right, predicted = sums[:, :1], sums[:, 1::2], sums[:, 2::2]
+    union = predicted + labelled - right
+    iou = np.where(labelled > 0, right / np.maximum(1, union), 0.0)
+    miou = 100 * iou.sum(axis=2) / np.maximum(1, (labelled > 0).sum(axis=2))
+    drops: Floats = miou[:, :1] - miou[:, 1:]
+    return drops
+
+
+def numbered_groups(groups: Sequence[str]) -> tuple[list[str], Index]:
+    """The distinct groups in the order of their first image, and the place of each image's group among them."""
+    names = list(dict.fromkeys(groups))
+    place = {name: i for i, name in enumerate(names)}
+    return names, np.array([place[group] for group in groups], np.intp)

@@ -1,0 +1,277 @@
+"""Thresholds chosen again on the device that will run them: by its own engines, within the graphs that a bundle has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile.bundle import write as bundles
+from mess_compile.bundle.stage_costs import confidence_histograms
+from mess_compile.data.dataset import ALWAYS_IGNORED, Data, DataSet, Sample, open_dataset, samples
+from mess_compile.device.client import Session
+from mess_compile.device.remote import Remote
+from mess_compile.evaluate.record import BLOCK, Image, countable
+from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.network import BASELINE_ALONE, CandidateNetwork, Gate
+from mess_compile.runtime.base.errors import EngineError, InputError
+from mess_compile.runtime.bundle import manifest
+from mess_compile.runtime.bundle.archive import Archive
+from mess_compile.runtime.bundle.plan_choice import named_plans
+from mess_compile.runtime.serve.scoring import Exits, HeadEngines, Score
+from mess_compile.search.hold_out import tuning_rows
+from mess_compile.search.metrics import exit_macs, exits_taken, mixture_miou, percentile
+from mess_compile.search.operating_points import thresholds_front
+from mess_compile.search.plan import Stage
+
+Costs = NDArray[np.int64]
+"""What an image costs that ends at each exit, in ns."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """By what to choose: labelled images, the network that the bundle's graphs are of, and a key to sign with."""
+
+    data: Data
+    candidate: CandidateNetwork
+    key: Path | None
+
+
+@dataclass(frozen=True)
+class Retuned:
+    """What a device makes of the images that the plan was chosen on, in percent: `promised` by the plan, `found` with
+    its thresholds, `chosen` with those that take their place, where they differ."""
+
+    images: int
+    promised_miou: float
+    found_miou: float
+    chosen_miou: float
+    promised_ms: float
+    chosen_ms: float
+    changed: bool
+
+
+def retuned(
+    opened: Archive, choice: Choice, target: str | None, remote: Remote, path: Path, tell: Callable[[str], None]
+) -> tuple[Path | None, Retuned]:
+    """Have a device run every exit of a bundle's plan (`target` names it) on the images that it was chosen on, and
+    choose again.
+
+    Thresholds stay where they keep the plan's mIoU and latency. Else come the fastest that keep the mIoU, and where
+    none do, the most accurate; the bundle with these is written to `path`. Latencies are those of the bundle. Raises
+    InputError, EngineError, RemoteError.
+    """
+    plan = _plan(opened.manifest, choice.candidate, target)
+    data = _images(choice.data, plan, opened.manifest)
+    statistics = _recorded(opened, plan, data, remote, tell)
+    stages = tuple(Stage(stage.exit_point, stage.head, stage.row, stage.cut) for stage in plan.stages)
+    chosen = chosen_stages(statistics, plan, stages)
+    found, then = (_figures(statistics, plan, each, choice.candidate) for each in (stages, chosen))
+    told = Retuned(
+        statistics.images,
+        plan.predicted.miou,
+        found.miou,
+        then.miou,
+        plan.predicted.latency_ms,
+        then.latency_ms,
+        chosen != stages,
+    )
+    if chosen == stages:
+        return None, told
+    if opened.signature is not None and choice.key is None:
+        raise InputError("thresholds are chosen anew for it, and the bundle is signed: sign again by --sign KEY")
+    changed = _with_stages(plan, chosen, statistics, choice.candidate)
+    bundles.write_retuned(path, opened, changed, choice.key)
+    return path, told
+
+
+def _plan(described: manifest.Manifest, candidate: CandidateNetwork, target: str | None) -> manifest.Plan:
+    if described.network.identity != candidate.identity:
+        raise InputError(
+            f"the bundle {described.name} is of another network than this workspace: use its own, by -C DIR"
+        )
+    plans = list(described.plans) if target is None else named_plans(described.plans, target)
+    if len(plans) != 1:
+        names = ", ".join(plan.name for plan in described.plans)
+        raise InputError(
+            f"the bundle {described.name} has the plans {names}: name the one that --data is for, by --target, such as "
+            f"--target {described.plans[0].name}"
+        )
+    return plans[0]
+
+
+def _images(root: Data, plan: manifest.Plan, described: manifest.Manifest) -> DataSet:
+    """Those that the plan was chosen on: on others, its mIoU is another."""
+    if manifest.CERTIFIED in plan.environment:
+        raise InputError(
+            f"the plan for {plan.name} was certified (`search --confidence`) on images drawn for that, and other "
+            "thresholds would not be: ship it without --data, or ship a plan that was searched without --confidence"
+        )
+    data = open_dataset(root, plan.predicted.split)
+    rows = tuning_rows([item.group for item in data.items], plan.environment.get(manifest.HELD_OUT))
+    data = replace(data, items=tuple(data.items[row] for row in rows))
+    if data.classes.names != described.network.classes or len(data.items) != plan.predicted.images:
+        raise InputError(
+            f"{data.root} has {len(data.items)} images of {len(data.classes.names)} classes in "
+            f"{plan.predicted.split}, and the plan was chosen on {plan.predicted.images} of "
+            f"{len(described.network.classes)}: name the same data"
+        )
+    return data
+
+
+def _recorded(
+    opened: Archive, plan: manifest.Plan, data: DataSet, remote: Remote, tell: Callable[[str], None]
+) -> ExitStatistics:
+    """What the exits of a plan say and get right, by the device's engines."""
+    network, gate = opened.manifest.network, opened.manifest.gate
+    thresholds, classes = np.array(gate.thresholds, np.float32), len(network.classes)
+    blank = np.zeros((*network.input_hw, 3), np.uint8)
+    session = Session(remote, plan.library, blank, thresholds, lambda what, done, total: None)
+    jobs = {graph: (opened.folder / graph, plan.precisions[graph].used) for graph in plan.graphs()}
+    tell("builds what scores the exits")
+    failed = session.build(jobs)
+    if failed:
+        raise EngineError(f"{next(iter(failed))} does not build there: {next(iter(failed.values()))}")
+    scores: list[Score] = []
+    items: list[Sample] = []
+
+    def counted(block: Sequence[Sample]) -> Iterator[tuple[Image, Image, NDArray[np.bool_]]]:
+        for each in block:
+            known = countable(each.id, each.frame, each.labels, classes, frozenset({ALWAYS_IGNORED}))
+            yield each.frame, each.labels, known
+
+    with session.scoring(jobs, _exits(plan, network)) as score:
+        for start in range(0, len(data.items), BLOCK):
+            block = list(samples(replace(data, items=data.items[start : start + BLOCK])))
+            items += block
+            scores += score(counted(block))
+            tell(f"scores the exits: {len(scores)} of {len(data.items)} images")
+    gated = [stage for stage in plan.stages if not stage.is_whole]
+    return ExitStatistics(
+        heads=tuple(stage.head for stage in gated),
+        classes=network.classes,
+        cells=tuple(stage.cells for stage in gated),
+        thresholds=thresholds,
+        counts=np.stack([each.counts for each in scores]),
+        intersection=np.stack([each.intersection for each in scores]),
+        predicted=np.stack([each.predicted for each in scores]),
+        labelled=np.stack([each.labelled for each in scores]),
+        image_id=tuple(each.id for each in items),
+        group=tuple(each.group for each in items),
+        network=network.identity,
+        gate=Gate(gate.confidence, gate.edge_aware, tuple(row[0] for row in gate.thresholds)),
+        precision=plan.precision,
+        device=plan.target,
+        library=plan.library,
+        split=plan.predicted.split,
+        baseline_alone=None if gated else network.identity,
+        final_head=None if gated else BASELINE_ALONE,
+    )
+
+
+def _exits(plan: manifest.Plan, network: manifest.Network) -> Exits:
+    if plan.stages[0].is_whole:
+        return Exits(network.input_hw, len(network.classes), (), (), plan.stages[0].segment)
+    points = [0, *(stage.exit_point for stage in plan.stages)]
+    return Exits(
+        network.input_hw,
+        len(network.classes),
+        tuple((a, b, stage.segment) for a, b, stage in zip(points, points[1:], plan.stages, strict=False)),
+        tuple(HeadEngines(str(stage.head_graph), stage.exit_point, str(stage.output)) for stage in plan.stages),
+        None,
+    )
+
+
+def chosen_stages(statistics: ExitStatistics, plan: manifest.Plan, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """The plan's own stages, or those with other thresholds, by what the device's engines made of its images."""
+    costs = _costs(plan)
+    if plan.setting != "input-dependent" or len(stages) == 1:
+        return stages
+    now = _rival(statistics, stages, costs)
+    promised_ns = plan.predicted.latency_ms * (1 + 1e-6) * 1e6 * statistics.images
+    if now.miou >= plan.predicted.miou and now.cost_ns <= promised_ns:
+        return stages
+    rivals = list(_rivals(statistics, stages, costs))
+    good = [rival for rival in rivals if rival.miou >= plan.predicted.miou]
+    if good:
+        return min(good, key=lambda rival: (rival.cost_ns, -rival.miou)).stages
+    return min(rivals, key=lambda rival: (-rival.miou, rival.cost_ns)).stages
+
+
+@dataclass(frozen=True)
+class _Rival:
+    """`cost_ns` is summed over images, `miou` in percent."""
+
+    cost_ns: int
+    miou: float
+    stages: tuple[Stage, ...]
+
+
+def _rival(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Costs) -> _Rival:
+    taken = exits_taken(statistics, stages)
+    return _Rival(int(costs[taken].sum()), mixture_miou(statistics, [stage.head for stage in stages], taken), stages)
+
+
+def _rivals(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Costs) -> Iterator[_Rival]:
+    """By which exits images may leave, the thresholds that no others beat: all of them first, the last one alone at the
+    end. At an exit whose engine has become too sure of itself, none may leave."""
+    early = range(len(stages) - 1)
+    shut = tuple(replace(stage, cut=statistics.cells[statistics.head_index(stage.head)] + 1) for stage in stages[:-1])
+    for used in (used for many in reversed(range(1, len(stages))) for used in combinations(early, many)):
+        some = [stages[index] for index in used]
+        front = thresholds_front(statistics, [*some, stages[-1]], [*(int(costs[i]) for i in used), int(costs[-1])])
+        for cost_ns, miou, members in zip(*front, strict=True):
+            decided = dict(zip(used, members, strict=False))
+            whole = tuple(decided.get(index, shut[index]) for index in early)
+            yield _Rival(int(cost_ns), float(miou), (*whole, stages[-1]))
+    yield _rival(statistics, (*shut, stages[-1]), costs)
+
+
+def _costs(plan: manifest.Plan) -> Costs:
+    before = plan.upload_mean_ms + np.cumsum([cost.mean_ms for cost in plan.costs])
+    costs: Costs = np.rint((before + [cost.report_mean_ms for cost in plan.costs]) * 1e6).astype(np.int64)
+    return costs
+
+
+def _figures(
+    statistics: ExitStatistics, plan: manifest.Plan, stages: Sequence[Stage], candidate: CandidateNetwork
+) -> manifest.Figures:
+    heads, exits = [stage.head for stage in stages], exits_taken(statistics, stages)
+    costs, macs = _costs(plan)[exits], np.array(exit_macs(candidate, heads), np.int64)[exits]
+    return replace(
+        plan.predicted,
+        latency_ms=int(costs.sum()) / statistics.images / 1e6,
+        p95_ms=percentile(costs, 95) / 1e6,
+        miou=mixture_miou(statistics, heads, exits),
+        gmacs=int(macs.sum()) / statistics.images / 1e9,
+        exit_rates=tuple(int((exits == index).sum()) / statistics.images for index in range(len(stages))),
+    )
+
+
+def _with_stages(
+    plan: manifest.Plan, stages: tuple[Stage, ...], statistics: ExitStatistics, candidate: CandidateNetwork
+) -> manifest.Plan:
+    """The plan with other thresholds, and what the device makes of all its operating points."""
+
+    def point(known: manifest.OperatingPoint) -> manifest.OperatingPoint:
+        decided = known.decisions
+        if known.name == manifest.DEFAULT_POINT:
+            decided = tuple(manifest.Decision(stage.row, stage.cut) for stage in stages)
+        at = [replace(stage, row=each.row, cut=each.cut) for stage, each in zip(stages, decided, strict=True)]
+        return manifest.OperatingPoint(known.name, decided, _figures(statistics, plan, at, candidate))
+
+    return replace(
+        plan,
+        stages=tuple(
+            replace(known, row=stage.row, cut=stage.cut) for known, stage in zip(plan.stages, stages, strict=True)
+        ),
+        predicted=_figures(statistics, plan, stages, candidate),
+        tuned_by=f"{plan.library} on {plan.target}",
+        sources={what: sha256 for what, sha256 in plan.sources.items() if what != "statistics"},
+        operating_points=tuple(map(point, plan.operating_points)),
+        confidence=confidence_histograms(stages, statistics),
+    )

@@ -1,0 +1,238 @@
+"""Bundles, as a step of the Python API: from plans to the file that a device runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from os.path import realpath
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from mess_compile import __version__, files
+from mess_compile.data import scenes
+from mess_compile.engines.prepare import engine_files as _engine_files
+from mess_compile.engines.prepare import target_of as _target
+from mess_compile.evaluate import statistics
+from mess_compile.latency import table as latency
+from mess_compile.network import GraphSet
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.bundle.manifest import EngineFile, Manifest
+from mess_compile.runtime.engines.engine import open_library
+from mess_compile.runtime.serve.versions import RELEASE
+from mess_compile.search import plan as plans
+from mess_compile.steps.prospects import Prospect
+from mess_compile.steps.search import settled_graphs_of
+from mess_compile.targets import Target, find_target
+from mess_compile.workspace import Progress, Workspace, silent
+
+if TYPE_CHECKING:
+    from mess_compile.bundle.write import Part
+
+SCENES = 16
+
+
+@dataclass(frozen=True)
+class BundleOptions:
+    """How a bundle is written: what becomes of frames of another size, an OpenSSH key to sign with, whether engines
+    travel along, where to write its plan as one ONNX file, and a number by which `ship` tells an older one."""
+
+    resize: str = "stretch"
+    key: Path | None = None
+    engines: bool = False
+    single_file: Path | None = None
+    release: int | None = None
+
+
+def bundle(
+    workspace: Workspace,
+    plan_files: Sequence[Path | str] | None = None,
+    output: Path | None = None,
+    options: BundleOptions = BundleOptions(),
+    progress: Progress = silent,
+) -> tuple[Path, Manifest]:
+    """Write the plan of the device profiled last, or those of files or devices, as a bundle; the first is preferred.
+
+    Raises InputError when that would overwrite what is no bundle, for `options.single_file` no such ONNX file.
+    """
+    from mess_compile.bundle import write as bundles
+
+    _, path, chosen = _sources_of(workspace, plan_files, output, options)
+    released = {} if options.release is None else {RELEASE: str(options.release)}
+    with TemporaryDirectory(prefix="mess-") as folder:
+        parts = [
+            _part(workspace, plan, Path(folder, str(number)), options, progress) for number, plan in enumerate(chosen)
+        ]
+        first = parts[0].graph_set
+        manifest = bundles.write_bundle(
+            path,
+            parts,
+            statistics.threshold_table(first.gate, len(first.candidate.classes)),
+            [scene.frame for scene in scenes.by_difficulty(first.candidate.input_hw, SCENES)],
+            {"mess_compile": __version__, "golden_frames": "generated street scenes", **released},
+            options.resize,
+            options.key,
+            progress,
+        )
+    if options.single_file is not None:
+        from mess_compile.bundle.single_file import write_single_file
+
+        write_single_file(path, manifest.plans[0].name, options.single_file)
+    return path, manifest
+
+
+def _sources_of(
+    workspace: Workspace, plan_files: Sequence[Path | str] | None, output: Path | None, options: BundleOptions
+) -> tuple[list[Path], Path, list[plans.Plan]]:
+    """Where the plans are, where the bundle goes, and the plans."""
+    sources = [workspace.plan_named(plan) for plan in plan_files or ()]
+    sources = sources or [workspace.plan(_target(workspace, None).name)]
+    chosen = [plans.read_result(path).plan for path in sources]
+    path = output or workspace.bundle(chosen[0].device)
+    _check_outputs(sources, path, options.single_file)
+    return sources, path, chosen
+
+
+def foresee_bundle(
+    workspace: Workspace,
+    plan_files: Sequence[Path | str] | None = None,
+    output: Path | None = None,
+    options: BundleOptions = BundleOptions(),
+) -> tuple[Prospect, ...]:
+    """What `bundle` would write. Raises InputError and StaleError where it would."""
+    sources, path, chosen = _sources_of(workspace, plan_files, output, options)
+    graph_sets = [_basis(workspace, plan)[0] for plan in chosen]
+    if options.engines:
+        for plan in chosen:
+            _refuse_without_engines(find_target(plan.device, workspace.root))
+    names = {
+        (g.name, each.identity): each.spec(g.name)
+        for plan, each in zip(chosen, graph_sets, strict=True)
+        for g in plan.graphs
+    }
+    size = sum(spec.bytes for spec in names.values()) / 2**20
+    what = f"bundle the plans {', '.join(map(str, sources))}: {len(names)} graphs with {size:.2f} MiB of weights"
+    replaced = [f"{path} is there, and would be replaced"] if path.exists() else []
+    notes = (*replaced, *(["engines that are missing would be built first"] if options.engines else []))
+    writes = (str(path), *([] if options.single_file is None else [str(options.single_file)]))
+    return (Prospect("bundle", what, writes, None, "nothing of it was ever timed here", notes),)
+
+
+def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleOptions, progress: Progress) -> Part:
+    """A plan that is current, with what a bundle takes of it; graphs rewritten for its target lie in `folder`.
+
+    Statistics that are gone leave a gap in what it rests on, latencies may not.
+    """
+    from mess_compile.bundle.stage_costs import measurements_of
+    from mess_compile.bundle.write import Part
+
+    target = find_target(plan.device, workspace.root)
+    graph_set, table, known = _basis(workspace, plan)
+    folder.mkdir()
+    forms = _forms(graph_set, plan, target, folder)
+    engines = _engines_to_take(workspace, target, plan, progress) if options.engines else {}
+    return Part(graph_set, plan, measurements_of(plan, graph_set, table, known), target.device, forms, engines)
+
+
+def _basis(
+    workspace: Workspace, plan: plans.Plan
+) -> tuple[GraphSet, latency.LatencyTable, statistics.ExitStatistics | None]:
+    """Graphs, latencies and statistics (None: they are gone) of a plan. Raises StaleError when it is of others."""
+    graph_set = settled_graphs_of(workspace, plan.precision, plan.device)
+    plans.check_plan_current(plan, graph_set)
+    table = latency.read_latency_table(workspace.latency(plan.device))
+    sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
+    tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
+    known = tuning_statistics(table, plan.device, sources, tuning)
+    latency.check_current(table, graph_set)
+    return graph_set, table, known
+
+
+def _check_outputs(sources: Sequence[Path], bundle: Path, single_file: Path | None) -> None:
+    from mess_compile.bundle.single_file import is_single_file
+    from mess_compile.runtime.bundle.archive import is_bundle
+
+    if realpath(bundle) in map(realpath, sources):
+        raise InputError(f"{bundle} is the plan: name another file for the bundle (-o FILE)")
+    if bundle.exists() and not is_bundle(bundle):
+        raise InputError(f"{bundle} is there and is no bundle: name another file (-o FILE), or move it away")
+    if single_file is None:
+        return
+    if realpath(single_file) == realpath(bundle):
+        raise InputError(f"{single_file} would be the bundle and the ONNX file: name another --single-file")
+    if single_file.exists() and not is_single_file(single_file):
+        raise InputError(
+            f"{single_file} is there and was not written by --single-file: name another file, or move it away"
+        )
+
+
+def _engines_to_take(
+    workspace: Workspace, target: Target, plan: plans.Plan, progress: Progress
+) -> dict[EngineFile, Path]:
+    """The plan's engines, and for classic TensorRT the timing cache that their builds left."""
+    _refuse_without_engines(target)
+    from mess_compile.engines import build
+    from mess_compile.runtime.engines.tensorrt_build import timing_cache_name
+
+    (made,) = _engine_files(workspace, target, (plan.precision.partition("-")[0],), None, None, progress)
+    version = build.library_version(target)
+    name, capability = _gpu(target)
+
+    def engine(file: str, graph: str | None, precision: str) -> EngineFile:
+        return EngineFile(f"engines/{file}", graph, precision, target.library, version, name, capability)
+
+    found = {
+        engine(f"{graph.name}.engine", f"graphs/{graph.name}.onnx", graph.precision): made.path(graph.name)
+        for graph in plan.graphs
+    }
+    timing = workspace.engines(target.name, made.graph_set.recipe).parent / timing_cache_name(version)
+    return found | ({engine(timing.name, None, ""): timing} if timing.is_file() else {})
+
+
+def _refuse_without_engines(target: Target) -> None:
+    if target.library.startswith("onnxruntime"):
+        raise InputError(f"{target.name} runs graphs by ONNX Runtime, which has no engines: leave --engines out")
+
+
+def _gpu(target: Target) -> tuple[str, tuple[int, int]]:
+    """What engines are for: any GPU of the target's capability, or for classic TensorRT the one that is here."""
+    if target.library == "tensorrt_rtx" and target.compute_capability is not None:
+        return "", target.compute_capability
+    with closing(open_library(target.library)) as library:
+        if library.builds_for is None:
+            raise InputError(f"{target.library} here builds no engines for {target.name}")
+        return library.builds_for
+
+
+def _forms(graph_set: GraphSet, plan: plans.Plan, target: Target, folder: Path) -> dict[str, Path]:
+    """The plan's graphs that the target's parser does not take as they are, rewritten for it in `folder`, their weights
+    in a store there."""
+    if target.library.startswith("onnxruntime"):
+        return {}
+    from mess_compile.engines import build
+    from mess_compile.graph.store import move_weights_out
+
+    parser, forms = build.parser_of(target), {}
+    for graph in plan.graphs:
+        path = folder / graph_set.path(graph.name).name
+        if build.prepare_graph(graph_set.path(graph.name), graph.precision, parser, path):
+            move_weights_out(path)
+            forms[graph.name] = path
+    return forms
+
+
+def tuning_statistics(
+    table: latency.LatencyTable, device: str, known: Mapping[str, str], tuning: Path
+) -> statistics.ExitStatistics | None:
+    """The statistics that a plan was chosen on, None when they are not here.
+
+    Raises StaleError when they or the table are not what the plan was searched from, by the `known` hashes.
+    """
+    files.recovered(tuning)
+    found, read = {"latency table": latency.content_sha256(table)}, None
+    if tuning.is_dir():
+        read = statistics.read_statistics(tuning)
+        found["statistics"] = statistics.content_sha256(read)
+    plans.check_sources_current(device, known, found)
+    return read

@@ -1,0 +1,86 @@
+"""What `train`, `evaluate`, `bundle` and `bench` would do, write and take: of what is known, nothing is begun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mess_compile.latency import table as latency
+from mess_compile.latency.table import LatencyTable
+from mess_compile.network import BASELINE_ALONE, GraphSet, head_graph_name, segment_name
+from mess_compile.runtime.base.errors import InputError
+
+_UNSCORED = "without reading and scoring images"
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """One step that would be taken: what it would do, and the files and folders that it would write.
+
+    It should take `least_s` at the least, an estimate by `basis`; None where there is no basis, and that says why.
+    `notes` are what is to be known beside.
+    """
+
+    step: str
+    what: str
+    writes: tuple[str, ...]
+    least_s: float | None
+    basis: str
+    notes: tuple[str, ...] = ()
+
+
+def of_evaluation(
+    graph_set: GraphSet, images: int, writes: Sequence[Path], table: Path, place: str, notes: tuple[str, ...] = ()
+) -> Prospect:
+    """Of `images` whose statistics go to the first of `writes`; `table` is where the device's latencies are, if
+    anywhere."""
+    folder = writes[0]
+    if any(folder.parent.glob(f".{folder.name}.parts-*")):
+        notes += ("it would go on where one broke off, if images and graphs are the same",)
+    each_ms, basis = recording_ms(graph_set, table)
+    what = f"record {len(graph_set.candidate.heads)} heads on {images} images, by {graph_set.recipe} at {place}"
+    least_s = None if each_ms is None else images * each_ms / 1e3
+    return Prospect("evaluate", what, tuple(map(str, writes)), least_s, basis, notes)
+
+
+def of_bench(
+    graph_set: GraphSet, table: LatencyTable, plan_ms: float, images: int, passes: int, bundle: Path, kept: Path
+) -> Prospect:
+    """Of `images` that run `passes` times by a plan, which takes `plan_ms`, and by the baseline, and once by all heads.
+
+    What is found is `kept`.
+    """
+    entries = [entry for (name, _), entry in table.entries.items() if name in graph_set.baselines]
+    each_ms = plan_ms + min((entry.mean_ms for entry in entries), default=0.0)
+    replay_ms = latency.mean_ms_of(table, graph_set, _recorded(graph_set)) or 0.0
+    what = f"run {bundle} and the baseline {passes} times on {images} images, and every head once"
+    basis = f"{table.source} latencies of {table.device}, {_UNSCORED}"
+    return Prospect("bench", what, (str(kept),), images * (passes * each_ms + replay_ms) / 1e3, basis)
+
+
+def of_deadline(images: int, passes: int, bundle: Path, deadline_ms: float, path_ms: float) -> Prospect:
+    """Of `images` that are refined `passes` times until a deadline; the last exit is there after `path_ms`."""
+    what = f"refine {images} images {passes} times by {bundle}, {deadline_ms:g} ms each at most; nothing is kept of it"
+    least_s = images * passes * min(deadline_ms, path_ms) / 1e3
+    return Prospect("bench", what, (), least_s, f"latencies that the bundle brings, {_UNSCORED}")
+
+
+def recording_ms(graph_set: GraphSet, path: Path) -> tuple[float | None, str]:
+    """What all heads take on one image, and by what one knows."""
+    with suppress(InputError):
+        table = latency.read_latency_table(path)
+        cost_ms = latency.mean_ms_of(table, graph_set, _recorded(graph_set))
+        if cost_ms is not None:
+            return cost_ms, f"{table.source} latencies of {table.device}, {_UNSCORED}"
+    return None, f"there is no table {path} of these graphs"
+
+
+def _recorded(graph_set: GraphSet) -> list[str]:
+    """The graphs that an evaluation runs on an image, one as often as it runs."""
+    candidate = graph_set.candidate
+    names = [segment_name(number, number + 1) for number in range(len(candidate.exit_points))]
+    for head in candidate.heads:
+        names += [head_graph_name(head.name), candidate.output_of(head)]
+    return names + ([BASELINE_ALONE] if graph_set.baseline_alone else [])

@@ -1,0 +1,296 @@
+"""Two-stage training of an overprovisioned network (MESS): exit-aware pre-training, then heads on a frozen backbone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mess_compile import files, launcher
+from mess_compile.data.dataset import DataSet, refuse_untrainable, survey_labels
+from mess_compile.nets.backbones import load_imagenet
+from mess_compile.nets.checkpoint import (
+    architecture_to_json,
+    load_candidate,
+    load_state,
+    load_weights,
+    save_candidate,
+    set_aside,
+)
+from mess_compile.nets.network import Architecture, OverprovisionedNetwork, with_final_head
+from mess_compile.network import CandidateNetwork, head_config_from_name
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.training import losses
+from mess_compile.training.augment import Batches, Shard
+from mess_compile.training.backbone import SAVED, pretrain
+from mess_compile.training.heads import head_groups, train_heads
+from mess_compile.training.loop import Run
+from mess_compile.training.parallel import Machines, launch, lost_process_named, readers, said_once
+from mess_compile.training.progress import Progress, progress_of, read_progress, remove_progress, save_progress
+from mess_compile.training.recipe import Recipe
+from mess_compile.training.validate import miou_line
+
+_OTHER = "another training is running there: wait until it has ended, or train in another workspace (-C DIR)"
+
+
+def train(
+    architecture: Architecture,
+    data: DataSet,
+    validation: DataSet,
+    folder: Path,
+    recipe: Recipe,
+    report: Callable[[str], None],
+    imagenet: Path | None = None,
+    machines: Machines | None = None,
+    source: Path | None = None,
+    teacher: Path | None = None,
+    progress_bar: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> CandidateNetwork | None:
+    """Train both stages and write the candidate network to `folder`; continues what an earlier call left there.
+
+    Progress is saved after each epoch. With several processes every one of them calls this; they share the folder, and
+    all but the first return None. `source` is the folder of a candidate network to start stage 2 from, stage 1 then
+    having no epochs; `teacher` that of one whose final exit teaches instead of the network's own. Raises InputError
+    when `folder` holds another unfinished training, `source` another architecture, the data do not suffice, the loss is
+    not a number, memory runs out, a process is gone, or another training runs in `folder`.
+    """
+    alone = files.used_alone(folder, _OTHER) if launcher.is_first() else nullcontext()
+    with alone:
+        return _train(
+            architecture,
+            data,
+            validation,
+            folder,
+            recipe,
+            report,
+            imagenet,
+            machines or Machines(),
+            source,
+            teacher,
+            progress_bar,
+        )
+
+
+def _train(
+    architecture: Architecture,
+    data: DataSet,
+    validation: DataSet,
+    folder: Path,
+    recipe: Recipe,
+    report: Callable[[str], None],
+    imagenet: Path | None,
+    machines: Machines,
+    source: Path | None,
+    teacher: Path | None,
+    progress_bar: Callable[[str, int, int], None],
+) -> CandidateNetwork | None:
+    kept, teaching = (load_candidate(path) if path else None for path in (source, teacher))
+    _check_stages(architecture, recipe, kept)
+    _check_teacher(architecture, teaching)
+    described = _described(architecture, data, recipe, imagenet, (kept, teaching))
+    progress, counts = None, None
+    if not launcher.is_child():  # before others are started, so that what is wrong is said once
+        surveyed = survey_labels(data)
+        refuse_untrainable(surveyed)
+        described["labels_sha256"], counts = surveyed.sha256, surveyed.pixels
+        progress = read_progress(folder, described)
+        for sentence in (*surveyed.sentences(), *survey_labels(validation).sentences()):
+            report(sentence)
+    fabric = launch(machines)
+    first = fabric.global_rank == 0
+    with lost_process_named(fabric):
+        progress, counts = fabric.broadcast((progress, counts))
+        assert counts is not None, "the first process has counted"
+        with said_once(fabric):
+            shard = Shard.of(fabric, machines.accumulate)
+            batches = Batches(data, architecture.input_hw, recipe, shard, readers(fabric, machines))
+        run = Run(
+            fabric=fabric,
+            batches=batches,
+            weights=losses.class_weights(counts, recipe.class_power).to(fabric.device),
+            recipe=recipe,
+            input_hw=architecture.input_hw,
+            stride=architecture.output_stride,
+            validation=validation,
+            teacher=teaching.to(fabric.device) if teaching else None,
+            report=report if first else lambda line: None,
+            save=lambda found: save_progress(folder, found, described),
+            trained=progress_bar if first else lambda what, done, total: None,
+        )
+        run.report(_opening(run, len(data.items)))
+        network = _trained(architecture, run, progress, imagenet, kept)
+        fabric.barrier()
+    if not first:
+        return None
+    earlier = set_aside(folder)
+    if earlier is not None:
+        report(f"the network that was in {folder} is kept in {earlier}")
+    save_candidate(network, folder)
+    remove_progress(folder)
+    return network.candidate
+
+
+def foreseen(
+    architecture: Architecture,
+    data: DataSet,
+    validation: DataSet,
+    folder: Path,
+    recipe: Recipe,
+    imagenet: Path | None = None,
+    machines: Machines | None = None,
+    source: Path | None = None,
+    teacher: Path | None = None,
+) -> tuple[str, tuple[str, ...]]:
+    """What `train` would do, and what is to be known beside; nothing is written. Raises InputError where it would."""
+    machines = machines or Machines()
+    kept, teaching = (load_candidate(path) if path else None for path in (source, teacher))
+    _check_stages(architecture, recipe, kept)
+    _check_teacher(architecture, teaching)
+    progress = read_progress(folder, _described(architecture, data, recipe, imagenet, (kept, teaching)))
+    shard = Shard(0, machines.devices * machines.nodes, machines.accumulate)
+    steps, batches = len(Batches(data, architecture.input_hw, recipe, shard)), min(recipe.batch, len(data.items))
+    groups = len(head_groups(_build(architecture), recipe.head_memory_mib))
+    first, second = recipe.epochs
+    what = (
+        f"train {architecture.backbone} on {len(data.items)} images, validated on {len(validation.items)}: stage 1, "
+        f"{first} epochs x {steps} batches of {batches}; stage 2, {groups} groups of heads x {second} epochs x as many"
+    )
+    notes: tuple[str, ...] = ()
+    if progress is not None:
+        notes += (f"it would go on in stage {progress.stage}, after epoch {progress.epoch}",)
+    elif (folder / "network.json").exists():
+        notes += (f"the network that is in {folder} would be kept beside it, as {folder.name}-N",)
+    return what, notes
+
+
+def _described(
+    architecture: Architecture,
+    data: DataSet,
+    recipe: Recipe,
+    imagenet: Path | None,
+    others: Sequence[OverprovisionedNetwork | None],
+) -> dict[str, Any]:
+    """What makes a training this one and no other. Machines are no part of it: it may continue on others."""
+    return {
+        "architecture": architecture_to_json(architecture),
+        "recipe": asdict(recipe),
+        "images": len(data.items),
+        "image_ids_sha256": hashlib.sha256("\n".join(item.id for item in data.items).encode()).hexdigest(),
+        "images_sha256": hashlib.sha256(repr([item.image.stat().st_size for item in data.items]).encode()).hexdigest(),
+        "imagenet_sha256": None if imagenet is None else _sha256_of_weights(imagenet),
+        "source_and_teacher": [None if other is None else other.candidate.identity for other in others],
+    }
+
+
+def _sha256_of_weights(path: Path) -> str:
+    load_state(path)  # now, rather than when labels are counted and processes started
+    return files.sha256_of_file(path)
+
+
+def _opening(run: Run, images: int) -> str:
+    fabric, batches = run.fabric, run.batches
+    where = f"{fabric.world_size} processes on " if fabric.world_size > 1 else ""
+    few = (
+        "; fewer than one batch: enough to try the commands, too few to learn from" if images < run.recipe.batch else ""
+    )
+    return (
+        f"training on {images} images, {len(batches)} batches of {batches.batch} per epoch, "
+        f"{where}{fabric.device.type}, {fabric.strategy.precision.precision}{few}"
+    )
+
+
+def _trained(
+    architecture: Architecture,
+    run: Run,
+    progress: Progress | None,
+    imagenet: Path | None,
+    source: OverprovisionedNetwork | None,
+) -> OverprovisionedNetwork:
+    recipe = run.recipe
+    torch.manual_seed(recipe.seed)
+    if source is None:
+        source = _bare_network(architecture, recipe, imagenet)
+        if progress is None or progress.stage == 1:
+            pretrain(source, run, progress)
+            progress = progress_of(2, 0, 0, source, None, {})
+            if recipe.epochs[1] and run.fabric.global_rank == 0:
+                run.save(progress)
+        elif not (progress.group or progress.epoch):
+            load_weights(source, progress.weights, SAVED)
+    torch.manual_seed(recipe.seed)
+    network = _with_all_heads(architecture, source)
+    progress = progress or progress_of(2, 0, 0, network, None, {})
+    if progress.group or progress.epoch:
+        run.report(f"continuing stage 2, group {progress.group + 1}, after epoch {progress.epoch}")
+        load_weights(network, progress.weights, SAVED)
+    if recipe.epochs[1]:
+        train_heads(network, run, progress)
+    names = [head.name for head in network.candidate.heads]
+    network.to(run.fabric.device)
+    run.report(miou_line(network.eval(), run.validation, names, run.fabric))
+    return network
+
+
+def _bare_architecture(architecture: Architecture, recipe: Recipe) -> Architecture:
+    exits = len(architecture.exit_blocks)
+    heads = [(number, head_config_from_name(recipe.stage1_head)) for number in range(1, exits)]
+    return replace(architecture, heads=with_final_head(heads, exits))
+
+
+def _bare_network(architecture: Architecture, recipe: Recipe, imagenet: Path | None) -> OverprovisionedNetwork:
+    """Stage 1 trains one head at every exit point."""
+    bare = _build(_bare_architecture(architecture, recipe))
+    if imagenet is not None:
+        load_imagenet(bare.backbone, architecture.backbone, load_state(imagenet))
+    return bare
+
+
+def _build(architecture: Architecture) -> OverprovisionedNetwork:
+    network = OverprovisionedNetwork(architecture)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
+
+
+def _with_all_heads(architecture: Architecture, source: OverprovisionedNetwork) -> OverprovisionedNetwork:
+    """The whole network with the backbone of `source`, and those of its heads that it has."""
+    network = _build(architecture)
+    network.backbone.load_state_dict(source.backbone.state_dict())
+    for name in source.heads.keys() & network.heads.keys():
+        network.heads[name].load_state_dict(source.heads[name].state_dict())
+    return network
+
+
+def _check_stages(architecture: Architecture, recipe: Recipe, source: OverprovisionedNetwork | None) -> None:
+    """Nothing may stay untrained, and a given backbone must be the one that is asked for. Raises InputError."""
+    if (recipe.epochs[0] == 0) != (source is not None):
+        raise InputError(
+            f"stage 1 has {recipe.epochs[0]} epochs: 0 go with --from, which names the candidate network whose "
+            "backbone is kept; without it, stage 1 makes the backbone"
+        )
+    known = source.architecture if source else _bare_architecture(architecture, recipe)
+    trained = known.heads[-1:] if recipe.order == "final" and not source else known.heads
+    untrained = [f"exit{number}.{head.name}" for number, head in architecture.heads if (number, head) not in trained]
+    if recipe.epochs[1] == 0 and untrained:
+        raise InputError(
+            f"stage 2 has 0 epochs: nothing would train {untrained[0]}; give it some, or leave the head out"
+        )
+    wanted, found = (architecture_to_json(a) for a in (architecture, known))
+    for name in found.keys() - {"heads", "colours"}:
+        if wanted[name] != found[name]:
+            raise InputError(
+                f"--from names a network whose {name} is {found[name]}, but {wanted[name]} is asked for: only heads "
+                "may differ"
+            )
+
+
+def _check_teacher(architecture: Architecture, teacher: OverprovisionedNetwork | None) -> None:
+    if teacher is not None and teacher.architecture.classes != architecture.classes:
+        raise InputError(
+            f"the teacher knows the classes {', '.join(teacher.architecture.classes)}, the data "
+            f"{', '.join(architecture.classes)}: a teacher must have learnt the same classes"
+        )
