@@ -18,8 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mess_compile.data.dataset import open_dataset, samples
-from mess_compile.evaluate.statistics import threshold_table
-from mess_compile.network import head_graph_name, read_graph_set, segment_name
+from mess_compile.network import head_graph_name, read_graph_set, segment_name, threshold_table
 from mess_compile.runtime.engines.engine import open_library
 from mess_compile.runtime.images import frames
 from mess_compile.search.plan import read_result

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.evaluate.statistics import ExitStatistics, threshold_table
-from mess_compile.latency.table import PSEUDO_GRAPHS, Latency, LatencyTable
+from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.latency.table import Latency, LatencyTable
 from mess_compile.network import (
     BASELINE,
     CandidateNetwork,
@@ -34,8 +34,10 @@ from mess_compile.network import (
     head_graph_name,
     output_name,
     segment_name,
+    threshold_table,
 )
 from mess_compile.runtime.base.errors import RequirementError
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.search.guarantees import certify
 from mess_compile.search.metrics import Evidence, figures_of_stages
 from mess_compile.search.requirement import Requirement

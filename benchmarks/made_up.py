@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.evaluate.statistics import ExitStatistics, head_miou, miou, threshold_table
-from mess_compile.latency.table import PSEUDO_GRAPHS, Latency, LatencyTable
+from mess_compile.evaluate.statistics import ExitStatistics, head_miou, miou
+from mess_compile.latency.table import Latency, LatencyTable
 from mess_compile.network import (
     BASELINE,
     DEFAULT_THRESHOLDS,
@@ -23,7 +23,9 @@ from mess_compile.network import (
     head_grid,
     output_name,
     segment_name,
+    threshold_table,
 )
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.search.metrics import Evidence
 
 Array = NDArray[np.float64]

@@ -28,7 +28,6 @@ from PIL import Image, ImageDraw
 from mess_compile.bundle.stage_costs import measurements_of
 from mess_compile.bundle.write import Part, write_bundle
 from mess_compile.data import scenes
-from mess_compile.evaluate.statistics import threshold_table
 from mess_compile.latency.table import (
     LatencyTable,
     baseline_cost_ns,
@@ -37,7 +36,7 @@ from mess_compile.latency.table import (
     path_costs_ns,
     read_latency_table,
 )
-from mess_compile.network import BASELINE, GraphSet, read_graph_set, segment_name
+from mess_compile.network import BASELINE, GraphSet, read_graph_set, segment_name, threshold_table
 from mess_compile.runtime.cascade.cascade import Cascade, load
 from mess_compile.runtime.engines.engine import Engine, Library
 from mess_compile.runtime.measure import full_speed

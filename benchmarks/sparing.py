@@ -19,11 +19,12 @@ from pathlib import Path
 
 from mess_compile.evaluate.statistics import ExitStatistics, read_statistics
 from mess_compile.latency import roofline
-from mess_compile.latency.table import PSEUDO_GRAPHS, LatencyTable, check_current, read_latency_table
+from mess_compile.latency.table import LatencyTable, check_current, read_latency_table
 from mess_compile.network import GraphSet, read_graph_set
 from mess_compile.profile import selection
 from mess_compile.profile.selection import Subject
 from mess_compile.runtime.base.errors import RequirementError
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.search.metrics import Evidence
 from mess_compile.search.requirement import Requirement, parse_max_err, parse_max_latency
 from mess_compile.search.solver import search

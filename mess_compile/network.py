@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mess_compile import files
 from mess_compile.runtime.base.errors import InputError, did_you_mean
@@ -444,3 +445,8 @@ def _tensors_from_json(content: Any) -> tuple[TensorSpec, ...]:
         if spec.dtype not in DTYPES:
             raise ValueError(f"tensor {spec.name} has dtype {spec.dtype!r}, not one of {', '.join(DTYPES)}")
     return specs
+
+
+def threshold_table(gate: Gate, classes: int) -> NDArray[np.float32]:
+    """The gate's plain thresholds as its (T, K) input: row j repeats threshold j for every class."""
+    return np.repeat(np.array(gate.thresholds, np.float32)[:, None], classes, axis=1)

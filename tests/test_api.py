@@ -23,7 +23,7 @@ from mess_compile.cli import main
 from mess_compile.data import scenes
 from mess_compile.latency.table import read_latency_table
 from mess_compile.runtime.base.errors import InputError
-from mess_compile.runtime.base.notebook import labels_html, table_html
+from mess_compile.runtime.images.notebook import labels_html, table_html
 from mess_compile.search.plan import read_result
 from tests.commands import printed_json
 

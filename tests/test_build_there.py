@@ -12,9 +12,10 @@ import pytest
 from mess_compile import steps
 from mess_compile.device.remote import RemoteError
 from mess_compile.files import sha256_of_file
-from mess_compile.latency.table import PSEUDO_GRAPHS, read_latency_table
+from mess_compile.latency.table import read_latency_table
 from mess_compile.network import read_graph_set
 from mess_compile.runtime.measure import measure
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.workspace import Workspace
 from tests.commands import complaint, done, printed_json
 from tests.conftest import EFFORT, quiet

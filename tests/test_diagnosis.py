@@ -23,14 +23,8 @@ from mess_compile.evaluate.diagnose import (
     verdicts,
     weak_final_exit,
 )
-from mess_compile.evaluate.statistics import (
-    ExitStatistics,
-    head_miou,
-    read_statistics,
-    threshold_table,
-    write_statistics,
-)
-from mess_compile.network import Gate
+from mess_compile.evaluate.statistics import ExitStatistics, head_miou, read_statistics, write_statistics
+from mess_compile.network import Gate, threshold_table
 from mess_compile.runtime.base.errors import InputError
 from tests.commands import done, printed_json
 from tests.search.cases import candidate_network, exit_statistics, graph_set

@@ -9,8 +9,9 @@ import pytest
 
 from mess_compile.latency.estimate import forecast, start_from
 from mess_compile.latency.roofline import USUAL
-from mess_compile.latency.table import PSEUDO_GRAPHS, Failure, LatencyTable, check_current
+from mess_compile.latency.table import Failure, LatencyTable, check_current
 from mess_compile.network import GraphSet
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.targets import Target, find_target
 from tests import small_network
 

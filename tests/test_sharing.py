@@ -13,7 +13,7 @@ import pytest
 from mess_compile.engines.files import plain_files
 from mess_compile.engines.jobs import job_name
 from mess_compile.latency import estimate
-from mess_compile.latency.table import PSEUDO_GRAPHS, LatencyTable, check_current, read_latency_table
+from mess_compile.latency.table import LatencyTable, check_current, read_latency_table
 from mess_compile.network import BASELINE, BASELINE_ALONE, GraphSet
 from mess_compile.profile import multi_device, selection
 from mess_compile.profile.backends import Place, Task, as_they_are
@@ -21,7 +21,7 @@ from mess_compile.profile.sparse import Errand
 from mess_compile.runtime.base.errors import EngineError, InputError
 from mess_compile.runtime.machine.power import DeviceState
 from mess_compile.runtime.measure import measure as profile
-from mess_compile.runtime.measure.job_pool import Opened
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS, Opened
 from mess_compile.runtime.measure.measure import Effort, Window
 from mess_compile.targets import find_target
 from tests import small_network

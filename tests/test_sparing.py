@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from mess_compile.latency.roofline import TERMS, Roofline
-from mess_compile.latency.table import PSEUDO_GRAPHS, Failure, LatencyTable
+from mess_compile.latency.table import Failure, LatencyTable
 from mess_compile.network import BASELINE, BASELINE_ALONE, GraphSet
 from mess_compile.profile import selection
 from mess_compile.profile.selection import Key, Subject, Wanted
 from mess_compile.runtime.base.errors import RequirementError
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.search.metrics import Evidence
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search, search_recipes

@@ -19,10 +19,9 @@ from mess_compile.evaluate.statistics import (
     merge,
     miou,
     read_statistics,
-    threshold_table,
     write_statistics,
 )
-from mess_compile.network import Gate
+from mess_compile.network import Gate, threshold_table
 from mess_compile.runtime.base.errors import InputError, StaleError
 from tests.search.cases import candidate_network, exit_statistics, graph_set
 

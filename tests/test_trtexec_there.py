@@ -21,13 +21,13 @@ from mess_compile.device.trtexec import PROTOCOL_DIFFERENCE
 from mess_compile.device.trtexec_client import MOST_RUNS, TrtexecSession, in_place_of_python, state_from_text
 from mess_compile.engines import build as building
 from mess_compile.graph.store import store_weight
-from mess_compile.latency.table import PSEUDO_GRAPHS, LatencyTable, read_latency_table
+from mess_compile.latency.table import LatencyTable, read_latency_table
 from mess_compile.network import GraphSet, read_graph_set
 from mess_compile.runtime.base.errors import EngineError, InputError, MessError
 from mess_compile.runtime.machine.machine import Gpu, InstalledLibrary, Machine
 from mess_compile.runtime.machine.power import DeviceState
 from mess_compile.runtime.measure import measure
-from mess_compile.runtime.measure.job_pool import Job, Opened
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS, Job, Opened
 from mess_compile.runtime.measure.measure import Window
 from mess_compile.runtime.serve.worker import describe_machine
 from mess_compile.targets import find_target

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mess_compile.evaluate.statistics import ExitStatistics
-from mess_compile.latency.table import DOWNLOAD, NULL, UPLOAD, LatencyTable, StageGraphs, graph_cost_ns, stage_graphs
+from mess_compile.latency.table import LatencyTable, StageGraphs, graph_cost_ns, stage_graphs
 from mess_compile.network import GraphSet, is_whole
 from mess_compile.runtime.bundle import manifest
+from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.search.hold_out import tuning_part
 from mess_compile.search.metrics import exits_taken
 from mess_compile.search.plan import Plan, Stage

@@ -138,9 +138,9 @@ def profile(
     A measurement that was broken off continues with the same command.
     """
     from mess_compile import steps
-    from mess_compile.runtime.measure import measure as measuring
+    from mess_compile.latency.checks import known_doubts
     from mess_compile.report import inspection
-    from mess_compile.steps.search import known_doubts
+    from mess_compile.runtime.measure import measure as measuring
 
     if seconds is not None and not 0 < seconds <= 3600:
         raise InputError(f"--seconds {seconds:g} is not between 0 and 3600")

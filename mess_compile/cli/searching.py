@@ -89,11 +89,11 @@ def search(
 ) -> None:
     """Choose exits, heads and thresholds that satisfy a requirement, and prove the choice."""
     from mess_compile import steps
+    from mess_compile.report import inspection
     from mess_compile.search.guarantees import parse_confidence
     from mess_compile.search.hold_out import parse_hold_out
     from mess_compile.search.plan import result_to_json
     from mess_compile.search.requirement import parse_front, parse_seconds
-    from mess_compile.report import inspection
 
     beside = {"--seed": seed, "--time-limit": time_limit, "--explain": explain, "--hold-out": hold_out}
     _refuse_what_does_not_fit(options, confidence, beside)

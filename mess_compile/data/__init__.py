@@ -1,0 +1,1 @@
+"""Labelled images: layouts on disk, class lists, frames and labels."""

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from mess_compile import files
+from mess_compile.data import scenes
 from mess_compile.data.dataset import ClassList, Sample
+from mess_compile.network import GraphSet, threshold_table
 
 SCENE_CLASSES = ClassList(
     names=("sky", "building", "road", "pavement", "tree", "car", "pedestrian", "sign"),
@@ -168,3 +170,9 @@ def write_scenes(
                 Image.fromarray(sample.frame).save(folder / split / "images" / f"{sample.id}.png", compress_level=0)
                 Image.fromarray(sample.labels).save(folder / split / "labels" / f"{sample.id}.png")
                 seed += 1
+
+
+def profiling_inputs(graph_set: GraphSet) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """What graphs are measured on: a generated frame at the network's input size, and the gate's thresholds."""
+    frame = scenes.make_scene(0, graph_set.candidate.input_hw).frame
+    return frame, threshold_table(graph_set.gate, len(graph_set.candidate.classes))

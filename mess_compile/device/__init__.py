@@ -1,0 +1,1 @@
+"""A device over SSH: connection, files, and the programs that build and measure there."""

@@ -19,11 +19,7 @@ from mess_compile.device.client import STORE, BuiltThere
 from mess_compile.device.payload import OWN_FILES_LAST
 from mess_compile.device.remote import Remote, RemoteError
 from mess_compile.graph.store import WEIGHTS, stored_weights
-from mess_compile.latency import estimate
-from mess_compile.latency.table import PSEUDO_GRAPHS, Latency
-from mess_compile.network import GraphSet
 from mess_compile.runtime.base.errors import EngineError, InputError, MessError
-from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.machine import power
 from mess_compile.runtime.machine.machine import InstalledLibrary, Machine
 from mess_compile.runtime.machine.power import DeviceState
@@ -336,19 +332,6 @@ def in_place_of_python(
     return session
 
 
-def transfers(plain: GraphSet, target: Target) -> Callable[[Mapping[Key, Latency]], dict[Key, Latency]]:
-    """A function that estimates upload, download and null stage, which trtexec cannot time, by what was measured.
-
-    `plain` is the network in fp32.
-    """
-    priors = estimate.priors_of(plain, target, ())
-
-    def estimated(measured: Mapping[Key, Latency]) -> dict[Key, Latency]:
-        times = {key: entry.mean_ms for key, entry in measured.items() if key[1] == FP32}
-        found = estimate.estimated(priors, times)
-        return {(name, FP32): estimate.estimated_entry((name, FP32), "", found[name, FP32]) for name in PSEUDO_GRAPHS}
-
-    return estimated
 
 
 def state_from_text(text: str) -> DeviceState:

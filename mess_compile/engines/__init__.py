@@ -1,0 +1,1 @@
+"""What an engine library loads: ONNX files in a precision, or engines built from them."""

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mess_compile.engines.files import EngineFiles
-from mess_compile.latency import table
 from mess_compile.network import BASELINE, head_graph_name, segment_name
 from mess_compile.runtime.base.errors import InputError
-from mess_compile.runtime.measure.job_pool import Job
+from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD, Job
 
 
 def job_name(graph: str, precision: str) -> str:
@@ -73,9 +72,9 @@ def _jobs_of(engines: EngineFiles) -> Iterator[Job]:
         yield job(head_graph_name(head.name), segment_name(sources[head.exit_point], head.exit_point))
     for name, before in outputs.items():
         yield job(name, before)
-    yield Job(table.UPLOAD, None, named(output))
-    yield Job(table.NULL, None, named(head_graph))
-    yield Job(table.DOWNLOAD, None, named(output))
+    yield Job(UPLOAD, None, named(output))
+    yield Job(NULL, None, named(head_graph))
+    yield Job(DOWNLOAD, None, named(output))
 
 
 def _typical(heads: Sequence[Any]) -> str:

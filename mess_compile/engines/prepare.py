@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,12 +14,11 @@ from mess_compile.cores import cores
 from mess_compile.data.dataset import Data, open_dataset, read_frame
 from mess_compile.engines.files import EngineFiles, plain_files
 from mess_compile.engines.jobs import job_names
-from mess_compile.latency import table
 from mess_compile.network import GraphSet, check_graphs, read_graph_set, verify_graph_set
-from mess_compile.runtime.base.errors import InputError, MessError, did_you_mean
+from mess_compile.runtime.base.errors import InputError, StaleError, did_you_mean
 from mess_compile.runtime.engines.engine import PRECISIONS
 from mess_compile.runtime.images import frames
-from mess_compile.targets import Target, find_target, known_targets
+from mess_compile.targets import Target
 from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -164,22 +162,19 @@ def verified_graphs(workspace: Workspace) -> GraphSet:
     return graph_set
 
 
-def _is_estimated(workspace: Workspace, device: str) -> bool:
-    """Whether there are latencies of a device, and none of them was measured."""
-    with suppress(MessError):
-        return table.read_latency_table(workspace.latency(device)).source == "estimated"
-    return False
 
 
-def target_of(workspace: Workspace, device: str | None) -> Target:
-    """The device that is named, or the one measured last. Raises InputError when there is neither."""
-    name = device or workspace.memory().device
-    if name is None:
-        estimated = [name for name in known_targets(workspace.root) if _is_estimated(workspace, name)]
-        if estimated:
-            raise InputError(
-                f"no device was measured in this workspace yet; {', '.join(estimated)} was estimated, and an estimate "
-                f"is not taken by default: name it, as in `search --device {estimated[0]}` or `bundle {estimated[0]}`"
-            )
-        raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
-    return find_target(name, workspace.root)
+
+
+def settled_graphs_of(workspace: Workspace, recipe: str, device: str) -> GraphSet:
+    """The graphs of a recipe. Raises StaleError when it has to be settled again."""
+    from mess_compile.engines import recipes
+
+    known = recipes.settled_graphs(read_graph_set(workspace.graphs), recipe, workspace.recipes)
+    if known is None:
+        precision = recipe.partition("-")[0]
+        raise StaleError(
+            f"the graphs in {recipe} are missing, or of other graphs than {workspace.graphs}: run "
+            f"`mess-compile profile --device {device} --precision ...` with {precision} among them"
+        )
+    return known.graph_set

@@ -1,0 +1,1 @@
+"""Exit statistics: recorded, stored, and what they say of heads and gates."""

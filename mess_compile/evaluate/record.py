@@ -16,15 +16,8 @@ from numpy.typing import NDArray
 
 from mess_compile.data.dataset import ALWAYS_IGNORED, DataSet, Item, samples
 from mess_compile.engines.files import EngineFiles
-from mess_compile.evaluate.statistics import (
-    ExitStatistics,
-    check_current,
-    merge,
-    read_statistics,
-    threshold_table,
-    write_statistics,
-)
-from mess_compile.network import BASELINE_ALONE, CandidateNetwork, Head, head_graph_name, segment_name
+from mess_compile.evaluate.statistics import ExitStatistics, check_current, merge, read_statistics, write_statistics
+from mess_compile.network import BASELINE_ALONE, CandidateNetwork, Head, head_graph_name, segment_name, threshold_table
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.engines.engine import Library
 from mess_compile.runtime.serve.scoring import Exits, HeadEngines, Score, open_scorer

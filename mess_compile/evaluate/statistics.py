@@ -123,9 +123,6 @@ def head_miou(statistics: ExitStatistics, head: str) -> float:
     )
 
 
-def threshold_table(gate: Gate, classes: int) -> NDArray[np.float32]:
-    """The gate's plain thresholds as its (T, K) input: row j repeats threshold j for every class."""
-    return np.repeat(np.array(gate.thresholds, np.float32)[:, None], classes, axis=1)
 
 
 def merge(shards: Sequence[ExitStatistics]) -> ExitStatistics:

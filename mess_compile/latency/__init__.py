@@ -1,0 +1,1 @@
+"""Latency tables: measured, or estimated by a roofline model; warnings about them."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
-from mess_compile.latency.table import LatencyTable, mean_ms_of
+from mess_compile.engines.prepare import settled_graphs_of
+from mess_compile.latency.table import LatencyTable, check_current, mean_ms_of
 from mess_compile.network import GraphSet, head_graph_name, segment_name
+from mess_compile.runtime.base.errors import MessError
 from mess_compile.runtime.engines.engine import FP32
+from mess_compile.workspace import Workspace
 
 CHEAPER, DEARER = 0.15, 0.35
 """By what share of the whole network its parts, one after the other, may take less or more.
@@ -55,3 +59,14 @@ def _parts(graph_set: GraphSet) -> list[str]:
     last = len(candidate.exit_points)
     segments = [segment_name(point, point + 1) for point in range(last)]
     return [*segments, head_graph_name(candidate.baseline), candidate.output_of(candidate.head(candidate.baseline))]
+
+
+def known_doubts(workspace: Workspace, table: LatencyTable) -> tuple[str, ...]:
+    """What speaks against a table, of its recipes as far as their graphs are still here."""
+    graph_sets = []
+    for recipe in table.recipes:
+        with suppress(MessError):
+            graph_set = settled_graphs_of(workspace, recipe, table.device)
+            check_current(table, graph_set)
+            graph_sets.append(graph_set)
+    return doubts_of(table, graph_sets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mess_compile.latency.roofline import (
     USUAL,
@@ -16,13 +16,16 @@ from mess_compile.latency.roofline import (
     pseudo_features,
     roofline,
 )
-from mess_compile.latency.table import PSEUDO_GRAPHS, Latency, LatencyTable
+from mess_compile.latency.table import Latency, LatencyTable
 from mess_compile.network import GraphSet
 from mess_compile.runtime.engines.engine import FP32
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.targets import Target
 
 Priors = Mapping[str, Mapping[str, Roofline]]
 """By precision and graph."""
+Key = tuple[str, str]
+"""Graph and precision."""
 
 
 def priors_of(plain: GraphSet, target: Target, precisions: Sequence[str]) -> Priors:
@@ -115,3 +118,18 @@ def estimated_entry(key: tuple[str, str], sha256: str, estimate: Estimate) -> La
     return Latency(
         key[0], sha256, key[1], ms, ms, ms, ms, ms, runs=0, source="estimated", steady=False, error=estimate.factor
     )
+
+
+def transfer_estimates(plain: GraphSet, target: Target) -> Callable[[Mapping[Key, Latency]], dict[Key, Latency]]:
+    """A function that estimates upload, download and null stage, which trtexec cannot time, by what was measured.
+
+    `plain` is the network in fp32.
+    """
+    priors = priors_of(plain, target, ())
+
+    def times_of(measured: Mapping[Key, Latency]) -> dict[Key, Latency]:
+        times = {key: entry.mean_ms for key, entry in measured.items() if key[1] == FP32}
+        found = estimated(priors, times)
+        return {(name, FP32): estimated_entry((name, FP32), "", found[name, FP32]) for name in PSEUDO_GRAPHS}
+
+    return times_of

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from mess_compile.graph.store import read_model
 from mess_compile.graph.workload import activations
-from mess_compile.latency.table import DOWNLOAD, NULL, UPLOAD
 from mess_compile.network import CandidateNetwork, GraphSet, TensorSpec
 from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.targets import Peak, Target
 
 DEFAULT_PEAK, DEFAULT_GB_PER_S = Peak(0.1, 0.1, 0.2), 20.0

@@ -11,11 +11,10 @@ from typing import Any, Literal
 from mess_compile import files
 from mess_compile.network import CandidateNetwork, GraphSet, head_graph_name, is_whole, segment_name
 from mess_compile.runtime.base.errors import InputError, StaleError
-from mess_compile.runtime.base.notebook import table_html
 from mess_compile.runtime.engines.engine import FP32
+from mess_compile.runtime.images.notebook import table_html
+from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, PSEUDO_GRAPHS, UPLOAD
 
-UPLOAD, DOWNLOAD, NULL = "upload", "download", "null"
-PSEUDO_GRAPHS = (UPLOAD, DOWNLOAD, NULL)
 SOURCES = ("measured", "estimated")
 Quantity = Literal["mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "energy_mj"]
 _MOST_MS = 1e9  # sums over a data set, in ns, must fit 64 bits

@@ -1,0 +1,1 @@
+"""Measures every graph on a device, or a representative subset."""

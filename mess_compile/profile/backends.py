@@ -6,15 +6,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mess_compile.data import scenes
+from mess_compile.data.scenes import profiling_inputs
 from mess_compile.device.client import Session
 from mess_compile.device.trtexec_client import TrtexecSession
 from mess_compile.engines.files import EngineFiles
-from mess_compile.engines.jobs import job_names, without
-from mess_compile.evaluate.statistics import threshold_table
+from mess_compile.engines.remote_build import built_there
 from mess_compile.latency.table import Latency
 from mess_compile.network import GraphSet
 from mess_compile.runtime.engines.engine import FP32, Library
@@ -67,7 +63,7 @@ def as_they_are(forms: Sequence[EngineFiles], jobs: Collection[str] | None) -> t
 
 def here(library: Library, device: str, graph_set: GraphSet, build: Build = as_they_are) -> Place:
     """This machine."""
-    frame, thresholds = fed(graph_set)
+    frame, thresholds = profiling_inputs(graph_set)
 
     def measure(task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
         meter = power.power_meter()
@@ -92,20 +88,5 @@ def there(session: Session | TrtexecSession, device: str, transfers: Transfers |
     )
 
 
-def built_there(
-    session: Session | TrtexecSession, forms: Sequence[EngineFiles], jobs: Collection[str] | None = None
-) -> tuple[EngineFiles, ...]:
-    """Have engines there of some jobs' graphs, or of all. Raises what `Session.build` does."""
-    wanted = {}
-    for each in forms:
-        for name, job in job_names(each).items():
-            if jobs is None or job in jobs:
-                wanted[job] = each.paths[name], each.graph_set.spec(name).precision
-    failed = session.build(wanted)
-    return tuple(without(each, failed) for each in forms)
 
 
-def fed(graph_set: GraphSet) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """What graphs are measured on: a generated frame at the network's input size, and the gate's thresholds."""
-    frame = scenes.make_scene(0, graph_set.candidate.input_hw).frame
-    return frame, threshold_table(graph_set.gate, len(graph_set.candidate.classes))

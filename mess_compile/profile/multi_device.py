@@ -18,12 +18,13 @@ from pathlib import Path
 
 from mess_compile.latency import table as latency
 from mess_compile.latency.roofline import Estimate
-from mess_compile.latency.table import PSEUDO_GRAPHS, LatencyTable
+from mess_compile.latency.table import LatencyTable
 from mess_compile.profile import selection
 from mess_compile.profile.backends import Place
 from mess_compile.profile.selection import Key, Subject, Wanted
 from mess_compile.profile.sparse import Course, Errand
 from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 
 PORTION = 16
 """Graphs that a device measures at once: between two portions the time is looked at."""

@@ -26,10 +26,11 @@ from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.graph.store import read_model
 from mess_compile.graph.workload import activations
 from mess_compile.latency.roofline import Estimate, Roofline, calibrated, choose_calibration
-from mess_compile.latency.table import PSEUDO_GRAPHS, Latency, LatencyTable
+from mess_compile.latency.table import Latency, LatencyTable
 from mess_compile.network import CandidateNetwork, GraphSet, GraphSpec, segment_name
 from mess_compile.runtime.base.errors import RequirementError
 from mess_compile.runtime.engines.engine import FP32
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.search.hold_out import parted
 from mess_compile.search.metrics import Evidence
 from mess_compile.search.requirement import Requirement

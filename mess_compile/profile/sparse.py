@@ -10,13 +10,13 @@ from pathlib import Path
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.jobs import job_name, reference_of, with_feeders, without
 from mess_compile.latency import table
-from mess_compile.latency.table import PSEUDO_GRAPHS, LatencyTable
+from mess_compile.latency.table import LatencyTable
 from mess_compile.profile import selection
 from mess_compile.profile.backends import Place, Task
 from mess_compile.profile.full import empty_table, jobs_at, kept_samples, table_of, windows_done
 from mess_compile.profile.selection import Subject, Wanted
 from mess_compile.runtime.measure import measure as profile
-from mess_compile.runtime.measure.job_pool import Job
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS, Job
 from mess_compile.runtime.measure.measure import Effort
 
 Progress = Callable[[str, int, int], None]

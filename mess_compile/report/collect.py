@@ -15,9 +15,11 @@ from mess_compile import extras, files
 from mess_compile.bench.result import read_bench
 from mess_compile.data import scenes
 from mess_compile.data.dataset import Sample, open_dataset, read_sample
+from mess_compile.engines.prepare import settled_graphs_of
 from mess_compile.evaluate import statistics
 from mess_compile.evaluate.diagnose import weak_final_exit
 from mess_compile.latency import table as latency
+from mess_compile.latency.checks import known_doubts
 from mess_compile.network import is_whole
 from mess_compile.report import comparison, strips, views
 from mess_compile.report.model import Benched, Found, Missing, Report, Strip, Strips
@@ -30,7 +32,6 @@ from mess_compile.search import plan as plans
 from mess_compile.search.hold_out import tuning_part
 from mess_compile.search.metrics import Evidence
 from mess_compile.search.plan import Plan, SearchResult
-from mess_compile.steps.search import known_doubts, settled_graphs_of
 from mess_compile.targets import find_target
 from mess_compile.workspace import Progress, Workspace, silent
 

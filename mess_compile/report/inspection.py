@@ -10,15 +10,15 @@ from typing import Any
 from mess_compile import extras
 from mess_compile.evaluate import diagnose, statistics
 from mess_compile.latency import table as latency
+from mess_compile.latency.checks import known_doubts
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, GraphSet, head_grid, read_graph_set, segment_name
 from mess_compile.runtime.base.errors import InputError, did_you_mean
-from mess_compile.runtime.base.notebook import table_html, text_html
 from mess_compile.runtime.bundle.archive import read_manifest
 from mess_compile.runtime.bundle.manifest import MANIFEST
+from mess_compile.runtime.images.notebook import table_html, text_html
 from mess_compile.search import plan as plans
 from mess_compile.search.display import FIGURES, exits_table, figures_row, sentences_of
 from mess_compile.search.explain import Explanation, Outcome
-from mess_compile.steps.search import known_doubts
 from mess_compile.workspace import Workspace
 
 BACKBONES = ("resnet50", "mobilenetv2")

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.evaluate.statistics import ExitStatistics, Ints
-from mess_compile.latency.table import DOWNLOAD, NULL, UPLOAD, LatencyTable, graph_cost_ns, stage_graphs
+from mess_compile.latency.table import LatencyTable, graph_cost_ns, stage_graphs
 from mess_compile.network import is_whole
+from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.search.metrics import Evidence, exit_costs_ns, exits_taken
 from mess_compile.search.plan import Figures, OperatingPoint, Plan, Report, SearchResult, Stage
 

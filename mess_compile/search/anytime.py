@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.evaluate.statistics import head_miou
-from mess_compile.latency.table import DOWNLOAD, UPLOAD, Quantity, graph_cost_ns
+from mess_compile.latency.table import Quantity, graph_cost_ns
 from mess_compile.network import Head, head_graph_name, segment_name
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import FP32
+from mess_compile.runtime.measure.job_pool import DOWNLOAD, UPLOAD
 from mess_compile.search.metrics import Evidence, memory_bytes, worst_ns
 from mess_compile.search.requirement import Requirement
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from mess_compile.network import is_whole
-from mess_compile.runtime.base.notebook import table_html, text_html
+from mess_compile.runtime.images.notebook import table_html, text_html
 from mess_compile.search.plan import FEW_IMAGES, Figures, Optimism, Plan, SearchResult, Stage
 from mess_compile.search.requirement import Requirement
 

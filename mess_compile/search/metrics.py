@@ -15,7 +15,6 @@ from mess_compile.evaluate.statistics import check_current as check_statistics_c
 from mess_compile.evaluate.statistics import content_sha256 as statistics_content_sha256
 from mess_compile.latency.checks import doubts_of
 from mess_compile.latency.table import (
-    PSEUDO_GRAPHS,
     LatencyTable,
     Quantity,
     path_costs_ns,
@@ -29,6 +28,7 @@ from mess_compile.latency.table import content_sha256 as table_content_sha256
 from mess_compile.network import BASELINE, CandidateNetwork, GraphSet, Head, head_graph_name, is_whole
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.engines.engine import FP32
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.search.plan import Figures, Plan, PlanGraph, Report, Stage, default_point
 from mess_compile.search.space import Grids, cut_grids
 

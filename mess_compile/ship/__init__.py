@@ -1,0 +1,1 @@
+"""Ships bundles to devices."""

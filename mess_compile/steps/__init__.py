@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mess_compile import extras, launcher
 from mess_compile.data import scenes
 from mess_compile.data.dataset import Data, DataFolder, DataSet, open_dataset, read_frame, survey_labels
-from mess_compile.engines.prepare import RecipeBuild
+from mess_compile.engines.prepare import RecipeBuild, settled_graphs_of
 from mess_compile.engines.prepare import engine_files as _engine_files
 from mess_compile.evaluate import statistics
 from mess_compile.latency import table as latency
@@ -40,7 +40,7 @@ from mess_compile.steps.evaluate import evaluate, foresee_evaluate
 from mess_compile.steps.profile import Thrift, build, estimate, profile
 from mess_compile.steps.prospects import Prospect
 from mess_compile.steps.run import Failure, ImageResult, RunError, RunOptions, VideoResult, run
-from mess_compile.steps.search import SearchOptions, search, search_and_explain, settled_graphs_of, shared
+from mess_compile.steps.search import SearchOptions, search, search_and_explain, shared
 from mess_compile.targets import find_target, refuse_unless_here
 from mess_compile.workspace import Progress, Workspace, open_workspace, silent
 

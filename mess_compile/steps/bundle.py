@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 from mess_compile import __version__, files
 from mess_compile.data import scenes
 from mess_compile.engines.prepare import engine_files as _engine_files
-from mess_compile.engines.prepare import target_of as _target
+from mess_compile.engines.prepare import settled_graphs_of
 from mess_compile.evaluate import statistics
 from mess_compile.latency import table as latency
-from mess_compile.network import GraphSet
+from mess_compile.network import GraphSet, threshold_table
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle.manifest import EngineFile, Manifest
 from mess_compile.runtime.engines.engine import open_library
 from mess_compile.runtime.serve.versions import RELEASE
 from mess_compile.search import plan as plans
+from mess_compile.steps.device_choice import target_of as _target
 from mess_compile.steps.prospects import Prospect
-from mess_compile.steps.search import settled_graphs_of
 from mess_compile.targets import Target, find_target
 from mess_compile.workspace import Progress, Workspace, silent
 
@@ -68,7 +68,7 @@ def bundle(
         manifest = bundles.write_bundle(
             path,
             parts,
-            statistics.threshold_table(first.gate, len(first.candidate.classes)),
+            threshold_table(first.gate, len(first.candidate.classes)),
             [scene.frame for scene in scenes.by_difficulty(first.candidate.input_hw, SCENES)],
             {"mess_compile": __version__, "golden_frames": "generated street scenes", **released},
             options.resize,

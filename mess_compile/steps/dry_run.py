@@ -13,7 +13,7 @@ from mess_compile.cores import cores
 from mess_compile.engines import build, recipes
 from mess_compile.engines.files import plain_files
 from mess_compile.engines.jobs import job_name, profiling_jobs
-from mess_compile.engines.prepare import refuse_other_precisions, target_of, verified_graphs
+from mess_compile.engines.prepare import refuse_other_precisions, verified_graphs
 from mess_compile.latency import estimate
 from mess_compile.latency import table as latency
 from mess_compile.latency.table import LatencyTable
@@ -25,7 +25,8 @@ from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.measure import measure
 from mess_compile.runtime.measure.measure import Effort
 from mess_compile.runtime.serve.worker import event_of
-from mess_compile.steps.profile import Thrift, host_of, subject_of
+from mess_compile.steps.device_choice import host_of, target_of
+from mess_compile.steps.profile import Thrift, subject_of
 from mess_compile.targets import Target
 from mess_compile.workspace import Workspace
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mess_compile import extras, launcher
 from mess_compile.cores import share_of_cores
 from mess_compile.data.dataset import Data, DataFolder, DataSet, open_dataset, survey_labels
-from mess_compile.device.connect import forms_there, reached, refuse_python_here, session_there
+from mess_compile.device.connect import reached, refuse_python_here, session_there
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.prepare import (
     engine_files,
@@ -21,6 +21,7 @@ from mess_compile.engines.prepare import (
     refuse_unknown_precision,
     verified_graphs,
 )
+from mess_compile.engines.remote_build import forms_there
 from mess_compile.evaluate import statistics
 from mess_compile.network import CandidateNetwork, GraphSet, read_graph_set, verify_graph_set
 from mess_compile.runtime.base.checks import check_threads

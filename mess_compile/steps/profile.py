@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile.data_folder import Data
-from mess_compile.device.connect import any_session_there, build_there, forms_there, reached, refuse_python_here
+from mess_compile.device.connect import any_session_there, reached, refuse_python_here
 from mess_compile.engines.files import EngineFiles, plain_files
-from mess_compile.engines.prepare import RecipeBuild, built_here, engine_files, engines_of, precise_graphs, target_of
+from mess_compile.engines.prepare import RecipeBuild, built_here, engine_files, engines_of, precise_graphs
+from mess_compile.engines.remote_build import build_there, forms_there
 from mess_compile.latency import table as latency
 from mess_compile.network import GraphSet, read_graph_set
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.engines.engine import FP32, open_library
-from mess_compile.runtime.machine import machine
 from mess_compile.search.requirement import Requirement
+from mess_compile.steps.device_choice import host_of, target_of
 from mess_compile.steps.evaluate import current_statistics
-from mess_compile.targets import Target, find_target, known_targets, refuse_unless_here, targets_here
+from mess_compile.targets import Target, find_target, known_targets, refuse_unless_here
 from mess_compile.workspace import Progress, Workspace, silent
 
 if TYPE_CHECKING:
@@ -66,11 +67,6 @@ def build(
     return tuple(engines_of(workspace, target, precisions, data, jobs, progress))
 
 
-def host_of(workspace: Workspace, target: Target) -> str | None:
-    """Where the target was reached, if this machine is another."""
-    if targets_here((target,), machine.this_machine()):
-        return None
-    return workspace.memory().hosts.get(target.name)
 
 
 @dataclass(frozen=True)
@@ -195,6 +191,7 @@ def _profile_there(order: _Order, hosts: Sequence[str]) -> latency.LatencyTable:
 def _place_at(order: _Order, remote: Remote, graph_set: GraphSet) -> Place:
     """The device there, by its Python or by trtexec."""
     from mess_compile.device import trtexec_client
+    from mess_compile.latency.estimate import transfer_estimates
     from mess_compile.profile import backends
 
     session = any_session_there(order.workspace, remote, order.target, graph_set, order.progress, order.tell)
@@ -204,7 +201,7 @@ def _place_at(order: _Order, remote: Remote, graph_set: GraphSet) -> Place:
     elif order.lock_clocks:
         raise InputError("clocks are locked by the Python there, which cannot be used: lock them there by hand")
     else:
-        transfers = trtexec_client.transfers(read_graph_set(order.workspace.graphs), order.target)
+        transfers = transfer_estimates(read_graph_set(order.workspace.graphs), order.target)
     return backends.there(session, order.target.name, transfers)
 
 

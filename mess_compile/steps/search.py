@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mess_compile.engines.prepare import target_of
+from mess_compile.engines.prepare import settled_graphs_of
 from mess_compile.latency import table as latency
-from mess_compile.latency.checks import doubts_of
-from mess_compile.network import GraphSet, read_graph_set
-from mess_compile.runtime.base.errors import InputError, MessError, RequirementError, StaleError, did_you_mean
+from mess_compile.runtime.base.errors import InputError, RequirementError, StaleError, did_you_mean
 from mess_compile.runtime.machine import machine, power
 from mess_compile.search import plan as plans
 from mess_compile.search.deadline import Clock
 from mess_compile.search.requirement import Requirement
+from mess_compile.steps.device_choice import target_of
 from mess_compile.steps.evaluate import current_statistics
 from mess_compile.targets import Target, targets_here
 from mess_compile.workspace import Progress, Workspace, silent
@@ -253,26 +251,5 @@ def _check_power_mode(table: latency.LatencyTable, target: Target) -> None:
         )
 
 
-def known_doubts(workspace: Workspace, table: latency.LatencyTable) -> tuple[str, ...]:
-    """What speaks against a table, of its recipes as far as their graphs are still here."""
-    graph_sets = []
-    for recipe in table.recipes:
-        with suppress(MessError):
-            graph_set = settled_graphs_of(workspace, recipe, table.device)
-            latency.check_current(table, graph_set)
-            graph_sets.append(graph_set)
-    return doubts_of(table, graph_sets)
 
 
-def settled_graphs_of(workspace: Workspace, recipe: str, device: str) -> GraphSet:
-    """The graphs of a recipe. Raises StaleError when it has to be settled again."""
-    from mess_compile.engines import recipes
-
-    known = recipes.settled_graphs(read_graph_set(workspace.graphs), recipe, workspace.recipes)
-    if known is None:
-        precision = recipe.partition("-")[0]
-        raise StaleError(
-            f"the graphs in {recipe} are missing, or of other graphs than {workspace.graphs}: run "
-            f"`mess-compile profile --device {device} --precision ...` with {precision} among them"
-        )
-    return known.graph_set

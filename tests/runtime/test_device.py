@@ -132,5 +132,5 @@ print(*sorted(set(sys.modules) - known))
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "mess_compile.runtime.cascade.cascade" in found
-    later = {"difflib", "html", "importlib.metadata", "mess_compile.runtime.base.notebook", "onnxruntime"}
+    later = {"difflib", "html", "importlib.metadata", "mess_compile.runtime.images.notebook", "onnxruntime"}
     assert not later & set(found)

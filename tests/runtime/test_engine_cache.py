@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mess_compile.runtime.base.errors import InputError
-from mess_compile.runtime.bundle import manifest
+from mess_compile.runtime.bundle import engines_inside, manifest
 from mess_compile.runtime.engines import engine_cache, tensorrt_build
 from mess_compile.runtime.engines.engine_fake import FakeLibrary
 from mess_compile.runtime.engines.tensorrt_build import BuildOptions, Built
@@ -107,7 +107,7 @@ class TestEnginesOfABundle:
 
     def test_becomes_the_users_own(self, brought: manifest.Manifest, tmp_path: Path) -> None:
         plan = brought.plans[0]
-        engine_cache.adopt(brought, plan, builder(), tmp_path / "bundle")
+        engines_inside.adopt(brought, plan, builder(), tmp_path / "bundle")
         assert self.kept()[".engine"] == b"engines/a.engine"
         assert self.kept()[".cache"] == b"engines/timing.cache"
         sha256 = brought.files[plan.stages[0].segment].sha256
@@ -115,10 +115,10 @@ class TestEnginesOfABundle:
         assert not engine_cache.is_built(builder(), sha256, "fp16")
 
     def test_is_not_read_where_there_is_one(self, brought: manifest.Manifest, tmp_path: Path) -> None:
-        engine_cache.adopt(brought, brought.plans[0], builder(), tmp_path / "bundle")
+        engines_inside.adopt(brought, brought.plans[0], builder(), tmp_path / "bundle")
         before = self.kept()
         shutil.rmtree(tmp_path / "bundle")
-        engine_cache.adopt(brought, brought.plans[0], builder(), tmp_path / "bundle")
+        engines_inside.adopt(brought, brought.plans[0], builder(), tmp_path / "bundle")
         assert self.kept() == before
 
     @pytest.mark.parametrize(
@@ -129,5 +129,5 @@ class TestEnginesOfABundle:
     def test_is_left_where_it_does_not_fit(
         self, brought: manifest.Manifest, tmp_path: Path, library: FakeLibrary
     ) -> None:
-        engine_cache.adopt(brought, brought.plans[0], library, tmp_path / "bundle")
+        engines_inside.adopt(brought, brought.plans[0], library, tmp_path / "bundle")
         assert not engine_cache.default_folder().exists()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mess_compile.evaluate.statistics import ExitStatistics, threshold_table
-from mess_compile.latency.table import PSEUDO_GRAPHS, Latency, LatencyTable
+from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.latency.table import Latency, LatencyTable
 from mess_compile.network import (
     BASELINE,
     BASELINE_ALONE,
@@ -22,7 +22,9 @@ from mess_compile.network import (
     head_graph_name,
     output_name,
     segment_name,
+    threshold_table,
 )
+from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.search.metrics import Evidence
 
 CONFIGS = ("fcn-crm1-b0", "dlb-crm2-b0", "fcn-crm4-b2-rdi")

@@ -1,0 +1,1 @@
+"""Errors, strict JSON decoding and other parts that need no array."""

@@ -1,0 +1,1 @@
+"""The bundle as a file, read with suspicion."""

@@ -31,6 +31,7 @@ from mess_compile.runtime.base import fork_guard
 from mess_compile.runtime.base.checks import check_deadline, check_threads
 from mess_compile.runtime.base.errors import BatchError, EngineError, InputError, did_you_mean
 from mess_compile.runtime.bundle.archive import Archive, open_archive
+from mess_compile.runtime.bundle.engines_inside import adopt
 from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, Plan
 from mess_compile.runtime.bundle.plan_choice import first_that_opens, matching_plans
 from mess_compile.runtime.bundle.signature import Signers
@@ -38,13 +39,12 @@ from mess_compile.runtime.cascade.fallback import Ladder, Walk, safer_plans
 from mess_compile.runtime.cascade.metrics import Metrics, Recorder
 from mess_compile.runtime.cascade.stream import Stream
 from mess_compile.runtime.engines.engine import Library
-from mess_compile.runtime.engines.engine_cache import adopt
 from mess_compile.runtime.images import frames as pictures
 from mess_compile.runtime.images.confidence import confidence_map
 from mess_compile.runtime.images.resize_times import MappingTimes
 
 if TYPE_CHECKING:
-    from mess_compile.runtime.base.notebook import Palette
+    from mess_compile.runtime.images.notebook import Palette
 
 ON_FAILURE = ("fallback", "raise")
 _FREE: ContextManager[None] = nullcontext()
@@ -75,7 +75,7 @@ class Prediction:
         return f"<labels {self.labels.shape} of exit {self.exit}{sure}, {self.latency_ms:.2f} ms>"
 
     def _repr_html_(self) -> str:
-        from mess_compile.runtime.base.notebook import labels_html, text_html
+        from mess_compile.runtime.images.notebook import labels_html, text_html
 
         sure = "" if self.confidence is None else f"{self.confidence:.0%} of its cells sure, "
         words = f"exit {self.exit}, {sure}{self.latency_ms:.2f} ms"

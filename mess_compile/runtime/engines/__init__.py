@@ -1,0 +1,1 @@
+"""The engine libraries behind one interface."""

@@ -12,11 +12,10 @@ import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Optional, Tuple
+from typing import Iterator, Optional, Sequence, Tuple
 
 from mess_compile.runtime.base import user_dirs
 from mess_compile.runtime.base.errors import InputError
-from mess_compile.runtime.bundle.manifest import EngineFile, Manifest, Plan
 from mess_compile.runtime.engines import tensorrt_build
 from mess_compile.runtime.engines.engine import Library
 from mess_compile.runtime.engines.tensorrt_build import BuildOptions
@@ -118,36 +117,23 @@ def _timing(folder: Path, library: Library) -> Path:
     return folder / tensorrt_build.timing_cache_name(library.version)
 
 
-def brought(manifest: Manifest, library: Library) -> Tuple[EngineFile, ...]:
-    """What a bundle brings for this very library and GPU: engines, and what a builder has timed."""
-    gpu = library.builds_for
-    return () if gpu is None else tuple(engine for engine in manifest.engines if _fits(engine, library, gpu))
+def adopt(library: Library, engines: Sequence[Tuple[str, str, Path]], timing: Optional[Path]) -> None:
+    """Keep engines built elsewhere for this very library and GPU, unless the cache has its own.
 
-
-def adopt(manifest: Manifest, plan: Plan, library: Library, source: Path) -> None:
-    """Put the engines that a bundle in `source` has `brought` among the user's own, unless there are some.
-
-    Only of a bundle whose signature is known. Raises InputError.
+    `engines`: the SHA-256 of each graph, its precision and the engine's file; `timing`: a builder's timing cache.
+    Engines are code: only for files whose signature was checked. Raises InputError.
     """
-    gpu, engines = library.builds_for, brought(manifest, library)
-    if gpu is None or not engines:
-        return
+    gpu = library.builds_for
+    assert gpu is not None, "only a library that builds has engines"
     folder = default_folder()
     with _writable(folder):
         _own(folder)
-        for engine in engines:
-            if engine.graph is None:
-                if not _timing(folder, library).exists():
-                    _write(_timing(folder, library), (source / engine.file).read_bytes())
-            elif engine.graph in plan.precisions and engine.precision == plan.precisions[engine.graph].used:
-                path = _place(library, gpu, folder, manifest.files[engine.graph].sha256, engine.precision)
-                if not _is_intact(path):
-                    _keep(path, (source / engine.file).read_bytes())
-
-
-def _fits(engine: EngineFile, library: Library, gpu: _Gpu) -> bool:
-    same_library = (engine.library, engine.library_version) == (library.name, library.version)
-    return same_library and engine.device in ("", gpu[0]) and engine.capability == gpu[1]
+        if timing is not None and not _timing(folder, library).exists():
+            _write(_timing(folder, library), timing.read_bytes())
+        for sha256, precision, source in engines:
+            path = _place(library, gpu, folder, sha256, precision)
+            if not _is_intact(path):
+                _keep(path, source.read_bytes())
 
 
 def _own(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""Frames, pictures and arrays in and out."""

@@ -1,0 +1,1 @@
+"""This machine: what it is, its clocks and its power."""

@@ -13,7 +13,7 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import Engine, Library, Tensor, TensorSpec
 
 UPLOAD, DOWNLOAD, NULL = "upload", "download", "null"
-_PSEUDO_GRAPHS = (UPLOAD, DOWNLOAD, NULL)
+PSEUDO_GRAPHS = (UPLOAD, DOWNLOAD, NULL)
 FEWEST_OPEN = 3
 """A job's own engine, its predecessor's, and one that is run before and after."""
 _SCARCE = 1 / 8
@@ -131,7 +131,7 @@ class Pool:
 
     def job(self, name: str) -> Job:
         job = self._jobs.get(name)
-        if job is None or (job.path is None and name not in _PSEUDO_GRAPHS):
+        if job is None or (job.path is None and name not in PSEUDO_GRAPHS):
             raise InputError(f"there is no job {name!r} with a graph")
         return job
 

@@ -1,0 +1,1 @@
+"""What runs on a device for somebody elsewhere, or without a person."""

@@ -20,13 +20,14 @@ from mess_compile.runtime.base import decode, protocol
 from mess_compile.runtime.base.errors import BundleError, EngineError, InputError, MessError
 from mess_compile.runtime.base.protocol import Say
 from mess_compile.runtime.bundle.archive import Archive, hash_of, open_archive, unsigned
+from mess_compile.runtime.bundle.engines_inside import adopt, brought
 from mess_compile.runtime.bundle.manifest import Manifest, Plan, manifest_from_json
 from mess_compile.runtime.bundle.plan_choice import first_that_opens, matching_plans
 from mess_compile.runtime.bundle.signature import installed_signers, signer_of
 from mess_compile.runtime.cascade.cascade import load_archive
 from mess_compile.runtime.cascade.fallback import safer_plans
 from mess_compile.runtime.engines.engine import Library
-from mess_compile.runtime.engines.engine_cache import adopt, borrow, brought, is_built, loadable, profiled_folder
+from mess_compile.runtime.engines.engine_cache import borrow, is_built, loadable, profiled_folder
 from mess_compile.runtime.serve import systemd as unit
 from mess_compile.runtime.serve import versions
 from mess_compile.runtime.serve.verify import LATENCY_FACTOR, verify

@@ -1,0 +1,1 @@
+"""Branch and bound, for spaces too large to enumerate."""

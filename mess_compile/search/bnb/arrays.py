@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.latency.table import DOWNLOAD, NULL, UPLOAD, Quantity, graph_cost_ns
+from mess_compile.latency.table import Quantity, graph_cost_ns
 from mess_compile.network import head_graph_name, segment_name
+from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.search.bnb import kernels
 from mess_compile.search.constraints import Bound, bounds_of
 from mess_compile.search.memory import memory_of_chains

@@ -1,0 +1,1 @@
+"""Every plan, evaluated exactly."""

@@ -1,0 +1,96 @@
+"""A target over SSH: the graphs as its library takes them, and engines built there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from mess_compile.data_folder import Data
+from mess_compile.device.client import STORE, Session
+from mess_compile.device.connect import Progress, any_session_there, reached
+from mess_compile.device.trtexec_client import TrtexecSession
+from mess_compile.engines import build
+from mess_compile.engines.build import EngineEntry, EngineSet
+from mess_compile.engines.files import EngineFiles, plain_files
+from mess_compile.engines.jobs import job_name, job_names, without
+from mess_compile.engines.prepare import RecipeBuild, precise_graphs
+from mess_compile.network import GraphSet
+from mess_compile.runtime.serve import worker as device_side
+from mess_compile.targets import Target
+from mess_compile.workspace import Workspace
+
+
+def forms_there(
+    workspace: Workspace, target: Target, precisions: Sequence[str], data: Data | None, progress: Progress
+) -> tuple[EngineFiles, ...]:
+    """The graphs as the library there takes them."""
+    made = precise_graphs(workspace, target, precisions, data, progress)
+    return tuple(_form(workspace, target, each.graph_set, progress) for each in made)
+
+
+def _form(workspace: Workspace, target: Target, graph_set: GraphSet, progress: Progress) -> EngineFiles:
+    if target.library.startswith("onnxruntime"):
+        return plain_files(graph_set)
+
+    return build.target_forms(graph_set, target, workspace.forms(target.name), progress)
+
+
+def build_there(
+    workspace: Workspace,
+    target: Target,
+    precisions: Sequence[str],
+    data: Data | None,
+    host: str,
+    progress: Progress,
+    tell: Callable[[str], None],
+    python: str | None = None,
+) -> tuple[RecipeBuild, ...]:
+    """Have the target's engines of every graph and precision at `host`; what is there and unchanged is kept.
+
+    A call that was cut is continued by the next. Raises RemoteError, InputError, EngineError.
+    """
+    from mess_compile.engines import build
+
+    build.refuse_without_engines(target)
+    with reached(workspace, host, python) as remote:
+        made = precise_graphs(workspace, target, precisions, data, progress)
+        forms = [_form(workspace, target, each.graph_set, progress) for each in made]
+        session = any_session_there(workspace, remote, target, made[0].graph_set, progress, tell)
+        built = built_there(session, forms)
+    folder = f"{host}, ~/{STORE}/{device_side.ENGINES}"
+    return tuple(
+        RecipeBuild(each.graph_set, _engines_there(target, session, files), each.fallbacks, folder)
+        for each, files in zip(made, built, strict=True)
+    )
+
+
+def _engines_there(target: Target, session: Session | TrtexecSession, files: EngineFiles) -> EngineSet:
+    from mess_compile.engines.build import EngineSet
+
+    assert session.hello is not None, "it has said hello before it built"
+    entries = tuple(_entry(session, files, name) for name in files.graph_set.graphs)
+    names = {job_name(entry.graph, entry.precision) for entry in entries if entry.error is None}
+    count = sum(session.built[name].now for name in names)
+    return EngineSet(target.name, files.graph_set.recipe, target.library, session.hello.version, count, entries)
+
+
+def _entry(session: Session | TrtexecSession, files: EngineFiles, graph: str) -> EngineEntry:
+    from mess_compile.engines.build import EngineEntry
+
+    precision = files.graph_set.spec(graph).precision
+    if graph in files.failed:
+        return EngineEntry(graph, precision, "", "", 0, 0.0, (), files.failed[graph])
+    its = session.built[job_name(graph, precision)]
+    return EngineEntry(graph, precision, its.key, "", its.bytes, its.seconds, (), None)
+
+
+def built_there(
+    session: Session | TrtexecSession, forms: Sequence[EngineFiles], jobs: Collection[str] | None = None
+) -> tuple[EngineFiles, ...]:
+    """Have engines there of some jobs' graphs, or of all. Raises what `Session.build` does."""
+    wanted = {}
+    for each in forms:
+        for name, job in job_names(each).items():
+            if jobs is None or job in jobs:
+                wanted[job] = each.paths[name], each.graph_set.spec(name).precision
+    failed = session.build(wanted)
+    return tuple(without(each, failed) for each in forms)
