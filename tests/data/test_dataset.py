@@ -29,7 +29,7 @@ from mess_compile.data.dataset import (
 )
 from mess_compile.runtime.base.errors import InputError
 
-CAMVID_FOLDER = Path(os.environ.get("MESS_CAMVID", Path(__file__).parents[2] / "shared" / "data" / "camvid"))
+CAMVID_FOLDER = Path(os.environ.get("MESS_CAMVID", Path(__file__).parents[3] / "shared" / "data" / "camvid"))
 
 
 @pytest.fixture

@@ -34,8 +34,8 @@ from mess_compile.targets import find_target
 from mess_compile.workspace import Workspace
 from tests.commands import printed_json, run
 from tests.conftest import EFFORT, quiet
+from tests.device.test_trtexec import OPTIONS_8_5, OPTIONS_10, OPTIONS_11
 from tests.remote_device import Device, remote_device
-from tests.test_trtexec import OPTIONS_8_5, OPTIONS_10, OPTIONS_11
 
 TARGET = """name = "mine"
 description = "a device of TensorRT's, made in a test"

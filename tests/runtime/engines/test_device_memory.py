@@ -13,7 +13,7 @@ from mess_compile.runtime.base.errors import EngineError
 from mess_compile.runtime.engines.cuda import Cuda
 from mess_compile.runtime.engines.device_memory import DeviceMemory, DeviceTensor
 from tests.runtime.cuda_standin import Driver
-from tests.runtime.test_cuda import opened_cuda
+from tests.runtime.engines.test_cuda import opened_cuda
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from mess_compile.search.plan import read_result
 from tests.commands import printed_json
 
 WITHOUT = {"demo": "plays the other commands in turn", "completion": "prints a shell's script"}
-DOCUMENT = Path(__file__).parent.parent / "docs" / "api.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "api.md"
 
 
 class Page(HTMLParser):

@@ -239,7 +239,7 @@ from pathlib import Path
 from mess_compile.candidates import read_graph_set
 from mess_compile.graph.recipe import settle
 from mess_compile.runtime import engine
-from tests.graph.test_recipe import CALIBRATION, JUDGED
+from tests.graph.test_settle_precision import CALIBRATION, JUDGED
 
 def die(name, done, total):
     done < 6 or os.kill(os.getpid(), signal.SIGKILL)
