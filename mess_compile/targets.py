@@ -14,7 +14,7 @@ from typing import Any
 
 from mess_compile import files, shipped
 from mess_compile.runtime.base.errors import InputError
-from mess_compile.runtime.bundle.manifest import Device
+from mess_compile.runtime.bundle.manifest import DeviceMatch
 from mess_compile.runtime.bundle.plan_choice import device_differences
 from mess_compile.runtime.engines.engine import FP32, LIBRARIES, PRECISIONS
 from mess_compile.runtime.machine import machine as machines
@@ -39,7 +39,7 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Source:
+class FieldSource:
     """Where a field's value comes from."""
 
     field: str
@@ -68,12 +68,12 @@ class Target:
     memory_bandwidth_gb_per_s: float | None = None
     memory_gib: float | None = None
     power_modes: tuple[str, ...] = ()
-    sources: tuple[Source, ...] = ()
+    sources: tuple[FieldSource, ...] = ()
 
     @property
-    def device(self) -> Device:
+    def device(self) -> DeviceMatch:
         """What a bundle goes by to choose its plan."""
-        return Device(self.gpu, self.compute_capability, self.boards)
+        return DeviceMatch(self.gpu, self.compute_capability, self.boards)
 
 
 def known_targets(workspace: Path | None = None) -> dict[str, Target]:
@@ -182,7 +182,7 @@ def _target_from(content: dict[str, Any], stem: str) -> Target:
         checked["peak"] = Peak(**_checked(checked["peak"], _PEAK, ("fp32_tflops",), "peak."))
     if "sources" in checked:
         texts = _checked(checked["sources"], dict.fromkeys(_FIELDS, _TEXT), (), "sources.")
-        checked["sources"] = tuple(Source(field, text) for field, text in texts.items())
+        checked["sources"] = tuple(FieldSource(field, text) for field, text in texts.items())
     target = Target(**checked)
     _check_together(target, stem)
     return target

@@ -136,7 +136,7 @@ class TestOwnProfile:
         found = find_target("mine", tmp_path)
         assert (found.compute_capability, found.peak) == ((8, 6), Peak(8.0, 63.9))
         assert type(found.memory_gib) is float
-        assert found.sources == (targets.Source("memory_gib", "data sheet"),)
+        assert found.sources == (targets.FieldSource("memory_gib", "data sheet"),)
         assert hash(found) == hash(replace(found)), "a target can be a key"
 
     def test_a_cpu_needs_four_lines(self, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from mess_compile import files
 from mess_compile.bench.run import Bench, Column
 from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError
-from mess_compile.runtime.bundle.manifest import Plan
+from mess_compile.runtime.bundle.manifest import BundlePlan
 
 VERSION = 3
 _REMEDY = "run `mess-compile bench BUNDLE --data DIR`"
@@ -31,7 +31,7 @@ class KeptBench:
         return {name: getattr(self.found, name) for name in names}
 
 
-def write_bench(path: Path, found: Bench, plan: Plan) -> None:
+def write_bench(path: Path, found: Bench, plan: BundlePlan) -> None:
     """Keep what was found of `plan`; all of it or nothing."""
     stages = [{"head": stage.head, "cut": stage.cut} for stage in plan.stages]
     files.write_json(path, "mess-bench", VERSION, {"bench": asdict(found), "stages": stages})

@@ -17,7 +17,7 @@ from mess_compile import files
 from mess_compile.graph.store import read_model
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle.archive import Archive, open_archive
-from mess_compile.runtime.bundle.manifest import Golden, Plan
+from mess_compile.runtime.bundle.manifest import BundlePlan, Golden
 from mess_compile.runtime.engines.engine import Engine, Library, open_library
 from mess_compile.runtime.images.frames import from_input, to_input
 
@@ -57,7 +57,7 @@ def is_single_file(path: Path) -> bool:
 class _Writer:
     """Collects nodes scope by scope; weights lie in the outermost graph, once for each graph of the bundle."""
 
-    def __init__(self, archive: Archive, plan: Plan) -> None:
+    def __init__(self, archive: Archive, plan: BundlePlan) -> None:
         self._plan, self._manifest = plan, archive.manifest
         self._models = {name: onnx.load(str(archive.folder / name)) for name in plan.graphs()}
         self._weights: dict[str, TensorProto] = {}
@@ -167,7 +167,7 @@ class _Writer:
         return nodes, {value.name: names[value.name] for value in graph.output}
 
 
-def _check(model: Path, archive: Archive, plan: Plan, path: Path) -> None:
+def _check(model: Path, archive: Archive, plan: BundlePlan, path: Path) -> None:
     library = open_library("onnxruntime")
     engine = library.load(model)
     try:
@@ -178,7 +178,9 @@ def _check(model: Path, archive: Archive, plan: Plan, path: Path) -> None:
         library.close()
 
 
-def _check_golden(library: Library, engine: Engine, archive: Archive, plan: Plan, golden: Golden, path: Path) -> None:
+def _check_golden(
+    library: Library, engine: Engine, archive: Archive, plan: BundlePlan, golden: Golden, path: Path
+) -> None:
     network = archive.manifest.network
     frame, wanted = archive.array(golden.frame), archive.array(golden.labels)
     image = to_input(frame, network.input_hw, network.resize)[None]

@@ -40,7 +40,7 @@ class Part:
     graph_set: GraphSet
     plan: Plan
     measurements: Measurements
-    device: manifest.Device = field(default_factory=manifest.Device)
+    device: manifest.DeviceMatch = field(default_factory=manifest.DeviceMatch)
     forms: Mapping[str, Path] = field(default_factory=dict)
     engines: Mapping[manifest.EngineFile, Path] = field(default_factory=dict)
 
@@ -90,7 +90,7 @@ def write_bundle(
 
 
 def write_retuned(
-    path: Path, opened: archive.Archive, plan: manifest.Plan, key: Path | None = None
+    path: Path, opened: archive.Archive, plan: manifest.BundlePlan, key: Path | None = None
 ) -> manifest.Manifest:
     """Write an open bundle once more, with other thresholds in the plan of this name; graphs and golden frames stay.
 
@@ -174,7 +174,7 @@ class _Sources:
         return dict(sorted(self._listed.items()))
 
 
-def _described(part: Part, sources: _Sources) -> tuple[manifest.Plan, list[manifest.EngineFile]]:
+def _described(part: Part, sources: _Sources) -> tuple[manifest.BundlePlan, list[manifest.EngineFile]]:
     """A plan and its engines as the manifest has them; their files are added to `sources`."""
     names = stage_graphs(part.graph_set.candidate, [stage.head for stage in part.plan.stages])
     places = _add_graphs(part, names, sources)
@@ -205,16 +205,16 @@ def _add_graphs(part: Part, names: Sequence[StageGraphs], sources: _Sources) -> 
     return places
 
 
-def _gate(graph_set: GraphSet, thresholds: NDArray[np.float32]) -> manifest.Gate:
+def _gate(graph_set: GraphSet, thresholds: NDArray[np.float32]) -> manifest.BundleGate:
     gate = graph_set.gate
-    return manifest.Gate(gate.confidence, gate.edge_aware, tuple(tuple(map(float, row)) for row in thresholds))
+    return manifest.BundleGate(gate.confidence, gate.edge_aware, tuple(tuple(map(float, row)) for row in thresholds))
 
 
-def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -> manifest.Plan:
+def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -> manifest.BundlePlan:
     plan, measurements = part.plan, part.measurements
     stages = (_stage(stage, graphs, part.graph_set, places) for stage, graphs in zip(plan.stages, names, strict=True))
     precisions = {places[graph.name]: manifest.GraphPrecision(graph.precision, graph.wanted) for graph in plan.graphs}
-    return manifest.Plan(
+    return manifest.BundlePlan(
         target=plan.device,
         device=part.device,
         library=plan.library,
@@ -238,9 +238,9 @@ def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -
     )
 
 
-def _operating_point(point: OperatingPoint) -> manifest.OperatingPoint:
-    decisions = tuple(manifest.Decision(decision.row, decision.cut) for decision in point.decisions)
-    return manifest.OperatingPoint(point.name, decisions, _figures(point.predicted))
+def _operating_point(point: OperatingPoint) -> manifest.BundlePoint:
+    decisions = tuple(manifest.BundleDecision(decision.row, decision.cut) for decision in point.decisions)
+    return manifest.BundlePoint(point.name, decisions, _figures(point.predicted))
 
 
 def _figures(figures: Figures) -> manifest.Figures:
@@ -259,9 +259,9 @@ def _network(candidate: CandidateNetwork, resize: str) -> manifest.Network:
     )
 
 
-def _stage(stage: Stage, graphs: StageGraphs, graph_set: GraphSet, places: Mapping[str, str]) -> manifest.Stage:
+def _stage(stage: Stage, graphs: StageGraphs, graph_set: GraphSet, places: Mapping[str, str]) -> manifest.BundleStage:
     height, width = graph_set.candidate.logits_hw(graph_set.candidate.head_behind(stage.head))
-    return manifest.Stage(
+    return manifest.BundleStage(
         exit_point=stage.exit_point,
         head=stage.head,
         segment=places[graphs.segment],

@@ -28,7 +28,7 @@ from mess_compile.data_folder import MOST_OFFSET, DataFolder
 
 if TYPE_CHECKING:
     from mess_compile.bench.run import Bench
-    from mess_compile.steps.run import Failure, ImageResult, VideoResult
+    from mess_compile.steps.run import ImageFailure, ImageResult, VideoResult
     from mess_compile.workspace import Workspace
 
 _target_option = click.option(
@@ -147,12 +147,12 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
         if not as_json:
             say(_of_video(result) if isinstance(result, steps.VideoResult) else _of_image(result))
 
-    def tell_failure(failure: steps.Failure) -> None:
+    def tell_failure(failure: steps.ImageFailure) -> None:
         failures.append(failure)
         if len(failures) > 1 or not _is_all(failures, sources):
             say(f"failed: {failure.error}", err=True)
 
-    failures: list[steps.Failure] = []
+    failures: list[steps.ImageFailure] = []
     words = ""
     with progress_bar(as_json) as progress:
         how = steps.RunOptions(deadline_ms=deadline_ms, **options)
@@ -182,7 +182,7 @@ def _of_image(result: ImageResult) -> str:
     )
 
 
-def _is_all(failures: Sequence[Failure], sources: Sequence[Path]) -> bool:
+def _is_all(failures: Sequence[ImageFailure], sources: Sequence[Path]) -> bool:
     """Whether what failed is the one image or video there is: the error at the end says it."""
     return len(sources) == 1 and [each.source for each in failures if not each.frames] == [str(sources[0])]
 

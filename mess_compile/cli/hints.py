@@ -14,7 +14,7 @@ from mess_compile.cli.console import print_next, quoted
 from mess_compile.runtime.base.errors import MessError
 
 if TYPE_CHECKING:
-    from mess_compile.runtime.bundle.manifest import Plan
+    from mess_compile.runtime.bundle.manifest import BundlePlan
     from mess_compile.workspace import Workspace
 
 _REPORTED, _TUNED = "test", "val"
@@ -62,7 +62,7 @@ def ship_to_host(bundle: Path, device: str) -> str | None:
     return None if host is None else f"ship {quoted(bundle)} {host}:~/{folder}"
 
 
-def after_a_bundle(bundle: Path, plans: Sequence[Plan]) -> None:
+def after_a_bundle(bundle: Path, plans: Sequence[BundlePlan]) -> None:
     """Try it here where this machine can run it, else on its device, else look into it."""
     here = any(runs_here(plan.target, plan.library) for plan in plans)
     commands = [run_on_an_image(bundle), bench_on_data(bundle)] if here else []

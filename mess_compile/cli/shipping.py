@@ -15,7 +15,7 @@ from mess_compile.cli.options import FILE, PYTHON, data_options, json_option
 from mess_compile.data_folder import DataFolder
 
 if TYPE_CHECKING:
-    from mess_compile.ship.client import Expected, Place, Shipped
+    from mess_compile.ship.client import Destination, Expected, Shipped
     from mess_compile.workspace import Workspace
 
 _CANNOT_TELL = "cannot tell what is there; the same command asks again"
@@ -63,7 +63,7 @@ def ship(workspace: Workspace, /, things: tuple[str, ...], as_json: bool, **opti
     places = _places(workspace, texts, options["python"])
     factor = options["latency_factor"] or LATENCY_FACTOR
     choice = _choice(workspace, options["data"], options["sign"])
-    chosen = ships.Options(
+    chosen = ships.ShipOptions(
         options["keep"], options["allow_downgrade"], factor, options["target"], options["unit"], choice
     )
     if options["dry_run"]:
@@ -90,7 +90,7 @@ def ship(workspace: Workspace, /, things: tuple[str, ...], as_json: bool, **opti
     return None
 
 
-def _places(workspace: Workspace, texts: Sequence[str], python: str | None) -> list[Place]:
+def _places(workspace: Workspace, texts: Sequence[str], python: str | None) -> list[Destination]:
     """With the Python that is named, or was when the device was reached before."""
     from mess_compile.ship import client as ships
 
@@ -120,10 +120,10 @@ def _choice(workspace: Workspace, data: DataFolder | None, key: Path | None) -> 
     return Choice(workspace.data_folder(data), read_graph_set(workspace.graphs).candidate, key)
 
 
-def _teller(as_json: bool) -> Callable[[Place, str], None]:
+def _teller(as_json: bool) -> Callable[[Destination, str], None]:
     """Progress by lines on standard error."""
 
-    def tell(place: Place, text: str) -> None:
+    def tell(place: Destination, text: str) -> None:
         if not as_json:
             say(f"{place.text}: {text}", err=True)
 

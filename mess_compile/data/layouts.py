@@ -56,7 +56,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundItems:
     """The items of a split, and sentences on what lies there and is not read."""
 
     items: tuple[Item, ...]
@@ -72,7 +72,7 @@ class Layout:
     marks: tuple[str, ...]
     expected: str
     classes: ClassList | None
-    find_items: Callable[[Path, str], Found]
+    find_items: Callable[[Path, str], FoundItems]
 
 
 @dataclass(frozen=True)
@@ -218,14 +218,14 @@ class NoLayoutError(AstrayError):
 def plain_layout(images: str, labels: str) -> Layout:
     """Folders of images and labels, called so: in a folder for each split, or with one for each split in them."""
 
-    def find(root: Path, split: str) -> Found:
+    def find(root: Path, split: str) -> FoundItems:
         return _find_plain(root, split, images, labels)
 
     expected = f"SPLIT/{images}/* and SPLIT/{labels}/*.png, or {images}/* and {labels}/*.png, with a classes.txt"
     return Layout(PLAIN, (images, f"*/{images}"), expected, None, find)
 
 
-def _find_plain(root: Path, split: str, images: str, labels: str) -> Found:
+def _find_plain(root: Path, split: str, images: str, labels: str) -> FoundItems:
     if (root / split / images).is_dir():
         return _paired(root / split / images, root / split / labels)
     if (root / images / split).is_dir():
@@ -245,14 +245,14 @@ def _find_plain(root: Path, split: str, images: str, labels: str) -> Found:
     return replace(found, items=items[border:] if split == "val" else items[:border])
 
 
-def _find_segnet(root: Path, split: str) -> Found:
+def _find_segnet(root: Path, split: str) -> FoundItems:
     if not (root / split).is_dir():
         found = (path.name.removesuffix("annot") for path in root.glob("*annot"))
         raise _no_split(root, split, found, root / split)
     return _paired(root / split, root / f"{split}annot")
 
 
-def _paired(images: Path, labels: Path) -> Found:
+def _paired(images: Path, labels: Path) -> FoundItems:
     if not labels.is_dir():
         raise InputError(f"{labels} does not exist: every image needs a label PNG of the same name there")
     pictures, masks = listed_files(images), listed_files(labels, LABEL_SUFFIXES)
@@ -265,14 +265,14 @@ def _paired(images: Path, labels: Path) -> Found:
     notes, alone = [*pictures.notes, *masks.notes], sorted(labelled.keys() - wanted.keys())
     if alone:
         notes.append(f"{_of(len(alone), 'label', labels)} without an image (first {labelled[alone[0]].name})")
-    return Found(tuple(_labelled(items)), tuple(notes))
+    return FoundItems(tuple(_labelled(items)), tuple(notes))
 
 
 def _sequence(stem: str) -> str:
     return re.sub(r"[_-]?[a-z]?\d+$", "", stem) or "all"
 
 
-def _find_cityscapes(root: Path, split: str) -> Found:
+def _find_cityscapes(root: Path, split: str) -> FoundItems:
     images, labels = root / "leftImg8bit" / split, root / "gtFine" / split
     if not images.is_dir():
         raise _no_split(root, split, (path.parent.name for path in root.glob("leftImg8bit/*/*")), images)
@@ -284,7 +284,7 @@ def _find_cityscapes(root: Path, split: str) -> Found:
     notes = []
     if others:
         notes.append(f"{_of(len(others), 'file', images)} not read (first {others[0].name}): *{_CITYSCAPES_IMAGE} are")
-    return Found(tuple(_labelled([_cityscapes_item(path, labels) for path in paths])), tuple(notes))
+    return FoundItems(tuple(_labelled([_cityscapes_item(path, labels) for path in paths])), tuple(notes))
 
 
 def _cityscapes_item(image: Path, labels: Path) -> Item:
@@ -300,7 +300,7 @@ def _cityscapes_label(folder: Path, name: str) -> LabelFile:
     return LabelFile(ids, _LABEL_IDS)
 
 
-def _find_voc(root: Path, split: str) -> Found:
+def _find_voc(root: Path, split: str) -> FoundItems:
     places = (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
     year = next((place for place in places if (place / "JPEGImages").is_dir()), None)
     if year is None:
@@ -313,7 +313,7 @@ def _find_voc(root: Path, split: str) -> Found:
     _check_present(lists / f"{split}.txt", names, pictures, images)
     where = [masks.get(name, labels / f"{name}.png") for name in names]
     items = [Item(n, n, pictures[n], LabelFile(path, _VOC_VALUES)) for n, path in zip(names, where, strict=True)]
-    return Found(tuple(_labelled(items)))
+    return FoundItems(tuple(_labelled(items)))
 
 
 def _listed(root: Path, lists: Path, split: str) -> list[str]:
@@ -327,7 +327,7 @@ def _listed(root: Path, lists: Path, split: str) -> list[str]:
     return names
 
 
-def _find_coco(root: Path, split: str) -> Found:
+def _find_coco(root: Path, split: str) -> FoundItems:
     coco.drawing_library()  # a missing extra is said now, not in the middle of a training
     path, images = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
     if not path.is_file():
@@ -337,7 +337,7 @@ def _find_coco(root: Path, split: str) -> Found:
         raise InputError(f"{images} does not exist: unpack COCO's {split}2017.zip there")
     outlines = coco.read_outlines(path, only_trained=split == "train")
     _check_present(path, [name for name, _ in outlines], {each.name for each in images.iterdir()}, images)
-    return Found(tuple(Item(Path(name).stem, Path(name).stem, images / name, label) for name, label in outlines))
+    return FoundItems(tuple(Item(Path(name).stem, Path(name).stem, images / name, label) for name, label in outlines))
 
 
 def _check_present(source: Path, names: Iterable[str], here: Container[str], folder: Path) -> None:

@@ -32,14 +32,14 @@ _BAND, _BOX, _DARK, _TEXT = (24, 24, 24), (255, 196, 0), (90, 90, 90), (255, 255
 
 @dataclass(frozen=True)
 class Shot:
-    """A frame, uint8 RGB (H, W, 3); its number in the source from 0; and its place in a video of `Source.fps`."""
+    """A frame, uint8 RGB (H, W, 3); its number in the source from 0; and its place in a video of `VideoSource.fps`."""
 
     number: int
     frame: Pixels
     slot: int
 
 
-class Source:
+class VideoSource:
     """A video file or a camera, open; `frames` is how many it announces, 0 where that is not known.
 
     Of the frames that are wanted, `lost` has the numbers of those between others that could not be decoded, and
@@ -92,7 +92,7 @@ class Source:
 
 
 @contextmanager
-def opened(name: str, every: int) -> Iterator[Source]:
+def opened(name: str, every: int) -> Iterator[VideoSource]:
     """A file, or `camera:N`, of which every so many frames are taken. Raises InputError when it shows nothing."""
     live = name.startswith(CAMERA)
     if live and not name[len(CAMERA) :].isdecimal():
@@ -106,7 +106,7 @@ def opened(name: str, every: int) -> Iterator[Source]:
     try:
         if not capture.isOpened():
             raise InputError(f"{name} {_NO_CAMERA if live else _NO_VIDEO}")
-        yield Source(capture, live, every)
+        yield VideoSource(capture, live, every)
     finally:
         capture.release()
 

@@ -24,8 +24,8 @@ from mess_compile.runtime.machine import power
 from mess_compile.runtime.measure.job_pool import Job, Opened
 from mess_compile.runtime.measure.measure import Effort, Window
 from mess_compile.runtime.serve import scoring, worker
-from mess_compile.runtime.serve.scoring import Exits, Score
-from mess_compile.runtime.serve.worker import Hello, Wanted, Wish
+from mess_compile.runtime.serve.scoring import Score, ScoredExits
+from mess_compile.runtime.serve.worker import Hello, RequestedJob, WorkRequest
 
 Progress = Callable[[str, int, int], None]
 Image = NDArray[np.uint8]
@@ -50,7 +50,7 @@ class BuiltThere:
 
 
 @dataclass
-class Session:
+class PythonSession:
     """A device that does what we wish, by the Python that its host names."""
 
     remote: Remote
@@ -84,7 +84,9 @@ class Session:
 
         A graph whose builder crashes is tried once. Raises RemoteError, InputError.
         """
-        wanted = [Wanted(name, files.sha256_of_file(path), precision, None) for name, (path, precision) in jobs.items()]
+        wanted = [
+            RequestedJob(name, files.sha256_of_file(path), precision, None) for name, (path, precision) in jobs.items()
+        ]
         self._push_graphs([path for path, _ in jobs.values()])
         left = wanted
         while left:
@@ -95,7 +97,7 @@ class Session:
             left = [each for each in wanted if each.name not in self.failed]
         return self.failed
 
-    def _build(self, jobs: Sequence[Wanted]) -> str | None:
+    def _build(self, jobs: Sequence[RequestedJob]) -> str | None:
         """The job whose builder ended the program there; None when it came to its end."""
         building, done = "", 0
         try:
@@ -123,7 +125,7 @@ class Session:
     ) -> Iterator[Opened | Window]:
         """Measure `measured` there and yield what is new; windows that only one side knows are not measured again."""
         wanted = [
-            Wanted(
+            RequestedJob(
                 job.name,
                 None if job.path is None else files.sha256_of_file(job.path),
                 precisions[job.name],
@@ -141,19 +143,23 @@ class Session:
 
     @contextmanager
     def scoring(
-        self, jobs: Mapping[str, tuple[Path, str]], exits: Exits
+        self, jobs: Mapping[str, tuple[Path, str]], exits: ScoredExits
     ) -> Iterator[Callable[[Iterable[Counted]], Iterator[Score]]]:
         """Have the engines of `exits` open there, built from `jobs` (graph, precision), as long as the context lasts.
 
         What is yielded scores images, which lie there until all of them are scored. Raises RemoteError, EngineError in
         the device's words, InputError when it says what cannot be.
         """
-        wanted = [Wanted(name, files.sha256_of_file(path), precision, None) for name, (path, precision) in jobs.items()]
+        wanted = [
+            RequestedJob(name, files.sha256_of_file(path), precision, None) for name, (path, precision) in jobs.items()
+        ]
         self._push_graphs([path for path, _ in jobs.values()])
         with closing(self._wish(self._wished("score", wanted, (), "", Effort(), exits))) as said:
             yield lambda images: self._scores(said, exits, images)
 
-    def _scores(self, said: Iterator[tuple[str, Any]], exits: Exits, images: Iterable[Counted]) -> Iterator[Score]:
+    def _scores(
+        self, said: Iterator[tuple[str, Any]], exits: ScoredExits, images: Iterable[Counted]
+    ) -> Iterator[Score]:
         labelled: list[NDArray[np.int64]] = []
 
         def travelling() -> Iterator[tuple[Image, Image]]:
@@ -184,7 +190,7 @@ class Session:
                 break
         raise RemoteError(f"{self.remote.host.text} has not told all of its scores: run the same command again")
 
-    def _exchanged(self, wish: Wish, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
+    def _exchanged(self, wish: WorkRequest, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
         """Give the device the windows that it lacks, and yield those that we lack."""
         path = f"{STORE}/{worker.RESULTS}/{_name(wish)}.jsonl"
         there = [
@@ -199,19 +205,19 @@ class Session:
     def _wished(
         self,
         run: str,
-        jobs: Sequence[Wanted],
+        jobs: Sequence[RequestedJob],
         measured: Sequence[str],
         reference: str,
         effort: Effort,
-        exits: Exits | None = None,
-    ) -> Wish:
+        exits: ScoredExits | None = None,
+    ) -> WorkRequest:
         rows = tuple(tuple(map(float, row)) for row in self.thresholds)
         frame = hashlib.sha256(npy.content_of(self.frame)).hexdigest()
-        return Wish(
+        return WorkRequest(
             run, self.library, tuple(jobs), tuple(measured), reference, effort, frame, rows, exits, self.lock_clocks
         )
 
-    def _wish(self, wish: Wish) -> Generator[tuple[str, Any], None, None]:
+    def _wish(self, wish: WorkRequest) -> Generator[tuple[str, Any], None, None]:
         """Have a wish done; yields what the device says. Raises RemoteError, EngineError in its words."""
         text = worker.wish_to_json(wish).encode()
         code, name = self._sent(worker.WISHES, runtime_zip(), text)
@@ -282,5 +288,5 @@ def written(*contents: bytes) -> Iterator[dict[str, Path]]:
         yield paths
 
 
-def _name(wish: Wish) -> str:
+def _name(wish: WorkRequest) -> str:
     return hashlib.sha256(worker.wish_to_json(wish).encode()).hexdigest()

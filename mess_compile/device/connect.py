@@ -13,7 +13,7 @@ from mess_compile.targets import Target, refuse_unless_there
 from mess_compile.workspace import HOST, Workspace
 
 if TYPE_CHECKING:
-    from mess_compile.device.client import Session
+    from mess_compile.device.client import PythonSession
     from mess_compile.device.remote import Remote
     from mess_compile.device.trtexec_client import TrtexecSession
 
@@ -33,22 +33,12 @@ def refuse_python_here(python: str | None) -> None:
         raise InputError(f"--python {python} is of a device elsewhere: add --host ssh://user@host")
 
 
-
-
-
-
-
-
-
-
-
-
-def session_there(remote: Remote, target: Target, graph_set: GraphSet, progress: Progress) -> Session:
+def session_there(remote: Remote, target: Target, graph_set: GraphSet, progress: Progress) -> PythonSession:
     """A device that has shown that it is the target."""
     from mess_compile.data.scenes import profiling_inputs
-    from mess_compile.device.client import Session
+    from mess_compile.device.client import PythonSession
 
-    session = Session(remote, target.library, *profiling_inputs(graph_set), progress)
+    session = PythonSession(remote, target.library, *profiling_inputs(graph_set), progress)
     _refuse_another(target, session.greet(), remote.host.text)
     return session
 
@@ -60,7 +50,7 @@ def any_session_there(
     graph_set: GraphSet,
     progress: Progress,
     tell: Callable[[str], None],
-) -> Session | TrtexecSession:
+) -> PythonSession | TrtexecSession:
     """A device that has shown that it is the target; by trtexec where its Python cannot be used."""
     from mess_compile.device import trtexec_client
 

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import mess_compile
-from mess_compile.runtime.bundle.manifest import DOUBT, EngineFile, Figures, Manifest, Plan
+from mess_compile.runtime.bundle.manifest import DOUBT, BundlePlan, EngineFile, Figures, Manifest
 
 README = "README.txt"
 OWN_FILES_LAST = """\
@@ -127,7 +127,7 @@ def _choice(manifest: Manifest) -> list[str]:
     return ["", "Of the plans below the first one for this machine runs; another is named by", f"`--target {another}`."]
 
 
-def _plan_lines(plan: Plan) -> str:
+def _plan_lines(plan: BundlePlan) -> str:
     facts = {key: value for key, value in plan.environment.items() if not key.startswith(DOUBT)}
     where = "".join(f", {key} {value}" for key, value in sorted(facts.items()))
     title = f"Plan {plan.name}"

@@ -28,7 +28,7 @@ from mess_compile.device.ssh import (
 )
 from mess_compile.runtime.base.errors import InputError
 
-__all__ = ["PYTHON", "Done", "Host", "Pushed", "Remote", "RemoteError", "parse_host"]
+__all__ = ["PYTHON", "Completed", "Host", "Pushed", "Remote", "RemoteError", "parse_host"]
 
 STOP_S = 10.0
 """For a program there to end when its lines are no longer wanted; it is killed there after 5 s."""
@@ -103,7 +103,7 @@ _SHOW_HASHED = f'[ -e "$1" ] || exit {_ABSENT}; sha256sum <"$1" >&2 && cat <"$1"
 
 
 @dataclass(frozen=True)
-class Done:
+class Completed:
     """What a program left: 128 + N is the code after signal N, KILLED stands for an end that ssh could not tell."""
 
     code: int
@@ -139,7 +139,7 @@ class Remote:
         """End the connection; what `lines` started is stopped there."""
         self._connection.close()
 
-    def run(self, command: Sequence[str], given: bytes = b"", patience_s: float = 60.0) -> Done:
+    def run(self, command: Sequence[str], given: bytes = b"", patience_s: float = 60.0) -> Completed:
         """Run a short program, `given` on its standard input, and wait for its end, whatever its code.
 
         After `patience_s` seconds it is given up; it is not stopped there. What runs for long belongs to `lines`.
@@ -286,7 +286,7 @@ class Remote:
 
     def _answer(
         self, script: str, arguments: Sequence[str], given: bytes = b"", patience_s: float | None = None
-    ) -> Done:
+    ) -> Completed:
         with self._connection.client(script, arguments, subprocess.PIPE, subprocess.PIPE) as client:
             try:
                 output, errors = client.communicate(given, patience_s)
@@ -295,7 +295,7 @@ class Remote:
                 raise RemoteError(f"{self.host.text}: {what}: is the device busy, or out of memory?") from error
             told = after_start(output)
             code, said = self._connection.ended(client, told is not None, errors.decode(errors="replace"))
-            return Done(code, told or b"", said)
+            return Completed(code, told or b"", said)
 
 
 def _write_archive(pipe: IO[bytes], files: Mapping[str, Path], progress: Callable[[int, int], None]) -> int:

@@ -40,7 +40,7 @@ _NODE = re.compile(r"--- (Begin|End) node ---|^\S+: (input|output|name|op_type):
 
 
 @dataclass(frozen=True)
-class Samples:
+class TrtexecTimes:
     """Of each run but the last, `wall_ms` from its enqueue to the next one, `device_ms` between events around it."""
 
     wall_ms: tuple[float, ...]
@@ -118,7 +118,7 @@ def _waiting(version_major: int, spin_wait: bool) -> list[str]:
     return ["--noCudaGraph", *([] if spin_wait else ["--noSpinWait"])]
 
 
-def samples_from_json(text: str) -> Samples:
+def samples_from_json(text: str) -> TrtexecTimes:
     """Read what `--exportTimes` wrote, one row per run without the warm-up.
 
     Raises InputError for a text that is cut, damaged or from a run with transfers.
@@ -137,7 +137,7 @@ def samples_from_json(text: str) -> Samples:
         raise InputError(f"the times that trtexec exported are damaged ({_short(error)}): {_REMEDY}") from error
     if moved:
         raise InputError(f"the times that trtexec exported include transfers: {_REMEDY} with --noDataTransfers")
-    return Samples(wall, tuple(computed[:-1]))
+    return TrtexecTimes(wall, tuple(computed[:-1]))
 
 
 def version_from_output(text: str) -> str:

@@ -232,7 +232,7 @@ class TrtexecSession:
             yield taken[name][-1]
         self.states.append(self._state())
 
-    def _timed(self, name: str) -> tuple[trtexec.Samples, float]:
+    def _timed(self, name: str) -> tuple[trtexec.TrtexecTimes, float]:
         """A window, and how long the engine took to load, in ms."""
         if name not in self._engines:
             raise EngineError(f"{self.remote.host.text}: {name} has no engine: {self.failed.get(name)}")
@@ -332,8 +332,6 @@ def in_place_of_python(
     return session
 
 
-
-
 def state_from_text(text: str) -> DeviceState:
     """From lines `zone MILLIDEGREES TYPE`, `devfreq HZ LIMIT NAME`, `policy KHZ LIMIT NUMBER`, `load`, `mode`."""
     zones = {name: int(milli) / 1000 for milli, name in re.findall(r"(?m)^zone (-?[0-9]{1,6}) (\S.*)$", text)}
@@ -373,7 +371,7 @@ def _why_not_built(run: _Run) -> str:
     return f"trtexec: {trtexec.error_from_output(run.said)}"
 
 
-def _window(name: str, number: int, samples: trtexec.Samples, opening: Window | None) -> Window:
+def _window(name: str, number: int, samples: trtexec.TrtexecTimes, opening: Window | None) -> Window:
     """Of many runs every so-manieth. The reference's window that opens the round is its tick, and its own."""
     step = -(-len(samples.wall_ms) // MOST_RUNS)
     wall_ms = tuple(round(milliseconds, 6) for milliseconds in samples.wall_ms[::step])

@@ -162,10 +162,6 @@ def verified_graphs(workspace: Workspace) -> GraphSet:
     return graph_set
 
 
-
-
-
-
 def settled_graphs_of(workspace: Workspace, recipe: str, device: str) -> GraphSet:
     """The graphs of a recipe. Raises StaleError when it has to be settled again."""
     from mess_compile.engines import recipes

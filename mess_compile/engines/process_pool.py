@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for_sentinels
 from typing import TypeVar
 
-Job = TypeVar("Job")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def results(
-    work: Callable[[Job], Result], jobs: Sequence[Job], processes: int, crashed: Callable[[Job], Result]
+    work: Callable[[Item], Result], jobs: Sequence[Item], processes: int, crashed: Callable[[Item], Result]
 ) -> Iterator[Result]:
     """`work(job)` of every job as it is done, up to `processes` at once; `crashed(job)` of one that ends its process.
 
@@ -26,7 +26,7 @@ def results(
     """
     left = list(jobs)
     while left:
-        suspects: list[Job] = []
+        suspects: list[Item] = []
         with _pool(processes) as pool:
             yield from _until_broken(pool, work, left, suspects, processes)
         for job in suspects:
@@ -35,13 +35,13 @@ def results(
 
 def _until_broken(
     pool: ProcessPoolExecutor,
-    work: Callable[[Job], Result],
-    left: list[Job],
-    suspects: list[Job],
+    work: Callable[[Item], Result],
+    left: list[Item],
+    suspects: list[Item],
     processes: int,
 ) -> Iterator[Result]:
     """Takes jobs from `left`, never more at once than there are processes; those of a broken pool go to `suspects`."""
-    running: dict[Future[Result], Job] = {}
+    running: dict[Future[Result], Item] = {}
     broken = False
     while running or (left and not broken):
         while left and not broken and len(running) < processes:
@@ -62,7 +62,7 @@ def _until_broken(
             yield result
 
 
-def _alone(work: Callable[[Job], Result], job: Job, crashed: Callable[[Job], Result]) -> Result:
+def _alone(work: Callable[[Item], Result], job: Item, crashed: Callable[[Item], Result]) -> Result:
     with _pool(1) as pool:
         try:
             return _submitted(pool, work, job).result()
@@ -88,7 +88,7 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _submitted(pool: ProcessPoolExecutor, work: Callable[[Job], Result], job: Job) -> Future[Result]:
+def _submitted(pool: ProcessPoolExecutor, work: Callable[[Item], Result], job: Item) -> Future[Result]:
     """Processes that start here inherit that interrupts are blocked: a terminal sends them to every process."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from mess_compile.data_folder import Data
-from mess_compile.device.client import STORE, Session
+from mess_compile.device.client import STORE, PythonSession
 from mess_compile.device.connect import Progress, any_session_there, reached
 from mess_compile.device.trtexec_client import TrtexecSession
 from mess_compile.engines import build
@@ -63,7 +63,7 @@ def build_there(
     )
 
 
-def _engines_there(target: Target, session: Session | TrtexecSession, files: EngineFiles) -> EngineSet:
+def _engines_there(target: Target, session: PythonSession | TrtexecSession, files: EngineFiles) -> EngineSet:
     from mess_compile.engines.build import EngineSet
 
     assert session.hello is not None, "it has said hello before it built"
@@ -73,7 +73,7 @@ def _engines_there(target: Target, session: Session | TrtexecSession, files: Eng
     return EngineSet(target.name, files.graph_set.recipe, target.library, session.hello.version, count, entries)
 
 
-def _entry(session: Session | TrtexecSession, files: EngineFiles, graph: str) -> EngineEntry:
+def _entry(session: PythonSession | TrtexecSession, files: EngineFiles, graph: str) -> EngineEntry:
     from mess_compile.engines.build import EngineEntry
 
     precision = files.graph_set.spec(graph).precision
@@ -84,9 +84,9 @@ def _entry(session: Session | TrtexecSession, files: EngineFiles, graph: str) ->
 
 
 def built_there(
-    session: Session | TrtexecSession, forms: Sequence[EngineFiles], jobs: Collection[str] | None = None
+    session: PythonSession | TrtexecSession, forms: Sequence[EngineFiles], jobs: Collection[str] | None = None
 ) -> tuple[EngineFiles, ...]:
-    """Have engines there of some jobs' graphs, or of all. Raises what `Session.build` does."""
+    """Have engines there of some jobs' graphs, or of all. Raises what `PythonSession.build` does."""
     wanted = {}
     for each in forms:
         for name, job in job_names(each).items():

@@ -70,7 +70,7 @@ class ExitLimit:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class LimitingFactor:
     """What limits the network within `max_err_pp`: the mean over early exits of what their best heads could do."""
 
     max_err_pp: float
@@ -163,13 +163,13 @@ def exit_number(head: str) -> int:
     return int(match[1])
 
 
-def verdicts(diagnosis: Diagnosis) -> tuple[Verdict, ...]:
+def verdicts(diagnosis: Diagnosis) -> tuple[LimitingFactor, ...]:
     """For each error what limits the network; an exit's best head is the one that most images could leave at."""
     points = sorted({exit_number(found.head) for found in diagnosis.heads})
     if not points:
         return ()
     return tuple(
-        Verdict(error, tuple(_exit_limit(diagnosis, point, index) for point in points))
+        LimitingFactor(error, tuple(_exit_limit(diagnosis, point, index) for point in points))
         for index, error in enumerate(diagnosis.max_errs_pp)
     )
 

@@ -20,10 +20,10 @@ from mess_compile.evaluate.statistics import ExitStatistics, check_current, merg
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, Head, head_graph_name, segment_name, threshold_table
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.engines.engine import Library
-from mess_compile.runtime.serve.scoring import Exits, HeadEngines, Score, open_scorer
+from mess_compile.runtime.serve.scoring import HeadEngines, Score, ScoredExits, open_scorer
 
 if TYPE_CHECKING:
-    from mess_compile.device.client import Session
+    from mess_compile.device.client import PythonSession
 
 Image = NDArray[np.uint8]
 BLOCK = 32
@@ -120,7 +120,7 @@ def _scoring_here(engines: EngineFiles, library: Library) -> Iterator[Scoring]:
         yield lambda images: (scorer.score(*image) for image in images)
 
 
-def _exits(engines: EngineFiles) -> Exits:
+def _exits(engines: EngineFiles) -> ScoredExits:
     """What runs: every head that can, the segments that lead there, the baseline trained alone.
 
     Where a segment between neighbours has no engine, a longer one leads to the exit point. Raises InputError when no
@@ -130,7 +130,7 @@ def _exits(engines: EngineFiles) -> Exits:
     heads = [candidate.head(name) for name in engines.heads]
     if not heads:
         raise InputError(f"no head runs in {graph_set.recipe}: {'; '.join(engines.failed.values())[:300]}")
-    return Exits(
+    return ScoredExits(
         input_hw=candidate.input_hw,
         classes=len(candidate.classes),
         segments=tuple((a, b, segment_name(a, b)) for b, a in engines.sources.items()),
@@ -174,7 +174,7 @@ def evaluate_data(
         return _by_blocks(origin, score, data, folder, share, progress)
 
 
-def built_there(session: Session, forms: EngineFiles) -> EngineFiles:
+def built_there(session: PythonSession, forms: EngineFiles) -> EngineFiles:
     """Have the graphs of `forms` that statistics need built on a device, and leave out what does not build.
 
     Longer segments are built where a shorter one fails alone. Raises RemoteError, InputError when no head is left.
@@ -199,7 +199,7 @@ def _jobs(engines: EngineFiles) -> dict[str, tuple[Path, str]]:
 
 
 def evaluate_there(
-    session: Session,
+    session: PythonSession,
     engines: EngineFiles,
     data: DataSet,
     folder: Path,

@@ -123,8 +123,6 @@ def head_miou(statistics: ExitStatistics, head: str) -> float:
     )
 
 
-
-
 def merge(shards: Sequence[ExitStatistics]) -> ExitStatistics:
     """One set of statistics from shards of the same recipe: their images one after the other, in the order given.
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from mess_compile.graph.exits_toml import Exits
+from mess_compile.graph.exits_toml import ExitsFile
 from mess_compile.graph.workload import activations
 from mess_compile.network import TensorSpec
 from mess_compile.runtime.base.errors import InputError
@@ -48,7 +48,7 @@ class _Model:
         return [] if maker is None else [source for source in maker.input if source in self.tensors]
 
 
-def find_places(model: onnx.ModelProto, image: str, hw: tuple[int, int], exits: Exits) -> Places:
+def find_places(model: onnx.ModelProto, image: str, hw: tuple[int, int], exits: ExitsFile) -> Places:
     """Find what `exits` names in a model whose only input `image` has frames of size `hw`.
 
     Tensors that only repeat another (Identity, a channels-last copy) stand for that one, logits upsampled to `hw` and
@@ -78,7 +78,7 @@ def _model(model: onnx.ModelProto, image: str, hw: tuple[int, int]) -> _Model:
     return _Model(model.graph, image, hw, tensors, makers)
 
 
-def _point(model: _Model, number: int, exits: Exits) -> TensorSpec:
+def _point(model: _Model, number: int, exits: ExitsFile) -> TensorSpec:
     where, name = f"exit{number}", exits.points[number - 1].tensor
     spec = _tensor(model, where, name)
     if spec.name == model.image:
@@ -124,7 +124,7 @@ def _check_distinct(tensors: dict[str, str]) -> None:
         seen[name] = where
 
 
-def _check_backbone(model: _Model, points: dict[str, TensorSpec], exits: Exits) -> None:
+def _check_backbone(model: _Model, points: dict[str, TensorSpec], exits: ExitsFile) -> None:
     """Exit points lie in order on the tensors that everything passes through from the input to the last of them."""
     *_, (final, last) = points.items()
     order = _upstream(model, last.name)
@@ -183,7 +183,7 @@ def _is_map(spec: TensorSpec) -> bool:
     return spec.dtype == "float32" and len(spec.shape) == 4
 
 
-def _nearest_place(model: _Model, number: int, name: str, exits: Exits) -> str:
+def _nearest_place(model: _Model, number: int, name: str, exits: ExitsFile) -> str:
     """The tensor nearest to `name` where exit point `number` with its heads could lie, as the end of a message."""
     end = model.resolved(exits.heads[exits.baseline].logits)
     order = _upstream(model, end)
@@ -205,7 +205,7 @@ def _around(order: dict[str, int], narrows: tuple[str, ...], name: str) -> str:
     return f"everything passes through {' and '.join(before[-1:] + after[:1])}"
 
 
-def _logits(model: _Model, where: str, name: str, exits: Exits) -> TensorSpec:
+def _logits(model: _Model, where: str, name: str, exits: ExitsFile) -> TensorSpec:
     """A head's logits: the tensor named, or what is upsampled to the input's size to make it."""
     spec = _checked_logits(model, where, name)
     maker = model.makers.get(spec.name)
@@ -230,7 +230,7 @@ def _check_size(model: _Model, where: str, spec: TensorSpec) -> None:
         )
 
 
-def _check_classes(where: str, spec: TensorSpec, exits: Exits) -> None:
+def _check_classes(where: str, spec: TensorSpec, exits: ExitsFile) -> None:
     channels, classes = spec.shape[1], 1 if exits.single else len(exits.classes)
     if channels == classes or (channels == 1 and classes == 2):
         return
@@ -275,7 +275,7 @@ def _is_exact(model: _Model, node: onnx.NodeProto, source: TensorSpec, target: T
     return known[0].size == 0 or bool(np.allclose(known[0] * sizes[0], sizes[1], rtol=0, atol=1e-3))
 
 
-def _check_head(model: _Model, where: str, logits: str, points: dict[str, TensorSpec], exits: Exits) -> None:
+def _check_head(model: _Model, where: str, logits: str, points: dict[str, TensorSpec], exits: ExitsFile) -> None:
     """The head is made from its exit point's tensor and nothing else of the network, and belongs to no later one."""
     here = where.partition(".")[0]
     point, number = points[here].name, int(here.removeprefix("exit"))

@@ -87,7 +87,7 @@ class ExitRule:
 
 
 @dataclass(frozen=True)
-class Exits:
+class ExitsFile:
     """The whole file. `points` are in running order, the last is the final exit; `baseline` is a head there.
 
     `single`: the file names one class, which one channel tells from the background.
@@ -107,7 +107,7 @@ class Exits:
         return {f"exit{number}.{head.name}": head for number, point in points for head in point.heads}
 
 
-def read_exits(path: Path) -> Exits:
+def read_exits(path: Path) -> ExitsFile:
     """Read the TOML file `path`. Raises InputError naming the entry, what it holds and what it should hold."""
     if not path.is_file():
         raise InputError(f"{path} does not exist: it names the tensors of exit points and heads; {_REMEDY}")
@@ -123,12 +123,12 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known[:8])}"
 
 
-def _exits(content: dict[str, Any]) -> Exits:
+def _exits(content: dict[str, Any]) -> ExitsFile:
     _table(content, "the file", ("classes", "input", "exit"), ("colours", "baseline"))
     classes = _classes(content["classes"])
     single = len(content["classes"]) == 1
     points = tuple(_point(point, number) for number, point in enumerate(_list(content["exit"], "exit"), start=1))
-    return Exits(
+    return ExitsFile(
         classes=classes,
         colours=_colours(content.get("colours"), classes, single),
         input=_input(content["input"]),

@@ -16,7 +16,7 @@ from mess_compile import files
 from mess_compile.graph.constant_fold import fold_constants
 from mess_compile.graph.cut import METADATA_KEY, NETWORK, Progress, cut_network, logits_name
 from mess_compile.graph.cut_points import Places, find_places
-from mess_compile.graph.exits_toml import Exits, InputRule, read_exits
+from mess_compile.graph.exits_toml import ExitsFile, InputRule, read_exits
 from mess_compile.graph.import_check import original_logits, write_original
 from mess_compile.graph.node_builder import OPSET, add, constant, empty_model, keep
 from mess_compile.graph.normalise import (
@@ -99,7 +99,7 @@ def import_with_exits(
 
 
 def _write_both(
-    model: onnx.ModelProto, image: TensorSpec, exits: Exits, name: str, folder: Path
+    model: onnx.ModelProto, image: TensorSpec, exits: ExitsFile, name: str, folder: Path
 ) -> tuple[Places, dict[str, str]]:
     """Write the model as it came, ending in all logits, and its whole-network form; what tensors are called there."""
     original = onnx.ModelProto.FromString(model.SerializeToString())
@@ -189,7 +189,7 @@ def _normalise(graph: onnx.GraphProto, rule: InputRule, target: str) -> None:
     graph.node[-1].output[0] = target
 
 
-def _candidate(exits: Exits, places: Places, hw: tuple[int, int], backbone: str) -> CandidateNetwork:
+def _candidate(exits: ExitsFile, places: Places, hw: tuple[int, int], backbone: str) -> CandidateNetwork:
     """Workloads are counted and the identity is taken when the network is cut."""
     points = tuple(
         ExitPoint(name, rule.tensor, spec.shape[1], (spec.shape[2], spec.shape[3]), 0)

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from onnx.external_data_helper import uses_external_data
 
 from mess_compile.graph.constant_fold import has_subgraph
-from mess_compile.graph.exits_toml import Exits, InputRule, nearest
+from mess_compile.graph.exits_toml import ExitsFile, InputRule, nearest
 from mess_compile.graph.node_builder import IR_VERSION, keep
 from mess_compile.graph.opset import to_our_opset
 from mess_compile.graph.opset_context import EXPORT_AT
@@ -84,7 +84,7 @@ def check_standard(model: onnx.ModelProto) -> None:
             raise InputError(f"node {name!r} keeps its constant in another file: only weights (initializers) may")
 
 
-def name_outputs(model: onnx.ModelProto, exits: Exits) -> None:
+def name_outputs(model: onnx.ModelProto, exits: ExitsFile) -> None:
     """Let the tensors that `exits` names be the outputs, and drop what none of them needs."""
     named = {f"[[exit]] {number}": point.tensor for number, point in enumerate(exits.points, start=1)}
     named |= {f"head {name}": head.logits for name, head in exits.heads.items()}

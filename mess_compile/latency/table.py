@@ -57,7 +57,7 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Failure:
+class GraphFailure:
     """A graph that has no engine on the target, in the words of its lint, parser or builder."""
 
     graph: str
@@ -84,7 +84,7 @@ class LatencyTable:
     source: str
     entries: dict[tuple[str, str], Latency]
     recipes: dict[str, str] = field(default_factory=dict)
-    failed: dict[tuple[str, str], Failure] = field(default_factory=dict)
+    failed: dict[tuple[str, str], GraphFailure] = field(default_factory=dict)
 
     def latency(self, graph: str, precision: str = FP32) -> Latency:
         """Raises InputError naming the graph and what to run."""
@@ -260,7 +260,7 @@ def check_current(table: LatencyTable, graph_set: GraphSet) -> None:
             f"{graph_set.recipe}: {_remedy(table.device, f' --precision {recipes}')}"
         )
     wanted = {(name, spec.precision): spec.sha256 for name, spec in graph_set.graphs.items()}
-    known: dict[tuple[str, str], Latency | Failure] = {**table.failed, **table.entries}
+    known: dict[tuple[str, str], Latency | GraphFailure] = {**table.failed, **table.entries}
     keys = (*wanted, *((pseudo, FP32) for pseudo in PSEUDO_GRAPHS))
     changed = [key[0] for key in keys if key in known and known[key].sha256 != wanted.get(key, "")]
     missing = [key[0] for key in keys if key not in known]
@@ -306,7 +306,8 @@ def read_latency_table(path: Path) -> LatencyTable:
 def _table_from_json(content: dict[str, Any]) -> LatencyTable:
     entries = [_latency_from_json(entry) for entry in content["entries"]]
     failures = [
-        Failure(*(str(each[name]) for name in ("graph", "sha256", "precision", "error"))) for each in content["failed"]
+        GraphFailure(*(str(each[name]) for name in ("graph", "sha256", "precision", "error")))
+        for each in content["failed"]
     ]
     by_key = {(entry.graph, entry.precision): entry for entry in entries}
     failed = {(failure.graph, failure.precision): failure for failure in failures}

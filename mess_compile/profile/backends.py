@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mess_compile.data.scenes import profiling_inputs
-from mess_compile.device.client import Session
+from mess_compile.device.client import PythonSession
 from mess_compile.device.trtexec_client import TrtexecSession
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.remote_build import built_there
@@ -21,7 +21,7 @@ from mess_compile.runtime.measure.job_pool import Job, Opened
 from mess_compile.runtime.measure.measure import Effort, Window
 from mess_compile.runtime.serve.worker import describe_machine
 
-Measure = Callable[["Task", Effort, Sequence[Window]], Iterator[Opened | Window]]
+MeasureJobs = Callable[["Task", Effort, Sequence[Window]], Iterator[Opened | Window]]
 """What, how long, what is known already -> what is measured now."""
 Build = Callable[[Sequence[EngineFiles], Collection[str] | None], tuple[EngineFiles, ...]]
 """Have engines of some jobs' graphs (None: of all) -> what is loaded for them; those that do not build are failed."""
@@ -40,7 +40,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Place:
+class Backend:
     """A device that can be measured on: its name as a target, its library, what `facts` tell of it, and how to look.
 
     Where the pseudo graphs cannot be measured, `transfers` estimates them.
@@ -50,7 +50,7 @@ class Place:
     library: str
     version: str
     facts: dict[str, str]
-    measure: Measure
+    measure: MeasureJobs
     state: Callable[[], DeviceState]
     build: Build
     transfers: Transfers | None = None
@@ -61,7 +61,7 @@ def as_they_are(forms: Sequence[EngineFiles], jobs: Collection[str] | None) -> t
     return tuple(forms)
 
 
-def here(library: Library, device: str, graph_set: GraphSet, build: Build = as_they_are) -> Place:
+def here(library: Library, device: str, graph_set: GraphSet, build: Build = as_they_are) -> Backend:
     """This machine."""
     frame, thresholds = profiling_inputs(graph_set)
 
@@ -71,10 +71,10 @@ def here(library: Library, device: str, graph_set: GraphSet, build: Build = as_t
             library, task.jobs, frame, thresholds, task.reference, effort, earlier, meter, measured=task.measured
         )
 
-    return Place(device, library.name, library.version, describe_machine(), measure, power.read_state, build)
+    return Backend(device, library.name, library.version, describe_machine(), measure, power.read_state, build)
 
 
-def there(session: Session | TrtexecSession, device: str, transfers: Transfers | None = None) -> Place:
+def there(session: PythonSession | TrtexecSession, device: str, transfers: Transfers | None = None) -> Backend:
     """A device over SSH, which has said hello."""
     assert session.hello is not None, "whoever builds there first hears it"
 
@@ -83,10 +83,6 @@ def there(session: Session | TrtexecSession, device: str, transfers: Transfers |
         return session.measure(task.run, task.jobs, precisions, task.measured, task.reference, effort, earlier)
 
     hello, build = session.hello, partial(built_there, session)
-    return Place(
+    return Backend(
         device, hello.library, hello.version, hello.facts, measure, lambda: session.states[-1], build, transfers
     )
-
-
-
-

@@ -10,9 +10,9 @@ from typing import Any
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.jobs import job_name, profiling_jobs, reference_of
 from mess_compile.latency import table as latency
-from mess_compile.latency.table import Failure, Latency, LatencyTable
-from mess_compile.profile.backends import Place, Task
-from mess_compile.profile.sample_log import Samples
+from mess_compile.latency.table import GraphFailure, Latency, LatencyTable
+from mess_compile.profile.backends import Backend, Task
+from mess_compile.profile.sample_log import SampleLog
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.machine import power
@@ -30,7 +30,7 @@ SLOW = 0.5
 
 
 def profile_graphs(
-    engines: Sequence[EngineFiles], place: Place, path: Path, progress: Progress, effort: Effort | None = None
+    engines: Sequence[EngineFiles], place: Backend, path: Path, progress: Progress, effort: Effort | None = None
 ) -> LatencyTable:
     """Measure all graphs of some recipes of one network and write the latency table to `path`.
 
@@ -51,7 +51,7 @@ def profile_graphs(
     return table
 
 
-def windows_done(samples: Samples, names: Collection[str], effort: Effort) -> tuple[int, int]:
+def windows_done(samples: SampleLog, names: Collection[str], effort: Effort) -> tuple[int, int]:
     """How many of the visits that these jobs need at least are done, and how many these are.
 
     All jobs are visited in turn, so that jobs that are done would say nothing for most of the time. The last visit of a
@@ -66,20 +66,20 @@ def windows_done(samples: Samples, names: Collection[str], effort: Effort) -> tu
     return done, effort.windows * len(taken)
 
 
-def jobs_at(place: Place, engines: Sequence[EngineFiles]) -> list[Job]:
+def jobs_at(place: Backend, engines: Sequence[EngineFiles]) -> list[Job]:
     """Those of `profiling_jobs` that can be measured there."""
     return [job for job in profiling_jobs(engines) if job.path is not None or place.transfers is None]
 
 
 def kept_samples(
-    engines: Sequence[EngineFiles], place: Place, path: Path, effort: Effort, jobs: Sequence[Job]
-) -> Samples:
+    engines: Sequence[EngineFiles], place: Backend, path: Path, effort: Effort, jobs: Sequence[Job]
+) -> SampleLog:
     """What was timed of these graphs there, by this protocol, before a measurement for the table `path` broke off."""
     names = {job.name for job in jobs}
-    return Samples(path.with_suffix(".samples.jsonl"), _header(engines, place, effort), names)
+    return SampleLog(path.with_suffix(".samples.jsonl"), _header(engines, place, effort), names)
 
 
-def _header(engines: Sequence[EngineFiles], place: Place, effort: Effort) -> dict[str, Any]:
+def _header(engines: Sequence[EngineFiles], place: Backend, effort: Effort) -> dict[str, Any]:
     return {
         "library": f"{place.library} {place.version}",
         "power_mode": place.state().power_mode,
@@ -97,8 +97,8 @@ def _header(engines: Sequence[EngineFiles], place: Place, effort: Effort) -> dic
 def table_of(
     engines: Sequence[EngineFiles],
     jobs: Sequence[Job],
-    place: Place,
-    samples: Samples,
+    place: Backend,
+    samples: SampleLog,
     effort: Effort,
     before: DeviceState,
     after: DeviceState,
@@ -125,10 +125,10 @@ def table_of(
     return replace(empty, environment=environment, entries=entries | place.transfers(entries), source="estimated")
 
 
-def empty_table(engines: Sequence[EngineFiles], place: Place) -> LatencyTable:
+def empty_table(engines: Sequence[EngineFiles], place: Backend) -> LatencyTable:
     """Of a device on which nothing was measured yet; what has no engine there has failed."""
     failed = {
-        (name, spec.precision): Failure(name, spec.sha256, spec.precision, error)
+        (name, spec.precision): GraphFailure(name, spec.sha256, spec.precision, error)
         for each in engines
         for name, error in each.failed.items()
         for spec in [each.graph_set.spec(name)]

@@ -20,8 +20,8 @@ from mess_compile.latency import table as latency
 from mess_compile.latency.roofline import Estimate
 from mess_compile.latency.table import LatencyTable
 from mess_compile.profile import selection
-from mess_compile.profile.backends import Place
-from mess_compile.profile.selection import Key, Subject, Wanted
+from mess_compile.profile.backends import Backend
+from mess_compile.profile.selection import Key, Selection, Subject
 from mess_compile.profile.sparse import Course, Errand
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
@@ -45,7 +45,7 @@ class Ratio:
     graphs: int
 
 
-def profile_shared(errand: Errand, places: Mapping[str, Place], everything: bool) -> LatencyTable:
+def profile_shared(errand: Errand, places: Mapping[str, Backend], everything: bool) -> LatencyTable:
     """Profile the devices `places` (by host), the first of which is the errand's, and write a table for each.
 
     With `everything` every graph is measured on one of them; else what could still change the first one's answer. The
@@ -67,7 +67,7 @@ def profile_shared(errand: Errand, places: Mapping[str, Place], everything: bool
     return tables[0]
 
 
-def _refuse_the_same(places: Mapping[str, Place]) -> None:
+def _refuse_the_same(places: Mapping[str, Backend]) -> None:
     known: dict[str, str] = {}
     for host, place in places.items():
         other = known.setdefault(place.facts.get("identity", host), host)
@@ -75,7 +75,7 @@ def _refuse_the_same(places: Mapping[str, Place]) -> None:
             raise InputError(f"{host} is the same device as {other}: name each device once")
 
 
-def _courses(errand: Errand, places: Mapping[str, Place]) -> dict[str, Course]:
+def _courses(errand: Errand, places: Mapping[str, Backend]) -> dict[str, Course]:
     speaking = threading.Lock()
     courses: dict[str, Course] = {}
     for host, place in places.items():
@@ -84,7 +84,7 @@ def _courses(errand: Errand, places: Mapping[str, Place]) -> dict[str, Course]:
     return courses
 
 
-def _beside(path: Path, place: Place) -> Path:
+def _beside(path: Path, place: Backend) -> Path:
     return path.with_name(f"{path.stem}@{place.facts['identity']}.json")
 
 
@@ -113,10 +113,10 @@ def _share(errand: Errand, courses: Sequence[Course], everything: bool) -> bool:
     return True
 
 
-def _wanted(subject: Subject, courses: Sequence[Course], everything: bool) -> Wanted | None:
+def _wanted(subject: Subject, courses: Sequence[Course], everything: bool) -> Selection | None:
     first = courses[0]
     if everything:
-        wanted = Wanted(tuple(subject.specs), "every graph on one of the devices")
+        wanted = Selection(tuple(subject.specs), "every graph on one of the devices")
     else:
         known = replace(subject, elsewhere=_from_others(first, courses))
         batch = selection.next_batch(known, first.table)
@@ -141,7 +141,7 @@ def _dealt(graphs: Sequence[Key], courses: Sequence[Course]) -> list[list[Key]]:
     return portions
 
 
-def _together(work: Sequence[tuple[Course, Wanted]]) -> None:
+def _together(work: Sequence[tuple[Course, Selection]]) -> None:
     """On all devices at once; one that fails does not stop the others, and is told of when they are done."""
     with ThreadPoolExecutor(len(work)) as pool:
         running = [pool.submit(course.measure, wanted) for course, wanted in work]

@@ -16,7 +16,7 @@ from mess_compile.runtime.serve.worker import event_of, told
 FORMAT, VERSION = "mess-latency-samples", 2
 
 
-class Samples:
+class SampleLog:
     """Windows and opened engines, one JSON line each behind a header; a half-written or damaged line is dropped.
 
     Another `header` than the file's means another measurement, which starts afresh; `run` names each. Lines of jobs

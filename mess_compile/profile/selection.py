@@ -51,7 +51,7 @@ NESTED = 0.1
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Selection:
     """What to measure next, in this order, and in words why."""
 
     graphs: tuple[Key, ...]
@@ -133,7 +133,7 @@ def _weight(tensor: onnx.TensorProto) -> object:
     return tensor.data_type, tuple(tensor.dims), values
 
 
-def next_batch(subject: Subject, table: LatencyTable) -> Wanted | None:
+def next_batch(subject: Subject, table: LatencyTable) -> Selection | None:
     """What to measure next, when `table` holds what was measured so far and what failed; None when all is settled.
 
     First what every plan is compared by, and what calibrates the estimates; then for each requirement what was not
@@ -149,7 +149,7 @@ def next_batch(subject: Subject, table: LatencyTable) -> Wanted | None:
     ):
         missing = tuple(key for key in choose(subject, table) if not _is_known(table, key))
         if missing:
-            return Wanted(tuple(dict.fromkeys(missing)), why)
+            return Selection(tuple(dict.fromkeys(missing)), why)
     return None
 
 

@@ -12,9 +12,9 @@ from mess_compile.engines.jobs import job_name, reference_of, with_feeders, with
 from mess_compile.latency import table
 from mess_compile.latency.table import LatencyTable
 from mess_compile.profile import selection
-from mess_compile.profile.backends import Place, Task
+from mess_compile.profile.backends import Backend, Task
 from mess_compile.profile.full import empty_table, jobs_at, kept_samples, table_of, windows_done
-from mess_compile.profile.selection import Subject, Wanted
+from mess_compile.profile.selection import Selection, Subject
 from mess_compile.runtime.measure import measure as profile
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS, Job
 from mess_compile.runtime.measure.measure import Effort
@@ -32,7 +32,7 @@ class Errand:
     """
 
     forms: tuple[EngineFiles, ...]
-    place: Place
+    place: Backend
     subject: Subject
     path: Path
     progress: Progress
@@ -76,7 +76,7 @@ class Course:
             self.measure(wanted)
         return True
 
-    def measure(self, wanted: Wanted) -> None:
+    def measure(self, wanted: Selection) -> None:
         """Build and measure what is wanted, with all that must run before it."""
         count, total = len(wanted.graphs), len(self._every)
         minutes = max(1, round(count * self._pace_s / 60))

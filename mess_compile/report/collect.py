@@ -22,7 +22,7 @@ from mess_compile.latency import table as latency
 from mess_compile.latency.checks import known_doubts
 from mess_compile.network import is_whole
 from mess_compile.report import comparison, strips, views
-from mess_compile.report.model import Benched, Found, Missing, Report, Strip, Strips
+from mess_compile.report.model import Benched, Missing, Report, SearchFound, Strip, Strips
 from mess_compile.report.provenance import provenance_of
 from mess_compile.runtime.base.errors import InputError, MessError, StaleError
 from mess_compile.runtime.bundle import archive
@@ -108,7 +108,7 @@ def gathered(workspace: Workspace, device: str, progress: Progress) -> Report:
     chosen = evidences.get(result.plan.precision)
     return Report(
         device=device,
-        search=Found(result, views.plan_views(result, evidences), unseen),
+        search=SearchFound(result, views.plan_views(result, evidences), unseen),
         classes=views.classes_of(chosen) if chosen else unseen or _NO_PLAN,
         costs=table if isinstance(table, Missing) else views.costs_of(table, result.plan.precision, doubts),
         bench=_tried(partial(_benched, workspace, result.plan)),

@@ -89,7 +89,7 @@ def of_bundle(name: str, content: manifest.Manifest) -> tuple[Compared, ...]:
 def _compared(
     name: str,
     kind: str,
-    plan: plans.Plan | manifest.Plan,
+    plan: plans.Plan | manifest.BundlePlan,
     device: str,
     network: str,
     thresholds: Sequence[float],

@@ -218,7 +218,7 @@ def _head_content(
     }
 
 
-def _verdict_content(verdict: diagnose.Verdict) -> dict[str, Any]:
+def _verdict_content(verdict: diagnose.LimitingFactor) -> dict[str, Any]:
     return {
         "max_err_pp": verdict.max_err_pp,
         "gate_share": verdict.gate_share,
@@ -260,7 +260,7 @@ def _legend(found: statistics.ExitStatistics, diagnosed: diagnose.Diagnosis) -> 
     )
 
 
-def _verdict_sentence(verdict: diagnose.Verdict) -> str:
+def _verdict_sentence(verdict: diagnose.LimitingFactor) -> str:
     exits = ", ".join(f"exit {one.exit_point} {one.limit}" for one in verdict.exits)
     return (
         f"at {verdict.max_err_pp:g}%, the best head of each early exit could let {verdict.oracle_share:.0%} of images "

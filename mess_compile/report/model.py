@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mess_compile.bench.result import KeptBench
-from mess_compile.report.views import Classes, Costs, PlanView
+from mess_compile.report.views import Classes, GraphCosts, PlanView
 from mess_compile.search.plan import SearchResult
 
 
@@ -44,7 +44,7 @@ class Strips:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchFound:
     """A search as it was written, and its plans as a reader looks at them; `unseen` tells why they lack details."""
 
     result: SearchResult
@@ -65,9 +65,9 @@ class Report:
     """Everything on the page of one device; `notes` are what to keep in mind of all of it, in sentences."""
 
     device: str
-    search: Found | Missing
+    search: SearchFound | Missing
     classes: Classes | Missing
-    costs: Costs | Missing
+    costs: GraphCosts | Missing
     bench: Benched | Missing
     strips: Strips | Missing
     provenance: tuple[tuple[str, str], ...]

@@ -15,9 +15,9 @@ from markupsafe import Markup, escape
 
 from mess_compile import __version__
 from mess_compile.report.comparison import Compared, doubts, notes, rows
-from mess_compile.report.model import Benched, Found, Missing, Picture, Report
+from mess_compile.report.model import Benched, Missing, Picture, Report, SearchFound
 from mess_compile.report.published import paper_rows
-from mess_compile.report.views import Classes, Costs, PlanView
+from mess_compile.report.views import Classes, GraphCosts, PlanView
 from mess_compile.search.display import sentences_of, speed
 
 _COMMAND = re.compile(r"`([^`]+)`")
@@ -25,7 +25,7 @@ _COMMAND = re.compile(r"`([^`]+)`")
 
 def report_page(report: Report) -> str:
     """The page of `mess-compile report`."""
-    found = report.search.result if isinstance(report.search, Found) else None
+    found = report.search.result if isinstance(report.search, SearchFound) else None
     sentences = () if found is None else (*sentences_of(found.plan), *filter(None, [found.what_would_cut]))
     return _rendered("report.html.j2", report=report, sentences=sentences, data=report_data(report))
 
@@ -77,11 +77,11 @@ def max_err_text(max_err_pp: float) -> str:
 def report_data(report: Report) -> dict[str, Any]:
     """What the page's script draws."""
     content: dict[str, Any] = {"front": None, "classes": None, "costs": None, "bench": None}
-    if isinstance(report.search, Found):
+    if isinstance(report.search, SearchFound):
         content["front"] = _front_data(report.search)
     if isinstance(report.classes, Classes):
         content["classes"] = asdict(report.classes)
-    if isinstance(report.costs, Costs):
+    if isinstance(report.costs, GraphCosts):
         content["costs"] = asdict(report.costs)
     if isinstance(report.bench, Benched):
         kept = report.bench.bench
@@ -90,7 +90,7 @@ def report_data(report: Report) -> dict[str, Any]:
     return content
 
 
-def _front_data(found: Found) -> dict[str, Any]:
+def _front_data(found: SearchFound) -> dict[str, Any]:
     plan = found.result.plan
     return {
         "setting": plan.setting,

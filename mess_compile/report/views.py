@@ -13,7 +13,7 @@ from mess_compile.latency.table import LatencyTable, graph_cost_ns, stage_graphs
 from mess_compile.network import is_whole
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.search.metrics import Evidence, exit_costs_ns, exits_taken
-from mess_compile.search.plan import Figures, OperatingPoint, Plan, Report, SearchResult, Stage
+from mess_compile.search.plan import AnytimeReport, Figures, OperatingPoint, Plan, SearchResult, Stage
 
 BINS = 20
 
@@ -77,7 +77,7 @@ class PlanView:
     workload_ratio: float
     upload_ms: float | None
     operating_points: tuple[OperatingPoint, ...]
-    reports: tuple[Report, ...]
+    reports: tuple[AnytimeReport, ...]
     iou: tuple[float | None, ...]
 
     @property
@@ -107,7 +107,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Costs:
+class GraphCosts:
     """A latency table in the precision of a plan: segments by their exit points, heads, and what else there is.
 
     `doubts` say what speaks against them.
@@ -232,7 +232,7 @@ def classes_of(evidence: Evidence) -> Classes:
     return Classes(evidence.statistics.classes, _iou(evidence.statistics, index))
 
 
-def costs_of(table: LatencyTable, precision: str, doubts: tuple[str, ...] = ()) -> Costs:
+def costs_of(table: LatencyTable, precision: str, doubts: tuple[str, ...] = ()) -> GraphCosts:
     """Every graph in `precision`, or in what it falls back to, and what speaks against the table."""
     by_graph: dict[str, Cost] = {}
     for entry in sorted(table.entries.values(), key=lambda entry: (entry.precision != precision, entry.precision)):
@@ -244,7 +244,7 @@ def costs_of(table: LatencyTable, precision: str, doubts: tuple[str, ...] = ()) 
     segments = [name for name in by_graph if name.startswith("segment-")]
     heads = [name for name in by_graph if name.startswith("head-")]
     ends = {name: tuple(map(int, name.split("-")[1:])) for name in segments}
-    return Costs(
+    return GraphCosts(
         segments=tuple(
             (ends[name][0], ends[name][1], by_graph[name]) for name in sorted(segments, key=ends.__getitem__)
         ),

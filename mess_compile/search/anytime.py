@@ -22,7 +22,7 @@ from mess_compile.search.requirement import Requirement
 
 Values = NDArray[Any]
 _MOST_CHAINS = 5_000_000
-Place = tuple[int, str]
+ExitOutput = tuple[int, str]
 """An exit point, and the output graph that heads there share."""
 
 
@@ -82,19 +82,19 @@ def _refuse_too_many(early_exits: int, heads: Sequence[int]) -> None:
         )
 
 
-def _heads_by_place(evidence: Evidence) -> dict[Place, list[Head]]:
+def _heads_by_place(evidence: Evidence) -> dict[ExitOutput, list[Head]]:
     """The heads that share exit point and output graph, by ever deeper exit points."""
-    found: dict[Place, list[Head]] = {}
+    found: dict[ExitOutput, list[Head]] = {}
     for head in sorted(evidence.heads, key=lambda head: head.exit_point):
         found.setdefault((head.exit_point, evidence.candidate.output_of(head)), []).append(head)
     return found
 
 
-def _segments(places: Sequence[Place]) -> list[str]:
+def _segments(places: Sequence[ExitOutput]) -> list[str]:
     return [segment_name(a, b) for a, b in itertools.pairwise((0, *(point for point, _ in places)))]
 
 
-def _fixed_graphs(places: Sequence[Place]) -> list[str]:
+def _fixed_graphs(places: Sequence[ExitOutput]) -> list[str]:
     """Segments and output graphs of a cascade that leaves at these places, each once."""
     return list(dict.fromkeys([*_segments(places), *(output for _, output in places)]))
 
@@ -102,7 +102,7 @@ def _fixed_graphs(places: Sequence[Place]) -> list[str]:
 def _chains(
     evidence: Evidence,
     requirement: Requirement,
-    places: Sequence[Place],
+    places: Sequence[ExitOutput],
     heads: Sequence[Sequence[Head]],
     mious: dict[str, float],
 ) -> Chains:
@@ -135,7 +135,7 @@ def _along(values: Values, axis: int, axes: int) -> Values:
 
 
 def _report_times(
-    evidence: Evidence, places: Sequence[Place], heads: Sequence[Sequence[Head]], quantity: Quantity
+    evidence: Evidence, places: Sequence[ExitOutput], heads: Sequence[Sequence[Head]], quantity: Quantity
 ) -> list[Values]:
     """When each exit's labels are there, as `latency.report_times_ns` counts, by the heads up to it."""
     table, graph_set = evidence.table, evidence.graph_set
@@ -150,7 +150,7 @@ def _report_times(
     return times
 
 
-def _worst_ns(evidence: Evidence, places: Sequence[Place], heads: Sequence[Sequence[Head]]) -> Values:
+def _worst_ns(evidence: Evidence, places: Sequence[ExitOutput], heads: Sequence[Sequence[Head]]) -> Values:
     """As `latency.path_p99_ns` with every report, in the same order of sums."""
     table, graph_set = evidence.table, evidence.graph_set
 
@@ -190,7 +190,7 @@ def _score(evidence: Evidence, requirement: Requirement, times: list[Values], be
     return score / horizon
 
 
-def _memory_bytes(evidence: Evidence, places: Sequence[Place], heads: Sequence[Sequence[Head]]) -> Values:
+def _memory_bytes(evidence: Evidence, places: Sequence[ExitOutput], heads: Sequence[Sequence[Head]]) -> Values:
     """As `figures.memory_bytes`: weights + the largest workspace + inputs and outputs, each tensor once."""
     spec = evidence.graph_set.spec
     fixed = [spec(name) for name in _fixed_graphs(places)]

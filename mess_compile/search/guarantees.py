@@ -21,9 +21,9 @@ from mess_compile.search.plan import FRONT_BY, Guarantee, Optimism, Plan, Search
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.risk import (
     RESAMPLES,
+    Certified,
     Floats,
     Index,
-    Verdict,
     certified_in_turn,
     drops_pp,
     numbered_groups,
@@ -191,7 +191,7 @@ def certify(
 
 
 def _guarantee(
-    verdict: Verdict,
+    verdict: Certified,
     limit_pp: float,
     confidence: float,
     seed: int,

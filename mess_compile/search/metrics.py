@@ -29,7 +29,7 @@ from mess_compile.network import BASELINE, CandidateNetwork, GraphSet, Head, hea
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
-from mess_compile.search.plan import Figures, Plan, PlanGraph, Report, Stage, default_point
+from mess_compile.search.plan import AnytimeReport, Figures, Plan, PlanGraph, Stage, default_point
 from mess_compile.search.space import Grids, cut_grids
 
 
@@ -289,12 +289,12 @@ def mixture_miou(statistics: ExitStatistics, heads: Sequence[str], exits: NDArra
     )
 
 
-def anytime_reports(evidence: Evidence, heads: Sequence[str]) -> tuple[Report, ...]:
+def anytime_reports(evidence: Evidence, heads: Sequence[str]) -> tuple[AnytimeReport, ...]:
     """When each exit reports, and the best mIoU (percent) any exit has reached by then."""
     best, reports = 0.0, []
     for head, time in zip(heads, exit_costs_ns(evidence, "anytime", heads), strict=True):
         best = max(best, head_miou(evidence.statistics, head))
-        reports.append(Report(time / 1e6, best))
+        reports.append(AnytimeReport(time / 1e6, best))
     return tuple(reports)
 
 

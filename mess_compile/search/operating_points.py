@@ -20,7 +20,7 @@ from mess_compile.search.exhaustive.enumeration import (
 from mess_compile.search.metrics import Evidence, exit_costs_ns, exits_taken, figures_of_stages
 from mess_compile.search.pareto import front_groups
 from mess_compile.search.plan import POINT_NAMES, Figures, OperatingPoint, Stage, decisions_of, default_point
-from mess_compile.search.space import ENUMERATED_EXITS, Grids, Options, cut_grids, head_options, nobody
+from mess_compile.search.space import ENUMERATED_EXITS, Decisions, Grids, cut_grids, head_options, nobody
 
 Index = NDArray[np.intp]
 Ints = NDArray[np.int64]
@@ -102,7 +102,7 @@ def _grids(statistics: ExitStatistics, stage: Stage, early: int) -> Grids:
     )
 
 
-def _outcomes(scores: Scores, early: Sequence[str], last: str, options: Sequence[Options]) -> Outcomes:
+def _outcomes(scores: Scores, early: Sequence[str], last: str, options: Sequence[Decisions]) -> Outcomes:
     if len(early) > ENUMERATED_EXITS:
         return outcomes_of_three(scores, early, last, options)
     first, second = options if len(options) == 2 else (nobody(options[0].leaves.shape[1]), *options)

@@ -158,7 +158,7 @@ class HoldOut:
 
 
 @dataclass(frozen=True)
-class Report:
+class AnytimeReport:
     """One report of an anytime plan: when its labels are there, and the best mIoU (percent) up to then."""
 
     latency_ms: float
@@ -206,7 +206,7 @@ class Plan:
     power_mode: str | None = None
     baseline_name: str = BASELINE
     baseline_alone: str | None = None
-    reports: tuple[Report, ...] = ()
+    reports: tuple[AnytimeReport, ...] = ()
     optimism: Optimism | None = None
     guarantee: Guarantee | None = None
     absent_classes: tuple[str, ...] = ()
@@ -506,5 +506,5 @@ def _hold_out_from_json(content: dict[str, Any]) -> HoldOut:
     )
 
 
-def _reports_from_json(content: Any) -> tuple[Report, ...]:
-    return tuple(Report(float(report["latency_ms"]), float(report["miou"])) for report in content)
+def _reports_from_json(content: Any) -> tuple[AnytimeReport, ...]:
+    return tuple(AnytimeReport(float(report["latency_ms"]), float(report["miou"])) for report in content)

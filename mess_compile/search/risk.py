@@ -72,7 +72,7 @@ def _answers(part: Sequence[Evidence], chosen: Sequence[Evidence], plan: Plan) -
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Certified:
     """`passed` is the boldest plan that passed, None when not even the safest did; the bounds (pp) are of that plan."""
 
     passed: int | None
@@ -81,7 +81,7 @@ class Verdict:
     drop_bound_pp: float
 
 
-def certified_in_turn(chosen: Pairs, held: Pairs, limit_pp: float, confidence: float, seed: int) -> Verdict:
+def certified_in_turn(chosen: Pairs, held: Pairs, limit_pp: float, confidence: float, seed: int) -> Certified:
     """Test plans, given from the boldest, on `held`, from the safest on until one fails; the order is from `chosen`.
 
     A plan passes when the bound of its risk and the bootstrap bound of its mIoU drop are within the limit. Since each
@@ -96,8 +96,8 @@ def certified_in_turn(chosen: Pairs, held: Pairs, limit_pp: float, confidence: f
         stake = stake_for(chosen.risk[plan], held.risk.shape[1], confidence)
         risk_pp = 100 * risk_bound(held.risk[plan], stake, confidence)
         if max(risk_pp, drop) > limit_pp:
-            return replace(verdict, tested=tested) if verdict else Verdict(None, tested, risk_pp, drop)
-        verdict = Verdict(plan, tested, risk_pp, drop)
+            return replace(verdict, tested=tested) if verdict else Certified(None, tested, risk_pp, drop)
+        verdict = Certified(plan, tested, risk_pp, drop)
     assert verdict is not None, "there is a plan to test"
     return verdict
 

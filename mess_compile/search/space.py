@@ -21,7 +21,7 @@ Grids = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Options:
+class Decisions:
     """The distinct decisions of one early head, in text order of (row, cut).
 
     `leaves` (options, n) tells which images leave; of decisions that part the images alike only the first is here.
@@ -39,12 +39,12 @@ class Options:
         return np.cumsum(np.diff(self.rows, prepend=self.rows[:1]) != 0)
 
 
-def nobody(images: int) -> Options:
+def nobody(images: int) -> Decisions:
     """The one decision by which no image leaves: it stands in for an early head that is not there."""
-    return Options(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros((1, images), np.bool_), 1)
+    return Decisions(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros((1, images), np.bool_), 1)
 
 
-def head_options(statistics: ExitStatistics, head: str, grids: Grids) -> Options:
+def head_options(statistics: ExitStatistics, head: str, grids: Grids) -> Decisions:
     """All pairs of a threshold row and a cut of `head`, of its `grids`, without duplicates in effect."""
     counts = np.asarray(statistics.counts[:, statistics.head_index(head)])  # (n, rows)
     decisions = [(row, cut) for row, grid in enumerate(grids) for cut in grid]
@@ -53,10 +53,10 @@ def head_options(statistics: ExitStatistics, head: str, grids: Grids) -> Options
         first_of.setdefault(np.packbits(counts[:, row] >= cut).tobytes(), (row, cut))
     rows = np.array([row for row, _ in first_of.values()], np.int64)
     cuts = np.array([cut for _, cut in first_of.values()], np.int64)
-    return Options(rows, cuts, counts.T[rows] >= cuts[:, None], len(decisions))
+    return Decisions(rows, cuts, counts.T[rows] >= cuts[:, None], len(decisions))
 
 
-def options_near(statistics: ExitStatistics, head: str, row: int, cut: int, most: int) -> Options:
+def options_near(statistics: ExitStatistics, head: str, row: int, cut: int, most: int) -> Decisions:
     """Cuts of `head` at one threshold row between the neighbours of `cut` on the grid, itself included: between all
     neighbouring observed counts, or at even ranks among more than `most` of them."""
     counts = np.asarray(statistics.counts[:, statistics.head_index(head), row])  # (n,)
@@ -65,7 +65,7 @@ def options_near(statistics: ExitStatistics, head: str, row: int, cut: int, most
     near = every[(below < every) & (every < above)]
     near = near[np.unique(np.linspace(0, len(near) - 1, min(len(near), most)).round().astype(int))]
     cuts = np.array(sorted({cut, *near.tolist()}, key=str), np.int64)
-    return Options(np.full(len(cuts), row, np.int64), cuts, counts[None] >= cuts[:, None], len(cuts))
+    return Decisions(np.full(len(cuts), row, np.int64), cuts, counts[None] >= cuts[:, None], len(cuts))
 
 
 def cut_grids(statistics: ExitStatistics, head: str) -> Grids:

@@ -26,7 +26,16 @@ from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.bundle.archive import Archive, open_archive
 from mess_compile.runtime.bundle.plan_choice import named_plans
 from mess_compile.runtime.serve import ship as device_side
-from mess_compile.runtime.serve.ship import BYTES_PER_S, ENGINE_S, PROGRAMS, VERIFY_S, Done, Looked, Step, Wish
+from mess_compile.runtime.serve.ship import (
+    BYTES_PER_S,
+    ENGINE_S,
+    PROGRAMS,
+    VERIFY_S,
+    Installed,
+    Looked,
+    ShipRequest,
+    Step,
+)
 from mess_compile.runtime.serve.verify import LATENCY_FACTOR, Check
 from mess_compile.runtime.serve.versions import FILES, SHIP
 
@@ -46,7 +55,7 @@ code=$?; rm -rf "$d"; exit $code
 
 
 @dataclass(frozen=True)
-class Place:
+class Destination:
     """A folder on a device; `text` as the user wrote it, `folder` absolute or below the home folder there."""
 
     text: str
@@ -55,7 +64,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Options:
+class ShipOptions:
     """`keep` so many versions there; `target` names the plan to verify by, the first that fits there by default. With
     a `choice` the thresholds are chosen again on the device."""
 
@@ -74,7 +83,7 @@ class Shipped:
     place: str
     sent_bytes: int = 0
     seconds: float = 0.0
-    done: Done | None = None
+    done: Installed | None = None
     checks: tuple[Check, ...] = ()
     retuned: Retuned | None = None
     error: str | None = None
@@ -95,7 +104,7 @@ class Expected:
     refusal: str | None
 
 
-def parse_place(text: str, python: str = PYTHON) -> Place:
+def parse_place(text: str, python: str = PYTHON) -> Destination:
     """From ssh://user@host[:port]:/folder; `~/folder` is below the home folder there, `python` the Python to use there.
 
     Raises InputError.
@@ -107,14 +116,14 @@ def parse_place(text: str, python: str = PYTHON) -> Place:
     folder = re.sub("^/?~/", "", match["folder"]).rstrip("/")
     if _FOLDER.fullmatch(folder) is None or ".." in folder.split("/"):
         raise InputError(f"folder {match['folder'][:80]!r}: write a plain path, such as /opt/street or ~/street")
-    return Place(text, parse_host(match["host"], python), folder)
+    return Destination(text, parse_host(match["host"], python), folder)
 
 
 def ship(
     bundle: Path,
-    places: Sequence[Place],
-    options: Options = Options(),
-    tell: Callable[[Place, str], None] = lambda place, line: None,
+    places: Sequence[Destination],
+    options: ShipOptions = ShipOptions(),
+    tell: Callable[[Destination, str], None] = lambda place, line: None,
 ) -> list[Shipped]:
     """Ship a bundle to all `places` at once; each tells how it went. Raises InputError, BundleError for the bundle."""
     with _opened(bundle, options) as archive:
@@ -122,27 +131,29 @@ def ship(
 
 
 def rollback(
-    places: Sequence[Place],
-    options: Options = Options(),
-    tell: Callable[[Place, str], None] = lambda place, line: None,
+    places: Sequence[Destination],
+    options: ShipOptions = ShipOptions(),
+    tell: Callable[[Destination, str], None] = lambda place, line: None,
 ) -> list[Shipped]:
     """Go back to the version before, at all `places` at once."""
     return _everywhere(places, lambda place, remote: _rollback(place, remote, options, _to(tell, place)))
 
 
-def expected(bundle: Path, places: Sequence[Place], options: Options = Options()) -> list[Expected | Shipped]:
+def expected(
+    bundle: Path, places: Sequence[Destination], options: ShipOptions = ShipOptions()
+) -> list[Expected | Shipped]:
     """What `ship` would do at each place; nothing is changed there. A place that cannot tell is a Shipped with why."""
     with _opened(bundle, options) as archive:
         return _everywhere(places, lambda place, remote: _expected(archive, place, remote, options))
 
 
-def look(places: Sequence[Place]) -> list[Looked | Shipped]:
+def look(places: Sequence[Destination]) -> list[Looked | Shipped]:
     """Which versions are at each place. A place that cannot tell is a Shipped with why."""
-    return _everywhere(places, lambda place, remote: _look(place, remote, Wish(place.folder)))
+    return _everywhere(places, lambda place, remote: _look(place, remote, ShipRequest(place.folder)))
 
 
 @contextmanager
-def _opened(bundle: Path, options: Options) -> Iterator[Archive]:
+def _opened(bundle: Path, options: ShipOptions) -> Iterator[Archive]:
     """Raises InputError when it has no plan of the target's name: before anything travels."""
     with closing(open_archive(bundle)) as archive:
         plans = archive.manifest.plans
@@ -152,15 +163,15 @@ def _opened(bundle: Path, options: Options) -> Iterator[Archive]:
         yield archive
 
 
-def _to(tell: Callable[[Place, str], None], place: Place) -> Tell:
+def _to(tell: Callable[[Destination, str], None], place: Destination) -> Tell:
     return lambda text: tell(place, text)
 
 
-def _everywhere(places: Sequence[Place], act: Callable[[Place, Remote], Any]) -> list[Any]:
+def _everywhere(places: Sequence[Destination], act: Callable[[Destination, Remote], Any]) -> list[Any]:
     """What `act` gives for each place, at once; a place where it fails does not keep the others from theirs."""
     remotes = [Remote(place.host) for place in places]
 
-    def attempt(place: Place, remote: Remote) -> Any:
+    def attempt(place: Destination, remote: Remote) -> Any:
         start = time.monotonic()
         try:
             with remote:
@@ -186,12 +197,12 @@ class _Heard:
 
     absent: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
-    done: Done | None = None
+    done: Installed | None = None
     looked: Looked | None = None
     error: str | None = None
 
 
-def _tuned(archive: Archive, place: Place, remote: Remote, options: Options, tell: Tell) -> Shipped:
+def _tuned(archive: Archive, place: Destination, remote: Remote, options: ShipOptions, tell: Tell) -> Shipped:
     """Ship the bundle, or what becomes of it on the device."""
     if options.choice is None:
         return _ship(archive, place, remote, options, tell)
@@ -209,7 +220,7 @@ def _tuned(archive: Archive, place: Place, remote: Remote, options: Options, tel
     return replace(shipped, retuned=told, seconds=time.monotonic() - start)
 
 
-def _ship(archive: Archive, place: Place, remote: Remote, options: Options, tell: Tell) -> Shipped:
+def _ship(archive: Archive, place: Destination, remote: Remote, options: ShipOptions, tell: Tell) -> Shipped:
     start, sent_bytes = time.monotonic(), 0
     wish = _wish(archive, place, options)
     for _ in range(_ATTEMPTS):
@@ -228,17 +239,17 @@ def _ship(archive: Archive, place: Place, remote: Remote, options: Options, tell
     raise RemoteError(f"{place.text}: files that arrive are gone again: does something else clear {place.folder}?")
 
 
-def _rollback(place: Place, remote: Remote, options: Options, tell: Tell) -> Shipped:
+def _rollback(place: Destination, remote: Remote, options: ShipOptions, tell: Tell) -> Shipped:
     start = time.monotonic()
-    if _look(place, remote, Wish(place.folder)).current is None:
+    if _look(place, remote, ShipRequest(place.folder)).current is None:
         raise InputError(f"{place.text}: nothing was shipped there: see `mess-compile ships {place.text}`")
-    heard, sent_bytes = _act("rollback", Wish(place.folder, target=options.target), place, remote, tell)
+    heard, sent_bytes = _act("rollback", ShipRequest(place.folder, target=options.target), place, remote, tell)
     if heard.done is None:
         raise RemoteError(f"{place.text} exited without output: run the command again", lost=True)
     return Shipped(place.text, sent_bytes, time.monotonic() - start, heard.done, tuple(heard.checks))
 
 
-def _expected(archive: Archive, place: Place, remote: Remote, options: Options) -> Expected:
+def _expected(archive: Archive, place: Destination, remote: Remote, options: ShipOptions) -> Expected:
     wish, program = _wish(archive, place, options), runtime_zip()
     looked = _look(place, remote, replace(wish, program=sha256(program).hexdigest()))
     sizes = {file.sha256: file.bytes for file in archive.manifest.files.values()}
@@ -272,8 +283,8 @@ def _expected_s(looked: Looked, send_bytes: int) -> float | None:
     return total
 
 
-def _wish(archive: Archive, place: Place, options: Options) -> Wish:
-    return Wish(
+def _wish(archive: Archive, place: Destination, options: ShipOptions) -> ShipRequest:
+    return ShipRequest(
         place.folder,
         archive.text,
         archive.signature_text,
@@ -303,7 +314,7 @@ def _push(remote: Remote, files: dict[str, Path], folder: str, tell: Tell) -> in
         raise
 
 
-def _act(action: str, wish: Wish, place: Place, remote: Remote, tell: Tell) -> tuple[_Heard, int]:
+def _act(action: str, wish: ShipRequest, place: Destination, remote: Remote, tell: Tell) -> tuple[_Heard, int]:
     """Have the program there do something; what it said, and how many bytes travelled for it."""
     programs = f"{place.folder}/{PROGRAMS}"
     with written(runtime_zip(), _text(wish)) as paths:
@@ -324,13 +335,13 @@ def _act(action: str, wish: Wish, place: Place, remote: Remote, tell: Tell) -> t
     return heard, sent_bytes
 
 
-def _pid_file(place: Place) -> str:
+def _pid_file(place: Destination) -> str:
     """A cut ship of this user's makes room for the next one; one of somebody else's is waited for."""
     who = f"{getpass.getuser()}@{platform.node()}"
     return f"{place.folder}/{SHIP}/pid-{sha256(who.encode()).hexdigest()[:12]}"
 
 
-def _look(place: Place, remote: Remote, wish: Wish) -> Looked:
+def _look(place: Destination, remote: Remote, wish: ShipRequest) -> Looked:
     """By a program that is gone afterwards."""
     heard = _Heard()
     python = place.host.python
@@ -347,7 +358,7 @@ def _look(place: Place, remote: Remote, wish: Wish) -> Looked:
     return heard.looked
 
 
-def _hear(heard: _Heard, line: str, place: Place, tell: Tell) -> None:
+def _hear(heard: _Heard, line: str, place: Destination, tell: Tell) -> None:
     found = protocol.said(line)
     if found is None:
         return
@@ -362,7 +373,7 @@ def _hear(heard: _Heard, line: str, place: Place, tell: Tell) -> None:
         elif kind == "looked":
             heard.looked = decode.decode(Looked, said, kind)
         elif kind == "done":
-            heard.done = decode.decode(Done, said, kind)
+            heard.done = decode.decode(Installed, said, kind)
         elif kind == "error":
             heard.error = str(said)
     except (decode.DecodeError, TypeError) as error:
@@ -384,7 +395,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _text(wish: Wish) -> bytes:
+def _text(wish: ShipRequest) -> bytes:
     return device_side.wish_to_json(wish).encode("utf-8")
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mess_compile.bundle import write as bundles
 from mess_compile.bundle.stage_costs import confidence_histograms
 from mess_compile.data.dataset import ALWAYS_IGNORED, Data, DataSet, Sample, open_dataset, samples
-from mess_compile.device.client import Session
+from mess_compile.device.client import PythonSession
 from mess_compile.device.remote import Remote
 from mess_compile.evaluate.record import BLOCK, Image, countable
 from mess_compile.evaluate.statistics import ExitStatistics
@@ -22,13 +22,13 @@ from mess_compile.runtime.base.errors import EngineError, InputError
 from mess_compile.runtime.bundle import manifest
 from mess_compile.runtime.bundle.archive import Archive
 from mess_compile.runtime.bundle.plan_choice import named_plans
-from mess_compile.runtime.serve.scoring import Exits, HeadEngines, Score
+from mess_compile.runtime.serve.scoring import HeadEngines, Score, ScoredExits
 from mess_compile.search.hold_out import tuning_rows
 from mess_compile.search.metrics import exit_macs, exits_taken, mixture_miou, percentile
 from mess_compile.search.operating_points import thresholds_front
 from mess_compile.search.plan import Stage
 
-Costs = NDArray[np.int64]
+ExitCosts = NDArray[np.int64]
 """What an image costs that ends at each exit, in ns."""
 
 
@@ -89,7 +89,7 @@ def retuned(
     return path, told
 
 
-def _plan(described: manifest.Manifest, candidate: CandidateNetwork, target: str | None) -> manifest.Plan:
+def _plan(described: manifest.Manifest, candidate: CandidateNetwork, target: str | None) -> manifest.BundlePlan:
     if described.network.identity != candidate.identity:
         raise InputError(
             f"the bundle {described.name} is of another network than this workspace: use its own, by -C DIR"
@@ -104,7 +104,7 @@ def _plan(described: manifest.Manifest, candidate: CandidateNetwork, target: str
     return plans[0]
 
 
-def _images(root: Data, plan: manifest.Plan, described: manifest.Manifest) -> DataSet:
+def _images(root: Data, plan: manifest.BundlePlan, described: manifest.Manifest) -> DataSet:
     """Those that the plan was chosen on: on others, its mIoU is another."""
     if manifest.CERTIFIED in plan.environment:
         raise InputError(
@@ -124,13 +124,13 @@ def _images(root: Data, plan: manifest.Plan, described: manifest.Manifest) -> Da
 
 
 def _recorded(
-    opened: Archive, plan: manifest.Plan, data: DataSet, remote: Remote, tell: Callable[[str], None]
+    opened: Archive, plan: manifest.BundlePlan, data: DataSet, remote: Remote, tell: Callable[[str], None]
 ) -> ExitStatistics:
     """What the exits of a plan say and get right, by the device's engines."""
     network, gate = opened.manifest.network, opened.manifest.gate
     thresholds, classes = np.array(gate.thresholds, np.float32), len(network.classes)
     blank = np.zeros((*network.input_hw, 3), np.uint8)
-    session = Session(remote, plan.library, blank, thresholds, lambda what, done, total: None)
+    session = PythonSession(remote, plan.library, blank, thresholds, lambda what, done, total: None)
     jobs = {graph: (opened.folder / graph, plan.precisions[graph].used) for graph in plan.graphs()}
     tell("builds what scores the exits")
     failed = session.build(jobs)
@@ -173,11 +173,11 @@ def _recorded(
     )
 
 
-def _exits(plan: manifest.Plan, network: manifest.Network) -> Exits:
+def _exits(plan: manifest.BundlePlan, network: manifest.Network) -> ScoredExits:
     if plan.stages[0].is_whole:
-        return Exits(network.input_hw, len(network.classes), (), (), plan.stages[0].segment)
+        return ScoredExits(network.input_hw, len(network.classes), (), (), plan.stages[0].segment)
     points = [0, *(stage.exit_point for stage in plan.stages)]
-    return Exits(
+    return ScoredExits(
         network.input_hw,
         len(network.classes),
         tuple((a, b, stage.segment) for a, b, stage in zip(points, points[1:], plan.stages, strict=False)),
@@ -186,7 +186,9 @@ def _exits(plan: manifest.Plan, network: manifest.Network) -> Exits:
     )
 
 
-def chosen_stages(statistics: ExitStatistics, plan: manifest.Plan, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+def chosen_stages(
+    statistics: ExitStatistics, plan: manifest.BundlePlan, stages: tuple[Stage, ...]
+) -> tuple[Stage, ...]:
     """The plan's own stages, or those with other thresholds, by what the device's engines made of its images."""
     costs = _costs(plan)
     if plan.setting != "input-dependent" or len(stages) == 1:
@@ -211,12 +213,12 @@ class _Rival:
     stages: tuple[Stage, ...]
 
 
-def _rival(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Costs) -> _Rival:
+def _rival(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: ExitCosts) -> _Rival:
     taken = exits_taken(statistics, stages)
     return _Rival(int(costs[taken].sum()), mixture_miou(statistics, [stage.head for stage in stages], taken), stages)
 
 
-def _rivals(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Costs) -> Iterator[_Rival]:
+def _rivals(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: ExitCosts) -> Iterator[_Rival]:
     """By which exits images may leave, the thresholds that no others beat: all of them first, the last one alone at the
     end. At an exit whose engine has become too sure of itself, none may leave."""
     early = range(len(stages) - 1)
@@ -231,14 +233,14 @@ def _rivals(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Costs)
     yield _rival(statistics, (*shut, stages[-1]), costs)
 
 
-def _costs(plan: manifest.Plan) -> Costs:
+def _costs(plan: manifest.BundlePlan) -> ExitCosts:
     before = plan.upload_mean_ms + np.cumsum([cost.mean_ms for cost in plan.costs])
-    costs: Costs = np.rint((before + [cost.report_mean_ms for cost in plan.costs]) * 1e6).astype(np.int64)
+    costs: ExitCosts = np.rint((before + [cost.report_mean_ms for cost in plan.costs]) * 1e6).astype(np.int64)
     return costs
 
 
 def _figures(
-    statistics: ExitStatistics, plan: manifest.Plan, stages: Sequence[Stage], candidate: CandidateNetwork
+    statistics: ExitStatistics, plan: manifest.BundlePlan, stages: Sequence[Stage], candidate: CandidateNetwork
 ) -> manifest.Figures:
     heads, exits = [stage.head for stage in stages], exits_taken(statistics, stages)
     costs, macs = _costs(plan)[exits], np.array(exit_macs(candidate, heads), np.int64)[exits]
@@ -253,16 +255,16 @@ def _figures(
 
 
 def _with_stages(
-    plan: manifest.Plan, stages: tuple[Stage, ...], statistics: ExitStatistics, candidate: CandidateNetwork
-) -> manifest.Plan:
+    plan: manifest.BundlePlan, stages: tuple[Stage, ...], statistics: ExitStatistics, candidate: CandidateNetwork
+) -> manifest.BundlePlan:
     """The plan with other thresholds, and what the device makes of all its operating points."""
 
-    def point(known: manifest.OperatingPoint) -> manifest.OperatingPoint:
+    def point(known: manifest.BundlePoint) -> manifest.BundlePoint:
         decided = known.decisions
         if known.name == manifest.DEFAULT_POINT:
-            decided = tuple(manifest.Decision(stage.row, stage.cut) for stage in stages)
+            decided = tuple(manifest.BundleDecision(stage.row, stage.cut) for stage in stages)
         at = [replace(stage, row=each.row, cut=each.cut) for stage, each in zip(stages, decided, strict=True)]
-        return manifest.OperatingPoint(known.name, decided, _figures(statistics, plan, at, candidate))
+        return manifest.BundlePoint(known.name, decided, _figures(statistics, plan, at, candidate))
 
     return replace(
         plan,

@@ -23,15 +23,14 @@ from mess_compile.network import CandidateNetwork, Gate, GraphSet, verify_graph_
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.bundle import archive
 from mess_compile.runtime.bundle.manifest import HELD_OUT
-from mess_compile.runtime.bundle.manifest import Plan as ManifestPlan
+from mess_compile.runtime.bundle.manifest import BundlePlan as ManifestPlan
 from mess_compile.runtime.bundle.plan_choice import matching_plans
 from mess_compile.runtime.cascade import cascade as runtime_cascade
 from mess_compile.runtime.images import frames
 from mess_compile.search.requirement import Requirement
-from mess_compile.ship.client import Options as ShipOptions
+from mess_compile.ship.client import ShipOptions, parse_place, rollback, ship
 from mess_compile.ship.client import expected as foresee_ship
 from mess_compile.ship.client import look as ships
-from mess_compile.ship.client import parse_place, rollback, ship
 from mess_compile.steps import prospects
 from mess_compile.steps.bundle import BundleOptions, bundle, foresee_bundle, tuning_statistics
 from mess_compile.steps.devices import KnownDevice, compare, devices, doctor, inspect, report, verify
@@ -39,7 +38,7 @@ from mess_compile.steps.dry_run import Foresight, foresee_build, foresee_profile
 from mess_compile.steps.evaluate import evaluate, foresee_evaluate
 from mess_compile.steps.profile import Thrift, build, estimate, profile
 from mess_compile.steps.prospects import Prospect
-from mess_compile.steps.run import Failure, ImageResult, RunError, RunOptions, VideoResult, run
+from mess_compile.steps.run import ImageFailure, ImageResult, RunError, RunOptions, VideoResult, run
 from mess_compile.steps.search import SearchOptions, search, search_and_explain, shared
 from mess_compile.targets import find_target, refuse_unless_here
 from mess_compile.workspace import Progress, Workspace, open_workspace, silent
@@ -53,9 +52,9 @@ if TYPE_CHECKING:
 __all__ = [
     "BundleOptions",
     "DataFolder",
-    "Failure",
     "Foresight",
     "Gate",
+    "ImageFailure",
     "ImageResult",
     "KnownDevice",
     "NetworkChoice",

@@ -28,7 +28,7 @@ from mess_compile.workspace import Progress, Workspace, silent
 
 if TYPE_CHECKING:
     from mess_compile.device.remote import Remote
-    from mess_compile.profile.backends import Place
+    from mess_compile.profile.backends import Backend
     from mess_compile.profile.selection import Subject
     from mess_compile.profile.sparse import Errand
     from mess_compile.runtime.measure.measure import Effort
@@ -65,8 +65,6 @@ def build(
     if target.library == "tensorrt":
         refuse_unless_here(target, workspace.root, "build there with --host ssh://user@host, or run this command on it")
     return tuple(engines_of(workspace, target, precisions, data, jobs, progress))
-
-
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def _profile_there(order: _Order, hosts: Sequence[str]) -> latency.LatencyTable:
         return thrift.profile_sparingly(_errand(order, forms, place))
 
 
-def _place_at(order: _Order, remote: Remote, graph_set: GraphSet) -> Place:
+def _place_at(order: _Order, remote: Remote, graph_set: GraphSet) -> Backend:
     """The device there, by its Python or by trtexec."""
     from mess_compile.device import trtexec_client
     from mess_compile.latency.estimate import transfer_estimates
@@ -205,7 +203,7 @@ def _place_at(order: _Order, remote: Remote, graph_set: GraphSet) -> Place:
     return backends.there(session, order.target.name, transfers)
 
 
-def _errand(order: _Order, forms: Sequence[EngineFiles], place: Place) -> Errand:
+def _errand(order: _Order, forms: Sequence[EngineFiles], place: Backend) -> Errand:
     from mess_compile.profile import sparse as thrift
     from mess_compile.runtime.measure import measure as measuring
 

@@ -87,7 +87,7 @@ Result = ImageResult | VideoResult
 
 
 @dataclass(frozen=True)
-class Failure:
+class ImageFailure:
     """What `run` could not do of a source, and why: an image or a whole video, or such `frames` of a video, from 0."""
 
     source: str
@@ -98,7 +98,7 @@ class Failure:
 class RunError(MessError):
     """Some images or frames failed; `results` are those of the others, which are written."""
 
-    def __init__(self, message: str, results: Sequence[Result], failures: Sequence[Failure]) -> None:
+    def __init__(self, message: str, results: Sequence[Result], failures: Sequence[ImageFailure]) -> None:
         super().__init__(message)
         self.results, self.failures = tuple(results), tuple(failures)
 
@@ -115,7 +115,7 @@ def run(
     options: RunOptions = RunOptions(),
     done: Callable[[Result], None] = lambda result: None,
     progress: Progress = silent,
-    failed: Callable[[Failure], None] = lambda failure: None,
+    failed: Callable[[ImageFailure], None] = lambda failure: None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Result, ...]:
     """Segment images, those in folders, videos and `camera:N` with a bundle, and tell `done` or `failed` of each.
@@ -131,9 +131,9 @@ def run(
     videos = [source for source in sources if is_moving(source)]
     _check_names(images, videos)
     results: list[Result] = []
-    failures: list[Failure] = []
+    failures: list[ImageFailure] = []
 
-    def fail(failure: Failure) -> None:
+    def fail(failure: ImageFailure) -> None:
         failures.append(failure)
         failed(failure)
 
@@ -148,7 +148,7 @@ def run(
                     progress("run", number, len(images))
                     results.append(_run_image(cascade, source, output, options))
             except (MessError, MemoryError, OSError) as error:
-                fail(Failure(str(source), _reason(error, source)))
+                fail(ImageFailure(str(source), _reason(error, source)))
                 continue
             done(results[-1])
     if failures:
@@ -165,7 +165,7 @@ def _reason(error: MessError | MemoryError | OSError, source: Path | str) -> str
     return f"{source}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
-def _failed_words(failures: Sequence[Failure], images: int, videos: int, output: Path) -> str:
+def _failed_words(failures: Sequence[ImageFailure], images: int, videos: int, output: Path) -> str:
     if images + videos == 1 and len(failures) == 1 and not failures[0].frames:
         return failures[0].error
     whole = [is_moving(Path(failure.source)) for failure in failures if not failure.frames]
@@ -278,7 +278,7 @@ class _Course:
 
     exits: list[int]
     latencies_ms: list[float] = field(default_factory=list)
-    failed: list[Failure] = field(default_factory=list)
+    failed: list[ImageFailure] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     stopped: bool = False
 
@@ -289,7 +289,7 @@ def _run_video(
     output: Path,
     options: RunOptions,
     progress: Progress,
-    fail: Callable[[Failure], None],
+    fail: Callable[[ImageFailure], None],
 ) -> VideoResult:
     media = extras.video_module("data.video")
     stem = source.replace(":", "") if source.startswith(_CAMERA) else Path(source).stem
@@ -305,7 +305,7 @@ def _run_video(
                 for shot, prediction in found:
                     if not isinstance(prediction, Prediction):
                         error = _reason(prediction, f"frame {shot.number} of {source}")
-                        course.failed.append(Failure(source, error, (shot.number,)))
+                        course.failed.append(ImageFailure(source, error, (shot.number,)))
                         continue
                     file.write(_drawn(media, cascade, shot.frame, prediction), shot.slot)
                     if kept is not None:
@@ -341,12 +341,12 @@ def counts_frames(source: str) -> bool:
     return Path(source).suffix.lower() in _COUNTED
 
 
-def _undecoded(source: str, lost: Sequence[int], unread: Sequence[int]) -> Iterator[Failure]:
+def _undecoded(source: str, lost: Sequence[int], unread: Sequence[int]) -> Iterator[ImageFailure]:
     missing = unread if counts_frames(source) else ()
     for numbers, words in ((lost, "cannot be decoded"), (missing, "are missing at its end")):
         if numbers:
             shown = ", ".join(map(str, numbers[:9])) + (f" and {len(numbers) - 9} more" if len(numbers) > 9 else "")
-            yield Failure(source, f"{source}: frames {shown} (from 0) {words}", tuple(numbers))
+            yield ImageFailure(source, f"{source}: frames {shown} (from 0) {words}", tuple(numbers))
 
 
 def _segmented(

@@ -249,7 +249,3 @@ def _check_power_mode(table: latency.LatencyTable, target: Target) -> None:
             f"the latency table of {target.name} was measured in power mode {wanted}, and now it is "
             f"{found or 'unknown'}: set it back, or run `mess-compile profile --device {target.name}`"
         )
-
-
-
-

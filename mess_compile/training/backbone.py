@@ -16,14 +16,14 @@ from mess_compile.nets.network import OverprovisionedNetwork, features_of
 from mess_compile.training import loop, losses
 from mess_compile.training.loop import Piece, Run
 from mess_compile.training.parallel import synchronise_norms
-from mess_compile.training.progress import Progress, progress_of, restore_optimiser
+from mess_compile.training.progress import TrainingState, progress_of, restore_optimiser
 from mess_compile.training.validate import miou_line
 
 VALIDATE_EVERY = 5
 SAVED = "the saved progress"
 
 
-def pretrain(network: OverprovisionedNetwork, run: Run, progress: Progress | None) -> None:
+def pretrain(network: OverprovisionedNetwork, run: Run, progress: TrainingState | None) -> None:
     """Train `network`, one head at every exit point, in place; continues from `progress`."""
     network.to(run.fabric.device)
     synchronise_norms(network)

@@ -15,7 +15,7 @@ from mess_compile.nets.network import OverprovisionedNetwork, features_of
 from mess_compile.training import loop, losses
 from mess_compile.training.loop import Piece, Run
 from mess_compile.training.parallel import synchronise_norms
-from mess_compile.training.progress import Progress, progress_of, restore_optimiser
+from mess_compile.training.progress import TrainingState, progress_of, restore_optimiser
 
 _BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, fp32
 
@@ -37,7 +37,7 @@ def head_groups(network: OverprovisionedNetwork, memory_mib: int) -> tuple[tuple
     return tuple(tuple(group) for group in groups)
 
 
-def train_heads(network: OverprovisionedNetwork, run: Run, progress: Progress) -> None:
+def train_heads(network: OverprovisionedNetwork, run: Run, progress: TrainingState) -> None:
     """Train the early heads in place; heads do not influence each other, so a group trains in one pass."""
     network.eval().requires_grad_(False)
     network.to(run.fabric.device)
@@ -48,7 +48,7 @@ def train_heads(network: OverprovisionedNetwork, run: Run, progress: Progress) -
 
 
 def _train_group(
-    network: OverprovisionedNetwork, names: Sequence[str], run: Run, progress: Progress, number: int, groups: int
+    network: OverprovisionedNetwork, names: Sequence[str], run: Run, progress: TrainingState, number: int, groups: int
 ) -> None:
     modules = nn.ModuleList(network.head_module(name) for name in names)
     modules.requires_grad_(True).train()

@@ -18,7 +18,7 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.training import losses
 from mess_compile.training.augment import Batches
 from mess_compile.training.parallel import average_gradients, refuse_if_any, summed
-from mess_compile.training.progress import Progress
+from mess_compile.training.progress import TrainingState
 from mess_compile.training.recipe import Recipe
 
 WARM_UP_SHARE = 0.05
@@ -39,7 +39,7 @@ class Run:
     validation: DataSet
     teacher: OverprovisionedNetwork | None  # of stage 2; the network's own final exit without one
     report: Callable[[str], None]
-    save: Callable[[Progress], None]
+    save: Callable[[TrainingState], None]
     trained: Callable[[str, int, int], None]  # of what, so many images of so many
 
 
@@ -149,7 +149,7 @@ def _what_fits(run: Run, piece: Piece, backward: Callable[[Sequence[Piece]], obj
     return "not even 2 fit, start over with a smaller --crop or --input"
 
 
-def finish_epoch(run: Run, line: str, network: nn.Module, progress: Callable[[], Progress]) -> None:
+def finish_epoch(run: Run, line: str, network: nn.Module, progress: Callable[[], TrainingState]) -> None:
     """Report an epoch and save where the training stands. Raises InputError when its last step spoiled the weights."""
     run.report(line)
     spoiled = not all(bool(value.isfinite().all()) for value in network.state_dict().values())

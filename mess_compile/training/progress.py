@@ -18,7 +18,7 @@ _REMEDY = "remove the folder `training` in it to start over"
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingState:
     """Where training stands: stage, group of heads, finished epochs of it; weights, optimiser state and moving average
     (empty without one) by name."""
 
@@ -37,19 +37,19 @@ def progress_of(
     network: nn.Module,
     optimiser: torch.optim.Optimizer | None,
     average: dict[str, torch.Tensor],
-) -> Progress:
+) -> TrainingState:
     """Where a running training stands; without an optimiser, before the first epoch of a stage."""
     weights = {key: value for key, value in network.state_dict().items() if "num_batches" not in key}
     state = optimiser.state_dict()["state"] if optimiser is not None else {}
     tensors = {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
-    return Progress(stage, group, epoch, _copied(weights), _copied(tensors), _copied(average))
+    return TrainingState(stage, group, epoch, _copied(weights), _copied(tensors), _copied(average))
 
 
 def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
 
 
-def restore_optimiser(optimiser: torch.optim.Optimizer, progress: Progress) -> None:
+def restore_optimiser(optimiser: torch.optim.Optimizer, progress: TrainingState) -> None:
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in progress.optimiser.items():
         index, name = key.split(".", 1)
@@ -57,7 +57,7 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, progress: Progress) -> N
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 
-def save_progress(folder: Path, progress: Progress, described: dict[str, Any]) -> None:
+def save_progress(folder: Path, progress: TrainingState, described: dict[str, Any]) -> None:
     """Write the tensors under a new name, then make them current by replacing `progress.json`."""
     place = folder / "training"
     place.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def save_progress(folder: Path, progress: Progress, described: dict[str, Any]) -
             old.unlink()  # the epoch before, or what a killed save left behind
 
 
-def read_progress(folder: Path, described: dict[str, Any]) -> Progress | None:
+def read_progress(folder: Path, described: dict[str, Any]) -> TrainingState | None:
     """What an interrupted training left in `folder`, if anything.
 
     Raises InputError when it is of another training, naming what differs, or damaged.
@@ -89,7 +89,7 @@ def read_progress(folder: Path, described: dict[str, Any]) -> Progress | None:
             f"{folder} holds an unfinished training that differs in {_difference(saved, described)}: {_REMEDY}"
         )
     state = load_state(path.parent / str(content["tensors"]))
-    return Progress(
+    return TrainingState(
         int(content["stage"]),
         int(content["group"]),
         int(content["epoch"]),

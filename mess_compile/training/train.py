@@ -31,7 +31,7 @@ from mess_compile.training.backbone import SAVED, pretrain
 from mess_compile.training.heads import head_groups, train_heads
 from mess_compile.training.loop import Run
 from mess_compile.training.parallel import Machines, launch, lost_process_named, readers, said_once
-from mess_compile.training.progress import Progress, progress_of, read_progress, remove_progress, save_progress
+from mess_compile.training.progress import TrainingState, progress_of, read_progress, remove_progress, save_progress
 from mess_compile.training.recipe import Recipe
 from mess_compile.training.validate import miou_line
 
@@ -207,7 +207,7 @@ def _opening(run: Run, images: int) -> str:
 def _trained(
     architecture: Architecture,
     run: Run,
-    progress: Progress | None,
+    progress: TrainingState | None,
     imagenet: Path | None,
     source: OverprovisionedNetwork | None,
 ) -> OverprovisionedNetwork:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mess_compile.device.client import Session
+from mess_compile.device.client import PythonSession
 from mess_compile.device.remote import Remote, RemoteError, parse_host
 from tests import small_network
 from tests.remote_device import Device, remote_device
@@ -55,7 +55,7 @@ def made(folder: Path) -> dict[str, Path]:
 def greeted(remote: Remote) -> str:
     """The engine library that a program of ours finds there."""
     frame = np.zeros((*small_network.HW, 3), np.uint8)
-    session = Session(remote, "onnxruntime", frame, small_network.thresholds(), quiet)
+    session = PythonSession(remote, "onnxruntime", frame, small_network.thresholds(), quiet)
     return session.greet().library
 
 

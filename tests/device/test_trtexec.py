@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mess_compile.device import trtexec
 from mess_compile.device.trtexec import (
-    Samples,
+    TrtexecTimes,
     build_command,
     error_from_output,
     gpu_from_output,
@@ -116,7 +116,7 @@ class TestCommand:
 class TestSamples:
     def test_wall_time_is_from_one_enqueue_to_the_next(self) -> None:
         text = exported((200.125, 1.5), (202.25, 1.625), (204.75, 1.75))
-        assert samples_from_json(text) == Samples(wall_ms=(2.125, 2.5), device_ms=(1.5, 1.625))
+        assert samples_from_json(text) == TrtexecTimes(wall_ms=(2.125, 2.5), device_ms=(1.5, 1.625))
 
     def test_rounded_time_stamps_leave_the_mean_right(self) -> None:
         """Late in a run six digits are 0.01 ms: each interval is off, their mean is not."""

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mess_compile.data.dataset import DataSet, open_dataset
-from mess_compile.device.client import Session
+from mess_compile.device.client import PythonSession
 from mess_compile.device.remote import Remote, parse_host
 from mess_compile.engines.files import EngineFiles, plain_files
 from mess_compile.evaluate import record
@@ -23,7 +23,7 @@ from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.network import GraphSet
 from mess_compile.runtime.base.errors import EngineError, InputError, MessError
 from mess_compile.runtime.engines.engine import open_library
-from mess_compile.runtime.serve.scoring import Exits
+from mess_compile.runtime.serve.scoring import ScoredExits
 from tests import small_network
 from tests.commands import contents
 from tests.remote_device import Device, remote_device
@@ -79,9 +79,9 @@ def here(engines: EngineFiles, data: DataSet, folder: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def opened(device: Device) -> Iterator[Session]:
+def opened(device: Device) -> Iterator[PythonSession]:
     with Remote(parse_host(device.host), device.ssh_options) as remote:
-        yield Session(remote, "onnxruntime", small_network.frame(0), small_network.thresholds(), quiet)
+        yield PythonSession(remote, "onnxruntime", small_network.frame(0), small_network.thresholds(), quiet)
 
 
 def there(
@@ -255,7 +255,7 @@ def test_a_graph_that_does_not_load_there_is_named_in_the_library_s_words(
 
 @pytest.mark.slow
 def test_an_engine_that_is_gone_since_it_was_built_is_named(device: Device, graphs: GraphSet) -> None:
-    exits = Exits(small_network.HW, 3, ((0, 1, "segment-0-1"),), (), None)
+    exits = ScoredExits(small_network.HW, 3, ((0, 1, "segment-0-1"),), (), None)
     with (
         opened(device) as session,
         pytest.raises(EngineError, match="segment-0-1 has no engine here any more"),

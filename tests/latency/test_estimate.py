@@ -9,7 +9,7 @@ import pytest
 
 from mess_compile.latency.estimate import forecast, start_from
 from mess_compile.latency.roofline import USUAL
-from mess_compile.latency.table import Failure, LatencyTable, check_current
+from mess_compile.latency.table import GraphFailure, LatencyTable, check_current
 from mess_compile.network import GraphSet
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.targets import Target, find_target
@@ -61,7 +61,7 @@ def test_what_was_measured_stays_and_narrows_the_rest(graphs: GraphSet) -> None:
 def test_a_graph_that_failed_on_the_device_is_not_estimated_into_a_plan(graphs: GraphSet) -> None:
     key = ("segment-1-2", "fp32")
     known = measured(table_of(graphs), "segment-0-1")
-    failure = Failure(key[0], graphs.spec(key[0]).sha256, "fp32", "no kernel for it")
+    failure = GraphFailure(key[0], graphs.spec(key[0]).sha256, "fp32", "no kernel for it")
     known = replace(known, entries={k: e for k, e in known.entries.items() if k != key}, failed={key: failure})
     after = table_of(graphs, known)
     assert after.failed == {key: failure}

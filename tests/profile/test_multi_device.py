@@ -16,7 +16,7 @@ from mess_compile.latency import estimate
 from mess_compile.latency.table import LatencyTable, check_current, read_latency_table
 from mess_compile.network import BASELINE, BASELINE_ALONE, GraphSet
 from mess_compile.profile import multi_device, selection
-from mess_compile.profile.backends import Place, Task, as_they_are
+from mess_compile.profile.backends import Backend, Task, as_they_are
 from mess_compile.profile.sparse import Errand
 from mess_compile.runtime.base.errors import EngineError, InputError
 from mess_compile.runtime.machine.power import DeviceState
@@ -37,7 +37,7 @@ class Scripted:
     def __init__(self, identity: str, ms: dict[str, float], lasts: int = 10**6) -> None:
         self.ms, self.lasts, self.timed = ms, lasts, Counter[str]()
         facts = {"identity": identity, "cpu": "scripted", "cores": "1"}
-        self.place = Place("host", "onnxruntime", "1.0", facts, self.measure, DeviceState, as_they_are)
+        self.place = Backend("host", "onnxruntime", "1.0", facts, self.measure, DeviceState, as_they_are)
 
     def measure(self, task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
         taken: dict[str, list[Window]] = {name: [] for name in (*task.measured, task.reference)}
@@ -69,7 +69,7 @@ def devices(graphs: GraphSet) -> tuple[Scripted, Scripted]:
     return Scripted("one", first), Scripted("two", second)
 
 
-def errand(graphs: GraphSet, place: Place, path: Path) -> Errand:
+def errand(graphs: GraphSet, place: Backend, path: Path) -> Errand:
     priors = estimate.priors_of(graphs, find_target("host", path.parent), ())
     subject = selection.Subject((graphs,), priors)
     return Errand((plain_files(graphs),), place, subject, path, quiet, quiet, lambda: True, EFFORT)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from mess_compile.latency.roofline import TERMS, Roofline
-from mess_compile.latency.table import Failure, LatencyTable
+from mess_compile.latency.table import GraphFailure, LatencyTable
 from mess_compile.network import BASELINE, BASELINE_ALONE, GraphSet
 from mess_compile.profile import selection
-from mess_compile.profile.selection import Key, Subject, Wanted
+from mess_compile.profile.selection import Key, Selection, Subject
 from mess_compile.runtime.base.errors import RequirementError
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.search.metrics import Evidence
@@ -49,7 +49,7 @@ def nothing_of(table: LatencyTable) -> LatencyTable:
     return replace(table, entries={})
 
 
-def measured(table: LatencyTable, of: LatencyTable, wanted: Wanted) -> LatencyTable:
+def measured(table: LatencyTable, of: LatencyTable, wanted: Selection) -> LatencyTable:
     """What a device does: each graph once."""
     assert not set(wanted.graphs) & (table.entries.keys() | table.failed.keys())
     assert len(set(wanted.graphs)) == len(wanted.graphs) > 0
@@ -285,8 +285,8 @@ def test_a_graph_that_fails_to_build_is_not_asked_for_again_and_costs_only_its_p
     about, table = subject(case, Requirement()), nothing_of(case.table)
     while wanted := selection.next_batch(about, table):
         if lost in wanted.graphs:
-            failed = {lost: Failure(*lost[:1], case.graph_set.spec(lost[0]).sha256, FP32, "out of memory")}
-            table, wanted = replace(table, failed=failed), Wanted(tuple(set(wanted.graphs) - {lost}), wanted.why)
+            failed = {lost: GraphFailure(*lost[:1], case.graph_set.spec(lost[0]).sha256, FP32, "out of memory")}
+            table, wanted = replace(table, failed=failed), Selection(tuple(set(wanted.graphs) - {lost}), wanted.why)
             if not wanted.graphs:
                 continue
         table = measured(table, case.table, wanted)
@@ -303,7 +303,7 @@ def test_a_call_that_ends_early_continues_with_what_it_has() -> None:
     whole = settled(about, case.table)
     wanted = selection.next_batch(about, table)
     assert wanted is not None
-    half = measured(table, case.table, Wanted(wanted.graphs[:2], ""))
+    half = measured(table, case.table, Selection(wanted.graphs[:2], ""))
     again = selection.next_batch(about, half)
     assert again is not None
     assert again.graphs == wanted.graphs[2:]

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from mess_compile.latency.table import Latency
-from mess_compile.report.model import Found, Missing, Report
+from mess_compile.report.model import Missing, Report, SearchFound
 from mess_compile.report.page import report_page
 from mess_compile.report.published import paper_rows
 from mess_compile.report.views import classes_of, costs_of, plan_view, plan_views
@@ -165,7 +165,7 @@ def test_a_page_with_hundreds_of_plans_stays_below_six_megabytes(evidence: Evide
     chosen = plan(evidence)
     proof = Certificate(10, 10, 0, 0, 0.0, True)
     view = plan_view(chosen, evidence, chosen=True)
-    found = Found(SearchResult(chosen, (chosen,) * 300, proof), (view,) * 300, None)
+    found = SearchFound(SearchResult(chosen, (chosen,) * 300, proof), (view,) * 300, None)
     gone = Missing("run `this`")
     page = report_page(Report("host", found, classes_of(evidence), gone, gone, gone, ()))
     assert len(page.encode()) < 5_700_000

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from mess_compile.evaluate.statistics import ExitStatistics
-from mess_compile.latency.table import Failure, Latency, LatencyTable
+from mess_compile.latency.table import GraphFailure, Latency, LatencyTable
 from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.search.metrics import Evidence, anytime_reports, baseline_figures, figures_of_stages, replay
-from mess_compile.search.plan import Report, Stage
+from mess_compile.search.plan import AnytimeReport, Stage
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search_recipes
 from tests.search.cases import evidence
@@ -156,8 +156,8 @@ def test_an_anytime_plan_pays_for_every_report() -> None:
     final = 100 * (18 / 22 + 16 / 24) / 2
     early = 100 * (12 / (24 + 20 - 12) + 8 / (16 + 20 - 8)) / 2
     assert anytime_reports(case, HEADS) == (
-        Report(pytest.approx(first), pytest.approx(early)),
-        Report(pytest.approx(second), pytest.approx(final)),
+        AnytimeReport(pytest.approx(first), pytest.approx(early)),
+        AnytimeReport(pytest.approx(second), pytest.approx(final)),
     )
     figures = figures_of_stages(case, "anytime", [dataclasses.replace(stage, cut=None) for stage in STAGES])
     assert (figures.latency_ms, figures.miou) == (pytest.approx(second), pytest.approx(final))
@@ -226,7 +226,7 @@ def test_recipes_that_saw_different_images_are_not_compared() -> None:
 def test_a_target_that_has_no_plan_with_exits_runs_the_whole_network() -> None:
     case = evidence((1,), 2, 4, seed=0)
     kept = {key: entry for key, entry in case.table.entries.items() if not key[0].startswith("output-")}
-    gone = {key: Failure(key[0], f"sha-{key[0]}", "fp32", "no") for key in case.table.entries if key not in kept}
+    gone = {key: GraphFailure(key[0], f"sha-{key[0]}", "fp32", "no") for key in case.table.entries if key not in kept}
     lacking = dataclasses.replace(case, table=dataclasses.replace(case.table, entries=kept, failed=gone))
     for setting in ("input-dependent", "anytime"):
         plan = search_recipes([lacking], Requirement(setting=setting, max_exits=3)).plan

@@ -33,7 +33,7 @@ def all_leave_at_once(described: manifest.Manifest) -> manifest.Manifest:
     (plan,) = described.plans
     stages = (replace(plan.stages[0], cut=0), *plan.stages[1:])
     points = tuple(
-        replace(point, decisions=(manifest.Decision(stages[0].row, 0), *point.decisions[1:]))
+        replace(point, decisions=(manifest.BundleDecision(stages[0].row, 0), *point.decisions[1:]))
         if point.name == "default"
         else point
         for point in plan.operating_points
@@ -67,13 +67,13 @@ def exits_of(statistics: ExitStatistics, stages: tuple[Stage, ...]) -> list[int]
     return taken
 
 
-def cost_ms(plan: manifest.Plan, exit_: int) -> float:
+def cost_ms(plan: manifest.BundlePlan, exit_: int) -> float:
     reached = plan.costs[: exit_ + 1]
     return plan.upload_mean_ms + sum(cost.mean_ms for cost in reached) + reached[-1].report_mean_ms
 
 
 @pytest.fixture(scope="module")
-def known(finished: Path) -> tuple[ExitStatistics, manifest.Plan, tuple[Stage, ...]]:
+def known(finished: Path) -> tuple[ExitStatistics, manifest.BundlePlan, tuple[Stage, ...]]:
     """What the plan was chosen by, and the plan."""
     statistics = read_statistics(finished / "statistics" / "val")
     with closing(archive.open_archive(finished / "host.mess")) as opened:
@@ -83,13 +83,13 @@ def known(finished: Path) -> tuple[ExitStatistics, manifest.Plan, tuple[Stage, .
 
 
 def test_thresholds_that_do_what_they_promised_stay(
-    known: tuple[ExitStatistics, manifest.Plan, tuple[Stage, ...]],
+    known: tuple[ExitStatistics, manifest.BundlePlan, tuple[Stage, ...]],
 ) -> None:
     assert chosen_stages(*known) == known[2]
 
 
 @pytest.fixture(scope="module")
-def described(tmp_path_factory: pytest.TempPathFactory) -> manifest.Plan:
+def described(tmp_path_factory: pytest.TempPathFactory) -> manifest.BundlePlan:
     path = tmp_path_factory.mktemp("bundle") / "street.mess"
     small_network.write_bundle(path)
     (plan,) = archive.read_manifest(path).plans
@@ -104,7 +104,7 @@ class Made:
     """
 
     statistics: ExitStatistics
-    plan: manifest.Plan
+    plan: manifest.BundlePlan
     outcomes: dict[tuple[Stage, ...], tuple[float, float]]
 
     def chosen(self, miou: float) -> tuple[float, float]:
@@ -115,7 +115,7 @@ class Made:
         return outcome(self.plan, self.statistics, found)
 
 
-def made(described: manifest.Plan, seed: int, exits: int) -> Made:
+def made(described: manifest.BundlePlan, seed: int, exits: int) -> Made:
     statistics = cases.evidence((1,) * (exits - 1), 3, 10, seed, levels=4).statistics
     costs = tuple(manifest.StageCost(3.0 + 2 * exit_, 9.0, 2.0 - exit_ / 2, 9.0) for exit_ in range(exits))
     plan = replace(described, costs=costs, upload_mean_ms=0.5)
@@ -129,14 +129,14 @@ def made(described: manifest.Plan, seed: int, exits: int) -> Made:
     return Made(statistics, plan, {stages: outcome(plan, statistics, stages) for stages in all_stages})
 
 
-def outcome(plan: manifest.Plan, statistics: ExitStatistics, stages: tuple[Stage, ...]) -> tuple[float, float]:
+def outcome(plan: manifest.BundlePlan, statistics: ExitStatistics, stages: tuple[Stage, ...]) -> tuple[float, float]:
     taken = exits_of(statistics, stages)
     return sum(cost_ms(plan, exit_) for exit_ in taken), miou(statistics, list(statistics.heads), taken)
 
 
 @pytest.mark.parametrize(("seed", "exits"), [(seed, exits) for exits in (2, 3) for seed in range(4)])
 def test_the_fastest_that_keep_the_promised_miou_take_their_place(
-    described: manifest.Plan, seed: int, exits: int
+    described: manifest.BundlePlan, seed: int, exits: int
 ) -> None:
     case = made(described, seed, exits)
     mious = sorted(found for _, found in case.outcomes.values())
@@ -147,7 +147,7 @@ def test_the_fastest_that_keep_the_promised_miou_take_their_place(
 
 
 @pytest.mark.parametrize(("seed", "exits"), [(seed, exits) for exits in (2, 3) for seed in range(4)])
-def test_where_none_keep_it_the_most_accurate_do(described: manifest.Plan, seed: int, exits: int) -> None:
+def test_where_none_keep_it_the_most_accurate_do(described: manifest.BundlePlan, seed: int, exits: int) -> None:
     case = made(described, seed, exits)
     best = max(found for _, found in case.outcomes.values())
     cost, found = case.chosen(best + 1e-6)
@@ -155,7 +155,7 @@ def test_where_none_keep_it_the_most_accurate_do(described: manifest.Plan, seed:
     assert cost == pytest.approx(min(cost for cost, found in case.outcomes.values() if found > best - 1e-9))
 
 
-def test_nobody_leaves_at_exits_that_are_always_wrong_on_the_device(described: manifest.Plan) -> None:
+def test_nobody_leaves_at_exits_that_are_always_wrong_on_the_device(described: manifest.BundlePlan) -> None:
     case = made(described, 0, 3)
     right = case.statistics.intersection.copy()
     right[:, :2] = 0
@@ -180,7 +180,7 @@ def test_other_thresholds_of_one_plan_leave_the_others_as_they_were(several: Pat
         bold, safe = opened.manifest.plans
         first = replace(bold.stages[0], cut=0)
         points = tuple(
-            replace(point, decisions=(manifest.Decision(first.row, 0), *point.decisions[1:]))
+            replace(point, decisions=(manifest.BundleDecision(first.row, 0), *point.decisions[1:]))
             for point in bold.operating_points
         )
         changed = replace(bold, stages=(first, *bold.stages[1:]), operating_points=points)
@@ -215,7 +215,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
 def test_a_device_that_does_otherwise_gets_thresholds_of_its_own(
     running: Device,
     workspace: Path,
-    known: tuple[ExitStatistics, manifest.Plan, tuple[Stage, ...]],
+    known: tuple[ExitStatistics, manifest.BundlePlan, tuple[Stage, ...]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Tuple
 
-from mess_compile.runtime.bundle.manifest import EngineFile, Manifest, Plan
+from mess_compile.runtime.bundle.manifest import BundlePlan, EngineFile, Manifest
 from mess_compile.runtime.engines import engine_cache
 from mess_compile.runtime.engines.engine import Library
 
@@ -16,7 +16,7 @@ def brought(manifest: Manifest, library: Library) -> Tuple[EngineFile, ...]:
     return () if gpu is None else tuple(engine for engine in manifest.engines if _fits(engine, library, gpu))
 
 
-def adopt(manifest: Manifest, plan: Plan, library: Library, source: Path) -> None:
+def adopt(manifest: Manifest, plan: BundlePlan, library: Library, source: Path) -> None:
     """Put the engines that a bundle in `source` has `brought` among the user's own, unless there are some.
 
     Only of a bundle whose signature is known. Raises InputError.

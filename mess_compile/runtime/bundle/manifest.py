@@ -64,7 +64,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Gate:
+class BundleGate:
     """`thresholds` is the (T, K) input of every head graph."""
 
     confidence: str
@@ -73,7 +73,7 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class Stage:
+class BundleStage:
     """One exit: its graphs as paths in the bundle, and the decision `counts[row] >= cut` over `cells` cells.
 
     `cut` is None where no decision is taken: at the last exit, and everywhere in the anytime setting. A whole network,
@@ -137,19 +137,19 @@ PROMISED = ("err_pp", "latency_ms", "p95_ms", "worst_ms", "gmacs", "energy_mj", 
 
 
 @dataclass(frozen=True)
-class Decision:
-    """`row` and `cut` of one stage, as in `Stage`."""
+class BundleDecision:
+    """`row` and `cut` of one stage, as in `BundleStage`."""
 
     row: int
     cut: Optional[int]
 
 
 @dataclass(frozen=True)
-class OperatingPoint:
+class BundlePoint:
     """Other thresholds for the same graphs: a decision for each stage, and what the search foretold of them."""
 
     name: str
-    decisions: Tuple[Decision, ...]
+    decisions: Tuple[BundleDecision, ...]
     predicted: Figures
 
 
@@ -176,7 +176,7 @@ class GraphPrecision:
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceMatch:
     """What tells a plan's target from other machines, as its profile has it; None and empty are not asked.
 
     `gpu`, which goes with `compute_capability`, is how the driver's name of the GPU ends; one of `boards` is in the
@@ -189,7 +189,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BundlePlan:
     """A plan for one target; `baseline` are the figures of the single-exit graph `baseline_name`.
 
     `precision` names the recipe, `precisions` says it of each graph by its path. `tuned_by` is the engine library and
@@ -201,18 +201,18 @@ class Plan:
     """
 
     target: str
-    device: Device
+    device: DeviceMatch
     library: str
     precision: str
     setting: str
-    stages: Tuple[Stage, ...]
+    stages: Tuple[BundleStage, ...]
     predicted: Figures
     baseline: Figures
     baseline_name: str
     precisions: Dict[str, GraphPrecision]
     tuned_by: str
     power_mode: Optional[str]
-    operating_points: Tuple[OperatingPoint, ...]
+    operating_points: Tuple[BundlePoint, ...]
     costs: Tuple[StageCost, ...]
     upload_mean_ms: float
     upload_p99_ms: float
@@ -287,8 +287,8 @@ class Manifest:
 
     name: str
     network: Network
-    gate: Gate
-    plans: Tuple[Plan, ...]
+    gate: BundleGate
+    plans: Tuple[BundlePlan, ...]
     golden: Tuple[Golden, ...]
     engines: Tuple[EngineFile, ...]
     files: Dict[str, File]
@@ -299,7 +299,7 @@ class Manifest:
         """Of all files."""
         return sum(file.bytes for file in self.files.values())
 
-    def golden_of(self, plan: Plan) -> Tuple[Golden, ...]:
+    def golden_of(self, plan: BundlePlan) -> Tuple[Golden, ...]:
         return tuple(golden for golden in self.golden if golden.plan == plan.name)
 
 
@@ -399,7 +399,7 @@ def _check_network(network: Network) -> None:
     _need(network.resize in RESIZES, f"network.resize is {network.resize!r}, not one of {', '.join(RESIZES)}")
 
 
-def _check_plan(plan: Plan, manifest: Manifest) -> None:
+def _check_plan(plan: BundlePlan, manifest: Manifest) -> None:
     where = f"the plan for {plan.name!r}"
     for name, pattern in _NAMES.items():
         text = plan.predicted.split if name == "split" else getattr(plan, name)
@@ -440,17 +440,19 @@ def _bring_up_to_date(content: Dict[str, Any]) -> None:
                 figures.setdefault("error", None)
 
 
-def _check_stage(stage: Stage, plan: Plan, where: str, manifest: Manifest) -> None:
+def _check_stage(stage: BundleStage, plan: BundlePlan, where: str, manifest: Manifest) -> None:
     uncut = stage.head_graph is None, stage.output is None
     _need(uncut[0] == uncut[1], f"{where}: it has one of head_graph and output, not both")
     _need(not stage.is_whole or len(plan.stages) == 1, f"{where}: a whole network is not the only stage")
     for path in stage.graphs:
         _need(path in manifest.files and path.endswith(".onnx"), f"{where}: {path!r} is not a graph of the bundle")
     _need(stage.cells >= 1, f"{where}: cells is {stage.cells}")
-    _check_decision(Decision(stage.row, stage.cut), stage, plan, where, manifest)
+    _check_decision(BundleDecision(stage.row, stage.cut), stage, plan, where, manifest)
 
 
-def _check_decision(decision: Decision, stage: Stage, plan: Plan, where: str, manifest: Manifest) -> None:
+def _check_decision(
+    decision: BundleDecision, stage: BundleStage, plan: BundlePlan, where: str, manifest: Manifest
+) -> None:
     row, cut = decision.row, decision.cut
     _need(0 <= row < len(manifest.gate.thresholds), f"{where}: row is {row}")
     decides = plan.setting != "anytime" and stage is not plan.stages[-1]
@@ -458,13 +460,13 @@ def _check_decision(decision: Decision, stage: Stage, plan: Plan, where: str, ma
     _need(cut is None or 0 <= cut <= stage.cells + 1, f"{where}: cut is {cut}")
 
 
-def _check_figures(figures: Figures, plan: Plan, where: str) -> None:
+def _check_figures(figures: Figures, plan: BundlePlan, where: str) -> None:
     _need(figures.source in SOURCES, f"{where} has source {figures.source!r}")
     _need(len(figures.exit_rates) == len(plan.stages), f"{where}: exit_rates does not fit its stages")
     _need(figures.error is None or figures.error >= 1, f"{where}: error is {figures.error}, not a factor from 1")
 
 
-def _check_points(plan: Plan, where: str, manifest: Manifest) -> None:
+def _check_points(plan: BundlePlan, where: str, manifest: Manifest) -> None:
     names = [point.name for point in plan.operating_points]
     odd = [name for name in names if _POINT.fullmatch(name) is None]
     _need(not odd, f"{where} has an operating point {odd[:1]}"[:200])
@@ -481,7 +483,7 @@ def _check_points(plan: Plan, where: str, manifest: Manifest) -> None:
     _need(same, f"{where}: operating_points has no {DEFAULT_POINT!r} with the row and cut of its stages")
 
 
-def _check_costs(plan: Plan, where: str) -> None:
+def _check_costs(plan: BundlePlan, where: str) -> None:
     _need(len(plan.costs) == len(plan.stages), f"{where}: costs does not fit its stages")
     milliseconds = [plan.upload_mean_ms, plan.upload_p99_ms, *(ms for cost in plan.costs for ms in astuple(cost))]
     _need(min(milliseconds) >= 0, f"{where}: costs and upload are {min(milliseconds)} ms")

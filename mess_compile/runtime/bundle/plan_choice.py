@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Iterator, List, Optional, Tuple
 
 from mess_compile.runtime.base.errors import EngineError, InputError
-from mess_compile.runtime.bundle.manifest import Device, Manifest, Plan
+from mess_compile.runtime.bundle.manifest import BundlePlan, DeviceMatch, Manifest
 from mess_compile.runtime.engines.engine import LIBRARIES, Library, open_library
 from mess_compile.runtime.machine import machine as machines
 from mess_compile.runtime.machine.machine import Machine, dotted
 
 
-def matching_plans(manifest: Manifest, target: Optional[str], library: Optional[Library]) -> List[Plan]:
+def matching_plans(manifest: Manifest, target: Optional[str], library: Optional[Library]) -> List[BundlePlan]:
     """Plans for `target`, such as "xavier" or "xavier:fp16"; without one, those for this machine and for a library of
     this release (or for `library`), those that ask for a certain device first.
 
@@ -28,28 +28,28 @@ def matching_plans(manifest: Manifest, target: Optional[str], library: Optional[
     return _for_this_machine(plans, manifest.name) if len({plan.target for plan in plans}) > 1 else plans
 
 
-def named_plans(plans: Tuple[Plan, ...], target: str) -> List[Plan]:
+def named_plans(plans: Tuple[BundlePlan, ...], target: str) -> List[BundlePlan]:
     """The plan of that name, or all of a target; a recipe may be named by its precision alone: fp16 for fp16-1f2e3d."""
     exactly = [plan for plan in plans if plan.name == target]
     about = [p for p in plans if target in (p.target, f"{p.target}:{p.precision.partition('-')[0]}")]
     return exactly or about
 
 
-def _told(plans: Tuple[Plan, ...]) -> str:
+def _told(plans: Tuple[BundlePlan, ...]) -> str:
     return ", ".join(f"{plan.name} ({plan.library})" for plan in plans)
 
 
-def _for_this_machine(plans: List[Plan], bundle: str) -> List[Plan]:
+def _for_this_machine(plans: List[BundlePlan], bundle: str) -> List[BundlePlan]:
     machine = machines.this_machine()
     differences = {plan.target: list(device_differences(plan.device, machine)) for plan in plans}
     fitting = [plan for plan in plans if not differences[plan.target]]
     if not fitting:
         found = "; ".join(f"not {target}: {', '.join(words)}" for target, words in differences.items())
         raise InputError(f"bundle {bundle} has no plan for this machine ({found}): choose one by its target")
-    return sorted(fitting, key=lambda plan: plan.device == Device())
+    return sorted(fitting, key=lambda plan: plan.device == DeviceMatch())
 
 
-def device_differences(device: Device, machine: Machine) -> Iterator[str]:
+def device_differences(device: DeviceMatch, machine: Machine) -> Iterator[str]:
     """What keeps `machine` from being `device`, in words with both values."""
     if device.boards and not any(board.lower() in (machine.board or "").lower() for board in device.boards):
         yield f"the board is {machine.board or 'no Jetson'}, not {' or '.join(device.boards)}"
@@ -67,8 +67,8 @@ def device_differences(device: Device, machine: Machine) -> Iterator[str]:
 
 
 def first_that_opens(
-    plans: List[Plan], threads: Optional[int] = None, cuda_graphs: bool = False
-) -> Tuple[Plan, Library]:
+    plans: List[BundlePlan], threads: Optional[int] = None, cuda_graphs: bool = False
+) -> Tuple[BundlePlan, Library]:
     """Raises EngineError for the last plan when the library of none is here."""
     for plan in plans[:-1]:
         try:

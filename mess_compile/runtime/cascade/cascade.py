@@ -32,7 +32,7 @@ from mess_compile.runtime.base.checks import check_deadline, check_threads
 from mess_compile.runtime.base.errors import BatchError, EngineError, InputError, did_you_mean
 from mess_compile.runtime.bundle.archive import Archive, open_archive
 from mess_compile.runtime.bundle.engines_inside import adopt
-from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, Plan
+from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, BundlePlan
 from mess_compile.runtime.bundle.plan_choice import first_that_opens, matching_plans
 from mess_compile.runtime.bundle.signature import Signers
 from mess_compile.runtime.cascade.fallback import Ladder, Walk, safer_plans
@@ -95,7 +95,7 @@ class Cascade:
     def __init__(
         self,
         archive: Archive,
-        plan: Plan,
+        plan: BundlePlan,
         library: Library,
         on_failure: str = "raise",
         threads: Optional[int] = None,

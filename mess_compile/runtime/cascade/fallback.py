@@ -10,7 +10,7 @@ from typing import Callable, Iterator, List, Optional, Tuple, TypeVar
 import numpy as np
 
 from mess_compile.runtime.base.errors import EngineError, MessError
-from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, Decision, Manifest, Plan, Stage
+from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, BundleDecision, BundlePlan, BundleStage, Manifest
 from mess_compile.runtime.cascade.metrics import Recorder
 from mess_compile.runtime.cascade.stages import Stages
 from mess_compile.runtime.engines import onnxruntime_engine
@@ -29,7 +29,7 @@ class Rung:
     One that cannot be opened refuses, and is opened again after a rest, unless that would build engines.
     """
 
-    def __init__(self, plan: Plan, name: str, builds: bool, open_stages: Callable[[], Stages]) -> None:
+    def __init__(self, plan: BundlePlan, name: str, builds: bool, open_stages: Callable[[], Stages]) -> None:
         self.plan, self.name = plan, name
         self._builds, self._open_stages = builds, open_stages
         self._decisions = {point.name: point.decisions for point in plan.operating_points}
@@ -63,7 +63,7 @@ class Rung:
         """Why it does not open; None for one that is open."""
         return self._refusal
 
-    def decisions(self, point: str) -> Tuple[Decision, ...]:
+    def decisions(self, point: str) -> Tuple[BundleDecision, ...]:
         """Those of an operating point, of the default one where the plan has none of the name."""
         return self._decisions.get(point) or self._decisions[DEFAULT_POINT]
 
@@ -106,12 +106,18 @@ class Ladder:
     """
 
     def __init__(
-        self, manifest: Manifest, plan: Plan, library: Library, folder: Path, fallback: bool, threads: Optional[int]
+        self,
+        manifest: Manifest,
+        plan: BundlePlan,
+        library: Library,
+        folder: Path,
+        fallback: bool,
+        threads: Optional[int],
     ) -> None:
         self._libraries: List[Library] = [library]
         builds = library.builds_for is not None
 
-        def rung(of: Plan) -> Rung:
+        def rung(of: BundlePlan) -> Rung:
             return Rung(of, f"{of.name} on {library.name}", builds, lambda: Stages(manifest, of, library, folder))
 
         def plain_stages() -> Stages:
@@ -163,13 +169,13 @@ class Ladder:
             library.close()
 
 
-def safer_plans(manifest: Manifest, plan: Plan) -> Tuple[Plan, ...]:
+def safer_plans(manifest: Manifest, plan: BundlePlan) -> Tuple[BundlePlan, ...]:
     """What else the bundle has for the same target, library and setting in a safer precision, the boldest first."""
 
-    def safety(of: Plan) -> int:
+    def safety(of: BundlePlan) -> int:
         return PRECISIONS.index(of.boldest)
 
-    def place(of: Plan) -> Tuple[str, str, str]:
+    def place(of: BundlePlan) -> Tuple[str, str, str]:
         return of.target, of.library, of.setting
 
     safer = [each for each in manifest.plans if place(each) == place(plan) and safety(each) > safety(plan)]
@@ -203,12 +209,12 @@ class Walk:
         self._attempt(self._caught_up)
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> BundlePlan:
         """The one that computes the frame: another than the cascade's where that failed."""
         return self._rung.plan
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> BundleStage:
         """The last one passed."""
         return self._rung.plan.stages[self.depth - 1]
 
@@ -276,7 +282,7 @@ class Walk:
         self._decisions = following.decisions(self.point)
 
 
-def _as_deep(plan: Plan, exit_point: int) -> int:
+def _as_deep(plan: BundlePlan, exit_point: int) -> int:
     """The number, from 1, of the plan's first exit that is no shallower, or of its last one."""
     deep = (number for number, stage in enumerate(plan.stages, 1) if stage.exit_point >= exit_point)
     return next(deep, len(plan.stages))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Deque, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from mess_compile.runtime.base.errors import EngineError, NotFiniteError
-from mess_compile.runtime.bundle.manifest import CONFIDENCE_BINS, Plan
+from mess_compile.runtime.bundle.manifest import CONFIDENCE_BINS, BundlePlan
 
 PER_OCTAVE = 16
 """Latencies are counted in bins from 2^((n-1)/16) to 2^(n/16) ms: percentiles are exact to 2.2 %."""
@@ -24,7 +24,7 @@ _Z_OF_99_PERCENT = 2.3263
 
 
 @dataclass(frozen=True)
-class Latency:
+class LatencySummary:
     """Of a frame's last result, in ms; percentiles are exact to 2.2 %, None before the first frame.
 
     `buckets` counts the frames that took at most so many ms.
@@ -70,7 +70,7 @@ class Metrics:
     operating_point: str
     frames: int
     exits: Tuple[int, ...]
-    latency: Latency
+    latency: LatencySummary
     deadline_frames: int
     missed_first: int
     missed_later: int
@@ -90,7 +90,7 @@ class Metrics:
 class Recorder:
     """Counts what happens; from any thread."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: BundlePlan) -> None:
         self._lock = threading.Lock()
         self._plan = plan
         self._exits = [0] * len(plan.stages)
@@ -150,12 +150,12 @@ def _bin(latency_ms: float) -> int:
     return min(max(exponent, _LOWEST), _HIGHEST) - _LOWEST
 
 
-def _latency(bins: Sequence[int], sum_ms: float) -> Latency:
+def _latency(bins: Sequence[int], sum_ms: float) -> LatencySummary:
     frames = sum(bins)
     p50, p90, p95, p99 = (_percentile(bins, frames, share) for share in (0.50, 0.90, 0.95, 0.99))
     buckets = [(2.0**power, sum(bins[: power * PER_OCTAVE - _LOWEST + 1])) for power in _EXPORTED]
     mean_ms = sum_ms / frames if frames else None
-    return Latency(mean_ms, p50, p90, p95, p99, sum_ms, tuple(buckets))
+    return LatencySummary(mean_ms, p50, p90, p95, p99, sum_ms, tuple(buckets))
 
 
 def _percentile(bins: Sequence[int], frames: int, share: float) -> Optional[float]:

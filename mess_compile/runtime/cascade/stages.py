@@ -9,7 +9,7 @@ from typing import Dict, Optional, Tuple
 import numpy as np
 
 from mess_compile.runtime.base.errors import BundleError, NotFiniteError
-from mess_compile.runtime.bundle.manifest import Manifest, Plan, Stage
+from mess_compile.runtime.bundle.manifest import BundlePlan, BundleStage, Manifest
 from mess_compile.runtime.engines.engine import Engine, Library, Tensor, TensorSpec
 from mess_compile.runtime.engines.engine_cache import loadable
 
@@ -39,7 +39,7 @@ class Stages:
     labels meet, the gate goes by the majority of 5 x 5. A whole network has no gate, and counts such cells itself.
     """
 
-    def __init__(self, manifest: Manifest, plan: Plan, library: Library, folder: Path) -> None:
+    def __init__(self, manifest: Manifest, plan: BundlePlan, library: Library, folder: Path) -> None:
         self.library = library
         self._engines: Dict[str, Engine] = {}
         try:
@@ -55,7 +55,7 @@ class Stages:
             self.close()
             raise
 
-    def _loaded(self, index: int, manifest: Manifest, plan: Plan) -> _LoadedStage:
+    def _loaded(self, index: int, manifest: Manifest, plan: BundlePlan) -> _LoadedStage:
         stage = plan.stages[index]
         source = f"exit{plan.stages[index - 1].exit_point}" if index else "image"
         segment = self._engines[stage.segment]
@@ -106,13 +106,13 @@ class Stages:
         self._engines.clear()
 
 
-def _unused_row(plan: Plan, rows: int) -> Optional[int]:
+def _unused_row(plan: BundlePlan, rows: int) -> Optional[int]:
     used = {stage.row for stage in plan.stages}
     used |= {decision.row for point in plan.operating_points for decision in point.decisions}
     return next((row for row in reversed(range(rows)) if row not in used), None)
 
 
-def _check_graphs(stage: Stage, source: str, engines: Tuple[Engine, Engine, Engine], manifest: Manifest) -> None:
+def _check_graphs(stage: BundleStage, source: str, engines: Tuple[Engine, Engine, Engine], manifest: Manifest) -> None:
     """The graphs have the tensors that their place in the plan asks for. Raises BundleError."""
     segment, head, output = engines
     head_path, output_path = str(stage.head_graph), str(stage.output)
@@ -131,7 +131,7 @@ def _check_graphs(stage: Stage, source: str, engines: Tuple[Engine, Engine, Engi
     _expect(output_path, output.outputs, {"labels": ("uint8", (1, height, width))})
 
 
-def _check_whole(stage: Stage, engine: Engine, manifest: Manifest) -> None:
+def _check_whole(stage: BundleStage, engine: Engine, manifest: Manifest) -> None:
     """Raises BundleError unless the graph leads from an image to labels, and counts sound cells."""
     height, width = manifest.network.input_hw
     _expect(stage.segment, engine.inputs, {"image": ("uint8", (1, height, width, 3))})

@@ -65,7 +65,7 @@ _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class Device:
+class CudaDevice:
     """The GPU; `cuda` is the newest CUDA that its driver serves, such as 11.4."""
 
     name: str
@@ -115,7 +115,7 @@ class Cuda:
     def __exit__(self, *error: object) -> None:
         self._quietly("cuCtxPopCurrent_v2", ctypes.byref(_POINTER()))
 
-    def _described(self) -> Device:
+    def _described(self) -> CudaDevice:
         name = ctypes.create_string_buffer(256)
         self._call("cuDeviceGetName", name, len(name), self._ordinal)
         major, minor = (
@@ -124,7 +124,7 @@ class Cuda:
         )
         version = self._new(_INT, "cuDriverGetVersion")
         memory = self._new(_SIZE, "cuDeviceTotalMem_v2", self._ordinal)
-        return Device(name.value.decode(errors="replace"), (major, minor), memory, _version(version))
+        return CudaDevice(name.value.decode(errors="replace"), (major, minor), memory, _version(version))
 
     def allocate(self, size: int) -> int:
         """Address of `size` bytes on the device, at least one, aligned to 256."""

@@ -30,7 +30,7 @@ class HeadEngines:
 
 
 @dataclass(frozen=True)
-class Exits:
+class ScoredExits:
     """What runs on every image, engines by their names.
 
     `segments` are (from, to, engine) in the order in which they run, 0 being the image; `alone` is the baseline trained
@@ -65,7 +65,9 @@ class Score:
 class Scorer:
     """Open engines of some exits."""
 
-    def __init__(self, exits: Exits, library: Library, engines: Mapping[str, Engine], thresholds: np.ndarray) -> None:
+    def __init__(
+        self, exits: ScoredExits, library: Library, engines: Mapping[str, Engine], thresholds: np.ndarray
+    ) -> None:
         self._exits, self._library, self._engines = exits, library, engines
         self._thresholds = library.upload(thresholds)
 
@@ -93,7 +95,9 @@ class Scorer:
 
 
 @contextmanager
-def open_scorer(exits: Exits, paths: Mapping[str, Path], library: Library, thresholds: np.ndarray) -> Iterator[Scorer]:
+def open_scorer(
+    exits: ScoredExits, paths: Mapping[str, Path], library: Library, thresholds: np.ndarray
+) -> Iterator[Scorer]:
     """Open the engines of `exits` from their files; `thresholds` are (T, K). Raises EngineError."""
     with ExitStack() as stack:
         engines = {name: stack.enter_context(closing(library.load(paths[name]))) for name in exits.engines}
@@ -150,7 +154,7 @@ def told(block: str, image: int, score: Score) -> Dict[str, Any]:
     return {"block": block, "image": image, **{name: getattr(score, name).tolist() for name in arrays}}
 
 
-def score_of(content: Any, block: str, image: int, labelled: np.ndarray, exits: Exits, rows: int) -> Score:
+def score_of(content: Any, block: str, image: int, labelled: np.ndarray, exits: ScoredExits, rows: int) -> Score:
     """What a line says of an image, whose labels have `labelled` (K,) pixels; there are `rows` thresholds.
 
     Raises DecodeError when it cannot be a score of this image.

@@ -21,7 +21,7 @@ from mess_compile.runtime.base.errors import BundleError, EngineError, InputErro
 from mess_compile.runtime.base.protocol import Say
 from mess_compile.runtime.bundle.archive import Archive, hash_of, open_archive, unsigned
 from mess_compile.runtime.bundle.engines_inside import adopt, brought
-from mess_compile.runtime.bundle.manifest import Manifest, Plan, manifest_from_json
+from mess_compile.runtime.bundle.manifest import BundlePlan, Manifest, manifest_from_json
 from mess_compile.runtime.bundle.plan_choice import first_that_opens, matching_plans
 from mess_compile.runtime.bundle.signature import installed_signers, signer_of
 from mess_compile.runtime.cascade.cascade import load_archive
@@ -45,7 +45,7 @@ _DAY_S = 86400.0
 
 
 @dataclass(frozen=True)
-class Wish:
+class ShipRequest:
     """What to do in `folder`. A bundle is the text of its `manifest` and `signature`; its files lie in the store.
 
     `keep` so many versions; `bytes_per_s` is how fast files came, None when nothing came; `program` is the hash of what
@@ -75,7 +75,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Done:
+class Installed:
     """`version` is in use now, `before` was; engines `built` in `build_s`.
 
     `refusals` say which engines of safer plans, for frames that fail in the wanted one, cannot be built. `unit` tells
@@ -115,17 +115,17 @@ class Looked:
     program: bool
 
 
-def wish_to_json(wish: Wish) -> str:
+def wish_to_json(wish: ShipRequest) -> str:
     return json.dumps(decode.encode(wish, FORMAT, VERSION), sort_keys=True)
 
 
-def wish_from_json(text: str) -> Wish:
+def wish_from_json(text: str) -> ShipRequest:
     """Raises InputError naming what is wrong."""
-    wish: Wish = protocol.wish_of(Wish, text, FORMAT, VERSION)
+    wish: ShipRequest = protocol.wish_of(ShipRequest, text, FORMAT, VERSION)
     return wish
 
 
-def look(wish: Wish, say: Say) -> None:
+def look(wish: ShipRequest, say: Say) -> None:
     """Say what is there and, with a bundle, what shipping it would do. Nothing is changed."""
     folder = Path(wish.folder)
     history, current = versions.read_history(folder), versions.current_id(folder)
@@ -154,7 +154,7 @@ def look(wish: Wish, say: Say) -> None:
     say("looked", asdict(looked))
 
 
-def _is_signed(wish: Wish, manifest: Manifest) -> bool:
+def _is_signed(wish: ShipRequest, manifest: Manifest) -> bool:
     """Whether it is known whose the bundle is. Raises BundleError where that has to be known and is not."""
     signers = installed_signers()
     if signers is None:
@@ -186,12 +186,12 @@ def _to_build(manifest: Manifest, target: Optional[str], signed: bool) -> List[s
         ]
 
 
-def _graphs(plans: Sequence[Plan]) -> List[Tuple[str, str]]:
+def _graphs(plans: Sequence[BundlePlan]) -> List[Tuple[str, str]]:
     """Each graph once, with the precision that it computes in."""
     return list(dict.fromkeys((path, plan.precisions[path].used) for plan in plans for path in plan.graphs()))
 
 
-def ship(wish: Wish, say: Say) -> None:
+def ship(wish: ShipRequest, say: Say) -> None:
     """Take the bundle in: nothing that runs is touched until it has verified. Raises MessError, OSError."""
     folder, text = Path(wish.folder), wish.manifest or ""
     manifest, bundle = manifest_from_json(text), hash_of(text, wish.signature)
@@ -217,7 +217,7 @@ def ship(wish: Wish, say: Say) -> None:
     return None
 
 
-def rollback(wish: Wish, say: Say) -> None:
+def rollback(wish: ShipRequest, say: Say) -> None:
     """Go back to the version that was in use before, where its bytes, signature and golden frames are still right."""
     folder = Path(wish.folder)
     with versions.locked(folder):
@@ -231,7 +231,7 @@ def rollback(wish: Wish, say: Say) -> None:
         version = history.named(wanted) or _unknown(wanted, folder / VERSIONS / wanted)
         end = len(history.past) - history.past[::-1].index(wanted) if wanted in history.past else 0
         versions.switched(folder, history, wanted, history.past[:end])
-        done = Done(version, current, proved.built, proved.build_s, proved.verify_s, proved.refusals, (), None)
+        done = Installed(version, current, proved.built, proved.build_s, proved.verify_s, proved.refusals, (), None)
         say("done", asdict(done))
 
 
@@ -288,7 +288,9 @@ def _proved(place: Path, target: Optional[str], factor: float, history: History,
         archive.close()
 
 
-def _built(archive: Archive, plan: Plan, library: Library, history: History, say: Say) -> Tuple[int, Tuple[str, ...]]:
+def _built(
+    archive: Archive, plan: BundlePlan, library: Library, history: History, say: Say
+) -> Tuple[int, Tuple[str, ...]]:
     """Have an engine of every graph, those of the plans that are fallen back to among them.
 
     How many were built now, and why those were not that only a fallback needs.
@@ -318,7 +320,7 @@ def _built(archive: Archive, plan: Plan, library: Library, history: History, say
 
 
 def _finish(
-    wish: Wish,
+    wish: ShipRequest,
     folder: Path,
     history: History,
     version: Version,
@@ -337,7 +339,9 @@ def _finish(
     history = versions.switched(folder, history, version.id, tuple(past))
     removed = versions.pruned(folder, history, wish.keep)
     told = _unit(folder, wish.target) if wish.unit else None
-    done = Done(version, current, proved.built, proved.build_s, proved.verify_s, proved.refusals, tuple(removed), told)
+    done = Installed(
+        version, current, proved.built, proved.build_s, proved.verify_s, proved.refusals, tuple(removed), told
+    )
     say("done", asdict(done))
 
 
@@ -349,7 +353,7 @@ def _unit(folder: Path, target: Optional[str]) -> str:
         return f"the systemd unit cannot be written: {error}"
 
 
-_ACTIONS: Dict[str, Callable[[Wish, Say], None]] = {"look": look, "ship": ship, "rollback": rollback}
+_ACTIONS: Dict[str, Callable[[ShipRequest, Say], None]] = {"look": look, "ship": ship, "rollback": rollback}
 
 
 def _remove_old(folder: Path) -> None:

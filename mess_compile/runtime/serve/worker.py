@@ -40,7 +40,7 @@ _LOOK_S = 0.02
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RequestedJob:
     """A job by name; `graph` is its ONNX file's SHA-256, None for a pseudo graph."""
 
     name: str
@@ -50,7 +50,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Wish:
+class WorkRequest:
     """What to build, and then to measure: `measured` names jobs, the others only run before those; or to score.
 
     `run` tells one measurement from another of the same jobs. `frame` is the SHA-256 of a .npy file, uint8 (H, W, 3);
@@ -60,13 +60,13 @@ class Wish:
 
     run: str
     library: str
-    jobs: Tuple[Wanted, ...]
+    jobs: Tuple[RequestedJob, ...]
     measured: Tuple[str, ...]
     reference: str
     effort: Effort
     frame: str
     thresholds: Tuple[Tuple[float, ...], ...]
-    exits: Optional[scoring.Exits] = None
+    exits: Optional[scoring.ScoredExits] = None
     lock_clocks: bool = False
 
 
@@ -80,13 +80,13 @@ class Hello:
     facts: Dict[str, str]
 
 
-def wish_to_json(wish: Wish) -> str:
+def wish_to_json(wish: WorkRequest) -> str:
     return json.dumps(decode.encode(wish, FORMAT, VERSION), sort_keys=True)
 
 
-def wish_from_json(text: str) -> Wish:
+def wish_from_json(text: str) -> WorkRequest:
     """Raises InputError naming what is wrong."""
-    wish: Wish = lines.wish_of(Wish, text, FORMAT, VERSION)
+    wish: WorkRequest = lines.wish_of(WorkRequest, text, FORMAT, VERSION)
     if wish.library not in LIBRARIES:
         raise InputError(f"the wish is for {wish.library!r}, not one of {', '.join(LIBRARIES)}")
     return wish
@@ -111,7 +111,7 @@ def serve(store: Path, name: str, say: Say) -> None:
     say("state", power.state_to_json(power.read_state()))
 
 
-def _built(library: Library, wish: Wish, store: Path, say: Say) -> List[Job]:
+def _built(library: Library, wish: WorkRequest, store: Path, say: Say) -> List[Job]:
     """The jobs with what the library loads; a graph that does not build is told and left out."""
     jobs = []
     for wanted in wish.jobs:
@@ -141,7 +141,7 @@ def _made(path: Path, known: Dict[Path, int]) -> Dict[str, Any]:
     return {"key": path.stem, "bytes": found.st_size, "now": now}
 
 
-def _measure(library: Library, wish: Wish, jobs: List[Job], store: Path, name: str, say: Say) -> None:
+def _measure(library: Library, wish: WorkRequest, jobs: List[Job], store: Path, name: str, say: Say) -> None:
     results = store / RESULTS / f"{name}.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
     earlier = [event for event in events_in(results) if isinstance(event, Window)]
@@ -165,7 +165,9 @@ def _measure(library: Library, wish: Wish, jobs: List[Job], store: Path, name: s
             say(kind, content)
 
 
-def _score(library: Library, wish: Wish, exits: scoring.Exits, jobs: List[Job], store: Path, say: Say) -> None:
+def _score(
+    library: Library, wish: WorkRequest, exits: scoring.ScoredExits, jobs: List[Job], store: Path, say: Say
+) -> None:
     """Score files of images as they come, and remove each after it; whoever sends them ends this program."""
     paths = {job.name: job.path for job in jobs if job.path is not None}
     absent = [name for name in exits.engines if name not in paths]

@@ -27,7 +27,7 @@ from mess_compile.search.exhaustive import plan_table as rows_module
 from mess_compile.search.exhaustive.plan_table import (
     NO_OPTION,
     ROW,
-    HeadOptions,
+    HeadDecisions,
     Progress,
     Rows,
     rows_of_plans,
@@ -116,7 +116,7 @@ def _recalled(folder: Path, key: str, evidence: Evidence) -> Rows | None:
             return None
         plans, chains = (_array(folder / f"{name}.npy", content["sha256"][name]) for name in ("plans", "chains"))
         heads = [tuple(content["heads"][i] for i in line if i != NO_OPTION) for line in chains.tolist()]
-        options = HeadOptions(evidence)
+        options = HeadDecisions(evidence)
         rows = Rows(tuple(heads), options, plans, int(content["space"]), int(content["evaluated"]))
         return rows if plans.dtype == ROW and _agrees(evidence, rows) else None
     except (InputError, OSError, KeyError, TypeError, ValueError, IndexError):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.evaluate.statistics import ExitStatistics
-from mess_compile.search.space import Options
+from mess_compile.search.space import Decisions
 
 STATES = 8192
 UNTHREADED_SIZE = 1 << 18
@@ -80,7 +80,7 @@ class Outcomes:
         return Outcomes(self.taken[:, -early:], self.at[:, -early:], self.miou)
 
 
-def states_of_pair(first: Options, second: Options) -> Iterator[States]:
+def states_of_pair(first: Decisions, second: Decisions) -> Iterator[States]:
     """All states of two early heads, in blocks; of those in which the same images leave at each only the first."""
     by_size = np.argsort(first.leaves.sum(axis=1), kind="stable")
     step = max(1, STATES // len(second.rows)) if len(second.rows) else 1
@@ -88,7 +88,7 @@ def states_of_pair(first: Options, second: Options) -> Iterator[States]:
         yield _states(first, second, by_size[start : start + step])
 
 
-def _states(first: Options, second: Options, chosen: Index) -> States:
+def _states(first: Decisions, second: Decisions, chosen: Index) -> States:
     n = first.leaves.shape[1]
     left = second.leaves & ~first.leaves[chosen][:, None]  # (chosen, second, n)
     parent, b = _distinct(_words(left))
@@ -146,7 +146,7 @@ def best_outcomes(
     return Outcomes(taken, np.stack([states.at_first, states.at_second], axis=1), best)
 
 
-def outcomes_of_three(scores: Scores, early: Sequence[str], last: str, options: Sequence[Options]) -> Outcomes:
+def outcomes_of_three(scores: Scores, early: Sequence[str], last: str, options: Sequence[Decisions]) -> Outcomes:
     """Every choice of the options of three early heads, with images that leave at none of them at `last`."""
     base = scores.of_head[last]
     first, second, third = options

@@ -32,7 +32,7 @@ from mess_compile.search.space import (
     ENUMERATED_EXITS,
     NEAR,
     NEAR_OF_THREE,
-    Options,
+    Decisions,
     chains,
     head_options,
     last_heads,
@@ -61,14 +61,14 @@ ENUMERATED = 6e9
 """Plans times images up to which all are enumerated, in about ten seconds on two cores."""
 
 
-class HeadOptions(dict[str, Options]):
+class HeadDecisions(dict[str, Decisions]):
     """The options of each early head, found when they are first asked for."""
 
     def __init__(self, evidence: Evidence) -> None:
         super().__init__()
         self._evidence = evidence
 
-    def __missing__(self, head: str) -> Options:
+    def __missing__(self, head: str) -> Decisions:
         self[head] = head_options(self._evidence.statistics, head, self._evidence.cuts[head])
         return self[head]
 
@@ -82,7 +82,7 @@ class Rows:
     """
 
     chains: tuple[tuple[str, ...], ...]
-    options: dict[str, Options]
+    options: dict[str, Decisions]
     plans: NDArray[np.void]
     space: int
     evaluated: int
@@ -123,7 +123,7 @@ def rows_of_plans(evidence: Evidence, requirement: Requirement, progress: Progre
     if requirement.setting == "anytime":
         return _anytime_rows(evidence, requirement)
     beginnings = tuple(chains(evidence.heads, len(evidence.candidate.exit_points), requirement.early_exits))
-    ledger, done = _Ledger(evidence, HeadOptions(evidence)), 0
+    ledger, done = _Ledger(evidence, HeadDecisions(evidence)), 0
     with nullcontext() if clock is None else clock.ends_by_interrupt():
         for early in beginnings:
             ledger.add(early, _lasts(evidence, early))
@@ -166,7 +166,7 @@ def _anytime_rows(evidence: Evidence, requirement: Requirement) -> Rows:
     plans["taken"] = NO_OPTION
     for name in found[0].columns:
         plans[name] = np.concatenate([each.columns[name] for each in found])
-    return Rows(whole, HeadOptions(evidence), plans, len(whole), len(whole))
+    return Rows(whole, HeadDecisions(evidence), plans, len(whole), len(whole))
 
 
 def _rows_of_chain(evidence: Evidence, index: int, heads: tuple[str, ...], found: Outcomes) -> NDArray[np.void]:
@@ -211,7 +211,7 @@ def _p95(leave: NDArray[np.int64], costs: NDArray[np.int64]) -> NDArray[np.int64
 class _Ledger:
     """Collects the rows of the budgeted and the input-dependent setting, chain by chain."""
 
-    def __init__(self, evidence: Evidence, options: dict[str, Options]) -> None:
+    def __init__(self, evidence: Evidence, options: dict[str, Decisions]) -> None:
         self._evidence = evidence
         self._scores = Scores(evidence.statistics)
         self._options = options

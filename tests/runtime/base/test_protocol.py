@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mess_compile.device.remote import parse_host
 from mess_compile.runtime.base import decode, protocol
 from mess_compile.runtime.base.errors import InputError
-from mess_compile.ship.client import Place, _hear, _Heard
+from mess_compile.ship.client import Destination, _hear, _Heard
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -67,7 +67,7 @@ def test_whole_numbers_stand_for_others_as_far_as_these_reach() -> None:
 
 
 def test_a_device_that_says_nonsense_is_named() -> None:
-    place = Place("ssh://xavier:/opt/street", parse_host("xavier"), "/opt/street")
+    place = Destination("ssh://xavier:/opt/street", parse_host("xavier"), "/opt/street")
     step = {"what": "verify", "number": 1, "total": 1, "expected_s": 10**400}
     with pytest.raises(InputError, match="ssh://xavier:/opt/street says something else than expected"):
         _hear(_Heard(), json.dumps({"step": step}), place, lambda text: None)

@@ -12,18 +12,18 @@ from mess_compile.bundle import write as bundles
 from mess_compile.network import GraphSet
 from mess_compile.runtime.base.errors import EngineError, InputError
 from mess_compile.runtime.bundle import plan_choice
-from mess_compile.runtime.bundle.manifest import Device
+from mess_compile.runtime.bundle.manifest import DeviceMatch
 from mess_compile.runtime.machine.machine import Gpu, Machine
 from tests import small_network
 
-XAVIER, ORIN = Device("Xavier", (7, 2), ("AGX Xavier",)), Device("Orin", (8, 7), ("AGX Orin",))
+XAVIER, ORIN = DeviceMatch("Xavier", (7, 2), ("AGX Xavier",)), DeviceMatch("Orin", (8, 7), ("AGX Orin",))
 ON_XAVIER = Machine((Gpu("Xavier", (7, 2)),), "NVIDIA Jetson AGX Xavier Developer Kit")
 ON_ORIN = Machine((Gpu("Orin", (8, 7)),), "NVIDIA Jetson AGX Orin")
 ON_RTX = Machine((Gpu("NVIDIA GeForce RTX 4090", (8, 9)),))
 
 
 def part(
-    graphs: GraphSet, name: str, device: Device, library: str = "onnxruntime", recipe: str = "fp32"
+    graphs: GraphSet, name: str, device: DeviceMatch, library: str = "onnxruntime", recipe: str = "fp32"
 ) -> bundles.Part:
     plan = replace(small_network.plan(), device=name, library=library)
     return replace(small_network.part(graphs, plan, recipe), device=device)
@@ -33,7 +33,7 @@ def part(
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     graphs = small_network.graph_set(folder / "graphs")
-    parts = [part(graphs, "host", Device()), part(graphs, "xavier", XAVIER), part(graphs, "orin", ORIN)]
+    parts = [part(graphs, "host", DeviceMatch()), part(graphs, "xavier", XAVIER), part(graphs, "orin", ORIN)]
     small_network.write_parts(folder / "several.mess", [*parts, part(graphs, "orin", ORIN, recipe="fp16-1f2e3d")])
     return folder / "several.mess"
 
@@ -119,7 +119,7 @@ def test_a_library_that_is_not_here_leaves_the_next_plan(tmp_path: Path, monkeyp
     monkeypatch.setattr(plan_choice, "open_library", without_tensorrt)
     on(ON_XAVIER, monkeypatch)
     graphs = small_network.graph_set(tmp_path / "graphs")
-    parts = [part(graphs, "xavier", XAVIER, "tensorrt"), part(graphs, "host", Device())]
+    parts = [part(graphs, "xavier", XAVIER, "tensorrt"), part(graphs, "host", DeviceMatch())]
     small_network.write_parts(tmp_path / "two.mess", parts)
     with runtime.load(tmp_path / "two.mess", threads=1) as cascade:
         assert cascade.plan.target == "host"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mess_compile import runtime
-from mess_compile.runtime.bundle.manifest import Manifest, Plan
+from mess_compile.runtime.bundle.manifest import BundlePlan, Manifest
 from mess_compile.runtime.cascade import metrics as metrics_module
 from mess_compile.runtime.cascade.metrics import Metrics, Recorder, drift
 from tests import small_network
@@ -28,14 +28,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plan(bundle: Path) -> Plan:
+def plan(bundle: Path) -> BundlePlan:
     with runtime.load(bundle, threads=1) as cascade:
         return cascade.plan
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.05, 5e4), min_size=1, max_size=300))
-def test_percentiles_are_exact_to_2_percent(plan: Plan, latencies_ms: list[float]) -> None:
+def test_percentiles_are_exact_to_2_percent(plan: BundlePlan, latencies_ms: list[float]) -> None:
     recorder = Recorder(plan)
     for latency_ms in latencies_ms:
         recorder.finished(1, latency_ms, (), False)
@@ -47,7 +47,7 @@ def test_percentiles_are_exact_to_2_percent(plan: Plan, latencies_ms: list[float
         assert count == sum(latency_ms <= bound_ms for latency_ms in latencies_ms)
 
 
-def test_latencies_beyond_all_bins_are_still_counted(plan: Plan) -> None:
+def test_latencies_beyond_all_bins_are_still_counted(plan: BundlePlan) -> None:
     recorder = Recorder(plan)
     for latency_ms in (0.0, 1e-9, 1e12):
         recorder.finished(1, latency_ms, (), False)
@@ -104,7 +104,7 @@ def test_drift_is_told_of_the_frames_that_reach_an_exit(
     assert first.index > max(first.by_chance, 0.2)
 
 
-def test_metrics_of_a_long_run_take_no_more_memory_than_of_a_short_one(plan: Plan) -> None:
+def test_metrics_of_a_long_run_take_no_more_memory_than_of_a_short_one(plan: BundlePlan) -> None:
     recorder = Recorder(plan)
     for number in range(3000):
         recorder.finished(1, 1.0 + number % 7, (0.5,), False)
@@ -141,7 +141,7 @@ def parsed(text: str) -> dict[str, dict[str, float]]:
     return families
 
 
-def some_metrics(plan: Plan, bundle: str = "tiny") -> Metrics:
+def some_metrics(plan: BundlePlan, bundle: str = "tiny") -> Metrics:
     recorder = Recorder(replace(plan, confidence=((5,) * 10, ())))
     for number in range(150):
         recorder.finished(1 + number % 2, 0.9 + number % 2, (number % 10 / 10,), number == 3)
@@ -152,7 +152,7 @@ def some_metrics(plan: Plan, bundle: str = "tiny") -> Metrics:
     return recorder.metrics(bundle, "default")
 
 
-def test_prometheus_reads_the_same_numbers(plan: Plan) -> None:
+def test_prometheus_reads_the_same_numbers(plan: BundlePlan) -> None:
     families = parsed(some_metrics(plan).to_prometheus())
     here = 'bundle="tiny",target="host"'
     assert families["mess_frames_total"] == {f'{{{here},exit="1"}}': 75, f'{{{here},exit="2"}}': 75}
@@ -172,13 +172,13 @@ def test_prometheus_reads_the_same_numbers(plan: Plan) -> None:
     assert families["mess_cascade_info"] == {f'{{{here},library="onnxruntime",operating_point="default"}}': 1}
 
 
-def test_names_are_escaped_for_prometheus(plan: Plan) -> None:
+def test_names_are_escaped_for_prometheus(plan: BundlePlan) -> None:
     text = some_metrics(plan, 'a"b\\c\nd').to_prometheus()
     assert 'bundle="a\\"b\\\\c\\nd"' in text
     parsed(text)
 
 
-def test_metrics_as_json_are_numbers(plan: Plan) -> None:
+def test_metrics_as_json_are_numbers(plan: BundlePlan) -> None:
     found = json.loads(some_metrics(plan).to_json())
     assert found["exits"] == [75, 75]
     assert found["drift"][0]["exit"] == 1

@@ -21,9 +21,18 @@ from mess_compile.runtime.engines.engine import TensorSpec
 from mess_compile.runtime.engines.engine_fake import FakeGraph, FakeLibrary
 from mess_compile.runtime.measure.measure import Effort
 from mess_compile.runtime.serve import scoring, worker
-from mess_compile.runtime.serve.scoring import IGNORED, Exits, HeadEngines, Score, open_scorer, score_of, scored, told
+from mess_compile.runtime.serve.scoring import (
+    IGNORED,
+    HeadEngines,
+    Score,
+    ScoredExits,
+    open_scorer,
+    score_of,
+    scored,
+    told,
+)
 
-EXITS = Exits(
+EXITS = ScoredExits(
     (2, 2),
     3,
     ((0, 1, "to1"), (0, 2, "to2")),
@@ -127,7 +136,7 @@ def test_labels_of_a_large_image_travel_small(tmp_path: Path) -> None:
 
 
 def test_what_runs_is_told_to_the_device_as_it_is() -> None:
-    wish = worker.Wish("score", "onnxruntime", (), (), "", Effort(), "f" * 64, ((0.5,) * 3,), EXITS)
+    wish = worker.WorkRequest("score", "onnxruntime", (), (), "", Effort(), "f" * 64, ((0.5,) * 3,), EXITS)
     assert worker.wish_from_json(worker.wish_to_json(wish)) == wish
     without = replace(wish, exits=replace(EXITS, alone=None))
     assert worker.wish_from_json(worker.wish_to_json(without)) == without

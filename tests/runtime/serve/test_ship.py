@@ -22,7 +22,7 @@ from mess_compile.runtime.engines import engine_cache, tensorrt_build
 from mess_compile.runtime.engines.engine_fake import FakeLibrary
 from mess_compile.runtime.engines.tensorrt_build import BuildOptions, Built
 from mess_compile.runtime.serve import ship
-from mess_compile.runtime.serve.ship import Wish
+from mess_compile.runtime.serve.ship import ShipRequest
 from mess_compile.runtime.serve.verify import verify
 from mess_compile.runtime.serve.versions import History
 from tests import small_network
@@ -106,7 +106,7 @@ def test_engines_that_a_signed_bundle_brings_are_not_foretold_to_be_built(
     monkeypatch.setattr(ship, "installed_signers", lambda: Signers(tmp_path / "allowed") if known else None)
     monkeypatch.setattr(ship, "signer_of", lambda *told: "maker@example.com")
     said: dict[str, Any] = {}
-    ship.look(Wish(str(tmp_path), manifest_to_json(manifest), "signature"), said.__setitem__)
+    ship.look(ShipRequest(str(tmp_path), manifest_to_json(manifest), "signature"), said.__setitem__)
     every = [*plan.graphs(), *plan.graphs()]
     assert said["looked"]["refusal"] is None
     assert sorted(said["looked"]["build"]) == sorted(every[known:])
@@ -144,7 +144,7 @@ def test_of_programs_of_other_days_the_one_that_runs_stays(tmp_path: Path, monke
     programs.mkdir(parents=True)
     for name in ("own", "older"):
         (programs / name).write_bytes(b"a program")
-    (programs / "wish").write_text(ship.wish_to_json(ship.Wish(str(tmp_path))))
+    (programs / "wish").write_text(ship.wish_to_json(ship.ShipRequest(str(tmp_path))))
     monkeypatch.setattr(ship, "__file__", str(programs / "own" / "mess_compile" / "runtime" / "ship.py"))
     assert ship.tell("look", programs / "wish") == 0
     assert len(list(programs.iterdir())) == 3, "they are of today"

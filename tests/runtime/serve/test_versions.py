@@ -20,7 +20,7 @@ from mess_compile.runtime.base.errors import BundleError, InputError, MessError
 from mess_compile.runtime.bundle import archive
 from mess_compile.runtime.bundle.manifest import Manifest
 from mess_compile.runtime.serve import ship, versions
-from mess_compile.runtime.serve.ship import Wish
+from mess_compile.runtime.serve.ship import ShipRequest
 from tests import small_network
 from tests.shipping import check_whole, released, with_threshold
 from tests.small_network import changed_bundle
@@ -55,7 +55,7 @@ def quiet(kind: str, content: Any) -> None:
     pass
 
 
-def wished(folder: Path, bundle: Path, **options: Any) -> Wish:
+def wished(folder: Path, bundle: Path, **options: Any) -> ShipRequest:
     """The files have arrived."""
     store = folder / versions.FILES
     store.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def wished(folder: Path, bundle: Path, **options: Any) -> Wish:
         for name, file in opened.manifest.files.items():
             if not (store / file.sha256).exists():
                 shutil.copy(opened.folder / name, store / file.sha256)
-        return Wish(str(folder), opened.manifest_bytes.decode(), **options)
+        return ShipRequest(str(folder), opened.manifest_bytes.decode(), **options)
 
 
 def shipped(folder: Path, bundle: Path, **options: Any) -> str:
@@ -154,10 +154,10 @@ def test_broken_at_any_step_a_whole_version_is_in_use_and_the_next_ship_succeeds
 def test_back_goes_to_what_was_in_use_before_and_further(bundles: list[Path], tmp_path: Path) -> None:
     first, second, third = (shipped(tmp_path, bundle) for bundle in bundles)
     for expected in (second, first):
-        ship.rollback(Wish(str(tmp_path)), quiet)
+        ship.rollback(ShipRequest(str(tmp_path)), quiet)
         assert check_whole(tmp_path) == expected
     with pytest.raises(InputError, match="no version to go back to"):
-        ship.rollback(Wish(str(tmp_path)), quiet)
+        ship.rollback(ShipRequest(str(tmp_path)), quiet)
     assert shipped(tmp_path, bundles[2]) == third, "newer than what is in use, though it was here before"
 
 
@@ -165,12 +165,12 @@ def test_a_rollback_that_is_killed_goes_back_one_version_and_no_further(bundles:
     start = tmp_path / "start"
     _, second, third = (shipped(start, bundle) for bundle in bundles)
     shutil.copytree(start, tmp_path / "counted", symlinks=True)
-    total = steps_of(lambda: ship.rollback(Wish(str(tmp_path / "counted")), quiet))
+    total = steps_of(lambda: ship.rollback(ShipRequest(str(tmp_path / "counted")), quiet))
     assert total > 3
     for at in range(1, total + 1):
         folder = tmp_path / str(at)
         shutil.copytree(start, folder, symlinks=True)
-        wish = Wish(str(folder))
+        wish = ShipRequest(str(folder))
         killed(lambda wish=wish: ship.rollback(wish, quiet), at)  # type: ignore[misc]
         if check_whole(folder) == third:
             ship.rollback(wish, quiet)
@@ -184,7 +184,7 @@ def test_the_history_may_be_lost(bundles: list[Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is damaged .* remove it"):
         shipped(tmp_path, bundles[2])
     history.unlink()
-    ship.rollback(Wish(str(tmp_path)), quiet)
+    ship.rollback(ShipRequest(str(tmp_path)), quiet)
     assert check_whole(tmp_path) == first
     assert shipped(tmp_path, bundles[2]).startswith("versions/3-"), "no number twice"
 
@@ -234,7 +234,7 @@ def test_only_so_many_versions_stay_and_their_files(bundles: list[Path], tmp_pat
     store = tmp_path / versions.FILES
     assert {path.stat().st_ino for path in store.iterdir()} <= kept
     (store / ("0" * 64)).write_text("of nobody")
-    ship.rollback(Wish(str(tmp_path)), quiet)
+    ship.rollback(ShipRequest(str(tmp_path)), quiet)
     again = shipped(tmp_path, bundles[0], keep=2, allow_downgrade=True)
     there = {f"versions/{path.name}" for path in (tmp_path / "versions").iterdir()}
     assert there == {again, second}, "what was in use last stays rather than what is newest"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mess_compile.latency.table import Failure
+from mess_compile.latency.table import GraphFailure
 from mess_compile.runtime.base.errors import InputError, RequirementError
 from mess_compile.search import solver
 from mess_compile.search.bnb import driver, kernels, search
@@ -91,7 +91,7 @@ def with_costs(case: Evidence, mean_ms: dict[str, float]) -> Evidence:
 
 def without_graphs(case: Evidence, names: set[str]) -> Evidence:
     entries = {key: entry for key, entry in case.table.entries.items() if key[0] not in names}
-    failed = {key: Failure(key[0], entry.sha256, "fp32", "no") for key, entry in case.table.entries.items()}
+    failed = {key: GraphFailure(key[0], entry.sha256, "fp32", "no") for key, entry in case.table.entries.items()}
     failed = {key: failure for key, failure in failed.items() if key not in entries}
     return dataclasses.replace(case, table=dataclasses.replace(case.table, entries=entries, failed=failed))
 
