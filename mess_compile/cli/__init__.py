@@ -7,7 +7,26 @@ from pathlib import Path
 import click
 
 from mess_compile import __version__
-from mess_compile.cli import bundles, completion, networks, on_devices, searching, shipping, showing
+from mess_compile.cli import (
+    bench,
+    build,
+    bundle,
+    compare,
+    completion,
+    demo,
+    devices,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    profile,
+    report,
+    run,
+    search,
+    ship,
+    train,
+    verify,
+)
 from mess_compile.cli.console import Group
 from mess_compile.cli.interrupts import words_of
 from mess_compile.cli.options import FOLDER
@@ -34,24 +53,24 @@ def main(ctx: click.Context, folder: Path) -> None:
 
 
 for command in (
-    networks.demo,
-    networks.train,
-    networks.export,
-    networks.evaluate,
-    on_devices.build,
-    on_devices.profile,
-    searching.search,
-    bundles.bundle,
-    bundles.run,
-    bundles.bench,
-    bundles.verify,
-    shipping.ship,
-    shipping.ships,
-    showing.report,
-    showing.compare,
-    on_devices.devices,
-    on_devices.doctor,
-    bundles.inspect,
+    demo.demo,
+    train.train,
+    export.export,
+    evaluate.evaluate,
+    build.build,
+    profile.profile,
+    search.search,
+    bundle.bundle,
+    run.run,
+    bench.bench,
+    verify.verify,
+    ship.ship,
+    ship.ships,
+    report.report,
+    compare.compare,
+    devices.devices,
+    doctor.doctor,
+    inspect.inspect,
     completion.completion,
 ):
     main.add_command(command)

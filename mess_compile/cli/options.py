@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from mess_compile.cli.completion import precisions
+from mess_compile.cli.completion import precisions, targets
 from mess_compile.cli.console import print_json, print_table, say
 from mess_compile.cli.progress import duration
 from mess_compile.data_folder import DataFolder
@@ -26,6 +26,11 @@ PYTHON = click.option(
     "--python",
     metavar="PATH",
     help="What starts Python there: a path, ~/ being the home folder there; python3 by default. Remembered.",
+)
+TARGET = click.option(
+    "--target",
+    shell_complete=targets,
+    help="Which plan: a device, or device and precision such as xavier:fp16.",
 )
 PRECISION = click.option(
     "--precision", default="fp32", shell_complete=precisions, show_default=True, help="fp32, fp16 or int8."
@@ -144,3 +149,8 @@ def rates(rates: Any) -> str:
 
 def picked(options: dict[str, Any], names: str) -> dict[str, Any]:
     return {name: options[name] for name in names.split()}
+
+
+def print_doubts(doubts: Iterable[str]) -> None:
+    for doubt in doubts:
+        say(f"mind: {doubt}")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mess_compile import workspace
 from mess_compile.bench.run import Bench, Held
-from mess_compile.cli import bundles, hints, main
+from mess_compile.cli import bench, hints, main
 from mess_compile.data import scenes
 from mess_compile.runtime.serve.verify import Demands
 from mess_compile.ship.client import parse_place
@@ -103,17 +103,17 @@ def benched(device: str, *missed: Held) -> Bench:
 
 def test_after_a_missed_promise_the_device_that_was_benched_is_searched_again(used: Workspace) -> None:
     lost, slow = Held("err_pp", 2.0, 2.5, False), Held("latency_ms", 5.0, 6.0, False)
-    assert bundles._after_bench(benched("orin", lost, slow), Path("a.mess")) == [
+    assert bench._after_bench(benched("orin", lost, slow), Path("a.mess")) == [
         "search --device orin --max-err 1.5% --max-latency 5ms",
         "profile --device orin",
         "report --device orin",
     ]
-    assert bundles._after_bench(benched("host", lost), Path("a.mess")) == ["search --max-err 1.5%", "report"]
+    assert bench._after_bench(benched("host", lost), Path("a.mess")) == ["search --max-err 1.5%", "report"]
 
 
 def test_a_search_that_allowed_no_error_is_not_proposed_again(used: Workspace) -> None:
     lost = Held("err_pp", 0.0, 0.5, False)
-    assert bundles._after_bench(benched("host", lost), Path("a.mess")) == ["report"]
+    assert bench._after_bench(benched("host", lost), Path("a.mess")) == ["report"]
 
 
 def test_a_bundle_of_any_name_is_shipped_into_a_folder_that_ship_takes(used: Workspace) -> None:

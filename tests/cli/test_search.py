@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mess_compile.cli.searching import thrift_of
+from mess_compile.cli.search import thrift_of
 from mess_compile.evaluate import statistics
 from mess_compile.report.model import Missing
 from mess_compile.report.provenance import provenance_of

@@ -1,89 +1,22 @@
-"""Commands around the device: build, profile, devices, doctor."""
+"""The command `profile`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mess_compile.cli import completion, hints
-from mess_compile.cli.console import fail, print_json, print_next, print_table, progress_bar, say
+from mess_compile.cli.console import print_json, print_next, progress_bar, say
 from mess_compile.cli.options import JUDGED, PRECISIONS, PYTHON, dry_run_option, json_option, print_foresight
-from mess_compile.cli.searching import thrift_of
+from mess_compile.cli.search import thrift_of
 from mess_compile.data_folder import DataFolder
 from mess_compile.runtime.base.errors import InputError
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
-
-
-@click.command(short_help="Build the device's engines, here or there.")
-@click.option(
-    "--device",
-    shell_complete=completion.devices,
-    help="A known device (see `mess-compile devices`); the one profiled last by default.",
-)
-@PRECISIONS
-@JUDGED
-@click.option("--jobs", type=click.IntRange(1), help="Processes that build at once; one on each core by default.")
-@click.option(
-    "--host", shell_complete=completion.hosts, help="Build on the device itself: ssh://user@host[:port]; remembered."
-)
-@PYTHON
-@dry_run_option
-@json_option
-@click.pass_obj
-def build(
-    workspace: Workspace,
-    device: str | None,
-    precision: str,
-    data: DataFolder | None,
-    jobs: int | None,
-    host: str | None,
-    python: str | None,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    """Build the device's engines of every graph, here or there; what is there and unchanged is kept.
-
-    A build that was broken off continues with the same command.
-    """
-    from mess_compile import steps
-
-    precisions, tell = tuple(precision.split(",")), partial(say, err=True)
-    if dry_run:
-        return print_foresight(steps.foresee_build(workspace, device, precisions, jobs, host), as_json)
-    with progress_bar(as_json) as progress:
-        builds = steps.build(workspace, device, precisions, data, jobs, progress, host, tell, python)
-    if as_json:
-        told = [
-            {"engines": asdict(e.engines), "fallbacks": [asdict(f) for f in e.fallbacks], "place": e.place}
-            for e in builds
-        ]
-        print_json({"builds": told})
-    for each in () if as_json else builds:
-        _print_engines(each.engines, each.place)
-        for fallen in each.fallbacks:
-            say(f"{fallen.graph} is {fallen.used}, not {fallen.wanted}: {fallen.reason}")
-    if all(len(each.engines.failed) == len(each.engines.entries) for each in builds):
-        fail(f"no graph builds for {builds[0].engines.device}")
-    return None if as_json else print_next(f"profile --device {builds[0].engines.device}")
-
-
-def _print_engines(engines: Any, place: str) -> None:
-    made = [entry for entry in engines.entries if entry.error is None]
-    say(
-        f"{len(made)} engines of {len(engines.entries)} graphs in {engines.recipe} for {engines.device} "
-        f"({engines.library} {engines.library_version}) in {place}, {engines.built} of them built now, "
-        f"{sum(entry.bytes for entry in made) / 2**20:.1f} MiB"
-    )
-    for name in dict.fromkeys(name for entry in made for name in entry.rewrites):
-        count = sum(name in entry.rewrites for entry in made)
-        say(f"rewritten for this target, outputs alike: {count} graphs, {name}")
-    for entry in engines.failed:
-        say(f"FAILED  {entry.graph} ({entry.precision}): {entry.error}")
 
 
 @click.command(short_help="Measure the graphs on the device.")
@@ -215,40 +148,3 @@ def _print_table_made(table: Any) -> None:
         + (f" ({times:.1f}x, measured again)" if slow else "")
         + f", {unsteady:.0%} of the graphs did not settle"
     )
-
-
-@click.command(short_help="Known targets, and which of them this machine is.")
-@json_option
-@click.pass_obj
-def devices(workspace: Workspace, as_json: bool) -> None:
-    """Known targets, ours and the workspace's own, and which of them this machine is."""
-    from mess_compile import steps, targets
-    from mess_compile.runtime.machine import machine as machines
-
-    machine, known = machines.this_machine(), steps.devices(workspace)
-    here = targets.targets_here([each.target for each in known], machine)
-    if as_json:
-        found = [{**asdict(each.target), "here": each.here, "differences": each.differences} for each in known]
-        return print_json({"devices": found, "machine": asdict(machine)})
-    rows = [["yes" if each.here else "", *targets.in_cells(each.target)] for each in known]
-    header = ["device", "here", "library", "precisions", "capability", "peak TFLOP/s, TOP/s", "GB/s", "description"]
-    print_table("", header, [[name, mark, *rest] for mark, name, *rest in rows])
-    say(f"this machine: {machines.in_words(machine)}")
-    return print_next(f"profile --device {here[0].name if here else 'host'}")
-
-
-@click.command()
-@json_option
-@click.pass_obj
-def doctor(workspace: Workspace, as_json: bool) -> None:
-    """What this machine can train, build and run."""
-    from mess_compile.doctor import examine
-
-    with progress_bar(as_json) as progress:
-        progress("look at this machine", 0, 0)
-        findings = examine(workspace.root)
-    if as_json:
-        return print_json({"findings": [asdict(finding) for finding in findings]})
-    for finding in findings:
-        say(f"{'yes' if finding.possible else 'no '}  {finding.what}: {finding.detail}")
-    return print_next("demo")

@@ -1,27 +1,22 @@
-"""Commands around the network: demo, train, export, evaluate."""
+"""The command `train`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli import completion
 from mess_compile.cli.console import print_json, print_next, progress_bar, say
 from mess_compile.cli.options import (
     FILE,
     FOLDER,
     HW,
-    PRECISION,
-    PYTHON,
     data_options,
     dry_run_option,
     json_option,
     picked,
-    print_inspection,
     print_prospects,
     size,
 )
@@ -30,19 +25,6 @@ from mess_compile.runtime.base.errors import InputError
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
-
-
-@click.command(short_help="The whole flow on generated street scenes.")
-@click.argument("folder", type=FOLDER, default="demo")
-@click.option("--train", is_flag=True, help="Train the network from scratch, instead of the one that is brought.")
-def demo(folder: Path, train: bool) -> None:
-    """The whole flow on generated street scenes: export, profile, search, bundle, run, bench, report.
-
-    It takes a minute, with a network that mess-compile brings; to train that takes a quarter of an hour more.
-    """
-    from mess_compile.steps import demo as demonstration
-
-    demonstration.run_demo(folder, click.get_current_context().find_root().command, train)
 
 
 def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,78 +154,3 @@ def _recipe(recipes: Any, options: dict[str, Any]) -> Any:
         **picked(options, "epochs batch learning_rate full_size_epochs order stage1_head exit_weight ema lovasz"),
         **picked(options, "class_power loss_resolution seed"),
     )
-
-
-@click.command(short_help="Cut a candidate network into checked graphs.")
-@click.argument("source", type=click.Path(path_type=Path), required=False)
-@click.option("--exits", type=FILE, help="TOML that names another framework's tensors; with MODEL.onnx.")
-@click.option("--confidence", type=click.Choice(["top1", "margin", "entropy"]), default="top1", show_default=True)
-@click.option("--plain", is_flag=True, help="Leave the edge-aware step (Eq. 2-3) of the gate out.")
-@json_option
-@click.pass_obj
-def export(
-    workspace: Workspace, source: Path | None, exits: Path | None, confidence: str, plain: bool, as_json: bool
-) -> None:
-    """Cut a candidate network (or a multi-exit ONNX) into checked graphs."""
-    from mess_compile import steps
-    from mess_compile.network import Gate
-    from mess_compile.report import inspection
-
-    with progress_bar(as_json) as progress:
-        graph_set = steps.export(workspace, source, Gate(confidence, not plain), progress, exits)
-    candidate = graph_set.candidate
-    if as_json:
-        return print_json(inspection.inspect_graphs(graph_set).content)
-    weights = sum(path.stat().st_size for path in (workspace.graphs / "weights").glob("*"))
-    say(
-        f"{len(graph_set.graphs)} graphs in {workspace.graphs}: {len(candidate.segments())} segments, "
-        f"{len(candidate.heads)} heads; weights {weights / 2**20:.1f} MiB; all agree with the whole network"
-    )
-    if graph_set.baseline_alone is not None:
-        say(f"{' and '.join(graph_set.baselines)}: plans are held against the better one in mIoU")
-    return print_next("profile --device host")
-
-
-@click.command(short_help="Record how sure and how right every head is.")
-@data_options("Labelled images; remembered.")
-@click.option(
-    "--split", shell_complete=completion.splits, help="val by default; val[:50] takes the first 50 files. Remembered."
-)
-@click.option(
-    "--device", shell_complete=completion.devices, help="Run the engines of this device instead of ONNX Runtime here."
-)
-@click.option(
-    "--host",
-    shell_complete=completion.hosts,
-    help="Where the device is: ssh://user@host[:port]; the one that it was profiled at by default.",
-)
-@PYTHON
-@PRECISION
-@click.option("--accelerator", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine that share the images.")
-@click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both themselves.")
-@click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads of each process; by default its share of the cores."
-)
-@dry_run_option
-@json_option
-@click.pass_obj
-def evaluate(
-    workspace: Workspace, /, data: DataFolder | None, split: str | None, dry_run: bool, as_json: bool, **options: Any
-) -> None:
-    """Record how sure and how right every head is on labelled images."""
-    from mess_compile import steps
-    from mess_compile.report import inspection
-
-    if dry_run:
-        where = picked(options, "device precision host")
-        return print_prospects(steps.foresee_evaluate(workspace, data, split, **where), as_json)
-    with progress_bar(as_json) as progress:
-        found = steps.evaluate(workspace, data, split, progress, **options, tell=partial(say, err=as_json))
-    if found is None:  # one of many processes; the first one speaks
-        return None
-    described = inspection.inspect_statistics(found)
-    if as_json:
-        return print_json(described.content)
-    print_inspection(described)
-    return print_next("search --max-err 1%")

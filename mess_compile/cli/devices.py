@@ -1,0 +1,34 @@
+"""The command `devices`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from mess_compile.cli.console import print_json, print_next, print_table, say
+from mess_compile.cli.options import json_option
+
+if TYPE_CHECKING:
+    from mess_compile.workspace import Workspace
+
+
+@click.command(short_help="Known targets, and which of them this machine is.")
+@json_option
+@click.pass_obj
+def devices(workspace: Workspace, as_json: bool) -> None:
+    """Known targets, ours and the workspace's own, and which of them this machine is."""
+    from mess_compile import steps, targets
+    from mess_compile.runtime.machine import machine as machines
+
+    machine, known = machines.this_machine(), steps.devices(workspace)
+    here = targets.targets_here([each.target for each in known], machine)
+    if as_json:
+        found = [{**asdict(each.target), "here": each.here, "differences": each.differences} for each in known]
+        return print_json({"devices": found, "machine": asdict(machine)})
+    rows = [["yes" if each.here else "", *targets.in_cells(each.target)] for each in known]
+    header = ["device", "here", "library", "precisions", "capability", "peak TFLOP/s, TOP/s", "GB/s", "description"]
+    print_table("", header, [[name, mark, *rest] for mark, name, *rest in rows])
+    say(f"this machine: {machines.in_words(machine)}")
+    return print_next(f"profile --device {here[0].name if here else 'host'}")

@@ -1,0 +1,53 @@
+"""The command `inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mess_compile.cli import completion, hints
+from mess_compile.cli.console import print_json, quoted
+from mess_compile.cli.options import json_option, print_inspection, size
+
+if TYPE_CHECKING:
+    from mess_compile.workspace import Workspace
+
+
+@click.command(short_help="What is in a backbone, bundle, plan or artefact.")
+@click.argument("thing", shell_complete=completion.inspected)
+@click.option(
+    "--classes", type=click.IntRange(2, 255), default=21, show_default=True, help="Classes, when THING is a backbone."
+)
+@click.option("--input", "input_hw", default="512x512", show_default=True, help="Input size, when THING is a backbone.")
+@click.option("--exits", default=6, show_default=True, help="Exit points, when THING is a backbone.")
+@click.option("--all", "whole_front", is_flag=True, help="Every plan of the front, when THING is a plan.")
+@json_option
+@click.pass_obj
+def inspect(
+    workspace: Workspace, thing: str, classes: int, input_hw: str, exits: int, whole_front: bool, as_json: bool
+) -> None:
+    """What is in a backbone (resnet50, mobilenetv2), bundle, plan (its file or device), or the workspace's graphs,
+    statistics, latency or plan."""
+    from mess_compile.report import inspection
+
+    found = inspection.inspect(workspace, thing, classes, size(input_hw), exits, whole_front)
+    if as_json:
+        return print_json(found.content)
+    print_inspection(found)
+    return hints.print_known(_after_inspection(thing, found.content))
+
+
+def _after_inspection(thing: str, content: dict[str, Any]) -> str | None:
+    if thing in ("resnet50", "mobilenetv2"):
+        known = hints.workspace_here().memory().data is not None
+        return f"train --data {quoted(hints.data_root())} --backbone {thing}" if known else None
+    if "certificate" in content:
+        return "bundle" if thing == "plan" else f"bundle {quoted(Path(thing))}"
+    after = {"graphs": "profile --device host"}
+    after |= dict.fromkeys(("statistics", "latency"), "search --max-err 1%")
+    if thing in after:
+        return after[thing]
+    here = any(hints.runs_here(plan["target"], plan["library"]) for plan in content["plans"])
+    return hints.run_on_an_image(Path(thing)) if here else None
