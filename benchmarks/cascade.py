@@ -94,7 +94,7 @@ import sys, time
 from pathlib import Path
 import numpy, onnxruntime
 from mess_compile import runtime
-from mess_compile.runtime.archive import open_archive
+from mess_compile.runtime.bundle.archive import open_archive
 archive = open_archive(Path(sys.argv[1]))
 frame = archive.array(archive.manifest.golden[0].frame)
 start = time.perf_counter()

@@ -36,9 +36,10 @@ def read_text(path, *arguments, **options):
 
 Path.read_text = read_text
 try:
-    from mess_compile.runtime import machine, tensorrt_build, tensorrt_engine
-    from mess_compile.runtime.cuda import Cuda
-    from mess_compile.runtime.errors import EngineError
+    from mess_compile.runtime.base.errors import EngineError
+    from mess_compile.runtime.engines import tensorrt_build, tensorrt_engine
+    from mess_compile.runtime.engines.cuda import Cuda
+    from mess_compile.runtime.machine import machine
 except ImportError:
     pass
 else:

@@ -160,9 +160,9 @@ def test_the_papers_baselines_have_the_papers_workload() -> None:
 CHAIN = """
 import json, sys
 from mess_compile.cli import main
-from mess_compile.runtime import profile
-effort = profile.Effort(window_s=0.0, window_runs=1, windows=1, warm_up_s=0.0)
-profile.Effort = lambda: effort
+from mess_compile.runtime.measure import measure
+effort = measure.Effort(window_s=0.0, window_runs=1, windows=1, warm_up_s=0.0)
+measure.Effort = lambda: effort
 for command in json.loads(sys.argv[1]):
     main.main(command, standalone_mode=False)
 """
@@ -472,7 +472,7 @@ PROFILE = f"""
 import sys
 from pathlib import Path
 from mess_compile import steps
-from mess_compile.runtime.profile import Effort
+from mess_compile.runtime.measure.measure import Effort
 from mess_compile.workspace import Workspace
 steps.profile(Workspace(Path(sys.argv[1])), "host", lambda *told: None, effort={EFFORT!r})
 """

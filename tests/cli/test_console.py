@@ -18,7 +18,7 @@ TOLD = {name: value for name, value in os.environ.items() if name != "MESS_COMPI
 """The environment, in which progress is told."""
 WORK = """
 import time
-from mess_compile.console import progress_bar, say
+from mess_compile.cli.console import progress_bar, say
 with progress_bar() as progress:
     for done in range(1, 5):
         time.sleep(0.1)
@@ -123,7 +123,7 @@ def test_wrong_usage_breaks_between_words_too() -> None:
 
 
 PRINTED = """
-from mess_compile.console import print_next, print_table, say
+from mess_compile.cli.console import print_next, print_table, say
 say("one two three " * 12)
 say("no   what: " + "why " * 30)
 print_table("title", ["head", *"abcdef"], [["first", *["0123456789" * 2] * 6], ["second", *["1"] * 6]])
@@ -145,10 +145,10 @@ def test_lines_break_between_words_and_tables_between_columns() -> None:
 
 SLOW = """
 import time
-from mess_compile import progress_lines
+from mess_compile.cli import progress as progress_lines
 progress_lines.FIRST_S, progress_lines.EVERY_S = 0.2, 0.3
 import click
-from mess_compile.console import Group, progress_bar, say
+from mess_compile.cli.console import Group, progress_bar, say
 @click.group(cls=Group, stopped=lambda command, folder, begun: "nothing was begun")
 def main():
     pass

@@ -236,8 +236,8 @@ KILLED = """
 import os, signal
 from contextlib import closing
 from pathlib import Path
-from mess_compile.candidates import read_graph_set
-from mess_compile.graph.recipe import settle
+from mess_compile.network import read_graph_set
+from mess_compile.graph.settle_precision import settle
 from mess_compile.runtime import engine
 from tests.graph.test_settle_precision import CALIBRATION, JUDGED
 

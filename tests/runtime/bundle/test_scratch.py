@@ -20,7 +20,7 @@ from tests import small_network
 
 LOAD = """
 import signal, sys
-from mess_compile.runtime.archive import open_archive
+from mess_compile.runtime.bundle.archive import open_archive
 archive = open_archive(__import__("pathlib").Path(sys.argv[1]))
 print(archive.folder, flush=True)
 signal.pause()

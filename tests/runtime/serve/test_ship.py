@@ -145,7 +145,7 @@ def test_of_programs_of_other_days_the_one_that_runs_stays(tmp_path: Path, monke
     for name in ("own", "older"):
         (programs / name).write_bytes(b"a program")
     (programs / "wish").write_text(ship.wish_to_json(ship.ShipRequest(str(tmp_path))))
-    monkeypatch.setattr(ship, "__file__", str(programs / "own" / "mess_compile" / "runtime" / "ship.py"))
+    monkeypatch.setattr(ship, "__file__", str(programs / "own" / "mess_compile" / "runtime" / "serve" / "ship.py"))
     assert ship.tell("look", programs / "wish") == 0
     assert len(list(programs.iterdir())) == 3, "they are of today"
     now = time.time()
