@@ -28,6 +28,7 @@ from mess_compile.evaluate.statistics import ExitStatistics, head_miou, miou
 from mess_compile.files import write_json
 from mess_compile.nets.checkpoint import load_candidate
 from mess_compile.network import CONFIDENCES, Gate
+from mess_compile.reporter import Reporter
 from mess_compile.training.recipe import Distillation, Recipe
 from mess_compile.workspace import Workspace
 
@@ -113,14 +114,21 @@ def trained(
     workspace = Workspace(folder)
     if not (workspace.candidate / "network.json").is_file():
         choice = steps.NetworkChoice("mobilenetv2", options.input_hw, EXITS, heads)
-        steps.train(workspace, Path(options.data), choice, recipe, print, source=source, teacher=teacher)
+        steps.train(
+            workspace,
+            Path(options.data),
+            choice,
+            recipe,
+            steps.TrainOptions(source=source, teacher=teacher),
+            Reporter(note=print),
+        )
     return workspace
 
 
 def measured(workspace: Workspace, gate: Gate, splits: Sequence[str]) -> list[ExitStatistics]:
     """Exit statistics on each of the splits."""
-    steps.export(workspace, None, gate, lambda *told: None)
-    found = [steps.evaluate(workspace, None, split, lambda *told: None) for split in splits]
+    steps.export(workspace, None, gate)
+    found = [steps.evaluate(workspace, steps.EvaluateOptions(split=split)) for split in splits]
     shutil.rmtree(workspace.graphs)
     return [part for part in found if part is not None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,10 @@ from mess_compile.data_folder import IMAGES, LABELS, Data, DataFolder, data_fold
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.engines.engine import FP32
 
-Progress = Callable[[str, int, int], None]
 """Called with what is done, how many of it are, and of how many."""
 HOST = "host"
 """The machine that mess-compile itself runs on, as a device."""
 _REMEDY = "remove it; it only remembers the last device, data and split"
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """A progress that nobody looks at."""
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workspace = Workspace(tmp_path_factory.mktemp("finished") / "workspace")
     data = workspace.root / "data"
     scenes.write_scenes(data, {"train": 24, "val": 12, "test": 6}, HW)
-    steps.train(workspace, data, CHOICE, Recipe(epochs=(6, 3), batch=4, learning_rate=0.02), quiet)
-    steps.export(workspace, None, Gate(), quiet)
-    steps.evaluate(workspace, None, "val", quiet)
-    steps.profile(workspace, "host", quiet, effort=EFFORT)
-    (result,) = steps.search(workspace, (), None, Requirement(objective="accuracy"), quiet)
+    steps.train(workspace, data, CHOICE, Recipe(epochs=(6, 3), batch=4, learning_rate=0.02))
+    steps.export(workspace, None, Gate())
+    steps.evaluate(workspace, steps.EvaluateOptions(split="val"))
+    steps.profile(workspace, "host", steps.ProfileOptions(effort=EFFORT))
+    (result,) = steps.search(workspace, (), None, Requirement(objective="accuracy"))
     assert len(result.plan.stages) > 1, "the tests of the cascade want a plan with an early exit"
     steps.bundle(workspace, None, None)
     return workspace.root

@@ -335,9 +335,7 @@ def test_a_network_of_which_nothing_builds_is_refused(workspace: Path, device: D
 def test_the_search_over_recipes_holds_plans_against_the_best_baseline(workspace: Path, device: Device) -> None:
     """A plan near a baseline that lost much would satisfy the figure and nobody."""
     done("-C", workspace, "profile", "--device", "xavier", "--precision", "fp32,fp16")
-    result = steps.search(
-        Workspace(workspace), ("xavier",), None, steps.Requirement(max_err_pp=0.5), lambda *told: None
-    )[0]
+    (result,) = steps.search(Workspace(workspace), ("xavier",), None, steps.Requirement(max_err_pp=0.5))
     baselines = [
         max(100 * np.mean(ious(found, head)) for head in (found.heads[-1],))
         for found in (

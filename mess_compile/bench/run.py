@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from mess_compile.evaluate.record import evaluate
 from mess_compile.evaluate.statistics import ExitStatistics, Ints, miou
 from mess_compile.latency.table import LatencyTable
 from mess_compile.network import GraphSet
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle import manifest
 from mess_compile.runtime.cascade import cascade as runtime_cascade
@@ -204,7 +205,7 @@ def bench(
     data: DataSet,
     tuned_on: frozenset[str],
     passes: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> Bench:
     """Replay the plan from fresh statistics; run cascade and baseline in turn on every image, `passes` times.
 
@@ -237,7 +238,7 @@ def bench_deadline(
     data: DataSet,
     deadline_ms: float,
     passes: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> DeadlineBench:
     """Refine every image under a deadline, `passes` times. Raises InputError when bundle and data do not fit."""
     if passes < 1:
@@ -312,7 +313,7 @@ def _measure(
     single: _Baseline,
     items: Sequence[Sample],
     passes: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> _Run:
     classes = len(cascade.manifest.network.classes)
     for sample in items[:WARM_UP_FRAMES]:

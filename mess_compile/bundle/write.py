@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
@@ -16,6 +16,7 @@ from mess_compile.device import payload
 from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.latency.table import StageGraphs, stage_graphs
 from mess_compile.network import SOUND, CandidateNetwork, GraphSet, check_hash, is_whole
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.bundle import archive, manifest, signature
 from mess_compile.runtime.cascade import cascade
@@ -23,7 +24,6 @@ from mess_compile.runtime.engines.engine import open_library
 from mess_compile.runtime.images import npy
 from mess_compile.search.plan import Figures, OperatingPoint, Plan, Stage, check_plan_current
 
-Progress = Callable[[str, int, int], None]
 GOLDEN_FRAMES = 4
 _FOLDER = "graphs"
 _REFERENCE = "onnxruntime"

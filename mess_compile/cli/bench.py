@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mess_compile.cli import completion, hints
-from mess_compile.cli.console import print_json, print_next, print_table, progress_bar, say
+from mess_compile.cli.console import print_json, print_next, print_table, reporting, say
 from mess_compile.cli.options import (
     BUNDLE,
     TARGET,
@@ -18,13 +17,14 @@ from mess_compile.cli.options import (
     dry_run_option,
     json_option,
     print_doubts,
-    print_prospects,
+    print_plan,
     rates,
 )
 from mess_compile.data_folder import DataFolder
 
 if TYPE_CHECKING:
     from mess_compile.bench.run import Bench
+    from mess_compile.steps.bench import BenchOptions
     from mess_compile.workspace import Workspace
 
 
@@ -68,14 +68,14 @@ def bench(
     if strict and deadline is not None:
         raise click.UsageError("--strict is about the bounds that the plan was searched by: leave --deadline out.")
 
+    options = steps.BenchOptions(data, split, passes, target)
     if dry_run:
         deadline_ms = None if deadline is None else parse_milliseconds(deadline)
-        foreseen = steps.foresee_bench(workspace, bundle, data, split, passes, target, deadline_ms)
-        return print_prospects(foreseen, as_json)
+        return print_plan(steps.plan_bench(workspace, bundle, options, deadline_ms), as_json)
     if deadline is not None:
-        return _bench_deadline(workspace, bundle, data, split, passes, deadline, target, as_json)
-    with progress_bar(as_json) as progress:
-        result = steps.bench(workspace, bundle, data, split, passes, progress, target, partial(say, err=as_json))
+        return _bench_deadline(workspace, bundle, options, deadline, as_json)
+    with reporting(as_json) as reporter:
+        result = steps.bench(workspace, bundle, options, reporter)
     if as_json:
         print_json(asdict(result))
         return _exit_if_missed(result, strict)
@@ -156,20 +156,16 @@ def _after_bench(result: Bench, bundle: Path) -> list[str]:
 def _bench_deadline(
     workspace: Workspace,
     bundle: Path,
-    data: DataFolder | None,
-    split: str,
-    passes: int,
+    options: BenchOptions,
     deadline: str,
-    target: str | None,
     as_json: bool,
 ) -> None:
     from mess_compile import steps
     from mess_compile.search.requirement import parse_milliseconds
 
     deadline_ms = parse_milliseconds(deadline)
-    with progress_bar(as_json) as progress:
-        tell = partial(say, err=as_json)
-        found = steps.bench_deadline(workspace, bundle, data, split, passes, deadline_ms, progress, target, tell)
+    with reporting(as_json) as reporter:
+        found = steps.bench_deadline(workspace, bundle, deadline_ms, options, reporter)
     if as_json:
         return print_json(asdict(found))
     sure = "" if found.confidence is None else f", {found.confidence:.0%} of the cells sure"

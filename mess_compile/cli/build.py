@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mess_compile.cli import completion
-from mess_compile.cli.console import fail, print_json, print_next, progress_bar, say
-from mess_compile.cli.options import JUDGED, PRECISIONS, PYTHON, dry_run_option, json_option, print_foresight
+from mess_compile.cli.console import fail, print_json, print_next, reporting, say
+from mess_compile.cli.options import JUDGED, PRECISIONS, PYTHON, dry_run_option, json_option, print_plan
 from mess_compile.data_folder import DataFolder
 
 if TYPE_CHECKING:
@@ -50,11 +49,11 @@ def build(
     """
     from mess_compile import steps
 
-    precisions, tell = tuple(precision.split(",")), partial(say, err=True)
+    options = steps.BuildOptions(tuple(precision.split(",")), data, jobs, host, python)
     if dry_run:
-        return print_foresight(steps.foresee_build(workspace, device, precisions, jobs, host), as_json)
-    with progress_bar(as_json) as progress:
-        builds = steps.build(workspace, device, precisions, data, jobs, progress, host, tell, python)
+        return print_plan(steps.plan_build(workspace, device, options), as_json)
+    with reporting(as_json) as reporter:
+        builds = steps.build(workspace, device, options, reporter)
     if as_json:
         told = [
             {"engines": asdict(e.engines), "fallbacks": [asdict(f) for f in e.fallbacks], "place": e.place}

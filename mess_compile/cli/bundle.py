@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mess_compile.cli import completion, hints
-from mess_compile.cli.console import print_json, progress_bar, say
-from mess_compile.cli.options import FILE, dry_run_option, json_option, print_doubts, print_prospects
+from mess_compile.cli.console import print_json, reporting, say
+from mess_compile.cli.options import FILE, dry_run_option, json_option, print_doubts, print_plan
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
@@ -53,9 +53,9 @@ def bundle(
 
     options = steps.BundleOptions("letterbox" if letterbox else "stretch", sign, engines, single_file, release)
     if dry_run:
-        return print_prospects(steps.foresee_bundle(workspace, plans, output, options), as_json)
-    with progress_bar(as_json) as progress:
-        path, manifest = steps.bundle(workspace, plans, output, options, progress)
+        return print_plan(steps.plan_bundle(workspace, plans, output, options), as_json)
+    with reporting(as_json) as reporter:
+        path, manifest = steps.bundle(workspace, plans, output, options, reporter)
     size = path.stat().st_size
     doubts = list(dict.fromkeys(doubt for plan in manifest.plans for doubt in plan.doubts))
     if as_json:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
@@ -46,6 +46,9 @@ _REMEDIES = {
     errno.EACCES: f"permission denied: {_ELSEWHERE}",
     errno.EPERM: f"permission denied: {_ELSEWHERE}",
 }
+
+if TYPE_CHECKING:
+    from mess_compile.reporter import Reporter
 
 
 class Group(click.Group):
@@ -237,6 +240,15 @@ def print_next(*commands: str) -> None:
 def quoted(path: Path) -> str:
     """The path as a shell takes it."""
     return shlex.quote(str(path))
+
+
+@contextmanager
+def reporting(as_json: bool = False) -> Iterator[Reporter]:
+    """A reporter whose progress and notes stand on standard error."""
+    from mess_compile.reporter import Reporter
+
+    with progress_bar(as_json) as progress:
+        yield Reporter(progress, partial(say, err=True))
 
 
 @contextmanager

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mess_compile.cli import completion
-from mess_compile.cli.console import print_json, print_next, progress_bar, say
+from mess_compile.cli.console import print_json, print_next, reporting
 from mess_compile.cli.options import (
     PRECISION,
     PYTHON,
     data_options,
     dry_run_option,
     json_option,
-    picked,
     print_inspection,
-    print_prospects,
+    print_plan,
 )
 from mess_compile.data_folder import DataFolder
 
@@ -56,11 +54,11 @@ def evaluate(
     from mess_compile import steps
     from mess_compile.report import inspection
 
+    how = steps.EvaluateOptions(data=data, split=split, **options)
     if dry_run:
-        where = picked(options, "device precision host")
-        return print_prospects(steps.foresee_evaluate(workspace, data, split, **where), as_json)
-    with progress_bar(as_json) as progress:
-        found = steps.evaluate(workspace, data, split, progress, **options, tell=partial(say, err=as_json))
+        return print_plan(steps.plan_evaluate(workspace, how), as_json)
+    with reporting(as_json) as reporter:
+        found = steps.evaluate(workspace, how, reporter)
     if found is None:  # one of many processes; the first one speaks
         return None
     described = inspection.inspect_statistics(found)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mess_compile.cli.console import print_json, print_next, progress_bar, say
+from mess_compile.cli.console import print_json, print_next, reporting, say
 from mess_compile.cli.options import FILE, json_option
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def export(
     from mess_compile.network import Gate
     from mess_compile.report import inspection
 
-    with progress_bar(as_json) as progress:
-        graph_set = steps.export(workspace, source, Gate(confidence, not plain), progress, exits)
+    with reporting(as_json) as reporter:
+        graph_set = steps.export(workspace, source, Gate(confidence, not plain), exits, reporter)
     candidate = graph_set.candidate
     if as_json:
         return print_json(inspection.inspect_graphs(graph_set).content)

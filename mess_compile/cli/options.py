@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +16,9 @@ from mess_compile.cli.console import print_json, print_table, say
 from mess_compile.cli.progress import duration
 from mess_compile.data_folder import DataFolder
 from mess_compile.runtime.base.errors import InputError
+
+if TYPE_CHECKING:
+    from mess_compile.steps.dry_run import PlannedStep
 
 HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -89,40 +91,30 @@ def dry_run_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def print_foresight(steps: Any, as_json: bool) -> None:
+def print_plan(steps: Sequence[PlannedStep], as_json: bool) -> None:
     """What would be done, and that nothing was."""
     if as_json:
-        return print_json({"dry_run": [asdict(step) for step in steps]})
+        return print_json({"dry_run": [step.content() for step in steps]})
     for each in steps:
-        what = f"{each.graphs} {'engines' if each.step == 'build' else 'graphs'}"
-        kept = "" if each.there is None else f", {each.there} of them there already"
-        least, most = duration(each.least_s), duration(each.most_s)
-        say(
-            f"would {each.step} {what} in {each.precision} for {each.device} at {each.place}{kept}: "
-            f"ESTIMATED {least if least == most else f'{least} to {most}'} "
-            f"(by {each.basis})"
-        )
-        for note in each.notes:
-            say(f"mind: {note}")
-    return say("nothing was written")
-
-
-def print_prospects(found: Any, as_json: bool) -> None:
-    """What would be done and written, and that nothing was."""
-    if as_json:
-        return print_json({"dry_run": [asdict(step) for step in found]})
-    for each in found:
         say(f"would {each.what}")
         for place in each.writes:
             say(f"would write {place}")
-        if each.least_s is None:
-            say(f"how long it takes cannot be told: {each.basis}")
-        else:
-            least = duration(each.least_s) if each.least_s >= 10 else f"{each.least_s:.2g} s"
-            say(f"it should take {least} or more, ESTIMATED (by {each.basis})")
+        say(_time_planned(each))
         for note in each.notes:
             say(f"mind: {note}")
     return say("nothing was written")
+
+
+def _time_planned(step: PlannedStep) -> str:
+    if step.least_s is None:
+        return f"how long it takes is not known: {step.basis}"
+    least = duration(step.least_s) if step.least_s >= 10 else f"{step.least_s:.2g} s"
+    if step.most_s is None:
+        return f"it should take {least} or more, ESTIMATED (by {step.basis})"
+    most = duration(step.most_s)
+    return (
+        f"it should take {least if step.least_s == step.most_s else f'{least} to {most}'}, ESTIMATED (by {step.basis})"
+    )
 
 
 def print_inspection(found: Any) -> None:

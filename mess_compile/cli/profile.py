@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mess_compile.cli import completion, hints
-from mess_compile.cli.console import print_json, print_next, progress_bar, say
-from mess_compile.cli.options import JUDGED, PRECISIONS, PYTHON, dry_run_option, json_option, print_foresight
-from mess_compile.cli.search import thrift_of
+from mess_compile.cli.console import print_json, print_next, reporting, say
+from mess_compile.cli.options import JUDGED, PRECISIONS, PYTHON, dry_run_option, json_option, print_plan
+from mess_compile.cli.search import subset_of
 from mess_compile.data_folder import DataFolder
 from mess_compile.runtime.base.errors import InputError
 
@@ -90,21 +89,25 @@ def profile(
         raise click.UsageError(f"--estimate goes without the device: drop {', '.join(asked)}, or measure there.")
     if everything and (wishes or budget):
         raise click.UsageError("--all measures everything: drop --for and --budget.")
-    thrift = None if everything else thrift_of(wishes, budget)
-    precisions, tell = tuple(precision.split(",")), partial(say, err=True)
     effort = None if seconds is None else replace(measuring.Effort(), max_s=seconds)
+    options = steps.ProfileOptions(
+        precisions=tuple(precision.split(",")),
+        data=data,
+        effort=effort,
+        hosts=hosts,
+        subset=None if everything else subset_of(wishes, budget),
+        lock_clocks=lock_clocks,
+        python=python,
+    )
     if dry_run and estimate:
         raise click.UsageError("--estimate measures nothing, and takes a moment: drop --dry-run.")
     if dry_run:
-        foreseen = steps.foresee_profile(workspace, device, precisions, hosts or None, thrift, effort)
-        return print_foresight(foreseen, as_json)
-    with progress_bar(as_json) as progress:
+        return print_plan(steps.plan_profile(workspace, device, options), as_json)
+    with reporting(as_json) as reporter:
         if estimate:
-            table = steps.estimate(workspace, device, progress, precisions, data)
+            table = steps.estimate(workspace, device, options.precisions, data, reporter)
         else:
-            table = steps.profile(
-                workspace, device, progress, precisions, data, effort, hosts or None, thrift, tell, lock_clocks, python
-            )
+            table = steps.profile(workspace, device, options, reporter)
     doubts = known_doubts(workspace, table)
     if as_json:
         return print_json(inspection.inspect_latency(table, doubts).content)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mess_compile.cli import completion, hints
-from mess_compile.cli.console import fail, print_json, progress_bar, quoted, say
+from mess_compile.cli.console import fail, print_json, quoted, reporting, say
 from mess_compile.cli.options import BUNDLE, FOLDER, TARGET, json_option, rates
 from mess_compile.data_folder import MOST_OFFSET
 
@@ -75,10 +74,10 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
 
     failures: list[steps.ImageFailure] = []
     words = ""
-    with progress_bar(as_json) as progress:
+    with reporting(as_json) as reporter:
         how = steps.RunOptions(deadline_ms=deadline_ms, **options)
         try:
-            results = steps.run(bundle, sources, output, how, tell, progress, tell_failure, partial(say, err=as_json))
+            results = steps.run(bundle, sources, output, how, tell, tell_failure, reporter)
         except steps.RunError as error:
             results, words = error.results, str(error)
     if as_json:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli import completion, hints
-from mess_compile.cli.console import print_json, print_next, print_table, progress_bar, quoted, say
+from mess_compile.cli.console import print_json, print_next, print_table, quoted, reporting, say
 from mess_compile.cli.options import FILE, json_option, print_inspection
 from mess_compile.runtime.base.errors import InputError
 
@@ -106,16 +106,15 @@ def search(
         seed=seed or 0,
         output=output,
         hold_out=None if hold_out is None else parse_hold_out(hold_out),
-        tell=partial(say, err=as_json),
     )
     reasons: list[inspection.Inspection] = []
-    with progress_bar(as_json) as progress:
+    with reporting(as_json) as reporter:
         if explain:
-            explained = steps.search_and_explain(workspace, devices, split, requirement, progress, how)
+            explained = steps.search_and_explain(workspace, devices, split, requirement, how, reporter)
             results = tuple(result for result, _ in explained)
             reasons = [inspection.inspect_explanation(reason) for _, reason in explained]
         else:
-            results = steps.search(workspace, devices, split, requirement, progress, how)
+            results = steps.search(workspace, devices, split, requirement, how, reporter)
     common = steps.shared(workspace, results) if len(results) > 1 else None
     if as_json:
         contents = {result.plan.device: result_to_json(result) for result in results}
@@ -247,14 +246,14 @@ def _print_shared(common: Any, plans: int) -> None:
     )
 
 
-def thrift_of(wishes: tuple[str, ...], budget: str | None) -> Any:
+def subset_of(wishes: tuple[str, ...], budget: str | None) -> Any:
     from mess_compile import steps
     from mess_compile.search.requirement import parse_seconds
 
     if not wishes and budget is None:
-        return steps.Thrift(by_default=True)
-    thrift = steps.Thrift() if budget is None else steps.Thrift(budget_s=parse_seconds(budget))
-    return replace(thrift, requirements=tuple(map(_wish, wishes))) if wishes else thrift
+        return steps.Subset(by_default=True)
+    subset = steps.Subset() if budget is None else steps.Subset(budget_s=parse_seconds(budget))
+    return replace(subset, requirements=tuple(map(_wish, wishes))) if wishes else subset
 
 
 def _wish(text: str) -> Any:

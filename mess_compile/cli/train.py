@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli.console import print_json, print_next, progress_bar, say
+from mess_compile.cli.console import print_json, print_next, reporting, say
 from mess_compile.cli.options import (
     FILE,
     FOLDER,
@@ -17,7 +17,7 @@ from mess_compile.cli.options import (
     dry_run_option,
     json_option,
     picked,
-    print_prospects,
+    print_plan,
     size,
 )
 from mess_compile.data_folder import DataFolder
@@ -111,10 +111,11 @@ def train(workspace: Workspace, /, data: DataFolder, dry_run: bool, as_json: boo
     """Train a candidate network in two stages; the same command continues an interrupted training."""
     from mess_compile import extras, steps
     from mess_compile.report import inspection
+    from mess_compile.reporter import Reporter
 
     if options["baseline"] and (options["source"] or options["teacher"]):
         raise InputError("--baseline trains a whole network for the sum of --epochs: it has no --from or --teacher")
-    opened = steps.training_data(workspace, data, partial(say, err=as_json))
+    opened = steps.training_data(workspace, data, Reporter(note=partial(say, err=True)))
     choice = steps.NetworkChoice(
         backbone=options["backbone"],
         input_hw=size(options["input_hw"]),
@@ -124,18 +125,15 @@ def train(workspace: Workspace, /, data: DataFolder, dry_run: bool, as_json: boo
         width=options["width"],
     )
     folder = workspace.baseline if options["baseline"] else workspace.candidate
-    with progress_bar(as_json) as progress:  # torch, which is slow to load, is part of what it tells
+    with reporting(as_json) as reporter:  # torch, which is slow to load, is part of what it tells
         recipe = _recipe(extras.torch_module("training.recipe"), options)
         parallel = extras.torch_module("training.parallel")
         machines = parallel.Machines(**picked(options, "accelerator devices nodes precision accumulate threads"))
+        how = steps.TrainOptions(options["weights"], machines, options["source"], options["teacher"])
         if dry_run:
-            others = options["baseline"], options["weights"], machines, options["source"], options["teacher"]
-            return print_prospects(steps.foresee_train(workspace, opened, choice, recipe, *others), as_json)
-        arguments = (workspace, opened, choice, recipe, partial(say, err=as_json), options["weights"], machines)
-        if options["baseline"]:
-            candidate = steps.train_baseline(*arguments, progress)
-        else:
-            candidate = steps.train(*arguments, options["source"], options["teacher"], progress)
+            return print_plan(steps.plan_train(workspace, opened, choice, recipe, how, options["baseline"]), as_json)
+        train_it = steps.train_baseline if options["baseline"] else steps.train
+        candidate = train_it(workspace, opened, choice, recipe, how, reporter)
     if candidate is None:  # one of many processes; the first one speaks
         return None
     if as_json:

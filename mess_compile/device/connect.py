@@ -27,12 +27,6 @@ def reached(workspace: Workspace, host: str, python: str | None) -> Remote:
     return Remote(parse_host(host, python or workspace.memory().pythons.get(host, PYTHON)))
 
 
-def refuse_python_here(python: str | None) -> None:
-    """Raises InputError when a Python is named and no host."""
-    if python is not None:
-        raise InputError(f"--python {python} is of a device elsewhere: add --host ssh://user@host")
-
-
 def session_there(remote: Remote, target: Target, graph_set: GraphSet, progress: Progress) -> PythonSession:
     """A device that has shown that it is the target."""
     from mess_compile.data.scenes import profiling_inputs

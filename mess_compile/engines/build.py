@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -26,13 +26,13 @@ from mess_compile.engines import process_pool
 from mess_compile.engines.files import EngineFiles
 from mess_compile.graph import lint, rewrite, store
 from mess_compile.network import GraphSet
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError, MessError, one_line
 from mess_compile.runtime.engines import tensorrt_build, tensorrt_module
 from mess_compile.runtime.engines.engine import Library, TensorSpec, open_library
 from mess_compile.runtime.engines.tensorrt_build import BuildOptions
 from mess_compile.targets import Target
 
-Progress = Callable[[str, int, int], None]
 PREPARATION = 1
 """Raised when lint or rewrites change what is built from the same graph: engines of before are then built again."""
 TOLERANCE = 1e-4

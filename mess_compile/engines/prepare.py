@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from mess_compile.data.dataset import Data, open_dataset, read_frame
 from mess_compile.engines.files import EngineFiles, plain_files
 from mess_compile.engines.jobs import job_names
 from mess_compile.network import GraphSet, check_graphs, read_graph_set, verify_graph_set
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError, StaleError, did_you_mean
 from mess_compile.runtime.engines.engine import PRECISIONS
 from mess_compile.runtime.images import frames
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from mess_compile.engines.recipes import PreciseGraphs
     from mess_compile.graph.settle_precision import Fallback
 
-Progress = Callable[[str, int, int], None]
 PRECISION_FRAMES = 24
 
 

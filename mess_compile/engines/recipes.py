@@ -15,10 +15,10 @@ import onnx
 from mess_compile import files
 from mess_compile.engines.files import EngineFiles
 from mess_compile.graph import store
-from mess_compile.graph.cut import Progress
 from mess_compile.graph.precision import Array, is_fp16, write_out_roundings
 from mess_compile.graph.settle_precision import Fallback, settle
 from mess_compile.network import GraphSet, check_graphs, read_graph_set
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import FP32, PRECISIONS, open_library
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from mess_compile.data_folder import Data
 from mess_compile.device.client import STORE, PythonSession
-from mess_compile.device.connect import Progress, any_session_there, reached
+from mess_compile.device.connect import any_session_there, reached
 from mess_compile.device.trtexec_client import TrtexecSession
 from mess_compile.engines import build
 from mess_compile.engines.build import EngineEntry, EngineSet
@@ -14,6 +14,7 @@ from mess_compile.engines.files import EngineFiles, plain_files
 from mess_compile.engines.jobs import job_name, job_names, without
 from mess_compile.engines.prepare import RecipeBuild, precise_graphs
 from mess_compile.network import GraphSet
+from mess_compile.reporter import Progress, Reporter
 from mess_compile.runtime.serve import worker as device_side
 from mess_compile.targets import Target
 from mess_compile.workspace import Workspace
@@ -40,9 +41,8 @@ def build_there(
     precisions: Sequence[str],
     data: Data | None,
     host: str,
-    progress: Progress,
-    tell: Callable[[str], None],
-    python: str | None = None,
+    python: str | None,
+    reporter: Reporter,
 ) -> tuple[RecipeBuild, ...]:
     """Have the target's engines of every graph and precision at `host`; what is there and unchanged is kept.
 
@@ -52,9 +52,9 @@ def build_there(
 
     build.refuse_without_engines(target)
     with reached(workspace, host, python) as remote:
-        made = precise_graphs(workspace, target, precisions, data, progress)
-        forms = [_form(workspace, target, each.graph_set, progress) for each in made]
-        session = any_session_there(workspace, remote, target, made[0].graph_set, progress, tell)
+        made = precise_graphs(workspace, target, precisions, data, reporter.progress)
+        forms = [_form(workspace, target, each.graph_set, reporter.progress) for each in made]
+        session = any_session_there(workspace, remote, target, made[0].graph_set, reporter.progress, reporter.note)
         built = built_there(session, forms)
     folder = f"{host}, ~/{STORE}/{device_side.ENGINES}"
     return tuple(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from mess_compile.latency import table as latency
 from mess_compile.latency.table import GraphFailure, Latency, LatencyTable
 from mess_compile.profile.backends import Backend, Task
 from mess_compile.profile.sample_log import SampleLog
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.machine import power
@@ -22,7 +23,6 @@ from mess_compile.runtime.measure.job_pool import Job, Opened
 from mess_compile.runtime.measure.measure import Effort
 from mess_compile.runtime.measure.summary import Speed, Summary
 
-Progress = Callable[[str, int, int], None]
 UNSTEADY = 0.1
 """Share of the graphs that may stay unsteady before the whole run is called unstable."""
 SLOW = 0.5

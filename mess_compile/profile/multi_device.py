@@ -22,7 +22,8 @@ from mess_compile.latency.table import LatencyTable
 from mess_compile.profile import selection
 from mess_compile.profile.backends import Backend
 from mess_compile.profile.selection import Key, Selection, Subject
-from mess_compile.profile.sparse import Course, Errand
+from mess_compile.profile.sparse import SubsetJob, SubsetRun
+from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 
@@ -45,25 +46,25 @@ class Ratio:
     graphs: int
 
 
-def profile_shared(errand: Errand, places: Mapping[str, Backend], everything: bool) -> LatencyTable:
-    """Profile the devices `places` (by host), the first of which is the errand's, and write a table for each.
+def profile_shared(job: SubsetJob, places: Mapping[str, Backend], everything: bool) -> LatencyTable:
+    """Profile the devices `places` (by host), the first of which is the job's, and write a table for each.
 
     With `everything` every graph is measured on one of them; else what could still change the first one's answer. The
-    first table goes to the errand's path, the others beside it, named by the device's identity. Samples are kept until
+    first table goes to the job's path, the others beside it, named by the device's identity. Samples are kept until
     all are written. Raises InputError when two hosts are one device, RemoteError, EngineError.
     """
     _refuse_the_same(places)
-    courses = _courses(errand, places)
-    first = next(iter(courses.values()))
-    start = selection.next_batch(errand.subject, first.table)
+    runs = _runs(job, places)
+    first = next(iter(runs.values()))
+    start = selection.next_batch(job.subject, first.table)
     assert start is not None, "an empty table lacks everything"
-    _together([(course, start) for course in courses.values()])
-    settled = _share(errand, list(courses.values()), everything)
-    tables = [_table_of(host, courses) for host in courses]
-    for course, table in zip(courses.values(), tables, strict=True):
-        latency.write_latency_table(course.errand.path, table)
-    for course in courses.values() if settled else ():
-        course.samples.path.unlink()
+    _together([(run, start) for run in runs.values()])
+    settled = _share(job, list(runs.values()), everything)
+    tables = [_table_of(host, runs) for host in runs]
+    for run, table in zip(runs.values(), tables, strict=True):
+        latency.write_latency_table(run.job.path, table)
+    for run in runs.values() if settled else ():
+        run.samples.path.unlink()
     return tables[0]
 
 
@@ -75,88 +76,88 @@ def _refuse_the_same(places: Mapping[str, Backend]) -> None:
             raise InputError(f"{host} is the same device as {other}: name each device once")
 
 
-def _courses(errand: Errand, places: Mapping[str, Backend]) -> dict[str, Course]:
+def _runs(job: SubsetJob, places: Mapping[str, Backend]) -> dict[str, SubsetRun]:
     speaking = threading.Lock()
-    courses: dict[str, Course] = {}
+    runs: dict[str, SubsetRun] = {}
     for host, place in places.items():
-        path = _beside(errand.path, place) if courses else errand.path
-        courses[host] = Course(_heard(replace(errand, place=place, path=path), host, speaking))
-    return courses
+        path = _beside(job.path, place) if runs else job.path
+        runs[host] = SubsetRun(_reporting_for(replace(job, place=place, path=path), host, speaking))
+    return runs
 
 
 def _beside(path: Path, place: Backend) -> Path:
     return path.with_name(f"{path.stem}@{place.facts['identity']}.json")
 
 
-def _heard(errand: Errand, host: str, speaking: threading.Lock) -> Errand:
-    """One device at a time is heard, by its name."""
+def _reporting_for(job: SubsetJob, host: str, speaking: threading.Lock) -> SubsetJob:
+    """The job with a reporter that names the host; the lock keeps messages of several devices apart."""
 
-    def tell(words: str) -> None:
+    def note(sentence: str) -> None:
         with speaking:
-            errand.tell(f"{host}: {words}")
+            job.reporter.note(f"{host}: {sentence}")
 
     def progress(label: str, done: int, total: int) -> None:
         with speaking:
-            errand.progress(label, done, total)
+            job.reporter.progress(label, done, total)
 
-    return replace(errand, tell=tell, progress=progress)
+    return replace(job, reporter=Reporter(progress, note))
 
 
-def _share(errand: Errand, courses: Sequence[Course], everything: bool) -> bool:
+def _share(job: SubsetJob, runs: Sequence[SubsetRun], everything: bool) -> bool:
     """Deal out what is wanted until nothing is, or time is up; whether it was the former."""
-    while wanted := _wanted(errand.subject, courses, everything):
-        if not errand.in_time():
+    while wanted := _wanted(job.subject, runs, everything):
+        if not job.in_time():
             return False
-        portions = _dealt(wanted.graphs[: PORTION * len(courses)], courses)
-        dealt = zip(courses, portions, strict=True)
-        _together([(course, replace(wanted, graphs=tuple(portion))) for course, portion in dealt if portion])
+        portions = _dealt(wanted.graphs[: PORTION * len(runs)], runs)
+        dealt = zip(runs, portions, strict=True)
+        _together([(run, replace(wanted, graphs=tuple(portion))) for run, portion in dealt if portion])
     return True
 
 
-def _wanted(subject: Subject, courses: Sequence[Course], everything: bool) -> Selection | None:
-    first = courses[0]
+def _wanted(subject: Subject, runs: Sequence[SubsetRun], everything: bool) -> Selection | None:
+    first = runs[0]
     if everything:
         wanted = Selection(tuple(subject.specs), "every graph on one of the devices")
     else:
-        known = replace(subject, elsewhere=_from_others(first, courses))
+        known = replace(subject, other_devices=_from_others(first, runs))
         batch = selection.next_batch(known, first.table)
         if batch is None or subject.requirements:
             return batch  # what a plan rests on is measured on the first device itself
         wanted = batch
-    left = tuple(key for key in wanted.graphs if not any(_is_known(course, key) for course in courses))
+    left = tuple(key for key in wanted.graphs if not any(_is_known(run, key) for run in runs))
     return replace(wanted, graphs=left) if left else None
 
 
-def _is_known(course: Course, key: Key) -> bool:
-    return key in course.table.entries or key in course.table.failed
+def _is_known(run: SubsetRun, key: Key) -> bool:
+    return key in run.table.entries or key in run.table.failed
 
 
-def _dealt(graphs: Sequence[Key], courses: Sequence[Course]) -> list[list[Key]]:
+def _dealt(graphs: Sequence[Key], runs: Sequence[SubsetRun]) -> list[list[Key]]:
     """A portion for each device; what another one has measured is left to the first."""
-    portions: list[list[Key]] = [[] for _ in courses]
-    fresh = [key for key in graphs if not any(_is_known(course, key) for course in courses[1:])]
+    portions: list[list[Key]] = [[] for _ in runs]
+    fresh = [key for key in graphs if not any(_is_known(run, key) for run in runs[1:])]
     portions[0] += [key for key in graphs if key not in fresh]
     for place, key in enumerate(fresh):
-        portions[place % len(courses)].append(key)
+        portions[place % len(runs)].append(key)
     return portions
 
 
-def _together(work: Sequence[tuple[Course, Selection]]) -> None:
+def _together(work: Sequence[tuple[SubsetRun, Selection]]) -> None:
     """On all devices at once; one that fails does not stop the others, and is told of when they are done."""
     with ThreadPoolExecutor(len(work)) as pool:
-        running = [pool.submit(course.measure, wanted) for course, wanted in work]
+        running = [pool.submit(run.measure, wanted) for run, wanted in work]
     for each in running:
         each.result()
 
 
-def _from_others(course: Course, courses: Sequence[Course]) -> dict[Key, Estimate]:
+def _from_others(run: SubsetRun, runs: Sequence[SubsetRun]) -> dict[Key, Estimate]:
     """What other devices measured, as estimates for this one."""
     found: dict[Key, Estimate] = {}
-    for other in courses:
-        ratio = None if other is course else ratio_of(other.table, course.table)
+    for other in runs:
+        ratio = None if other is run else ratio_of(other.table, run.table)
         if ratio is None:
             continue
-        for key in other.table.entries.keys() - course.table.entries.keys():
+        for key in other.table.entries.keys() - run.table.entries.keys():
             ms = other.table.entries[key].mean_ms * ratio.middle
             found[key] = Estimate(ms, ms / ratio.factor, ms * ratio.factor)
     return found
@@ -180,13 +181,13 @@ def _log_ratios(of: LatencyTable, to: LatencyTable) -> Iterator[float]:
             yield math.log(to.entries[key].mean_ms / of.entries[key].mean_ms)
 
 
-def _table_of(host: str, courses: Mapping[str, Course]) -> LatencyTable:
+def _table_of(host: str, runs: Mapping[str, SubsetRun]) -> LatencyTable:
     """What was measured there, the rest estimated; how the others differ is among what the table tells."""
-    course = courses[host]
-    elsewhere = _from_others(course, list(courses.values()))
-    whole = course.whole_table(replace(course.errand.subject, elsewhere=elsewhere))
-    told = [_difference(other, courses[other].table, course.table) for other in courses if other != host]
-    return replace(whole, environment={**whole.environment, "host": host, "beside": "; ".join(told)})
+    run = runs[host]
+    others = _from_others(run, list(runs.values()))
+    whole = run.whole_table(replace(run.job.subject, other_devices=others))
+    differences = [_difference(other, runs[other].table, run.table) for other in runs if other != host]
+    return replace(whole, environment={**whole.environment, "host": host, "beside": "; ".join(differences)})
 
 
 def _difference(host: str, other: LatencyTable, table: LatencyTable) -> str:

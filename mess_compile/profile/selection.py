@@ -1,8 +1,8 @@
 """What to measure on a slow device: what could still change the answer, and no more.
 
 A graph that was not measured is at least as slow as the lower end of its bar. A table with measurements where there
-are some and lower ends elsewhere is optimistic: by it no plan costs more than in truth. When all graphs of the plan
-that is best by it were measured, that plan costs what the search believed, and every other costs no less than was
+are some and lower ends for the others is optimistic: by it no plan costs more than in truth. When all graphs of the
+plan that is best by it were measured, that plan costs what the search believed, and every other costs no less than was
 believed, which was no better: a table of measurements alone gives the same plan. While some were not, these are
 what to measure next. It takes objectives and bounds for which less latency is never worse. All are so once the
 baseline is measured, which relative bounds and the anytime setting's horizon refer to.
@@ -63,9 +63,9 @@ class Subject:
     """What is profiled: the graph sets of some recipes of one network, and what is known without any measurement.
 
     `priors` has for each precision of a graph, and for fp32, what the target's figures allow for each graph and pseudo
-    graph; `statistics` are by recipe; `twins` are those of all graph sets; `elsewhere` is what measurements on other
-    devices of the kind say, in place of an estimate. The lower ends of bars are taken `slack` times lower than they
-    are: above 1 less is missed, and more is measured.
+    graph; `statistics` are by recipe; `twins` are those of all graph sets; `other_devices` is what measurements on
+    other devices of the kind say, in place of an estimate. The lower ends of bars are taken `slack` times lower: above
+    1 less is missed, and more is measured.
     """
 
     graph_sets: tuple[GraphSet, ...]
@@ -74,7 +74,7 @@ class Subject:
     requirements: tuple[Requirement, ...] = ()
     twins: Mapping[Key, Key] = field(default_factory=dict)
     slack: float = 1.0
-    elsewhere: Mapping[Key, Estimate] = field(default_factory=dict)
+    other_devices: Mapping[Key, Estimate] = field(default_factory=dict)
 
     @cached_property
     def specs(self) -> dict[Key, GraphSpec]:
@@ -310,7 +310,7 @@ def estimates(subject: Subject, table: LatencyTable) -> dict[Key, Estimate]:
         within = segment_bounds(subject.graph_sets[0].candidate, measured)
         for name, each in calibrated(measured, graphs).items():
             found[name, precision] = _narrowed(each, *within.get(name, (0.0, math.inf)))
-    return found | {key: each for key, each in subject.elsewhere.items() if key in found}
+    return found | {key: each for key, each in subject.other_devices.items() if key in found}
 
 
 def _narrowed(estimate: Estimate, low_ms: float, high_ms: float) -> Estimate:

@@ -1,4 +1,4 @@
-"""Measure on a slow device what could still change the answer, batch by batch; the rest of its table is estimated."""
+"""Measures the graphs that could still change the answer, batch by batch, and estimates the rest of the table."""
 
 from __future__ import annotations
 
@@ -15,63 +15,62 @@ from mess_compile.profile import selection
 from mess_compile.profile.backends import Backend, Task
 from mess_compile.profile.full import empty_table, jobs_at, kept_samples, table_of, windows_done
 from mess_compile.profile.selection import Selection, Subject
+from mess_compile.reporter import Reporter
 from mess_compile.runtime.measure import measure as profile
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS, Job
 from mess_compile.runtime.measure.measure import Effort
 
-Progress = Callable[[str, int, int], None]
 BUILDING_S = {"tensorrt": 60.0, "tensorrt_rtx": 1.0}
 """What an engine may take to build on a small device, before this one has shown its pace."""
 
 
 @dataclass(frozen=True)
-class Errand:
-    """A sparing profile: graphs in the `forms` that `place` builds, what they are measured for, the table's `path`.
+class SubsetJob:
+    """Graphs in the `forms` that `place` builds, what they are measured for, and the `path` of the latency table.
 
-    It goes on while `in_time`. Before each batch `tell` hears what it is for, and how long it should take.
+    Measuring goes on while `in_time`. Before each batch a note says what it is for, and about how long it takes.
     """
 
     forms: tuple[EngineFiles, ...]
     place: Backend
     subject: Subject
     path: Path
-    progress: Progress
-    tell: Callable[[str], None]
+    reporter: Reporter
     in_time: Callable[[], bool]
     effort: Effort = field(default_factory=lambda: profile.Effort())
 
 
-def profile_sparingly(errand: Errand) -> LatencyTable:
+def profile_subset(job: SubsetJob) -> LatencyTable:
     """Build and measure what could still change the answer; the rest of the table that is written is estimated.
 
     Samples are kept as by `profile_graphs`. Raises InputError, EngineError.
     """
-    course = Course(errand)
-    settled = course.settle()
-    whole = course.whole_table(errand.subject)
-    table.write_latency_table(errand.path, whole)
+    run = SubsetRun(job)
+    settled = run.settle()
+    whole = run.whole_table(job.subject)
+    table.write_latency_table(job.path, whole)
     if settled:  # else the time ended it, and a further call goes on
-        course.samples.path.unlink()
+        run.samples.path.unlink()
     return whole
 
 
-class Course:
-    """An errand under way: the engines that are there, the jobs that were asked for, the `table` so far."""
+class SubsetRun:
+    """A subset job under way: its engines, the jobs requested so far, and the `table` so far."""
 
-    def __init__(self, errand: Errand) -> None:
-        self.errand = errand
-        self.table = empty_table(errand.forms, errand.place)
-        self._every = jobs_at(errand.place, errand.forms)
-        self.samples = kept_samples(errand.forms, errand.place, errand.path, errand.effort, self._every)
-        self._before, self._engines = errand.place.state(), errand.forms
+    def __init__(self, job: SubsetJob) -> None:
+        self.job = job
+        self.table = empty_table(job.forms, job.place)
+        self._every = jobs_at(job.place, job.forms)
+        self.samples = kept_samples(job.forms, job.place, job.path, job.effort, self._every)
+        self._before, self._engines = job.place.state(), job.forms
         self._asked: dict[str, None] = {}
-        self._pace_s = BUILDING_S.get(errand.place.library, 0.0) + errand.effort.max_s / 2
+        self._pace_s = BUILDING_S.get(job.place.library, 0.0) + job.effort.max_s / 2
         self._started = time.monotonic()
 
     def settle(self) -> bool:
         """Measure until nothing could change the answer, or time is up; whether it was the former."""
-        while (wanted := selection.next_batch(self.errand.subject, self.table)) is not None:
-            if not self.errand.in_time():
+        while (wanted := selection.next_batch(self.job.subject, self.table)) is not None:
+            if not self.job.in_time():
                 return False
             self.measure(wanted)
         return True
@@ -80,7 +79,7 @@ class Course:
         """Build and measure what is wanted, with all that must run before it."""
         count, total = len(wanted.graphs), len(self._every)
         minutes = max(1, round(count * self._pace_s / 60))
-        self.errand.tell(f"{count} of {total} graphs: {wanted.why}; about {minutes} min")
+        self.job.reporter.note(f"{count} of {total} graphs: {wanted.why}; about {minutes} min")
         names = [name if name in PSEUDO_GRAPHS else job_name(name, precision) for name, precision in wanted.graphs]
         jobs = self._built(names)
         again = [name for name in self._undone() if name in jobs]
@@ -100,28 +99,28 @@ class Course:
         """The jobs by name once all that the named ones need is built; another stands in for what does not build."""
         asked: set[str] = set()
         while True:
-            jobs = {job.name: job for job in jobs_at(self.errand.place, self._engines)}
+            jobs = {job.name: job for job in jobs_at(self.job.place, self._engines)}
             needed = set(with_feeders(list(jobs.values()), [*names, reference_of(list(jobs.values()))])) - asked
             if not needed:
                 return jobs
-            self._engines = self.errand.place.build(self._engines, needed)
+            self._engines = self.job.place.build(self._engines, needed)
             asked |= needed
 
     def _undone(self) -> list[str]:
         """What was measured, but not at what is now known to be full speed."""
         full_ms = profile.full_speed_ms(self.samples.in_order)
         taken = {name: self.samples.windows.get(name, []) for name in self._asked}
-        return [name for name, windows in taken.items() if not profile.is_done(windows, self.errand.effort, full_ms)]
+        return [name for name, windows in taken.items() if not profile.is_done(windows, self.job.effort, full_ms)]
 
     def _time(self, task: Task) -> None:
-        errand, samples = self.errand, self.samples
+        job, samples = self.job, self.samples
         label = f"graphs {len(self._asked)}/{len(self._every)}, measurements"
-        for event in errand.place.measure(task, errand.effort, samples.in_order):
+        for event in job.place.measure(task, job.effort, samples.in_order):
             samples.append(event)
-            errand.progress(label, *windows_done(samples, task.measured, errand.effort))
+            job.reporter.progress(label, *windows_done(samples, task.measured, job.effort))
 
     def _table(self, jobs: Sequence[Job]) -> LatencyTable:
-        place, effort = self.errand.place, self.errand.effort
+        place, effort = self.job.place, self.job.effort
         return table_of(self._engines, jobs, place, self.samples, effort, self._before, place.state())
 
 

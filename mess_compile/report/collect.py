@@ -24,6 +24,7 @@ from mess_compile.network import is_whole
 from mess_compile.report import comparison, strips, views
 from mess_compile.report.model import Benched, Missing, Report, SearchFound, Strip, Strips
 from mess_compile.report.provenance import provenance_of
+from mess_compile.reporter import SILENT, Progress
 from mess_compile.runtime.base.errors import InputError, MessError, StaleError
 from mess_compile.runtime.bundle import archive
 from mess_compile.runtime.bundle.manifest import MANIFEST
@@ -33,7 +34,7 @@ from mess_compile.search.hold_out import tuning_part
 from mess_compile.search.metrics import Evidence
 from mess_compile.search.plan import Plan, SearchResult
 from mess_compile.targets import find_target
-from mess_compile.workspace import Progress, Workspace, silent
+from mess_compile.workspace import Workspace
 
 SCENES = 24
 VOID = 255
@@ -42,7 +43,7 @@ _NO_PLAN = Missing("there is no current plan to show this of: run `mess-compile 
 
 
 def report(
-    workspace: Workspace, device: str | None = None, output: Path | None = None, progress: Progress = silent
+    workspace: Workspace, device: str | None = None, output: Path | None = None, progress: Progress = SILENT.progress
 ) -> tuple[Path, Report]:
     """Write the report of a device, of the one profiled last by default; what is missing says what to run.
 

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 from mess_compile import __version__, files
 from mess_compile.data import scenes
-from mess_compile.engines.prepare import engine_files as _engine_files
-from mess_compile.engines.prepare import settled_graphs_of
+from mess_compile.engines.prepare import engine_files, settled_graphs_of
 from mess_compile.evaluate import statistics
 from mess_compile.latency import table as latency
 from mess_compile.network import GraphSet, threshold_table
+from mess_compile.reporter import SILENT, Progress, Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle.manifest import EngineFile, Manifest
 from mess_compile.runtime.engines.engine import open_library
 from mess_compile.runtime.serve.versions import RELEASE
 from mess_compile.search import plan as plans
-from mess_compile.steps.device_choice import target_of as _target
-from mess_compile.steps.prospects import Prospect
+from mess_compile.steps.device_choice import target_of
+from mess_compile.steps.dry_run import PlannedStep
 from mess_compile.targets import Target, find_target
-from mess_compile.workspace import Progress, Workspace, silent
+from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
     from mess_compile.bundle.write import Part
@@ -50,7 +50,7 @@ def bundle(
     plan_files: Sequence[Path | str] | None = None,
     output: Path | None = None,
     options: BundleOptions = BundleOptions(),
-    progress: Progress = silent,
+    reporter: Reporter = SILENT,
 ) -> tuple[Path, Manifest]:
     """Write the plan of the device profiled last, or those of files or devices, as a bundle; the first is preferred.
 
@@ -62,7 +62,8 @@ def bundle(
     released = {} if options.release is None else {RELEASE: str(options.release)}
     with TemporaryDirectory(prefix="mess-") as folder:
         parts = [
-            _part(workspace, plan, Path(folder, str(number)), options, progress) for number, plan in enumerate(chosen)
+            _part(workspace, plan, Path(folder, str(number)), options, reporter.progress)
+            for number, plan in enumerate(chosen)
         ]
         first = parts[0].graph_set
         manifest = bundles.write_bundle(
@@ -73,7 +74,7 @@ def bundle(
             {"mess_compile": __version__, "golden_frames": "generated street scenes", **released},
             options.resize,
             options.key,
-            progress,
+            reporter.progress,
         )
     if options.single_file is not None:
         from mess_compile.bundle.single_file import write_single_file
@@ -87,19 +88,19 @@ def _sources_of(
 ) -> tuple[list[Path], Path, list[plans.Plan]]:
     """Where the plans are, where the bundle goes, and the plans."""
     sources = [workspace.plan_named(plan) for plan in plan_files or ()]
-    sources = sources or [workspace.plan(_target(workspace, None).name)]
+    sources = sources or [workspace.plan(target_of(workspace, None).name)]
     chosen = [plans.read_result(path).plan for path in sources]
     path = output or workspace.bundle(chosen[0].device)
     _check_outputs(sources, path, options.single_file)
     return sources, path, chosen
 
 
-def foresee_bundle(
+def plan_bundle(
     workspace: Workspace,
     plan_files: Sequence[Path | str] | None = None,
     output: Path | None = None,
     options: BundleOptions = BundleOptions(),
-) -> tuple[Prospect, ...]:
+) -> tuple[PlannedStep, ...]:
     """What `bundle` would write. Raises InputError and StaleError where it would."""
     sources, path, chosen = _sources_of(workspace, plan_files, output, options)
     graph_sets = [_basis(workspace, plan)[0] for plan in chosen]
@@ -116,7 +117,7 @@ def foresee_bundle(
     replaced = [f"{path} is there, and would be replaced"] if path.exists() else []
     notes = (*replaced, *(["engines that are missing would be built first"] if options.engines else []))
     writes = (str(path), *([] if options.single_file is None else [str(options.single_file)]))
-    return (Prospect("bundle", what, writes, None, "nothing of it was ever timed here", notes),)
+    return (PlannedStep("bundle", what, writes, None, "nothing of it was ever timed here", notes),)
 
 
 def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleOptions, progress: Progress) -> Part:
@@ -175,7 +176,7 @@ def _engines_to_take(
     from mess_compile.engines import build
     from mess_compile.runtime.engines.tensorrt_build import timing_cache_name
 
-    (made,) = _engine_files(workspace, target, (plan.precision.partition("-")[0],), None, None, progress)
+    (made,) = engine_files(workspace, target, (plan.precision.partition("-")[0],), None, None, progress)
     version = build.library_version(target)
     name, capability = _gpu(target)
 

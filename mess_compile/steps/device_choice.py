@@ -4,36 +4,41 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from mess_compile.latency import table
+from mess_compile.latency.table import read_latency_table
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.machine import machine
 from mess_compile.targets import Target, find_target, known_targets, targets_here
 from mess_compile.workspace import Workspace
 
 
-def _is_estimated(workspace: Workspace, device: str) -> bool:
-    """Whether there are latencies of a device, and none of them was measured."""
-    with suppress(MessError):
-        return table.read_latency_table(workspace.latency(device)).source == "estimated"
-    return False
-
-
 def target_of(workspace: Workspace, device: str | None) -> Target:
     """The device that is named, or the one measured last. Raises InputError when there is neither."""
     name = device or workspace.memory().device
-    if name is None:
-        estimated = [name for name in known_targets(workspace.root) if _is_estimated(workspace, name)]
-        if estimated:
-            raise InputError(
-                f"no device was measured in this workspace yet; {', '.join(estimated)} was estimated, and an estimate "
-                f"is not taken by default: name it, as in `search --device {estimated[0]}` or `bundle {estimated[0]}`"
-            )
-        raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
-    return find_target(name, workspace.root)
+    if name is not None:
+        return find_target(name, workspace.root)
+    estimated = [name for name in known_targets(workspace.root) if _is_estimated(workspace, name)]
+    if estimated:
+        raise InputError(
+            f"no device was measured in this workspace yet; {', '.join(estimated)} was estimated, and an estimate "
+            f"is not taken by default: name it, as in `search --device {estimated[0]}` or `bundle {estimated[0]}`"
+        )
+    raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
 
 
 def host_of(workspace: Workspace, target: Target) -> str | None:
-    """Where the target was reached, if this machine is another."""
+    """The remembered host of the target; None when this machine is the target, or no host is known."""
     if targets_here((target,), machine.this_machine()):
         return None
     return workspace.memory().hosts.get(target.name)
+
+
+def refuse_python_here(python: str | None) -> None:
+    """Raises InputError when a Python is named and no host."""
+    if python is not None:
+        raise InputError(f"--python {python} is of a device elsewhere: add --host ssh://user@host")
+
+
+def _is_estimated(workspace: Workspace, device: str) -> bool:
+    with suppress(MessError):
+        return read_latency_table(workspace.latency(device)).source == "estimated"
+    return False

@@ -1,10 +1,10 @@
-"""Exit statistics of a workspace: recorded here or on a device, and those that are current."""
+"""The step `evaluate`: exit statistics, recorded here or on a device, and those that are current."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mess_compile import extras, launcher
 from mess_compile.cores import share_of_cores
 from mess_compile.data.dataset import Data, DataFolder, DataSet, open_dataset, survey_labels
-from mess_compile.device.connect import reached, refuse_python_here, session_there
+from mess_compile.device.connect import reached, session_there
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.prepare import (
     engine_files,
@@ -24,176 +24,162 @@ from mess_compile.engines.prepare import (
 from mess_compile.engines.remote_build import forms_there
 from mess_compile.evaluate import statistics
 from mess_compile.network import CandidateNetwork, GraphSet, read_graph_set, verify_graph_set
+from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.checks import check_threads
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.engines.engine import FP32, PRECISIONS, open_library
-from mess_compile.runtime.machine import machine
-from mess_compile.steps import prospects
-from mess_compile.steps.prospects import Prospect
-from mess_compile.targets import Target, find_target, refuse_unless_here, targets_here
-from mess_compile.workspace import HOST, Progress, Workspace, silent
+from mess_compile.steps import dry_run
+from mess_compile.steps.device_choice import host_of, refuse_python_here
+from mess_compile.steps.dry_run import PlannedStep
+from mess_compile.targets import Target, find_target, refuse_unless_here
+from mess_compile.workspace import HOST, Workspace
 
 if TYPE_CHECKING:
     from mess_compile.evaluate.record import Share
 
-
 _WAYS = "reach it with --host ssh://user@host, or run this command on it"
 
 
-def evaluate(
-    workspace: Workspace,
-    data: Data | None = None,
-    split: str | None = None,
-    progress: Progress = silent,
-    devices: int = 1,
-    nodes: int = 1,
-    accelerator: str = "cpu",
-    device: str | None = None,
-    precision: str = FP32,
-    host: str | None = None,
-    python: str | None = None,
-    tell: Callable[[str], None] = lambda line: None,
-    threads: int | None = None,
-) -> statistics.ExitStatistics | None:
-    """Run every head on a labelled split and write its exit statistics; both are remembered for `search`.
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to evaluate on, and where.
 
-    Here by ONNX Runtime, on the `cpu` or by its `cuda` provider, then a GPU for each process; or by the engines of
-    `device`, which this machine is, or which is at `host` (ssh://user@host; the one remembered for it by default), and
-    `python` starts Python there. `devices` processes on each of `nodes` machines share the images, also under torchrun
-    or SLURM; of several the first returns the statistics, the others None. `tell` is told what is left out of the data,
-    and what there is to know of their labels. `threads` are the CPU threads of each process, an even share of the cores
-    by default.
+    `data` and `split` are the remembered ones by default. Without `device` ONNX Runtime evaluates on this machine, on
+    the `cpu` or by its `cuda` provider: `devices` processes on each of `nodes` machines share the images, with
+    `threads` CPU threads each (None: an even share of the cores). With `device` its own engines evaluate in
+    `precision`, here or at `host` (ssh://user@host; None: the remembered one), where `python` starts Python.
     """
-    check_threads(threads)
-    library = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda"}[accelerator]
-    counts = launcher.counts() or (devices, nodes)
-    if host is None and device in (None, HOST):
-        refuse_python_here(python)
-        graph_set = verified_graphs(workspace)
-        made = in_precision(workspace, graph_set, precision, PRECISIONS, data, progress)
-        return _evaluated_here(workspace, made.graph_set, data, split, progress, library, *counts, tell, threads)
-    if device is None:
-        raise InputError(f"--host {host} says where a device is: say which it is with --device NAME")
-    if accelerator != "cpu" or counts != (1, 1) or threads is not None:
+
+    data: Data | None = None
+    split: str | None = None
+    device: str | None = None
+    precision: str = FP32
+    host: str | None = None
+    python: str | None = None
+    accelerator: str = "cpu"
+    devices: int = 1
+    nodes: int = 1
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """An evaluation of known data: by a target's own engines, at `host` or here, or (None) by ONNX Runtime here."""
+
+    workspace: Workspace
+    options: EvaluateOptions
+    reporter: Reporter
+    target: Target | None
+    host: str | None
+
+    def split_of(self, candidate: CandidateNetwork) -> tuple[DataFolder, DataSet]:
+        return _labelled(self.workspace, candidate, self.options.data, self.options.split)
+
+    def progress(self, images: int) -> Callable[[int], None]:
+        return lambda done: self.reporter.progress("evaluate", min(done, images), images)
+
+
+def _request(workspace: Workspace, options: EvaluateOptions, reporter: Reporter = SILENT) -> _Request:
+    """Raises InputError when options do not go together, or the device is neither here nor reachable."""
+    check_threads(options.threads)
+    if options.host is None and options.device in (None, HOST):
+        refuse_python_here(options.python)
+        return _Request(workspace, options, reporter, None, None)
+    if options.device is None:
+        raise InputError(f"--host {options.host} says where a device is: say which it is with --device NAME")
+    if options.accelerator != "cpu" or (options.devices, options.nodes) != (1, 1) or options.threads is not None:
         raise InputError(
-            f"--device {device} says what runs the graphs: drop --accelerator, --devices, --nodes and --threads"
+            f"--device {options.device} says what runs the graphs: drop --accelerator, --devices, --nodes and --threads"
         )
-    target = find_target(device, workspace.root)
-    if host is None and not targets_here((target,), machine.this_machine()):
-        host = workspace.memory().hosts.get(target.name)
-    if host is not None:
-        return _evaluated_there(workspace, target, precision, data, split, progress, host, python, tell)
-    refuse_python_here(python)
-    refuse_unless_here(target, workspace.root, _WAYS)
-    (engines,) = engine_files(workspace, target, (precision,), data, None, progress)
-    return _evaluated(workspace, engines, data, split, progress, target.library, 1, 1, target.name, tell)
+    target = find_target(options.device, workspace.root)
+    refuse_other_precisions(target, (options.precision,))
+    host = options.host or host_of(workspace, target)
+    if host is None:
+        refuse_python_here(options.python)
+        refuse_unless_here(target, workspace.root, _WAYS)
+    return _Request(workspace, options, reporter, target, host)
 
 
-def foresee_evaluate(
-    workspace: Workspace,
-    data: Data | None = None,
-    split: str | None = None,
-    device: str | None = None,
-    precision: str = FP32,
-    host: str | None = None,
-) -> tuple[Prospect, ...]:
+def evaluate(
+    workspace: Workspace, options: EvaluateOptions = EvaluateOptions(), reporter: Reporter = SILENT
+) -> statistics.ExitStatistics | None:
+    """Run every head on a labelled split and write its exit statistics; data and split are remembered for `search`.
+
+    Of several processes, also under torchrun or SLURM, the first returns the statistics, the others None. Notes say
+    what is left out of the data, and what there is to know of their labels. Raises InputError, EngineError.
+    """
+    devices, nodes = launcher.counts() or (options.devices, options.nodes)
+    request = _request(workspace, replace(options, devices=devices, nodes=nodes), reporter)
+    if request.target is None:
+        made = in_precision(
+            workspace, verified_graphs(workspace), options.precision, PRECISIONS, options.data, reporter.progress
+        )
+        return _evaluated_here(request, made.graph_set)
+    if request.host is not None:
+        return _evaluated_there(request, request.target, request.host)
+    (engines,) = engine_files(workspace, request.target, (options.precision,), options.data, None, reporter.progress)
+    return _evaluated(request, engines, request.target.library)
+
+
+def plan_evaluate(workspace: Workspace, options: EvaluateOptions = EvaluateOptions()) -> tuple[PlannedStep, ...]:
     """What `evaluate` would do; no device is asked. Raises InputError where it would."""
     from mess_compile.engines import recipes
 
-    graph_set, target = verified_graphs(workspace), None
-    if host is not None or device not in (None, HOST):
-        if device is None:
-            raise InputError(f"--host {host} says where a device is: say which it is with --device NAME")
-        target = find_target(device, workspace.root)
-        refuse_other_precisions(target, (precision,))
-        if host is None and not targets_here((target,), machine.this_machine()):
-            host = workspace.memory().hosts.get(target.name)
-        if host is None:
-            refuse_unless_here(target, workspace.root, _WAYS)
+    request, precision = _request(workspace, options), options.precision
+    target, graph_set = request.target, verified_graphs(workspace)
     refuse_unknown_precision(precision)
-    _, folder = _labelled(workspace, graph_set.candidate, data, split)
+    _, folder = request.split_of(graph_set.candidate)
     recipe = recipes.recipe_name(precision, PRECISIONS if target is None else target.precisions)
     settled = recipes.settled_graphs(graph_set, recipe, workspace.recipes)
     graphs = replace(graph_set, recipe=recipe) if settled is None else settled.graph_set
     unsettled = f"{precision} is settled first, graph by graph, on real images; that is not in the time"
     notes = (*folder.notes, unsettled) if settled is None else folder.notes
     name = HOST if target is None else target.name
-    writes, place = (workspace.statistics(folder.split, recipe, name), workspace.file), host or "this machine"
-    found = prospects.of_evaluation(graphs, len(folder.items), writes, workspace.latency(name), place, notes)
-    return (found,)
+    writes = (workspace.statistics(folder.split, recipe, name), workspace.file)
+    place = request.host or "this machine"
+    return (dry_run.of_evaluation(graphs, len(folder.items), writes, workspace.latency(name), place, notes),)
 
 
-def _evaluated_here(
-    workspace: Workspace,
-    graph_set: GraphSet,
-    data: Data | None,
-    split: str | None,
-    progress: Progress,
-    library: str,
-    devices: int,
-    nodes: int,
-    tell: Callable[[str], None] = lambda line: None,
-    threads: int | None = None,
-) -> statistics.ExitStatistics | None:
+def _evaluated_here(request: _Request, graph_set: GraphSet) -> statistics.ExitStatistics | None:
     """By ONNX Runtime on this machine, which computes fp16 as a GPU would."""
     from mess_compile.engines import recipes
 
+    library = {"cpu": "onnxruntime", "cuda": "onnxruntime-cuda"}[request.options.accelerator]
     with TemporaryDirectory(prefix="mess-") as folder:
-        engines = recipes.reference_files(graph_set, Path(folder))
-        return _evaluated(workspace, engines, data, split, progress, library, devices, nodes, HOST, tell, threads)
+        return _evaluated(request, recipes.reference_files(graph_set, Path(folder)), library)
 
 
-def _evaluated(
-    workspace: Workspace,
-    engines: EngineFiles,
-    data: Data | None,
-    split: str | None,
-    progress: Progress,
-    library: str,
-    devices: int,
-    nodes: int,
-    device: str,
-    tell: Callable[[str], None],
-    threads: int | None = None,
-) -> statistics.ExitStatistics | None:
+def _evaluated(request: _Request, engines: EngineFiles, library: str) -> statistics.ExitStatistics | None:
     from mess_compile.evaluate import record
 
-    root, folder = _labelled(workspace, engines.graph_set.candidate, data, split)
-    _tell_of(folder, tell)
-    with _shared(devices, nodes, threads) as share:
+    workspace, options = request.workspace, request.options
+    root, folder = request.split_of(engines.graph_set.candidate)
+    _note_data(folder, request.reporter)
+    device = HOST if request.target is None else request.target.name
+    with _shared(options) as share:
+        threads = options.threads or share_of_cores(options.devices)
         found = record.evaluate_data(
             engines,
-            open_library(
-                library, threads or share_of_cores(devices), share.gpu if library == "onnxruntime-cuda" else 0
-            ),
+            open_library(library, threads, share.gpu if library == "onnxruntime-cuda" else 0),
             folder,
             workspace.statistics(folder.split, engines.graph_set.recipe, device),
             share,
             device=device,
-            progress=lambda done: progress("evaluate", min(done, len(folder.items)), len(folder.items)),
+            progress=request.progress(len(folder.items)),
         )
     if found is not None:
         workspace.remember(data=root, split=folder.split)
     return found
 
 
-def _evaluated_there(
-    workspace: Workspace,
-    target: Target,
-    precision: str,
-    data: Data | None,
-    split: str | None,
-    progress: Progress,
-    host: str,
-    python: str | None,
-    tell: Callable[[str], None],
-) -> statistics.ExitStatistics:
+def _evaluated_there(request: _Request, target: Target, host: str) -> statistics.ExitStatistics:
     from mess_compile.evaluate import record
 
-    root, folder = _labelled(workspace, read_graph_set(workspace.graphs).candidate, data, split)
-    _tell_of(folder, tell)
-    with reached(workspace, host, python) as remote:
-        (forms,) = forms_there(workspace, target, (precision,), data, progress)
+    workspace, options, progress = request.workspace, request.options, request.reporter.progress
+    root, folder = request.split_of(read_graph_set(workspace.graphs).candidate)
+    _note_data(folder, request.reporter)
+    with reached(workspace, host, options.python) as remote:
+        (forms,) = forms_there(workspace, target, (options.precision,), options.data, progress)
         session = session_there(remote, target, forms.graph_set, progress)
         found = record.evaluate_there(
             session,
@@ -201,10 +187,10 @@ def _evaluated_there(
             folder,
             workspace.statistics(folder.split, forms.graph_set.recipe, target.name),
             device=target.name,
-            progress=lambda done: progress("evaluate", done, len(folder.items)),
+            progress=request.progress(len(folder.items)),
         )
     workspace.remember(data=root, split=folder.split)
-    workspace.remember_python(host, python)
+    workspace.remember_python(host, options.python)
     return found
 
 
@@ -222,35 +208,30 @@ def _labelled(
     return root, folder
 
 
-def _tell_of(folder: DataSet, tell: Callable[[str], None]) -> None:
+def _note_data(folder: DataSet, reporter: Reporter) -> None:
     """What is left out and what labels hold, once; labels that cannot be read are found before anything runs."""
     if not launcher.is_child():
         for sentence in (*folder.notes, *survey_labels(folder).sentences()):
-            tell(sentence)
+            reporter.note(sentence)
 
 
 @contextmanager
-def _shared(devices: int, nodes: int, threads: int | None) -> Iterator[Share]:
+def _shared(options: EvaluateOptions) -> Iterator[Share]:
     from mess_compile.evaluate.record import Share
 
-    if devices * nodes == 1:
+    if options.devices * options.nodes == 1:
         yield Share()
         return
     parallel = extras.torch_module("training.parallel")
-    fabric = parallel.launch(parallel.Machines("cpu", devices, nodes, threads=threads))
+    fabric = parallel.launch(parallel.Machines("cpu", options.devices, options.nodes, threads=options.threads))
     with parallel.lost_process_named(fabric):
         yield Share(fabric.global_rank, fabric.world_size, fabric.local_rank, fabric.barrier)
 
 
 def current_statistics(
-    workspace: Workspace,
-    graph_set: GraphSet,
-    device: str,
-    split: str | None,
-    progress: Progress,
-    tell: Callable[[str], None] = lambda line: None,
+    workspace: Workspace, graph_set: GraphSet, device: str, split: str | None, reporter: Reporter
 ) -> statistics.ExitStatistics:
-    """Of the device itself where there are some, else of this machine, which records them when it can, and `tell`s."""
+    """Of the device itself where there are some, else of this machine, which records them when it can."""
     memory = workspace.memory()
     split = split or memory.split or "val"
     for place in dict.fromkeys((device, HOST)):
@@ -263,10 +244,11 @@ def current_statistics(
                 raise
     verify_graph_set(graph_set)
     _, folder = _labelled(workspace, graph_set.candidate, None, split)
-    tell(
+    reporter.note(
         f"there are no current statistics of {split} in {graph_set.recipe}: evaluating first, on the "
         f"{len(folder.items)} images of {split} in {folder.root}"
     )
-    made = _evaluated_here(workspace, graph_set, None, split, progress, "onnxruntime", 1, 1)
+    quiet = _Request(workspace, EvaluateOptions(split=split), Reporter(reporter.progress), None, None)
+    made = _evaluated_here(quiet, graph_set)
     assert made is not None, "a search is one process"
     return made

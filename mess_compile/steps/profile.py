@@ -1,77 +1,52 @@
-"""What the graphs cost on a target: engines built, and a latency table measured here, over SSH or estimated."""
+"""The step `profile`: a latency table, measured here or over SSH, or estimated."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile.data_folder import Data
-from mess_compile.device.connect import any_session_there, reached, refuse_python_here
+from mess_compile.device.connect import any_session_there, reached
 from mess_compile.engines.files import EngineFiles, plain_files
-from mess_compile.engines.prepare import RecipeBuild, built_here, engine_files, engines_of, precise_graphs
-from mess_compile.engines.remote_build import build_there, forms_there
+from mess_compile.engines.jobs import job_name, profiling_jobs
+from mess_compile.engines.prepare import built_here, engine_files, precise_graphs, verified_graphs
+from mess_compile.engines.remote_build import forms_there
 from mess_compile.latency import table as latency
 from mess_compile.network import GraphSet, read_graph_set
+from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.engines.engine import FP32, open_library
+from mess_compile.runtime.machine import clocks
+from mess_compile.runtime.measure import measure
+from mess_compile.runtime.measure.measure import Effort
+from mess_compile.runtime.serve.worker import event_of
 from mess_compile.search.requirement import Requirement
-from mess_compile.steps.device_choice import host_of, target_of
+from mess_compile.steps.build import BuildOptions, planned_builds, planned_recipes
+from mess_compile.steps.device_choice import host_of, refuse_python_here, target_of
+from mess_compile.steps.dry_run import PlannedStep
 from mess_compile.steps.evaluate import current_statistics
 from mess_compile.targets import Target, find_target, known_targets, refuse_unless_here
-from mess_compile.workspace import Progress, Workspace, silent
+from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
     from mess_compile.device.remote import Remote
     from mess_compile.profile.backends import Backend
     from mess_compile.profile.selection import Subject
-    from mess_compile.profile.sparse import Errand
-    from mess_compile.runtime.measure.measure import Effort
-
-
-def build(
-    workspace: Workspace,
-    device: str | None = None,
-    precisions: Sequence[str] = (FP32,),
-    data: Data | None = None,
-    jobs: int | None = None,
-    progress: Progress = silent,
-    host: str | None = None,
-    tell: Callable[[str], None] = lambda words: None,
-    python: str | None = None,
-) -> tuple[RecipeBuild, ...]:
-    """Build the target's engines of every graph and precision, in `jobs` processes (None: one on each core).
-
-    TensorRT-RTX builds ahead of time on any machine, the classic library on the device alone: this machine, or the one
-    at `host` (ssh://user@host; the one remembered for it by default), where `python` starts Python, one at a time. fp16
-    and int8 are settled first, on images of `data`: a graph that loses too much is built in a safer precision.
-    """
-    target = target_of(workspace, device)
-    if host is None and target.library == "tensorrt":
-        host = host_of(workspace, target)
-    if host is not None:
-        if jobs is not None:
-            raise InputError(f"engines are built one at a time at {host}: drop --jobs {jobs}")
-        built = build_there(workspace, target, precisions, data, host, progress, tell, python)
-        workspace.remember_host(target.name, host)
-        workspace.remember_python(host, python)
-        return built
-    refuse_python_here(python)
-    if target.library == "tensorrt":
-        refuse_unless_here(target, workspace.root, "build there with --host ssh://user@host, or run this command on it")
-    return tuple(engines_of(workspace, target, precisions, data, jobs, progress))
+    from mess_compile.profile.sparse import SubsetJob
 
 
 @dataclass(frozen=True)
-class Thrift:
-    """What a sparing profile is for: `requirements` that plans are searched by, and the seconds that it may take.
+class Subset:
+    """Measures only what could change the plan that `requirements` ask for, within `budget_s` seconds.
 
-    One that nobody asked for, `by_default`, is for devices over SSH, where measuring everything takes hours.
+    A subset that nobody asked for, `by_default`, is for devices over SSH, where measuring everything takes hours.
     """
 
     requirements: tuple[Requirement, ...] = (Requirement(max_err_pp=1.0),)
@@ -80,142 +55,165 @@ class Thrift:
 
 
 @dataclass(frozen=True)
-class _Order:
-    """What `profile` was asked for, and who hears of it."""
+class ProfileOptions:
+    """What to measure, and where.
+
+    `hosts` (ssh://user@host) are where the device is: none for this machine or the remembered host; of several devices
+    of one kind the first is the one that the table is of, and the others share its work. `data` has images to choose
+    precisions by, `effort` says how long to measure (None: the default), `subset` what (None: every graph).
+    `lock_clocks` holds the clocks while measuring. `python` starts Python at the hosts.
+    """
+
+    precisions: tuple[str, ...] = (FP32,)
+    data: Data | None = None
+    effort: Effort | None = None
+    hosts: tuple[str, ...] = ()
+    subset: Subset | None = None
+    lock_clocks: bool = False
+    python: str | None = None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A profile whose device, hosts and subset are known."""
 
     workspace: Workspace
     target: Target
-    precisions: Sequence[str]
-    data: Data | None
-    progress: Progress
-    tell: Callable[[str], None]
-    effort: Effort | None
-    thrift: Thrift | None
-    lock_clocks: bool
+    options: ProfileOptions
+    reporter: Reporter
     started: float
-    python: str | None
 
     @property
     def path(self) -> Path:
         return self.workspace.latency(self.target.name)
 
     def in_time(self) -> bool:
-        return self.thrift is None or time.monotonic() - self.started < self.thrift.budget_s
+        subset = self.options.subset
+        return subset is None or time.monotonic() - self.started < subset.budget_s
+
+
+def resolved(workspace: Workspace, target: Target, options: ProfileOptions) -> ProfileOptions:
+    """The options with the hosts that are remembered, and without a default subset on this machine.
+
+    Raises InputError when options do not go together.
+    """
+    known = host_of(workspace, target)
+    hosts = options.hosts or (() if known is None else (known,))
+    if len(set(hosts)) < len(hosts):
+        raise InputError(f"--host {max(hosts, key=hosts.count)} is named twice: name each device once")
+    subset = None if options.subset is not None and options.subset.by_default and not hosts else options.subset
+    if subset and len(options.precisions) > 1 and any(each.setting == "anytime" for each in subset.requirements):
+        raise InputError("the anytime setting compares plans of one recipe: profile one --precision for it")
+    if not hosts:
+        refuse_python_here(options.python)
+    return replace(options, hosts=hosts, subset=subset)
 
 
 def profile(
     workspace: Workspace,
     device: str | None = None,
-    progress: Progress = silent,
-    precisions: Sequence[str] = (FP32,),
-    data: Data | None = None,
-    effort: Effort | None = None,
-    host: str | Sequence[str] | None = None,
-    thrift: Thrift | None = None,
-    tell: Callable[[str], None] = lambda words: None,
-    lock_clocks: bool = False,
-    python: str | None = None,
+    options: ProfileOptions = ProfileOptions(),
+    reporter: Reporter = SILENT,
 ) -> latency.LatencyTable:
     """Measure every graph in each precision on the device and write its latency table; the device is remembered.
 
-    The device is this machine, or at `host` (ssh://user@host), which is remembered with it. Engines that are missing
-    are built there first; a graph that has none is noted in the table. With `thrift` only what could change the answer
-    is built and measured, and the rest estimated; `tell` hears what comes next, and how long it should take, and when
-    trtexec measures in place of a Python that cannot be used at `host`. Of several hosts, devices of one kind, the
-    first is the one that the table is of: the others share its work, and have tables beside it. With `lock_clocks` the
-    clocks are held while it is measured, and put back whatever happens. `python` is what starts Python at `host`, a
-    path there; remembered with it.
+    Engines that are missing are built there first; a graph that has none is noted in the table. With a subset the rest
+    of the table is estimated. Notes say what comes next, about how long it takes, and when trtexec measures in place
+    of a Python that cannot be used. Raises InputError, EngineError, RemoteError.
     """
-    target = target_of(workspace, device)
-    known = host_of(workspace, target) if host is None else host
-    hosts = [known] if isinstance(known, str) else [*(known or ())]
-    if len(set(hosts)) < len(hosts):
-        raise InputError(f"--host {max(hosts, key=hosts.count)} is named twice: name each device once")
-    if thrift is not None and thrift.by_default and not hosts:
-        thrift = None
-    if thrift and len(precisions) > 1 and any(wish.setting == "anytime" for wish in thrift.requirements):
-        raise InputError("the anytime setting compares plans of one recipe: profile one --precision for it")
     started = time.monotonic()
-    if not hosts:
-        refuse_python_here(python)
-    order = _Order(workspace, target, precisions, data, progress, tell, effort, thrift, lock_clocks, started, python)
-    table = _profile_there(order, hosts) if hosts else _profile_here(order)
-    workspace.remember(device=target.name, host=hosts[0] if hosts else None)
-    for each in hosts:
-        workspace.remember_python(each, python)
+    target = target_of(workspace, device)
+    options = resolved(workspace, target, options)
+    request = _Request(workspace, target, options, reporter, started)
+    table = _profile_there(request) if options.hosts else _profile_here(request)
+    workspace.remember(device=target.name, host=options.hosts[0] if options.hosts else None)
+    for host in options.hosts:
+        workspace.remember_python(host, options.python)
     return table
 
 
-def _profile_here(order: _Order) -> latency.LatencyTable:
-    from mess_compile.profile import backends, full
-    from mess_compile.profile import sparse as thrift
-    from mess_compile.runtime.machine import clocks
+def _profile_here(request: _Request) -> latency.LatencyTable:
+    from mess_compile.profile import backends
 
-    workspace, target = order.workspace, order.target
+    workspace, target, options = request.workspace, request.target, request.options
     ways = "reach it with --host ssh://user@host, run this command on it, or go without it by --estimate"
     refuse_unless_here(target, workspace.root, ways)
-    if order.thrift is None:
-        engines = engine_files(workspace, target, order.precisions, order.data, None, order.progress)
-    else:
-        made = precise_graphs(workspace, target, order.precisions, order.data, order.progress)
-        engines = tuple(plain_files(each.graph_set) for each in made)
+    engines = _files_here(request)
     compiled = target.library.startswith("onnxruntime")
-    build = backends.as_they_are if compiled else partial(built_here, workspace, target, order.progress)
-    locked = clocks.lock_clocks(workspace.clocks(target.name)) if order.lock_clocks else nullcontext()
+    build = backends.as_they_are if compiled else partial(built_here, workspace, target, request.reporter.progress)
+    locked = clocks.lock_clocks(workspace.clocks(target.name)) if options.lock_clocks else nullcontext()
     with locked, closing(open_library(target.library)) as library:
-        place = backends.here(library, target.name, engines[0].graph_set, build)
-        if order.thrift is None:
-            return full.profile_graphs(engines, place, order.path, order.progress, order.effort)
-        return thrift.profile_sparingly(_errand(order, engines, place))
+        backend = backends.here(library, target.name, engines[0].graph_set, build)
+        return _measured(request, engines, backend)
 
 
-def _profile_there(order: _Order, hosts: Sequence[str]) -> latency.LatencyTable:
-    from mess_compile.profile import full, multi_device
-    from mess_compile.profile import sparse as thrift
+def _files_here(request: _Request) -> tuple[EngineFiles, ...]:
+    """Engines of every graph; of a subset the ONNX files, engines are built as they are needed."""
+    options, progress = request.options, request.reporter.progress
+    if options.subset is None:
+        return engine_files(request.workspace, request.target, options.precisions, options.data, None, progress)
+    made = precise_graphs(request.workspace, request.target, options.precisions, options.data, progress)
+    return tuple(plain_files(each.graph_set) for each in made)
 
+
+def _profile_there(request: _Request) -> latency.LatencyTable:
+    from mess_compile.profile import multi_device
+
+    options, hosts = request.options, request.options.hosts
     with ExitStack() as connected:
-        remotes = [connected.enter_context(reached(order.workspace, host, order.python)) for host in hosts]
-        forms = forms_there(order.workspace, order.target, order.precisions, order.data, order.progress)
-        found = [_place_at(order, remote, forms[0].graph_set) for remote in remotes]
+        remotes = [connected.enter_context(reached(request.workspace, host, options.python)) for host in hosts]
+        forms = forms_there(
+            request.workspace, request.target, options.precisions, options.data, request.reporter.progress
+        )
+        found = [_backend_at(request, remote, forms[0].graph_set) for remote in remotes]
         if len(hosts) > 1:
-            errand = _errand(order, forms, found[0])
-            return multi_device.profile_shared(errand, dict(zip(hosts, found, strict=True)), order.thrift is None)
-        (place,) = found
-        if order.thrift is None:
-            return full.profile_graphs(place.build(forms, None), place, order.path, order.progress, order.effort)
-        return thrift.profile_sparingly(_errand(order, forms, place))
+            job = _subset_job(request, forms, found[0])
+            return multi_device.profile_shared(job, dict(zip(hosts, found, strict=True)), options.subset is None)
+        engines = forms if options.subset is not None else found[0].build(forms, None)
+        return _measured(request, engines, found[0])
 
 
-def _place_at(order: _Order, remote: Remote, graph_set: GraphSet) -> Backend:
+def _measured(request: _Request, engines: Sequence[EngineFiles], backend: Backend) -> latency.LatencyTable:
+    from mess_compile.profile import full, sparse
+
+    if request.options.subset is None:
+        progress, effort = request.reporter.progress, request.options.effort
+        return full.profile_graphs(engines, backend, request.path, progress, effort)
+    return sparse.profile_subset(_subset_job(request, engines, backend))
+
+
+def _backend_at(request: _Request, remote: Remote, graph_set: GraphSet) -> Backend:
     """The device there, by its Python or by trtexec."""
     from mess_compile.device import trtexec_client
     from mess_compile.latency.estimate import transfer_estimates
     from mess_compile.profile import backends
 
-    session = any_session_there(order.workspace, remote, order.target, graph_set, order.progress, order.tell)
+    workspace, target, reporter = request.workspace, request.target, request.reporter
+    session = any_session_there(workspace, remote, target, graph_set, reporter.progress, reporter.note)
     transfers = None
     if not isinstance(session, trtexec_client.TrtexecSession):
-        session.lock_clocks = order.lock_clocks
-    elif order.lock_clocks:
+        session.lock_clocks = request.options.lock_clocks
+    elif request.options.lock_clocks:
         raise InputError("clocks are locked by the Python there, which cannot be used: lock them there by hand")
     else:
-        transfers = transfer_estimates(read_graph_set(order.workspace.graphs), order.target)
-    return backends.there(session, order.target.name, transfers)
+        transfers = transfer_estimates(read_graph_set(workspace.graphs), target)
+    return backends.there(session, target.name, transfers)
 
 
-def _errand(order: _Order, forms: Sequence[EngineFiles], place: Backend) -> Errand:
-    from mess_compile.profile import sparse as thrift
-    from mess_compile.runtime.measure import measure as measuring
+def _subset_job(request: _Request, forms: Sequence[EngineFiles], backend: Backend) -> SubsetJob:
+    from mess_compile.profile import sparse
 
-    requirements = order.thrift.requirements if order.thrift else ()
+    subset, reporter = request.options.subset, request.reporter
+    requirements = subset.requirements if subset else ()
     graph_sets = [each.graph_set for each in forms]
-    subject = subject_of(order.workspace, order.target, graph_sets, requirements, order.progress)
+    subject = subject_of(request.workspace, request.target, graph_sets, requirements, reporter)
     if requirements and not subject.requirements:
-        order.tell(
-            "no statistics, nor data to record them by (`mess-compile evaluate --data`): a fair share is measured"
+        reporter.note(
+            "no statistics, nor data to record them by (`mess-compile evaluate --data`): measuring a representative "
+            "subset"
         )
-    effort = order.effort or measuring.Effort()
-    return thrift.Errand(tuple(forms), place, subject, order.path, order.progress, order.tell, order.in_time, effort)
+    effort = request.options.effort or measure.Effort()
+    return sparse.SubsetJob(tuple(forms), backend, subject, request.path, reporter, request.in_time, effort)
 
 
 def subject_of(
@@ -223,18 +221,18 @@ def subject_of(
     target: Target,
     graph_sets: Sequence[GraphSet],
     requirements: tuple[Requirement, ...] = (),
-    progress: Progress = silent,
+    reporter: Reporter = SILENT,
 ) -> Subject:
-    """What a sparing profile goes by. Without statistics, and data to record them by, no requirement can guide it."""
-    from mess_compile.latency import estimate as forecast
+    """What a subset is selected by. Without statistics, and data to record them by, no requirement can guide it."""
+    from mess_compile.latency import estimate as estimates
     from mess_compile.profile import selection
 
     precisions = [spec.precision for each in graph_sets for spec in each.graphs.values()]
     found = {}
     for each in graph_sets if requirements else ():
         with suppress(InputError, StaleError):
-            found[each.recipe] = current_statistics(workspace, each, target.name, None, progress)
-    priors = forecast.priors_of(read_graph_set(workspace.graphs), target, precisions)
+            found[each.recipe] = current_statistics(workspace, each, target.name, None, Reporter(reporter.progress))
+    priors = estimates.priors_of(read_graph_set(workspace.graphs), target, precisions)
     twins = selection.twins(*graph_sets)
     return selection.Subject(tuple(graph_sets), priors, found, requirements if found else (), twins)
 
@@ -242,9 +240,9 @@ def subject_of(
 def estimate(
     workspace: Workspace,
     device: str | None = None,
-    progress: Progress = silent,
     precisions: Sequence[str] = (FP32,),
     data: Data | None = None,
+    reporter: Reporter = SILENT,
 ) -> latency.LatencyTable:
     """Write a latency table without the device: what was measured of these graphs is kept, the rest is estimated.
 
@@ -255,7 +253,7 @@ def estimate(
     from mess_compile.latency.estimate import forecast
 
     target = target_of(workspace, device)
-    made = [each.graph_set for each in precise_graphs(workspace, target, precisions, data, progress)]
+    made = [each.graph_set for each in precise_graphs(workspace, target, precisions, data, reporter.progress)]
     plain = read_graph_set(workspace.graphs)
     tables = dict(_tables(workspace))
     known = tables.get(target.name)
@@ -290,3 +288,93 @@ def _tables(workspace: Workspace) -> Iterator[tuple[str, latency.LatencyTable]]:
         if path.is_file():
             with suppress(InputError):
                 yield name, latency.read_latency_table(path)
+
+
+def plan_profile(
+    workspace: Workspace, device: str | None = None, options: ProfileOptions = ProfileOptions()
+) -> tuple[PlannedStep, ...]:
+    """What `profile` would do: build engines that are missing, then measure; no device is asked. Raises as it does."""
+    target = target_of(workspace, device)
+    options = resolved(workspace, target, options)
+    graphs, first = verified_graphs(workspace), next(iter(options.hosts), None)
+    found = planned_recipes(workspace, target, graphs, options.precisions)
+    compiled = target.library.startswith("onnxruntime")
+    builds = () if compiled else planned_builds(workspace, target, found, BuildOptions(host=first))
+    sets = [graph_set for graph_set, _ in found]
+    table = _forecast(workspace, target, sets, graphs)
+    jobs = [job.name for job in profiling_jobs([plain_files(each) for each in sets])]
+    effort = options.effort or measure.Effort()
+    measured, notes = set(jobs), _unfinished(workspace.latency(target.name), effort)
+    if options.subset is not None:
+        measured, note = _first_batch(subject_of(workspace, target, sets), table, jobs)
+        notes += (note,)
+        builds = tuple(replace(each, least_s=(each.least_s or 0.0) * len(measured) / len(jobs)) for each in builds)
+    return (*builds, _planned(target, sets, table, jobs, measured, effort, first, notes))
+
+
+def _planned(
+    target: Target,
+    sets: Sequence[GraphSet],
+    table: latency.LatencyTable,
+    jobs: Sequence[str],
+    measured: Collection[str],
+    effort: Effort,
+    host: str | None,
+    notes: tuple[str, ...],
+) -> PlannedStep:
+    times = {job_name(*key): entry.mean_ms for key, entry in table.entries.items()}
+    steady_s = {name: min(_settled_s(times.get(name, 0.0), effort), effort.max_s) for name in jobs}
+    known = sum(entry.source == "measured" for entry in table.entries.values())
+    precision, place = ",".join(each.recipe for each in sets), host or "this machine"
+    return PlannedStep(
+        step="profile",
+        what=f"profile {len(jobs)} graphs in {precision} for {target.name} at {place}",
+        writes=(),
+        least_s=effort.warm_up_s + sum(steady_s[name] for name in measured),
+        most_s=effort.warm_up_s + len(jobs) * effort.max_s,
+        basis=(
+            f"{known} latencies measured before, {len(table.entries) - known} estimated; from all settling at once to "
+            "none"
+        ),
+        notes=notes,
+        device=target.name,
+        precision=precision,
+        place=place,
+        graphs=len(jobs),
+    )
+
+
+def _settled_s(mean_ms: float, effort: Effort) -> float:
+    """Of a job that is steady at once: its windows, in which what runs before it takes about as long."""
+    return effort.windows * max(effort.window_s, effort.window_runs * 2 * mean_ms / 1e3)
+
+
+def _forecast(workspace: Workspace, target: Target, sets: Sequence[GraphSet], graphs: GraphSet) -> latency.LatencyTable:
+    from mess_compile.latency import estimate as estimates
+
+    known = None
+    with suppress(InputError):
+        known = latency.read_latency_table(workspace.latency(target.name))
+    return estimates.forecast(sets, target, known, (), graphs)
+
+
+def _unfinished(path: Path, effort: Effort) -> tuple[str, ...]:
+    """What a measurement that broke off has left."""
+    try:
+        lines = path.with_suffix(".samples.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ()
+    events = [event for event in map(event_of, lines) if isinstance(event, measure.Window)]
+    timed = Counter(event.job for event in events)
+    done = sum(count >= effort.windows for count in timed.values())
+    return (f"it would go on where one broke off that had timed {done} of them, if machine and graphs are the same",)
+
+
+def _first_batch(subject: Subject, table: latency.LatencyTable, jobs: Sequence[str]) -> tuple[set[str], str]:
+    """What a subset begins with."""
+    from mess_compile.profile import selection
+
+    batch = selection.next_batch(subject, replace(table, entries={}, failed={}))
+    names = {job_name(*key) for key in batch.graphs} & {*jobs} if batch else set()
+    note = f"subset: {len(names)} of them first, then only what could still change the answer (--all: everything)"
+    return names, note

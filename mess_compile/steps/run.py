@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mess_compile import extras, files
 from mess_compile.data.dataset import ClassList, read_labels
 from mess_compile.data.layouts import IMAGE_SUFFIXES, listed_files
+from mess_compile.reporter import SILENT, Progress, Reporter
 from mess_compile.runtime.base.errors import InputError, MessError, PlaceError
 from mess_compile.runtime.bundle import archive
 from mess_compile.runtime.bundle.manifest import MANIFEST
@@ -26,7 +27,6 @@ from mess_compile.runtime.cascade.cascade import Cascade, Prediction
 from mess_compile.runtime.images import frames
 from mess_compile.runtime.images.confidence import sure_words
 from mess_compile.runtime.images.pictures import OF_ONE_NAME, read_picture
-from mess_compile.workspace import Progress, silent
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts", ".wmv", ".mjpeg")
 _COUNTED = (".mp4", ".m4v", ".mov", ".avi")
@@ -114,20 +114,19 @@ def run(
     output: Path = Path("predictions"),
     options: RunOptions = RunOptions(),
     done: Callable[[Result], None] = lambda result: None,
-    progress: Progress = silent,
     failed: Callable[[ImageFailure], None] = lambda failure: None,
-    tell: Callable[[str], None] = lambda line: None,
+    reporter: Reporter = SILENT,
 ) -> tuple[Result, ...]:
-    """Segment images, those in folders, videos and `camera:N` with a bundle, and tell `done` or `failed` of each.
+    """Segment images, those in folders, videos and `camera:N` with a bundle; `done` or `failed` gets each result.
 
-    `tell` is told which files of folders are left out.
+    Notes say which files of folders are left out.
 
     An image gets a palette PNG of labels, an overlay and on request the refinement strip, a video or camera one with
     overlay, exit and latency drawn on it; Ctrl-C ends it as its last frame does. An image or frame that fails does not
     end the rest: RunError comes at the end. Raises InputError, BundleError before anything is run.
     """
     _refuse_swapped(bundle, sources)
-    images = [image for source in sources if not is_moving(source) for image in _images(source, options, tell)]
+    images = [image for source in sources if not is_moving(source) for image in _images(source, options, reporter)]
     videos = [source for source in sources if is_moving(source)]
     _check_names(images, videos)
     results: list[Result] = []
@@ -143,9 +142,9 @@ def run(
         for number, source in enumerate((*images, *videos)):
             try:
                 if is_moving(source):
-                    results.append(_run_video(cascade, str(source), output, options, progress, fail))
+                    results.append(_run_video(cascade, str(source), output, options, reporter.progress, fail))
                 else:
-                    progress("run", number, len(images))
+                    reporter.progress("run", number, len(images))
                     results.append(_run_image(cascade, source, output, options))
             except (MessError, MemoryError, OSError) as error:
                 fail(ImageFailure(str(source), _reason(error, source)))
@@ -195,12 +194,12 @@ def _is_bundle(path: Path) -> bool:
     return archive.is_bundle(path) or (path / MANIFEST).is_file()
 
 
-def _images(source: Path, options: RunOptions, tell: Callable[[str], None]) -> Sequence[Path]:
+def _images(source: Path, options: RunOptions, reporter: Reporter) -> Sequence[Path]:
     if not source.is_dir():
         return [source]
     listing = listed_files(source)
     for note in listing.notes:
-        tell(note)
+        reporter.note(note)
     if not listing.paths:
         raise InputError(f"{source} holds no {', '.join(IMAGE_SUFFIXES)}; folders in it are not looked into")
     return listing.paths[:: options.every][: options.limit]

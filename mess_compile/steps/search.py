@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mess_compile.engines.prepare import settled_graphs_of
 from mess_compile.latency import table as latency
+from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError, RequirementError, StaleError, did_you_mean
 from mess_compile.runtime.machine import machine, power
 from mess_compile.search import plan as plans
@@ -20,7 +21,7 @@ from mess_compile.search.requirement import Requirement
 from mess_compile.steps.device_choice import target_of
 from mess_compile.steps.evaluate import current_statistics
 from mess_compile.targets import Target, targets_here
-from mess_compile.workspace import Progress, Workspace, silent
+from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
     from mess_compile.bundle.shared_graphs import Shared
@@ -37,7 +38,7 @@ class SearchOptions:
     """How to search: the recipes (None: all that were profiled), what the front is by, when to end, and whether the
     plan is certified at a `confidence` (0.95), on sequences drawn by `seed`. `output` is where the plan goes instead of
     the workspace's own place, of one device. `hold_out` is the share of the images that the plan is judged by and not
-    chosen on: None, a third where they suffice; 0, none. `tell` hears what is evaluated first, where anything is."""
+    chosen on: None, a third where they suffice; 0, none."""
 
     precisions: tuple[str, ...] | None = None
     front_by: tuple[str, ...] = plans.FRONT_BY
@@ -46,7 +47,6 @@ class SearchOptions:
     seed: int = 0
     output: Path | None = None
     hold_out: Fraction | None = None
-    tell: Callable[[str], None] = lambda line: None
 
 
 def search(
@@ -54,15 +54,15 @@ def search(
     devices: Sequence[str] = (),
     split: str | None = None,
     requirement: Requirement = FASTEST,
-    progress: Progress = silent,
     options: SearchOptions = SearchOptions(),
+    reporter: Reporter = SILENT,
 ) -> tuple[plans.SearchResult, ...]:
     """Find the best plan for each device, of none for the one profiled last; all plans are written, or none.
 
     Evaluates first when statistics are stale. Ctrl-C ends the search with the best plan so far, and the
     cross-validation after it without a figure.
     """
-    return tuple(_found(workspace, devices, split, requirement, progress, options)[0])
+    return tuple(_found(workspace, devices, split, requirement, options, reporter)[0])
 
 
 def search_and_explain(
@@ -70,8 +70,8 @@ def search_and_explain(
     devices: Sequence[str] = (),
     split: str | None = None,
     requirement: Requirement = FASTEST,
-    progress: Progress = silent,
     options: SearchOptions = SearchOptions(),
+    reporter: Reporter = SILENT,
 ) -> tuple[tuple[plans.SearchResult, Explanation], ...]:
     """As `search`, and why each plan was chosen.
 
@@ -80,12 +80,12 @@ def search_and_explain(
     from mess_compile.search import explain as explaining
     from mess_compile.search.solver import search_recipes
 
-    results, evidences = _found(workspace, devices, split, requirement, progress, options)
+    results, evidences = _found(workspace, devices, split, requirement, options, reporter)
     find = partial(search_recipes, front_by=(), kept=workspace.searches)
     otherwise = partial(search_recipes, front_by=())
-    told = partial(progress, "explain")
+    progress = partial(reporter.progress, "explain")
     return tuple(
-        (result, explaining.explain(each, requirement, result.plan, find, otherwise, told))
+        (result, explaining.explain(each, requirement, result.plan, find, otherwise, progress))
         for result, each in zip(results, evidences, strict=True)
     )
 
@@ -95,8 +95,8 @@ def _found(
     devices: Sequence[str],
     split: str | None,
     requirement: Requirement,
-    progress: Progress,
     options: SearchOptions,
+    reporter: Reporter,
 ) -> tuple[list[plans.SearchResult], list[Sequence[Evidence]]]:
     """For each device what was found, and by what."""
     from mess_compile.search.constraints import promises_of
@@ -105,13 +105,15 @@ def _found(
     targets = [target_of(workspace, device) for device in dict.fromkeys(devices or (None,))]
     _refuse_to_overwrite(options.output, len(targets))
     clock = Clock(math.inf if options.time_limit_s is None else options.time_limit_s)
-    whole = {t.name: _evidences(workspace, t, split, progress, options) for t in targets}
+    whole = {t.name: _evidences(workspace, t, split, options, reporter) for t in targets}
     parts = {name: _parted(each, options) for name, each in whole.items()}
     evidences = {name: part.chosen for name, part in parts.items()}
     results = []
     for name, each in evidences.items():
         try:
-            found = _searched(each, requirement, options, workspace.searches, partial(progress, "search"), clock)
+            found = _searched(
+                each, requirement, options, workspace.searches, partial(reporter.progress, "search"), clock
+            )
             results.append(replace(found, plan=replace(found.plan, promises=promises_of(requirement, found.plan))))
         except RequirementError as error:
             raise RequirementError(f"{name}: {error}" if len(evidences) > 1 else str(error)) from error
@@ -124,7 +126,7 @@ def _found(
     ]
     _write(workspace, results, options.output)
     if options.confidence is None:
-        results = list(_expected(list(evidences.values()), results, requirement, options, workspace.searches, progress))
+        results = list(_expected(list(evidences.values()), results, requirement, options, workspace.searches, reporter))
         _write(workspace, results, options.output)
     return results, list(evidences.values())
 
@@ -180,20 +182,20 @@ def _expected(
     results: Sequence[plans.SearchResult],
     requirement: Requirement,
     options: SearchOptions,
-    kept: Path,
-    progress: Progress,
+    cache: Path,
+    reporter: Reporter,
 ) -> Iterator[plans.SearchResult]:
     """The results with what to expect of their plans on unseen images, by cross-validation, or why that is not told."""
     from mess_compile.search.guarantees import optimism
 
-    told, without = partial(progress, "cross-validation"), ""
+    progress, without = partial(reporter.progress, "cross-validation"), ""
     if options.time_limit_s is not None:
         without = "no cross-validation under --time-limit"
     for each, result in zip(evidences, results, strict=True):
         if not without and result.certificate.gap > 0:
             without = "no cross-validation, for the search was stopped"
         try:
-            expected = None if without else optimism(each, requirement, progress=told, kept=kept / "folds")
+            expected = None if without else optimism(each, requirement, progress=progress, kept=cache / "folds")
             yield replace(result, plan=replace(result.plan, optimism=expected), without_optimism=without)
         except RequirementError as error:
             yield replace(result, without_optimism=str(error))
@@ -211,7 +213,7 @@ def shared(workspace: Workspace, results: Sequence[plans.SearchResult]) -> Share
 
 
 def _evidences(
-    workspace: Workspace, target: Target, split: str | None, progress: Progress, options: SearchOptions
+    workspace: Workspace, target: Target, split: str | None, options: SearchOptions, reporter: Reporter
 ) -> list[Evidence]:
     """What a search goes by, for each recipe."""
     from mess_compile.search.metrics import Evidence
@@ -233,7 +235,7 @@ def _evidences(
     for recipe in map(known.__getitem__, precisions or known):
         graph_set = settled_graphs_of(workspace, recipe, target.name)
         latency.check_current(table, graph_set)
-        found = current_statistics(workspace, graph_set, target.name, split, progress, options.tell)
+        found = current_statistics(workspace, graph_set, target.name, split, reporter)
         evidences.append(Evidence(graph_set, table, found))
     return evidences
 

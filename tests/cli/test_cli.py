@@ -474,7 +474,7 @@ from pathlib import Path
 from mess_compile import steps
 from mess_compile.runtime.measure.measure import Effort
 from mess_compile.workspace import Workspace
-steps.profile(Workspace(Path(sys.argv[1])), "host", lambda *told: None, effort={EFFORT!r})
+steps.profile(Workspace(Path(sys.argv[1])), "host", steps.ProfileOptions(effort={EFFORT!r}))
 """
 
 
@@ -516,7 +516,7 @@ class TestProfile:
             nonlocal last
             last = samples.read_text()
 
-        table = steps.profile(Workspace(workspace), None, watch, effort=EFFORT)
+        table = steps.profile(Workspace(workspace), None, steps.ProfileOptions(effort=EFFORT), steps.Reporter(watch))
         lines = last.splitlines()[1:]
         assert lines[: len(kept)] == kept
         windows = [line["window"] for line in map(json.loads, lines) if "window" in line]

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mess_compile.cli.search import thrift_of
+from mess_compile.cli.search import subset_of
 from mess_compile.evaluate import statistics
 from mess_compile.report.model import Missing
 from mess_compile.report.provenance import provenance_of
 from mess_compile.search.display import expected_elsewhere
 from mess_compile.search.plan import Optimism, read_result
 from mess_compile.search.requirement import Limit, Requirement
-from mess_compile.steps import Thrift
+from mess_compile.steps import Subset
 from mess_compile.workspace import Workspace
 from tests.commands import complaint, contents, done, edit, overwrite, printed_json, refused, run
 
@@ -310,7 +310,7 @@ def test_profile_for_means_by_a_bound_what_search_means() -> None:
         "--max-latency-p95 20ms --max-latency-worst 0.5x --max-energy 50mJ",
         "--setting anytime --deadline 8ms --max-memory 64MiB",
     )
-    assert thrift_of(wishes, "30min") == Thrift(
+    assert subset_of(wishes, "30min") == Subset(
         requirements=(
             Requirement(
                 max_latency_p95=Limit(20.0), max_latency_worst=Limit(0.5, relative=True), max_energy=Limit(50.0)

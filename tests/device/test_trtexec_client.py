@@ -232,9 +232,13 @@ def samples(workspace: Path) -> list[tuple[str, int]]:
 def profiled(
     workspace: Path, standin: Standin, watch: Callable[[str, int, int], None] = lambda *told: None
 ) -> LatencyTable:
-    """Sparingly, as is usual over SSH."""
-    host, thrift = standin.device.host, steps.Thrift()
-    return steps.profile(Workspace(workspace), "mine", watch, effort=EFFORT, host=host, thrift=thrift)
+    """A subset, as is usual over SSH."""
+    return steps.profile(
+        Workspace(workspace),
+        "mine",
+        steps.ProfileOptions(effort=EFFORT, hosts=(standin.device.host,), subset=steps.Subset()),
+        steps.Reporter(watch),
+    )
 
 
 def words(workspace: Path, standin: Standin) -> tuple[str, ...]:

@@ -87,7 +87,12 @@ def test_a_build_that_is_cut_is_continued_by_the_same_command(workspace: Path, x
                 xavier.device.cut()
 
     def build(progress: object) -> int:
-        (built,) = steps.build(Workspace(workspace), "xavier", ("fp32",), None, None, progress, xavier.host)  # type: ignore[arg-type]
+        (built,) = steps.build(
+            Workspace(workspace),
+            "xavier",
+            steps.BuildOptions(host=xavier.host),
+            steps.Reporter(progress),  # type: ignore[arg-type]
+        )
         return built.engines.built
 
     with pytest.raises(RemoteError, match="connection was lost"):

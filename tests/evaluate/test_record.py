@@ -31,6 +31,8 @@ from tests.commands import contents
 
 IGNORED = frozenset({11, 255})
 
+VAL = steps.EvaluateOptions(split="val")
+
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> GraphSet:
@@ -178,10 +180,10 @@ def test_a_killed_evaluation_continues_with_the_images_it_lacks(
     place = Workspace(workspace)
     expected = contents(place.statistics("val"))
     with pytest.raises(Killed):
-        steps.evaluate(place, None, "val", told([], at=10))
+        steps.evaluate(place, VAL, steps.Reporter(told([], at=10)))
     assert contents(place.statistics("val")) == expected, "what was there stays until all is done"
     counts: list[int] = []
-    steps.evaluate(place, None, "val", told(counts))
+    steps.evaluate(place, VAL, steps.Reporter(told(counts)))
     assert counts == [9, 10, 11, 12], "the first two blocks of four were finished"
     assert contents(place.statistics("val")) == expected
     assert [path.name for path in (workspace / "statistics").iterdir()] == ["val"]
@@ -191,21 +193,21 @@ def test_blocks_of_images_that_changed_are_not_taken_up_again(workspace: Path, m
     monkeypatch.setattr(record, "BLOCK", 4)
     place = Workspace(workspace)
     with pytest.raises(Killed):
-        steps.evaluate(place, None, "val", told([], at=10))
+        steps.evaluate(place, VAL, steps.Reporter(told([], at=10)))
     first = min((workspace / "data" / "val" / "labels").iterdir())
     changed = np.asarray(Image.open(first)).copy()
     changed[0] = 255
     first.unlink()
     Image.fromarray(changed).save(first)
     counts: list[int] = []
-    steps.evaluate(place, None, "val", told(counts))
+    steps.evaluate(place, VAL, steps.Reporter(told(counts)))
     assert counts == list(range(1, 13))
 
 
 def test_two_processes_write_the_statistics_of_one(workspace: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     scenes.write_scenes(data, {"train": 2, "val": 70}, (64, 96))
-    steps.evaluate(Workspace(workspace), data, "val", told([]))
+    steps.evaluate(Workspace(workspace), steps.EvaluateOptions(data, "val"))
     alone = contents(workspace / "statistics" / "val")
     command = [sys.executable, "-m", "mess_compile", "-C", str(workspace), "evaluate", "--data", str(data)]
     done = subprocess.run([*command, "--devices", "2"], capture_output=True, text=True)
@@ -232,5 +234,5 @@ def test_a_process_that_is_killed_costs_its_block_of_images_only(workspace: Path
     assert list(place.glob(".val.parts-*/*")), "finished blocks are kept"
     assert subprocess.run([*command, "--devices", "2"], capture_output=True).returncode == 0
     shared = contents(place / "val")
-    steps.evaluate(Workspace(workspace), data, "val", told([]))
+    steps.evaluate(Workspace(workspace), steps.EvaluateOptions(data, "val"))
     assert contents(place / "val") == shared

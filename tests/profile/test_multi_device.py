@@ -17,7 +17,8 @@ from mess_compile.latency.table import LatencyTable, check_current, read_latency
 from mess_compile.network import BASELINE, BASELINE_ALONE, GraphSet
 from mess_compile.profile import multi_device, selection
 from mess_compile.profile.backends import Backend, Task, as_they_are
-from mess_compile.profile.sparse import Errand
+from mess_compile.profile.sparse import SubsetJob
+from mess_compile.reporter import SILENT
 from mess_compile.runtime.base.errors import EngineError, InputError
 from mess_compile.runtime.machine.power import DeviceState
 from mess_compile.runtime.measure import measure as profile
@@ -25,7 +26,6 @@ from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS, Opened
 from mess_compile.runtime.measure.measure import Effort, Window
 from mess_compile.targets import find_target
 from tests import small_network
-from tests.conftest import quiet
 
 SLOWER = 1.25
 EFFORT = Effort(windows=3, warm_up_s=0.0)
@@ -69,10 +69,10 @@ def devices(graphs: GraphSet) -> tuple[Scripted, Scripted]:
     return Scripted("one", first), Scripted("two", second)
 
 
-def errand(graphs: GraphSet, place: Backend, path: Path) -> Errand:
+def errand(graphs: GraphSet, place: Backend, path: Path) -> SubsetJob:
     priors = estimate.priors_of(graphs, find_target("host", path.parent), ())
     subject = selection.Subject((graphs,), priors)
-    return Errand((plain_files(graphs),), place, subject, path, quiet, quiet, lambda: True, EFFORT)
+    return SubsetJob((plain_files(graphs),), place, subject, path, SILENT, lambda: True, EFFORT)
 
 
 def shared(graphs: GraphSet, path: Path, *scripted: Scripted, everything: bool = True) -> LatencyTable:

@@ -127,7 +127,9 @@ def samples(workspace: Path) -> list[tuple[str, int]]:
 def profiled(
     workspace: Path, device: Device, watch: Callable[[str, int, int], None] = lambda *told: None
 ) -> LatencyTable:
-    return steps.profile(Workspace(workspace), "host", watch, effort=LONGER, host=device.host)
+    return steps.profile(
+        Workspace(workspace), "host", steps.ProfileOptions(effort=LONGER, hosts=(device.host,)), steps.Reporter(watch)
+    )
 
 
 def test_a_device_over_ssh_gives_a_table_and_is_remembered(unmeasured: Path, device: Device) -> None:

@@ -63,8 +63,8 @@ def draw_labels(root: Path, teacher: str) -> None:
 
 
 def chosen(workspace: Workspace) -> Path:
-    steps.evaluate(workspace, workspace.root / "data", "val", quiet)
-    steps.search(workspace, ("host",), None, Requirement(objective="accuracy"), quiet)
+    steps.evaluate(workspace, steps.EvaluateOptions(workspace.root / "data", "val"))
+    steps.search(workspace, ("host",), None, Requirement(objective="accuracy"))
     steps.bundle(workspace, None, None)
     return workspace.root
 
@@ -77,8 +77,8 @@ def strong(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_random(workspace.candidate, seed=0, exits=3)
     save_random(workspace.baseline, seed=1, exits=1)
     draw_labels(workspace.root, "baseline")
-    steps.export(workspace, None, Gate(), quiet)
-    steps.profile(workspace, "host", quiet, effort=EFFORT)
+    steps.export(workspace, None, Gate())
+    steps.profile(workspace, "host", steps.ProfileOptions(effort=EFFORT))
     return chosen(workspace)
 
 
@@ -187,7 +187,7 @@ class TestAnother:
         assert "baseline and baseline-alone: plans are held against the better one in mIoU" in shown
         assert "made from other graphs than these (baseline-alone)" in refused(workspace, "search")
         assert "another baseline" in refused(workspace, "bundle")
-        steps.profile(Workspace(workspace), "host", quiet, effort=EFFORT)
+        steps.profile(Workspace(workspace), "host", steps.ProfileOptions(effort=EFFORT))
         edit(workspace / "workspace.json", lambda content: content.update(data=None))
         assert "the statistics are of another baseline" in refused(workspace, "search")
 

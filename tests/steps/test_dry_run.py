@@ -50,12 +50,12 @@ def test_what_a_broken_measurement_left_is_told(workspace: Path) -> None:
 
 
 def test_a_device_elsewhere_is_not_asked(workspace: Path) -> None:
-    build, sparing = foreseen(workspace, "profile", "--device", "xavier", "--host", NOWHERE)
+    build, subset = foreseen(workspace, "profile", "--device", "xavier", "--host", NOWHERE)
     everything = foreseen(workspace, "profile", "--device", "xavier", "--host", NOWHERE, "--all")
     assert (build["step"], build["place"], build["there"]) == ("build", NOWHERE, None)
     assert "a guess" in build["basis"]
-    assert sparing["least_s"] < everything[1]["least_s"]
-    assert any("sparing" in note for note in sparing["notes"])
+    assert subset["least_s"] < everything[1]["least_s"]
+    assert any("subset" in note for note in subset["notes"])
     assert everything[1]["notes"] == []
 
 
@@ -167,6 +167,6 @@ def test_graphs_are_read_through_once(workspace: Path, monkeypatch: pytest.Monke
         seen.append(graph_set)
 
     monkeypatch.setattr(prepare, "verify_graph_set", verify)
-    foreseen_once = steps.foresee_profile(Workspace(workspace), "xavier", host=NOWHERE)
+    foreseen_once = steps.plan_profile(Workspace(workspace), "xavier", steps.ProfileOptions(hosts=(NOWHERE,)))
     assert [step.step for step in foreseen_once] == ["build", "profile"]
     assert len(seen) == 1

@@ -1,0 +1,216 @@
+"""The step `train`: a candidate network, or the baseline alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mess_compile import extras, launcher
+from mess_compile.data.dataset import Data, DataFolder, DataSet, open_dataset
+from mess_compile.network import CandidateNetwork
+from mess_compile.reporter import SILENT, Reporter
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.steps.dry_run import PlannedStep
+from mess_compile.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mess_compile.nets.network import Architecture
+    from mess_compile.training.parallel import Machines
+    from mess_compile.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class NetworkChoice:
+    """What to train: backbone, input size, where the exits are (a count, or block names), and heads at every early
+    exit (configuration names, or `exitN.NAME` for one exit alone)."""
+
+    backbone: str
+    input_hw: tuple[int, int]
+    exits: int | tuple[str, ...]
+    heads: tuple[str, ...]
+    output_stride: int = 8
+    width: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The splits train and val of a data folder, opened before anything heavy is loaded."""
+
+    folder: DataFolder
+    images: DataSet
+    validation: DataSet
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Where a training starts from, and on what it runs.
+
+    `imagenet` are weights of the backbone. `source` is the folder of a candidate network that stage 2 alone starts
+    from; `teacher` that of one whose final exit teaches instead of the network's own.
+    """
+
+    imagenet: Path | None = None
+    machines: Machines | None = None
+    source: Path | None = None
+    teacher: Path | None = None
+
+
+def training_data(workspace: Workspace, data: Data, reporter: Reporter = SILENT) -> TrainingData:
+    """Open what a network is trained and validated on, read as it was last in this workspace unless said otherwise.
+
+    Notes say what lies there and is not read. Raises InputError where the folder is no data set, without a wait for
+    PyTorch.
+    """
+    folder = workspace.data_folder(data)
+    images = open_dataset(folder, "train")
+    validation = open_dataset(folder, "val", images.classes)
+    if not launcher.is_child():
+        for note in dict.fromkeys((*images.notes, *validation.notes)):
+            reporter.note(note)
+    return TrainingData(folder, images, validation)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A training whose data are open, and the folder that its network goes to."""
+
+    data: TrainingData
+    choice: NetworkChoice
+    recipe: Recipe
+    folder: Path
+    options: TrainOptions
+
+
+def _candidate_request(
+    workspace: Workspace,
+    data: Data | TrainingData,
+    choice: NetworkChoice,
+    recipe: Recipe,
+    options: TrainOptions,
+    reporter: Reporter,
+) -> _Request:
+    source = options.source
+    if source is not None and source.resolve() == workspace.candidate.resolve():
+        raise InputError(f"--from {source} is where the result goes: copy or move that folder first")
+    return _Request(_opened(workspace, data, reporter), choice, recipe, workspace.candidate, options)
+
+
+def _baseline_request(
+    workspace: Workspace,
+    data: Data | TrainingData,
+    choice: NetworkChoice,
+    recipe: Recipe,
+    options: TrainOptions,
+    reporter: Reporter,
+) -> _Request:
+    if options.source is not None or options.teacher is not None:
+        raise InputError(
+            "a baseline is a whole network trained for the sum of the epochs: it has no --from or --teacher"
+        )
+    alone, budget = replace(choice, exits=1, heads=()), replace(recipe, epochs=(sum(recipe.epochs), 0))
+    return _Request(_opened(workspace, data, reporter), alone, budget, workspace.baseline, options)
+
+
+def _opened(workspace: Workspace, data: Data | TrainingData, reporter: Reporter) -> TrainingData:
+    return data if isinstance(data, TrainingData) else training_data(workspace, data, reporter)
+
+
+def train(
+    workspace: Workspace,
+    data: Data | TrainingData,
+    choice: NetworkChoice,
+    recipe: Recipe,
+    options: TrainOptions = TrainOptions(),
+    reporter: Reporter = SILENT,
+) -> CandidateNetwork | None:
+    """Train a candidate network on the split train and write it to the workspace; val is looked at on the way.
+
+    Of several processes the first returns the network, the others None.
+    """
+    request = _candidate_request(workspace, data, choice, recipe, options, reporter)
+    candidate = _trained(request, reporter)
+    if candidate is not None:
+        workspace.remember(data=request.data.folder)
+    return candidate
+
+
+def train_baseline(
+    workspace: Workspace,
+    data: Data | TrainingData,
+    choice: NetworkChoice,
+    recipe: Recipe,
+    options: TrainOptions = TrainOptions(),
+    reporter: Reporter = SILENT,
+) -> CandidateNetwork | None:
+    """Train the single-exit network of `choice` alone, for the epochs of both stages, and write it to `baseline/`.
+
+    `export` puts it beside the candidate network's final exit, and the better of the two is what a plan is held
+    against.
+    """
+    return _trained(_baseline_request(workspace, data, choice, recipe, options, reporter), reporter)
+
+
+def plan_train(
+    workspace: Workspace,
+    data: Data | TrainingData,
+    choice: NetworkChoice,
+    recipe: Recipe,
+    options: TrainOptions = TrainOptions(),
+    baseline: bool = False,
+) -> tuple[PlannedStep, ...]:
+    """What `train` would do, or `train_baseline`. Raises InputError where they would."""
+    resolve = _baseline_request if baseline else _candidate_request
+    request = resolve(workspace, data, choice, recipe, options, SILENT)
+    opened, stages = request.data, extras.torch_module("training.train")
+    what, notes = stages.foreseen(
+        _architecture(request.choice, opened.images),
+        opened.images,
+        opened.validation,
+        request.folder,
+        request.recipe,
+        options.imagenet,
+        options.machines,
+        options.source,
+        options.teacher,
+    )
+    basis = "how long a batch takes is known when the first ones are done, and stands on the progress line then"
+    return (PlannedStep("train", what, (str(request.folder), str(workspace.file)), None, basis, notes),)
+
+
+def _trained(request: _Request, reporter: Reporter) -> CandidateNetwork | None:
+    stages = extras.torch_module("training.train")
+    data, options = request.data, request.options
+    network: CandidateNetwork | None = stages.train(
+        _architecture(request.choice, data.images),
+        data.images,
+        data.validation,
+        request.folder,
+        request.recipe,
+        reporter.note,
+        options.imagenet,
+        options.machines,
+        options.source,
+        options.teacher,
+        reporter.progress,
+    )
+    return network
+
+
+def _architecture(choice: NetworkChoice, folder: DataSet) -> Architecture:
+    network = extras.torch_module("nets.network")
+    exits = choice.exits
+    if isinstance(exits, int):
+        blocks = network.block_workloads(choice.backbone, choice.input_hw, choice.output_stride, choice.width)
+        exits = network.place_exits(blocks, exits)
+    architecture: Architecture = network.Architecture(
+        backbone=choice.backbone,
+        classes=folder.classes.names,
+        colours=folder.classes.colours,
+        input_hw=choice.input_hw,
+        exit_blocks=exits,
+        heads=network.with_final_head(network.heads_from_names(choice.heads, len(exits)), len(exits)),
+        output_stride=choice.output_stride,
+        width=choice.width,
+    )
+    return architecture
