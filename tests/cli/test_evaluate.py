@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import pytest
 
 from mess_compile import cores
 from mess_compile.runtime.engines import engine
-from mess_compile.steps import evaluate
 from mess_compile.workspace import Workspace
 from tests.commands import complaint, contents, done
 from tests.remote_device import Device, remote_device
@@ -77,7 +77,7 @@ def test_graphs_run_with_the_threads_that_were_asked_for(
         opened.append(threads)
         return engine.open_library(name, threads, gpu)
 
-    monkeypatch.setattr(evaluate, "open_library", open_library)
+    monkeypatch.setattr(sys.modules["mess_compile.steps.evaluate"], "open_library", open_library)
     monkeypatch.setattr(cores, "cpu_quota", lambda: None)
     done("-C", workspace, "evaluate", *asked)
     assert opened == [1 if asked else None], "by default the library takes all cores that it sees"

@@ -20,7 +20,7 @@ from PIL import Image
 from mess_compile.runtime.base.errors import EngineError
 from mess_compile.runtime.cascade import cascade as runtime_cascade
 from mess_compile.runtime.cascade.cascade import Cascade
-from mess_compile.steps import run as running
+from mess_compile.steps.run import RunOptions, _panels
 from tests import small_network
 from tests.commands import complaint, done, printed_json, run
 
@@ -285,8 +285,8 @@ def test_the_truth_of_labels_that_begin_at_1_is_not_shifted(bundle: Path, tmp_pa
             folder = tmp_path / str(offset)
             folder.mkdir()
             Image.fromarray(labels + np.uint8(offset)).save(folder / "a.png")
-            options = running.RunOptions(progressive=True, truth=folder, label_offset=offset)
-            shown.append(running._panels(cascade, frame, 1, Path("a.png"), options)[-1][1])
+            options = RunOptions(progressive=True, truth=folder, label_offset=offset)
+            shown.append(_panels(cascade, frame, 1, Path("a.png"), options)[-1][1])
     np.testing.assert_array_equal(shown[0], shown[1])
     assert len(np.unique(shown[0].reshape(-1, 3), axis=0)) > 1
     image = tmp_path / "0" / "a.png"
