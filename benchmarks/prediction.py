@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from mess_compile.bundle.stage_costs import measurements_of
+from mess_compile.bundle.stage_costs import device_costs
 from mess_compile.bundle.write import Part, write_bundle
 from mess_compile.data import scenes
 from mess_compile.latency.table import (
@@ -36,7 +36,7 @@ from mess_compile.latency.table import (
     path_costs_ns,
     read_latency_table,
 )
-from mess_compile.network import BASELINE, GraphSet, read_graph_set, segment_name, threshold_table
+from mess_compile.network import BASELINE, GraphSet, read_graph_set, segment_name
 from mess_compile.runtime.cascade.cascade import Cascade, load
 from mess_compile.runtime.engines.engine import Engine, Library
 from mess_compile.runtime.measure import full_speed
@@ -99,9 +99,8 @@ def opened(
     graph_set: GraphSet, table: LatencyTable, plan: Plan, frame: NDArray[np.uint8], folder: Path, name: str
 ) -> Cascade:
     path = folder / f"{name}.mess"
-    thresholds = threshold_table(graph_set.gate, len(graph_set.candidate.classes))
-    part = Part(graph_set, plan, measurements_of(plan, graph_set, table, None))
-    write_bundle(path, [part], thresholds, [frame], {})
+    part = Part(graph_set, plan, device_costs(plan, graph_set, table, None))
+    write_bundle(path, [part], [frame], {})
     cascade = load(path)
     path.unlink()
     return cascade

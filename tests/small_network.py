@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mess_compile import files
 from mess_compile.bundle import write
-from mess_compile.bundle.stage_costs import Measurements
+from mess_compile.bundle.stage_costs import DeviceCosts
 from mess_compile.graph.gate import append_sound
 from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
 from mess_compile.runtime.bundle import archive, signature
@@ -136,9 +136,9 @@ def thresholds() -> NDArray[np.float32]:
     return np.repeat(np.array(ROWS, np.float32)[:, None], len(CLASSES), axis=1)
 
 
-def measurements(stages: int) -> Measurements:
+def measurements(stages: int) -> DeviceCosts:
     """Of a device that takes 10 ms for everything at the least, so that no test depends on the speed of this one."""
-    return Measurements((StageCost(10.0, 20.0, 10.0, 20.0),) * stages, 10.0, 20.0, ((),) * stages, {"cores": "2"})
+    return DeviceCosts((StageCost(10.0, 20.0, 10.0, 20.0),) * stages, 10.0, 20.0, ((),) * stages, {"cores": "2"})
 
 
 def write_bundle(path: Path, of: Plan | None = None, golden: int = 2, key: Path | None = None) -> Manifest:
@@ -147,7 +147,7 @@ def write_bundle(path: Path, of: Plan | None = None, golden: int = 2, key: Path 
 
 def write_parts(path: Path, parts: Sequence[write.Part], golden: int = 2, key: Path | None = None) -> Manifest:
     frames = [frame(seed) for seed in range(golden)]
-    return write.write_bundle(path, parts, thresholds(), frames, {"mess-compile": "1"}, key=key)
+    return write.write_bundle(path, parts, frames, {"mess-compile": "1"}, key=key)
 
 
 def part(graphs: GraphSet, of: Plan, recipe: str = "fp32") -> write.Part:

@@ -1,4 +1,4 @@
-"""What `bench` last measured of a plan, kept in the workspace as `bench/<device>.json`."""
+"""Stores the last result of `bench` for a device as `bench/<device>.json`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _REMEDY = "run `mess-compile bench BUNDLE --data DIR`"
 
 
 @dataclass(frozen=True)
-class KeptBench:
-    """What was `found`; `heads` and `cuts` tell which plan it was."""
+class StoredBench:
+    """A result, and the plan that it is of, by its `heads` and `cuts`."""
 
     found: Bench
     heads: tuple[str, ...]
@@ -32,22 +32,22 @@ class KeptBench:
 
 
 def write_bench(path: Path, found: Bench, plan: BundlePlan) -> None:
-    """Keep what was found of `plan`; all of it or nothing."""
+    """Store the result of `plan` atomically."""
     stages = [{"head": stage.head, "cut": stage.cut} for stage in plan.stages]
     files.write_json(path, "mess-bench", VERSION, {"bench": asdict(found), "stages": stages})
 
 
-def read_bench(path: Path) -> KeptBench:
+def read_bench(path: Path) -> StoredBench:
     """Read what `write_bench` wrote. Raises InputError when it is missing or damaged."""
     content = files.read_json(path, "mess-bench", VERSION, _REMEDY)
-    kept: KeptBench = files.decoded(path, _REMEDY, lambda: _kept(content["bench"], content["stages"]))
-    return kept
+    stored: StoredBench = files.decoded(path, _REMEDY, lambda: _stored(content["bench"], content["stages"]))
+    return stored
 
 
-def _kept(found: Any, stages: list[dict[str, Any]]) -> KeptBench:
+def _stored(found: Any, stages: list[dict[str, Any]]) -> StoredBench:
     try:
         bench: Bench = decode.decode(Bench, found, "bench")
     except decode.DecodeError as error:
         raise InputError(str(error)) from error
     cuts = tuple(None if stage["cut"] is None else int(stage["cut"]) for stage in stages)
-    return KeptBench(bench, tuple(str(stage["head"]) for stage in stages), cuts)
+    return StoredBench(bench, tuple(str(stage["head"]) for stage in stages), cuts)

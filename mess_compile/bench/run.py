@@ -1,4 +1,4 @@
-"""A bundle against the truth: predicted, replayed and measured, beside the best single-exit graph in the same run."""
+"""Measures a bundle on labelled images: predicted, replayed and measured, beside the best single-exit graph."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Column:
-    """mIoU in percent, mean latency, mean workload, share of images per exit."""
+    """mIoU in percent, mean latency and workload of an image, and the share of images that leave at each exit."""
 
     miou: float
     latency_ms: float
@@ -41,7 +41,7 @@ class Column:
 
 @dataclass(frozen=True)
 class NearCut:
-    """An image whose measured exit differs from the replayed one, with its distance from the cut in counts."""
+    """An image whose measured exit differs from the replayed one, and how many counts it is from the threshold."""
 
     image: str
     replayed_exit: int
@@ -51,17 +51,17 @@ class NearCut:
 
 @dataclass(frozen=True)
 class OtherBaseline:
-    """A single-exit graph that is no better on these images; mIoU in percent."""
+    """A single-exit graph with no higher mIoU (percent) on these images."""
 
     name: str
     miou: float
 
 
 @dataclass(frozen=True)
-class Held:
-    """A bound that the plan was asked to keep, and what was found here: `asked` in the unit of the `quantity`.
+class CheckedPromise:
+    """A bound of the plan's search, and the value found here; both in the unit of the `quantity`.
 
-    `held` is None where a bench cannot measure it (energy, memory).
+    `held` is None for quantities that a bench does not measure (energy, memory).
     """
 
     quantity: str
@@ -71,7 +71,7 @@ class Held:
 
     @property
     def sentence(self) -> str:
-        """What was asked, what was found, and whether that is within it."""
+        """For the user: whether the bound held, the bound, and the value found."""
         if self.held is None or self.found is None:
             return f"not measured here: {_QUANTITIES[self.quantity].format(self.asked)}"
         verdict = "held" if self.held else "MISSED"
@@ -97,10 +97,9 @@ _QUANTITIES = {
 class Bench:
     """`latency_ratio` and `workload_ratio` are baseline over cascade; `p95_ms` is of the measured cascade.
 
-    `baseline` is of the graph `baseline_name`, the best single-exit graph in mIoU on these images. `tuned_on` counts
-    the images among these that the plan was chosen on. `promises` hold what the plan was asked to keep against the
-    measurement. `doubts` say what speaks against the latencies of the table,
-    which are those predicted and replayed.
+    `baseline` is the graph `baseline_name`, the single-exit graph with the highest mIoU on these images. `tuned_on`
+    counts the images that the plan was chosen on. `promises` compare the bounds of the plan's search with the
+    measurement. `doubts` are the warnings about the latency table, which predicted and replayed latencies come from.
     """
 
     bundle: str
@@ -121,7 +120,7 @@ class Bench:
     miou_difference: float
     p95_ms: float
     disagreements: tuple[NearCut, ...]
-    promises: tuple[Held, ...]
+    promises: tuple[CheckedPromise, ...]
     doubts: tuple[str, ...]
 
     def __repr__(self) -> str:
@@ -133,20 +132,19 @@ class Bench:
         )
 
     @property
-    def missed(self) -> tuple[Held, ...]:
+    def missed(self) -> tuple[CheckedPromise, ...]:
         """The promises that did not hold on these images."""
         return tuple(each for each in self.promises if each.held is False)
 
 
 @dataclass(frozen=True)
 class DeadlineBench:
-    """What refining under a deadline gives.
+    """Results of refining each image until a deadline.
 
-    `miou` (percent) and `confidence` (mean; None of a whole network) are of the labels that were there at the deadline;
-    where none were, of the first ones after it. `exit_rates` are shares of images by their last result. Shares of
-    misses: `missed_first` of the images had nothing at the deadline, `missed_later` had a result in time, and the last
-    one after it. All times run from the frame as it comes to the labels at its own size. `doubts` say what speaks
-    against the latencies that refining goes by.
+    `miou` (percent) and `confidence` (mean; None for a whole network) are of the labels available at the deadline, or
+    else of the first labels after it. `exit_rates` are shares of images by their last result. `missed_first` is the
+    share of images without labels at the deadline, `missed_later` of those whose last result came after it. Times run
+    from the raw frame to labels of its own size. `doubts` are the warnings about the latencies that refining uses.
     """
 
     bundle: str
@@ -165,7 +163,7 @@ class DeadlineBench:
 
 
 class _Score:
-    """Pixel sums over a set of images."""
+    """Intersections and unions summed over a set of images."""
 
     def __init__(self, classes: int) -> None:
         self._sums: Ints = np.zeros((3, classes), np.int64)
@@ -183,7 +181,7 @@ class _Score:
 
 
 class _Baseline:
-    """A single-exit network on the cascade's own engine library; frames are resized as for the cascade."""
+    """Runs a single-exit network on the cascade's engine library, with the cascade's resizing."""
 
     def __init__(self, engine: Engine, library: Library, network: manifest.Network) -> None:
         self._engine, self._library, self._network = engine, library, network
@@ -209,8 +207,8 @@ def bench(
 ) -> Bench:
     """Replay the plan from fresh statistics; run cascade and baseline in turn on every image, `passes` times.
 
-    `table` gives the replayed column its latencies; `tuned_on` holds the ids of the images that the plan was chosen on.
-    Raises InputError when bundle, workspace and data do not fit, or the plan is one that takes no decision to compare.
+    `table` gives the latencies of the replayed column; `tuned_on` are the ids of images that the plan was chosen on.
+    Raises InputError when bundle, workspace and data do not belong together, or the plan takes no decisions.
     """
     if passes < 1:
         raise InputError(f"passes is {passes}: at least 1 is needed")
@@ -240,7 +238,7 @@ def bench_deadline(
     passes: int,
     progress: Progress,
 ) -> DeadlineBench:
-    """Refine every image under a deadline, `passes` times. Raises InputError when bundle and data do not fit."""
+    """Refine every image until a deadline, `passes` times. Raises InputError when the classes differ."""
     if passes < 1:
         raise InputError(f"passes is {passes}: at least 1 is needed")
     _check_classes(cascade, data)
@@ -280,8 +278,8 @@ def _check_fits(cascade: runtime_cascade.Cascade, graph_set: GraphSet, data: Dat
     name, network = cascade.manifest.name, cascade.manifest.network
     if cascade.plan.setting == "anytime":
         raise InputError(
-            f"bundle {name} is of the anytime setting, where every exit reports: give `--deadline 20ms`, or look at it "
-            "with `mess-compile run --progressive`; without a deadline bench compares plans whose images leave"
+            f"bundle {name} has the anytime setting, in which every exit reports: add `--deadline 20ms`, or view it "
+            "with `mess-compile run --progressive`"
         )
     if network.identity != graph_set.candidate.identity:
         raise InputError(
@@ -378,13 +376,15 @@ def _compared(
             for index, (sample, expected, real) in enumerate(zip(items, replayed_exits, run.exits, strict=True))
             if expected != real
         ),
-        promises=_held(plan.promises, measured, baseline, run),
+        promises=_checked(plan.promises, measured, baseline, run),
         doubts=evidence.doubts,
     )
 
 
-def _held(promises: Sequence[manifest.Promise], measured: Column, baseline: Column, run: _Run) -> tuple[Held, ...]:
-    """Each promise against what was measured; what is relative is so to the baseline of the same run."""
+def _checked(
+    promises: Sequence[manifest.Promise], measured: Column, baseline: Column, run: _Run
+) -> tuple[CheckedPromise, ...]:
+    """Each promise with its measured value; relative bounds refer to the baseline of the same run."""
     cascade_ms, single_ms = run.latency_ms
     deepest = cascade_ms[:, np.array(run.exits) == max(run.exits)]
     found = {
@@ -394,15 +394,15 @@ def _held(promises: Sequence[manifest.Promise], measured: Column, baseline: Colu
         "worst_ms": (float(np.percentile(deepest, 99)), float(np.percentile(single_ms, 99))),
         "gmacs": (measured.gmacs, baseline.gmacs),
     }
-    held = []
+    checked = []
     for promise in promises:
         value, of_baseline = found.get(promise.quantity, (None, 0.0))
         asked = promise.limit * of_baseline if promise.relative else promise.limit
         if value is not None:
             value += promise.offset_pp
         within = None if value is None else value <= asked + _ROUNDING
-        held.append(Held(promise.quantity, asked, value, within))
-    return tuple(held)
+        checked.append(CheckedPromise(promise.quantity, asked, value, within))
+    return tuple(checked)
 
 
 def _column(figures: Figures | manifest.Figures) -> Column:
@@ -410,7 +410,7 @@ def _column(figures: Figures | manifest.Figures) -> Column:
 
 
 def _counts_from_cut(statistics: ExitStatistics, image: int, stages: Sequence[Stage]) -> int:
-    """How far the image's count lies from the nearest cut that it was held against."""
+    """Distance of the image's count from the nearest threshold that it was compared with."""
     distances = [
         abs(int(statistics.counts[image, statistics.head_index(stage.head), stage.row]) - stage.cut)
         for stage in stages

@@ -1,4 +1,4 @@
-"""What plans for several devices have in common: graphs, and weights in the store that graphs share."""
+"""Counts the graphs and weights that plans for several devices share."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mess_compile.search.plan import Plan
 
 
 @dataclass(frozen=True)
-class Shared:
-    """`graphs` that every plan runs, alike to the byte; bytes of the weights that every plan needs, of all weights
-    with each counted once, and of each plan's own added up."""
+class SharedGraphs:
+    """`graphs` are byte-identical in every plan. Bytes of the weights that every plan needs, of all weights counted
+    once, and of the weights counted once per plan."""
 
     graphs: tuple[str, ...]
     shared_bytes: int
@@ -21,14 +21,14 @@ class Shared:
     apart_bytes: int
 
 
-def shared(plans: Sequence[tuple[GraphSet, Plan]]) -> Shared:
+def shared_graphs(plans: Sequence[tuple[GraphSet, Plan]]) -> SharedGraphs:
     """Raises InputError when a graph or weight is missing."""
     weights = [_weights(graph_set, plan) for graph_set, plan in plans]
     hashes = [{graph_set.spec(graph.name).sha256 for graph in plan.graphs} for graph_set, plan in plans]
     first_set, first = plans[0]
     in_all = [g.name for g in first.graphs if all(first_set.spec(g.name).sha256 in each for each in hashes)]
     every = {name: size for each in weights for name, size in each.items()}
-    return Shared(
+    return SharedGraphs(
         graphs=tuple(in_all),
         shared_bytes=sum(size for name, size in every.items() if all(name in each for each in weights)),
         together_bytes=sum(every.values()),

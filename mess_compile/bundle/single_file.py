@@ -1,7 +1,7 @@
-"""A bundle's plan as one ONNX file for ONNX Runtime: each exit decides by an `If` whether the rest runs.
+"""Writes a plan as one ONNX file for ONNX Runtime, with an `If` at each exit.
 
-A by-product: no operating points, no deadlines, and the time of a session on a graph with branches. TensorRT computes
-both branches of an `If`, so that there it leaves early in name alone.
+The file has no operating points and no deadlines. TensorRT computes both branches of an `If`, so an early exit saves
+nothing there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mess_compile.runtime.engines.engine import Engine, Library, open_library
 from mess_compile.runtime.images.frames import from_input, to_input
 
 _MOST_BYTES = (1 << 31) - (1 << 24)
-"""Of a serialised message, with room for what is not weights."""
+"""Largest size of the weights: the limit of a protobuf message, less room for the rest."""
 _OUTPUTS = ("labels", "exit", "confidence")
 
 
@@ -31,8 +31,8 @@ def write_single_file(bundle: Path, name: str, path: Path) -> None:
 
     `image` uint8 (1, H, W, 3) -> `labels` uint8 (1, H, W), `exit` int32 (1,) from 1, `confidence` float32 (1,).
 
-    All of it or nothing: it is kept when labels, exit and count of every golden frame are those of the bundle. Raises
-    InputError when they are not, or the weights do not fit one file.
+    Writes nothing unless labels, exit and count of every golden frame equal the bundle's. Raises InputError when they
+    differ, or the weights do not fit into one file.
     """
     archive = open_archive(bundle)
     try:
@@ -47,7 +47,7 @@ def write_single_file(bundle: Path, name: str, path: Path) -> None:
 
 
 def is_single_file(path: Path) -> bool:
-    """Whether `write_single_file` may have written it."""
+    """Whether the file has the outputs that `write_single_file` writes."""
     try:
         return tuple(value.name for value in read_model(path).graph.output) == _OUTPUTS
     except InputError:
@@ -55,7 +55,7 @@ def is_single_file(path: Path) -> bool:
 
 
 class _Writer:
-    """Collects nodes scope by scope; weights lie in the outermost graph, once for each graph of the bundle."""
+    """Builds the nested graph; weights lie in the outermost scope, once for each graph of the bundle."""
 
     def __init__(self, archive: Archive, plan: BundlePlan) -> None:
         self._plan, self._manifest = plan, archive.manifest
@@ -63,7 +63,9 @@ class _Writer:
         self._weights: dict[str, TensorProto] = {}
         opsets = {tuple(sorted((o.domain, o.version) for o in m.opset_import)) for m in self._models.values()}
         if len(opsets) > 1:
-            raise InputError(f"the graphs of the bundle are of different operator sets ({opsets}): no one file")
+            raise InputError(
+                f"the graphs of the bundle have different operator sets ({opsets}): they cannot be one file"
+            )
 
     def model(self) -> onnx.ModelProto:
         height, width = self._manifest.network.input_hw
@@ -91,7 +93,7 @@ class _Writer:
         ]
 
     def _stage(self, index: int, features: str, prefix: str = "") -> list[onnx.NodeProto]:
-        """The nodes from here on; they give the outputs under `prefix`."""
+        """The nodes from this stage on; their outputs are named with `prefix`."""
         stage, place = self._plan.stages[index], f"exit{index + 1}"
         source = f"exit{self._plan.stages[index - 1].exit_point}" if index else "image"
         point = f"exit{stage.exit_point}"
@@ -100,18 +102,20 @@ class _Writer:
             return nodes + self._whole(made["labels"], prefix)
         if stage.cut is None and index + 1 < len(self._plan.stages):  # nothing is decided here
             return nodes + self._stage(index + 1, made[point], prefix)
-        gated, said = self._graph(stage.head_graph, f"{place}/head", {point: made[point], "thresholds": "thresholds"})
+        gated, outputs = self._graph(
+            stage.head_graph, f"{place}/head", {point: made[point], "thresholds": "thresholds"}
+        )
         nodes += gated
         row = self._constant(f"{place}/row", np.array([stage.row], np.int64))
         count = f"{place}/count"
-        nodes.append(helper.make_node("Gather", [said["counts"], row], [count], axis=0))  # (1,)
+        nodes.append(helper.make_node("Gather", [outputs["counts"], row], [count], axis=0))  # (1,)
         if stage.cut is None:
-            return nodes + self._leave(index, said["logits"], count, prefix)
+            return nodes + self._leave(index, outputs["logits"], count, prefix)
         cut = self._constant(f"{place}/cut", np.array([stage.cut], np.int32))
         sure = f"{place}/sure"
         nodes.append(helper.make_node("GreaterOrEqual", [count, cut], [sure]))
         here, there = f"{place}/leaves/", f"{place}/goes-on/"
-        leaves = helper.make_graph(self._leave(index, said["logits"], count, here), here, [], self._outputs(here))
+        leaves = helper.make_graph(self._leave(index, outputs["logits"], count, here), here, [], self._outputs(here))
         rest = self._stage(index + 1, made[point], there)
         goes_on = helper.make_graph(rest, there, [], self._outputs(there))
         names = [prefix + name for name in _OUTPUTS]
@@ -132,7 +136,7 @@ class _Writer:
         ]
 
     def _whole(self, labels: str, prefix: str) -> list[onnx.NodeProto]:
-        """A whole network leaves at its only exit, and has no confidence: NaN."""
+        """The outputs of a whole network: its only exit, and NaN for the confidence that it does not have."""
         made = {
             "labels": labels,
             "exit": self._constant("whole/number", np.array([1], np.int32)),
@@ -145,7 +149,7 @@ class _Writer:
         return name
 
     def _graph(self, path: str, prefix: str, inputs: Mapping[str, str]) -> tuple[list[onnx.NodeProto], dict[str, str]]:
-        """The nodes of a graph of the bundle on other tensors, and what its outputs are called now."""
+        """Copies the nodes of a graph onto other tensors; returns them and the new names of its outputs."""
         graph = self._models[path].graph
         names = {"": "", **inputs}
         for weight in graph.initializer:
@@ -190,7 +194,7 @@ def _check_golden(
     count = round(float(np.nan_to_num(found["confidence"][0])) * plan.stages[exit_ - 1].cells)
     if (exit_, count) != (golden.exit, golden.count) or not np.array_equal(labels, wanted):
         raise InputError(
-            f"{path} is not written: on {golden.frame} the one file leaves at exit {exit_} with {count} confident "
+            f"{path} is not written: on {golden.frame} the single file leaves at exit {exit_} with {count} confident "
             f"cells, the bundle at exit {golden.exit} with {golden.count}; "
             f"{100 * np.mean(labels == wanted):.3f} % of the labels are equal"
         )

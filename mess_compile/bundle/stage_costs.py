@@ -1,4 +1,4 @@
-"""What a device goes by while it runs a plan: its stages' costs, and how sure its exits were where it was tuned."""
+"""Stage costs and confidence histograms for the manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mess_compile.search.plan import Plan, Stage
 
 
 @dataclass(frozen=True)
-class Measurements:
+class DeviceCosts:
     """As the manifest's plan has them."""
 
     costs: tuple[manifest.StageCost, ...]
@@ -26,17 +26,17 @@ class Measurements:
     environment: Mapping[str, str]
 
 
-def measurements_of(
+def device_costs(
     plan: Plan, graph_set: GraphSet, table: LatencyTable, statistics: ExitStatistics | None
-) -> Measurements:
-    """What table and statistics say of a plan. `statistics` are those that it was searched on, None when they are gone.
+) -> DeviceCosts:
+    """Costs and histograms of a plan; `statistics` are those it was searched on, None if they no longer exist.
 
     Raises InputError when the table or the statistics lack a graph.
     """
     graphs = stage_graphs(graph_set.candidate, [stage.head for stage in plan.stages])
     pairs = zip(plan.stages, graphs, strict=True)
     tuned = None if statistics is None else tuning_part(statistics, plan.hold_out)
-    return Measurements(
+    return DeviceCosts(
         costs=tuple(_cost(table, graph_set, names, stage) for stage, names in pairs),
         upload_mean_ms=table.cost_ns(UPLOAD) / 1e6,
         upload_p99_ms=table.cost_ns(UPLOAD, quantity="p99_ms") / 1e6,
@@ -71,7 +71,7 @@ def _cost(table: LatencyTable, graph_set: GraphSet, graphs: StageGraphs, stage: 
 
 
 def confidence_histograms(stages: Sequence[Stage], statistics: ExitStatistics) -> tuple[tuple[int, ...], ...]:
-    """For each stage the images that reach it, by the share of its cells that are sure; none of a whole network."""
+    """For each stage a histogram of the images that reach it by their confidence; empty for a whole network."""
     taken = exits_taken(statistics, stages)  # (n,)
     return tuple(
         ()

@@ -1,4 +1,4 @@
-"""Write a bundle from a plan and its graphs."""
+"""Writes a bundle from plans and their graphs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import files
-from mess_compile.bundle.stage_costs import Measurements
+from mess_compile.bundle.stage_costs import DeviceCosts
 from mess_compile.device import payload
 from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.latency.table import StageGraphs, stage_graphs
-from mess_compile.network import SOUND, CandidateNetwork, GraphSet, check_hash, is_whole
+from mess_compile.network import SOUND, CandidateNetwork, GraphSet, check_hash, is_whole, threshold_table
 from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.bundle import archive, manifest, signature
@@ -31,15 +31,15 @@ _REFERENCE = "onnxruntime"
 
 @dataclass(frozen=True)
 class Part:
-    """A plan, with what a bundle takes of it.
+    """A plan, and what the bundle holds for it.
 
-    `device` is what tells its target from other machines. `forms` are graphs as the target's parser takes them, where
-    it does not take their own; `engines` are built ones to take along.
+    `device` tells its target from other machines. `forms` are rewritten graphs, where the target's parser rejects the
+    original; `engines` are built engines to include.
     """
 
     graph_set: GraphSet
     plan: Plan
-    measurements: Measurements
+    costs: DeviceCosts
     device: manifest.DeviceMatch = field(default_factory=manifest.DeviceMatch)
     forms: Mapping[str, Path] = field(default_factory=dict)
     engines: Mapping[manifest.EngineFile, Path] = field(default_factory=dict)
@@ -48,20 +48,18 @@ class Part:
 def write_bundle(
     path: Path,
     parts: Sequence[Part],
-    thresholds: NDArray[np.float32],
     golden_frames: Sequence[NDArray[np.uint8]],
     provenance: Mapping[str, str],
     resize: str = "stretch",
     key: Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> manifest.Manifest:
-    """Write plans of one network, their graphs, the weights they name, the runtime and golden frames to one file.
+    """Write plans of one network, their graphs, weights, the runtime and golden frames to one file, atomically.
 
-    All of it or nothing; what plans share is in it once. `thresholds` is (T, K); `golden_frames` are uint8 (H, W, 3) to
-    choose from, and what they must give is computed here, in ONNX Runtime. `resize` is what becomes of frames of
-    another size, `key` is an OpenSSH key to sign with. Equal content gives equal bytes. Raises StaleError when a plan
-    was made from other graphs, InputError when plans do not go together, a graph or weight is missing or damaged or
-    there is no golden frame.
+    Plans share equal files. Golden frames are chosen from `golden_frames`, uint8 (H, W, 3), and their expected labels
+    computed by ONNX Runtime here. `resize` says how frames of another size are resized, `key` is an OpenSSH key to
+    sign with. Equal content gives equal bytes. Raises StaleError when a plan was made from other graphs, InputError
+    when plans do not belong together, a graph or weight is missing or damaged, or there is no golden frame.
     """
     _check_parts(parts)
     if not golden_frames:
@@ -72,7 +70,7 @@ def write_bundle(
     content = manifest.Manifest(
         name=path.stem,
         network=_network(parts[0].graph_set.candidate, resize),
-        gate=_gate(parts[0].graph_set, thresholds),
+        gate=_gate(parts[0].graph_set),
         plans=plans,
         golden=(),
         engines=tuple(dict.fromkeys(engine for _, engines in described for engine in engines)),
@@ -92,7 +90,7 @@ def write_bundle(
 def write_retuned(
     path: Path, opened: archive.Archive, plan: manifest.BundlePlan, key: Path | None = None
 ) -> manifest.Manifest:
-    """Write an open bundle once more, with other thresholds in the plan of this name; graphs and golden frames stay.
+    """Write an open bundle again with `plan` in place of its plan of that name; graphs and golden frames stay.
 
     Raises InputError.
     """
@@ -116,7 +114,7 @@ def write_retuned(
 def _completed(
     path: Path, content: manifest.Manifest, golden: tuple[manifest.Golden, ...], sources: _Sources, key: Path | None
 ) -> manifest.Manifest:
-    """Write the bundle that is in `path` again, with golden frames, the README and the signature."""
+    """Write the bundle in `path` again, with golden frames, README and signature."""
     sources.add(payload.README, payload.readme(content))
     complete = replace(content, golden=golden, files=sources.listed())
     signed = None if key is None else lambda content: signature.sign(content, key)
@@ -141,24 +139,24 @@ def _check_parts(parts: Sequence[Part]) -> None:
 
 
 def _refuse_unguarded(part: Part) -> None:
-    """Raises StaleError for a whole network that an earlier release exported, without the count of its sound cells."""
+    """Raises StaleError for a whole network exported by an earlier release, whose graph does not count sound cells."""
     for stage in part.plan.stages:
         if is_whole(stage.head) and SOUND not in {each.name for each in part.graph_set.spec(stage.head).outputs}:
             raise StaleError(
-                f"graph {stage.head} of {part.graph_set.root} was exported by an earlier release, which did not let it "
-                f"run alone: run `mess-compile export`, and `mess-compile profile --device {part.plan.device}` after it"
+                f"graph {stage.head} of {part.graph_set.root} was exported by an earlier release, and cannot run "
+                f"alone: run `mess-compile export`, and `mess-compile profile --device {part.plan.device}` after it"
             )
 
 
 class _Sources:
-    """Paths in the bundle -> files or bytes; content that is there already is not taken twice."""
+    """Files of the bundle by path; equal content is stored once."""
 
     def __init__(self) -> None:
         self.files: dict[str, Path | bytes] = {}
         self._listed: dict[str, manifest.File] = {}
 
     def add(self, wanted: str, source: Path | bytes) -> str:
-        """Its path: the wanted one, or where something else has that, one that names its hash too."""
+        """The path given to `source`: the wanted one, or if other content has it, one with the hash in its name."""
         entry = archive.file_of(source)
         stem, _, ending = wanted.rpartition(".")
         name = wanted if self.has_room(wanted, source) else f"{stem}.{entry.sha256[:16]}.{ending}"
@@ -167,7 +165,7 @@ class _Sources:
         return name
 
     def has_room(self, name: str, source: Path | bytes) -> bool:
-        """Whether nothing else has the name."""
+        """Whether the name is free, or has the same content."""
         return name not in self._listed or self._listed[name] == archive.file_of(source)
 
     def listed(self) -> dict[str, manifest.File]:
@@ -175,7 +173,7 @@ class _Sources:
 
 
 def _described(part: Part, sources: _Sources) -> tuple[manifest.BundlePlan, list[manifest.EngineFile]]:
-    """A plan and its engines as the manifest has them; their files are added to `sources`."""
+    """The manifest's entries for a plan and its engines; adds their files to `sources`."""
     names = stage_graphs(part.graph_set.candidate, [stage.head for stage in part.plan.stages])
     places = _add_graphs(part, names, sources)
     engines = [
@@ -190,7 +188,7 @@ def _described(part: Part, sources: _Sources) -> tuple[manifest.BundlePlan, list
 
 
 def _add_graphs(part: Part, names: Sequence[StageGraphs], sources: _Sources) -> dict[str, str]:
-    """Where in the bundle each graph of the plan is, by its name; the weights that they name are added too."""
+    """Adds the plan's graphs and their weights; returns each graph's path in the bundle by name."""
     places: dict[str, str] = {}
     for name in dict.fromkeys(graph for stage in names for graph in stage.all):
         path = part.graph_set.path(name)
@@ -205,13 +203,14 @@ def _add_graphs(part: Part, names: Sequence[StageGraphs], sources: _Sources) -> 
     return places
 
 
-def _gate(graph_set: GraphSet, thresholds: NDArray[np.float32]) -> manifest.BundleGate:
+def _gate(graph_set: GraphSet) -> manifest.BundleGate:
     gate = graph_set.gate
+    thresholds = threshold_table(gate, len(graph_set.candidate.classes))
     return manifest.BundleGate(gate.confidence, gate.edge_aware, tuple(tuple(map(float, row)) for row in thresholds))
 
 
 def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -> manifest.BundlePlan:
-    plan, measurements = part.plan, part.measurements
+    plan, costs = part.plan, part.costs
     stages = (_stage(stage, graphs, part.graph_set, places) for stage, graphs in zip(plan.stages, names, strict=True))
     precisions = {places[graph.name]: manifest.GraphPrecision(graph.precision, graph.wanted) for graph in plan.graphs}
     return manifest.BundlePlan(
@@ -228,11 +227,11 @@ def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -
         tuned_by=plan.tuned_by,
         power_mode=plan.power_mode,
         operating_points=tuple(map(_operating_point, plan.operating_points)),
-        costs=measurements.costs,
-        upload_mean_ms=measurements.upload_mean_ms,
-        upload_p99_ms=measurements.upload_p99_ms,
-        confidence=measurements.confidence,
-        environment=dict(measurements.environment),
+        costs=costs.costs,
+        upload_mean_ms=costs.upload_mean_ms,
+        upload_p99_ms=costs.upload_p99_ms,
+        confidence=costs.confidence,
+        environment=dict(costs.environment),
         sources={"latency table": plan.table_sha256, "statistics": plan.statistics_sha256},
         promises=plan.promises,
     )
@@ -275,8 +274,8 @@ def _stage(stage: Stage, graphs: StageGraphs, graph_set: GraphSet, places: Mappi
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """A frame and what the cascade made of it; `margin` is how far the counts on the way were from their cuts, at the
-    least, in shares of the cells."""
+    """A frame and its prediction; `margin` is the smallest distance of its counts from their thresholds, as a share of
+    the cells."""
 
     frame: NDArray[np.uint8]
     prediction: cascade.Prediction
@@ -286,7 +285,7 @@ class _Run:
 def _golden(
     bundle: Path, name: str, frames: Sequence[NDArray[np.uint8]], sources: _Sources, progress: Progress
 ) -> Iterator[manifest.Golden]:
-    """What the plan of that name makes of the frames it is to be verified by; arrays are added to `sources`."""
+    """Golden frames of the plan `name` with their expected labels; adds the arrays to `sources`."""
     with cascade.load(bundle, name, open_library(_REFERENCE)) as loaded:
         runs = []
         for frame in frames:
@@ -313,12 +312,12 @@ def _run(loaded: cascade.Cascade, frame: NDArray[np.uint8]) -> _Run:
 
 
 def _chosen(runs: Sequence[_Run]) -> list[_Run]:
-    """A frame for each exit that any takes, then others, the clearest decisions first; in the order they came in.
+    """One frame for each exit taken, then more, those with the clearest decisions first; in their original order.
 
-    A decision on the edge says little: another engine's rounding may turn it.
+    Close decisions verify little: another engine's rounding may change them.
     """
     clearest = sorted(runs, key=lambda run: -run.margin)
     first = {run.prediction.exit: run for run in reversed(clearest)}
     most = max(GOLDEN_FRAMES, len(first))
-    kept = [*first.values(), *(run for run in clearest if run not in first.values())][:most]
-    return [run for run in runs if run in kept]
+    chosen = [*first.values(), *(run for run in clearest if run not in first.values())][:most]
+    return [run for run in runs if run in chosen]

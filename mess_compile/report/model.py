@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mess_compile.bench.result import KeptBench
+from mess_compile.bench.result import StoredBench
 from mess_compile.report.views import Classes, GraphCosts, PlanView
 from mess_compile.search.plan import SearchResult
 
@@ -56,7 +56,7 @@ class SearchFound:
 class Benched:
     """What was measured, and whether it was this plan; `note` says what to keep in mind."""
 
-    bench: KeptBench
+    bench: StoredBench
     note: str
 
 

@@ -15,7 +15,7 @@ from mess_compile.data import scenes
 from mess_compile.engines.prepare import engine_files, settled_graphs_of
 from mess_compile.evaluate import statistics
 from mess_compile.latency import table as latency
-from mess_compile.network import GraphSet, threshold_table
+from mess_compile.network import GraphSet
 from mess_compile.reporter import SILENT, Progress, Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle.manifest import EngineFile, Manifest
@@ -69,7 +69,6 @@ def bundle(
         manifest = bundles.write_bundle(
             path,
             parts,
-            threshold_table(first.gate, len(first.candidate.classes)),
             [scene.frame for scene in scenes.by_difficulty(first.candidate.input_hw, SCENES)],
             {"mess_compile": __version__, "golden_frames": "generated street scenes", **released},
             options.resize,
@@ -125,7 +124,7 @@ def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleO
 
     Statistics that are gone leave a gap in what it rests on, latencies may not.
     """
-    from mess_compile.bundle.stage_costs import measurements_of
+    from mess_compile.bundle.stage_costs import device_costs
     from mess_compile.bundle.write import Part
 
     target = find_target(plan.device, workspace.root)
@@ -133,7 +132,7 @@ def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleO
     folder.mkdir()
     forms = _forms(graph_set, plan, target, folder)
     engines = _engines_to_take(workspace, target, plan, progress) if options.engines else {}
-    return Part(graph_set, plan, measurements_of(plan, graph_set, table, known), target.device, forms, engines)
+    return Part(graph_set, plan, device_costs(plan, graph_set, table, known), target.device, forms, engines)
 
 
 def _basis(

@@ -24,7 +24,7 @@ from mess_compile.targets import Target, targets_here
 from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
-    from mess_compile.bundle.shared_graphs import Shared
+    from mess_compile.bundle.shared_graphs import SharedGraphs
     from mess_compile.search.explain import Explanation
     from mess_compile.search.hold_out import Parted
     from mess_compile.search.metrics import Evidence
@@ -204,12 +204,14 @@ def _expected(
             yield replace(result, without_optimism=without)
 
 
-def shared(workspace: Workspace, results: Sequence[plans.SearchResult]) -> Shared:
+def shared(workspace: Workspace, results: Sequence[plans.SearchResult]) -> SharedGraphs:
     """What the chosen plans of several devices have in common."""
     from mess_compile.bundle import shared_graphs
 
     chosen = [result.plan for result in results]
-    return shared_graphs.shared([(settled_graphs_of(workspace, plan.precision, plan.device), plan) for plan in chosen])
+    return shared_graphs.shared_graphs(
+        [(settled_graphs_of(workspace, plan.precision, plan.device), plan) for plan in chosen]
+    )
 
 
 def _evidences(

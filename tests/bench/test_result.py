@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mess_compile.bench import result
-from mess_compile.bench.run import Bench, Column, Held, NearCut
+from mess_compile.bench.run import Bench, CheckedPromise, Column, NearCut
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle.archive import open_archive
 from tests import small_network
@@ -24,7 +24,7 @@ class TestWhatBenchKeeps:
             miou_difference=-0.5,
             p95_ms=4.5,
             disagreements=(NearCut("a", 1, 2, 0),),
-            promises=(Held("err_pp", 2.0, 2.91, False),),
+            promises=(CheckedPromise("err_pp", 2.0, 2.91, False),),
             doubts=("host was unstable",),
         )
 
@@ -44,7 +44,7 @@ class TestWhatBenchKeeps:
         assert kept.columns["measured"].exit_rates == (0.75, 0.25)
         assert kept.found.latency_ratio_range == (2.25, 2.75)
         assert kept.found.doubts == ("host was unstable",)
-        assert kept.found.missed == (Held("err_pp", 2.0, 2.91, False),)
+        assert kept.found.missed == (CheckedPromise("err_pp", 2.0, 2.91, False),)
         assert (kept.heads, kept.cuts) == (small_network.HEADS, (18, None))
 
     def test_is_refused_when_it_is_damaged(self, tmp_path: Path) -> None:

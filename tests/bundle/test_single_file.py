@@ -81,6 +81,6 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     monkeypatch.setattr(single_file._Writer, "model", off_by_one)
     with runtime.load(tmp_path / "tiny.mess") as cascade:
         assert 2 in {golden.exit for golden in cascade.manifest.golden}
-    with pytest.raises(InputError, match=r"is not written: on golden/\d\.npy the one file leaves at exit 1"):
+    with pytest.raises(InputError, match=r"is not written: on golden/\d\.npy the single file leaves at exit 1"):
         single_file.write_single_file(tmp_path / "tiny.mess", "host:fp32", tmp_path / "tiny.onnx")
     assert not (tmp_path / "tiny.onnx").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mess_compile.bundle.stage_costs import measurements_of
+from mess_compile.bundle.stage_costs import device_costs
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.latency.table import Latency, LatencyTable
 from tests import small_network
@@ -51,7 +51,7 @@ def statistics() -> ExitStatistics:
 
 def test_the_stages_costs_add_up_to_the_plans_path(tmp_path: Path) -> None:
     graphs = small_network.graph_set(tmp_path)
-    found = measurements_of(small_network.plan(18), graphs, table(), None)
+    found = device_costs(small_network.plan(18), graphs, table(), None)
     first, last = found.costs
     assert (first.mean_ms, first.report_mean_ms) == pytest.approx((4 + 1 + 0.03, 0.5 + 0.125))
     assert (last.mean_ms, last.report_mean_ms) == pytest.approx((8 + 1, 0.5 + 0.125))
@@ -63,13 +63,13 @@ def test_the_stages_costs_add_up_to_the_plans_path(tmp_path: Path) -> None:
 
 def test_confidence_is_of_the_images_that_reached_the_exit(tmp_path: Path) -> None:
     graphs = small_network.graph_set(tmp_path)
-    found = measurements_of(small_network.plan(18), graphs, table(), statistics())
+    found = device_costs(small_network.plan(18), graphs, table(), statistics())
     assert found.confidence[0] == (1, 0, 0, 0, 0, 0, 0, 2, 0, 1)  # shares 0, 17/24, 18/24 and 1
     assert found.confidence[1] == (0, 0, 0, 0, 0, 1, 0, 0, 0, 1)  # 12/24 and 23/24
 
 
 def test_in_the_anytime_setting_every_image_reaches_every_exit(tmp_path: Path) -> None:
     graphs = small_network.graph_set(tmp_path)
-    found = measurements_of(small_network.plan(None, setting="anytime"), graphs, table(), statistics())
+    found = device_costs(small_network.plan(None, setting="anytime"), graphs, table(), statistics())
     assert [sum(bins) for bins in found.confidence] == [4, 4]
     assert found.costs[0].mean_ms == pytest.approx(5.0)  # nothing is decided

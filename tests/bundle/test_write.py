@@ -32,7 +32,7 @@ def write(graphs: GraphSet, plan: Plan, golden: int = 2) -> Manifest:
     frames = [frame(seed) for seed in range(golden)]
     path = graphs.root.parent / "tiny.mess"
     parts = [small_network.part(graphs, plan)]
-    return bundle.write_bundle(path, parts, small_network.thresholds(), frames, {"made-by": "a test"})
+    return bundle.write_bundle(path, parts, frames, {"made-by": "a test"})
 
 
 def test_a_bundle_holds_the_plans_graphs_and_their_weights_alone(graphs: GraphSet) -> None:
@@ -178,7 +178,7 @@ def test_golden_frames_are_few_take_every_exit_and_leave_no_doubt(graphs: GraphS
     assert 1 <= len(early) < 4
     path = graphs.root.parent / "tiny.mess"
     parts = [small_network.part(graphs, small_network.plan(cut))]
-    manifest = bundle.write_bundle(path, parts, small_network.thresholds(), frames, {})
+    manifest = bundle.write_bundle(path, parts, frames, {})
     assert sorted(golden.exit for golden in manifest.golden) == [1, 2, 2, 2]
     archive = open_archive(path)
     kept = [archive.array(golden.frame) for golden in manifest.golden]
@@ -194,7 +194,7 @@ def test_frames_of_another_shape_keep_their_proportions_where_the_bundle_says_so
     parts = [small_network.part(graphs, small_network.plan(None, (2,), "budgeted"))]
     found = {}
     for resize in ("stretch", "letterbox"):
-        bundle.write_bundle(path, parts, small_network.thresholds(), [frame(0)], {}, resize=resize)
+        bundle.write_bundle(path, parts, [frame(0)], {}, resize=resize)
         with runtime.load(path) as cascade:
             found[resize] = cascade(wide).labels
     assert found["letterbox"].shape == found["stretch"].shape == (4, 12)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mess_compile import workspace
-from mess_compile.bench.run import Bench, Held
+from mess_compile.bench.run import Bench, CheckedPromise
 from mess_compile.cli import bench, hints, main
 from mess_compile.data import scenes
 from mess_compile.runtime.serve.verify import Demands
@@ -94,7 +94,7 @@ def used(tmp_path: Path) -> Iterator[Workspace]:
         yield found
 
 
-def benched(device: str, *missed: Held) -> Bench:
+def benched(device: str, *missed: CheckedPromise) -> Bench:
     found = object.__new__(Bench)
     for name, value in (("device", device), ("promises", missed)):
         object.__setattr__(found, name, value)
@@ -102,7 +102,7 @@ def benched(device: str, *missed: Held) -> Bench:
 
 
 def test_after_a_missed_promise_the_device_that_was_benched_is_searched_again(used: Workspace) -> None:
-    lost, slow = Held("err_pp", 2.0, 2.5, False), Held("latency_ms", 5.0, 6.0, False)
+    lost, slow = CheckedPromise("err_pp", 2.0, 2.5, False), CheckedPromise("latency_ms", 5.0, 6.0, False)
     assert bench._after_bench(benched("orin", lost, slow), Path("a.mess")) == [
         "search --device orin --max-err 1.5% --max-latency 5ms",
         "profile --device orin",
@@ -112,7 +112,7 @@ def test_after_a_missed_promise_the_device_that_was_benched_is_searched_again(us
 
 
 def test_a_search_that_allowed_no_error_is_not_proposed_again(used: Workspace) -> None:
-    lost = Held("err_pp", 0.0, 0.5, False)
+    lost = CheckedPromise("err_pp", 0.0, 0.5, False)
     assert bench._after_bench(benched("host", lost), Path("a.mess")) == ["report"]
 
 

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from mess_compile.bench.run import Column, Held, _held, _Run
+from mess_compile.bench.run import CheckedPromise, Column, _held, _Run
 from mess_compile.bundle.single_file import write_single_file
 from mess_compile.graph.gate import append_sound
 from mess_compile.runtime.base.errors import InputError, NotFiniteError, StaleError
@@ -232,7 +232,7 @@ def test_a_bench_holds_every_promise_against_what_it_measured() -> None:
     assert [each.held for each in found] == [False, True, False, True, True, None]
     assert found[0].sentence == "MISSED: at most 2 pp asked, 2.91 lost on these images"
     assert found[2].sentence == "MISSED: at most 5.00 ms mean latency asked, 6.00 measured"
-    assert found[5] == Held("energy_mj", 5.0, None, None)
+    assert found[5] == CheckedPromise("energy_mj", 5.0, None, None)
 
 
 def test_what_a_program_prints_is_short() -> None:
