@@ -314,7 +314,7 @@ def test_another_power_mode_is_another_device(workspace: Path, device: Device, m
     assert "ok      power mode: MODE_30W_ALL" in done("verify", workspace / "xavier.mess", *ANY_SPEED)
     mode("MODE_10W")
     message = complaint("-C", workspace, "search")
-    assert "was measured in power mode MODE_30W_ALL, and now it is MODE_10W: set it back, or run" in message
+    assert "was measured in power mode MODE_30W_ALL, and the mode is now MODE_10W: set it back, or run" in message
     result = run("verify", workspace / "xavier.mess")
     assert result.exit_code == 1
     assert "FAILED  power mode: MODE_10W; the plan's latencies were measured in MODE_30W_ALL" in result.stdout

@@ -101,8 +101,8 @@ def plan_bench(
     graph_set = _benched_graphs(workspace, plan, table)
     if manifest.network.identity == graph_set.candidate.identity:
         _tuning_of_bundle(workspace, plan, table)
-    kept, plan_ms = workspace.bench(plan.target), plan.predicted.latency_ms
-    return (dry_run.of_bench(graph_set, table, plan_ms, len(folder.items), passes, bundle, kept),)
+    result, plan_ms = workspace.bench(plan.target), plan.predicted.latency_ms
+    return (dry_run.of_bench(graph_set, table, plan_ms, len(folder.items), passes, bundle, result),)
 
 
 def _benched_graphs(workspace: Workspace, plan: BundlePlan, table: LatencyTable) -> GraphSet:

@@ -79,7 +79,7 @@ def _built_at(
 
 
 PlannedRecipe = tuple[GraphSet, tuple[str, ...]]
-"""The graphs of a recipe, and what is to be known; where it is not settled yet those of fp32, under its name."""
+"""The graphs of a recipe, with notes; those of fp32 under its name until its precisions are chosen."""
 
 
 def plan_build(
@@ -118,7 +118,7 @@ def _each_recipe(
         else:
             yield (
                 replace(graph_set, recipe=recipe),
-                (f"{precision} is settled first, graph by graph, on real images; that is not in the time",),
+                (f"{precision} is checked first, graph by graph, on real images; that is not in the time",),
             )
 
 

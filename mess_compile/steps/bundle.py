@@ -52,9 +52,9 @@ def bundle(
     options: BundleOptions = BundleOptions(),
     reporter: Reporter = SILENT,
 ) -> tuple[Path, Manifest]:
-    """Write the plan of the device profiled last, or those of files or devices, as a bundle; the first is preferred.
+    """Write plans (files or devices; by default that of the device profiled last) as a bundle; the first is preferred.
 
-    Raises InputError when that would overwrite what is no bundle, for `options.single_file` no such ONNX file.
+    Raises InputError rather than overwrite a file of another kind.
     """
     from mess_compile.bundle import write as bundles
 
@@ -85,7 +85,7 @@ def bundle(
 def _sources_of(
     workspace: Workspace, plan_files: Sequence[Path | str] | None, output: Path | None, options: BundleOptions
 ) -> tuple[list[Path], Path, list[plans.Plan]]:
-    """Where the plans are, where the bundle goes, and the plans."""
+    """The plans' files, the bundle's path, and the plans."""
     sources = [workspace.plan_named(plan) for plan in plan_files or ()]
     sources = sources or [workspace.plan(target_of(workspace, None).name)]
     chosen = [plans.read_result(path).plan for path in sources]
@@ -113,16 +113,16 @@ def plan_bundle(
     }
     size = sum(spec.bytes for spec in names.values()) / 2**20
     what = f"bundle the plans {', '.join(map(str, sources))}: {len(names)} graphs with {size:.2f} MiB of weights"
-    replaced = [f"{path} is there, and would be replaced"] if path.exists() else []
-    notes = (*replaced, *(["engines that are missing would be built first"] if options.engines else []))
+    replaced = [f"{path} exists, and would be replaced"] if path.exists() else []
+    notes = (*replaced, *(["missing engines would be built first"] if options.engines else []))
     writes = (str(path), *([] if options.single_file is None else [str(options.single_file)]))
-    return (PlannedStep("bundle", what, writes, None, "nothing of it was ever timed here", notes),)
+    return (PlannedStep("bundle", what, writes, None, "no earlier timing", notes),)
 
 
 def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleOptions, progress: Progress) -> Part:
-    """A plan that is current, with what a bundle takes of it; graphs rewritten for its target lie in `folder`.
+    """The bundle's part for a plan; graphs rewritten for its target go to `folder`.
 
-    Statistics that are gone leave a gap in what it rests on, latencies may not.
+    Missing statistics leave its histograms empty; the latency table is required.
     """
     from mess_compile.bundle.stage_costs import device_costs
     from mess_compile.bundle.write import Part
@@ -138,7 +138,7 @@ def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleO
 def _basis(
     workspace: Workspace, plan: plans.Plan
 ) -> tuple[GraphSet, latency.LatencyTable, statistics.ExitStatistics | None]:
-    """Graphs, latencies and statistics (None: they are gone) of a plan. Raises StaleError when it is of others."""
+    """Graphs, table and statistics (None: deleted) of a plan. Raises StaleError when it was made from others."""
     graph_set = settled_graphs_of(workspace, plan.precision, plan.device)
     plans.check_plan_current(plan, graph_set)
     table = latency.read_latency_table(workspace.latency(plan.device))
@@ -156,21 +156,21 @@ def _check_outputs(sources: Sequence[Path], bundle: Path, single_file: Path | No
     if realpath(bundle) in map(realpath, sources):
         raise InputError(f"{bundle} is the plan: name another file for the bundle (-o FILE)")
     if bundle.exists() and not is_bundle(bundle):
-        raise InputError(f"{bundle} is there and is no bundle: name another file (-o FILE), or move it away")
+        raise InputError(f"refusing to overwrite {bundle}: not a bundle; name another file (-o FILE), or move it away")
     if single_file is None:
         return
     if realpath(single_file) == realpath(bundle):
-        raise InputError(f"{single_file} would be the bundle and the ONNX file: name another --single-file")
+        raise InputError(f"{single_file} is also the bundle: name another file for --single-file")
     if single_file.exists() and not is_single_file(single_file):
         raise InputError(
-            f"{single_file} is there and was not written by --single-file: name another file, or move it away"
+            f"refusing to overwrite {single_file}: not written by --single-file; name another file, or move it away"
         )
 
 
 def _engines_to_take(
     workspace: Workspace, target: Target, plan: plans.Plan, progress: Progress
 ) -> dict[EngineFile, Path]:
-    """The plan's engines, and for classic TensorRT the timing cache that their builds left."""
+    """The plan's engines, and for classic TensorRT the timing cache of their builds."""
     _refuse_without_engines(target)
     from mess_compile.engines import build
     from mess_compile.runtime.engines.tensorrt_build import timing_cache_name
@@ -192,11 +192,11 @@ def _engines_to_take(
 
 def _refuse_without_engines(target: Target) -> None:
     if target.library.startswith("onnxruntime"):
-        raise InputError(f"{target.name} runs graphs by ONNX Runtime, which has no engines: leave --engines out")
+        raise InputError(f"{target.name} runs on ONNX Runtime, which has no engines: drop --engines")
 
 
 def _gpu(target: Target) -> tuple[str, tuple[int, int]]:
-    """What engines are for: any GPU of the target's capability, or for classic TensorRT the one that is here."""
+    """The GPU that engines are for: any of the target's capability, or for classic TensorRT the one here."""
     if target.library == "tensorrt_rtx" and target.compute_capability is not None:
         return "", target.compute_capability
     with closing(open_library(target.library)) as library:
@@ -206,8 +206,7 @@ def _gpu(target: Target) -> tuple[str, tuple[int, int]]:
 
 
 def _forms(graph_set: GraphSet, plan: plans.Plan, target: Target, folder: Path) -> dict[str, Path]:
-    """The plan's graphs that the target's parser does not take as they are, rewritten for it in `folder`, their weights
-    in a store there."""
+    """Graphs that the target's parser rejects as they are, rewritten in `folder` with a store of their weights."""
     if target.library.startswith("onnxruntime"):
         return {}
     from mess_compile.engines import build
@@ -225,9 +224,9 @@ def _forms(graph_set: GraphSet, plan: plans.Plan, target: Target, folder: Path) 
 def tuning_statistics(
     table: latency.LatencyTable, device: str, known: Mapping[str, str], tuning: Path
 ) -> statistics.ExitStatistics | None:
-    """The statistics that a plan was chosen on, None when they are not here.
+    """The statistics that a plan was chosen on, None when they do not exist.
 
-    Raises StaleError when they or the table are not what the plan was searched from, by the `known` hashes.
+    Raises StaleError when their hash or that of the table is not among the plan's `known` sources.
     """
     files.recovered(tuning)
     found, read = {"latency table": latency.content_sha256(table)}, None

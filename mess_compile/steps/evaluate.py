@@ -132,7 +132,7 @@ def plan_evaluate(workspace: Workspace, options: EvaluateOptions = EvaluateOptio
     recipe = recipes.recipe_name(precision, PRECISIONS if target is None else target.precisions)
     settled = recipes.settled_graphs(graph_set, recipe, workspace.recipes)
     graphs = replace(graph_set, recipe=recipe) if settled is None else settled.graph_set
-    unsettled = f"{precision} is settled first, graph by graph, on real images; that is not in the time"
+    unsettled = f"{precision} is checked first, graph by graph, on real images; that is not in the time"
     notes = (*folder.notes, unsettled) if settled is None else folder.notes
     name = HOST if target is None else target.name
     writes = (workspace.statistics(folder.split, recipe, name), workspace.file)
@@ -245,7 +245,7 @@ def current_statistics(
     verify_graph_set(graph_set)
     _, folder = _labelled(workspace, graph_set.candidate, None, split)
     reporter.note(
-        f"there are no current statistics of {split} in {graph_set.recipe}: evaluating first, on the "
+        f"no current evaluation of {split} in {graph_set.recipe}: evaluating first, on the "
         f"{len(folder.items)} images of {split} in {folder.root}"
     )
     quiet = _Request(workspace, EvaluateOptions(split=split), Reporter(reporter.progress), None, None)

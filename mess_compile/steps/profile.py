@@ -244,11 +244,10 @@ def estimate(
     data: Data | None = None,
     reporter: Reporter = SILENT,
 ) -> latency.LatencyTable:
-    """Write a latency table without the device: what was measured of these graphs is kept, the rest is estimated.
+    """Write a latency table without the device: measurements of these graphs stay, the rest is estimated.
 
-    The device does not become the default: that is the one measured last. Recipes of which something was measured stay
-    in the table, whichever are named. Calibrated by what was measured on it, or
-    of this network on other devices of its sort in this workspace.
+    The device does not become the default. Recipes with measurements stay in the table, whichever are named. The
+    estimate is calibrated by measurements on the device, or of this network on similar devices in this workspace.
     """
     from mess_compile.latency.estimate import forecast
 
@@ -266,23 +265,23 @@ def estimate(
 def _measured_besides(
     workspace: Workspace, plain: GraphSet, known: latency.LatencyTable | None, made: Sequence[GraphSet]
 ) -> Iterator[GraphSet]:
-    """The recipes other than `made` of which `known` holds measurements that are none of theirs, if still current."""
+    """The recipes other than `made` that `known` has further measurements of, if they are current."""
     from mess_compile.engines import recipes
 
     if known is None:
         return
-    told = {(name, spec.precision) for each in made for name, spec in each.graphs.items()}
+    covered = {(name, spec.precision) for each in made for name, spec in each.graphs.items()}
     for recipe, identity in known.recipes.items():
         settled = recipes.settled_graphs(plain, recipe, workspace.recipes)
         if settled is None or settled.graph_set.identity != identity or recipe in {each.recipe for each in made}:
             continue
-        keys = {(name, spec.precision) for name, spec in settled.graph_set.graphs.items()} - told
+        keys = {(name, spec.precision) for name, spec in settled.graph_set.graphs.items()} - covered
         if any(known.entries[key].source == "measured" for key in keys & known.entries.keys()):
             yield settled.graph_set
 
 
 def _tables(workspace: Workspace) -> Iterator[tuple[str, latency.LatencyTable]]:
-    """Those that can be read, by the name of a known device."""
+    """The readable latency tables, by device."""
     for name in known_targets(workspace.root):
         path = workspace.latency(name)
         if path.is_file():
@@ -345,7 +344,7 @@ def _planned(
 
 
 def _settled_s(mean_ms: float, effort: Effort) -> float:
-    """Of a job that is steady at once: its windows, in which what runs before it takes about as long."""
+    """Time of a job that settles at once; the job before it takes about as long."""
     return effort.windows * max(effort.window_s, effort.window_runs * 2 * mean_ms / 1e3)
 
 
@@ -359,7 +358,7 @@ def _forecast(workspace: Workspace, target: Target, sets: Sequence[GraphSet], gr
 
 
 def _unfinished(path: Path, effort: Effort) -> tuple[str, ...]:
-    """What a measurement that broke off has left."""
+    """A note on a measurement that was interrupted."""
     try:
         lines = path.with_suffix(".samples.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -367,7 +366,7 @@ def _unfinished(path: Path, effort: Effort) -> tuple[str, ...]:
     events = [event for event in map(event_of, lines) if isinstance(event, measure.Window)]
     timed = Counter(event.job for event in events)
     done = sum(count >= effort.windows for count in timed.values())
-    return (f"it would go on where one broke off that had timed {done} of them, if machine and graphs are the same",)
+    return (f"continues an interrupted measurement that timed {done} of them, if machine and graphs are the same",)
 
 
 def _first_batch(subject: Subject, table: latency.LatencyTable, jobs: Sequence[str]) -> tuple[set[str], str]:

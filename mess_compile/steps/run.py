@@ -1,4 +1,4 @@
-"""Pictures and videos through a bundle: labels, overlays, and the strip of refinement."""
+"""The step `run`: images and videos through a bundle, to labels, overlays and refinement strips."""
 
 from __future__ import annotations
 
@@ -30,17 +30,20 @@ from mess_compile.runtime.images.pictures import OF_ONE_NAME, read_picture
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts", ".wmv", ".mjpeg")
 _COUNTED = (".mp4", ".m4v", ".mov", ".avi")
-"""Videos that hold how many frames there are; others tell how long they last, and the number is a guess."""
+"""Containers that store their number of frames; for others it is guessed from the duration."""
 _CAMERA = "camera:"
 _LABELS = re.compile(r"\d{6}\.png")
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a bundle is run. `truth` is a folder of label PNGs named as the images, for the end of the `progressive`
-    strip; its first class has the value `label_offset`. Under a deadline a frame is refined, and its last result kept.
-    Of folders, videos and cameras every so many frames are taken, at most `limit` of each; `label_pictures` are those
-    of a video's frames."""
+    """How a bundle is run.
+
+    `progressive` adds a strip of all exits to each image, `truth` (a folder of label PNGs named as the images, whose
+    first class has the value `label_offset`) the true labels at its end. With `deadline_ms` each frame is refined until
+    then. Of folders, videos and cameras every `every`-th frame is used, at most `limit` of each. `label_pictures` also
+    writes the labels of each frame of a video.
+    """
 
     progressive: bool = False
     truth: Path | None = None
@@ -55,7 +58,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """What `run` made of one image, and the pictures it wrote."""
+    """The prediction for one image, and the pictures written."""
 
     image: Path
     exit: int
@@ -67,9 +70,9 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class VideoResult:
-    """What `run` made of a video or camera: the frames that left at each exit, and the files it wrote.
+    """Totals of a video or camera: the frames that left at each exit, and the files written.
 
-    `unread` frames, at its end, were announced by the file and could not be read; `stopped`: by Ctrl-C.
+    `unread` counts frames at the end that the file announces and that cannot be read; `stopped`: by Ctrl-C.
     """
 
     source: str
@@ -88,7 +91,7 @@ Result = ImageResult | VideoResult
 
 @dataclass(frozen=True)
 class ImageFailure:
-    """What `run` could not do of a source, and why: an image or a whole video, or such `frames` of a video, from 0."""
+    """An image or video that failed, or `frames` (from 0) of a video, and why."""
 
     source: str
     error: str
@@ -96,7 +99,7 @@ class ImageFailure:
 
 
 class RunError(MessError):
-    """Some images or frames failed; `results` are those of the others, which are written."""
+    """Some images or frames failed; `results` are those of the others, whose pictures are written."""
 
     def __init__(self, message: str, results: Sequence[Result], failures: Sequence[ImageFailure]) -> None:
         super().__init__(message)
@@ -104,7 +107,7 @@ class RunError(MessError):
 
 
 def is_moving(source: Path) -> bool:
-    """Whether it is a video or a camera, by its name."""
+    """Whether the name is that of a video or a camera."""
     return str(source).startswith(_CAMERA) or source.suffix.lower() in VIDEO_SUFFIXES
 
 
@@ -121,9 +124,9 @@ def run(
 
     Notes say which files of folders are left out.
 
-    An image gets a palette PNG of labels, an overlay and on request the refinement strip, a video or camera one with
-    overlay, exit and latency drawn on it; Ctrl-C ends it as its last frame does. An image or frame that fails does not
-    end the rest: RunError comes at the end. Raises InputError, BundleError before anything is run.
+    Each image gives a palette PNG of labels, an overlay and on request a refinement strip; each video or camera a video
+    with overlay, exit and latency. Ctrl-C ends a video early. Images and frames that fail do not stop the others:
+    RunError is raised at the end. Raises InputError, BundleError before anything is run.
     """
     _refuse_swapped(bundle, sources)
     images = [image for source in sources if not is_moving(source) for image in _images(source, options, reporter)]
@@ -156,11 +159,11 @@ def run(
 
 
 def _reason(error: MessError | MemoryError | OSError, source: Path | str) -> str:
-    """Why one image or frame fails; what ends every other one, too, is raised again."""
+    """Why one image or frame failed; an error that concerns all others too is raised again."""
     if isinstance(error, PlaceError) or (isinstance(error, OSError) and error.errno not in OF_ONE_NAME):
         raise error
     if isinstance(error, MemoryError):
-        return f"{source} takes more memory than there is: use smaller images"
+        return f"{source} needs more memory than is available: use smaller images"
     return f"{source}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
@@ -171,26 +174,26 @@ def _failed_words(failures: Sequence[ImageFailure], images: int, videos: int, ou
     frames = Counter[str]()
     for failure in failures:
         frames[failure.source] += len(failure.frames)
-    told = [f"{whole.count(False)} of {images} images"] if False in whole else []
-    told += [f"{whole.count(True)} of {videos} videos"] if True in whole else []
-    told += [f"{count} frame{'s' * (count > 1)} of {source}" for source, count in frames.items() if count]
-    return f"{', '.join(told)} failed; what could be labelled is in {output}"
+    counts = [f"{whole.count(False)} of {images} images"] if False in whole else []
+    counts += [f"{whole.count(True)} of {videos} videos"] if True in whole else []
+    counts += [f"{count} frame{'s' * (count > 1)} of {source}" for source, count in frames.items() if count]
+    return f"{', '.join(counts)} failed; the results of the others are in {output}"
 
 
 def _refuse_swapped(bundle: Path, sources: Sequence[Path]) -> None:
-    """Raises InputError when the bundle does not come first."""
+    """Raises InputError when the first argument is not the bundle."""
     if _is_bundle(bundle):
         return
     among = next((source for source in sources if _is_bundle(source)), None)
     if among is not None:
         others = shlex.join(str(source) for source in (bundle, *sources) if source != among)
-        raise InputError(f"the bundle comes first, and {bundle} is none: `mess-compile run {among} {others}`")
+        raise InputError(f"{bundle} is not a bundle, and the bundle comes first: `mess-compile run {among} {others}`")
     if bundle.suffix.lower() in IMAGE_SUFFIXES or is_moving(bundle):
-        raise InputError(f"{bundle} is what to look at, and no bundle: `mess-compile run BUNDLE {bundle}`")
+        raise InputError(f"{bundle} is an image, not a bundle: `mess-compile run BUNDLE {bundle}`")
 
 
 def _is_bundle(path: Path) -> bool:
-    """A file, or the folder of one that was unpacked."""
+    """Whether the path is a bundle file, or an unpacked bundle."""
     return archive.is_bundle(path) or (path / MANIFEST).is_file()
 
 
@@ -201,7 +204,7 @@ def _images(source: Path, options: RunOptions, reporter: Reporter) -> Sequence[P
     for note in listing.notes:
         reporter.note(note)
     if not listing.paths:
-        raise InputError(f"{source} holds no {', '.join(IMAGE_SUFFIXES)}; folders in it are not looked into")
+        raise InputError(f"{source} has no {', '.join(IMAGE_SUFFIXES)} files; its subfolders are not searched")
     return listing.paths[:: options.every][: options.limit]
 
 
@@ -210,7 +213,7 @@ def _check_names(*kinds: Sequence[Path]) -> None:
         (stem, often), *_ = Counter(source.stem for source in sources).most_common(1) or [("", 0)]
         if often > 1:
             raise InputError(
-                f"two sources are named {stem}: their pictures would share a name; run them one by one (-o DIR)"
+                f"two sources are named {stem} and would write the same pictures: run them one by one (-o DIR)"
             )
 
 
@@ -260,7 +263,7 @@ def _panels(
 
 
 def _classes_of_truth(cascade: Cascade, label_offset: int) -> ClassList:
-    """The network's classes; what stands for none of them is void."""
+    """The network's classes; other label values are void."""
     network = cascade.manifest.network
     return ClassList(
         network.classes,
@@ -272,8 +275,8 @@ def _classes_of_truth(cascade: Cascade, label_offset: int) -> ClassList:
 
 
 @dataclass
-class _Course:
-    """A video under way."""
+class _VideoRun:
+    """State of a video being processed."""
 
     exits: list[int]
     latencies_ms: list[float] = field(default_factory=list)
@@ -293,50 +296,50 @@ def _run_video(
     media = extras.video_module("data.video")
     stem = source.replace(":", "") if source.startswith(_CAMERA) else Path(source).stem
     video, labels = output / f"{stem}.overlay.mp4", output / f"{stem}.labels" if options.label_pictures else None
-    course = _Course([0] * len(cascade.plan.stages))
+    state = _VideoRun([0] * len(cascade.plan.stages))
     with ExitStack() as opened:
-        shown = opened.enter_context(media.opened(source, options.every))
-        kept = None if labels is None else opened.enter_context(_label_folder(labels))
-        file = opened.enter_context(media.written(video, shown.fps))
-        total = min(filter(None, (shown.frames, options.limit)), default=0)
+        source_video = opened.enter_context(media.opened(source, options.every))
+        label_folder = None if labels is None else opened.enter_context(_label_folder(labels))
+        file = opened.enter_context(media.written(video, source_video.fps))
+        total = min(filter(None, (source_video.frames, options.limit)), default=0)
         try:
-            with closing(_segmented(cascade, shown.shots(options.limit), options)) as found:
+            with closing(_segmented(cascade, source_video.shots(options.limit), options)) as found:
                 for shot, prediction in found:
                     if not isinstance(prediction, Prediction):
                         error = _reason(prediction, f"frame {shot.number} of {source}")
-                        course.failed.append(ImageFailure(source, error, (shot.number,)))
+                        state.failed.append(ImageFailure(source, error, (shot.number,)))
                         continue
                     file.write(_drawn(media, cascade, shot.frame, prediction), shot.slot)
-                    if kept is not None:
-                        _save_labels(kept / f"{shot.number:06}.png", prediction, cascade)
-                    course.exits[prediction.exit - 1] += 1
-                    course.latencies_ms.append(prediction.latency_ms)
-                    progress(stem, len(course.latencies_ms), total)
+                    if label_folder is not None:
+                        _save_labels(label_folder / f"{shot.number:06}.png", prediction, cascade)
+                    state.exits[prediction.exit - 1] += 1
+                    state.latencies_ms.append(prediction.latency_ms)
+                    progress(stem, len(state.latencies_ms), total)
         except KeyboardInterrupt:
-            if not course.latencies_ms:
+            if not state.latencies_ms:
                 raise
-            course.stopped = True
-        count = len(course.latencies_ms)
+            state.stopped = True
+        count = len(state.latencies_ms)
         if not count:
-            why = "see that it plays, or that nothing else uses the camera"
-            raise InputError(f"{source} gave no frame: {course.failed[0].error if course.failed else why}")
-        for failure in (*course.failed, *_undecoded(source, shown.lost, shown.unread)):
+            why = "check that it plays, or that no other program uses the camera"
+            raise InputError(f"{source} gave no frame: {state.failed[0].error if state.failed else why}")
+        for failure in (*state.failed, *_undecoded(source, source_video.lost, source_video.unread)):
             fail(failure)
     return VideoResult(
         source=source,
         frames=count,
-        exits=tuple(course.exits),
-        mean_latency_ms=float(np.mean(course.latencies_ms)),
-        frames_per_s=count / (time.monotonic() - course.started),
+        exits=tuple(state.exits),
+        mean_latency_ms=float(np.mean(state.latencies_ms)),
+        frames_per_s=count / (time.monotonic() - state.started),
         video=video,
         labels=labels,
-        unread=len(shown.unread),
-        stopped=course.stopped,
+        unread=len(source_video.unread),
+        stopped=state.stopped,
     )
 
 
 def counts_frames(source: str) -> bool:
-    """Whether a video holds how many frames there are, by its name; others tell how long they last."""
+    """Whether the container stores its number of frames, by the file name."""
     return Path(source).suffix.lower() in _COUNTED
 
 
@@ -344,14 +347,14 @@ def _undecoded(source: str, lost: Sequence[int], unread: Sequence[int]) -> Itera
     missing = unread if counts_frames(source) else ()
     for numbers, words in ((lost, "cannot be decoded"), (missing, "are missing at its end")):
         if numbers:
-            shown = ", ".join(map(str, numbers[:9])) + (f" and {len(numbers) - 9} more" if len(numbers) > 9 else "")
-            yield ImageFailure(source, f"{source}: frames {shown} (from 0) {words}", tuple(numbers))
+            listed = ", ".join(map(str, numbers[:9])) + (f" and {len(numbers) - 9} more" if len(numbers) > 9 else "")
+            yield ImageFailure(source, f"{source}: frames {listed} (from 0) {words}", tuple(numbers))
 
 
 def _segmented(
     cascade: Cascade, shots: Iterator[Any], options: RunOptions
 ) -> Generator[tuple[Any, Prediction | MessError | MemoryError], None, None]:
-    """Each shot with its prediction, or with what failed; without a deadline, neighbouring frames overlap."""
+    """Each shot with its prediction or its error; without a deadline, neighbouring frames overlap."""
     if options.deadline_ms is not None:
         for shot in shots:
             yield shot, _attempted(lambda frame: _predicted(cascade, frame, options), shot.frame)
@@ -371,7 +374,7 @@ def _segmented(
 
 
 def _attempted(action: Callable[[Any], Any], given: Any) -> Any:
-    """What the action gives, or the error of one frame."""
+    """The result of the action, or the error of one frame."""
     try:
         return action(given)
     except (MessError, MemoryError) as error:
@@ -392,7 +395,7 @@ def _save_labels(path: Path, prediction: Prediction, cascade: Cascade) -> None:
 
 
 def _label_folder(folder: Path) -> Any:
-    """One that replaces what an earlier run wrote there. Raises InputError when anything else lies there."""
+    """A folder that replaces one of an earlier run. Raises InputError when it holds other files."""
     if folder.exists() and not (folder.is_dir() and all(_LABELS.fullmatch(path.name) for path in folder.iterdir())):
-        raise InputError(f"{folder} is there and holds more than label pictures: name another folder (-o DIR)")
+        raise InputError(f"{folder} exists and holds other files than label pictures: name another folder (-o DIR)")
     return files.replaced_folder(folder)

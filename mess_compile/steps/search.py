@@ -1,4 +1,4 @@
-"""Search, as a step of the Python API: from table and statistics to plans."""
+"""The step `search`: from latency table and exit statistics to plans."""
 
 from __future__ import annotations
 
@@ -35,10 +35,13 @@ FASTEST = Requirement()
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How to search: the recipes (None: all that were profiled), what the front is by, when to end, and whether the
-    plan is certified at a `confidence` (0.95), on sequences drawn by `seed`. `output` is where the plan goes instead of
-    the workspace's own place, of one device. `hold_out` is the share of the images that the plan is judged by and not
-    chosen on: None, a third where they suffice; 0, none."""
+    """How to search.
+
+    `precisions` restrict it to these (None: all that were profiled), `front_by` names the axes of the front,
+    `time_limit_s` ends it early. With `confidence` (such as 0.95) the plan is certified on sequences drawn by `seed`.
+    `output` is the plan's file, for one device. `hold_out` is the share of images that the plan is judged by and not
+    chosen on: None for a third where there are enough, 0 for none.
+    """
 
     precisions: tuple[str, ...] | None = None
     front_by: tuple[str, ...] = plans.FRONT_BY
@@ -57,10 +60,10 @@ def search(
     options: SearchOptions = SearchOptions(),
     reporter: Reporter = SILENT,
 ) -> tuple[plans.SearchResult, ...]:
-    """Find the best plan for each device, of none for the one profiled last; all plans are written, or none.
+    """Find the best plan for each device (none: the one profiled last), and write all plans or none.
 
-    Evaluates first when statistics are stale. Ctrl-C ends the search with the best plan so far, and the
-    cross-validation after it without a figure.
+    Evaluates first when statistics are stale. Ctrl-C ends the search with the best plan so far, and skips the rest of
+    the cross-validation.
     """
     return tuple(_found(workspace, devices, split, requirement, options, reporter)[0])
 
@@ -73,9 +76,9 @@ def search_and_explain(
     options: SearchOptions = SearchOptions(),
     reporter: Reporter = SILENT,
 ) -> tuple[tuple[plans.SearchResult, Explanation], ...]:
-    """As `search`, and why each plan was chosen.
+    """As `search`, and explain each plan.
 
-    It compares with other optima: `options` with a time limit or a confidence may give another plan.
+    Explanations compare optima: with a time limit or a confidence in `options` the plan may be another one.
     """
     from mess_compile.search import explain as explaining
     from mess_compile.search.solver import search_recipes
@@ -98,7 +101,7 @@ def _found(
     options: SearchOptions,
     reporter: Reporter,
 ) -> tuple[list[plans.SearchResult], list[Sequence[Evidence]]]:
-    """For each device what was found, and by what."""
+    """For each device the result, and the evidence it was found from."""
     from mess_compile.search.constraints import promises_of
     from mess_compile.search.display import what_would_cut
 
@@ -106,7 +109,7 @@ def _found(
     _refuse_to_overwrite(options.output, len(targets))
     clock = Clock(math.inf if options.time_limit_s is None else options.time_limit_s)
     whole = {t.name: _evidences(workspace, t, split, options, reporter) for t in targets}
-    parts = {name: _parted(each, options) for name, each in whole.items()}
+    parts = {name: _split(each, options) for name, each in whole.items()}
     evidences = {name: part.chosen for name, part in parts.items()}
     results = []
     for name, each in evidences.items():
@@ -131,8 +134,8 @@ def _found(
     return results, list(evidences.values())
 
 
-def _parted(evidences: Sequence[Evidence], options: SearchOptions) -> Parted:
-    """What to choose by and what to judge by; `--confidence` parts the images by itself."""
+def _split(evidences: Sequence[Evidence], options: SearchOptions) -> Parted:
+    """The images to choose by and those to judge by; `--confidence` splits the images itself."""
     from mess_compile.search import hold_out
 
     if options.confidence is None:
@@ -141,16 +144,18 @@ def _parted(evidences: Sequence[Evidence], options: SearchOptions) -> Parted:
 
 
 def _refuse_to_overwrite(output: Path | None, devices: int) -> None:
-    """Raises InputError when the plans of all devices cannot go there, or something other than a plan is there."""
+    """Raises InputError when one file is given for several devices, or a file that is not a plan exists there."""
     if output is None:
         return
     if devices > 1:
-        raise InputError(f"{output} takes the plan of one device, and {devices} are given: leave -o out")
+        raise InputError(f"{output} holds the plan of one device, and {devices} are given: drop -o")
     if output.exists():
         try:
             plans.read_result(output)
         except InputError as error:
-            raise InputError(f"{output} is there and is no plan: name another file, or move it away") from error
+            raise InputError(
+                f"refusing to overwrite {output}: not a plan; name another file, or move it away"
+            ) from error
 
 
 def _write(workspace: Workspace, results: Sequence[plans.SearchResult], output: Path | None) -> None:
@@ -185,7 +190,7 @@ def _expected(
     cache: Path,
     reporter: Reporter,
 ) -> Iterator[plans.SearchResult]:
-    """The results with what to expect of their plans on unseen images, by cross-validation, or why that is not told."""
+    """The results with what to expect on new images, by cross-validation, or the reason why there is no estimate."""
     from mess_compile.search.guarantees import optimism
 
     progress, without = partial(reporter.progress, "cross-validation"), ""
@@ -193,7 +198,7 @@ def _expected(
         without = "no cross-validation under --time-limit"
     for each, result in zip(evidences, results, strict=True):
         if not without and result.certificate.gap > 0:
-            without = "no cross-validation, for the search was stopped"
+            without = "no cross-validation: the search was stopped"
         try:
             expected = None if without else optimism(each, requirement, progress=progress, kept=cache / "folds")
             yield replace(result, plan=replace(result.plan, optimism=expected), without_optimism=without)
@@ -205,7 +210,7 @@ def _expected(
 
 
 def shared(workspace: Workspace, results: Sequence[plans.SearchResult]) -> SharedGraphs:
-    """What the chosen plans of several devices have in common."""
+    """The graphs and weights that the plans of several devices share."""
     from mess_compile.bundle import shared_graphs
 
     chosen = [result.plan for result in results]
@@ -217,7 +222,7 @@ def shared(workspace: Workspace, results: Sequence[plans.SearchResult]) -> Share
 def _evidences(
     workspace: Workspace, target: Target, split: str | None, options: SearchOptions, reporter: Reporter
 ) -> list[Evidence]:
-    """What a search goes by, for each recipe."""
+    """The evidence of each recipe."""
     from mess_compile.search.metrics import Evidence
 
     precisions = options.precisions
@@ -243,13 +248,13 @@ def _evidences(
 
 
 def _check_power_mode(table: latency.LatencyTable, target: Target) -> None:
-    """Raises StaleError when this machine is the target, and now runs in another power mode than was measured in."""
+    """Raises StaleError when this machine is the target, and its power mode is not the one it was measured in."""
     wanted = table.environment.get("power_mode")
     if wanted is None or not targets_here((target,), machine.this_machine()):
         return
     found = power.read_state().power_mode
     if found != wanted:
         raise StaleError(
-            f"the latency table of {target.name} was measured in power mode {wanted}, and now it is "
+            f"the latency table of {target.name} was measured in power mode {wanted}, and the mode is now "
             f"{found or 'unknown'}: set it back, or run `mess-compile profile --device {target.name}`"
         )

@@ -145,8 +145,7 @@ def train_baseline(
 ) -> CandidateNetwork | None:
     """Train the single-exit network of `choice` alone, for the epochs of both stages, and write it to `baseline/`.
 
-    `export` puts it beside the candidate network's final exit, and the better of the two is what a plan is held
-    against.
+    `export` puts it beside the candidate network's final exit; plans are compared with the better of the two.
     """
     return _trained(_baseline_request(workspace, data, choice, recipe, options, reporter), reporter)
 
@@ -174,7 +173,7 @@ def plan_train(
         options.source,
         options.teacher,
     )
-    basis = "how long a batch takes is known when the first ones are done, and stands on the progress line then"
+    basis = "the time of a batch is known after the first ones, and shown on the progress line"
     return (PlannedStep("train", what, (str(request.folder), str(workspace.file)), None, basis, notes),)
 
 

@@ -241,7 +241,7 @@ class TestBundle:
         assert "is not the file that the manifest lists" in complaint("verify", folder)
 
     def test_what_cannot_be_is_refused(self, workspace: Path) -> None:
-        assert "has no engines: leave --engines out" in complaint("-C", workspace, "bundle", "--engines")
+        assert "has no engines: drop --engines" in complaint("-C", workspace, "bundle", "--engines")
         assert "there is no key" in complaint("-C", workspace, "bundle", "--sign", workspace / "gone")
         assert run("verify", workspace / "host.mess", "--require-signature").exit_code == 2
         slow = run("verify", workspace / "host.mess", "--latency-factor", "0.000001")
@@ -259,11 +259,11 @@ class TestBundle:
         for words, *options in (
             ("host.json is the plan: name another file", plan, "-o", plan),
             ("link.mess is the plan: name another file", "-o", link),
-            ("notes.txt is there and is no bundle", "-o", notes),
-            ("would be the bundle and the ONNX file", "-o", tmp_path / "new", "--single-file", tmp_path / "." / "new"),
-            ("host.mess would be the bundle and the ONNX", "--single-file", bundle),
-            ("baseline.onnx is there and was not written by --single-file", "--single-file", graph),
-            ("notes.txt is there and was not written by --single-file", "--single-file", notes),
+            ("notes.txt: not a bundle", "-o", notes),
+            ("is also the bundle: name another file for --single-file", "-o", tmp_path / "new", "--single-file", tmp_path / "." / "new"),
+            ("host.mess is also the bundle", "--single-file", bundle),
+            ("baseline.onnx: not written by --single-file", "--single-file", graph),
+            ("notes.txt: not written by --single-file", "--single-file", notes),
         ):
             assert str(words) in complaint("-C", workspace, "bundle", *options)
         assert contents(workspace) == before
@@ -314,7 +314,7 @@ class TestRun:
             message = complaint("run", given, bundle)
             assert f"the bundle comes first, and {given} is none: `mess-compile run {bundle} {given}`" in message
         assert f"run {bundle} {image} {images}" in complaint("run", image, bundle, images)
-        assert f"{image} is what to look at, and no bundle" in complaint("run", image, image)
+        assert f"{image} is an image, not a bundle" in complaint("run", image, image)
 
     def test_pictures_have_the_frames_own_size_and_labels_are_values(self, workspace: Path, tmp_path: Path) -> None:
         image = tmp_path / "frame.png"

@@ -337,11 +337,11 @@ def test_a_plan_of_its_own_name_goes_into_a_bundle(workspace: Path, tmp_path: Pa
     done("-C", workspace, "bundle", plan, "-o", tmp_path / "apart.mess")
     other = tmp_path / "notes.txt"
     other.write_text("mine")
-    assert "is there and is no plan" in refused(workspace, "search", "--max-err", "100%", "-o", other)
+    assert ": not a plan" in refused(workspace, "search", "--max-err", "100%", "-o", other)
     assert other.read_text() == "mine"
     two = "--device", "host", "--device", "xavier"
     several = refused(workspace, "search", "--max-err", "100%", "-o", plan, *two)
-    assert "takes the plan of one device" in several
+    assert "holds the plan of one device" in several
 
 
 def test_what_makes_a_plan_doubtful_is_said_beside_it(workspace: Path) -> None:

@@ -69,7 +69,7 @@ def test_engines_that_are_there_are_counted(workspace: Path) -> None:
     assert (after["there"], after["least_s"]) == (before["graphs"], 0)
     _, fp16 = foreseen(workspace, *given, "--precision", "fp32,fp16")
     assert fp16["there"] == 0
-    assert "is settled first" in fp16["notes"][0]
+    assert "is checked first" in fp16["notes"][0]
     assert "13 engines built before" in fp16["basis"]
 
 
@@ -112,7 +112,7 @@ def test_an_evaluation_tells_what_it_records_and_how_long(workspace: Path) -> No
     assert step["writes"] == [str(workspace / "statistics" / "test"), str(workspace / "workspace.json")]
     assert step["least_s"] == pytest.approx(6 * all_heads_s(workspace))
     assert "measured latencies of host" in step["basis"]
-    assert "is settled first" in prospect(workspace, "evaluate", "--precision", "fp16")["notes"][0]
+    assert "is checked first" in prospect(workspace, "evaluate", "--precision", "fp16")["notes"][0]
     there = prospect(workspace, "evaluate", "--device", "xavier", "--host", NOWHERE)
     assert (there["least_s"], NOWHERE in there["what"]) == (None, True)
     (workspace / "latency" / "host.json").unlink()
@@ -136,7 +136,7 @@ def test_a_bundle_tells_what_goes_in_and_what_it_would_replace(workspace: Path) 
     assert step["writes"] == [str(workspace / "host.mess"), str(workspace / "host.onnx")]
     graphs = json.loads((workspace / "plans" / "host.json").read_text())["plan"]["graphs"]
     assert f": {len(graphs)} graphs with " in step["what"]
-    assert step["notes"] == [f"{workspace / 'host.mess'} is there, and would be replaced"]
+    assert step["notes"] == [f"{workspace / 'host.mess'} exists, and would be replaced"]
     edit(workspace / "latency" / "host.json", lambda content: content["entries"][0].update(runs=1))
     for options in ((), ("--dry-run",)):
         assert "latency table" in refused(workspace, "bundle", *options)

@@ -107,7 +107,7 @@ class TestFilm:
             assert labels.mode == "P"
             np.testing.assert_array_equal(np.asarray(labels), expected(frames[int(picture.stem)])[1])
         (tmp_path / "street.labels" / "mine.txt").write_text("of many years")
-        assert "street.labels is there and holds more than label pictures" in complaint(*given)
+        assert "street.labels exists and holds other files than label pictures" in complaint(*given)
 
     def test_under_a_deadline_every_frame_is_refined(
         self, bundle: Path, clip: tuple[Path, list[NDArray[np.uint8]]], tmp_path: Path
@@ -148,7 +148,7 @@ def test_a_film_that_breaks_off_is_shown_as_far_as_it_goes(bundle: Path, tmp_pat
     assert ended.exit_code == 1
     assert f"failed: {path}: frames {numbers} (from 0) are missing at its end\n" in ended.stderr
     assert (
-        f"error: {FRAMES - readable} frames of {path} failed; what could be labelled is in {tmp_path}" in ended.stderr
+        f"error: {FRAMES - readable} frames of {path} failed; the results of the others are in {tmp_path}" in ended.stderr
     )
     assert len(frames_of(tmp_path / "cut.overlay.mp4")) == readable
 
