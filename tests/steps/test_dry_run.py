@@ -46,7 +46,7 @@ def test_what_a_broken_measurement_left_is_told(workspace: Path) -> None:
     lines = [json.dumps({"run": "1"}), *[json.dumps({kind: window})] * measure.Effort().windows]
     (workspace / "latency" / "host.samples.jsonl").write_text("\n".join(lines))
     (step,) = foreseen(workspace, "profile", "--device", "host")
-    assert "had timed 1 of them" in step["notes"][0]
+    assert "that timed 1 of them" in step["notes"][0]
 
 
 def test_a_device_elsewhere_is_not_asked(workspace: Path) -> None:

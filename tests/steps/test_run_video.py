@@ -148,7 +148,8 @@ def test_a_film_that_breaks_off_is_shown_as_far_as_it_goes(bundle: Path, tmp_pat
     assert ended.exit_code == 1
     assert f"failed: {path}: frames {numbers} (from 0) are missing at its end\n" in ended.stderr
     assert (
-        f"error: {FRAMES - readable} frames of {path} failed; the results of the others are in {tmp_path}" in ended.stderr
+        f"error: {FRAMES - readable} frames of {path} failed; the results of the others are in {tmp_path}"
+        in ended.stderr
     )
     assert len(frames_of(tmp_path / "cut.overlay.mp4")) == readable
 
