@@ -19,7 +19,7 @@ from mess_compile.network import GraphSet
 from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle import manifest
-from mess_compile.runtime.cascade import cascade as runtime_cascade
+from mess_compile.runtime.cascade.cascade import Cascade
 from mess_compile.runtime.engines.engine import Engine, Library
 from mess_compile.runtime.images import frames
 from mess_compile.search.metrics import Evidence, exit_macs, replay
@@ -197,7 +197,7 @@ class _Baseline:
 
 
 def bench(
-    cascade: runtime_cascade.Cascade,
+    cascade: Cascade,
     engines: EngineFiles,
     table: LatencyTable,
     data: DataSet,
@@ -232,7 +232,7 @@ def bench(
 
 
 def bench_deadline(
-    cascade: runtime_cascade.Cascade,
+    cascade: Cascade,
     data: DataSet,
     deadline_ms: float,
     passes: int,
@@ -274,7 +274,7 @@ def bench_deadline(
     )
 
 
-def _check_fits(cascade: runtime_cascade.Cascade, graph_set: GraphSet, data: DataSet) -> None:
+def _check_fits(cascade: Cascade, graph_set: GraphSet, data: DataSet) -> None:
     name, network = cascade.manifest.name, cascade.manifest.network
     if cascade.plan.setting == "anytime":
         raise InputError(
@@ -289,7 +289,7 @@ def _check_fits(cascade: runtime_cascade.Cascade, graph_set: GraphSet, data: Dat
     _check_classes(cascade, data)
 
 
-def _check_classes(cascade: runtime_cascade.Cascade, data: DataSet) -> None:
+def _check_classes(cascade: Cascade, data: DataSet) -> None:
     name, network = cascade.manifest.name, cascade.manifest.network
     if data.classes.names != network.classes:
         raise InputError(
@@ -307,7 +307,7 @@ class _Run:
 
 
 def _measure(
-    cascade: runtime_cascade.Cascade,
+    cascade: Cascade,
     single: _Baseline,
     items: Sequence[Sample],
     passes: int,
@@ -334,7 +334,7 @@ def _measure(
 
 
 def _compared(
-    cascade: runtime_cascade.Cascade,
+    cascade: Cascade,
     evidence: Evidence,
     items: Sequence[Sample],
     tuned_on: frozenset[str],

@@ -17,7 +17,7 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle import archive
 from mess_compile.runtime.bundle.manifest import HELD_OUT, BundlePlan
 from mess_compile.runtime.bundle.plan_choice import matching_plans
-from mess_compile.runtime.cascade import cascade as runtime_cascade
+from mess_compile.runtime.cascade.cascade import load
 from mess_compile.steps import dry_run
 from mess_compile.steps.bundle import tuning_statistics
 from mess_compile.steps.dry_run import PlannedStep
@@ -49,12 +49,12 @@ def bench(
 
     Notes say what is left out of the data, and what there is to know of their labels.
     """
-    from mess_compile.bench import run as benches
+    from mess_compile.bench import run
     from mess_compile.bench.result import write_bench
     from mess_compile.search.hold_out import tuning_rows
 
     folder = _opened(workspace, options, reporter)
-    with runtime_cascade.load(bundle, options.target) as cascade:
+    with load(bundle, options.target) as cascade:
         plan = cascade.plan
         device = find_target(plan.target, workspace.root)
         table = read_latency_table(workspace.latency(device.name))
@@ -66,7 +66,7 @@ def bench(
         rows = tuning_rows(known.group, plan.environment.get(HELD_OUT)) if known else ()
         tuned_on = frozenset(known.image_id[row] for row in rows) if known else frozenset()
         (engines,) = engine_files(workspace, device, (plan.precision.partition("-")[0],), None, None, reporter.progress)
-        found = benches.bench(cascade, engines, table, folder, tuned_on, options.passes, reporter.progress)
+        found = run.bench(cascade, engines, table, folder, tuned_on, options.passes, reporter.progress)
         with suppress(OSError):  # a workspace that cannot be written is measured all the same
             write_bench(workspace.bench(plan.target), found, plan)
         return found
@@ -125,9 +125,9 @@ def bench_deadline(
     reporter: Reporter = SILENT,
 ) -> DeadlineBench:
     """Refine every image of a labelled split with a bundle until a deadline. Notes as those of `bench`."""
-    from mess_compile.bench import run as benches
+    from mess_compile.bench import run
 
     folder = _opened(workspace, options, reporter)
-    with runtime_cascade.load(bundle, options.target) as cascade:
+    with load(bundle, options.target) as cascade:
         refuse_unless_here(find_target(cascade.plan.target, workspace.root), workspace.root)
-        return benches.bench_deadline(cascade, folder, deadline_ms, options.passes, reporter.progress)
+        return run.bench_deadline(cascade, folder, deadline_ms, options.passes, reporter.progress)

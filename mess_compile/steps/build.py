@@ -8,8 +8,8 @@ from statistics import fmean
 
 from mess_compile.cores import cores
 from mess_compile.data_folder import Data
-from mess_compile.engines import build as engines
 from mess_compile.engines import recipes
+from mess_compile.engines.build import engines_there, entries_in, refuse_without_engines
 from mess_compile.engines.prepare import RecipeBuild, engines_of, refuse_other_precisions, verified_graphs
 from mess_compile.engines.remote_build import build_there
 from mess_compile.network import GraphSet
@@ -94,7 +94,7 @@ def plan_build(
 def planned_builds(
     workspace: Workspace, target: Target, found: Sequence[PlannedRecipe], options: BuildOptions
 ) -> tuple[PlannedStep, ...]:
-    engines.refuse_without_engines(target)
+    refuse_without_engines(target)
     host = build_host(workspace, target, options.host)
     return tuple(_planned(workspace, target, graph_set, options.jobs, host, notes) for graph_set, notes in found)
 
@@ -131,9 +131,9 @@ def _planned(
     notes: tuple[str, ...],
 ) -> PlannedStep:
     folder = workspace.engines(target.name, graph_set.recipe)
-    there = None if host else () if notes else engines.engines_there(graph_set, target, folder)
+    there = None if host else () if notes else engines_there(graph_set, target, folder)
     names = {entry.graph for entry in there or ()}
-    known = {e.graph: e.seconds for place in folder.parent.glob("*") for e in engines.entries_in(place) if not e.error}
+    known = {e.graph: e.seconds for place in folder.parent.glob("*") for e in entries_in(place) if not e.error}
     usual = fmean(known.values()) if known else BUILDING_S[target.library]
     at_once = 1 if host or target.library == "tensorrt" else jobs or cores()
     spent = sum(known.get(name, usual) for name in graph_set.graphs if name not in names) / at_once

@@ -14,14 +14,14 @@ from mess_compile import __version__, files
 from mess_compile.data import scenes
 from mess_compile.engines.prepare import engine_files, settled_graphs_of
 from mess_compile.evaluate import statistics
-from mess_compile.latency import table as latency
+from mess_compile.latency.table import LatencyTable, check_current, content_sha256, read_latency_table
 from mess_compile.network import GraphSet
 from mess_compile.reporter import SILENT, Progress, Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle.manifest import EngineFile, Manifest
 from mess_compile.runtime.engines.engine import open_library
 from mess_compile.runtime.serve.versions import RELEASE
-from mess_compile.search import plan as plans
+from mess_compile.search.plan import Plan, check_plan_current, check_sources_current, read_result
 from mess_compile.steps.device_choice import target_of
 from mess_compile.steps.dry_run import PlannedStep
 from mess_compile.targets import Target, find_target
@@ -56,7 +56,7 @@ def bundle(
 
     Raises InputError rather than overwrite a file of another kind.
     """
-    from mess_compile.bundle import write as bundles
+    from mess_compile.bundle.write import write_bundle
 
     _, path, chosen = _sources_of(workspace, plan_files, output, options)
     released = {} if options.release is None else {RELEASE: str(options.release)}
@@ -66,7 +66,7 @@ def bundle(
             for number, plan in enumerate(chosen)
         ]
         first = parts[0].graph_set
-        manifest = bundles.write_bundle(
+        manifest = write_bundle(
             path,
             parts,
             [scene.frame for scene in scenes.by_difficulty(first.candidate.input_hw, SCENES)],
@@ -84,11 +84,11 @@ def bundle(
 
 def _sources_of(
     workspace: Workspace, plan_files: Sequence[Path | str] | None, output: Path | None, options: BundleOptions
-) -> tuple[list[Path], Path, list[plans.Plan]]:
+) -> tuple[list[Path], Path, list[Plan]]:
     """The plans' files, the bundle's path, and the plans."""
     sources = [workspace.plan_named(plan) for plan in plan_files or ()]
     sources = sources or [workspace.plan(target_of(workspace, None).name)]
-    chosen = [plans.read_result(path).plan for path in sources]
+    chosen = [read_result(path).plan for path in sources]
     path = output or workspace.bundle(chosen[0].device)
     _check_outputs(sources, path, options.single_file)
     return sources, path, chosen
@@ -119,7 +119,7 @@ def plan_bundle(
     return (PlannedStep("bundle", what, writes, None, "no earlier timing", notes),)
 
 
-def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleOptions, progress: Progress) -> Part:
+def _part(workspace: Workspace, plan: Plan, folder: Path, options: BundleOptions, progress: Progress) -> Part:
     """The bundle's part for a plan; graphs rewritten for its target go to `folder`.
 
     Missing statistics leave its histograms empty; the latency table is required.
@@ -135,17 +135,15 @@ def _part(workspace: Workspace, plan: plans.Plan, folder: Path, options: BundleO
     return Part(graph_set, plan, device_costs(plan, graph_set, table, known), target.device, forms, engines)
 
 
-def _basis(
-    workspace: Workspace, plan: plans.Plan
-) -> tuple[GraphSet, latency.LatencyTable, statistics.ExitStatistics | None]:
+def _basis(workspace: Workspace, plan: Plan) -> tuple[GraphSet, LatencyTable, statistics.ExitStatistics | None]:
     """Graphs, table and statistics (None: deleted) of a plan. Raises StaleError when it was made from others."""
     graph_set = settled_graphs_of(workspace, plan.precision, plan.device)
-    plans.check_plan_current(plan, graph_set)
-    table = latency.read_latency_table(workspace.latency(plan.device))
+    check_plan_current(plan, graph_set)
+    table = read_latency_table(workspace.latency(plan.device))
     sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
     tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
     known = tuning_statistics(table, plan.device, sources, tuning)
-    latency.check_current(table, graph_set)
+    check_current(table, graph_set)
     return graph_set, table, known
 
 
@@ -167,9 +165,7 @@ def _check_outputs(sources: Sequence[Path], bundle: Path, single_file: Path | No
         )
 
 
-def _engines_to_take(
-    workspace: Workspace, target: Target, plan: plans.Plan, progress: Progress
-) -> dict[EngineFile, Path]:
+def _engines_to_take(workspace: Workspace, target: Target, plan: Plan, progress: Progress) -> dict[EngineFile, Path]:
     """The plan's engines, and for classic TensorRT the timing cache of their builds."""
     _refuse_without_engines(target)
     from mess_compile.engines import build
@@ -205,7 +201,7 @@ def _gpu(target: Target) -> tuple[str, tuple[int, int]]:
         return library.builds_for
 
 
-def _forms(graph_set: GraphSet, plan: plans.Plan, target: Target, folder: Path) -> dict[str, Path]:
+def _forms(graph_set: GraphSet, plan: Plan, target: Target, folder: Path) -> dict[str, Path]:
     """Graphs that the target's parser rejects as they are, rewritten in `folder` with a store of their weights."""
     if target.library.startswith("onnxruntime"):
         return {}
@@ -222,16 +218,16 @@ def _forms(graph_set: GraphSet, plan: plans.Plan, target: Target, folder: Path) 
 
 
 def tuning_statistics(
-    table: latency.LatencyTable, device: str, known: Mapping[str, str], tuning: Path
+    table: LatencyTable, device: str, known: Mapping[str, str], tuning: Path
 ) -> statistics.ExitStatistics | None:
     """The statistics that a plan was chosen on, None when they do not exist.
 
     Raises StaleError when their hash or that of the table is not among the plan's `known` sources.
     """
     files.recovered(tuning)
-    found, read = {"latency table": latency.content_sha256(table)}, None
+    found, read = {"latency table": content_sha256(table)}, None
     if tuning.is_dir():
         read = statistics.read_statistics(tuning)
         found["statistics"] = statistics.content_sha256(read)
-    plans.check_sources_current(device, known, found)
+    check_sources_current(device, known, found)
     return read

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mess_compile import targets
 from mess_compile.report.collect import compare, report
-from mess_compile.runtime.machine import machine as machines
+from mess_compile.runtime.machine import machine
 from mess_compile.runtime.serve.verify import verify_bundle as verify
 from mess_compile.targets import Target
 
@@ -30,10 +30,10 @@ class KnownDevice:
 
 def devices(workspace: Workspace) -> tuple[KnownDevice, ...]:
     """Known targets, ours and the workspace's own, and which of them this machine is."""
-    machine = machines.this_machine()
+    this = machine.this_machine()
     known = tuple(targets.known_targets(workspace.root).values())
-    here = targets.targets_here(known, machine)
-    return tuple(KnownDevice(target, target in here, targets.differences(target, machine)) for target in known)
+    here = targets.targets_here(known, this)
+    return tuple(KnownDevice(target, target in here, targets.differences(target, this)) for target in known)
 
 
 def doctor(workspace: Workspace | None = None) -> tuple[Finding, ...]:

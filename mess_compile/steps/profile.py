@@ -18,7 +18,7 @@ from mess_compile.engines.files import EngineFiles, plain_files
 from mess_compile.engines.jobs import job_name, profiling_jobs
 from mess_compile.engines.prepare import built_here, engine_files, precise_graphs, verified_graphs
 from mess_compile.engines.remote_build import forms_there
-from mess_compile.latency import table as latency
+from mess_compile.latency.table import LatencyTable, read_latency_table, write_latency_table
 from mess_compile.network import GraphSet, read_graph_set
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError, StaleError
@@ -114,7 +114,7 @@ def profile(
     device: str | None = None,
     options: ProfileOptions = ProfileOptions(),
     reporter: Reporter = SILENT,
-) -> latency.LatencyTable:
+) -> LatencyTable:
     """Measure every graph in each precision on the device and write its latency table; the device is remembered.
 
     Engines that are missing are built there first; a graph that has none is noted in the table. With a subset the rest
@@ -132,7 +132,7 @@ def profile(
     return table
 
 
-def _profile_here(request: _Request) -> latency.LatencyTable:
+def _profile_here(request: _Request) -> LatencyTable:
     from mess_compile.profile import backends
 
     workspace, target, options = request.workspace, request.target, request.options
@@ -156,7 +156,7 @@ def _files_here(request: _Request) -> tuple[EngineFiles, ...]:
     return tuple(plain_files(each.graph_set) for each in made)
 
 
-def _profile_there(request: _Request) -> latency.LatencyTable:
+def _profile_there(request: _Request) -> LatencyTable:
     from mess_compile.profile import multi_device
 
     options, hosts = request.options, request.options.hosts
@@ -173,7 +173,7 @@ def _profile_there(request: _Request) -> latency.LatencyTable:
         return _measured(request, engines, found[0])
 
 
-def _measured(request: _Request, engines: Sequence[EngineFiles], backend: Backend) -> latency.LatencyTable:
+def _measured(request: _Request, engines: Sequence[EngineFiles], backend: Backend) -> LatencyTable:
     from mess_compile.profile import full, sparse
 
     if request.options.subset is None:
@@ -224,7 +224,7 @@ def subject_of(
     reporter: Reporter = SILENT,
 ) -> Subject:
     """What a subset is selected by. Without statistics, and data to record them by, no requirement can guide it."""
-    from mess_compile.latency import estimate as estimates
+    from mess_compile.latency.estimate import priors_of
     from mess_compile.profile import selection
 
     precisions = [spec.precision for each in graph_sets for spec in each.graphs.values()]
@@ -232,7 +232,7 @@ def subject_of(
     for each in graph_sets if requirements else ():
         with suppress(InputError, StaleError):
             found[each.recipe] = current_statistics(workspace, each, target.name, None, Reporter(reporter.progress))
-    priors = estimates.priors_of(read_graph_set(workspace.graphs), target, precisions)
+    priors = priors_of(read_graph_set(workspace.graphs), target, precisions)
     twins = selection.twins(*graph_sets)
     return selection.Subject(tuple(graph_sets), priors, found, requirements if found else (), twins)
 
@@ -243,7 +243,7 @@ def estimate(
     precisions: Sequence[str] = (FP32,),
     data: Data | None = None,
     reporter: Reporter = SILENT,
-) -> latency.LatencyTable:
+) -> LatencyTable:
     """Write a latency table without the device: measurements of these graphs stay, the rest is estimated.
 
     The device does not become the default. Recipes with measurements stay in the table, whichever are named. The
@@ -258,12 +258,12 @@ def estimate(
     known = tables.get(target.name)
     others = [(find_target(name, workspace.root), table) for name, table in tables.items()]
     table = forecast([*made, *_measured_besides(workspace, plain, known, made)], target, known, others, plain)
-    latency.write_latency_table(workspace.latency(target.name), table)
+    write_latency_table(workspace.latency(target.name), table)
     return table
 
 
 def _measured_besides(
-    workspace: Workspace, plain: GraphSet, known: latency.LatencyTable | None, made: Sequence[GraphSet]
+    workspace: Workspace, plain: GraphSet, known: LatencyTable | None, made: Sequence[GraphSet]
 ) -> Iterator[GraphSet]:
     """The recipes other than `made` that `known` has further measurements of, if they are current."""
     from mess_compile.engines import recipes
@@ -280,13 +280,13 @@ def _measured_besides(
             yield settled.graph_set
 
 
-def _tables(workspace: Workspace) -> Iterator[tuple[str, latency.LatencyTable]]:
+def _tables(workspace: Workspace) -> Iterator[tuple[str, LatencyTable]]:
     """The readable latency tables, by device."""
     for name in known_targets(workspace.root):
         path = workspace.latency(name)
         if path.is_file():
             with suppress(InputError):
-                yield name, latency.read_latency_table(path)
+                yield name, read_latency_table(path)
 
 
 def plan_profile(
@@ -314,7 +314,7 @@ def plan_profile(
 def _planned(
     target: Target,
     sets: Sequence[GraphSet],
-    table: latency.LatencyTable,
+    table: LatencyTable,
     jobs: Sequence[str],
     measured: Collection[str],
     effort: Effort,
@@ -348,13 +348,13 @@ def _settled_s(mean_ms: float, effort: Effort) -> float:
     return effort.windows * max(effort.window_s, effort.window_runs * 2 * mean_ms / 1e3)
 
 
-def _forecast(workspace: Workspace, target: Target, sets: Sequence[GraphSet], graphs: GraphSet) -> latency.LatencyTable:
-    from mess_compile.latency import estimate as estimates
+def _forecast(workspace: Workspace, target: Target, sets: Sequence[GraphSet], graphs: GraphSet) -> LatencyTable:
+    from mess_compile.latency.estimate import forecast
 
     known = None
     with suppress(InputError):
-        known = latency.read_latency_table(workspace.latency(target.name))
-    return estimates.forecast(sets, target, known, (), graphs)
+        known = read_latency_table(workspace.latency(target.name))
+    return forecast(sets, target, known, (), graphs)
 
 
 def _unfinished(path: Path, effort: Effort) -> tuple[str, ...]:
@@ -369,7 +369,7 @@ def _unfinished(path: Path, effort: Effort) -> tuple[str, ...]:
     return (f"continues an interrupted measurement that timed {done} of them, if machine and graphs are the same",)
 
 
-def _first_batch(subject: Subject, table: latency.LatencyTable, jobs: Sequence[str]) -> tuple[set[str], str]:
+def _first_batch(subject: Subject, table: LatencyTable, jobs: Sequence[str]) -> tuple[set[str], str]:
     """What a subset begins with."""
     from mess_compile.profile import selection
 

@@ -22,8 +22,7 @@ from mess_compile.reporter import SILENT, Progress, Reporter
 from mess_compile.runtime.base.errors import InputError, MessError, PlaceError
 from mess_compile.runtime.bundle import archive
 from mess_compile.runtime.bundle.manifest import MANIFEST
-from mess_compile.runtime.cascade import cascade as runtime_cascade
-from mess_compile.runtime.cascade.cascade import Cascade, Prediction
+from mess_compile.runtime.cascade.cascade import Cascade, Prediction, load
 from mess_compile.runtime.images import frames
 from mess_compile.runtime.images.confidence import sure_words
 from mess_compile.runtime.images.pictures import OF_ONE_NAME, read_picture
@@ -139,7 +138,7 @@ def run(
         failures.append(failure)
         failed(failure)
 
-    with runtime_cascade.load(bundle, options.target) as cascade:
+    with load(bundle, options.target) as cascade:
         if options.operating_point is not None:
             cascade.operating_point = options.operating_point
         for number, source in enumerate((*images, *videos)):

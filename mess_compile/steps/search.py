@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile.engines.prepare import settled_graphs_of
-from mess_compile.latency import table as latency
+from mess_compile.latency.table import LatencyTable, check_current, read_latency_table
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError, RequirementError, StaleError, did_you_mean
 from mess_compile.runtime.machine import machine, power
-from mess_compile.search import plan as plans
 from mess_compile.search.deadline import Clock
+from mess_compile.search.plan import FRONT_BY, SearchResult, read_result, source_of, write_result
 from mess_compile.search.requirement import Requirement
 from mess_compile.steps.device_choice import target_of
 from mess_compile.steps.evaluate import current_statistics
@@ -44,7 +44,7 @@ class SearchOptions:
     """
 
     precisions: tuple[str, ...] | None = None
-    front_by: tuple[str, ...] = plans.FRONT_BY
+    front_by: tuple[str, ...] = FRONT_BY
     time_limit_s: float | None = None
     confidence: float | None = None
     seed: int = 0
@@ -59,7 +59,7 @@ def search(
     requirement: Requirement = FASTEST,
     options: SearchOptions = SearchOptions(),
     reporter: Reporter = SILENT,
-) -> tuple[plans.SearchResult, ...]:
+) -> tuple[SearchResult, ...]:
     """Find the best plan for each device (none: the one profiled last), and write all plans or none.
 
     Evaluates first when statistics are stale. Ctrl-C ends the search with the best plan so far, and skips the rest of
@@ -75,12 +75,12 @@ def search_and_explain(
     requirement: Requirement = FASTEST,
     options: SearchOptions = SearchOptions(),
     reporter: Reporter = SILENT,
-) -> tuple[tuple[plans.SearchResult, Explanation], ...]:
+) -> tuple[tuple[SearchResult, Explanation], ...]:
     """As `search`, and explain each plan.
 
     Explanations compare optima: with a time limit or a confidence in `options` the plan may be another one.
     """
-    from mess_compile.search import explain as explaining
+    from mess_compile.search.explain import explain
     from mess_compile.search.solver import search_recipes
 
     results, evidences = _found(workspace, devices, split, requirement, options, reporter)
@@ -88,7 +88,7 @@ def search_and_explain(
     otherwise = partial(search_recipes, front_by=())
     progress = partial(reporter.progress, "explain")
     return tuple(
-        (result, explaining.explain(each, requirement, result.plan, find, otherwise, progress))
+        (result, explain(each, requirement, result.plan, find, otherwise, progress))
         for result, each in zip(results, evidences, strict=True)
     )
 
@@ -100,7 +100,7 @@ def _found(
     requirement: Requirement,
     options: SearchOptions,
     reporter: Reporter,
-) -> tuple[list[plans.SearchResult], list[Sequence[Evidence]]]:
+) -> tuple[list[SearchResult], list[Sequence[Evidence]]]:
     """For each device the result, and the evidence it was found from."""
     from mess_compile.search.constraints import promises_of
     from mess_compile.search.display import what_would_cut
@@ -151,18 +151,18 @@ def _refuse_to_overwrite(output: Path | None, devices: int) -> None:
         raise InputError(f"{output} holds the plan of one device, and {devices} are given: drop -o")
     if output.exists():
         try:
-            plans.read_result(output)
+            read_result(output)
         except InputError as error:
             raise InputError(
                 f"refusing to overwrite {output}: not a plan; name another file, or move it away"
             ) from error
 
 
-def _write(workspace: Workspace, results: Sequence[plans.SearchResult], output: Path | None) -> None:
+def _write(workspace: Workspace, results: Sequence[SearchResult], output: Path | None) -> None:
     for result in results:
-        plans.write_result(output or workspace.plan(result.plan.device), result)
+        write_result(output or workspace.plan(result.plan.device), result)
     first = results[0].plan
-    if plans.source_of(first) == "measured":
+    if source_of(first) == "measured":
         workspace.remember(device=first.device)
 
 
@@ -173,7 +173,7 @@ def _searched(
     kept: Path,
     progress: Callable[[int, int], None],
     clock: Clock,
-) -> plans.SearchResult:
+) -> SearchResult:
     from mess_compile.search.guarantees import certify
     from mess_compile.search.solver import search_recipes
 
@@ -184,12 +184,12 @@ def _searched(
 
 def _expected(
     evidences: Sequence[Sequence[Evidence]],
-    results: Sequence[plans.SearchResult],
+    results: Sequence[SearchResult],
     requirement: Requirement,
     options: SearchOptions,
     cache: Path,
     reporter: Reporter,
-) -> Iterator[plans.SearchResult]:
+) -> Iterator[SearchResult]:
     """The results with what to expect on new images, by cross-validation, or the reason why there is no estimate."""
     from mess_compile.search.guarantees import optimism
 
@@ -209,7 +209,7 @@ def _expected(
             yield replace(result, without_optimism=without)
 
 
-def shared(workspace: Workspace, results: Sequence[plans.SearchResult]) -> SharedGraphs:
+def shared(workspace: Workspace, results: Sequence[SearchResult]) -> SharedGraphs:
     """The graphs and weights that the plans of several devices share."""
     from mess_compile.bundle import shared_graphs
 
@@ -226,7 +226,7 @@ def _evidences(
     from mess_compile.search.metrics import Evidence
 
     precisions = options.precisions
-    table = latency.read_latency_table(workspace.latency(target.name))
+    table = read_latency_table(workspace.latency(target.name))
     known = {recipe.partition("-")[0]: recipe for recipe in table.recipes}
     absent = [precision for precision in precisions or () if precision not in known]
     if absent:
@@ -241,13 +241,13 @@ def _evidences(
     evidences = []
     for recipe in map(known.__getitem__, precisions or known):
         graph_set = settled_graphs_of(workspace, recipe, target.name)
-        latency.check_current(table, graph_set)
+        check_current(table, graph_set)
         found = current_statistics(workspace, graph_set, target.name, split, reporter)
         evidences.append(Evidence(graph_set, table, found))
     return evidences
 
 
-def _check_power_mode(table: latency.LatencyTable, target: Target) -> None:
+def _check_power_mode(table: LatencyTable, target: Target) -> None:
     """Raises StaleError when this machine is the target, and its power mode is not the one it was measured in."""
     wanted = table.environment.get("power_mode")
     if wanted is None or not targets_here((target,), machine.this_machine()):
