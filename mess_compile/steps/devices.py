@@ -1,4 +1,4 @@
-"""Steps of the Python API that only look: what is there, what it is worth, and what this machine is."""
+"""The steps `devices`, `doctor` and `inspect`."""
 
 from __future__ import annotations
 
