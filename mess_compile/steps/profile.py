@@ -295,20 +295,21 @@ def plan_profile(
     """What `profile` would do: build engines that are missing, then measure; no device is asked. Raises as it does."""
     target = target_of(workspace, device)
     options = resolved(workspace, target, options)
-    graphs, first = verified_graphs(workspace), next(iter(options.hosts), None)
+    graphs = verified_graphs(workspace)
     found = planned_recipes(workspace, target, graphs, options.precisions)
     compiled = target.library.startswith("onnxruntime")
-    builds = () if compiled else planned_builds(workspace, target, found, BuildOptions(host=first))
+    builds = (
+        () if compiled else planned_builds(workspace, target, found, BuildOptions(host=next(iter(options.hosts), None)))
+    )
     sets = [graph_set for graph_set, _ in found]
     table = _forecast(workspace, target, sets, graphs)
     jobs = [job.name for job in profiling_jobs([plain_files(each) for each in sets])]
-    effort = options.effort or measure.Effort()
-    measured, notes = set(jobs), _unfinished(workspace.latency(target.name), effort)
+    measured, notes = set(jobs), _unfinished(workspace.latency(target.name), options)
     if options.subset is not None:
         measured, note = _first_batch(subject_of(workspace, target, sets), table, jobs)
         notes += (note,)
         builds = tuple(replace(each, least_s=(each.least_s or 0.0) * len(measured) / len(jobs)) for each in builds)
-    return (*builds, _planned(target, sets, table, jobs, measured, effort, first, notes))
+    return (*builds, _planned(target, sets, table, jobs, measured, options, notes))
 
 
 def _planned(
@@ -317,14 +318,14 @@ def _planned(
     table: LatencyTable,
     jobs: Sequence[str],
     measured: Collection[str],
-    effort: Effort,
-    host: str | None,
+    options: ProfileOptions,
     notes: tuple[str, ...],
 ) -> PlannedStep:
+    effort = options.effort or measure.Effort()
     times = {job_name(*key): entry.mean_ms for key, entry in table.entries.items()}
     steady_s = {name: min(_settled_s(times.get(name, 0.0), effort), effort.max_s) for name in jobs}
     known = sum(entry.source == "measured" for entry in table.entries.values())
-    precision, place = ",".join(each.recipe for each in sets), host or "this machine"
+    precision, place = ",".join(each.recipe for each in sets), next(iter(options.hosts), "this machine")
     return PlannedStep(
         step="profile",
         what=f"profile {len(jobs)} graphs in {precision} for {target.name} at {place}",
@@ -357,7 +358,7 @@ def _forecast(workspace: Workspace, target: Target, sets: Sequence[GraphSet], gr
     return forecast(sets, target, known, (), graphs)
 
 
-def _unfinished(path: Path, effort: Effort) -> tuple[str, ...]:
+def _unfinished(path: Path, options: ProfileOptions) -> tuple[str, ...]:
     """A note on a measurement that was interrupted."""
     try:
         lines = path.with_suffix(".samples.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -365,7 +366,8 @@ def _unfinished(path: Path, effort: Effort) -> tuple[str, ...]:
         return ()
     events = [event for event in map(event_of, lines) if isinstance(event, measure.Window)]
     timed = Counter(event.job for event in events)
-    done = sum(count >= effort.windows for count in timed.values())
+    windows = (options.effort or measure.Effort()).windows
+    done = sum(count >= windows for count in timed.values())
     return (f"continues an interrupted measurement that timed {done} of them, if machine and graphs are the same",)
 
 
