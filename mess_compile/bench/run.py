@@ -378,7 +378,7 @@ def _compared(
             if expected != real
         ),
         promises=_held(plan.promises, measured, baseline, run),
-        doubts=evidence.doubts,
+        doubts=evidence.warnings,
     )
 
 

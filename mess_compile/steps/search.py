@@ -25,7 +25,7 @@ from mess_compile.workspace import Progress, Workspace, silent
 if TYPE_CHECKING:
     from mess_compile.bundle.shared_graphs import Shared
     from mess_compile.search.explain import Explanation
-    from mess_compile.search.hold_out import Parted
+    from mess_compile.search.hold_out import HoldOutSplit
     from mess_compile.search.metrics import Evidence
 
 FASTEST = Requirement()
@@ -81,7 +81,7 @@ def search_and_explain(
     from mess_compile.search.solver import search_recipes
 
     results, evidences = _found(workspace, devices, split, requirement, progress, options)
-    find = partial(search_recipes, front_by=(), kept=workspace.searches)
+    find = partial(search_recipes, front_by=(), cache_folder=workspace.searches)
     otherwise = partial(search_recipes, front_by=())
     told = partial(progress, "explain")
     return tuple(
@@ -115,7 +115,7 @@ def _found(
             results.append(replace(found, plan=replace(found.plan, promises=promises_of(requirement, found.plan))))
         except RequirementError as error:
             raise RequirementError(f"{name}: {error}" if len(evidences) > 1 else str(error)) from error
-    results = [part.judged(result) for part, result in zip(parts.values(), results, strict=True)]
+    results = [part.evaluated(result) for part, result in zip(parts.values(), results, strict=True)]
     results = [
         replace(result, what_would_cut=what_would_cut(result, requirement, len(each[0].table.failed)))
         if result.plan.is_whole
@@ -129,13 +129,13 @@ def _found(
     return results, list(evidences.values())
 
 
-def _parted(evidences: Sequence[Evidence], options: SearchOptions) -> Parted:
+def _parted(evidences: Sequence[Evidence], options: SearchOptions) -> HoldOutSplit:
     """What to choose by and what to judge by; `--confidence` parts the images by itself."""
     from mess_compile.search import hold_out
 
     if options.confidence is None:
-        return hold_out.parted(evidences, options.hold_out)
-    return hold_out.Parted(evidences, evidences, without="--confidence tests on images of its own")
+        return hold_out.split_images(evidences, options.hold_out)
+    return hold_out.HoldOutSplit(evidences, evidences, without="--confidence tests on images of its own")
 
 
 def _refuse_to_overwrite(output: Path | None, devices: int) -> None:
@@ -193,7 +193,7 @@ def _expected(
         if not without and result.certificate.gap > 0:
             without = "no cross-validation, for the search was stopped"
         try:
-            expected = None if without else optimism(each, requirement, progress=told, kept=kept / "folds")
+            expected = None if without else optimism(each, requirement, progress=told, cache_folder=kept / "folds")
             yield replace(result, plan=replace(result.plan, optimism=expected), without_optimism=without)
         except RequirementError as error:
             yield replace(result, without_optimism=str(error))
