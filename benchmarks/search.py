@@ -1,12 +1,12 @@
-"""The search on statistics made up by CamVid's figures: how long until the optimum is proven, or what is left open.
+"""The search on statistics made up by CamVid's figures: how long it takes to prove the optimum, or the gap left.
 
     python benchmarks/search.py                        # the whole space: three seeds, and one with independent exits
     python benchmarks/search.py --growth               # over images, heads and exit points
     python benchmarks/search.py --enumeration          # against an enumeration of all plans
     python benchmarks/search.py --camvid WORKSPACE     # a first search, and one after a change of requirement
 
---fit prints first how the made-up statistics compare with those of the CamVid example. Compilation is done, and timed
-apart, before anything else.
+--fit first prints how the made-up statistics compare with those of the CamVid example. Compilation is timed separately,
+before everything else.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from made_up import Fit, Size, fit, made_up
 from mess_compile.evaluate.statistics import read_statistics
 from mess_compile.latency.table import read_latency_table
 from mess_compile.network import read_graph_set
-from mess_compile.search.bnb import driver
+from mess_compile.search.bnb.driver import Proof, branch_and_bound
+from mess_compile.search.bnb.incumbent import BestPlan
+from mess_compile.search.context import Progress, SearchContext
 from mess_compile.search.deadline import Clock
-from mess_compile.search.exhaustive.plan_table import plans_in_space, rows_of_plans
+from mess_compile.search.exhaustive.plan_table import enumerate_plans, plans_in_space
 from mess_compile.search.metrics import Evidence, baseline_figures
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search
@@ -36,10 +38,6 @@ from mess_compile.search.solver import search
 CAMVID = Path(__file__).parents[1] / "examples/02-camvid/statistics/val_0-50"
 GROWTH = {"images": (250, 1000, 4000, 16000), "heads": (8, 14, 28, 56), "points": (3, 4, 5)}
 ENUMERATED_HEADS, ENUMERATION_S = (2, 3, 4, 6, 8, 12, 16), 60.0
-
-
-def in_silence(done: int, total: int) -> None:
-    pass
 
 
 def peak_mib() -> float:
@@ -55,11 +53,11 @@ def compile_kernels() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What branch and bound came to in so many seconds, `best` None where that was too short for any plan."""
+    """The result of branch and bound; `best` is None where the time was too short for any plan."""
 
     seconds: float
-    best: driver.Best | None
-    proof: driver.Proof
+    best: BestPlan | None
+    proof: Proof
     images: int
 
     @property
@@ -77,7 +75,7 @@ class Found:
 def searched(evidence: Evidence, requirement: Requirement, limit_s: float | None) -> Found:
     start = time.perf_counter()
     clock = None if limit_s is None else Clock(limit_s)
-    best, proof = driver.branch_and_bound(evidence, requirement, in_silence, clock)
+    best, proof = branch_and_bound(evidence, SearchContext(requirement, clock=clock))
     return Found(time.perf_counter() - start, best, proof, evidence.statistics.images)
 
 
@@ -87,9 +85,9 @@ def whole_space(size: Size, cases: Iterable[tuple[int, bool]], requirement: Requ
         found = searched(evidence, requirement, limit_s)
         space = plans_in_space(evidence, requirement.early_exits)
         print(f"seed {seed}{', independent exits' if independent else ''}: {space:.3g} plans")
-        proof, groups = found.proof, found.proof.settled + found.proof.bounded
+        proof, groups = found.proof, found.proof.expanded + found.proof.pruned
         print(f"{found}; at most {peak_mib():,.0f} MiB so far")
-        print(f"    {proof.settled:,} of {groups:,} chains of heads settled, {proof.evaluated:,} plans evaluated")
+        print(f"    {proof.expanded:,} of {groups:,} chains of heads expanded, {proof.evaluated:,} plans evaluated")
         if found.best is not None:
             baseline = baseline_figures(evidence)
             print(f"    {' -> '.join(found.best.heads)}: {found.latency_ms:.3f} ms, {found.best.miou:.2f} % mIoU")
@@ -117,7 +115,7 @@ class TooLong(Exception):
 
 
 def enumeration(size: Size, requirement: Requirement) -> None:
-    """Ever more heads, until an enumeration of all plans takes more than a minute."""
+    """More and more heads, until an enumeration of all plans takes more than a minute."""
     print("heads     plans  enumeration  branch and bound  ratio")
     for heads in ENUMERATED_HEADS:
         evidence = made_up(dataclasses.replace(size, heads=heads))
@@ -142,9 +140,9 @@ def enumeration(size: Size, requirement: Requirement) -> None:
         )
 
 
-def enumerated(evidence: Evidence, requirement: Requirement, progress: driver.Progress) -> float:
-    """The least mean latency in ms of the plans that keep --max-err, by looking at all of them."""
-    plans = rows_of_plans(evidence, requirement, progress).plans
+def enumerated(evidence: Evidence, requirement: Requirement, progress: Progress) -> float:
+    """The least mean latency in ms of the plans within --max-err, by enumeration."""
+    plans = enumerate_plans(evidence, SearchContext(requirement, progress=progress)).plans
     floor = baseline_figures(evidence).miou - (requirement.max_err_pp or 0.0)
     return float(plans["cost_ns"][plans["miou"] >= floor].min() / evidence.statistics.images / 1e6)
 
@@ -163,23 +161,23 @@ def camvid(folder: Path) -> None:
             objective="accuracy", max_latency=Limit(0.5, relative=True)
         ),
     }
-    with tempfile.TemporaryDirectory() as kept:
+    with tempfile.TemporaryDirectory() as folder:
         for name, requirement in requirements.items():
             start = time.perf_counter()
-            proof = search(evidence, requirement, kept=Path(kept)).certificate
+            proof = search(evidence, requirement, cache_folder=Path(folder)).certificate
             seconds = time.perf_counter() - start
             print(f"{name:45} {seconds:6.2f} s  {proof.space:,} plans, gap {proof.gap:g}")
 
 
-def tell_fit(size: Size) -> None:
+def print_fit(size: Size) -> None:
     there, here = fit(read_statistics(CAMVID)), fit(made_up(size).statistics)
     print(f"{'':20} CamVid example | made up, seed 0, {size.images:,} images")
     for field in dataclasses.fields(Fit):
-        print(f"{field.name:20} {' | '.join(shown(getattr(each, field.name)) for each in (there, here))}")
+        print(f"{field.name:20} {' | '.join(formatted(getattr(each, field.name)) for each in (there, here))}")
     print()
 
 
-def shown(values: object) -> str:
+def formatted(values: object) -> str:
     return " ".join(f"{value:.3g}" for value in np.atleast_1d(np.asarray(values, np.float64)))
 
 
@@ -204,7 +202,7 @@ def main() -> None:
         camvid(given.camvid)
         return
     if given.fit:
-        tell_fit(size)
+        print_fit(size)
     compile_kernels()
     print(f"{size}, m <= {given.max_exits}, --max-err {given.max_err:g}%")
     if given.growth:

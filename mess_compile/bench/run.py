@@ -377,7 +377,7 @@ def _compared(
             if expected != real
         ),
         promises=_checked(plan.promises, measured, baseline, run),
-        doubts=evidence.doubts,
+        doubts=evidence.warnings,
     )
 
 

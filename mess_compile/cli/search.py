@@ -188,7 +188,7 @@ def _refuse_what_does_not_fit(
 
 
 def _print_proof(result: Any, requirement: Any) -> None:
-    from mess_compile.search.display import expected_elsewhere
+    from mess_compile.search.display import expected_on_new_images
 
     certificate, plan = result.certificate, result.plan
     front = (
@@ -220,7 +220,7 @@ def _print_proof(result: Any, requirement: Any) -> None:
         say(f"no image has a labelled pixel of {absent}: mIoU is over the other classes")
     say(f"chosen on the images of {plan.predicted.split}, as {plan.tuned_by} sees them: a result from tuning data")
     if plan.optimism is not None and plan.hold_out is None:  # what was held out says it by itself
-        say(f"on other images of this kind: {expected_elsewhere(plan.optimism)}")
+        say(f"on other images of this kind: {expected_on_new_images(plan.optimism)}")
     elif result.without_optimism:
         say(f"what to expect on other images is not told: {result.without_optimism}")
     if plan.guarantee is not None:

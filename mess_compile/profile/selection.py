@@ -31,7 +31,7 @@ from mess_compile.network import CandidateNetwork, GraphSet, GraphSpec, segment_
 from mess_compile.runtime.base.errors import RequirementError
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
-from mess_compile.search.hold_out import parted
+from mess_compile.search.hold_out import split_images
 from mess_compile.search.metrics import Evidence
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.solver import search_recipes
@@ -191,7 +191,7 @@ def contenders(subject: Subject, optimistic: LatencyTable) -> tuple[Key, ...]:
     ]
     if not evidences:
         return tuple(_fair_share(subject))
-    chosen = parted(evidences, None).chosen  # as `search` chooses, unless it is told otherwise
+    chosen = split_images(evidences, None).chosen  # as `search` chooses, unless it is told otherwise
     keys = dict.fromkeys(key for requirement in subject.requirements for key in _best_plan(chosen, requirement))
     estimated = tuple(key for key in keys if optimistic.entries[key].source != "measured")
     return estimated or tuple(keys)

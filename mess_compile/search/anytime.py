@@ -1,4 +1,4 @@
-"""The anytime setting: what every chain of heads reports and costs, all heads of the same exit points at once."""
+"""The anytime setting: reports and costs of every chain of heads, for all heads of the same exit points at once."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ ExitOutput = tuple[int, str]
 
 @dataclass(frozen=True, eq=False)
 class Chains:
-    """Chains of heads at the same exit points, and what each costs and reaches, as columns in the order of `heads`."""
+    """Chains of heads at the same exit points, with their costs and mIoU as columns in the order of `heads`."""
 
     heads: tuple[tuple[str, ...], ...]
     columns: dict[str, Values]
 
 
 def anytime_chains(evidence: Evidence, requirement: Requirement) -> list[Chains]:
-    """Every chain of at most `early_exits` + 1 heads at ever deeper exit points, as far as the target has its graphs,
-    and the whole networks, each of which reports once.
+    """Every chain of at most `early_exits` + 1 heads at ever deeper exit points that the target has the graphs of, and
+    the whole networks, each of which reports once.
 
     Their `score` is the best mIoU (percent) reported by the deadline or, without one, its mean from 0 to the baseline's
     latency; zero before the first report. Raises InputError when they are too many.
@@ -77,13 +77,13 @@ def _refuse_too_many(early_exits: int, heads: Sequence[int]) -> None:
     count = sum(math.prod(some) for size in range(early_exits + 1) for some in itertools.combinations(heads, size + 1))
     if count > _MOST_CHAINS:
         raise InputError(
-            f"the anytime setting looks at every one of {count} chains of heads: they are more than memory holds, so "
-            f"use --max-exits {early_exits - 1}"
+            f"the anytime setting would enumerate {count} chains of heads, more than fit into memory: use --max-exits "
+            f"{early_exits - 1}"
         )
 
 
 def _heads_by_place(evidence: Evidence) -> dict[ExitOutput, list[Head]]:
-    """The heads that share exit point and output graph, by ever deeper exit points."""
+    """The heads that share an exit point and an output graph, in the order of exit points."""
     found: dict[ExitOutput, list[Head]] = {}
     for head in sorted(evidence.heads, key=lambda head: head.exit_point):
         found.setdefault((head.exit_point, evidence.candidate.output_of(head)), []).append(head)
@@ -137,7 +137,7 @@ def _along(values: Values, axis: int, axes: int) -> Values:
 def _report_times(
     evidence: Evidence, places: Sequence[ExitOutput], heads: Sequence[Sequence[Head]], quantity: Quantity
 ) -> list[Values]:
-    """When each exit's labels are there, as `latency.report_times_ns` counts, by the heads up to it."""
+    """When each exit reports, as `latency.report_times_ns` computes it, by the heads up to it."""
     table, graph_set = evidence.table, evidence.graph_set
     now: Values = np.array(table.cost_ns(UPLOAD, quantity=quantity), np.int64)
     times = []
@@ -191,7 +191,7 @@ def _score(evidence: Evidence, requirement: Requirement, times: list[Values], be
 
 
 def _memory_bytes(evidence: Evidence, places: Sequence[ExitOutput], heads: Sequence[Sequence[Head]]) -> Values:
-    """As `figures.memory_bytes`: weights + the largest workspace + inputs and outputs, each tensor once."""
+    """As `metrics.memory_bytes`: weights + the largest workspace + inputs and outputs, each tensor once."""
     spec = evidence.graph_set.spec
     fixed = [spec(name) for name in _fixed_graphs(places)]
     weights: Values = np.array(sum(each.bytes for each in fixed))

@@ -1,4 +1,4 @@
-"""What plans are bounded and chosen by, under one name among rows, figures and messages; and a requirement's bounds."""
+"""What plans are bounded and chosen by, under one name in plan tables, figures and messages; a requirement's bounds."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mess_compile.search.requirement import Limit, Requirement
 
 @dataclass(frozen=True)
 class Measure:
-    """Something of a plan that is bounded, or chosen by.
+    """A quantity of a plan that is bounded, or an objective.
 
-    It is the `column` of a row of plans, summed over images where `is_sum`, and the `figure` of a plan's figures.
-    Messages say so many `unit` of it: `column_unit` of the column, or `figure_unit` of the figure, make one.
+    It is the `column` of a plan table, summed over images where `is_sum`, and the `figure` of a plan's figures.
+    Messages give it in `unit`: `column_unit` of the column, or `figure_unit` of the figure, make one.
     """
 
     name: str
@@ -31,15 +31,15 @@ class Measure:
     figure_unit: float = 1
 
     def of(self, figures: Figures) -> float:
-        """The figure; 0 where the latency table does not tell it."""
+        """The figure; 0 where the latency table lacks it."""
         value: float | None = getattr(figures, self.figure)
         return value or 0.0
 
     def text(self, figures: Figures) -> str:
-        """What a plan with these figures has of it."""
-        return self.told(self.of(figures) / self.figure_unit)
+        """The value of a plan with these figures, with name and unit."""
+        return self.text_of(self.of(figures) / self.figure_unit)
 
-    def told(self, value: float, relation: str = "") -> str:
+    def text_of(self, value: float, relation: str = "") -> str:
         return f"{self.name}{relation} {value:.4g} {self.unit}"
 
 
@@ -50,7 +50,7 @@ MEASURES = {
     "memory": Measure("memory", "memory_bytes", "memory_bytes", "MiB", 1 << 20, figure_unit=1 << 20),
     "energy": Measure("energy", "energy_nj", "energy_mj", "mJ", 1e6, is_sum=True),
 }
-"""What can be an objective."""
+"""The possible objectives."""
 _LIMITED = {
     "max_latency": MEASURES["latency"],
     "max_latency_p95": Measure("p95 latency", "p95_ns", "p95_ms", "ms", 1e6),
@@ -58,12 +58,12 @@ _LIMITED = {
     "max_energy": MEASURES["energy"],
     "max_workload": MEASURES["workload"],
 }
-"""What the fields of a requirement that may be relative to the baseline bound."""
+"""What is bounded by the fields of a requirement that may be relative to the baseline."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound on a measure, as its column counts of so many `images`: at least `limit` for mIoU, at most for others."""
+    """A bound on a measure in the unit of its column, over `images` images: at least `limit` for mIoU, else at most."""
 
     measure: Measure
     limit: float
@@ -76,23 +76,24 @@ class Bound:
 
     @property
     def objective(self) -> str | None:
-        """The objective that searches for the best of what is bounded, None when there is none."""
+        """The objective that optimises what is bounded, None when there is none."""
         return next((name for name, measure in MEASURES.items() if measure is self.measure), None)
 
-    def kept(self, plans: NDArray[np.void]) -> NDArray[np.bool_]:
-        kept: NDArray[np.bool_] = self.sign * plans[self.measure.column] <= self.sign * self.limit
-        return kept
+    def is_met(self, plans: NDArray[np.void]) -> NDArray[np.bool_]:
+        """Whether each of these rows of a plan table satisfies the bound."""
+        met: NDArray[np.bool_] = self.sign * plans[self.measure.column] <= self.sign * self.limit
+        return met
 
     def best_of(self, plans: NDArray[np.void]) -> str:
-        """The best that rows of plans reach in what is bounded."""
-        return self._told((self.sign * plans[self.measure.column]).min() * self.sign)
+        """The best value of what is bounded among these rows of a plan table."""
+        return self._text((self.sign * plans[self.measure.column]).min() * self.sign)
 
     def __str__(self) -> str:
-        return self._told(self.limit, " >=" if self.sign < 0 else " <=")
+        return self._text(self.limit, " >=" if self.sign < 0 else " <=")
 
-    def _told(self, value: float, relation: str = "") -> str:
+    def _text(self, value: float, relation: str = "") -> str:
         unit = self.measure.column_unit * (self.images if self.measure.is_sum else 1)
-        return self.measure.told(value / unit, relation)
+        return self.measure.text_of(value / unit, relation)
 
 
 def bounds_of(evidence: Evidence, requirement: Requirement) -> dict[str, Bound]:
@@ -113,7 +114,7 @@ def bounds_of(evidence: Evidence, requirement: Requirement) -> dict[str, Bound]:
 
 
 def promises_of(requirement: Requirement, plan: Plan) -> tuple[Promise, ...]:
-    """The bounds that a plan was asked to keep, as a bundle carries them."""
+    """The bounds that a plan was required to satisfy, as a bundle carries them."""
     found = []
     if requirement.max_err_pp is not None:
         found.append(Promise("err_pp", requirement.max_err_pp, False, plan.offset_pp))
@@ -127,7 +128,7 @@ def promises_of(requirement: Requirement, plan: Plan) -> tuple[Promise, ...]:
 
 
 def _of_baseline(evidence: Evidence, measure: Measure) -> int:
-    """What an image takes of it by the baseline, as the column counts."""
+    """The baseline's value for one image, in the unit of the column."""
     if measure is MEASURES["workload"]:
         return evidence.candidate.baseline_macs
     if measure is _LIMITED["max_latency_worst"]:
@@ -136,7 +137,7 @@ def _of_baseline(evidence: Evidence, measure: Measure) -> int:
 
 
 def objective_of(plans: NDArray[np.void], requirement: Requirement) -> NDArray[Any]:
-    """What is to be minimised, of rows of plans."""
+    """The value to minimise of each row of a plan table."""
     if requirement.setting == "anytime":
         return -plans["score"]
     objective = requirement.objective or "latency"

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from mess_compile.runtime.base.errors import RequirementError
 
 
 class UnfinishedError(RequirementError):
-    """No plan was found in time, and whether there is one is not known."""
+    """No plan was found in time, and it is not known whether there is one."""
 
     def __init__(self) -> None:
         super().__init__(
-            "no plan that satisfies the requirement was found before the search was ended, and that there is none is "
-            "not proved: give --time-limit more, or leave it out"
+            "the search ended before it found a plan that satisfies the requirement, and before it proved that there "
+            "is none: raise --time-limit, or leave it out"
         )
+
+
+class TimeIsUp(Exception):
+    """Ends a search that returns what it has so far."""
 
 
 class Clock:
@@ -33,8 +37,25 @@ class Clock:
 
     @contextmanager
     def ends_by_interrupt(self) -> Iterator[None]:
-        """Ctrl-C ends what stands inside, and the time of all that follows."""
+        """Ctrl-C ends the block, and the time of everything after it."""
         try:
             yield
         except KeyboardInterrupt:
             self._end = -math.inf
+
+
+def is_up(clock: Clock | None) -> bool:
+    return clock is not None and clock.up
+
+
+def check_time(clock: Clock | None) -> None:
+    """Raises TimeIsUp when the clock is up."""
+    if is_up(clock):
+        raise TimeIsUp
+
+
+@contextmanager
+def ended_by_interrupt(clock: Clock | None) -> Iterator[None]:
+    """With a clock Ctrl-C ends the block, without one it raises KeyboardInterrupt."""
+    with nullcontext() if clock is None else clock.ends_by_interrupt():
+        yield

@@ -1,4 +1,4 @@
-"""How plans show themselves: rows of their tables, and those tables in a notebook."""
+"""How plans are displayed: rows of their tables, and those tables in a notebook."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mess_compile.search.plan import FEW_IMAGES, Figures, Optimism, Plan, Search
 from mess_compile.search.requirement import Requirement
 
 NEARLY = 0.005
-"""Ratios as close to 1 as this are told as equal."""
+"""Ratios this close to 1 are printed as equal."""
 FIGURES = ("", "mIoU %", "latency ms", "p95 ms", "worst ms", "GMACs", "memory MiB")
 
 
 def exits_table(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and a row for each exit; without early exits nothing is held against a threshold, and none is shown."""
+    """Header and a row for each exit; without early exits there are no thresholds."""
     gated = len(plan.stages) > 1
     rows = [
         (f"exit {number}", _head(stage), *(_decision(plan, stage) if gated else ()), f"{rate:.0%}")
@@ -33,14 +33,14 @@ def _decision(plan: Plan, stage: Stage) -> tuple[str, str]:
 
 
 def speed(ratio: float) -> str:
-    """How much faster something is that takes 1 / `ratio` of the time."""
+    """How much faster something that takes 1 / `ratio` of the time is, in words."""
     if abs(ratio - 1) < NEARLY:
         return "as fast"
     return f"{ratio:.2f}x faster" if ratio > 1 else f"{_percent_more(ratio)} slower"
 
 
 def work(ratio: float) -> str:
-    """How much less work something is that takes 1 / `ratio` of it."""
+    """How much less work something that takes 1 / `ratio` of it is, in words."""
     if abs(ratio - 1) < NEARLY:
         return "as much work"
     return f"{ratio:.2f}x less work" if ratio > 1 else f"{_percent_more(ratio)} more work"
@@ -57,14 +57,14 @@ def kind_of_plan(plan: Plan) -> str | None:
         return "the plan is the whole network, uncut: no plan with exits was found to do better under this requirement"
     if plan.only_exit is None:
         return None
-    told = f"the plan is a shorter network: every image leaves at {plan.stages[plan.only_exit - 1].head}"
+    text = f"the plan is a shorter network: every image leaves at {plan.stages[plan.only_exit - 1].head}"
     if plan.setting == "budgeted":
-        return f"{told}, as in every plan of the budgeted setting"
-    return f"{told}, so early exit adds nothing (images that differ more, or better early heads, would change that)"
+        return f"{text}, as in every plan of the budgeted setting"
+    return f"{text}, so early exit adds nothing (images that differ more, or better early heads, would change that)"
 
 
 def what_would_cut(result: SearchResult, requirement: Requirement, failed: int = 0) -> str:
-    """Of a whole network that won under `requirement`: what would have to change for exits to pay.
+    """What would have to change for exits to pay where a whole network won under `requirement`.
 
     `failed` counts the graphs that the target could not build.
     """
@@ -94,7 +94,7 @@ def what_would_cut(result: SearchResult, requirement: Requirement, failed: int =
 
 
 def tail_sentence(plan: Plan) -> str | None:
-    """What the slowest images pay, where that is more than by the baseline although the mean is not."""
+    """The cost of the slowest images, where it is above the baseline's although the mean is not."""
     own, other = plan.predicted, plan.baseline
     pairs = (("p95", own.p95_ms, other.p95_ms), ("worst case", own.worst_ms, other.worst_ms))
     slower = [f"{name} {ms:.2f} ms against {base:.2f} ms" for name, ms, base in pairs if ms > base * (1 + NEARLY)]
@@ -107,34 +107,34 @@ def estimate_sentence(plan: Plan) -> str | None:
     if not errors:
         return None
     ratio = plan.baseline.latency_ms / plan.predicted.latency_ms if plan.predicted.latency_ms else math.inf
-    told = f"latencies are estimates, which may be off by x {max(errors):.1f}"
+    text = f"latencies are estimates, which may be off by x {max(errors):.1f}"
     if max(ratio, 1 / ratio) >= max(errors):
-        return told
-    return f"{told}: {speed(ratio)} is within the estimate's error (x {max(errors):.1f}); profile on the device to know"
+        return text
+    return f"{text}: {speed(ratio)} is within the estimate's error (x {max(errors):.1f}); profile on the device to know"
 
 
 def sentences_of(plan: Plan) -> tuple[str, ...]:
-    """What has to stand beside a plan's figures wherever they are shown."""
+    """The sentences that belong beside a plan's figures wherever they are printed."""
     found = (kind_of_plan(plan), tail_sentence(plan), estimate_sentence(plan))
     return tuple(sentence for sentence in found if sentence is not None)
 
 
-def expected_elsewhere(told: Optimism) -> str:
-    """What to expect on other images than those that the plan was chosen on; of few, that it is a guess."""
-    basis = told.method
-    if told.groups < told.images:
-        basis += f"; {told.images} images of {told.groups} {'sequence' if told.groups == 1 else 'sequences'}"
-    if told.groups < told.folds:
+def expected_on_new_images(bias: Optimism) -> str:
+    """What to expect on images that the plan was not chosen on; of few images, that it is a rough estimate."""
+    basis = bias.method
+    if bias.groups < bias.images:
+        basis += f"; {bias.images} images of {bias.groups} {'sequence' if bias.groups == 1 else 'sequences'}"
+    if bias.groups < bias.folds:
         basis += ", which say nothing of others"
-    if told.few:
+    if bias.few:
         return (
-            f"{told.images} images hardly tell; as a guess, its mIoU relative to the baseline's changes by about "
-            f"{round(-told.miou_pp, 1) + 0.0:+.1f} pp (folds differ by {told.spread_pp:.1f} pp), and its latency by "
-            f"about {told.latency_percent:+.0f} %: evaluate {FEW_IMAGES} images or more ({basis})"
+            f"{bias.images} images hardly tell; as a guess, its mIoU relative to the baseline's changes by about "
+            f"{round(-bias.miou_pp, 1) + 0.0:+.1f} pp (folds differ by {bias.spread_pp:.1f} pp), and its latency by "
+            f"about {bias.latency_percent:+.0f} %: evaluate {FEW_IMAGES} images or more ({basis})"
         )
     return (
-        f"expect its mIoU, relative to the baseline's, to change by {0.0 - told.miou_pp:+.2f} pp (spread over folds "
-        f"{told.spread_pp:.2f} pp), and its latency by {told.latency_percent:+.1f} %: {basis}"
+        f"expect its mIoU, relative to the baseline's, to change by {0.0 - bias.miou_pp:+.2f} pp (spread over folds "
+        f"{bias.spread_pp:.2f} pp), and its latency by {bias.latency_percent:+.1f} %: {basis}"
     )
 
 
@@ -177,7 +177,7 @@ def plan_html(plan: Plan) -> str:
 
 
 def result_html(result: SearchResult) -> str:
-    """The chosen plan, and of how many it is the best."""
+    """The chosen plan and its proof."""
     return plan_html(result.plan) + text_html(_proof(result))
 
 

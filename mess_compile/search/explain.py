@@ -1,4 +1,4 @@
-"""Why a plan was chosen: what each exit brings, what each requirement costs, and what would help most."""
+"""Why a plan was chosen: what each exit contributes, what each bound costs, and what would help most."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from mess_compile.evaluate.statistics import ExitStatistics, Ints, miou
 from mess_compile.latency.table import Latency, LatencyTable, stage_graphs
 from mess_compile.runtime.base.errors import RequirementError
 from mess_compile.search.constraints import MEASURES
+from mess_compile.search.context import Progress, no_progress
 from mess_compile.search.metrics import Evidence, evidence_of_plan, exit_costs_ns, exit_macs, exits_taken
 from mess_compile.search.plan import Plan, SearchResult
 from mess_compile.search.requirement import DEFAULT_EXITS, Limit, Requirement
 
 STEP = 0.1
-"""By what share each bound is moved, and a graph made faster."""
+"""The share by which each bound is moved, and a graph is made faster."""
 GRAPHS = 3
-"""How many of the plan's graphs are tried faster."""
+"""For how many of the plan's graphs a faster one is tried."""
 Find = Callable[[Sequence[Evidence], Requirement], SearchResult]
 _LIMITS = ("max_latency", "max_latency_p95", "max_latency_worst", "max_workload", "max_energy")
 _TIMES = ("mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms")
@@ -29,8 +30,8 @@ _FASTER = f"{STEP:.0%} faster"
 
 @dataclass(frozen=True)
 class ExitShare:
-    """What one exit brings: the share of images that leave there, their mIoU (percent) there and by the baseline, and
-    what such an image costs. An exit that no image takes has no mIoU."""
+    """One exit: the share of images that leave there, their mIoU (percent) there and by the baseline, and the cost of
+    each. An exit that no image takes has no mIoU."""
 
     exit: int
     exit_point: int
@@ -47,7 +48,7 @@ class ExitShare:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The best plan when something were otherwise; `value` is the objective's."""
+    """The best plan after a change; `value` is that of the objective."""
 
     value: float
     latency_ms: float
@@ -57,7 +58,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class BoundCost:
-    """A bound as it is, and the best plans with it a tenth `tighter` and `looser`; None: no plan satisfies."""
+    """A bound, and the best plans with it a tenth `tighter` and `looser`; None: no plan satisfies."""
 
     bound: str
     limit: str
@@ -69,7 +70,7 @@ class BoundCost:
 
 @dataclass(frozen=True)
 class Help:
-    """Something that was otherwise, the best plan then, and what share of the objective that gains."""
+    """A change, the best plan after it, and the share of the objective that it gains."""
 
     what: str
     outcome: Outcome
@@ -78,7 +79,7 @@ class Help:
 
 @dataclass(frozen=True)
 class Explanation:
-    """`value` is what the plan reaches in its `objective`; `helps` is in the order of gain."""
+    """`value` is the plan's in its `objective`; `helps` is in the order of gain."""
 
     objective: str
     value: float
@@ -93,33 +94,33 @@ def explain(
     requirement: Requirement,
     plan: Plan,
     find: Find,
-    find_otherwise: Find,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    find_changed: Find,
+    progress: Progress = no_progress,
 ) -> Explanation:
     """Explain the `plan` that `find` found for `requirement` among `evidences`.
 
-    It searches again, for each bound and each help; by `find_otherwise` where the evidence is made up. `progress` is
-    told (searches done, in all).
+    It searches again for each bound and each change, by `find_changed` where the evidence is changed. `progress` is
+    called with (searches done, in all).
     """
-    bounds, others = list(_moved_bounds(requirement)), list(_otherwise(evidences, requirement, plan))
-    total = 2 * len(bounds) + len(others)
-    told, helps = [], []
+    bounds, changes = list(_moved_bounds(requirement)), list(_changes(evidences, requirement, plan))
+    total = 2 * len(bounds) + len(changes)
+    costs, helps = [], []
     for number, (name, limit, tighter, looser) in enumerate(bounds):
         progress(2 * number, total)
         found = [_outcome(find, evidences, each) for each in (tighter, looser)]
         limits = [_limit_text(each, name) for each in (tighter, looser)]
-        told.append(BoundCost(name, limit, limits[0], found[0], limits[1], found[1]))
+        costs.append(BoundCost(name, limit, limits[0], found[0], limits[1], found[1]))
     value = objective_value(plan, requirement)
-    for number, (what, changed, wanted) in enumerate(others, start=2 * len(bounds)):
+    for number, (what, changed, changed_requirement) in enumerate(changes, start=2 * len(bounds)):
         progress(number, total)
-        outcome = _outcome(find if changed is evidences else find_otherwise, changed, wanted)
+        outcome = _outcome(find if changed is evidences else find_changed, changed, changed_requirement)
         if outcome is not None:
-            better = outcome.value - value if _is_to_grow(requirement) else value - outcome.value
+            better = outcome.value - value if _is_maximised(requirement) else value - outcome.value
             helps.append(Help(what, outcome, better / abs(value) if value else 0.0))
     ordered = sorted(helps, key=lambda each: -each.gain)
     evidence = evidence_of_plan(evidences, plan)
     weak = weak_final_exit(evidence.statistics)
-    return Explanation(_objective(requirement), value, _exit_shares(evidence, plan), tuple(told), tuple(ordered), weak)
+    return Explanation(_objective(requirement), value, _exit_shares(evidence, plan), tuple(costs), tuple(ordered), weak)
 
 
 def _objective(requirement: Requirement) -> str:
@@ -128,12 +129,12 @@ def _objective(requirement: Requirement) -> str:
     return "mIoU over time" if requirement.deadline_ms is None else "mIoU at the deadline"
 
 
-def _is_to_grow(requirement: Requirement) -> bool:
+def _is_maximised(requirement: Requirement) -> bool:
     return requirement.setting == "anytime" or requirement.objective == "accuracy"
 
 
 def objective_value(plan: Plan, requirement: Requirement) -> float:
-    """What a plan reaches in the objective: ms, percent of mIoU, GMACs, bytes or mJ."""
+    """The value of a plan in the objective: ms, percent of mIoU, GMACs, bytes or mJ."""
     if requirement.setting == "anytime":
         return _anytime_value(plan, requirement.deadline_ms)
     return float(MEASURES[_objective(requirement)].of(plan.predicted))
@@ -185,7 +186,7 @@ def _replaced(requirement: Requirement, name: str, tighter: Any, looser: Any) ->
 
 
 def _limit_text(requirement: Requirement, name: str) -> str:
-    """A bound as its option says it."""
+    """A bound as its option is written."""
     if name == "max_err":
         return f"{requirement.max_err_pp:.4g}%"
     if name == "max_memory":
@@ -195,10 +196,10 @@ def _limit_text(requirement: Requirement, name: str) -> str:
     return f"{limit.value:.4g}{'x' if limit.relative else unit}"
 
 
-def _otherwise(
+def _changes(
     evidences: Sequence[Evidence], requirement: Requirement, plan: Plan
 ) -> Iterator[tuple[str, Sequence[Evidence], Requirement]]:
-    """What could be otherwise, as (in words, evidences, requirement)."""
+    """Changes that may help, as (in words, evidences, requirement)."""
     for graph, precision in _costliest(evidences, plan) if _asks_for_speed(requirement) else ():
         table = _with_faster(evidences[0].table, graph, precision)
         yield f"{graph} {_FASTER}", [replace(each, table=table) for each in evidences], requirement
@@ -215,7 +216,7 @@ def _asks_for_speed(requirement: Requirement) -> bool:
 
 
 def _costliest(evidences: Sequence[Evidence], plan: Plan) -> list[tuple[str, str]]:
-    """The graphs of the plan that images spend the most time in, with their precision."""
+    """The graphs of the plan that take the most time over all images, with their precision."""
     evidence, rates = evidence_of_plan(evidences, plan), plan.predicted.exit_rates
     stages = stage_graphs(evidence.candidate, [stage.head for stage in plan.stages])
     spent: dict[tuple[str, str], float] = {}

@@ -1,6 +1,6 @@
-"""What a plan may be expected to do on images that it was not chosen on: optimism, and what can be certified.
+"""What to expect of a plan on images that it was not chosen on: optimism, and certified bounds.
 
-Definitions, sources and what is not promised: docs/guarantees.md.
+Definitions, sources and limits: docs/guarantees.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.runtime.base.errors import InputError, RequirementError
-from mess_compile.search.exhaustive.plan_table import Progress
+from mess_compile.search.context import Progress, SearchContext, no_progress
 from mess_compile.search.metrics import Evidence, evidence_of_plan, figures_of_stages, refuse_different_images
 from mess_compile.search.plan import FRONT_BY, Guarantee, Optimism, Plan, SearchResult
 from mess_compile.search.requirement import Requirement
@@ -29,13 +29,13 @@ from mess_compile.search.risk import (
     numbered_groups,
     pairs_of_plans,
 )
-from mess_compile.search.solver import search_recipes, search_without_points
+from mess_compile.search.solver import search_without_points
 
 FOLDS = 5
 LEAST_CHOSEN = 20  # sequences to choose a plan by: fewer say next to nothing
 CERTIFIED_SHARE = 0.5
-MOST_CAREFUL = 31  # plans off the front that are tested before the optimum
-_RUNGS = (0.75, 0.5, 0.25, 0.0)  # of the error allowed: plans more careful than the optimum
+MOST_CAREFUL = 31  # plans of the front that are tested before the optimum
+_SHARES = (0.75, 0.5, 0.25, 0.0)  # of the error allowed, for plans more careful than the optimum
 
 
 def parse_confidence(text: str) -> float:
@@ -50,37 +50,37 @@ def optimism(
     evidences: Sequence[Evidence],
     requirement: Requirement,
     folds: int = FOLDS,
-    progress: Progress = lambda done, total: None,
-    kept: Path | None = None,
+    progress: Progress = no_progress,
+    cache_folder: Path | None = None,
 ) -> Optimism:
-    """By how much a search under `requirement` flatters its own plan, by cross-validation over sequences.
+    """By how much the figures of a plan searched under `requirement` are too good, by cross-validation over sequences.
 
     `evidences` are of the recipes searched, as for `search_recipes`. For each fold a plan is chosen on the others and
-    replayed on it; folds on which that cannot be done (no plan satisfies, no labelled pixel) are left out. Raises
-    RequirementError with the reason when fewer than two remain. `progress` is told (folds done, folds); `kept` is as
-    for `search_recipes`.
+    replayed on it; folds on which that is impossible (no plan satisfies, no labelled pixel) are left out. Raises
+    RequirementError with the reason when fewer than two remain. `progress` is called with (folds done, folds);
+    `cache_folder` is as for `search_recipes`.
     """
     refuse_different_images(evidences)
     parts, method = cross_validation_folds(evidences[0].statistics.group, folds)
     if len(parts) < 2:
         raise RequirementError(f"{evidences[0].statistics.images} image is too few for cross-validation")
-    baseline = _baseline(evidences)
+    baseline, context = _baseline(evidences), SearchContext(requirement, (), cache_folder=cache_folder)
     found = []
     for done, held in enumerate(parts, start=1):
-        fold = _replayed_fold(evidences, requirement, held, baseline, kept)
+        fold = _replayed_fold(evidences, held, baseline, context)
         found += [fold] if fold else []
         progress(done, len(parts))
     if len(found) < 2:
         raise RequirementError(
-            f"cross-validation could choose a plan on the others for {len(found)} of {len(parts)} folds only: evaluate "
-            "more images, or ask for less"
+            f"cross-validation found a plan for only {len(found)} of {len(parts)} folds: evaluate more images, or ask "
+            "for less"
         )
-    gains = [fold.foretold_gain - fold.held_gain for fold in found]
+    gains = [fold.predicted_gain - fold.held_gain for fold in found]
     pooled = _gain(np.sum([fold.pixels for fold in found], axis=0))
-    foretold_ms = sum(fold.foretold_ms * fold.images for fold in found)
+    predicted_ms = sum(fold.predicted_ms * fold.images for fold in found)
     return Optimism(
-        miou_pp=float(np.mean([fold.foretold_gain for fold in found])) - pooled,
-        latency_percent=100 * (sum(f.held_ms * f.images for f in found) / foretold_ms - 1) if foretold_ms else 0.0,
+        miou_pp=float(np.mean([fold.predicted_gain for fold in found])) - pooled,
+        latency_percent=100 * (sum(f.held_ms * f.images for f in found) / predicted_ms - 1) if predicted_ms else 0.0,
         folds=len(found),
         spread_pp=float(np.std(gains, ddof=1)),
         method=method + (f"; left out: {len(parts) - len(found)}" if len(found) < len(parts) else ""),
@@ -91,33 +91,34 @@ def optimism(
 
 @dataclass(frozen=True, eq=False)
 class _Fold:
-    """A plan chosen on the other folds: mIoU above the baseline's (pp) and latency as foretold there, and held here."""
+    """A plan chosen on the other folds: mIoU above the baseline's (pp) and latency as predicted there, and as replayed
+    on this fold."""
 
-    foretold_gain: float
+    predicted_gain: float
     held_gain: float
-    foretold_ms: float
+    predicted_ms: float
     held_ms: float
     pixels: Floats  # (5, classes), as in Pairs, summed over the images held
     images: int
 
 
 def _replayed_fold(
-    evidences: Sequence[Evidence], requirement: Requirement, held: Index, baseline: tuple[int, str], kept: Path | None
+    evidences: Sequence[Evidence], held: Index, baseline: tuple[int, str], context: SearchContext
 ) -> _Fold | None:
     rest = np.setdiff1d(np.arange(evidences[0].statistics.images), held)
     chosen, unseen = ([evidence.of_images(rows) for evidence in evidences] for rows in (rest, held))
     if not chosen[0].statistics.labelled.any() or not unseen[0].statistics.labelled.any():
         return None
     try:
-        plan = search_recipes(chosen, requirement, front_by=(), kept=kept).plan
+        plan = search_without_points(chosen, context).plan
     except RequirementError:
         return None
-    foretold, pixels = (pairs_of_plans(part, chosen, [plan], baseline).pixels.sum(axis=0) for part in (chosen, unseen))
+    predicted, pixels = (pairs_of_plans(part, chosen, [plan], baseline).pixels.sum(axis=0) for part in (chosen, unseen))
     figures = figures_of_stages(evidence_of_plan(unseen, plan), plan.setting, plan.stages)
     return _Fold(
-        foretold_gain=_gain(foretold),
+        predicted_gain=_gain(predicted),
         held_gain=_gain(pixels),
-        foretold_ms=plan.predicted.latency_ms,
+        predicted_ms=plan.predicted.latency_ms,
         held_ms=figures.latency_ms,
         pixels=pixels,
         images=len(held),
@@ -130,13 +131,13 @@ def _gain(pixels: Floats) -> float:
 
 
 def cross_validation_folds(groups: Sequence[str], folds: int) -> tuple[list[Index], str]:
-    """The images of each fold, about as many in each, and how they came about: no group is parted, unless there are
+    """The images of each fold, about as many in each, and the method in words: no group is split, unless there are
     fewer groups than folds."""
     names, group = numbered_groups(groups)
     if len(names) < folds:
         parts = [part for part in np.array_split(np.arange(len(groups)), folds) if part.size]
         few = f"{len(names)} {'sequence is' if len(names) == 1 else 'sequences are'} fewer than {folds} folds"
-        return parts, f"cross-validation over {len(parts)} blocks of images in order ({few}, so that they are parted)"
+        return parts, f"cross-validation over {len(parts)} blocks of images in order ({few}, so they are split)"
     sizes = np.bincount(group)
     fold_of_group, images = np.zeros(len(names), np.intp), np.zeros(folds, np.intp)
     for largest in np.argsort(-sizes, kind="stable"):
@@ -151,33 +152,34 @@ def certify(
     requirement: Requirement,
     confidence: float,
     seed: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
     front_by: tuple[str, ...] = FRONT_BY,
-    kept: Path | None = None,
+    cache_folder: Path | None = None,
 ) -> SearchResult:
-    """The boldest plan whose error is certified to stay within `max_err_pp`; its guarantee says on what grounds.
+    """The fastest plan whose error is certified to stay within `max_err_pp`; its guarantee says on what grounds.
 
-    One part of the sequences, drawn by `seed`, serves to choose plans, the other to test them in a fixed order until
-    one fails. The result's front and certificate are those of the first part; the plan has no operating points beside
-    the certified one. `front_by` and `kept` are as for `search_recipes`. Raises InputError when the requirement has
+    Plans are chosen on one part of the sequences, drawn by `seed`, and tested on the other in a fixed order until one
+    fails. The result's front and certificate are those of the first part; the plan has no operating point but the
+    certified one. `front_by` and `cache_folder` are as for `search_recipes`. Raises InputError when the requirement has
     nothing to certify or the images are too few, RequirementError when no plan passes.
     """
     refuse_different_images(evidences)
     limit_pp = _limit_pp(requirement, confidence)
     rows = certification_split(evidences[0].statistics, limit_pp, confidence, seed)
     chosen, held = ([evidence.of_images(part) for evidence in evidences] for part in rows)
-    result = search_without_points(chosen, requirement, progress, front_by, kept)
-    plans = _from_the_boldest(chosen, requirement, result, kept)
+    context = SearchContext(requirement, front_by, progress, cache_folder)
+    result = search_without_points(chosen, context)
+    plans = _from_fastest(chosen, context, result)
     baseline = _baseline(chosen)
     first, second = (pairs_of_plans(part, chosen, plans, baseline) for part in (chosen, held))
     verdict = certified_in_turn(first, second, limit_pp, confidence, seed)
     images, groups = (chosen[0].statistics.images, held[0].statistics.images), second.risk.shape[1]
-    unit = "images" if images[1] == groups else "sequences"
+    test = _Test(confidence, seed, limit_pp, images, groups)
     if verdict.passed is None:
         raise RequirementError(
-            f"no plan can be certified within {limit_pp:.4g} pp at {100 * confidence:.4g} % on {groups} {unit} that it "
-            f"was not chosen on: the safest is bounded by {verdict.risk_bound_pp:.2f} pp of pixel error and "
-            f"{verdict.drop_bound_pp:.2f} pp of mIoU; give a larger --max-err, or evaluate more images"
+            f"no plan can be certified within {limit_pp:.4g} pp at {100 * confidence:.4g} % on {groups} {test.unit} "
+            f"that it was not chosen on: the bounds of the safest are {verdict.risk_bound_pp:.2f} pp of pixel error "
+            f"and {verdict.drop_bound_pp:.2f} pp of mIoU; raise --max-err, or evaluate more images"
         )
     whole = {evidence.graph_set.recipe: evidence.statistics_sha256 for evidence in evidences}
     front = tuple(replace(plan, statistics_sha256=whole[plan.precision]) for plan in result.front)
@@ -185,35 +187,40 @@ def certify(
     plan = replace(
         plan,
         statistics_sha256=whole[plan.precision],
-        guarantee=_guarantee(verdict, limit_pp, confidence, seed, images, groups, unit, len(plans)),
+        guarantee=_guarantee(verdict, test, len(plans)),
     )
     return replace(result, plan=plan, front=front)
 
 
-def _guarantee(
-    verdict: Certified,
-    limit_pp: float,
-    confidence: float,
-    seed: int,
-    images: tuple[int, int],
-    groups: int,
-    unit: str,
-    candidates: int,
-) -> Guarantee:
-    """`images` to choose by and to certify on; these are of so many `groups`."""
+@dataclass(frozen=True)
+class _Test:
+    """`images` to choose by and to certify on; the latter are of so many `groups`."""
+
+    confidence: float
+    seed: int
+    limit_pp: float
+    images: tuple[int, int]
+    groups: int
+
+    @property
+    def unit(self) -> str:
+        return "images" if self.images[1] == self.groups else "sequences"
+
+
+def _guarantee(verdict: Certified, test: _Test, candidates: int) -> Guarantee:
     return Guarantee(
-        confidence=confidence,
-        seed=seed,
-        images_chosen=images[0],
-        images_certified=images[1],
-        groups=groups,
+        confidence=test.confidence,
+        seed=test.seed,
+        images_chosen=test.images[0],
+        images_certified=test.images[1],
+        groups=test.groups,
         risk_bound_pp=verdict.risk_bound_pp,
-        risk_limit_pp=limit_pp,
+        risk_limit_pp=test.limit_pp,
         risk_method="Learn-then-Test in a fixed sequence, p-values by betting (finite sample)",
         miou_drop_bound_pp=verdict.drop_bound_pp,
-        miou_drop_limit_pp=limit_pp,
-        miou_method=f"paired bootstrap over {unit}, {RESAMPLES} resamples (no guarantee)",
-        assumption=f"the {unit} certified on are independent draws of what the device will see",
+        miou_drop_limit_pp=test.limit_pp,
+        miou_method=f"paired bootstrap over {test.unit}, {RESAMPLES} resamples (no guarantee)",
+        assumption=f"the {test.unit} certified on are independent draws of what the device will see",
         tested=verdict.tested,
         place=(verdict.passed or 0) + 1,
         candidates=candidates,
@@ -229,13 +236,11 @@ def _limit_pp(requirement: Requirement, confidence: float) -> float:
     if not 0.5 <= confidence < 1:
         raise InputError(f"a confidence of {confidence:.4g} is not from 0.5 to below 1")
     if requirement.max_err_pp is None:
-        raise InputError("--confidence says how sure --max-err is to hold on unseen images: give --max-err 1% too")
+        raise InputError("--confidence certifies --max-err on unseen images: give --max-err 1% too")
     if requirement.baseline_miou is not None:
-        raise InputError("--confidence compares with the baseline image by image: leave out --baseline")
+        raise InputError("--confidence compares with the baseline image by image: leave --baseline out")
     if not 0 < requirement.max_err_pp < 100:
-        raise InputError(
-            f"--max-err {requirement.max_err_pp:.4g}% cannot be certified on any number of images: give --max-err 1%"
-        )
+        raise InputError(f"no number of images can certify --max-err {requirement.max_err_pp:.4g}%: give --max-err 1%")
     return requirement.max_err_pp
 
 
@@ -244,7 +249,7 @@ def certification_split(
 ) -> tuple[Index, Index]:
     """The labelled images to choose by and those to certify on; no sequence has images in both.
 
-    Raises InputError with the number that would do when there are too few sequences.
+    Raises InputError with the number that would suffice when there are too few sequences.
     """
     labelled = np.flatnonzero(statistics.labelled.any(axis=1))
     groups = [statistics.group[i] for i in labelled]
@@ -255,19 +260,18 @@ def certification_split(
         have = "independent images" if single else f"images of {len(names)} independent sequences"
         raise InputError(
             f"{len(labelled)} labelled {have} are too few to certify --max-err {limit_pp:.4g}% at "
-            f"--confidence {100 * confidence:.4g}%: {least + LEAST_CHOSEN} would do at "
-            f"best ({least} to certify on, where a plan without any error just passes, {LEAST_CHOSEN} to choose by); "
-            f"evaluate more, or give a larger --max-err"
+            f"--confidence {100 * confidence:.4g}%: it takes at least "
+            f"{least + LEAST_CHOSEN} ({least} to certify on, where a plan without any error just passes, and "
+            f"{LEAST_CHOSEN} to choose by); evaluate more, or raise --max-err"
         )
     certified = max(least, round(CERTIFIED_SHARE * len(names)))
     held = np.isin(group, np.random.default_rng(seed).permutation(len(names))[:certified])
     return labelled[~held], labelled[held]
 
 
-def _from_the_boldest(
-    parts: Sequence[Evidence], requirement: Requirement, result: SearchResult, kept: Path | None
-) -> list[Plan]:
-    """The optimum and plans that err ever less on `parts`; all satisfy the requirement there."""
+def _from_fastest(parts: Sequence[Evidence], context: SearchContext, result: SearchResult) -> list[Plan]:
+    """The optimum and then plans that each err less on `parts`; all satisfy the requirement there."""
+    requirement = context.requirement
     if requirement.objective == "accuracy":
         return [result.plan]
     on_front = Requirement(
@@ -283,18 +287,19 @@ def _from_the_boldest(
         careful = _more_careful(result, requirement)
         some = np.linspace(0, len(careful) - 1, min(len(careful), MOST_CAREFUL)).round().astype(int)
         return plans + [careful[i] for i in some]
-    for rung in _RUNGS:
-        tighter = replace(requirement, max_err_pp=rung * (requirement.max_err_pp or 0.0))
+    for share in _SHARES:
+        tighter = replace(requirement, max_err_pp=share * (requirement.max_err_pp or 0.0))
         try:
-            plans.append(search_recipes(parts, tighter, front_by=(), kept=kept).plan)
+            alone = SearchContext(tighter, (), cache_folder=context.cache_folder)
+            plans.append(search_without_points(parts, alone).plan)
         except RequirementError:
             break
     return plans
 
 
 def _more_careful(result: SearchResult, requirement: Requirement) -> list[Plan]:
-    """Plans of the front that err ever less than the chosen one, in memory that is allowed: a front that is by memory
-    keeps no bound on it, and holds plans that only take less."""
+    """Plans of the front that each err less than the one before, from the chosen one on, in the memory that is allowed:
+    a front by memory has no bound on it, and holds plans that only take less."""
     careful, most = [result.plan], requirement.max_memory_bytes
     for plan in result.front:
         fits = most is None or plan.predicted.memory_bytes <= most

@@ -1,6 +1,6 @@
-"""Images that a search leaves out, so that its plan is also judged by images that it was not chosen on.
+"""Images that are held out of a search, so that its plan is also evaluated on images that it was not chosen on.
 
-What is held out, and when nothing is: docs/guarantees.md.
+docs/guarantees.md says what is held out, and when nothing is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from mess_compile.search.risk import Index, numbered_groups
 
 THIRD = Fraction(1, 3)
 LEAST_IMAGES = math.ceil(FEW_IMAGES / (1 - THIRD))
-"""Below which nothing is held out unless it is asked for: fewer than FEW_IMAGES would be left to choose a plan by."""
+"""With fewer images nothing is held out unless --hold-out asks for it: fewer than FEW_IMAGES would be left to choose a
+plan by."""
 _SHARES = (1, 90)  # per cent
 NOT_WANTED = "--hold-out none"
 
@@ -41,10 +42,10 @@ def parse_hold_out(text: str) -> Fraction:
 
 
 def held_rows(groups: Sequence[str], share: Fraction) -> tuple[Index, str]:
-    """The images to hold out, given the sequence of each, and by what rule.
+    """The images to hold out, given the sequence of each, and the rule in words.
 
     Of each sequence the last ones, since neighbours in a video are nearly the same image; where images belong to no
-    sequences, or these are too short for that, whole sequences at even distances.
+    sequences, or these are too short, whole sequences at even distances.
     """
     names, group = numbered_groups(groups)
     sizes = np.bincount(group)
@@ -64,7 +65,7 @@ def held_rows(groups: Sequence[str], share: Fraction) -> tuple[Index, str]:
 
 def tuning_rows(groups: Sequence[str], share: str | None) -> Index:
     """The images that a plan was chosen on, given the sequence of each and the `share` that its record says was held
-    out (None: nothing). Raises InputError when that is none."""
+    out (None: nothing). Raises InputError when this is not a share."""
     everything = np.arange(len(groups))
     return everything if share is None else np.delete(everything, held_rows(groups, share_of(share))[0])
 
@@ -75,9 +76,9 @@ def tuning_part(statistics: ExitStatistics, hold_out: HoldOut | None) -> ExitSta
 
 
 @dataclass(frozen=True, eq=False)
-class Parted:
-    """What a plan is chosen by and what it is judged by, for each recipe; `held` is empty where nothing is held out,
-    and `without` says why."""
+class HoldOutSplit:
+    """The evidence that a plan is chosen by and that it is evaluated on, for each recipe; `held` is empty where nothing
+    is held out, and `without` says why."""
 
     chosen: Sequence[Evidence]
     whole: Sequence[Evidence]
@@ -86,10 +87,10 @@ class Parted:
     rule: str = ""
     without: str = ""
 
-    def judged(self, result: SearchResult) -> SearchResult:
-        """The result of a search by `chosen`, with the figures of its plan on what was held out.
+    def evaluated(self, result: SearchResult) -> SearchResult:
+        """The result of a search by `chosen`, with the figures of its plan on the images held out.
 
-        Its plans name the statistics of all images, which are those that lie in the workspace.
+        Its plans name the statistics of all images, for these are in the workspace.
         """
         if not self.held:
             return replace(result, without_hold_out=self.without)
@@ -107,33 +108,33 @@ class Parted:
         return replace(result, plan=plan, front=front)
 
 
-def parted(evidences: Sequence[Evidence], share: Fraction | None) -> Parted:
-    """`evidences`, of the recipes searched, without `share` of their images; None: a third, where they suffice.
+def split_images(evidences: Sequence[Evidence], share: Fraction | None) -> HoldOutSplit:
+    """Hold out `share` of the images of `evidences`, of the recipes searched; None: a third, where the images suffice.
 
-    Raises InputError when a share that was asked for leaves nothing to choose by, or to judge by.
+    Raises InputError when a share that was asked for leaves no labelled image to choose by, or to evaluate on.
     """
     images = evidences[0].statistics.images
     if share == 0:
-        return Parted(evidences, evidences, without=NOT_WANTED)
+        return HoldOutSplit(evidences, evidences, without=NOT_WANTED)
     if share is None and images < LEAST_IMAGES:
-        return Parted(evidences, evidences, without=f"{images} images are fewer than {LEAST_IMAGES}")
-    wanted = THIRD if share is None else share
-    rows = [held_rows(each.statistics.group, wanted) for each in evidences]
+        return HoldOutSplit(evidences, evidences, without=f"{images} images are fewer than {LEAST_IMAGES}")
+    used = THIRD if share is None else share
+    rows = [held_rows(each.statistics.group, used) for each in evidences]
     lacking = _lacking(evidences[0], rows[0][0])
     if lacking and share is None:
-        return Parted(evidences, evidences, without=lacking)
+        return HoldOutSplit(evidences, evidences, without=lacking)
     if lacking:
         raise InputError(
-            f"--hold-out {100 * float(wanted):.4g}% of {images} images: {lacking}; evaluate more images, or give "
+            f"--hold-out {100 * float(used):.4g}% of {images} images: {lacking}; evaluate more images, or give "
             "--hold-out none"
         )
     parts = [(each, held) for each, (held, _) in zip(evidences, rows, strict=True)]
     chosen = [each.of_images(np.setdiff1d(np.arange(each.statistics.images), held)) for each, held in parts]
-    return Parted(chosen, evidences, [each.of_images(held) for each, held in parts], wanted, rows[0][1])
+    return HoldOutSplit(chosen, evidences, [each.of_images(held) for each, held in parts], used, rows[0][1])
 
 
 def _lacking(evidence: Evidence, held: Index) -> str:
-    """Why a part of the images cannot be held out, "" where it can."""
+    """Why these images cannot be held out; "" where they can."""
     labelled = np.asarray(evidence.statistics.labelled.any(axis=1))
     if not labelled[held].any():
         return "no image with labels would be held out"
@@ -142,23 +143,23 @@ def _lacking(evidence: Evidence, held: Index) -> str:
     return ""
 
 
-def held_out_table(told: HoldOut, baseline_name: str) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+def held_out_table(hold_out: HoldOut, baseline_name: str) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
     """Title, header and rows: the plan and the baseline on images that it was not chosen on."""
-    images = f"{told.predicted.images} images of {told.predicted.split}"
-    title = f"held out, not used to choose the plan: {images}, {told.rule}"
-    return title, FIGURES, [figures_row(baseline_name, told.baseline), figures_row("plan", told.predicted)]
+    images = f"{hold_out.predicted.images} images of {hold_out.predicted.split}"
+    title = f"held out, not used to choose the plan: {images}, {hold_out.rule}"
+    return title, FIGURES, [figures_row(baseline_name, hold_out.baseline), figures_row("plan", hold_out.predicted)]
 
 
 def held_out_sentence(result: SearchResult, max_err_pp: float | None) -> str:
-    """What the plan loses on the images that it was chosen on and on those held out, or why none were."""
-    plan, told = result.plan, result.plan.hold_out
-    if told is None:
+    """The loss of mIoU on the images that the plan was chosen on and on those held out, or why there are none."""
+    plan, hold_out = result.plan, result.plan.hold_out
+    if hold_out is None:
         why = f" ({result.without_hold_out})" if result.without_hold_out else ""
         return f"nothing was held out{why}: all figures are of the images that the plan was chosen on"
-    tuned, held = (figures.predicted.miou - figures.baseline.miou for figures in (plan, told))
+    tuned, held = (figures.predicted.miou - figures.baseline.miou for figures in (plan, hold_out))
     words = (
         f"mIoU against {plan.baseline_name}: {tuned:+.2f} pp on the {plan.predicted.images} images that it was chosen "
-        f"on, {held:+.2f} pp on the {told.predicted.images} held out"
+        f"on, {held:+.2f} pp on the {hold_out.predicted.images} held out"
     )
     if max_err_pp is None or plan.offset_pp - held <= max_err_pp:
         return words

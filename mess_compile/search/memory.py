@@ -1,4 +1,4 @@
-"""What plans take of memory, for many chains of heads at once."""
+"""The memory of plans, for many chains of heads at once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Array = NDArray[Any]
 def memory_of_chains(evidence: Evidence) -> Callable[[Array], Array]:
     """A function from chains (m, exits) of indices into `evidence.heads` to bytes (m,), as `memory_bytes` gives them.
 
-    The index after the last stands for no head. Heads with the same exit point, inputs and outputs take what they do
-    but for their weights and workspaces.
+    The index after the last stands for no head. Heads with the same exit point, inputs and outputs differ only in their
+    weights and workspaces.
     """
     graph_set = evidence.graph_set
     specs = [graph_set.spec(head_graph_name(head.name)) for head in evidence.heads]
@@ -32,7 +32,8 @@ def memory_of_chains(evidence: Evidence) -> Callable[[Array], Array]:
     known: dict[int, tuple[int, int]] = {}
 
     def of_others(chain: Array) -> tuple[int, int]:
-        """What a chain takes but for its heads' weights and the largest workspace, and that of all but its heads."""
+        """The memory of a chain without its heads' weights and the largest workspace, and the largest workspace without
+        its heads."""
         heads = [evidence.heads[h].name for h in chain if h < len(specs)]
         graphs = [graph_set.spec(name) for name in plan_graphs(graph_set.candidate, heads)]
         apart = {head_graph_name(head) for head in heads}

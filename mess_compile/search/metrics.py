@@ -1,4 +1,4 @@
-"""The exact figures of any plan, from latency table, statistics and graphs. No network runs."""
+"""The exact figures of any plan, computed from latency table, statistics and graphs. No network runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mess_compile.search.space import Grids, cut_grids
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """All that a plan's figures follow from: the graphs of one recipe, what they cost, and what the exits said.
+    """Everything that a plan's figures depend on: the graphs of one recipe, their latencies, and the exit statistics.
 
     Raises InputError when the statistics hold no images or no baseline runs on the target, StaleError when table or
     statistics are of other graphs.
@@ -55,8 +55,8 @@ class Evidence:
             object.__setattr__(self, "statistics", replace(self.statistics, final_head=self.candidate.baseline))
         if not self.baselines:
             raise InputError(
-                f"no baseline in {self.graph_set.recipe} runs on {self.table.device}, so that nothing can be compared "
-                f"with it: see `mess-compile build --device {self.table.device}`"
+                f"no baseline in {self.graph_set.recipe} runs on {self.table.device}, so there is nothing to "
+                f"compare plans with: see `mess-compile build --device {self.table.device}`"
             )
 
     @property
@@ -104,14 +104,14 @@ class Evidence:
 
     @cached_property
     def without_energy(self) -> tuple[str, ...]:
-        """What the target runs, pseudo graphs included, and has no energy of in the latency table."""
+        """The graphs, pseudo graphs included, that the target runs and the latency table has no energy of."""
         graphs = [(name, spec.precision) for name, spec in self.graph_set.graphs.items()]
         keys = [*graphs, *((pseudo, FP32) for pseudo in PSEUDO_GRAPHS)]
         entries = self.table.entries
         return tuple(key[0] for key in keys if key in entries and entries[key].energy_mj is None)
 
     def has_graphs_of(self, heads: Sequence[str]) -> bool:
-        """Whether the target has every graph of a cascade that leaves through `heads`."""
+        """Whether the target has every graph of a cascade with these heads."""
         return self.runs(plan_graphs(self.candidate, heads))
 
     @cached_property
@@ -122,7 +122,7 @@ class Evidence:
 
     @cached_property
     def baseline(self) -> str:
-        """The single-exit graph that plans are held against: the best in mIoU on these images, of equals the first."""
+        """The single-exit graph that plans are compared with: the best in mIoU on these images, of equals the first."""
         return max(self.baselines, key=self.baseline_miou)
 
     def baseline_miou(self, name: str) -> float:
@@ -130,7 +130,7 @@ class Evidence:
         return head_miou(self.statistics, self.scored_as(name))
 
     def scored_as(self, name: str) -> str:
-        """What the statistics call a single-exit graph; that of the candidate network is its final exit."""
+        """The name of a single-exit graph in the statistics; that of the candidate network is its final exit."""
         return self.candidate.baseline if name == BASELINE else name
 
     @cached_property
@@ -140,8 +140,8 @@ class Evidence:
         return tuple(name for name, count in zip(self.statistics.classes, pixels, strict=True) if not count)
 
     @cached_property
-    def doubts(self) -> tuple[str, ...]:
-        """What speaks against the latencies."""
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings that travel with every figure of the latency table."""
         return doubts_of(self.table, (self.graph_set,))
 
     @cached_property
@@ -153,11 +153,11 @@ class Evidence:
         return statistics_content_sha256(self.statistics)
 
     def path_cost_ns(self, name: str, quantity: Quantity = "mean_ms") -> int:
-        """What an image costs on a whole network, in ns: upload, one graph, download."""
+        """The cost of an image on a whole network, in ns: upload, one graph, download."""
         return path_costs_ns(self.table, self.graph_set, [name], quantity)[-1]
 
     def baseline_cost_ns(self, quantity: Quantity = "mean_ms") -> int:
-        """What an image costs on the baseline, in ns."""
+        """The cost of an image on the baseline, in ns."""
         return self.path_cost_ns(self.baseline, quantity)
 
 
@@ -179,28 +179,26 @@ def refuse_different_images(evidences: Sequence[Evidence]) -> None:
     """Raises StaleError when the recipes' statistics are not of the same images."""
     if len({evidence.statistics.image_id for evidence in evidences}) > 1:
         raise StaleError(
-            "the recipes' statistics are of different images, so that their figures cannot be compared: run "
+            "the recipes' statistics are of different images, so their figures cannot be compared: run "
             "`mess-compile evaluate --precision ...` on the same data for each"
         )
 
 
 def refuse_without_energy(evidence: Evidence) -> None:
-    """Raises InputError when the latency table does not tell the energy of everything that a plan may run."""
+    """Raises InputError when the latency table lacks the energy of anything that a plan may run."""
     lacking, table = evidence.without_energy, evidence.table
     if not lacking:
         return
     if all(entry.energy_mj is None for entry in table.entries.values()):
-        remedy = f"profile where the device tells its power (`mess-compile profile --device {table.device}`)"
+        remedy = f"profile where the device reports its power (`mess-compile profile --device {table.device}`)"
     else:
         remedy = f"run `mess-compile profile --device {table.device} --all`"
     names = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
-    raise InputError(
-        f"the latency table of {table.device} does not tell the energy of {names}: {remedy}, or leave energy out"
-    )
+    raise InputError(f"the latency table of {table.device} has no energy of {names}: {remedy}, or leave energy out")
 
 
 def figures_of_stages(evidence: Evidence, setting: str, stages: Sequence[Stage]) -> Figures:
-    """Figures of the plan with these `stages`; definitions in DESIGN.md. Raises InputError when evidence lacks."""
+    """Figures of the plan with these `stages`, as docs/definitions.md defines them."""
     statistics = evidence.statistics
     heads = [stage.head for stage in stages]
     exits = exits_taken(statistics, stages)
@@ -230,7 +228,7 @@ def _energy_mj(evidence: Evidence, setting: str, heads: Sequence[str], exits: ND
 
 
 def baseline_figures(evidence: Evidence) -> Figures:
-    """Figures of the better single-exit network, which is a plan too. Source: DESIGN.md, Baseline."""
+    """Figures of the better single-exit network, which is a plan too (docs/definitions.md, baseline)."""
     stage = Stage(evidence.candidate.point_of(evidence.baseline), evidence.baseline, 0, None)
     return figures_of_stages(evidence, "budgeted", [stage])
 
@@ -241,7 +239,7 @@ def replay(evidence: Evidence, setting: str, stages: Sequence[Stage]) -> tuple[N
 
 
 def exits_taken(statistics: ExitStatistics, stages: Sequence[Stage]) -> NDArray[np.intp]:
-    """The index (n,), from 0, of the first stage whose count reaches its cut; the last stage takes who is left."""
+    """The index (n,), from 0, of the first stage whose count reaches its cut; the last stage takes the rest."""
     taken = np.full(statistics.images, len(stages) - 1, np.intp)
     for index in reversed(range(len(stages) - 1)):
         stage = stages[index]
@@ -253,10 +251,8 @@ def exits_taken(statistics: ExitStatistics, stages: Sequence[Stage]) -> NDArray[
 def exit_costs_ns(
     evidence: Evidence, setting: str, heads: Sequence[str], quantity: Quantity = "mean_ms"
 ) -> tuple[int, ...]:
-    """What an image costs that ends at each exit, in ns; in the anytime setting earlier reports are paid for too.
-
-    Of `energy_mj` in nJ.
-    """
+    """The cost of an image that leaves at each exit, in ns (of `energy_mj` in nJ); in the anytime setting it includes
+    earlier reports."""
     costs = report_times_ns if setting == "anytime" else path_costs_ns
     return costs(evidence.table, evidence.graph_set, heads, quantity)
 
@@ -267,7 +263,7 @@ def worst_ns(evidence: Evidence, setting: str, heads: Sequence[str]) -> int:
 
 
 def exit_macs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[int, ...]:
-    """Workload of an image that ends at each exit: the backbone up to it and every head on the way."""
+    """The workload of an image that leaves at each exit: the backbone up to it and every head on the way."""
     if len(heads) == 1 and is_whole(heads[0]):
         return (candidate.baseline_macs,)
     macs, spent = [], 0
@@ -290,7 +286,7 @@ def mixture_miou(statistics: ExitStatistics, heads: Sequence[str], exits: NDArra
 
 
 def anytime_reports(evidence: Evidence, heads: Sequence[str]) -> tuple[AnytimeReport, ...]:
-    """When each exit reports, and the best mIoU (percent) any exit has reached by then."""
+    """When each exit reports, and the best mIoU (percent) of any exit so far."""
     best, reports = 0.0, []
     for head, time in zip(heads, exit_costs_ns(evidence, "anytime", heads), strict=True):
         best = max(best, head_miou(evidence.statistics, head))
@@ -357,5 +353,5 @@ def plan_of_stages(evidence: Evidence, setting: str, stages: tuple[Stage, ...], 
         baseline_alone=evidence.graph_set.baseline_alone,
         reports=anytime_reports(evidence, [stage.head for stage in stages]) if anytime else (),
         absent_classes=evidence.absent_classes,
-        doubts=evidence.doubts,
+        doubts=evidence.warnings,
     )

@@ -1,4 +1,4 @@
-"""Operating points: other thresholds for the heads of a plan, which run on the same graphs."""
+"""Operating points: other thresholds for the heads of a plan, with the same graphs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mess_compile.search.space import ENUMERATED_EXITS, Decisions, Grids, cut_gr
 Index = NDArray[np.intp]
 Ints = NDArray[np.int64]
 Front = tuple[Ints, NDArray[np.float64], list[tuple[Stage, ...]]]
-"""What no other thresholds of the same heads beat, from the fastest to the most accurate: cost in ns, summed over
+"""The Pareto front of the thresholds of some heads, from the fastest to the most accurate: cost in ns, summed over
 images, mIoU in percent, and the stages."""
 
 
@@ -34,8 +34,8 @@ def operating_points(
 ) -> tuple[OperatingPoint, ...]:
     """Up to five points of a plan with these stages, from the fastest to the most accurate; one is the plan itself.
 
-    Those beside it are on the front of latency and mIoU of its heads: both ends, and between each end and the plan the
-    point nearest to the middle in latency. They keep no bound but that of memory, which is the same for all.
+    The others are on the front of latency and mIoU of its heads: both ends, and between each end and the plan the point
+    nearest to the middle in latency. They need not satisfy any bound but that on memory, which is the same for all.
     """
     default = default_point(stages, predicted)
     if setting != "input-dependent" or len(stages) == 1:
@@ -59,7 +59,7 @@ def operating_points(
 
 
 def _middle(cost_ns: Ints, among: Index, end: Index, cost: int) -> Index:
-    """The one of `among` nearest to the middle between `cost` and that of `end`, if there is one."""
+    """The point of `among` whose cost is nearest to the middle between `cost` and that of `end`, if there is one."""
     return among[np.abs(2 * cost_ns[among] - cost - cost_ns[end]).argmin(keepdims=True)] if among.size else among
 
 
@@ -69,10 +69,10 @@ def _cost_ns(evidence: Evidence, stages: Sequence[Stage]) -> int:
 
 
 def thresholds_front(statistics: ExitStatistics, stages: Sequence[Stage], costs: Sequence[int]) -> Front:
-    """Every threshold row and cut at the early stages, evaluated exactly; of equals the first by text. Where these are
-    three, every cut at the rows that they have.
+    """The front over every threshold row and cut at the early stages, evaluated exactly; of equal points the first by
+    text. With three early stages it is over every cut at the rows that they have.
 
-    `costs` are those of an image that ends at each stage, in ns.
+    `costs` are those of an image that leaves at each stage, in ns.
     """
     early, last = stages[:-1], stages[-1]
     options = [head_options(statistics, stage.head, _grids(statistics, stage, len(early))) for stage in early]

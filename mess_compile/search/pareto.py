@@ -1,4 +1,4 @@
-"""The Pareto front of latency and mIoU, and of memory where that is asked for."""
+"""The Pareto front of latency and mIoU, and optionally of memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ Values = NDArray[Any]
 
 
 def front_groups(cost: Values, miou: Values, memory: Values | None = None) -> list[Index]:
-    """Where (n,) plans that no other beats lie, from the fastest, then the most accurate; those alike together.
+    """The indices of the plans (n,) on the front, from the fastest, then the most accurate; equal plans in one group.
 
-    A plan beats another that costs as much or more, has no greater mIoU and takes no less memory, and differs in one.
+    A plan dominates another that costs as much or more, has no greater mIoU and takes no less memory, and differs in
+    one of these.
     """
     memory = np.zeros(len(cost), np.int64) if memory is None else memory
     order = np.lexsort((memory, -miou, cost))
@@ -28,8 +29,11 @@ def front_groups(cost: Values, miou: Values, memory: Values | None = None) -> li
 
 
 def _undominated(cost: Values, miou: Values, memory: Values) -> Index:
-    """Which of different points, sorted by cost, then by mIoU from the greatest, no other beats."""
-    stairs = np.zeros(0, cost.dtype), np.zeros(0, miou.dtype)  # ever more mIoU for ever more cost, in less memory
+    """Which of different points, sorted by cost, then by mIoU from the greatest, are not dominated."""
+    stairs = (
+        np.zeros(0, cost.dtype),
+        np.zeros(0, miou.dtype),
+    )  # the front in less memory: mIoU rises with cost
     found = [np.zeros(0, np.intp)]
     for size in np.unique(memory):
         among = np.flatnonzero(memory == size)

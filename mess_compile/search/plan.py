@@ -24,8 +24,8 @@ POINT_NAMES = ("fastest", "fast", DEFAULT_POINT, "accurate", "most-accurate", RE
 VERSION = 6
 _READABLE = (5, VERSION)
 FEW_IMAGES = 40
-"""Below which cross-validation only guesses: of 20 images its figure had a standard deviation of 0.7 pp, of 40 one of
-0.3 pp (docs/guarantees.md), and `--max-err` is about a point."""
+"""With fewer images cross-validation is a rough estimate: of 20 images its figure had a standard deviation of 0.7 pp,
+of 40 one of 0.3 pp (docs/guarantees.md), and `--max-err` is about a point."""
 _FRONT_FIELDS = (
     *("precision", "network", "stages", "graphs", "predicted", "baseline", "baseline_name", "reference_miou"),
     *("statistics_sha256", "operating_points", "reports", "optimism", "guarantee", "doubts", "promises", "hold_out"),
@@ -40,7 +40,7 @@ class Stage:
     """One exit of a plan.
 
     An image leaves here when the count of row `row` (an index into the gate's threshold rows, from 0) is at least
-    `cut`; `cut` is None where no decision is taken: at the last exit, and at every exit in the anytime setting. There
+    `cut`; `cut` is None where no decision is made: at the last exit, and at every exit in the anytime setting. There
     `row` only says which row's confidence is reported.
     """
 
@@ -52,13 +52,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a plan, or the baseline, costs and reaches on the `images` of `split`.
+    """Costs and mIoU of a plan, or of the baseline, on the `images` of `split`.
 
     `latency_ms` is the mean over images, `p95_ms` the percentile of their path costs, `worst_ms` the deepest path at
-    p99; `miou` in percent; `gmacs` the mean over images; `exit_rates` the share of images that end at each exit;
-    `source` tells measured from estimated latencies; `energy_mj` is the mean over images, None where the latency table
-    does not tell the energy of every graph. `error` is the factor by which estimated latencies may be too low or too
-    high (90 % of the graphs that were checked are within), None of measured ones.
+    p99; `miou` in percent; `gmacs` the mean over images; `exit_rates` the share of images that leave at each exit;
+    `source` is "measured" or "estimated", of the latencies; `energy_mj` is the mean over images, None where the latency
+    table lacks the energy of a graph. `error` is the factor by which estimated latencies may be too low or too high (90
+    % of the graphs that were checked are within), None of measured ones.
     """
 
     latency_ms: float
@@ -94,11 +94,11 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class Optimism:
-    """By how much the figures of a plan flatter it because it was chosen on the images that they are taken on.
+    """By how much the figures of a plan are too good because it was chosen on the images that they are computed on.
 
-    By cross-validation over `folds`, in the words of `method`: expect `miou_pp` percentage points less mIoU, with
-    a spread of `spread_pp` between folds, and `latency_percent` more latency. It rests on so many `images` of so many
-    independent `groups`: sequences, or images that belong to none.
+    By cross-validation over `folds`, as `method` says: expect `miou_pp` percentage points less mIoU, with a spread of
+    `spread_pp` between folds, and `latency_percent` more latency. It is based on `images` of independent `groups`:
+    sequences, or images that belong to none.
     """
 
     miou_pp: float
@@ -111,18 +111,19 @@ class Optimism:
 
     @property
     def few(self) -> bool:
-        """Whether the figures are a guess."""
+        """Whether the figures are a rough estimate."""
         return self.images < FEW_IMAGES
 
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What was certified for unseen images, on images that the plan was not chosen on; all bounds with `confidence`.
+    """What is certified for unseen images, on images that the plan was not chosen on; all bounds with `confidence`.
 
     `risk_bound_pp` bounds the mean per-image risk by `risk_method`, which holds in finite samples, `miou_drop_bound_pp`
     the drop of mIoU below the baseline by `miou_method`, a bootstrap; the limits are those that were asked for.
     `tested` counts the plans that were tested in turn, `groups` the sequences that the images certified on belong to.
-    Of `candidates`, which err ever less where they were chosen, this plan is number `place`; 1 is the optimum there.
+    Of `candidates`, from the fastest to the safest where they were chosen, this plan is number `place`; 1 is the
+    optimum there.
     """
 
     confidence: float
@@ -144,9 +145,9 @@ class Guarantee:
 
 @dataclass(frozen=True)
 class HoldOut:
-    """The images that a plan was not chosen on, of the split that it was searched on, and what it does there.
+    """The images of the searched split that a plan was not chosen on, and its figures there.
 
-    `share` (such as 1/3) and `rule` say which were left out; `image_ids_sha256` is a hash of their ids, one a line.
+    `share` (such as 1/3) and `rule` say which were held out; `image_ids_sha256` is a hash of their ids, one a line.
     `predicted` are the plan's figures on them, `baseline` those of the single-exit network that is the best there.
     """
 
@@ -159,7 +160,7 @@ class HoldOut:
 
 @dataclass(frozen=True)
 class AnytimeReport:
-    """One report of an anytime plan: when its labels are there, and the best mIoU (percent) up to then."""
+    """One report of an anytime plan: when its labels are ready, and the best mIoU (percent) so far."""
 
     latency_ms: float
     miou: float
@@ -167,7 +168,7 @@ class AnytimeReport:
 
 @dataclass(frozen=True)
 class PlanGraph:
-    """A graph of a plan, the precision that it runs in, and the one that its recipe wanted."""
+    """A graph of a plan, the precision that it runs in, and the one that its recipe asked for."""
 
     name: str
     precision: str
@@ -181,11 +182,11 @@ class Plan:
     `precision` names the recipe that `graphs` (each once, in the order of their first run) belong to. `network` is the
     identity of the recipe's graphs and `gate` the gate whose rows the stages name; `baseline` are the figures of the
     single-exit graph `baseline_name`, and `baseline_alone` the identity of the one trained alone, if there was one to
-    choose. `tuned_by` says where the statistics were recorded: exits and thresholds may do otherwise on a target that
-    is not that. `power_mode` is the one that latencies were measured in, where the device tells it. `reports` is empty
-    but for the anytime setting. `reference_miou` (percent) is what the error counted from instead of the baseline's
-    own: a figure that was given, or the baseline of another recipe. `doubts` say what speaks against its latencies,
-    `promises` which bounds it was asked to keep. `hold_out` are the images that were left out of the search;
+    choose. `tuned_by` says where the statistics were recorded: on another target exits and thresholds may behave
+    differently. `power_mode` is the one that latencies were measured in, where the device reports it. `reports` is
+    empty but for the anytime setting. `reference_miou` (percent) replaces the baseline's own as what the error counts
+    from: a figure that was given, or the baseline of another recipe. `doubts` are warnings about its latencies,
+    `promises` the bounds that it was required to satisfy. `hold_out` are the images that were held out of the search;
     `predicted` is of the others.
     """
 
@@ -222,12 +223,12 @@ class Plan:
 
     @property
     def offset_pp(self) -> float:
-        """How far above the mIoU of the baseline beside it the mIoU is that its error was counted from."""
+        """By how much the mIoU that its error counts from is above its baseline's."""
         return 0.0 if self.reference_miou is None else self.reference_miou - self.baseline.miou
 
     @property
     def only_exit(self) -> int | None:
-        """The exit (from 1) that every tuning image leaves at, None when they leave at several."""
+        """The exit (from 1) that every tuning image leaves at, None when they leave at several exits."""
         taken = [number for number, rate in enumerate(self.predicted.exit_rates, start=1) if rate]
         return taken[0] if len(taken) == 1 and self.setting != "anytime" else None
 
@@ -244,12 +245,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the search looked at: of the plans of its `space` those `evaluated`, `duplicates`, and those put away by
-    their `bounded` figures.
+    """What the search covered: of the plans of its `space` those `evaluated`, `duplicates`, and those pruned by their
+    bounds, `bounded`.
 
-    A duplicate sends every image to the same exit as a plan that was evaluated; when none is bounded the search is
-    `exhaustive`. `gap` is what a better plan could still gain in the objective, in ms, pp, GMACs or mJ: not 0 only when
-    the search was ended before its time.
+    A duplicate sends every image to the same exit as a plan that was evaluated; when none is pruned the search is
+    `exhaustive`. `gap` is what a better plan could still gain in the objective, in ms, pp, GMACs or mJ: 0 unless the
+    search was stopped early.
     """
 
     space: int
@@ -264,8 +265,8 @@ class Certificate:
 class SearchResult:
     """The chosen plan, the front of latency and mIoU (and what else `front_by` names) it stands on, and the proof.
 
-    `front_complete` tells a whole front from some of its points, `without_optimism` and `without_hold_out` why the plan
-    has none, `what_would_cut` what would let a plan with exits win where the whole network did.
+    `front_complete` says whether the front has all its points, `without_optimism` and `without_hold_out` why the plan
+    has no such figures, `what_would_cut` what would let a plan with exits win where the whole network did.
     """
 
     plan: Plan
@@ -294,7 +295,7 @@ def decisions_of(stages: Sequence[Stage]) -> tuple[Decision, ...]:
 
 
 def default_point(stages: Sequence[Stage], predicted: Figures) -> OperatingPoint:
-    """The operating point that a plan with these stages is itself."""
+    """The plan with these stages itself, as an operating point."""
     return OperatingPoint(DEFAULT_POINT, decisions_of(stages), predicted)
 
 
@@ -308,23 +309,23 @@ def check_plan_current(plan: Plan, graph_set: GraphSet) -> None:
         ("gate", plan.gate != graph_set.gate),
     ):
         if different:
-            raise StaleError(f"the plan for {plan.device} is of another {what} than {graph_set.root}: {_REMEDY}")
+            raise StaleError(f"the plan for {plan.device} was made for another {what} than {graph_set.root}: {_REMEDY}")
     for stage in plan.stages:
         if graph_set.candidate.point_of(stage.head) != stage.exit_point:
             raise InputError(f"the plan for {plan.device} has {stage.head} at exit point {stage.exit_point}: {_REMEDY}")
         if not 0 <= stage.row < len(plan.gate.thresholds):
-            raise InputError(f"the plan for {plan.device} has threshold row {stage.row}, not in its gate: {_REMEDY}")
+            raise InputError(f"the plan for {plan.device} has row {stage.row}, which its gate lacks: {_REMEDY}")
 
 
 def check_sources_current(device: str, known: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Raises StaleError naming what a plan was searched from that has changed: hashes by what they are of."""
+    """Raises StaleError naming a source of a plan that has changed; `known` and `found` are hashes by source."""
     for what, sha256 in found.items():
         if known.get(what, sha256) != sha256:
             raise StaleError(f"the {what} changed since the plan for {device} was searched: {_REMEDY}")
 
 
 def result_to_json(result: SearchResult) -> dict[str, Any]:
-    """`plan`, `front`, `certificate` and `source`; a point of the front is what may differ from the chosen plan.
+    """`plan`, `front`, `certificate` and `source`; points of the front have only what may differ from the chosen plan.
 
     `source` is "estimated" when the latency of the plan or of its baseline is.
     """
@@ -351,7 +352,7 @@ def share_of(text: str) -> Fraction:
     """A share of the images, such as 1/3, as a plan or a bundle records it. Raises InputError."""
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if match is None or not 0 < int(match[1]) < int(match[2]):
-        raise InputError(f"{text!r:.40} is no share of images held out, such as 1/3: {_REMEDY}, and bundle its plan")
+        raise InputError(f"{text!r:.40} is not a share of images held out, such as 1/3: {_REMEDY}, and bundle its plan")
     return Fraction(text)
 
 
@@ -362,7 +363,7 @@ def source_of(plan: Plan) -> str:
 
 
 def write_result(path: Path, result: SearchResult) -> None:
-    """Write `plans/<device>.json`; all of it or nothing."""
+    """Write `plans/<device>.json` atomically."""
     files.write_json(path, "mess-plan", VERSION, result_to_json(result))
 
 
@@ -423,7 +424,7 @@ def _plan_from_json(content: dict[str, Any]) -> Plan:
 
 def _sha256(text: Any) -> str:
     if not isinstance(text, str) or not _SHA256.fullmatch(text):
-        raise ValueError(f"{text!r} is no SHA-256")
+        raise ValueError(f"{text!r} is not a SHA-256")
     return text
 
 

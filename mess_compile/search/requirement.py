@@ -14,7 +14,7 @@ OBJECTIVES = ("latency", "accuracy", "workload", "memory", "energy")
 MAX_EXITS, DEFAULT_EXITS = 3, 2
 _NUMBER = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _MOST = 1e12
-"""No latency in ms, memory in bytes or other quantity in its unit is as large."""
+"""Greater than any latency in ms, memory in bytes or other quantity in its unit."""
 _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -33,7 +33,7 @@ class Limit:
             raise InputError(f"a bound of {self.value:g}{'x' if self.relative else ''} is not a positive number")
 
     def resolved(self, baseline: int, unit: float) -> int:
-        """The bound in the integers the search counts in: `unit` of them make up one of `value`."""
+        """The bound in the integers that the search counts in: `unit` of them make one of `value`."""
         return round(self.value * (baseline if self.relative else unit))
 
 
@@ -69,7 +69,7 @@ class Requirement:
         if self.setting == "anytime" and self.objective is not None:
             raise InputError("the anytime setting optimises mIoU over time: give --deadline 20ms, not an objective")
         if self.setting != "anytime" and self.deadline_ms is not None:
-            raise InputError(f"a deadline means nothing in the {self.setting} setting: use --max-latency or anytime")
+            raise InputError(f"the {self.setting} setting has no deadline: use --max-latency, or the anytime setting")
         if not 0 <= self.max_exits <= MAX_EXITS:
             raise InputError(f"--max-exits {self.max_exits}: the search takes 0 to {MAX_EXITS} early exits")
         for name in ("max_err_pp", "baseline_miou", "deadline_ms", "max_memory_bytes"):
@@ -87,12 +87,12 @@ class Requirement:
 
     @property
     def needs_energy(self) -> bool:
-        """Whether it can be judged only where the latency table tells energies."""
+        """Whether it needs the energies of the latency table."""
         return self.objective == "energy" or self.max_energy is not None
 
 
 def safer_max_err(asked_pp: float, lost_pp: float) -> float:
-    """The `max_err_pp` to try next where `asked_pp`, above 0, was asked for and more was lost on other images."""
+    """The `max_err_pp` to try next where `asked_pp`, above 0, was required and more was lost on other images."""
     safer = 2 * asked_pp - lost_pp
     return safer if safer > 0 else asked_pp / 4
 
@@ -148,7 +148,7 @@ def parse_max_memory(text: str) -> int:
 
 
 def parse_front(text: str) -> tuple[str, ...]:
-    """What plans of the front are compared by, from `latency,miou,memory`. Raises InputError."""
+    """The axes of the front, from `latency,miou,memory`. Raises InputError."""
     named = {name.strip() for name in text.split(",")}
     if not set(FRONT_BY) <= named <= set(FRONT_AXES):
         raise InputError(f"--front {text!r} is not understood: write {','.join(FRONT_BY)} or {','.join(FRONT_AXES)}")
@@ -169,7 +169,7 @@ def _percent(text: str, option: str, example: str) -> float:
 
 
 def _positive(text: str, units: Collection[str], option: str, example: str) -> tuple[float, str]:
-    """The number and which of `units` stands behind it."""
+    """The number, and which of `units` follows it."""
     match = re.fullmatch(rf"{_NUMBER} *({'|'.join(units)})", text.strip())
     if match is None or not 0 < float(match[1]) <= _MOST:
         raise _refusal(text, option, example)
@@ -177,7 +177,7 @@ def _positive(text: str, units: Collection[str], option: str, example: str) -> t
 
 
 def _refusal(text: str, option: str, example: str) -> InputError:
-    """What is wrong with a number, and how it is written."""
+    """What is wrong with a number, and how to write it."""
     comma = re.fullmatch(r"([0-9]+),([0-9]+)(.*)", text.strip())
     if comma is not None:
         point = f"{comma[1]}.{comma[2]}{comma[3]}"
@@ -189,9 +189,9 @@ def _refusal(text: str, option: str, example: str) -> InputError:
     elif match is not None and not match[3]:
         reason = "has no unit"
     elif match is not None and float(match[2]) == 0:
-        reason = "is not more than nothing"
+        reason = "is not above zero"
     elif match is not None and float(match[2]) > _MOST:
-        reason = "is more than there can be"
+        reason = "is too great"
     return InputError(f"{option} {_shortened(text)!r} {reason}: write {example}")
 
 

@@ -1,4 +1,4 @@
-"""Plans beside the baseline on the same images, and the tests of how far they fall below it on images unseen.
+"""Plans compared with the baseline on the same images, and tests of how far they fall below it on unseen images.
 
 Definitions and sources: docs/guarantees.md.
 """
@@ -25,7 +25,7 @@ Index = NDArray[np.intp]
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Plans beside the baseline on the same images, summed up by sequence.
+    """Plans and the baseline on the same images, summed up by sequence.
 
     `risk` (plans, sequences) is the mean over a sequence's images of the share of labelled pixels that the plan gets
     wrong, less that of the baseline: -1 to 1. `pixels` (sequences, 3 + 2 * plans, classes) are labelled pixels, then
@@ -73,7 +73,7 @@ def _answers(part: Sequence[Evidence], chosen: Sequence[Evidence], plan: Plan) -
 
 @dataclass(frozen=True)
 class Certified:
-    """`passed` is the boldest plan that passed, None when not even the safest did; the bounds (pp) are of that plan."""
+    """`passed` is the fastest plan that passed, None when not even the safest did; the bounds (pp) are of that plan."""
 
     passed: int | None
     tested: int
@@ -82,7 +82,7 @@ class Certified:
 
 
 def certified_in_turn(chosen: Pairs, held: Pairs, limit_pp: float, confidence: float, seed: int) -> Certified:
-    """Test plans, given from the boldest, on `held`, from the safest on until one fails; the order is from `chosen`.
+    """Test plans, given from the fastest, on `held`, from the safest on until one fails; the order is from `chosen`.
 
     A plan passes when the bound of its risk and the bootstrap bound of its mIoU drop are within the limit. Since each
     is tested at the full level only after all before it passed, the chance that one with a risk above the limit passes
@@ -103,17 +103,17 @@ def certified_in_turn(chosen: Pairs, held: Pairs, limit_pp: float, confidence: f
 
 
 def safest_first(chosen: Pairs) -> list[int]:
-    """From the safest plan to the boldest, which comes first in `chosen`.
+    """From the safest plan to the fastest, which comes first in `chosen`.
 
-    Plans that are no safer there than a bolder one are left out.
+    Plans that are no safer there than a faster one are left out.
     """
     lost = np.maximum(100 * chosen.risk.mean(axis=1), drops_pp(chosen.pixels.sum(axis=0)[None])[0])
-    kept = [plan for plan in range(len(lost)) if not plan or lost[plan] < lost[:plan].min()]
-    return kept[::-1]
+    safer = [plan for plan in range(len(lost)) if not plan or lost[plan] < lost[:plan].min()]
+    return safer[::-1]
 
 
 def stake_for(known_risk: Floats, tests: int, confidence: float) -> float:
-    """What to bet per unit of risk, from risks that are not tested: the best for `tests` risks of the same spread.
+    """The stake per unit of risk, from risks that are not tested: the best for `tests` risks of the same spread.
 
     Source: the bets of Waudby-Smith and Ramdas (2024) for a fixed number, with a variance that starts at 1/4 as theirs.
     """
@@ -122,7 +122,7 @@ def stake_for(known_risk: Floats, tests: int, confidence: float) -> float:
 
 
 def log_capital(risk: Floats, mean: float, stake: float) -> float:
-    """The logarithm of what a bet against "the mean of `risk` is at least `mean`" has made of 1.
+    """The logarithm of the capital that a bet of 1 against "the mean of `risk` is at least `mean`" ends with.
 
     Its expectation is at most 1 when that is true: risks are at most 1, so that no stake up to 1 / (1 - mean) can lose
     more than all.
@@ -133,11 +133,11 @@ def log_capital(risk: Floats, mean: float, stake: float) -> float:
 
 def risk_bound(risk: Floats, stake: float, confidence: float) -> float:
     """An upper bound of the mean of the distribution that `risk` (n,) <= 1 was drawn from, or 1."""
-    wanted = -math.log(1 - confidence)
+    needed = -math.log(1 - confidence)
     low, high = float(risk.mean()), 1.0
     while high - low > 1e-9:  # the capital grows with the mean that is bet against
         middle = (low + high) / 2
-        low, high = (low, middle) if log_capital(risk, middle, stake) >= wanted else (middle, high)
+        low, high = (low, middle) if log_capital(risk, middle, stake) >= needed else (middle, high)
     return high
 
 

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from mess_compile.latency.table import Quantity
 from mess_compile.runtime.base.errors import InputError, RequirementError
 from mess_compile.search.constraints import MEASURES, Bound, bounds_of, objective_of
+from mess_compile.search.context import Progress, SearchContext, no_progress
 from mess_compile.search.deadline import Clock, UnfinishedError
-from mess_compile.search.exhaustive.cache import kept_rows
+from mess_compile.search.exhaustive.cache import cached_plan_table
 from mess_compile.search.exhaustive.plan_table import (
-    Progress,
-    Rows,
-    is_large,
+    PlanTable,
     least_cost_of_plans,
+    needs_branch_and_bound,
     plans_in_space,
-    rows_near,
+    plans_near,
     stages_of_row,
     text_of_stages,
 )
@@ -47,64 +47,60 @@ from mess_compile.search.requirement import Requirement
 
 Mask = NDArray[np.bool_]
 _AXES = {"latency": "cost_ns", "miou": "miou", "memory": "memory_bytes"}
+_COUNTS = ("space", "evaluated", "duplicates", "bounded")
 
 
 def search(
     evidence: Evidence,
     requirement: Requirement,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
     front_by: tuple[str, ...] = FRONT_BY,
-    kept: Path | None = None,
+    cache_folder: Path | None = None,
     clock: Clock | None = None,
 ) -> SearchResult:
-    """The optimum over the whole space, by enumeration, or by branch and bound where the space is large.
+    """The optimum over the whole space, by enumeration, or by branch and bound where the space needs it.
 
-    Space and order of equals are those of the search issue (5).
-    The front is by mean latency, mIoU and what else `front_by` names, of the plans that keep the bounds on what it is
-    not by; of nothing: no front, and no operating points. What does not follow from the requirement is kept in the
-    folder `kept`. `progress` is told (chains of heads done, in all). When the `clock` is up, or with one at Ctrl-C, the
-    best so far is returned, with its gap. Raises RequirementError naming the best that can be reached when no plan
-    satisfies the requirement, UnfinishedError when none was found in time, InputError when it needs energies that the
-    latency table lacks.
+    docs/definitions.md defines the space and the order of equal plans. The front is by mean latency, mIoU and what else
+    `front_by` names, of the plans that satisfy the other bounds; where it names nothing there is no front, and there
+    are no operating points. What does not depend on the requirement is stored in `cache_folder`. `progress` is called
+    with (chains of heads done, in all). When the `clock` is up, or with one at Ctrl-C, the best plan so far is
+    returned, with its gap. Raises RequirementError naming the best that can be reached when no plan satisfies the
+    requirement, UnfinishedError when none was found in time, InputError when it needs energies that the latency table
+    lacks.
     """
-    result = _search(evidence, requirement, progress, front_by, kept, clock)
+    context = SearchContext(requirement, front_by, progress, cache_folder, clock)
+    result = _search(evidence, context)
     return _with_points(evidence, requirement, result) if front_by else result
 
 
-def _search(
-    evidence: Evidence,
-    requirement: Requirement,
-    progress: Progress,
-    front_by: tuple[str, ...],
-    kept: Path | None,
-    clock: Clock | None,
-) -> SearchResult:
-    """As `search`, but for the operating points."""
+def _search(evidence: Evidence, context: SearchContext) -> SearchResult:
+    """As `search`, without operating points."""
+    requirement, front_by = context.requirement, context.front_by
     if requirement.needs_energy:
         refuse_without_energy(evidence)
-    if requirement.setting == "input-dependent" and is_large(evidence, requirement.early_exits):
-        from mess_compile.search.bnb import search as large  # compiles when it is first used
+    if requirement.setting == "input-dependent" and needs_branch_and_bound(evidence, requirement.early_exits):
+        from mess_compile.search.bnb.search import search as branch_and_bound  # compiles when it is first used
 
-        return large.search(evidence, requirement, progress, front_by, clock)
-    rows = kept_rows(evidence, requirement, progress, kept, clock)
+        return branch_and_bound(evidence, context)
+    table = cached_plan_table(evidence, context)
     bounds = bounds_of(evidence, requirement).values()
-    feasible = _kept(rows, bounds)
+    feasible = _feasible(table, bounds)
     if not feasible.any():
-        raise UnfinishedError() if rows.left else RequirementError(_refusal(rows, bounds))
-    objective = objective_of(rows.plans, requirement)
-    chosen = _best(evidence, rows, np.flatnonzero(feasible), objective[feasible])
+        raise UnfinishedError() if table.skipped else RequirementError(_refusal(table, bounds))
+    objective = objective_of(table.plans, requirement)
+    chosen = _best(evidence, table, np.flatnonzero(feasible), objective[feasible])
     if requirement.deadline_ms is not None and not objective[chosen]:
-        raise RequirementError(_too_early(evidence, requirement, rows))
+        raise RequirementError(_too_early(evidence, requirement, table))
     free = {_AXES[axis] for axis in front_by}
-    fixed = _kept(rows, [bound for bound in bounds if bound.measure.column not in free])
-    front = _front(evidence, rows, fixed, front_by) if front_by else []
-    plan = _plan_of_row(evidence, requirement, rows, chosen)
+    on_front = _feasible(table, [bound for bound in bounds if bound.measure.column not in free])
+    front = _front(evidence, table, on_front, front_by) if front_by else []
+    plan = _plan_of_row(evidence, requirement, table, chosen)
     return SearchResult(
         plan=plan,
-        front=tuple(_plan_of_row(evidence, requirement, rows, index) for index in front),
-        certificate=_certificate(evidence, requirement, rows, plan),
+        front=tuple(_plan_of_row(evidence, requirement, table, index) for index in front),
+        certificate=_certificate(evidence, requirement, table, plan),
         front_by=front_by or FRONT_BY,
-        front_complete=bool(front_by) and not rows.left,
+        front_complete=bool(front_by) and not table.skipped,
     )
 
 
@@ -116,81 +112,76 @@ def _with_points(evidence: Evidence, requirement: Requirement, result: SearchRes
 
 
 def _refined(evidence: Evidence, requirement: Requirement, plan: Plan) -> tuple[OperatingPoint, ...]:
-    """The plan with cuts off the grid, where that is better; nothing is proven about it."""
+    """The plan with cuts off the grid, where that is better; nothing is proved about it."""
     if plan.setting != "input-dependent" or len(plan.stages) == 1:
         return ()
-    rows = rows_near(evidence, plan.stages)
-    feasible = _kept(rows, bounds_of(evidence, requirement).values())
-    best = _best(evidence, rows, np.flatnonzero(feasible), objective_of(rows.plans, requirement)[feasible])
-    found = _plan_of_row(evidence, requirement, rows, best)
+    table = plans_near(evidence, plan.stages)
+    feasible = _feasible(table, bounds_of(evidence, requirement).values())
+    best = _best(evidence, table, np.flatnonzero(feasible), objective_of(table.plans, requirement)[feasible])
+    found = _plan_of_row(evidence, requirement, table, best)
     if _order(found, requirement)[:2] >= _order(plan, requirement)[:2]:
         return ()
     return (OperatingPoint(REFINED_POINT, decisions_of(found.stages), found.predicted),)
 
 
-def _certificate(evidence: Evidence, requirement: Requirement, rows: Rows, chosen: Plan) -> Certificate:
-    duplicates = rows.space - rows.evaluated
-    if not rows.left:
-        return Certificate(rows.space, rows.evaluated, duplicates, bounded=0, gap=0.0, exhaustive=True)
-    gap = _gap(evidence, requirement, rows, chosen)
+def _certificate(evidence: Evidence, requirement: Requirement, table: PlanTable, chosen: Plan) -> Certificate:
+    duplicates = table.space - table.evaluated
+    if not table.skipped:
+        return Certificate(table.space, table.evaluated, duplicates, bounded=0, gap=0.0, exhaustive=True)
+    gap = _gap(evidence, requirement, table, chosen)
     space = plans_in_space(evidence, requirement.early_exits)
-    return Certificate(space, rows.evaluated, duplicates, bounded=0, gap=gap, exhaustive=False)
+    return Certificate(space, table.evaluated, duplicates, bounded=0, gap=gap, exhaustive=False)
 
 
-def _gap(evidence: Evidence, requirement: Requirement, rows: Rows, chosen: Plan) -> float:
-    """What a plan that was left out could gain at the most over the `chosen` one."""
+def _gap(evidence: Evidence, requirement: Requirement, table: PlanTable, chosen: Plan) -> float:
+    """The most that a skipped plan could gain over the `chosen` one."""
     value = abs(_order(chosen, requirement)[0])
     quantities: dict[str, Quantity] = {"latency": "mean_ms", "energy": "energy_mj"}
     quantity = quantities.get(requirement.objective or "latency")
-    if quantity is None:  # no more is known of what is left than that mIoU ends at 100, and the others at 0
+    if quantity is None:  # of skipped plans it is only known that mIoU is at most 100, and the others at least 0
         return 100.0 - value if requirement.objective == "accuracy" else value
-    least = min(least_cost_of_plans(evidence, early, quantity) for early in rows.left)
+    least = min(least_cost_of_plans(evidence, early, quantity) for early in table.skipped)
     return max(0.0, value - least / 1e6)
 
 
-def _too_early(evidence: Evidence, requirement: Requirement, rows: Rows) -> str:
-    first = int(rows.plans["cost_ns"].min()) / evidence.statistics.images / 1e6
-    return f"no plan reports by {requirement.deadline_ms:g} ms: the first that can report does so after {first:.4g} ms"
+def _too_early(evidence: Evidence, requirement: Requirement, table: PlanTable) -> str:
+    first = int(table.plans["cost_ns"].min()) / evidence.statistics.images / 1e6
+    return f"no plan reports by {requirement.deadline_ms:g} ms: the earliest report of any plan is at {first:.4g} ms"
 
 
 def search_recipes(
     evidences: Sequence[Evidence],
     requirement: Requirement,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
     front_by: tuple[str, ...] = FRONT_BY,
-    kept: Path | None = None,
+    cache_folder: Path | None = None,
     clock: Clock | None = None,
 ) -> SearchResult:
-    """The optimum over the plans of several precision recipes of one network; of equals that of the first.
+    """The optimum over the plans of several precision recipes of one network; of equal plans that of the first.
 
-    The error counts from the best baseline of any of them, latency and workload relative to each recipe's own: an
-    int8 plan near a poor int8 baseline satisfies nobody. Raises as `search` does, and InputError for the anytime
-    setting, whose area ends at the baseline's latency, when there are several.
+    The error counts from the best baseline of any of them, latency and workload are relative to each recipe's own: an
+    int8 plan near a poor int8 baseline helps nobody. Raises as `search` does, and InputError for the anytime setting
+    with several recipes, for its area ends at the baseline's latency.
     """
-    result = search_without_points(evidences, requirement, progress, front_by, kept, clock)
+    context = SearchContext(requirement, front_by, progress, cache_folder, clock)
+    result = search_without_points(evidences, context)
     if not front_by:
         return result
     return _with_points(evidence_of_plan(evidences, result.plan), _of_recipes(evidences, requirement), result)
 
 
-def search_without_points(
-    evidences: Sequence[Evidence],
-    requirement: Requirement,
-    progress: Progress = lambda done, total: None,
-    front_by: tuple[str, ...] = FRONT_BY,
-    kept: Path | None = None,
-    clock: Clock | None = None,
-) -> SearchResult:
-    """As `search_recipes`, but that the plan has no operating points beside itself, which take their time."""
-    if len(evidences) > 1 and requirement.setting == "anytime":
+def search_without_points(evidences: Sequence[Evidence], context: SearchContext) -> SearchResult:
+    """As `search_recipes`, without operating points, which take time."""
+    if len(evidences) > 1 and context.requirement.setting == "anytime":
         names = ", ".join(evidence.graph_set.recipe for evidence in evidences)
         raise InputError(f"the anytime setting compares plans of one recipe: name one of {names} with --precision")
     refuse_different_images(evidences)
-    requirement = _of_recipes(evidences, requirement)
+    requirement = _of_recipes(evidences, context.requirement)
+    context = replace(context, requirement=requirement)
     found, refusals, unfinished = [], [], False
     for evidence in evidences:
         try:
-            found.append(_search(evidence, requirement, progress, front_by, kept, clock))
+            found.append(_search(evidence, context))
         except UnfinishedError:
             unfinished = True
         except RequirementError as error:
@@ -198,20 +189,26 @@ def search_without_points(
     if not found:
         raise UnfinishedError() if unfinished else RequirementError("; ".join(refusals))
     plan = min((result.plan for result in found), key=lambda plan: _order(plan, requirement))
-    value = abs(_order(plan, requirement)[0])
-    unknown = (100.0 - value if requirement.objective == "accuracy" else value) if unfinished else 0.0
-    proofs = [result.certificate for result in found]
     return SearchResult(
         plan=plan,
-        front=_merged([plan for result in found for plan in result.front], front_by),
-        front_by=front_by or FRONT_BY,
+        front=_merged([plan for result in found for plan in result.front], context.front_by),
+        front_by=context.front_by or FRONT_BY,
         front_complete=not unfinished and all(result.front_complete for result in found),
-        certificate=replace(
-            proofs[0],
-            **{name: sum(getattr(p, name) for p in proofs) for name in ("space", "evaluated", "duplicates", "bounded")},
-            gap=max(unknown, *(proof.gap for proof in proofs)),
-            exhaustive=all(proof.exhaustive for proof in proofs) and not unfinished,
-        ),
+        certificate=_joint_certificate([result.certificate for result in found], requirement, plan, unfinished),
+    )
+
+
+def _joint_certificate(
+    proofs: Sequence[Certificate], requirement: Requirement, plan: Plan, unfinished: bool
+) -> Certificate:
+    """One certificate for all recipes; `unfinished`: of some recipe nothing was found in time."""
+    value = abs(_order(plan, requirement)[0])
+    unknown = (100.0 - value if requirement.objective == "accuracy" else value) if unfinished else 0.0
+    return replace(
+        proofs[0],
+        **{name: sum(getattr(proof, name) for proof in proofs) for name in _COUNTS},
+        gap=max(unknown, *(proof.gap for proof in proofs)),
+        exhaustive=all(proof.exhaustive for proof in proofs) and not unfinished,
     )
 
 
@@ -230,7 +227,8 @@ def _order(plan: Plan, requirement: Requirement) -> tuple[float, float, int]:
 
 
 def _merged(plans: list[Plan], front_by: tuple[str, ...]) -> tuple[Plan, ...]:
-    """Those that no other beats in what the front is by, from the fastest to the most accurate; of equals the first."""
+    """The plans that no other dominates in what the front is by, from the fastest to the most accurate; of equal plans
+    the first."""
     if not plans:
         return ()
     cost, miou, memory = (
@@ -240,42 +238,42 @@ def _merged(plans: list[Plan], front_by: tuple[str, ...]) -> tuple[Plan, ...]:
     return tuple(plans[min(group)] for group in groups)
 
 
-def _kept(rows: Rows, bounds: Collection[Bound]) -> Mask:
-    kept = np.ones(len(rows.plans), np.bool_)
+def _feasible(table: PlanTable, bounds: Collection[Bound]) -> Mask:
+    feasible = np.ones(len(table.plans), np.bool_)
     for bound in bounds:
-        kept &= bound.kept(rows.plans)
-    return kept
+        feasible &= bound.is_met(table.plans)
+    return feasible
 
 
-def _refusal(rows: Rows, bounds: Collection[Bound]) -> str:
-    wanted = " and ".join(map(str, bounds))
+def _refusal(table: PlanTable, bounds: Collection[Bound]) -> str:
+    required = " and ".join(map(str, bounds))
     reachable = []
     for bound in bounds:
         others = [other for other in bounds if other is not bound]
-        plans = rows.plans[_kept(rows, others)]
+        plans = table.plans[_feasible(table, others)]
         if plans.size:
             reachable.append(bound.best_of(plans) + (f" with {' and '.join(map(str, others))}" if others else ""))
     if not reachable:
-        reachable = [f"{bound.best_of(rows.plans)} alone" for bound in bounds]
-    return f"no plan satisfies {wanted}; best reachable: {', or '.join(reachable)}"
+        reachable = [f"{bound.best_of(table.plans)} alone" for bound in bounds]
+    return f"no plan satisfies {required}; best reachable: {', or '.join(reachable)}"
 
 
-def _best(evidence: Evidence, rows: Rows, among: NDArray[np.intp], objective: NDArray[Any]) -> int:
+def _best(evidence: Evidence, table: PlanTable, among: NDArray[np.intp], objective: NDArray[Any]) -> int:
     """The row of `among` least by its `objective`, then by mIoU (greatest), number of graphs and text."""
     among = among[objective == objective.min()]
-    among = among[rows.plans["miou"][among] == rows.plans["miou"][among].max()]
-    among = among[rows.plans["graphs"][among] == rows.plans["graphs"][among].min()]
-    return min(map(int, among), key=lambda i: text_of_stages(stages_of_row(evidence, rows, rows.plans[i])))
+    among = among[table.plans["miou"][among] == table.plans["miou"][among].max()]
+    among = among[table.plans["graphs"][among] == table.plans["graphs"][among].min()]
+    return min(map(int, among), key=lambda i: text_of_stages(stages_of_row(evidence, table, table.plans[i])))
 
 
-def _front(evidence: Evidence, rows: Rows, kept: Mask, front_by: tuple[str, ...]) -> list[int]:
-    """The rows that no other beats in what the front is by, from the fastest to the most accurate."""
-    among = np.flatnonzero(kept)
-    cost, miou, memory = (rows.plans[name][among] for name in ("cost_ns", "miou", "memory_bytes"))
+def _front(evidence: Evidence, table: PlanTable, feasible: Mask, front_by: tuple[str, ...]) -> list[int]:
+    """The rows that no other dominates in what the front is by, from the fastest to the most accurate."""
+    among = np.flatnonzero(feasible)
+    cost, miou, memory = (table.plans[name][among] for name in ("cost_ns", "miou", "memory_bytes"))
     groups = front_groups(cost, miou, memory if "memory" in front_by else None)
-    return [_best(evidence, rows, among[group], cost[group]) for group in groups]
+    return [_best(evidence, table, among[group], cost[group]) for group in groups]
 
 
-def _plan_of_row(evidence: Evidence, requirement: Requirement, rows: Rows, index: int) -> Plan:
-    stages = stages_of_row(evidence, rows, rows.plans[index])
+def _plan_of_row(evidence: Evidence, requirement: Requirement, table: PlanTable, index: int) -> Plan:
+    stages = stages_of_row(evidence, table, table.plans[index])
     return plan_of_stages(evidence, requirement.setting, stages, requirement.baseline_miou)

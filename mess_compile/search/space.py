@@ -1,4 +1,4 @@
-"""The space of plans: chains of heads, and per early head every decision that its statistics can tell apart."""
+"""The space of plans: chains of heads, and per early head every decision that its statistics can distinguish."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mess_compile.network import Head
 
 CUTS = 32
 ENUMERATED_EXITS = 2
-"""Early exits of which all rows and cuts are looked at together."""
+"""The most early exits of which all rows and cuts are enumerated together."""
 NEAR, NEAR_OF_THREE = 64, 16
-"""Cuts of each head between two neighbours on the grid that are tried at most; fewer where there are three heads."""
+"""The most cuts of each head tried between two neighbours on the grid; fewer where there are three heads."""
 Grids = tuple[tuple[int, ...], ...]
 """The cuts of a head, by threshold row."""
 
@@ -24,8 +24,8 @@ Grids = tuple[tuple[int, ...], ...]
 class Decisions:
     """The distinct decisions of one early head, in text order of (row, cut).
 
-    `leaves` (options, n) tells which images leave; of decisions that part the images alike only the first is here.
-    `total` counts them all.
+    `leaves` (options, n) says which images leave; of decisions by which the same images leave only the first is
+    here. `total` counts all of them.
     """
 
     rows: NDArray[np.int64]
@@ -40,7 +40,7 @@ class Decisions:
 
 
 def nobody(images: int) -> Decisions:
-    """The one decision by which no image leaves: it stands in for an early head that is not there."""
+    """The one decision by which no image leaves: it stands for a missing early head."""
     return Decisions(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros((1, images), np.bool_), 1)
 
 
@@ -57,8 +57,8 @@ def head_options(statistics: ExitStatistics, head: str, grids: Grids) -> Decisio
 
 
 def options_near(statistics: ExitStatistics, head: str, row: int, cut: int, most: int) -> Decisions:
-    """Cuts of `head` at one threshold row between the neighbours of `cut` on the grid, itself included: between all
-    neighbouring observed counts, or at even ranks among more than `most` of them."""
+    """Cuts of `head` at one threshold row between the neighbours of `cut` on the grid, itself included: all of them, or
+    of more than `most` those at even ranks."""
     counts = np.asarray(statistics.counts[:, statistics.head_index(head), row])  # (n,)
     grid, every = np.array(cut_grid(counts)), _cuts_between(counts)
     below, above = grid[grid < cut].max(initial=-1), grid[grid > cut].min(initial=np.iinfo(np.int64).max)

@@ -26,7 +26,7 @@ from mess_compile.workspace import Workspace
 if TYPE_CHECKING:
     from mess_compile.bundle.shared_graphs import SharedGraphs
     from mess_compile.search.explain import Explanation
-    from mess_compile.search.hold_out import Parted
+    from mess_compile.search.hold_out import HoldOutSplit
     from mess_compile.search.metrics import Evidence
 
 FASTEST = Requirement()
@@ -84,7 +84,7 @@ def search_and_explain(
     from mess_compile.search.solver import search_recipes
 
     results, evidences = _found(workspace, devices, split, requirement, options, reporter)
-    find = partial(search_recipes, front_by=(), kept=workspace.searches)
+    find = partial(search_recipes, front_by=(), cache_folder=workspace.searches)
     otherwise = partial(search_recipes, front_by=())
     progress = partial(reporter.progress, "explain")
     return tuple(
@@ -120,7 +120,7 @@ def _found(
             results.append(replace(found, plan=replace(found.plan, promises=promises_of(requirement, found.plan))))
         except RequirementError as error:
             raise RequirementError(f"{name}: {error}" if len(evidences) > 1 else str(error)) from error
-    results = [part.judged(result) for part, result in zip(parts.values(), results, strict=True)]
+    results = [part.evaluated(result) for part, result in zip(parts.values(), results, strict=True)]
     results = [
         replace(result, what_would_cut=what_would_cut(result, requirement, len(each[0].table.failed)))
         if result.plan.is_whole
@@ -134,13 +134,13 @@ def _found(
     return results, list(evidences.values())
 
 
-def _split(evidences: Sequence[Evidence], options: SearchOptions) -> Parted:
+def _split(evidences: Sequence[Evidence], options: SearchOptions) -> HoldOutSplit:
     """The images to choose by and those to judge by; `--confidence` splits the images itself."""
     from mess_compile.search import hold_out
 
     if options.confidence is None:
-        return hold_out.parted(evidences, options.hold_out)
-    return hold_out.Parted(evidences, evidences, without="--confidence tests on images of its own")
+        return hold_out.split_images(evidences, options.hold_out)
+    return hold_out.HoldOutSplit(evidences, evidences, without="--confidence tests on images of its own")
 
 
 def _refuse_to_overwrite(output: Path | None, devices: int) -> None:
@@ -200,7 +200,7 @@ def _expected(
         if not without and result.certificate.gap > 0:
             without = "no cross-validation: the search was stopped"
         try:
-            expected = None if without else optimism(each, requirement, progress=progress, kept=cache / "folds")
+            expected = None if without else optimism(each, requirement, progress=progress, cache_folder=cache / "folds")
             yield replace(result, plan=replace(result.plan, optimism=expected), without_optimism=without)
         except RequirementError as error:
             yield replace(result, without_optimism=str(error))

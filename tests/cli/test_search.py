@@ -18,7 +18,7 @@ from mess_compile.cli.search import subset_of
 from mess_compile.evaluate import statistics
 from mess_compile.report.model import Missing
 from mess_compile.report.provenance import provenance_of
-from mess_compile.search.display import expected_elsewhere
+from mess_compile.search.display import expected_on_new_images
 from mess_compile.search.plan import Optimism, read_result
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.steps import Subset
@@ -51,7 +51,7 @@ class TestBounds:
             (("--max-err", "1"), "--max-err '1' has no unit: write 1% for one percentage point of mIoU below"),
             (("--max-latency", "1"), "--max-latency '1' has no unit: write 20ms, or 0.5x of the baseline"),
             (("--max-latency-p95", "fast"), "--max-latency-p95 'fast' is not understood: write 20ms"),
-            (("--max-latency-worst", "0ms"), "--max-latency-worst '0ms' is not more than nothing: write 20ms"),
+            (("--max-latency-worst", "0ms"), "--max-latency-worst '0ms' is not above zero: write 20ms"),
             (("--max-energy", "5"), "--max-energy '5' has no unit: write 50mJ"),
             (("--time-limit", "60"), "--time-limit '60' has no unit: write 30min (units: s, min, h)"),
             (("--front", "beauty"), "--front 'beauty' is not understood: write latency,miou or"),
@@ -59,7 +59,7 @@ class TestBounds:
             (("--max-latency-worst", "0.0001x"), "best reachable: worst-case latency "),
             (("--max-latency-p95", "0.0001x"), "best reachable: p95 latency "),
             (("--setting", "anytime", "--optimise", "energy"), "the anytime setting optimises mIoU over time"),
-            (("--optimise", "energy"), "profile where the device tells its power"),
+            (("--optimise", "energy"), "profile where the device reports its power"),
         ],
     )
     def test_one_line_for_what_cannot_be(self, workspace: Path, arguments: tuple[str, ...], line: str) -> None:
@@ -433,6 +433,6 @@ def test_what_a_handful_of_images_foretell_is_called_a_guess(workspace: Path) ->
     ],
 )
 def test_an_expectation_says_what_it_rests_on(images: int, groups: int, says: str) -> None:
-    text = expected_elsewhere(Optimism(1.26, 3.4, 5, 0.52, "by folds", images, groups))
+    text = expected_on_new_images(Optimism(1.26, 3.4, 5, 0.52, "by folds", images, groups))
     assert says in text
     assert text.endswith(says) == (images == 400)

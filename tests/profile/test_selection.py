@@ -147,7 +147,7 @@ small_cases = st.builds(
     rows=st.integers(1, 2),
     images=st.integers(3, 7),
     seed=st.integers(0, 10**6),
-    levels=st.integers(2, 5),
+    distinct=st.integers(2, 5),
 )
 
 

@@ -21,7 +21,7 @@ IMAGES = 40
 
 @pytest.fixture
 def evidence() -> Evidence:
-    return cases.evidence((2, 1), rows=4, images=IMAGES, seed=3, levels=30)
+    return cases.evidence((2, 1), rows=4, images=IMAGES, seed=3, distinct=30)
 
 
 def plan(evidence: Evidence, row: int = 1, cut: int = 45, setting: str = "input-dependent") -> Plan:

@@ -132,9 +132,9 @@ def with_baseline_alone(case: Evidence, mean_ms: float, seed: int = 0) -> Eviden
 
 
 def exit_statistics(
-    graphs: GraphSet, images: int, seed: int = 0, levels: int = 6, twins: bool = False
+    graphs: GraphSet, images: int, seed: int = 0, distinct: int = 6, twins: bool = False
 ) -> ExitStatistics:
-    """Random statistics; counts take `levels` values, pixels few, so that ties are frequent.
+    """Random statistics; counts take `distinct` values, pixels few, so that ties are frequent.
 
     Of `twins`, every second image has the pixels of the one before: which of them leaves makes no difference.
     """
@@ -149,11 +149,11 @@ def exit_statistics(
         odd = np.arange(1, images, 2)
         for array in (labelled, intersection, predicted):
             array[odd] = array[odd - 1]
-    counts = np.sort(rng.integers(0, levels, (images, heads, rows)), axis=2)[:, :, ::-1] * 3
+    counts = np.sort(rng.integers(0, distinct, (images, heads, rows)), axis=2)[:, :, ::-1] * 3
     return ExitStatistics(
         heads=tuple(head.name for head in candidate.heads),
         classes=candidate.classes,
-        cells=tuple(levels * 3 for _ in range(heads)),
+        cells=tuple(distinct * 3 for _ in range(heads)),
         thresholds=threshold_table(graphs.gate, classes),
         counts=np.ascontiguousarray(counts, np.int32),
         intersection=intersection.astype(np.int64),
@@ -171,7 +171,7 @@ def exit_statistics(
 
 
 def evidence(
-    heads_per_point: tuple[int, ...], rows: int, images: int, seed: int, levels: int = 6, twins: bool = False
+    heads_per_point: tuple[int, ...], rows: int, images: int, seed: int, distinct: int = 6, twins: bool = False
 ) -> Evidence:
     graphs = graph_set(candidate_network(heads_per_point, seed=seed), rows, seed)
-    return Evidence(graphs, latency_table(graphs, seed), exit_statistics(graphs, images, seed, levels, twins))
+    return Evidence(graphs, latency_table(graphs, seed), exit_statistics(graphs, images, seed, distinct, twins))

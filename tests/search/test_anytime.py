@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.search import anytime
-from mess_compile.search.exhaustive.plan_table import rows_of_plans
+from mess_compile.search.context import SearchContext
+from mess_compile.search.exhaustive.plan_table import enumerate_plans
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.solver import search
 from tests.search.brute_force import all_plans
@@ -21,7 +22,9 @@ def test_more_chains_than_memory_holds_are_refused_with_what_would_do(monkeypatc
     case = evidence((2, 2, 2), 2, 5, seed=1)
     chains = sum(1 for _ in all_plans(case, "anytime", 3)) - 1  # the whole network is no chain
     monkeypatch.setattr(anytime, "_MOST_CHAINS", chains - 1)
-    with pytest.raises(InputError, match=rf"anytime .* {chains} chains of heads: .* --max-exits 2$"):
+    with pytest.raises(
+        InputError, match=rf"anytime .* {chains} chains of heads, more than fit into memory: use --max-exits 2$"
+    ):
         search(case, Requirement(setting="anytime", max_exits=3))
     assert search(case, Requirement(setting="anytime", max_exits=2)).certificate.gap == 0
 
@@ -40,7 +43,7 @@ def quiet(done: int, total: int) -> None:
 def test_every_chain_has_the_figures_it_has_alone(heads: list[int], seed: int, exits: int, us: int | None) -> None:
     case = evidence(tuple(heads), 2, 5, seed)
     requirement = Requirement(setting="anytime", max_exits=exits, deadline_ms=None if us is None else us / 1000)
-    rows = rows_of_plans(case, requirement, quiet)
+    rows = enumerate_plans(case, SearchContext(requirement))
     found = {rows.chains[plan["chain"]]: tuple(plan[name].item() for name in FIGURES) for plan in rows.plans}
     plans = all_plans(case, "anytime", exits, None if us is None else us * 1000)
     assert found == {

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mess_compile.search.constraints import MEASURES, bounds_of
-from mess_compile.search.exhaustive.plan_table import ROW, rows_of_plans
+from mess_compile.search.context import SearchContext
+from mess_compile.search.exhaustive.plan_table import PLAN_DTYPE, enumerate_plans
 from mess_compile.search.metrics import Evidence
 from mess_compile.search.plan import Figures
 from mess_compile.search.requirement import Limit, Requirement
@@ -70,15 +71,15 @@ def test_a_bound_relative_to_the_baseline_parts_plans_where_a_recount_does(seed:
     }
     assert list(bounds) == ["max_err_pp", *limits, "max_memory_bytes"]
     rows = rows_of(plans)
-    for field, keeps in expected.items():
-        assert bounds[field].kept(rows).tolist() == [keeps(plan) for plan in plans], field
+    for field, satisfies in expected.items():
+        assert bounds[field].is_met(rows).tolist() == [satisfies(plan) for plan in plans], field
     best = min(plan.cost_ns for plan in plans) / IMAGES / 1e6
     assert bounds["max_latency"].best_of(rows) == f"latency {best:.4g} ms"
     assert bounds["max_err_pp"].best_of(rows) == f"mIoU {max(plan.miou for plan in plans):.4g} %"
 
 
 def rows_of(plans: list[BrutePlan]) -> np.ndarray:
-    rows = np.zeros(len(plans), ROW)
+    rows = np.zeros(len(plans), PLAN_DTYPE)
     for name in ("cost_ns", "macs", "energy_nj", "p95_ns", "worst_ns", "miou"):
         rows[name] = [getattr(plan, name) for plan in plans]
     rows["memory_bytes"] = [plan.memory for plan in plans]
@@ -86,9 +87,9 @@ def rows_of(plans: list[BrutePlan]) -> np.ndarray:
 
 
 def test_rows_and_figures_say_the_same_of_a_plan() -> None:
-    """What a refusal reaches for is told from rows in a small space, from a plan's figures in a large one."""
+    """A refusal takes what can be reached from a plan table in a small space, from a plan's figures in a large one."""
     figures = Figures(12.5, 20.0, 31.25, 54.236, 3.4801, 96 << 19, (1.0,), IMAGES, "val", "measured", 7.0)
-    row = np.zeros(1, ROW)
+    row = np.zeros(1, PLAN_DTYPE)
     counted = {"cost_ns": 12_500_000 * IMAGES, "p95_ns": 20_000_000, "worst_ns": 31_250_000, "miou": 54.236}
     counted |= {"macs": 3_480_100_000 * IMAGES, "memory_bytes": 96 << 19, "energy_nj": 7_000_000 * IMAGES}
     for name, value in counted.items():
@@ -113,7 +114,7 @@ def test_rows_and_figures_say_the_same_of_a_plan() -> None:
 def test_a_bound_that_nothing_reaches_keeps_every_plan() -> None:
     """The largest bound that can be written, over many images, is beyond 64 bits."""
     case = evidence((1,), 2, images=70, seed=1)
-    rows = rows_of_plans(case, Requirement(), quiet).plans
+    rows = enumerate_plans(case, SearchContext(Requirement())).plans
     (bound,) = bounds_of(case, Requirement(max_latency=Limit(1e12))).values()
     assert bound.limit == 70 * 10**18 > np.iinfo(np.int64).max
-    assert bound.kept(rows).all()
+    assert bound.is_met(rows).all()

@@ -17,7 +17,7 @@ from mess_compile.search.hold_out import (
     held_out_sentence,
     held_rows,
     parse_hold_out,
-    parted,
+    split_images,
     tuning_part,
     tuning_rows,
 )
@@ -36,15 +36,15 @@ from tests.search.cases import evidence
         ("abababab", Fraction(1, 4), [6, 7], "the last 25 % of each sequence"),  # of two cameras in turn
         ("aaaaaaa", THIRD, [5, 6], "the last third of each sequence"),
         ("abcdefg", THIRD, [2, 5], "every third image"),
-        ("aabbccdd", THIRD, [4, 5], "every third sequence"),  # too short to be parted
+        ("aabbccdd", THIRD, [4, 5], "every third sequence"),  # too short to be split
         ("abcdefghij", Fraction(1, 5), [4, 9], "20 % of the images, at even distances"),
     ],
 )
 def test_the_end_of_each_sequence_is_held_out_or_whole_ones(
     groups: str, share: Fraction, held: list[int], rule: str
 ) -> None:
-    rows, told = held_rows(groups, share)
-    assert (rows.tolist(), told) == (held, rule)
+    rows, words = held_rows(groups, share)
+    assert (rows.tolist(), words) == (held, rule)
 
 
 @pytest.mark.parametrize(("text", "share"), [("none", 0), ("33%", Fraction(33, 100)), (" 12.5 % ", Fraction(1, 8))])
@@ -65,8 +65,8 @@ def case(images: int) -> Evidence:
 
 
 def found(whole: Evidence, share: Fraction | None = None) -> SearchResult:
-    parts = parted([whole], share)
-    return parts.judged(search(parts.chosen[0], Requirement(max_err_pp=5)))
+    parts = split_images([whole], share)
+    return parts.evaluated(search(parts.chosen[0], Requirement(max_err_pp=5)))
 
 
 def leaves_at(statistics_of: Evidence, result: SearchResult, image: int) -> str:
@@ -83,9 +83,9 @@ def test_both_figures_are_those_of_their_own_images() -> None:
     whole = case(66)  # two sequences in turn: image 0, 2, ... and image 1, 3, ...
     result = found(whole)
     held, chosen = list(range(44, 66)), list(range(44))
-    told = result.plan.hold_out
-    assert told is not None
-    for images, figures in ((chosen, result.plan.predicted), (held, told.predicted)):
+    hold_out = result.plan.hold_out
+    assert hold_out is not None
+    for images, figures in ((chosen, result.plan.predicted), (held, hold_out.predicted)):
         some = dataclasses.replace(whole, statistics=whole.statistics.select(images))
         heads = [leaves_at(some, result, image) for image in range(len(images))]
         assert figures.images == len(images)
@@ -93,8 +93,8 @@ def test_both_figures_are_those_of_their_own_images() -> None:
         rates = [heads.count(stage.head) / len(heads) for stage in result.plan.stages]
         assert figures.exit_rates == pytest.approx(rates)
     ids = "\n".join(f"image{number}" for number in held)
-    assert told.image_ids_sha256 == hashlib.sha256(ids.encode()).hexdigest()
-    assert tuning_part(whole.statistics, told).image_id == tuple(f"image{number}" for number in chosen)
+    assert hold_out.image_ids_sha256 == hashlib.sha256(ids.encode()).hexdigest()
+    assert tuning_part(whole.statistics, hold_out).image_id == tuple(f"image{number}" for number in chosen)
 
 
 def test_the_plan_is_the_one_that_the_other_images_give_and_names_the_statistics_that_are_there() -> None:
@@ -121,22 +121,24 @@ def test_of_few_images_nothing_is_held_out_unless_asked() -> None:
 
 def test_a_share_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="--hold-out 1% of 8 images: no image with labels would be held out"):
-        parted([case(8)], Fraction(1, 100))
+        split_images([case(8)], Fraction(1, 100))
     whole = case(66)
     labelled = whole.statistics.labelled.copy()
     labelled[44:] = 0
     pixels = {name: getattr(whole.statistics, name).copy() for name in ("intersection", "predicted")}
     pixels["intersection"][44:] = 0
     unlabelled = dataclasses.replace(whole.statistics, labelled=labelled, **pixels)
-    parts = parted([dataclasses.replace(whole, statistics=unlabelled)], None)
+    parts = split_images([dataclasses.replace(whole, statistics=unlabelled)], None)
     assert (parts.held, parts.without) == ((), "no image with labels would be held out")
 
 
 def test_more_lost_than_asked_for_on_the_images_held_out_is_said() -> None:
     result = found(case(66))
-    told = result.plan.hold_out
-    assert told is not None
-    worse = dataclasses.replace(told, predicted=dataclasses.replace(told.predicted, miou=told.baseline.miou - 2.5))
+    hold_out = result.plan.hold_out
+    assert hold_out is not None
+    worse = dataclasses.replace(
+        hold_out, predicted=dataclasses.replace(hold_out.predicted, miou=hold_out.baseline.miou - 2.5)
+    )
     lost = dataclasses.replace(result, plan=dataclasses.replace(result.plan, hold_out=worse))
     assert "-2.50 pp on the 22 held out, where more than 1 pp is lost" in held_out_sentence(lost, 1.0)
     assert held_out_sentence(lost, 3.0).endswith("-2.50 pp on the 22 held out")
@@ -145,9 +147,11 @@ def test_more_lost_than_asked_for_on_the_images_held_out_is_said() -> None:
 
 def test_what_is_lost_counts_from_the_miou_that_was_given() -> None:
     result = found(case(66))
-    told = result.plan.hold_out
-    assert told is not None
-    worse = dataclasses.replace(told, predicted=dataclasses.replace(told.predicted, miou=told.baseline.miou - 2.5))
+    hold_out = result.plan.hold_out
+    assert hold_out is not None
+    worse = dataclasses.replace(
+        hold_out, predicted=dataclasses.replace(hold_out.predicted, miou=hold_out.baseline.miou - 2.5)
+    )
     plan = dataclasses.replace(result.plan, hold_out=worse, reference_miou=result.plan.baseline.miou - 2.0)
     below = dataclasses.replace(result, plan=plan)
     assert held_out_sentence(below, 1.0).endswith("-2.50 pp on the 22 held out")
@@ -156,9 +160,9 @@ def test_what_is_lost_counts_from_the_miou_that_was_given() -> None:
 
 def test_no_loss_has_no_sign_of_one() -> None:
     result = found(case(66))
-    told = result.plan.hold_out
-    assert told is not None
-    same = dataclasses.replace(told, predicted=told.baseline)
+    hold_out = result.plan.hold_out
+    assert hold_out is not None
+    same = dataclasses.replace(hold_out, predicted=hold_out.baseline)
     plan = dataclasses.replace(result.plan, hold_out=same, predicted=result.plan.baseline)
     assert "-0.00" not in held_out_sentence(dataclasses.replace(result, plan=plan), 1.0)
 
@@ -177,14 +181,14 @@ def test_a_sparing_profile_asks_what_the_search_will_choose_by() -> None:
 def with_another_plan(seed: int) -> tuple[Evidence, Requirement, set[str]] | None:
     """A case of which the tuning part has a plan of other graphs than all images, and these graphs."""
     whole, requirement = evidence((2, 1), 2, 66, seed), Requirement(max_err_pp=1.0)
-    plans = [search(each, requirement, front_by=()).plan for each in (whole, parted([whole], None).chosen[0])]
+    plans = [search(each, requirement, front_by=()).plan for each in (whole, split_images([whole], None).chosen[0])]
     every, part = ({graph.name for graph in plan.graphs} for plan in plans)
     return None if part <= every else (whole, requirement, part)
 
 
 @pytest.mark.parametrize("share", ["", "0/3", "3/3", "1/0", "0.5", "1e999999999", "-1/3", "9999999999/99999999999"])
 def test_a_forged_record_is_refused_at_once(share: str) -> None:
-    with pytest.raises(InputError, match="is no share of images held out, such as 1/3"):
+    with pytest.raises(InputError, match="is not a share of images held out, such as 1/3"):
         tuning_rows(["a", "b", "c"], share)
     assert tuning_rows(["a", "b", "c"], "1/3").tolist() == [0, 1]
 

@@ -181,7 +181,7 @@ def test_energy_is_asked_of_tables_that_tell_it() -> None:
             search_recipes([lacking], requirement)
     nothing = {key: dataclasses.replace(entry, energy_mj=None) for key, entry in case.table.entries.items()}
     silent_device = dataclasses.replace(case, table=dataclasses.replace(case.table, entries=nothing))
-    with pytest.raises(InputError, match="profile where the device tells its power"):
+    with pytest.raises(InputError, match="profile where the device reports its power"):
         search_recipes([silent_device], Requirement(objective="energy"))
 
 
@@ -225,9 +225,9 @@ def test_recipes_that_saw_different_images_are_not_compared() -> None:
 
 def test_a_target_that_has_no_plan_with_exits_runs_the_whole_network() -> None:
     case = evidence((1,), 2, 4, seed=0)
-    kept = {key: entry for key, entry in case.table.entries.items() if not key[0].startswith("output-")}
-    gone = {key: GraphFailure(key[0], f"sha-{key[0]}", "fp32", "no") for key in case.table.entries if key not in kept}
-    lacking = dataclasses.replace(case, table=dataclasses.replace(case.table, entries=kept, failed=gone))
+    left = {key: entry for key, entry in case.table.entries.items() if not key[0].startswith("output-")}
+    gone = {key: GraphFailure(key[0], f"sha-{key[0]}", "fp32", "no") for key in case.table.entries if key not in left}
+    lacking = dataclasses.replace(case, table=dataclasses.replace(case.table, entries=left, failed=gone))
     for setting in ("input-dependent", "anytime"):
         plan = search_recipes([lacking], Requirement(setting=setting, max_exits=3)).plan
         assert [graph.name for graph in plan.graphs] == ["baseline"]

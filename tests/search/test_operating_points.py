@@ -59,7 +59,7 @@ def test_points_are_what_no_other_thresholds_beat(heads: list[int], images: int,
 @settings(max_examples=10, deadline=None)
 @given(st.integers(4, 10), st.integers(0, 10**6), st.data())
 def test_three_early_exits_have_points_at_the_rows_of_the_plan(images: int, seed: int, data: st.DataObject) -> None:
-    case = evidence((1, 1, 1), 2, images, seed, levels=4)
+    case = evidence((1, 1, 1), 2, images, seed, distinct=4)
     brute = data.draw(
         st.sampled_from([p for p in all_plans(case, "input-dependent", 3) if len(p.heads) == 4] or [None])
     )
@@ -84,7 +84,7 @@ def test_three_early_exits_have_points_at_the_rows_of_the_plan(images: int, seed
 
 
 def test_a_plan_in_the_middle_has_points_on_both_sides() -> None:
-    case = evidence((1,), 6, images=40, seed=11, levels=30)
+    case = evidence((1,), 6, images=40, seed=11, distinct=30)
     front = [plan for plan in search(case, Requirement()).front if len(plan.stages) == 2]
     middle = front[len(front) // 2].predicted
     requirement = Requirement(max_err_pp=0.0, baseline_miou=middle.miou)

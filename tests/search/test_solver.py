@@ -68,8 +68,8 @@ def front_of(case: Evidence) -> list[BrutePlan]:
 def cases(draw: st.DrawFn, most_heads: int = 2, most_images: int = 9) -> Evidence:
     heads = tuple(draw(st.lists(st.integers(1, most_heads), min_size=1, max_size=3)))
     rows = draw(st.integers(1, 3 if len(heads) < 3 else 2))
-    images, seed, levels = draw(st.integers(3, most_images)), draw(st.integers(0, 10**6)), draw(st.integers(2, 5))
-    case = evidence(heads, rows, images, seed, levels, twins=draw(st.booleans()))
+    images, seed, distinct = draw(st.integers(3, most_images)), draw(st.integers(0, 10**6)), draw(st.integers(2, 5))
+    case = evidence(heads, rows, images, seed, distinct, twins=draw(st.booleans()))
     return with_baseline_alone(case, draw(st.integers(1, 9)) / 1000, seed) if draw(st.booleans()) else case
 
 
@@ -137,7 +137,7 @@ def check_against_every_plan(case: Evidence, setting: str, data: st.DataObject) 
     objective = "anytime" if setting == "anytime" else requirement.objective or "latency"
     best = min(feasible, key=lambda plan: key(plan, objective))
     if deadline is not None and not best.score:
-        with pytest.raises(RequirementError, match=f"no plan reports by {requirement.deadline_ms:g} ms: the first"):
+        with pytest.raises(RequirementError, match=f"no plan reports by {requirement.deadline_ms:g} ms: the earliest"):
             search(case, requirement)
         return
     n, result = case.statistics.images, search(case, requirement)
@@ -223,13 +223,13 @@ def test_the_front_with_memory_holds_every_plan_that_no_other_beats(case: Eviden
 
 
 def test_many_distinct_counts_fall_back_to_the_stated_grid_of_cuts() -> None:
-    case = evidence((1,), 1, images=80, seed=3, levels=300)
+    case = evidence((1,), 1, images=80, seed=3, distinct=300)
     best = min(all_plans(case, "input-dependent", 1), key=lambda plan: key(plan, "accuracy"))
     assert identity(search(case, Requirement(objective="accuracy")).plan) == brute_identity(best)
 
 
-def test_more_than_64_images_are_told_apart() -> None:
-    case = evidence((1, 1), 2, images=70, seed=5, levels=4)
+def test_more_than_64_images_are_distinguished() -> None:
+    case = evidence((1, 1), 2, images=70, seed=5, distinct=4)
     plans = list(all_plans(case, "input-dependent", 2))
     best = min(plans, key=lambda plan: key(plan, "accuracy"))
     result = search(case, Requirement(objective="accuracy"))
@@ -275,7 +275,7 @@ def test_when_images_are_all_alike_the_order_by_text_decides(seed: int) -> None:
 
 
 def test_a_head_that_is_equally_sure_of_every_image_decides_nothing() -> None:
-    case = evidence((1,), 2, images=5, seed=0, levels=1)
+    case = evidence((1,), 2, images=5, seed=0, distinct=1)
     whole = 1
     assert search(case, Requirement()).certificate.space == len(case.graph_set.candidate.heads) + whole
 

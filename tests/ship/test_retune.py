@@ -116,7 +116,7 @@ class Made:
 
 
 def made(described: manifest.BundlePlan, seed: int, exits: int) -> Made:
-    statistics = cases.evidence((1,) * (exits - 1), 3, 10, seed, levels=4).statistics
+    statistics = cases.evidence((1,) * (exits - 1), 3, 10, seed, distinct=4).statistics
     costs = tuple(manifest.StageCost(3.0 + 2 * exit_, 9.0, 2.0 - exit_ / 2, 9.0) for exit_ in range(exits))
     plan = replace(described, costs=costs, upload_mean_ms=0.5)
     decisions = []

@@ -1,4 +1,4 @@
-"""What a search by branch and bound is about, in arrays: heads, costs, thresholds, and what a plan must keep."""
+"""A search by branch and bound as arrays: heads, costs, thresholds, and what a plan must satisfy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mess_compile.latency.table import Quantity, graph_cost_ns
 from mess_compile.network import head_graph_name, segment_name
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.search.bnb import kernels
+from mess_compile.search.bnb.kernels.values import Constraints, HeadTable
 from mess_compile.search.constraints import Bound, bounds_of
 from mess_compile.search.memory import memory_of_chains
 from mess_compile.search.metrics import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs, worst_ns
@@ -20,7 +21,11 @@ from mess_compile.search.requirement import Requirement
 from mess_compile.search.space import CUTS
 
 Array = NDArray[Any]
+Cuts = tuple[tuple[tuple[int, ...], ...], ...]
+"""The cuts by head and threshold row."""
 UNBOUNDED = np.iinfo(np.int64).max
+PLACES = 4
+"""Of a chain: three early heads, and the last; the heads of a shorter chain are in the last places."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +42,7 @@ class PathCosts:
     def of_exits(self, points: Array, *heads: Array) -> Array:
         """(exits, ...): what an image costs that leaves at each of these heads, -1 where the target lacks a graph.
 
-        A head one beyond the last stands for none, at the cost of the next.
+        The index after the last head stands for no head, at the cost of the next.
         """
         at, paid, runs = np.zeros((), np.int64), np.array(self.start), np.ones((), np.bool_)
         costs, skipped = [], []
@@ -66,79 +71,137 @@ class Whole:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A search in arrays: heads by index, their exit `points` (from 1), and per head and row the `grid` of cuts.
+    """A search in arrays: heads by index, their exit `points` (from 1), and their `cuts` by threshold row.
 
-    `paths` are the quantities that `wanted` counts, the first the latency. `allowed` says of a plan's heads whether
-    they keep the bounds that no threshold moves, `graphs` counts their graphs, `names` are theirs. `memory` is what
-    chains (m, 4) of heads take in bytes, `most_memory` what they may, and `by_memory` whether it is the objective. One
-    `unit` of any other (ms, GMACs, mJ) is so many of the integers. `wholes` are the plans without a head of their own,
-    which end at exit point `final`.
+    `paths` are the quantities that the `constraints` bound, the first the latency. `allowed` says of a plan's heads
+    whether they satisfy the bounds that do not depend on thresholds, `graphs` counts their graphs. `memory` is what
+    chains (m, 4) of heads take in bytes, `max_memory` what they may, and `by_memory` whether it is the objective. One
+    `unit` of any other objective (ms, GMACs, mJ) is so many of the integers. `wholes` are the whole networks, which end
+    at exit point `final`.
     """
 
     names: tuple[str, ...]
     points: Array
-    field: kernels.Field
-    grid: tuple[tuple[tuple[int, ...], ...], ...]
+    table: HeadTable
+    cuts: Cuts
     paths: tuple[PathCosts, ...]
-    wanted: kernels.Wanted
+    constraints: Constraints
     allowed: Callable[[tuple[str, ...]], bool]
     graphs: Callable[[tuple[str, ...]], int]
     memory: Callable[[Array], Array]
-    most_memory: int
+    max_memory: int
     by_memory: bool
     unit: float
     wholes: tuple[Whole, ...]
     final: int
 
+    @property
+    def images(self) -> int:
+        return int(self.table.scores.shape[1])
+
+    @property
+    def no_head(self) -> int:
+        """The index that stands for no head."""
+        return len(self.names)
+
+    @property
+    def priced(self) -> int:
+        """The quantity that is weighed against mIoU: the objective, or for mIoU the first that has a bound."""
+        objective = self.constraints.objective
+        return objective if objective >= 0 else int((self.constraints.bounds < UNBOUNDED).argmax())
+
+    @property
+    def weight(self) -> float:
+        """0 when only mIoU counts: then prices are in pp."""
+        return float(self.constraints.objective >= 0 or self.constraints.bounds[self.priced] < UNBOUNDED)
+
+    def index(self, head: str) -> int:
+        return self.names.index(head)
+
+    def names_of(self, chain: Array) -> tuple[str, ...]:
+        return tuple(self.names[head] for head in chain if head != self.no_head)
+
+    def chains(self, *heads: Array) -> Array:
+        """Chains (m, 4) of these heads (m,), with none before them."""
+        none = [np.full(len(heads[0]), self.no_head)] * (PLACES - len(heads))
+        return np.stack([*none, *heads], axis=1)
+
+    def costs(self, quantity: int, *heads: Array) -> Array:
+        """What an image costs that leaves at each of these heads, as `PathCosts.of_exits` gives it."""
+        return self.paths[quantity].of_exits(self.points, *heads)
+
+    def allowed_of(self, chains: Array) -> Array:
+        """Those of the chains (m, 4) that satisfy the bounds which do not depend on thresholds."""
+        found: Array = chains[np.array([self.allowed(self.names_of(chain)) for chain in chains], np.bool_)]
+        return found
+
+    def least_paid(self) -> int:
+        """What every plan pays of the objective: each image passes a first head, or a whole network, and leaves."""
+        objective = self.constraints.objective
+        path = self.paths[objective]
+        first = path.step[0][path.step[0] >= 0].min()
+        uncut = min(whole.costs[objective] for whole in self.wholes)
+        return int(min(path.start + first + path.leave.min(), uncut) * self.images)
+
 
 def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
     """The arrays of a search. Its bounds are in the integers that the search counts in, summed over images."""
-    statistics, images = evidence.statistics, evidence.statistics.images
-    names = tuple(head.name for head in evidence.heads)
-    points = np.array([head.exit_point for head in evidence.heads])
-    labelled = statistics.labelled.sum(axis=0)
-    present = np.flatnonzero(labelled)
-    heads = [statistics.head_index(name) for name in names]
-    scores = np.empty((len(heads), images, 2 * len(present)), np.int32)
-    for score, head in zip(scores, heads, strict=True):
-        right = statistics.intersection[:, head, present]
-        score[:] = np.concatenate([right, statistics.predicted[:, head, present] - right], axis=1)
-    levels, cuts, ranks, grid = _thresholds(evidence, names)
-    field = kernels.Field(
-        scores=scores,
-        totals=scores.sum(axis=1, dtype=np.float64),
-        spans=kernels.differences(scores, points[:, None] < points[None, :]),
-        levels=levels,
-        cuts=cuts,
-        ranks=ranks,
-        labelled=labelled[present].astype(np.float64),
-    )
+    table, cuts = _head_table(evidence)
     paths = {"latency": _times(evidence, "mean_ms"), "workload": _workloads(evidence)}
     if requirement.needs_energy:
         paths["energy"] = _times(evidence, "energy_mj")
     bounds = bounds_of(evidence, requirement)
     objective = requirement.objective or "latency"
-    wanted = kernels.Wanted(
-        bounds=np.array([_most(bounds, f"max_{name}") for name in paths], np.int64),
-        percentile=np.array([95, _most(bounds, "max_latency_p95")], np.int64),
-        floor=bounds["max_err_pp"].limit if "max_err_pp" in bounds else -np.inf,
-        objective=list(paths).index(objective) if objective in paths else -1,
-    )
     return Problem(
-        names,
-        points,
-        field,
-        grid,
-        tuple(paths.values()),
-        wanted,
-        lambda chain: _is_allowed(evidence, bounds, chain),
-        lambda chain: len(plan_graphs(evidence.candidate, chain)),
-        memory_of_chains(evidence),
-        _most(bounds, "max_memory_bytes"),
-        objective == "memory",
-        1e9 if objective == "workload" else 1e6,
-        tuple(_whole(evidence, name, tuple(paths)) for name in evidence.baselines),
-        len(evidence.candidate.exit_points),
+        names=tuple(head.name for head in evidence.heads),
+        points=_points(evidence),
+        table=table,
+        cuts=cuts,
+        paths=tuple(paths.values()),
+        constraints=_constraints(bounds, tuple(paths), objective),
+        allowed=lambda chain: _is_allowed(evidence, bounds, chain),
+        graphs=lambda chain: len(plan_graphs(evidence.candidate, chain)),
+        memory=memory_of_chains(evidence),
+        max_memory=_max(bounds, "max_memory_bytes"),
+        by_memory=objective == "memory",
+        unit=1e9 if objective == "workload" else 1e6,
+        wholes=tuple(_whole(evidence, name, tuple(paths)) for name in evidence.baselines),
+        final=len(evidence.candidate.exit_points),
+    )
+
+
+def _points(evidence: Evidence) -> Array:
+    return np.array([head.exit_point for head in evidence.heads])
+
+
+def _head_table(evidence: Evidence) -> tuple[HeadTable, Cuts]:
+    statistics, points = evidence.statistics, _points(evidence)
+    labelled = statistics.labelled.sum(axis=0)
+    present = np.flatnonzero(labelled)
+    heads = [statistics.head_index(head.name) for head in evidence.heads]
+    scores = np.empty((len(heads), statistics.images, 2 * len(present)), np.int32)
+    for score, head in zip(scores, heads, strict=True):
+        right = statistics.intersection[:, head, present]
+        score[:] = np.concatenate([right, statistics.predicted[:, head, present] - right], axis=1)
+    passed, cut_counts, text_ranks, cuts = _thresholds(evidence)
+    table = HeadTable(
+        scores=scores,
+        totals=scores.sum(axis=1, dtype=np.float64),
+        spans=kernels.differences(scores, points[:, None] < points[None, :]),
+        passed=passed,
+        cut_counts=cut_counts,
+        text_ranks=text_ranks,
+        labelled=labelled[present].astype(np.float64),
+    )
+    return table, cuts
+
+
+def _constraints(bounds: dict[str, Bound], paths: tuple[str, ...], objective: str) -> Constraints:
+    return Constraints(
+        bounds=np.array([_max(bounds, f"max_{name}") for name in paths], np.int64),
+        percentile=np.array([95, _max(bounds, "max_latency_p95")], np.int64),
+        floor=bounds["max_err_pp"].limit if "max_err_pp" in bounds else -np.inf,
+        objective=paths.index(objective) if objective in paths else -1,
     )
 
 
@@ -153,16 +216,16 @@ def _whole(evidence: Evidence, name: str, paths: tuple[str, ...]) -> Whole:
     return Whole(name, tuple(costs[path] for path in paths), evidence.baseline_miou(name), size)
 
 
-def _most(bounds: dict[str, Bound], field: str) -> int:
+def _max(bounds: dict[str, Bound], field: str) -> int:
     return min(int(bounds[field].limit), UNBOUNDED) if field in bounds else UNBOUNDED
 
 
 def _is_allowed(evidence: Evidence, bounds: dict[str, Bound], heads: tuple[str, ...]) -> bool:
-    if memory_bytes(evidence.graph_set, heads) > _most(bounds, "max_memory_bytes"):
+    if memory_bytes(evidence.graph_set, heads) > _max(bounds, "max_memory_bytes"):
         return False
     if "max_latency_worst" not in bounds:
         return True
-    return worst_ns(evidence, "input-dependent", heads) <= _most(bounds, "max_latency_worst")
+    return worst_ns(evidence, "input-dependent", heads) <= _max(bounds, "max_latency_worst")
 
 
 def _times(evidence: Evidence, quantity: Quantity) -> PathCosts:
@@ -195,22 +258,20 @@ def _workloads(evidence: Evidence) -> PathCosts:
     return PathCosts(0, np.array(step, np.int64), 0, np.zeros(len(evidence.heads), np.int64))
 
 
-def _thresholds(evidence: Evidence, heads: tuple[str, ...]) -> tuple[Array, Array, Array, Any]:
-    """Levels, cuts and ranks as in `kernels.Field`, and the grid of cuts by head and row."""
-    statistics = evidence.statistics
+def _thresholds(evidence: Evidence) -> tuple[Array, Array, Array, Cuts]:
+    """`passed`, `cut_counts` and `text_ranks` as in `HeadTable`, and the cuts by head and row."""
+    statistics, heads = evidence.statistics, [head.name for head in evidence.heads]
     rows = statistics.counts.shape[2]
-    levels = np.zeros((len(heads) + 1, rows, statistics.images), np.uint8)
-    cuts = np.zeros((len(heads) + 1, rows), np.int64)
-    cuts[-1, 0] = 1  # the head that is none: one cut, which no image passes
-    ranks = np.zeros((len(heads) + 1, rows, CUTS + 1), np.int64)
+    passed = np.zeros((len(heads) + 1, rows, statistics.images), np.uint8)
+    cut_counts = np.zeros((len(heads) + 1, rows), np.int64)
+    cut_counts[-1, 0] = 1  # no head has one cut, which no image passes
+    text_ranks = np.zeros((len(heads) + 1, rows, CUTS + 1), np.int64)
     by_text = sorted(range(rows), key=str)
-    grid = []
     for h, head in enumerate(heads):
         counts = np.asarray(statistics.counts[:, statistics.head_index(head)])  # (n, rows)
-        grid.append(evidence.cuts[head])
-        texts = sorted({str(cut) for found in grid[-1] for cut in found})
-        for row, found in enumerate(grid[-1]):
-            levels[h, row] = np.searchsorted(found, counts[:, row], side="right")
-            cuts[h, row] = len(found)
-            ranks[h, row, : len(found) + 1] = [by_text.index(row), *(texts.index(str(cut)) for cut in found)]
-    return levels, cuts, ranks, tuple(grid)
+        texts = sorted({str(cut) for cuts in evidence.cuts[head] for cut in cuts})
+        for row, cuts in enumerate(evidence.cuts[head]):
+            passed[h, row] = np.searchsorted(cuts, counts[:, row], side="right")
+            cut_counts[h, row] = len(cuts)
+            text_ranks[h, row, : len(cuts) + 1] = [by_text.index(row), *(texts.index(str(cut)) for cut in cuts)]
+    return passed, cut_counts, text_ranks, tuple(evidence.cuts[head] for head in heads)

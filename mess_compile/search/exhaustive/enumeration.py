@@ -76,12 +76,12 @@ class Outcomes:
     miou: Floats
 
     def of_last(self, early: int) -> Outcomes:
-        """The same without the heads before the last `early` ones, which stand for none."""
+        """The same without the heads before the last `early` ones, which stand for no head."""
         return Outcomes(self.taken[:, -early:], self.at[:, -early:], self.miou)
 
 
 def states_of_pair(first: Decisions, second: Decisions) -> Iterator[States]:
-    """All states of two early heads, in blocks; of those in which the same images leave at each only the first."""
+    """All states of two early heads, in blocks; of states that send the same images to each exit only the first."""
     by_size = np.argsort(first.leaves.sum(axis=1), kind="stable")
     step = max(1, STATES // len(second.rows)) if len(second.rows) else 1
     for start in range(0, len(by_size), step):
@@ -131,7 +131,7 @@ def best_outcomes(
 ) -> Outcomes:
     """The best state by mIoU, then by text, of each group, when images that leave at neither exit leave at `last`.
 
-    `first_leaves` (options, n) tells which images each of the first head's options sends away.
+    `first_leaves` (options, n) says which images leave by each of the first head's options.
     """
     base = scores.of_head[last]
     sums = _product(scores.of_head[early[1]] - base, states.leaves)  # (2 * classes, states)
@@ -147,7 +147,7 @@ def best_outcomes(
 
 
 def outcomes_of_three(scores: Scores, early: Sequence[str], last: str, options: Sequence[Decisions]) -> Outcomes:
-    """Every choice of the options of three early heads, with images that leave at none of them at `last`."""
+    """Every choice of the options of three early heads; images that leave at none of them leave at `last`."""
     base = scores.of_head[last]
     first, second, third = options
     pairs = np.stack(np.divmod(np.arange(len(second.rows) * len(third.rows)), max(1, len(third.rows))), axis=1)
@@ -167,7 +167,7 @@ def outcomes_of_three(scores: Scores, early: Sequence[str], last: str, options: 
 def _product(weights: Floats, leaves: Floats) -> Floats:
     """`weights.T @ leaves`, in slices that OpenBLAS computes in one thread.
 
-    Two threads gain little on matrices of this size, and with another process on the cores they wait for each other:
+    Two threads gain little on matrices of this size, and when another process uses the cores they wait for each other:
     a product then takes twenty times as long.
     """
     product = np.empty((weights.shape[1], leaves.shape[1]))
@@ -184,10 +184,11 @@ def merged(parts: list[Outcomes]) -> Outcomes:
 
 
 def undominated(outcomes: Outcomes) -> Outcomes:
-    """The outcomes of one or two early exits that no other beats in mIoU while it sends as many images or more there.
+    """The outcomes of one or two early exits that are not dominated: no other has a greater mIoU while as many images
+    or more leave early.
 
-    Where deeper exits cost no less, what is left out is beaten in mIoU at no more cost, so that it can be neither
-    optimal nor on the front. Equals stay, for the order by text to decide.
+    Where deeper exits cost no less, a dominated outcome has less mIoU at no less cost, so it can be neither optimal nor
+    on the front. Equal outcomes stay, for the order by text decides between them.
     """
     row, early = outcomes.at[:, :-1].sum(axis=1), outcomes.at.sum(axis=1)
     row -= row.min()
@@ -195,5 +196,5 @@ def undominated(outcomes: Outcomes) -> Outcomes:
     np.maximum.at(grid, (row, early), outcomes.miou)
     for axis in (0, 1):
         grid = np.flip(np.maximum.accumulate(np.flip(grid, axis), axis=axis), axis)
-    kept = outcomes.miou >= grid[row, early]
-    return Outcomes(outcomes.taken[kept], outcomes.at[kept], outcomes.miou[kept])
+    best = outcomes.miou >= grid[row, early]
+    return Outcomes(outcomes.taken[best], outcomes.at[best], outcomes.miou[best])

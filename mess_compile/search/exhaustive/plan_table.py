@@ -1,10 +1,9 @@
-"""All plans of one setting worth choosing from, as rows of an array, and the way back from a row to a plan's stages."""
+"""A table of all plans of one setting that are worth choosing from, and the stages of each row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,8 @@ from mess_compile.evaluate.statistics import head_miou
 from mess_compile.latency.table import Quantity
 from mess_compile.network import segment_name
 from mess_compile.search.anytime import anytime_chains
-from mess_compile.search.deadline import Clock
+from mess_compile.search.context import SearchContext
+from mess_compile.search.deadline import ended_by_interrupt, is_up
 from mess_compile.search.exhaustive.enumeration import (
     Outcomes,
     Scores,
@@ -41,13 +41,13 @@ from mess_compile.search.space import (
 )
 
 NO_OPTION = -1
-ROW = np.dtype(
+PLAN_DTYPE = np.dtype(
     [
-        ("chain", np.int64),  # index into Rows.chains
+        ("chain", np.int64),  # index into PlanTable.chains
         ("taken", np.int64, (3,)),  # options of the early heads, NO_OPTION where there are fewer
         ("cost_ns", np.int64),  # sums over all images
         ("macs", np.int64),
-        ("energy_nj", np.int64),  # 0 where the latency table does not tell
+        ("energy_nj", np.int64),  # 0 where the latency table lacks an energy
         ("p95_ns", np.int64),  # of one image
         ("worst_ns", np.int64),
         ("memory_bytes", np.int64),
@@ -56,13 +56,12 @@ ROW = np.dtype(
         ("score", np.float64),  # what the anytime setting maximises
     ]
 )
-Progress = Callable[[int, int], None]
 ENUMERATED = 6e9
-"""Plans times images up to which all are enumerated, in about ten seconds on two cores."""
+"""Plans times images up to which all plans are enumerated, in about ten seconds on two cores."""
 
 
 class HeadDecisions(dict[str, Decisions]):
-    """The options of each early head, found when they are first asked for."""
+    """The options of each early head, computed when they are first read."""
 
     def __init__(self, evidence: Evidence) -> None:
         super().__init__()
@@ -74,11 +73,11 @@ class HeadDecisions(dict[str, Decisions]):
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """Plans as `plans`, a structured array of ROW; `chains` are heads in running order, the last exit's included.
+class PlanTable:
+    """Plans as `plans`, a structured array of PLAN_DTYPE; `chains` are heads in running order, with the last exit's.
 
-    `space` counts the plans these rows were chosen from, `evaluated` those without duplicates. `left` are the early
-    heads whose plans were not evaluated, for want of time.
+    `space` counts the plans that the table was chosen from, `evaluated` those without duplicates. `skipped` are the
+    early heads whose plans were not evaluated because the time was up.
     """
 
     chains: tuple[tuple[str, ...], ...]
@@ -86,11 +85,11 @@ class Rows:
     plans: NDArray[np.void]
     space: int
     evaluated: int
-    left: tuple[tuple[str, ...], ...] = ()
+    skipped: tuple[tuple[str, ...], ...] = ()
 
 
 def plans_in_space(evidence: Evidence, early_exits: int) -> int:
-    """How many plans there are: for each chain of heads every pair of a row and a cut at each early one, and the whole
+    """The number of plans: for each chain of heads every pair of a row and a cut at each early head, and the whole
     networks, uncut."""
     points = len(evidence.candidate.exit_points)
     heads, options = np.zeros(points + 1, np.int64), np.zeros(points + 1, np.int64)
@@ -106,71 +105,70 @@ def plans_in_space(evidence: Evidence, early_exits: int) -> int:
     return sum(each[0] for each in endings) + len(evidence.baselines)
 
 
-def is_large(evidence: Evidence, early_exits: int) -> bool:
-    """Whether branch and bound takes less time than an enumeration, which knows two early exits at most."""
+def needs_branch_and_bound(evidence: Evidence, early_exits: int) -> bool:
+    """Whether branch and bound takes less time than an enumeration, which takes two early exits at most."""
     if not any(evidence.has_graphs_of([head.name]) for head in evidence.heads):
-        return False  # the whole networks alone are left
+        return False  # only the whole networks are left
     if min(early_exits, len(evidence.candidate.exit_points) - 1) > ENUMERATED_EXITS:
         return True
     return plans_in_space(evidence, early_exits) * evidence.statistics.images > ENUMERATED
 
 
-def rows_of_plans(evidence: Evidence, requirement: Requirement, progress: Progress, clock: Clock | None = None) -> Rows:
-    """Evaluate every plan of the requirement's setting, or as many as the `clock` leaves time for.
-
-    `progress` is told (chains done, chains in all). Without a clock Ctrl-C raises KeyboardInterrupt.
-    """
+def enumerate_plans(evidence: Evidence, context: SearchContext) -> PlanTable:
+    """Evaluate every plan of the requirement's setting, or as many as the context's clock leaves time for."""
+    requirement = context.requirement
     if requirement.setting == "anytime":
-        return _anytime_rows(evidence, requirement)
+        return _anytime_table(evidence, requirement)
     beginnings = tuple(chains(evidence.heads, len(evidence.candidate.exit_points), requirement.early_exits))
-    ledger, done = _Ledger(evidence, HeadDecisions(evidence)), 0
-    with nullcontext() if clock is None else clock.ends_by_interrupt():
+    builder, done = _TableBuilder(evidence, HeadDecisions(evidence)), 0
+    with ended_by_interrupt(context.clock):
         for early in beginnings:
-            ledger.add(early, _lasts(evidence, early))
+            builder.add(early, _lasts(evidence, early))
             done += 1
-            progress(done, len(beginnings))
-            if clock is not None and clock.up:
+            context.progress(done, len(beginnings))
+            if is_up(context.clock):
                 break
-    return ledger.rows(beginnings[done:])
+    return builder.table(beginnings[done:])
 
 
-def rows_near(evidence: Evidence, stages: Sequence[Stage]) -> Rows:
-    """The plan with these `stages`, and those that differ from it in cuts between its neighbours on the grid alone."""
+def plans_near(evidence: Evidence, stages: Sequence[Stage]) -> PlanTable:
+    """The plan with these `stages`, and the plans that differ from it only in cuts between its neighbours on the
+    grid."""
     early, last = [stage.head for stage in stages[:-1]], stages[-1].head
     most = NEAR if len(early) <= ENUMERATED_EXITS else NEAR_OF_THREE
     options = {s.head: options_near(evidence.statistics, s.head, s.row, s.cut or 0, most) for s in stages[:-1]}
-    ledger = _Ledger(evidence, options)
-    ledger.add(tuple(early), (last,))
-    return ledger.rows()
+    builder = _TableBuilder(evidence, options)
+    builder.add(tuple(early), (last,))
+    return builder.table()
 
 
 def least_cost_of_plans(evidence: Evidence, early: tuple[str, ...], quantity: Quantity) -> float:
-    """What an image costs at the least in plans that begin with `early`, in ns; infinite when there are none."""
+    """The least that an image costs in plans that begin with `early`, in ns; infinite when there are none."""
     costs = (exit_costs_ns(evidence, "input-dependent", (*early, last), quantity) for last in _lasts(evidence, early))
     return min(map(min, costs), default=np.inf)
 
 
 def _lasts(evidence: Evidence, early: tuple[str, ...]) -> tuple[str, ...]:
-    """The last heads of the plans that begin with `early`, as far as the target has all their graphs; where nothing is
-    early, also the whole networks."""
+    """The last heads of the plans that begin with `early`, where the target has all their graphs; without early heads
+    also the whole networks."""
     lasts = last_heads(evidence.heads, early)
     found = tuple(last for last in lasts if evidence.has_graphs_of((*early, last)))
     return found if early else (*found, *evidence.baselines)
 
 
-def _anytime_rows(evidence: Evidence, requirement: Requirement) -> Rows:
+def _anytime_table(evidence: Evidence, requirement: Requirement) -> PlanTable:
     found = anytime_chains(evidence, requirement)
     whole = tuple(chain for each in found for chain in each.heads)
-    plans = np.zeros(len(whole), ROW)
+    plans = np.zeros(len(whole), PLAN_DTYPE)
     plans["chain"] = np.arange(len(whole))
     plans["taken"] = NO_OPTION
     for name in found[0].columns:
         plans[name] = np.concatenate([each.columns[name] for each in found])
-    return Rows(whole, HeadDecisions(evidence), plans, len(whole), len(whole))
+    return PlanTable(whole, HeadDecisions(evidence), plans, len(whole), len(whole))
 
 
-def _rows_of_chain(evidence: Evidence, index: int, heads: tuple[str, ...], found: Outcomes) -> NDArray[np.void]:
-    """What a chain of heads costs and reaches by `found`, pruned where no requirement could choose what is left out."""
+def _plans_of_chain(evidence: Evidence, index: int, heads: tuple[str, ...], found: Outcomes) -> NDArray[np.void]:
+    """Costs and mIoU of the plans in `found` of one chain of heads, without those that no requirement could choose."""
     statistics = evidence.statistics
     costs = {
         "cost_ns": exit_costs_ns(evidence, "input-dependent", heads),
@@ -180,49 +178,49 @@ def _rows_of_chain(evidence: Evidence, index: int, heads: tuple[str, ...], found
     early = len(heads) - 1
     if 0 < early <= ENUMERATED_EXITS and all(list(each) == sorted(each) for each in costs.values()):
         found = undominated(found)
-    rows = np.zeros(len(found.miou), ROW)
-    rows["chain"], rows["taken"], rows["miou"] = index, NO_OPTION, found.miou
-    rows["taken"][:, :early] = found.taken
-    rows["memory_bytes"] = memory_bytes(evidence.graph_set, heads)
-    rows["graphs"] = len(plan_graphs(evidence.candidate, heads))
-    rows["worst_ns"] = worst_ns(evidence, "input-dependent", heads)
-    leave = np.append(found.at, statistics.images - found.at.sum(axis=1, keepdims=True), axis=1)  # (rows, exits)
+    plans = np.zeros(len(found.miou), PLAN_DTYPE)
+    plans["chain"], plans["taken"], plans["miou"] = index, NO_OPTION, found.miou
+    plans["taken"][:, :early] = found.taken
+    plans["memory_bytes"] = memory_bytes(evidence.graph_set, heads)
+    plans["graphs"] = len(plan_graphs(evidence.candidate, heads))
+    plans["worst_ns"] = worst_ns(evidence, "input-dependent", heads)
+    leave = np.append(found.at, statistics.images - found.at.sum(axis=1, keepdims=True), axis=1)  # (plans, exits)
     for name, each in costs.items():
-        rows[name] = leave @ np.array(each, np.int64)
-    rows["p95_ns"] = _p95(leave, np.array(costs["cost_ns"], np.int64))
-    return rows
+        plans[name] = leave @ np.array(each, np.int64)
+    plans["p95_ns"] = _p95(leave, np.array(costs["cost_ns"], np.int64))
+    return plans
 
 
 def _energies_nj(evidence: Evidence, heads: tuple[str, ...]) -> tuple[int, ...]:
-    """What an image takes that leaves at each exit; nothing where the latency table does not tell."""
+    """The energy of an image that leaves at each exit; 0 where the latency table lacks energies."""
     if evidence.without_energy:
         return (0,) * len(heads)
     return exit_costs_ns(evidence, "input-dependent", heads, "energy_mj")
 
 
 def _p95(leave: NDArray[np.int64], costs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The smallest cost (rows,) that at least 95 % of the images do not exceed."""
+    """The smallest cost (plans,) that at least 95 % of the images do not exceed."""
     order = np.argsort(costs, kind="stable")
     enough = -(-95 * int(leave[0].sum()) // 100)
     reached: NDArray[np.int64] = costs[order][(leave[:, order].cumsum(axis=1) >= enough).argmax(axis=1)]
     return reached
 
 
-class _Ledger:
-    """Collects the rows of the budgeted and the input-dependent setting, chain by chain."""
+class _TableBuilder:
+    """Collects the plans of the budgeted and the input-dependent setting, chain by chain."""
 
     def __init__(self, evidence: Evidence, options: dict[str, Decisions]) -> None:
         self._evidence = evidence
         self._scores = Scores(evidence.statistics)
         self._options = options
         self._nobody = nobody(evidence.statistics.images)
-        self._rows: dict[tuple[str, ...], NDArray[np.void]] = {}
+        self._plans: dict[tuple[str, ...], NDArray[np.void]] = {}
         self._space = 0
         self._evaluated = 0
 
     @property
     def chains(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(self._rows)
+        return tuple(self._plans)
 
     def add(self, early: tuple[str, ...], lasts: Sequence[str]) -> None:
         """Evaluate every plan whose early heads are these, and that ends at one of `lasts`."""
@@ -235,7 +233,7 @@ class _Ledger:
         options = [self._options[head] for head in early]
         plans = math.prod(option.total for option in options)
         self._space += plans * len(lasts)
-        if not plans:  # a head that is equally sure of every image decides nothing
+        if not plans:  # a head with the same count for every image decides nothing
             return
         if len(early) > ENUMERATED_EXITS:
             for last in lasts:
@@ -258,28 +256,29 @@ class _Ledger:
         self._evaluated += 1
 
     def _add_outcomes(self, heads: tuple[str, ...], found: Outcomes) -> None:
-        self._rows[heads] = _rows_of_chain(self._evidence, len(self._rows), heads, found)
+        self._plans[heads] = _plans_of_chain(self._evidence, len(self._plans), heads, found)
 
-    def rows(self, left: tuple[tuple[str, ...], ...] = ()) -> Rows:
-        plans = np.concatenate([np.zeros(0, ROW), *self._rows.values()])
-        return Rows(self.chains, self._options, plans, self._space, self._evaluated, left)
+    def table(self, skipped: tuple[tuple[str, ...], ...] = ()) -> PlanTable:
+        plans = np.concatenate([np.zeros(0, PLAN_DTYPE), *self._plans.values()])
+        return PlanTable(self.chains, self._options, plans, self._space, self._evaluated, skipped)
 
 
-def stages_of_row(evidence: Evidence, rows: Rows, plan: Any) -> tuple[Stage, ...]:
-    """The stages of one row of `rows.plans`."""
-    heads = rows.chains[plan["chain"]]
+def stages_of_row(evidence: Evidence, table: PlanTable, plan: Any) -> tuple[Stage, ...]:
+    """The stages of `plan`, one row of `table.plans`."""
+    heads = table.chains[plan["chain"]]
     middle = len(evidence.graph_set.gate.thresholds) // 2
     stages = []
     for head, option in zip(heads, (*plan["taken"], NO_OPTION), strict=False):
         row, cut = middle, None
         if option != NO_OPTION and head is not heads[-1]:
-            row, cut = int(rows.options[head].rows[option]), int(rows.options[head].cuts[option])
+            row, cut = int(table.options[head].rows[option]), int(table.options[head].cuts[option])
         stages.append(Stage(evidence.candidate.point_of(head), head, row, cut))
     return tuple(stages)
 
 
 def text_of_stages(stages: Sequence[Stage]) -> tuple[tuple[str, ...], ...]:
-    """What decides between equals: exit points, head names, threshold rows, cuts, as text (issue 5)."""
+    """What decides between equal plans: exit points, head names, threshold rows, cuts, as text (docs/definitions.md,
+    search order)."""
     early = [stage for stage in stages if stage.cut is not None]
     return (
         tuple(str(stage.exit_point) for stage in stages),

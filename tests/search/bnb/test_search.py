@@ -1,4 +1,4 @@
-"""Branch and bound finds the plan that looking at every plan finds, and what it says of an ended search is true."""
+"""Branch and bound finds the plan that enumeration finds, and the gap of a search that was ended is true."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from mess_compile.latency.table import GraphFailure
 from mess_compile.runtime.base.errors import InputError, RequirementError
 from mess_compile.search import solver
-from mess_compile.search.bnb import driver, kernels, search
+from mess_compile.search.bnb import bounds, kernels
 from mess_compile.search.bnb.arrays import Problem, problem_of
+from mess_compile.search.bnb.kernels.values import Cutoff, PairGroup, Relaxation, TripleGroup
+from mess_compile.search.bnb.search import search
+from mess_compile.search.context import Progress, SearchContext, no_progress
 from mess_compile.search.deadline import Clock, UnfinishedError
 from mess_compile.search.metrics import Evidence, figures_of_stages
 from mess_compile.search.plan import Plan, SearchResult
@@ -39,13 +42,15 @@ CHANGES = st.sets(st.sampled_from(["few costs", "cheap below", "failed", "absent
 RELAXED = list(HealthCheck)
 
 
-def in_silence(done: int, total: int) -> None:
-    pass
+def searched(
+    case: Evidence, requirement: Requirement, clock: Clock | None = None, progress: Progress = no_progress
+) -> SearchResult:
+    return search(case, SearchContext(requirement, progress=progress, clock=clock))
 
 
 @dataclasses.dataclass(frozen=True)
 class Hard:
-    """A case, and the same `whole` one before graphs of it failed."""
+    """A case, and the same case `whole`, before graphs of it failed."""
 
     case: Evidence
     whole: Evidence
@@ -58,7 +63,7 @@ class Hard:
 
 @st.composite
 def hard_cases(draw: st.DrawFn, drawn: st.SearchStrategy[Evidence]) -> Hard:
-    """Random cases with what searches stumble over: ties, deeper exits that cost less, graphs that failed."""
+    """Random cases with what is difficult for a search: ties, deeper exits that cost less, graphs that failed."""
     case, changes = draw(drawn), draw(CHANGES)
     if "few costs" in changes:
         case = with_costs(case, {name: 0.001 + len(name) % 2 / 1000 for name, _ in case.table.entries})
@@ -109,10 +114,10 @@ def check_against_every_plan(hard: Hard, data: st.DataObject, most_exits: int = 
     feasible = [plan for plan in plans if satisfies(plan, requirement, hard.whole)]
     if not feasible:
         with pytest.raises(RequirementError, match="no plan satisfies"):
-            search.search(case, requirement, in_silence)
+            searched(case, requirement)
         return
     best = min(feasible, key=lambda plan: key(plan, requirement.objective or "latency"))
-    result = search.search(case, requirement, in_silence)
+    result = searched(case, requirement)
     assert identity(result.plan) == brute_identity(best)
     assert (result.plan.predicted.miou, result.plan.predicted.latency_ms) == (
         best.miou,
@@ -127,7 +132,7 @@ def check_against_every_plan(hard: Hard, data: st.DataObject, most_exits: int = 
 
 
 def assert_front(front: tuple[Plan, ...], among: list[BrutePlan]) -> None:
-    """Each plan is the first of its equals, none of `among` beats it, and both ends of the whole front are there."""
+    """Each plan is the first of its equals, none of `among` dominates it, and both ends of the front are there."""
     for plan in front:
         equal = next(each for each in among if brute_identity(each) == identity(plan))
         beating = [each for each in among if each.cost_ns <= equal.cost_ns and each.miou >= equal.miou]
@@ -152,22 +157,22 @@ def test_thousands_of_larger_cases(hard: Hard, data: st.DataObject) -> None:
 
 @st.composite
 def deep_cases(draw: st.DrawFn) -> Evidence:
-    """Of four or five exit points, with few cuts: the plans with three early exits can still be walked one by one."""
+    """Cases of four or five exit points, with few cuts: the plans with three early exits can still be enumerated."""
     heads = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 1, 1, 1), (1, 2, 1, 1)]))
     rows, images = draw(st.integers(1, 2)), draw(st.integers(3, 9))
     return evidence(heads, rows, images, draw(st.integers(0, 10**6)), draw(st.integers(2, 4)), draw(st.booleans()))
 
 
 def check_three_early_exits(hard: Hard, data: st.DataObject) -> None:
-    """Few chains are settled before all have bounds, so that it is these which decide."""
+    """Few chains are expanded before all have bounds, so that the bounds decide."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_SETTLED", data.draw(st.sampled_from([1, 1, 2, 64])))
+        patch.setattr(bounds, "BATCH", data.draw(st.sampled_from([1, 1, 2, 64])))
         check_against_every_plan(hard, data, most_exits=3)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=RELAXED)
 @given(hard_cases(deep_cases()), st.data())
-def test_three_early_exits_are_proven_as_two_are(hard: Hard, data: st.DataObject) -> None:
+def test_three_early_exits_are_proved_as_two_are(hard: Hard, data: st.DataObject) -> None:
     check_three_early_exits(hard, data)
 
 
@@ -178,17 +183,17 @@ def test_a_thousand_cases_of_three_early_exits(hard: Hard, data: st.DataObject) 
     check_three_early_exits(hard, data)
 
 
-def test_a_deeper_exit_that_costs_less_is_not_put_away_unseen() -> None:
-    case = with_costs(evidence((1, 1, 1), 1, images=6, seed=168, levels=4), {"output-2x3": 1.0})
+def test_a_deeper_exit_that_costs_less_is_not_pruned() -> None:
+    case = with_costs(evidence((1, 1, 1), 1, images=6, seed=168, distinct=4), {"output-2x3": 1.0})
     plans = list(all_plans(case, "input-dependent", 3))
     best = max(plans, key=lambda plan: plan.miou)
     limit = Limit((best.cost_ns // 6 + 1) / 1e6)
-    found = search.search(case, Requirement(objective="accuracy", max_exits=3, max_latency=limit), in_silence)
+    found = searched(case, Requirement(objective="accuracy", max_exits=3, max_latency=limit))
     assert (len(best.heads), found.plan.predicted.miou) == (4, best.miou)
 
 
 class Ended(Clock):
-    """Time that is up at the given look."""
+    """A clock that is up at the given check."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
@@ -213,13 +218,13 @@ class Interrupted:
 
 
 def ended(case: Evidence, requirement: Requirement, by_hand: bool, at: int) -> SearchResult | None:
-    """What a search says that the clock or Ctrl-C ends at a step of it; None when it had found nothing by then."""
+    """The result of a search that the clock or Ctrl-C ends at a step of it; None when it had found nothing by then."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_SETTLED", 2)
+        patch.setattr(bounds, "BATCH", 2)
         if by_hand:
-            patch.setattr(driver.kernels, "settle_all", Interrupted(kernels.settle_all, at))
+            patch.setattr(kernels, "evaluate_chains", Interrupted(kernels.evaluate_chains, at))
         try:
-            return search.search(case, requirement, in_silence, clock=Clock() if by_hand else Ended(at))
+            return searched(case, requirement, Clock() if by_hand else Ended(at))
         except UnfinishedError:
             return None
 
@@ -234,7 +239,7 @@ def ended(case: Evidence, requirement: Requirement, by_hand: bool, at: int) -> S
     st.integers(2, 3),
     st.data(),
 )
-def test_a_search_that_is_ended_says_what_a_better_plan_could_gain(
+def test_the_gap_of_an_ended_search_covers_every_better_plan(
     case: Evidence, by_hand: bool, at: int, objective: str, bounded: bool, most_exits: int, data: st.DataObject
 ) -> None:
     plans = list(all_plans(case, "input-dependent", most_exits))
@@ -276,7 +281,7 @@ def test_ctrl_c_between_two_chains_of_exit_points_gives_the_best_so_far(call: in
         if done == call:
             raise KeyboardInterrupt
 
-    result = search.search(case, Requirement(objective="accuracy"), progress, clock=Clock())
+    result = searched(case, Requirement(objective="accuracy"), Clock(), progress)
     best = max(plan.miou for plan in all_plans(case, "input-dependent", 2))
     assert calls == list(range(1, call + 1)) if call else len(calls) == 4
     assert (result.certificate.gap > 0) == (call > 0)
@@ -285,15 +290,13 @@ def test_ctrl_c_between_two_chains_of_exit_points_gives_the_best_so_far(call: in
 
 def test_a_search_without_end_and_one_with_time_enough_agree() -> None:
     case = evidence((2, 2, 2), 3, images=9, seed=1)
-    assert search.search(case, Requirement(), in_silence, clock=Clock(3600)) == search.search(
-        case, Requirement(), in_silence
-    )
+    assert searched(case, Requirement(), Clock(3600)) == searched(case, Requirement())
 
 
 def test_a_large_space_is_searched_by_its_bounds_and_has_no_front_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     case = evidence((1, 2), 2, images=6, seed=4)
     enumerated = solver.search(case, Requirement())
-    monkeypatch.setattr(solver, "is_large", lambda case, early_exits: True)
+    monkeypatch.setattr(solver, "needs_branch_and_bound", lambda case, early_exits: True)
     result = solver.search(case, Requirement())
     assert result.plan == enumerated.plan
     assert (enumerated.certificate.exhaustive, result.certificate.exhaustive) == (True, False)
@@ -304,7 +307,7 @@ def test_a_large_space_is_searched_by_its_bounds_and_has_no_front_by_memory(monk
 def test_a_bound_beyond_all_numbers_bounds_nothing() -> None:
     case = evidence((1, 2), 2, images=6, seed=4)
     free, bounded = Requirement(), Requirement(max_latency=Limit(1e15))
-    assert search.search(case, free, in_silence).plan == search.search(case, bounded, in_silence).plan
+    assert searched(case, free).plan == searched(case, bounded).plan
 
 
 def test_a_refusal_names_every_bound_and_what_could_be_reached() -> None:
@@ -312,20 +315,20 @@ def test_a_refusal_names_every_bound_and_what_could_be_reached() -> None:
     best = max(plan.miou for plan in all_plans(case, "input-dependent", 2))
     hopeless = Limit(1e-6)
     with pytest.raises(RequirementError, match=r"no plan satisfies mIoU >= 101 % and latency <= 1e-06 ms$"):
-        search.search(case, Requirement(max_err_pp=0.0, baseline_miou=101, max_latency=hopeless), in_silence)
+        searched(case, Requirement(max_err_pp=0.0, baseline_miou=101, max_latency=hopeless))
     with pytest.raises(RequirementError, match=r"no plan satisfies p95 latency <= 1e-06 ms and memory <= 1 MiB$"):
-        search.search(case, Requirement(max_latency_p95=hopeless, max_memory_bytes=1 << 20), in_silence)
+        searched(case, Requirement(max_latency_p95=hopeless, max_memory_bytes=1 << 20))
     smallest = min(plan.memory for plan in all_plans(case, "input-dependent", 2)) / (1 << 20)
     with pytest.raises(RequirementError, match=f"<= 9.537e-07 MiB; best reachable: memory {smallest:.4g} MiB$"):
-        search.search(case, Requirement(max_memory_bytes=1), in_silence)
+        searched(case, Requirement(max_memory_bytes=1))
     with pytest.raises(RequirementError, match=f"best reachable: mIoU {best:.4g} %$"):
-        search.search(case, Requirement(max_err_pp=0.0, baseline_miou=100), in_silence)
+        searched(case, Requirement(max_err_pp=0.0, baseline_miou=100))
 
 
 def test_more_than_32_cuts_are_those_of_the_stated_grid() -> None:
-    case = evidence((1,), 1, images=80, seed=3, levels=300)
+    case = evidence((1,), 1, images=80, seed=3, distinct=300)
     best = min(all_plans(case, "input-dependent", 1), key=lambda plan: key(plan, "accuracy"))
-    assert identity(search.search(case, Requirement(objective="accuracy"), in_silence).plan) == brute_identity(best)
+    assert identity(searched(case, Requirement(objective="accuracy")).plan) == brute_identity(best)
 
 
 BOXES = st.integers(1, 4).flatmap(
@@ -342,7 +345,7 @@ BOXES = st.integers(1, 4).flatmap(
 @settings(max_examples=300, deadline=None)
 @given(BOXES, st.lists(st.floats(0, 1), min_size=8, max_size=8))
 def test_no_plan_in_a_box_has_more_miou_than_its_bound(box: tuple[list[float], ...], near: list[float]) -> None:
-    """A bound below the mIoU of some plan would throw that plan away unseen."""
+    """A bound below the mIoU of some plan would prune that plan wrongly."""
     labelled, low, more = (np.array(each, np.float64) for each in box[:3])
     high, point = low + more, low + more * np.array(box[3])
     coefficients = np.empty_like(low)
@@ -367,7 +370,7 @@ def test_no_plan_in_a_box_has_more_miou_than_its_bound(box: tuple[list[float], .
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Heads of a case: what leaves at each is priced, the least of price - slope * mIoU found plan by plan."""
+    """Heads of a case, and the least of price - slope * mIoU, found plan by plan."""
 
     case: Evidence
     problem: Problem
@@ -378,7 +381,7 @@ class Chain:
         labelled = statistics.labelled.sum(axis=0)
         present = labelled > 0
         options = [
-            [(row, cut) for row, cuts in enumerate(self.problem.grid[head]) for cut in cuts] for head in self.heads[:-1]
+            [(row, cut) for row, cuts in enumerate(self.problem.cuts[head]) for cut in cuts] for head in self.heads[:-1]
         ]
         for chosen in itertools.product(*options):
             taken = np.full(statistics.images, len(self.heads) - 1)
@@ -393,17 +396,25 @@ class Chain:
 
 
 def bounds_of_seconds(
-    bound: Callable[..., None],
+    problem: Problem,
     seconds: np.ndarray,
     others: tuple[np.ndarray, ...],
     prices: np.ndarray,
     alive: np.ndarray,
-    *given_to: object,
+    relaxation: Relaxation,
 ) -> np.ndarray:
     least = np.empty(alive.shape)
     for b, second in enumerate(seconds):
-        bound(second, *others, prices[b], alive[b], *given_to, least[b])
+        group = (second, *others, prices[b], alive[b])
+        if len(others) == 2:
+            kernels.bound_pairs(PairGroup(*group), relaxation, problem.table, least[b])
+        else:
+            kernels.bound_triples(TripleGroup(*group), relaxation, problem.table, least[b])
     return least
+
+
+def relaxation_of(problem: Problem, slope: float, ceiling: float, coefficients: np.ndarray) -> Relaxation:
+    return Relaxation(Cutoff(slope, ceiling), coefficients, problem.table.scores @ coefficients)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=RELAXED)
@@ -411,32 +422,31 @@ def bounds_of_seconds(
     st.integers(0, 10**6), st.floats(0, 100), st.lists(st.integers(0, 30), min_size=10, max_size=10), st.integers(2, 5)
 )
 def test_no_bound_of_a_group_of_plans_exceeds_the_least_of_them(
-    seed: int, slope: float, drawn: list[int], levels: int
+    seed: int, slope: float, drawn: list[int], distinct: int
 ) -> None:
-    """Those that are put away by their cheapest options too: the limits are some of the bounds."""
-    case = evidence((2, 2, 3), 2, images=8, seed=seed, levels=levels)
+    """Also when groups are pruned by their cheapest options: the ceilings are some of the bounds."""
+    case = evidence((2, 2, 3), 2, images=8, seed=seed, distinct=distinct)
     problem = problem_of(case, Requirement())
-    field, points = problem.field, problem.points
+    table, points = problem.table, problem.points
     h1, h2, h3 = (np.flatnonzero(points == point) for point in (1, 2, 3))
-    coefficients = np.random.default_rng(seed).normal(0, 3, 2 * len(field.labelled))
-    added = field.scores @ coefficients  # (heads, n)
+    coefficients = np.random.default_rng(seed).normal(0, 3, 2 * len(table.labelled))
     enter, second, further = np.array(drawn[:2]), np.array(drawn[2:4]), np.array(drawn[4:10]).reshape(2, 3)
     prices = np.empty((2, 3, 2, 3))  # (seconds, exits, firsts, lasts)
     for b, a in itertools.product(range(2), range(2)):
         to_second = enter[a] + second[b]
         prices[b, :, a] = np.stack([np.full(3, enter[a]), np.full(3, to_second), to_second + further[b]])
     alive = np.ones((2, 2, 3), np.bool_)
-    given = slope, added, field, coefficients
-    bound = functools.partial(bounds_of_seconds, kernels.bound_second, h2, (h1, h3), prices, alive)
-    close = bound(np.inf, *given)
-    bounds = [close, *(bound(limit, *given) for limit in close[0, 0])]
+    ceilings = functools.partial(relaxation_of, problem, slope, coefficients=coefficients)
+    bound = functools.partial(bounds_of_seconds, problem, h2, (h1, h3), prices, alive)
+    close = bound(ceilings(np.inf))
+    found = [close, *(bound(ceilings(limit)) for limit in close[0, 0])]
     for b, a, r in np.ndindex(2, 2, 3):
         heads = (int(h1[a]), int(h2[b]), int(h3[r]))
         price = np.ascontiguousarray(prices[b, :, a, r])
         true = Chain(case, problem, heads).true_least(price, slope)
-        assert max(least[b, a, r] for least in bounds) <= true + 1e-6
+        assert max(least[b, a, r] for least in found) <= true + 1e-6
         chain = np.array([[len(problem.names), *heads]])  # none comes first
-        assert kernels.least_of_chains(chain, price[[0, 0, 1, 2]][None], slope, field)[0] <= true + 1e-6
+        assert kernels.bound_chains(chain, price[[0, 0, 1, 2]][None], slope, table)[0] <= true + 1e-6
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=RELAXED)
@@ -451,31 +461,31 @@ def test_no_bound_of_three_early_exits_exceeds_the_least_of_their_plans(
     seed: int, slope: float, drawn: list[int], size: tuple[int, int], holes: list[bool]
 ) -> None:
     """Deeper exits may cost less, and some chains lack a graph."""
-    rows, levels = size
-    case = evidence((2, 2, 2, 2), rows, images=10, seed=seed, levels=levels)
+    rows, distinct = size
+    case = evidence((2, 2, 2, 2), rows, images=10, seed=seed, distinct=distinct)
     problem = problem_of(case, Requirement())
-    field = problem.field
+    table = problem.table
     h1, h2, h3, h4 = (np.flatnonzero(problem.points == point) for point in (1, 2, 3, 4))
-    coefficients = np.random.default_rng(seed).normal(0, 3, 2 * len(field.labelled))
+    coefficients = np.random.default_rng(seed).normal(0, 3, 2 * len(table.labelled))
     enter, second, further, last = drawn[:2], drawn[2:4], drawn[4:6], drawn[6:]
     prices = np.empty((2, 4, 2, 2, 2))  # (seconds, exits, firsts, thirds, lasts)
     for b, a, c, r in np.ndindex(2, 2, 2, 2):
         prices[b, :, a, c, r] = np.cumsum([enter[a], second[b], further[c], last[r]])
-    given_to = slope, field.scores @ coefficients, field, coefficients
+    ceilings = functools.partial(relaxation_of, problem, slope, coefficients=coefficients)
     alive = ~np.array(holes).reshape(2, 2, 2, 2)
-    bound = functools.partial(bounds_of_seconds, kernels.bound_second_of_three, h2, (h1, h3, h4), prices, alive)
-    close = bound(np.inf, *given_to)
-    bounds = [close, bound(close.min(), *given_to)]
+    bound = functools.partial(bounds_of_seconds, problem, h2, (h1, h3, h4), prices, alive)
+    close = bound(ceilings(np.inf))
+    found = [close, bound(ceilings(close.min()))]
     for b, a, c, r in np.argwhere(alive):
         heads = (int(h1[a]), int(h2[b]), int(h3[c]), int(h4[r]))
         price = np.ascontiguousarray(prices[b, :, a, c, r])
         true = Chain(case, problem, heads).true_least(price, slope)
-        assert max(least[b, a, c, r] for least in bounds) <= true + 1e-6
-        assert kernels.least_of_chains(np.array([heads]), price[None], slope, field)[0] <= true + 1e-6
+        assert max(least[b, a, c, r] for least in found) <= true + 1e-6
+        assert kernels.bound_chains(np.array([heads]), price[None], slope, table)[0] <= true + 1e-6
 
 
 def test_three_early_exits_are_searched_by_bounds_however_small_the_space_is() -> None:
-    case = evidence((1, 1, 1), 2, images=8, seed=3, levels=4)
+    case = evidence((1, 1, 1), 2, images=8, seed=3, distinct=4)
     plans = list(all_plans(case, "input-dependent", 3))
     for objective in ("latency", "accuracy"):
         for floor in (0.0, max(plan.miou for plan in plans)):

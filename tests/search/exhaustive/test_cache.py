@@ -1,4 +1,4 @@
-"""The second search is quick, and never wrong because of what the first one left behind."""
+"""The second search is quick, and never wrong because of what the first one stored."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from mess_compile.runtime.base.errors import RequirementError
+from mess_compile.search.context import SearchContext
 from mess_compile.search.exhaustive import cache, plan_table
 from mess_compile.search.metrics import Evidence
 from mess_compile.search.requirement import Limit, Requirement
@@ -28,36 +28,36 @@ REQUIREMENTS = [
 
 @pytest.fixture
 def searches(monkeypatch: pytest.MonkeyPatch) -> list[Evidence]:
-    """The evidence of every search that was not spared by what was kept."""
-    told: list[Evidence] = []
+    """The evidence of every search that did not find its plan table in the cache."""
+    searched: list[Evidence] = []
 
-    def rows_of_plans(evidence: Evidence, *rest: Any) -> plan_table.Rows:
-        told.append(evidence)
-        return plan_table.rows_of_plans(evidence, *rest)
+    def enumerate_plans(evidence: Evidence, context: SearchContext) -> plan_table.PlanTable:
+        searched.append(evidence)
+        return plan_table.enumerate_plans(evidence, context)
 
-    monkeypatch.setattr(cache, "rows_of_plans", rows_of_plans)
-    return told
+    monkeypatch.setattr(cache, "enumerate_plans", enumerate_plans)
+    return searched
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS)
-def test_what_is_recalled_gives_the_same_result(
+def test_a_cached_plan_table_gives_the_same_result(
     tmp_path: Path, requirement: Requirement, searches: list[Evidence]
 ) -> None:
     case = evidence((2, 1), 3, 9, seed=4)
-    search(case, dataclasses.replace(Requirement(), max_exits=requirement.max_exits), kept=tmp_path)
-    assert search(case, requirement, kept=tmp_path) == search(case, requirement)
+    search(case, dataclasses.replace(Requirement(), max_exits=requirement.max_exits), cache_folder=tmp_path)
+    assert search(case, requirement, cache_folder=tmp_path) == search(case, requirement)
     assert len(searches) == 2, "one of them without a folder"
 
 
 @pytest.mark.parametrize("setting", ["budgeted", "anytime"])
-def test_quick_settings_leave_nothing(tmp_path: Path, setting: str) -> None:
-    search(evidence((1,), 2, 6, seed=4), Requirement(setting=setting), kept=tmp_path)
+def test_quick_settings_store_nothing(tmp_path: Path, setting: str) -> None:
+    search(evidence((1,), 2, 6, seed=4), Requirement(setting=setting), cache_folder=tmp_path)
     assert not contents(tmp_path)
 
 
 def test_other_evidence_is_searched_anew(tmp_path: Path, searches: list[Evidence]) -> None:
     case = evidence((1, 1), 2, 6, seed=4)
-    search(case, Requirement(), kept=tmp_path)
+    search(case, Requirement(), cache_folder=tmp_path)
     slower = dataclasses.replace(case.table.latency("segment-0-1"), mean_ms=0.5)
     table = dataclasses.replace(case.table, entries={**case.table.entries, ("segment-0-1", "fp32"): slower})
     counts = case.statistics.counts.copy()
@@ -70,17 +70,17 @@ def test_other_evidence_is_searched_anew(tmp_path: Path, searches: list[Evidence
         dataclasses.replace(case, graph_set=dataclasses.replace(case.graph_set, graphs=specs)),
     ]
     for number, other in enumerate(others, start=2):
-        assert search(other, Requirement(), kept=tmp_path) == search(other, Requirement())
+        assert search(other, Requirement(), cache_folder=tmp_path) == search(other, Requirement())
         assert len(searches) == 2 * number - 1
-    search(case, Requirement(max_exits=1), kept=tmp_path)
+    search(case, Requirement(max_exits=1), cache_folder=tmp_path)
     assert len(searches) == 8
 
 
 @pytest.mark.parametrize("damage", ["a byte", "cut short", "empty", "gone", "a number", "another key", "not JSON"])
 @pytest.mark.parametrize("file", ["plans.npy", "chains.npy", "index.json"])
-def test_what_is_damaged_is_found_again(tmp_path: Path, searches: list[Evidence], damage: str, file: str) -> None:
+def test_a_damaged_table_is_computed_again(tmp_path: Path, searches: list[Evidence], damage: str, file: str) -> None:
     case = evidence((2, 1), 2, 8, seed=4)
-    result = search(case, Requirement(), kept=tmp_path)
+    result = search(case, Requirement(), cache_folder=tmp_path)
     (folder,) = tmp_path.iterdir()
     path, good = folder / file, contents(tmp_path)
     data = bytearray(path.read_bytes())
@@ -94,57 +94,58 @@ def test_what_is_damaged_is_found_again(tmp_path: Path, searches: list[Evidence]
         data[len(data) // 2] ^= 64
         text = {"a byte": bytes(data), "cut short": bytes(data[:-9]), "empty": b"", "not JSON": b"[1, 2"}[damage]
         path.write_bytes(text)
-    assert search(case, Requirement(), kept=tmp_path) == result
+    assert search(case, Requirement(), cache_folder=tmp_path) == result
     assert len(searches) == 2
     assert contents(tmp_path) == good
-    assert search(case, Requirement(), kept=tmp_path) == result
+    assert search(case, Requirement(), cache_folder=tmp_path) == result
     assert len(searches) == 2
 
 
-def test_rows_of_another_case_under_this_key_are_not_believed(tmp_path: Path, searches: list[Evidence]) -> None:
+def test_a_plan_table_with_wrong_figures_is_not_used(tmp_path: Path, searches: list[Evidence]) -> None:
     """Whole, sealed and wrong: what a release with another idea of the figures would leave."""
     case = evidence((2, 1), 2, 8, seed=4)
-    result = search(case, Requirement(), kept=tmp_path)
+    result = search(case, Requirement(), cache_folder=tmp_path)
     (folder,) = tmp_path.iterdir()
-    wrong = plan_table.rows_of_plans(case, Requirement(), lambda done, total: None)
+    wrong = plan_table.enumerate_plans(case, SearchContext(Requirement()))
     wrong.plans["miou"] += 1.0
     shutil.rmtree(folder)
-    cache._keep(folder, folder.name, wrong)
-    assert search(case, Requirement(), kept=tmp_path) == result
+    cache._store(folder, folder.name, wrong)
+    assert search(case, Requirement(), cache_folder=tmp_path) == result
     assert len(searches) == 2
 
 
 def test_the_folder_does_not_grow_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [evidence((1, 1), 2, 6, seed) for seed in range(4)]
-    search(cases[0], Requirement(), kept=tmp_path)
+    search(cases[0], Requirement(), cache_folder=tmp_path)
     one = sum(map(len, contents(tmp_path).values()))
     monkeypatch.setattr(cache, "MOST_BYTES", 2 * one + one // 2)
     (tmp_path / "notes").mkdir()
     for case in cases:
-        search(case, Requirement(), kept=tmp_path)
+        search(case, Requirement(), cache_folder=tmp_path)
     assert sum(map(len, contents(tmp_path).values())) <= 2 * one + one // 2
     assert (tmp_path / "notes").is_dir()
     before = contents(tmp_path)
-    search(cases[-1], Requirement(), kept=tmp_path)
+    search(cases[-1], Requirement(), cache_folder=tmp_path)
     assert contents(tmp_path) == before
 
 
 def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     case = evidence((1,), 2, 6, seed=4)
-    assert search(case, Requirement(), kept=tmp_path / "file") == search(case, Requirement())
+    assert search(case, Requirement(), cache_folder=tmp_path / "file") == search(case, Requirement())
 
 
 def test_a_refusal_is_the_same(tmp_path: Path) -> None:
     case = evidence((1,), 2, 6, seed=4)
     for _ in range(2):
         with pytest.raises(RequirementError, match="best reachable: latency"):
-            search(case, Requirement(max_latency=Limit(1e-6)), kept=tmp_path)
+            search(case, Requirement(max_latency=Limit(1e-6)), cache_folder=tmp_path)
 
 
-def test_rows_are_kept_as_they_are(tmp_path: Path) -> None:
+def test_a_plan_table_is_loaded_as_it_was_stored(tmp_path: Path) -> None:
     case = evidence((2, 1), 2, 8, seed=4)
-    fresh, again = (cache.kept_rows(case, Requirement(), lambda done, total: None, tmp_path, None) for _ in range(2))
+    context = SearchContext(Requirement(), cache_folder=tmp_path)
+    fresh, again = (cache.cached_plan_table(case, context) for _ in range(2))
     assert again.chains == fresh.chains
     assert np.array_equal(again.plans, fresh.plans)
     assert (again.space, again.evaluated) == (fresh.space, fresh.evaluated)
