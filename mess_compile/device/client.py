@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mess_compile import files
 from mess_compile.device.payload import SESSION, runtime_zip
 from mess_compile.device.remote import Remote, RemoteError
+from mess_compile.device.scripts import shell_script
 from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.runtime.base import decode, protocol
 from mess_compile.runtime.base.errors import EngineError, InputError
@@ -270,8 +271,7 @@ class PythonSession:
         return list(paths)
 
     def _write(self, path: str, content: bytes) -> None:
-        script = 'mkdir -p "$(dirname "$1")" && cat >"$1.new" && mv "$1.new" "$1"'
-        done = self.remote.run(("sh", "-c", script, "sh", path), content, patience_s=600.0)
+        done = self.remote.run(("sh", "-c", shell_script("write"), "sh", path), content, patience_s=600.0)
         if done.code:
             raise self.remote.failure(path, done.code, done.errors)
 

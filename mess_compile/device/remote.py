@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from mess_compile import files as local
+from mess_compile.device.scripts import shell_script
 from mess_compile.device.ssh import (
     KILLED,
     PYTHON,
@@ -33,73 +34,10 @@ __all__ = ["PYTHON", "Completed", "Host", "Pushed", "Remote", "RemoteError", "pa
 STOP_S = 10.0
 """For a program there to end when its lines are no longer wanted; it is killed there after 5 s."""
 _ABSENT = 44
+"""The exit code of `show.sh` and `show_hashed.sh` when there is no such file."""
 _LAST_SIGNAL = 64
-_PLAIN = '"$@"; exit $?'  # the shell stays, so that a program that was killed gives 128 + its signal
-_WATCHED = r"""
-file=$1; shift
-runs() { tr '\0' '\n' <"/proc/$1/cmdline" | grep -qxF -e "$file"; } 2>/dev/null
-if [ -n "$file" ]; then
-    mkdir -p -- "$(dirname -- "$file")" || exit 1
-    old=$(cat -- "$file" 2>/dev/null); tries=0
-    [ -n "$old" ] && runs "$old" && kill -TERM "$old"
-    while [ -n "$old" ] && runs "$old"; do
-        tries=$((tries + 1)); [ $tries -lt 100 ] || { echo "process $old of an earlier run does not end" >&2; exit 1; }
-        sleep 0.1
-    done
-    echo $$ >"$file" || exit 1
-fi
-stop() {
-    trap '' TERM; kill -TERM 0
-    { sleep 5; kill -KILL 0; } >/dev/null 2>&1 &
-    wait "$program"; kill -KILL 0
-}
-trap stop TERM
-exec 3<&0
-"$@" </dev/null 3<&- &
-program=$!
-{ while read -r said; do :; done <&3; kill -TERM $$; } >/dev/null 2>&1 &
-watcher=$!
-wait "$program"; code=$?
-kill "$watcher" 2>/dev/null
-exit "$code"
-"""
-"""Run $2... under the eyes of a reader of our end: sshd makes its commands a process group each, and when standard
-input ends, because we closed it, died or were cut off, all of the group is stopped. $1 is a file for the process
-number, by which a later run finds one that a frozen connection left running."""
-
-_SETTLE = r"""
-LC_ALL=C; export LC_ALL; trap '' PIPE
-command -v sha256sum >/dev/null || { echo "sha256sum: not found" >&2; exit 127; }
-mkdir -p -- "$1" && cd -- "$1" || exit 1
-good() { while read -r name; do [ ! -f "$name" ] || echo "$name  $name"; done | sha256sum -c 2>/dev/null; }
-settle() {
-    (cd "$1" && ls | good) | while read -r name verdict; do
-        [ "$verdict" != OK ] || { mv -f "$1/${name%:}" "${name%:}" 2>/dev/null && echo "${name%:}"; }
-    done
-}
-"""
-_PRESENT = rf"""{_SETTLE}
-for place in incoming-*; do
-    [ -d "$place" ] || continue
-    settle "$place" >/dev/null
-    [ -d "/proc/${{place#incoming-}}" ] || rm -rf -- "$place"
-done
-good | while read -r name verdict; do
-    if [ "$verdict" = OK ]; then echo "${{name%:}}"; else rm -f -- "${{name%:}}"; fi
-done
-"""
-_RECEIVE = rf"""{_SETTLE}
-place=incoming-$$
-mkdir -p "$place" || exit 1
-tar -xo -f - -C "$place"; code=$?
-settle "$place"
-rm -rf "$place"
-exit $code
-"""
 _LEAST_PYTHON = (3, 8)
 _VERSION = "import sys; print('.'.join(map(str, sys.version_info[:3])))"
-_SHOW = f'[ -e "$1" ] || exit {_ABSENT}; cat <"$1"; exit $?'
-_SHOW_HASHED = f'[ -e "$1" ] || exit {_ABSENT}; sha256sum <"$1" >&2 && cat <"$1"; exit $?'
 
 
 @dataclass(frozen=True)
@@ -144,7 +82,7 @@ class Remote:
 
         After `patience_s` seconds it is given up; it is not stopped there. What runs for long belongs to `lines`.
         """
-        return self._answer(_PLAIN, command, given, patience_s)
+        return self._answer(shell_script("run"), command, given, patience_s)
 
     def lines(self, command: Sequence[str], pid_file: str | None = None) -> Iterator[str]:
         """The standard output of a program, line by line as they come; the error at the end names what it said last.
@@ -154,7 +92,9 @@ class Remote:
         that was started with the same `pid_file` (a path there) is stopped before this one starts.
         """
         with tempfile.TemporaryFile() as errors:
-            with self._connection.client(_WATCHED, (pid_file or "", *command), subprocess.PIPE, errors) as client:
+            with self._connection.client(
+                shell_script("run_watched"), (pid_file or "", *command), subprocess.PIPE, errors
+            ) as client:
                 assert client.stdin
                 assert client.stdout
                 try:
@@ -190,7 +130,7 @@ class Remote:
         with local.replaced(target) as temporary, tempfile.TemporaryFile() as errors:
             with (
                 temporary.open("wb") as stream,
-                self._connection.client(_SHOW_HASHED, (path,), subprocess.PIPE, errors) as client,
+                self._connection.client(shell_script("show_hashed"), (path,), subprocess.PIPE, errors) as client,
             ):
                 assert client.stdout
                 started = began(client.stdout)
@@ -205,7 +145,7 @@ class Remote:
 
     def read(self, path: str) -> bytes | None:
         """The bytes of a small file there; None when there is none."""
-        done = self._answer(_SHOW, (path,))
+        done = self._answer(shell_script("show"), (path,))
         if done.code == _ABSENT:
             return None
         if done.code:
@@ -251,14 +191,18 @@ class Remote:
 
     def _present(self, names: Iterable[str], folder: str) -> set[str]:
         """Those of `names` that are whole in `folder`, which is made; damaged ones are removed."""
-        done = self._answer(_PRESENT, (folder,), "".join(f"{name}\n" for name in names).encode())
+        done = self._answer(
+            shell_script("verified_folder", "list_files"), (folder,), "".join(f"{name}\n" for name in names).encode()
+        )
         if done.code:
             raise self.failure(f"folder {folder}", done.code, done.errors)
         return set(done.output.decode().split())
 
     def _send(self, missing: Mapping[str, Path], folder: str, progress: Callable[[int, int], None]) -> int:
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-            with self._connection.client(_RECEIVE, (folder,), output, errors) as client:
+            with self._connection.client(
+                shell_script("verified_folder", "receive_files"), (folder,), output, errors
+            ) as client:
                 assert client.stdin
                 sent_bytes = 0
                 try:

@@ -18,6 +18,7 @@ from mess_compile.device import trtexec
 from mess_compile.device.client import STORE, BuiltThere
 from mess_compile.device.payload import OWN_FILES_LAST
 from mess_compile.device.remote import Remote, RemoteError
+from mess_compile.device.scripts import shell_script
 from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.runtime.base.errors import EngineError, InputError, MessError
 from mess_compile.runtime.machine import power
@@ -49,69 +50,6 @@ import numpy, tensorrt
 
 sys.exit(sys.version_info < (3, 8))
 """
-_LOOK = r"""
-LC_ALL=C; export LC_ALL
-program=$(command -v "$1" || command -v trtexec) || exit 127
-say() { echo "$1 $2"; }
-say program "$program"
-say system "$(uname -s) $(uname -m)"
-say cpu "$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -n 1)"
-say cores "$(nproc)"
-say load_average "$(cut -d ' ' -f 1 /proc/loadavg)"
-say board "$(tr -d '\000' 2>/dev/null </proc/device-tree/model)"
-say release "$(head -n 1 /etc/nv_tegra_release 2>/dev/null)"
-id=
-for place in /etc/machine-id /var/lib/dbus/machine-id; do [ -n "$id" ] || id=$(cat "$place" 2>/dev/null); done
-say identity "$(printf 'mess-compile %s' "${id:-$(uname -n)}" | sha256sum | cut -c 1-12)"
-echo "trtexec says"
-"$program" --loadEngine=/dev/null 2>&1
-exit 0
-"""
-"""An engine that is none: trtexec tells version and GPU, and gives up before anything takes long."""
-_STATE = r"""
-exec 2>/dev/null
-for zone in /sys/class/thermal/thermal_zone*; do echo "zone $(cat "$zone/temp") $(cat "$zone/type")"; done
-for gpu in /sys/class/devfreq/*; do echo "devfreq $(cat "$gpu/cur_freq") $(cat "$gpu/max_freq") ${gpu##*/}"; done
-for cpu in /sys/devices/system/cpu/cpufreq/policy*; do
-    echo "policy $(cat "$cpu/scaling_cur_freq") $(cat "$cpu/scaling_max_freq") ${cpu##*policy}"
-done
-echo "load $(cut -d ' ' -f 1 /proc/loadavg)"
-PATH=$PATH:/usr/sbin:/sbin
-echo "mode $(nvpmodel -q | sed -n 's/^.*NV Power Mode: *//p')"
-"""
-_KEPT = r"""
-umask 077; mkdir -p -- "$1" && cd -- "$1" || exit 1
-case $(ls -ld .) in
-    ?????w*|????????w*) echo "others can write there, and engines are code: run \`chmod go-w $1\` there" >&2; exit 1 ;;
-esac
-while read -r key; do
-    [ -f "$key.engine" ] && [ "$(sha256sum <"$key.engine")" = "$(cat "$key.sha256" 2>/dev/null)  -" ] &&
-        echo "$key $(wc -c <"$key.engine")"
-done
-exit 0
-"""
-_BUILD = r"""
-engine=$1; making=$2; cache=$3; making_cache=$4; shift 4
-rm -f "$making" "$making_cache"; [ ! -f "$cache" ] || cp "$cache" "$making_cache" || exit 1
-"$@" 2>&1; code=$?
-if [ $code = 0 ]; then
-    hash=$(sha256sum <"$making") && echo "${hash%% *}" >"$engine.sha256" && mv -f "$making" "$engine.engine" || exit 1
-    [ ! -f "$making_cache" ] || mv -f "$making_cache" "$cache"
-    printf '\nended 0 %s\n' "$(wc -c <"$engine.engine")"
-else
-    rm -f "$making" "$making_cache"
-    printf '\nended %s 0\n' "$code"
-fi
-"""
-_MEASURE = r"""
-engine=$1; times=$2; shift 2
-rm -f "$times"
-"$@" 2>&1; code=$?
-[ $code = 0 ] || rm -f "$engine.sha256"
-printf '\nended %s 0\n' "$code"
-cat "$times"; rm -f "$times"
-"""
-"""An engine that does not run is built again by the next call."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +90,7 @@ class TrtexecSession:
     def greet(self) -> Hello:
         """What the device is. Raises RemoteError when it has no trtexec, InputError and EngineError when it has."""
         host = self.remote.host.text
-        done = self.remote.run(("sh", "-c", _LOOK, "sh", trtexec.PROGRAM))
+        done = self.remote.run(("sh", "-c", shell_script("describe_trtexec"), "sh", trtexec.PROGRAM))
         if done.code:
             reason = f"no trtexec, neither {trtexec.PROGRAM} nor on PATH: install TensorRT's tools there"
             raise RemoteError(f"{host} has {reason}")
@@ -238,7 +176,7 @@ class TrtexecSession:
             raise EngineError(f"{self.remote.host.text}: {name} has no engine: {self.failed.get(name)}")
         engine = f"{_ENGINES}/{self._engines[name].key}"
         words = trtexec.timing_command(f"{engine}.engine", self._major, _TIMES, program=self._program)
-        run = self._run(_MEASURE, engine, _TIMES, *words)
+        run = self._run(shell_script("time_engine"), engine, _TIMES, *words)
         host = self.remote.host.text
         if run.code:
             raise EngineError(f"{host}: {name} does not run: {trtexec.error_from_output(run.said)}")
@@ -261,10 +199,10 @@ class TrtexecSession:
     def _built(self, sha256: str, precision: str, key: str) -> _Run:
         """A timing cache that TensorRT does not take, cut off or of another device, is removed: it fills again."""
         words = (f"{_ENGINES}/{key}", _MAKING, self._cache, _MAKING_CACHE, *self._build_words(sha256, precision))
-        run = self._run(_BUILD, *words)
+        run = self._run(shell_script("build_engine"), *words)
         if run.code and _NO_CACHE.search(run.said):
             self.remote.run(("rm", "-f", self._cache))
-            run = self._run(_BUILD, *words)
+            run = self._run(shell_script("build_engine"), *words)
         if run.code and _FULL.search(run.said):
             raise self.remote.failure(f"engines in {_ENGINES}", run.code, "No space left on device")
         return run
@@ -283,7 +221,7 @@ class TrtexecSession:
     def _kept(self, keys: set[str]) -> dict[str, _Kept]:
         """The engines that are there, whole."""
         given = "".join(f"{key}\n" for key in sorted(keys)).encode()
-        done = self.remote.run(("sh", "-c", _KEPT, "sh", _ENGINES), given, _PATIENCE_S)
+        done = self.remote.run(("sh", "-c", shell_script("list_engines"), "sh", _ENGINES), given, _PATIENCE_S)
         if done.code:
             raise self.remote.failure(f"folder {_ENGINES}", done.code, done.errors)
         rows = [line.split() for line in done.output.decode().splitlines()]
@@ -297,7 +235,9 @@ class TrtexecSession:
 
     def _state(self) -> DeviceState:
         """What the kernel's files and nvpmodel tell there."""
-        return state_from_text(self.remote.run(("sh", "-c", _STATE)).output.decode(errors="replace"))
+        return state_from_text(
+            self.remote.run(("sh", "-c", shell_script("device_state"))).output.decode(errors="replace")
+        )
 
     @property
     def _greeted(self) -> Hello:

@@ -21,6 +21,7 @@ from mess_compile.device.client import written
 from mess_compile.device.payload import SHIP as SHIP_PROGRAM
 from mess_compile.device.payload import runtime_zip
 from mess_compile.device.remote import PYTHON, Host, Remote, RemoteError, parse_host
+from mess_compile.device.scripts import shell_script
 from mess_compile.runtime.base import decode, protocol
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.bundle.archive import Archive, open_archive
@@ -48,10 +49,6 @@ _FOLDER = re.compile(r"/?[A-Za-z0-9_+][A-Za-z0-9_.+-]*(/[A-Za-z0-9_.+-]*)*")
 _LEAST_FOR_SPEED = 1 << 16
 _TELL_S = 2.0
 _ATTEMPTS = 3
-_LOOK = r"""
-d=$(mktemp -d) && tar -xof - -C "$d" && "$1" "$d/p.zip" "$2" look "$d/wish"
-code=$?; rm -rf "$d"; exit $code
-"""
 
 
 @dataclass(frozen=True)
@@ -346,7 +343,8 @@ def _look(place: Destination, remote: Remote, wish: ShipRequest) -> Looked:
     heard = _Heard()
     python = place.host.python
     done = remote.run(
-        ("sh", "-c", _LOOK, "sh", python, SHIP_PROGRAM), _tar({"p.zip": runtime_zip(), "wish": _text(wish)})
+        ("sh", "-c", shell_script("run_unpacked"), "sh", python, SHIP_PROGRAM, "look"),
+        _tar({"program.zip": runtime_zip(), "request": _text(wish)}),
     )
     for line in done.output.decode(errors="replace").splitlines():
         _hear(heard, line, place, lambda text: None)

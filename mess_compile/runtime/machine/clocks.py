@@ -309,7 +309,8 @@ def _watched(keep: Path) -> Iterator[None]:
 def _start_watch(keep: Path) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[3])
     path = [package, *filter(None, sys.path)]  # without the current folder, which `-c` puts in front
-    code = f"import sys; sys.path[:] = {path!r}\nfrom mess_compile.runtime.machine import clocks\nclocks.watch(sys.argv[1])"
+    imports = f"import sys; sys.path[:] = {path!r}\nfrom {__name__} import watch"
+    code = f"{imports}\nwatch(sys.argv[1])"
     try:
         return subprocess.Popen(
             [sys.executable, "-c", code, str(keep)],

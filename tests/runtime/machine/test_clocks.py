@@ -286,7 +286,8 @@ class TestRefused:
     def test_without_permission_the_user_is_told_which_file_and_what_to_do(self, keep: Path) -> None:
         """For real: root sheds its rights, as any other user the test has none."""
         script = (
-            "import os, sys\nfrom pathlib import Path\nfrom mess_compile.runtime.base import errors\nfrom mess_compile.runtime.machine import clocks\n"
+            "import os, sys\nfrom pathlib import Path\nfrom mess_compile.runtime.base import errors\n"
+            "from mess_compile.runtime.machine import clocks\n"
             "if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
             "try:\n    with clocks.lock_clocks(Path(sys.argv[1]) / 'keep', Path(sys.argv[1])): print('locked')\n"
             "except errors.InputError as error: print(error)\n"
