@@ -29,8 +29,8 @@ from mess_compile.runtime.cascade import cascade as runtime_cascade
 from mess_compile.runtime.images import frames
 from mess_compile.search.requirement import Requirement
 from mess_compile.ship.client import ShipOptions, parse_place, rollback, ship
-from mess_compile.ship.client import expected as foresee_ship
 from mess_compile.ship.client import look as ships
+from mess_compile.ship.client import preview as foresee_ship
 from mess_compile.steps import prospects
 from mess_compile.steps.bundle import BundleOptions, bundle, foresee_bundle, tuning_statistics
 from mess_compile.steps.devices import KnownDevice, compare, devices, doctor, inspect, report, verify

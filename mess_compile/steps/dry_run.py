@@ -24,7 +24,7 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.measure import measure
 from mess_compile.runtime.measure.measure import Effort
-from mess_compile.runtime.serve.worker import event_of
+from mess_compile.runtime.serve.worker import event_from_line
 from mess_compile.steps.device_choice import host_of, target_of
 from mess_compile.steps.profile import Thrift, subject_of
 from mess_compile.targets import Target
@@ -194,7 +194,7 @@ def _begun(path: Path, effort: Effort) -> tuple[str, ...]:
         lines = path.with_suffix(".samples.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ()
-    events = [event for event in map(event_of, lines) if isinstance(event, measure.Window)]
+    events = [event for event in map(event_from_line, lines) if isinstance(event, measure.Window)]
     timed = Counter(event.job for event in events)
     done = sum(count >= effort.windows for count in timed.values())
     return (f"it would go on where one broke off that had timed {done} of them, if machine and graphs are the same",)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mess_compile import extras, launcher
 from mess_compile.cores import share_of_cores
 from mess_compile.data.dataset import Data, DataFolder, DataSet, open_dataset, survey_labels
-from mess_compile.device.connect import reached, refuse_python_here, session_there
+from mess_compile.device.connect import python_session, refuse_python_here, remote_for
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.prepare import (
     engine_files,
@@ -192,9 +192,9 @@ def _evaluated_there(
 
     root, folder = _labelled(workspace, read_graph_set(workspace.graphs).candidate, data, split)
     _tell_of(folder, tell)
-    with reached(workspace, host, python) as remote:
+    with remote_for(workspace, host, python) as remote:
         (forms,) = forms_there(workspace, target, (precision,), data, progress)
-        session = session_there(remote, target, forms.graph_set, progress)
+        session = python_session(remote, target, forms.graph_set, progress)
         found = record.evaluate_there(
             session,
             record.built_there(session, forms),

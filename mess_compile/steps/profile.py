@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile.data_folder import Data
-from mess_compile.device.connect import any_session_there, reached, refuse_python_here
+from mess_compile.device.connect import device_session, refuse_python_here, remote_for
 from mess_compile.engines.files import EngineFiles, plain_files
 from mess_compile.engines.prepare import RecipeBuild, built_here, engine_files, engines_of, precise_graphs
 from mess_compile.engines.remote_build import build_there, forms_there
@@ -174,7 +174,7 @@ def _profile_there(order: _Order, hosts: Sequence[str]) -> latency.LatencyTable:
     from mess_compile.profile import sparse as thrift
 
     with ExitStack() as connected:
-        remotes = [connected.enter_context(reached(order.workspace, host, order.python)) for host in hosts]
+        remotes = [connected.enter_context(remote_for(order.workspace, host, order.python)) for host in hosts]
         forms = forms_there(order.workspace, order.target, order.precisions, order.data, order.progress)
         found = [_place_at(order, remote, forms[0].graph_set) for remote in remotes]
         if len(hosts) > 1:
@@ -188,17 +188,14 @@ def _profile_there(order: _Order, hosts: Sequence[str]) -> latency.LatencyTable:
 
 def _place_at(order: _Order, remote: Remote, graph_set: GraphSet) -> Backend:
     """The device there, by its Python or by trtexec."""
-    from mess_compile.device import trtexec_client
     from mess_compile.latency.estimate import transfer_estimates
     from mess_compile.profile import backends
 
-    session = any_session_there(order.workspace, remote, order.target, graph_set, order.progress, order.tell)
+    session = device_session(order.workspace, remote, order.target, graph_set, order.progress, order.tell)
+    if order.lock_clocks:
+        session.lock_clocks_while_measuring()
     transfers = None
-    if not isinstance(session, trtexec_client.TrtexecSession):
-        session.lock_clocks = order.lock_clocks
-    elif order.lock_clocks:
-        raise InputError("clocks are locked by the Python there, which cannot be used: lock them there by hand")
-    else:
+    if not session.measures_transfers:
         transfers = transfer_estimates(read_graph_set(order.workspace.graphs), order.target)
     return backends.there(session, order.target.name, transfers)
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mess_compile.device.remote import Host, Pushed, Remote, RemoteError, parse_host
+from mess_compile.device.remote import Host, PushResult, Remote, RemoteError, parse_host
 from mess_compile.runtime.base.errors import InputError
 from tests.remote_device import Device, remote_device
 
@@ -301,21 +301,21 @@ def test_only_what_is_missing_travels(device: Device, remote: Remote, tmp_path: 
     files = made(tmp_path / "files", [*range(300), 20 * MB])
     told: list[tuple[int, int]] = []
     total = 20 * MB + 299 * 300 // 2
-    assert remote.push(files, "a folder/graphs", lambda *bytes: told.append(bytes)) == Pushed(total, 301, 0)
+    assert remote.push(files, "a folder/graphs", lambda *bytes: told.append(bytes)) == PushResult(total, 301, 0)
     assert told[-1] == (total, total)
     assert told == sorted(told)
     there = device.home / "a folder" / "graphs"
     assert sorted(os.listdir(there)) == sorted(files)
     assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.name for path in there.iterdir())
     told.clear()
-    assert remote.push(files, "a folder/graphs", lambda *bytes: told.append(bytes)) == Pushed(0, 0, 301)
+    assert remote.push(files, "a folder/graphs", lambda *bytes: told.append(bytes)) == PushResult(0, 0, 301)
     assert not told
     changed = dict(list(files.items())[1:]) | made(tmp_path / "changed", [7777])
-    assert remote.push(changed, "a folder/graphs", quiet) == Pushed(7777, 1, 300)
+    assert remote.push(changed, "a folder/graphs", quiet) == PushResult(7777, 1, 300)
 
 
 def test_nothing_to_push_makes_the_folder(device: Device, remote: Remote) -> None:
-    assert remote.push({}, "-folder", quiet) == Pushed(0, 0, 0)
+    assert remote.push({}, "-folder", quiet) == PushResult(0, 0, 0)
     assert (device.home / "-folder").is_dir()
 
 
@@ -332,10 +332,10 @@ def test_a_push_that_was_cut_is_continued(device: Device, remote: Remote, tmp_pa
     half = [path for path in (device.home / "graphs").glob("[!i]*") if path.stat().st_size < MB]
     assert not half
     again = remote.push(files, "graphs", quiet)
-    assert again.kept >= 10, "at least what was not under way is not sent again"
-    assert again.kept + again.sent == 30
+    assert again.present >= 10, "at least what was not under way is not sent again"
+    assert again.present + again.sent == 30
     assert again.sent_bytes == sum(path.stat().st_size for path in files.values()) - sum(
-        path.stat().st_size for path in list(files.values())[: again.kept]
+        path.stat().st_size for path in list(files.values())[: again.present]
     )
     assert sorted(path.name for path in (device.home / "graphs").glob("[!i]*")) == sorted(files)
 
@@ -348,7 +348,7 @@ def test_whole_files_of_a_push_that_a_reboot_ended_are_kept(
     left.mkdir(parents=True)
     (left / whole).write_bytes(some[whole].read_bytes())
     (left / half).write_bytes(some[half].read_bytes()[:1000])
-    assert remote.push(some, "graphs", quiet) == Pushed(400_000, 2, 1)
+    assert remote.push(some, "graphs", quiet) == PushResult(400_000, 2, 1)
     assert sorted(os.listdir(device.home / "graphs")) == sorted(some)
 
 
@@ -356,7 +356,7 @@ def test_a_file_that_was_damaged_there_is_sent_again(device: Device, remote: Rem
     remote.push(some, "graphs", quiet)
     damaged = device.home / "graphs" / next(iter(some))
     damaged.write_bytes(b"x" * 200_000)
-    assert remote.push(some, "graphs", quiet) == Pushed(200_000, 1, 2)
+    assert remote.push(some, "graphs", quiet) == PushResult(200_000, 1, 2)
     assert hashlib.sha256(damaged.read_bytes()).hexdigest() == damaged.name
 
 
@@ -391,7 +391,7 @@ def test_writes_that_fail_there_are_named(device: Device, remote: Remote, tmp_pa
     with pytest.raises(RemoteError, match=r"`dd` ended with code 1: .*File too large"):
         list(remote.lines(("dd", "if=/dev/zero", "of=table", "bs=2M", "count=2", "status=none")))
     device.limit_file_bytes(None)
-    assert remote.push(files, "graphs", quiet) == Pushed(2 * MB, 1, 1)
+    assert remote.push(files, "graphs", quiet) == PushResult(2 * MB, 1, 1)
     with pytest.raises(RemoteError, match=f"folder {device.home}/graphs/{next(iter(files))}.*(Not a dir|File exists)"):
         remote.push(files, f"{device.home}/graphs/{next(iter(files))}", quiet)
 
@@ -524,4 +524,4 @@ def test_a_user_who_stops_a_push_keeps_what_arrived(device: Device, remote: Remo
 
     with pytest.raises(KeyboardInterrupt):
         remote.push(files, "graphs", stop)
-    assert remote.push(files, "graphs", quiet).kept >= 9
+    assert remote.push(files, "graphs", quiet).present >= 9

@@ -97,9 +97,9 @@ class TestCommand:
         ("arguments", "words"),
         [
             ({"version_major": 7}, "TensorRT 7 is older than 8.5"),
-            ({"duration_s": 60.0}, "60.0 s is not within"),
-            ({"duration_s": 0.0}, "0.0 s is not within"),
-            ({"duration_s": math.nan}, "nan s is not within"),
+            ({"duration_s": 60.0}, "60.0 s is not between"),
+            ({"duration_s": 0.0}, "0.0 s is not between"),
+            ({"duration_s": math.nan}, "nan s is not between"),
         ],
     )
     def test_what_it_cannot_serve_is_refused(self, arguments: dict[str, Any], words: str) -> None:
@@ -107,7 +107,7 @@ class TestCommand:
             timing_command(**{"engine": "a.engine", "version_major": 8, "times": "t", **arguments})
 
     def test_what_it_cannot_build_is_refused(self) -> None:
-        with pytest.raises(InputError, match="'bf16' is none of fp32, fp16, int8"):
+        with pytest.raises(InputError, match="'bf16' is not one of fp32, fp16, int8"):
             build_command("a.onnx", "bf16", 8, "a.engine")
         with pytest.raises(InputError, match=r"TensorRT 7 is older than 8\.5"):
             build_command("a.onnx", "fp32", 7, "a.engine")
@@ -257,7 +257,7 @@ class TestError:
 
     @pytest.mark.parametrize(
         ("text", "words"),
-        [("", "it said nothing"), ("&&&& FAILED x\n", "it said nothing"), ("a\nb\n\n&&&& FAILED x\n", "b")],
+        [("", "no output"), ("&&&& FAILED x\n", "no output"), ("a\nb\n\n&&&& FAILED x\n", "b")],
     )
     def test_without_an_error_it_is_what_was_said_last(self, text: str, words: str) -> None:
         assert error_from_output(text) == words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,8 +18,9 @@ from onnx import helper, numpy_helper
 
 from mess_compile import files, steps
 from mess_compile.device.remote import Remote, RemoteError, parse_host
+from mess_compile.device.session import MeasureRequest
 from mess_compile.device.trtexec import PROTOCOL_DIFFERENCE
-from mess_compile.device.trtexec_client import MOST_RUNS, TrtexecSession, in_place_of_python, state_from_text
+from mess_compile.device.trtexec_client import MOST_RUNS, TrtexecSession, state_from_text, trtexec_instead_of_python
 from mess_compile.engines import build as building
 from mess_compile.graph.store import store_weight
 from mess_compile.latency.table import LatencyTable, read_latency_table
@@ -82,7 +84,7 @@ if [ -n "$onnx" ]; then
         echo "[8] Assertion failed: no kernel for it" >&2
         fail "Failed to parse onnx file"
     fi
-    [ "$(mode)" != slow ] || sleep 0.3
+    [ "$(mode)" != slow ] || sleep 1
     echo "engine of $(basename "$onnx")" >"$save"
     [ -z "$cache" ] || echo "timed $(basename "$onnx")" >>"$cache"
     echo "&&&& PASSED TensorRT.trtexec [TensorRT v{packed}]"
@@ -90,7 +92,7 @@ if [ -n "$onnx" ]; then
 fi
 grep -q '^engine of' "$load" || fail "[TRT] 4: [runtime.cpp::deserializeCudaEngine::66] Engine deserialization failed."
 say I "Engine loaded in 0.25 sec."
-[ "$(mode)" != slow ] || sleep 0.3
+[ "$(mode)" != slow ] || sleep 1
 compute=2.125; rows=13
 [ "$(mode)" != nonsense ] || compute=-nan
 [ "$(mode)" != fast ] || rows=2400
@@ -130,6 +132,18 @@ class Standin:
 
     def behave(self, mode: str) -> None:
         (self.place / "mode").write_text(mode)
+
+    def cut_at_next_call(self) -> None:
+        """Cut the connection while the next call runs; before it, the session would connect again unnoticed."""
+        self.behave("slow")
+        before = len(self.calls)
+
+        def cut() -> None:
+            while len(self.calls) == before:
+                time.sleep(0.01)
+            self.device.cut()
+
+        threading.Thread(target=cut, daemon=True).start()
 
     def fake(self, script: str) -> None:
         """Put another program in its place."""
@@ -215,7 +229,8 @@ def write_graph(folder: Path, name: str) -> Path:
 def measured(session: TrtexecSession, jobs: dict[str, tuple[Path, str]]) -> list[Opened | Window]:
     listed = [Job(name, path) for name, (path, _) in jobs.items()]
     precisions = {name: precision for name, (_, precision) in jobs.items()}
-    return list(session.measure("", listed, precisions, [*jobs], next(iter(jobs)), EFFORT, ()))
+    request = MeasureRequest("", tuple(listed), precisions, tuple(jobs), next(iter(jobs)), EFFORT)
+    return list(session.measure(request, ()))
 
 
 def table_path(workspace: Path) -> Path:
@@ -290,10 +305,12 @@ def test_trtexec_alone_gives_a_table_that_names_its_protocol(mine: Path, standin
 
 @pytest.mark.slow
 def test_a_cut_in_the_middle_is_one_line_and_the_same_command_continues(mine: Path, standin: Standin) -> None:
+    cut: list[bool] = []
+
     def watch(label: str, done: int, total: int) -> None:
-        if len(samples(mine)) >= 5:
-            standin.behave("slow")
-            standin.device.cut()
+        if len(samples(mine)) >= 5 and not cut:
+            cut.append(True)
+            standin.cut_at_next_call()
 
     with pytest.raises(RemoteError) as caught:
         profiled(mine, standin, watch)
@@ -319,8 +336,7 @@ def test_a_cut_while_building_leaves_nothing_running_and_what_was_built(
 ) -> None:
     def watch(label: str, done: int, total: int) -> None:
         if label == "build there" and done == 1:
-            standin.behave("slow")
-            standin.device.cut()
+            standin.cut_at_next_call()
 
     session.progress = watch
     with pytest.raises(RemoteError) as caught:
@@ -390,7 +406,7 @@ def test_a_builder_that_crashes_takes_one_graph_with_it(
 ) -> None:
     standin.behave("crash")
     standin.break_graph(files.sha256_of_file(jobs["b@fp32"][0]))
-    assert session.build(jobs) == {"b@fp32": "trtexec crashed there, or was killed for the memory it took"}
+    assert session.build(jobs) == {"b@fp32": "trtexec crashed on the device, or was killed for the memory it took"}
     standin.behave("")
     del jobs["b@fp32"]
     assert {event.job for event in measured(session, jobs)} == {*jobs}
@@ -462,7 +478,7 @@ def test_of_many_runs_some_are_kept_from_all_over_the_window(
         (lambda standin: standin.fake("echo '[TensorRT v8502]'; exit 1"), "trtexec finds no GPU"),
         (
             lambda standin: (standin.place / "trtexec").unlink(),
-            "or give the path at which it is; trtexec would be enough, but {host} has no trtexec, neither /usr/src/",
+            "or name another by --python PATH; trtexec would be enough, but {host} has no trtexec, neither /usr/src/",
         ),
     ],
     ids=["full", "another version", "another program", "no GPU", "neither Python nor trtexec"],
@@ -498,14 +514,14 @@ def test_trtexec_stands_in_for_a_python_that_is_no_use_and_for_no_other_failure(
     target, error = find_target("mine", tmp_path), MessError("tensorrt cannot be imported")
     path = standin.device.folder / "path"
     path.write_text(f"{standin.device.python.parent}:{path.read_text()}")
-    assert in_place_of_python(remote, target, tmp_path, quiet, error) is not None, "a Python without tensorrt"
-    assert in_place_of_python(remote, target, tmp_path, quiet, RemoteError("it was cut", lost=True)) is None
-    assert in_place_of_python(remote, find_target("host", tmp_path), tmp_path, quiet, error) is None
+    assert trtexec_instead_of_python(remote, target, tmp_path, quiet, error) is not None, "a Python without tensorrt"
+    assert trtexec_instead_of_python(remote, target, tmp_path, quiet, RemoteError("it was cut", lost=True)) is None
+    assert trtexec_instead_of_python(remote, find_target("host", tmp_path), tmp_path, quiet, error) is None
     usable = standin.place / "python3"
     usable.write_text("#!/bin/sh\nexit 0\n")
     usable.chmod(0o755)
     path.write_text(f"{standin.place}:{standin.device.folder / 'tools'}")
-    assert in_place_of_python(remote, target, tmp_path, quiet, error) is None, "a Python that has all it needs"
+    assert trtexec_instead_of_python(remote, target, tmp_path, quiet, error) is None, "a Python that has all it needs"
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ class TestNamedPython:
         given = ("evaluate", "--split", "val[:2]", "--device", "host", "--host", device.host)
         assert "2 images" in done("-C", workspace, *given, "--python", python)
         assert not list(device.home.rglob("hacked"))
-        again = connect.reached(Workspace(workspace), device.host, None)
+        again = connect.remote_for(Workspace(workspace), device.host, None)
         with again as remote:
             assert remote.run((remote.host.python, "-c", "print(1)")).output == b"1\n"
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle.archive import open_archive
-from mess_compile.runtime.serve.ship import Looked
+from mess_compile.runtime.serve.ship import FolderReport
 from mess_compile.ship import client as ship
 from mess_compile.ship.client import Destination, parse_place
 from mess_compile.workspace import Workspace
@@ -273,8 +273,8 @@ def test_one_dead_host_of_three_does_not_stop_the_others(street: Street, newer: 
 def test_a_place_that_is_named_twice_is_listed_once_with_its_own_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def looked(places: Sequence[Destination]) -> list[Looked]:
-        return [Looked(place.folder, (), {}, 0, None, (), (), None, False) for place in places]
+    def looked(places: Sequence[Destination]) -> list[FolderReport]:
+        return [FolderReport(place.folder, (), {}, 0, None, (), (), None, False) for place in places]
 
     monkeypatch.setattr(ship, "look", looked)
     told = printed_json("-C", tmp_path, "ships", "xavier:/a", "xavier:/a", "orin:/b")["places"]

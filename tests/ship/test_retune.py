@@ -18,7 +18,7 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle import archive, manifest
 from mess_compile.runtime.serve.verify import verify_bundle
 from mess_compile.search.plan import Stage
-from mess_compile.ship.retune import Choice, chosen_stages, retuned
+from mess_compile.ship.retune import Choice, chosen_stages, retune
 from tests import small_network
 from tests.commands import ANY_SPEED, printed_json
 from tests.conftest import quiet
@@ -202,7 +202,7 @@ def test_of_several_plans_the_one_to_choose_for_must_be_named(several: Path, tmp
     with closing(archive.open_archive(several)) as opened:
         for target in (None, "host", "xavier"):
             with pytest.raises(InputError, match=r"has the plans host:fp16, host:fp32: .* --target host:fp16"):
-                retuned(opened, choice, target, remote, tmp_path / "never.mess", quiet)
+                retune(opened, choice, target, remote, tmp_path / "never.mess", quiet)
 
 
 @pytest.fixture(scope="module")
@@ -223,15 +223,15 @@ def test_a_device_that_does_otherwise_gets_thresholds_of_its_own(
     place, statistics, plan = f"{running.host}:~/street", known[0], known[1]
     data = ("--data", workspace / "data")
     (same,) = printed_json("-C", workspace, "ship", workspace / "host.mess", place, *data, *ANY_SPEED)["places"]
-    assert same["retuned"]["changed"] is False
-    assert same["retuned"]["found_miou"] == pytest.approx(plan.predicted.miou)
+    assert same["retune"]["changed"] is False
+    assert same["retune"]["found_miou"] == pytest.approx(plan.predicted.miou)
     bold = changed_bundle(workspace / "host.mess", tmp_path / "host.mess", all_leave_at_once)
     (other,) = printed_json("-C", workspace, "ship", bold, place, *data, *ANY_SPEED)["places"]
-    assert other["retuned"]["changed"] is True
+    assert other["retune"]["changed"] is True
     assert other["sent_bytes"] < 64 * 1024, "only thresholds differ"
     heads = [stage.head for stage in plan.stages]
     at_once = miou(statistics, heads, [0] * statistics.images)
-    assert other["retuned"]["found_miou"] == pytest.approx(at_once)
+    assert other["retune"]["found_miou"] == pytest.approx(at_once)
     with closing(archive.open_archive(running.home / "street" / "current")) as opened:
         (now,) = opened.manifest.plans
     chosen = tuple(Stage(stage.exit_point, stage.head, stage.row, stage.cut) for stage in now.stages)

@@ -15,7 +15,7 @@ from mess_compile.runtime import __main__ as command
 from mess_compile.runtime.base.errors import BundleError, InputError
 from mess_compile.runtime.bundle.archive import open_archive, write_sealed_zip
 from mess_compile.runtime.bundle.signature import Signers, sign, signer_of
-from mess_compile.runtime.serve.verify import Demands, verify_bundle
+from mess_compile.runtime.serve.verify import VerifyOptions, verify_bundle
 from tests import commands, small_network
 
 pytestmark = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="there is no ssh-keygen")
@@ -40,8 +40,8 @@ def signed(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def demands(keys: Path, identity: str | None = None) -> Demands:
-    return Demands(Signers(keys / "allowed", identity), require_signature=True, latency_factor=1000)
+def demands(keys: Path, identity: str | None = None) -> VerifyOptions:
+    return VerifyOptions(Signers(keys / "allowed", identity), require_signature=True, latency_factor=1000)
 
 
 def test_a_signed_bundle_names_its_signer_and_verifies(keys: Path, signed: Path) -> None:
@@ -123,10 +123,10 @@ def test_a_changed_file_is_refused_before_its_signature_matters(keys: Path, sign
 
 
 def test_without_allowed_signers_a_signature_is_told_but_proves_nothing(signed: Path) -> None:
-    check = verify_bundle(signed, demands=Demands(latency_factor=1000))[1]
+    check = verify_bundle(signed, demands=VerifyOptions(latency_factor=1000))[1]
     assert check.passed
     assert "no file of allowed signers" in check.detail
-    assert not verify_bundle(signed, demands=Demands(require_signature=True))[1].passed
+    assert not verify_bundle(signed, demands=VerifyOptions(require_signature=True))[1].passed
 
 
 def test_a_signature_for_another_purpose_does_not_count(keys: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_named_signers_ask_for_a_signature_by_themselves(
 ) -> None:
     plain, named = tmp_path / "plain.mess", ("--allowed-signers", str(keys / "allowed"))
     small_network.write_bundle(plain)
-    checks = verify_bundle(plain, demands=Demands(Signers(keys / "allowed")))
+    checks = verify_bundle(plain, demands=VerifyOptions(Signers(keys / "allowed")))
     assert [(check.name, check.passed) for check in checks] == [("hashes", True), ("signature", False)]
     assert command.main(["verify", str(plain), *named]) == 1
     assert "FAILED  signature: there is none, and one is required" in capsys.readouterr().out

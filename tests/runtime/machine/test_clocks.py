@@ -264,7 +264,9 @@ class TestKilled:
         monkeypatch.setattr(clocks, "_ATTEMPTS", 2)
         process = holder()
         assert says(process) == "locked"
-        with pytest.raises(InputError, match=r"the clocks are locked by a process that still runs \(.*clocks.json\)"):
+        with pytest.raises(
+            InputError, match=r"the clocks are locked by a process that is still running \(.*clocks.json\)"
+        ):
             restore_leftover(keep)
         assert found(root) == LOCKED
 
@@ -313,7 +315,7 @@ class TestRefused:
             shutil.rmtree(place)
 
     def test_a_machine_without_clocks_to_lock(self, tmp_path: Path, keep: Path) -> None:
-        with pytest.raises(InputError, match="no clocks here that can be locked"), lock_clocks(keep, tmp_path):
+        with pytest.raises(InputError, match="no clocks that can be locked"), lock_clocks(keep, tmp_path):
             pass
         assert not keep.exists()
 
@@ -345,12 +347,12 @@ class TestRefused:
         self, root: Path, keep: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
         with (
-            pytest.raises(InputError, match=r"the clocks stay locked: .*/min_freq cannot be set"),
+            pytest.raises(InputError, match=r"the clocks are still locked: .*/min_freq cannot be set"),
             lock_clocks(keep, root),
         ):
             (root / GPU / "min_freq").unlink()
         assert keep.exists()
-        assert "the clocks stay locked" in capfd.readouterr().err
+        assert "the clocks are still locked" in capfd.readouterr().err
         (root / GPU / "min_freq").write_text("")
         assert restore_leftover(keep)
         assert found(root) == FREE
@@ -404,7 +406,7 @@ class TestJetsonClocks:
         install(tmp_path, "sudo", "echo 'sudo: a password is required' >&2; exit 1")
         with pytest.raises(InputError) as refused:
             lock_clocks(keep, root).__enter__()
-        assert f"{GPU}/min_freq cannot be written, and jetson_clocks says: " in str(refused.value)
+        assert f"{GPU}/min_freq cannot be written, and jetson_clocks fails: " in str(refused.value)
         assert "(sudo: a password is required); run as root there, allow `sudo -n jetson_clocks`" in str(refused.value)
         assert "\n" not in str(refused.value)
         assert not keep.exists()
@@ -443,7 +445,7 @@ class TestCard:
 
     def test_a_card_that_is_not_told_is_no_card(self, tmp_path: Path, keep: Path) -> None:
         install(tmp_path, "nvidia-smi", "echo '[N/A]'")
-        with pytest.raises(InputError, match="no clocks here"):
+        with pytest.raises(InputError, match="no clocks that can be locked"):
             lock_clocks(keep, tmp_path / "no-files").__enter__()
 
 

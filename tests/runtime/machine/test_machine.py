@@ -143,7 +143,7 @@ class TestWithoutCuda:
         write(tmp_path / "proc" / "driver" / "nvidia" / "gpus" / "0" / "information", content)
         found = this_machine(tmp_path)
         assert (found.gpus, found.l4t) == ((), None)
-        assert machine.in_words(found).isprintable()
+        assert machine.describe(found).isprintable()
 
 
 @given(st.lists(st.text(max_size=60), max_size=4))
@@ -151,7 +151,7 @@ def test_whatever_nvidia_smi_prints_is_no_crash(lines: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "_output", lambda *command: "\n".join(lines))
         assert all(isinstance(gpu, Gpu) for gpu in machine._gpus_of_smi())
-        told = machine._told_by_cuda()
+        told = machine._cuda_report()
         assert machine._gpus_of_cuda(told) is None
         assert machine._newest_cuda(told) is None or "CUDA" in "".join(lines)
         assert machine._driver(Path("/nothing")) is None or any(line[:1].isdecimal() for line in lines)
@@ -168,8 +168,8 @@ def test_one_line_says_it_all() -> None:
         (Gpu("Xavier", (7, 2), 30.98),), "Jetson-AGX", "35.4.1", (InstalledLibrary("tensorrt", "8.5.2.2"),)
     )
     expected = "Jetson-AGX, Jetson Linux 35.4.1, Xavier (compute capability 7.2, 31.0 GiB), tensorrt 8.5.2.2"
-    assert machine.in_words(xavier) == expected
-    assert machine.in_words(Machine()) == "no NVIDIA GPU, no engine library"
+    assert machine.describe(xavier) == expected
+    assert machine.describe(Machine()) == "no NVIDIA GPU, no engine library"
 
 
 KERNEL_MODULES = {
@@ -186,7 +186,7 @@ class TestVersions:
         write(tmp_path / "proc" / "driver" / "nvidia" / "version", KERNEL_MODULES[version].encode())
         found = this_machine(tmp_path)
         assert (found.driver, found.cuda) == (version, None)
-        assert f"driver {version}" in machine.in_words(found)
+        assert f"driver {version}" in machine.describe(found)
 
     @pytest.mark.parametrize("begin", ["", "return 100;", "return 803;"])
     def test_the_newest_cuda_is_known_without_a_gpu_that_works(
@@ -256,7 +256,7 @@ class TestPower:
         place = tmp_path / "sys" / "devices" / "system" / "cpu" / "cpu0" / "cpufreq"
         write(place / "scaling_cur_freq", b"2265600\n")
         (place / "scaling_governor").write_text("schedutil\n")
-        assert machine.power_in_words(tmp_path) == (
+        assert machine.describe_power(tmp_path) == (
             "power mode MAXN; GPU at 1200 of 1980 MHz, power limit 450.00 W; CPU at 2265 MHz, governor schedutil"
         )
 
@@ -264,6 +264,6 @@ class TestPower:
     def test_nonsense_is_no_crash(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, no_driver: None
     ) -> None:
-        assert machine.power_in_words(tmp_path / "nothing") == "neither board, driver nor kernel tells them here"
+        assert machine.describe_power(tmp_path / "nothing") == "not reported by board, driver or kernel"
         install_smi(tmp_path, monkeypatch, line)
-        assert "\n" not in machine.power_in_words(tmp_path / "nothing")
+        assert "\n" not in machine.describe_power(tmp_path / "nothing")

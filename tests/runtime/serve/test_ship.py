@@ -66,7 +66,7 @@ def quiet(kind: str, content: object) -> None:
 
 
 def built(opened: Archive) -> tuple[int, tuple[str, ...]]:
-    return ship._built(opened, opened.manifest.plans[0], library(), History(), quiet)
+    return ship._build_engines(opened, opened.manifest.plans[0], library(), History(), quiet)
 
 
 def library() -> FakeLibrary:
@@ -144,11 +144,11 @@ def test_of_programs_of_other_days_the_one_that_runs_stays(tmp_path: Path, monke
     programs.mkdir(parents=True)
     for name in ("own", "older"):
         (programs / name).write_bytes(b"a program")
-    (programs / "wish").write_text(ship.wish_to_json(ship.ShipRequest(str(tmp_path))))
+    (programs / "request").write_text(ship.request_to_json(ship.ShipRequest(str(tmp_path))))
     monkeypatch.setattr(ship, "__file__", str(programs / "own" / "mess_compile" / "runtime" / "serve" / "ship.py"))
-    assert ship.tell("look", programs / "wish") == 0
+    assert ship.act_on("look", programs / "request") == 0
     assert len(list(programs.iterdir())) == 3, "they are of today"
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 2 * 86400)
-    assert ship.tell("look", programs / "wish") == 0
+    assert ship.act_on("look", programs / "request") == 0
     assert [path.name for path in programs.iterdir()] == ["own"]

@@ -29,7 +29,7 @@ def systemctl(home: Path, code: int) -> None:
 
 def test_the_unit_runs_what_is_in_use_and_starts_it_again(home: Path) -> None:
     systemctl(home, 0)
-    told = systemd.installed(Path("/opt/street"), "/usr/bin/python3", "xavier")
+    told = systemd.install(Path("/opt/street"), "/usr/bin/python3", "xavier")
     written = configparser.RawConfigParser()
     written.optionxform = str  # type: ignore[assignment,method-assign]
     written.read(home / ".config" / "systemd" / "user" / "mess-street.service")
@@ -49,20 +49,20 @@ def test_a_unit_that_runs_otherwise_from_now_on_is_started_again(home: Path) -> 
     systemctl(home, 0)
     for target in ("xavier", "xavier", "xavier:fp16"):
         (home / "calls").unlink(missing_ok=True)
-        systemd.installed(Path("/opt/street"), "/usr/bin/python3", target)
+        systemd.install(Path("/opt/street"), "/usr/bin/python3", target)
         restarted = "--user restart mess-street.service" in (home / "calls").read_text().splitlines()
         assert restarted == (target == "xavier:fp16")
 
 
 def test_without_a_home_the_remedy_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     homeless(monkeypatch)
-    assert "set XDG_CONFIG_HOME" in systemd.installed(Path("/opt/street"), "/usr/bin/python3")
+    assert "set XDG_CONFIG_HOME" in systemd.install(Path("/opt/street"), "/usr/bin/python3")
 
 
 def test_where_systemd_cannot_be_reached_the_command_is_told(home: Path) -> None:
-    assert "there is no systemctl" in systemd.installed(Path("/opt/street"), "/usr/bin/python3")
+    assert "there is no systemctl" in systemd.install(Path("/opt/street"), "/usr/bin/python3")
     systemctl(home, 1)
-    told = systemd.installed(Path("/opt/street"), "/usr/bin/python3")
+    told = systemd.install(Path("/opt/street"), "/usr/bin/python3")
     assert "Failed to connect to bus" in told
     assert told.endswith("`systemctl --user enable --now mess-street.service`")
 
@@ -78,7 +78,7 @@ def test_the_unit_finds_modules_where_the_login_does(home: Path, monkeypatch: py
     systemctl(home, 0)
     monkeypatch.setenv("PYTHONPATH", '/opt/100%/a "b":/opt/ros')
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
-    systemd.installed(Path("/opt/street"), "/usr/bin/python3")
+    systemd.install(Path("/opt/street"), "/usr/bin/python3")
     text = (home / ".config" / "systemd" / "user" / "mess-street.service").read_text()
     assert 'Environment="PYTHONPATH=/opt/100%%/a \\"b\\":/opt/ros"\n' in text
     assert "LD_LIBRARY_PATH" not in text

@@ -48,14 +48,14 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: that takes long where others write."""
     monkeypatch.setattr(os, "sync", lambda: None)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(ship, "_proved", lambda *told: ship._Proof(None, 0, 0.0, 0.0))
+    monkeypatch.setattr(ship, "_build_and_verify", lambda *told: ship._Verified(None, 0, 0.0, 0.0))
 
 
 def quiet(kind: str, content: Any) -> None:
     pass
 
 
-def wished(folder: Path, bundle: Path, **options: Any) -> ShipRequest:
+def request_for(folder: Path, bundle: Path, **options: Any) -> ShipRequest:
     """The files have arrived."""
     store = folder / versions.FILES
     store.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def wished(folder: Path, bundle: Path, **options: Any) -> ShipRequest:
 
 def shipped(folder: Path, bundle: Path, **options: Any) -> str:
     """What is in use after it."""
-    ship.ship(wished(folder, bundle, **options), quiet)
+    ship.ship(request_for(folder, bundle, **options), quiet)
     return check_whole(folder)
 
 
@@ -102,7 +102,7 @@ def steps_of(act: Callable[[], object]) -> int:
 
 
 def killed(act: Callable[[], object], at: int) -> None:
-    """Do it in a process that ends without a word before step `at`."""
+    """Do it in a process that exits silently before step `at`."""
     child = os.fork()
     if child == 0:
         with pytest.MonkeyPatch.context() as patch:
@@ -127,7 +127,7 @@ def test_broken_at_any_step_a_whole_version_is_in_use_and_the_next_ship_succeeds
     start = tmp_path / "start"
     first = shipped(start, bundles[0])
     shutil.copytree(start, tmp_path / "counted", symlinks=True)
-    counted = wished(tmp_path / "counted", bundles[1])
+    counted = request_for(tmp_path / "counted", bundles[1])
     total = steps_of(lambda: ship.ship(counted, quiet))
     many = len({path for path in (start / first).rglob("*") if path.is_file()})
     assert total > many, "every file is linked"
@@ -135,14 +135,14 @@ def test_broken_at_any_step_a_whole_version_is_in_use_and_the_next_ship_succeeds
     for at in [1, 2, many // 2, *range(many - 1, total + 1)]:
         folder = tmp_path / f"{how}-{at}"
         shutil.copytree(start, folder, symlinks=True)
-        wish = wished(folder, bundles[1], keep=1)
+        request = request_for(folder, bundles[1], keep=1)
         if how == "killed":
-            killed(lambda wish=wish: ship.ship(wish, quiet), at)  # type: ignore[misc]
+            killed(lambda request=request: ship.ship(request, quiet), at)  # type: ignore[misc]
         else:
             with pytest.MonkeyPatch.context() as patch:
                 Steps(at, full).put_in(patch)
                 with suppress(OSError, MessError):
-                    ship.ship(wish, quiet)
+                    ship.ship(request, quiet)
         seen.add(check_whole(folder))
         after = shipped(folder, bundles[1])
         assert after != first
@@ -170,10 +170,10 @@ def test_a_rollback_that_is_killed_goes_back_one_version_and_no_further(bundles:
     for at in range(1, total + 1):
         folder = tmp_path / str(at)
         shutil.copytree(start, folder, symlinks=True)
-        wish = ShipRequest(str(folder))
-        killed(lambda wish=wish: ship.rollback(wish, quiet), at)  # type: ignore[misc]
+        request = ShipRequest(str(folder))
+        killed(lambda request=request: ship.rollback(request, quiet), at)  # type: ignore[misc]
         if check_whole(folder) == third:
-            ship.rollback(wish, quiet)
+            ship.rollback(request, quiet)
         assert check_whole(folder) == second
 
 
@@ -192,11 +192,11 @@ def test_the_history_may_be_lost(bundles: list[Path], tmp_path: Path) -> None:
 def test_what_lies_where_the_link_belongs_stays(bundles: list[Path], tmp_path: Path) -> None:
     (tmp_path / "current").mkdir()
     with pytest.raises(InputError, match="not a link that `ship` made"):
-        ship.ship(wished(tmp_path, bundles[0]), quiet)
+        ship.ship(request_for(tmp_path, bundles[0]), quiet)
     (tmp_path / "current").rmdir()
     (tmp_path / "current").symlink_to("/etc")
     with pytest.raises(InputError, match="leads out of"):
-        ship.ship(wished(tmp_path, bundles[0]), quiet)
+        ship.ship(request_for(tmp_path, bundles[0]), quiet)
 
 
 def test_two_do_not_ship_at_once(tmp_path: Path) -> None:
@@ -218,11 +218,11 @@ def test_a_version_that_is_damaged_is_made_anew_beside_it(bundles: list[Path], t
 
 
 def test_files_that_have_not_arrived_are_named_and_nothing_is_changed(bundles: list[Path], tmp_path: Path) -> None:
-    wish = wished(tmp_path, bundles[0])
+    request = request_for(tmp_path, bundles[0])
     gone = min((tmp_path / versions.FILES).iterdir())
     gone.unlink()
     said: list[tuple[str, Any]] = []
-    ship.ship(wish, lambda kind, content: said.append((kind, content)))
+    ship.ship(request, lambda kind, content: said.append((kind, content)))
     assert said == [("absent", [gone.name])]
     assert not (tmp_path / "current").exists()
 
@@ -243,7 +243,7 @@ def test_only_so_many_versions_stay_and_their_files(bundles: list[Path], tmp_pat
 
 
 @pytest.mark.parametrize("keep", [0, -1])
-def test_the_version_in_use_stays_whatever_is_wished(bundles: list[Path], tmp_path: Path, keep: int) -> None:
+def test_the_version_in_use_stays_whatever_keep_is(bundles: list[Path], tmp_path: Path, keep: int) -> None:
     first, second = (shipped(tmp_path, bundle, keep=keep) for bundle in bundles[:2])
     assert [path.name for path in (tmp_path / "versions").iterdir()] == [Path(second).name]
     assert first != second
@@ -310,6 +310,6 @@ def test_a_release_is_a_plain_number(bundles: list[Path], text: str, number: int
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"format": "mess-ship"}', json.dumps({"format": "x", "version": 1})]
 )
-def test_a_wish_of_another_release_is_refused(content: str) -> None:
+def test_a_request_of_another_release_is_refused(content: str) -> None:
     with pytest.raises(InputError):
-        ship.wish_from_json(content)
+        ship.request_from_json(content)
