@@ -168,7 +168,7 @@ def test_a_release_is_older_by_its_number(street: Street, tmp_path: Path) -> Non
 
 def test_what_fails_verification_there_does_not_take_over(street: Street, tmp_path: Path) -> None:
     bundle = changed_bundle(street.bundle, tmp_path / "host.mess", that_fails)
-    assert "fails verification there: golden/0.npy" in street.refused(bundle)
+    assert "failed verification on the device: golden/0.npy" in street.refused(bundle)
 
 
 @pytest.mark.slow

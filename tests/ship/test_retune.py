@@ -241,7 +241,7 @@ def test_a_device_that_does_otherwise_gets_thresholds_of_its_own(
     own, _ = keys(tmp_path)
     signed = changed_bundle(bold, tmp_path / "signed.mess", lambda described: described, own)
     (refused,) = [line for line in _complaint(workspace, signed, place, *data) if "error" in line]
-    assert "sign again by --sign KEY" in refused
+    assert "sign it again with --sign KEY" in refused
     printed_json("-C", workspace, "ship", signed, place, *data, "--sign", own, *ANY_SPEED)
     assert (running.home / "street" / "current" / "manifest.json.sig").exists()
 

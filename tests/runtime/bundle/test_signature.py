@@ -83,7 +83,7 @@ def test_another_key_another_name_and_no_signature_fail_and_nothing_runs(
         (foreign, "signed by nobody in", None),
         (foreign, "is not signed by maker@example.com", "maker@example.com"),
         (signed, "is not signed by somebody@example.com", "somebody@example.com"),
-        (plain, "there is none, and one is required", None),
+        (plain, "none, but a signature is required", None),
     ):
         hashes, signature = verify_bundle(path, demands=demands(keys, identity))
         assert hashes.passed
@@ -172,7 +172,7 @@ def test_the_command_on_the_device_asks_for_a_signature(
     plain = tmp_path / "plain.mess"
     small_network.write_bundle(plain)
     assert command.main(["verify", str(plain), *asked]) == 1
-    assert "FAILED  signature: there is none, and one is required" in capsys.readouterr().out
+    assert "FAILED  signature: none, but a signature is required" in capsys.readouterr().out
 
 
 def test_named_signers_ask_for_a_signature_by_themselves(
@@ -183,7 +183,7 @@ def test_named_signers_ask_for_a_signature_by_themselves(
     checks = verify_bundle(plain, demands=VerifyOptions(Signers(keys / "allowed")))
     assert [(check.name, check.passed) for check in checks] == [("hashes", True), ("signature", False)]
     assert command.main(["verify", str(plain), *named]) == 1
-    assert "FAILED  signature: there is none, and one is required" in capsys.readouterr().out
+    assert "FAILED  signature: none, but a signature is required" in capsys.readouterr().out
     assert "(signature)" in commands.complaint("verify", plain, *named)
 
 

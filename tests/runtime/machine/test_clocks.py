@@ -264,9 +264,7 @@ class TestKilled:
         monkeypatch.setattr(clocks, "_ATTEMPTS", 2)
         process = holder()
         assert says(process) == "locked"
-        with pytest.raises(
-            InputError, match=r"the clocks are locked by a process that is still running \(.*clocks.json\)"
-        ):
+        with pytest.raises(InputError, match=r"clocks are locked by a process that is still running \(.*clocks.json\)"):
             restore_leftover(keep)
         assert found(root) == LOCKED
 
