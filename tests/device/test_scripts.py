@@ -32,7 +32,7 @@ def test_shellcheck_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_script_says_how_it_is_called_and_that_stays_here() -> None:
+def test_every_script_documents_its_arguments_and_comments_are_not_sent() -> None:
     assert len(FILES) >= 10
     for path in FILES:
         assert path.read_text().startswith((f"# {path.name} ", f"# {path.name}:")), path.name

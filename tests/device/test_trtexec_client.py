@@ -1,4 +1,4 @@
-"""`profile --host` where Python cannot be used: trtexec alone gives a table, which says how it was made."""
+"""`profile --host` where Python cannot be used: trtexec alone gives a table, which names its protocol."""
 
 from __future__ import annotations
 
@@ -112,9 +112,9 @@ REFUSED = (
     'trtexec: ModelImporter.cpp:726: While parsing node number 3 [TopK -> "x"]; ModelImporter.cpp:732: ERROR: '
     "builtin_op_importers.cpp:4951 In function importTopK: [8] Assertion failed: no kernel for it"
 )
-"""What the stand-in says of a graph that it does not build."""
+"""The stand-in's output for a graph that it does not build."""
 EVERY_MS, COMPUTE_MS = 0.25, 2.125
-"""Of the stand-in: from one enqueue to the next, and between its events. No device is so; the test tells them apart."""
+"""Of the stand-in: from one enqueue to the next, and between its events; different on purpose."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def table_path(workspace: Path) -> Path:
 
 
 def samples(workspace: Path) -> list[tuple[str, int]]:
-    """Job and round of every window that is kept here."""
+    """Job and round of every window that is stored locally."""
     path = table_path(workspace).with_suffix(".samples.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.exists() else []
     return [(line["window"]["job"], line["window"]["round"]) for line in lines if "window" in line]
@@ -247,7 +247,7 @@ def samples(workspace: Path) -> list[tuple[str, int]]:
 def profiled(
     workspace: Path, standin: Standin, watch: Callable[[str, int, int], None] = lambda *told: None
 ) -> LatencyTable:
-    """Sparingly, as is usual over SSH."""
+    """Profile a subset, the default over SSH."""
     host, thrift = standin.device.host, steps.Thrift()
     return steps.profile(Workspace(workspace), "mine", watch, effort=EFFORT, host=host, thrift=thrift)
 
@@ -304,7 +304,7 @@ def test_trtexec_alone_gives_a_table_that_names_its_protocol(mine: Path, standin
 
 
 @pytest.mark.slow
-def test_a_cut_in_the_middle_is_one_line_and_the_same_command_continues(mine: Path, standin: Standin) -> None:
+def test_a_cut_connection_is_one_line_and_the_same_command_continues(mine: Path, standin: Standin) -> None:
     cut: list[bool] = []
 
     def watch(label: str, done: int, total: int) -> None:
@@ -365,7 +365,7 @@ def commands() -> Iterator[str]:
     [("11.1.0", "110100", " [b42]", OPTIONS_11)],
 )
 @pytest.mark.slow
-def test_newer_releases_are_asked_in_their_own_options(
+def test_newer_releases_get_their_own_options(
     standin: Standin,
     session: TrtexecSession,
     jobs: dict[str, tuple[Path, str]],
@@ -390,7 +390,7 @@ def test_newer_releases_are_asked_in_their_own_options(
 
 
 @pytest.mark.slow
-def test_a_device_tells_what_it_is(session: TrtexecSession) -> None:
+def test_the_facts_of_a_device_are_read(session: TrtexecSession) -> None:
     assert session.hello is not None
     assert session.hello.machine == Machine(
         gpus=(Gpu("Stand-in", (7, 2), 7765 / 1024),),
@@ -413,7 +413,7 @@ def test_a_builder_that_crashes_takes_one_graph_with_it(
 
 
 @pytest.mark.slow
-def test_engines_and_timing_caches_that_were_damaged_are_made_again(
+def test_damaged_engines_and_timing_caches_are_rebuilt(
     standin: Standin, session: TrtexecSession, jobs: dict[str, tuple[Path, str]], remote: Remote, tmp_path: Path
 ) -> None:
     session.build(jobs)
@@ -457,7 +457,7 @@ def test_nonsense_instead_of_times_is_one_line_that_names_the_graph(
 
 
 @pytest.mark.slow
-def test_of_many_runs_some_are_kept_from_all_over_the_window(
+def test_a_window_of_many_runs_is_sampled_evenly(
     standin: Standin, session: TrtexecSession, jobs: dict[str, tuple[Path, str]]
 ) -> None:
     session.build(jobs)
@@ -484,7 +484,7 @@ def test_of_many_runs_some_are_kept_from_all_over_the_window(
     ids=["full", "another version", "another program", "no GPU", "neither Python nor trtexec"],
 )
 @pytest.mark.slow
-def test_what_is_wrong_there_is_one_line_with_the_remedy(
+def test_errors_on_the_device_are_one_line_with_the_remedy(
     mine: Path, standin: Standin, provoke: Callable[[Standin], object], told: str
 ) -> None:
     provoke(standin)
@@ -497,7 +497,7 @@ def test_what_is_wrong_there_is_one_line_with_the_remedy(
 
 
 @pytest.mark.slow
-def test_a_device_that_is_something_else_is_sent_nothing(mine: Path, standin: Standin) -> None:
+def test_nothing_is_sent_to_a_device_that_is_not_the_target(mine: Path, standin: Standin) -> None:
     (mine / "profiles" / "mine.toml").write_text(TARGET.replace("Stand-in", "Xavier"))
     message = run(*words(mine, standin)).stderr.splitlines()[-1]
     assert f"{standin.device.host} is not 'mine': the GPU is Stand-in, not Xavier" in message
@@ -505,9 +505,7 @@ def test_a_device_that_is_something_else_is_sent_nothing(mine: Path, standin: St
 
 
 @pytest.mark.slow
-def test_trtexec_stands_in_for_a_python_that_is_no_use_and_for_no_other_failure(
-    standin: Standin, remote: Remote, tmp_path: Path
-) -> None:
+def test_trtexec_is_used_only_where_python_is_unusable(standin: Standin, remote: Remote, tmp_path: Path) -> None:
     folder = tmp_path / "profiles"
     folder.mkdir()
     (folder / "mine.toml").write_text(TARGET)
@@ -525,7 +523,7 @@ def test_trtexec_stands_in_for_a_python_that_is_no_use_and_for_no_other_failure(
 
 
 @pytest.mark.slow
-def test_state_of_a_jetson_is_read_off_what_its_files_say() -> None:
+def test_the_state_of_a_jetson_is_read_from_its_files() -> None:
     text = (
         "zone 41500 CPU-therm\nzone 38000 GPU-therm\nzone  broken\ndevfreq 1377000000 1377000000 17000000.gv11b\n"
         "devfreq 204000000 1 15480000.nvdec\npolicy 2265600 2265600 0\npolicy 1190400 2265600 2\nload 0.25\nmode MAXN\n"
@@ -541,7 +539,7 @@ def test_state_of_a_jetson_is_read_off_what_its_files_say() -> None:
 
 
 @pytest.mark.slow
-def test_build_takes_trtexec_where_python_cannot_be_used(mine: Path, standin: Standin) -> None:
+def test_build_uses_trtexec_where_python_is_unusable(mine: Path, standin: Standin) -> None:
     command = ("-C", mine, "build", "--device", "mine", "--host", standin.device.host)
     (first,) = printed_json(*command)["builds"]
     graphs = set(read_graph_set(mine / "graphs").graphs)

@@ -1,4 +1,4 @@
-"""Thresholds chosen again on a device: the fastest that keep what the plan promises, by an independent count."""
+"""Thresholds chosen again on a device: the fastest with the promised mIoU, by an independent calculation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.small_network import changed_bundle
 
 
 def all_leave_at_once(described: manifest.Manifest) -> manifest.Manifest:
-    """As if the device's precision had made the first exit far too sure: the plan promises what it did."""
+    """A plan whose first exit is far too confident, as if by the device's precision; it promises older figures."""
     (plan,) = described.plans
     stages = (replace(plan.stages[0], cut=0), *plan.stages[1:])
     points = tuple(
@@ -82,7 +82,7 @@ def known(finished: Path) -> tuple[ExitStatistics, manifest.BundlePlan, tuple[St
     return statistics, plan, stages
 
 
-def test_thresholds_that_do_what_they_promised_stay(
+def test_thresholds_that_reach_the_promised_figures_stay(
     known: tuple[ExitStatistics, manifest.BundlePlan, tuple[Stage, ...]],
 ) -> None:
     assert chosen_stages(*known) == known[2]
@@ -135,7 +135,7 @@ def outcome(plan: manifest.BundlePlan, statistics: ExitStatistics, stages: tuple
 
 
 @pytest.mark.parametrize(("seed", "exits"), [(seed, exits) for exits in (2, 3) for seed in range(4)])
-def test_the_fastest_that_keep_the_promised_miou_take_their_place(
+def test_the_fastest_thresholds_with_the_promised_miou_are_chosen(
     described: manifest.BundlePlan, seed: int, exits: int
 ) -> None:
     case = made(described, seed, exits)
@@ -147,7 +147,9 @@ def test_the_fastest_that_keep_the_promised_miou_take_their_place(
 
 
 @pytest.mark.parametrize(("seed", "exits"), [(seed, exits) for exits in (2, 3) for seed in range(4)])
-def test_where_none_keep_it_the_most_accurate_do(described: manifest.BundlePlan, seed: int, exits: int) -> None:
+def test_the_most_accurate_thresholds_are_chosen_where_none_reach_it(
+    described: manifest.BundlePlan, seed: int, exits: int
+) -> None:
     case = made(described, seed, exits)
     best = max(found for _, found in case.outcomes.values())
     cost, found = case.chosen(best + 1e-6)
@@ -155,7 +157,7 @@ def test_where_none_keep_it_the_most_accurate_do(described: manifest.BundlePlan,
     assert cost == pytest.approx(min(cost for cost, found in case.outcomes.values() if found > best - 1e-9))
 
 
-def test_nobody_leaves_at_exits_that_are_always_wrong_on_the_device(described: manifest.BundlePlan) -> None:
+def test_no_image_leaves_at_exits_that_are_always_wrong_on_the_device(described: manifest.BundlePlan) -> None:
     case = made(described, 0, 3)
     right = case.statistics.intersection.copy()
     right[:, :2] = 0
@@ -175,7 +177,7 @@ def several(tmp_path: Path) -> Path:
     return tmp_path / "several.mess"
 
 
-def test_other_thresholds_of_one_plan_leave_the_others_as_they_were(several: Path, tmp_path: Path) -> None:
+def test_retuning_one_plan_leaves_the_others_unchanged(several: Path, tmp_path: Path) -> None:
     with closing(archive.open_archive(several)) as opened:
         bold, safe = opened.manifest.plans
         first = replace(bold.stages[0], cut=0)
@@ -196,7 +198,7 @@ def test_other_thresholds_of_one_plan_leave_the_others_as_they_were(several: Pat
         assert all(check.passed for check in golden)
 
 
-def test_of_several_plans_the_one_to_choose_for_must_be_named(several: Path, tmp_path: Path) -> None:
+def test_one_of_several_plans_must_be_named(several: Path, tmp_path: Path) -> None:
     choice = Choice(tmp_path / "data", small_network.candidate(), None)
     remote = Remote(parse_host("ssh://nobody@127.0.0.1"))
     with closing(archive.open_archive(several)) as opened:
@@ -212,7 +214,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
 
 
 @pytest.mark.slow
-def test_a_device_that_does_otherwise_gets_thresholds_of_its_own(
+def test_a_device_with_other_results_gets_its_own_thresholds(
     running: Device,
     workspace: Path,
     known: tuple[ExitStatistics, manifest.BundlePlan, tuple[Stage, ...]],

@@ -1,4 +1,4 @@
-"""What a device tells of an image is what it computed, and nothing else is taken for it."""
+"""A score from a device is what it computed for that image; anything else is refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def read(content: Any) -> Score:
     return score_from_message(content, BLOCK, 7, np.array([3, 2, 1]), EXITS, ROWS)
 
 
-def test_pixels_are_counted_at_the_size_of_the_labels_where_they_count() -> None:
+def test_pixels_are_counted_at_the_size_of_the_labels() -> None:
     """By hand: of six labelled pixels three are of class 0, two of class 1, one of class 2."""
     found = example()
     assert found.counts.tolist() == [[3, 1], [4, 2]]
@@ -128,21 +128,21 @@ def test_images_arrive_as_they_were_sent_and_in_order(
             np.testing.assert_array_equal(before, after)
 
 
-def test_labels_of_a_large_image_travel_small(tmp_path: Path) -> None:
+def test_the_labels_of_a_big_image_are_compressed(tmp_path: Path) -> None:
     labels = np.repeat(np.arange(8, dtype=np.uint8)[:, None], 4000, axis=1).repeat(300, axis=0)
     scoring.write_images(tmp_path / "file", [(np.zeros((2, 2, 3), np.uint8), labels)])
     assert labels.size == 9_600_000
     assert (tmp_path / "file").stat().st_size < 50_000
 
 
-def test_what_runs_is_told_to_the_device_as_it_is() -> None:
+def test_a_request_with_exits_survives_json() -> None:
     request = worker.WorkRequest("score", "onnxruntime", (), (), "", Effort(), "f" * 64, ((0.5,) * 3,), EXITS)
     assert worker.request_from_json(worker.request_to_json(request)) == request
     without = replace(request, exits=replace(EXITS, alone=None))
     assert worker.request_from_json(worker.request_to_json(without)) == without
 
 
-def test_a_score_arrives_as_it_was_told() -> None:
+def test_a_score_survives_its_message() -> None:
     score = example()
     found = read(json.loads(json.dumps(score_to_message(BLOCK, 7, score))))
     for name in ("counts", "intersection", "predicted", "labelled"):
@@ -170,14 +170,14 @@ def test_a_score_arrives_as_it_was_told() -> None:
         ("image", None, "scored.image is None, not an integer"),
     ],
 )
-def test_a_line_that_cannot_be_this_image_s_score_is_refused(name: str, value: Any, words: str) -> None:
+def test_a_score_that_is_not_possible_for_the_image_is_refused(name: str, value: Any, words: str) -> None:
     with pytest.raises(DecodeError) as caught:
         read({**score_to_message(BLOCK, 7, example()), name: value})
     assert str(caught.value).startswith(words)
 
 
 @pytest.mark.parametrize("content", [None, [], {}, "score_predictions", 3, {"image": 7}])
-def test_a_line_that_is_no_score_is_refused(content: Any) -> None:
+def test_content_that_is_not_a_score_is_refused(content: Any) -> None:
     with pytest.raises(DecodeError):
         read(content)
 
@@ -190,6 +190,6 @@ _JSON = st.recursive(
 
 
 @given(st.sampled_from(["counts", "intersection", "predicted", "labelled", "block", "image"]), _JSON)
-def test_whatever_a_device_says_is_a_score_or_is_refused(name: str, value: Any) -> None:
+def test_arbitrary_content_is_a_score_or_is_refused(name: str, value: Any) -> None:
     with suppress(DecodeError):
         assert read({**score_to_message(BLOCK, 7, example()), name: value}).counts.shape == (2, ROWS)

@@ -1,4 +1,4 @@
-"""Versions on a device: a kill at any step, or a disk that is full at any step, leaves a whole version in use."""
+"""Versions on a device: a kill or a full disk at any step leaves a complete version in use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.shipping import check_whole, released, with_threshold
 from tests.small_network import changed_bundle
 
 STEPS = {os: ("replace", "symlink", "link", "unlink", "fsync", "sync"), shutil: ("rmtree",)}
-"""What changes the disk, but for making folders and writing small files, which these come after."""
+"""Calls that change the disk; folders and small files are made before them."""
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +67,13 @@ def request_for(folder: Path, bundle: Path, **options: Any) -> ShipRequest:
 
 
 def shipped(folder: Path, bundle: Path, **options: Any) -> str:
-    """What is in use after it."""
+    """Ship a bundle, and return the version in use."""
     ship.ship(request_for(folder, bundle, **options), quiet)
     return check_whole(folder)
 
 
 class Steps:
-    """Counts what changes the disk, and breaks at one of them."""
+    """Counts the calls that change the disk, and fails at one of them."""
 
     def __init__(self, at: int, broken: Callable[[], None]) -> None:
         self.count, self._at, self._broken = 0, at, broken
@@ -121,7 +121,7 @@ def left_over(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["killed", "full"])
-def test_broken_at_any_step_a_whole_version_is_in_use_and_the_next_ship_succeeds(
+def test_a_failure_at_any_step_leaves_a_complete_version_and_the_next_ship_succeeds(
     bundles: list[Path], tmp_path: Path, how: str
 ) -> None:
     start = tmp_path / "start"
@@ -151,7 +151,7 @@ def test_broken_at_any_step_a_whole_version_is_in_use_and_the_next_ship_succeeds
     assert len(seen) == 2, "some breaks came before, some after the switch"
 
 
-def test_back_goes_to_what_was_in_use_before_and_further(bundles: list[Path], tmp_path: Path) -> None:
+def test_rollback_goes_to_the_previous_version_and_then_to_older_ones(bundles: list[Path], tmp_path: Path) -> None:
     first, second, third = (shipped(tmp_path, bundle) for bundle in bundles)
     for expected in (second, first):
         ship.rollback(ShipRequest(str(tmp_path)), quiet)
@@ -161,7 +161,7 @@ def test_back_goes_to_what_was_in_use_before_and_further(bundles: list[Path], tm
     assert shipped(tmp_path, bundles[2]) == third, "newer than what is in use, though it was here before"
 
 
-def test_a_rollback_that_is_killed_goes_back_one_version_and_no_further(bundles: list[Path], tmp_path: Path) -> None:
+def test_a_killed_rollback_goes_back_by_one_version_only(bundles: list[Path], tmp_path: Path) -> None:
     start = tmp_path / "start"
     _, second, third = (shipped(start, bundle) for bundle in bundles)
     shutil.copytree(start, tmp_path / "counted", symlinks=True)
@@ -189,7 +189,7 @@ def test_the_history_may_be_lost(bundles: list[Path], tmp_path: Path) -> None:
     assert shipped(tmp_path, bundles[2]).startswith("versions/3-"), "no number twice"
 
 
-def test_what_lies_where_the_link_belongs_stays(bundles: list[Path], tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_link_is_left_alone(bundles: list[Path], tmp_path: Path) -> None:
     (tmp_path / "current").mkdir()
     with pytest.raises(InputError, match="not a link that `ship` made"):
         ship.ship(request_for(tmp_path, bundles[0]), quiet)
@@ -199,7 +199,7 @@ def test_what_lies_where_the_link_belongs_stays(bundles: list[Path], tmp_path: P
         ship.ship(request_for(tmp_path, bundles[0]), quiet)
 
 
-def test_two_do_not_ship_at_once(tmp_path: Path) -> None:
+def test_only_one_program_ships_at_a_time(tmp_path: Path) -> None:
     refused = pytest.raises(InputError, match=f"process {os.getpid()} is shipping")
     with versions.locked(tmp_path), refused, versions.locked(tmp_path, patience_s=0.1):
         pass
@@ -207,7 +207,7 @@ def test_two_do_not_ship_at_once(tmp_path: Path) -> None:
         pass
 
 
-def test_a_version_that_is_damaged_is_made_anew_beside_it(bundles: list[Path], tmp_path: Path) -> None:
+def test_a_damaged_version_is_installed_again_beside_it(bundles: list[Path], tmp_path: Path) -> None:
     first = shipped(tmp_path, bundles[0])
     path = tmp_path / first / "README.txt"
     path.unlink()
@@ -217,7 +217,7 @@ def test_a_version_that_is_damaged_is_made_anew_beside_it(bundles: list[Path], t
     assert again.partition("-")[2] == first.partition("-")[2]
 
 
-def test_files_that_have_not_arrived_are_named_and_nothing_is_changed(bundles: list[Path], tmp_path: Path) -> None:
+def test_missing_files_are_reported_and_nothing_is_changed(bundles: list[Path], tmp_path: Path) -> None:
     request = request_for(tmp_path, bundles[0])
     gone = min((tmp_path / versions.FILES).iterdir())
     gone.unlink()
@@ -227,7 +227,7 @@ def test_files_that_have_not_arrived_are_named_and_nothing_is_changed(bundles: l
     assert not (tmp_path / "current").exists()
 
 
-def test_only_so_many_versions_stay_and_their_files(bundles: list[Path], tmp_path: Path) -> None:
+def test_old_versions_and_their_files_are_removed(bundles: list[Path], tmp_path: Path) -> None:
     first, second, third = (shipped(tmp_path, bundle, keep=2) for bundle in bundles)
     assert {f"versions/{path.name}" for path in (tmp_path / "versions").iterdir()} == {second, third}
     kept = {path.stat().st_ino for path in (tmp_path / "versions").rglob("*") if path.is_file()}
@@ -249,10 +249,10 @@ def test_the_version_in_use_stays_whatever_keep_is(bundles: list[Path], tmp_path
     assert first != second
 
 
-def test_waiting_for_another_ship_is_not_taken_for_the_time_that_verifying_takes(
+def test_waiting_for_the_lock_does_not_count_as_verification_time(
     bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`ship --dry-run` foretells by it."""
+    """`ship --dry-run` uses it for its estimate."""
     now, busy = [0.0], [False] * 100 + [True]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
@@ -285,7 +285,7 @@ def test_programs_load_the_link_while_it_is_switched(bundles: list[Path], tmp_pa
     assert len(found) >= seen + 2, "a load failed"
 
 
-def test_the_newer_release_wins_over_what_came_first(bundles: list[Path], tmp_path: Path) -> None:
+def test_release_numbers_take_precedence_over_the_order_of_arrival(bundles: list[Path], tmp_path: Path) -> None:
     def of(number: int | None, bundle: str) -> versions.Version:
         return versions.Version(ord(bundle) - 96, bundle * 64, "street", number, None, 1, "")
 
