@@ -168,8 +168,8 @@ def lines_of(manifest: Manifest) -> List[str]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    demands = VerifyOptions(_signers(options), options.require_signature, options.latency_factor)
-    checks = verify_bundle(options.bundle, options.target, demands)
+    chosen = VerifyOptions(_signers(options), options.require_signature, options.latency_factor)
+    checks = verify_bundle(options.bundle, options.target, chosen)
     for check in checks:
         print(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
     return 0 if all(check.passed for check in checks) else 1
