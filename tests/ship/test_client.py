@@ -173,7 +173,7 @@ def test_a_bundle_that_fails_verification_is_not_activated(street: Street, tmp_p
 
 @pytest.mark.slow
 def test_a_bundle_slower_than_its_plan_is_not_activated(street: Street, newer: Path) -> None:
-    assert "fails verification there: latency" in street.refused(newer, "--latency-factor", "0.0001")
+    assert "failed verification on the device: latency" in street.refused(newer, "--latency-factor", "0.0001")
 
 
 @pytest.mark.slow
