@@ -33,7 +33,7 @@ def examine(workspace: Path | None = None) -> tuple[Finding, ...]:
         _gpu(machine),
         _driver(machine),
         _toolkit(machine),
-        Finding("clocks and power", True, machines.power_in_words()),
+        Finding("clocks and power", True, machines.describe_power()),
         _target(machine, workspace),
         _module("run and profile on the CPU", "onnxruntime", "pip install 'mess-compile[cpu]'", _no_more),
         _provider(machine, "onnxruntime-cuda"),
@@ -70,7 +70,7 @@ def _module(what: str, name: str, remedy: str, more: Callable[[object], str]) ->
 
 def _gpu(machine: Machine) -> Finding:
     if machine.gpus:
-        return Finding("GPU", True, machines.in_words(machine))
+        return Finding("GPU", True, machines.describe(machine))
     return Finding("GPU", False, f"no NVIDIA driver answers; where there is a card: {_NEWER_DRIVER}")
 
 

@@ -30,5 +30,5 @@ def devices(workspace: Workspace, as_json: bool) -> None:
     rows = [["yes" if each.here else "", *targets.in_cells(each.target)] for each in known]
     header = ["device", "here", "library", "precisions", "capability", "peak TFLOP/s, TOP/s", "GB/s", "description"]
     print_table("", header, [[name, mark, *rest] for mark, name, *rest in rows])
-    say(f"this machine: {machines.in_words(machine)}")
+    say(f"this machine: {machines.describe(machine)}")
     return print_next(f"profile --device {here[0].name if here else 'host'}")

@@ -15,7 +15,7 @@ from mess_compile.cli.options import FILE, PYTHON, data_options, json_option
 from mess_compile.data_folder import DataFolder
 
 if TYPE_CHECKING:
-    from mess_compile.ship.client import Destination, Expected, Shipped
+    from mess_compile.ship.client import Destination, Preview, Shipped
     from mess_compile.workspace import Workspace
 
 _CANNOT_TELL = "cannot tell what is there; the same command asks again"
@@ -67,7 +67,7 @@ def ship(workspace: Workspace, /, things: tuple[str, ...], as_json: bool, **opti
         options["keep"], options["allow_downgrade"], factor, options["target"], options["unit"], choice
     )
     if options["dry_run"]:
-        return _print_expected(Path(things[0]), ships.expected(Path(things[0]), places, chosen), as_json)
+        return _print_expected(Path(things[0]), ships.preview(Path(things[0]), places, chosen), as_json)
     tell = _teller(as_json)
     if options["rollback"]:
         found = ships.rollback(places, chosen, tell)
@@ -187,7 +187,7 @@ def _print_expected(bundle: Path, found: Sequence[Any], as_json: bool) -> None:
     return print_next(f"ships {places}", f"ship {quoted(bundle)} {places} --dry-run")
 
 
-def _expected(of: Expected) -> Iterator[str]:
+def _expected(of: Preview) -> Iterator[str]:
     from mess_compile.ship.client import duration
 
     time = "how long it takes there is known after the first time"

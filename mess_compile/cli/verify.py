@@ -41,14 +41,14 @@ def verify(
 ) -> None:
     """Hashes, signature, golden frames, latency: does this machine compute what was evaluated?"""
     from mess_compile.runtime.bundle.signature import Signers
-    from mess_compile.runtime.serve.verify import LATENCY_FACTOR, Demands, verify_bundle
+    from mess_compile.runtime.serve.verify import LATENCY_FACTOR, VerifyOptions, verify_bundle
 
     if allowed_signers is None and (require_signature or identity is not None):
         raise click.UsageError("a signature is checked by --allowed-signers FILE; add it.")
     signers = None if allowed_signers is None else Signers(allowed_signers, identity)
-    demands = Demands(signers, require_signature, latency_factor or LATENCY_FACTOR)
+    chosen = VerifyOptions(signers, require_signature, latency_factor or LATENCY_FACTOR)
     with progress_bar(as_json) as progress:
-        checks = verify_bundle(bundle, target, demands, progress)
+        checks = verify_bundle(bundle, target, chosen, progress)
     good = all(check.passed for check in checks)
     if as_json:
         print_json({"passed": good, "checks": [asdict(check) for check in checks]})

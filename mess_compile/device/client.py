@@ -1,4 +1,4 @@
-"""A device elsewhere that builds, measures and scores for us: what it needs is pushed by hash, what it says is read."""
+"""A device over SSH whose Python builds, measures and scores: files are pushed by hash, replies come line by line."""
 
 from __future__ import annotations
 
@@ -16,42 +16,28 @@ from numpy.typing import NDArray
 from mess_compile import files
 from mess_compile.device.payload import SESSION, runtime_zip
 from mess_compile.device.remote import Remote, RemoteError
+from mess_compile.device.scripts import shell_script
+from mess_compile.device.session import PID_FILE, STORE, MeasureRequest
 from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.runtime.base import decode, protocol
 from mess_compile.runtime.base.errors import EngineError, InputError
 from mess_compile.runtime.images import frames, npy
 from mess_compile.runtime.machine import power
-from mess_compile.runtime.measure.job_pool import Job, Opened
+from mess_compile.runtime.measure.job_pool import Opened
 from mess_compile.runtime.measure.measure import Effort, Window
 from mess_compile.runtime.serve import scoring, worker
 from mess_compile.runtime.serve.scoring import Score, ScoredExits
-from mess_compile.runtime.serve.worker import Hello, RequestedJob, WorkRequest
+from mess_compile.runtime.serve.worker import BuildFailure, BuiltEngine, Hello, RequestedJob, WorkRequest
 
 Progress = Callable[[str, int, int], None]
 Image = NDArray[np.uint8]
-Counted = tuple[Image, Image, NDArray[np.bool_]]
+LabelledFrame = tuple[Image, Image, NDArray[np.bool_]]
 """A frame (H, W, 3), its labels (H, W), and which of these count."""
-STORE = ".mess-compile"
-"""Below the home folder there."""
-_PID = "session.pid"
-
-
-@dataclass(frozen=True)
-class BuiltThere:
-    """An engine on a device: the name that all which decides it gives, its size, and how long it took to build.
-
-    `now` says that this session built it; else it was there.
-    """
-
-    key: str
-    bytes: int
-    seconds: float
-    now: bool
 
 
 @dataclass
 class PythonSession:
-    """A device that does what we wish, by the Python that its host names."""
+    """A device that works by its own Python, the one that its host names: a `DeviceSession` that also scores images."""
 
     remote: Remote
     library: str
@@ -62,12 +48,14 @@ class PythonSession:
     hello: Hello | None = None
     states: list[power.DeviceState] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    built: dict[str, BuiltThere] = field(default_factory=dict)
+    built: dict[str, BuiltEngine] = field(default_factory=dict)
+
+    measures_transfers = True
 
     def greet(self) -> Hello:
-        """What the device is, before anything is built there. Raises RemoteError, EngineError."""
+        """Ask the device what it is, before anything is built there. Raises RemoteError, EngineError, InputError."""
         try:
-            for _ in self._wish(self._wished("greet", (), (), "", Effort())):
+            for _ in self._replies(self._request("greet")):
                 pass
         except RemoteError as error:
             if not error.lost:
@@ -79,31 +67,33 @@ class PythonSession:
             )
         return self.hello
 
-    def build(self, jobs: Mapping[str, tuple[Path, str]]) -> dict[str, str]:
-        """Build an engine of every job's graph (path, precision) there; why those that failed did.
+    def lock_clocks_while_measuring(self) -> None:
+        """Have the device hold its clocks during `measure`."""
+        self.lock_clocks = True
 
-        A graph whose builder crashes is tried once. Raises RemoteError, InputError.
+    def build(self, jobs: Mapping[str, tuple[Path, str]]) -> dict[str, str]:
+        """Build an engine of each job's graph (path, precision), and return the reasons of those that failed.
+
+        A graph that crashes the builder is tried once. Raises RemoteError, InputError.
         """
-        wanted = [
-            RequestedJob(name, files.sha256_of_file(path), precision, None) for name, (path, precision) in jobs.items()
-        ]
+        requested = _requested_jobs(jobs)
         self._push_graphs([path for path, _ in jobs.values()])
-        left = wanted
-        while left:
-            crashed = self._build(left)
+        remaining = requested
+        while remaining:
+            crashed = self._build(remaining)
             if crashed is None:
                 return self.failed
-            self.failed[crashed] = "the builder crashed there, or was killed for the memory it took"
-            left = [each for each in wanted if each.name not in self.failed]
+            self.failed[crashed] = "the builder crashed on the device, or was killed for the memory it took"
+            remaining = [job for job in requested if job.name not in self.failed]
         return self.failed
 
     def _build(self, jobs: Sequence[RequestedJob]) -> str | None:
-        """The job whose builder ended the program there; None when it came to its end."""
+        """Build until the program on the device ends, and return the job that crashed it, None when none did."""
         building, done = "", 0
         try:
-            for kind, content in self._wish(self._wished("build", jobs, (), "", Effort())):
+            for kind, content in self._replies(self._request("build", jobs)):
                 if kind == "building":
-                    building = str(content)
+                    building = self._decoded(str, content, kind)
                 elif kind in ("built", "failed"):
                     building, done = "", done + 1
                     self.progress("build there", done, len(jobs))
@@ -113,56 +103,45 @@ class PythonSession:
             return building
         return None
 
-    def measure(
-        self,
-        run: str,
-        jobs: Sequence[Job],
-        precisions: Mapping[str, str],
-        measured: Sequence[str],
-        reference: str,
-        effort: Effort,
-        earlier: Sequence[Window],
-    ) -> Iterator[Opened | Window]:
-        """Measure `measured` there and yield what is new; windows that only one side knows are not measured again."""
-        wanted = [
+    def measure(self, request: MeasureRequest, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
+        """Measure on the device, and yield what is new; windows that only one side has are not measured again."""
+        jobs = [
             RequestedJob(
                 job.name,
                 None if job.path is None else files.sha256_of_file(job.path),
-                precisions[job.name],
+                request.precisions[job.name],
                 job.predecessor,
             )
-            for job in jobs
+            for job in request.jobs
         ]
-        self._push_graphs([job.path for job in jobs if job.path is not None])
-        wish = self._wished(run, wanted, measured, reference, effort)
-        yield from self._exchanged(wish, earlier)
-        for heard in self._wish(wish):
-            event = worker.event_from(*heard)
+        self._push_graphs([job.path for job in request.jobs if job.path is not None])
+        work = self._request(request.run, jobs, request.measured, request.reference, request.effort)
+        yield from self._exchange_windows(work, earlier)
+        for kind, content in self._replies(work):
+            event = worker.event_from_message(kind, content)
             if event is not None:
                 yield event
 
     @contextmanager
     def scoring(
         self, jobs: Mapping[str, tuple[Path, str]], exits: ScoredExits
-    ) -> Iterator[Callable[[Iterable[Counted]], Iterator[Score]]]:
-        """Have the engines of `exits` open there, built from `jobs` (graph, precision), as long as the context lasts.
+    ) -> Iterator[Callable[[Iterable[LabelledFrame]], Iterator[Score]]]:
+        """Hold the engines of `exits`, built from `jobs` (graph, precision), open on the device inside the context.
 
-        What is yielded scores images, which lie there until all of them are scored. Raises RemoteError, EngineError in
-        the device's words, InputError when it says what cannot be.
+        Yields a function that scores images; they stay on the device until all of them are scored. Raises RemoteError,
+        EngineError in the device's words, InputError for a score that is not possible.
         """
-        wanted = [
-            RequestedJob(name, files.sha256_of_file(path), precision, None) for name, (path, precision) in jobs.items()
-        ]
         self._push_graphs([path for path, _ in jobs.values()])
-        with closing(self._wish(self._wished("score", wanted, (), "", Effort(), exits))) as said:
-            yield lambda images: self._scores(said, exits, images)
+        request = self._request("score", _requested_jobs(jobs), exits=exits)
+        with closing(self._replies(request)) as replies:
+            yield lambda images: self._scores(replies, exits, images)
 
     def _scores(
-        self, said: Iterator[tuple[str, Any]], exits: ScoredExits, images: Iterable[Counted]
+        self, replies: Iterator[tuple[str, Any]], exits: ScoredExits, images: Iterable[LabelledFrame]
     ) -> Iterator[Score]:
         labelled: list[NDArray[np.int64]] = []
 
-        def travelling() -> Iterator[tuple[Image, Image]]:
+        def resized() -> Iterator[tuple[Image, Image]]:
             for frame, labels, known in images:
                 labelled.append(np.bincount(labels[known], minlength=exits.classes))
                 marked = np.where(known, labels, np.uint8(scoring.IGNORED))
@@ -170,115 +149,136 @@ class PythonSession:
 
         with tempfile.TemporaryDirectory(prefix="mess-") as folder:
             path = Path(folder) / "images"
-            scoring.write_images(path, travelling())
-            self._awaited(said, "ready")
+            scoring.write_images(path, resized())
+            self._next_reply(replies, "ready")
             block = files.sha256_of_file(path)
             self.remote.push({block: path}, f"{STORE}/{worker.IMAGES}", lambda done, total: None)
-        for index, truth in enumerate(labelled):
-            content = self._awaited(said, "scored")
+        for index, pixels in enumerate(labelled):
+            content = self._next_reply(replies, "scored")
             try:
-                yield scoring.score_of(content, block, index, truth, exits, len(self.thresholds))
+                yield scoring.score_from_message(content, block, index, pixels, exits, len(self.thresholds))
             except decode.DecodeError as error:
-                raise self._nonsense(error) from error
+                raise self._unexpected(error) from error
 
-    def _awaited(self, said: Iterator[tuple[str, Any]], kind: str) -> Any:
-        """What a line says of a `kind` that is now due. Raises RemoteError when a line of ours was lost."""
-        for heard, content in said:
-            if heard == kind:
+    def _next_reply(self, replies: Iterator[tuple[str, Any]], expected: str) -> Any:
+        """The content of the next `ready` or `scored` reply. Raises RemoteError when it is not the `expected` one."""
+        for kind, content in replies:
+            if kind == expected:
                 return content
-            if heard in ("ready", "scored"):
+            if kind in ("ready", "scored"):
                 break
-        raise RemoteError(f"{self.remote.host.text} has not told all of its scores: run the same command again")
+        raise RemoteError(f"{self.remote.host.text} did not send all of its scores: run the same command again")
 
-    def _exchanged(self, wish: WorkRequest, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
-        """Give the device the windows that it lacks, and yield those that we lack."""
-        path = f"{STORE}/{worker.RESULTS}/{_name(wish)}.jsonl"
-        there = [
-            worker.event_of(line) for line in (self.remote.read(path) or b"").decode(errors="replace").splitlines()
-        ]
+    def _exchange_windows(self, request: WorkRequest, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
+        """Send the windows that the device lacks, and yield those that are missing here."""
+        path = f"{STORE}/{worker.RESULTS}/{_request_hash(request)}.jsonl"
+        lines = (self.remote.read(path) or b"").decode(errors="replace").splitlines()
+        events = [event for event in map(worker.event_from_line, lines) if event is not None]
         known = {(window.job, window.round) for window in earlier}
-        lacking = [e for e in there if e is not None and not (isinstance(e, Window) and (e.job, e.round) in known)]
-        yield from lacking
-        ours = [protocol.line_of(*worker.told(event)) for event in (*earlier, *lacking)]
-        self._write(path, "".join(f"{line}\n" for line in ours).encode())
+        missing = [e for e in events if not (isinstance(e, Window) and (e.job, e.round) in known)]
+        yield from missing
+        merged = [protocol.message_to_line(*worker.event_to_message(event)) for event in (*earlier, *missing)]
+        self._write(path, "".join(f"{line}\n" for line in merged).encode())
 
-    def _wished(
+    def _request(
         self,
         run: str,
-        jobs: Sequence[RequestedJob],
-        measured: Sequence[str],
-        reference: str,
-        effort: Effort,
+        jobs: Sequence[RequestedJob] = (),
+        measured: Sequence[str] = (),
+        reference: str = "",
+        effort: Effort | None = None,
         exits: ScoredExits | None = None,
     ) -> WorkRequest:
-        rows = tuple(tuple(map(float, row)) for row in self.thresholds)
+        thresholds = tuple(tuple(map(float, row)) for row in self.thresholds)
         frame = hashlib.sha256(npy.content_of(self.frame)).hexdigest()
         return WorkRequest(
-            run, self.library, tuple(jobs), tuple(measured), reference, effort, frame, rows, exits, self.lock_clocks
+            run=run,
+            library=self.library,
+            jobs=tuple(jobs),
+            measured=tuple(measured),
+            reference=reference,
+            effort=effort or Effort(),
+            frame=frame,
+            thresholds=thresholds,
+            exits=exits,
+            lock_clocks=self.lock_clocks,
         )
 
-    def _wish(self, wish: WorkRequest) -> Generator[tuple[str, Any], None, None]:
-        """Have a wish done; yields what the device says. Raises RemoteError, EngineError in its words."""
-        text = worker.wish_to_json(wish).encode()
-        code, name = self._sent(worker.WISHES, runtime_zip(), text)
-        there = f"{STORE}/{worker.WISHES}/{code}"
-        command = (self.remote.host.python, "-u", there, SESSION, STORE, name)
+    def _replies(self, request: WorkRequest) -> Generator[tuple[str, Any], None, None]:
+        """Have a request done on the device, and yield its replies. Raises RemoteError, EngineError in its words."""
+        text = worker.request_to_json(request).encode()
+        program, name = self._push_contents(worker.REQUESTS, runtime_zip(), text)
+        program_path = f"{STORE}/{worker.REQUESTS}/{program}"
+        command = (self.remote.host.python, "-u", program_path, SESSION, STORE, name)
         error = ""
         try:
-            for line in self.remote.lines(command, f"{STORE}/{_PID}"):
-                heard = protocol.said(line)
-                if heard is not None:
-                    error = str(heard[1]) if heard[0] == "error" else error
-                    self._heard(*heard)
-                    yield heard
+            for line in self.remote.lines(command, PID_FILE):
+                message = protocol.message_from_line(line)
+                if message is not None:
+                    if message[0] == "error":
+                        error = self._decoded(str, message[1], "error")
+                    self._receive(*message)
+                    yield message
         except RemoteError as failure:
             if error and not failure.lost:
                 raise EngineError(f"{self.remote.host.text}: {error}") from failure
             raise
 
-    def _heard(self, kind: str, content: Any) -> None:
-        try:
-            if kind == "hello":
-                self.hello = decode.decode(Hello, content, "hello")
-            elif kind == "state":
-                self.states.append(power.state_from_json(content))
-            elif kind == "failed":
-                self.failed[str(content["job"])] = str(content["error"])
-            elif kind == "built":
-                its = {name: content[name] for name in ("key", "bytes", "seconds", "now")}
-                self.built.setdefault(str(content["job"]), decode.decode(BuiltThere, its, "built"))
-        except (decode.DecodeError, ValueError, KeyError, TypeError) as error:
-            raise self._nonsense(error) from error
+    def _receive(self, kind: str, content: Any) -> None:
+        if kind == "hello":
+            self.hello = self._decoded(Hello, content, kind)
+        elif kind == "state":
+            self.states.append(self._state(content))
+        elif kind == "failed":
+            failure: BuildFailure = self._decoded(BuildFailure, content, kind)
+            self.failed[failure.job] = failure.error
+        elif kind == "built":
+            engine: BuiltEngine = self._decoded(BuiltEngine, content, kind)
+            self.built.setdefault(engine.job, engine)
 
-    def _nonsense(self, error: Exception) -> InputError:
-        return InputError(f"{self.remote.host.text} says something else than expected: {error}")
+    def _state(self, content: Any) -> power.DeviceState:
+        try:
+            return power.state_from_json(content)
+        except decode.DecodeError as error:
+            raise self._unexpected(error) from error
+
+    def _decoded(self, kind: Any, content: Any, where: str) -> Any:
+        try:
+            return decode.decode(kind, content, where)
+        except decode.DecodeError as error:
+            raise self._unexpected(error) from error
+
+    def _unexpected(self, error: Exception) -> InputError:
+        return InputError(f"{self.remote.host.text} sent an unexpected reply: {error}")
 
     def _push_graphs(self, paths: Sequence[Path]) -> None:
-        """Graphs, the weights that they name, and the frame."""
+        """Push graphs, the weights that they name, and the frame."""
         graphs = {files.sha256_of_file(path): path for path in paths}
         weights = {weight.name: weight for path in paths for weight in stored_weights(path)}
-        told = lambda done, total: self.progress("send", done, total)  # noqa: E731
-        if weights:
-            self.remote.push(weights, f"{STORE}/{worker.GRAPHS}/{WEIGHTS}", told)
-        with written(npy.content_of(self.frame)) as frame:
-            self.remote.push({**graphs, **frame}, f"{STORE}/{worker.GRAPHS}", told)
 
-    def _sent(self, place: str, *contents: bytes) -> list[str]:
-        """Have small files there, and return their names."""
-        with written(*contents) as paths:
-            self.remote.push(paths, f"{STORE}/{place}", lambda done, total: None)
+        def progress(done: int, total: int) -> None:
+            self.progress("send", done, total)
+
+        if weights:
+            self.remote.push(weights, f"{STORE}/{worker.GRAPHS}/{WEIGHTS}", progress)
+        with temporary_files(npy.content_of(self.frame)) as frame:
+            self.remote.push({**graphs, **frame}, f"{STORE}/{worker.GRAPHS}", progress)
+
+    def _push_contents(self, folder: str, *contents: bytes) -> list[str]:
+        """Push small files to a folder of the store, and return their names."""
+        with temporary_files(*contents) as paths:
+            self.remote.push(paths, f"{STORE}/{folder}", lambda done, total: None)
         return list(paths)
 
     def _write(self, path: str, content: bytes) -> None:
-        script = 'mkdir -p "$(dirname "$1")" && cat >"$1.new" && mv "$1.new" "$1"'
-        done = self.remote.run(("sh", "-c", script, "sh", path), content, patience_s=600.0)
+        done = self.remote.run(("sh", "-c", shell_script("write"), "sh", path), content, patience_s=600.0)
         if done.code:
             raise self.remote.failure(path, done.code, done.errors)
 
 
 @contextmanager
-def written(*contents: bytes) -> Iterator[dict[str, Path]]:
-    """A file each, for a while, by the names that their bytes give them, in this order."""
+def temporary_files(*contents: bytes) -> Iterator[dict[str, Path]]:
+    """Write a temporary file for each content; yields their paths by the SHA-256 of the content, in this order."""
     with tempfile.TemporaryDirectory(prefix="mess-") as folder:
         paths = {}
         for content in contents:
@@ -288,5 +288,10 @@ def written(*contents: bytes) -> Iterator[dict[str, Path]]:
         yield paths
 
 
-def _name(wish: WorkRequest) -> str:
-    return hashlib.sha256(worker.wish_to_json(wish).encode()).hexdigest()
+def _requested_jobs(jobs: Mapping[str, tuple[Path, str]]) -> list[RequestedJob]:
+    """From name -> (path, precision)."""
+    return [RequestedJob(name, files.sha256_of_file(path), precision, None) for name, (path, precision) in jobs.items()]
+
+
+def _request_hash(request: WorkRequest) -> str:
+    return hashlib.sha256(worker.request_to_json(request).encode()).hexdigest()

@@ -15,56 +15,56 @@ from mess_compile.workspace import HOST, Workspace
 if TYPE_CHECKING:
     from mess_compile.device.client import PythonSession
     from mess_compile.device.remote import Remote
-    from mess_compile.device.trtexec_client import TrtexecSession
+    from mess_compile.device.session import DeviceSession
 
 Progress = Callable[[str, int, int], None]
 
 
-def reached(workspace: Workspace, host: str, python: str | None) -> Remote:
-    """The device at `host`, with the Python that is named, or was when it was reached before."""
+def remote_for(workspace: Workspace, host: str, python: str | None) -> Remote:
+    """The device at `host`, with the Python that is named, or that was named when it was last connected."""
     from mess_compile.device.remote import PYTHON, Remote, parse_host
 
     return Remote(parse_host(host, python or workspace.memory().pythons.get(host, PYTHON)))
 
 
-def session_there(remote: Remote, target: Target, graph_set: GraphSet, progress: Progress) -> PythonSession:
-    """A device that has shown that it is the target."""
+def python_session(remote: Remote, target: Target, graph_set: GraphSet, progress: Progress) -> PythonSession:
+    """A session with the target by its Python. Raises InputError when the device is not the target."""
     from mess_compile.data.scenes import profiling_inputs
     from mess_compile.device.client import PythonSession
 
     session = PythonSession(remote, target.library, *profiling_inputs(graph_set), progress)
-    _refuse_another(target, session.greet(), remote.host.text)
+    _refuse_other_machine(target, session.greet(), remote.host.text)
     return session
 
 
-def any_session_there(
+def device_session(
     workspace: Workspace,
     remote: Remote,
     target: Target,
     graph_set: GraphSet,
     progress: Progress,
     tell: Callable[[str], None],
-) -> PythonSession | TrtexecSession:
-    """A device that has shown that it is the target; by trtexec where its Python cannot be used."""
+) -> DeviceSession:
+    """A session with the target, by trtexec where its Python cannot be used. Raises InputError for another device."""
     from mess_compile.device import trtexec_client
 
     try:
-        return session_there(remote, target, graph_set, progress)
+        return python_session(remote, target, graph_set, progress)
     except MessError as error:
         caches = workspace.engines(target.name, FP32).parent
-        session = trtexec_client.in_place_of_python(remote, target, caches, progress, error)
-        if session is None:
+        trtexec = trtexec_client.trtexec_instead_of_python(remote, target, caches, progress, error)
+        if trtexec is None:
             raise
         tell(f"note: {error}; until then trtexec builds and measures there, by a protocol that the table names")
-    _refuse_another(target, session.greet(), remote.host.text)
-    return session
+    _refuse_other_machine(target, trtexec.greet(), remote.host.text)
+    return trtexec
 
 
-def _refuse_another(target: Target, hello: Hello, host: str) -> None:
-    """Raises InputError when the machine at `host` is not the target; there is one `host`, and it is here."""
+def _refuse_other_machine(target: Target, hello: Hello, host: str) -> None:
+    """Raises InputError when the machine at `host` is not the target; the target `host` is always this machine."""
     refuse_unless_there(target, hello.machine, host)
     if target.name == HOST and hello.facts.get("identity") != describe_machine()["identity"]:
         raise InputError(
             f"--device host is the machine that mess-compile runs on, and {host} is another, whose latencies would "
-            "take the place of this one's: describe it in profiles/NAME.toml, and name it by --device NAME"
+            "replace those of this machine: describe it in profiles/NAME.toml, and use --device NAME"
         )

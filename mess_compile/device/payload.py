@@ -1,4 +1,4 @@
-"""What a bundle holds so that a device needs nothing else but numpy and an engine library: the runtime and a README."""
+"""The runtime and the README that travel to a device, which then needs only numpy and an engine library."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def own_files_last(paths):
 
 
 """
-"""Before the imports of a program on a device: no file of the user's, in the home folder or in the current one, stands
-for a module (json.py, numpy.py), even where PYTHONPATH names these folders. Else that variable has its way."""
+"""Runs before the imports of a program on a device: no file in the home folder or in the current one may replace a
+module (json.py, numpy.py), even where PYTHONPATH names these folders. Otherwise PYTHONPATH is respected."""
 _FIRST = f"""\
 {OWN_FILES_LAST}sys.path[:] = [os.path.realpath(sys.path[0]), *own_files_last(sys.path[1:])]
 """
@@ -48,13 +48,13 @@ SESSION, SHIP = "mess_compile.runtime.serve.worker", "mess_compile.runtime.serve
 
 
 def runtime_files() -> dict[str, bytes]:
-    """The device side as Python runs it from a zip or folder: paths in the bundle -> content."""
+    """The runtime for a bundle, which Python runs as a zip or folder: paths in the bundle -> content."""
     return {"__main__.py": _MAIN.encode(), **_modules()}
 
 
 @functools.lru_cache(maxsize=1)
 def runtime_zip() -> bytes:
-    """The device side as `python3 ZIP PROGRAM ARGUMENT...` runs it, the same bytes each time.
+    """The runtime as a zip for `python3 ZIP PROGRAM ARGUMENT...`, the same bytes each time.
 
     Python then looks for modules in the zip first, and not in the current folder, as it does for `python3 -m`.
     """
@@ -84,7 +84,7 @@ def _what(manifest: Manifest) -> list[str]:
         "=" * len(title),
         "",
         f"A {manifest.network.backbone} that labels every pixel of a frame with one of {len(manifest.network.classes)}",
-        f"classes, at {height} x {width} inside and at the frame's own size outside. It leaves early when it is sure.",
+        f"classes, at the frame's own size (internally at {height} x {width}), with early exits for easy images.",
         "",
         f"Classes, by label from 0: {', '.join(manifest.network.classes)}.",
     ]
@@ -100,9 +100,9 @@ def _how(manifest: Manifest) -> list[str]:
         f"Needed: Python 3.8 or later, numpy, and {libraries}. The runtime is inside.",
         "",
         f"    python3 {name} info                       # plans, figures, operating points",
-        f"    python3 {name} verify                     # does this machine compute what was evaluated, and as fast?",
+        f"    python3 {name} verify                     # compares results and latency on this machine with the plan's",
         f"    python3 {name} run frame.png -o pictures  # labels as a palette PNG, and an overlay",
-        f"    python3 {name} watch FOLDER               # every frame that is renamed into FOLDER/in, until the end",
+        f"    python3 {name} watch FOLDER               # labels frames that are moved to FOLDER/in, until stopped",
         *_choice(manifest),
         "",
         f"From a program, with {name} on sys.path or mess-compile installed:",
@@ -113,8 +113,8 @@ def _how(manifest: Manifest) -> list[str]:
         "",
         "The file may be unpacked (unzip); `python3 FOLDER verify` then works on the folder.",
         "",
-        "Whoever runs this file runs the program in it. To look at a bundle from somebody you do not know, use an",
-        "installed mess-compile: it checks every byte, and the signature, before anything of the bundle is used:",
+        "Running this file runs the program in it. To check a bundle from an unknown source, use an installed",
+        "mess-compile: it checks every byte, and the signature, before anything of the bundle is used:",
         "",
         f"    mess-compile verify {name} --allowed-signers FILE --require-signature",
     ]
@@ -124,7 +124,7 @@ def _choice(manifest: Manifest) -> list[str]:
     if len(manifest.plans) == 1:
         return []
     another = manifest.plans[-1].name
-    return ["", "Of the plans below the first one for this machine runs; another is named by", f"`--target {another}`."]
+    return ["", "The first plan below that is for this machine runs; choose another one with", f"`--target {another}`."]
 
 
 def _plan_lines(plan: BundlePlan) -> str:
@@ -135,9 +135,9 @@ def _plan_lines(plan: BundlePlan) -> str:
         "",
         title,
         "-" * len(title),
-        f"{plan.library}, {plan.precision}, {plan.setting}; exits and thresholds by {plan.tuned_by}.",
+        f"{plan.library}, {plan.precision}, {plan.setting}; exits and thresholds chosen with {plan.tuned_by}.",
         f"Latencies are {plan.predicted.source} on {plan.target}{where}.",
-        *(f"Mind: {doubt}." for doubt in plan.doubts),
+        *(f"Warning: {doubt}." for doubt in plan.doubts),
         f"plan: {_figures(plan.predicted)}",
         f"{plan.baseline_name}: {_figures(plan.baseline)}",
     ]
@@ -148,19 +148,17 @@ def _plan_lines(plan: BundlePlan) -> str:
 def _figures(figures: Figures) -> str:
     return (
         f"{figures.latency_ms:.2f} ms (p95 {figures.p95_ms:.2f}, worst {figures.worst_ms:.2f}), {figures.miou:.2f} % "
-        f"mIoU, {figures.gmacs:.3f} GMACs, on the {figures.images} images of {figures.split} that it was chosen by"
+        f"mIoU, {figures.gmacs:.3f} GMACs, on the {figures.images} images of {figures.split} that it was chosen on"
     )
 
 
 def _rest(manifest: Manifest) -> list[str]:
     engines = [engine for engine in manifest.engines if engine.graph is not None]
     lines = ["", "Files", "-----", "manifest.json lists every file with its SHA-256; docs/bundle.md of mess-compile"]
-    lines += ["describes it. golden/ holds frames and what must come out of them."]
+    lines += ["describes it. golden/ holds frames and their expected labels."]
     if engines:
-        lines.append(
-            f"Engines are inside for {_places(engines)}. They are used when the bundle is signed by somebody in"
-        )
-        lines.append("--allowed-signers; without, they are built anew from graphs/.")
+        lines.append(f"The bundle has engines for {_places(engines)}. They are used when it is signed by somebody in")
+        lines.append("--allowed-signers; otherwise engines are built from graphs/.")
     lines += ["", *(f"{key}: {value}" for key, value in sorted(manifest.provenance.items())), ""]
     return lines
 

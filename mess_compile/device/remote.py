@@ -1,4 +1,4 @@
-"""What is done on a device over SSH: run, stream, push and pull. A POSIX shell, tar and sha256sum are enough there."""
+"""Runs programs on a device over SSH, and transfers files. The device needs a POSIX shell, tar and sha256sum."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from mess_compile import files as local
+from mess_compile.device.scripts import shell_script
 from mess_compile.device.ssh import (
     KILLED,
     PYTHON,
@@ -28,83 +29,20 @@ from mess_compile.device.ssh import (
 )
 from mess_compile.runtime.base.errors import InputError
 
-__all__ = ["PYTHON", "Completed", "Host", "Pushed", "Remote", "RemoteError", "parse_host"]
+__all__ = ["PYTHON", "Completed", "Host", "PushResult", "Remote", "RemoteError", "parse_host"]
 
 STOP_S = 10.0
-"""For a program there to end when its lines are no longer wanted; it is killed there after 5 s."""
+"""How long to wait for a program on the device to end once nobody reads it; it is killed there after 5 s."""
 _ABSENT = 44
+"""The exit code of `show.sh` and `show_hashed.sh` when there is no such file."""
 _LAST_SIGNAL = 64
-_PLAIN = '"$@"; exit $?'  # the shell stays, so that a program that was killed gives 128 + its signal
-_WATCHED = r"""
-file=$1; shift
-runs() { tr '\0' '\n' <"/proc/$1/cmdline" | grep -qxF -e "$file"; } 2>/dev/null
-if [ -n "$file" ]; then
-    mkdir -p -- "$(dirname -- "$file")" || exit 1
-    old=$(cat -- "$file" 2>/dev/null); tries=0
-    [ -n "$old" ] && runs "$old" && kill -TERM "$old"
-    while [ -n "$old" ] && runs "$old"; do
-        tries=$((tries + 1)); [ $tries -lt 100 ] || { echo "process $old of an earlier run does not end" >&2; exit 1; }
-        sleep 0.1
-    done
-    echo $$ >"$file" || exit 1
-fi
-stop() {
-    trap '' TERM; kill -TERM 0
-    { sleep 5; kill -KILL 0; } >/dev/null 2>&1 &
-    wait "$program"; kill -KILL 0
-}
-trap stop TERM
-exec 3<&0
-"$@" </dev/null 3<&- &
-program=$!
-{ while read -r said; do :; done <&3; kill -TERM $$; } >/dev/null 2>&1 &
-watcher=$!
-wait "$program"; code=$?
-kill "$watcher" 2>/dev/null
-exit "$code"
-"""
-"""Run $2... under the eyes of a reader of our end: sshd makes its commands a process group each, and when standard
-input ends, because we closed it, died or were cut off, all of the group is stopped. $1 is a file for the process
-number, by which a later run finds one that a frozen connection left running."""
-
-_SETTLE = r"""
-LC_ALL=C; export LC_ALL; trap '' PIPE
-command -v sha256sum >/dev/null || { echo "sha256sum: not found" >&2; exit 127; }
-mkdir -p -- "$1" && cd -- "$1" || exit 1
-good() { while read -r name; do [ ! -f "$name" ] || echo "$name  $name"; done | sha256sum -c 2>/dev/null; }
-settle() {
-    (cd "$1" && ls | good) | while read -r name verdict; do
-        [ "$verdict" != OK ] || { mv -f "$1/${name%:}" "${name%:}" 2>/dev/null && echo "${name%:}"; }
-    done
-}
-"""
-_PRESENT = rf"""{_SETTLE}
-for place in incoming-*; do
-    [ -d "$place" ] || continue
-    settle "$place" >/dev/null
-    [ -d "/proc/${{place#incoming-}}" ] || rm -rf -- "$place"
-done
-good | while read -r name verdict; do
-    if [ "$verdict" = OK ]; then echo "${{name%:}}"; else rm -f -- "${{name%:}}"; fi
-done
-"""
-_RECEIVE = rf"""{_SETTLE}
-place=incoming-$$
-mkdir -p "$place" || exit 1
-tar -xo -f - -C "$place"; code=$?
-settle "$place"
-rm -rf "$place"
-exit $code
-"""
 _LEAST_PYTHON = (3, 8)
 _VERSION = "import sys; print('.'.join(map(str, sys.version_info[:3])))"
-_SHOW = f'[ -e "$1" ] || exit {_ABSENT}; cat <"$1"; exit $?'
-_SHOW_HASHED = f'[ -e "$1" ] || exit {_ABSENT}; sha256sum <"$1" >&2 && cat <"$1"; exit $?'
 
 
 @dataclass(frozen=True)
 class Completed:
-    """What a program left: 128 + N is the code after signal N, KILLED stands for an end that ssh could not tell."""
+    """A finished program: its code is 128 + N after signal N, KILLED where ssh did not report the signal."""
 
     code: int
     output: bytes
@@ -112,19 +50,19 @@ class Completed:
 
 
 @dataclass(frozen=True)
-class Pushed:
-    """Files and their bytes that travelled, and files that were there."""
+class PushResult:
+    """Bytes and files that were sent, and files that the device had."""
 
     sent_bytes: int
     sent: int
-    kept: int
+    present: int
 
 
 class Remote:
-    """A device over SSH, for one thread. Connects on entry, and again at the next call after a connection was lost.
+    """A device over SSH, for one thread. Connects on entry, and again at the next call after the connection was lost.
 
-    Paths there are absolute or start at the home folder. `options` are arguments for ssh beside its configuration.
-    All methods raise RemoteError.
+    Paths on the device are absolute or relative to the home folder. `options` are further arguments for ssh. All
+    methods raise RemoteError.
     """
 
     def __init__(self, host: Host, options: Sequence[str] = ()) -> None:
@@ -136,25 +74,27 @@ class Remote:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """End the connection; what `lines` started is stopped there."""
+        """Close the connection; programs that `lines` started are stopped on the device."""
         self._connection.close()
 
     def run(self, command: Sequence[str], given: bytes = b"", patience_s: float = 60.0) -> Completed:
-        """Run a short program, `given` on its standard input, and wait for its end, whatever its code.
+        """Run a short program with `given` on its standard input, and wait until it ends with any code.
 
-        After `patience_s` seconds it is given up; it is not stopped there. What runs for long belongs to `lines`.
+        Gives up after `patience_s` seconds, and does not stop the program then. Use `lines` for long programs.
         """
-        return self._answer(_PLAIN, command, given, patience_s)
+        return self._answer(shell_script("run"), command, given, patience_s)
 
     def lines(self, command: Sequence[str], pid_file: str | None = None) -> Iterator[str]:
-        """The standard output of a program, line by line as they come; the error at the end names what it said last.
+        """Yield the lines of a program's standard output as they come; an error at the end holds its last words.
 
-        Its standard input is empty. It is stopped there, with its children, when the generator is closed, this
-        process ends in any way, or the connection is cut. A link that died silently may leave it running: a program
-        that was started with the same `pid_file` (a path there) is stopped before this one starts.
+        Its standard input is empty. The program is stopped, with its children, when the generator is closed, this
+        process ends in any way, or the connection is cut. A connection that died silently may leave it running; the
+        next program with the same `pid_file` (a path on the device) stops it first.
         """
         with tempfile.TemporaryFile() as errors:
-            with self._connection.client(_WATCHED, (pid_file or "", *command), subprocess.PIPE, errors) as client:
+            with self._connection.client(
+                shell_script("run_watched"), (pid_file or "", *command), subprocess.PIPE, errors
+            ) as client:
                 assert client.stdin
                 assert client.stdout
                 try:
@@ -162,50 +102,50 @@ class Remote:
                     for line in client.stdout:
                         yield line.decode(errors="replace").rstrip("\r\n")
                     client.wait()
-                    code, said = self._connection.ended(client, started, _text(errors))
+                    code, words = self._connection.ended(client, started, _text(errors))
                 finally:
                     client.stdout.close()
-                    client.stdin.close()  # the other side waits for this
+                    client.stdin.close()  # the script waits for this
                     with suppress(subprocess.TimeoutExpired):
                         client.wait(STOP_S)
             if code:
-                raise self.failure(f"`{command[0]}`", code, said)
+                raise self.failure(f"`{command[0]}`", code, words)
 
-    def push(self, files: Mapping[str, Path], folder: str, progress: Callable[[int, int], None]) -> Pushed:
-        """Have `files`, named by the hex SHA-256 of their bytes, in `folder` there, under these names.
+    def push(self, files: Mapping[str, Path], folder: str, progress: Callable[[int, int], None]) -> PushResult:
+        """Have `files`, named by the hex SHA-256 of their bytes, in `folder` on the device, under these names.
 
-        Only what is missing there travels; what is there is hashed again each time (some seconds a GB), and replaced
-        when it is damaged. A file gets its name when all of it has arrived and its hash is right. A call that was cut
-        is continued by the next. `progress` is told the bytes sent and to send, and nothing when none are missing.
-        Raises InputError when a file cannot be read or is not what its name says.
+        Sends only missing files; those that are there are hashed again each time (some seconds per GB), and replaced
+        when damaged. A file gets its name once it has arrived completely and its hash is right. After a broken call
+        the next one continues. `progress` gets the bytes sent and the total; it is not called when nothing is missing.
+        Raises InputError when a file cannot be read or does not match its name.
         """
         assert all(re.fullmatch("[0-9a-f]{64}", name) for name in files)
         present = self._present(files, folder)
         missing = {name: path for name, path in files.items() if name not in present}
         sent_bytes = self._send(missing, folder, progress) if missing else 0
-        return Pushed(sent_bytes, len(missing), len(present))
+        return PushResult(sent_bytes, len(missing), len(present))
 
     def pull(self, path: str, target: Path) -> None:
-        """Copy a file from there; `target` is the whole file or as it was before."""
+        """Copy a file from the device; `target` is complete, or as it was before."""
         with local.replaced(target) as temporary, tempfile.TemporaryFile() as errors:
             with (
                 temporary.open("wb") as stream,
-                self._connection.client(_SHOW_HASHED, (path,), subprocess.PIPE, errors) as client,
+                self._connection.client(shell_script("show_hashed"), (path,), subprocess.PIPE, errors) as client,
             ):
                 assert client.stdout
                 started = began(client.stdout)
                 shutil.copyfileobj(client.stdout, stream)
                 client.wait()
-                code, said = self._connection.ended(client, started, _text(errors))
+                code, words = self._connection.ended(client, started, _text(errors))
             if code:
-                raise self._no_file(path, code, said)
-            if f"{local.sha256_of_file(temporary)}  -" not in said.splitlines():
-                reason = f"{path} changed while it was copied, or there is no room for {target}"
+                raise self._no_file(path, code, words)
+            if f"{local.sha256_of_file(temporary)}  -" not in words.splitlines():
+                reason = f"{path} changed while it was copied, or there is no space for {target}"
                 raise RemoteError(f"{self.host.text}: {reason}: run the command again")
 
     def read(self, path: str) -> bytes | None:
-        """The bytes of a small file there; None when there is none."""
-        done = self._answer(_SHOW, (path,))
+        """The bytes of a small file on the device; None when there is none."""
+        done = self._answer(shell_script("show"), (path,))
         if done.code == _ABSENT:
             return None
         if done.code:
@@ -213,35 +153,35 @@ class Remote:
         return done.output
 
     def failure(self, what: str, code: int, errors: str) -> RemoteError:
-        """The error for `what` ("`python3`") that ended there with a code other than 0, having said `errors`."""
-        said = last_line(re.sub("tar: Exiting with failure status.*", "", errors))
+        """The error for `what` ("`python3`"), which ended with a code other than 0 after printing `errors`."""
+        words = last_line(re.sub("tar: Exiting with failure status.*", "", errors))
         if re.search(r"No space left on device|Disk quota exceeded|Wrote only \d+ of", errors):
             return RemoteError(f"{self.host.text} has no space left for {what}: make room there, then run it again")
         if code in (126, 127):
-            reason = f"{what} cannot be started ({said}): install it there, or {self._naming(what)}"
+            reason = f"{what} cannot be started ({words}): install it there, or {self._naming(what)}"
         elif code == KILLED or 128 < code <= 128 + _LAST_SIGNAL:
             signal = "" if code == KILLED else f" by signal {code - 128}"
-            reason = f"{what} was killed{signal}: has the device enough memory? (it said: {said or 'nothing'})"
+            reason = f"{what} was killed{signal}: has the device enough memory? (last output: {words or 'none'})"
         else:
             lacks = f": install it there, for this {self.host.python}, or {self._naming(what)}"
-            remedy = lacks if "No module named" in said else ""
-            reason = f"{what} ended with code {code}: {said or 'it said nothing'}{remedy}"
+            remedy = lacks if "No module named" in words else ""
+            reason = f"{what} ended with code {code}: {words or 'no output'}{remedy}"
         return RemoteError(f"{self.host.text}: {reason}")
 
     def _naming(self, what: str) -> str:
-        """The remedy where the device has it elsewhere."""
-        python = what == f"`{self.host.python}`"
-        return "name another by --python PATH" if python else "give the path at which it is"
+        """The remedy where the program has another path."""
+        is_python = what == f"`{self.host.python}`"
+        return "name another by --python PATH" if is_python else "give its path"
 
     def refuse_old_python(self) -> None:
-        """Raises RemoteError when the Python there starts, and is older than what travels there is written for."""
+        """Raises RemoteError when the Python on the device works but is too old for the runtime."""
         done = self.run((self.host.python, "-c", _VERSION))
-        told = re.fullmatch(r"(\d+)[.](\d+)[.]\d+\s*", done.output.decode(errors="replace"))
-        if told is not None and (int(told[1]), int(told[2])) < _LEAST_PYTHON:
+        version = re.fullmatch(r"(\d+)[.](\d+)[.]\d+\s*", done.output.decode(errors="replace"))
+        if version is not None and (int(version[1]), int(version[2])) < _LEAST_PYTHON:
             least = ".".join(map(str, _LEAST_PYTHON))
             raise RemoteError(
-                f"{self.host.text}: `{self.host.python}` is Python {told[0].strip()}, and {least} or newer is needed: "
-                "name another by --python PATH"
+                f"{self.host.text}: `{self.host.python}` is Python {version[0].strip()}, and {least} or newer is "
+                "needed: name another by --python PATH"
             )
 
     def _no_file(self, path: str, code: int, errors: str) -> RemoteError:
@@ -250,39 +190,43 @@ class Remote:
         return self.failure(f"reading {path}", code, errors)
 
     def _present(self, names: Iterable[str], folder: str) -> set[str]:
-        """Those of `names` that are whole in `folder`, which is made; damaged ones are removed."""
-        done = self._answer(_PRESENT, (folder,), "".join(f"{name}\n" for name in names).encode())
+        """The `names` whose files are intact in `folder`, which is created; damaged ones are removed."""
+        done = self._answer(
+            shell_script("verified_folder", "list_files"), (folder,), "".join(f"{name}\n" for name in names).encode()
+        )
         if done.code:
             raise self.failure(f"folder {folder}", done.code, done.errors)
         return set(done.output.decode().split())
 
     def _send(self, missing: Mapping[str, Path], folder: str, progress: Callable[[int, int], None]) -> int:
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-            with self._connection.client(_RECEIVE, (folder,), output, errors) as client:
+            with self._connection.client(
+                shell_script("verified_folder", "receive_files"), (folder,), output, errors
+            ) as client:
                 assert client.stdin
                 sent_bytes = 0
                 try:
-                    with suppress(BrokenPipeError):  # the other side says why
+                    with suppress(BrokenPipeError):  # the script reports the reason
                         sent_bytes = _write_archive(client.stdin, missing, progress)
                 finally:
                     with suppress(BrokenPipeError):
                         client.stdin.close()
                     client.wait()
                     output.seek(0)
-                    told = after_start(output.read())
-                    code, said = self._connection.ended(client, told is not None, _text(errors))
+                    received = after_start(output.read())
+                    code, words = self._connection.ended(client, received is not None, _text(errors))
             if code:
-                raise self.failure(f"folder {folder}", code, said)
-            arrived = set((told or b"").decode().split())
+                raise self.failure(f"folder {folder}", code, words)
+            arrived = set((received or b"").decode().split())
         self._refuse_damaged({name: path for name, path in missing.items() if name not in arrived}, folder)
         return sent_bytes
 
-    def _refuse_damaged(self, absent: Mapping[str, Path], folder: str) -> None:
-        """Another push to the same folder may have settled files of ours; what then is still absent, is wrong."""
-        for name in absent.keys() - (self._present(absent, folder) if absent else set()):
-            if local.sha256_of_file(absent[name]) != name:
-                raise InputError(f"{absent[name]} has changed since it was hashed: run the command again")
-            raise RemoteError(f"{self.host.text}: {absent[name]} arrived damaged in {folder}: is its disk in order?")
+    def _refuse_damaged(self, missing: Mapping[str, Path], folder: str) -> None:
+        """Raises for missing files, unless another push to the same folder has taken them over."""
+        for name in missing.keys() - (self._present(missing, folder) if missing else set()):
+            if local.sha256_of_file(missing[name]) != name:
+                raise InputError(f"{missing[name]} has changed since it was hashed: run the command again")
+            raise RemoteError(f"{self.host.text}: {missing[name]} arrived damaged in {folder}: check its disk")
 
     def _answer(
         self, script: str, arguments: Sequence[str], given: bytes = b"", patience_s: float | None = None
@@ -293,13 +237,13 @@ class Remote:
             except subprocess.TimeoutExpired as error:
                 what = f"`{arguments[0]}` has not ended within {patience_s:g} s"
                 raise RemoteError(f"{self.host.text}: {what}: is the device busy, or out of memory?") from error
-            told = after_start(output)
-            code, said = self._connection.ended(client, told is not None, errors.decode(errors="replace"))
-            return Completed(code, told or b"", said)
+            own = after_start(output)
+            code, words = self._connection.ended(client, own is not None, errors.decode(errors="replace"))
+            return Completed(code, own or b"", words)
 
 
 def _write_archive(pipe: IO[bytes], files: Mapping[str, Path], progress: Callable[[int, int], None]) -> int:
-    """A tar stream of `files`; the bytes of their contents. One block of one file is in memory at a time."""
+    """Write a tar stream of `files`, and return the bytes of their contents. One block is in memory at a time."""
     sent, total = 0, sum(_size(path) for path in files.values())
 
     def count(block_bytes: int) -> None:

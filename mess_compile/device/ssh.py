@@ -1,7 +1,7 @@
-"""The system's own ssh with its configuration: one connection to a device, held open, that programs there share.
+"""The system's ssh with the user's configuration: one connection to a device stays open, and programs share it.
 
-A login shell may be any (bash, dash, zsh, fish, tcsh). It is given one plain line, which starts `sh`; the script that
-`sh` runs comes over standard input, ahead of the program's own. What the shell prints at its start is left out."""
+The login shell may be any (bash, dash, zsh, fish, tcsh). It gets one plain line, which starts `sh`; the script for `sh`
+comes over standard input, ahead of the program's own. What the shell prints at its start is skipped."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from typing import IO
 from mess_compile.runtime.base.errors import InputError, MessError, one_line
 
 CONNECT_S = 60.0
-"""For all of connecting: an agent may ask its user for a touch. The network's own share is 10 s."""
+"""Timeout of connecting, long enough for an agent that asks its user for a touch. The network's share is 10 s."""
 _SETTINGS = (
     *("BatchMode=yes", "LogLevel=ERROR", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3"),
     *("ControlPersist=no", "RequestTTY=no", "RemoteCommand=none", "PermitLocalCommand=no", "ClearAllForwardings=yes"),
     *("ForwardAgent=no", "ForwardX11=no"),
 )
-_UP = b"mess-compile is connected\n"
-"""Printed by a script of ours when it begins: what comes before it is the login shell's."""
+_READY = b"mess-compile is connected\n"
+"""Printed by each script when it begins: what comes before it is from the login shell."""
 _ENDED = "mess-compile: ended with 255"
-"""Said by a script of ours that ends with this code, which else is ssh's own for whatever went wrong."""
+"""Printed by a script that ends with code 255, which otherwise means that ssh itself failed."""
 _START = "exec sh -c 'eval \"$(dd bs=1 count={} 2>/dev/null)\"'"
-"""What the login shell is given. `dd` takes so many bytes of standard input and not one more, as no shell does."""
-_TELL_END = f"""trap '[ $? != 255 ] || echo "{_ENDED}" >&2' 0
+"""The line for the login shell. `dd` reads exactly that many bytes of standard input; a shell would read ahead."""
+_MARK_255 = f"""trap '[ $? != 255 ] || echo "{_ENDED}" >&2' 0
 """
 _WAIT = "exec cat >/dev/null"
 _CUT = re.compile("onnection (closed|reset)|closed by remote host|client_loop|Timeout, server|packet_write|Broken pipe")
@@ -46,10 +46,10 @@ _HOST = re.compile(
 )
 PYTHON = "python3"
 KILLED = -1
-"""The code of a script that the system killed, of which ssh cannot tell the signal."""
+"""The code of a script that was killed by a signal which ssh does not report."""
 _MOST_NOISE = 1 << 16
 _PYTHON = re.compile(r"[A-Za-z0-9_./~][^=\x00-\x1f\x7f]*")
-"""No option, and nothing that env takes for a variable; the shell there gets it quoted."""
+"""Not an option, and not a variable for `env`; it is quoted for the shell."""
 _REMEDIES = (
     ("Host key verification failed", "run `{login}` once and accept its host key"),
     ("Permission denied|Too many authentication", "check that `{login}` works without a password (`ssh-copy-id`)"),
@@ -65,7 +65,7 @@ _REMEDIES = (
 
 
 class RemoteError(MessError):
-    """A device cannot be reached, or cannot do what it was asked; `lost`: the connection was there and was cut."""
+    """A device cannot be reached, or cannot do what was requested; `lost` is whether an open connection was cut."""
 
     def __init__(self, message: str, lost: bool = False) -> None:
         super().__init__(message)
@@ -74,9 +74,9 @@ class RemoteError(MessError):
 
 @dataclass(frozen=True)
 class Host:
-    """`text` as the user wrote it; `destination` and `port` as ssh takes them, None where its configuration decides.
+    """`text` is as the user wrote it; `destination` and `port` are for ssh, None where its configuration decides.
 
-    `python` is what starts Python 3.8 or newer there, with numpy and an engine library.
+    `python` starts Python 3.8 or newer on the device, with numpy and an engine library.
     """
 
     text: str
@@ -86,18 +86,20 @@ class Host:
 
     @property
     def login(self) -> str:
-        """The line by which a user connects."""
+        """The command with which a user connects."""
         return f"ssh {self.destination}" if self.port is None else f"ssh -p {self.port} {self.destination}"
 
 
 def parse_host(text: str, python: str = PYTHON) -> Host:
     """From ssh://user@host[:port], user@host or a name of ~/.ssh/config; an IPv6 address stands in brackets. `python`
-    is a name on PATH there or a path, ~/ being the home folder there.
+    is a name on PATH or a path on the device, ~/ being the home folder there.
 
     Raises InputError for anything else: options, a path, a password (which the message does not repeat).
     """
     if ":" in text.removeprefix("ssh://").rpartition("@")[0]:
-        raise InputError("the host holds a password, and none is used: write ssh://user@host, and run `ssh-copy-id`")
+        raise InputError(
+            "the host contains a password, which is not supported: write ssh://user@host, and run `ssh-copy-id`"
+        )
     match = _HOST.fullmatch(text)
     port = int(match["port"]) if match and match["port"] else None
     usable = match and (port is None or (match["scheme"] and 0 < port < 1 << 16)) and _is_ipv6(match["six"])
@@ -115,10 +117,10 @@ def _is_ipv6(text: str | None) -> bool:
 
 
 class Connection:
-    """A connection, for one thread: made when it is first needed, and again after it was lost.
+    """A connection, for one thread: opened when it is first needed, and again after it was lost.
 
     Keys, agent, jump hosts and host keys are those of the user's ssh; `options` are further arguments for it. Where the
-    server takes no further session on the connection (MaxSessions), ssh makes one more connection for a program.
+    server allows no further session on the connection (MaxSessions), ssh opens another connection for a program.
     """
 
     def __init__(self, host: Host, options: Sequence[str] = ()) -> None:
@@ -126,13 +128,13 @@ class Connection:
         self._options = tuple(options)
         self._folder: str | None = None
         self._master: subprocess.Popen[bytes] | None = None
-        self._said = ""
+        self._errors = ""
         self._clients: set[subprocess.Popen[bytes]] = set()
 
     def open(self) -> None:
-        """Hold a session that ends with this process: its program there reads what we never write.
+        """Open a session that ends with this process: its program reads standard input, which we never write.
 
-        Raises RemoteError with ssh's own words and the remedy.
+        Raises RemoteError with the error of ssh and the remedy.
         """
         if self._master is not None and self._master.poll() is None:
             return
@@ -140,10 +142,10 @@ class Connection:
         try:
             self._folder = _private_folder()
             script = _script(_WAIT, ())
-            with (Path(self._folder) / "said").open("wb") as said:
+            with (Path(self._folder) / "errors").open("wb") as errors:
                 command = self._command("-M", "--", self.host.destination, _START.format(len(script)))
-                self._master = _started(command, subprocess.PIPE, subprocess.PIPE, said)
-            _give(self._master, script)
+                self._master = _start(command, subprocess.PIPE, subprocess.PIPE, errors)
+            _write_input(self._master, script)
             self._await_up(self._master)
         except BaseException:
             self.close()
@@ -151,7 +153,7 @@ class Connection:
 
     def close(self) -> None:
         for client in tuple(self._clients):
-            client.terminate()  # it may have a connection of its own
+            client.terminate()  # it may have its own connection
         if self._master is not None:
             self._master.terminate()
             _end(self._master, 2.0)
@@ -163,52 +165,52 @@ class Connection:
     def client(
         self, script: str, arguments: Sequence[str], output: int | IO[bytes], errors: int | IO[bytes]
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """The ssh of a shell script that runs there. Its output is for `began` or `after_start` first."""
+        """The ssh process of a shell script that runs on the device. Read its output with `began` or `after_start`."""
         self.open()
         text = _script(script, arguments)
         command = self._command("-o", "ControlMaster=no", "--", self.host.destination, _START.format(len(text)))
-        client = _started(command, subprocess.PIPE, output, errors)
+        client = _start(command, subprocess.PIPE, output, errors)
         self._clients.add(client)
         try:
-            _give(client, text)
+            _write_input(client, text)
             yield client
         finally:
             self._clients.discard(client)
             _end(client, 0.0)
 
-    def ended(self, client: subprocess.Popen[bytes], began: bool, said: str) -> tuple[int, str]:
-        """The code of the script there, whose ssh has ended, and what it `said`; KILLED when the system killed it.
+    def ended(self, client: subprocess.Popen[bytes], began: bool, errors: str) -> tuple[int, str]:
+        """The code of a script whose ssh has ended, KILLED after a signal, and its own part of `errors`.
 
         Raises RemoteError when the connection was lost, or when the script never `began`.
         """
         code = client.wait()
-        by_ssh = code == 255 and _ENDED not in said
+        by_ssh = code == 255 and _ENDED not in errors
         if (by_ssh or code < 0) and not (self._socket() in str(client.args) and self._is_up()):
-            raise self._lost(self._said)
-        if by_ssh and began and _CUT.search(said):
-            raise self._lost(said)
+            raise self._lost(self._errors)
+        if by_ssh and began and _CUT.search(errors):
+            raise self._lost(errors)
         if not began:
-            raise _refusal(self.host, said, "", code)
-        own = "".join(line for line in said.splitlines(keepends=True) if line.strip() != _ENDED)
+            raise _refusal(self.host, errors, "", code)
+        own = "".join(line for line in errors.splitlines(keepends=True) if line.strip() != _ENDED)
         return KILLED if by_ssh else code, own
 
-    def _lost(self, said: str) -> RemoteError:
-        reason = last_line(said) or "ssh was ended"
+    def _lost(self, errors: str) -> RemoteError:
+        reason = last_line(errors) or "ssh was ended"
         return RemoteError(f"{self.host.text}: the connection was lost ({reason}): run the command again", lost=True)
 
     def _is_up(self) -> bool:
-        """ssh's own word on the connection: 255 is what it says of a lost one, but a program may end so, too."""
-        if _started(self._command("-O", "check", "--", self.host.destination)).wait() == 0:
+        """Ask ssh whether the connection is up: its code for a lost one is 255, but a program may end with 255, too."""
+        if _start(self._command("-O", "check", "--", self.host.destination)).wait() == 0:
             return True
         if self._master is not None:
             _end(self._master, 2.0)
-        self._hear()
+        self._read_errors()
         return False
 
-    def _hear(self) -> None:
-        """Keep what ssh said of the connection, for its folder goes."""
+    def _read_errors(self) -> None:
+        """Keep the errors of ssh, since their folder is removed."""
         assert self._folder
-        self._said = (Path(self._folder) / "said").read_text(errors="replace")
+        self._errors = (Path(self._folder) / "errors").read_text(errors="replace")
 
     def _command(self, *arguments: str) -> list[str]:
         assert self._folder
@@ -217,65 +219,65 @@ class Connection:
         return ["ssh", *self._options, *settings, "-S", self._socket(), *port, *arguments]
 
     def _socket(self) -> str:
-        """Another one for every connection: what ran over an earlier one ended with it."""
+        """A new one for each connection: programs over an earlier connection ended with it."""
         return f"{self._folder}/s".replace("%", "%%")
 
     def _await_up(self, master: subprocess.Popen[bytes]) -> None:
         assert master.stdout
-        heard, until = b"", time.monotonic() + CONNECT_S
-        while not heard.endswith(_UP):
+        received, until = b"", time.monotonic() + CONNECT_S
+        while not received.endswith(_READY):
             if not _readable(master.stdout, until - time.monotonic()):
                 remedy = f"check that `{self.host.login}` works, and that no start file of its shell waits for input"
                 raise RemoteError(f"{self.host.text}: no connection after {CONNECT_S:g} s: {remedy}")
             block = os.read(master.stdout.fileno(), 1 << 16)
             if not block:
                 code = master.wait()
-                self._hear()
-                raise _refusal(self.host, self._said, heard.decode(errors="replace"), code)
-            heard = (heard + block)[-_MOST_NOISE:]
+                self._read_errors()
+                raise _refusal(self.host, self._errors, received.decode(errors="replace"), code)
+            received = (received + block)[-_MOST_NOISE:]
 
 
 def began(output: IO[bytes]) -> bool:
-    """Read what the login shell printed, up to the first byte of the script; False when that never began."""
-    return any(line.endswith(_UP) for line in output)
+    """Skip what the login shell printed, up to the output of the script; False when the script never began."""
+    return any(line.endswith(_READY) for line in output)
 
 
 def after_start(output: bytes) -> bytes | None:
-    """The output of the script alone; None when it never began."""
-    _, up, own = output.partition(_UP)
+    """The output of the script alone; None when the script never began."""
+    _, up, own = output.partition(_READY)
     return own if up else None
 
 
 def _script(script: str, arguments: Sequence[str]) -> bytes:
-    """What `sh` reads. The script is a process that has `arguments` on its command line, as `ps` shows it."""
-    command = shlex.join(["sh", "-c", _TELL_END + script, "sh", *arguments])
-    return os.fsencode(f"echo {_UP.decode().strip()}\nexec {command}")
+    """The input of `sh`. The script is a process with `arguments` on its command line, visible in `ps`."""
+    command = shlex.join(["sh", "-c", _MARK_255 + script, "sh", *arguments])
+    return os.fsencode(f"echo {_READY.decode().strip()}\nexec {command}")
 
 
-def _give(client: subprocess.Popen[bytes], text: bytes) -> None:
-    """Write to standard input ahead of what else comes there; an ssh that has ended is told of later."""
+def _write_input(client: subprocess.Popen[bytes], text: bytes) -> None:
+    """Write the script to standard input, ahead of everything else; an ssh that has ended is reported later."""
     assert client.stdin
     with suppress(BrokenPipeError):
         while text:
             text = text[os.write(client.stdin.fileno(), text) :]
 
 
-def _refusal(host: Host, said: str, printed: str, code: int) -> RemoteError:
-    """Why nothing can be run there, in the words of ssh or of the login shell, and what to do."""
-    if "IDENTIFICATION HAS CHANGED" in said:
-        return _changed_key(host, said)
+def _refusal(host: Host, errors: str, printed: str, code: int) -> RemoteError:
+    """The error when no script can be run: the words of ssh or of the login shell, and the remedy."""
+    if "IDENTIFICATION HAS CHANGED" in errors:
+        return _changed_key(host, errors)
     if code not in (255, *range(-64, 0)):
-        words = last_line(said) or last_line(printed) or f"it ended with code {code}"
+        words = last_line(errors) or last_line(printed) or f"it ended with code {code}"
         remedy = "give the account a usual one there (`chsh -s /bin/sh`), without a command that the server forces"
         return RemoteError(f"{host.text}: its login shell does not start `sh` ({words}): {remedy}")
-    remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, said)), "check that `{login}` works")
-    reason = last_line(said) or "ssh ended and gave no reason (does its server allow a session: MaxSessions?)"
+    remedy = next((remedy for pattern, remedy in _REMEDIES if re.search(pattern, errors)), "check that `{login}` works")
+    reason = last_line(errors) or "ssh ended and gave no reason (does its server allow a session: MaxSessions?)"
     return RemoteError(f"{host.text}: {reason}: {remedy.format(login=host.login)}")
 
 
-def _changed_key(host: Host, said: str) -> RemoteError:
-    line = re.search(r"Offending (?:\S+ )?key in (\S+)", said)
-    name = re.search(r"Host key for (\S+) has changed", said)
+def _changed_key(host: Host, errors: str) -> RemoteError:
+    line = re.search(r"Offending (?:\S+ )?key in (\S+)", errors)
+    name = re.search(r"Host key for (\S+) has changed", errors)
     where = f" ({line[1]})" if line else ""
     key = name[1] if name else host.destination.rpartition("@")[2]
     remedy = f"if the device was set up anew, remove the old key with `ssh-keygen -R '{key}'`"
@@ -283,18 +285,18 @@ def _changed_key(host: Host, said: str) -> RemoteError:
 
 
 def last_line(text: str) -> str:
-    """The last thing said: the error after a traceback, the refusal after a warning."""
+    """The last line that is not empty: the error after a traceback or warnings."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return one_line(lines[-1]).rstrip(".") if lines else ""
 
 
-def _started(
+def _start(
     command: Sequence[str],
     given: int | IO[bytes] = subprocess.DEVNULL,
     output: int | IO[bytes] = subprocess.DEVNULL,
     errors: int | IO[bytes] = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
-    """In a session of its own: Ctrl-C is for us alone, and nobody is asked for a password, by jump hosts neither."""
+    """Start in a new session, so that Ctrl-C does not reach it, and neither it nor a jump host asks for a password."""
     environment = {**os.environ, "SSH_ASKPASS_REQUIRE": "never"}
     try:
         return subprocess.Popen(
@@ -305,7 +307,7 @@ def _started(
 
 
 def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
-    """Wait, then kill; and let go of the pipes."""
+    """Wait, then kill, and close the pipes."""
     try:
         process.wait(patience_s)
     except subprocess.TimeoutExpired:
@@ -318,7 +320,7 @@ def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
 
 
 def _private_folder() -> str:
-    """Short, for a socket's path has room for some 100 bytes."""
+    """With a short path, since that of a socket is limited to some 100 bytes."""
     place = tempfile.gettempdir()
     return tempfile.mkdtemp(prefix="mess-", dir=place if len(os.fsencode(place)) <= 50 else "/tmp")
 

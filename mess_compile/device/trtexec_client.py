@@ -1,6 +1,6 @@
-"""A device elsewhere that has trtexec and no Python for us: it builds and measures graph by graph, by our commands.
+"""A device over SSH that has trtexec but no usable Python: a run of trtexec builds or measures each graph.
 
-`TrtexecSession` is to `profiling` what `sessions.Session` is. There a POSIX shell, sha256sum, tar and trtexec do.
+The device needs a POSIX shell, sha256sum, tar and trtexec.
 """
 
 from __future__ import annotations
@@ -15,33 +15,34 @@ from pathlib import Path
 
 from mess_compile import files
 from mess_compile.device import trtexec
-from mess_compile.device.client import STORE, BuiltThere
 from mess_compile.device.payload import OWN_FILES_LAST
 from mess_compile.device.remote import Remote, RemoteError
+from mess_compile.device.scripts import shell_script
+from mess_compile.device.session import PID_FILE, STORE, MeasureRequest
 from mess_compile.graph.store import WEIGHTS, stored_weights
 from mess_compile.runtime.base.errors import EngineError, InputError, MessError
 from mess_compile.runtime.machine import power
 from mess_compile.runtime.machine.machine import InstalledLibrary, Machine
 from mess_compile.runtime.machine.power import DeviceState
 from mess_compile.runtime.measure import measure as profile
-from mess_compile.runtime.measure.job_pool import Job, Opened
-from mess_compile.runtime.measure.measure import Effort, Window
-from mess_compile.runtime.serve.worker import ENGINES, GRAPHS, Hello
+from mess_compile.runtime.measure.job_pool import Opened
+from mess_compile.runtime.measure.measure import Window
+from mess_compile.runtime.serve.worker import ENGINES, GRAPHS, BuiltEngine, Hello
 from mess_compile.targets import Target
 
 Progress = Callable[[str, int, int], None]
 Key = tuple[str, str]
 """A graph and its precision, as in a latency table."""
 LIBRARY = "tensorrt"
-"""Of the targets that can be measured so."""
+"""The engine library of the targets that trtexec can measure."""
 MOST_RUNS = 1000
-"""Kept of a window: a graph of 0.05 ms runs fifteen times as often in one."""
+"""At most so many runs of a window are stored: a graph of 0.05 ms runs fifteen times as often."""
 _ENGINES, _GRAPHS = f"{STORE}/{ENGINES}", f"{STORE}/{GRAPHS}"
-_TIMES, _PID = f"{STORE}/times.json", f"{STORE}/session.pid"
-_MAKING, _MAKING_CACHE = f"{_ENGINES}/making.engine", f"{_ENGINES}/making.cache"
+_TIMES = f"{STORE}/times.json"
+_NEW_ENGINE, _NEW_CACHE = f"{_ENGINES}/making.engine", f"{_ENGINES}/making.cache"
 _LINES, _PATIENCE_S = 2000, 600.0
-_FULL = re.compile("Saving engine to file failed|No space left on device|Disk quota exceeded")
-_NO_CACHE = re.compile("TimingCache creation failed|Failed to create timing ?cache", re.IGNORECASE)
+_NO_SPACE = re.compile("Saving engine to file failed|No space left on device|Disk quota exceeded")
+_BAD_CACHE = re.compile("TimingCache creation failed|Failed to create timing ?cache", re.IGNORECASE)
 
 _USABLE = f"""\
 {OWN_FILES_LAST}sys.path[:] = own_files_last(sys.path)
@@ -49,74 +50,11 @@ import numpy, tensorrt
 
 sys.exit(sys.version_info < (3, 8))
 """
-_LOOK = r"""
-LC_ALL=C; export LC_ALL
-program=$(command -v "$1" || command -v trtexec) || exit 127
-say() { echo "$1 $2"; }
-say program "$program"
-say system "$(uname -s) $(uname -m)"
-say cpu "$(sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo | head -n 1)"
-say cores "$(nproc)"
-say load_average "$(cut -d ' ' -f 1 /proc/loadavg)"
-say board "$(tr -d '\000' 2>/dev/null </proc/device-tree/model)"
-say release "$(head -n 1 /etc/nv_tegra_release 2>/dev/null)"
-id=
-for place in /etc/machine-id /var/lib/dbus/machine-id; do [ -n "$id" ] || id=$(cat "$place" 2>/dev/null); done
-say identity "$(printf 'mess-compile %s' "${id:-$(uname -n)}" | sha256sum | cut -c 1-12)"
-echo "trtexec says"
-"$program" --loadEngine=/dev/null 2>&1
-exit 0
-"""
-"""An engine that is none: trtexec tells version and GPU, and gives up before anything takes long."""
-_STATE = r"""
-exec 2>/dev/null
-for zone in /sys/class/thermal/thermal_zone*; do echo "zone $(cat "$zone/temp") $(cat "$zone/type")"; done
-for gpu in /sys/class/devfreq/*; do echo "devfreq $(cat "$gpu/cur_freq") $(cat "$gpu/max_freq") ${gpu##*/}"; done
-for cpu in /sys/devices/system/cpu/cpufreq/policy*; do
-    echo "policy $(cat "$cpu/scaling_cur_freq") $(cat "$cpu/scaling_max_freq") ${cpu##*policy}"
-done
-echo "load $(cut -d ' ' -f 1 /proc/loadavg)"
-PATH=$PATH:/usr/sbin:/sbin
-echo "mode $(nvpmodel -q | sed -n 's/^.*NV Power Mode: *//p')"
-"""
-_KEPT = r"""
-umask 077; mkdir -p -- "$1" && cd -- "$1" || exit 1
-case $(ls -ld .) in
-    ?????w*|????????w*) echo "others can write there, and engines are code: run \`chmod go-w $1\` there" >&2; exit 1 ;;
-esac
-while read -r key; do
-    [ -f "$key.engine" ] && [ "$(sha256sum <"$key.engine")" = "$(cat "$key.sha256" 2>/dev/null)  -" ] &&
-        echo "$key $(wc -c <"$key.engine")"
-done
-exit 0
-"""
-_BUILD = r"""
-engine=$1; making=$2; cache=$3; making_cache=$4; shift 4
-rm -f "$making" "$making_cache"; [ ! -f "$cache" ] || cp "$cache" "$making_cache" || exit 1
-"$@" 2>&1; code=$?
-if [ $code = 0 ]; then
-    hash=$(sha256sum <"$making") && echo "${hash%% *}" >"$engine.sha256" && mv -f "$making" "$engine.engine" || exit 1
-    [ ! -f "$making_cache" ] || mv -f "$making_cache" "$cache"
-    printf '\nended 0 %s\n' "$(wc -c <"$engine.engine")"
-else
-    rm -f "$making" "$making_cache"
-    printf '\nended %s 0\n' "$code"
-fi
-"""
-_MEASURE = r"""
-engine=$1; times=$2; shift 2
-rm -f "$times"
-"$@" 2>&1; code=$?
-[ $code = 0 ] || rm -f "$engine.sha256"
-printf '\nended %s 0\n' "$code"
-cat "$times"; rm -f "$times"
-"""
-"""An engine that does not run is built again by the next call."""
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """An engine in the device's store, by the hash of all that decides it."""
+class _StoredEngine:
+    """An engine in the device's store; `key` is a hash of everything that it depends on."""
 
     key: str
     file_bytes: int
@@ -124,19 +62,19 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Run:
-    """How a run of trtexec ended: its exit code, the bytes of the engine that it made, what it said last, its times."""
+    """A finished run of trtexec: its exit code, the size of the engine it built, its last output, its times."""
 
     code: int
     file_bytes: int
-    said: str
+    output: str
     times: str
 
 
 @dataclass
 class TrtexecSession:
-    """A device that has trtexec; its timing cache is copied to the folder `caches` of this machine.
+    """A device that works by trtexec: a `DeviceSession`. Its timing cache is copied to the local folder `caches`.
 
-    A break leaves the engines there and the windows here; the same calls continue.
+    After a broken connection the engines are still on the device and the windows here; the same calls continue.
     """
 
     remote: Remote
@@ -145,19 +83,21 @@ class TrtexecSession:
     hello: Hello | None = None
     states: list[DeviceState] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    built: dict[str, BuiltThere] = field(default_factory=dict)
+    built: dict[str, BuiltEngine] = field(default_factory=dict)
     _program: str = field(default=trtexec.PROGRAM, init=False)
-    _engines: dict[str, _Kept] = field(default_factory=dict, init=False)
+    _engines: dict[str, _StoredEngine] = field(default_factory=dict, init=False)
+
+    measures_transfers = False
 
     def greet(self) -> Hello:
-        """What the device is. Raises RemoteError when it has no trtexec, InputError and EngineError when it has."""
+        """Ask the device what it is. Raises RemoteError without trtexec, InputError, EngineError if it is unusable."""
         host = self.remote.host.text
-        done = self.remote.run(("sh", "-c", _LOOK, "sh", trtexec.PROGRAM))
+        done = self.remote.run(("sh", "-c", shell_script("describe_trtexec"), "sh", trtexec.PROGRAM))
         if done.code:
             reason = f"no trtexec, neither {trtexec.PROGRAM} nor on PATH: install TensorRT's tools there"
             raise RemoteError(f"{host} has {reason}")
-        facts, _, text = done.output.decode(errors="replace").partition("trtexec says\n")
-        told = dict(line.partition(" ")[::2] for line in facts.splitlines())
+        head, _, text = done.output.decode(errors="replace").partition("trtexec says\n")
+        facts = dict(line.partition(" ")[::2] for line in head.splitlines())
         try:
             version, gpu = trtexec.version_from_output(text), trtexec.gpu_from_output(text)
         except InputError as error:
@@ -166,128 +106,126 @@ class TrtexecSession:
             raise EngineError(f"{host}: trtexec finds no GPU: {trtexec.error_from_output(text)}")
         machine = Machine(
             gpus=(gpu,),
-            board=told.get("board") or None,
-            l4t=_jetson_linux(told.get("release", "")),
+            board=facts.get("board") or None,
+            l4t=_jetson_linux(facts.get("release", "")),
             libraries=(InstalledLibrary(LIBRARY, version),),
         )
-        self._program, self.hello = told["program"], Hello(LIBRARY, version, machine, _facts(told))
+        self._program, self.hello = facts["program"], Hello(LIBRARY, version, machine, _hello_facts(facts))
         self.states.append(self._state())
         return self.hello
 
-    def build(self, jobs: Mapping[str, tuple[Path, str]]) -> dict[str, str]:
-        """Have an engine of every job's graph (path, precision) there; why those that failed did.
+    def lock_clocks_while_measuring(self) -> None:
+        """Raises InputError: only the Python on a device can lock its clocks, and restore them after a crash."""
+        raise InputError("clocks are locked by the Python there, which cannot be used: lock them there by hand")
 
-        What was built before is kept. Raises RemoteError, InputError.
+    def build(self, jobs: Mapping[str, tuple[Path, str]]) -> dict[str, str]:
+        """Build an engine of each job's graph (path, precision), and return the reasons of those that failed.
+
+        Engines that the device has are not built again. Raises RemoteError, InputError.
         """
         if not jobs:
             return self.failed
         self._push_graphs([path for path, _ in jobs.values()])
-        wanted = {name: (files.sha256_of_file(path), precision) for name, (path, precision) in jobs.items()}
-        keys = {name: self._key(*graph) for name, graph in wanted.items()}
-        known = self._kept(set(keys.values()))
-        made: dict[str, float] = {}
+        graphs = {name: (files.sha256_of_file(path), precision) for name, (path, precision) in jobs.items()}
+        keys = {name: self._key(*graph) for name, graph in graphs.items()}
+        stored = self._stored(set(keys.values()))
+        built_s: dict[str, float] = {}
         for done, (name, key) in enumerate(keys.items(), 1):
-            if key not in known:
-                started, run = time.monotonic(), self._built(*wanted[name], key)
+            if key not in stored:
+                started, run = time.monotonic(), self._build_engine(*graphs[name], key)
                 if run.code == 0:
-                    known[key], made[key] = _Kept(key, run.file_bytes), time.monotonic() - started
+                    stored[key], built_s[key] = _StoredEngine(key, run.file_bytes), time.monotonic() - started
                 else:
                     self.failed[name] = _why_not_built(run)
-            if key in known:
-                self._engines[name] = known[key]
-                seconds = round(made.get(key, 0.0), 3)
-                self.built.setdefault(name, BuiltThere(key, known[key].file_bytes, seconds, key in made))
+            if key in stored:
+                self._engines[name] = stored[key]
+                seconds = round(built_s.get(key, 0.0), 3)
+                self.built.setdefault(name, BuiltEngine(name, key, stored[key].file_bytes, seconds, key in built_s))
             self.progress("build there", done, len(keys))
-        if made and self.remote.read(self._cache) is not None:
+        if built_s and self.remote.read(self._cache) is not None:
             self.remote.pull(self._cache, self.caches / Path(self._cache).name)
         self.states.append(self._state())
         return self.failed
 
-    def measure(
-        self,
-        run: str,
-        jobs: Sequence[Job],
-        precisions: Mapping[str, str],
-        measured: Sequence[str],
-        reference: str,
-        effort: Effort,
-        earlier: Sequence[Window],
-    ) -> Iterator[Opened | Window]:
-        """Measure those of `measured` that are graphs, a run of trtexec for each window; what was not built is first.
+    def measure(self, request: MeasureRequest, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
+        """Measure the graphs among `request.measured`, one run of trtexec a window; builds what has no engine first.
 
-        `run` and predecessors play no part. Raises RemoteError, EngineError, InputError.
+        The request's `run` and predecessors are not used. Raises RemoteError, EngineError, InputError.
         """
-        timed = {job.name: job.path for job in jobs if job.name in {*measured, reference} and job.path is not None}
-        self.build({name: (path, precisions[name]) for name, path in timed.items() if name not in self._engines})
-        taken = {name: [window for window in earlier if window.job == name] for name in timed}
+        reference = request.reference
+        names = {*request.measured, reference}
+        timed = {job.name: job.path for job in request.jobs if job.name in names and job.path is not None}
+        unbuilt = [name for name in timed if name not in self._engines]
+        self.build({name: (timed[name], request.precisions[name]) for name in unbuilt})
+        windows = {name: [window for window in earlier if window.job == name] for name in timed}
         opened: set[str] = set()
-        others = [window for window in earlier if window.job not in taken]
-        for name, number in profile.schedule(taken, effort, others, first=reference):
-            samples, load_ms = self._timed(name)
+        others = [window for window in earlier if window.job not in windows]
+        for name, number in profile.schedule(windows, request.effort, others, first=reference):
+            samples, load_ms = self._time(name)
             if name not in opened:
                 opened.add(name)
                 yield Opened(name, load_ms, self._engines[name].file_bytes, None)
-            opening = next((window for window in taken[reference] if window.round == number), None)
-            taken[name].append(_window(name, number, samples, opening))
-            yield taken[name][-1]
+            opening = next((window for window in windows[reference] if window.round == number), None)
+            windows[name].append(_window(name, number, samples, opening))
+            yield windows[name][-1]
         self.states.append(self._state())
 
-    def _timed(self, name: str) -> tuple[trtexec.TrtexecTimes, float]:
-        """A window, and how long the engine took to load, in ms."""
+    def _time(self, name: str) -> tuple[trtexec.TrtexecTimes, float]:
+        """The times of one window, and how long the engine took to load, in ms."""
         if name not in self._engines:
             raise EngineError(f"{self.remote.host.text}: {name} has no engine: {self.failed.get(name)}")
         engine = f"{_ENGINES}/{self._engines[name].key}"
-        words = trtexec.timing_command(f"{engine}.engine", self._major, _TIMES, program=self._program)
-        run = self._run(_MEASURE, engine, _TIMES, *words)
+        command = trtexec.timing_command(f"{engine}.engine", self._major, _TIMES, program=self._program)
+        run = self._run(shell_script("time_engine"), engine, _TIMES, *command)
         host = self.remote.host.text
         if run.code:
-            raise EngineError(f"{host}: {name} does not run: {trtexec.error_from_output(run.said)}")
+            raise EngineError(f"{host}: {name} does not run: {trtexec.error_from_output(run.output)}")
         try:
-            return trtexec.samples_from_json(run.times), trtexec.load_ms_from_output(run.said)
+            return trtexec.samples_from_json(run.times), trtexec.load_ms_from_output(run.output)
         except InputError as error:
             raise InputError(f"{host}: {name}: {error}") from error
 
     def _key(self, sha256: str, precision: str) -> str:
-        hello = self._greeted
-        decides = (self._build_words(sha256, precision)[1:], hello.version, hello.machine.gpus)
-        return hashlib.sha256(repr(decides).encode()).hexdigest()
+        hello = self._known_hello
+        inputs = (self._build_command(sha256, precision)[1:], hello.version, hello.machine.gpus)
+        return hashlib.sha256(repr(inputs).encode()).hexdigest()
 
-    def _build_words(self, sha256: str, precision: str) -> tuple[str, ...]:
+    def _build_command(self, sha256: str, precision: str) -> tuple[str, ...]:
         graph = f"{_GRAPHS}/{sha256}"
         return trtexec.build_command(
-            graph, precision, self._major, _MAKING, timing_cache=_MAKING_CACHE, program=self._program
+            graph, precision, self._major, _NEW_ENGINE, timing_cache=_NEW_CACHE, program=self._program
         )
 
-    def _built(self, sha256: str, precision: str, key: str) -> _Run:
-        """A timing cache that TensorRT does not take, cut off or of another device, is removed: it fills again."""
-        words = (f"{_ENGINES}/{key}", _MAKING, self._cache, _MAKING_CACHE, *self._build_words(sha256, precision))
-        run = self._run(_BUILD, *words)
-        if run.code and _NO_CACHE.search(run.said):
+    def _build_engine(self, sha256: str, precision: str, key: str) -> _Run:
+        """A timing cache that TensorRT rejects, truncated or of another device, is removed; it fills again."""
+        arguments = (f"{_ENGINES}/{key}", _NEW_ENGINE, self._cache, _NEW_CACHE, *self._build_command(sha256, precision))
+        run = self._run(shell_script("build_engine"), *arguments)
+        if run.code and _BAD_CACHE.search(run.output):
             self.remote.run(("rm", "-f", self._cache))
-            run = self._run(_BUILD, *words)
-        if run.code and _FULL.search(run.said):
+            run = self._run(shell_script("build_engine"), *arguments)
+        if run.code and _NO_SPACE.search(run.output):
             raise self.remote.failure(f"engines in {_ENGINES}", run.code, "No space left on device")
         return run
 
-    def _run(self, script: str, *words: str) -> _Run:
-        """A script that says `ended CODE BYTES` after trtexec's own words, and then its times; stopped when we are."""
-        said, ended = deque[str]([], _LINES), None
+    def _run(self, script: str, *command: str) -> _Run:
+        """Run a script that prints trtexec's output, `ended CODE BYTES`, and its times; it is stopped when we are."""
+        output, ended = deque[str]([], _LINES), None
         times: list[str] = []
-        for line in self.remote.lines(("sh", "-c", script, "sh", *words), _PID):
-            (said if ended is None else times).append(line)
+        for line in self.remote.lines(("sh", "-c", script, "sh", *command), PID_FILE):
+            (output if ended is None else times).append(line)
             ended = ended or re.fullmatch("ended ([0-9]+) +([0-9]+)", line)
         if ended is None:
-            raise RemoteError(f"{self.remote.host.text}: trtexec exited without output: run the command again")
-        return _Run(int(ended[1]), int(ended[2]), "\n".join([*said][:-1]), "\n".join(times))
+            raise RemoteError(f"{self.remote.host.text}: trtexec exited without output: run the same command again")
+        return _Run(int(ended[1]), int(ended[2]), "\n".join([*output][:-1]), "\n".join(times))
 
-    def _kept(self, keys: set[str]) -> dict[str, _Kept]:
-        """The engines that are there, whole."""
+    def _stored(self, keys: set[str]) -> dict[str, _StoredEngine]:
+        """The engines of `keys` that are whole on the device. Raises RemoteError, InputError."""
         given = "".join(f"{key}\n" for key in sorted(keys)).encode()
-        done = self.remote.run(("sh", "-c", _KEPT, "sh", _ENGINES), given, _PATIENCE_S)
+        done = self.remote.run(("sh", "-c", shell_script("list_engines"), "sh", _ENGINES), given, _PATIENCE_S)
         if done.code:
             raise self.remote.failure(f"folder {_ENGINES}", done.code, done.errors)
-        rows = [line.split() for line in done.output.decode().splitlines()]
-        return {key: _Kept(key, int(count)) for key, count in rows}
+        found = re.findall(r"(?m)^([0-9a-f]{64}) +([0-9]{1,15})$", done.output.decode(errors="replace"))
+        return {key: _StoredEngine(key, int(count)) for key, count in found}
 
     def _push_graphs(self, paths: Sequence[Path]) -> None:
         graphs = {files.sha256_of_file(path): path for path in paths}
@@ -296,29 +234,31 @@ class TrtexecSession:
             self.remote.push(content, folder, lambda done, total: self.progress("send", done, total))
 
     def _state(self) -> DeviceState:
-        """What the kernel's files and nvpmodel tell there."""
-        return state_from_text(self.remote.run(("sh", "-c", _STATE)).output.decode(errors="replace"))
+        """Read the kernel's files on the device, and ask its nvpmodel."""
+        return state_from_text(
+            self.remote.run(("sh", "-c", shell_script("device_state"))).output.decode(errors="replace")
+        )
 
     @property
-    def _greeted(self) -> Hello:
-        assert self.hello is not None, "who builds there first hears it"
+    def _known_hello(self) -> Hello:
+        assert self.hello is not None, "`greet` comes before anything else"
         return self.hello
 
     @property
     def _major(self) -> int:
-        return int(self._greeted.version.partition(".")[0])
+        return int(self._known_hello.version.partition(".")[0])
 
     @property
     def _cache(self) -> str:
-        return f"{_ENGINES}/timing-{self._greeted.version}.cache"
+        return f"{_ENGINES}/timing-{self._known_hello.version}.cache"
 
 
-def in_place_of_python(
+def trtexec_instead_of_python(
     remote: Remote, target: Target, caches: Path, progress: Progress, error: MessError
 ) -> TrtexecSession | None:
-    """A device by trtexec that has failed with `error` by Python; None when that is not for want of a usable Python.
+    """A session by trtexec with a device whose Python failed with `error`; None when its Python can be used.
 
-    Raises RemoteError when there is no trtexec either.
+    None also for other libraries than TensorRT and for a lost connection. Raises RemoteError without trtexec.
     """
     if target.library != LIBRARY or (isinstance(error, RemoteError) and error.lost):
         return None
@@ -333,9 +273,9 @@ def in_place_of_python(
 
 
 def state_from_text(text: str) -> DeviceState:
-    """From lines `zone MILLIDEGREES TYPE`, `devfreq HZ LIMIT NAME`, `policy KHZ LIMIT NUMBER`, `load`, `mode`."""
+    """From lines `zone MILLIDEGREES TYPE`, `devfreq HZ LIMIT NAME`, `policy KHZ LIMIT NUMBER`, `load N`, `mode M`."""
     zones = {name: int(milli) / 1000 for milli, name in re.findall(r"(?m)^zone (-?[0-9]{1,6}) (\S.*)$", text)}
-    gpus = [row for row in _frequencies("devfreq", text) if power.GPU_DEVFREQ.fullmatch(row[2])]
+    gpus = [found for found in _frequencies("devfreq", text) if power.GPU_DEVFREQ.fullmatch(found[2])]
     clocks = {"GPU": (int(gpus[0][0]) / 1e6, int(gpus[0][1]) / 1e6)} if gpus else {}
     clocks |= {f"CPU{name}": (int(now) / 1e3, int(limit) / 1e3) for now, limit, name in _frequencies("policy", text)}
     mode = re.search(r"(?m)^mode (\S+)$", text)
@@ -353,9 +293,9 @@ def _frequencies(kind: str, text: str) -> list[tuple[str, str, str]]:
     return re.findall(rf"(?m)^{kind} ([0-9]{{1,12}}) ([0-9]{{1,12}}) (\S+)$", text)
 
 
-def _facts(told: Mapping[str, str]) -> dict[str, str]:
-    """As `runtime.session.describe_machine` tells them, and how it is measured."""
-    facts = {name: told.get(name, "") for name in ("cpu", "cores", "load_average", "system", "identity")}
+def _hello_facts(found: Mapping[str, str]) -> dict[str, str]:
+    """The facts of `worker.describe_machine`, and how trtexec measures."""
+    facts = {name: found.get(name, "") for name in ("cpu", "cores", "load_average", "system", "identity")}
     facts["cpu"] = facts["cpu"] or facts["system"].rpartition(" ")[2]
     return {**facts, "protocol": trtexec.PROTOCOL_DIFFERENCE, "estimated_from": "what was measured of its graphs"}
 
@@ -367,12 +307,12 @@ def _jetson_linux(release: str) -> str | None:
 
 def _why_not_built(run: _Run) -> str:
     if run.code > 128:
-        return "trtexec crashed there, or was killed for the memory it took"
-    return f"trtexec: {trtexec.error_from_output(run.said)}"
+        return "trtexec crashed on the device, or was killed for the memory it took"
+    return f"trtexec: {trtexec.error_from_output(run.output)}"
 
 
 def _window(name: str, number: int, samples: trtexec.TrtexecTimes, opening: Window | None) -> Window:
-    """Of many runs every so-manieth. The reference's window that opens the round is its tick, and its own."""
+    """A window of at most MOST_RUNS runs, evenly chosen. Its tick is the reference's window that opens the round."""
     step = -(-len(samples.wall_ms) // MOST_RUNS)
     wall_ms = tuple(round(milliseconds, 6) for milliseconds in samples.wall_ms[::step])
     window = Window(name, number, wall_ms, samples.device_ms[::step], None, sum(samples.wall_ms) / 1e3)

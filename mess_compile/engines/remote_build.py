@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from mess_compile.data_folder import Data
-from mess_compile.device.client import STORE, PythonSession
-from mess_compile.device.connect import any_session_there, reached
-from mess_compile.device.trtexec_client import TrtexecSession
+from mess_compile.device.connect import device_session, remote_for
+from mess_compile.device.session import STORE, DeviceSession
 from mess_compile.engines import build
 from mess_compile.engines.build import EngineEntry, EngineSet
 from mess_compile.engines.files import EngineFiles, plain_files
@@ -51,10 +50,10 @@ def build_there(
     from mess_compile.engines import build
 
     build.refuse_without_engines(target)
-    with reached(workspace, host, python) as remote:
+    with remote_for(workspace, host, python) as remote:
         made = precise_graphs(workspace, target, precisions, data, reporter.progress)
         forms = [_form(workspace, target, each.graph_set, reporter.progress) for each in made]
-        session = any_session_there(workspace, remote, target, made[0].graph_set, reporter.progress, reporter.note)
+        session = device_session(workspace, remote, target, made[0].graph_set, reporter.progress, reporter.note)
         built = built_there(session, forms)
     folder = f"{host}, ~/{STORE}/{device_side.ENGINES}"
     return tuple(
@@ -63,7 +62,7 @@ def build_there(
     )
 
 
-def _engines_there(target: Target, session: PythonSession | TrtexecSession, files: EngineFiles) -> EngineSet:
+def _engines_there(target: Target, session: DeviceSession, files: EngineFiles) -> EngineSet:
     from mess_compile.engines.build import EngineSet
 
     assert session.hello is not None, "it has said hello before it built"
@@ -73,7 +72,7 @@ def _engines_there(target: Target, session: PythonSession | TrtexecSession, file
     return EngineSet(target.name, files.graph_set.recipe, target.library, session.hello.version, count, entries)
 
 
-def _entry(session: PythonSession | TrtexecSession, files: EngineFiles, graph: str) -> EngineEntry:
+def _entry(session: DeviceSession, files: EngineFiles, graph: str) -> EngineEntry:
     from mess_compile.engines.build import EngineEntry
 
     precision = files.graph_set.spec(graph).precision
@@ -84,9 +83,9 @@ def _entry(session: PythonSession | TrtexecSession, files: EngineFiles, graph: s
 
 
 def built_there(
-    session: PythonSession | TrtexecSession, forms: Sequence[EngineFiles], jobs: Collection[str] | None = None
+    session: DeviceSession, forms: Sequence[EngineFiles], jobs: Collection[str] | None = None
 ) -> tuple[EngineFiles, ...]:
-    """Have engines there of some jobs' graphs, or of all. Raises what `PythonSession.build` does."""
+    """Have engines there of some jobs' graphs, or of all. Raises what `DeviceSession.build` does."""
     wanted = {}
     for each in forms:
         for name, job in job_names(each).items():

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mess_compile.data.scenes import profiling_inputs
-from mess_compile.device.client import PythonSession
-from mess_compile.device.trtexec_client import TrtexecSession
+from mess_compile.device.session import DeviceSession, MeasureRequest
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.remote_build import built_there
 from mess_compile.latency.table import Latency
@@ -74,13 +73,14 @@ def here(library: Library, device: str, graph_set: GraphSet, build: Build = as_t
     return Backend(device, library.name, library.version, describe_machine(), measure, power.read_state, build)
 
 
-def there(session: PythonSession | TrtexecSession, device: str, transfers: Transfers | None = None) -> Backend:
+def there(session: DeviceSession, device: str, transfers: Transfers | None = None) -> Backend:
     """A device over SSH, which has said hello."""
     assert session.hello is not None, "whoever builds there first hears it"
 
     def measure(task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
         precisions = {job.name: job.name.partition("@")[2] or FP32 for job in task.jobs}
-        return session.measure(task.run, task.jobs, precisions, task.measured, task.reference, effort, earlier)
+        request = MeasureRequest(task.run, task.jobs, precisions, task.measured, task.reference, effort)
+        return session.measure(request, earlier)
 
     hello, build = session.hello, partial(built_there, session)
     return Backend(

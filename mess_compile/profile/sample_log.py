@@ -11,7 +11,7 @@ from typing import Any
 from mess_compile import files
 from mess_compile.runtime.measure.job_pool import Opened
 from mess_compile.runtime.measure.measure import Window
-from mess_compile.runtime.serve.worker import event_of, told
+from mess_compile.runtime.serve.worker import event_from_line, event_to_message
 
 FORMAT, VERSION = "mess-latency-samples", 2
 
@@ -38,7 +38,7 @@ class SampleLog:
             temporary.write_text("\n".join(kept) + "\n", encoding="utf-8")
 
     def _take(self, line: str, names: Collection[str]) -> bool:
-        event = event_of(line)
+        event = event_from_line(line)
         if event is None or event.job not in names:
             return False
         self._keep(event)
@@ -51,7 +51,7 @@ class SampleLog:
             self.opened[event.job] = event
 
     def append(self, event: Window | Opened) -> None:
-        kind, content = told(event)
+        kind, content = event_to_message(event)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({kind: content}) + "\n")
         self._keep(event)

@@ -20,7 +20,7 @@ from mess_compile.runtime.bundle.signature import Signers, installed_signers
 from mess_compile.runtime.cascade.cascade import Cascade, Prediction, load
 from mess_compile.runtime.images.confidence import LEGEND, exit_words
 from mess_compile.runtime.images.pictures import read_picture, write_labels, write_picture
-from mess_compile.runtime.serve.verify import LATENCY_FACTOR, Demands, verify_bundle
+from mess_compile.runtime.serve.verify import LATENCY_FACTOR, VerifyOptions, verify_bundle
 from mess_compile.runtime.serve.watch import REFUSED, watch
 
 _REFUSED = "MESS_COMPILE_REFUSED"
@@ -168,8 +168,8 @@ def lines_of(manifest: Manifest) -> List[str]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    demands = Demands(_signers(options), options.require_signature, options.latency_factor)
-    checks = verify_bundle(options.bundle, options.target, demands)
+    chosen = VerifyOptions(_signers(options), options.require_signature, options.latency_factor)
+    checks = verify_bundle(options.bundle, options.target, chosen)
     for check in checks:
         print(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
     return 0 if all(check.passed for check in checks) else 1

@@ -1,1 +1,1 @@
-"""Ships bundles to devices."""
+"""Ships bundles to devices, and chooses their thresholds again there."""

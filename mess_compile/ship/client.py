@@ -1,4 +1,4 @@
-"""Ship a bundle to devices in use: what changed travels, and nothing that runs is touched until it has verified."""
+"""Ships a bundle to devices: only what changed is sent, and a device switches to it when it has passed verification."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mess_compile.device.client import written
+from mess_compile.device.client import temporary_files
 from mess_compile.device.payload import SHIP as SHIP_PROGRAM
 from mess_compile.device.payload import runtime_zip
 from mess_compile.device.remote import PYTHON, Host, Remote, RemoteError, parse_host
+from mess_compile.device.scripts import shell_script
 from mess_compile.runtime.base import decode, protocol
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.bundle.archive import Archive, open_archive
@@ -31,8 +32,8 @@ from mess_compile.runtime.serve.ship import (
     ENGINE_S,
     PROGRAMS,
     VERIFY_S,
+    FolderReport,
     Installed,
-    Looked,
     ShipRequest,
     Step,
 )
@@ -46,12 +47,8 @@ Tell = Callable[[str], None]
 _PLACE = re.compile(r"(?P<host>(?:ssh://)?[^/]+?):?(?P<folder>/~?[^~]*|~/[^~]+)")
 _FOLDER = re.compile(r"/?[A-Za-z0-9_+][A-Za-z0-9_.+-]*(/[A-Za-z0-9_.+-]*)*")
 _LEAST_FOR_SPEED = 1 << 16
-_TELL_S = 2.0
+_REPORT_S = 2.0
 _ATTEMPTS = 3
-_LOOK = r"""
-d=$(mktemp -d) && tar -xof - -C "$d" && "$1" "$d/p.zip" "$2" look "$d/wish"
-code=$?; rm -rf "$d"; exit $code
-"""
 
 
 @dataclass(frozen=True)
@@ -65,8 +62,8 @@ class Destination:
 
 @dataclass(frozen=True)
 class ShipOptions:
-    """`keep` so many versions there; `target` names the plan to verify by, the first that fits there by default. With
-    a `choice` the thresholds are chosen again on the device."""
+    """`keep` is the number of versions to keep on the device; `target` names the plan to verify, by default the first
+    that fits the device. With a `choice` the thresholds are chosen again on the device."""
 
     keep: int = 3
     allow_downgrade: bool = False
@@ -78,7 +75,7 @@ class ShipOptions:
 
 @dataclass(frozen=True)
 class Shipped:
-    """What became of one place: `done`, or `error`. `sent_bytes` travelled in `seconds` of shipping."""
+    """The result at one place, `done` or `error`; shipping took `seconds` and sent `sent_bytes`."""
 
     place: str
     sent_bytes: int = 0
@@ -90,8 +87,8 @@ class Shipped:
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What shipping a bundle to a place would do, where `current` is in use; None where the place cannot tell yet."""
+class Preview:
+    """What shipping a bundle to a place would do, where `current` is in use. `expected_s` is None without history."""
 
     place: str
     current: str | None
@@ -105,13 +102,13 @@ class Expected:
 
 
 def parse_place(text: str, python: str = PYTHON) -> Destination:
-    """From ssh://user@host[:port]:/folder; `~/folder` is below the home folder there, `python` the Python to use there.
+    """From ssh://user@host[:port]:/folder; `~/folder` is below the home folder there, `python` starts Python there.
 
     Raises InputError.
     """
     match = _PLACE.fullmatch(text)
     if match is None or match["folder"].startswith("//"):
-        parse_host(text)  # which refuses passwords, options and the like in its own words
+        parse_host(text)  # refuses passwords, options and the like by name
         raise InputError(f"place {text[:80]!r} names no folder: write ssh://user@host:/opt/street")
     folder = re.sub("^/?~/", "", match["folder"]).rstrip("/")
     if _FOLDER.fullmatch(folder) is None or ".." in folder.split("/"):
@@ -125,9 +122,11 @@ def ship(
     options: ShipOptions = ShipOptions(),
     tell: Callable[[Destination, str], None] = lambda place, line: None,
 ) -> list[Shipped]:
-    """Ship a bundle to all `places` at once; each tells how it went. Raises InputError, BundleError for the bundle."""
-    with _opened(bundle, options) as archive:
-        return _everywhere(places, lambda place, remote: _tuned(archive, place, remote, options, _to(tell, place)))
+    """Ship a bundle to all `places` at once; one result a place. Raises InputError, BundleError for the bundle."""
+    with _open_bundle(bundle, options) as archive:
+        return _at_all_places(
+            places, lambda place, remote: _retune_and_ship(archive, place, remote, options, _to(tell, place))
+        )
 
 
 def rollback(
@@ -135,26 +134,26 @@ def rollback(
     options: ShipOptions = ShipOptions(),
     tell: Callable[[Destination, str], None] = lambda place, line: None,
 ) -> list[Shipped]:
-    """Go back to the version before, at all `places` at once."""
-    return _everywhere(places, lambda place, remote: _rollback(place, remote, options, _to(tell, place)))
+    """Go back to the previous version, at all `places` at once; one result a place."""
+    return _at_all_places(places, lambda place, remote: _rollback(place, remote, options, _to(tell, place)))
 
 
-def expected(
+def preview(
     bundle: Path, places: Sequence[Destination], options: ShipOptions = ShipOptions()
-) -> list[Expected | Shipped]:
-    """What `ship` would do at each place; nothing is changed there. A place that cannot tell is a Shipped with why."""
-    with _opened(bundle, options) as archive:
-        return _everywhere(places, lambda place, remote: _expected(archive, place, remote, options))
+) -> list[Preview | Shipped]:
+    """What `ship` would do at each place, where nothing is changed. A failure gives a Shipped with its error."""
+    with _open_bundle(bundle, options) as archive:
+        return _at_all_places(places, lambda place, remote: _preview(archive, place, remote, options))
 
 
-def look(places: Sequence[Destination]) -> list[Looked | Shipped]:
-    """Which versions are at each place. A place that cannot tell is a Shipped with why."""
-    return _everywhere(places, lambda place, remote: _look(place, remote, ShipRequest(place.folder)))
+def look(places: Sequence[Destination]) -> list[FolderReport | Shipped]:
+    """The versions at each place. A place that fails gives a Shipped with its error."""
+    return _at_all_places(places, lambda place, remote: _query(place, remote, ShipRequest(place.folder)))
 
 
 @contextmanager
-def _opened(bundle: Path, options: ShipOptions) -> Iterator[Archive]:
-    """Raises InputError when it has no plan of the target's name: before anything travels."""
+def _open_bundle(bundle: Path, options: ShipOptions) -> Iterator[Archive]:
+    """Raises InputError when the bundle has no plan of the target's name, before anything is sent."""
     with closing(open_archive(bundle)) as archive:
         plans = archive.manifest.plans
         if options.target is not None and not named_plans(plans, options.target):
@@ -167,8 +166,8 @@ def _to(tell: Callable[[Destination, str], None], place: Destination) -> Tell:
     return lambda text: tell(place, text)
 
 
-def _everywhere(places: Sequence[Destination], act: Callable[[Destination, Remote], Any]) -> list[Any]:
-    """What `act` gives for each place, at once; a place where it fails does not keep the others from theirs."""
+def _at_all_places(places: Sequence[Destination], act: Callable[[Destination, Remote], Any]) -> list[Any]:
+    """Call `act` for all places at once, and return its results; one that fails does not affect the others."""
     remotes = [Remote(place.host) for place in places]
 
     def attempt(place: Destination, remote: Remote) -> Any:
@@ -192,98 +191,99 @@ def _everywhere(places: Sequence[Destination], act: Callable[[Destination, Remot
 
 
 @dataclass
-class _Heard:
-    """What a device has said so far."""
+class _Replies:
+    """The replies of a device so far."""
 
-    absent: list[str] = field(default_factory=list)
+    missing: tuple[str, ...] = ()
     checks: list[Check] = field(default_factory=list)
     done: Installed | None = None
-    looked: Looked | None = None
+    report: FolderReport | None = None
     error: str | None = None
 
 
-def _tuned(archive: Archive, place: Destination, remote: Remote, options: ShipOptions, tell: Tell) -> Shipped:
-    """Ship the bundle, or what becomes of it on the device."""
+def _retune_and_ship(archive: Archive, place: Destination, remote: Remote, options: ShipOptions, tell: Tell) -> Shipped:
+    """Ship the bundle, with the thresholds chosen again on the device when the options say so."""
     if options.choice is None:
         return _ship(archive, place, remote, options, tell)
-    from mess_compile.ship.retune import retuned
+    from mess_compile.ship.retune import retune
 
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mess-") as folder:
         path = Path(folder) / f"{archive.manifest.name}.mess"
-        other, told = retuned(archive, options.choice, options.target, remote, path, tell)
-        if other is None:
+        changed, retuned = retune(archive, options.choice, options.target, remote, path, tell)
+        if changed is None:
             shipped = _ship(archive, place, remote, options, tell)
         else:
-            with closing(open_archive(other)) as chosen:
+            with closing(open_archive(changed)) as chosen:
                 shipped = _ship(chosen, place, remote, options, tell)
-    return replace(shipped, retuned=told, seconds=time.monotonic() - start)
+    return replace(shipped, retuned=retuned, seconds=time.monotonic() - start)
 
 
 def _ship(archive: Archive, place: Destination, remote: Remote, options: ShipOptions, tell: Tell) -> Shipped:
     start, sent_bytes = time.monotonic(), 0
-    wish = _wish(archive, place, options)
+    request = _request(archive, place, options)
     for _ in range(_ATTEMPTS):
         files = {file.sha256: archive.folder / name for name, file in archive.manifest.files.items()}
         pushing = time.monotonic()
         pushed = _push(remote, files, f"{place.folder}/{FILES}", tell)
-        took = time.monotonic() - pushing
-        fast = pushed / took if pushed > _LEAST_FOR_SPEED and took > 0 else None
-        heard, more = _act("ship", replace(wish, bytes_per_s=fast), place, remote, tell)
+        took_s = time.monotonic() - pushing
+        bytes_per_s = pushed / took_s if pushed > _LEAST_FOR_SPEED and took_s > 0 else None
+        replies, more = _run_action("ship", replace(request, bytes_per_s=bytes_per_s), place, remote, tell)
         sent_bytes += pushed + more
-        if heard.done is not None:
+        if replies.done is not None:
             seconds = time.monotonic() - start
-            return Shipped(place.text, sent_bytes, seconds, heard.done, tuple(heard.checks))
-        if not heard.absent:
+            return Shipped(place.text, sent_bytes, seconds, replies.done, tuple(replies.checks))
+        if not replies.missing:
             raise RemoteError(f"{place.text} exited without output: run the command again", lost=True)
-    raise RemoteError(f"{place.text}: files that arrive are gone again: does something else clear {place.folder}?")
+    raise RemoteError(f"{place.text}: files disappear after they arrive: is another program deleting files there?")
 
 
 def _rollback(place: Destination, remote: Remote, options: ShipOptions, tell: Tell) -> Shipped:
     start = time.monotonic()
-    if _look(place, remote, ShipRequest(place.folder)).current is None:
+    if _query(place, remote, ShipRequest(place.folder)).current is None:
         raise InputError(f"{place.text}: nothing was shipped there: see `mess-compile ships {place.text}`")
-    heard, sent_bytes = _act("rollback", ShipRequest(place.folder, target=options.target), place, remote, tell)
-    if heard.done is None:
+    replies, sent_bytes = _run_action("rollback", ShipRequest(place.folder, target=options.target), place, remote, tell)
+    if replies.done is None:
         raise RemoteError(f"{place.text} exited without output: run the command again", lost=True)
-    return Shipped(place.text, sent_bytes, time.monotonic() - start, heard.done, tuple(heard.checks))
+    return Shipped(place.text, sent_bytes, time.monotonic() - start, replies.done, tuple(replies.checks))
 
 
-def _expected(archive: Archive, place: Destination, remote: Remote, options: ShipOptions) -> Expected:
-    wish, program = _wish(archive, place, options), runtime_zip()
-    looked = _look(place, remote, replace(wish, program=sha256(program).hexdigest()))
+def _preview(archive: Archive, place: Destination, remote: Remote, options: ShipOptions) -> Preview:
+    request, program = _request(archive, place, options), runtime_zip()
+    report = _query(place, remote, replace(request, program=sha256(program).hexdigest()))
     sizes = {file.sha256: file.bytes for file in archive.manifest.files.values()}
-    send_bytes = sum(sizes[name] for name in looked.absent) + len(_text(wish))
-    send_bytes += 0 if looked.program else len(program)
-    full = f"it takes {send_bytes} bytes, and {looked.free_bytes} are free" if send_bytes > looked.free_bytes else None
-    return Expected(
+    send_bytes = sum(sizes[name] for name in report.absent) + len(_text(request))
+    send_bytes += 0 if report.program else len(program)
+    full = f"{send_bytes} bytes to send, but only {report.free_bytes} are free"
+    no_space = full if send_bytes > report.free_bytes else None
+    return Preview(
         place.text,
-        looked.current,
+        report.current,
         send_bytes,
-        len(looked.absent),
-        looked.build,
-        _expected_s(looked, send_bytes),
-        looked.free_bytes,
-        looked.signers,
-        looked.refusal or full,
+        len(report.absent),
+        report.build,
+        _expected_s(report, send_bytes),
+        report.free_bytes,
+        report.signers,
+        report.refusal or no_space,
     )
 
 
-def _expected_s(looked: Looked, send_bytes: int) -> float | None:
-    """By what things took there last; None when one of them was never done there."""
-    took, total = looked.took, 0.0
-    for name, much in ((VERIFY_S, 1.0), (ENGINE_S, len(looked.build))):
-        if much and name not in took:
+def _expected_s(report: FolderReport, send_bytes: int) -> float | None:
+    """By the durations of the last time; None when one of the steps was never taken there."""
+    took, total = report.took, 0.0
+    for name, count in ((VERIFY_S, 1.0), (ENGINE_S, len(report.build))):
+        if count and name not in took:
             return None
-        total += took.get(name, 0.0) * much
-    if looked.absent:
+        total += took.get(name, 0.0) * count
+    if report.absent:
         if BYTES_PER_S not in took:
             return None
         total += send_bytes / took[BYTES_PER_S]
     return total
 
 
-def _wish(archive: Archive, place: Destination, options: ShipOptions) -> ShipRequest:
+def _request(archive: Archive, place: Destination, options: ShipOptions) -> ShipRequest:
     return ShipRequest(
         place.folder,
         archive.text,
@@ -301,8 +301,8 @@ def _push(remote: Remote, files: dict[str, Path], folder: str, tell: Tell) -> in
 
     def progress(sent: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last > _TELL_S:
-            tell(f"sends {size(total)}" + (f", {sent / total:.0%} are there" if last else ""))
+        if time.monotonic() - last > _REPORT_S:
+            tell(f"sending {size(total)}" + (f", {sent / total:.0%} done" if last else ""))
             last = time.monotonic()
 
     try:
@@ -310,93 +310,96 @@ def _push(remote: Remote, files: dict[str, Path], folder: str, tell: Tell) -> in
     except RemoteError as error:
         if "Permission denied" in str(error):
             place = folder.removesuffix(f"/{FILES}")
-            raise RemoteError(f"{error}: make the folder once, there: `sudo install -d -o $USER {place}`") from error
+            raise RemoteError(f"{error}: make the folder there once: `sudo install -d -o $USER {place}`") from error
         raise
 
 
-def _act(action: str, wish: ShipRequest, place: Destination, remote: Remote, tell: Tell) -> tuple[_Heard, int]:
-    """Have the program there do something; what it said, and how many bytes travelled for it."""
+def _run_action(
+    action: str, request: ShipRequest, place: Destination, remote: Remote, tell: Tell
+) -> tuple[_Replies, int]:
+    """Run an action on the device; its replies, and the bytes that were sent for it."""
     programs = f"{place.folder}/{PROGRAMS}"
-    with written(runtime_zip(), _text(wish)) as paths:
+    with temporary_files(runtime_zip(), _text(request)) as paths:
         code, name = paths
         sent_bytes = _push(remote, paths, programs, lambda text: None)
     command = (place.host.python, "-u", f"{programs}/{code}", SHIP_PROGRAM)
-    heard = _Heard()
+    replies = _Replies()
     try:
         for line in remote.lines((*command, action, f"{programs}/{name}"), _pid_file(place)):
-            _hear(heard, line, place, tell)
+            _receive(replies, line, place, tell)
     except RemoteError as failure:
-        if heard.error is not None and not failure.lost:
-            raise RemoteError(f"{place.text}: {heard.error}") from failure
-        if heard.done is None:
+        if replies.error is not None and not failure.lost:
+            raise RemoteError(f"{place.text}: {replies.error}") from failure
+        if replies.done is None:
             if not failure.lost:
                 remote.refuse_old_python()
             raise
-    return heard, sent_bytes
+    return replies, sent_bytes
 
 
 def _pid_file(place: Destination) -> str:
-    """A cut ship of this user's makes room for the next one; one of somebody else's is waited for."""
+    """Of this user: the next ship stops a broken one of the same user, and waits for one of another user."""
     who = f"{getpass.getuser()}@{platform.node()}"
     return f"{place.folder}/{SHIP}/pid-{sha256(who.encode()).hexdigest()[:12]}"
 
 
-def _look(place: Destination, remote: Remote, wish: ShipRequest) -> Looked:
-    """By a program that is gone afterwards."""
-    heard = _Heard()
+def _query(place: Destination, remote: Remote, request: ShipRequest) -> FolderReport:
+    """Query a folder with a program that is removed afterwards."""
+    replies = _Replies()
     python = place.host.python
     done = remote.run(
-        ("sh", "-c", _LOOK, "sh", python, SHIP_PROGRAM), _tar({"p.zip": runtime_zip(), "wish": _text(wish)})
+        ("sh", "-c", shell_script("run_unpacked"), "sh", python, SHIP_PROGRAM, "look"),
+        _tar({"program.zip": runtime_zip(), "request": _text(request)}),
     )
     for line in done.output.decode(errors="replace").splitlines():
-        _hear(heard, line, place, lambda text: None)
-    if heard.error is not None:
-        raise RemoteError(f"{place.text}: {heard.error}")
-    if heard.looked is None:
+        _receive(replies, line, place, lambda text: None)
+    if replies.error is not None:
+        raise RemoteError(f"{place.text}: {replies.error}")
+    if replies.report is None:
         remote.refuse_old_python()
         raise remote.failure(f"`{python}`", done.code or 1, done.errors)
-    return heard.looked
+    return replies.report
 
 
-def _hear(heard: _Heard, line: str, place: Destination, tell: Tell) -> None:
-    found = protocol.said(line)
-    if found is None:
+def _receive(replies: _Replies, line: str, place: Destination, tell: Tell) -> None:
+    message = protocol.message_from_line(line)
+    if message is None:
         return
-    kind, said = found
+    kind, content = message
     try:
         if kind == "absent":
-            heard.absent = [str(name) for name in said]
+            replies.missing = decode.decode(tuple[str, ...], content, kind)
         elif kind == "check":
-            heard.checks.append(decode.decode(Check, said, kind))
+            replies.checks.append(decode.decode(Check, content, kind))
         elif kind == "step":
-            tell(_in_words(decode.decode(Step, said, kind)))
+            tell(_describe_step(decode.decode(Step, content, kind)))
         elif kind == "looked":
-            heard.looked = decode.decode(Looked, said, kind)
+            replies.report = decode.decode(FolderReport, content, kind)
         elif kind == "done":
-            heard.done = decode.decode(Installed, said, kind)
+            replies.done = decode.decode(Installed, content, kind)
         elif kind == "error":
-            heard.error = str(said)
-    except (decode.DecodeError, TypeError) as error:
-        raise InputError(f"{place.text} says something else than expected: {error}") from error
+            replies.error = decode.decode(str, content, kind)
+    except decode.DecodeError as error:
+        raise InputError(f"{place.text} sent an unexpected reply: {error}") from error
 
 
-def _in_words(step: Step) -> str:
+def _describe_step(step: Step) -> str:
     number = f" ({step.number} of {step.total})" if step.total > 1 else ""
     return f"{step.what}{number}" + ("" if step.expected_s is None else f", about {duration(step.expected_s)} left")
 
 
 def size(count: int) -> str:
-    """For people."""
+    """A number of bytes, for people."""
     return f"{count / 2**20:,.2f} MiB" if count >= 1 << 20 else f"{count / 2**10:.1f} KiB"
 
 
 def duration(seconds: float) -> str:
-    """For people."""
+    """A duration, for people."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _text(wish: ShipRequest) -> bytes:
-    return device_side.wish_to_json(wish).encode("utf-8")
+def _text(request: ShipRequest) -> bytes:
+    return device_side.request_to_json(request).encode("utf-8")
 
 
 def _tar(contents: dict[str, bytes]) -> bytes:

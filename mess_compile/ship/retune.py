@@ -1,4 +1,4 @@
-"""Thresholds chosen again on the device that will run them: by its own engines, within the graphs that a bundle has."""
+"""Chooses the thresholds of a bundle's plan again on the device that will run it, by the device's own engines."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from mess_compile.search.operating_points import thresholds_front
 from mess_compile.search.plan import Stage
 
 ExitCosts = NDArray[np.int64]
-"""What an image costs that ends at each exit, in ns."""
+"""The latency of an image that leaves at each exit, in ns."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """By what to choose: labelled images, the network that the bundle's graphs are of, and a key to sign with."""
+    """What to choose with: labelled images, the network of the bundle's graphs, and a key to sign with."""
 
     data: Data
     candidate: CandidateNetwork
@@ -43,8 +43,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Retuned:
-    """What a device makes of the images that the plan was chosen on, in percent: `promised` by the plan, `found` with
-    its thresholds, `chosen` with those that take their place, where they differ."""
+    """Results on the images that the plan was chosen on, mIoU in percent: `promised` by the plan, `found` on the device
+    with the plan's thresholds, `chosen` with the new ones. `changed` is whether they differ."""
 
     images: int
     promised_miou: float
@@ -55,65 +55,65 @@ class Retuned:
     changed: bool
 
 
-def retuned(
+def retune(
     opened: Archive, choice: Choice, target: str | None, remote: Remote, path: Path, tell: Callable[[str], None]
 ) -> tuple[Path | None, Retuned]:
-    """Have a device run every exit of a bundle's plan (`target` names it) on the images that it was chosen on, and
-    choose again.
+    """Run every exit of a bundle's plan (named by `target`) on the device, on the images that the plan was chosen on,
+    and choose the thresholds again.
 
-    Thresholds stay where they keep the plan's mIoU and latency. Else come the fastest that keep the mIoU, and where
-    none do, the most accurate; the bundle with these is written to `path`. Latencies are those of the bundle. Raises
-    InputError, EngineError, RemoteError.
+    Thresholds that reach the plan's mIoU and latency stay. Otherwise the fastest ones that reach the mIoU are chosen,
+    or the most accurate ones when none does, and a bundle with them is written to `path`. Latencies are those of the
+    bundle. Raises InputError, EngineError, RemoteError.
     """
     plan = _plan(opened.manifest, choice.candidate, target)
     data = _images(choice.data, plan, opened.manifest)
-    statistics = _recorded(opened, plan, data, remote, tell)
+    statistics = _record_statistics(opened, plan, data, remote, tell)
     stages = tuple(Stage(stage.exit_point, stage.head, stage.row, stage.cut) for stage in plan.stages)
     chosen = chosen_stages(statistics, plan, stages)
-    found, then = (_figures(statistics, plan, each, choice.candidate) for each in (stages, chosen))
-    told = Retuned(
+    found, new = (_figures(statistics, plan, each, choice.candidate) for each in (stages, chosen))
+    result = Retuned(
         statistics.images,
         plan.predicted.miou,
         found.miou,
-        then.miou,
+        new.miou,
         plan.predicted.latency_ms,
-        then.latency_ms,
+        new.latency_ms,
         chosen != stages,
     )
     if chosen == stages:
-        return None, told
+        return None, result
     if opened.signature is not None and choice.key is None:
-        raise InputError("thresholds are chosen anew for it, and the bundle is signed: sign again by --sign KEY")
+        raise InputError("the bundle is signed, and new thresholds change it: sign it again with --sign KEY")
     changed = _with_stages(plan, chosen, statistics, choice.candidate)
     bundles.write_retuned(path, opened, changed, choice.key)
-    return path, told
+    return path, result
 
 
 def _plan(described: manifest.Manifest, candidate: CandidateNetwork, target: str | None) -> manifest.BundlePlan:
     if described.network.identity != candidate.identity:
         raise InputError(
-            f"the bundle {described.name} is of another network than this workspace: use its own, by -C DIR"
+            f"the bundle {described.name} has another network than this workspace: name its own workspace with -C DIR"
         )
     plans = list(described.plans) if target is None else named_plans(described.plans, target)
     if len(plans) != 1:
         names = ", ".join(plan.name for plan in described.plans)
         raise InputError(
-            f"the bundle {described.name} has the plans {names}: name the one that --data is for, by --target, such as "
+            f"the bundle {described.name} has the plans {names}: name the one that --data is for, such as "
             f"--target {described.plans[0].name}"
         )
     return plans[0]
 
 
 def _images(root: Data, plan: manifest.BundlePlan, described: manifest.Manifest) -> DataSet:
-    """Those that the plan was chosen on: on others, its mIoU is another."""
+    """The images that the plan was chosen on; its mIoU holds for these."""
     if manifest.CERTIFIED in plan.environment:
         raise InputError(
-            f"the plan for {plan.name} was certified (`search --confidence`) on images drawn for that, and other "
-            "thresholds would not be: ship it without --data, or ship a plan that was searched without --confidence"
+            f"the plan for {plan.name} is certified (`search --confidence`), and other thresholds would not be: ship "
+            "it without --data, or ship a plan that was searched without --confidence"
         )
     data = open_dataset(root, plan.predicted.split)
-    rows = tuning_rows([item.group for item in data.items], plan.environment.get(manifest.HELD_OUT))
-    data = replace(data, items=tuple(data.items[row] for row in rows))
+    tuning = tuning_rows([item.group for item in data.items], plan.environment.get(manifest.HELD_OUT))
+    data = replace(data, items=tuple(data.items[index] for index in tuning))
     if data.classes.names != described.network.classes or len(data.items) != plan.predicted.images:
         raise InputError(
             f"{data.root} has {len(data.items)} images of {len(data.classes.names)} classes in "
@@ -123,19 +123,19 @@ def _images(root: Data, plan: manifest.BundlePlan, described: manifest.Manifest)
     return data
 
 
-def _recorded(
+def _record_statistics(
     opened: Archive, plan: manifest.BundlePlan, data: DataSet, remote: Remote, tell: Callable[[str], None]
 ) -> ExitStatistics:
-    """What the exits of a plan say and get right, by the device's engines."""
+    """Record the statistics of a plan's exits with the device's engines."""
     network, gate = opened.manifest.network, opened.manifest.gate
     thresholds, classes = np.array(gate.thresholds, np.float32), len(network.classes)
     blank = np.zeros((*network.input_hw, 3), np.uint8)
     session = PythonSession(remote, plan.library, blank, thresholds, lambda what, done, total: None)
     jobs = {graph: (opened.folder / graph, plan.precisions[graph].used) for graph in plan.graphs()}
-    tell("builds what scores the exits")
+    tell("building the engines of the exits")
     failed = session.build(jobs)
     if failed:
-        raise EngineError(f"{next(iter(failed))} does not build there: {next(iter(failed.values()))}")
+        raise EngineError(f"{next(iter(failed))} cannot be built on the device: {next(iter(failed.values()))}")
     scores: list[Score] = []
     items: list[Sample] = []
 
@@ -149,7 +149,7 @@ def _recorded(
             block = list(samples(replace(data, items=data.items[start : start + BLOCK])))
             items += block
             scores += score(counted(block))
-            tell(f"scores the exits: {len(scores)} of {len(data.items)} images")
+            tell(f"scoring the exits: {len(scores)} of {len(data.items)} images")
     gated = [stage for stage in plan.stages if not stage.is_whole]
     return ExitStatistics(
         heads=tuple(stage.head for stage in gated),
@@ -189,38 +189,40 @@ def _exits(plan: manifest.BundlePlan, network: manifest.Network) -> ScoredExits:
 def chosen_stages(
     statistics: ExitStatistics, plan: manifest.BundlePlan, stages: tuple[Stage, ...]
 ) -> tuple[Stage, ...]:
-    """The plan's own stages, or those with other thresholds, by what the device's engines made of its images."""
+    """The plan's stages, or these with other thresholds, by the statistics of the device."""
     costs = _costs(plan)
     if plan.setting != "input-dependent" or len(stages) == 1:
         return stages
-    now = _rival(statistics, stages, costs)
+    present = _candidate(statistics, stages, costs)
     promised_ns = plan.predicted.latency_ms * (1 + 1e-6) * 1e6 * statistics.images
-    if now.miou >= plan.predicted.miou and now.cost_ns <= promised_ns:
+    if present.miou >= plan.predicted.miou and present.cost_ns <= promised_ns:
         return stages
-    rivals = list(_rivals(statistics, stages, costs))
-    good = [rival for rival in rivals if rival.miou >= plan.predicted.miou]
+    candidates = list(_candidates(statistics, stages, costs))
+    good = [candidate for candidate in candidates if candidate.miou >= plan.predicted.miou]
     if good:
-        return min(good, key=lambda rival: (rival.cost_ns, -rival.miou)).stages
-    return min(rivals, key=lambda rival: (-rival.miou, rival.cost_ns)).stages
+        return min(good, key=lambda candidate: (candidate.cost_ns, -candidate.miou)).stages
+    return min(candidates, key=lambda candidate: (-candidate.miou, candidate.cost_ns)).stages
 
 
 @dataclass(frozen=True)
-class _Rival:
-    """`cost_ns` is summed over images, `miou` in percent."""
+class _Candidate:
+    """Stages with some thresholds: `cost_ns` is summed over images, `miou` in percent."""
 
     cost_ns: int
     miou: float
     stages: tuple[Stage, ...]
 
 
-def _rival(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: ExitCosts) -> _Rival:
+def _candidate(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: ExitCosts) -> _Candidate:
     taken = exits_taken(statistics, stages)
-    return _Rival(int(costs[taken].sum()), mixture_miou(statistics, [stage.head for stage in stages], taken), stages)
+    return _Candidate(
+        int(costs[taken].sum()), mixture_miou(statistics, [stage.head for stage in stages], taken), stages
+    )
 
 
-def _rivals(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: ExitCosts) -> Iterator[_Rival]:
-    """By which exits images may leave, the thresholds that no others beat: all of them first, the last one alone at the
-    end. At an exit whose engine has become too sure of itself, none may leave."""
+def _candidates(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: ExitCosts) -> Iterator[_Candidate]:
+    """The non-dominated thresholds for each subset of exits that images may leave at: all exits first, and the last one
+    alone at the end. A smaller subset helps where an engine has become too confident."""
     early = range(len(stages) - 1)
     shut = tuple(replace(stage, cut=statistics.cells[statistics.head_index(stage.head)] + 1) for stage in stages[:-1])
     for used in (used for many in reversed(range(1, len(stages))) for used in combinations(early, many)):
@@ -229,8 +231,8 @@ def _rivals(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: ExitCo
         for cost_ns, miou, members in zip(*front, strict=True):
             decided = dict(zip(used, members, strict=False))
             whole = tuple(decided.get(index, shut[index]) for index in early)
-            yield _Rival(int(cost_ns), float(miou), (*whole, stages[-1]))
-    yield _rival(statistics, (*shut, stages[-1]), costs)
+            yield _Candidate(int(cost_ns), float(miou), (*whole, stages[-1]))
+    yield _candidate(statistics, (*shut, stages[-1]), costs)
 
 
 def _costs(plan: manifest.BundlePlan) -> ExitCosts:
@@ -257,7 +259,7 @@ def _figures(
 def _with_stages(
     plan: manifest.BundlePlan, stages: tuple[Stage, ...], statistics: ExitStatistics, candidate: CandidateNetwork
 ) -> manifest.BundlePlan:
-    """The plan with other thresholds, and what the device makes of all its operating points."""
+    """The plan with other thresholds, and the device's figures for all its operating points."""
 
     def point(known: manifest.BundlePoint) -> manifest.BundlePoint:
         decided = known.decisions

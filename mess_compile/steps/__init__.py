@@ -10,8 +10,8 @@ from mess_compile.reporter import Reporter
 from mess_compile.runtime.serve.verify import verify_bundle as verify
 from mess_compile.search.requirement import Requirement
 from mess_compile.ship.client import ShipOptions, parse_place, rollback, ship
-from mess_compile.ship.client import expected as plan_ship
 from mess_compile.ship.client import look as ships
+from mess_compile.ship.client import preview as plan_ship
 from mess_compile.steps.bench import BenchOptions, bench, bench_deadline, plan_bench
 from mess_compile.steps.build import BuildOptions, build, plan_build
 from mess_compile.steps.bundle import BundleOptions, bundle, plan_bundle

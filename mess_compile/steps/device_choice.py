@@ -1,4 +1,4 @@
-"""Which device a command means, and where it is reached."""
+"""Which device a command means, and where it is remote_for."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def host_of(workspace: Workspace, target: Target) -> str | None:
 
 
 def refuse_python_here(python: str | None) -> None:
-    """Raises InputError when a Python is named and no host."""
+    """Raises InputError when a Python is named but no host."""
     if python is not None:
-        raise InputError(f"--python {python} is of a device elsewhere: add --host ssh://user@host")
+        raise InputError(f"--python {python} needs a device over SSH: add --host ssh://user@host")
 
 
 def _is_estimated(workspace: Workspace, device: str) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mess_compile import extras, launcher
 from mess_compile.cores import share_of_cores
 from mess_compile.data.dataset import Data, DataFolder, DataSet, open_dataset, survey_labels
-from mess_compile.device.connect import reached, session_there
+from mess_compile.device.connect import python_session, remote_for
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.prepare import (
     engine_files,
@@ -178,9 +178,9 @@ def _evaluated_there(request: _Request, target: Target, host: str) -> statistics
     workspace, options, progress = request.workspace, request.options, request.reporter.progress
     root, folder = request.split_of(read_graph_set(workspace.graphs).candidate)
     _note_data(folder, request.reporter)
-    with reached(workspace, host, options.python) as remote:
+    with remote_for(workspace, host, options.python) as remote:
         (forms,) = forms_there(workspace, target, (options.precision,), options.data, progress)
-        session = session_there(remote, target, forms.graph_set, progress)
+        session = python_session(remote, target, forms.graph_set, progress)
         found = record.evaluate_there(
             session,
             record.built_there(session, forms),

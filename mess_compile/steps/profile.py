@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile.data_folder import Data
-from mess_compile.device.connect import any_session_there, reached
+from mess_compile.device.connect import device_session, remote_for
 from mess_compile.engines.files import EngineFiles, plain_files
 from mess_compile.engines.jobs import job_name, profiling_jobs
 from mess_compile.engines.prepare import built_here, engine_files, precise_graphs, verified_graphs
@@ -26,7 +26,7 @@ from mess_compile.runtime.engines.engine import FP32, open_library
 from mess_compile.runtime.machine import clocks
 from mess_compile.runtime.measure import measure
 from mess_compile.runtime.measure.measure import Effort
-from mess_compile.runtime.serve.worker import event_of
+from mess_compile.runtime.serve.worker import event_from_line
 from mess_compile.search.requirement import Requirement
 from mess_compile.steps.build import BuildOptions, planned_builds, planned_recipes
 from mess_compile.steps.device_choice import host_of, refuse_python_here, target_of
@@ -161,7 +161,7 @@ def _profile_there(request: _Request) -> LatencyTable:
 
     options, hosts = request.options, request.options.hosts
     with ExitStack() as connected:
-        remotes = [connected.enter_context(reached(request.workspace, host, options.python)) for host in hosts]
+        remotes = [connected.enter_context(remote_for(request.workspace, host, options.python)) for host in hosts]
         forms = forms_there(
             request.workspace, request.target, options.precisions, options.data, request.reporter.progress
         )
@@ -184,18 +184,15 @@ def _measured(request: _Request, engines: Sequence[EngineFiles], backend: Backen
 
 def _backend_at(request: _Request, remote: Remote, graph_set: GraphSet) -> Backend:
     """The device there, by its Python or by trtexec."""
-    from mess_compile.device import trtexec_client
     from mess_compile.latency.estimate import transfer_estimates
     from mess_compile.profile import backends
 
     workspace, target, reporter = request.workspace, request.target, request.reporter
-    session = any_session_there(workspace, remote, target, graph_set, reporter.progress, reporter.note)
+    session = device_session(workspace, remote, target, graph_set, reporter.progress, reporter.note)
+    if request.options.lock_clocks:
+        session.lock_clocks_while_measuring()
     transfers = None
-    if not isinstance(session, trtexec_client.TrtexecSession):
-        session.lock_clocks = request.options.lock_clocks
-    elif request.options.lock_clocks:
-        raise InputError("clocks are locked by the Python there, which cannot be used: lock them there by hand")
-    else:
+    if not session.measures_transfers:
         transfers = transfer_estimates(read_graph_set(workspace.graphs), target)
     return backends.there(session, target.name, transfers)
 
@@ -364,7 +361,7 @@ def _unfinished(path: Path, options: ProfileOptions) -> tuple[str, ...]:
         lines = path.with_suffix(".samples.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ()
-    events = [event for event in map(event_of, lines) if isinstance(event, measure.Window)]
+    events = [event for event in map(event_from_line, lines) if isinstance(event, measure.Window)]
     timed = Counter(event.job for event in events)
     windows = (options.effort or measure.Effort()).windows
     done = sum(count >= windows for count in timed.values())

@@ -15,7 +15,7 @@ from mess_compile import workspace
 from mess_compile.bench.run import Bench, CheckedPromise
 from mess_compile.cli import bench, hints, main
 from mess_compile.data import scenes
-from mess_compile.runtime.serve.verify import Demands
+from mess_compile.runtime.serve.verify import VerifyOptions
 from mess_compile.ship.client import parse_place
 from mess_compile.workspace import Workspace, open_workspace
 from tests.commands import TRAIN, run
@@ -53,7 +53,7 @@ def walked(first: list[str]) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def at_any_speed(monkeypatch: pytest.MonkeyPatch, brief_profile: None) -> None:
-    monkeypatch.setattr(Demands.__init__, "__defaults__", (None, False, float("inf")))
+    monkeypatch.setattr(VerifyOptions.__init__, "__defaults__", (None, False, float("inf")))
 
 
 def test_from_own_images_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

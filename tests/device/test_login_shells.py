@@ -1,4 +1,4 @@
-"""Whatever login shell, start files and limits a device has: programs there find their modules, and no others."""
+"""Programs on a device find their modules, and no others, with any login shell, start files and session limits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ START_FILES = {
     "fish": ".config/fish/config.fish",
     "tcsh": ".tcshrc",
 }
-"""Those that a shell reads for a program over SSH; bash reads its own by the look of its input alone."""
+"""Start files that a shell reads for a program over SSH; whether bash reads its own depends on its input."""
 EXPORT = {"tcsh": "setenv PYTHONPATH {}", "fish": "set -gx PYTHONPATH {}"}
 ODD = ("a b", "'", '"', "$HOME", "`id`", "\n", "\\n", "\\", "*", "", "-n", "~", "!x", "a=b", "#", "\\'", "ü", "%", "^")
 
@@ -53,14 +53,14 @@ def made(folder: Path) -> dict[str, Path]:
 
 
 def greeted(remote: Remote) -> str:
-    """The engine library that a program of ours finds there."""
+    """The engine library that our program finds on the device."""
     frame = np.zeros((*small_network.HW, 3), np.uint8)
     session = PythonSession(remote, "onnxruntime", frame, small_network.thresholds(), quiet)
     return session.greet().library
 
 
 def path_in_start_file(device: Device, shell: str) -> None:
-    """Let only PYTHONPATH tell where numpy is; its empty entry is the current folder. The file prints a line, too."""
+    """Have numpy only on PYTHONPATH; its empty entry is the current folder. The file also prints a line."""
     (site,) = device.python.parents[1].glob("lib/python3*/site-packages")
     file = device.home / START_FILES[shell]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def shadow(home: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", ["tcsh", *(pytest.param(name, marks=slow) for name in START_FILES if name != "tcsh")])
-def test_every_login_shell_will_do(device: Device, shell: str, tmp_path: Path) -> None:
+def test_every_login_shell_works(device: Device, shell: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"no {shell}: apt-get install --no-install-recommends {shell}")
     device.log_in_by(str(shutil.which(shell)))
@@ -117,7 +117,7 @@ def test_a_server_that_allows_no_session_is_named(device: Device) -> None:
 
 
 @slow
-def test_a_program_over_a_connection_of_its_own_stops_with_ours(device: Device) -> None:
+def test_a_program_with_its_own_connection_stops_when_the_connection_closes(device: Device) -> None:
     device.allow_sessions(1)
     with Remote(parse_host(device.host), device.ssh_options) as remote:
         said = remote.lines(("sh", "-c", "echo $$; exec sleep 600"))

@@ -1,4 +1,4 @@
-"""A device over a real sshd: nothing is lost, half written or left running there; every refusal names its remedy."""
+"""A device over a real sshd: nothing is lost, half written or left running; every error names its remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mess_compile.device.remote import Host, Pushed, Remote, RemoteError, parse_host
+from mess_compile.device.remote import Host, PushResult, Remote, RemoteError, parse_host
 from mess_compile.runtime.base.errors import InputError
 from tests.remote_device import Device, remote_device
 
@@ -75,7 +75,7 @@ def quiet(sent_bytes: int, of_bytes: int) -> None:
 
 
 def refusal(device: Device, *options: str, host: str = "") -> str:
-    """The message of a connection that cannot be made, which is not one that was lost."""
+    """The error of a connection that cannot be opened, which does not count as lost."""
     remote = Remote(parse_host(host or device.host), options)
     with pytest.raises(RemoteError) as caught, remote:
         pass
@@ -114,7 +114,7 @@ def alive(process: int) -> bool:
         ("[::1]", "::1", None),
     ],
 )
-def test_hosts_are_read_as_ssh_reads_them(text: str, destination: str, port: int | None) -> None:
+def test_hosts_are_parsed_as_ssh_does(text: str, destination: str, port: int | None) -> None:
     assert parse_host(text) == Host(text, destination, port)
 
 
@@ -136,7 +136,7 @@ def test_hosts_are_read_as_ssh_reads_them(text: str, destination: str, port: int
         *("http://host", "ssh://", "@host", "a@b@c", "hö", "ssh://host:２２"),
     ],
 )
-def test_what_is_no_host_never_reaches_ssh(text: str) -> None:
+def test_an_invalid_host_never_reaches_ssh(text: str) -> None:
     with pytest.raises(InputError, match="write ssh://user@host") as caught:
         parse_host(text)
     assert "\n" not in str(caught.value)
@@ -164,14 +164,14 @@ def test_no_text_becomes_an_option_or_two_arguments(text: str) -> None:
     assert not any(letter in host.destination for letter in " \t\n'\"$;&|<>`\\/*")
 
 
-def test_programs_there_see_the_environment_of_the_device(device: Device, remote: Remote) -> None:
+def test_programs_see_the_environment_of_the_device(device: Device, remote: Remote) -> None:
     done = remote.run(("python3", "-c", "import numpy, onnxruntime, os; print(os.environ['HOME'], os.getcwd())"))
     assert done.output.decode().split() == [str(device.home)] * 2
     for name in ("mess_compile", "torch", "onnx", "click"):
         assert f"No module named '{name}'" in remote.run(("python3", "-c", f"import {name}")).errors
 
 
-def test_input_output_errors_and_code_arrive_apart(remote: Remote) -> None:
+def test_output_errors_and_exit_code_arrive_separately(remote: Remote) -> None:
     done = remote.run(("sh", "-c", "cat; echo no >&2; exit 3"), given=bytes(range(256)) * 1000)
     assert (done.code, done.output, done.errors) == (3, bytes(range(256)) * 1000, "no\n")
 
@@ -184,7 +184,7 @@ def test_arguments_arrive_as_they_are(lasting: Remote, arguments: list[str]) -> 
     assert lasting.run(command).output.decode() == ascii(arguments) + "\n"
 
 
-def test_a_program_that_is_killed_or_ends_with_255_is_no_lost_connection(remote: Remote) -> None:
+def test_a_killed_program_or_exit_code_255_is_not_a_lost_connection(remote: Remote) -> None:
     assert remote.run(("sh", "-c", "kill -9 $$")).code == 137
     assert remote.run(("sh", "-c", "exit 255")).code == 255
     with pytest.raises(RemoteError, match=r"`sh` ended with code 255: no such option$"):
@@ -193,7 +193,7 @@ def test_a_program_that_is_killed_or_ends_with_255_is_no_lost_connection(remote:
         list(remote.lines(("sh", "-c", "kill -9 $PPID")))
 
 
-def test_a_program_without_end_is_given_up_in_one_line(remote: Remote) -> None:
+def test_a_program_that_does_not_end_is_given_up_with_one_line(remote: Remote) -> None:
     with pytest.raises(RemoteError, match=r"`sleep` has not ended within 0.5 s") as caught:
         remote.run(("sleep", "30"), patience_s=0.5)
     assert not caught.value.lost
@@ -207,7 +207,7 @@ def test_the_first_line_comes_before_the_program_ends(device: Device, remote: Re
     assert list(lines) == ["one", "", "last"]
 
 
-def test_a_program_that_fails_is_named_with_what_it_said_last(remote: Remote) -> None:
+def test_a_failed_program_is_named_with_its_last_output(remote: Remote) -> None:
     lines = remote.lines(("python3", "-c", "print('a', flush=True); raise ValueError('bad graph')"))
     assert next(lines) == "a"
     with pytest.raises(RemoteError, match=r"`python3` ended with code 1: ValueError: bad graph$"):
@@ -223,7 +223,7 @@ def test_a_missing_python_is_named(device: Device, remote: Remote) -> None:
         list(remote.lines(("python3", "-c", "import numpy")))
 
 
-def test_a_program_that_the_system_killed_is_told_apart(remote: Remote) -> None:
+def test_a_program_that_the_system_killed_has_its_own_message(remote: Remote) -> None:
     with pytest.raises(RemoteError, match="`sh` was killed by signal 9: has the device enough memory") as caught:
         list(remote.lines(("sh", "-c", "kill -9 $$")))
     assert not caught.value.lost
@@ -262,7 +262,7 @@ def _killed(code: str) -> None:
     assert all(ended(child) for child in children)
 
 
-def test_a_cut_connection_is_said_to_be_lost_and_made_again(device: Device, remote: Remote) -> None:
+def test_a_cut_connection_is_reported_as_lost_and_opened_again(device: Device, remote: Remote) -> None:
     lines = remote.lines(SLEEPER)
     program = int(next(lines))
     device.cut()
@@ -273,7 +273,7 @@ def test_a_cut_connection_is_said_to_be_lost_and_made_again(device: Device, remo
     assert remote.run(("echo", "again")).output == b"again\n"
 
 
-def test_what_a_silent_link_left_running_is_stopped_before_the_next_run(device: Device) -> None:
+def test_a_program_left_running_by_a_frozen_connection_is_stopped_before_the_next(device: Device) -> None:
     options = (*device.ssh_options, "-o", "ServerAliveInterval=1")
     with Remote(parse_host(device.host), options) as remote:
         lines = remote.lines(SLEEPER, pid_file=".cache/it's a/running")
@@ -287,7 +287,7 @@ def test_what_a_silent_link_left_running_is_stopped_before_the_next_run(device: 
         assert not alive(program)
 
 
-def test_a_foreign_number_in_the_pid_file_harms_nobody(device: Device, remote: Remote) -> None:
+def test_a_process_of_another_program_in_the_pid_file_is_left_alone(device: Device, remote: Remote) -> None:
     bystander = subprocess.Popen(["sleep", "600"])
     for left in (str(bystander.pid), "-1", "nonsense $(touch x)", "0"):
         (device.home / "running").write_text(left)
@@ -297,29 +297,29 @@ def test_a_foreign_number_in_the_pid_file_harms_nobody(device: Device, remote: R
     bystander.wait()
 
 
-def test_only_what_is_missing_travels(device: Device, remote: Remote, tmp_path: Path) -> None:
+def test_only_missing_files_are_sent(device: Device, remote: Remote, tmp_path: Path) -> None:
     files = made(tmp_path / "files", [*range(300), 20 * MB])
     told: list[tuple[int, int]] = []
     total = 20 * MB + 299 * 300 // 2
-    assert remote.push(files, "a folder/graphs", lambda *bytes: told.append(bytes)) == Pushed(total, 301, 0)
+    assert remote.push(files, "a folder/graphs", lambda *bytes: told.append(bytes)) == PushResult(total, 301, 0)
     assert told[-1] == (total, total)
     assert told == sorted(told)
     there = device.home / "a folder" / "graphs"
     assert sorted(os.listdir(there)) == sorted(files)
     assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.name for path in there.iterdir())
     told.clear()
-    assert remote.push(files, "a folder/graphs", lambda *bytes: told.append(bytes)) == Pushed(0, 0, 301)
+    assert remote.push(files, "a folder/graphs", lambda *bytes: told.append(bytes)) == PushResult(0, 0, 301)
     assert not told
     changed = dict(list(files.items())[1:]) | made(tmp_path / "changed", [7777])
-    assert remote.push(changed, "a folder/graphs", quiet) == Pushed(7777, 1, 300)
+    assert remote.push(changed, "a folder/graphs", quiet) == PushResult(7777, 1, 300)
 
 
-def test_nothing_to_push_makes_the_folder(device: Device, remote: Remote) -> None:
-    assert remote.push({}, "-folder", quiet) == Pushed(0, 0, 0)
+def test_a_push_without_files_creates_the_folder(device: Device, remote: Remote) -> None:
+    assert remote.push({}, "-folder", quiet) == PushResult(0, 0, 0)
     assert (device.home / "-folder").is_dir()
 
 
-def test_a_push_that_was_cut_is_continued(device: Device, remote: Remote, tmp_path: Path) -> None:
+def test_a_broken_push_is_continued(device: Device, remote: Remote, tmp_path: Path) -> None:
     files = made(tmp_path / "files", [MB + index for index in range(30)])
 
     def cut(sent_bytes: int, of_bytes: int) -> None:
@@ -332,23 +332,21 @@ def test_a_push_that_was_cut_is_continued(device: Device, remote: Remote, tmp_pa
     half = [path for path in (device.home / "graphs").glob("[!i]*") if path.stat().st_size < MB]
     assert not half
     again = remote.push(files, "graphs", quiet)
-    assert again.kept >= 10, "at least what was not under way is not sent again"
-    assert again.kept + again.sent == 30
+    assert again.present >= 10, "at least what was not under way is not sent again"
+    assert again.present + again.sent == 30
     assert again.sent_bytes == sum(path.stat().st_size for path in files.values()) - sum(
-        path.stat().st_size for path in list(files.values())[: again.kept]
+        path.stat().st_size for path in list(files.values())[: again.present]
     )
     assert sorted(path.name for path in (device.home / "graphs").glob("[!i]*")) == sorted(files)
 
 
-def test_whole_files_of_a_push_that_a_reboot_ended_are_kept(
-    device: Device, remote: Remote, some: dict[str, Path]
-) -> None:
+def test_complete_files_of_a_push_survive_a_reboot(device: Device, remote: Remote, some: dict[str, Path]) -> None:
     whole, half, _ = some
     left = device.home / "graphs" / "incoming-999999999"
     left.mkdir(parents=True)
     (left / whole).write_bytes(some[whole].read_bytes())
     (left / half).write_bytes(some[half].read_bytes()[:1000])
-    assert remote.push(some, "graphs", quiet) == Pushed(400_000, 2, 1)
+    assert remote.push(some, "graphs", quiet) == PushResult(400_000, 2, 1)
     assert sorted(os.listdir(device.home / "graphs")) == sorted(some)
 
 
@@ -356,11 +354,11 @@ def test_a_file_that_was_damaged_there_is_sent_again(device: Device, remote: Rem
     remote.push(some, "graphs", quiet)
     damaged = device.home / "graphs" / next(iter(some))
     damaged.write_bytes(b"x" * 200_000)
-    assert remote.push(some, "graphs", quiet) == Pushed(200_000, 1, 2)
+    assert remote.push(some, "graphs", quiet) == PushResult(200_000, 1, 2)
     assert hashlib.sha256(damaged.read_bytes()).hexdigest() == damaged.name
 
 
-def test_a_file_that_changes_here_is_named_and_not_kept_there(
+def test_a_file_that_changes_during_a_push_is_named_and_not_stored(
     device: Device, remote: Remote, some: dict[str, Path]
 ) -> None:
     first = next(iter(some.values()))
@@ -373,7 +371,7 @@ def test_a_file_that_changes_here_is_named_and_not_kept_there(
         remote.push(some, "graphs", quiet)
 
 
-def test_a_full_disk_is_named_and_keeps_what_fits(device: Device, remote: Remote, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_complete_files_stay(device: Device, remote: Remote, tmp_path: Path) -> None:
     if device.small is None:
         pytest.skip("a small file system takes the right to mount one")
     files = made(tmp_path / "files", [300_000, 300_000, 3 * MB])
@@ -391,12 +389,12 @@ def test_writes_that_fail_there_are_named(device: Device, remote: Remote, tmp_pa
     with pytest.raises(RemoteError, match=r"`dd` ended with code 1: .*File too large"):
         list(remote.lines(("dd", "if=/dev/zero", "of=table", "bs=2M", "count=2", "status=none")))
     device.limit_file_bytes(None)
-    assert remote.push(files, "graphs", quiet) == Pushed(2 * MB, 1, 1)
+    assert remote.push(files, "graphs", quiet) == PushResult(2 * MB, 1, 1)
     with pytest.raises(RemoteError, match=f"folder {device.home}/graphs/{next(iter(files))}.*(Not a dir|File exists)"):
         remote.push(files, f"{device.home}/graphs/{next(iter(files))}", quiet)
 
 
-def test_a_file_comes_back_whole_or_not_at_all(device: Device, remote: Remote, tmp_path: Path) -> None:
+def test_a_file_is_pulled_completely_or_not_at_all(device: Device, remote: Remote, tmp_path: Path) -> None:
     content = bytes(range(256)) * 50_000
     (device.home / "it's a table").write_bytes(content)
     target = tmp_path / "back" / "table"
@@ -413,7 +411,7 @@ def test_a_file_comes_back_whole_or_not_at_all(device: Device, remote: Remote, t
     assert os.listdir(target.parent) == ["table"]
 
 
-def test_a_file_cut_on_its_way_back_leaves_the_old_one(device: Device, remote: Remote, tmp_path: Path) -> None:
+def test_a_broken_pull_leaves_the_old_file(device: Device, remote: Remote, tmp_path: Path) -> None:
     pipe, target = device.home / "table", tmp_path / "table"
     os.mkfifo(pipe)
     target.write_text("old")
@@ -433,7 +431,7 @@ def test_a_file_cut_on_its_way_back_leaves_the_old_one(device: Device, remote: R
 
 
 @pytest.mark.parametrize("checking", ["yes", "ask"])
-def test_an_unknown_host_key_is_to_be_accepted_by_the_user(device: Device, checking: str) -> None:
+def test_the_user_has_to_accept_an_unknown_host_key(device: Device, checking: str) -> None:
     message = refusal(device, *device.options(known="known_nothing", checking=checking))
     login = device.host.removeprefix("ssh://").rpartition(":")[0]
     assert f"Host key verification failed: run `ssh -p {device.port} {login}` once" in message
@@ -460,13 +458,13 @@ def test_a_device_that_is_down_and_comes_back(device: Device, remote: Remote) ->
     assert remote.run(("true",)).code == 0
 
 
-def test_a_name_that_nobody_knows(device: Device) -> None:
+def test_an_unknown_host_name(device: Device) -> None:
     message = refusal(device, *device.ssh_options, host="ssh://nosuch.invalid")
     assert "Could not resolve hostname nosuch.invalid" in message
     assert message.endswith("check the name, or add it to ~/.ssh/config")
 
 
-def test_a_port_at_which_nothing_answers(device: Device) -> None:
+def test_a_port_without_a_server(device: Device) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -477,7 +475,7 @@ def test_a_port_at_which_nothing_answers(device: Device) -> None:
 
 
 @pytest.mark.parametrize("greeting", ["Welcome!\n", "no line end", "x" * 200_000])
-def test_what_a_shell_prints_at_its_start_is_in_no_result(
+def test_the_start_messages_of_a_shell_are_in_no_result(
     device: Device, remote: Remote, some: dict[str, Path], tmp_path: Path, greeting: str
 ) -> None:
     device.greet(greeting)
@@ -489,21 +487,19 @@ def test_what_a_shell_prints_at_its_start_is_in_no_result(
         assert (tmp_path / "back").read_bytes() == path.read_bytes() == remote.read(f"files/{name}")
 
 
-def test_ssh_that_is_not_installed(device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_ssh(device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RemoteError, match="ssh is not installed here: run `apt-get install openssh-client`"):
         Remote(parse_host(device.host)).run(("true",))
 
 
-def test_the_commands_reach_the_device_by_the_ssh_on_their_path(
-    device: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_use_the_ssh_on_path(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{device.path_folder()}:{os.environ['PATH']}")
     with Remote(parse_host(device.host)) as remote:
         assert remote.run(("pwd",)).output.decode().strip() == str(device.home)
 
 
-def test_nothing_is_left_here_and_a_long_temporary_folder_is_no_obstacle(
+def test_temporary_files_are_removed_and_a_long_temporary_path_works(
     device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for place in (tmp_path / ("long" * 20), Path("/tmp") / f"t{os.getpid()}"):
@@ -515,7 +511,7 @@ def test_nothing_is_left_here_and_a_long_temporary_folder_is_no_obstacle(
         place.rmdir()
 
 
-def test_a_user_who_stops_a_push_keeps_what_arrived(device: Device, remote: Remote, tmp_path: Path) -> None:
+def test_an_interrupted_push_keeps_the_files_that_arrived(device: Device, remote: Remote, tmp_path: Path) -> None:
     files = made(tmp_path / "files", [MB + index for index in range(20)])
 
     def stop(sent_bytes: int, of_bytes: int) -> None:
@@ -524,4 +520,4 @@ def test_a_user_who_stops_a_push_keeps_what_arrived(device: Device, remote: Remo
 
     with pytest.raises(KeyboardInterrupt):
         remote.push(files, "graphs", stop)
-    assert remote.push(files, "graphs", quiet).kept >= 9
+    assert remote.push(files, "graphs", quiet).present >= 9

@@ -1,4 +1,4 @@
-"""Times that trtexec took count as ours only when the runs were alike, and the file is whole."""
+"""Times of trtexec are used only when the runs are comparable with ours and the file is complete."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ KEYS = (
 )
 ALWAYS = {"onnx", "saveEngine", "loadEngine", "memPoolSize", "timingCacheFile", "warmUp", "duration", "exposeDMA"}
 OPTIONS_8_5 = ALWAYS | {"exportTimes", "fp16", "int8", "noDataTransfers", "useSpinWait", "buildOnly"}
-"""Of those that we use, what sampleOptions.cpp of 8.5.2 parses; so do those of 8.6.1 and 9.3."""
+"""The options that we use and sampleOptions.cpp of 8.5.2 parses, as do 8.6.1 and 9.3."""
 OPTIONS_10 = OPTIONS_8_5 - {"buildOnly"} | {"skipInference"}
-"""Likewise of 10.0 to 10.16."""
+"""Those of 10.0 to 10.16."""
 OPTIONS_11 = ALWAYS | {"exportTimes", "noCudaGraph", "noSpinWait", "skipInference"}
-"""Likewise of 11.0 and 11.1, which refuse what they do not know, such as --fp16."""
+"""Those of 11.0 and 11.1, which refuse unknown options such as --fp16."""
 
 
 def row(**changed: Any) -> dict[str, Any]:
@@ -54,14 +54,14 @@ def exported(*started_and_computed: tuple[float, float]) -> str:
 
 
 class TestCommand:
-    def test_on_a_xavier_it_is_the_protocol_that_the_table_names(self) -> None:
+    def test_the_timing_command_on_a_xavier(self) -> None:
         expected = (
             "/usr/src/tensorrt/bin/trtexec --loadEngine=head.engine --warmUp=200 --duration=0.75 --exposeDMA "
             "--noDataTransfers --exportTimes=times.json"
         )
         assert timing_command("head.engine", 8, "times.json") == tuple(expected.split())
 
-    def test_what_is_built_on_a_xavier_is_kept_with_what_the_builder_timed(self) -> None:
+    def test_the_build_command_on_a_xavier_has_a_timing_cache(self) -> None:
         expected = (
             "/usr/src/tensorrt/bin/trtexec --onnx=head.onnx --fp16 --memPoolSize=workspace:1024 "
             "--timingCacheFile=timing.cache --saveEngine=head.engine --buildOnly"
@@ -70,7 +70,7 @@ class TestCommand:
             expected.split()
         )
 
-    def test_from_11_the_defaults_that_turned_round_are_turned_back(self) -> None:
+    def test_from_11_on_the_changed_defaults_are_reversed(self) -> None:
         chosen = timing_command("head.engine", 11, "t")
         assert {"--noCudaGraph", "--noSpinWait"} <= set(chosen)
         assert not {"--noDataTransfers", "--useSpinWait"} & set(chosen)
@@ -81,7 +81,7 @@ class TestCommand:
     )
     @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
     @pytest.mark.parametrize("spin_wait", [False, True])
-    def test_no_release_meets_an_option_that_it_does_not_parse(
+    def test_each_release_parses_the_options_it_gets(
         self, major: int, known: set[str], precision: str, spin_wait: bool
     ) -> None:
         built = build_command("a.onnx", precision, major, "a.engine", timing_cache="t")
@@ -97,17 +97,17 @@ class TestCommand:
         ("arguments", "words"),
         [
             ({"version_major": 7}, "TensorRT 7 is older than 8.5"),
-            ({"duration_s": 60.0}, "60.0 s is not within"),
-            ({"duration_s": 0.0}, "0.0 s is not within"),
-            ({"duration_s": math.nan}, "nan s is not within"),
+            ({"duration_s": 60.0}, "60.0 s is not between"),
+            ({"duration_s": 0.0}, "0.0 s is not between"),
+            ({"duration_s": math.nan}, "nan s is not between"),
         ],
     )
-    def test_what_it_cannot_serve_is_refused(self, arguments: dict[str, Any], words: str) -> None:
+    def test_unsupported_timing_arguments_are_refused(self, arguments: dict[str, Any], words: str) -> None:
         with pytest.raises(InputError, match=words):
             timing_command(**{"engine": "a.engine", "version_major": 8, "times": "t", **arguments})
 
-    def test_what_it_cannot_build_is_refused(self) -> None:
-        with pytest.raises(InputError, match="'bf16' is none of fp32, fp16, int8"):
+    def test_unsupported_build_arguments_are_refused(self) -> None:
+        with pytest.raises(InputError, match="'bf16' is not one of fp32, fp16, int8"):
             build_command("a.onnx", "bf16", 8, "a.engine")
         with pytest.raises(InputError, match=r"TensorRT 7 is older than 8\.5"):
             build_command("a.onnx", "fp32", 7, "a.engine")
@@ -125,12 +125,12 @@ class TestSamples:
         assert len(samples.wall_ms) == len(samples.device_ms) == 1000
         assert sum(samples.wall_ms) / 1000 == pytest.approx(0.1234, abs=1e-5)
 
-    def test_times_of_another_program_of_the_family_are_read_by_name(self) -> None:
+    def test_columns_are_read_by_name(self) -> None:
         rows = [{key: row(startEnqMs=at)[key] for key in reversed(KEYS)} | {"new": "key"} for at in (1, 3)]
         assert samples_from_json(json.dumps(rows)).wall_ms == (2.0,)
 
     @pytest.mark.parametrize("key", ["h2dMs", "d2hMs"])
-    def test_a_run_with_transfers_is_another_protocol(self, key: str) -> None:
+    def test_a_run_with_transfers_is_refused(self, key: str) -> None:
         with pytest.raises(InputError, match=r"include transfers: .* with --noDataTransfers"):
             samples_from_json(json.dumps([row(), row(**{key: 0.25})]))
 
@@ -169,7 +169,7 @@ class TestSamples:
         assert len(str(refused.value)) < 250
 
     @given(st.text(max_size=300) | st.recursive(st.none() | st.floats() | st.text(), st.lists).map(json.dumps))
-    def test_no_text_is_a_crash(self, text: str) -> None:
+    def test_arbitrary_text_never_crashes(self, text: str) -> None:
         with pytest.raises(InputError):
             samples_from_json(text)
 
@@ -203,7 +203,7 @@ class TestVersion:
     @pytest.mark.parametrize(
         "text", ["", "trtexec: not found", "TensorRT v85", "TensorRT v12345", "TensorRT v１２３４"]
     )
-    def test_a_program_that_is_not_trtexec_is_told_from_it(self, text: str) -> None:
+    def test_another_program_is_not_taken_for_trtexec(self, text: str) -> None:
         with pytest.raises(InputError, match="names no version of TensorRT"):
             version_from_output(text)
 
@@ -226,7 +226,7 @@ class TestGpu:
         assert gpu_from_output(text) == Gpu("Xavier", (7, 2), 31010 / 1024)
 
     @pytest.mark.parametrize("text", ["", "Cannot find any available devices (GPUs)!", "Selected Device: \n"])
-    def test_where_there_is_none_it_is_none(self, text: str) -> None:
+    def test_without_a_gpu_the_result_is_none(self, text: str) -> None:
         assert gpu_from_output(text) is None
 
 
@@ -234,7 +234,7 @@ STAMP = "[11/21/2026-10:11:12]"
 
 
 class TestError:
-    def test_the_library_s_own_last_words_are_kept_over_several_lines(self) -> None:
+    def test_the_last_errors_of_the_library_are_joined_across_lines(self) -> None:
         text = (
             f"{STAMP} [I] Start parsing network model\n"
             f'{STAMP} [E] [TRT] ModelImporter.cpp:726: While parsing node number 3 [TopK -> "x"]:\n'
@@ -257,24 +257,24 @@ class TestError:
 
     @pytest.mark.parametrize(
         ("text", "words"),
-        [("", "it said nothing"), ("&&&& FAILED x\n", "it said nothing"), ("a\nb\n\n&&&& FAILED x\n", "b")],
+        [("", "no output"), ("&&&& FAILED x\n", "no output"), ("a\nb\n\n&&&& FAILED x\n", "b")],
     )
-    def test_without_an_error_it_is_what_was_said_last(self, text: str, words: str) -> None:
+    def test_without_an_error_the_last_output_is_reported(self, text: str, words: str) -> None:
         assert error_from_output(text) == words
 
     @given(st.text(max_size=300))
-    def test_whatever_was_said_becomes_one_line(self, text: str) -> None:
+    def test_arbitrary_output_becomes_one_line(self, text: str) -> None:
         assert 0 < len(error_from_output(text)) <= 300
         assert len(error_from_output(text).splitlines()) == 1
 
 
-def test_loading_an_engine_takes_what_trtexec_says() -> None:
+def test_the_load_time_is_read_from_the_output() -> None:
     assert load_ms_from_output(f"{STAMP} [I] Engine loaded in 0.0253 sec.\n") == pytest.approx(25.3)
     parts = f"{STAMP} [I] Engine loaded in 0.004 sec.\n{STAMP} [I] Engine deserialized in 9e-05 sec.\n"
     assert load_ms_from_output(parts) == pytest.approx(4.09)
     assert load_ms_from_output("") == 0
 
 
-def test_the_table_can_say_in_one_line_how_its_times_differ() -> None:
+def test_the_difference_of_the_protocol_is_one_line() -> None:
     assert "\n" not in trtexec.PROTOCOL_DIFFERENCE
     assert all(word in trtexec.PROTOCOL_DIFFERENCE for word in ("back to back", "no predecessor", "uploaded"))

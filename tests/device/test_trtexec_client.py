@@ -1,9 +1,10 @@
-"""`profile --host` where Python cannot be used: trtexec alone gives a table, which says how it was made."""
+"""`profile --host` where Python cannot be used: trtexec alone gives a table, which names its protocol."""
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,8 +18,9 @@ from onnx import helper, numpy_helper
 
 from mess_compile import files, steps
 from mess_compile.device.remote import Remote, RemoteError, parse_host
+from mess_compile.device.session import MeasureRequest
 from mess_compile.device.trtexec import PROTOCOL_DIFFERENCE
-from mess_compile.device.trtexec_client import MOST_RUNS, TrtexecSession, in_place_of_python, state_from_text
+from mess_compile.device.trtexec_client import MOST_RUNS, TrtexecSession, state_from_text, trtexec_instead_of_python
 from mess_compile.engines import build as building
 from mess_compile.graph.store import store_weight
 from mess_compile.latency.table import LatencyTable, read_latency_table
@@ -82,7 +84,7 @@ if [ -n "$onnx" ]; then
         echo "[8] Assertion failed: no kernel for it" >&2
         fail "Failed to parse onnx file"
     fi
-    [ "$(mode)" != slow ] || sleep 0.3
+    [ "$(mode)" != slow ] || sleep 1
     echo "engine of $(basename "$onnx")" >"$save"
     [ -z "$cache" ] || echo "timed $(basename "$onnx")" >>"$cache"
     echo "&&&& PASSED TensorRT.trtexec [TensorRT v{packed}]"
@@ -90,7 +92,7 @@ if [ -n "$onnx" ]; then
 fi
 grep -q '^engine of' "$load" || fail "[TRT] 4: [runtime.cpp::deserializeCudaEngine::66] Engine deserialization failed."
 say I "Engine loaded in 0.25 sec."
-[ "$(mode)" != slow ] || sleep 0.3
+[ "$(mode)" != slow ] || sleep 1
 compute=2.125; rows=13
 [ "$(mode)" != nonsense ] || compute=-nan
 [ "$(mode)" != fast ] || rows=2400
@@ -110,9 +112,9 @@ REFUSED = (
     'trtexec: ModelImporter.cpp:726: While parsing node number 3 [TopK -> "x"]; ModelImporter.cpp:732: ERROR: '
     "builtin_op_importers.cpp:4951 In function importTopK: [8] Assertion failed: no kernel for it"
 )
-"""What the stand-in says of a graph that it does not build."""
+"""The stand-in's output for a graph that it does not build."""
 EVERY_MS, COMPUTE_MS = 0.25, 2.125
-"""Of the stand-in: from one enqueue to the next, and between its events. No device is so; the test tells them apart."""
+"""Of the stand-in: from one enqueue to the next, and between its events; different on purpose."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,18 @@ class Standin:
 
     def behave(self, mode: str) -> None:
         (self.place / "mode").write_text(mode)
+
+    def cut_at_next_call(self) -> None:
+        """Cut the connection while the next call runs; before it, the session would connect again unnoticed."""
+        self.behave("slow")
+        before = len(self.calls)
+
+        def cut() -> None:
+            while len(self.calls) == before:
+                time.sleep(0.01)
+            self.device.cut()
+
+        threading.Thread(target=cut, daemon=True).start()
 
     def fake(self, script: str) -> None:
         """Put another program in its place."""
@@ -215,7 +229,8 @@ def write_graph(folder: Path, name: str) -> Path:
 def measured(session: TrtexecSession, jobs: dict[str, tuple[Path, str]]) -> list[Opened | Window]:
     listed = [Job(name, path) for name, (path, _) in jobs.items()]
     precisions = {name: precision for name, (_, precision) in jobs.items()}
-    return list(session.measure("", listed, precisions, [*jobs], next(iter(jobs)), EFFORT, ()))
+    request = MeasureRequest("", tuple(listed), precisions, tuple(jobs), next(iter(jobs)), EFFORT)
+    return list(session.measure(request, ()))
 
 
 def table_path(workspace: Path) -> Path:
@@ -223,7 +238,7 @@ def table_path(workspace: Path) -> Path:
 
 
 def samples(workspace: Path) -> list[tuple[str, int]]:
-    """Job and round of every window that is kept here."""
+    """Job and round of every window that is stored locally."""
     path = table_path(workspace).with_suffix(".samples.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.exists() else []
     return [(line["window"]["job"], line["window"]["round"]) for line in lines if "window" in line]
@@ -293,11 +308,13 @@ def test_trtexec_alone_gives_a_table_that_names_its_protocol(mine: Path, standin
 
 
 @pytest.mark.slow
-def test_a_cut_in_the_middle_is_one_line_and_the_same_command_continues(mine: Path, standin: Standin) -> None:
+def test_a_cut_connection_is_one_line_and_the_same_command_continues(mine: Path, standin: Standin) -> None:
+    cut: list[bool] = []
+
     def watch(label: str, done: int, total: int) -> None:
-        if len(samples(mine)) >= 5:
-            standin.behave("slow")
-            standin.device.cut()
+        if len(samples(mine)) >= 5 and not cut:
+            cut.append(True)
+            standin.cut_at_next_call()
 
     with pytest.raises(RemoteError) as caught:
         profiled(mine, standin, watch)
@@ -323,8 +340,7 @@ def test_a_cut_while_building_leaves_nothing_running_and_what_was_built(
 ) -> None:
     def watch(label: str, done: int, total: int) -> None:
         if label == "build there" and done == 1:
-            standin.behave("slow")
-            standin.device.cut()
+            standin.cut_at_next_call()
 
     session.progress = watch
     with pytest.raises(RemoteError) as caught:
@@ -353,7 +369,7 @@ def commands() -> Iterator[str]:
     [("11.1.0", "110100", " [b42]", OPTIONS_11)],
 )
 @pytest.mark.slow
-def test_newer_releases_are_asked_in_their_own_options(
+def test_newer_releases_get_their_own_options(
     standin: Standin,
     session: TrtexecSession,
     jobs: dict[str, tuple[Path, str]],
@@ -378,7 +394,7 @@ def test_newer_releases_are_asked_in_their_own_options(
 
 
 @pytest.mark.slow
-def test_a_device_tells_what_it_is(session: TrtexecSession) -> None:
+def test_the_facts_of_a_device_are_read(session: TrtexecSession) -> None:
     assert session.hello is not None
     assert session.hello.machine == Machine(
         gpus=(Gpu("Stand-in", (7, 2), 7765 / 1024),),
@@ -394,14 +410,14 @@ def test_a_builder_that_crashes_takes_one_graph_with_it(
 ) -> None:
     standin.behave("crash")
     standin.break_graph(files.sha256_of_file(jobs["b@fp32"][0]))
-    assert session.build(jobs) == {"b@fp32": "trtexec crashed there, or was killed for the memory it took"}
+    assert session.build(jobs) == {"b@fp32": "trtexec crashed on the device, or was killed for the memory it took"}
     standin.behave("")
     del jobs["b@fp32"]
     assert {event.job for event in measured(session, jobs)} == {*jobs}
 
 
 @pytest.mark.slow
-def test_engines_and_timing_caches_that_were_damaged_are_made_again(
+def test_damaged_engines_and_timing_caches_are_rebuilt(
     standin: Standin, session: TrtexecSession, jobs: dict[str, tuple[Path, str]], remote: Remote, tmp_path: Path
 ) -> None:
     session.build(jobs)
@@ -445,7 +461,7 @@ def test_nonsense_instead_of_times_is_one_line_that_names_the_graph(
 
 
 @pytest.mark.slow
-def test_of_many_runs_some_are_kept_from_all_over_the_window(
+def test_a_window_of_many_runs_is_sampled_evenly(
     standin: Standin, session: TrtexecSession, jobs: dict[str, tuple[Path, str]]
 ) -> None:
     session.build(jobs)
@@ -466,13 +482,13 @@ def test_of_many_runs_some_are_kept_from_all_over_the_window(
         (lambda standin: standin.fake("echo '[TensorRT v8502]'; exit 1"), "trtexec finds no GPU"),
         (
             lambda standin: (standin.place / "trtexec").unlink(),
-            "or give the path at which it is; trtexec would be enough, but {host} has no trtexec, neither /usr/src/",
+            "or name another by --python PATH; trtexec would be enough, but {host} has no trtexec, neither /usr/src/",
         ),
     ],
     ids=["full", "another version", "another program", "no GPU", "neither Python nor trtexec"],
 )
 @pytest.mark.slow
-def test_what_is_wrong_there_is_one_line_with_the_remedy(
+def test_errors_on_the_device_are_one_line_with_the_remedy(
     mine: Path, standin: Standin, provoke: Callable[[Standin], object], told: str
 ) -> None:
     provoke(standin)
@@ -485,7 +501,7 @@ def test_what_is_wrong_there_is_one_line_with_the_remedy(
 
 
 @pytest.mark.slow
-def test_a_device_that_is_something_else_is_sent_nothing(mine: Path, standin: Standin) -> None:
+def test_nothing_is_sent_to_a_device_that_is_not_the_target(mine: Path, standin: Standin) -> None:
     (mine / "profiles" / "mine.toml").write_text(TARGET.replace("Stand-in", "Xavier"))
     message = run(*words(mine, standin)).stderr.splitlines()[-1]
     assert f"{standin.device.host} is not 'mine': the GPU is Stand-in, not Xavier" in message
@@ -493,27 +509,25 @@ def test_a_device_that_is_something_else_is_sent_nothing(mine: Path, standin: St
 
 
 @pytest.mark.slow
-def test_trtexec_stands_in_for_a_python_that_is_no_use_and_for_no_other_failure(
-    standin: Standin, remote: Remote, tmp_path: Path
-) -> None:
+def test_trtexec_is_used_only_where_python_is_unusable(standin: Standin, remote: Remote, tmp_path: Path) -> None:
     folder = tmp_path / "profiles"
     folder.mkdir()
     (folder / "mine.toml").write_text(TARGET)
     target, error = find_target("mine", tmp_path), MessError("tensorrt cannot be imported")
     path = standin.device.folder / "path"
     path.write_text(f"{standin.device.python.parent}:{path.read_text()}")
-    assert in_place_of_python(remote, target, tmp_path, quiet, error) is not None, "a Python without tensorrt"
-    assert in_place_of_python(remote, target, tmp_path, quiet, RemoteError("it was cut", lost=True)) is None
-    assert in_place_of_python(remote, find_target("host", tmp_path), tmp_path, quiet, error) is None
+    assert trtexec_instead_of_python(remote, target, tmp_path, quiet, error) is not None, "a Python without tensorrt"
+    assert trtexec_instead_of_python(remote, target, tmp_path, quiet, RemoteError("it was cut", lost=True)) is None
+    assert trtexec_instead_of_python(remote, find_target("host", tmp_path), tmp_path, quiet, error) is None
     usable = standin.place / "python3"
     usable.write_text("#!/bin/sh\nexit 0\n")
     usable.chmod(0o755)
     path.write_text(f"{standin.place}:{standin.device.folder / 'tools'}")
-    assert in_place_of_python(remote, target, tmp_path, quiet, error) is None, "a Python that has all it needs"
+    assert trtexec_instead_of_python(remote, target, tmp_path, quiet, error) is None, "a Python that has all it needs"
 
 
 @pytest.mark.slow
-def test_state_of_a_jetson_is_read_off_what_its_files_say() -> None:
+def test_the_state_of_a_jetson_is_read_from_its_files() -> None:
     text = (
         "zone 41500 CPU-therm\nzone 38000 GPU-therm\nzone  broken\ndevfreq 1377000000 1377000000 17000000.gv11b\n"
         "devfreq 204000000 1 15480000.nvdec\npolicy 2265600 2265600 0\npolicy 1190400 2265600 2\nload 0.25\nmode MAXN\n"
@@ -529,7 +543,7 @@ def test_state_of_a_jetson_is_read_off_what_its_files_say() -> None:
 
 
 @pytest.mark.slow
-def test_build_takes_trtexec_where_python_cannot_be_used(mine: Path, standin: Standin) -> None:
+def test_build_uses_trtexec_where_python_is_unusable(mine: Path, standin: Standin) -> None:
     command = ("-C", mine, "build", "--device", "mine", "--host", standin.device.host)
     (first,) = printed_json(*command)["builds"]
     graphs = set(read_graph_set(mine / "graphs").graphs)

@@ -107,7 +107,7 @@ def test_a_build_that_is_cut_is_continued_by_the_same_command(workspace: Path, x
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("verb", "words"), [("break", "no kernel for it"), ("crash", "the builder crashed there")])
+@pytest.mark.parametrize(("verb", "words"), [("break", "no kernel for it"), ("crash", "builder crashed on the device")])
 def test_a_graph_that_does_not_build_there_is_named(workspace: Path, xavier: Xavier, verb: str, words: str) -> None:
     name = "head-exit1.fcn-crm1-b0"
     xavier.wish(verb, form_of(workspace, name, xavier))

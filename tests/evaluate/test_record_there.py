@@ -258,7 +258,7 @@ def test_an_engine_that_is_gone_since_it_was_built_is_named(device: Device, grap
     exits = ScoredExits(small_network.HW, 3, ((0, 1, "segment-0-1"),), (), None)
     with (
         opened(device) as session,
-        pytest.raises(EngineError, match="segment-0-1 has no engine here any more"),
+        pytest.raises(EngineError, match="the engine of segment-0-1 is no longer on the device"),
         session.scoring({}, exits) as score,
     ):
         next(score([]))
@@ -269,9 +269,9 @@ def test_an_engine_that_is_gone_since_it_was_built_is_named(device: Device, grap
     [
         (
             r's/"counts": \[\[[0-9]*/"counts": [["many"/',
-            "says something else than expected: scored.counts[0][0] is 'many'",
+            "sent an unexpected reply: scored.counts[0][0] is 'many'",
         ),
-        (r's/{"scored"/library says: {"scored"/', "has not told all of its scores: run the same command again"),
+        (r's/{"scored"/library says: {"scored"/', "did not send all of its scores: run the same command again"),
     ],
     ids=["no number", "a spoilt line"],
 )

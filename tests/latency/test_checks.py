@@ -144,7 +144,7 @@ def test_pages_and_the_readme_of_a_bundle_say_it_too(workspace: Path) -> None:
     done("-C", workspace, "bundle", "-o", workspace / "other.mess")
     with zipfile.ZipFile(workspace / "other.mess") as content:
         readme = next(name for name in content.namelist() if name.upper().startswith("README"))
-        assert "Mind: host was unstable" in content.read(readme).decode()
+        assert "Warning: host was unstable" in content.read(readme).decode()
     (workspace / TABLE).unlink()
     plan = json.loads((workspace / "plans" / "host.json").read_text())["plan"]
     (shown,) = printed_json("-C", workspace, "compare", "host")["plans"]

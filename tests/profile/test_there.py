@@ -62,8 +62,8 @@ def test_another_machine_does_not_take_the_place_of_this_one(
     here = {**worker.describe_machine(), "identity": "another"}
     monkeypatch.setattr(connect, "describe_machine", lambda: here)
     message = refused(workspace, "profile", "--device", "host", "--host", device.host)
-    assert f"{device.host} is another, whose latencies would take the place of this one's" in message
-    assert "describe it in profiles/NAME.toml, and name it by --device NAME" in message
+    assert f"{device.host} is another, whose latencies would replace those of this machine" in message
+    assert "describe it in profiles/NAME.toml, and use --device NAME" in message
 
 
 EVIL = "my tools/py $(touch hacked) `touch hacked`; touch hacked & 'thon\""
@@ -81,7 +81,7 @@ class TestNamedPython:
         given = ("evaluate", "--split", "val[:2]", "--device", "host", "--host", device.host)
         assert "2 images" in done("-C", workspace, *given, "--python", python)
         assert not list(device.home.rglob("hacked"))
-        again = connect.reached(Workspace(workspace), device.host, None)
+        again = connect.remote_for(Workspace(workspace), device.host, None)
         with again as remote:
             assert remote.run((remote.host.python, "-c", "print(1)")).output == b"1\n"
 
@@ -113,7 +113,7 @@ class TestNamedPython:
 
     def test_without_a_host_there_is_no_other_python(self, workspace: Path) -> None:
         for command in ("profile", "evaluate"):
-            words = "--python /opt/python3 is of a device elsewhere: add --host ssh://user@host"
+            words = "--python /opt/python3 needs a device over SSH: add --host ssh://user@host"
             assert words in refused(workspace, command, "--device", "host", "--python", "/opt/python3")
 
 

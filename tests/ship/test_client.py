@@ -1,4 +1,4 @@
-"""`ship` over a real sshd: whatever breaks, a version that is in use goes on, and no half version ever takes over."""
+"""`ship` over a real sshd: after any failure the version in use goes on, and no partial version is ever activated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle.archive import open_archive
-from mess_compile.runtime.serve.ship import Looked
+from mess_compile.runtime.serve.ship import FolderReport
 from mess_compile.ship import client as ship
 from mess_compile.ship.client import Destination, parse_place
 from mess_compile.workspace import Workspace
@@ -35,7 +35,7 @@ FOLDER = "street"
 
 @dataclass(frozen=True)
 class Street:
-    """A device on which a bundle is in use: a program there labels frames by it all the time."""
+    """A device on which a bundle is in use: a program labels frames with it all the time."""
 
     device: Device
     bundle: Path
@@ -50,12 +50,12 @@ class Street:
         return f"{self.device.host}:~/{FOLDER}"
 
     def ship(self, bundle: Path, *options: str) -> str:
-        """What is in use after a ship that succeeds."""
+        """Ship successfully, and return the version in use."""
         done("ship", bundle, self.place, *ANY_SPEED, *options)
         return check_whole(self.folder)
 
     def refused(self, bundle: Path, *options: str) -> str:
-        """The complaint about a ship that leaves everything as it was."""
+        """The error of a ship that fails and changes nothing."""
         before = check_whole(self.folder)
         message = failed("ship", bundle, self.place, *(options or ANY_SPEED))
         assert check_whole(self.folder) == before
@@ -64,7 +64,7 @@ class Street:
 
 
 def failed(*arguments: str | Path) -> str:
-    """The one line about what went wrong, behind those of progress."""
+    """The error, one line after those of progress."""
     result = run(*arguments)
     assert result.exit_code == 1, (result.stdout, result.stderr)
     *progress, message = result.stderr.splitlines()
@@ -75,7 +75,7 @@ def failed(*arguments: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def street(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Iterator[Street]:
-    """Shipped once; the program that uses it runs until the last test of this file, and loses no frame."""
+    """A bundle shipped once; the program that uses it runs until the last test of this file, and loses no frame."""
     with remote_device(tmp_path_factory.mktemp("device")) as device, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{device.path_folder()}:{os.environ['PATH']}")
         patch.chdir(tmp_path_factory.mktemp("workspace"))
@@ -101,19 +101,19 @@ def numbers() -> Iterator[int]:
 
 @pytest.fixture
 def newer(street: Street, numbers: Iterator[int], tmp_path: Path) -> Path:
-    """A bundle that was never there: one threshold differs."""
+    """A bundle that was not shipped before: one threshold differs."""
     return changed_bundle(street.bundle, tmp_path / "host.mess", with_threshold(next(numbers)))
 
 
 def history(street: Street) -> list[dict[str, Any]]:
-    """What `ships` tells of each version, the newest first."""
+    """What `ships` prints of each version, the newest first."""
     (place,) = [each for each in printed_json("ships")["places"] if each["place"] == street.place]
     versions = place["versions"]
     assert isinstance(versions, list)
     return versions
 
 
-def test_what_changed_travels_takes_over_and_is_taken_back(street: Street, newer: Path) -> None:
+def test_only_changes_are_sent_and_a_version_can_be_rolled_back(street: Street, newer: Path) -> None:
     before = check_whole(street.folder)
     foreseen = printed_json("ship", newer, street.place, "--dry-run")
     assert differences("ship --dry-run", foreseen) == []
@@ -141,7 +141,7 @@ def test_what_changed_travels_takes_over_and_is_taken_back(street: Street, newer
 
 
 @pytest.mark.slow
-def test_an_older_bundle_takes_over_only_when_asked_to(street: Street, newer: Path) -> None:
+def test_an_older_bundle_is_installed_only_with_allow_downgrade(street: Street, newer: Path) -> None:
     street.ship(newer)
     assert "--allow-downgrade" in street.refused(street.bundle)
     refused = done("ship", street.bundle, street.place, "--dry-run")
@@ -158,7 +158,7 @@ def test_bundle_gives_a_release(workspace: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_release_is_older_by_its_number(street: Street, tmp_path: Path) -> None:
+def test_release_numbers_decide_which_bundle_is_older(street: Street, tmp_path: Path) -> None:
     second, first = (changed_bundle(street.bundle, tmp_path / f"{each}.mess", released(each)) for each in (2, 1))
     street.ship(second)
     assert "is release 1, and release 2 is in use" in street.refused(first)
@@ -166,18 +166,18 @@ def test_a_release_is_older_by_its_number(street: Street, tmp_path: Path) -> Non
     street.ship(street.bundle, "--allow-downgrade")
 
 
-def test_what_fails_verification_there_does_not_take_over(street: Street, tmp_path: Path) -> None:
+def test_a_bundle_that_fails_verification_is_not_activated(street: Street, tmp_path: Path) -> None:
     bundle = changed_bundle(street.bundle, tmp_path / "host.mess", that_fails)
-    assert "fails verification there: golden/0.npy" in street.refused(bundle)
+    assert "failed verification on the device: golden/0.npy" in street.refused(bundle)
 
 
 @pytest.mark.slow
-def test_what_is_slower_there_than_the_plan_says_does_not_take_over(street: Street, newer: Path) -> None:
-    assert "fails verification there: latency" in street.refused(newer, "--latency-factor", "0.0001")
+def test_a_bundle_slower_than_its_plan_is_not_activated(street: Street, newer: Path) -> None:
+    assert "failed verification on the device: latency" in street.refused(newer, "--latency-factor", "0.0001")
 
 
 @pytest.mark.slow
-def test_the_device_takes_bundles_of_its_own_signers_alone(street: Street, newer: Path, tmp_path: Path) -> None:
+def test_the_device_accepts_only_its_own_signers(street: Street, newer: Path, tmp_path: Path) -> None:
     _, other = keys(tmp_path)
     installed = street.device.home / ".config" / "mess-compile" / "allowed_signers"
     installed.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def test_the_device_takes_bundles_of_its_own_signers_alone(street: Street, newer
 
 
 @pytest.mark.slow
-def test_a_signer_whom_the_device_knows_is_named(street: Street, newer: Path, tmp_path: Path) -> None:
+def test_the_signer_is_reported(street: Street, newer: Path, tmp_path: Path) -> None:
     own, _ = keys(tmp_path)
     installed = street.device.home / ".config" / "mess-compile" / "allowed_signers"
     installed.parent.mkdir(parents=True, exist_ok=True)
@@ -208,12 +208,12 @@ def test_a_signer_whom_the_device_knows_is_named(street: Street, newer: Path, tm
         installed.unlink()
 
 
-def test_a_target_that_the_bundle_lacks_is_refused_before_anything_travels(street: Street) -> None:
+def test_an_unknown_target_is_refused_before_anything_is_sent(street: Street) -> None:
     message = complaint("ship", street.bundle, street.place, "--target", "orin")
     assert "has no plan 'orin'; it has host:fp32" in message
 
 
-def test_a_damaged_bundle_is_refused_before_anything_travels(street: Street, newer: Path, tmp_path: Path) -> None:
+def test_a_damaged_bundle_is_refused_before_anything_is_sent(street: Street, newer: Path, tmp_path: Path) -> None:
     content = bytearray(newer.read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "damaged.mess").write_bytes(content)
@@ -223,8 +223,8 @@ def test_a_damaged_bundle_is_refused_before_anything_travels(street: Street, new
 
 
 @pytest.mark.slow
-def test_a_file_that_was_damaged_there_travels_again(street: Street, newer: Path) -> None:
-    """In the store, which later versions are made of: whoever has loaded it has a copy of his own."""
+def test_a_file_damaged_on_the_device_is_sent_again(street: Street, newer: Path) -> None:
+    """In the store, from which later versions are made; programs that loaded it have their own copies."""
     stored = max((street.folder / ".ship" / "files").iterdir(), key=lambda path: path.stat().st_size)
     content = stored.read_bytes()
     stored.chmod(0o644)
@@ -235,7 +235,7 @@ def test_a_file_that_was_damaged_there_travels_again(street: Street, newer: Path
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_what_is_in_use_and_the_same_command_continues(street: Street, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_version_in_use_and_the_same_command_continues(street: Street, tmp_path: Path) -> None:
     place = f"{street.device.host}:~/another"
     street.device.limit_file_bytes(100_000)
     try:
@@ -273,8 +273,8 @@ def test_one_dead_host_of_three_does_not_stop_the_others(street: Street, newer: 
 def test_a_place_that_is_named_twice_is_listed_once_with_its_own_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def looked(places: Sequence[Destination]) -> list[Looked]:
-        return [Looked(place.folder, (), {}, 0, None, (), (), None, False) for place in places]
+    def looked(places: Sequence[Destination]) -> list[FolderReport]:
+        return [FolderReport(place.folder, (), {}, 0, None, (), (), None, False) for place in places]
 
     monkeypatch.setattr(ship, "look", looked)
     told = printed_json("-C", tmp_path, "ships", "xavier:/a", "xavier:/a", "orin:/b")["places"]
@@ -299,12 +299,12 @@ def test_places_are_hosts_and_folders(text: str, destination: str, port: int | N
 @pytest.mark.parametrize(
     "text", ["ssh://h", "h:/", "h:/a b", "h:/a;b", "h:/../a", "h:/a/../b", "h:~/", "h:-x", "-oX:/a", "h:/a'"]
 )
-def test_what_is_no_place_never_reaches_a_shell(text: str) -> None:
+def test_an_invalid_place_never_reaches_a_shell(text: str) -> None:
     with pytest.raises(InputError):
         parse_place(text)
 
 
-def test_a_place_without_a_folder_is_told_what_is_missing() -> None:
+def test_a_place_without_a_folder_is_refused_with_an_example() -> None:
     for text in ("ssh://nv@xavier:2222", "nv@xavier", "ssh://xavier"):
         with pytest.raises(InputError, match=r"names no folder: write ssh://user@host:/opt/street"):
             parse_place(text)
@@ -335,7 +335,9 @@ def without_python(street: Street) -> Iterator[Device]:
     assert not list(street.device.home.rglob("hacked"))
 
 
-def test_the_python_there_is_named_or_the_error_says_how(street: Street, newer: Path, without_python: Device) -> None:
+def test_a_missing_python_is_reported_with_the_option_to_name_one(
+    street: Street, newer: Path, without_python: Device
+) -> None:
     old = without_python.wrapped_python("old", 'echo 3.6.9; [ "$1" = -c ]')
     message = failed("ship", newer, street.place, *ANY_SPEED)
     assert "`python3` cannot be started" in message
@@ -346,7 +348,7 @@ def test_the_python_there_is_named_or_the_error_says_how(street: Street, newer: 
 
 
 @pytest.mark.slow
-def test_another_python_there_ships_and_is_remembered(street: Street, newer: Path, without_python: Device) -> None:
+def test_another_python_is_used_and_remembered(street: Street, newer: Path, without_python: Device) -> None:
     before = check_whole(street.folder)
     try:
         assert street.ship(newer, "--python", f"~/{NAMED}") != before
@@ -366,10 +368,10 @@ def test_a_password_is_not_repeated(street: Street) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_ended_at_random_moments_nothing_half_made_takes_over(
+def test_a_ship_broken_at_random_moments_never_activates_a_partial_version(
     street: Street, numbers: Iterator[int], tmp_path: Path, seed: int
 ) -> None:
-    """Ten times a test: the connection cut, a kill here, a kill there. Then the same command comes to its end."""
+    """Ten times: cut the connection, kill this process or that on the device. Then the same command succeeds."""
     moments, broken = random.Random(seed), 0
     newer = changed_bundle(street.bundle, tmp_path / "host.mess", with_threshold(next(numbers)))
     took_s = -time.monotonic()

@@ -1,4 +1,4 @@
-"""Thresholds chosen again on a device: the fastest that keep what the plan promises, by an independent count."""
+"""Thresholds chosen again on a device: the fastest with the promised mIoU, by an independent calculation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle import archive, manifest
 from mess_compile.runtime.serve.verify import verify_bundle
 from mess_compile.search.plan import Stage
-from mess_compile.ship.retune import Choice, chosen_stages, retuned
+from mess_compile.ship.retune import Choice, chosen_stages, retune
 from tests import small_network
 from tests.commands import ANY_SPEED, printed_json
 from tests.conftest import quiet
@@ -29,7 +29,7 @@ from tests.small_network import changed_bundle
 
 
 def all_leave_at_once(described: manifest.Manifest) -> manifest.Manifest:
-    """As if the device's precision had made the first exit far too sure: the plan promises what it did."""
+    """A plan whose first exit is far too confident, as if by the device's precision; it promises older figures."""
     (plan,) = described.plans
     stages = (replace(plan.stages[0], cut=0), *plan.stages[1:])
     points = tuple(
@@ -82,7 +82,7 @@ def known(finished: Path) -> tuple[ExitStatistics, manifest.BundlePlan, tuple[St
     return statistics, plan, stages
 
 
-def test_thresholds_that_do_what_they_promised_stay(
+def test_thresholds_that_reach_the_promised_figures_stay(
     known: tuple[ExitStatistics, manifest.BundlePlan, tuple[Stage, ...]],
 ) -> None:
     assert chosen_stages(*known) == known[2]
@@ -135,7 +135,7 @@ def outcome(plan: manifest.BundlePlan, statistics: ExitStatistics, stages: tuple
 
 
 @pytest.mark.parametrize(("seed", "exits"), [(seed, exits) for exits in (2, 3) for seed in range(4)])
-def test_the_fastest_that_keep_the_promised_miou_take_their_place(
+def test_the_fastest_thresholds_with_the_promised_miou_are_chosen(
     described: manifest.BundlePlan, seed: int, exits: int
 ) -> None:
     case = made(described, seed, exits)
@@ -147,7 +147,9 @@ def test_the_fastest_that_keep_the_promised_miou_take_their_place(
 
 
 @pytest.mark.parametrize(("seed", "exits"), [(seed, exits) for exits in (2, 3) for seed in range(4)])
-def test_where_none_keep_it_the_most_accurate_do(described: manifest.BundlePlan, seed: int, exits: int) -> None:
+def test_the_most_accurate_thresholds_are_chosen_where_none_reach_it(
+    described: manifest.BundlePlan, seed: int, exits: int
+) -> None:
     case = made(described, seed, exits)
     best = max(found for _, found in case.outcomes.values())
     cost, found = case.chosen(best + 1e-6)
@@ -155,7 +157,7 @@ def test_where_none_keep_it_the_most_accurate_do(described: manifest.BundlePlan,
     assert cost == pytest.approx(min(cost for cost, found in case.outcomes.values() if found > best - 1e-9))
 
 
-def test_nobody_leaves_at_exits_that_are_always_wrong_on_the_device(described: manifest.BundlePlan) -> None:
+def test_no_image_leaves_at_exits_that_are_always_wrong_on_the_device(described: manifest.BundlePlan) -> None:
     case = made(described, 0, 3)
     right = case.statistics.intersection.copy()
     right[:, :2] = 0
@@ -175,7 +177,7 @@ def several(tmp_path: Path) -> Path:
     return tmp_path / "several.mess"
 
 
-def test_other_thresholds_of_one_plan_leave_the_others_as_they_were(several: Path, tmp_path: Path) -> None:
+def test_retuning_one_plan_leaves_the_others_unchanged(several: Path, tmp_path: Path) -> None:
     with closing(archive.open_archive(several)) as opened:
         bold, safe = opened.manifest.plans
         first = replace(bold.stages[0], cut=0)
@@ -196,13 +198,13 @@ def test_other_thresholds_of_one_plan_leave_the_others_as_they_were(several: Pat
         assert all(check.passed for check in golden)
 
 
-def test_of_several_plans_the_one_to_choose_for_must_be_named(several: Path, tmp_path: Path) -> None:
+def test_one_of_several_plans_must_be_named(several: Path, tmp_path: Path) -> None:
     choice = Choice(tmp_path / "data", small_network.candidate(), None)
     remote = Remote(parse_host("ssh://nobody@127.0.0.1"))
     with closing(archive.open_archive(several)) as opened:
         for target in (None, "host", "xavier"):
             with pytest.raises(InputError, match=r"has the plans host:fp16, host:fp32: .* --target host:fp16"):
-                retuned(opened, choice, target, remote, tmp_path / "never.mess", quiet)
+                retune(opened, choice, target, remote, tmp_path / "never.mess", quiet)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +214,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
 
 
 @pytest.mark.slow
-def test_a_device_that_does_otherwise_gets_thresholds_of_its_own(
+def test_a_device_with_other_results_gets_its_own_thresholds(
     running: Device,
     workspace: Path,
     known: tuple[ExitStatistics, manifest.BundlePlan, tuple[Stage, ...]],
@@ -223,15 +225,15 @@ def test_a_device_that_does_otherwise_gets_thresholds_of_its_own(
     place, statistics, plan = f"{running.host}:~/street", known[0], known[1]
     data = ("--data", workspace / "data")
     (same,) = printed_json("-C", workspace, "ship", workspace / "host.mess", place, *data, *ANY_SPEED)["places"]
-    assert same["retuned"]["changed"] is False
-    assert same["retuned"]["found_miou"] == pytest.approx(plan.predicted.miou)
+    assert same["retune"]["changed"] is False
+    assert same["retune"]["found_miou"] == pytest.approx(plan.predicted.miou)
     bold = changed_bundle(workspace / "host.mess", tmp_path / "host.mess", all_leave_at_once)
     (other,) = printed_json("-C", workspace, "ship", bold, place, *data, *ANY_SPEED)["places"]
-    assert other["retuned"]["changed"] is True
+    assert other["retune"]["changed"] is True
     assert other["sent_bytes"] < 64 * 1024, "only thresholds differ"
     heads = [stage.head for stage in plan.stages]
     at_once = miou(statistics, heads, [0] * statistics.images)
-    assert other["retuned"]["found_miou"] == pytest.approx(at_once)
+    assert other["retune"]["found_miou"] == pytest.approx(at_once)
     with closing(archive.open_archive(running.home / "street" / "current")) as opened:
         (now,) = opened.manifest.plans
     chosen = tuple(Stage(stage.exit_point, stage.head, stage.row, stage.cut) for stage in now.stages)
@@ -241,7 +243,7 @@ def test_a_device_that_does_otherwise_gets_thresholds_of_its_own(
     own, _ = keys(tmp_path)
     signed = changed_bundle(bold, tmp_path / "signed.mess", lambda described: described, own)
     (refused,) = [line for line in _complaint(workspace, signed, place, *data) if "error" in line]
-    assert "sign again by --sign KEY" in refused
+    assert "sign it again with --sign KEY" in refused
     printed_json("-C", workspace, "ship", signed, place, *data, "--sign", own, *ANY_SPEED)
     assert (running.home / "street" / "current" / "manifest.json.sig").exists()
 

@@ -42,7 +42,7 @@ def test_a_profile_tells_how_many_graphs_and_how_long(workspace: Path) -> None:
 
 
 def test_what_a_broken_measurement_left_is_told(workspace: Path) -> None:
-    kind, window = worker.told(measure.Window("baseline@fp32", 1, (1.0,)))
+    kind, window = worker.event_to_message(measure.Window("baseline@fp32", 1, (1.0,)))
     lines = [json.dumps({"run": "1"}), *[json.dumps({kind: window})] * measure.Effort().windows]
     (workspace / "latency" / "host.samples.jsonl").write_text("\n".join(lines))
     (step,) = foreseen(workspace, "profile", "--device", "host")

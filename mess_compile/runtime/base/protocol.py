@@ -1,6 +1,6 @@
-"""One program tells another what it does, line by line: each a JSON object with one key, of which `error` is the last.
+"""Two programs of one release talk by lines: a request comes as a file, replies are printed.
 
-What it is to do comes as a file, a wish, of the same release on both sides.
+A reply is a line with a JSON object of one key, its kind. The last one is `error` when the work failed.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import Any, Callable, Optional, Tuple
 from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, MessError
 
-Say = Callable[[str, Any], None]
+Send = Callable[[str, Any], None]
+"""Sends a message: its kind and its content."""
 
 
-def line_of(kind: str, content: Any) -> str:
+def message_to_line(kind: str, content: Any) -> str:
     return json.dumps({kind: content})
 
 
-def said(line: str) -> Optional[Tuple[str, Any]]:
-    """Kind and content of a line; None when it is not ours (engine libraries print, too)."""
+def message_from_line(line: str) -> Optional[Tuple[str, Any]]:
+    """Kind and content of a line; None for a line that is not a message, such as what engine libraries print."""
     try:
         ((kind, content),) = json.loads(line).items()
     except (ValueError, AttributeError, RecursionError):
@@ -28,32 +29,40 @@ def said(line: str) -> Optional[Tuple[str, Any]]:
     return kind, content
 
 
-def wish_of(kind: Any, text: str, form: str, version: int) -> Any:
-    """A wish as the dataclass `kind`. Raises InputError naming what is wrong."""
+def request_to_json(request: Any, form: str, version: int) -> str:
+    """The text of a request, a dataclass."""
+    return json.dumps(decode.encode(request, form, version), sort_keys=True)
+
+
+def request_from_json(kind: Any, text: str, form: str, version: int) -> Any:
+    """The inverse of `request_to_json`, for the dataclass `kind`. Raises InputError naming what is wrong."""
     try:
-        return decode.document(kind, text, form, version, "wish")
+        return decode.document(kind, text, form, version, "request")
     except decode.ForeignError as error:
-        raise InputError(f"the wish is not {form} {version}: run the same release on both sides") from error
+        raise InputError(
+            f"unsupported request version (not {form} {version}): run the same release on both sides"
+        ) from error
     except decode.DecodeError as error:
-        raise InputError(f"the wish cannot be read: {error}") from error
+        raise InputError(f"the request cannot be read: {error}") from error
 
 
-def tell(act: Callable[[Say], None], place: Path) -> int:
-    """Have `act` say lines on standard output; exit code 1 after a last line `error`, 0 without.
+def serve_messages(act: Callable[[Send], None], place: Path) -> int:
+    """Call `act` with a function that prints messages; the exit code is 1 after a last message `error`, otherwise 0.
 
-    `place` is named where the system does not say which file it is about.
+    `place` is named in the error where the system does not name a file.
     """
 
-    def say(kind: str, content: Any) -> None:
-        print(line_of(kind, content), flush=True)
+    def send(kind: str, content: Any) -> None:
+        print(message_to_line(kind, content), flush=True)
 
     try:
-        act(say)
+        act(send)
         return 0
     except MessError as error:
-        say("error", str(error))
+        send("error", str(error))
     except OSError as error:
-        say("error", f"{error.strerror or error} ({error.filename or place}): make room there, and look at its rights")
+        reason, path = error.strerror or error, error.filename or place
+        send("error", f"{reason} ({path}): make room there, and check its permissions")
     except MemoryError:
-        say("error", "the device is out of memory: end what else runs there")
+        send("error", "the device is out of memory: stop other programs there")
     return 1

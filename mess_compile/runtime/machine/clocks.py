@@ -1,10 +1,10 @@
-"""Clocks at their highest while something is measured, and put back afterwards, whatever becomes of us.
+"""Locks clocks at their maximum during a measurement; they are restored on exit and after a crash.
 
-Where the kernel's files can be written, they are: GPU (devfreq), processor (cpufreq) and memory (the BPMP's debugfs).
-Elsewhere it is `sudo -n jetson_clocks` on a Jetson, and `nvidia-smi --lock-gpu-clocks` on a card. What was there is
-written to a file before anything changes. `python -m mess_compile.runtime.machine.clocks FILE`, a process in a
-session of its own, restores from it when this one dies; `restore_leftover` does when both have died. After a reboot
-nothing is left to restore. Sources: see `power.py`; NVIDIA's Jetson Linux Developer Guide on jetson_clocks.
+Writes the kernel's files where that is allowed: GPU (devfreq), CPU (cpufreq) and memory (the BPMP's debugfs). Otherwise
+runs `sudo -n jetson_clocks` on a Jetson, and `nvidia-smi --lock-gpu-clocks` for a graphics card. The previous values
+are saved to a file before anything changes. A watcher, a process in a session of its own, restores them from it when
+this process dies; `restore_leftover` does when both have died. A reboot resets the clocks. Sources: see `power.py`;
+NVIDIA's Jetson Linux Developer Guide on jetson_clocks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mess_compile.runtime.machine import power
 _FORMAT, _VERSION = "mess-clocks", 1
 _PATIENCE_S = 30
 _ATTEMPTS = 50
-_OURS = re.compile(
+_OUR_FILES = re.compile(
     r"sys/class/devfreq/[\w.-]+/min_freq|sys/devices/system/cpu/cpufreq/policy[0-9]+/scaling_(governor|min_freq)"
     r"|sys/kernel/debug/bpmp/debug/clk/emc/(rate|mrq_rate_locked)",
     re.ASCII,
@@ -42,15 +42,15 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class ClockLock:
-    """What is locked: of `GPU`, `CPU`, `EMC` (memory), or `jetson_clocks` for all that this tool locks."""
+    """What is locked: some of `GPU`, `CPU`, `EMC` (memory), or `jetson_clocks` for all that this tool locks."""
 
     held: Tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What to put back: `writes` (path below `root`, text) in the order in which the files were changed, the file that
-    `jetson_clocks` stored to, and the card whose clocks `nvidia-smi` locked."""
+class _SavedClocks:
+    """What to restore: `writes` (path below `root`, text) in the order in which the files were changed, the file that
+    `jetson_clocks` wrote its state to, and the card whose clocks `nvidia-smi` locked."""
 
     root: str
     boot_id: str
@@ -61,7 +61,7 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Change:
-    """One file of the kernel's: what is locked by it, its path below the root, and the text before and after."""
+    """A change of one kernel file: which clock it locks, its path below the root, and the text before and after."""
 
     what: str
     path: str
@@ -71,51 +71,53 @@ class _Change:
 
 @dataclass(frozen=True)
 class _Plan:
-    kept: _Kept
+    saved: _SavedClocks
     held: Tuple[str, ...]
     changes: Tuple[_Change, ...] = ()
     commands: Tuple[Tuple[str, ...], ...] = ()
 
 
 @contextmanager
-def lock_clocks(keep: Path, root: Path = Path("/")) -> Iterator[ClockLock]:
-    """Hold the clocks at the highest that the power mode allows until the body ends, or this process does.
+def lock_clocks(file: Path, root: Path = Path("/")) -> Iterator[ClockLock]:
+    """Lock the clocks at the maximum of the power mode until the body or this process ends.
 
-    `keep` is the file for what was there before; a left-over of an earlier run is restored first. Clocks of a card go
-    back to the driver's default, since it does not tell what was asked for before. Raises InputError when clocks cannot
-    be locked (nothing is changed then), or cannot be put back.
+    `file` is where the previous values are saved; what an earlier run left there is restored first. A card's clocks are
+    reset to the driver's default, since the driver does not report earlier settings. Raises InputError when clocks
+    cannot be locked (nothing is changed then), or cannot be restored.
     """
-    keep, root = keep.absolute(), root.absolute()
-    restore_leftover(keep)
-    plan = _planned(root, keep)
-    with _watched(keep), _written(keep, plan.kept):
+    file, root = file.absolute(), root.absolute()
+    restore_leftover(file)
+    plan = _plan_lock(root, file)
+    with _restored_by_watcher(file), _save(file, plan.saved):
         try:
             yield ClockLock(_apply(root, plan))
         finally:
-            _put_back(keep, plan.kept)
+            _restore(file, plan.saved)
 
 
-def restore_leftover(keep: Path) -> bool:
-    """Put back what a killed run left locked, as told in the file `keep`, which is removed; says whether there was one.
+def restore_leftover(file: Path) -> bool:
+    """Restore the clocks that a killed run left locked, from `file`, which is removed; False when there is no file.
 
-    Raises InputError when the file is damaged, a living process holds it, or the clocks cannot be put back.
+    Raises InputError when the file is damaged, a running process holds it, or the clocks cannot be restored.
     """
     try:
-        descriptor = os.open(str(keep), os.O_RDONLY)
+        descriptor = os.open(str(file), os.O_RDONLY)
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise InputError(f"{keep}, on the clocks to restore, cannot be read: {error.strerror}") from error
+        raise InputError(f"{file}, with the clocks to restore, cannot be read: {error.strerror}") from error
     with open(descriptor, "rb") as stream:
-        if not _owned(descriptor):
-            raise InputError(f"the clocks are locked by a process that still runs ({keep}): wait for it, or stop it")
-        if not _is_at(descriptor, keep):  # restored by another, while we waited
+        if not _lock(descriptor):
+            raise InputError(
+                f"the clocks are locked by a process that is still running ({file}): wait for it, or stop it"
+            )
+        if not _is_at(descriptor, file):  # another process has restored it meanwhile
             return False
-        kept = _parsed(keep, stream.read(1 << 20))
-        if kept.boot_id == _boot_id(Path(kept.root)):
-            _put_back(keep, kept)
+        saved = _decode_saved(file, stream.read(1 << 20))
+        if saved.boot_id == _boot_id(Path(saved.root)):
+            _restore(file, saved)
         else:
-            _forget(keep, kept)
+            _remove_saved(file, saved)
         return True
 
 
@@ -126,57 +128,57 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _planned(root: Path, keep: Path) -> _Plan:
-    """What to change here. Raises InputError when the clock that matters most cannot be."""
-    wanted = _changes(root)
-    asked = [(change.what, _refusal(root, change)) for change in wanted]
-    refusals = {what: refusal for what, refusal in asked if refusal}
-    changes = tuple(change for change in wanted if change.what not in refusals)
+def _plan_lock(root: Path, file: Path) -> _Plan:
+    """What to change on this machine. Raises InputError when its most important clock cannot be locked."""
+    possible = _changes(root)
+    checked = [(change.what, _refusal(root, change)) for change in possible]
+    refusals = {what: refusal for what, refusal in checked if refusal}
+    changes = tuple(change for change in possible if change.what not in refusals)
     held = tuple(dict.fromkeys(change.what for change in changes))
-    kept = _Kept(str(root), _boot_id(root), tuple((change.path, change.before) for change in changes))
-    first = wanted[0].what if wanted else ""
+    saved = _SavedClocks(str(root), _boot_id(root), tuple((change.path, change.before) for change in changes))
+    first = possible[0].what if possible else ""
     if first != "GPU":
         card = _card()
         if card is not None:
-            return _card_plan(*card, kept, held, changes)
+            return _card_plan(*card, saved, held, changes)
     if first in held:
-        return _Plan(kept, held, changes)
-    if power.found_tool("jetson_clocks"):
-        return _jetson_plan(root, keep, refusals.get(first, "the kernel's files for them are missing"))
+        return _Plan(saved, held, changes)
+    if power.find_tool("jetson_clocks"):
+        return _jetson_plan(root, file, refusals.get(first, "the kernel's files for them are missing"))
     if not first:
-        raise InputError("there are no clocks here that can be locked: measure without --lock-clocks")
+        raise InputError("this machine has no clocks that can be locked: measure without --lock-clocks")
     raise InputError(f"clocks cannot be locked: {refusals[first]}; {_REMEDY.format(tool='jetson_clocks')}")
 
 
-def _card_plan(card: str, mhz: str, kept: _Kept, held: Tuple[str, ...], changes: Tuple[_Change, ...]) -> _Plan:
-    """Whether we may is asked by what must work later: putting the card's clocks back."""
-    error = _run(_resetting(card))
+def _card_plan(card: str, mhz: str, saved: _SavedClocks, held: Tuple[str, ...], changes: Tuple[_Change, ...]) -> _Plan:
+    """Resetting the card's clocks, which must work later, is the test of whether they may be changed."""
+    error = _run(_reset_command(card))
     if error:
         raise InputError(f"clocks cannot be locked: {error}; {_REMEDY.format(tool='nvidia-smi')}")
     command = _as_root("nvidia-smi", "-i", card, f"--lock-gpu-clocks={mhz},{mhz}")
-    return _Plan(replace(kept, card=card), ("GPU", *held), changes, (command,))
+    return _Plan(replace(saved, card=card), ("GPU", *held), changes, (command,))
 
 
-def _resetting(card: str) -> Tuple[str, ...]:
+def _reset_command(card: str) -> Tuple[str, ...]:
     return _as_root("nvidia-smi", "-i", card, "--reset-gpu-clocks")
 
 
-def _jetson_plan(root: Path, keep: Path, refusal: str) -> _Plan:
-    """By the tool of JetPack, for which a password must not be needed: nobody could give it after a crash."""
-    stored = keep.with_name(f"{keep.name}.jetson_clocks")
+def _jetson_plan(root: Path, file: Path, refusal: str) -> _Plan:
+    """By JetPack's tool, which must not need a password: nobody could enter one after a crash."""
+    stored = file.with_name(f"{file.name}.jetson_clocks")
     stored.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError):
-        stored.unlink()  # it asks before it overwrites
+        stored.unlink()  # the tool asks before it overwrites
     error = _run(_as_root("jetson_clocks", "--store", str(stored)))
     if error:
         remedy = _REMEDY.format(tool="jetson_clocks")
-        raise InputError(f"clocks cannot be locked: {refusal}, and jetson_clocks says: {error}; {remedy}")
-    kept = _Kept(str(root), _boot_id(root), jetson_clocks=str(stored))
-    return _Plan(kept, ("jetson_clocks",), commands=(_as_root("jetson_clocks"),))
+        raise InputError(f"clocks cannot be locked: {refusal}, and jetson_clocks fails: {error}; {remedy}")
+    saved = _SavedClocks(str(root), _boot_id(root), jetson_clocks=str(stored))
+    return _Plan(saved, ("jetson_clocks",), commands=(_as_root("jetson_clocks"),))
 
 
 def _changes(root: Path) -> List[_Change]:
-    """All that there is to change, the GPU first; memory's lock comes before its rate, and the last is undone first."""
+    """All possible changes, the GPU first; memory's lock comes before its rate, and changes are undone in reverse."""
     found: List[Optional[_Change]] = []
     for folder in power.gpu_folders(root)[:1]:
         found.append(_change(root, "GPU", folder / "min_freq", _text(folder / "max_freq")))
@@ -210,12 +212,12 @@ def _card() -> Optional[Tuple[str, str]]:
     card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     if not card:
         return None
-    told = power.output("nvidia-smi", "-i", card, "--query-gpu=clocks.max.graphics", "--format=csv,noheader,nounits")
-    return (card, told.strip()) if re.fullmatch(r"[0-9]{2,5}", told.strip()) else None
+    text = power.output("nvidia-smi", "-i", card, "--query-gpu=clocks.max.graphics", "--format=csv,noheader,nounits")
+    return (card, text.strip()) if re.fullmatch(r"[0-9]{2,5}", text.strip()) else None
 
 
 def _apply(root: Path, plan: _Plan) -> Tuple[str, ...]:
-    """What is held then; memory that refuses is not, since not every board lets its clock be set."""
+    """Lock the clocks, and return what is locked; memory may fail, since not every board lets its clock be set."""
     refused = set()
     for change in plan.changes:
         error = _write(root / change.path, change.after)
@@ -229,55 +231,57 @@ def _apply(root: Path, plan: _Plan) -> Tuple[str, ...]:
     return tuple(what for what in plan.held if what not in refused)
 
 
-def _put_back(keep: Path, kept: _Kept) -> None:
-    root = Path(kept.root)
-    errors = [_restored(root, path, text) for path, text in reversed(kept.writes)]
-    if kept.jetson_clocks is not None:
-        errors.append(_run(_as_root("jetson_clocks", "--restore", kept.jetson_clocks)))
-    if kept.card is not None:
-        errors.append(_run(_resetting(kept.card)))
+def _restore(file: Path, saved: _SavedClocks) -> None:
+    root = Path(saved.root)
+    errors = [_restore_file(root, path, text) for path, text in reversed(saved.writes)]
+    if saved.jetson_clocks is not None:
+        errors.append(_run(_as_root("jetson_clocks", "--restore", saved.jetson_clocks)))
+    if saved.card is not None:
+        errors.append(_run(_reset_command(saved.card)))
     failed = [error for error in errors if error]
     if failed:
-        raise InputError(f"the clocks stay locked: {failed[0]}; run the same command again as root, or reboot ({keep})")
-    _forget(keep, kept)
+        raise InputError(
+            f"the clocks are still locked: {failed[0]}; run the same command again as root, or reboot ({file})"
+        )
+    _remove_saved(file, saved)
 
 
-def _restored(root: Path, path: str, text: str) -> str:
-    """Memory's rate is a try: it moves by itself as soon as it is not held any more."""
+def _restore_file(root: Path, path: str, text: str) -> str:
+    """Write a saved value; an error of memory's rate is ignored, since it moves by itself once it is unlocked."""
     error = _write(root / path, text)
     return "" if path == f"{power.EMC}/rate" else error
 
 
-def _forget(keep: Path, kept: _Kept) -> None:
-    """The keep file goes first: it must not name a file that is gone."""
-    for path in (str(keep), *([kept.jetson_clocks] if kept.jetson_clocks else [])):
+def _remove_saved(file: Path, saved: _SavedClocks) -> None:
+    """`file` goes first: it must not name a file that is gone."""
+    for path in (str(file), *([saved.jetson_clocks] if saved.jetson_clocks else [])):
         with suppress(FileNotFoundError):
             os.unlink(path)
 
 
 @contextmanager
-def _written(keep: Path, kept: _Kept) -> Iterator[None]:
-    """Write `keep`, all of it or nothing, and own it while the body runs."""
-    content = decode.encode(kept, _FORMAT, _VERSION)
+def _save(file: Path, saved: _SavedClocks) -> Iterator[None]:
+    """Write `file` completely or not at all, and hold its lock while the body runs."""
+    content = decode.encode(saved, _FORMAT, _VERSION)
     try:
-        keep.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{keep.name}.", dir=str(keep.parent))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=str(file.parent))
     except OSError as error:
-        raise InputError(f"clocks are not locked: {keep} cannot be written ({error.strerror})") from error
+        raise InputError(f"clocks are not locked: {file} cannot be written ({error.strerror})") from error
     with _not_inherited(descriptor):
-        _owned(descriptor)
+        _lock(descriptor)
         try:
             os.write(descriptor, json.dumps(content).encode())
             os.fsync(descriptor)
-            os.replace(name, str(keep))
+            os.replace(name, str(file))
         except OSError as error:
             os.unlink(name)
-            raise InputError(f"clocks are not locked: {keep} cannot be written ({error.strerror})") from error
+            raise InputError(f"clocks are not locked: {file} cannot be written ({error.strerror})") from error
         yield
 
 
-def _owned(descriptor: int) -> bool:
-    """Take the lock that tells others that we live; the system drops it with us. Waits a little for a restoring one."""
+def _lock(descriptor: int) -> bool:
+    """Take the lock that shows that this process is alive; the system releases it. Waits while another restores."""
     for _ in range(_ATTEMPTS):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -290,46 +294,48 @@ def _owned(descriptor: int) -> bool:
 
 
 @contextmanager
-def _watched(keep: Path) -> Iterator[None]:
-    """Have a process of its own restore when the pipe to it ends, which happens with this process at the latest."""
-    watch = _start_watch(keep)
-    assert watch.stdin is not None
-    assert watch.stdout is not None
+def _restored_by_watcher(file: Path) -> Iterator[None]:
+    """Start the watcher, which restores when the pipe to it closes, at the latest when this process ends."""
+    watcher = _start_watcher(file)
+    assert watcher.stdin is not None
+    assert watcher.stdout is not None
     try:
-        with watch.stdout as said, watch.stdin as pipe, _not_inherited(os.dup(pipe.fileno())):
+        with watcher.stdout as output, watcher.stdin as pipe, _not_inherited(os.dup(pipe.fileno())):
             pipe.close()
-            if said.readline() != b"ready\n":
-                raise InputError("clocks are not locked: the process that restores them after a crash does not start")
+            if output.readline() != b"ready\n":
+                raise InputError("clocks are not locked: the process that restores them after a crash did not start")
             yield
     finally:
         with suppress(subprocess.TimeoutExpired):
-            watch.wait(_PATIENCE_S)
+            watcher.wait(_PATIENCE_S)
 
 
-def _start_watch(keep: Path) -> subprocess.Popen[bytes]:
+def _start_watcher(file: Path) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[3])
     path = [package, *filter(None, sys.path)]  # without the current folder, which `-c` puts in front
-    watch = "from mess_compile.runtime.machine import clocks\nclocks.watch(sys.argv[1])"
-    code = f"import sys; sys.path[:] = {path!r}\n{watch}"
+    imports = f"import sys; sys.path[:] = {path!r}\nfrom {__name__} import watch"
+    code = f"{imports}\nwatch(sys.argv[1])"
     try:
         return subprocess.Popen(
-            [sys.executable, "-c", code, str(keep)],
+            [sys.executable, "-c", code, str(file)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
     except OSError as error:
-        raise InputError(f"clocks are not locked: no process to watch over them starts ({error.strerror})") from error
+        raise InputError(
+            f"clocks are not locked: the process that restores them cannot be started ({error.strerror})"
+        ) from error
 
 
-_ours_alone: Set[int] = set()
+_close_in_children: Set[int] = set()
 
 
 def _close_in_child() -> None:
-    """A forked child would else hold the pipe and outlive us: nothing would be restored."""
-    for descriptor in _ours_alone:
+    """Otherwise a forked child that outlives this process would hold the pipe, and nothing would be restored."""
+    for descriptor in _close_in_children:
         os.close(descriptor)
-    _ours_alone.clear()
+    _close_in_children.clear()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -337,57 +343,57 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 @contextmanager
 def _not_inherited(descriptor: int) -> Iterator[None]:
-    _ours_alone.add(descriptor)
+    _close_in_children.add(descriptor)
     try:
         yield
     finally:
-        if descriptor in _ours_alone:
-            _ours_alone.discard(descriptor)
+        if descriptor in _close_in_children:
+            _close_in_children.discard(descriptor)
             os.close(descriptor)
 
 
-def _parsed(keep: Path, content: bytes) -> _Kept:
-    """Strict, since root may be the one who writes what it says."""
+def _decode_saved(file: Path, content: bytes) -> _SavedClocks:
+    """Decoded strictly, since root may write these values."""
     try:
-        kept: _Kept = decode.document(_Kept, content.decode("utf-8"), _FORMAT, _VERSION, "its content")
-        _check_ours(kept)
+        saved: _SavedClocks = decode.document(_SavedClocks, content.decode("utf-8"), _FORMAT, _VERSION, "its content")
+        _check_values(saved)
     except (UnicodeDecodeError, decode.DecodeError) as error:
         remedy = "reboot the device, which resets its clocks, and remove the file"
-        raise InputError(f"{keep}, on the clocks to restore, is damaged ({one_line(error)}): {remedy}") from error
-    return kept
+        raise InputError(f"{file}, with the clocks to restore, is damaged ({one_line(error)}): {remedy}") from error
+    return saved
 
 
-def _check_ours(kept: _Kept) -> None:
-    """Raises DecodeError for what we never wrote."""
-    for path, text in kept.writes:
-        if not _OURS.fullmatch(path) or not re.fullmatch(r"[\w-]{1,40}", text, re.ASCII):
-            raise decode.DecodeError(f"{path[:80]!r} = {text[:40]!r} is none of ours")
-    if kept.jetson_clocks is not None and not Path(kept.jetson_clocks).is_absolute():
-        raise decode.DecodeError(f"jetson_clocks is {kept.jetson_clocks!r}")
-    if kept.card is not None and not re.fullmatch(r"[0-9]{1,2}|(GPU|MIG)-[\w/-]{1,80}", kept.card, re.ASCII):
-        raise decode.DecodeError(f"card is {kept.card!r}")
+def _check_values(saved: _SavedClocks) -> None:
+    """Raises DecodeError for values that this module never writes."""
+    for path, text in saved.writes:
+        if not _OUR_FILES.fullmatch(path) or not re.fullmatch(r"[\w-]{1,40}", text, re.ASCII):
+            raise decode.DecodeError(f"{path[:80]!r} = {text[:40]!r} is not a clock setting")
+    if saved.jetson_clocks is not None and not Path(saved.jetson_clocks).is_absolute():
+        raise decode.DecodeError(f"jetson_clocks is {saved.jetson_clocks!r}")
+    if saved.card is not None and not re.fullmatch(r"[0-9]{1,2}|(GPU|MIG)-[\w/-]{1,80}", saved.card, re.ASCII):
+        raise decode.DecodeError(f"card is {saved.card!r}")
 
 
 def _as_root(*command: str) -> Tuple[str, ...]:
-    """Through sudo unless we are root. It must do without a cached password (-k), which the watching process lacks."""
-    tool = power.found_tool(command[0]) or command[0]
+    """With sudo unless we are root, and without a cached password (-k), since the watcher would have none."""
+    tool = power.find_tool(command[0]) or command[0]
     return (*(() if os.geteuid() == 0 else ("sudo", "-n", "-k")), tool, *command[1:])
 
 
 def _run(command: Tuple[str, ...]) -> str:
-    """ "" when it succeeds, what it says otherwise."""
+    """ "" when it succeeds, otherwise the error."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_PATIENCE_S
         )
     except (OSError, subprocess.SubprocessError) as error:
         return one_line(error)
-    said = one_line(done.stdout.decode("utf-8", "replace"))
-    return "" if done.returncode == 0 else f"`{' '.join(command)}` fails ({said or done.returncode})"
+    output = one_line(done.stdout.decode("utf-8", "replace"))
+    return "" if done.returncode == 0 else f"`{' '.join(command)}` fails ({output or done.returncode})"
 
 
 def _write(path: Path, text: str) -> str:
-    """ "" when it succeeds, why not otherwise."""
+    """ "" when it succeeds, otherwise the error."""
     try:
         descriptor = os.open(str(path), os.O_WRONLY | os.O_TRUNC)
         try:
@@ -411,14 +417,14 @@ def _boot_id(root: Path) -> str:
     return _text(root / "proc" / "sys" / "kernel" / "random" / "boot_id")
 
 
-def watch(keep: str) -> None:
-    """Wait until the other process is gone, then restore what it left by the file `keep`."""
+def watch(file: str) -> None:
+    """Wait until the process that locked the clocks is gone, then restore them from `file`."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     with suppress(BrokenPipeError):  # killed already
         os.write(sys.stdout.fileno(), b"ready\n")
     sys.stdin.buffer.read()
     try:
-        restore_leftover(Path(keep))
+        restore_leftover(Path(file))
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -1,7 +1,7 @@
-"""What this machine is: its NVIDIA GPUs, its board, its engine libraries. Whatever cannot be asked is left out.
+"""What this machine is: its NVIDIA GPUs, its board, its engine libraries. Whatever cannot be found out is left out.
 
-Standard library alone. Run as a script, this file asks the CUDA driver and prints what it says: a driver that crashes
-or hangs then takes only that process with it, and no later fork of ours carries an open CUDA.
+Imports the standard library alone. Run as a script, this file queries the CUDA driver and prints the answer: a driver
+that crashes or hangs then affects only that process, and CUDA is not open in this one when it forks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 _PATIENCE_S = 20
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
@@ -31,7 +31,7 @@ _DISTRIBUTIONS = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its driver's name; `compute_capability` such as (8, 7). None is what nothing here could tell."""
+    """A GPU by its driver's name; `compute_capability` such as (8, 7). None where unknown."""
 
     name: str
     compute_capability: Optional[Tuple[int, int]] = None
@@ -59,14 +59,14 @@ class Machine:
     cuda: Optional[str] = None
 
     def version(self, library: str) -> Optional[str]:
-        """The installed version of an engine library, or None."""
+        """The installed version of an engine library, None without one."""
         return next((found.version for found in self.libraries if found.name == library), None)
 
 
 def this_machine(root: Path = Path("/")) -> Machine:
-    """Ask the driver and the files under `root`; never raises."""
-    told = _told_by_cuda()
-    gpus = _gpus_of_cuda(told)
+    """Query the driver and the files under `root`; never raises."""
+    report = _cuda_report()
+    gpus = _gpus_of_cuda(report)
     if gpus is None:
         gpus = _gpus_of_smi() or _gpus_of_proc(root)
     release = re.search(r"R([0-9]+) \(release\), REVISION: ([0-9.]+)", _read(root / "etc" / "nv_tegra_release"))
@@ -77,33 +77,33 @@ def this_machine(root: Path = Path("/")) -> Machine:
         l4t=".".join(release.groups()) if release else None,
         libraries=_libraries(),
         driver=_driver(root),
-        cuda=_newest_cuda(told),
+        cuda=_newest_cuda(report),
     )
 
 
-def in_words(machine: Machine) -> str:
-    """One line for people."""
+def describe(machine: Machine) -> str:
+    """The machine in one line, for people."""
     system = f"{machine.board or 'a Jetson'}, Jetson Linux {machine.l4t}" if machine.l4t else machine.board
-    gpus = [_gpu_in_words(gpu) for gpu in machine.gpus] or ["no NVIDIA GPU"]
+    gpus = [_describe_gpu(gpu) for gpu in machine.gpus] or ["no NVIDIA GPU"]
     driver = [f"driver {machine.driver}"] if machine.driver else []
     libraries = [f"{library.name} {library.version}" for library in machine.libraries] or ["no engine library"]
     return ", ".join([*([system] if system else []), *gpus, *driver, *libraries])
 
 
-def power_in_words(root: Path = Path("/")) -> str:
-    """Power mode and clocks, as far as the board, the GPU's driver and the kernel tell them."""
-    told = [f"power mode {mode}" for mode in re.findall(r"NV Power Mode: *(\S+)", _output("nvpmodel", "-q"))]
-    for row in _output(*_SMI_POWER).splitlines():
-        told.append("GPU at {} of {} MHz, power limit {} W".format(*(row.split(", ") + ["?"] * 3)[:3]))
+def describe_power(root: Path = Path("/")) -> str:
+    """Power mode and clocks, as far as board, driver and kernel report them."""
+    facts = [f"power mode {mode}" for mode in re.findall(r"NV Power Mode: *(\S+)", _output("nvpmodel", "-q"))]
+    for line in _output(*_SMI_POWER).splitlines():
+        facts.append("GPU at {} of {} MHz, power limit {} W".format(*(line.split(", ") + ["?"] * 3)[:3]))
     cpu = root / "sys" / "devices" / "system" / "cpu" / "cpu0" / "cpufreq"
     kilohertz, governor = _read(cpu / "scaling_cur_freq").strip(), _read(cpu / "scaling_governor").strip()
     if kilohertz.isdecimal():
-        told.append(f"CPU at {int(kilohertz) // 1000} MHz, governor {governor or 'unknown'}")
-    return "; ".join(told) or "neither board, driver nor kernel tells them here"
+        facts.append(f"CPU at {int(kilohertz) // 1000} MHz, governor {governor or 'unknown'}")
+    return "; ".join(facts) or "not reported by board, driver or kernel"
 
 
 def toolkit(root: Path = Path("/")) -> Optional[str]:
-    """Version and place of the CUDA toolkit, with which programs are compiled: none of ours, but pycuda is."""
+    """Version and place of the CUDA toolkit, which compiles pycuda; mess-compile itself does not need it."""
     folder = root / "usr" / "local" / "cuda"
     found = re.search(r'"cuda"\s*:\s*\{[^}]*"version"\s*:\s*"([0-9.]+)"', _read(folder / "version.json"))
     found = found or re.search(r"CUDA Version ([0-9.]+)", _read(folder / "version.txt"))
@@ -114,20 +114,20 @@ def toolkit(root: Path = Path("/")) -> Optional[str]:
 
 
 def trtexec(root: Path = Path("/")) -> Optional[str]:
-    """Where TensorRT's own program for building and timing engines is: JetPack has it outside the search path."""
+    """Path of trtexec, TensorRT's program for building and timing engines; JetPack installs it outside PATH."""
     place = root / "usr" / "src" / "tensorrt" / "bin" / "trtexec"
     return str(place) if place.is_file() else shutil.which("trtexec")
 
 
 def system_tensorrt(root: Path = Path("/")) -> Optional[str]:
-    """Version of the TensorRT library that the system has, whether or not this Python sees its module."""
+    """Version of the system's TensorRT library, even where this Python cannot import its module."""
     names = [path.name for path in (root / "usr" / "lib").glob("*-linux-gnu*/libnvinfer.so.*")]
     versions = [re.fullmatch(r"libnvinfer\.so\.([0-9]+(?:\.[0-9]+)+)", name) for name in sorted(names)]
     return next((version[1] for version in versions if version), None)
 
 
 def cuda_of(library: str) -> Optional[int]:
-    """The major version of CUDA that the installed package of an engine library is for, where its name says so."""
+    """The CUDA major version of an engine library's installed package, where its name has one."""
     names = [name for name in _DISTRIBUTIONS[library] if re.search("-cu[0-9]+$", name) and _version((name,))]
     return int(names[0].rpartition("-cu")[2]) if names else None
 
@@ -137,35 +137,45 @@ def dotted(capability: Tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def _gpu_in_words(gpu: Gpu) -> str:
+def _describe_gpu(gpu: Gpu) -> str:
     capability = gpu.compute_capability and f"compute capability {dotted(gpu.compute_capability)}"
     memory = gpu.memory_gib and f"{gpu.memory_gib:.1f} GiB"
-    told = ", ".join(fact for fact in (capability, memory) if fact)
-    return f"{gpu.name} ({told})" if told else gpu.name
+    facts = ", ".join(fact for fact in (capability, memory) if fact)
+    return f"{gpu.name} ({facts})" if facts else gpu.name
 
 
-def _told_by_cuda() -> Mapping[str, Any]:
-    """What a process of its own heard from the driver; empty when it did not come back."""
+@dataclass(frozen=True)
+class _CudaReport:
+    """What the CUDA driver reports: its version (12040 is CUDA 12.4), and name, capability and bytes of each GPU."""
+
+    cuda: Optional[int] = None
+    gpus: Optional[Tuple[Tuple[str, int, int, int], ...]] = None
+
+
+def _cuda_report() -> _CudaReport:
+    """Query the driver in a process of its own; an empty report when that failed."""
+    from mess_compile.runtime.base import decode  # not at the top, which the process runs without this package
+
     try:
-        source = __loader__.get_source(__name__)  # type: ignore[name-defined]  # it may lie in a zip file
-        told = json.loads(_output(sys.executable, "-I", "-c", source))
-    except ValueError:
-        return {}
-    return told if isinstance(told, dict) else {}
+        source = __loader__.get_source(__name__)  # type: ignore[name-defined]  # it may be in a zip file
+        report: _CudaReport = decode.decode(
+            _CudaReport, json.loads(_output(sys.executable, "-I", "-c", source)), "CUDA"
+        )
+    except (ValueError, RecursionError, decode.DecodeError):
+        return _CudaReport()
+    return report
 
 
-def _gpus_of_cuda(told: Mapping[str, Any]) -> Optional[Tuple[Gpu, ...]]:
-    """What programs that use CUDA get to see here, or None when the driver does not answer."""
-    try:
-        return tuple(Gpu(name, (major, minor), size / 2**30) for name, major, minor, size in told["gpus"])
-    except (KeyError, ValueError, TypeError):
+def _gpus_of_cuda(report: _CudaReport) -> Optional[Tuple[Gpu, ...]]:
+    """The GPUs that programs with CUDA see, or None when the driver does not answer."""
+    if report.gpus is None:
         return None
+    return tuple(Gpu(name, (major, minor), size / 2**30) for name, major, minor, size in report.gpus)
 
 
-def _newest_cuda(told: Mapping[str, Any]) -> Optional[str]:
-    number = told.get("cuda")
-    if isinstance(number, int) and number >= 1000:
-        return f"{number // 1000}.{number % 1000 // 10}"
+def _newest_cuda(report: _CudaReport) -> Optional[str]:
+    if report.cuda is not None and report.cuda >= 1000:
+        return f"{report.cuda // 1000}.{report.cuda % 1000 // 10}"
     found = re.search(r"CUDA (?:UMD )?Version: *([0-9]{1,3}[.][0-9]{1,2})", _output("nvidia-smi"))
     return found[1] if found else None
 
@@ -179,12 +189,12 @@ def _driver(root: Path) -> Optional[str]:
 
 
 def _gpus_of_smi() -> Tuple[Gpu, ...]:
-    rows = [line.split(", ") for line in _output(*_SMI).splitlines()]
-    return tuple(_gpu_of_smi(*row) for row in rows if len(row) == 3)
+    entries = [line.split(", ") for line in _output(*_SMI).splitlines()]
+    return tuple(_gpu_of_smi(*entry) for entry in entries if len(entry) == 3)
 
 
 def _gpu_of_smi(name: str, capability: str, mebibytes: str) -> Gpu:
-    """A Jetson's nvidia-smi says `[N/A]` for the memory, and `Orin (nvgpu)` where CUDA says `Orin`."""
+    """A Jetson's nvidia-smi prints `[N/A]` for the memory, and `Orin (nvgpu)` where CUDA has `Orin`."""
     numbers = re.fullmatch("([0-9]{1,2})[.]([0-9])", capability)
     memory_gib = int(mebibytes) / 1024 if re.fullmatch("[0-9]{1,9}", mebibytes.strip()) else None
     return Gpu(name.replace(" (nvgpu)", ""), (int(numbers[1]), int(numbers[2])) if numbers else None, memory_gib)
@@ -203,20 +213,20 @@ def _libraries() -> Tuple[InstalledLibrary, ...]:
 
 
 def _version(distributions: Tuple[str, ...]) -> Optional[str]:
-    from importlib import metadata  # takes longer than the rest of this file
+    from importlib import metadata  # slower to import than the rest of this file
 
     for distribution in distributions:
         try:
             version = metadata.version(distribution)
         except (metadata.PackageNotFoundError, OSError, ValueError, KeyError):
             continue
-        if version:  # a damaged installation has none
+        if version:  # None for a damaged installation
             return version
     return None
 
 
 def _read(path: Path) -> str:
-    """The first 4 KiB, printable characters and line ends alone (the device tree ends its texts with a NUL)."""
+    """The first 4 KiB, without unprintable characters (texts in the device tree end with a NUL)."""
     try:
         with path.open("rb") as stream:
             text = stream.read(4096).decode("utf-8", "replace")
@@ -236,11 +246,11 @@ def _output(*command: str) -> str:
 
 
 def _ask_cuda() -> Dict[str, object]:
-    """What the driver says of itself (12040 is CUDA 12.4) and of its GPUs; None is what it cannot say."""
+    """The content of a `_CudaReport`."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return {}
+        return {"cuda": None, "gpus": None}
     return {"cuda": _ask_version(cuda), "gpus": _ask_gpus(cuda)}
 
 

@@ -1,4 +1,4 @@
-"""What the device does while it is measured: power mode, clocks, temperatures, other load, and its power draw.
+"""The state of the device during a measurement: power mode, clocks, temperatures, other load, and power draw.
 
 Read from the kernel's files, the driver and `nvpmodel`; whatever is missing is left out, and nothing here raises.
 Sources: the Linux kernel's Documentation on hwmon/ina3221, sysfs-class-devfreq and cpufreq; NVIDIA's Jetson Linux
@@ -21,19 +21,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from mess_compile.runtime.base import decode
+
 GPU_DEVFREQ = re.compile(r"[0-9a-f]+[.](gv11b|ga10b|gp10b|gm20b|gpu)")
-"""Entries of /sys/class/devfreq: 17000000.gv11b on Xavier, .ga10b on Orin (.gpu from JetPack 6)."""
+"""A Jetson's GPU in /sys/class/devfreq: 17000000.gv11b on Xavier, .ga10b on Orin (.gpu from JetPack 6)."""
 EMC = "sys/kernel/debug/bpmp/debug/clk/emc"
-"""The memory's clock; root alone can read it."""
+"""The memory's clock; only root can read it."""
 CPU_POLICIES = "sys/devices/system/cpu/cpufreq"
 SYSTEM_FOLDERS = "/usr/sbin:/usr/bin:/sbin:/bin"
-"""Searched after PATH, in which a command that came over SSH may find no /usr/sbin."""
+"""Searched after PATH, which often lacks /usr/sbin in a session over SSH."""
 
 _NVML = "libnvidia-ml.so.1"
 _PATIENCE_S = 10
 _LOAD_WINDOW_S = 0.2
 _UNREAL_ZONES = ("PMIC-Die",)  # a constant on Jetson, 50 or 100 degrees
-_NO_BRAKES = ("fan", "alert", "backlight", "tcc", "wifi", "charger")  # cooling devices that slow no computing
+_NO_BRAKES = ("fan", "alert", "backlight", "tcc", "wifi", "charger")  # cooling devices that do not slow computing
 _REASONS = {
     0x04: "power cap",
     0x08: "hardware slowdown",
@@ -52,7 +54,7 @@ _HOT_C, _MOVED, _BUSY = 80.0, 0.9, 0.1
 
 @dataclass(frozen=True)
 class DeviceState:
-    """One look at the device; names are `GPU`, `EMC`, `CPU0` (the policy of core 0), `memory`, and zones by their type.
+    """The device at one moment; names are `GPU`, `EMC`, `CPU0` (the policy of core 0), `memory`, and the zones' types.
 
     `limits_mhz` are the highest clocks that the power mode allows now. `load_average` is over one minute, in processes;
     `other_load` the share of all cores' time, 0 to 1, that other processes took just now.
@@ -68,7 +70,7 @@ class DeviceState:
 
 
 def read_state(root: Path = Path("/")) -> DeviceState:
-    """Look at the device whose files lie under `root`; takes a quarter of a second, so not while anything is timed."""
+    """Read the state of the device with files under `root`; takes 0.25 s, so not while anything is timed."""
     ask = _card()
     sources = _clock_files(root)
     clocks = {**_of_card(ask, "nvmlDeviceGetClockInfo"), **_megahertz(sources, 0)}
@@ -79,7 +81,7 @@ def read_state(root: Path = Path("/")) -> DeviceState:
         clocks_mhz=tuple(clocks.items()),
         limits_mhz=tuple(limits.items()),
         temperatures_c=tuple({**_zones(root), **_card_temperature(ask)}.items()),
-        throttled=(*_brakes(root), *_throttled(ask)),
+        throttled=(*_active_coolers(root), *_throttled(ask)),
         load_average=average,
         other_load=_other_load(root),
     )
@@ -98,65 +100,67 @@ def state_to_json(state: DeviceState) -> Dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _StateJson:
+    """The content that `state_to_json` gives."""
+
+    power_mode: Optional[str]
+    clocks_mhz: Dict[str, float]
+    limits_mhz: Dict[str, float]
+    temperatures_c: Dict[str, float]
+    throttled: Tuple[str, ...]
+    load_average: Optional[float]
+    other_load: Optional[float]
+
+
 def state_from_json(content: Any) -> DeviceState:
-    """The inverse of `state_to_json`. Raises ValueError naming the key that is wrong, missing or unknown."""
-    names = set(DeviceState.__dataclass_fields__)
-    if not isinstance(content, dict) or set(content) != names:
-        found = sorted(map(str, content)) if isinstance(content, dict) else content
-        raise ValueError(f"a device state has the keys {', '.join(sorted(names))}, not {found!r:.200}")
-    mode, throttled = content["power_mode"], content["throttled"]
-    if not (mode is None or isinstance(mode, str)):
-        raise ValueError(f"power_mode is {mode!r:.80}")
-    if not isinstance(throttled, list) or not all(isinstance(reason, str) for reason in throttled):
-        raise ValueError(f"throttled is {throttled!r:.80}")
+    """The inverse of `state_to_json`. Raises DecodeError naming the key that is wrong, missing or unknown."""
+    state: _StateJson = decode.decode(_StateJson, content, "state")
     return DeviceState(
-        power_mode=mode,
-        clocks_mhz=_pairs(content, "clocks_mhz"),
-        limits_mhz=_pairs(content, "limits_mhz"),
-        temperatures_c=_pairs(content, "temperatures_c"),
-        throttled=tuple(throttled),
-        load_average=_optional(content, "load_average"),
-        other_load=_optional(content, "other_load"),
+        power_mode=state.power_mode,
+        clocks_mhz=_pairs("clocks_mhz", state.clocks_mhz),
+        limits_mhz=_pairs("limits_mhz", state.limits_mhz),
+        temperatures_c=_pairs("temperatures_c", state.temperatures_c),
+        throttled=state.throttled,
+        load_average=_figure("load_average", state.load_average),
+        other_load=_figure("other_load", state.other_load),
     )
 
 
-def _pairs(content: Mapping[str, Any], key: str) -> Tuple[Tuple[str, float], ...]:
-    if not isinstance(content[key], dict):
-        raise ValueError(f"{key} is {content[key]!r:.80}")
-    return tuple((str(name), _figure(value, f"{key}.{name}")) for name, value in content[key].items())
+def _pairs(key: str, values: Mapping[str, float]) -> Tuple[Tuple[str, float], ...]:
+    for name, value in values.items():
+        _figure(f"{key}[{name}]", value)
+    return tuple(values.items())
 
 
-def _optional(content: Mapping[str, Any], key: str) -> Optional[float]:
-    return None if content[key] is None else _figure(content[key], key)
-
-
-def _figure(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e12:
-        raise ValueError(f"{name} is {value!r:.80}")
-    return float(value)
+def _figure(key: str, value: Optional[float]) -> Optional[float]:
+    """Raises DecodeError for a number that no device has."""
+    if value is not None and abs(value) >= 1e12:
+        raise decode.DecodeError(f"state.{key} is {value:g}, which is out of range")
+    return value
 
 
 def likely_cause(before: DeviceState, after: DeviceState) -> str:
-    """One phrase on why times moved between two looks, the surest cause first; "" when nothing is visible.
+    """A phrase on why latencies changed between two states, the most certain cause first; "" when none is visible.
 
-    Both looks are at an idle device: a clock below its limit is no sign of trouble then, but that it was not locked.
+    The device is idle in both states: a clock below its limit then means that it was not locked, and nothing worse.
     """
     causes = [
-        *_braked(before, after),
-        *_fallen("limit", before.limits_mhz, after.limits_mhz),
-        *_fallen("clock", _at_limit(before), after.clocks_mhz),
+        *_throttling(before, after),
+        *_dropped("limit", before.limits_mhz, after.limits_mhz),
+        *_dropped("clock", _at_limit(before), after.clocks_mhz),
         *_hot(before, after),
         *_others(before, after),
     ]
     return ", ".join(causes[:2] or _unlocked(after))
 
 
-def _braked(before: DeviceState, after: DeviceState) -> List[str]:
+def _throttling(before: DeviceState, after: DeviceState) -> List[str]:
     reasons = sorted({*before.throttled, *after.throttled})
     return [f"throttled by {' and '.join(reasons)}"] if reasons else []
 
 
-def _fallen(what: str, before: Sequence[Tuple[str, float]], after: Sequence[Tuple[str, float]]) -> List[str]:
+def _dropped(what: str, before: Sequence[Tuple[str, float]], after: Sequence[Tuple[str, float]]) -> List[str]:
     now = dict(after)
     fell = [(name, mhz, now[name]) for name, mhz in before if name in now and now[name] < _MOVED * mhz]
     return [f"the {what} of {name} fell from {old:.0f} to {new:.0f} MHz" for name, old, new in fell[:1]]
@@ -174,7 +178,7 @@ def _hot(before: DeviceState, after: DeviceState) -> List[str]:
 
 def _others(before: DeviceState, after: DeviceState) -> List[str]:
     busiest = max(before.other_load or 0.0, after.other_load or 0.0)
-    return [f"other processes take {busiest:.0%} of the processor's time"] if busiest >= _BUSY else []
+    return [f"other processes use {busiest:.0%} of the CPU"] if busiest >= _BUSY else []
 
 
 def _unlocked(after: DeviceState) -> List[str]:
@@ -195,12 +199,12 @@ def _with_limit(state: DeviceState) -> List[Tuple[str, float, float]]:
 
 
 def power_meter(root: Path = Path("/")) -> Optional[Callable[[], Optional[float]]]:
-    """A function that reads what the whole module or card draws now, in milliwatts, or None where nothing tells.
+    """A function that reads the present power draw of the module or card in milliwatts, or None without a sensor.
 
-    On Jetson it is the INA3221 monitors' rail for the module's input, or the sum of the rails that make it up; the
-    files stay open. On AGX Orin a value off the bus takes about half a millisecond, and each rail needs two (JetPack 5
-    and later: voltage and current). On cards since Ampere the driver gives a mean over the last second, but for GA100.
-    The function gives None when a value cannot be read.
+    On a Jetson it reads the INA3221 monitors' rail of the module's input, or the sum of the rails that make it up; the
+    files stay open. On AGX Orin a reading takes about half a millisecond, and each rail needs two (voltage and current,
+    since JetPack 5). On cards since Ampere, except GA100, the driver gives a mean over the last second. The function
+    returns None when a value cannot be read.
     """
     rails = _rails(root)
     for names in _TOTALS:
@@ -231,7 +235,7 @@ def _sum(readers: Sequence[_Reader]) -> _Reader:
 
 
 def _rails(root: Path) -> Dict[str, _Reader]:
-    """Readers in milliwatts by rail. JetPack 4's driver gives power; the kernel's own, from JetPack 5, the factors."""
+    """Readers in milliwatts by rail. JetPack 4's driver gives power; since JetPack 5, volts and amperes."""
     found: Dict[str, _Reader] = {}
     for label in sorted((root / "sys" / "bus" / "i2c" / "drivers" / "ina3221x").glob("*/iio:device*/rail_name_*")):
         power = _Sensor.opened(label.with_name(f"in_power{label.name[-1]}_input"))
@@ -256,7 +260,7 @@ def _product(millivolts: _Reader, milliamperes: _Reader) -> _Reader:
 
 
 class _Sensor:
-    """A file that holds one number, kept open: the kernel writes it anew for each read from its start."""
+    """A file with one number, which stays open: each read from its start gets the present value."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -277,15 +281,15 @@ class _Sensor:
 
 
 def _power_mode(ask: Optional[_Ask]) -> Optional[str]:
-    told = re.search(r"NV Power Mode: *(\S+)", output("nvpmodel", "-q"))
-    if told:
-        return told[1]
+    mode = re.search(r"NV Power Mode: *(\S+)", output("nvpmodel", "-q"))
+    if mode:
+        return mode[1]
     milliwatts = ask("nvmlDeviceGetPowerManagementLimit") if ask else None
     return None if milliwatts is None else f"power limit {milliwatts / 1000:g} W"
 
 
 def _clock_files(root: Path) -> Dict[str, Tuple[Path, Path, float]]:
-    """Of each clock the file that tells it, the file of its limit, and how many of its units are one MHz."""
+    """For each clock the file with its value, the file with its limit, and how many of their units are one MHz."""
     found = {}
     for folder in gpu_folders(root)[:1]:
         found["GPU"] = (folder / "cur_freq", folder / "max_freq", 1e6)
@@ -301,7 +305,7 @@ def _megahertz(files: Mapping[str, Tuple[Path, Path, float]], which: int) -> Dic
 
 
 def gpu_folders(root: Path) -> List[Path]:
-    """The devfreq folder of a Jetson's GPU, in a list; none elsewhere."""
+    """The devfreq folder of a Jetson's GPU, in a list; empty on other machines."""
     folders = sorted((root / "sys" / "class" / "devfreq").glob("*"))
     return [folder for folder in folders if GPU_DEVFREQ.fullmatch(folder.name)]
 
@@ -321,8 +325,8 @@ def _zones(root: Path) -> Dict[str, float]:
     return found
 
 
-def _brakes(root: Path) -> List[str]:
-    """Cooling devices that slow the device down just now."""
+def _active_coolers(root: Path) -> List[str]:
+    """Cooling devices that slow the device down at present."""
     active = []
     for device in sorted((root / "sys" / "class" / "thermal").glob("cooling_device*")):
         name = _read(device / "type").strip()
@@ -332,7 +336,7 @@ def _brakes(root: Path) -> List[str]:
 
 
 def _other_load(root: Path) -> Optional[float]:
-    """The share that other processes have in the cores' time over a moment in which this one sleeps."""
+    """The share of the cores' time that other processes use, over a moment in which this one sleeps."""
     first, own = _read(root / "proc" / "stat"), time.process_time()
     if not first:
         return None
@@ -341,7 +345,7 @@ def _other_load(root: Path) -> Optional[float]:
 
 
 def share_of_others(first: str, second: str, own_s: float) -> Optional[float]:
-    """From two readings of /proc/stat, between which this process took `own_s` seconds of processor time."""
+    """From two readings of /proc/stat, between which this process used `own_s` seconds of CPU time."""
     earlier, later = _ticks(first), _ticks(second)
     if earlier is None or later is None or sum(later) <= sum(earlier):
         return None
@@ -360,14 +364,14 @@ _Ask = Callable[..., Optional[int]]
 
 
 def _card() -> Optional[_Ask]:
-    """Ask NVML about the card that CUDA_VISIBLE_DEVICES names first, or the first one; None without a driver."""
+    """A function that queries NVML about the first card in CUDA_VISIBLE_DEVICES; None without a driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     return _opened_card(_NVML, visible)
 
 
 @functools.lru_cache(maxsize=None)
 def _opened_card(library: str, visible: str) -> Optional[_Ask]:
-    """Calls are `ask(name, arguments...)`: the number that NVML writes, or None where the card has none."""
+    """Calls are `ask(name, arguments...)`: the number that NVML returns, or None where the card has none."""
     try:
         nvml = ctypes.CDLL(library)
         card = ctypes.c_void_p()
@@ -408,8 +412,8 @@ def _throttled(ask: Optional[_Ask]) -> List[str]:
 
 
 def output(*command: str) -> str:
-    """What a tool of the system prints, "" when it is missing, fails or hangs."""
-    tool = found_tool(command[0])
+    """The output of a system tool, "" when it is missing, fails or hangs."""
+    tool = find_tool(command[0])
     if tool is None:
         return ""
     try:
@@ -421,13 +425,13 @@ def output(*command: str) -> str:
     return done.stdout.decode("utf-8", "replace")
 
 
-def found_tool(name: str) -> Optional[str]:
-    """The path of a program of the system, which need not be on PATH."""
+def find_tool(name: str) -> Optional[str]:
+    """The path of a system program, which need not be on PATH."""
     return shutil.which(name) or shutil.which(name, path=SYSTEM_FOLDERS)
 
 
 def _read(path: Path) -> str:
-    """The first 4 KiB, "" when there is no such file or it cannot be read."""
+    """The first 4 KiB of a file, "" when it is missing or cannot be read."""
     try:
         with open(str(path), "rb") as stream:
             text = stream.read(4096).decode("utf-8", "replace")

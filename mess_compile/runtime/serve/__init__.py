@@ -1,1 +1,1 @@
-"""What runs on a device for somebody elsewhere, or without a person."""
+"""Programs that run on a device without a person: for a client over SSH, or as a service."""

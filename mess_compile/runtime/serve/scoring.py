@@ -1,4 +1,4 @@
-"""Every head on one image and how right it was: the same on this machine as on a device that is far away."""
+"""Runs every head on an image and scores it against the labels, on this machine or on a device over SSH."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mess_compile.runtime.engines.engine import Engine, Library
 from mess_compile.runtime.images import frames
 
 IGNORED = 255
-"""The label of pixels that count nowhere, in a file of images."""
+"""The label of ignored pixels, in a file of images."""
 _COUNTABLE = 1 << 31
-"""Cells and pixels of one image are fewer."""
+"""An image has fewer cells and pixels than this."""
 
 
 @dataclass(frozen=True)
 class HeadEngines:
-    """Names of a head's engine and of the output graph behind it, and the exit point that it reads."""
+    """Names of a head's engine and of its output graph's, and the exit point that the head reads."""
 
     engine: str
     exit_point: int
@@ -31,10 +31,10 @@ class HeadEngines:
 
 @dataclass(frozen=True)
 class ScoredExits:
-    """What runs on every image, engines by their names.
+    """The engines, by name, that run on every image.
 
-    `segments` are (from, to, engine) in the order in which they run, 0 being the image; `alone` is the baseline trained
-    alone, None without one. Labels are of so many `classes`.
+    `segments` are (from, to, engine) in the order in which they run, 0 being the image; `alone` is the separately
+    trained baseline, None without one. Labels have this number of `classes`.
     """
 
     input_hw: Tuple[int, int]
@@ -45,7 +45,7 @@ class ScoredExits:
 
     @property
     def engines(self) -> Tuple[str, ...]:
-        """All of them, once."""
+        """All engines, each once."""
         names = [name for _, _, name in self.segments]
         names += [head.engine for head in self.heads] + [head.output for head in self.heads]
         return tuple(dict.fromkeys(names if self.alone is None else [*names, self.alone]))
@@ -53,8 +53,8 @@ class ScoredExits:
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What the heads said of one image, int32 `counts` (heads, T), and what they got right, in pixels, int64:
-    `intersection` and `predicted` (scored, K), `labelled` (K,). The baseline trained alone is scored last."""
+    """The heads' results on one image: int32 `counts` (heads, T), and in pixels, int64, `intersection` and `predicted`
+    (heads, K) and `labelled` (K,). The separately trained baseline comes last."""
 
     counts: np.ndarray
     intersection: np.ndarray
@@ -63,7 +63,7 @@ class Score:
 
 
 class Scorer:
-    """Open engines of some exits."""
+    """Runs the open engines of some exits."""
 
     def __init__(
         self, exits: ScoredExits, library: Library, engines: Mapping[str, Engine], thresholds: np.ndarray
@@ -74,7 +74,7 @@ class Scorer:
     def run(self, frame: np.ndarray) -> Iterator[Tuple[Optional[np.ndarray], np.ndarray]]:
         """Yield counts (T,) and labels, at the network's input size, of every head in the network's order.
 
-        The labels of the baseline trained alone come last, without counts. Raises EngineError.
+        The labels of the separately trained baseline come last, without counts. Raises EngineError.
         """
         exits, engines, download = self._exits, self._engines, self._library.download
         tensors = {"image": self._library.upload(frames.resize(frame, exits.input_hw)[None])}
@@ -83,15 +83,15 @@ class Scorer:
             tensors.update(engines[segment].run({name: tensors[name]}))
         for head in exits.heads:
             point = f"exit{head.exit_point}"
-            made = engines[head.engine].run({point: tensors[point], "thresholds": self._thresholds})
-            labels = engines[head.output].run({"logits": made["logits"]})["labels"]
-            yield download(made["counts"]), download(labels)[0]
+            outputs = engines[head.engine].run({point: tensors[point], "thresholds": self._thresholds})
+            labels = engines[head.output].run({"logits": outputs["logits"]})["labels"]
+            yield download(outputs["counts"]), download(labels)[0]
         if exits.alone is not None:
             yield None, download(engines[exits.alone].run({"image": tensors["image"]})["labels"])[0]
 
     def score(self, frame: np.ndarray, labels: np.ndarray, known: np.ndarray) -> Score:
-        """The score of a frame of any size by labels (H, W), of which the pixels in `known` count."""
-        return scored(self.run(frame), labels, known, self._exits.classes)
+        """Score a frame of any size against labels (H, W); only the pixels in `known` count."""
+        return score_predictions(self.run(frame), labels, known, self._exits.classes)
 
 
 @contextmanager
@@ -104,24 +104,24 @@ def open_scorer(
         yield Scorer(exits, library, engines, thresholds)
 
 
-def scored(
-    guesses: Iterable[Tuple[Optional[np.ndarray], np.ndarray]], labels: np.ndarray, known: np.ndarray, classes: int
+def score_predictions(
+    predictions: Iterable[Tuple[Optional[np.ndarray], np.ndarray]], labels: np.ndarray, known: np.ndarray, classes: int
 ) -> Score:
-    """Compare guesses (counts, labels of any size) at the size of `labels`, where `known`."""
+    """Compare predictions (counts, labels of any size) with `labels`, at their size, in the pixels `known`."""
     truth = labels[known]
     counts, intersection, predicted = [], [], []
-    for row, guess in guesses:
-        guessed = frames.resize_labels(guess, (labels.shape[0], labels.shape[1]))[known]
-        if row is not None:
-            counts.append(row)
-        intersection.append(np.bincount(truth[truth == guessed], minlength=classes))
-        predicted.append(np.bincount(guessed, minlength=classes))
+    for head_counts, head_labels in predictions:
+        found = frames.resize_labels(head_labels, (labels.shape[0], labels.shape[1]))[known]
+        if head_counts is not None:
+            counts.append(head_counts)
+        intersection.append(np.bincount(truth[truth == found], minlength=classes))
+        predicted.append(np.bincount(found, minlength=classes))
     labelled = np.bincount(truth, minlength=classes)
     return Score(np.array(counts, np.int32), np.stack(intersection), np.stack(predicted), labelled)
 
 
 def write_images(path: Path, images: Iterable[Tuple[np.ndarray, np.ndarray]]) -> None:
-    """A file of frames at the network's input size with labels at their own, `IGNORED` where they do not count."""
+    """Write frames at the network's input size with labels at their own size, `IGNORED` where they do not count."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as content:  # as numpy's .npz, but image by image
         for index, pair in enumerate(images):
             for name, array in zip(("frame", "labels"), pair):
@@ -130,15 +130,15 @@ def write_images(path: Path, images: Iterable[Tuple[np.ndarray, np.ndarray]]) ->
 
 
 def read_images(path: Path) -> Iterator[Tuple[np.ndarray, np.ndarray]]:
-    """What `write_images` wrote, image by image. Raises OSError."""
+    """Yield the images in a file that `write_images` wrote. Raises OSError."""
     with np.load(str(path), allow_pickle=False) as arrays:
         for index in range(len(arrays.files) // 2):
             yield arrays[f"frame{index}"], arrays[f"labels{index}"]
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A score as a line says it: of which image of which file."""
+class ScoreMessage:
+    """The content of a message with a score: of image number `image` in the file `block`."""
 
     block: str
     image: int
@@ -148,42 +148,47 @@ class Scored:
     labelled: Tuple[int, ...]
 
 
-def told(block: str, image: int, score: Score) -> Dict[str, Any]:
-    """What a line says of an image."""
+def score_to_message(block: str, image: int, score: Score) -> Dict[str, Any]:
+    """The content of the message with an image's score."""
     arrays = ("counts", "intersection", "predicted", "labelled")
     return {"block": block, "image": image, **{name: getattr(score, name).tolist() for name in arrays}}
 
 
-def score_of(content: Any, block: str, image: int, labelled: np.ndarray, exits: ScoredExits, rows: int) -> Score:
-    """What a line says of an image, whose labels have `labelled` (K,) pixels; there are `rows` thresholds.
+def score_from_message(
+    content: Any, block: str, image: int, labelled: np.ndarray, exits: ScoredExits, thresholds: int
+) -> Score:
+    """The score in a message, of the image whose labels have `labelled` (K,) pixels, for that many `thresholds`.
 
-    Raises DecodeError when it cannot be a score of this image.
+    Raises DecodeError when it is not possible for this image.
     """
-    said: Scored = decode.decode(Scored, content, "scored")
+    message: ScoreMessage = decode.decode(ScoreMessage, content, "scored")
     heads, compared = len(exits.heads), len(exits.heads) + (exits.alone is not None)
     score = Score(
-        _numbers("counts", said.counts, (heads, rows)).astype(np.int32),
-        _numbers("intersection", said.intersection, (compared, exits.classes)),
-        _numbers("predicted", said.predicted, (compared, exits.classes)),
-        _numbers("labelled", said.labelled, (exits.classes,)),
+        _numbers("counts", message.counts, (heads, thresholds)).astype(np.int32),
+        _numbers("intersection", message.intersection, (compared, exits.classes)),
+        _numbers("predicted", message.predicted, (compared, exits.classes)),
+        _numbers("labelled", message.labelled, (exits.classes,)),
     )
-    if (said.block, said.image) != (block, image):
-        raise decode.DecodeError(f"scored is of image {said.image} of {said.block[:12]!r}, not {image} of {block[:12]}")
+    if (message.block, message.image) != (block, image):
+        raise decode.DecodeError(
+            f"scored is for image {message.image} of {message.block[:12]!r}, not {image} of {block[:12]}"
+        )
     if not np.array_equal(score.labelled, labelled):
-        raise decode.DecodeError(f"scored.labelled is {said.labelled}, but the image has {tuple(labelled.tolist())}")
+        pixels = tuple(labelled.tolist())
+        raise decode.DecodeError(f"scored.labelled is {message.labelled}, but the image has {pixels}")
     if (score.predicted.sum(axis=1) != labelled.sum()).any():
-        raise decode.DecodeError("scored.predicted has not a class for each labelled pixel")
+        raise decode.DecodeError("scored.predicted does not add up to the labelled pixels")
     if (score.intersection > np.minimum(score.predicted, labelled)).any():
-        raise decode.DecodeError("scored.intersection is larger than what it is an intersection of")
+        raise decode.DecodeError("scored.intersection exceeds scored.predicted or scored.labelled")
     return score
 
 
 def _numbers(name: str, values: Any, shape: Tuple[int, ...]) -> np.ndarray:
-    """Numbers from 0 to what one image can have, int64. Raises DecodeError."""
+    """Numbers from 0 to the most that an image can have, int64. Raises DecodeError."""
     try:
         array = np.array(values, np.int64)
     except (ValueError, TypeError, OverflowError) as error:
-        raise decode.DecodeError(f"scored.{name} is no array of {shape}: {error}") from error
+        raise decode.DecodeError(f"scored.{name} is not an array of {shape}: {error}") from error
     array = array.reshape(shape) if not array.size and 0 in shape else array
     if array.shape != shape:
         raise decode.DecodeError(f"scored.{name} is of shape {array.shape}, not {shape}")

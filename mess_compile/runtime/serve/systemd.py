@@ -1,4 +1,4 @@
-"""A systemd unit of the user's own, that runs the version in use on every frame that arrives, and starts it again."""
+"""A systemd user unit that runs the version in use on every frame that arrives, and restarts it when it ends."""
 
 from __future__ import annotations
 
@@ -28,23 +28,25 @@ WantedBy=default.target
 _PLAIN = re.compile(r"/[A-Za-z0-9_./+-]+")
 _TIMEOUT_S = 30
 _PATHS = ("PYTHONPATH", "LD_LIBRARY_PATH")
-"""By what a login finds numpy and the engine library; systemd reads no start files of a shell."""
+"""Variables by which a login shell finds numpy and the engine library; systemd does not read its start files."""
 
 
 def check_paths(folder: Path, python: str) -> None:
-    """Raises InputError when a unit cannot name them."""
+    """Raises InputError for paths that a unit file cannot hold."""
     for path in (str(folder.absolute()), python):
         if _PLAIN.fullmatch(path) is None:
-            raise InputError(f"{path} has characters that a systemd unit reads otherwise: ship to a plain path")
+            raise InputError(
+                f"{path} has characters that are special in a systemd unit: use a path of letters, digits and . _ - + /"
+            )
 
 
-def installed(folder: Path, python: str, target: Optional[str] = None) -> str:
-    """Write the unit and have systemd start it, now and with each login; what happened, or what is left to do."""
+def install(folder: Path, python: str, target: Optional[str] = None) -> str:
+    """Write the unit, and have systemd start it now and at each login; returns what was done, or is left to do."""
     folder = folder.absolute()
     name = f"mess-{re.sub('[^A-Za-z0-9_.-]', '-', folder.name)}.service"
     own = user_dirs.settings()
     if own is None:
-        return "the systemd unit is not written, for no home folder is known: set XDG_CONFIG_HOME"
+        return "the systemd unit was not written: there is no home folder; set XDG_CONFIG_HOME"
     settings = own / "systemd" / "user"
     settings.mkdir(parents=True, exist_ok=True)
     temporary = settings / f".{name}"
@@ -56,12 +58,12 @@ def installed(folder: Path, python: str, target: Optional[str] = None) -> str:
     for command in (["daemon-reload"], ["enable", "--now", name], *([["restart", name]] if changed else [])):
         reason = _refusal(["systemctl", "--user", *command])
         if reason is not None:
-            return f"{settings / name} is written ({reason}): start it by `systemctl --user enable --now {name}`"
-    return f"{name} is enabled; `loginctl enable-linger` lets it run while nobody is logged in"
+            return f"{settings / name} was written ({reason}): start it with `systemctl --user enable --now {name}`"
+    return f"{name} is enabled; `loginctl enable-linger` keeps it running while nobody is logged in"
 
 
 def _environment() -> str:
-    """Lines for the paths that are set here, as systemd reads them."""
+    """Lines for the variables that are set here, quoted for systemd."""
     values = {name: os.environ.get(name, "") for name in _PATHS}
     return "".join(f'Environment="{name}={_quoted(value)}"\n' for name, value in values.items() if _is_plain(value))
 

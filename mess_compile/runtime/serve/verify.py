@@ -1,4 +1,4 @@
-"""Does a bundle compute, on this machine, what it computed where it was made, as fast, and from whom is it?"""
+"""Checks a bundle on this machine: its hashes and signature, its results on golden frames, and its latency."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ from mess_compile.runtime.machine.power import read_state
 
 LABELS_EQUAL_PERCENT = {"fp32": 99.9, "fp16": 99.5, "int8": 98.0}
 COUNT_TOLERANCE = {"fp32": 0.0, "fp16": 0.005, "int8": 0.02}
-"""Share of the cells by which a count may differ, beside one cell."""
+"""A count may differ by this share of the cells, plus one cell."""
 LATENCY_FACTOR = 1.25
 Progress = Callable[[str, int, int], None]
 _WARM_UP, _RUNS, _MOST_S = 2, 15, 3.0
-"""Every golden frame runs so often, or fewer times when that takes longer, but three times at the least."""
+"""Each golden frame runs _RUNS times, fewer when that exceeds _MOST_S seconds, and at least three times."""
 
 
 @dataclass(frozen=True)
 class Check:
+    """The result of one check."""
+
     name: str
     passed: bool
     detail: str
 
 
 @dataclass(frozen=True)
-class Demands:
-    """What a bundle is held to beside its hashes and golden frames.
+class VerifyOptions:
+    """What is checked besides hashes and golden frames.
 
-    With `signers` it must be signed by one of them; `require_signature` fails where nobody is named. `latency_factor`
-    is what the golden frames may take, in multiples of what the plan says of the exits they leave at.
+    With `signers` the bundle must be signed by one of them; `require_signature` fails without `signers`. Golden frames
+    may take `latency_factor` times the plan's latency of their exits.
     """
 
     signers: Optional[Signers] = None
@@ -51,43 +53,43 @@ def _silent(what: str, done: int, total: int) -> None:
 
 
 def verify_bundle(
-    path: Path, target: Optional[str] = None, demands: Optional[Demands] = None, progress: Progress = _silent
+    path: Path, target: Optional[str] = None, options: Optional[VerifyOptions] = None, progress: Progress = _silent
 ) -> Tuple[Check, ...]:
-    """All checks of a bundle; nothing of it runs when its signature is not as demanded.
+    """All checks of a bundle; nothing of it runs when the signature check fails.
 
-    `progress` hears what is done, and of how much: 0 where that is not known.
+    `progress` gets the check, how much of it is done, and the total, 0 where that is not known.
 
     Raises BundleError when a byte of the bundle was changed, InputError, EngineError.
     """
-    demands = demands or Demands()
-    if demands.signers is not None:
-        check_signers(demands.signers)
+    options = options or VerifyOptions()
+    if options.signers is not None:
+        check_signers(options.signers)
     progress("hashes", 0, 0)
     archive = open_archive(path)
     try:
-        checks = (_hashes(archive), _signature(archive, demands))
+        checks = (_hashes(archive), _signature(archive, options))
         if not checks[1].passed:
             return checks
         progress("open engines", 0, 0)
         with load_archive(archive, target) as cascade:
-            return checks + verify(cascade, demands.latency_factor, progress)
+            return checks + verify(cascade, options.latency_factor, progress)
     finally:
         archive.close()
 
 
 def _hashes(archive: Archive) -> Check:
-    return Check("hashes", True, f"{len(archive.manifest.files)} files are as they were written")
+    return Check("hashes", True, f"{len(archive.manifest.files)} files are unchanged")
 
 
-def _signature(archive: Archive, demands: Demands) -> Check:
-    needed = demands.require_signature or demands.signers is not None
+def _signature(archive: Archive, options: VerifyOptions) -> Check:
+    needed = options.require_signature or options.signers is not None
     if archive.signature is None:
-        return Check("signature", not needed, "there is none, and one is required" if needed else "there is none")
-    if demands.signers is None:
-        detail = "there is one, and no file of allowed signers to check it by"
+        return Check("signature", not needed, "none, but a signature is required" if needed else "none")
+    if options.signers is None:
+        detail = "not checked: no file of allowed signers"
         return Check("signature", not needed, detail)
     try:
-        return Check("signature", True, f"by {archive.check_signer(demands.signers)}")
+        return Check("signature", True, f"by {archive.check_signer(options.signers)}")
     except BundleError as error:
         return Check("signature", False, str(error))
 
@@ -95,15 +97,15 @@ def _signature(archive: Archive, demands: Demands) -> Check:
 def verify(cascade: Cascade, latency_factor: float = LATENCY_FACTOR, progress: Progress = _silent) -> Tuple[Check, ...]:
     """The checks of a loaded bundle: every golden frame of its plan, power mode, latency.
 
-    A golden frame passes when it leaves at the exit it left at, with as many labels equal and its confident cells
-    counted as closely as the boldest precision of the plan allows; of a whole network the labels alone count. An
-    infinite `latency_factor` judges neither latency nor the power mode that it holds in. Raises BundleError for a
-    golden file that is not a plain array, EngineError.
+    A golden frame passes when it leaves at the expected exit, and its labels and its count of confident cells are
+    within the tolerances of the plan's lowest precision; for a whole network only labels are compared. With an infinite
+    `latency_factor`, latency and power mode are not judged. Raises BundleError for a golden file that is not a plain
+    array, EngineError.
     """
     plan = cascade.plan
     cases = cascade.manifest.golden_of(plan)
     if not cases:
-        return (Check("golden", False, f"the bundle holds no golden frame for {plan.name}"),)
+        return (Check("golden", False, f"the bundle has no golden frame for {plan.name}"),)
     frames = [cascade.archive.array(golden.frame) for golden in cases]
     checks = []
     for golden, frame in zip(cases, frames):
@@ -115,9 +117,9 @@ def verify(cascade: Cascade, latency_factor: float = LATENCY_FACTOR, progress: P
     return tuple(checks)
 
 
-def _power_mode(wanted: str, found: Optional[str]) -> Check:
-    detail = f"{found or 'unknown'}; the plan's latencies were measured in {wanted}"
-    return Check("power mode", found == wanted, detail)
+def _power_mode(expected: str, found: Optional[str]) -> Check:
+    detail = f"{found or 'unknown'}; the plan's latencies were measured in {expected}"
+    return Check("power mode", found == expected, detail)
 
 
 def _golden(cascade: Cascade, golden: Golden, frame: np.ndarray) -> Check:
@@ -139,22 +141,22 @@ def _golden(cascade: Cascade, golden: Golden, frame: np.ndarray) -> Check:
 
 
 def _latency(cascade: Cascade, frames: Sequence[np.ndarray], factor: float, progress: Progress) -> Check:
-    """The sum of the frames' medians against the sum of the costs of the exits they took."""
+    """Compare the mean of the frames' median latencies with the plan's mean latency of the exits that they took."""
     rounds = _timed(cascade, frames, progress)
     latencies = np.array([[prediction.latency_ms for prediction in predictions] for predictions in rounds])
     measured = float(np.median(latencies, axis=0).mean())
     planned = float(np.mean([_planned_ms(cascade, prediction.exit) for prediction in rounds[-1]]))
     ratio = measured / planned if planned else float("inf")
-    found = f"{measured:.2f} ms a golden frame, the plan says {planned:.2f} ms: {ratio:.2f}x"
+    found = f"{measured:.2f} ms per golden frame, {planned:.2f} ms in the plan: {ratio:.2f}x"
     if cascade.plan.predicted.source == "estimated":
-        return Check("latency", True, f"{found}; not judged, for the plan's are estimates")
+        return Check("latency", True, f"{found}; not judged: the plan's latencies are estimates")
     if math.isinf(factor):
         return Check("latency", True, f"{found}; not judged")
     return Check("latency", ratio <= factor, f"{found}, at most {factor:g}x")
 
 
 def _timed(cascade: Cascade, frames: Sequence[np.ndarray], progress: Progress) -> List[List[Prediction]]:
-    """Round by round, so that a disturbance hits few runs of each frame."""
+    """Run all frames in each round, so that a disturbance affects few runs of each frame."""
     for frame in frames[:_WARM_UP]:
         cascade(frame)
     rounds: List[List[Prediction]] = []
@@ -166,6 +168,6 @@ def _timed(cascade: Cascade, frames: Sequence[np.ndarray], progress: Progress) -
 
 
 def _planned_ms(cascade: Cascade, exit_: int) -> float:
-    """What the latency table says of an image that leaves there: upload, stages, one output graph, download."""
+    """The plan's latency of an image that leaves at an exit: upload, stages, one output graph, download."""
     costs = cascade.plan.costs[:exit_]
     return cascade.plan.upload_mean_ms + sum(cost.mean_ms for cost in costs) + costs[-1].report_mean_ms

@@ -1,9 +1,9 @@
-"""Versions of a bundle in a folder of this machine: `current` is a link to one of them, and is switched by a rename.
+"""Versions of a bundle in a folder of this machine: `current` is a link to one of them; a rename switches it.
 
-current -> versions/3-5d1c0e6b2a94      what programs load
+current -> versions/3-5d1c0e6b2a94      the version that programs load
 versions/NUMBER-HASH/                   unpacked bundles, each complete and verified
-.ship/files/SHA256                      their files, shared between versions by hard links, and what has arrived
-.ship/history.json                      what is known of versions, and what was current before
+.ship/files/SHA256                      files that have arrived; versions share them by hard links
+.ship/history.json                      the versions, and which were current before
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ CURRENT, VERSIONS = "current", "versions"
 SHIP = ".ship"
 FILES = f"{SHIP}/files"
 RELEASE = "release"
-"""In a bundle's provenance: a number that grows with what is meant to be newer."""
+"""The key of a bundle's release number in its provenance; a newer bundle has a higher one."""
 LOCK_S = 60.0
-"""How long the program of a cut connection may take to notice."""
+"""How long to wait for the lock: the program of a broken connection takes some time to notice."""
 _FORMAT, _VERSION = "mess-ships", 1
 _HISTORY, _LOCK, _MAKING = f"{SHIP}/history.json", f"{SHIP}/lock", "making-"
 _ID = re.compile(r"([1-9][0-9]{0,8})-[0-9a-f]{12}")
@@ -39,7 +39,7 @@ _ID = re.compile(r"([1-9][0-9]{0,8})-[0-9a-f]{12}")
 
 @dataclass(frozen=True)
 class Version:
-    """`number` counts bundles in the order in which they came; `bundle` is the hash of manifest and signature."""
+    """`number` counts bundles in the order of arrival; `bundle` is the hash of manifest and signature."""
 
     number: int
     bundle: str
@@ -56,14 +56,14 @@ class Version:
 
 @dataclass(frozen=True)
 class History:
-    """`past` are ids that were current, the last one last; `took` what things took last: seconds, bytes a second."""
+    """`past` are the ids that were current, the latest last; `took` are durations and speeds of the last time."""
 
     versions: Tuple[Version, ...] = ()
     past: Tuple[str, ...] = ()
     took: Dict[str, float] = field(default_factory=dict)
 
     def of(self, bundle: str) -> Optional[Version]:
-        """The newest version that is this very bundle."""
+        """The newest version of exactly this bundle."""
         found = [version for version in self.versions if version.bundle == bundle]
         return max(found, key=lambda version: version.number) if found else None
 
@@ -77,7 +77,7 @@ def release_of(manifest: Manifest) -> Optional[int]:
 
 
 def read_history(folder: Path) -> History:
-    """Empty where nothing was shipped yet. Raises InputError when the file is damaged."""
+    """The history of a folder, empty when there is none. Raises InputError when the file is damaged."""
     path = folder / _HISTORY
     if not path.exists():
         return History()
@@ -85,9 +85,11 @@ def read_history(folder: Path) -> History:
         text = path.read_bytes().decode("utf-8")
         history: History = decode.document(History, text, _FORMAT, _VERSION, "history")
     except decode.ForeignError as error:
-        raise InputError(f"{path} is of another release: update mess-compile") from error
+        raise InputError(f"{path} was written by another release: update mess-compile") from error
     except (UnicodeDecodeError, decode.DecodeError) as error:
-        raise InputError(f"{path} is damaged ({error}): remove it; versions stay, and go by their numbers") from error
+        raise InputError(
+            f"{path} is damaged ({error}): remove it; the versions stay, ordered by their numbers"
+        ) from error
     return history
 
 
@@ -102,7 +104,7 @@ def _write_history(folder: Path, history: History) -> None:
 
 
 def current_id(folder: Path) -> Optional[str]:
-    """The version that programs load; None where there is none yet. Raises InputError when something else is there."""
+    """The version that programs load, None when there is none. Raises InputError when `current` is something else."""
     path = folder / CURRENT
     try:
         place, _, name = os.readlink(path).rpartition("/")
@@ -111,23 +113,23 @@ def current_id(folder: Path) -> Optional[str]:
     except OSError as error:
         raise InputError(f"{path} is not a link that `ship` made: move it away, or ship to another folder") from error
     if place != VERSIONS or _ID.fullmatch(name) is None:
-        raise InputError(f"{path} leads out of {folder / VERSIONS}: move it away, or ship to another folder")
+        raise InputError(f"{path} is a link out of {folder / VERSIONS}: move it away, or ship to another folder")
     return name
 
 
-def ids_there(folder: Path) -> List[str]:
-    """The versions that lie in the folder, the newest first."""
-    found = [name for name in _names(folder / VERSIONS) if _ID.fullmatch(name)]
+def ids_in(folder: Path) -> List[str]:
+    """The versions in the folder, the newest first."""
+    found = [name for name in _names_in(folder / VERSIONS) if _ID.fullmatch(name)]
     return sorted(found, key=lambda name: -int(name.partition("-")[0]))
 
 
-def _names(folder: Path) -> List[str]:
+def _names_in(folder: Path) -> List[str]:
     return os.listdir(folder) if folder.is_dir() else []
 
 
 @contextmanager
 def locked(folder: Path, patience_s: float = LOCK_S) -> Iterator[None]:
-    """One program at a time changes the folder; what a killed one left half made is removed. Raises InputError."""
+    """Hold the folder's lock, and remove what a killed program left unfinished. Raises InputError on a timeout."""
     (folder / SHIP).mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("a+") as stream:
         until = time.monotonic() + patience_s
@@ -135,12 +137,14 @@ def locked(folder: Path, patience_s: float = LOCK_S) -> Iterator[None]:
             if time.monotonic() > until:
                 stream.seek(0)
                 holder = stream.read(20) or "unknown"
-                raise InputError(f"process {holder} is shipping to {folder}: wait for its end, then run it again")
+                raise InputError(
+                    f"process {holder} is shipping to {folder}: wait until it ends, then run the command again"
+                )
             time.sleep(0.05)
         stream.truncate(0)
         stream.write(str(os.getpid()))
         stream.flush()
-        for name in _names(folder / SHIP):
+        for name in _names_in(folder / SHIP):
             if name.startswith(_MAKING):
                 _remove(folder / SHIP / name)
         yield
@@ -162,30 +166,30 @@ def _remove(path: Path) -> None:
 
 
 def refuse_downgrade(history: History, current: Optional[str], bundle: str, release: Optional[int]) -> None:
-    """Raises BundleError when a bundle is older than the version in use: by its release, or by what came here first."""
+    """Raises BundleError when a bundle is older than the version in use, by release number or by order of arrival."""
     used, known = history.named(current), history.of(bundle)
     if used is None or used.bundle == bundle:
         return
-    remedy = "ship it with --allow-downgrade, or go back by --rollback"
+    remedy = "use --allow-downgrade, or go back with --rollback"
     if used.release is not None:
         if release is None or release < used.release:
-            told = "has no release number" if release is None else f"is release {release}"
-            raise BundleError(f"the bundle {told}, and release {used.release} is in use: {remedy}")
+            found = "has no release number" if release is None else f"is release {release}"
+            raise BundleError(f"the bundle {found}, and release {used.release} is in use: {remedy}")
         if release > used.release:
             return
     if known is not None and known.number < used.number:
-        raise BundleError(f"the bundle was here before ({known.id}), and {used.id} is in use: {remedy}")
+        raise BundleError(f"the bundle is older ({known.id}), and {used.id} is in use: {remedy}")
 
 
-def absent_files(folder: Path, manifest: Manifest) -> List[str]:
+def missing_files(folder: Path, manifest: Manifest) -> List[str]:
     """Hashes of the bundle's files that have not arrived."""
-    wanted = {file.sha256 for file in manifest.files.values()}
-    return sorted(name for name in wanted if not (folder / FILES / name).is_file())
+    names = {file.sha256 for file in manifest.files.values()}
+    return sorted(name for name in names if not (folder / FILES / name).is_file())
 
 
 @contextmanager
-def staged(folder: Path, text: str, signature: Optional[str], manifest: Manifest) -> Iterator[Path]:
-    """The unpacked bundle beside the versions, made of files that arrived; it is gone afterwards unless it was kept."""
+def stage(folder: Path, text: str, signature: Optional[str], manifest: Manifest) -> Iterator[Path]:
+    """Unpack the bundle beside the versions, from files that arrived; it is removed unless `add` has moved it."""
     place = Path(mkdtemp(prefix=_MAKING, dir=folder / SHIP))
     try:
         for name, file in manifest.files.items():
@@ -203,17 +207,17 @@ def staged(folder: Path, text: str, signature: Optional[str], manifest: Manifest
 
 
 def _link(source: Path, target: Path) -> None:
-    source.chmod(0o444)  # one file in several versions
+    source.chmod(0o444)  # versions share it
     try:
         os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)  # a file system without hard links, or a file that has too many
+        shutil.copy2(source, target)  # no hard links on this file system, or too many of this file
 
 
-def intact(folder: Path, history: History, bundle: str) -> Optional[Version]:
-    """The version that is this bundle, where each of its bytes is still right."""
+def find_intact(folder: Path, history: History, bundle: str) -> Optional[Version]:
+    """The version of this bundle, if every byte of it is intact."""
     version = history.of(bundle)
-    if version is None or version.id not in ids_there(folder):
+    if version is None or version.id not in ids_in(folder):
         return None
     place = folder / VERSIONS / version.id
     try:
@@ -224,10 +228,10 @@ def intact(folder: Path, history: History, bundle: str) -> Optional[Version]:
     return version if archive.hash == bundle else None
 
 
-def added(folder: Path, history: History, place: Path, manifest: Manifest, bundle: str, by: Optional[str]) -> History:
-    """Make a verified bundle in `place` the newest version; programs do not load it yet."""
+def add(folder: Path, history: History, place: Path, manifest: Manifest, bundle: str, by: Optional[str]) -> History:
+    """Move a verified bundle from `place` to the versions, as the newest; programs do not load it yet."""
     numbers = [version.number for version in history.versions]
-    numbers += [int(name.partition("-")[0]) for name in ids_there(folder)]
+    numbers += [int(name.partition("-")[0]) for name in ids_in(folder)]
     shipped = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     version = Version(
         max(numbers, default=0) + 1, bundle, manifest.name, release_of(manifest), by, manifest.bytes, shipped
@@ -239,10 +243,10 @@ def added(folder: Path, history: History, place: Path, manifest: Manifest, bundl
     return history
 
 
-def switched(folder: Path, history: History, id_now: str, past: Tuple[str, ...]) -> History:
-    """Have programs load the version `id_now` from now on; `past` is what was current before, the last one last.
+def switch(folder: Path, history: History, id_now: str, past: Tuple[str, ...]) -> History:
+    """Have programs load the version `id_now`; `past` are the ids that were current before, the latest last.
 
-    All of it is on the disk first: a power cut leaves the old version, or the new one.
+    Everything is synced to disk first: a power cut leaves the old version or the new one.
     """
     history = replace(history, past=past)
     _write_history(folder, history)
@@ -260,29 +264,29 @@ def switched(folder: Path, history: History, id_now: str, past: Tuple[str, ...])
     return history
 
 
-def before(folder: Path, history: History) -> Optional[str]:
-    """The version to go back to: what was current before, or else the next older one that is here."""
-    used, there = current_id(folder), ids_there(folder)
+def previous_id(folder: Path, history: History) -> Optional[str]:
+    """The version to go back to: the one that was current before, or else the next older one in the folder."""
+    used, there = current_id(folder), ids_in(folder)
     past = [id_ for id_ in reversed(history.past) if id_ != used and id_ in there]
     older = there[there.index(used) + 1 :] if used in there else there
     return next(iter(past + older), None)
 
 
-def pruned(folder: Path, history: History, keep: int) -> List[str]:
-    """Remove all versions but `keep`: the one in use, those in use before it, then the newest; and files of none.
+def remove_old(folder: Path, history: History, keep: int) -> List[str]:
+    """Remove all versions but `keep`, and files that no version has.
 
-    The one in use stays whatever `keep` is.
+    The one in use is always kept, then those in use before it, then the newest.
     """
-    used, there = current_id(folder), ids_there(folder)
-    wished = [*([used] if used else []), *reversed(history.past), *there]
-    kept = [id_ for id_ in dict.fromkeys(wished) if id_ in there][: max(keep, 1)]
-    gone = [id_ for id_ in there if id_ not in kept]
+    used, there = current_id(folder), ids_in(folder)
+    order = [*([used] if used else []), *reversed(history.past), *there]
+    remaining = [id_ for id_ in dict.fromkeys(order) if id_ in there][: max(keep, 1)]
+    gone = [id_ for id_ in there if id_ not in remaining]
     for id_ in gone:
         aside = folder / SHIP / f"{_MAKING}{id_}"
-        os.replace(folder / VERSIONS / id_, aside)  # half removed, it must not look like a version
+        os.replace(folder / VERSIONS / id_, aside)  # a half removed one must not look like a version
         shutil.rmtree(aside, ignore_errors=True)
-    used_files = {sha256 for id_ in kept for sha256 in _files_of(folder / VERSIONS / id_)}
-    for name in set(_names(folder / FILES)) - used_files:
+    used_files = {sha256 for id_ in remaining for sha256 in _files_of(folder / VERSIONS / id_)}
+    for name in set(_names_in(folder / FILES)) - used_files:
         if re.fullmatch("[0-9a-f]{64}", name):
             (folder / FILES / name).unlink()
     return gone
@@ -292,4 +296,4 @@ def _files_of(version: Path) -> List[str]:
     try:
         return [file["sha256"] for file in json.loads((version / MANIFEST).read_text("utf-8"))["files"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []  # damaged: what is needed of it comes again
+        return []  # damaged: its files are sent again when they are needed

@@ -1,13 +1,12 @@
-"""Building, measuring and scoring on a device for somebody elsewhere: a wish comes as a file, lines tell what happens.
+"""Builds, measures and scores on a device for a client over SSH: a request comes as a file, replies are printed.
 
-Lines are `hello` and `state` first, then `building`, `built`, `failed`, `opened`, `window`, `ready`, `scored`, and
-`state` again at the end. Windows are also kept in a file here, and a call begins with those in it.
+Replies are `hello` and `state` first, then `building`, `built`, `failed`, `opened`, `window`, `ready`, `scored`, and
+`state` again at the end. Windows are also written to a file on the device; a later call continues after those in it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import sys
@@ -19,10 +18,9 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from mess_compile.runtime.base import decode
-from mess_compile.runtime.base import protocol as lines
+from mess_compile.runtime.base import decode, protocol
 from mess_compile.runtime.base.errors import EngineError, InputError, MessError
-from mess_compile.runtime.base.protocol import Say
+from mess_compile.runtime.base.protocol import Send
 from mess_compile.runtime.engines.engine import LIBRARIES, Library, open_library
 from mess_compile.runtime.engines.engine_cache import loadable
 from mess_compile.runtime.machine import clocks, power
@@ -34,8 +32,8 @@ from mess_compile.runtime.serve import scoring
 
 FORMAT, VERSION = "mess-session", 1
 CLOCKS = "clocks.json"
-GRAPHS, ENGINES, WISHES, RESULTS, IMAGES = "graphs", "engines", "wishes", "results", "images"
-"""Folders of the store: graphs by hash, weights in `graphs/weights`; wishes with the program that does them."""
+GRAPHS, ENGINES, REQUESTS, RESULTS, IMAGES = "graphs", "engines", "requests", "results", "images"
+"""Folders of the store: graphs by hash, weights in `graphs/weights`; requests beside the program that serves them."""
 _LOOK_S = 0.02
 
 
@@ -51,11 +49,11 @@ class RequestedJob:
 
 @dataclass(frozen=True)
 class WorkRequest:
-    """What to build, and then to measure: `measured` names jobs, the others only run before those; or to score.
+    """Jobs to build, and then to measure or to score with.
 
-    `run` tells one measurement from another of the same jobs. `frame` is the SHA-256 of a .npy file, uint8 (H, W, 3);
-    `thresholds` are (T, K). `exits` name jobs, by whose engines images are scored. With `lock_clocks` the clocks are
-    held while it is measured.
+    Jobs in `measured` are measured, the others only run as predecessors; `run` distinguishes measurements of the same
+    jobs. `frame` is the SHA-256 of a .npy file, uint8 (H, W, 3); `thresholds` are (T, K). `exits` name the jobs whose
+    engines score images. With `lock_clocks` the clocks are locked during the measurement.
     """
 
     run: str
@@ -72,7 +70,7 @@ class WorkRequest:
 
 @dataclass(frozen=True)
 class Hello:
-    """What a device says of itself first; `facts` is what a measurement there depends on."""
+    """What a device is; `facts` are what a measurement on it depends on."""
 
     library: str
     version: str
@@ -80,148 +78,170 @@ class Hello:
     facts: Dict[str, str]
 
 
-def wish_to_json(wish: WorkRequest) -> str:
-    return json.dumps(decode.encode(wish, FORMAT, VERSION), sort_keys=True)
+@dataclass(frozen=True)
+class BuiltEngine:
+    """The engine of a job: its size, how long it took to build, and its key, a hash of everything it depends on.
+
+    `now` is whether this call built it; otherwise the device had it.
+    """
+
+    job: str
+    key: str
+    bytes: int
+    seconds: float
+    now: bool
 
 
-def wish_from_json(text: str) -> WorkRequest:
+@dataclass(frozen=True)
+class BuildFailure:
+    """Why a job has no engine."""
+
+    job: str
+    error: str
+
+
+def request_to_json(request: WorkRequest) -> str:
+    return protocol.request_to_json(request, FORMAT, VERSION)
+
+
+def request_from_json(text: str) -> WorkRequest:
     """Raises InputError naming what is wrong."""
-    wish: WorkRequest = lines.wish_of(WorkRequest, text, FORMAT, VERSION)
-    if wish.library not in LIBRARIES:
-        raise InputError(f"the wish is for {wish.library!r}, not one of {', '.join(LIBRARIES)}")
-    return wish
+    request: WorkRequest = protocol.request_from_json(WorkRequest, text, FORMAT, VERSION)
+    if request.library not in LIBRARIES:
+        raise InputError(f"the request is for {request.library!r}, not one of {', '.join(LIBRARIES)}")
+    return request
 
 
-def serve(store: Path, name: str, say: Say) -> None:
-    """Do what the file `name` (its SHA-256) among the store's wishes says. Raises MessError, OSError."""
-    text = (store / WISHES / name).read_bytes()
+def serve(store: Path, name: str, send: Send) -> None:
+    """Serve the request in the store's file `name`, its SHA-256. Raises MessError, OSError."""
+    text = (store / REQUESTS / name).read_bytes()
     if hashlib.sha256(text).hexdigest() != name:
-        raise InputError(f"the wish {name[:12]} arrived damaged: run the same command again")
-    wish = wish_from_json(text.decode("utf-8"))
-    with closing(open_library(wish.library)) as library:
+        raise InputError(f"request {name[:12]} arrived damaged: run the same command again")
+    request = request_from_json(text.decode("utf-8"))
+    with closing(open_library(request.library)) as library:
         hello = Hello(library.name, library.version, this_machine(), describe_machine())
-        say("hello", asdict(hello))
-        say("state", power.state_to_json(power.read_state()))
-        jobs = _built(library, wish, store, say)
-        if wish.measured:
-            with clocks.lock_clocks(store / CLOCKS) if wish.lock_clocks else nullcontext():
-                _measure(library, wish, jobs, store, name, say)
-        if wish.exits is not None:
-            _score(library, wish, wish.exits, jobs, store, say)
-    say("state", power.state_to_json(power.read_state()))
+        send("hello", asdict(hello))
+        send("state", power.state_to_json(power.read_state()))
+        jobs = _build(library, request, store, send)
+        if request.measured:
+            with clocks.lock_clocks(store / CLOCKS) if request.lock_clocks else nullcontext():
+                _measure(library, request, jobs, store, name, send)
+        if request.exits is not None:
+            _score(library, request, request.exits, jobs, store, send)
+    send("state", power.state_to_json(power.read_state()))
 
 
-def _built(library: Library, wish: WorkRequest, store: Path, say: Say) -> List[Job]:
-    """The jobs with what the library loads; a graph that does not build is told and left out."""
+def _build(library: Library, request: WorkRequest, store: Path, send: Send) -> List[Job]:
+    """The jobs with what the library loads; a graph that does not build is reported and left out."""
     jobs = []
-    for wanted in wish.jobs:
-        path = None if wanted.graph is None else store / GRAPHS / wanted.graph
+    for job in request.jobs:
+        path = None if job.graph is None else store / GRAPHS / job.graph
         if path is not None:
-            say("building", wanted.name)
+            send("building", job.name)
             start, known = time.monotonic(), _engines_in(store / ENGINES)
             try:
-                path = loadable(library, path, wanted.precision, store / ENGINES)
+                path = loadable(library, path, job.precision, store / ENGINES)
             except MessError as error:
-                say("failed", {"job": wanted.name, "error": str(error)})
+                send("failed", asdict(BuildFailure(job.name, str(error))))
                 continue
-            say("built", {"job": wanted.name, "seconds": round(time.monotonic() - start, 3), **_made(path, known)})
-        jobs.append(Job(wanted.name, path, wanted.predecessor))
+            send("built", asdict(_built_engine(job.name, path, known, time.monotonic() - start)))
+        jobs.append(Job(job.name, path, job.predecessor))
     return jobs
 
 
 def _engines_in(folder: Path) -> Dict[Path, int]:
-    """The engines that are there, each with the time of its writing in ns."""
+    """The engines in a folder, each with its modification time in ns."""
     return {path: path.stat().st_mtime_ns for path in folder.glob("*.engine")}
 
 
-def _made(path: Path, known: Dict[Path, int]) -> Dict[str, Any]:
-    """What `BuiltThere` of the other side says of what the library loads; `known` was there before."""
+def _built_engine(job: str, path: Path, known: Dict[Path, int], seconds: float) -> BuiltEngine:
+    """What the library loads for a job; the engines in `known` were there before."""
     found = path.stat()
     now = path.suffix == ".engine" and known.get(path) != found.st_mtime_ns
-    return {"key": path.stem, "bytes": found.st_size, "now": now}
+    return BuiltEngine(job, path.stem, found.st_size, round(seconds, 3), now)
 
 
-def _measure(library: Library, wish: WorkRequest, jobs: List[Job], store: Path, name: str, say: Say) -> None:
+def _measure(library: Library, request: WorkRequest, jobs: List[Job], store: Path, name: str, send: Send) -> None:
     results = store / RESULTS / f"{name}.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
-    earlier = [event for event in events_in(results) if isinstance(event, Window)]
-    frame = np.load(store / GRAPHS / wish.frame, allow_pickle=False)
+    earlier = [event for event in read_events(results) if isinstance(event, Window)]
+    frame = np.load(store / GRAPHS / request.frame, allow_pickle=False)
     events = measure.measure(
         library,
         jobs,
         frame,
-        np.array(wish.thresholds, np.float32),
-        wish.reference,
-        wish.effort,
+        np.array(request.thresholds, np.float32),
+        request.reference,
+        request.effort,
         earlier,
         power.power_meter(),
-        measured=wish.measured,
+        measured=request.measured,
     )
     with results.open("a", encoding="utf-8") as stream:
         for event in events:
-            kind, content = told(event)
-            stream.write(lines.line_of(kind, content) + "\n")
+            kind, content = event_to_message(event)
+            stream.write(protocol.message_to_line(kind, content) + "\n")
             stream.flush()
-            say(kind, content)
+            send(kind, content)
 
 
 def _score(
-    library: Library, wish: WorkRequest, exits: scoring.ScoredExits, jobs: List[Job], store: Path, say: Say
+    library: Library, request: WorkRequest, exits: scoring.ScoredExits, jobs: List[Job], store: Path, send: Send
 ) -> None:
-    """Score files of images as they come, and remove each after it; whoever sends them ends this program."""
+    """Score each file of images that arrives, then remove it; runs until the client stops this program."""
     paths = {job.name: job.path for job in jobs if job.path is not None}
-    absent = [name for name in exits.engines if name not in paths]
-    if absent:
-        raise EngineError(f"{absent[0]} has no engine here any more: run the same command again")
+    missing = [name for name in exits.engines if name not in paths]
+    if missing:
+        raise EngineError(f"the engine of {missing[0]} is no longer on the device: run the same command again")
     folder = store / IMAGES
     folder.mkdir(exist_ok=True)
-    for left in _whole(folder):
-        left.unlink()  # sent to a program that was ended since
-    with scoring.open_scorer(exits, paths, library, np.array(wish.thresholds, np.float32)) as scorer:
+    for left in _files_in(folder):
+        left.unlink()  # sent to an earlier program, which has ended
+    with scoring.open_scorer(exits, paths, library, np.array(request.thresholds, np.float32)) as scorer:
         while True:
-            say("ready", None)
-            path = _arrived(folder)
+            send("ready", None)
+            path = _next_file(folder)
             for index, (frame, labels) in enumerate(scoring.read_images(path)):
                 score = scorer.score(frame, labels, labels != scoring.IGNORED)
-                say("scored", scoring.told(path.name, index, score))
+                send("scored", scoring.score_to_message(path.name, index, score))
             path.unlink()
 
 
-def _arrived(folder: Path) -> Path:
-    """A file in `folder`, once there is one."""
+def _next_file(folder: Path) -> Path:
+    """Wait for a file in `folder`."""
     while True:
-        for path in _whole(folder):
+        for path in _files_in(folder):
             return path
         time.sleep(_LOOK_S)
 
 
-def _whole(folder: Path) -> List[Path]:
-    """The files in `folder` that have arrived."""
+def _files_in(folder: Path) -> List[Path]:
+    """The files in `folder`, without the folder of a transfer that is under way."""
     return [path for path in folder.iterdir() if path.is_file()]
 
 
-def told(event: Union[Opened, Window]) -> Tuple[str, Dict[str, Any]]:
-    """An event as a line says it."""
+def event_to_message(event: Union[Opened, Window]) -> Tuple[str, Dict[str, Any]]:
+    """Kind and content of the message for an event."""
     return ("window" if isinstance(event, Window) else "opened"), asdict(event)
 
 
-def events_in(path: Path) -> Iterator[Union[Opened, Window]]:
-    """The windows and opened engines in a file of lines; half-written and damaged lines are none."""
+def read_events(path: Path) -> Iterator[Union[Opened, Window]]:
+    """The windows and opened engines in a file of messages; half-written and damaged lines are skipped."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
-        event = event_of(line)
+        event = event_from_line(line)
         if event is not None:
             yield event
 
 
-def event_of(line: str) -> Optional[Union[Opened, Window]]:
-    """What a line says was measured; None when it says something else, or times that are none."""
-    found = lines.said(line)
-    return None if found is None else event_from(*found)
+def event_from_line(line: str) -> Optional[Union[Opened, Window]]:
+    """The event in a line; None for any other message, and for times that are not possible."""
+    message = protocol.message_from_line(line)
+    return None if message is None else event_from_message(*message)
 
 
-def event_from(kind: str, content: Any) -> Optional[Union[Opened, Window]]:
-    """As `event_of`, of what `lines.said` gives."""
+def event_from_message(kind: str, content: Any) -> Optional[Union[Opened, Window]]:
+    """The event in a message, as `event_from_line`."""
     kinds: Dict[str, Any] = {"window": Window, "opened": Opened}
     try:
         event = decode.decode(kinds[kind], content, kind)
@@ -257,7 +277,7 @@ def describe_machine() -> Dict[str, str]:
 
 
 def _identity() -> str:
-    """By which one device is told from another of its kind: a hash of the machine's id, which itself stays private."""
+    """Distinguishes devices of one kind: a hash of the machine's id, which itself stays private."""
     for place in ("/etc/machine-id", "/var/lib/dbus/machine-id"):
         try:
             text = Path(place).read_text(encoding="ascii").strip()
@@ -269,9 +289,9 @@ def _identity() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`STORE NAME`: do what the wish of that name in a store says, by lines on standard output; the exit code."""
+    """`STORE NAME`: serve the request of that name in a store, with replies on standard output; the exit code."""
     store, name = Path(arguments[0]), arguments[1]
-    return lines.tell(lambda say: serve(store, name, say), store)
+    return protocol.serve_messages(lambda send: serve(store, name, send), store)
 
 
 if __name__ == "__main__":

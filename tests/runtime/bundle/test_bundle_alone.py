@@ -115,7 +115,7 @@ def test_a_bundle_that_is_too_slow_there_says_so(python: Path, bundle: Path) -> 
     done = run(python, bundle, "verify", "--latency-factor", "0.000001")
     assert done.returncode == 1
     assert "FAILED  latency: " in done.stdout
-    assert "the plan says 35.00 ms" in done.stdout  # one frame leaves at exit 1 after 30 ms, one at exit 2 after 40 ms
+    assert "35.00 ms in the plan" in done.stdout  # one frame leaves at exit 1 after 30 ms, one at exit 2 after 40 ms
 
 
 def test_under_a_deadline_every_exit_reports_there_and_misses_are_told(

@@ -15,7 +15,7 @@ from mess_compile.runtime import __main__ as command
 from mess_compile.runtime.base.errors import BundleError, InputError
 from mess_compile.runtime.bundle.archive import open_archive, write_sealed_zip
 from mess_compile.runtime.bundle.signature import Signers, sign, signer_of
-from mess_compile.runtime.serve.verify import Demands, verify_bundle
+from mess_compile.runtime.serve.verify import VerifyOptions, verify_bundle
 from tests import commands, small_network
 
 pytestmark = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="there is no ssh-keygen")
@@ -40,15 +40,15 @@ def signed(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def demands(keys: Path, identity: str | None = None) -> Demands:
-    return Demands(Signers(keys / "allowed", identity), require_signature=True, latency_factor=1000)
+def options_of(keys: Path, identity: str | None = None) -> VerifyOptions:
+    return VerifyOptions(Signers(keys / "allowed", identity), require_signature=True, latency_factor=1000)
 
 
 def test_a_signed_bundle_names_its_signer_and_verifies(keys: Path, signed: Path) -> None:
-    checks = verify_bundle(signed, demands=demands(keys))
+    checks = verify_bundle(signed, options=options_of(keys))
     assert all(check.passed for check in checks)
     assert (checks[1].name, checks[1].detail) == ("signature", "by maker@example.com")
-    assert verify_bundle(signed, demands=demands(keys, "maker@example.com"))[1].passed
+    assert verify_bundle(signed, options=options_of(keys, "maker@example.com"))[1].passed
     with runtime.load(signed, signers=Signers(keys / "allowed")) as cascade:
         assert cascade(small_network.frame(0)).labels.shape == small_network.HW
 
@@ -83,9 +83,9 @@ def test_another_key_another_name_and_no_signature_fail_and_nothing_runs(
         (foreign, "signed by nobody in", None),
         (foreign, "is not signed by maker@example.com", "maker@example.com"),
         (signed, "is not signed by somebody@example.com", "somebody@example.com"),
-        (plain, "there is none, and one is required", None),
+        (plain, "none, but a signature is required", None),
     ):
-        hashes, signature = verify_bundle(path, demands=demands(keys, identity))
+        hashes, signature = verify_bundle(path, options=options_of(keys, identity))
         assert hashes.passed
         assert not signature.passed
         assert words in signature.detail
@@ -109,7 +109,7 @@ def test_a_changed_manifest_is_not_what_was_signed(keys: Path, signed: Path, tmp
     line = f"{hashlib.sha256(content).hexdigest()}  manifest.json\n".encode()
     path = repacked(signed, tmp_path, {"manifest.json": content, "manifest.json.sha256": line})
     open_archive(path).close()
-    signature = verify_bundle(path, demands=demands(keys))[1]
+    signature = verify_bundle(path, options=options_of(keys))[1]
     assert not signature.passed
     assert "incorrect signature" in signature.detail.lower()
 
@@ -119,14 +119,14 @@ def test_a_changed_file_is_refused_before_its_signature_matters(keys: Path, sign
         graph = bytearray(content.read("graphs/segment-0-1.onnx"))
     graph[40] ^= 1
     with pytest.raises(BundleError, match=r"segment-0-1\.onnx is not the file that the manifest lists"):
-        verify_bundle(repacked(signed, tmp_path, {"graphs/segment-0-1.onnx": bytes(graph)}), demands=demands(keys))
+        verify_bundle(repacked(signed, tmp_path, {"graphs/segment-0-1.onnx": bytes(graph)}), options=options_of(keys))
 
 
 def test_without_allowed_signers_a_signature_is_told_but_proves_nothing(signed: Path) -> None:
-    check = verify_bundle(signed, demands=Demands(latency_factor=1000))[1]
+    check = verify_bundle(signed, options=VerifyOptions(latency_factor=1000))[1]
     assert check.passed
     assert "no file of allowed signers" in check.detail
-    assert not verify_bundle(signed, demands=Demands(require_signature=True))[1].passed
+    assert not verify_bundle(signed, options=VerifyOptions(require_signature=True))[1].passed
 
 
 def test_a_signature_for_another_purpose_does_not_count(keys: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_command_on_the_device_asks_for_a_signature(
     plain = tmp_path / "plain.mess"
     small_network.write_bundle(plain)
     assert command.main(["verify", str(plain), *asked]) == 1
-    assert "FAILED  signature: there is none, and one is required" in capsys.readouterr().out
+    assert "FAILED  signature: none, but a signature is required" in capsys.readouterr().out
 
 
 def test_named_signers_ask_for_a_signature_by_themselves(
@@ -180,10 +180,10 @@ def test_named_signers_ask_for_a_signature_by_themselves(
 ) -> None:
     plain, named = tmp_path / "plain.mess", ("--allowed-signers", str(keys / "allowed"))
     small_network.write_bundle(plain)
-    checks = verify_bundle(plain, demands=Demands(Signers(keys / "allowed")))
+    checks = verify_bundle(plain, options=VerifyOptions(Signers(keys / "allowed")))
     assert [(check.name, check.passed) for check in checks] == [("hashes", True), ("signature", False)]
     assert command.main(["verify", str(plain), *named]) == 1
-    assert "FAILED  signature: there is none, and one is required" in capsys.readouterr().out
+    assert "FAILED  signature: none, but a signature is required" in capsys.readouterr().out
     assert "(signature)" in commands.complaint("verify", plain, *named)
 
 

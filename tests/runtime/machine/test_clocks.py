@@ -1,4 +1,4 @@
-"""A device whose clocks we locked must never stay so: not after an error, a kill, or a power cut."""
+"""Locked clocks are always restored: after an error, a kill, or a power cut."""
 
 from __future__ import annotations
 
@@ -138,20 +138,20 @@ def children(process: subprocess.Popen[str]) -> list[int]:
 
 
 class TestInOrder:
-    def test_clocks_are_at_their_highest_and_come_back(self, root: Path, keep: Path) -> None:
+    def test_clocks_are_locked_at_the_maximum_and_restored(self, root: Path, keep: Path) -> None:
         with lock_clocks(keep, root) as lock:
             assert found(root) == LOCKED
             assert lock.held == ("GPU", "CPU", "EMC")
         assert found(root) == FREE
         assert list(keep.parent.iterdir()) == []
 
-    def test_they_come_back_after_an_error(self, root: Path, keep: Path) -> None:
+    def test_they_are_restored_after_an_error(self, root: Path, keep: Path) -> None:
         with pytest.raises(ZeroDivisionError), lock_clocks(keep, root):
             raise ZeroDivisionError
         assert found(root) == FREE
         assert not keep.exists()
 
-    def test_what_was_there_is_on_disk_before_anything_changes(
+    def test_previous_values_are_on_disk_before_anything_changes(
         self, root: Path, keep: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen = []
@@ -169,7 +169,7 @@ class TestInOrder:
         assert dict(kept["writes"]) == {name: FREE[name] for name in FREE if FREE[name] != LOCKED[name]}
         assert kept["boot_id"] == FREE[BOOT]
 
-    def test_the_rate_of_memory_goes_back_before_it_is_unlocked(
+    def test_the_memory_rate_is_restored_before_it_is_unlocked(
         self, root: Path, keep: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write = clocks._write
@@ -191,14 +191,14 @@ class TestInOrder:
             assert lock.held == ("CPU",)
         assert found(host) == {name: text for name, text in FREE.items() if name.startswith(CPU)}
 
-    def test_memory_that_only_root_may_see_is_left_alone(self, root: Path, keep: Path) -> None:
+    def test_memory_clocks_that_only_root_may_read_are_left_alone(self, root: Path, keep: Path) -> None:
         shutil.rmtree(root / EMC)
         with lock_clocks(keep, root) as lock:
             assert lock.held == ("GPU", "CPU")
 
 
 class TestKilled:
-    def test_a_watching_process_restores_after_kill_9(
+    def test_the_watcher_restores_after_kill_9(
         self, root: Path, keep: Path, holder: Callable[..., subprocess.Popen[str]]
     ) -> None:
         process = holder()
@@ -209,7 +209,7 @@ class TestKilled:
         assert found(root) == FREE
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-    def test_and_after_signals_that_end_it(
+    def test_the_watcher_restores_after_other_signals(
         self, root: Path, keep: Path, holder: Callable[..., subprocess.Popen[str]], number: int
     ) -> None:
         process = holder()
@@ -231,7 +231,7 @@ class TestKilled:
         finally:
             os.kill(int(child), signal.SIGKILL)
 
-    def test_the_next_start_restores_when_the_watching_one_was_killed_too(
+    def test_the_next_start_restores_when_the_watcher_was_killed_too(
         self, root: Path, keep: Path, holder: Callable[..., subprocess.Popen[str]]
     ) -> None:
         process = holder()
@@ -246,7 +246,7 @@ class TestKilled:
         assert found(root) == FREE
         assert not restore_leftover(keep)
 
-    def test_the_one_that_watches_is_out_of_reach_of_a_hang_up(
+    def test_the_watcher_survives_a_hang_up(
         self, root: Path, keep: Path, holder: Callable[..., subprocess.Popen[str]]
     ) -> None:
         process = holder()
@@ -264,7 +264,7 @@ class TestKilled:
         monkeypatch.setattr(clocks, "_ATTEMPTS", 2)
         process = holder()
         assert says(process) == "locked"
-        with pytest.raises(InputError, match=r"the clocks are locked by a process that still runs \(.*clocks.json\)"):
+        with pytest.raises(InputError, match=r"clocks are locked by a process that is still running \(.*clocks.json\)"):
             restore_leftover(keep)
         assert found(root) == LOCKED
 
@@ -283,8 +283,8 @@ class TestKilled:
 
 
 class TestRefused:
-    def test_without_permission_the_user_is_told_which_file_and_what_to_do(self, keep: Path) -> None:
-        """For real: root sheds its rights, as any other user the test has none."""
+    def test_without_permission_the_error_names_the_file_and_the_remedy(self, keep: Path) -> None:
+        """Without mocks: root drops its privileges; other users have none."""
         script = (
             "import os, sys\nfrom pathlib import Path\nfrom mess_compile.runtime.base import errors\n"
             "from mess_compile.runtime.machine import clocks\n"
@@ -313,11 +313,11 @@ class TestRefused:
             shutil.rmtree(place)
 
     def test_a_machine_without_clocks_to_lock(self, tmp_path: Path, keep: Path) -> None:
-        with pytest.raises(InputError, match="no clocks here that can be locked"), lock_clocks(keep, tmp_path):
+        with pytest.raises(InputError, match="no clocks that can be locked"), lock_clocks(keep, tmp_path):
             pass
         assert not keep.exists()
 
-    def test_a_value_that_the_kernel_refuses_leaves_all_as_it_was(
+    def test_a_value_that_the_kernel_rejects_leaves_everything_unchanged(
         self, root: Path, keep: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write = clocks._write
@@ -331,7 +331,7 @@ class TestRefused:
         assert found(root) == FREE
         assert not keep.exists()
 
-    def test_memory_that_cannot_be_set_is_not_said_to_be_held(
+    def test_memory_that_cannot_be_set_is_not_reported_as_locked(
         self, root: Path, keep: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write = clocks._write
@@ -341,27 +341,27 @@ class TestRefused:
         assert found(root) == FREE
         assert not keep.exists()
 
-    def test_clocks_that_do_not_come_back_are_told_and_tried_again(
+    def test_clocks_that_cannot_be_restored_are_reported_and_retried(
         self, root: Path, keep: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
         with (
-            pytest.raises(InputError, match=r"the clocks stay locked: .*/min_freq cannot be set"),
+            pytest.raises(InputError, match=r"the clocks are still locked: .*/min_freq cannot be set"),
             lock_clocks(keep, root),
         ):
             (root / GPU / "min_freq").unlink()
         assert keep.exists()
-        assert "the clocks stay locked" in capfd.readouterr().err
+        assert "the clocks are still locked" in capfd.readouterr().err
         (root / GPU / "min_freq").write_text("")
         assert restore_leftover(keep)
         assert found(root) == FREE
 
-    def test_a_place_that_cannot_be_written_locks_nothing(self, root: Path, tmp_path: Path) -> None:
+    def test_without_a_writable_file_nothing_is_locked(self, root: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(InputError, match="cannot be"):
             lock_clocks(tmp_path / "file" / "clocks.json", root).__enter__()
         assert found(root) == FREE
 
-    def test_without_one_to_watch_nothing_is_locked(
+    def test_without_a_watcher_nothing_is_locked(
         self, root: Path, keep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for executable in ("false", "no-such-program"):
@@ -394,7 +394,7 @@ class TestJetsonClocks:
         assert list(keep.parent.iterdir()) == []
         assert found(root) == FREE
 
-    def test_an_older_store_does_not_make_it_ask(self, root: Path, keep: Path) -> None:
+    def test_an_older_store_is_removed_so_that_the_tool_does_not_ask(self, root: Path, keep: Path) -> None:
         keep.parent.mkdir()
         Path(f"{keep}.jetson_clocks").write_text("of a run that was killed between the two files")
         with lock_clocks(keep, root):
@@ -404,7 +404,7 @@ class TestJetsonClocks:
         install(tmp_path, "sudo", "echo 'sudo: a password is required' >&2; exit 1")
         with pytest.raises(InputError) as refused:
             lock_clocks(keep, root).__enter__()
-        assert f"{GPU}/min_freq cannot be written, and jetson_clocks says: " in str(refused.value)
+        assert f"{GPU}/min_freq cannot be written, and jetson_clocks fails: " in str(refused.value)
         assert "(sudo: a password is required); run as root there, allow `sudo -n jetson_clocks`" in str(refused.value)
         assert "\n" not in str(refused.value)
         assert not keep.exists()
@@ -419,7 +419,7 @@ class TestCard:
         answer = f'case "$*" in *--query-gpu=*) echo 1980; exit;; esac; echo "$*" >>{tmp_path}/log\n{more}'
         install(tmp_path, "nvidia-smi", answer)
 
-    def test_its_clock_is_locked_at_the_highest_and_reset(self, tmp_path: Path, keep: Path) -> None:
+    def test_its_clock_is_locked_at_the_maximum_and_reset(self, tmp_path: Path, keep: Path) -> None:
         self.install(tmp_path)
         with lock_clocks(keep, tmp_path / "no-files") as lock:
             assert lock.held == ("GPU",)
@@ -441,9 +441,9 @@ class TestCard:
         assert "allow `sudo -n nvidia-smi` without a password" in str(refused.value)
         assert not keep.exists()
 
-    def test_a_card_that_is_not_told_is_no_card(self, tmp_path: Path, keep: Path) -> None:
+    def test_a_card_without_a_maximum_clock_is_ignored(self, tmp_path: Path, keep: Path) -> None:
         install(tmp_path, "nvidia-smi", "echo '[N/A]'")
-        with pytest.raises(InputError, match="no clocks here"):
+        with pytest.raises(InputError, match="no clocks that can be locked"):
             lock_clocks(keep, tmp_path / "no-files").__enter__()
 
 
@@ -459,7 +459,7 @@ class TestKeptFile:
             "card": None,
         }
 
-    def test_a_whole_one_is_done_and_removed(self, root: Path, tmp_path: Path) -> None:
+    def test_a_complete_file_is_restored_and_removed(self, root: Path, tmp_path: Path) -> None:
         device(root, LOCKED)
         keep = tmp_path / "keep"
         keep.write_text(json.dumps(self.content(root)))
@@ -486,7 +486,7 @@ class TestKeptFile:
         ],
         ids=str,
     )
-    def test_one_that_is_not_ours_is_refused_and_nothing_written(
+    def test_a_foreign_file_is_refused_and_nothing_is_written(
         self, root: Path, tmp_path: Path, changed: dict[str, Any]
     ) -> None:
         keep = tmp_path / "keep"
@@ -506,6 +506,6 @@ class TestKeptFile:
         assert "\n" not in str(refused.value)
         assert keep.exists()
 
-    def test_none_is_no_trouble(self, tmp_path: Path) -> None:
+    def test_a_missing_file_is_not_an_error(self, tmp_path: Path) -> None:
         assert not restore_leftover(tmp_path / "keep")
         assert not restore_leftover(tmp_path / "no-folder" / "keep")

@@ -1,4 +1,4 @@
-"""A user is told what their machine is, and never shown a traceback of a driver that is missing, old, ill or lying."""
+"""The machine is described without a traceback, even with a driver that is missing, old or broken."""
 
 from __future__ import annotations
 
@@ -63,20 +63,18 @@ def no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestDriver:
-    def test_gpus_come_in_the_order_in_which_cuda_counts_them(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_gpus_are_in_the_order_of_cuda(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         install_driver(tmp_path, monkeypatch, "")
         assert this_machine(tmp_path).gpus == TWO
 
-    def test_a_gpu_that_cuda_hides_is_not_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_gpu_hidden_from_cuda_is_not_listed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """CUDA_VISIBLE_DEVICES='' hides a card from CUDA and not from nvidia-smi; an engine would not find it."""
         install_driver(tmp_path, monkeypatch, "return 100;")
         install_smi(tmp_path, monkeypatch, SMI)
         assert this_machine(tmp_path).gpus == ()
 
     @pytest.mark.parametrize("ill", ["abort();", "return 803;", "sleep(60);", "_exit(0);", "*(volatile int *)0 = 1;"])
-    def test_an_ill_driver_takes_nothing_with_it(
+    def test_a_driver_that_crashes_or_hangs_is_survived(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ill: str
     ) -> None:
         monkeypatch.setattr(machine, "_PATIENCE_S", 2)
@@ -84,7 +82,7 @@ class TestDriver:
         install_smi(tmp_path, monkeypatch, SMI)
         assert this_machine(tmp_path).gpus == (Gpu("NVIDIA H200", (9, 0), 143771 / 1024),)
 
-    def test_a_library_that_is_no_driver(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_library_that_is_not_a_driver(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "libcuda.so.1").write_bytes(b"no library")
         monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
         install_smi(tmp_path, monkeypatch)
@@ -105,14 +103,14 @@ class TestWithoutCuda:
             ("Orin (nvgpu), [N/A], [N/A]", Gpu("Orin")),
         ],
     )
-    def test_nvidia_smi_is_asked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, gpu: Gpu) -> None:
+    def test_nvidia_smi_is_queried(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, gpu: Gpu) -> None:
         install_smi(tmp_path, monkeypatch, line)
         assert this_machine(tmp_path).gpus == (gpu,)
 
     @pytest.mark.parametrize(
         ("line", "code"), [("No devices were found", 0), ("Field compute_cap is not valid", 2), (SMI, 9), ("a, b", 0)]
     )
-    def test_nvidia_smi_without_an_answer_leaves_the_kernel_modules_files(
+    def test_without_an_answer_of_nvidia_smi_the_kernel_modules_files_are_read(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: int
     ) -> None:
         install_smi(tmp_path, monkeypatch, line, code=code)
@@ -122,7 +120,7 @@ class TestWithoutCuda:
         write(folder / "0000:03:00.0" / "information", b"IRQ:   \t\t 75\n")
         assert this_machine(tmp_path).gpus == (Gpu("NVIDIA GeForce GTX 1080 Ti"), Gpu("NVIDIA GeForce RTX 4090"))
 
-    def test_a_jetson_is_known_by_its_files(self, tmp_path: Path) -> None:
+    def test_a_jetson_is_recognised_by_its_files(self, tmp_path: Path) -> None:
         write(tmp_path / "proc" / "device-tree" / "model", b"NVIDIA Jetson AGX Orin Developer Kit\0")
         release = (
             b"# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 2025\n"
@@ -143,33 +141,33 @@ class TestWithoutCuda:
         write(tmp_path / "proc" / "driver" / "nvidia" / "gpus" / "0" / "information", content)
         found = this_machine(tmp_path)
         assert (found.gpus, found.l4t) == ((), None)
-        assert machine.in_words(found).isprintable()
+        assert machine.describe(found).isprintable()
 
 
 @given(st.lists(st.text(max_size=60), max_size=4))
-def test_whatever_nvidia_smi_prints_is_no_crash(lines: list[str]) -> None:
+def test_arbitrary_output_of_nvidia_smi_never_crashes(lines: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "_output", lambda *command: "\n".join(lines))
         assert all(isinstance(gpu, Gpu) for gpu in machine._gpus_of_smi())
-        told = machine._told_by_cuda()
+        told = machine._cuda_report()
         assert machine._gpus_of_cuda(told) is None
         assert machine._newest_cuda(told) is None or "CUDA" in "".join(lines)
         assert machine._driver(Path("/nothing")) is None or any(line[:1].isdecimal() for line in lines)
 
 
-def test_libraries_are_known_without_importing_them() -> None:
+def test_libraries_are_found_without_importing_them() -> None:
     tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
     assert this_machine().version("tensorrt_rtx") == tensorrt_rtx.__version__
     assert this_machine().version("no_such_library") is None
 
 
-def test_one_line_says_it_all() -> None:
+def test_a_machine_is_described_in_one_line() -> None:
     xavier = Machine(
         (Gpu("Xavier", (7, 2), 30.98),), "Jetson-AGX", "35.4.1", (InstalledLibrary("tensorrt", "8.5.2.2"),)
     )
     expected = "Jetson-AGX, Jetson Linux 35.4.1, Xavier (compute capability 7.2, 31.0 GiB), tensorrt 8.5.2.2"
-    assert machine.in_words(xavier) == expected
-    assert machine.in_words(Machine()) == "no NVIDIA GPU, no engine library"
+    assert machine.describe(xavier) == expected
+    assert machine.describe(Machine()) == "no NVIDIA GPU, no engine library"
 
 
 KERNEL_MODULES = {
@@ -177,26 +175,28 @@ KERNEL_MODULES = {
     "565.57.01": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  565.57.01  Release Build  (dvs@U16)",
     "540.4.0": "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  540.4.0  Release Build  (buildbrain@mobile)",
 }
-"""As the kernel modules of a server, of a server with the open ones and of JetPack 6 tell it."""
+"""As the kernel modules of a server, of a server with the open ones and of JetPack 6 report it."""
 
 
 class TestVersions:
     @pytest.mark.parametrize("version", KERNEL_MODULES)
-    def test_the_driver_is_known_by_its_kernel_module(self, tmp_path: Path, no_driver: None, version: str) -> None:
+    def test_the_driver_version_is_read_from_its_kernel_module(
+        self, tmp_path: Path, no_driver: None, version: str
+    ) -> None:
         write(tmp_path / "proc" / "driver" / "nvidia" / "version", KERNEL_MODULES[version].encode())
         found = this_machine(tmp_path)
         assert (found.driver, found.cuda) == (version, None)
-        assert f"driver {version}" in machine.in_words(found)
+        assert f"driver {version}" in machine.describe(found)
 
     @pytest.mark.parametrize("begin", ["", "return 100;", "return 803;"])
-    def test_the_newest_cuda_is_known_without_a_gpu_that_works(
+    def test_the_newest_cuda_is_found_without_a_working_gpu(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: str
     ) -> None:
         install_driver(tmp_path, monkeypatch, begin)
         install_smi(tmp_path, monkeypatch)
         assert this_machine(tmp_path).cuda == "12.4"
 
-    def test_a_driver_that_does_not_answer_leaves_nvidia_smi(
+    def test_nvidia_smi_is_queried_when_the_driver_does_not_answer(
         self, tmp_path: Path, no_driver: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         install_smi(tmp_path, monkeypatch, "535.183.01", "| NVIDIA-SMI 535.183.01    CUDA Version: 12.2     |")
@@ -210,13 +210,13 @@ class TestVersions:
             ("version.txt", b"CUDA Version 10.2.300\n", "10.2.300"),
         ],
     )
-    def test_the_toolkit_is_known_by_its_file(
+    def test_the_toolkit_version_is_read_from_its_file(
         self, tmp_path: Path, no_driver: None, name: str, content: bytes, version: str
     ) -> None:
         write(tmp_path / "usr" / "local" / "cuda" / name, content)
         assert machine.toolkit(tmp_path) == f"{version} in {tmp_path}/usr/local/cuda"
 
-    def test_the_toolkit_is_known_by_its_compiler(
+    def test_the_toolkit_version_is_read_from_its_compiler(
         self, tmp_path: Path, no_driver: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert machine.toolkit(tmp_path) is None
@@ -224,7 +224,7 @@ class TestVersions:
         (tmp_path / "nvcc").chmod(0o755)
         assert machine.toolkit(tmp_path) == f"11.4 at {tmp_path}/nvcc"
 
-    def test_trtexec_is_found_where_jetpack_hides_it(self, tmp_path: Path, no_driver: None) -> None:
+    def test_trtexec_is_found_where_jetpack_installs_it(self, tmp_path: Path, no_driver: None) -> None:
         assert machine.trtexec(tmp_path) is None
         (tmp_path / "trtexec").touch(0o755)
         assert machine.trtexec(tmp_path) == str(tmp_path / "trtexec")
@@ -236,7 +236,7 @@ class TestVersions:
         ("names", "version"),
         [((), None), (("libnvinfer.so.8", "libnvinfer.so.8.5.2"), "8.5.2"), (("libnvinfer.so.10",), None)],
     )
-    def test_the_systems_tensorrt_is_known_by_its_library(
+    def test_the_systems_tensorrt_version_is_read_from_its_library(
         self, tmp_path: Path, names: tuple[str, ...], version: str | None
     ) -> None:
         folder = tmp_path / "usr" / "lib" / "aarch64-linux-gnu"
@@ -247,7 +247,7 @@ class TestVersions:
 
 
 class TestPower:
-    def test_clocks_and_power_mode_are_told_by_whoever_knows(
+    def test_clocks_and_power_mode_come_from_any_source_that_has_them(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         install_smi(tmp_path, monkeypatch, "1200, 1980, 450.00")
@@ -256,14 +256,14 @@ class TestPower:
         place = tmp_path / "sys" / "devices" / "system" / "cpu" / "cpu0" / "cpufreq"
         write(place / "scaling_cur_freq", b"2265600\n")
         (place / "scaling_governor").write_text("schedutil\n")
-        assert machine.power_in_words(tmp_path) == (
+        assert machine.describe_power(tmp_path) == (
             "power mode MAXN; GPU at 1200 of 1980 MHz, power limit 450.00 W; CPU at 2265 MHz, governor schedutil"
         )
 
     @pytest.mark.parametrize("line", ["", "nonsense", "1, 2, 3, 4, 5"])
-    def test_nonsense_is_no_crash(
+    def test_nonsense_never_crashes(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, no_driver: None
     ) -> None:
-        assert machine.power_in_words(tmp_path / "nothing") == "neither board, driver nor kernel tells them here"
+        assert machine.describe_power(tmp_path / "nothing") == "not reported by board, driver or kernel"
         install_smi(tmp_path, monkeypatch, line)
-        assert "\n" not in machine.power_in_words(tmp_path / "nothing")
+        assert "\n" not in machine.describe_power(tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""What a device tells of an image is what it computed, and nothing else is taken for it."""
+"""A score from a device is what it computed for that image; anything else is refused."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from mess_compile.runtime.serve.scoring import (
     Score,
     ScoredExits,
     open_scorer,
-    score_of,
-    scored,
-    told,
+    score_from_message,
+    score_predictions,
+    score_to_message,
 )
 
 EXITS = ScoredExits(
@@ -50,14 +50,14 @@ def guess(value: int) -> NDArray[np.uint8]:
 
 def example() -> Score:
     guesses = [(np.array([3, 1], np.int32), guess(0)), (np.array([4, 2], np.int32), guess(1)), (None, guess(2))]
-    return scored(guesses, LABELS, LABELS != IGNORED, 3)
+    return score_predictions(guesses, LABELS, LABELS != IGNORED, 3)
 
 
 def read(content: Any) -> Score:
-    return score_of(content, BLOCK, 7, np.array([3, 2, 1]), EXITS, ROWS)
+    return score_from_message(content, BLOCK, 7, np.array([3, 2, 1]), EXITS, ROWS)
 
 
-def test_pixels_are_counted_at_the_size_of_the_labels_where_they_count() -> None:
+def test_pixels_are_counted_at_the_size_of_the_labels() -> None:
     """By hand: of six labelled pixels three are of class 0, two of class 1, one of class 2."""
     found = example()
     assert found.counts.tolist() == [[3, 1], [4, 2]]
@@ -128,23 +128,23 @@ def test_images_arrive_as_they_were_sent_and_in_order(
             np.testing.assert_array_equal(before, after)
 
 
-def test_labels_of_a_large_image_travel_small(tmp_path: Path) -> None:
+def test_the_labels_of_a_big_image_are_compressed(tmp_path: Path) -> None:
     labels = np.repeat(np.arange(8, dtype=np.uint8)[:, None], 4000, axis=1).repeat(300, axis=0)
     scoring.write_images(tmp_path / "file", [(np.zeros((2, 2, 3), np.uint8), labels)])
     assert labels.size == 9_600_000
     assert (tmp_path / "file").stat().st_size < 50_000
 
 
-def test_what_runs_is_told_to_the_device_as_it_is() -> None:
-    wish = worker.WorkRequest("score", "onnxruntime", (), (), "", Effort(), "f" * 64, ((0.5,) * 3,), EXITS)
-    assert worker.wish_from_json(worker.wish_to_json(wish)) == wish
-    without = replace(wish, exits=replace(EXITS, alone=None))
-    assert worker.wish_from_json(worker.wish_to_json(without)) == without
+def test_a_request_with_exits_survives_json() -> None:
+    request = worker.WorkRequest("score", "onnxruntime", (), (), "", Effort(), "f" * 64, ((0.5,) * 3,), EXITS)
+    assert worker.request_from_json(worker.request_to_json(request)) == request
+    without = replace(request, exits=replace(EXITS, alone=None))
+    assert worker.request_from_json(worker.request_to_json(without)) == without
 
 
-def test_a_score_arrives_as_it_was_told() -> None:
+def test_a_score_survives_its_message() -> None:
     score = example()
-    found = read(json.loads(json.dumps(told(BLOCK, 7, score))))
+    found = read(json.loads(json.dumps(score_to_message(BLOCK, 7, score))))
     for name in ("counts", "intersection", "predicted", "labelled"):
         assert getattr(found, name).dtype == getattr(score, name).dtype
         np.testing.assert_array_equal(getattr(found, name), getattr(score, name))
@@ -157,27 +157,27 @@ def test_a_score_arrives_as_it_was_told() -> None:
         ("labelled", [0, 3, 2, 1], "scored.labelled is of shape (4,), not (3,)"),
         ("labelled", [3, 1, 2], "scored.labelled is (3, 1, 2), but the image has (3, 2, 1)"),
         ("counts", [[3, 1]], "scored.counts is of shape (1, 2), not (2, 2)"),
-        ("counts", [[3, 1], [4]], "scored.counts is no array of (2, 2)"),
+        ("counts", [[3, 1], [4]], "scored.counts is not an array of (2, 2)"),
         ("counts", [[3, 1], [4, -1]], "scored.counts has numbers from -1 to 4"),
         ("counts", [[3, 1], [4, 1 << 31]], "scored.counts has numbers from 1 to 2147483648"),
-        ("counts", [[3, 1], [4, 1 << 70]], "scored.counts is no array of (2, 2)"),
+        ("counts", [[3, 1], [4, 1 << 70]], "scored.counts is not an array of (2, 2)"),
         ("counts", [[3, 1], [4, 2.0]], "scored.counts[1][1] is 2.0, not an integer"),
         ("counts", [[3, 1], [4, True]], "scored.counts[1][1] is True, not an integer"),
-        ("predicted", [[6, 0, 0], [0, 6, 0], [0, 1, 6]], "scored.predicted has not a class for each labelled pixel"),
-        ("intersection", [[4, 0, 0], [0, 2, 0], [0, 0, 1]], "scored.intersection is larger than"),
-        ("block", "e" * 64, "scored is of image 7 of 'eeeeeeeeeeee', not 7 of ffffffffffff"),
-        ("image", 6, "scored is of image 6 of 'ffffffffffff', not 7 of ffffffffffff"),
+        ("predicted", [[6, 0, 0], [0, 6, 0], [0, 1, 6]], "scored.predicted does not add up to the labelled pixels"),
+        ("intersection", [[4, 0, 0], [0, 2, 0], [0, 0, 1]], "scored.intersection exceeds"),
+        ("block", "e" * 64, "scored is for image 7 of 'eeeeeeeeeeee', not 7 of ffffffffffff"),
+        ("image", 6, "scored is for image 6 of 'ffffffffffff', not 7 of ffffffffffff"),
         ("image", None, "scored.image is None, not an integer"),
     ],
 )
-def test_a_line_that_cannot_be_this_image_s_score_is_refused(name: str, value: Any, words: str) -> None:
+def test_a_score_that_is_not_possible_for_the_image_is_refused(name: str, value: Any, words: str) -> None:
     with pytest.raises(DecodeError) as caught:
-        read({**told(BLOCK, 7, example()), name: value})
+        read({**score_to_message(BLOCK, 7, example()), name: value})
     assert str(caught.value).startswith(words)
 
 
-@pytest.mark.parametrize("content", [None, [], {}, "scored", 3, {"image": 7}])
-def test_a_line_that_is_no_score_is_refused(content: Any) -> None:
+@pytest.mark.parametrize("content", [None, [], {}, "score_predictions", 3, {"image": 7}])
+def test_content_that_is_not_a_score_is_refused(content: Any) -> None:
     with pytest.raises(DecodeError):
         read(content)
 
@@ -190,6 +190,6 @@ _JSON = st.recursive(
 
 
 @given(st.sampled_from(["counts", "intersection", "predicted", "labelled", "block", "image"]), _JSON)
-def test_whatever_a_device_says_is_a_score_or_is_refused(name: str, value: Any) -> None:
+def test_arbitrary_content_is_a_score_or_is_refused(name: str, value: Any) -> None:
     with suppress(DecodeError):
-        assert read({**told(BLOCK, 7, example()), name: value}).counts.shape == (2, ROWS)
+        assert read({**score_to_message(BLOCK, 7, example()), name: value}).counts.shape == (2, ROWS)

@@ -1,4 +1,4 @@
-"""What `ship` does before a version takes over: engines of the plan and of those to fall back to, and verification."""
+"""What `ship` does before it activates a version: build engines, also of fallback plans, and verify."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def opened(tmp_path: Path) -> Iterator[Archive]:
 
 
 class Builder:
-    """Notes what it is asked for, and fails for one precision."""
+    """Records what it builds, and fails for one precision."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -66,21 +66,23 @@ def quiet(kind: str, content: object) -> None:
 
 
 def built(opened: Archive) -> tuple[int, tuple[str, ...]]:
-    return ship._built(opened, opened.manifest.plans[0], library(), History(), quiet)
+    return ship._build_engines(opened, opened.manifest.plans[0], library(), History(), quiet)
 
 
 def library() -> FakeLibrary:
     return FakeLibrary({}, name="tensorrt", builds_for=("GPU", (8, 7)))
 
 
-def test_engines_of_plans_to_fall_back_to_are_there_before_they_are_needed(opened: Archive, builder: Builder) -> None:
+def test_engines_of_fallback_plans_are_built_before_they_are_needed(opened: Archive, builder: Builder) -> None:
     assert built(opened) == (10, ())
     assert builder.asked == ["fp16"] * 5 + ["fp32"] * 5
     assert built(opened) == (0, ())
     assert len(builder.asked) == 10
 
 
-def test_a_fallback_that_does_not_build_is_told_and_the_plan_itself_must(opened: Archive, builder: Builder) -> None:
+def test_a_failed_fallback_engine_is_reported_and_one_of_the_plan_is_an_error(
+    opened: Archive, builder: Builder
+) -> None:
     builder.failing = "fp32"
     count, refusals = built(opened)
     assert count == 5
@@ -94,10 +96,10 @@ def test_a_fallback_that_does_not_build_is_told_and_the_plan_itself_must(opened:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_engines_that_a_signed_bundle_brings_are_not_foretold_to_be_built(
+def test_a_dry_run_does_not_count_engines_in_a_signed_bundle(
     opened: Archive, builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    """`ship --dry-run` says how long it takes: minutes for each engine."""
+    """`ship --dry-run` estimates the duration: minutes for each engine."""
     plan, *_ = opened.manifest.plans
     brought = EngineFile("engines/a.engine", plan.graphs()[0], "fp16", "tensorrt", "1", "GPU", (8, 7))
     files = {**opened.manifest.files, brought.file: File("0" * 64, 3)}
@@ -112,7 +114,7 @@ def test_engines_that_a_signed_bundle_brings_are_not_foretold_to_be_built(
     assert sorted(said["looked"]["build"]) == sorted(every[known:])
 
 
-def test_what_was_built_to_be_measured_is_taken_over(opened: Archive, builder: Builder) -> None:
+def test_engines_built_by_profile_are_reused(opened: Archive, builder: Builder) -> None:
     plan = opened.manifest.plans[0]
     for path in plan.graphs():
         engine_cache.loadable(library(), opened.folder / path, "fp16", engine_cache.profiled_folder())
@@ -121,8 +123,8 @@ def test_what_was_built_to_be_measured_is_taken_over(opened: Archive, builder: B
     assert builder.asked == ["fp32"] * 5
 
 
-def test_going_back_depends_on_golden_frames_and_not_on_speed_or_power_mode(tmp_path: Path) -> None:
-    """What went wrong with a new version is taken back in whatever state the device is."""
+def test_a_rollback_checks_golden_frames_but_not_speed_or_power_mode(tmp_path: Path) -> None:
+    """A rollback has to work in any state of the device."""
 
     def of_another_mode(known: Manifest) -> Manifest:
         slower = [replace(cost, mean_ms=0.0, report_mean_ms=0.0) for cost in known.plans[0].costs]
@@ -138,17 +140,17 @@ def test_going_back_depends_on_golden_frames_and_not_on_speed_or_power_mode(tmp_
     assert all(check.passed for check in checks)
 
 
-def test_of_programs_of_other_days_the_one_that_runs_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a changed threshold stays some 30 KB whenever it ships; the program has 0.1 MB."""
+def test_old_programs_are_removed_but_for_the_running_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that shipping a changed threshold sends only some 30 KB; the program has 0.1 MB."""
     programs = tmp_path / ".ship" / "programs"
     programs.mkdir(parents=True)
     for name in ("own", "older"):
         (programs / name).write_bytes(b"a program")
-    (programs / "wish").write_text(ship.wish_to_json(ship.ShipRequest(str(tmp_path))))
+    (programs / "request").write_text(ship.request_to_json(ship.ShipRequest(str(tmp_path))))
     monkeypatch.setattr(ship, "__file__", str(programs / "own" / "mess_compile" / "runtime" / "serve" / "ship.py"))
-    assert ship.tell("look", programs / "wish") == 0
+    assert ship.act_on("look", programs / "request") == 0
     assert len(list(programs.iterdir())) == 3, "they are of today"
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 2 * 86400)
-    assert ship.tell("look", programs / "wish") == 0
+    assert ship.act_on("look", programs / "request") == 0
     assert [path.name for path in programs.iterdir()] == ["own"]

@@ -1,4 +1,4 @@
-"""Versions on a device: a kill at any step, or a disk that is full at any step, leaves a whole version in use."""
+"""Versions on a device: a kill or a full disk at any step leaves a complete version in use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.shipping import check_whole, released, with_threshold
 from tests.small_network import changed_bundle
 
 STEPS = {os: ("replace", "symlink", "link", "unlink", "fsync", "sync"), shutil: ("rmtree",)}
-"""What changes the disk, but for making folders and writing small files, which these come after."""
+"""Calls that change the disk; folders and small files are made before them."""
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +48,14 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: that takes long where others write."""
     monkeypatch.setattr(os, "sync", lambda: None)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(ship, "_proved", lambda *told: ship._Proof(None, 0, 0.0, 0.0))
+    monkeypatch.setattr(ship, "_build_and_verify", lambda *told: ship._Verified(None, 0, 0.0, 0.0))
 
 
 def quiet(kind: str, content: Any) -> None:
     pass
 
 
-def wished(folder: Path, bundle: Path, **options: Any) -> ShipRequest:
+def request_for(folder: Path, bundle: Path, **options: Any) -> ShipRequest:
     """The files have arrived."""
     store = folder / versions.FILES
     store.mkdir(parents=True, exist_ok=True)
@@ -67,13 +67,13 @@ def wished(folder: Path, bundle: Path, **options: Any) -> ShipRequest:
 
 
 def shipped(folder: Path, bundle: Path, **options: Any) -> str:
-    """What is in use after it."""
-    ship.ship(wished(folder, bundle, **options), quiet)
+    """Ship a bundle, and return the version in use."""
+    ship.ship(request_for(folder, bundle, **options), quiet)
     return check_whole(folder)
 
 
 class Steps:
-    """Counts what changes the disk, and breaks at one of them."""
+    """Counts the calls that change the disk, and fails at one of them."""
 
     def __init__(self, at: int, broken: Callable[[], None]) -> None:
         self.count, self._at, self._broken = 0, at, broken
@@ -102,7 +102,7 @@ def steps_of(act: Callable[[], object]) -> int:
 
 
 def killed(act: Callable[[], object], at: int) -> None:
-    """Do it in a process that ends without a word before step `at`."""
+    """Do it in a process that exits silently before step `at`."""
     child = os.fork()
     if child == 0:
         with pytest.MonkeyPatch.context() as patch:
@@ -121,13 +121,13 @@ def left_over(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["killed", "full"])
-def test_broken_at_any_step_a_whole_version_is_in_use_and_the_next_ship_succeeds(
+def test_a_failure_at_any_step_leaves_a_complete_version_and_the_next_ship_succeeds(
     bundles: list[Path], tmp_path: Path, how: str
 ) -> None:
     start = tmp_path / "start"
     first = shipped(start, bundles[0])
     shutil.copytree(start, tmp_path / "counted", symlinks=True)
-    counted = wished(tmp_path / "counted", bundles[1])
+    counted = request_for(tmp_path / "counted", bundles[1])
     total = steps_of(lambda: ship.ship(counted, quiet))
     many = len({path for path in (start / first).rglob("*") if path.is_file()})
     assert total > many, "every file is linked"
@@ -135,14 +135,14 @@ def test_broken_at_any_step_a_whole_version_is_in_use_and_the_next_ship_succeeds
     for at in [1, 2, many // 2, *range(many - 1, total + 1)]:
         folder = tmp_path / f"{how}-{at}"
         shutil.copytree(start, folder, symlinks=True)
-        wish = wished(folder, bundles[1], keep=1)
+        request = request_for(folder, bundles[1], keep=1)
         if how == "killed":
-            killed(lambda wish=wish: ship.ship(wish, quiet), at)  # type: ignore[misc]
+            killed(lambda request=request: ship.ship(request, quiet), at)  # type: ignore[misc]
         else:
             with pytest.MonkeyPatch.context() as patch:
                 Steps(at, full).put_in(patch)
                 with suppress(OSError, MessError):
-                    ship.ship(wish, quiet)
+                    ship.ship(request, quiet)
         seen.add(check_whole(folder))
         after = shipped(folder, bundles[1])
         assert after != first
@@ -151,17 +151,17 @@ def test_broken_at_any_step_a_whole_version_is_in_use_and_the_next_ship_succeeds
     assert len(seen) == 2, "some breaks came before, some after the switch"
 
 
-def test_back_goes_to_what_was_in_use_before_and_further(bundles: list[Path], tmp_path: Path) -> None:
+def test_rollback_goes_to_the_previous_version_and_then_to_older_ones(bundles: list[Path], tmp_path: Path) -> None:
     first, second, third = (shipped(tmp_path, bundle) for bundle in bundles)
     for expected in (second, first):
         ship.rollback(ShipRequest(str(tmp_path)), quiet)
         assert check_whole(tmp_path) == expected
-    with pytest.raises(InputError, match="no version to go back to"):
+    with pytest.raises(InputError, match=r"has no version before .* to go back to"):
         ship.rollback(ShipRequest(str(tmp_path)), quiet)
     assert shipped(tmp_path, bundles[2]) == third, "newer than what is in use, though it was here before"
 
 
-def test_a_rollback_that_is_killed_goes_back_one_version_and_no_further(bundles: list[Path], tmp_path: Path) -> None:
+def test_a_killed_rollback_goes_back_by_one_version_only(bundles: list[Path], tmp_path: Path) -> None:
     start = tmp_path / "start"
     _, second, third = (shipped(start, bundle) for bundle in bundles)
     shutil.copytree(start, tmp_path / "counted", symlinks=True)
@@ -170,10 +170,10 @@ def test_a_rollback_that_is_killed_goes_back_one_version_and_no_further(bundles:
     for at in range(1, total + 1):
         folder = tmp_path / str(at)
         shutil.copytree(start, folder, symlinks=True)
-        wish = ShipRequest(str(folder))
-        killed(lambda wish=wish: ship.rollback(wish, quiet), at)  # type: ignore[misc]
+        request = ShipRequest(str(folder))
+        killed(lambda request=request: ship.rollback(request, quiet), at)  # type: ignore[misc]
         if check_whole(folder) == third:
-            ship.rollback(wish, quiet)
+            ship.rollback(request, quiet)
         assert check_whole(folder) == second
 
 
@@ -189,17 +189,17 @@ def test_the_history_may_be_lost(bundles: list[Path], tmp_path: Path) -> None:
     assert shipped(tmp_path, bundles[2]).startswith("versions/3-"), "no number twice"
 
 
-def test_what_lies_where_the_link_belongs_stays(bundles: list[Path], tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_link_is_left_alone(bundles: list[Path], tmp_path: Path) -> None:
     (tmp_path / "current").mkdir()
     with pytest.raises(InputError, match="not a link that `ship` made"):
-        ship.ship(wished(tmp_path, bundles[0]), quiet)
+        ship.ship(request_for(tmp_path, bundles[0]), quiet)
     (tmp_path / "current").rmdir()
     (tmp_path / "current").symlink_to("/etc")
-    with pytest.raises(InputError, match="leads out of"):
-        ship.ship(wished(tmp_path, bundles[0]), quiet)
+    with pytest.raises(InputError, match="is a link out of"):
+        ship.ship(request_for(tmp_path, bundles[0]), quiet)
 
 
-def test_two_do_not_ship_at_once(tmp_path: Path) -> None:
+def test_only_one_program_ships_at_a_time(tmp_path: Path) -> None:
     refused = pytest.raises(InputError, match=f"process {os.getpid()} is shipping")
     with versions.locked(tmp_path), refused, versions.locked(tmp_path, patience_s=0.1):
         pass
@@ -207,7 +207,7 @@ def test_two_do_not_ship_at_once(tmp_path: Path) -> None:
         pass
 
 
-def test_a_version_that_is_damaged_is_made_anew_beside_it(bundles: list[Path], tmp_path: Path) -> None:
+def test_a_damaged_version_is_installed_again_beside_it(bundles: list[Path], tmp_path: Path) -> None:
     first = shipped(tmp_path, bundles[0])
     path = tmp_path / first / "README.txt"
     path.unlink()
@@ -217,17 +217,17 @@ def test_a_version_that_is_damaged_is_made_anew_beside_it(bundles: list[Path], t
     assert again.partition("-")[2] == first.partition("-")[2]
 
 
-def test_files_that_have_not_arrived_are_named_and_nothing_is_changed(bundles: list[Path], tmp_path: Path) -> None:
-    wish = wished(tmp_path, bundles[0])
+def test_missing_files_are_reported_and_nothing_is_changed(bundles: list[Path], tmp_path: Path) -> None:
+    request = request_for(tmp_path, bundles[0])
     gone = min((tmp_path / versions.FILES).iterdir())
     gone.unlink()
     said: list[tuple[str, Any]] = []
-    ship.ship(wish, lambda kind, content: said.append((kind, content)))
+    ship.ship(request, lambda kind, content: said.append((kind, content)))
     assert said == [("absent", [gone.name])]
     assert not (tmp_path / "current").exists()
 
 
-def test_only_so_many_versions_stay_and_their_files(bundles: list[Path], tmp_path: Path) -> None:
+def test_old_versions_and_their_files_are_removed(bundles: list[Path], tmp_path: Path) -> None:
     first, second, third = (shipped(tmp_path, bundle, keep=2) for bundle in bundles)
     assert {f"versions/{path.name}" for path in (tmp_path / "versions").iterdir()} == {second, third}
     kept = {path.stat().st_ino for path in (tmp_path / "versions").rglob("*") if path.is_file()}
@@ -243,16 +243,16 @@ def test_only_so_many_versions_stay_and_their_files(bundles: list[Path], tmp_pat
 
 
 @pytest.mark.parametrize("keep", [0, -1])
-def test_the_version_in_use_stays_whatever_is_wished(bundles: list[Path], tmp_path: Path, keep: int) -> None:
+def test_the_version_in_use_stays_whatever_keep_is(bundles: list[Path], tmp_path: Path, keep: int) -> None:
     first, second = (shipped(tmp_path, bundle, keep=keep) for bundle in bundles[:2])
     assert [path.name for path in (tmp_path / "versions").iterdir()] == [Path(second).name]
     assert first != second
 
 
-def test_waiting_for_another_ship_is_not_taken_for_the_time_that_verifying_takes(
+def test_waiting_for_the_lock_does_not_count_as_verification_time(
     bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`ship --dry-run` foretells by it."""
+    """`ship --dry-run` uses it for its estimate."""
     now, busy = [0.0], [False] * 100 + [True]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
@@ -285,7 +285,7 @@ def test_programs_load_the_link_while_it_is_switched(bundles: list[Path], tmp_pa
     assert len(found) >= seen + 2, "a load failed"
 
 
-def test_the_newer_release_wins_over_what_came_first(bundles: list[Path], tmp_path: Path) -> None:
+def test_release_numbers_take_precedence_over_the_order_of_arrival(bundles: list[Path], tmp_path: Path) -> None:
     def of(number: int | None, bundle: str) -> versions.Version:
         return versions.Version(ord(bundle) - 96, bundle * 64, "street", number, None, 1, "")
 
@@ -310,6 +310,6 @@ def test_a_release_is_a_plain_number(bundles: list[Path], text: str, number: int
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"format": "mess-ship"}', json.dumps({"format": "x", "version": 1})]
 )
-def test_a_wish_of_another_release_is_refused(content: str) -> None:
+def test_a_request_of_another_release_is_refused(content: str) -> None:
     with pytest.raises(InputError):
-        ship.wish_from_json(content)
+        ship.request_from_json(content)

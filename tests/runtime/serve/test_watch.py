@@ -92,7 +92,7 @@ def test_frames_get_labels_or_a_reason_across_versions_until_the_end(tmp_path: P
     assert "mess_frames_total" in (live / "metrics.prom").read_text()
 
 
-def test_a_device_says_whose_bundles_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_accepts_only_the_signers_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mess_compile.runtime.bundle import signature
 
     monkeypatch.setattr(signature, "INSTALLED", tmp_path / "etc")
@@ -110,7 +110,7 @@ def test_a_device_says_whose_bundles_it_takes(tmp_path: Path, monkeypatch: pytes
     assert installed_signers() is None
 
 
-def test_a_frame_that_takes_all_memory_is_refused(
+def test_a_frame_that_needs_too_much_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It would else be the first one again after each restart, and no frame behind it would ever be labelled."""
@@ -129,7 +129,7 @@ def test_a_frame_that_takes_all_memory_is_refused(
     assert "huge.png" in capsys.readouterr().err
 
 
-def test_no_name_of_a_frame_keeps_the_others_from_their_labels(
+def test_a_frame_with_an_unusable_name_does_not_block_the_others(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One whose labels would have too long a name; one that is not UTF-8; one that cannot even be put aside."""
