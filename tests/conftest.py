@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from mess_compile.runtime.measure import measure
 from mess_compile.search.requirement import Requirement
 from mess_compile.workspace import Workspace
 from tests.commands import contents
+from tests.slow_fifth import falls_to
 
 wait_without_spinning()  # test modules import torch themselves
 os.environ["MESS_COMPILE_PROGRESS"] = "off"  # however slow the machine, commands print nothing but results
@@ -28,6 +31,31 @@ CHOICE = steps.NetworkChoice("mobilenetv2", HW, exits=3, heads=("fcn-crm1-b0", "
 
 def quiet(*told: object) -> None:
     pass
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow-fifth", metavar="COMMIT", help="with -m '': of the slow tests, the fifth of this commit")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    commit = config.getoption("--slow-fifth")
+    if commit is not None:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        left_out = [item for item in slow if not falls_to(commit, item.nodeid)]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules, which live as long as the tests, out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    terminalreporter.write_line(f"processor time: {seconds:.0f} s, of workers and their processes too")
 
 
 @pytest.fixture(scope="session")
