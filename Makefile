@@ -21,10 +21,12 @@ lint: venv
 	$(VENV)/bin/mypy
 
 # A worker a core, each of which computes with one thread: two pools of threads on the same cores wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist worksteal --durations=15
+# Bytecode is written, whatever the environment says: hundreds of processes would compile every module again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n auto --dist worksteal --durations=15
 
+# With COMMIT=<hash> a fifth of the slow tests too, another one for other commits.
 test: lint
-	$(PYTEST)
+	$(PYTEST) $(if $(COMMIT),-m '' --slow-fifth $(COMMIT))
 
 test-all: lint
 	$(PYTEST) -m ''

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,15 @@ from mess_compile.cli import main
 
 ANY_SPEED = ("--latency-factor", "1000")
 """Tests share their machine."""
+CHAIN = """
+import json, sys
+from mess_compile.cli import main
+from mess_compile.runtime.measure import measure
+effort = measure.Effort(window_s=0.0, window_runs=1, windows=1, warm_up_s=0.0)
+measure.Effort = lambda: effort
+for command in json.loads(sys.argv[1]):
+    main.main(command, standalone_mode=False)
+"""
 TRAIN = ("train", "--input", "64x96", "--width", "0.25", "--exits", "3", "--heads", "fcn-crm1-b0", "--epochs", "1", "1")
 
 
@@ -30,6 +41,19 @@ def done(*arguments: str | Path) -> str:
     result = run(*arguments)
     assert result.exit_code == 0, result.stderr
     return result.stdout
+
+
+def chained(commands: Iterable[Sequence[str | Path]], folder: Path | None = None) -> str:
+    """What commands print one after the other, in a process of their own and with a brief `profile`.
+
+    There warnings of libraries would show on standard error, which stays empty.
+    """
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    ended = subprocess.run(
+        [sys.executable, "-c", CHAIN, words], cwd=folder, capture_output=True, text=True, timeout=900
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout
 
 
 def printed_json(*arguments: str | Path) -> dict[str, Any]:

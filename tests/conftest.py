@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
+import resource
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from mess_compile.network import Gate
 from mess_compile.runtime.measure import measure
 from mess_compile.search.requirement import Requirement
 from mess_compile.workspace import Workspace
-from tests.commands import contents
+from tests.slow_fifth import falls_to
 
 wait_without_spinning()  # test modules import torch themselves
 os.environ["MESS_COMPILE_PROGRESS"] = "off"  # however slow the machine, commands print nothing but results
@@ -30,15 +33,50 @@ def quiet(*told: object) -> None:
     pass
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A workspace after train, export, evaluate, profile, search and bundle; its plan has two exits or more.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow-fifth", metavar="COMMIT", help="with -m '': of the slow tests, the fifth of this commit")
 
-    Look only: `workspace` is a copy to work in.
-    """
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    commit = config.getoption("--slow-fifth")
+    if commit is not None:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        left_out = [item for item in slow if not falls_to(commit, item.nodeid)]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules, which live as long as the tests, out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    terminalreporter.write_line(f"processor time: {seconds:.0f} s, of workers and their processes too")
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that all workers of a run share: the first that asks for it makes it, and the others wait."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    base = tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent
+    folder, done = base / name, base / f"{name}.done"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
+def make_finished(folder: Path) -> None:
     from mess_compile.training.recipe import Recipe
 
-    workspace = Workspace(tmp_path_factory.mktemp("finished") / "workspace")
+    workspace = Workspace(folder / "workspace")
     data = workspace.root / "data"
     scenes.write_scenes(data, {"train": 24, "val": 12, "test": 6}, HW)
     steps.train(workspace, data, CHOICE, Recipe(epochs=(6, 3), batch=4, learning_rate=0.02))
@@ -48,15 +86,29 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (result,) = steps.search(workspace, (), None, Requirement(objective="accuracy"))
     assert len(result.plan.stages) > 1, "the tests of the cascade want a plan with an early exit"
     steps.bundle(workspace, None, None)
-    return workspace.root
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace after train, export, evaluate, profile, search and bundle; its plan has two exits or more.
+
+    Look only: `workspace` is a copy to work in.
+    """
+    return made_once(tmp_path_factory, "finished", make_finished) / "workspace"
+
+
+def states(folder: Path) -> dict[Path, tuple[int, int, int, int]]:
+    """By file, what would differ after it was written to, or another was put in its place."""
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (stat.st_ino, stat.st_mode, stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
 @pytest.fixture
 def workspace(finished: Path, tmp_path: Path) -> Iterator[Path]:
     """A copy of the finished workspace: hard links, for commands never change a file but put another in its place."""
-    before = contents(finished)
+    before = states(finished)
     yield Path(shutil.copytree(finished, tmp_path / "workspace", copy_function=os.link))
-    assert contents(finished) == before, "a file was changed where it lies: a killed command would leave half of it"
+    assert states(finished) == before, "a file was changed where it lies: a killed command would leave half of it"
 
 
 @pytest.fixture

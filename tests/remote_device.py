@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import venv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -254,7 +255,7 @@ def _write_tools(tools: Path) -> None:
 
 def _write_python(folder: Path, packages: Sequence[str]) -> None:
     """A virtual environment that has `packages` of ours and nothing else."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python3*/site-packages")
     for name in packages:
         for source in (Path(path) / name for path in sys.path if path.endswith("site-packages")):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ANY_SPEED, done
+from tests.commands import ANY_SPEED, chained, done
 from tests.remote_device import Device, remote_device
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -45,11 +45,7 @@ def camvid(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(CAMVID / name, folder / name)
     lines = commands(CAMVID / "README.md", "Without the data")
-    for arguments in lines:
-        brief = [
-            "0.1" if before == "--seconds" else word for before, word in zip(["", *arguments], arguments, strict=False)
-        ]
-        run(folder, [*brief, *(ANY_SPEED if arguments[0] == "verify" else ())])
+    chained([[*line, *(ANY_SPEED if line[0] == "verify" else ())] for line in lines], folder)
     assert [line[0] for line in lines] == ["export", "profile", "search", "bundle", "verify"]
     return folder
 

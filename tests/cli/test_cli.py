@@ -26,7 +26,7 @@ from mess_compile import steps
 from mess_compile.cli import main
 from mess_compile.runtime.measure.measure import Effort
 from mess_compile.workspace import Workspace
-from tests.commands import ANY_SPEED, TRAIN, complaint, contents, done, edit, first, printed_json, run
+from tests.commands import ANY_SPEED, TRAIN, chained, complaint, contents, done, edit, first, printed_json, run
 from tests.json_docs import differences
 
 pytestmark = pytest.mark.usefixtures("brief_profile")
@@ -157,17 +157,6 @@ def test_the_papers_baselines_have_the_papers_workload() -> None:
     assert whole["gmacs"] + final["gmacs"] == pytest.approx(content["baseline"]["gmacs"])
 
 
-CHAIN = """
-import json, sys
-from mess_compile.cli import main
-from mess_compile.runtime.measure import measure
-effort = measure.Effort(window_s=0.0, window_runs=1, windows=1, warm_up_s=0.0)
-measure.Effort = lambda: effort
-for command in json.loads(sys.argv[1]):
-    main.main(command, standalone_mode=False)
-"""
-
-
 def test_nothing_but_results_is_printed_along_the_whole_chain(workspace: Path, tmp_path: Path) -> None:
     """In a process of its own: warnings of libraries would show on standard error."""
     bundle, image = workspace / "host.mess", first(workspace / "data" / "val" / "images")
@@ -180,10 +169,8 @@ def test_nothing_but_results_is_printed_along_the_whole_chain(workspace: Path, t
         ("run", bundle, image, "-o", tmp_path),
         ("bench", bundle, "--data", workspace / "data", "--passes", "1"),
     ]
-    commands = json.dumps([["-C", *command] for command in [(workspace, *words) for words in chain]], default=str)
-    ended = subprocess.run([sys.executable, "-c", CHAIN, commands], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.count("next: mess-compile") == len(chain)
+    printed = chained([("-C", workspace, *words) for words in chain])
+    assert printed.count("next: mess-compile") == len(chain)
 
 
 class TestBundle:

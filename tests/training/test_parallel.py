@@ -103,7 +103,10 @@ def alone(rank: int, folder: str) -> None:
 
 
 def spawned(worker: Callable[..., None], arguments: tuple[object, ...], processes: int) -> None:
-    torch.multiprocessing.spawn(worker, arguments, nprocs=processes)  # type: ignore[no-untyped-call]
+    """Processes forked from one that has this module, and so PyTorch, loaded."""
+    method = "forkserver"
+    torch.multiprocessing.get_context(method).set_forkserver_preload(["torch._dynamo", __name__])
+    torch.multiprocessing.start_processes(worker, arguments, nprocs=processes, start_method=method)  # type: ignore[no-untyped-call]
 
 
 def free_port() -> int:
