@@ -207,7 +207,7 @@ class _Field:
     """A value that `passes` is kept as `read` gives it."""
 
     passes: Callable[[Any], bool]
-    words: str
+    expected: str
     read: Callable[[Any], Any] = lambda value: value
 
 
@@ -221,14 +221,14 @@ def _checked(
             hint = f"did you mean {near[0]}?" if near else f"only {', '.join(known)} are"
             raise ValueError(f"{place}{name[:80]!r} is no field, {hint}")
         if not known[name].passes(value):
-            raise ValueError(f"{place}{name} is {_shown(value)}, not {known[name].words}")
+            raise ValueError(f"{place}{name} is {_as_text(value)}, not {known[name].expected}")
     for name in needed:
         if name not in content:
-            raise ValueError(f"{place}{name} is missing, {known[name].words}")
+            raise ValueError(f"{place}{name} is missing, {known[name].expected}")
     return {name: known[name].read(value) for name, value in content.items()}
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     try:
         return f"{value!r:.80}"
     except ValueError:  # Python does not write integers of thousands of digits

@@ -15,7 +15,7 @@ from mess_compile.data.coco import Outlines, draw_labels
 from mess_compile.data.layouts import LabelFile
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.images import pictures, png
-from mess_compile.runtime.images.orientation import orientation_of, shown
+from mess_compile.runtime.images.orientation import orientation_of, upright
 
 _MAX_VALUE = 255
 _SHOWN_VALUES = 12
@@ -84,7 +84,7 @@ def _stored(path: Path) -> _Stored:
         raise InputError(f"label {path} cannot be read: {error}") from error
     if picture.has_alpha:
         samples = _without_alpha(path, samples)
-    return _Stored(path, shown(samples, orientation_of(picture.exif)), picture.palette)
+    return _Stored(path, upright(samples, orientation_of(picture.exif)), picture.palette)
 
 
 def _without_alpha(path: Path, samples: NDArray[Any]) -> NDArray[Any]:
@@ -106,8 +106,8 @@ def _values(stored: _Stored, classes: ClassList | None) -> NDArray[Any]:
         row, column = np.argwhere((samples != samples[..., :1]).any(axis=2))[0]
         remedy = "give the colours in classes.txt, NAME R G B for every class, or save one channel of values"
         raise InputError(
-            f"label {stored.path} is an RGB mask (colour {_shown(samples[row, column])} at row {row}, column {column})"
-            f": {'labels of this data set are single-channel PNGs of values' if classes is None else remedy}"
+            f"label {stored.path} is an RGB mask (colour {_as_text(samples[row, column])} at row {row}, "
+            f"column {column}): {'labels of this data set are single-channel PNGs of values' if classes is None else remedy}"
         )
     if int(samples.max()) > _MAX_VALUE:
         raise LabelValueError(stored.path, int(samples.max()), "label values are 0 to 255: correct it", False)
@@ -180,7 +180,7 @@ def _check_palette(stored: _Stored, values: NDArray[Any], classes: ClassList) ->
     for index in map(int, used):
         if meant[index] != meaning[index]:
             raise InputError(
-                f"label {stored.path} paints its value {index} in {_shown(stored.palette[index])}, the colour of "
+                f"label {stored.path} paints its value {index} in {_as_text(stored.palette[index])}, the colour of "
                 f"{_name(classes, meant[index])}, but {index} is {_name(classes, meaning[index])}: save it as RGB to "
                 "have its colours read, or with the values of classes.txt"
             )
@@ -205,7 +205,7 @@ def _table(classes: ClassList) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     for index, colour in enumerate(colours):
         if colour in colours[:index]:
             raise InputError(
-                f"{names[colours.index(colour)]} and {names[index]} have the same colour {_shown(colour)} in "
+                f"{names[colours.index(colour)]} and {names[index]} have the same colour {_as_text(colour)} in "
                 "classes.txt: masks in colours cannot tell them apart"
             )
     numbers = _packed(np.array(colours, np.uint8))
@@ -240,8 +240,8 @@ def _unknown_colour(stored: _Stored, unknown: NDArray[np.bool_], classes: ClassL
     distances = ((np.array(classes.colours, int) - colour.astype(int)) ** 2).sum(axis=1)
     nearest = int(distances.argmin())
     return (
-        f"label {stored.path} has the colour {_shown(colour)} at row {row}, column {column}, which is no class of "
-        f"classes.txt; the nearest is {classes.names[nearest]} {_shown(classes.colours[nearest])}: "
+        f"label {stored.path} has the colour {_as_text(colour)} at row {row}, column {column}, which is no class of "
+        f"classes.txt; the nearest is {classes.names[nearest]} {_as_text(classes.colours[nearest])}: "
         f"{_remedy_of_colours(stored, unknown, classes)}"
     )
 
@@ -262,5 +262,5 @@ def _colour(values: NDArray[Any]) -> Colour:
     return red, green, blue
 
 
-def _shown(colour: Any) -> str:
+def _as_text(colour: Any) -> str:
     return f"({', '.join(str(int(value)) for value in colour)})"

@@ -225,8 +225,8 @@ def _check_size(model: _Model, where: str, spec: TensorSpec) -> None:
     most = [full / (size - 1) if size > 1 else np.inf for size, full in zip(_size(spec), model.hw, strict=True)]
     if max(least) >= min(most) or any(size > full for size, full in zip(_size(spec), model.hw, strict=True)):
         raise InputError(
-            f"{where}: logits {spec.name!r} are {_shown(_size(spec))}, which does not lie over an input of "
-            f"{_shown(model.hw)}: name a map of the whole image, no larger than the input and of its proportions"
+            f"{where}: logits {spec.name!r} are {_as_text(_size(spec))}, which does not lie over an input of "
+            f"{_as_text(model.hw)}: name a map of the whole image, no larger than the input and of its proportions"
         )
 
 
@@ -315,5 +315,5 @@ def _size(spec: TensorSpec) -> tuple[int, ...]:
     return spec.shape[2:]
 
 
-def _shown(hw: tuple[int, ...]) -> str:
+def _as_text(hw: tuple[int, ...]) -> str:
     return " x ".join(map(str, hw))

@@ -164,7 +164,7 @@ def _colours(value: Any, classes: tuple[str, ...], single: bool) -> tuple[tuple[
 def _colour(value: Any) -> tuple[int, int, int]:
     channels = value if isinstance(value, list) else []
     if len(channels) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in channels):
-        raise InputError(f"a colour is {_shown(value)}, not [R, G, B] of 0 to 255")
+        raise InputError(f"a colour is {_as_text(value)}, not [R, G, B] of 0 to 255")
     return channels[0], channels[1], channels[2]
 
 
@@ -215,7 +215,7 @@ def _head(value: Any, where: str) -> HeadRule:
     name = _text(table["name"], f"the name of a head of {where}")
     if not _HEAD_NAME.fullmatch(name):
         raise InputError(
-            f"{where} has a head {_shown(name)}: files are named after it, so it is 1 to 64 letters (A-Z), digits, "
+            f"{where} has a head {_as_text(name)}: files are named after it, so it is 1 to 64 letters (A-Z), digits, "
             "'_', '-' and '.'"
         )
     return HeadRule(name, _text(table["logits"], f"logits of head {name!r} of {where}"))
@@ -225,16 +225,16 @@ def _baseline(value: Any, points: tuple[ExitRule, ...]) -> str:
     names = [head.name for head in points[-1].heads]
     name = names[0] if value is None else _text(value, "baseline").removeprefix(f"exit{len(points)}.")
     if name not in names:
-        raise InputError(f"baseline is {_shown(value)}, not a head of the last exit: {', '.join(names)}")
+        raise InputError(f"baseline is {_as_text(value)}, not a head of the last exit: {', '.join(names)}")
     return f"exit{len(points)}.{name}"
 
 
 def _table(value: Any, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{where} is {_shown(value)}, not a table of {', '.join(required)}")
+        raise InputError(f"{where} is {_as_text(value)}, not a table of {', '.join(required)}")
     for key in value:
         if key not in (*required, *optional):
-            raise InputError(f"{where} has an entry {_shown(key)}: {nearest(key, [*required, *optional])}")
+            raise InputError(f"{where} has an entry {_as_text(key)}: {nearest(key, [*required, *optional])}")
     for key in required:
         if key not in value:
             raise InputError(f"{where} lacks the entry {key!r}")
@@ -243,30 +243,30 @@ def _table(value: Any, where: str, required: tuple[str, ...], optional: tuple[st
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where} is {_shown(value)}, not a list of one or more")
+        raise InputError(f"{where} is {_as_text(value)}, not a list of one or more")
     return value
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        raise InputError(f"{where} is {_shown(value)}, not a text")
+        raise InputError(f"{where} is {_as_text(value)}, not a text")
     return value
 
 
 def _choice(value: Any, where: str, known: tuple[str, ...]) -> str:
     if value not in known:
-        raise InputError(f"{where} is {_shown(value)}, not one of {', '.join(map(repr, known))}")
+        raise InputError(f"{where} is {_as_text(value)}, not one of {', '.join(map(repr, known))}")
     return str(value)
 
 
 def _triple(value: Any, where: str) -> Triple:
     numbers = value if isinstance(value, list) else []
     if len(numbers) != 3 or not all(type(part) in (int, float) and abs(part) <= 1e6 for part in numbers):
-        raise InputError(f"{where} is {_shown(value)}, not three numbers")
+        raise InputError(f"{where} is {_as_text(value)}, not three numbers")
     return float(numbers[0]), float(numbers[1]), float(numbers[2])
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     """A value from outside, short enough for a message."""
     try:
         return reprlib.repr(value)

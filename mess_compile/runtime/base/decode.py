@@ -78,13 +78,13 @@ def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
     return _of_type(kind, value, where, {str: "text", bool: "true or false", int: "an integer"}.get(kind, "a number"))
 
 
-def _of_type(kind: Any, value: Any, where: str, words: str) -> Any:
+def _of_type(kind: Any, value: Any, where: str, expected: str) -> Any:
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise DecodeError(f"{where} is {_shown(value)}, not {words}")
+        raise DecodeError(f"{where} is {_as_text(value)}, not {expected}")
     return value
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     try:
         return f"{value!r:.80}"
     except RecursionError:

@@ -45,7 +45,7 @@ class BatchError(EngineError):
         self.results = tuple(results)
 
 
-MOST_WORDS = 300
+MAX_CHARACTERS = 300
 """Characters of what a library says that a message repeats."""
 
 
@@ -60,7 +60,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def one_line(text: object) -> str:
     """What a library says, for a message of ours: the end of it, where the reason stands."""
     words = " ".join(str(text).split())
-    if len(words) <= MOST_WORDS:
+    if len(words) <= MAX_CHARACTERS:
         return words
-    end = words[4 - MOST_WORDS :]
+    end = words[4 - MAX_CHARACTERS :]
     return "... " + (end.partition(" ")[2] or end)

@@ -9,7 +9,7 @@ from typing import Any, Callable, Tuple
 
 from mess_compile.runtime.base.errors import EngineError
 
-_native: weakref.WeakSet[Any] = weakref.WeakSet()
+_undestroyed: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def finalizer(owner: object, action: Callable[..., None], *arguments: object) -> weakref.finalize[..., object]:
@@ -22,21 +22,21 @@ def _act(made_by: int, action: Callable[..., None], arguments: Tuple[object, ...
         action(*arguments)
 
 
-def keep_in_children(thing: object) -> None:
+def never_destroy_in_children(thing: object) -> None:
     """Have a forked child never destroy `thing`, whose destructor waits for threads or a device that only we have."""
-    _native.add(thing)
+    _undestroyed.add(thing)
 
 
-def _keep() -> None:
+def _leak_in_child() -> None:
     """One reference more than there are names for it, so that not even the end of the interpreter destroys it."""
     with suppress(ImportError):  # a Python that was built without libffi
         import ctypes
 
-        for thing in tuple(_native):
+        for thing in tuple(_undestroyed):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
-os.register_at_fork(after_in_child=_keep)
+os.register_at_fork(after_in_child=_leak_in_child)
 
 
 def check_process(made_by: int, what: str) -> None:

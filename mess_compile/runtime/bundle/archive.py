@@ -236,14 +236,14 @@ def _opener(content: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], IO[
 def _entries_of_folder(path: Path) -> Iterator[Dict[str, _Entry]]:
     entries: Dict[str, _Entry] = {}
     path = path.resolve()  # a link to it may be switched meanwhile
-    for name, found in _walk(path, "", _MAX_DEPTH):
+    for name, found in _entries(path, "", _MAX_DEPTH):
         if not stat.S_ISREG(found.st_mode) or len(entries) == _MAX_ENTRIES:
             raise BundleError(f"{path}: {name!r:.200} is not a plain file of a bundle: links and devices are refused")
         entries[name] = _Entry(found.st_size, _file_opener(path / name, found))
     yield entries
 
 
-def _walk(folder: Path, inside: str, depth: int) -> Iterator[Tuple[str, os.stat_result]]:
+def _entries(folder: Path, inside: str, depth: int) -> Iterator[Tuple[str, os.stat_result]]:
     """Whatever is no folder, without following links; below `depth` folders too."""
     with os.scandir(folder) as found:
         for entry in found:
@@ -251,7 +251,7 @@ def _walk(folder: Path, inside: str, depth: int) -> Iterator[Tuple[str, os.stat_
             if stat.S_ISDIR(status.st_mode) and entry.name == _PYTHONS_OWN:
                 continue
             if stat.S_ISDIR(status.st_mode) and depth:
-                yield from _walk(folder / entry.name, f"{name}/", depth - 1)
+                yield from _entries(folder / entry.name, f"{name}/", depth - 1)
             else:
                 yield name, status
 

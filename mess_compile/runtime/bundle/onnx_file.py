@@ -102,13 +102,13 @@ def check(folder: Path, name: str, files: Mapping[str, int], fields_left: int = 
     beside = {path[len(place) :]: size for path, size in files.items() if path.startswith(place)}
     look = _Look(beside, fields_left)
     try:
-        _walk("model", memoryview((folder / name).read_bytes()), look, _MAX_DEPTH)
+        _check_message("model", memoryview((folder / name).read_bytes()), look, _MAX_DEPTH)
     except _Damaged as error:
         raise BundleError(f"{name} is not a graph that a bundle holds: {error}") from error
     return look.fields_left
 
 
-def _walk(kind: str, content: memoryview, look: _Look, depth: int) -> None:
+def _check_message(kind: str, content: memoryview, look: _Look, depth: int) -> None:
     if not depth:
         raise _Damaged(f"it is nested more than {_MAX_DEPTH} deep")
     if kind in _REFUSED:
@@ -127,7 +127,7 @@ def _walk(kind: str, content: memoryview, look: _Look, depth: int) -> None:
             raise _Damaged("a node of it is an engine")
         holds = _FIELDS[kind][field]
         if holds in _FIELDS or holds in _REFUSED:
-            _walk(holds, value, look, depth - 1)
+            _check_message(holds, value, look, depth - 1)
     return None
 
 
@@ -151,13 +151,13 @@ def _check_tensor(content: memoryview, look: _Look) -> None:
     elements = _product(dims)
     if data_type not in _BITS:
         raise _Damaged(f"a tensor has elements of type {data_type}")
-    wanted = (elements * _BITS[data_type] + 7) // 8
+    expected = (elements * _BITS[data_type] + 7) // 8
     if outside or external:
         if raw >= 0 or payload or not outside:
             raise _Damaged("a tensor lies in the graph and outside of it")
-        _check_external(external, wanted, look.files)
-    elif raw >= 0 and raw != wanted:
-        raise _Damaged(f"a tensor of {dims[:8]} has {raw} bytes, not {wanted}")
+        _check_external(external, expected, look.files)
+    elif raw >= 0 and raw != expected:
+        raise _Damaged(f"a tensor of {dims[:8]} has {raw} bytes, not {expected}")
     elif raw < 0 and elements > 2 * payload:
         raise _Damaged(f"a tensor of {dims[:8]} has {payload} bytes of values")
 
@@ -178,14 +178,16 @@ def _product(dims: List[int]) -> int:
     return elements
 
 
-def _check_external(pairs: List[Tuple[str, str]], wanted: int, files: Mapping[str, int]) -> None:
+def _check_external(pairs: List[Tuple[str, str]], expected: int, files: Mapping[str, int]) -> None:
     named = dict(pairs)
     location, offset = named.get("location", ""), _number(named.get("offset", "0"))
     if len(named) != len(pairs) or location not in files or not _PLACED.issuperset(named):
         raise _Damaged(f"a tensor lies in {location!r:.200}, which is no file of the bundle")
     length = _number(named["length"]) if "length" in named else files[location] - offset
-    if length != wanted or offset + length > files[location]:
-        raise _Damaged(f"a tensor of {wanted} bytes lies at {offset} + {length} of {location}, {files[location]} bytes")
+    if length != expected or offset + length > files[location]:
+        raise _Damaged(
+            f"a tensor of {expected} bytes lies at {offset} + {length} of {location}, {files[location]} bytes"
+        )
 
 
 def _number(text: str) -> int:

@@ -24,7 +24,7 @@ def matching_plans(manifest: Manifest, target: Optional[str], library: Optional[
         plans = named_plans(manifest.plans, target)
     if not plans:
         wanted = f"the target {target}" if target is not None else f"a library of {', '.join(known)}"
-        raise InputError(f"bundle {manifest.name} has no plan for {wanted}; it has {_told(manifest.plans)}")
+        raise InputError(f"bundle {manifest.name} has no plan for {wanted}; it has {_listed(manifest.plans)}")
     return _for_this_machine(plans, manifest.name) if len({plan.target for plan in plans}) > 1 else plans
 
 
@@ -35,7 +35,7 @@ def named_plans(plans: Tuple[BundlePlan, ...], target: str) -> List[BundlePlan]:
     return exactly or about
 
 
-def _told(plans: Tuple[BundlePlan, ...]) -> str:
+def _listed(plans: Tuple[BundlePlan, ...]) -> str:
     return ", ".join(f"{plan.name} ({plan.library})" for plan in plans)
 
 

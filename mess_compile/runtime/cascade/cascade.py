@@ -35,7 +35,7 @@ from mess_compile.runtime.bundle.engines_inside import adopt
 from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, BundlePlan
 from mess_compile.runtime.bundle.plan_choice import first_that_opens, matching_plans
 from mess_compile.runtime.bundle.signature import Signers
-from mess_compile.runtime.cascade.fallback import Ladder, Walk, safer_plans
+from mess_compile.runtime.cascade.fallback import FallbackChain, FrameRun, safer_plans
 from mess_compile.runtime.cascade.metrics import Metrics, Recorder
 from mess_compile.runtime.cascade.stream import Stream
 from mess_compile.runtime.engines.engine import Library
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 ON_FAILURE = ("fallback", "raise")
 _FREE: ContextManager[None] = nullcontext()
-_Left = Tuple[Walk, np.ndarray, float]
+_Ended = Tuple[FrameRun, np.ndarray, float]
 """A walk that has ended, its labels at the network's input size, and how many ms it took."""
 
 
@@ -107,14 +107,14 @@ class Cascade:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._recorder = Recorder(plan)
-        self._on_engine: Optional[Walk] = None
-        self._shown: Optional[Tuple[Prediction, Walk]] = None
+        self._on_engine: Optional[FrameRun] = None
+        self._last: Optional[Tuple[Prediction, FrameRun]] = None
         self._point = DEFAULT_POINT
         self._mapping = MappingTimes()
         self._palette = tuple(zip(self.manifest.network.classes, self.manifest.network.colours))
-        self._ladder = Ladder(self.manifest, plan, library, archive.folder, on_failure == "fallback", threads)
+        self._chain = FallbackChain(self.manifest, plan, library, archive.folder, on_failure == "fallback", threads)
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
-        self._release = fork_guard.finalizer(self, _release, self._ladder, archive)
+        self._release = fork_guard.finalizer(self, _release, self._chain, archive)
 
     def __call__(self, frame: np.ndarray) -> Prediction:
         """Segment one frame: uint8 RGB (H, W, 3), resized as the bundle says when it is not of the network's size.
@@ -124,9 +124,9 @@ class Cascade:
         self._check_process()
         image = self._image(frame)
         with self._lock:
-            left = self._segmented(image, time.perf_counter_ns())
-        prediction = self._left_prediction(frame, left)
-        self._shown = prediction, left[0]
+            ended = self._segmented(image, time.perf_counter_ns())
+        prediction = self._ended_prediction(frame, ended)
+        self._last = prediction, ended[0]
         return prediction
 
     def refine(self, frame: np.ndarray, deadline_ms: Optional[float] = None) -> Iterator[Prediction]:
@@ -143,48 +143,48 @@ class Cascade:
 
     def _refinement(self, frame: np.ndarray, deadline_ms: Optional[float]) -> Iterator[Prediction]:
         start = time.perf_counter_ns()
-        image, hw = self._kept_image(frame), (frame.shape[0], frame.shape[1])
-        walk: Optional[Walk] = None
+        image, hw = self._own_image(frame), (frame.shape[0], frame.shape[1])
+        run: Optional[FrameRun] = None
         latencies_ms: List[float] = []
         try:
-            while walk is None or not walk.is_last:
+            while run is None or not run.is_last:
                 self._check_process()
                 with self._lock:
-                    if walk is not None and not self._fits(walk, hw, start, deadline_ms):
+                    if run is not None and not self._fits(run, hw, start, deadline_ms):
                         return
-                    walk = self._resumed(walk, image)
-                    walk.advance()
-                    labels = walk.labels()
+                    run = self._resumed(run, image)
+                    run.advance()
+                    labels = run.labels()
                 labels = self._mapped(labels, hw)
                 latencies_ms.append(_ms_since(start))
-                prediction = self._prediction(walk, labels, latencies_ms[-1])
-                self._shown = prediction, walk
+                prediction = self._prediction(run, labels, latencies_ms[-1])
+                self._last = prediction, run
                 yield prediction
         finally:
-            if walk is not None and latencies_ms:
-                self._refined(walk, latencies_ms, deadline_ms)
+            if run is not None and latencies_ms:
+                self._record_refinement(run, latencies_ms, deadline_ms)
 
-    def _fits(self, walk: Walk, hw: Tuple[int, int], start: int, deadline_ms: Optional[float]) -> bool:
+    def _fits(self, run: FrameRun, hw: Tuple[int, int], start: int, deadline_ms: Optional[float]) -> bool:
         if deadline_ms is None:
             return True
-        if walk.fell_back:
+        if run.fell_back:
             return False
-        cost = self.plan.costs[walk.depth]
+        cost = self.plan.costs[run.depth]
         p99_ms = cost.p99_ms + cost.report_p99_ms + self._mapping.p99_ms(hw)
         return _ms_since(start) + p99_ms <= deadline_ms
 
-    def _resumed(self, walk: Optional[Walk], image: np.ndarray) -> Walk:
-        if walk is None:
-            return self._walk(image)
-        if not self._is_there(walk):
+    def _resumed(self, run: Optional[FrameRun], image: np.ndarray) -> FrameRun:
+        if run is None:
+            return self._started(image)
+        if not self._holds(run):
             raise InputError(
                 f"another frame was segmented since, and {self.library.name} keeps one at a time: end a refinement "
                 "before the next frame"
             )
-        return walk
+        return run
 
-    def _refined(self, walk: Walk, latencies_ms: Sequence[float], deadline_ms: Optional[float]) -> None:
-        self._finished(walk, latencies_ms[-1])
+    def _record_refinement(self, run: FrameRun, latencies_ms: Sequence[float], deadline_ms: Optional[float]) -> None:
+        self._record(run, latencies_ms[-1])
         if deadline_ms is not None:
             late = [latency_ms > deadline_ms for latency_ms in latencies_ms]
             self._recorder.had_deadline(late[0], not late[0] and late[-1])
@@ -204,8 +204,8 @@ class Cascade:
             found = self._segmented_by_stages(images) if by_stages else self._segmented_in_turn(images)
         return _all_of([self._batched(frame, each) for frame, each in zip(given, found)])
 
-    def _batched(self, frame: np.ndarray, left: Union[_Left, EngineError]) -> Union[Prediction, EngineError]:
-        return left if isinstance(left, EngineError) else self._left_prediction(frame, left)
+    def _batched(self, frame: np.ndarray, ended: Union[_Ended, EngineError]) -> Union[Prediction, EngineError]:
+        return ended if isinstance(ended, EngineError) else self._ended_prediction(frame, ended)
 
     def stream(self, frames: Iterable[np.ndarray], ahead: int = 4) -> Stream:
         """Predictions of frame after frame, in order, while up to `ahead` frames are read, resized and computed.
@@ -223,8 +223,8 @@ class Cascade:
         image = self._image(frame)
         turn: ContextManager[Any] = _FREE if self.library.concurrent else self._lock
         with turn:
-            left = self._segmented(image, time.perf_counter_ns())
-        return self._left_prediction(frame, left)
+            ended = self._segmented(image, time.perf_counter_ns())
+        return self._ended_prediction(frame, ended)
 
     @property
     def operating_point(self) -> str:
@@ -246,7 +246,7 @@ class Cascade:
     @property
     def refusals(self) -> Tuple[str, ...]:
         """What `on_failure="fallback"` cannot fall back to here, and why."""
-        return self._ladder.refusals
+        return self._chain.refusals
 
     @property
     def class_names(self) -> Tuple[str, ...]:
@@ -268,12 +268,12 @@ class Cascade:
         with self._lock:
             if not self._release.alive:
                 raise InputError("the cascade is closed, and holds no logits any more")
-            shown = self._shown
-            if shown is None or shown[0] is not prediction or not self._is_there(shown[1]):
+            last = self._last
+            if last is None or last[0] is not prediction or not self._holds(last[1]):
                 raise InputError("only the last prediction has a confidence map: ask for it before the next frame")
             if prediction.confidence is None:
                 raise InputError("the plan runs the whole network, which has no gate and no confidence map")
-            logits = shown[1].logits()
+            logits = last[1].logits()
         cells = pictures.resize_labels(confidence_map(logits, self.manifest.gate.confidence), network.input_hw)
         return pictures.from_input(cells, prediction.labels.shape, network.resize)
 
@@ -288,29 +288,29 @@ class Cascade:
         network = self.manifest.network
         return pictures.to_input(pictures.check_frame(frame), network.input_hw, network.resize)[None]
 
-    def _kept_image(self, frame: Any) -> np.ndarray:
+    def _own_image(self, frame: Any) -> np.ndarray:
         """One that a safer engine can start from when the caller has used the frame's buffer again."""
         image = self._image(frame)
-        return image.copy() if self._ladder.falls_back and np.may_share_memory(image, frame) else image
+        return image.copy() if self._chain.falls_back and np.may_share_memory(image, frame) else image
 
-    def _walk(self, image: np.ndarray) -> Walk:
-        self._on_engine = Walk(self._ladder, image, self._point, self._recorder)
+    def _started(self, image: np.ndarray) -> FrameRun:
+        self._on_engine = FrameRun(self._chain, image, self._point, self._recorder)
         return self._on_engine
 
-    def _is_there(self, walk: Walk) -> bool:
+    def _holds(self, run: FrameRun) -> bool:
         """Whether what the walk computed last has not been overwritten by another frame."""
-        return self.library.concurrent or self._on_engine is walk
+        return self.library.concurrent or self._on_engine is run
 
-    def _segmented(self, image: np.ndarray, start: int) -> _Left:
-        walk = self._walk(image)
-        walk.advance()
-        while not walk.leaves:
-            walk.advance()
-        return self._left(walk, start)
+    def _segmented(self, image: np.ndarray, start: int) -> _Ended:
+        run = self._started(image)
+        run.advance()
+        while not run.leaves:
+            run.advance()
+        return self._end(run, start)
 
-    def _segmented_in_turn(self, images: Sequence[np.ndarray]) -> List[Union[_Left, EngineError]]:
+    def _segmented_in_turn(self, images: Sequence[np.ndarray]) -> List[Union[_Ended, EngineError]]:
         start = time.perf_counter_ns()
-        found: List[Union[_Left, EngineError]] = []
+        found: List[Union[_Ended, EngineError]] = []
         for image in images:
             try:
                 found.append(self._segmented(image, start))
@@ -318,54 +318,54 @@ class Cascade:
                 found.append(error)
         return found
 
-    def _segmented_by_stages(self, images: Sequence[np.ndarray]) -> List[Union[_Left, EngineError]]:
+    def _segmented_by_stages(self, images: Sequence[np.ndarray]) -> List[Union[_Ended, EngineError]]:
         start = time.perf_counter_ns()
-        walks = [self._walk(image) for image in images]
-        found: Dict[int, Union[_Left, EngineError]] = {}
-        while len(found) < len(walks):
-            for index, walk in enumerate(walks):
+        runs = [self._started(image) for image in images]
+        found: Dict[int, Union[_Ended, EngineError]] = {}
+        while len(found) < len(runs):
+            for index, run in enumerate(runs):
                 if index in found:
                     continue
                 try:
-                    walk.advance()
-                    if walk.leaves:
-                        found[index] = self._left(walk, start)
+                    run.advance()
+                    if run.leaves:
+                        found[index] = self._end(run, start)
                 except EngineError as error:
                     found[index] = error
         return [found[index] for index in range(len(images))]
 
-    def _left(self, walk: Walk, start: int) -> _Left:
-        labels = walk.labels()
-        walk.ended()
+    def _end(self, run: FrameRun, start: int) -> _Ended:
+        labels = run.labels()
+        run.drop_features()
         latency_ms = _ms_since(start)
-        self._finished(walk, latency_ms)
-        return walk, labels, latency_ms
+        self._record(run, latency_ms)
+        return run, labels, latency_ms
 
-    def _finished(self, walk: Walk, latency_ms: float) -> None:
-        self._recorder.finished(self._exit(walk), latency_ms, self._confidences(walk), walk.fell_back)
+    def _record(self, run: FrameRun, latency_ms: float) -> None:
+        self._recorder.finished(self._exit(run), latency_ms, self._confidences(run), run.fell_back)
 
-    def _exit(self, walk: Walk) -> int:
+    def _exit(self, run: FrameRun) -> int:
         """Of the cascade's own plan, also where another one computed the frame."""
-        if walk.plan is self.plan:
-            return walk.depth
-        point = walk.stage.exit_point
+        if run.plan is self.plan:
+            return run.depth
+        point = run.stage.exit_point
         return max(sum(stage.exit_point <= point for stage in self.plan.stages), 1)
 
-    def _confidences(self, walk: Walk) -> List[float]:
+    def _confidences(self, run: FrameRun) -> List[float]:
         """Of the stages that the frame reaches by the default decisions: what the tuning images' histograms count.
 
         At other operating points the frames that reach a later stage are others, and only the first one is told; what
         another plan computed is not to be compared.
         """
         found: List[float] = []
-        if walk.plan is not self.plan:
+        if run.plan is not self.plan:
             return found
-        for stage, counts in zip(self.plan.stages, walk.counts):
+        for stage, counts in zip(self.plan.stages, run.counts):
             if stage.is_whole:
                 break
             count = int(counts[stage.row])
             found.append(count / stage.cells)
-            if walk.point != DEFAULT_POINT or (stage.cut is not None and count >= stage.cut):
+            if run.point != DEFAULT_POINT or (stage.cut is not None and count >= stage.cut):
                 break
         return found
 
@@ -378,14 +378,14 @@ class Cascade:
         self._mapping.took(hw, (time.perf_counter_ns() - start) / 1e6)
         return labels
 
-    def _left_prediction(self, frame: np.ndarray, left: _Left) -> Prediction:
-        walk, labels, latency_ms = left
-        return self._prediction(walk, self._mapped(labels, (frame.shape[0], frame.shape[1])), latency_ms)
+    def _ended_prediction(self, frame: np.ndarray, ended: _Ended) -> Prediction:
+        run, labels, latency_ms = ended
+        return self._prediction(run, self._mapped(labels, (frame.shape[0], frame.shape[1])), latency_ms)
 
-    def _prediction(self, walk: Walk, labels: np.ndarray, latency_ms: float) -> Prediction:
-        stage, count = walk.stage, walk.count
+    def _prediction(self, run: FrameRun, labels: np.ndarray, latency_ms: float) -> Prediction:
+        stage, count = run.stage, run.count
         sure = None if count is None else count / stage.cells
-        return Prediction(labels, self._exit(walk), stage.exit_point, sure, latency_ms, self._palette)
+        return Prediction(labels, self._exit(run), stage.exit_point, sure, latency_ms, self._palette)
 
     def close(self) -> None:
         """End the streams, wait for a frame under way, then give everything back; done too when the process ends."""
@@ -395,7 +395,7 @@ class Cascade:
             stream.close()
         with self._lock:
             self._release()
-            self._shown = None
+            self._last = None
 
     def __enter__(self) -> Cascade:
         return self
@@ -423,9 +423,9 @@ def _all_of(results: Sequence[Union[Prediction, EngineError]]) -> List[Predictio
     )
 
 
-def _release(ladder: Ladder, archive: Archive) -> None:
+def _release(chain: FallbackChain, archive: Archive) -> None:
     try:
-        ladder.close()
+        chain.close()
     finally:
         archive.close()
 

@@ -18,7 +18,7 @@ _LOWEST, _HIGHEST = -6 * PER_OCTAVE, 17 * PER_OCTAVE  # 2^-6 ms to 2^17 ms
 _EXPORTED = range(-4, 14)  # bucket bounds for Prometheus, powers of two in ms: 62.5 us to 8.2 s
 RECENT = 1000
 """Drift is that of the last so many frames that reached an exit."""
-ENOUGH = 100
+MIN_FRAMES = 100
 """It is not told of fewer."""
 _Z_OF_99_PERCENT = 2.3263
 
@@ -169,12 +169,12 @@ def _percentile(bins: Sequence[int], frames: int, share: float) -> Optional[floa
 
 
 def _drifts(tuning: Sequence[Sequence[int]], recent: Sequence[Deque[int]]) -> Iterator[Drift]:
-    for number, (wanted, latest) in enumerate(zip(tuning, recent), 1):
-        if sum(wanted) and len(latest) >= ENOUGH:
+    for number, (tuned, latest) in enumerate(zip(tuning, recent), 1):
+        if sum(tuned) and len(latest) >= MIN_FRAMES:
             found = [0] * CONFIDENCE_BINS
             for each in latest:
                 found[each] += 1
-            yield drift(number, wanted, found)
+            yield drift(number, tuned, found)
 
 
 def drift(number: int, tuning: Sequence[int], recent: Sequence[int]) -> Drift:
@@ -219,12 +219,12 @@ def _lines(metrics: Metrics) -> Iterator[str]:
     yield counter("mess_fallback_frames_total", "Frames by other engines.", {"": metrics.fallback_frames})
     yield counter("mess_lost_results_total", "Results that no engine could compute.", {"": metrics.lost_results})
     if metrics.drift:
-        told = [({"exit": str(each.exit)}, each) for each in metrics.drift]
+        drifts = [({"exit": str(each.exit)}, each) for each in metrics.drift]
         text = "Population stability index of recent confidence against the tuning images."
-        yield family("mess_confidence_drift", "gauge", text, [("", labels, each.index) for labels, each in told])
+        yield family("mess_confidence_drift", "gauge", text, [("", labels, each.index) for labels, each in drifts])
         text = "Drift that chance alone exceeds in 1 % of the cases."
         name = "mess_confidence_drift_by_chance"
-        yield family(name, "gauge", text, [("", labels, each.by_chance) for labels, each in told])
+        yield family(name, "gauge", text, [("", labels, each.by_chance) for labels, each in drifts])
 
 
 def _histogram(metrics: Metrics) -> List[Tuple[str, Dict[str, str], float]]:

@@ -75,7 +75,7 @@ class Stages:
         stage = self._stages[index]
         if stage.head is None:
             found = stage.segment.run({stage.source: features})
-            self._refuse_unsound(stage, int(self.library.download(found[_SOUND])[0]) == stage.cells)
+            self._check_sound(stage, int(self.library.download(found[_SOUND])[0]) == stage.cells)
             return None, found["labels"], _NO_COUNTS
         features = stage.segment.run({stage.source: features})[stage.point]
         gated = stage.head.run({stage.point: features, "thresholds": self._thresholds})
@@ -84,10 +84,10 @@ class Stages:
             sound = bool(np.isfinite(self.library.download(gated["logits"])).all())
         else:
             sound = counts[self._guard] == stage.cells
-        self._refuse_unsound(stage, sound)
+        self._check_sound(stage, sound)
         return features, gated["logits"], counts
 
-    def _refuse_unsound(self, stage: _LoadedStage, sound: bool) -> None:
+    def _check_sound(self, stage: _LoadedStage, sound: bool) -> None:
         if not sound:
             raise NotFiniteError(
                 f"{stage.name} gave NaN or infinities on {self.library.name}: build it in a safer precision (fp32)"
@@ -106,10 +106,10 @@ class Stages:
         self._engines.clear()
 
 
-def _unused_row(plan: BundlePlan, rows: int) -> Optional[int]:
+def _unused_row(plan: BundlePlan, row_count: int) -> Optional[int]:
     used = {stage.row for stage in plan.stages}
     used |= {decision.row for point in plan.operating_points for decision in point.decisions}
-    return next((row for row in reversed(range(rows)) if row not in used), None)
+    return next((row for row in reversed(range(row_count)) if row not in used), None)
 
 
 def _check_graphs(stage: BundleStage, source: str, engines: Tuple[Engine, Engine, Engine], manifest: Manifest) -> None:
@@ -117,13 +117,13 @@ def _check_graphs(stage: BundleStage, source: str, engines: Tuple[Engine, Engine
     segment, head, output = engines
     head_path, output_path = str(stage.head_graph), str(stage.output)
     height, width = manifest.network.input_hw
-    rows, classes = len(manifest.gate.thresholds), len(manifest.network.classes)
+    row_count, classes = len(manifest.gate.thresholds), len(manifest.network.classes)
     point = f"exit{stage.exit_point}"
     _expect(stage.segment, segment.inputs, {source: ("uint8", (1, height, width, 3)) if source == "image" else None})
     _expect(stage.segment, segment.outputs, {point: None})
-    thresholds = ("float32", (rows, classes))
+    thresholds = ("float32", (row_count, classes))
     _expect(head_path, head.inputs, {point: _as_pair(segment.outputs[point]), "thresholds": thresholds})
-    _expect(head_path, head.outputs, {"logits": None, "counts": ("int32", (rows,))})
+    _expect(head_path, head.outputs, {"logits": None, "counts": ("int32", (row_count,))})
     logits = head.outputs["logits"]
     if logits.shape[:2] != (1, classes) or int(np.prod(logits.shape[2:])) != stage.cells:
         raise BundleError(f"{head_path} has logits {logits.shape} for {classes} classes, {stage.cells} cells")
@@ -146,7 +146,7 @@ def _as_pair(spec: TensorSpec) -> _Pair:
     return spec.dtype, spec.shape
 
 
-def _expect(graph: str, specs: Dict[str, TensorSpec], wanted: Dict[str, Optional[_Pair]]) -> None:
+def _expect(graph: str, specs: Dict[str, TensorSpec], expected: Dict[str, Optional[_Pair]]) -> None:
     found = {name: _as_pair(spec) for name, spec in specs.items()}
-    if set(found) != set(wanted) or any(pair not in (None, found[name]) for name, pair in wanted.items()):
-        raise BundleError(f"graph {graph} of the bundle has the tensors {found}, not {wanted}")
+    if set(found) != set(expected) or any(pair not in (None, found[name]) for name, pair in expected.items()):
+        raise BundleError(f"graph {graph} of the bundle has the tensors {found}, not {expected}")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LANES = 2
 MOST_AHEAD = 1024
-_PATIENCE_S = 5.0
+_CLOSE_TIMEOUT_S = 5.0
 """How long closing waits for a source that does not return; its thread then ends with it, or with the process."""
 
 
@@ -83,14 +83,14 @@ class _State:
 
 def _lane(state: _State) -> None:
     """Frame after frame, from the source to its place."""
-    for place, frame in iter(lambda: _taken(state), None):
+    for place, frame in iter(lambda: _take(state), None):
         try:
             place.set_result(state.segment(frame))
         except BaseException as error:
             place.set_exception(error)
 
 
-def _taken(state: _State) -> Optional[Tuple[Future[Prediction], Any]]:
+def _take(state: _State) -> Optional[Tuple[Future[Prediction], Any]]:
     """The next frame, with its place among the results; None at the end."""
     state.room.acquire()
     with state.turn:
@@ -115,7 +115,7 @@ def _stop(state: _State, threads: List[threading.Thread]) -> None:
     state.ended = True
     state.room.release()
     state.places.put(None)
-    give_up = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _CLOSE_TIMEOUT_S
     for thread in threads:
         if thread is not threading.current_thread():  # which the garbage collector may have borrowed
-            thread.join(max(give_up - time.monotonic(), 0))
+            thread.join(max(deadline - time.monotonic(), 0))

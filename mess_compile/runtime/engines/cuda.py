@@ -143,7 +143,7 @@ class Cuda:
 
     def free(self, address: int) -> None:
         """Waits for the stream first, whose queued work may use the memory."""
-        self.settle()
+        self.free_pending()
         self._quietly("cuMemFree_v2", address)
 
     def allocate_pinned(self, size: int) -> int:
@@ -153,7 +153,7 @@ class Cuda:
 
     def free_pinned(self, pointer: int) -> None:
         """Waits for the stream first, whose queued copies may use the memory."""
-        self.settle()
+        self.free_pending()
         self._quietly("cuMemFreeHost", pointer)
 
     def copy_to_device(self, address: int, pinned: int, size: int) -> None:
@@ -168,7 +168,7 @@ class Cuda:
         """Wait for all that is queued. Raises EngineError for what failed on the device meanwhile."""
         self._call("cuStreamSynchronize", self.stream)
 
-    def settle(self) -> None:
+    def free_pending(self) -> None:
         """Wait for all that is queued, whatever comes of it: before something is given back."""
         self._quietly("cuStreamSynchronize", self.stream)
 

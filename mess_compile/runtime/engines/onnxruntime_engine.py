@@ -86,7 +86,7 @@ class OnnxRuntime:
             )
         except Exception as error:
             raise EngineError(f"ONNX Runtime {self.version} cannot load {path}: {_reason(error, path)}") from error
-        fork_guard.keep_in_children(session)  # its destructor waits for its pool of threads
+        fork_guard.never_destroy_in_children(session)  # its destructor waits for its pool of threads
         if session.get_providers()[0] != wanted[0]:
             raise EngineError(
                 f"ONNX Runtime {self.version} could not start {wanted[0]}: are the CUDA and cuDNN that it was built "

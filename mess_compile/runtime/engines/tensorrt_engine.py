@@ -48,7 +48,7 @@ class TensorRt:
         self._engines: weakref.WeakSet[TensorRtEngine] = weakref.WeakSet()
         self._closed = False
         self._listener = tensorrt_module.listener(module)
-        fork_guard.keep_in_children(self)  # a CUDA context does not survive a fork
+        fork_guard.never_destroy_in_children(self)  # a CUDA context does not survive a fork
         with cuda:
             self._runtime: Any = self._started()
 
@@ -69,7 +69,7 @@ class TensorRt:
         with self._cuda:
             engine = TensorRtEngine(path, lambda: self._deserialised(path, content), self._tools())
         self._engines.add(engine)
-        fork_guard.keep_in_children(engine)
+        fork_guard.never_destroy_in_children(engine)
         return engine
 
     def _deserialised(self, path: Path, content: bytes) -> Any:
@@ -251,7 +251,7 @@ class TensorRtEngine:
             return
         self._closed = True
         with self._tools.cuda as cuda:
-            cuda.settle()
+            cuda.free_pending()
             self._graph.close()
             self._context = None  # before its engine
             self._engine = None

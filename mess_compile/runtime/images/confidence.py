@@ -14,12 +14,12 @@ LEGEND = (
 """What stands below figures of confidence."""
 
 
-def sure_words(confidence: Optional[float]) -> str:
+def confidence_text(confidence: Optional[float]) -> str:
     """The share of sure cells in a caption; a whole network has none."""
     return "" if confidence is None else f"sure {confidence:.0%}  "
 
 
-def exit_words(number: int, confidence: Optional[float]) -> str:
+def exit_text(number: int, confidence: Optional[float]) -> str:
     """Where a frame left, and how sure it was there; a whole network has no confidence."""
     return "the whole network" if confidence is None else f"exit {number}, confidence {confidence:.3f}"
 

@@ -36,7 +36,7 @@ def orientation_of(exif: bytes) -> int:
     return UPRIGHT
 
 
-def shown(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Stored pixels (H, W, ...) as they are meant to be shown; orientations 5 to 8 swap height and width."""
     if orientation > 4:
         pixels = pixels.swapaxes(0, 1)

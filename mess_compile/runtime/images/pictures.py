@@ -17,7 +17,7 @@ import numpy as np
 from mess_compile.runtime.base.errors import InputError, PlaceError
 from mess_compile.runtime.base.lfs_pointers import refuse_pointer
 from mess_compile.runtime.images import png
-from mess_compile.runtime.images.orientation import UPRIGHT, orientation_of, shown
+from mess_compile.runtime.images.orientation import UPRIGHT, orientation_of, upright
 
 _MAX_BYTES = 1 << 28
 OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EISDIR, errno.EINVAL, errno.EILSEQ, errno.ELOOP)
@@ -80,7 +80,7 @@ def _of_png(picture: png.Png, content: bytes) -> np.ndarray:
             f"its 16-bit samples reach {highest} of 65535, as of a 10- or 12-bit camera, and would be nearly black: "
             "scale them to the whole range, or save it with 8 bits"
         )
-    return shown(png.rgb(picture, samples), orientation_of(picture.exif))
+    return upright(png.rgb(picture, samples), orientation_of(picture.exif))
 
 
 def samples_of(picture: png.Png, content: bytes) -> np.ndarray:
@@ -107,7 +107,7 @@ def _by_pillow(pillow: Any, content: bytes) -> np.ndarray:
             _check(image)
             image.load()  # some versions of Pillow turn a TIFF here
             pixels = np.array(image.convert("RGB"))
-            return shown(pixels, _orientation(image))
+            return upright(pixels, _orientation(image))
     except pillow.UnidentifiedImageError as error:
         raise InputError("not a picture that Pillow reads") from error
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, TypeError, pillow.DecompressionBombError) as error:

@@ -15,7 +15,7 @@ from mess_compile.runtime.engines.engine import Timing
 
 OFF = 0.10
 """Share by which a tick may differ from one at full speed; what was timed beside one that differs more is not used."""
-_KEPT = 1 / 3
+_FULL_SPEED_SHARE = 1 / 3
 """Share of the time for which a speed must be kept to be called the full one."""
 
 _FEWEST_RUNS, _MOST_RUNS = 2, 5
@@ -35,7 +35,7 @@ def full_speed_ms(ticks_ms: Sequence[float]) -> Optional[float]:
     if not ticks_ms:
         return None
     ticks = np.sort(ticks_ms)
-    edge = ticks[int(_KEPT * (len(ticks) - 1))]
+    edge = ticks[int(_FULL_SPEED_SHARE * (len(ticks) - 1))]
     return float(np.median(ticks[np.abs(ticks - edge) <= OFF * edge])) or None
 
 

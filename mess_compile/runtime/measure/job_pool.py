@@ -16,7 +16,7 @@ UPLOAD, DOWNLOAD, NULL = "upload", "download", "null"
 PSEUDO_GRAPHS = (UPLOAD, DOWNLOAD, NULL)
 FEWEST_OPEN = 3
 """A job's own engine, its predecessor's, and one that is run before and after."""
-_SCARCE = 1 / 8
+_SCARCE_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Opened:
 class Pool:
     """Open engines, and a pool of tensors by name and shape that feeds them."""
 
-    def __init__(self, library: Library, jobs: Mapping[str, Job], kept_open: int, clock_ns: Callable[[], int]) -> None:
+    def __init__(self, library: Library, jobs: Mapping[str, Job], most_open: int, clock_ns: Callable[[], int]) -> None:
         self._library, self._jobs, self._clock_ns = library, jobs, clock_ns
-        self._kept_open = max(kept_open, FEWEST_OPEN)
+        self._most_open = max(most_open, FEWEST_OPEN)
         self._engines: OrderedDict[str, Engine] = OrderedDict()
         self._opened: Dict[str, Opened] = {}
-        self._told: Set[str] = set()
+        self._reported: Set[str] = set()
         self._tensors: Dict[Tuple[str, Tuple[int, ...]], Tensor] = {}
         self._primed: Set[str] = set()
 
@@ -62,13 +62,13 @@ class Pool:
 
     def newly_opened(self) -> List[Opened]:
         """What was opened since the last call, and never before."""
-        found = [opened for name, opened in self._opened.items() if name not in self._told]
-        self._told.update(self._opened)
+        found = [opened for name, opened in self._opened.items() if name not in self._reported]
+        self._reported.update(self._opened)
         return found
 
-    def stranger_of(self, job: Job) -> Optional[str]:
+    def unrelated_job(self, job: Job) -> Optional[str]:
         """The first job with a graph that is neither this one nor its predecessor; None without room for one more."""
-        if self._kept_open <= FEWEST_OPEN or _memory_is_scarce():
+        if self._most_open <= FEWEST_OPEN or _memory_is_scarce():
             return None
         names = (each.name for each in self._jobs.values() if each.path is not None)
         return next((name for name in names if name not in (job.name, job.predecessor)), None)
@@ -76,7 +76,7 @@ class Pool:
     def make_room(self) -> bool:
         """Close all, and keep fewer open from now on; whether there was any."""
         some = bool(self._engines)
-        self._kept_open = max(len(self._engines) // 2, FEWEST_OPEN)
+        self._most_open = max(len(self._engines) // 2, FEWEST_OPEN)
         self.close()
         return some
 
@@ -118,7 +118,7 @@ class Pool:
 
     def _close_oldest(self) -> None:
         """Close the engine not used for longest when there are too many; one for one, however short memory stays."""
-        crowded = len(self._engines) >= self._kept_open
+        crowded = len(self._engines) >= self._most_open
         if crowded or (len(self._engines) >= FEWEST_OPEN and _memory_is_scarce()):
             _, engine = self._engines.popitem(last=False)
             engine.close()
@@ -149,4 +149,4 @@ def _memory_is_scarce(meminfo: Path = Path("/proc/meminfo")) -> bool:
         left, total = (int(lines[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
     except (OSError, ValueError, KeyError, IndexError):
         return False
-    return left < _SCARCE * total
+    return left < _SCARCE_SHARE * total

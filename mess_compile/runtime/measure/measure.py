@@ -28,19 +28,19 @@ from mess_compile.runtime.images.frames import check_frame
 from mess_compile.runtime.measure import full_speed
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, UPLOAD, Job, Opened, Pool
 
-KEPT_OPEN = 400
-_REHEARSALS = 2
-_REHEARSED = 0.1
+MOST_OPEN = 400
+_WARM_UP_RUNS = 2
+_WARM_UP_SHARE = 0.1
 """Share of a window that a rehearsal may take before it is the last."""
 _BETWEEN = 0.5
 """Share of a run's part of a window that a small graph's run may take, with its predecessor's and other work."""
-_MUCH_TOO_LONG = 5
+_SKIP_FACTOR = 5
 """A graph that takes so many times what other work may take is not tried again."""
 _TICK = 0.2
 """Share of a window that a tick may take, about."""
-_PATIENCE = 0.5
+_WAITING_SHARE = 0.5
 """Share of the time spent on windows that may be spent on waiting for full speed, all in all."""
-_AGAIN = 2, 8
+_GIVE_UP_FACTORS = 2, 8
 """A job is given up when all its windows took so many times `max_s`, or so many times `windows` of them were slow."""
 _POWER_EVERY_S = 0.02
 _RESOLUTION_MS = 0.001
@@ -101,7 +101,7 @@ def measure(
     effort: Effort = Effort(),
     earlier: Sequence[Window] = (),
     power: Optional[Power] = None,
-    kept_open: int = KEPT_OPEN,
+    most_open: int = MOST_OPEN,
     clock_ns: Callable[[], int] = time.perf_counter_ns,
     measured: Optional[Sequence[str]] = None,
 ) -> Iterator[Union[Opened, Window]]:
@@ -120,9 +120,9 @@ def measure(
     others = [window for window in earlier if window.job not in taken]
     for window in earlier:
         taken.get(window.job, []).append(window)
-    image, pool = check_frame(frame)[None], Pool(library, by_name, kept_open, clock_ns)
+    image, pool = check_frame(frame)[None], Pool(library, by_name, most_open, clock_ns)
     pool.offer({"image": image, "thresholds": thresholds.astype(np.float32)})
-    bench = _Bench(pool, library, reference, image, clock_ns)
+    bench = _WindowTimer(pool, library, reference, image, clock_ns)
     ticks_ms: Optional[List[float]] = None
     try:
         for name, number in schedule(taken, effort, others):
@@ -173,21 +173,21 @@ def _ticks_of(windows: Iterable[Window]) -> List[float]:
 def is_done(windows: Sequence[Window], effort: Effort, full_ms: Optional[float]) -> bool:
     """Whether a job with these windows is not visited again: it is steady, or given up."""
     used = at_full_speed(windows, full_ms)
-    if is_steady(levelled_medians_ms(used, full_ms)[-effort.windows :], effort):
+    if is_steady(scaled_medians_ms(used, full_ms)[-effort.windows :], effort):
         return True
     spent_s, all_s = (sum(window.spent_s for window in some) for some in (used, windows))
     if len(used) >= effort.windows and spent_s >= effort.max_s:
         return True
-    times, many = _AGAIN
-    hopeless = len(windows) >= times * effort.windows and all_s >= times * effort.max_s
-    return hopeless or len(windows) - len(used) >= many * effort.windows
+    times, slow_windows = _GIVE_UP_FACTORS
+    too_long = len(windows) >= times * effort.windows and all_s >= times * effort.max_s
+    return too_long or len(windows) - len(used) >= slow_windows * effort.windows
 
 
 def at_full_speed(windows: Sequence[Window], full_ms: Optional[float]) -> List[Window]:
     return [window for window in windows if full_speed.is_full_speed(window.ticks_ms, full_ms)]
 
 
-def levelled_medians_ms(windows: Sequence[Window], full_ms: Optional[float]) -> List[float]:
+def scaled_medians_ms(windows: Sequence[Window], full_ms: Optional[float]) -> List[float]:
     """Each window's median, brought to full speed."""
     return [window.median_ms * full_speed.factor(window.ticks_ms, full_ms) for window in windows]
 
@@ -199,7 +199,7 @@ def is_steady(medians_ms: Sequence[float], effort: Effort) -> bool:
     return max(medians_ms) - min(medians_ms) <= allowed
 
 
-class _Bench:
+class _WindowTimer:
     """Takes windows of jobs between ticks of the reference."""
 
     def __init__(
@@ -237,9 +237,9 @@ class _Bench:
         run = self._runner(job)
         start = self._now_s()
         before_ms = self._tick_before(effort)
-        patience_s = min(effort.max_s, _PATIENCE * self._spent_s - self._waited_s)
+        wait_limit_s = min(effort.max_s, _WAITING_SHARE * self._spent_s - self._waited_s)
         waited_s, slow_ms = 0.0, None
-        while full_speed.is_slow(before_ms, full_ms) and waited_s < patience_s:
+        while full_speed.is_slow(before_ms, full_ms) and waited_s < wait_limit_s:
             slow_ms, before_ms = before_ms, self._tick(effort)
             waited_s = self._now_s() - start
         window = self._window(job, run, number, effort, power)
@@ -269,7 +269,7 @@ class _Bench:
     ) -> Window:
         engine = None if job.path is None else self._pool.engine(job.name)
         if engine is None or self._slow.get(job.name) is not engine:
-            run_s = self._rehearse(run, effort)
+            run_s = self._warm_up_runs(run, effort)
             if power is None:
                 run = self._runner(job, self._other_work(job, run_s, effort))
         timings: List[Timing] = []
@@ -289,7 +289,7 @@ class _Bench:
             self._slow[job.name] = engine
         return Window(job.name, number, wall_ms, device_ms, power_mw, (now - start) / 1e9)
 
-    def _rehearse(self, run: Callable[[], object], effort: Effort) -> float:
+    def _warm_up_runs(self, run: Callable[[], object], effort: Effort) -> float:
         """An engine just opened takes memory in its first run; one not used for long finds cold caches.
 
         Those cost a run of some milliseconds a tenth and more, but one of 20 ms a hundredth: a slow job is rehearsed
@@ -297,11 +297,11 @@ class _Bench:
         """
         start = now = self._clock_ns()
         last_s = 0.0
-        for _ in range(_REHEARSALS):
+        for _ in range(_WARM_UP_RUNS):
             run()
             before, now = now, self._clock_ns()
             last_s = (now - before) / 1e9
-            if (now - start) / 1e9 > _REHEARSED * effort.window_s:
+            if (now - start) / 1e9 > _WARM_UP_SHARE * effort.window_s:
                 break
         return last_s
 
@@ -311,7 +311,7 @@ class _Bench:
         A slow graph finds cold caches of its own making: between its runs, nothing does.
         """
         whole_s = _BETWEEN * effort.window_s / effort.window_runs
-        for name in (self._pool.stranger_of(job), None if job.name == self._reference else self._reference):
+        for name in (self._pool.unrelated_job(job), None if job.name == self._reference else self._reference):
             if name is None or name in self._long or run_s > whole_s / 2:
                 continue
             self._pool.prime(name)
@@ -320,7 +320,7 @@ class _Bench:
             took_s = run().wall_ms / 1e3
             if run_s + took_s <= whole_s:
                 return run
-            if took_s > _MUCH_TOO_LONG * whole_s:
+            if took_s > _SKIP_FACTOR * whole_s:
                 self._long.add(name)
         return None
 

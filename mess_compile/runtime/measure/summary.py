@@ -15,7 +15,7 @@ from mess_compile.runtime.measure.measure import (
     at_full_speed,
     full_speed_ms,
     is_steady,
-    levelled_medians_ms,
+    scaled_medians_ms,
 )
 
 _USUAL = Effort()
@@ -58,7 +58,7 @@ def summarise(windows: Sequence[Window], full_ms: Optional[float] = None, effort
     scales = [full_speed.factor(window.ticks_ms, full_ms) for window in counted]
     wall_ms = np.concatenate([np.array(window.wall_ms) * scale for window, scale in zip(counted, scales)])
     device_ms = np.concatenate([np.array(window.device_ms) * scale for window, scale in zip(counted, scales)])
-    medians_ms = levelled_medians_ms(counted, full_ms)
+    medians_ms = scaled_medians_ms(counted, full_ms)
     p50, p90, p95, p99 = (float(value) for value in np.percentile(wall_ms, (50, 90, 95, 99)))
     return Summary(
         mean_ms=mean_without_stalls(wall_ms),

@@ -328,7 +328,7 @@ def test_a_reference_that_is_no_job_is_named(root: Path) -> None:
 def test_each_graph_tells_once_what_it_costs_to_hold(root: Path) -> None:
     library = scripted()
     library.graphs = {**library.graphs, "b": replace(library.graphs["b"], scratch_bytes=4096)}
-    found = list(events(library, jobs(root), kept_open=2))
+    found = list(events(library, jobs(root), most_open=2))
     opened = [event for event in found if isinstance(event, Opened)]
     assert sorted(opened, key=lambda one: one.job) == [
         Opened("a", LOOK_MS, 10, None),
@@ -353,7 +353,7 @@ def most_open(library: FakeLibrary) -> int:
 
 def test_more_graphs_than_may_be_open_are_measured_all_the_same(root: Path) -> None:
     library = scripted()
-    assert times(windows(library, jobs(root), kept_open=1)) == times(windows(scripted(), jobs(root)))
+    assert times(windows(library, jobs(root), most_open=1)) == times(windows(scripted(), jobs(root)))
     assert most_open(library) == 3
 
 
