@@ -121,8 +121,8 @@ def _remove_leftovers(path: Path) -> None:
 
 def _leftovers(path: Path) -> list[Path]:
     """What killed runs left beside `path`, by the names that `tempfile` gives; living runs hold theirs."""
-    kept = rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}(?:{re.escape(path.suffix)})?"
-    name = re.compile(rf"({kept})(?:{re.escape(_OLD)})?")
+    stem = rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}(?:{re.escape(path.suffix)})?"
+    name = re.compile(rf"({stem})(?:{re.escape(_OLD)})?")
     matches = [match for match in map(name.fullmatch, os.listdir(path.parent)) if match]
     return [path.with_name(match[0]) for match in matches if not _is_held(path.with_name(match[1]))]
 

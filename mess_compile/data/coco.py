@@ -174,8 +174,10 @@ def read_outlines(path: Path, only_trained: bool) -> tuple[tuple[str, Outlines],
     _check_categories(path, content)
     found: tuple[tuple[str, Outlines], ...] = files.decoded(path, _REMEDY, lambda: _decoded(content, only_trained))
     if not found:
-        kept = f" with more than {TRAINED_AREA} pixels of VOC's classes, which train asks for" if only_trained else ""
-        raise InputError(f"{path} has no images{kept}: choose another split")
+        condition = (
+            f" with more than {TRAINED_AREA} pixels of VOC's classes, which train asks for" if only_trained else ""
+        )
+        raise InputError(f"{path} has no images{condition}: choose another split")
     return found
 
 

@@ -184,18 +184,18 @@ class Survey:
 
     def sentences(self) -> tuple[str, ...]:
         """What a user should know of the labels: void pixels, and classes that never occur."""
-        split, told = self.data.split, []
+        split, sentences = self.data.split, []
         if self.void:
-            told.append(f"{self.void_share:.1%} of the pixels of {split} are void and count nowhere")
+            sentences.append(f"{self.void_share:.1%} of the pixels of {split} are void and count nowhere")
         if self.absent:
             one = len(self.absent) == 1
-            told.append(
+            sentences.append(
                 f"{', '.join(self.absent)} never occur{'s' if one else ''} in the labels of {split}, and "
                 f"{'is' if one else 'are'} left out of its mIoU"
             )
         if len(self.pixels) - len(self.absent) < 2 or self.void_share > _MUCH_VOID:
-            told.append(f"these labels say little: {self.suspicion()}")
-        return tuple(told)
+            sentences.append(f"these labels say little: {self.suspicion()}")
+        return tuple(sentences)
 
     def suspicion(self) -> str:
         """What is probably wrong with labels of which most are void, or all of one class."""

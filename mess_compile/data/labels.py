@@ -107,7 +107,8 @@ def _values(stored: _Stored, classes: ClassList | None) -> NDArray[Any]:
         remedy = "give the colours in classes.txt, NAME R G B for every class, or save one channel of values"
         raise InputError(
             f"label {stored.path} is an RGB mask (colour {_as_text(samples[row, column])} at row {row}, "
-            f"column {column}): {'labels of this data set are single-channel PNGs of values' if classes is None else remedy}"
+            f"column {column}): "
+            f"{'labels of this data set are single-channel PNGs of values' if classes is None else remedy}"
         )
     if int(samples.max()) > _MAX_VALUE:
         raise LabelValueError(stored.path, int(samples.max()), "label values are 0 to 255: correct it", False)

@@ -374,8 +374,8 @@ def _instead(wanted: Path) -> str:
 
 def _no_split(root: Path, split: str, found: Iterable[str], expected: Path) -> AstrayError:
     known = sorted(set(found))
-    told = f"{root} has no split {split!r}{did_you_mean(split, known)} (found: {', '.join(known) or 'none'})"
-    return AstrayError(f"{told}: expected {expected}", told)
+    missing = f"{root} has no split {split!r}{did_you_mean(split, known)} (found: {', '.join(known) or 'none'})"
+    return AstrayError(f"{missing}: expected {expected}", missing)
 
 
 LAYOUTS = (

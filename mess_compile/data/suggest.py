@@ -15,7 +15,7 @@ from mess_compile.data_folder import IMAGES, LABELS
 LEVELS_UP = 3
 _LOOKED_AT = 200
 """Folders in a folder; who names the root of a disk waits no longer."""
-_SHOWN = 4
+_LISTED = 4
 
 
 def did_you_mean_folder(root: Path) -> str:
@@ -25,8 +25,8 @@ def did_you_mean_folder(root: Path) -> str:
         return ""
     if len(found) == 1:
         return f": did you mean --data {found[0]}?"
-    others = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f": name one of the data sets in it, --data {' or '.join(map(str, found[:_SHOWN]))}{others}"
+    others = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    return f": name one of the data sets in it, --data {' or '.join(map(str, found[:_LISTED]))}{others}"
 
 
 def _above(root: Path) -> list[Path]:
@@ -81,13 +81,13 @@ def nearest_layout(root: Path) -> str:
     found = _pictures_below(root)
     if not found:
         return f": it holds no pictures; expected are {IMAGES}/, {LABELS}/ and classes.txt ({_ELSE})"
-    shown = ", ".join(f"{_name(folder, root)} ({_kinds(kinds)})" for folder, kinds in list(found.items())[:_SHOWN])
-    more = " and others" if len(found) > _SHOWN else ""
+    listed = ", ".join(f"{_name(folder, root)} ({_kinds(kinds)})" for folder, kinds in list(found.items())[:_LISTED])
+    more = " and others" if len(found) > _LISTED else ""
     pair = next((pair for pair in (_pair_with(label, found, root) for label in found) if pair), None)
     if pair is not None:
-        return f", but {shown}{more}: if these are images and labels, add --images {pair[0]} --labels {pair[1]}"
+        return f", but {listed}{more}: if these are images and labels, add --images {pair[0]} --labels {pair[1]}"
     return (
-        f", but {shown}{more}; nearest is {PLAIN}: put images into {IMAGES}/, label PNGs of the same names into "
+        f", but {listed}{more}; nearest is {PLAIN}: put images into {IMAGES}/, label PNGs of the same names into "
         f"{LABELS}/, and the class names into classes.txt ({_ELSE})"
     )
 
@@ -103,13 +103,13 @@ def _kinds(kinds: Counter[str]) -> str:
 def _pictures_below(root: Path) -> dict[Path, Counter[str]]:
     """The folders that hold pictures, also such as are not read, and how many of which kind."""
     found: dict[Path, Counter[str]] = {}
-    level = [root]
+    folders = [root]
     for _ in range(_DEPTH):
-        for folder in level:
+        for folder in folders:
             kinds = Counter(path.suffix.lower() for path in _entries(folder) if path.suffix.lower() in PICTURES)
             if kinds:
                 found[folder] = kinds
-        level = list(islice(chain.from_iterable(map(_folders, level)), _LOOKED_AT))
+        folders = list(islice(chain.from_iterable(map(_folders, folders)), _LOOKED_AT))
     return found
 
 

@@ -165,9 +165,9 @@ def written(path: Path, fps: float) -> Iterator[Video]:
             yield video
         finally:
             video.close()
-        kept = _frames_in(temporary)
-        if kept != video.slots:
-            raise InputError(f"{path} would hold {kept} of {video.slots} frames: see that the disk is not full")
+        written = _frames_in(temporary)
+        if written != video.slots:
+            raise InputError(f"{path} would hold {written} of {video.slots} frames: see that the disk is not full")
 
 
 def _frames_in(path: Path) -> int:
@@ -180,19 +180,19 @@ def _frames_in(path: Path) -> int:
 
 def annotated(picture: Pixels, exit_: int, exits: int, words: str) -> Pixels:
     """The picture, uint8 RGB (H, W, 3), with a band: a box for each exit, filled up to the one taken, then `words`."""
-    shown: Pixels = picture.copy()
-    height, width = shown.shape[:2]
+    image: Pixels = picture.copy()
+    height, width = image.shape[:2]
     band = min(max(height // 12, 12), 40)
     side, gap = band // 2, band // 4
-    cv2.rectangle(shown, (0, 0), (width - 1, band - 1), _BAND, -1)
+    cv2.rectangle(image, (0, 0), (width - 1, band - 1), _BAND, -1)
     for number in range(exits):
         left = gap + number * (side + gap)
         colour = _BOX if number < exit_ else _DARK
-        cv2.rectangle(shown, (left, gap), (left + side - 1, gap + side - 1), colour, -1)
+        cv2.rectangle(image, (left, gap), (left + side - 1, gap + side - 1), colour, -1)
     start = gap + exits * (side + gap) + gap
     (wide, tall), _ = cv2.getTextSize(words, cv2.FONT_HERSHEY_SIMPLEX, 1.0, 1)
     scale = min(0.6 * band / tall, (width - start - gap) / wide)
     if scale > 0:
         place = start, gap + side
-        cv2.putText(shown, words, place, cv2.FONT_HERSHEY_SIMPLEX, scale, _TEXT, 1, cv2.LINE_AA)
-    return shown
+        cv2.putText(image, words, place, cv2.FONT_HERSHEY_SIMPLEX, scale, _TEXT, 1, cv2.LINE_AA)
+    return image

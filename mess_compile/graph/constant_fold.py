@@ -32,16 +32,16 @@ def fold_constants(model: onnx.ModelProto, floats: bool = False) -> None:
     graph = model.graph
     known = {tensor.name: tensor for tensor in graph.initializer if not uses_external_data(tensor)}
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), OPSET)
-    folded, kept = {}, []
+    folded, remaining = {}, []
     for node in graph.node:
         value = _value(node, known, opset) if _is_foldable(node, known, floats) else None
         if value is None:
-            kept.append(node)
+            remaining.append(node)
         else:
             folded[node.output[0]] = known[node.output[0]] = numpy_helper.from_array(value, node.output[0])
-    read = {name for node in kept for name in node.input} | {value.name for value in graph.output}
+    read = {name for node in remaining for name in node.input} | {value.name for value in graph.output}
     graph.initializer.extend(tensor for name, tensor in folded.items() if name in read)
-    keep(graph.node, kept)
+    keep(graph.node, remaining)
 
 
 def has_subgraph(node: onnx.NodeProto) -> bool:

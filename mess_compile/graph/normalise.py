@@ -97,12 +97,12 @@ def name_outputs(model: onnx.ModelProto, exits: ExitsFile) -> None:
 
 def prune(model: onnx.ModelProto, outputs: Sequence[onnx.ValueInfoProto]) -> None:
     """Let the model end in `outputs`, and drop nodes, weights and inputs that none of them needs."""
-    graph, wanted, kept = model.graph, {value.name for value in outputs}, []
+    graph, wanted, remaining = model.graph, {value.name for value in outputs}, []
     for node in reversed(graph.node):
         if wanted.intersection(node.output):
-            kept.append(node)
+            remaining.append(node)
             wanted.update(name for name in node.input if name)
-    keep(graph.node, kept[::-1])
+    keep(graph.node, remaining[::-1])
     keep(graph.output, outputs)
     for field in (graph.initializer, graph.input):  # in place: weights may fill half the memory
         for index in reversed(range(len(field))):

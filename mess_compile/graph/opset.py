@@ -11,7 +11,7 @@ from onnx import defs, helper, inliner, version_converter
 from mess_compile.graph.constant_fold import fold_constants
 from mess_compile.graph.node_builder import OPSET, keep
 from mess_compile.graph.opset_context import EXPORT_AT, Conversion
-from mess_compile.graph.opset_rules import RULES, shown
+from mess_compile.graph.opset_rules import RULES, as_text
 from mess_compile.graph.shapes import fold_shapes
 from mess_compile.runtime.base.errors import InputError, one_line
 
@@ -104,7 +104,7 @@ def _fit(change: Conversion, made: onnx.NodeProto, theirs: Any) -> None:
     ours = defs.get_schema(made.op_type, OPSET, "")
     for attribute in [each for each in made.attribute if each.name not in ours.attributes]:
         if not _says_nothing(attribute, theirs):
-            value = shown(helper.get_attribute_value(attribute))
+            value = as_text(helper.get_attribute_value(attribute))
             raise change.refused(made, f"has {attribute.name} = {value}, which opset {OPSET} lacks")
         made.attribute.remove(attribute)
     while made.input and not made.input[-1]:

@@ -21,7 +21,7 @@ _REDUCTIONS = {
 _GRID_MODES = {"linear": "bilinear", "cubic": "bicubic"}
 
 
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
@@ -160,12 +160,12 @@ def _scatter(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
 def _scatter_reduction(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     for attribute in node.attribute:
         if attribute.name == "reduction" and attribute.s in (b"max", b"min"):
-            raise change.refused(node, f"scatters by {shown(attribute.s)}, which opset {OPSET} lacks")
+            raise change.refused(node, f"scatters by {as_text(attribute.s)}, which opset {OPSET} lacks")
     return [node]
 
 
 def _grid_sample(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    mode = shown(taken(node, "mode", b"linear"))
+    mode = as_text(taken(node, "mode", b"linear"))
     put(node, "mode", _GRID_MODES.get(mode, mode))
     return [node]
 
@@ -201,7 +201,7 @@ def _upsample(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """Upsample, and Resize of opset 10: cells lie at their upper left corners."""
     scales = taken(node, "scales")
     name = node.input[1] if scales is None else change.constant(f"{node.output[0]}.scales", scales, "float32")
-    mode = shown(taken(node, "mode", b"nearest"))
+    mode = as_text(taken(node, "mode", b"nearest"))
     node.op_type = "Resize"
     node.input[1:] = ["", name]
     put(node, "mode", {"bilinear": "linear"}.get(mode, mode))
@@ -223,7 +223,7 @@ def _resize(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     elif given["scales"] is not None:
         scales[axes] = given["scales"]
         sizes = np.floor(sizes * scales).astype(np.int64)
-    policy = shown(taken(node, "keep_aspect_ratio_policy", b"stretch"))
+    policy = as_text(taken(node, "keep_aspect_ratio_policy", b"stretch"))
     if policy != "stretch" and given["sizes"] is not None:
         scales, sizes = _same_aspect(change, node, shape, axes, scales, policy)
     if taken(node, "antialias", 0) and (scales < 1).any():

@@ -62,13 +62,13 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
             if name in weights:
                 graph.initializer.append(_fp16_weight(weights[name]))
             else:
-                nodes.append(_cast(name, _twin(name), TensorProto.FLOAT16))
+                nodes.append(_cast(name, _cast_name(name), TensorProto.FLOAT16))
         made = [name for name in node.output if name in floats]
         narrow |= {*floats.intersection(node.input), *made}
         for names in (node.input, node.output):
-            names[:] = [_twin(name) if name in floats else name for name in names]
+            names[:] = [_cast_name(name) if name in floats else name for name in names]
         nodes.append(node)
-        nodes += [_cast(_twin(name), name, TensorProto.FLOAT) for name in made if name in read_as_float]
+        nodes += [_cast(_cast_name(name), name, TensorProto.FLOAT) for name in made if name in read_as_float]
     _set_nodes(graph, nodes)
     return result
 
@@ -125,10 +125,10 @@ def _fp16_weight(tensor: onnx.TensorProto) -> onnx.TensorProto:
     worst = values.flat[np.argmax(np.abs(values))] if values.size else 0.0  # NaN counts as the largest
     if not abs(worst) <= LARGEST_FP16:
         raise InputError(f"weight {tensor.name!r} holds {worst:.6g}, fp16 ends at {LARGEST_FP16:.0f}: keep it in fp32")
-    return numpy_helper.from_array(values.astype(np.float16), _twin(tensor.name))
+    return numpy_helper.from_array(values.astype(np.float16), _cast_name(tensor.name))
 
 
-def _twin(name: str) -> str:
+def _cast_name(name: str) -> str:
     return f"{name}/fp16"
 
 

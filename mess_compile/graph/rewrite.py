@@ -112,8 +112,8 @@ def quantise_weights_in_graph(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     changed = _with_nodes(model, parts)
     read = {name for node in parts for name in node.input}
-    kept = [tensor for tensor in changed.graph.initializer if tensor.name in read]
-    keep(changed.graph.initializer, [*kept, *made.values()])
+    read_initializers = [tensor for tensor in changed.graph.initializer if tensor.name in read]
+    keep(changed.graph.initializer, [*read_initializers, *made.values()])
     return changed
 
 

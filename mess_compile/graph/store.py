@@ -117,11 +117,11 @@ def externalise(model: onnx.ModelProto, folder: Path, source: Path | None = None
 def widen_weights(model: onnx.ModelProto, folder: Path) -> None:
     """Fold casts of weights from fp16, bf16 or fp64 to fp32; larger weights are in the store in `folder`."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type in _OTHER_FLOATS}
-    kept, widened = [], []
+    remaining, widened = [], []
     for node in model.graph.node:
         weight = weights.get(node.input[0]) if node.op_type == "Cast" else None
         if weight is None or helper.get_node_attr_value(node, "to") != TensorProto.FLOAT:
-            kept.append(node)
+            remaining.append(node)
             continue
         whole = TensorProto.FromString(weight.SerializeToString())
         if external_data_helper.uses_external_data(whole):
@@ -129,7 +129,7 @@ def widen_weights(model: onnx.ModelProto, folder: Path) -> None:
         wide = numpy_helper.from_array(numpy_helper.to_array(whole).astype(np.float32), node.output[0])
         store_weight(wide, folder)
         widened.append(wide)
-    keep(model.graph.node, kept)
+    keep(model.graph.node, remaining)
     model.graph.initializer.extend(widened)
 
 

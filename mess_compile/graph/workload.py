@@ -16,9 +16,9 @@ def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     kind = value.type.tensor_type
     dims = kind.shape.dim
     if not kind.HasField("shape") or any(not dim.HasField("dim_value") or dim.dim_value < 1 for dim in dims):
-        shown = ", ".join(dim.dim_param or str(dim.dim_value) for dim in dims) if kind.HasField("shape") else "?"
+        shape = ", ".join(dim.dim_param or str(dim.dim_value) for dim in dims) if kind.HasField("shape") else "?"
         raise InputError(
-            f"tensor {value.name!r} has no static shape ({shown}): export with fixed input sizes and batch 1"
+            f"tensor {value.name!r} has no static shape ({shape}): export with fixed input sizes and batch 1"
         )
     dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type).name
     return TensorSpec(value.name, dtype, tuple(dim.dim_value for dim in dims))

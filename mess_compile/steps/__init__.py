@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from mess_compile.nets.network import Architecture
     from mess_compile.training.parallel import Machines
     from mess_compile.training.recipe import Recipe
+    from mess_compile.training.train import TrainOptions
 
 __all__ = [
     "BundleOptions",
@@ -169,9 +170,9 @@ def train(
     if source is not None and source.resolve() == workspace.candidate.resolve():
         raise InputError(f"--from {source} is where the result goes: copy or move that folder first")
     opened = _opened(workspace, data, report)
-    candidate = _trained(
-        opened, choice, workspace.candidate, recipe, report, imagenet, machines, source, teacher, progress
-    )
+    options = _train_options(opened, choice, workspace.candidate, recipe)
+    options = replace(options, imagenet=imagenet, source=source, teacher=teacher, machines=machines or options.machines)
+    candidate = _trained(options, report, progress)
     if candidate is not None:
         workspace.remember(data=opened.folder)
     return candidate
@@ -194,7 +195,9 @@ def train_baseline(
     """
     alone, budget = _alone(choice, recipe)
     opened = _opened(workspace, data, report)
-    return _trained(opened, alone, workspace.baseline, budget, report, imagenet, machines, None, None, progress)
+    options = _train_options(opened, alone, workspace.baseline, budget)
+    options = replace(options, imagenet=imagenet, machines=machines or options.machines)
+    return _trained(options, report, progress)
 
 
 def _alone(choice: NetworkChoice, recipe: Recipe) -> tuple[NetworkChoice, Recipe]:
@@ -217,22 +220,25 @@ def foresee_train(
     if baseline:
         choice, recipe = _alone(choice, recipe)
     opened = _opened(workspace, data, lambda line: None)
-    images, stages = opened.images, extras.torch_module("training.train")
-    what, notes = stages.foreseen(
-        _architecture(choice, images), images, opened.validation, folder, recipe, imagenet, machines, source, teacher
-    )
+    options = _train_options(opened, choice, folder, recipe)
+    options = replace(options, imagenet=imagenet, source=source, teacher=teacher, machines=machines or options.machines)
+    what, notes = extras.torch_module("training.train").foreseen(options)
     basis = "how long a batch takes is known when the first ones are done, and stands on the progress line then"
     return (Prospect("train", what, (str(folder), str(workspace.file)), None, basis, notes),)
 
 
-def _trained(
-    data: TrainingData, choice: NetworkChoice, folder: Path, recipe: Recipe, *how: Any
-) -> CandidateNetwork | None:
-    """Train on the split train and write to `folder`; `how` are the further arguments of `stages.train`."""
-    stages = extras.torch_module("training.train")
-    network: CandidateNetwork | None = stages.train(
-        _architecture(choice, data.images), data.images, data.validation, folder, recipe, *how
+def _train_options(data: TrainingData, choice: NetworkChoice, folder: Path, recipe: Recipe) -> TrainOptions:
+    """A training on the split train that writes to `folder`."""
+    architecture = _architecture(choice, data.images)
+    options: TrainOptions = extras.torch_module("training.train").TrainOptions(
+        architecture, data.images, data.validation, folder, recipe
     )
+    return options
+
+
+def _trained(options: TrainOptions, report: Callable[[str], None], progress: Progress) -> CandidateNetwork | None:
+    stages = extras.torch_module("training.train")
+    network: CandidateNetwork | None = stages.train(options, report, progress)
     return network
 
 

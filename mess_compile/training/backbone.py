@@ -40,7 +40,7 @@ def pretrain(network: OverprovisionedNetwork, run: Run, progress: TrainingState 
         started = time.monotonic()
         loop.seed_epoch(run, 1, 0, epoch)
         mean = _epoch(network.train(), names, optimiser, run, epoch, average)
-        line = f"stage 1 epoch {epoch + 1}/{epochs}  loss per exit {loop.shown(mean)}"
+        line = f"stage 1 epoch {epoch + 1}/{epochs}  loss per exit {loop.values_text(mean)}"
         if (epoch + 1) % VALIDATE_EVERY == 0 or epoch + 1 == epochs:
             line += "  " + miou_line(network.eval(), run.validation, names, run.fabric)
         averaged = {} if average is None else average.weights

@@ -62,7 +62,7 @@ def _train_group(
         started = time.monotonic()
         loop.seed_epoch(run, 2, number, epoch)
         mean = _epoch(network, names, modules, run, epoch, optimiser, (number, groups))
-        line = f"stage 2 group {number + 1}/{groups} epoch {epoch + 1}/{epochs}  loss per head {loop.shown(mean)}"
+        line = f"stage 2 group {number + 1}/{groups} epoch {epoch + 1}/{epochs}  loss per head {loop.values_text(mean)}"
         saved = partial(progress_of, 2, number, epoch + 1, network, optimiser, {})
         loop.finish_epoch(run, f"{line}  {time.monotonic() - started:.0f} s", network, saved)
     modules.requires_grad_(False).eval()

@@ -22,7 +22,7 @@ from mess_compile.training.progress import TrainingState
 from mess_compile.training.recipe import Recipe
 
 WARM_UP_SHARE = 0.05
-_KEPT = "the epochs before this one are kept"
+_EARLIER_EPOCHS = "the epochs before this one are kept"
 Piece = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -112,7 +112,7 @@ def computed(
     if not found:  # outside the handler, which keeps what the failed attempt had allocated
         raise InputError(
             f"out of memory on {run.fabric.device} {place}, with {run.batches.at_once} images at once: "
-            f"{_what_fits(run, pieces[0], backward)}; {_KEPT}"
+            f"{_what_fits(run, pieces[0], backward)}; {_EARLIER_EPOCHS}"
         )
     wrong = not all(math.isfinite(value) for value in found)
     refuse_if_any(run.fabric, wrong, lambda: _spoiled(run, stage, epoch, index, place))
@@ -122,8 +122,8 @@ def computed(
 def _spoiled(run: Run, stage: int, epoch: int, index: int, place: str) -> str:
     names = ", ".join(run.batches.names(run.recipe.epochs[0] * (stage - 1) + epoch, index))
     return (
-        f"the loss is not a number {place} ({names}): {_KEPT}; look at these images, or start over with a smaller "
-        "--learning-rate"
+        f"the loss is not a number {place} ({names}): {_EARLIER_EPOCHS}; look at these images, or start over with "
+        "a smaller --learning-rate"
     )
 
 
@@ -153,12 +153,12 @@ def finish_epoch(run: Run, line: str, network: nn.Module, progress: Callable[[],
     """Report an epoch and save where the training stands. Raises InputError when its last step spoiled the weights."""
     run.report(line)
     spoiled = not all(bool(value.isfinite().all()) for value in network.state_dict().values())
-    message = f"the weights are not numbers after {line.split('  ')[0]}: {_KEPT}; start over with a smaller"
+    message = f"the weights are not numbers after {line.split('  ')[0]}: {_EARLIER_EPOCHS}; start over with a smaller"
     refuse_if_any(run.fabric, spoiled, lambda: f"{message} --learning-rate")
     if run.fabric.global_rank == 0:
         run.save(progress())
 
 
-def shown(values: NDArray[np.float64]) -> str:
+def values_text(values: NDArray[np.float64]) -> str:
     """Losses in words; what was not trained shows a dash."""
     return " ".join("-" if np.isnan(value) else f"{value:.2f}" for value in values)

@@ -304,7 +304,7 @@ def lost_process_named(fabric: Fabric) -> Iterator[None]:
 
 
 @contextmanager
-def said_once(fabric: Fabric) -> Iterator[None]:
+def reported_by_first(fabric: Fabric) -> Iterator[None]:
     """For what every process refuses alike: the first one says it, the others end."""
     try:
         yield

@@ -25,7 +25,7 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.training import backbone, parallel
 from mess_compile.training.parallel import Machines
 from mess_compile.training.recipe import Recipe
-from mess_compile.training.train import train
+from mess_compile.training.train import TrainOptions, train
 
 HW = (48, 64)
 TRAIN = ["train", "--data", "data", "--input", "48x64", "--width", "0.25", "--exits", "features.6,features.17"]
@@ -87,7 +87,7 @@ def first_gradient(folder: str, name: str, pieces: int = 1) -> None:
     shape = Architecture("mobilenetv2", data.classes.names, data.classes.colours, HW, blocks, heads, width=0.25)
     with suppress(Enough):
         machines = Machines(accumulate=pieces)
-        train(shape, data, data, Path(folder) / "candidate", Recipe(batch=8), print, machines=machines)
+        train(TrainOptions(shape, data, data, Path(folder) / "candidate", Recipe(batch=8), machines=machines), print)
 
 
 def as_torchrun_starts_it(rank: int, port: int, folder: str) -> None:

@@ -59,8 +59,8 @@ def build_engine(path: Path, options: BuildOptions, timing_cache: Optional[bytes
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise EngineError(f"{path.name} does not build: {logger.words()}")
-    kept = None if cache is None else bytes(cache.serialize())
-    return Built(bytes(engine), time.monotonic() - started, kept)
+    updated_cache = None if cache is None else bytes(cache.serialize())
+    return Built(bytes(engine), time.monotonic() - started, updated_cache)
 
 
 def _configure(trt: Any, config: Any, network: Any, options: BuildOptions, timing_cache: Optional[bytes]) -> Any:
@@ -113,5 +113,5 @@ def _network_flags(trt: Any) -> int:
 
 def _parser_words(parser: Any, logger: Any) -> str:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    told = "; ".join(f"node {error.node()}: {error.desc()}" for error in errors)
-    return one_line(told) or str(logger.words())
+    errors_text = "; ".join(f"node {error.node()}: {error.desc()}" for error in errors)
+    return one_line(errors_text) or str(logger.words())

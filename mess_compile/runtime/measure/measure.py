@@ -92,44 +92,53 @@ class Window:
 Power = Callable[[], Optional[float]]
 
 
+@dataclass(frozen=True, eq=False)
+class MeasureTask:
+    """What to measure, and on what.
+
+    Only the jobs `measured` (None: all) are timed; the others run before those. `reference` should be a graph that
+    takes little time, and as many cores as the others. `frame` is uint8 (H, W, 3) of the network's input size,
+    `thresholds` (T, K) float32. `earlier` are the windows that a call before has yielded: this one continues there.
+    """
+
+    jobs: Sequence[Job]
+    frame: np.ndarray
+    thresholds: np.ndarray
+    reference: str
+    measured: Optional[Sequence[str]] = None
+    earlier: Sequence[Window] = ()
+
+
 def measure(
     library: Library,
-    jobs: Sequence[Job],
-    frame: np.ndarray,
-    thresholds: np.ndarray,
-    reference: str,
+    task: MeasureTask,
     effort: Effort = Effort(),
-    earlier: Sequence[Window] = (),
     power: Optional[Power] = None,
     most_open: int = MOST_OPEN,
     clock_ns: Callable[[], int] = time.perf_counter_ns,
-    measured: Optional[Sequence[str]] = None,
 ) -> Iterator[Union[Opened, Window]]:
     """Time every job until it is steady or given up; yields each window, so that a caller can keep it.
 
-    `frame` is uint8 (H, W, 3) of the network's input size, `thresholds` (T, K) float32. With the windows that `earlier`
-    calls have yielded, the call continues where they ended. `power` gives milliwatts, or None. At most `kept_open`
-    engines (three or more) stay open, fewer when memory is short. Only the jobs `measured` (None: all) are timed; the
-    others run before those. `reference` should be a graph that takes little time, and as many cores as the others.
-    Raises InputError for a job that cannot be fed, EngineError.
+    `power` gives milliwatts, or None. At most `most_open` engines (three or more) stay open, fewer when memory is
+    short. Raises InputError for a job that cannot be fed, EngineError.
     """
-    by_name = {job.name: job for job in jobs}
-    if reference not in by_name:
-        raise InputError(f"the reference {reference!r} is not among the {len(by_name)} jobs")
-    taken: Dict[str, List[Window]] = {name: [] for name in by_name if measured is None or name in measured}
-    others = [window for window in earlier if window.job not in taken]
-    for window in earlier:
+    by_name = {job.name: job for job in task.jobs}
+    if task.reference not in by_name:
+        raise InputError(f"the reference {task.reference!r} is not among the {len(by_name)} jobs")
+    taken: Dict[str, List[Window]] = {name: [] for name in by_name if task.measured is None or name in task.measured}
+    others = [window for window in task.earlier if window.job not in taken]
+    for window in task.earlier:
         taken.get(window.job, []).append(window)
-    image, pool = check_frame(frame)[None], Pool(library, by_name, most_open, clock_ns)
-    pool.offer({"image": image, "thresholds": thresholds.astype(np.float32)})
-    bench = _WindowTimer(pool, library, reference, image, clock_ns)
+    image, pool = check_frame(task.frame)[None], Pool(library, by_name, most_open, clock_ns)
+    pool.offer({"image": image, "thresholds": task.thresholds.astype(np.float32)})
+    timer = _WindowTimer(pool, library, task.reference, image, clock_ns)
     ticks_ms: Optional[List[float]] = None
     try:
         for name, number in schedule(taken, effort, others):
             if ticks_ms is None:
-                bench.warm_up(effort.warm_up_s)
-                ticks_ms = _ticks_of(earlier)
-            window = bench.visit(name, number, effort, power, full_speed.full_speed_ms(ticks_ms))
+                timer.warm_up(effort.warm_up_s)
+                ticks_ms = _ticks_of(task.earlier)
+            window = timer.visit(name, number, effort, power, full_speed.full_speed_ms(ticks_ms))
             yield from pool.newly_opened()
             taken[name].append(window)
             ticks_ms += window.ticks_ms

@@ -79,9 +79,9 @@ def mean_without_stalls(samples_ms: np.ndarray) -> float:
 
 
 def _mean_power(windows: Sequence[Window]) -> Optional[float]:
-    told = [(window.power_mw, window.spent_s) for window in windows if window.power_mw is not None]
-    seconds = sum(spent_s for _, spent_s in told)
-    return sum(power_mw * spent_s for power_mw, spent_s in told) / seconds if seconds else None
+    readings = [(window.power_mw, window.spent_s) for window in windows if window.power_mw is not None]
+    seconds = sum(spent_s for _, spent_s in readings)
+    return sum(power_mw * spent_s for power_mw, spent_s in readings) / seconds if seconds else None
 
 
 @dataclass(frozen=True)

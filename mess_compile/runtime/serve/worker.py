@@ -146,17 +146,9 @@ def _measure(library: Library, wish: WorkRequest, jobs: List[Job], store: Path, 
     results.parent.mkdir(parents=True, exist_ok=True)
     earlier = [event for event in events_in(results) if isinstance(event, Window)]
     frame = np.load(store / GRAPHS / wish.frame, allow_pickle=False)
-    events = measure.measure(
-        library,
-        jobs,
-        frame,
-        np.array(wish.thresholds, np.float32),
-        wish.reference,
-        wish.effort,
-        earlier,
-        power.power_meter(),
-        measured=wish.measured,
-    )
+    thresholds = np.array(wish.thresholds, np.float32)
+    task = measure.MeasureTask(jobs, frame, thresholds, wish.reference, wish.measured, earlier)
+    events = measure.measure(library, task, wish.effort, power.power_meter())
     with results.open("a", encoding="utf-8") as stream:
         for event in events:
             kind, content = told(event)

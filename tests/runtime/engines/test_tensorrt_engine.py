@@ -226,7 +226,8 @@ def test_the_profiler_measures_every_stage(place: Place) -> None:
     jobs += [pool.Job(pool.NULL, None, names[1]), pool.Job(pool.UPLOAD, None)]
     effort = measure.Effort(window_s=0, window_runs=2, windows=1, warm_up_s=0)
     with closing(place.open()) as library:
-        events = list(measure.measure(library, jobs, frame(0), small_network.thresholds(), names[0], effort))
+        task = measure.MeasureTask(jobs, frame(0), small_network.thresholds(), names[0])
+        events = list(measure.measure(library, task, effort))
     found = [event for event in events if isinstance(event, measure.Window)]
     assert {window.job for window in found} == {*names, pool.NULL, pool.UPLOAD}
     for window in found:

@@ -24,7 +24,7 @@ from mess_compile.graph.precision import (
     to_fp16,
     to_int8,
 )
-from mess_compile.graph.settle_progress import Kept, Tried
+from mess_compile.graph.precision_progress import TriedGraph, TriedGraphs
 from mess_compile.graph.store import WEIGHTS, read_model, read_whole_model, stored_weights, write_graph
 from mess_compile.network import GraphSet, GraphSpec, head_graph_name, segment_name, write_graph_set
 from mess_compile.runtime.base.errors import EngineError, InputError, MessError
@@ -43,6 +43,20 @@ class PrecisionRecipe:
         if graph not in self.precisions:
             raise InputError(f"recipe {self.name!r} does not say which precision graph {graph} has: make it again")
         return self.precisions[graph]
+
+
+@dataclass(frozen=True, eq=False)
+class PrecisionRequest:
+    """The `wanted` precision, and the images that decide.
+
+    `frames` judge the graphs and, for int8, `calibration` from the training images calibrates them: uint8 (H, W, 3) at
+    the network's input size. A graph that fails falls back to the next safer precision of `allowed`.
+    """
+
+    wanted: str
+    frames: Sequence[Array]
+    calibration: Sequence[Array] = ()
+    allowed: Sequence[str] = PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -78,17 +92,13 @@ def fallback(recipe: PrecisionRecipe, graph: str, allowed: Sequence[str] = PRECI
     return replace(recipe, precisions={**recipe.precisions, graph: used})
 
 
-def settle(
+def choose_precisions(
     graph_set: GraphSet,
-    wanted: str,
-    frames: Sequence[Array],
+    request: PrecisionRequest,
     folder: Path,
     library: Library,
     progress: Progress,
-    *,
-    calibration: Sequence[Array] = (),
-    allowed: Sequence[str] = PRECISIONS,
-    kept: Path | None = None,
+    tried: Path | None = None,
 ) -> tuple[GraphSet, tuple[Fallback, ...]]:
     """Convert every graph to the `wanted` precision, or to the next safer one of `allowed` that passes, into `folder`.
 
@@ -102,28 +112,28 @@ def settle(
     continues there, and the caller removes it. Raises InputError for bad frames and for a network that is not finite in
     fp32, EngineError when a graph does not run.
     """
-    start = bold_recipe(graph_set, wanted)
-    if wanted == "int8":
+    start = bold_recipe(graph_set, request.wanted)
+    if request.wanted == "int8":
         quantiser()
-        check_calibration(len(calibration))
+        check_calibration(len(request.calibration))
     else:
-        calibration = ()
-    _check_frames(graph_set, (*frames, *calibration))
+        request = replace(request, calibration=())
+    _check_frames(graph_set, (*request.frames, *request.calibration))
     with files.replaced_folder(folder) as made:
         with TemporaryDirectory(dir=made) as scratch:
-            progress(f"checking {wanted}", 0, len(graph_set.graphs))
-            settling = _Settling(graph_set, start, allowed, library, made, Path(scratch), Kept(kept))
-            settling.settle(frames, calibration, progress)
+            progress(f"checking {request.wanted}", 0, len(graph_set.graphs))
+            choice = _Choice(graph_set, start, request.allowed, library, made, Path(scratch), TriedGraphs(tried))
+            choice.choose(request.frames, request.calibration, progress)
         _drop_unread_weights(made)
         specs = {
-            name: replace(spec, precision=settling.recipe.precision(name), wanted=start.precision(name))
-            for name, spec in settling.specs.items()
+            name: replace(spec, precision=choice.recipe.precision(name), wanted=start.precision(name))
+            for name, spec in choice.specs.items()
         }
         found = replace(graph_set, root=made, graphs=specs, recipe=folder.name)
         write_graph_set(found)
     return replace(found, root=folder), tuple(
-        Fallback(name, start.precision(name), settling.recipe.precision(name), "; ".join(reasons))
-        for name, reasons in settling.reasons.items()
+        Fallback(name, start.precision(name), choice.recipe.precision(name), "; ".join(reasons))
+        for name, reasons in choice.reasons.items()
     )
 
 
@@ -158,7 +168,7 @@ _Check = Callable[[Path, str, str], str | None]
 """A converted graph, its precision, the boldest on the path up to it -> why it fails."""
 
 
-class _Settling:
+class _Choice:
     """State of `settle`: the recipe so far, why it is no bolder, what was written.
 
     At most two engines and one converted graph are in memory, and the maps of two exit points on disk.
@@ -172,71 +182,71 @@ class _Settling:
         library: Library,
         folder: Path,
         scratch: Path,
-        kept: Kept,
+        tried_graphs: TriedGraphs,
     ) -> None:
-        self.kept, self.decides = kept, ""
+        self.tried_graphs, self.inputs_sha256 = tried_graphs, ""
         self.graph_set, self.recipe, self.allowed = graph_set, recipe, allowed
         self.library, self.folder, self.scratch = library, folder, scratch
         self.reasons: dict[str, tuple[str, ...]] = {}
         self.specs: dict[str, GraphSpec] = {}
         self.labels: dict[str, list[Feed]] = {}
 
-    def settle(self, frames: Sequence[Array], calibration: Sequence[Array], progress: Progress) -> None:
-        self.decides = self._decides(frames, calibration)
+    def choose(self, frames: Sequence[Array], calibration: Sequence[Array], progress: Progress) -> None:
+        self.inputs_sha256 = self._inputs_sha256(frames, calibration)
         judged = self._stored("judged", "image", ({"image": frame[None]} for frame in frames))
         calibrating = self._stored("calibrating", "image", ({"image": frame[None]} for frame in calibration))
-        self._keep_labels(judged)
+        self._record_labels(judged)
         while True:
             recipe, reasons = self.recipe, self.reasons
-            blamed = self._walk(judged, calibrating, progress)
-            if blamed is None:
+            lowered = self._choose_along_path(judged, calibrating, progress)
+            if lowered is None:
                 return
             # What else fell back did so on maps that are better now.
-            self.recipe = replace(recipe, precisions={**recipe.precisions, blamed: self.recipe.precision(blamed)})
-            self.reasons = {**reasons, blamed: self.reasons[blamed]}
+            self.recipe = replace(recipe, precisions={**recipe.precisions, lowered: self.recipe.precision(lowered)})
+            self.reasons = {**reasons, lowered: self.reasons[lowered]}
             self.specs = {}
 
-    def _decides(self, *groups: Sequence[Array]) -> str:
+    def _inputs_sha256(self, *groups: Sequence[Array]) -> str:
         """Of all graphs, images and the library that computes: a hash."""
         sources = [(name, spec.sha256) for name, spec in self.graph_set.graphs.items()]
         images = [[hashlib.sha256(frame.tobytes()).hexdigest() for frame in frames] for frames in groups]
         return files.sha256_of_json((sources, images, self.library.name, self.library.version))
 
-    def _keep_labels(self, maps: _Maps) -> None:
+    def _record_labels(self, maps: _Maps) -> None:
         """Labels of every head on the path in fp32."""
         for b in range(1, len(self.graph_set.candidate.exit_points) + 1):
             maps = self._advanced(self.graph_set.path(segment_name(b - 1, b)), maps, "exact", b)
             for head in self.graph_set.candidate.heads_at(b):
                 self.labels[head.name] = _labels(self._logits(self._head_path(head.name), maps))
 
-    def _walk(self, judged: _Maps, calibrating: _Maps, progress: Progress) -> str | None:
+    def _choose_along_path(self, judged: _Maps, calibrating: _Maps, progress: Progress) -> str | None:
         """Settle graph after graph; the graph that was settled too boldly for one after it, None at the end."""
         candidate, images = self.graph_set.candidate, (judged, calibrating)
         before: list[str] = []
         for a in range(len(candidate.exit_points)):
             for b in (b for start, b in candidate.segments() if start == a):
                 check: _Check = partial(self._segment_failure, a, b, judged)
-                if blamed := self._settle(segment_name(a, b), before, calibrating, check, progress):
-                    return blamed
+                if lowered := self._choose_for_graph(segment_name(a, b), before, calibrating, check, progress):
+                    return lowered
             before.append(segment_name(a, a + 1))
             judged = self._advanced(self._written(before[-1]), judged, "judged", a + 1)
             calibrating = self._advanced(self._written(before[-1]), calibrating, "calibrating", a + 1)
             for head in candidate.heads_at(a + 1):
                 check = partial(self._head_failure, head.name, judged)
-                if blamed := self._settle(head_graph_name(head.name), before, calibrating, check, progress):
-                    return blamed
+                if lowered := self._choose_for_graph(head_graph_name(head.name), before, calibrating, check, progress):
+                    return lowered
         for name in [name for name in self.graph_set.graphs if name not in self.specs]:
-            self._settle(name, (), images[1], partial(self._baseline_failure, name, images[0]), progress)
+            self._choose_for_graph(name, (), images[1], partial(self._baseline_failure, name, images[0]), progress)
         return None
 
-    def _settle(
+    def _choose_for_graph(
         self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check, progress: Progress
     ) -> str | None:
         """Write a graph in the boldest precision that passes; where none does, lower one `before` it and name that."""
         while (reason := self._failure(name, before, calibrating, check)) is not None:
             lowered = next(graph for graph in (name, *reversed(before)) if self.recipe.precision(graph) != "fp32")
-            shown = f"{self.recipe.precision(lowered)}: {reason if lowered == name else f'{name}: {reason}'}"
-            self.reasons = {**self.reasons, lowered: (*self.reasons.get(lowered, ()), shown)}
+            finding = f"{self.recipe.precision(lowered)}: {reason if lowered == name else f'{name}: {reason}'}"
+            self.reasons = {**self.reasons, lowered: (*self.reasons.get(lowered, ()), finding)}
             self.recipe = fallback(self.recipe, lowered, self.allowed)
             if lowered != name:
                 return lowered
@@ -246,17 +256,17 @@ class _Settling:
     def _failure(self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check) -> str | None:
         """Convert, write and check a graph; why it must not be used, None when it may."""
         path = [(graph, self.specs[graph].sha256) for graph in before]
-        key = files.sha256_of_json((self.decides, name, self.recipe.precision(name), path))
-        tried = self.kept.take(key, self.folder)
+        key = files.sha256_of_json((self.inputs_sha256, name, self.recipe.precision(name), path))
+        tried = self.tried_graphs.take(key, self.folder)
         if tried is None:
-            reason = self._tried(name, before, calibrating, check)
-            tried = Tried(reason, None if reason else self.specs[name])
-            self.kept.keep(key, tried, self.folder)
+            reason = self._try(name, before, calibrating, check)
+            tried = TriedGraph(reason, None if reason else self.specs[name])
+            self.tried_graphs.store(key, tried, self.folder)
         if tried.spec is not None:
             self.specs[name] = tried.spec
         return tried.reason
 
-    def _tried(self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check) -> str | None:
+    def _try(self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check) -> str | None:
         precision = self.recipe.precision(name)
         boldest = min((precision, *map(self.recipe.precision, before)), key=PRECISIONS.index)
         model = read_whole_model(self.graph_set.path(name))

@@ -16,7 +16,7 @@ _FORMAT, _VERSION = "mess-settling", 1
 
 
 @dataclass(frozen=True)
-class Tried:
+class TriedGraph:
     """A graph in one precision: why it must not be used, or what was written of it."""
 
     reason: str | None
@@ -24,7 +24,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Kept:
+class TriedGraphs:
     """Results by a key, a hash over all that decides them, in `folder`; with None nothing is kept.
 
     Graphs that pass are there with their weights. What is damaged is none.
@@ -32,7 +32,7 @@ class Kept:
 
     folder: Path | None
 
-    def take(self, key: str, target: Path) -> Tried | None:
+    def take(self, key: str, target: Path) -> TriedGraph | None:
         """An earlier result; a graph that passed is put into `target`, as `write_graph` would."""
         if self.folder is None:
             return None
@@ -56,7 +56,7 @@ class Kept:
         shutil.copyfile(source, target / spec.path)
         return True
 
-    def keep(self, key: str, tried: Tried, source: Path) -> None:
+    def store(self, key: str, tried: TriedGraph, source: Path) -> None:
         """Keep a result, and of a graph that passed the file in `source`; whole or not at all."""
         if self.folder is None:
             return
@@ -76,12 +76,12 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def _read(path: Path) -> Tried:
+def _read(path: Path) -> TriedGraph:
     content = files.read_json(path, _FORMAT, _VERSION, "")
-    tried: Tried = files.decoded(path, "", lambda: _tried(content))
+    tried: TriedGraph = files.decoded(path, "", lambda: _tried(content))
     return tried
 
 
-def _tried(content: dict[str, Any]) -> Tried:
+def _tried(content: dict[str, Any]) -> TriedGraph:
     reason, spec = content["reason"], content["spec"]
-    return Tried(str(reason), None) if spec is None else Tried(None, graph_spec_from_json(spec))
+    return TriedGraph(str(reason), None) if spec is None else TriedGraph(None, graph_spec_from_json(spec))
