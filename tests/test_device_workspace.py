@@ -159,7 +159,7 @@ def test_an_engine_folder_that_others_can_write_is_refused(workspace: Path, devi
     folder = workspace.parent / "cache" / "mess-compile" / "engines"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    assert "others can write in" in complaint("verify", workspace / "xavier.mess")
+    assert "others can write to" in complaint("verify", workspace / "xavier.mess")
     assert not list(folder.iterdir())
 
 

@@ -256,7 +256,7 @@ from contextlib import closing
 from pathlib import Path
 from mess_compile.network import read_graph_set
 from mess_compile.graph.choose_precision import PrecisionRequest, choose_precisions
-from mess_compile.runtime import engine
+from mess_compile.runtime.engines import engine
 from tests.graph.test_choose_precision import CALIBRATION, JUDGED
 
 def die(name, done, total):

@@ -1,4 +1,4 @@
-"""The cascade: runs a bundle's plan, stage by stage, and leaves at the first exit that is sure enough."""
+"""Runs a bundle's plan stage by stage and exits at the first stage that is confident enough."""
 
 from __future__ import annotations
 
@@ -49,18 +49,17 @@ if TYPE_CHECKING:
 ON_FAILURE = ("fallback", "raise")
 _FREE: ContextManager[None] = nullcontext()
 _Ended = Tuple[FrameRun, np.ndarray, float]
-"""A walk that has ended, its labels at the network's input size, and how many ms it took."""
+"""A finished run, its labels at the network's input size, and its latency in ms."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the cascade says of one frame.
+    """The cascade's result for one frame.
 
-    `labels` uint8 (H, W) at the frame's own size; `exit` counts the plan's exits from 1 and `exit_point` the
-    network's; `confidence` is the share of sure cells at that exit, None of a whole network. `latency_ms` runs from
-    upload to download, in a refinement from its first `next` until these labels are there. Where a plan of other exits
-    had to be fallen back to, `exit` is the plan's last one that is no deeper. `palette` has the name and colour of
-    every label.
+    `labels` uint8 (H, W) at the frame's own size; `exit` counts the plan's exits from 1 and `exit_point` the network's;
+    `confidence` is the share of confident cells at that exit, None for a whole network. `latency_ms` runs from upload
+    to download; in a refinement from its first `next` until these labels are available. After a fallback to a plan with
+    other exits, `exit` is the plan's last one that is no deeper. `palette` has the name and colour of every label.
     """
 
     labels: np.ndarray
@@ -71,23 +70,23 @@ class Prediction:
     palette: Palette = field(default=(), repr=False, compare=False)
 
     def __repr__(self) -> str:
-        sure = "" if self.confidence is None else f", {self.confidence:.0%} of its cells sure"
+        sure = "" if self.confidence is None else f", {self.confidence:.0%} of its cells confident"
         return f"<labels {self.labels.shape} of exit {self.exit}{sure}, {self.latency_ms:.2f} ms>"
 
     def _repr_html_(self) -> str:
         from mess_compile.runtime.images.notebook import labels_html, text_html
 
-        sure = "" if self.confidence is None else f"{self.confidence:.0%} of its cells sure, "
+        sure = "" if self.confidence is None else f"{self.confidence:.0%} of its cells confident,  "
         words = f"exit {self.exit}, {sure}{self.latency_ms:.2f} ms"
         return text_html(words) + labels_html(self.labels, self.palette)
 
 
 class Cascade:
-    """A plan's engines, loaded; made by `load`. Use as a context manager.
+    """A plan's loaded engines; made by `load`. Use as a context manager.
 
-    Threads may share it: their calls wait for each other. With `on_failure="fallback"` a frame on which an engine fails
-    or gives NaN is computed by the bundle's next safer plan for the target, in the end by ONNX Runtime on the CPU; with
-    "raise" it raises EngineError. Either way the cascade can be used further.
+    Threads may share it: their calls wait for each other. With `on_failure="fallback"`, a frame on which an engine
+    fails or gives NaN is computed by the bundle's next safer plan for the target, in the end by ONNX Runtime on the
+    CPU; with "raise" it raises EngineError. Either way the cascade can be used further.
 
     It belongs to the process that loaded it: in a forked child each call raises EngineError, and `close` does nothing.
     """
@@ -117,7 +116,7 @@ class Cascade:
         self._release = fork_guard.finalizer(self, _release, self._chain, archive)
 
     def __call__(self, frame: np.ndarray) -> Prediction:
-        """Segment one frame: uint8 RGB (H, W, 3), resized as the bundle says when it is not of the network's size.
+        """Segment one frame: uint8 RGB (H, W, 3), resized as the bundle says unless it has the network's size.
 
         Raises InputError for any other array, EngineError when a graph cannot run.
         """
@@ -130,13 +129,13 @@ class Cascade:
         return prediction
 
     def refine(self, frame: np.ndarray, deadline_ms: Optional[float] = None) -> Iterator[Prediction]:
-        """Every exit's prediction, the first soonest, whatever their confidence.
+        """Every exit's prediction, the first as soon as possible, whatever their confidence.
 
-        The first is always delivered. Under a deadline a later stage starts only if its p99, with that of output graph
-        and download and of mapping the labels back to the frame's size, still fits; a stage that engines of the
-        fallback would have to run does not. Time counts from the first `next`, resizing the frame and what the caller
-        does between included. Where the engine library keeps one frame at a time, another frame ends the refinement: it
-        raises InputError.
+        The first is always delivered. Under a deadline a later stage starts only if its p99, plus that of the output
+        graph, of the download and of mapping the labels back to the frame's size, still fits; a stage that fallback
+        engines would have to run does not start. Time counts from the first `next`, including resizing the frame and
+        the caller's work between. If the engine library holds one frame at a time, another frame ends the refinement:
+        it raises InputError.
         """
         check_deadline(deadline_ms)
         return self._refinement(frame, deadline_ms)
@@ -178,7 +177,7 @@ class Cascade:
             return self._started(image)
         if not self._holds(run):
             raise InputError(
-                f"another frame was segmented since, and {self.library.name} keeps one at a time: end a refinement "
+                f"another frame was segmented since, and {self.library.name} holds one at a time: finish a refinement "
                 "before the next frame"
             )
         return run
@@ -192,9 +191,9 @@ class Cascade:
     def batch(self, frames: Iterable[np.ndarray]) -> List[Prediction]:
         """Predictions of several frames, in their order; `latency_ms` counts from the start of the batch.
 
-        Engines take one image at a time. Where outputs outlive the next run, as in ONNX Runtime on the CPU, all images
-        pass a stage before the next one begins and those that leave make room; elsewhere image follows image. Raises
-        BatchError, with the results of the others, when some frame cannot be computed.
+        Engines take one image at a time. If outputs outlive the next run, as in ONNX Runtime on the CPU, all images
+        pass a stage before the next stage begins, and those that exit free their memory; otherwise image follows image.
+        Raises BatchError, with the results of the others, when some frame cannot be computed.
         """
         self._check_process()
         given = list(frames)
@@ -210,9 +209,9 @@ class Cascade:
     def stream(self, frames: Iterable[np.ndarray], ahead: int = 4) -> Stream:
         """Predictions of frame after frame, in order, while up to `ahead` frames are read, resized and computed.
 
-        ONNX Runtime on the CPU runs the stages of two frames at once; a GPU runs one, while the next is resized and
-        the labels of the last one are mapped back. What a frame or the source raises comes in its place; behind a
-        frame that failed the stream goes on. Close the stream, or drop it, to end it early.
+        ONNX Runtime on the CPU runs the stages of two frames at the same time; a GPU runs one, while the next is
+        resized and the labels of the last one are mapped back. An error of a frame or of the source is raised in its
+        place; after a frame that failed the stream continues. Close the stream, or drop it, to end it early.
         """
         self._check_process()
         stream = Stream(frames, self._streamed, ahead)
@@ -228,7 +227,7 @@ class Cascade:
 
     @property
     def operating_point(self) -> str:
-        """The name of the thresholds in use. Setting it rebuilds nothing; raises InputError for one there is not."""
+        """The name of the thresholds in use. Setting it rebuilds nothing; raises InputError for an unknown one."""
         return self._point
 
     @operating_point.setter
@@ -245,7 +244,7 @@ class Cascade:
 
     @property
     def refusals(self) -> Tuple[str, ...]:
-        """What `on_failure="fallback"` cannot fall back to here, and why."""
+        """The plans that `on_failure="fallback"` cannot fall back to here, and why."""
         return self._chain.refusals
 
     @property
@@ -254,23 +253,23 @@ class Cascade:
         return self.manifest.network.classes
 
     def overlay(self, frame: np.ndarray, prediction: Prediction, opacity: float = 0.5) -> np.ndarray:
-        """The frame with the labels' colours laid over it: uint8 (H, W, 3). Raises InputError when they do not fit."""
+        """Blend the labels' colours over the frame: uint8 (H, W, 3). Raises InputError when they do not fit."""
         return pictures.overlay(frame, prediction.labels, self.manifest.network.colours, opacity)
 
     def confidence_map(self, prediction: Prediction) -> np.ndarray:
-        """How sure the exit taken is of each pixel: float32 (H, W) in 0..1, each cell's value over its pixels.
+        """The confidence of each pixel at the exit taken: float32 (H, W) in 0..1, each cell's value over its pixels.
 
-        Computed now, from the logits that the engine still holds: of the last frame alone, and of none from `stream` or
-        `batch`. Raises InputError for any other.
+        Computed on request from the logits that the engine still holds: of the last frame only, and of none from
+        `stream` or `batch`. Raises InputError for any other.
         """
         self._check_process()
         network = self.manifest.network
         with self._lock:
             if not self._release.alive:
-                raise InputError("the cascade is closed, and holds no logits any more")
+                raise InputError("the cascade is closed, and holds no logits any more: load the bundle again")
             last = self._last
             if last is None or last[0] is not prediction or not self._holds(last[1]):
-                raise InputError("only the last prediction has a confidence map: ask for it before the next frame")
+                raise InputError("only the last prediction has a confidence map: request it before the next frame")
             if prediction.confidence is None:
                 raise InputError("the plan runs the whole network, which has no gate and no confidence map")
             logits = last[1].logits()
@@ -289,7 +288,7 @@ class Cascade:
         return pictures.to_input(pictures.check_frame(frame), network.input_hw, network.resize)[None]
 
     def _own_image(self, frame: Any) -> np.ndarray:
-        """One that a safer engine can start from when the caller has used the frame's buffer again."""
+        """An image that a safer engine can start from after the caller has reused the frame's buffer."""
         image = self._image(frame)
         return image.copy() if self._chain.falls_back and np.may_share_memory(image, frame) else image
 
@@ -298,7 +297,7 @@ class Cascade:
         return self._on_engine
 
     def _holds(self, run: FrameRun) -> bool:
-        """Whether what the walk computed last has not been overwritten by another frame."""
+        """Whether the library still holds the run's last outputs: no other frame has overwritten them."""
         return self.library.concurrent or self._on_engine is run
 
     def _segmented(self, image: np.ndarray, start: int) -> _Ended:
@@ -345,17 +344,18 @@ class Cascade:
         self._recorder.finished(self._exit(run), latency_ms, self._confidences(run), run.fell_back)
 
     def _exit(self, run: FrameRun) -> int:
-        """Of the cascade's own plan, also where another one computed the frame."""
+        """The number in the cascade's own plan, even if another plan computed the frame."""
         if run.plan is self.plan:
             return run.depth
         point = run.stage.exit_point
         return max(sum(stage.exit_point <= point for stage in self.plan.stages), 1)
 
     def _confidences(self, run: FrameRun) -> List[float]:
-        """Of the stages that the frame reaches by the default decisions: what the tuning images' histograms count.
+        """Confidences of the stages that the frame reaches under the default decisions, as the tuning images'
+        histograms count.
 
-        At other operating points the frames that reach a later stage are others, and only the first one is told; what
-        another plan computed is not to be compared.
+        At other operating points other frames reach a later stage, so only the first stage is recorded; what another
+        plan computed cannot be compared.
         """
         found: List[float] = []
         if run.plan is not self.plan:
@@ -370,7 +370,7 @@ class Cascade:
         return found
 
     def _mapped(self, labels: np.ndarray, hw: Tuple[int, int]) -> np.ndarray:
-        """Labels at the frame's own size; how long that takes is kept, for deadlines."""
+        """Labels at the frame's own size; records how long that takes, for deadlines."""
         if labels.shape == hw:
             return labels
         start = time.perf_counter_ns()
@@ -388,7 +388,7 @@ class Cascade:
         return Prediction(labels, self._exit(run), stage.exit_point, sure, latency_ms, self._palette)
 
     def close(self) -> None:
-        """End the streams, wait for a frame under way, then give everything back; done too when the process ends."""
+        """End the streams, wait for the current frame, then release everything; also done when the process ends."""
         if os.getpid() != self._process:
             return
         for stream in tuple(self._streams):
@@ -411,13 +411,13 @@ def _ms_since(start_ns: int) -> float:
 
 
 def _all_of(results: Sequence[Union[Prediction, EngineError]]) -> List[Prediction]:
-    """Raises BatchError, which holds them all, when there is an error among them."""
+    """Raises BatchError with all results when there is an error among them."""
     computed = [each for each in results if isinstance(each, Prediction)]
     if len(computed) == len(results):
         return computed
     lost = [index for index, each in enumerate(results) if isinstance(each, EngineError)]
     raise BatchError(
-        f"{len(lost)} of the {len(results)} frames cannot be computed, the first of them number {lost[0]} (from 0): "
+        f"{len(lost)} of the {len(results)} frames cannot be computed, the first is number {lost[0]} (from 0): "
         f"{results[lost[0]]}; `results` of this error holds the others",
         results,
     )
@@ -439,13 +439,13 @@ def load(
     on_failure: str = "raise",
     signers: Optional[Signers] = None,
 ) -> Cascade:
-    """Verify a bundle and load its plan for `target`, such as "xavier" or, of several precisions, "xavier:fp16".
+    """Verify a bundle and load its plan for `target`, such as "xavier" or, with several precisions, "xavier:fp16".
 
-    Without one it is the first plan that this machine has a library for; where the bundle has several targets, of
-    those that this machine is. `threads` is for CPU libraries (None: every core), `cuda_graphs` for TensorRT: stages as
-    one launch each; `profile` measures without. `on_failure` is "raise" or "fallback": see `Cascade`. With `signers`
-    the bundle must be signed by one of them, and the engines that it brings are used; else they are built anew. The
-    cascade closes `library` with itself. Raises InputError, BundleError, EngineError.
+    Without a target it is the first plan whose library is installed here; if the bundle has several targets, among
+    those that match this machine. `threads` is for CPU libraries (None: every core), `cuda_graphs` for TensorRT: each
+    stage is one launch; `profile` measures without. `on_failure` is "raise" or "fallback": see `Cascade`. With
+    `signers` one of them must have signed the bundle, and the engines in it are used; otherwise they are built here.
+    The cascade closes `library` when it closes. Raises InputError, BundleError, EngineError.
     """
     if on_failure not in ON_FAILURE:
         raise InputError(f"on_failure is {on_failure!r}, not one of {', '.join(ON_FAILURE)}")
@@ -467,7 +467,7 @@ def load_archive(
     cuda_graphs: bool = False,
     on_failure: str = "raise",
 ) -> Cascade:
-    """As `load`, of a bundle that is open; the cascade closes it, but not when this raises."""
+    """Like `load`, for an open bundle; the cascade closes it, but not when this raises."""
     check_threads(threads)
     plans = matching_plans(archive.manifest, target, library)
     if library is not None:

@@ -1,4 +1,4 @@
-"""Ways to run a plan, from the wanted one to the safest, and one frame's walk through the stages on them."""
+"""Runs one frame through the stages of a plan, and falls back to safer plans when an engine fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mess_compile.runtime.engines.engine import PRECISIONS, Library, Tensor
 
 FAILURES_IN_A_ROW = 3
 PAUSE_FRAMES = 100
-"""After so many failures in a row a rung is left out for so many frames, then tried again."""
+"""After so many failures in a row an executor is skipped for so many frames, then tried again."""
 _CLOSED = "the cascade is closed"
 _Result = TypeVar("_Result")
 
@@ -26,7 +26,7 @@ _Result = TypeVar("_Result")
 class Executor:
     """One way to run a frame: a plan in an engine library.
 
-    One that cannot be opened refuses, and is opened again after a rest, unless that would build engines.
+    If it cannot be opened, it refuses, and is opened again after a pause, unless that would build engines.
     """
 
     def __init__(self, plan: BundlePlan, name: str, builds: bool, open_stages: Callable[[], Stages]) -> None:
@@ -43,7 +43,7 @@ class Executor:
         return self._stages or self._opened()
 
     def open(self) -> None:
-        """Now rather than with the first frame that needs it; what keeps it from opening is told by `refusal`."""
+        """Open now rather than with the first frame that needs it; `refusal` holds the error."""
         with suppress(EngineError):
             self.stages()
 
@@ -60,15 +60,15 @@ class Executor:
 
     @property
     def refusal(self) -> Optional[str]:
-        """Why it does not open; None for one that is open."""
+        """Why it cannot be opened; None if it is open."""
         return self._refusal
 
     def decisions(self, point: str) -> Tuple[BundleDecision, ...]:
-        """Those of an operating point, of the default one where the plan has none of the name."""
+        """The decisions of an operating point, or of the default one if the plan lacks the name."""
         return self._decisions.get(point) or self._decisions[DEFAULT_POINT]
 
     def is_paused(self) -> bool:
-        """Whether the next frame leaves it out."""
+        """Whether the next frame skips it."""
         if self._pause_frames <= 0:
             return False
         with self._lock:
@@ -89,7 +89,7 @@ class Executor:
         self._failures_in_a_row = 0
 
     def close(self) -> None:
-        """Give back what it holds; it does not open again."""
+        """Release its engines; it does not open again."""
         with self._opening:
             self._refusal = _CLOSED
             if self._stages is not None:
@@ -98,11 +98,11 @@ class Executor:
 
 
 class FallbackChain:
-    """The rungs of a plan, opened here; the first is the plan as it is. It closes `library` with itself.
+    """The executors of a plan, opened here; the first runs the plan itself. It closes `library` when it closes.
 
-    With `fallback` there follow the bundle's plans for the same target in safer precisions, in the same library; and
-    last ONNX Runtime's plain kernels on the CPU, by the safest of these plans. What of these cannot be opened is left
-    out, and told by `refusals`.
+    With `fallback`, the bundle's plans for the same target in safer precisions follow, in the same library; ONNX
+    Runtime's plain kernels on the CPU are last, with the safest of these plans. Executors that cannot be opened are
+    skipped and listed by `refusals`.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class FallbackChain:
 
     @property
     def refusals(self) -> Tuple[str, ...]:
-        """What cannot be fallen back to, and why."""
+        """The executors that cannot be used, and why."""
         return tuple(
             f"{executor.name}: {executor.refusal}" for executor in self._executors if executor.refusal is not None
         )
@@ -155,7 +155,7 @@ class FallbackChain:
         return len(self._executors) > 1
 
     def executors(self) -> Iterator[Executor]:
-        """Those that a frame tries in turn; the last one never rests."""
+        """Those that a frame tries in turn; the last one is never paused."""
         last = self._executors[-1]
         for executor in self._executors:
             if not executor.is_paused() or executor is last:
@@ -172,7 +172,7 @@ class FallbackChain:
 
 
 def safer_plans(manifest: Manifest, plan: BundlePlan) -> Tuple[BundlePlan, ...]:
-    """What else the bundle has for the same target, library and setting in a safer precision, the boldest first."""
+    """The bundle's other plans for the same target, library and setting in a safer precision, the boldest first."""
 
     def safety(of: BundlePlan) -> int:
         return PRECISIONS.index(of.boldest)
@@ -185,11 +185,11 @@ def safer_plans(manifest: Manifest, plan: BundlePlan) -> Tuple[BundlePlan, ...]:
 
 
 class FrameRun:
-    """One frame on its way through the stages. What fails on one rung is done again, from the image, on the next."""
+    """One frame's run through the stages. If an executor fails, the next one starts again from the image."""
 
     def __init__(self, chain: FallbackChain, image: np.ndarray, point: str, recorder: Recorder) -> None:
         self.counts: List[np.ndarray] = []
-        """Of every stage passed, (T,) each."""
+        """The counts (T,) of every passed stage."""
         self.depth = 0
         self.point = point
         self._image, self._recorder = image, recorder
@@ -203,26 +203,27 @@ class FrameRun:
         self._logits: Tensor = None
 
     def advance(self) -> None:
-        """Pass one more stage. Raises EngineError when no rung can.
+        """Pass one more stage. Raises EngineError when no executor can.
 
-        A plan of other exits that is fallen back to goes on at its first exit that is as deep, or its last one.
+        After a fallback to a plan with other exits, the run continues at that plan's first exit that is as deep, or its
+        last.
         """
         self.depth += 1
         self._attempt(self._catch_up)
 
     @property
     def plan(self) -> BundlePlan:
-        """The one that computes the frame: another than the cascade's where that failed."""
+        """The plan that computes the frame; not the cascade's own after a fallback."""
         return self._executor.plan
 
     @property
     def stage(self) -> BundleStage:
-        """The last one passed."""
+        """The last stage passed."""
         return self._executor.plan.stages[self.depth - 1]
 
     @property
     def count(self) -> Optional[int]:
-        """The sure cells of the last stage passed, by its decision's row; None of a whole network."""
+        """The confident cells of the last stage passed, at its decision's threshold; None for a whole network."""
         return None if self.stage.is_whole else int(self.counts[-1][self._decisions[self.depth - 1].row])
 
     @property
@@ -231,7 +232,7 @@ class FrameRun:
 
     @property
     def leaves(self) -> bool:
-        """Whether the image leaves here: it is sure, or there are no more exits."""
+        """Whether the image exits here: it is confident enough, or there are no more exits."""
         cut = self._decisions[self.depth - 1].cut
         return self.is_last or (cut is not None and self.count is not None and self.count >= cut)
 
@@ -245,11 +246,11 @@ class FrameRun:
         return self._catch_up().labels(self.depth - 1, self._logits)
 
     def drop_features(self) -> None:
-        """No stage follows: the features may make room, warm in the cache, for those of the next frame."""
+        """Free the features after the last stage: the next frame's can use that memory, warm in the cache."""
         self._features = None
 
     def logits(self) -> np.ndarray:
-        """Logits (K, h, w) of the last stage passed, while they are there. Raises EngineError."""
+        """Logits (K, h, w) of the last stage passed, while they are valid. Raises EngineError."""
         values: np.ndarray = self._catch_up().library.download(self._logits)[0]
         return values
 
@@ -261,7 +262,7 @@ class FrameRun:
                 self._fall_back(error)
 
     def _catch_up(self) -> Stages:
-        """The present rung's stages, all of them run that the frame is to have passed."""
+        """Run the current executor's stages that the frame should have passed, and return them."""
         if self._stages is None:
             self._stages = self._executor.stages()
             self._features = self._stages.upload(self._image)

@@ -1,4 +1,4 @@
-"""A plan's engines, loaded in one engine library: one stage at a time, on one frame."""
+"""Runs a plan's stages in one engine library, one stage at a time on one frame."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mess_compile.runtime.engines.engine import Engine, Library, Tensor, TensorS
 from mess_compile.runtime.engines.engine_cache import loadable
 
 _BELOW_ALL = -1.0
-"""A threshold that every confidence reaches, unless it is not a number."""
+"""A threshold that every confidence reaches unless it is NaN."""
 _SOUND = "sound"
-"""What a whole network counts where a gate would: its cells with finite logits."""
+"""The output of a whole network that counts its cells with finite logits; it has no gate."""
 _NO_COUNTS = np.zeros(0, np.int32)
 
 
@@ -34,9 +34,9 @@ class _LoadedStage:
 class Stages:
     """Engines for every graph of `plan`; `close` leaves the library open.
 
-    A row of thresholds that no operating point decides by is set so low that every cell reaches it: where its count
-    misses a cell, the logits hold NaN or infinities. So they are seen at no cost, but for a few scattered cells: where
-    labels meet, the gate goes by the majority of 5 x 5. A whole network has no gate, and counts such cells itself.
+    A row of thresholds that no operating point uses is set so low that every cell reaches it: if its count misses a
+    cell, the logits hold NaN or infinities. This detects them at no cost, but for a few scattered cells: at edges the
+    gate takes the majority of 5 x 5. A whole network has no gate, and counts such cells itself.
     """
 
     def __init__(self, manifest: Manifest, plan: BundlePlan, library: Library, folder: Path) -> None:
@@ -70,8 +70,9 @@ class Stages:
         return self.library.upload(image)
 
     def advance(self, index: int, features: Tensor) -> Tuple[Tensor, Tensor, np.ndarray]:
-        """Features, logits and counts (T,) of a stage from the features before it; of a whole network no features, its
-        labels in place of logits, and no counts. Raises EngineError."""
+        """Features, logits and counts (T,) of a stage from the features before it. A whole network returns no features,
+        its labels in place of logits, and no counts. Raises EngineError.
+        """
         stage = self._stages[index]
         if stage.head is None:
             found = stage.segment.run({stage.source: features})
@@ -94,7 +95,7 @@ class Stages:
             )
 
     def labels(self, index: int, logits: Tensor) -> np.ndarray:
-        """Labels uint8 (H, W) at the network's input size, from what `advance` gave as logits. Raises EngineError."""
+        """Labels uint8 (H, W) at the network's input size, from the logits of `advance`. Raises EngineError."""
         output = self._stages[index].output
         made = logits if output is None else output.run({"logits": logits})["labels"]
         labels: np.ndarray = self.library.download(made)[0]
@@ -113,7 +114,7 @@ def _unused_row(plan: BundlePlan, row_count: int) -> Optional[int]:
 
 
 def _check_graphs(stage: BundleStage, source: str, engines: Tuple[Engine, Engine, Engine], manifest: Manifest) -> None:
-    """The graphs have the tensors that their place in the plan asks for. Raises BundleError."""
+    """Check that the graphs have the tensors that their place in the plan requires. Raises BundleError."""
     segment, head, output = engines
     head_path, output_path = str(stage.head_graph), str(stage.output)
     height, width = manifest.network.input_hw
@@ -132,7 +133,7 @@ def _check_graphs(stage: BundleStage, source: str, engines: Tuple[Engine, Engine
 
 
 def _check_whole(stage: BundleStage, engine: Engine, manifest: Manifest) -> None:
-    """Raises BundleError unless the graph leads from an image to labels, and counts sound cells."""
+    """Raises BundleError unless the graph maps an image to labels and counts finite cells."""
     height, width = manifest.network.input_hw
     _expect(stage.segment, engine.inputs, {"image": ("uint8", (1, height, width, 3))})
     labels = ("uint8", (1, height, width))
@@ -149,4 +150,4 @@ def _as_pair(spec: TensorSpec) -> _Pair:
 def _expect(graph: str, specs: Dict[str, TensorSpec], expected: Dict[str, Optional[_Pair]]) -> None:
     found = {name: _as_pair(spec) for name, spec in specs.items()}
     if set(found) != set(expected) or any(pair not in (None, found[name]) for name, pair in expected.items()):
-        raise BundleError(f"graph {graph} of the bundle has the tensors {found}, not {expected}")
+        raise BundleError(f"the bundle's graph {graph} has the tensors {found}, not {expected}")

@@ -1,15 +1,16 @@
-"""How long each graph takes on this device, in context: its predecessor in a cascade runs just before it, untimed.
+"""Measures how long each graph takes on this device, in context: its predecessor in a cascade runs just before,
+untimed.
 
-A cascade runs a graph once a frame, and all others in between: it finds cold caches. So does a timed run of a small
-graph, since another graph runs between two of them: the first in the list, the baseline as a rule, or the reference.
-Without it the early exits of a network of 5 ms are told 25 % too fast beside its baseline, with it 6 %. Where power is
-read it is left out, since a window's power is to be that of its job.
+A cascade runs a graph once per frame, and all others in between, so the graph finds cold caches. A timed run of a small
+graph finds them, too: another graph runs between two runs, the first in the list (as a rule the baseline) or the
+reference. Without it, the early exits of a network of 5 ms come out 25 % too fast relative to its baseline, with it 6
+%. It is left out where power is read, since a window's power should be that of its job.
 
 Jobs are visited in rounds, in a new order each round, so that drift of the device spreads over all. A reference graph
-ticks before and after every window: the windows at full speed count, each brought to one level, the others are taken
-again. In a replay of 330 s on two cores of a shared host, slow for 18 % of the time, sums of means were so 1.4 % wrong
-in the median and 2.7 % in the worst of ten cascades (3.3 % and 15 % when all windows count as they are, 2.1 % and 6 %
-when all are brought to one level by their ticks, 1.4 % and 3.7 % when those at full speed count as they are).
+ticks before and after every window: windows at full speed count, scaled by their ticks; the others are measured again.
+In a replay of 330 s on two cores of a shared host, slow for 18 % of the time, sums of means were thus 1.4 % wrong in
+the median and 2.7 % in the worst of ten cascades (3.3 % and 15 % when all windows count unscaled, 2.1 % and 6 % when
+all are scaled by their ticks, 1.4 % and 3.7 % when those at full speed count unscaled).
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from mess_compile.runtime.measure.job_pool import DOWNLOAD, UPLOAD, Job, Opened,
 MOST_OPEN = 400
 _WARM_UP_RUNS = 2
 _WARM_UP_SHARE = 0.1
-"""Share of a window that a rehearsal may take before it is the last."""
+"""The share of a window after which no further warm-up run starts."""
 _BETWEEN = 0.5
-"""Share of a run's part of a window that a small graph's run may take, with its predecessor's and other work."""
+"""The share of a run's part of a window that a small graph's run may take, with its predecessor and other work."""
 _SKIP_FACTOR = 5
-"""A graph that takes so many times what other work may take is not tried again."""
+"""A graph that takes so many times the time for other work is not tried again."""
 _TICK = 0.2
-"""Share of a window that a tick may take, about."""
+"""About the share of a window that a tick may take."""
 _WAITING_SHARE = 0.5
-"""Share of the time spent on windows that may be spent on waiting for full speed, all in all."""
+"""The share of the time spent on windows that may be spent on waiting for full speed, over all."""
 _GIVE_UP_FACTORS = 2, 8
 """A job is given up when all its windows took so many times `max_s`, or so many times `windows` of them were slow."""
 _POWER_EVERY_S = 0.02
@@ -51,9 +52,9 @@ class Effort:
     """How long to measure.
 
     A window lasts `window_s`, its predecessor's runs included, and at least `window_runs` runs. A job is steady, and
-    done, when its last `windows` windows have medians that differ by no more than the share `steady` of their middle
-    (or a microsecond); else it is given up as unsteady after `max_s` of windows. Only windows at full speed count;
-    when there are too many others, all do, and it is unsteady. A slow job's windows are cut to `max_s / windows`, so
+    done, when the medians of its last `windows` windows differ by no more than the share `steady` of their median (or a
+    microsecond); otherwise it is given up as unsteady after `max_s` of windows. Only windows at full speed count; when
+    too many others occur, all count, and the job is unsteady. A slow job's windows are cut to `max_s / windows`, so
     that it has that many. The reference runs for `warm_up_s` first.
     """
 
@@ -68,10 +69,11 @@ class Effort:
 
 @dataclass(frozen=True)
 class Window:
-    """One visit to a job: its runs' wall times, and where the library has events the device's times of the same runs.
+    """One visit to a job: its runs' wall times and, if the library has events, the device's times of the same runs.
 
-    `power_mw` is the mean over the window, predecessor included; `spent_s` its length, without rehearsals. `ticks_ms`
-    are the reference's just before and just after. Before those `waited_s` passed at another speed, `waited_tick_ms`.
+    `power_mw` is the mean over the window, predecessor included; `spent_s` is its length, without warm-up runs.
+    `ticks_ms` are the reference's just before and just after. Before those, `waited_s` passed at another speed,
+    `waited_tick_ms`.
     """
 
     job: str
@@ -94,11 +96,11 @@ Power = Callable[[], Optional[float]]
 
 @dataclass(frozen=True, eq=False)
 class MeasureTask:
-    """What to measure, and on what.
+    """What to measure, and with which inputs.
 
     Only the jobs `measured` (None: all) are timed; the others run before those. `reference` should be a graph that
     takes little time, and as many cores as the others. `frame` is uint8 (H, W, 3) of the network's input size,
-    `thresholds` (T, K) float32. `earlier` are the windows that a call before has yielded: this one continues there.
+    `thresholds` (T, K) float32. `earlier` are the windows of an interrupted call, which this one continues.
     """
 
     jobs: Sequence[Job]
@@ -117,10 +119,10 @@ def measure(
     most_open: int = MOST_OPEN,
     clock_ns: Callable[[], int] = time.perf_counter_ns,
 ) -> Iterator[Union[Opened, Window]]:
-    """Time every job until it is steady or given up; yields each window, so that a caller can keep it.
+    """Time every job until it is steady or given up; yields each window, so that the caller can save it.
 
     `power` gives milliwatts, or None. At most `most_open` engines (three or more) stay open, fewer when memory is
-    short. Raises InputError for a job that cannot be fed, EngineError.
+    scarce. Raises InputError for a job that cannot be fed, EngineError.
     """
     by_name = {job.name: job for job in task.jobs}
     if task.reference not in by_name:
@@ -150,9 +152,9 @@ def measure(
 def schedule(
     taken: Mapping[str, Sequence[Window]], effort: Effort, others: Sequence[Window] = (), first: Optional[str] = None
 ) -> Iterator[Tuple[str, int]]:
-    """Which job to visit next, and in which round; `taken` grows between the steps.
+    """The job to visit next, and its round; `taken` grows between the steps.
 
-    The ticks of `others` tell of the machine, too. The job `first` opens every round.
+    The ticks of `others` also count for the machine's speed. The job `first` opens every round.
     """
     number = max((window.round for windows in taken.values() for window in windows), default=0)
     while True:
@@ -171,7 +173,7 @@ def schedule(
 
 
 def full_speed_ms(windows: Iterable[Window]) -> Optional[float]:
-    """A tick at full speed, by the ticks of all these windows; None when they have none."""
+    """The time of a tick at full speed, by the ticks of all these windows; None when they have none."""
     return full_speed.full_speed_ms(_ticks_of(windows))
 
 
@@ -197,7 +199,7 @@ def at_full_speed(windows: Sequence[Window], full_ms: Optional[float]) -> List[W
 
 
 def scaled_medians_ms(windows: Sequence[Window], full_ms: Optional[float]) -> List[float]:
-    """Each window's median, brought to full speed."""
+    """Each window's median, scaled to full speed."""
     return [window.median_ms * full_speed.factor(window.ticks_ms, full_ms) for window in windows]
 
 
@@ -209,7 +211,7 @@ def is_steady(medians_ms: Sequence[float], effort: Effort) -> bool:
 
 
 class _WindowTimer:
-    """Takes windows of jobs between ticks of the reference."""
+    """Measures windows of jobs between ticks of the reference."""
 
     def __init__(
         self, pool: Pool, library: Library, reference: str, image: np.ndarray, clock_ns: Callable[[], int]
@@ -222,19 +224,19 @@ class _WindowTimer:
         self._long: Set[str] = set()
 
     def warm_up(self, seconds: float) -> None:
-        """Caches fill, and clocks rise, before the first window."""
+        """Run the reference before the first window, so that caches fill and clocks rise."""
         run = self._runner(self._pool.job(self._reference))
         start = self._now_s()
         while self._now_s() - start < seconds:
             run()
 
     def visit(self, name: str, number: int, effort: Effort, power: Optional[Power], full_ms: Optional[float]) -> Window:
-        """A window; before it the machine has some time to come to full speed."""
+        """Measure a window, after waiting a limited time for full speed."""
         job = self._pool.job(name)
         try:
             return self._between_ticks(job, number, effort, power, full_ms)
         except EngineError:
-            # The engines that are open may take the memory that this one lacks; whatever else it is fails again.
+            # Open engines may occupy the memory that this one lacks; any other error occurs again.
             if not self._pool.make_room():
                 raise
         return self._between_ticks(job, number, effort, power, full_ms)
@@ -258,7 +260,7 @@ class _WindowTimer:
         return replace(window, ticks_ms=ticks_ms, waited_s=waited_s, waited_tick_ms=slow_ms)
 
     def _tick_before(self, effort: Effort) -> float:
-        """The one after the window before, when that has just ended."""
+        """The tick after the previous window, if that has just ended."""
         if self._ticked is not None and self._now_s() - self._ticked[0] < effort.window_s:
             return self._ticked[1]
         return self._tick(effort)
@@ -299,10 +301,11 @@ class _WindowTimer:
         return Window(job.name, number, wall_ms, device_ms, power_mw, (now - start) / 1e9)
 
     def _warm_up_runs(self, run: Callable[[], object], effort: Effort) -> float:
-        """An engine just opened takes memory in its first run; one not used for long finds cold caches.
+        """Run a job before its window: a new engine allocates memory in its first run, an unused one finds cold caches.
 
-        Those cost a run of some milliseconds a tenth and more, but one of 20 ms a hundredth: a slow job is rehearsed
-        only when its engine is new, else rehearsals would take a fifth of all time. Returns the last one's seconds.
+        The warm-up costs a run of some milliseconds a tenth and more, but one of 20 ms a hundredth: a slow job has
+        warm-up runs only when its engine is new; otherwise they would take a fifth of all time. Returns the last one's
+        seconds.
         """
         start = now = self._clock_ns()
         last_s = 0.0
@@ -315,9 +318,9 @@ class _WindowTimer:
         return last_s
 
     def _other_work(self, job: Job, run_s: float, effort: Effort) -> Optional[Callable[[], object]]:
-        """What may run between two runs of a job that take `run_s`, so that a window still has half its time to spare.
+        """Work to run between two runs of a job that take `run_s`, such that half of a window's time remains.
 
-        A slow graph finds cold caches of its own making: between its runs, nothing does.
+        A slow graph evicts its own data from the caches: nothing runs between its runs.
         """
         whole_s = _BETWEEN * effort.window_s / effort.window_runs
         for name in (self._pool.unrelated_job(job), None if job.name == self._reference else self._reference):
@@ -336,7 +339,7 @@ class _WindowTimer:
     def _runner(self, job: Job, between: Optional[Callable[[], object]] = None) -> Callable[[], Timing]:
         """One run of the predecessor, and then a timed one.
 
-        `between` comes between frames: before the predecessor, or behind it where that ended the frame before.
+        `between` runs between frames: before the predecessor, or after it if the predecessor ended a frame.
         """
         if job.predecessor is not None:
             self._pool.prime(job.predecessor)
@@ -356,13 +359,13 @@ class _WindowTimer:
         return run
 
     def _begins_frame(self, job: Job) -> bool:
-        """Whether it takes nothing from its predecessor."""
+        """Whether the job reads nothing from its predecessor."""
         if job.path is None:
             return job.name == UPLOAD
         return not self._outputs_read(job.predecessor, self._pool.engine(job.name))
 
     def _before(self, job: Job) -> Callable[[], Mapping[str, Tensor]]:
-        """The predecessor's run, giving its outputs."""
+        """The predecessor's run, which returns its outputs."""
         if job.predecessor is None:
             return dict
         engine = self._pool.engine(job.predecessor)
@@ -376,7 +379,7 @@ class _WindowTimer:
         return lambda produced: engine.run_timed({**pooled, **{name: produced[name] for name in fresh}})
 
     def _outputs_read(self, predecessor: Optional[str], engine: Engine) -> Tuple[str, ...]:
-        """The inputs that come straight from the predecessor, as they do in a cascade, still in the caches."""
+        """The inputs that come straight from the predecessor, as in a cascade, still in the caches."""
         if predecessor is None:
             return ()
         given = self._pool.engine(predecessor).outputs

@@ -245,7 +245,7 @@ def test_a_wrong_feed_is_an_engine_error_that_names_the_graph(place: Place) -> N
         for wrong in (np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 8, 12, 3), np.float32)):
             with pytest.raises(EngineError, match=r"segment-0-1.engine: image is .* not uint8 \(1, 8, 12, 3\)"):
                 engine.run({"image": library.upload(wrong)})
-        with pytest.raises(EngineError, match="image is not in this library's memory, or freed"):
+        with pytest.raises(EngineError, match="image is not in this library's memory, or was freed"):
             engine.run({"image": frame(0)[None]})
 
 
@@ -258,7 +258,7 @@ def test_what_is_closed_is_not_used(place: Place) -> None:
     first.close()
     with pytest.raises(EngineError, match=r"the engine of segment-0-1.engine is closed"):
         first.run({"image": image})
-    with pytest.raises(EngineError, match="exit1 is not in this library's memory, or freed"):
+    with pytest.raises(EngineError, match="the tensor fed as exit1 is not in this library's memory, or was freed"):
         second.run(features)
     with pytest.raises(EngineError, match="its engine or library is closed"):
         library.download(features["exit1"])
@@ -292,8 +292,8 @@ def test_a_missing_engine_is_named(place: Place) -> None:
         ({"version": "8.4.1"}, r"Version tag does not match: 8.4.1 and 10.16.1.11.*; build it again on this device"),
         ({"capability": [8, 6]}, r"on Stand-in \(sm_72, CUDA 11.4\): .*incompatible device; build it again"),
         ({"weights": 1 << 40}, r"OutOfMemory \(Requested size was 1099511627776 bytes.\); free memory of the GPU$"),
-        ({"no_context": True}, r"cannot be made ready: .*\(no room for the context\); free memory of the GPU$"),
-        ({"location": "HOST"}, r"tensors have static shapes, on the device"),
+        ({"no_context": True}, r"cannot be prepared: .*\(no room for the context\); free memory of the GPU$"),
+        ({"location": "HOST"}, r"tensors need static shapes, on the device"),
         ({"accepts": False}, r"does not take exit1: Error Code 3"),
         ({"scratch": 1 << 40}, r"Stand-in is out of memory: 1048576.0 MiB wanted"),
     ],
@@ -325,7 +325,7 @@ def test_dynamic_shapes_are_refused(stand_in: Open, tmp_path: Path) -> None:
     path.write_bytes(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
     )
-    with closing(stand_in()) as library, pytest.raises(EngineError, match=r"y is FLOAT \(1, -1\); tensors have static"):
+    with closing(stand_in()) as library, pytest.raises(EngineError, match=r"y is FLOAT \(1, -1\); tensors need static"):
         library.load(write_engine(tmp_path / "dynamic.engine", path, V10))
 
 

@@ -103,7 +103,7 @@ def test_an_animation_is_no_picture(form: str) -> None:
     stream = io.BytesIO()
     first, second = Image.fromarray(FRAME), Image.fromarray(255 - FRAME)
     first.save(stream, form, save_all=True, append_images=[second])
-    with pytest.raises(InputError, match=r"holds 2 pictures .*: save the one that is meant"):
+    with pytest.raises(InputError, match=r"holds 2 pictures .*: save the one you want"):
         pictures.decoded(stream.getvalue())
 
 
