@@ -1,4 +1,4 @@
-"""What a settling of precisions has found out so far, on disk: one that is broken off continues there."""
+"""Stores on disk which graphs passed in which precision; an interrupted choice of precisions continues there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FORMAT, _VERSION = "mess-settling", 1
 
 @dataclass(frozen=True)
 class TriedGraph:
-    """A graph in one precision: why it must not be used, or what was written of it."""
+    """A graph in one precision: why it must not be used, or its description."""
 
     reason: str | None
     spec: GraphSpec | None
@@ -25,9 +25,9 @@ class TriedGraph:
 
 @dataclass(frozen=True)
 class TriedGraphs:
-    """Results by a key, a hash over all that decides them, in `folder`; with None nothing is kept.
+    """Results in `folder` by key, a hash of everything that decides them; None stores nothing.
 
-    Graphs that pass are there with their weights. What is damaged is none.
+    Graphs that passed are stored with their weights. Damaged results are ignored.
     """
 
     folder: Path | None
@@ -57,7 +57,7 @@ class TriedGraphs:
         return True
 
     def store(self, key: str, tried: TriedGraph, source: Path) -> None:
-        """Keep a result, and of a graph that passed the file in `source`; whole or not at all."""
+        """Store a result, with the file in `source` of a graph that passed; all of it or nothing."""
         if self.folder is None:
             return
         if tried.spec is not None:
@@ -70,7 +70,7 @@ class TriedGraphs:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A copy, for ONNX's checker refuses weights that two folders share by a hard link."""
+    """Copies, since ONNX's checker refuses weights that two folders share by a hard link."""
     if not target.exists():
         with files.replaced(target) as temporary:
             shutil.copyfile(source, temporary)

@@ -1,4 +1,4 @@
-"""What a graph costs, read off its inferred shapes: workload and memory."""
+"""Counts the workload and memory of a graph from its inferred shapes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def activations(model: onnx.ModelProto) -> dict[str, TensorSpec]:
-    """Every tensor that is computed or fed, by name; weights are not among them.
+    """Every tensor that is computed or fed, by name, without weights.
 
     Raises InputError when the shapes do not follow from the graph.
     """
@@ -57,7 +57,7 @@ def count_macs(model: onnx.ModelProto) -> int:
 
 
 def workspace_bytes(model: onnx.ModelProto) -> int:
-    """Peak of the activations that live at the same time, the graph's own inputs and outputs left out.
+    """Peak of the activations that are live at the same time, without the graph's own inputs and outputs.
 
     An estimate: engines that compute in place or fuse need less.
     """

@@ -1,4 +1,4 @@
-"""Stage 1, exit-aware pre-training: the backbone learns to serve its early exits as well as the final one."""
+"""Runs stage 1, exit-aware pre-training: the backbone learns to serve its early exits as well as the final one."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _epoch(
     epoch: int,
     average: _Average | None,
 ) -> NDArray[np.float64]:
-    """The mean loss of every exit; not a number for one that was not trained."""
+    """The mean loss of every exit; NaN for one that was not trained."""
     sums, counts = np.zeros(len(names)), np.zeros(len(names))
     steps = run.recipe.epochs[0] * len(run.batches)
     hw = run.recipe.crop(epoch, run.input_hw)
@@ -110,7 +110,7 @@ def _epoch(
 
 
 def _backward(network: OverprovisionedNetwork, names: Sequence[str], run: Run, pieces: Sequence[Piece]) -> list[float]:
-    """Leave the gradients of a batch, the final exit's head last in `names`; the loss at every named head."""
+    """Compute the gradients of a batch, the final exit's head last in `names`; returns the loss at every named head."""
     sums = [0.0] * len(names)
     points = [network.candidate.head(name).exit_point for name in names]
     weights = [run.recipe.exit_weight] * (len(names) - 1) + [1.0]

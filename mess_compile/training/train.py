@@ -1,4 +1,4 @@
-"""Two-stage training of an overprovisioned network (MESS): exit-aware pre-training, then heads on a frozen backbone."""
+"""Trains an overprovisioned network in two stages (MESS): exit-aware pre-training, then heads on a frozen backbone."""
 
 from __future__ import annotations
 
@@ -257,19 +257,17 @@ def _with_all_heads(architecture: Architecture, source: OverprovisionedNetwork) 
 
 
 def _check_stages(architecture: Architecture, recipe: Recipe, source: OverprovisionedNetwork | None) -> None:
-    """Nothing may stay untrained, and a given backbone must be the one that is asked for. Raises InputError."""
+    """Check that nothing stays untrained, and that a given backbone fits the architecture. Raises InputError."""
     if (recipe.epochs[0] == 0) != (source is not None):
         raise InputError(
-            f"stage 1 has {recipe.epochs[0]} epochs: 0 go with --from, which names the candidate network whose "
-            "backbone is kept; without it, stage 1 makes the backbone"
+            f"stage 1 has {recipe.epochs[0]} epochs: 0 requires --from, which names the candidate network whose "
+            "backbone is used; without --from, stage 1 must train the backbone"
         )
     known = source.architecture if source else _bare_architecture(architecture, recipe)
     trained = known.heads[-1:] if recipe.order == "final" and not source else known.heads
     untrained = [f"exit{number}.{head.name}" for number, head in architecture.heads if (number, head) not in trained]
     if recipe.epochs[1] == 0 and untrained:
-        raise InputError(
-            f"stage 2 has 0 epochs: nothing would train {untrained[0]}; give it some, or leave the head out"
-        )
+        raise InputError(f"stage 2 has 0 epochs, so nothing would train {untrained[0]}: give it some, or omit the head")
     wanted, found = (architecture_to_json(a) for a in (architecture, known))
     for name in found.keys() - {"heads", "colours"}:
         if wanted[name] != found[name]:
@@ -282,6 +280,6 @@ def _check_stages(architecture: Architecture, recipe: Recipe, source: Overprovis
 def _check_teacher(architecture: Architecture, teacher: OverprovisionedNetwork | None) -> None:
     if teacher is not None and teacher.architecture.classes != architecture.classes:
         raise InputError(
-            f"the teacher knows the classes {', '.join(teacher.architecture.classes)}, the data "
-            f"{', '.join(architecture.classes)}: a teacher must have learnt the same classes"
+            f"the teacher has the classes {', '.join(teacher.architecture.classes)}, but the data "
+            f"{', '.join(architecture.classes)}: use a teacher with the same classes"
         )

@@ -228,7 +228,9 @@ class TestBundle:
         assert "host.json" in complaint("-C", workspace, "bundle", "host.json")
         for command in ("bundle", "compare"):
             message = complaint("-C", workspace, command, "hots")
-            assert "'hots' is no file (did you mean 'host'?), and no device with a plan in this workspace" in message
+            assert (
+                "'hots' is not a file (did you mean 'host'?), and not a device with a plan in this workspace" in message
+            )
 
     def test_unpacked_it_is_the_same(self, workspace: Path) -> None:
         folder = workspace / "unpacked"

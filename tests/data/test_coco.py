@@ -210,8 +210,8 @@ def test_an_image_of_another_size_than_annotated_is_named(tmp_path: Path) -> Non
         (("annotations", 4, "segmentation", "counts"), "PPYo1", "do not fill the image"),
         (("annotations", 4, "segmentation", "counts"), "P", "run lengths 'P' end in the middle"),
         (("annotations", 4, "segmentation", "counts"), "", "end in the middle"),
-        (("annotations", 4, "segmentation", "counts"), "P" * 99 + "1", "not COCO's textual form"),
-        (("annotations", 4, "segmentation", "counts"), "1 2", "not COCO's textual form"),
+        (("annotations", 4, "segmentation", "counts"), "P" * 99 + "1", "not in COCO's textual form"),
+        (("annotations", 4, "segmentation", "counts"), "1 2", "not in COCO's textual form"),
         (("annotations", 4, "segmentation", "counts"), {"a": 1}, "are not a list of numbers"),
     ],
 )

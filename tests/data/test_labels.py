@@ -149,7 +149,7 @@ def test_a_palette_that_was_made_of_a_mask_in_colours_is_not_read_by_its_numbers
     order = [2, 0, 1]  # as a program that saves space sorts them
     paletted([COLOURED.colours[number] for number in order]).save(path)
     told = refusal(path, COLOURED)
-    assert "paints its value 0 in (60, 140, 60), the colour of tree, but 0 is sky" in told
+    assert "shows its value 0 in (60, 140, 60), the colour of tree, but 0 is sky" in told
     assert "save it as RGB" in told
 
 

@@ -288,8 +288,8 @@ class TestPlainFolders:
         assert [item.id for item in data.items] == ["drive_001"]
         assert data.notes == (
             f"3 files of {images} are not read (2 .tif, 1 .txt): .jpg, .jpeg, .png, .bmp and .webp are",
-            f"1 hidden file of {images} is left out (first ._drive_001.png)",
-            f"1 folder of {images} is not looked into (first more)",
+            f"1 hidden file of {images} is skipped (first ._drive_001.png)",
+            f"1 folder of {images} is not searched (first more)",
             f"1 file of {labels} is not read (1 .jpg): .png are",
             f"1 label of {labels} is without an image (first alone.png)",
         )
@@ -299,7 +299,7 @@ class TestPlainFolders:
         root = plain(tmp_path)
         image = root / "train" / "images" / "drive_001.png"
         image.rename(image.with_suffix(".tif"))
-        assert "holds no image that is read: 1 file of" in refusal(root)
+        assert "has no image that is read: 1 file of" in refusal(root)
 
     def test_suffixes_in_capitals_are_read(self, tmp_path: Path) -> None:
         root = plain(tmp_path)

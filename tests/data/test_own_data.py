@@ -47,7 +47,7 @@ def test_how_data_are_read_is_remembered_with_the_folder(workspace: Path) -> Non
     shown = done("-C", workspace, "bench", workspace / "host.mess", "--passes", "1")
     assert "12 images of val" in shown
     message = refused(workspace, "evaluate", "--data", workspace / "data")
-    assert "begin at 1: say where those of" in message
+    assert "begin at 1: give --label-offset 1 or --label-offset 0 for those of" in message
     assert "--label-offset 0" in message
     done("-C", workspace, "evaluate", "--data", workspace / "data", "--label-offset", "0")
     assert contents(place) == expected

@@ -202,9 +202,9 @@ def test_a_fallback_is_the_next_safer_precision_that_the_target_has() -> None:
     assert fallback(once, "segment-0-1").precisions["segment-0-1"] == "fp32"
     assert fallback(recipe, "baseline", ("fp32", "int8")).precisions["baseline"] == "fp32"
     assert recipe.precisions["segment-0-1"] == "int8"
-    with pytest.raises(InputError, match=r"baseline .* nothing is safer"):
+    with pytest.raises(InputError, match=r"baseline .* there is no safer precision"):
         fallback(PrecisionRecipe("x", {"baseline": "fp32"}), "baseline")
-    with pytest.raises(InputError, match="does not say which precision graph absent has"):
+    with pytest.raises(InputError, match="has no precision for graph absent"):
         recipe.precision("absent")
 
 
@@ -234,7 +234,7 @@ def test_a_network_that_is_not_finite_is_refused_not_lowered(library: engine.Lib
     def broken(weights: Weights) -> None:
         weights["down.weight"][0, 0, 0, 0] = np.nan
 
-    with pytest.raises(InputError, match="exit2 holds NaN or infinity in fp32 already"):
+    with pytest.raises(InputError, match="exit2 contains NaN or infinity even in fp32"):
         chosen(graphs(tmp_path / "graphs", broken), "fp16", JUDGED, tmp_path / "out", library)
 
 

@@ -134,7 +134,7 @@ REFUSED = {
             {"x": FOUR},
             {"y": FOUR},
         ),
-        "Cast makes uint8 within the graph",
+        "Cast produces uint8 within the graph",
     ),
     "int16": (one("Cast", ("int16", (1, 4)), FOUR, to=TensorProto.FLOAT), "'x' is int16"),
     "uint32": (one("Cast", FOUR, ("uint32", (1, 4)), to=TensorProto.UINT32), "'y' is uint32"),
@@ -151,7 +151,7 @@ REFUSED = {
             {"x": MAPS},
             {"y": (F32, (1, 4, 7, 7)), "i": (I64, (1, 4, 7, 7))},
         ),
-        "MaxPool gives no indices",
+        "MaxPool returns no indices",
     ),
     "zero-point": (model(PAIR, {"x": FOUR}, {"y": FOUR}, SCALE | {"z": np.int8(3)}), "quantise symmetrically"),
     "quantised-to-uint8": (
@@ -327,7 +327,7 @@ def test_contradicting_shapes_are_one_complaint_of_the_whole_graph() -> None:
 
 
 def test_a_version_without_a_number_is_refused() -> None:
-    with pytest.raises(InputError, match="version 'newest' of tensorrt holds no number"):
+    with pytest.raises(InputError, match="version 'newest' of tensorrt contains no number"):
         lint(TAKEN["quantised"], "head", Parser("tensorrt", "newest", 17, None))
 
 

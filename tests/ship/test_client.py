@@ -187,9 +187,9 @@ def test_the_device_takes_bundles_of_its_own_signers_alone(street: Street, newer
         (expected,) = printed_json("ship", newer, street.place, "--dry-run")["places"]
         assert "is not signed" in expected["refusal"]
         foreign = changed_bundle(newer, tmp_path / "foreign.mess", lambda manifest: manifest, other)
-        assert "signed by nobody in" in street.refused(foreign)
+        assert "nobody in" in street.refused(foreign)
         (expected,) = printed_json("ship", foreign, street.place, "--dry-run")["places"]
-        assert "signed by nobody in" in expected["refusal"]
+        assert "nobody in" in expected["refusal"]
     finally:
         installed.unlink()
 

@@ -162,7 +162,7 @@ def test_a_killed_process_is_one_clear_line_and_the_same_command_continues(folde
     os.kill(children(process.pid)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors
-    assert errors.startswith("error: a process of those that share the work is gone: run the same command again")
+    assert errors.startswith("error: one of the processes that share the work has ended: run the same command again")
     assert errors.count("\n") == 1, errors
     output = finished(started(folder, *LONG))
     assert "continuing stage 1 after epoch" in output
@@ -253,7 +253,7 @@ def test_bf16_computes_in_bf16_and_learns_the_same(folder: Path) -> None:
     [
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Machines("cpu"), "--ntasks-per-node"),
         ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "two"}, Machines("cpu"), "torchrun"),
-        ({}, Machines("cpu", nodes=2), "through a launcher"),
+        ({}, Machines("cpu", nodes=2), "need a launcher"),
     ],
 )
 def test_a_launch_that_cannot_work_says_how_it_would(

@@ -347,8 +347,8 @@ def test_heads_are_added_to_a_backbone_that_stays(data: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("epochs", "given", "words"),
     [
-        ((0, 2), False, "0 go with --from"),
-        ((1, 1), True, "0 go with --from"),
+        ((0, 2), False, "0 requires --from"),
+        ((1, 1), True, "0 requires --from"),
         ((1, 0), False, "nothing would train exit1.fcn-crm2-b1"),
     ],
 )
@@ -494,7 +494,7 @@ def test_two_images_are_the_least_and_few_are_called_few(data: Path, tmp_path: P
         )
         return next(line for line in lines if line.startswith("training on"))
 
-    with pytest.raises(InputError, match="has 1 image, and training takes 2 at a time at the least: add images"):
+    with pytest.raises(InputError, match="has 1 image, but training takes at least 2 at a time: add images"):
         trained("train[:1]", "one")
     assert trained("train[:2]", "two").endswith("too few to learn from")
     assert "too few" not in trained("train", "all")

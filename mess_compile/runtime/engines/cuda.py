@@ -48,7 +48,7 @@ CALLS: Dict[str, Tuple[Any, ...]] = {
     "cuGraphExecDestroy": (_POINTER,),
     "cuGraphDestroy": (_POINTER,),
 }
-"""Argument types by exported name, from cuda.h; all functions return an int, 0 for success. Exported since CUDA 11.0."""
+"""Argument types by exported name, from cuda.h; all return an int, 0 for success. Exported since CUDA 11.0."""
 
 _NON_BLOCKING, _CAPTURE_THREAD_LOCAL = 1, 1
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76

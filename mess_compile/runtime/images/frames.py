@@ -44,7 +44,7 @@ def to_input(frame: np.ndarray, hw: Tuple[int, int], how: str) -> np.ndarray:
 
 
 def from_input(labels: np.ndarray, hw: Tuple[int, int], how: str) -> np.ndarray:
-    """Map labels (or any map) from the network's size back to the frame's (H, W) = `hw`: cut padding, resize nearest."""
+    """Map labels (or any map) of the network's size back to the frame's (H, W) = `hw`: cut padding, resize nearest."""
     if labels.shape == tuple(hw):
         return labels
     return resize_labels(labels[_place(hw, labels.shape, how)], hw)

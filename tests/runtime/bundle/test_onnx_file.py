@@ -214,7 +214,7 @@ def test_what_hides_under_a_tag_that_parsers_read_differently_is_refused(
         onnx_file.check(folder, NAME, sizes(folder))
     small_network.graph_set(folder / "graphs", baseline_alone="a" * 64)
     with_field(folder, odd(tag), content)
-    with pytest.raises(BundleError, match="a number is longer than it need be, or than 32 bits"):
+    with pytest.raises(BundleError, match="a number is longer than necessary, or than 32 bits"):
         onnx_file.check(folder, NAME, sizes(folder))
 
 
@@ -227,9 +227,9 @@ def test_what_hides_under_a_tag_that_parsers_read_differently_is_refused(
         (varint(((1 << 29) - 1) << 3 | 2), None, "a graph has a field 536870911"),
         (varint(5 << 3 | 3), None, "a field 5 of wire type 3"),
         (varint(5 << 3), None, "a field 5 of wire type 0"),
-        (varint(2 << 3 | 2), b"\x84\x00", "longer than it need be, or than 31 bits"),
-        (varint(2 << 3 | 2), varint(1 << 31), "longer than it need be, or than 31 bits"),
-        (varint(2 << 3 | 2), varint((1 << 35) + 4), "longer than it need be, or than 31 bits"),
+        (varint(2 << 3 | 2), b"\x84\x00", "longer than necessary, or than 31 bits"),
+        (varint(2 << 3 | 2), varint(1 << 31), "longer than necessary, or than 31 bits"),
+        (varint(2 << 3 | 2), varint((1 << 35) + 4), "longer than necessary, or than 31 bits"),
     ],
 )
 def test_fields_and_lengths_that_onnx_does_not_have_are_refused(
@@ -301,7 +301,7 @@ def test_a_bundle_of_millions_of_empty_fields_is_refused_in_time(folder: Path, m
 
 
 def test_a_graph_that_keeps_its_weights_inside_is_refused_unread(folder: Path) -> None:
-    with pytest.raises(BundleError, match="has 16777217 bytes, more than any graph"):
+    with pytest.raises(BundleError, match="has 16777217 bytes, too many for a graph"):
         onnx_file.check(folder, NAME, {NAME: (16 << 20) + 1})
 
 
