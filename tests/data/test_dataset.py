@@ -299,8 +299,10 @@ def test_void_and_classes_that_never_occur_are_told(folder: Path) -> None:
     assert survey.sentences() == (
         "75.0% of the pixels of val are void and are not counted",
         "car never occurs in the labels of val, and is left out of its mIoU",
-        "these labels carry little information: 255 is void; in masks of 0 and 255, car has to be stored as 1 "
-        "instead of 255",
+        (
+            "these labels carry little information: 255 is void; in masks of 0 and 255, car has to be stored as 1 "
+            "instead of 255"
+        ),
     )
 
 
