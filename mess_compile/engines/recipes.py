@@ -61,7 +61,8 @@ def precise_graphs(
 
     fp32 is the graphs themselves. Other recipes are kept below `folder` and taken again for the same graphs, when
     `renewed` for the same images as well; else they are settled on images of the split `tune`, int8 calibrated on
-    images of train; what a killed call has found out of each graph is kept. Raises what `images` and `settle` do.
+    images of train; what a killed call has found out of each graph is kept. Raises what `images` and
+    `choose_precisions` do.
     """
     if wanted == FP32:
         return PreciseGraphs(graph_set, ())

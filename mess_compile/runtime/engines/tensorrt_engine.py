@@ -128,7 +128,7 @@ class _Tools:
 class TensorRtEngine:
     """One engine and its execution context; outputs are in its own memory, scratch in the library's block.
 
-    Only this object holds TensorRT's objects, not even the frames of an error do: they must be released before the
+    Only this object references TensorRT's objects, not even the frames of an error: they must be released before the
     context.
     """
 

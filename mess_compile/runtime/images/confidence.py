@@ -16,7 +16,7 @@ LEGEND = (
 
 def confidence_text(confidence: Optional[float]) -> str:
     """The share of confident cells, for a caption; empty for a whole network."""
-    return "" if confidence is None else f"sure {confidence:.0%}  "
+    return "" if confidence is None else f"confident {confidence:.0%}  "
 
 
 def exit_text(number: int, confidence: Optional[float]) -> str:
