@@ -188,7 +188,7 @@ def test_an_image_of_another_size_than_annotated_is_named(tmp_path: Path) -> Non
         (("images", 0, "width"), True, "width of 2 is True, not int"),
         (("images",), {"id": 1}, "no list of objects named images"),
         (("annotations",), [1], "no list of objects named annotations"),
-        (("annotations", 0, "image_id"), 7, "annotation 10 is of image 7"),
+        (("annotations", 0, "image_id"), 7, "annotation 10 is for image 7"),
         (("annotations", 0, "image_id"), [], "image_id of 10 is []"),
         (("annotations", 0, "category_id"), "3", "category_id of 10 is '3'"),
         (("annotations", 0, "segmentation"), None, "annotation 10: its segmentation is None"),

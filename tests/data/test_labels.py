@@ -73,7 +73,7 @@ def test_a_mask_of_one_bit_has_classes_0_and_1(path: Path) -> None:
 
 def test_a_value_beyond_8_bits_is_named(path: Path) -> None:
     write_grey(path, [[0, 26000]], 16)
-    assert "holds the value 26000, but label values are 0 to 255" in refusal(path, PLAIN)
+    assert "has the value 26000, but label values are 0 to 255" in refusal(path, PLAIN)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
@@ -183,4 +183,4 @@ def test_only_png_holds_labels(path: Path, form: str) -> None:
     content = io.BytesIO()
     Image.fromarray(MAP).save(content, form)
     path.write_bytes(content.getvalue())
-    assert "labels are PNG files" in refusal(path, PLAIN)
+    assert "labels must be PNG files" in refusal(path, PLAIN)

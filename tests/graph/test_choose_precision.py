@@ -171,7 +171,7 @@ def test_a_weight_beyond_fp16_keeps_its_graph_in_fp32(library: engine.Library, t
     values = tiny_weight("logits:exit2.wide.weight").ravel() * np.float64(1e6)
     recipe, (found,) = chosen(graph_set, "fp16", JUDGED, tmp_path / "fp16", library)
     assert (found.graph, found.wanted, found.used) == ("head-exit2.wide", "fp16", "fp32")
-    assert f"'logits:exit2.wide.weight' holds {values[np.abs(values).argmax()]:.6g}" in found.reason
+    assert f"'logits:exit2.wide.weight' contains {values[np.abs(values).argmax()]:.6g}" in found.reason
     assert recipe.precision("head-exit2.small") == "fp16"
 
 
@@ -222,7 +222,7 @@ def test_bad_requests_change_nothing(library: engine.Library, tmp_path: Path) ->
         request("bf16", JUDGED, [])
     with pytest.raises(InputError, match="at least 16 frames to calibrate on, there are 3"):
         request("int8", JUDGED, CALIBRATION[:3])
-    with pytest.raises(InputError, match=r"a frame is float32 \(16, 24, 3\), the network takes uint8"):
+    with pytest.raises(InputError, match=r"a frame is float32 \(16, 24, 3\), but the network takes uint8"):
         request("fp16", [FRAMES[0].astype(np.float32)], [])
     with pytest.raises(InputError, match="no frames to compare"):
         request("fp16", [], [])

@@ -234,7 +234,7 @@ def test_a_damaged_image_is_said_once_whoever_meets_it(folder: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "cannot be read: " in errors
-    assert "is gone" not in errors
+    assert "has ended" not in errors
 
 
 @pytest.mark.slow
@@ -313,7 +313,7 @@ def test_impossible_machines_are_refused(wrong: dict[str, object], words: str) -
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_missing_gpu_is_said() -> None:
-    with pytest.raises(InputError, match="1 CUDA devices are asked for, this machine shows 0"):
+    with pytest.raises(InputError, match="1 CUDA devices are requested, but this machine has 0"):
         parallel.launch(Machines(accelerator="cuda"))
 
 

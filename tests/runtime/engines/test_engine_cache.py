@@ -62,7 +62,7 @@ def test_a_cache_that_cannot_be_made_is_named_with_the_remedy(
 def test_a_full_disk_leaves_no_half_engine(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "mess-compile" / "engines"
-    with files_of_at_most(5_000), pytest.raises(InputError, match=r"\(File too large\): make room there"):
+    with files_of_at_most(5_000), pytest.raises(InputError, match=r"\(File too large\): free space there"):
         engine_cache.loadable(builder(), graph, "fp32")
     assert list(folder.iterdir()) == []
     assert engine_cache.loadable(builder(), graph, "fp32").read_bytes() == b"e" * 100_000

@@ -240,7 +240,7 @@ def test_the_profiler_measures_every_stage(place: Place) -> None:
 def test_a_wrong_feed_is_an_engine_error_that_names_the_graph(place: Place) -> None:
     with closing(place.open()) as library:
         engine = library.load(place.engines / "segment-0-1.engine")
-        with pytest.raises(EngineError, match=r"segment-0-1.engine is fed \[\] for \['image'\]"):
+        with pytest.raises(EngineError, match=r"segment-0-1.engine is fed \[\], but needs \['image'\]"):
             engine.run({})
         for wrong in (np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 8, 12, 3), np.float32)):
             with pytest.raises(EngineError, match=r"segment-0-1.engine: image is .* not uint8 \(1, 8, 12, 3\)"):
@@ -294,8 +294,8 @@ def test_a_missing_engine_is_named(place: Place) -> None:
         ({"weights": 1 << 40}, r"OutOfMemory \(Requested size was 1099511627776 bytes.\); free memory of the GPU$"),
         ({"no_context": True}, r"cannot be prepared: .*\(no room for the context\); free memory of the GPU$"),
         ({"location": "HOST"}, r"tensors need static shapes, on the device"),
-        ({"accepts": False}, r"does not take exit1: Error Code 3"),
-        ({"scratch": 1 << 40}, r"Stand-in is out of memory: 1048576.0 MiB wanted"),
+        ({"accepts": False}, r"does not accept exit1: Error Code 3"),
+        ({"scratch": 1 << 40}, r"Stand-in is out of memory: 1048576.0 MiB requested"),
     ],
 )
 def test_an_engine_that_does_not_fit_says_why_and_what_to_do(
@@ -333,7 +333,7 @@ def test_a_run_that_the_engine_refuses_is_told_in_its_words(stand_in: Open, bund
     write_engines(bundle, tmp_path, V10, refuses=True)
     with closing(stand_in()) as library:
         engine = library.load(tmp_path / "segment-0-1.engine")
-        with pytest.raises(EngineError, match=r"segment-0-1.engine does not run: Error Code 1: Myelin \(no kernel\)"):
+        with pytest.raises(EngineError, match=r"segment-0-1.engine failed to run: Error Code 1: Myelin \(no kernel\)"):
             engine.run({"image": library.upload(frame(0)[None])})
 
 
@@ -416,7 +416,7 @@ def test_an_output_that_does_not_fit_gives_back_what_the_engine_took(
     write_engines(bundle, tmp_path, V10, scratch=1000)
     with closing(stand_in()) as library:
         driver.memory_bytes = 64 + 1000 + 288 + 10  # weights, scratch and logits, but not the 16 bytes of counts
-        with pytest.raises(EngineError, match=r"out of memory: 0.0 MiB wanted"):
+        with pytest.raises(EngineError, match=r"out of memory: 0.0 MiB requested"):
             library.load(tmp_path / f"head-{small_network.HEADS[0]}.engine")
         gc.collect()
         assert driver._taken() == 1000

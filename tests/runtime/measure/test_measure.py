@@ -303,7 +303,7 @@ def test_all_engines_are_closed_also_when_the_caller_stops(root: Path) -> None:
         ([Job("null", None)], "job null: nothing produces counts"),
         ([Job("download", None, "a"), Job("a", Path("a.onnx"))], "job download: nothing produces labels"),
         ([Job("mystery", None)], "no job 'mystery'"),
-        ([Job("a", Path("a.onnx"), "upload"), Job("upload", None)], "job upload is no graph"),
+        ([Job("a", Path("a.onnx"), "upload"), Job("upload", None)], "job upload is not a graph"),
     ],
 )
 def test_a_job_that_cannot_be_fed_is_named(root: Path, wrong: list[Job], words: str) -> None:
