@@ -1,4 +1,4 @@
-"""How many CPU cores this process may use, and threads that leave them to others while they wait."""
+"""Counts the CPU cores that this process may use, and makes waiting threads leave them to others."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def cores() -> int:
-    """CPU cores that this process may use: those that it may run on, or fewer where a cgroup (a container's CPU limit)
-    grants less time than they have."""
+    """CPU cores that this process may use: those that it may run on, or fewer if a cgroup (a container's CPU limit)
+    grants less time.
+    """
     allowed = len(os.sched_getaffinity(0))
     quota = cpu_quota()
     return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
 
 
 def cpu_quota(membership: Path = _MEMBERSHIP, cgroups: Path = _CGROUPS) -> float | None:
-    """CPU time that cgroups (version 1 or 2) grant this process, in cores; None where they set no limit."""
+    """CPU time that cgroups (version 1 or 2) grant this process, in cores; None if they set no limit."""
     quotas = [quota for folder in _cgroup_folders(membership, cgroups) if (quota := _quota_of(folder)) is not None]
     return min(quotas, default=None)
 
 
 def wait_without_spinning() -> None:
-    """Have OpenMP threads sleep while they wait. Only libraries that are loaded later read this.
+    """Make OpenMP threads sleep while they wait. Only libraries that are loaded later read this.
 
     By default they spin and take the core from the thread that they wait for: with a busy process on each of two cores
     a training step took six times as long (benchmarks/training_speed.py). A value that the user has set stays.
@@ -35,13 +36,14 @@ def wait_without_spinning() -> None:
 
 
 def threads_are_set() -> bool:
-    """Whether the user has said in the environment how many threads OpenMP may use."""
+    """Whether the user has set the number of OpenMP threads in the environment."""
     return bool(os.environ.get("OMP_NUM_THREADS", "").strip())
 
 
 def _cgroup_folders(membership: Path, cgroups: Path) -> Iterator[Path]:
-    """The process's groups and the groups around them, as far as they are mounted; inside a container the mount itself
-    is often the process's own group."""
+    """The process's cgroups and their parents, as far as they are mounted; inside a container the mount itself is often
+    the process's own group.
+    """
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -69,11 +71,12 @@ def _quota_of(folder: Path) -> float | None:
         found = float(quota) / float(period)
     except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max": no limit
         return None
-    return found if 0 < found < math.inf else None  # version 1 writes -1 where there is none
+    return found if 0 < found < math.inf else None  # version 1 writes -1 if there is none
 
 
 def share_of_cores(processes: int) -> int | None:
-    """The cores of one of some processes on this machine; None where these are all that it shows, which is what
-    libraries take by themselves."""
+    """The cores of one of some processes on this machine; None if these are all of its cores, which libraries use by
+    themselves.
+    """
     share = max(1, cores() // processes)
     return share if share < len(os.sched_getaffinity(0)) else None

@@ -1,4 +1,4 @@
-"""Which data are meant: a folder, what its folders of images and labels are called, and where labels begin."""
+"""Describes which data to read: a folder, the names of its folders of images and labels, and where labels begin."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MOST_OFFSET = 254
 
 @dataclass(frozen=True)
 class DataFolder:
-    """A folder of labelled images, as it is named on the command line; None: what is remembered, or the default.
+    """A folder of labelled images, as named on the command line; None means the remembered value, or the default.
 
-    `images` and `labels` are what the folders of a plain data set are called. With a `label_offset` of N the label
-    value N is the first class, and smaller values are void.
+    `images` and `labels` are the names of the folders of a plain data set. With a `label_offset` of N the label value N
+    is the first class, and smaller values are void.
     """
 
     root: Path | None = None
@@ -33,16 +33,18 @@ class DataFolder:
         if self.images is not None and self.images == self.labels:
             raise InputError(f"--images and --labels both name {self.images!r}: images and labels need a folder each")
         if self.label_offset is not None and not 0 <= self.label_offset <= MOST_OFFSET:
-            raise InputError(f"--label-offset {self.label_offset} is not 0 to {MOST_OFFSET}: 1 where labels begin at 1")
+            raise InputError(
+                f"--label-offset {self.label_offset} is not 0 to {MOST_OFFSET}: give 1 if labels begin at 1"
+            )
 
     @property
     def names(self) -> tuple[str, str]:
-        """What the folders of images and labels are called."""
+        """The names of the folders of images and labels."""
         return self.images or IMAGES, self.labels or LABELS
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is said to consist of folders of images and labels."""
+        """Whether the user declared it to consist of folders of images and labels."""
         return self.names != (IMAGES, LABELS)
 
 
@@ -51,7 +53,7 @@ Data = Path | DataFolder
 
 
 def data_folder(data: Data) -> DataFolder:
-    """A bare path is a folder of which nothing else is said."""
+    """A bare path is a folder with default options."""
     return data if isinstance(data, DataFolder) else DataFolder(data)
 
 

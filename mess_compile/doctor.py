@@ -1,4 +1,4 @@
-"""What this machine can train, build and run, and the line that would install what it lacks."""
+"""Reports what this machine can train, build and run, and the line that installs what it lacks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Finding:
 
 
 def examine(workspace: Path | None = None) -> tuple[Finding, ...]:
-    """Import each optional library, ask the driver, and say what that makes possible."""
+    """Import each optional library, query the driver, and report what that makes possible."""
     machine = machines.this_machine()
     return (
         Finding("cores for this process", True, str(cores())),
@@ -64,22 +64,20 @@ def _module(what: str, name: str, remedy: str, more: Callable[[object], str]) ->
     try:
         module = importlib.import_module(name)
         return Finding(what, True, f"{name} {module.__version__}{more(module)}")
-    except Exception as error:  # an ill driver raises what it likes, and this is the command for ill machines
+    except Exception as error:  # a broken driver may raise anything, and this command is for such machines
         return Finding(what, False, f"{name} cannot be used ({' '.join(str(error).split())[:200]}): {remedy}")
 
 
 def _gpu(machine: Machine) -> Finding:
     if machine.gpus:
         return Finding("GPU", True, machines.describe(machine))
-    return Finding("GPU", False, f"no NVIDIA driver answers; where there is a card: {_NEWER_DRIVER}")
+    return Finding("GPU", False, f"no NVIDIA driver answers; if there is a card: {_NEWER_DRIVER}")
 
 
 def _driver(machine: Machine) -> Finding:
     what = "NVIDIA driver"
     if machine.driver is None and machine.cuda is None:
-        return Finding(
-            what, False, f"there is none; where there is a card: {_JETPACK if machine.l4t else _NEWER_DRIVER}"
-        )
+        return Finding(what, False, f"there is none; if there is a card: {_JETPACK if machine.l4t else _NEWER_DRIVER}")
     return Finding(what, True, f"{machine.driver or 'of unknown version'}, runs CUDA up to {machine.cuda or 'unknown'}")
 
 
@@ -128,17 +126,17 @@ def _ahead_of_time(machine: Machine) -> Finding:
     found = _on_gpu(machine, found, "tensorrt_rtx")
     capability = machine.gpus[0].compute_capability if machine.gpus else None
     if found.possible and capability and capability not in RTX_CAPABILITIES:
-        return replace(found, possible=False, detail=f"{found.detail}, which has nothing for {dotted(capability)}")
+        return replace(found, possible=False, detail=f"{found.detail}, which does not support {dotted(capability)}")
     return found
 
 
 def _on_gpu(machine: Machine, found: Finding, library: str) -> Finding:
-    """A library that is installed, and no use without a GPU and a driver that is new enough."""
+    """A library that is installed, but useless without a GPU and a driver that is new enough."""
     if found.possible and not machine.gpus:
         return replace(found, possible=False, detail=f"{found.detail}, but there is no GPU")
     wanted, newest = machines.cuda_of(library), machine.cuda
     if found.possible and wanted and newest and int(newest.partition(".")[0]) < wanted:
-        words = f"{found.detail} is for CUDA {wanted}, and the driver runs up to {newest}: {_NEWER_DRIVER}"
+        words = f"{found.detail} is for CUDA {wanted}, but the driver supports up to {newest}: {_NEWER_DRIVER}"
         return replace(found, possible=False, detail=words)
     return found
 

@@ -1,4 +1,4 @@
-"""Optional parts of an installation, imported at one place."""
+"""Imports the optional parts of an installation, at one place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State on disk: JSON with a format and a version, written aside and renamed; and TOML that people write."""
+"""Reads and writes state: JSON with a format and a version, replaced atomically; TOML and lists that people write."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sha256_of_json(content: Any) -> str:
-    """Hex SHA-256 of what JSON can hold, whatever the order of keys."""
+    """Hex SHA-256 of a JSON value, regardless of the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def replaced(path: Path, suffix: str = "") -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it to `path` when the body ends well, remove it otherwise.
+    """Yield a temporary path beside `path`; rename it to `path` when the body succeeds, remove it otherwise.
 
-    It ends in `suffix`, for libraries that go by it. Temporaries that killed runs left for the same `path` are removed.
+    It ends in `suffix`, for libraries that require one. Temporaries that killed runs left for the same `path` are
+    removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -86,7 +87,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _named_for(temporary: Path, path: Path) -> Iterator[None]:
-    """Let errors name the file or folder that is to be written, and not the temporary one."""
+    """Let errors name the file or folder to be written, not the temporary one."""
     try:
         yield
     except MessError as error:
@@ -103,7 +104,7 @@ def _renamed(words: Any, temporary: Path, path: Path) -> Any:
 
 
 def recovered(folder: Path) -> None:
-    """Give back the `folder` that a run killed between the two renames of `replaced_folder` left set aside."""
+    """Restore the `folder` that a run set aside before it was killed between the two renames of `replaced_folder`."""
     if folder.exists() or not folder.parent.is_dir():
         return
     aside = [left for left in _leftovers(folder) if left.suffix == _OLD]
@@ -120,18 +121,18 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _leftovers(path: Path) -> list[Path]:
-    """What killed runs left beside `path`, by the names that `tempfile` gives; living runs hold theirs."""
-    kept = rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}(?:{re.escape(path.suffix)})?"
-    name = re.compile(rf"({kept})(?:{re.escape(_OLD)})?")
+    """Temporaries that killed runs left beside `path`, by the names that `tempfile` gives; living runs lock theirs."""
+    stem = rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}(?:{re.escape(path.suffix)})?"
+    name = re.compile(rf"({stem})(?:{re.escape(_OLD)})?")
     matches = [match for match in map(name.fullmatch, os.listdir(path.parent)) if match]
     return [path.with_name(match[0]) for match in matches if not _is_held(path.with_name(match[1]))]
 
 
 @contextmanager
 def _held(descriptor: int) -> Iterator[None]:
-    """Show other runs that a temporary is in use; the system lets go of it when this run is killed."""
+    """Lock a temporary to show other runs that it is in use; the system releases the lock when this run is killed."""
     try:
-        with suppress(OSError):  # a file system without locks: `_is_held` then keeps everything
+        with suppress(OSError):  # a file system without locks: `_is_held` then spares everything
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -156,9 +157,10 @@ def _is_held(temporary: Path) -> bool:
 
 @contextmanager
 def used_alone(folder: Path, otherwise: str) -> Iterator[None]:
-    """Keep other processes that ask for the same out of a folder, which is made where it is missing.
+    """Lock a folder against other processes that ask for the same; creates it if it is missing.
 
-    Raises InputError with the words of `otherwise` when one is in it. The system lets go of it when this run is killed.
+    Raises InputError with the text of `otherwise` when one holds it. The system releases the lock when this run is
+    killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -178,9 +180,9 @@ def used_alone(folder: Path, otherwise: str) -> Iterator[None]:
 
 
 def read_lines(path: Path, most_bytes: int = 1 << 24) -> list[str]:
-    """The lines of a text file in UTF-8, with or without a byte order mark, whatever the line ends.
+    """The lines of a text file in UTF-8, with or without a byte order mark, with any line ends.
 
-    Raises InputError naming the file, the line that is of another encoding, and what to do.
+    Raises InputError naming the file, the line with another encoding, and what to do.
     """
     try:
         with path.open("rb") as stream:
@@ -201,7 +203,7 @@ def read_lines(path: Path, most_bytes: int = 1 << 24) -> list[str]:
 
 
 def write_json(path: Path, format: str, version: int, content: dict[str, Any]) -> None:
-    """Write `content` with its `format` and `version` in front; all of it or nothing."""
+    """Write `content` after its `format` and `version`; all of it or nothing."""
     lines = (f" {json.dumps(key)}: {_text_of(value)}" for key, value in (_named(format, version) | content).items())
     with replaced(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
@@ -212,7 +214,7 @@ def _named(format: str, version: int) -> dict[str, Any]:
 
 
 def _text_of(value: Any) -> str:
-    """Indented; a list of objects has each on a line, without Python's slow encoder: a front has hundreds."""
+    """Indented; a list of objects has one per line, and avoids Python's slow encoder: a front has hundreds."""
     if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
         return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
     return json.dumps(value, indent=1).replace("\n", "\n ")
@@ -241,13 +243,13 @@ def read_json(path: Path, format: str, version: int | tuple[int, ...], remedy: s
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a file that a person wrote, of at most MAX_TOML_BYTES.
 
-    Raises ValueError saying what is wrong with it, for one that never ends or is no file as well.
+    Raises ValueError naming the problem, also for a file that never ends or a path that is not a file.
     """
     try:
         if not path.is_file():
@@ -264,13 +266,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = tomllib.loads(text)
         return found
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is not TOML, for it is not UTF-8 ({error}): save it as UTF-8") from error
+        raise ValueError(f"it is not TOML, since it is not UTF-8 ({error}): save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not TOML ({error}){_comma_in(text)}") from error
 
 
 def _comma_in(text: str) -> str:
-    """What to say of a number that is written with a decimal comma, which TOML does not know."""
+    """A hint about a number with a decimal comma, which TOML does not know."""
     comma = re.search(r"^\s*\S+\s*=\s*([-+]?\d+),(\d+)\s*(?:#.*)?$", text, re.MULTILINE)
     return f"; numbers have a decimal point: {comma[1]}.{comma[2]}, not {comma[1]},{comma[2]}" if comma else ""
 

@@ -1,4 +1,4 @@
-"""What torchrun and SLURM say of the processes that they start."""
+"""Reads what torchrun and SLURM say about the processes that they start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mess_compile.runtime.base.errors import InputError
 
 
 def counts() -> tuple[int, int] | None:
-    """Processes on each machine, and machines; None when no launcher started this. Raises InputError."""
+    """Processes on each machine, and machines; None unless a launcher started this. Raises InputError."""
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             devices = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -17,8 +17,8 @@ def counts() -> tuple[int, int] | None:
             return int(os.environ["SLURM_NTASKS_PER_NODE"]), int(os.environ["SLURM_NNODES"])
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise InputError(
-            f"the launcher's variables do not say how many processes there are ({error}): start by "
-            "`torchrun --nproc-per-node N`, or by `srun --nodes M --ntasks-per-node N`"
+            f"the launcher's variables do not give the number of processes ({error}): start by `torchrun "
+            "--nproc-per-node N`, or by `srun --nodes M --ntasks-per-node N`"
         ) from error
     return None
 
@@ -34,5 +34,5 @@ def is_first() -> bool:
 
 
 def started_this() -> bool:
-    """Whether a launcher did, so that it ends the other processes too."""
+    """Whether a launcher started this process, so that it ends the other processes, too."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ

@@ -1,4 +1,4 @@
-"""The candidate network as data: exit points, heads, segments, workloads. No torch, no ONNX."""
+"""Describes the candidate network as data: exit points, heads, segments, workloads. No torch, no ONNX."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CRM_DIVISORS = (1, 2, 4, 8)
 MAX_BLOCKS = 3
 HEAD_KINDS = ("fcn", "dlb", "sep", "lra")
 HEAD_WIDTHS = {"dlb": 256, "sep": 64, "lra": 128}
-"""Default width of the kinds that have one of their own; an FCN head's follows from its channels."""
+"""Default widths of the kinds that have a width of their own; an FCN head's follows from its channels."""
 MAX_HEAD_WIDTH = 512
 CONFIDENCES = ("top1", "margin", "entropy")
 DEFAULT_THRESHOLDS = (0.40, 0.50, 0.60, 0.70, 0.75, 0.80, 0.85, 0.90, 0.93, 0.96, 0.98, 0.99)
@@ -52,7 +52,7 @@ class HeadConfig:
                 f"{', '.join(map(str, CRM_DIVISORS))}, blocks 0 to {MAX_BLOCKS}"
             )
         if self.rdi and self.blocks == 0:
-            raise InputError(f"head {self.name}: RDI means nothing without blocks; drop -rdi")
+            raise InputError(f"head {self.name}: RDI has no effect without blocks; drop -rdi")
         if self.kind not in HEAD_WIDTHS and self.width is not None:
             raise InputError(f"head {self.name}: a {self.kind} head has no width of its own; drop the {self.width}")
         if self.width is not None and not 8 <= self.width <= MAX_HEAD_WIDTH:
@@ -66,7 +66,7 @@ class HeadConfig:
 
     @property
     def channels(self) -> int:
-        """The width that is built, of a kind that has one."""
+        """The width that is built, for a kind that has one."""
         return self.width or HEAD_WIDTHS[self.kind]
 
 
@@ -75,8 +75,8 @@ def head_config_from_name(name: str) -> HeadConfig:
     match = _HEAD_NAME.fullmatch(name)
     if match is None:
         raise InputError(
-            f"head {name!r}{_nearest_head(name)} is not of the form KIND[WIDTH]-crmN-bN[-rdi], such as fcn-crm4-b2-rdi "
-            "or sep96-crm1-b0"
+            f"head {name!r}{_nearest_head(name)} does not have the form KIND[WIDTH]-crmN-bN[-rdi], such as "
+            "fcn-crm4-b2-rdi or sep96-crm1-b0"
         )
     width = None if match[2] is None else int(match[2])
     return HeadConfig(match[1], int(match[3]), int(match[4]), match[5] is not None, width)
@@ -116,7 +116,7 @@ class ExitPoint:
 class Head:
     """One candidate head; `exit_point` counts from 1, `config` is a HeadConfig's name or a foreign name.
 
-    `hw` is the size of its logits, None where it is that of the exit point's map: a head may upsample inside.
+    `hw` is the size of its logits, None if it equals the exit point's map: a head may upsample inside.
     """
 
     exit_point: int
@@ -131,7 +131,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Gate:
-    """How a head's logits become counts of confident cells: see DESIGN.md, Definitions, Gate.
+    """How a head's logits become counts of confident cells: see docs/definitions.md, Gate.
 
     `thresholds` are the plain pixel thresholds of the T rows; `edge_aware` switches Eq. 2-3 on.
     """
@@ -147,8 +147,9 @@ class Gate:
 
 @dataclass(frozen=True)
 class CandidateNetwork:
-    """The overprovisioned network. `baseline` names the final exit's head; `identity` is a SHA-256 of all that
-    decides its outputs (weights and architecture), by which statistics recognise their network."""
+    """The overprovisioned network. `baseline` names the final exit's head; `identity` is a SHA-256 of everything that
+    decides its outputs (weights and architecture), by which statistics identify their network.
+    """
 
     backbone: str
     classes: tuple[str, ...]
@@ -166,11 +167,11 @@ class CandidateNetwork:
         raise InputError(f"no head {name!r} in this network; it has {', '.join(h.name for h in self.heads)}")
 
     def head_behind(self, name: str) -> Head:
-        """The head of this name, or of a whole network the one that it ends with."""
+        """The head of this name, or for a whole network its final head."""
         return self.head(self.baseline if is_whole(name) else name)
 
     def point_of(self, name: str) -> int:
-        """The number of the exit point that a head lies at; a whole network ends at the last one."""
+        """The number of a head's exit point; a whole network ends at the last one."""
         return self.head_behind(name).exit_point
 
     def exit_point(self, number: int) -> ExitPoint:
@@ -178,7 +179,7 @@ class CandidateNetwork:
         return self.exit_points[number - 1]
 
     def logits_hw(self, head: Head) -> tuple[int, int]:
-        """The size of a head's logits, which its gate counts over and its output graph begins with."""
+        """The size of a head's logits, which its gate counts over and its output graph reads."""
         return head.hw or self.exit_point(head.exit_point).hw
 
     def output_of(self, head: Head) -> str:
@@ -219,11 +220,11 @@ def candidate_from_json(content: dict[str, Any]) -> CandidateNetwork:
     classes = tuple(str(name) for name in content["classes"])
     colours = tuple((int(r), int(g), int(b)) for r, g, b in content["colours"])
     if not heads or not exit_points or any(not 1 <= h.exit_point <= len(exit_points) for h in heads):
-        raise ValueError("heads and exit points do not fit each other")
+        raise ValueError("heads and exit points do not fit together")
     if len(colours) != len(classes):
         raise ValueError(f"{len(colours)} colours for {len(classes)} classes")
     if not all(1 <= side <= MAX_SIDE for side in _pair(content["input_hw"])):
-        raise ValueError(f"input_hw {content['input_hw']} is not of sides from 1 to {MAX_SIDE}")
+        raise ValueError(f"input_hw {content['input_hw']} does not have sides from 1 to {MAX_SIDE}")
     network = CandidateNetwork(
         backbone=str(content["backbone"]),
         classes=classes,
@@ -242,7 +243,7 @@ def candidate_from_json(content: dict[str, Any]) -> CandidateNetwork:
 def _head_from_json(content: dict[str, Any]) -> Head:
     hw = _pair(content["hw"]) if content.get("hw") is not None else None
     if hw is not None and not all(1 <= side <= MAX_SIDE for side in hw):
-        raise ValueError(f"hw of head {content['config']} is {hw}, not of sides from 1 to {MAX_SIDE}")
+        raise ValueError(f"hw of head {content['config']} is {hw}, without sides from 1 to {MAX_SIDE}")
     return Head(int(content["exit_point"]), str(content["config"]), _count(content["macs"]), hw)
 
 
@@ -250,7 +251,7 @@ def _count(value: Any) -> int:
     """A workload or size: sums over a data set must fit 64 bits."""
     number = int(value)
     if not 0 <= number < 1 << 48:
-        raise ValueError(f"{number} is no workload or size")
+        raise ValueError(f"{number} is not a workload or size")
     return number
 
 
@@ -279,7 +280,7 @@ SOUND = "sound"
 
 
 def is_whole(name: str) -> bool:
-    """Whether what a plan leaves through is a whole single-exit network, uncut, and not a head."""
+    """Whether a plan's exit is a whole single-exit network, uncut, instead of a head."""
     return name in (BASELINE, BASELINE_ALONE)
 
 
@@ -303,7 +304,7 @@ class GraphSpec:
 
     `sha256` is over the ONNX bytes, which name every weight by its own hash. `bytes` counts the weights;
     `workspace_bytes` is the estimated peak of live activations. `precision` is what the graph computes in, `wanted`
-    what its recipe asked of it: they differ where the graph fell back to a safer one.
+    what its recipe asked for: they differ after a fallback to a safer one.
     """
 
     name: str
@@ -320,7 +321,7 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class GraphSet:
-    """What `export` leaves in `graphs/`: the candidate network, the gate, and every graph by name.
+    """The result of `export` in `graphs/`: the candidate network, the gate, and every graph by name.
 
     `baseline_alone` is the identity of the single-exit network trained alone, None without one. `recipe` names the
     precision recipe that the graphs were converted by.
@@ -335,7 +336,9 @@ class GraphSet:
 
     @property
     def identity(self) -> str:
-        """Of all that decides the outputs: the network's, and for another recipe than fp32 that of its graphs too."""
+        """Identifies everything that decides the outputs: the network, and for a recipe other than fp32 its graphs,
+        too.
+        """
         if self.recipe == FP32:
             return self.candidate.identity
         parts = [f"{name} {spec.sha256}" for name, spec in sorted(self.graphs.items())]
@@ -343,7 +346,7 @@ class GraphSet:
 
     @property
     def baselines(self) -> tuple[str, ...]:
-        """The graphs that plans are held against: image to labels, one exit, no gate, all of one workload."""
+        """The graphs that plans are compared with: image to labels, one exit, no gate, all of one workload."""
         return (BASELINE,) if self.baseline_alone is None else (BASELINE, BASELINE_ALONE)
 
     def spec(self, name: str) -> GraphSpec:
@@ -415,7 +418,7 @@ def check_hash(path: Path, sha256: str) -> None:
 
 
 def graph_spec_from_json(content: dict[str, Any]) -> GraphSpec:
-    """What `asdict` gave of one. Raises KeyError, TypeError or ValueError on damaged content."""
+    """Inverse of `asdict`. Raises KeyError, TypeError or ValueError on damaged content."""
     if not re.fullmatch(r"[\w.-]+\.onnx", content["path"]):
         raise ValueError(f"graph path {content['path']!r}")
     return GraphSpec(

@@ -1,4 +1,4 @@
-"""Where the files are that come with the package."""
+"""Locates the files that come with the package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def profiles() -> Path:
-    """The folder of known targets: in an installation in the package, in a clone beside it."""
+    """The folder of known targets: in the package once installed, beside it in a clone."""
     installed = _PACKAGE / "profiles"
     return installed if installed.is_dir() else _PACKAGE.parent / "profiles"

@@ -1,4 +1,4 @@
-"""Targets: what is compiled for, and whether this machine is that.
+"""Reads targets, what is compiled for, and checks whether a machine is one.
 
 One TOML file each, ours in `profiles/`, the user's in `WORKSPACE/profiles/`.
 """
@@ -22,12 +22,15 @@ from mess_compile.runtime.machine.machine import Machine, dotted
 
 RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 _ON_GPU = LIBRARIES[1:]
-_MEMORY_SEEN = (0.85, 1.05)  # of what the data sheet says, by the driver: systems and error correction take some
+_MEMORY_SEEN = (
+    0.85,
+    1.05,
+)  # shares of the data sheet's memory that a driver reports: systems and error correction take some
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Dense arithmetic at the highest clock; None where the device has no units for it."""
+    """Dense arithmetic at the highest clock; None if the device has no units for it."""
 
     fp32_tflops: float
     fp16_tflops: float | None = None
@@ -40,7 +43,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class FieldSource:
-    """Where a field's value comes from."""
+    """The source of a field's value."""
 
     field: str
     text: str
@@ -50,9 +53,9 @@ class FieldSource:
 class Target:
     """A device, its engine library, and the precisions to consider.
 
-    `library_versions` are accepted beginnings ("8.5" takes 8.5.2.2); `compute_capability` such as (8, 7); `gpu` is how
-    the driver's name of the GPU ends, one of `boards` is in the device tree's name of the board; `opset` is the newest
-    that the library's parser takes. What a target leaves out (None, empty) is not asked of a machine.
+    `library_versions` are accepted beginnings ("8.5" accepts 8.5.2.2); `compute_capability` such as (8, 7); `gpu` is
+    the end of the driver's name of the GPU, one of `boards` is in the device tree's name of the board; `opset` is the
+    newest that the library's parser supports. Missing fields of a target (None, empty) are not checked.
     """
 
     name: str
@@ -72,7 +75,7 @@ class Target:
 
     @property
     def device(self) -> DeviceMatch:
-        """What a bundle goes by to choose its plan."""
+        """The match by which a bundle chooses its plan."""
         return DeviceMatch(self.gpu, self.compute_capability, self.boards)
 
 
@@ -94,19 +97,19 @@ def find_target(name: str, workspace: Path) -> Target:
 
 
 def differences(target: Target, machine: Machine) -> tuple[str, ...]:
-    """What keeps `machine` from being `target`, in words with both values; empty when it is that target."""
+    """The differences between `machine` and `target`, with both values; empty when it is that target."""
     seen_gib = machine.gpus[0].memory_gib if target.gpu and machine.gpus else None
     memory = _memory_differences(target.memory_gib, seen_gib)
     return (*device_differences(target.device, machine), *memory, *_library_differences(target, machine))
 
 
 def targets_here(targets: Iterable[Target], machine: Machine) -> tuple[Target, ...]:
-    """The targets that `machine` is, those with a GPU first."""
+    """The targets that match `machine`, those with a GPU first."""
     return tuple(sorted((t for t in targets if not differences(t, machine)), key=lambda t: t.gpu is None))
 
 
 def in_cells(target: Target) -> tuple[str, ...]:
-    """For a table: name, library, precisions, compute capability, a peak each, bandwidth, description."""
+    """Cells of a table: name, library, precisions, compute capability, a peak each, bandwidth, description."""
     peaks = [target.peak.of(precision) for precision in target.precisions] if target.peak else []
     bandwidth = target.memory_bandwidth_gb_per_s
     return (
@@ -121,7 +124,7 @@ def in_cells(target: Target) -> tuple[str, ...]:
 
 
 def refuse_unless_here(target: Target, workspace: Path | None = None, ways: str | None = None) -> None:
-    """Raises InputError with what differs between this machine and `target`, and what to do: `ways` if given."""
+    """Raises InputError with the differences between this machine and `target`, and a remedy: `ways` if given."""
     machine = machines.this_machine()
     found = differences(target, machine)
     if found:
@@ -130,21 +133,21 @@ def refuse_unless_here(target: Target, workspace: Path | None = None, ways: str 
 
 
 def refuse_unless_there(target: Target, machine: Machine, host: str) -> None:
-    """Raises InputError with what differs between the machine at `host` and `target`."""
+    """Raises InputError with the differences between the machine at `host` and `target`."""
     found = differences(target, machine)
     if found:
         raise InputError(
-            f"{host} is not {target.name!r}: {'; '.join(found)}: name what it is (--device), or describe it in "
-            "profiles/NAME.toml"
+            f"{host} is not {target.name!r}: {'; '.join(found)}: name the device that it is (--device), or describe "
+            "it in profiles/NAME.toml"
         )
 
 
 def _remedy(target: Target, machine: Machine, workspace: Path | None) -> str:
     if any(not differences(target, replace(machine, gpus=(gpu,))) for gpu in machine.gpus[1:]):
-        return "another GPU of this machine is; put it first with CUDA_VISIBLE_DEVICES"
+        return "another GPU of this machine matches; put it first with CUDA_VISIBLE_DEVICES"
     names = [here.name for here in targets_here(known_targets(workspace).values(), machine)]
     own = f"describe this machine in {(workspace or Path()) / 'profiles' / 'NAME.toml'}"
-    return f"name what it is (--device {' or '.join(names)}), or {own}" if names else own
+    return f"name the device that it is (--device {' or '.join(names)}), or {own}" if names else own
 
 
 def _memory_differences(wanted_gib: float | None, seen_gib: float | None) -> tuple[str, ...]:
@@ -157,7 +160,7 @@ def _memory_differences(wanted_gib: float | None, seen_gib: float | None) -> tup
 
 
 def _library_differences(target: Target, machine: Machine) -> tuple[str, ...]:
-    """A library that is not installed is no difference: opening it names the line that installs it."""
+    """A missing library is not a difference: opening it names the line that installs it."""
     module = target.library.partition("-")[0]
     version = machine.version(module)
     accepted = target.library_versions
@@ -191,12 +194,12 @@ def _target_from(content: dict[str, Any], stem: str) -> Target:
 def _check_together(target: Target, stem: str) -> None:
     capability, library = target.compute_capability, target.library
     if target.name != stem:
-        raise ValueError(f"name is {target.name!r}, the file's name says {stem!r}")
+        raise ValueError(f"name is {target.name!r}, but the file is named {stem!r}")
     if (target.gpu is None) != (capability is None):
-        raise ValueError("gpu and compute_capability go together, one of them is missing")
+        raise ValueError("gpu and compute_capability go together, but one of them is missing")
     if library == "tensorrt_rtx" and capability and capability not in RTX_CAPABILITIES:
         known = ", ".join(map(dotted, RTX_CAPABILITIES))
-        raise ValueError(f"compute_capability is {dotted(capability)}, {library} builds for {known}")
+        raise ValueError(f"compute_capability is {dotted(capability)}, but {library} builds for {known}")
     without = [precision for precision in target.precisions if target.peak and target.peak.of(precision) is None]
     if without:
         raise ValueError(f"peak has no figure for {without[0]}, which precisions names")
@@ -204,10 +207,10 @@ def _check_together(target: Target, stem: str) -> None:
 
 @dataclass(frozen=True)
 class _Field:
-    """A value that `passes` is kept as `read` gives it."""
+    """A value that `passes` is stored as `read` returns it."""
 
     passes: Callable[[Any], bool]
-    words: str
+    expected: str
     read: Callable[[Any], Any] = lambda value: value
 
 
@@ -219,16 +222,16 @@ def _checked(
         if name not in known:
             near = difflib.get_close_matches(name[:80], known, 1)
             hint = f"did you mean {near[0]}?" if near else f"only {', '.join(known)} are"
-            raise ValueError(f"{place}{name[:80]!r} is no field, {hint}")
+            raise ValueError(f"{place}{name[:80]!r} is not a field, {hint}")
         if not known[name].passes(value):
-            raise ValueError(f"{place}{name} is {_shown(value)}, not {known[name].words}")
+            raise ValueError(f"{place}{name} is {_as_text(value)}, not {known[name].expected}")
     for name in needed:
         if name not in content:
-            raise ValueError(f"{place}{name} is missing, {known[name].words}")
+            raise ValueError(f"{place}{name} is missing, {known[name].expected}")
     return {name: known[name].read(value) for name, value in content.items()}
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     try:
         return f"{value!r:.80}"
     except ValueError:  # Python does not write integers of thousands of digits

@@ -1,4 +1,4 @@
-"""The folder that every command works in: where each artefact lives, and what is remembered between commands."""
+"""Locates every artefact in the workspace, the folder that commands work in, and remembers choices between commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from mess_compile.data_folder import IMAGES, LABELS, Data, DataFolder, data_fold
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.engines.engine import FP32
 
-"""Called with what is done, how many of it are, and of how many."""
 HOST = "host"
 """The machine that mess-compile itself runs on, as a device."""
 _REMEDY = "remove it; it only remembers the last device, data and split"
@@ -22,12 +21,12 @@ _REMEDY = "remove it; it only remembers the last device, data and split"
 
 @dataclass(frozen=True)
 class Memory:
-    """What later commands use unless told otherwise: device profiled last, data folder, and the tuning split.
+    """Defaults of later commands: the device profiled last, the data folder, and the tuning split.
 
-    `read_as` says of data folders what their folders of images and labels are called and where labels begin, as
-    options of `DataFolder`; one that is not in it is read by default. `hosts` are those over which a device was
-    reached, by its name, `pythons` the Python of a host that is not its python3; `ships` are the places that a bundle
-    was shipped to.
+    `read_as` maps data folders to options of `DataFolder`: the names of their folders of images and labels, and where
+    labels begin; a folder that is missing is read by default. `hosts` maps devices to the hosts over which they were
+    reached, `pythons` maps hosts to a Python that is not their python3; `ships` are the places that a bundle was
+    shipped to.
     """
 
     device: str | None = None
@@ -49,7 +48,7 @@ class Workspace:
 
     @property
     def baseline(self) -> Path:
-        """The single-exit network trained alone, when there is one."""
+        """The single-exit network trained alone, if there is one."""
         return self.root / "baseline"
 
     @property
@@ -59,7 +58,7 @@ class Workspace:
     def statistics(self, split: str, recipe: str = FP32, device: str = HOST) -> Path:
         """The folder of a split's statistics: `val[:50]` lives in `statistics/val_0-50`.
 
-        Those of another recipe than fp32, or recorded on a device, have their own: `statistics/xavier/fp16/val`.
+        Statistics of a recipe other than fp32, or recorded on a device, have their own: `statistics/xavier/fp16/val`.
         """
         match = re.fullmatch(r"([\w-]+)\[(\d*):(\d*)\]", split)
         name = f"{match[1]}_{match[2] or 0}-{match[3] or 'end'}" if match else split
@@ -75,14 +74,14 @@ class Workspace:
 
     @property
     def recipes(self) -> Path:
-        """Graph sets in other precisions than fp32, a folder for each recipe."""
+        """Graph sets in precisions other than fp32, one folder per recipe."""
         return self.root / "recipes"
 
     def engines(self, device: str, recipe: str) -> Path:
         return self.root / "engines" / device / recipe
 
     def clocks(self, device: str) -> Path:
-        """What the clocks were before they were locked for a measurement."""
+        """The settings of the clocks before they were locked for a measurement."""
         return self.root / "latency" / f"{device}.clocks.json"
 
     def forms(self, device: str) -> Path:
@@ -93,7 +92,7 @@ class Workspace:
         return self.root / "plans" / f"{device}.json"
 
     def plan_named(self, thing: str | Path) -> Path:
-        """The file of a plan: named from the shell's folder, from the workspace's, or by the device that it is for.
+        """The file of a plan: a path from the shell's folder or the workspace's, or the name of the plan's device.
 
         Raises InputError naming the devices that have one.
         """
@@ -103,17 +102,17 @@ class Workspace:
             return found
         devices = sorted(path.stem for path in self.plan("any").parent.glob("*.json"))
         raise InputError(
-            f"{str(thing)!r} is no file{did_you_mean(str(thing), devices)}, and no device with a plan in this "
+            f"{str(thing)!r} is not a file{did_you_mean(str(thing), devices)}, and not a device with a plan in this "
             f"workspace ({', '.join(devices) or 'none'}): run `mess-compile search --device NAME`, or name a file"
         )
 
     @property
     def searches(self) -> Path:
-        """What searches found that does not follow from their requirement."""
+        """Results of searches that do not depend on their requirement."""
         return self.root / "search"
 
     def bench(self, device: str) -> Path:
-        """What was measured last of the device's bundle."""
+        """The last measurement of the device's bundle."""
         return self.root / "bench" / f"{device}.json"
 
     def bundle(self, device: str) -> Path:
@@ -121,7 +120,7 @@ class Workspace:
 
     @property
     def file(self) -> Path:
-        """What is remembered between commands."""
+        """The file of what is remembered between commands."""
         return self.root / "workspace.json"
 
     def memory(self) -> Memory:
@@ -150,8 +149,9 @@ class Workspace:
         split: str | None = None,
         host: str | None = None,
     ) -> None:
-        """Keep what is given, leave the rest as it was. The data folder is kept relative to the workspace, together
-        with how it is read; `host` for the `device`."""
+        """Remember the given values, leave the others unchanged. The data folder is stored relative to the workspace,
+        together with how it is read; `host` belongs to `device`.
+        """
         given: dict[str, Any] = {"device": device, "split": split}
         known = self.memory()
         if data is not None and data.root is not None:
@@ -165,42 +165,42 @@ class Workspace:
             files.write_json(self.file, "mess-workspace", 1, asdict(memory))
 
     def remember_host(self, device: str, host: str) -> None:
-        """Where a device is, whichever was profiled last."""
+        """Remember where a device is, whichever was profiled last."""
         known = self.memory()
         if known.hosts.get(device) != host:
             memory = replace(known, hosts={**known.hosts, device: host})
             files.write_json(self.file, "mess-workspace", 1, asdict(memory))
 
     def remember_python(self, host: str, python: str | None) -> None:
-        """What starts Python at a host; None leaves that as it was, and where this is no workspace yet none is made."""
+        """Remember the command that starts Python on a host; None changes nothing, and no workspace is created."""
         known = self.memory()
         if python is not None and self.file.exists() and known.pythons.get(host) != python:
             memory = replace(known, pythons={**known.pythons, host: python})
             files.write_json(self.file, "mess-workspace", 1, asdict(memory))
 
     def remember_ships(self, places: Sequence[str]) -> None:
-        """Where a bundle was shipped to; nothing where this is no workspace yet, for one ships from anywhere."""
+        """Remember where a bundle was shipped to; does nothing outside a workspace, since one ships from anywhere."""
         known = self.memory()
         if self.file.exists() and not set(places) <= set(known.ships):
             memory = replace(known, ships=tuple(dict.fromkeys((*known.ships, *places))))
             files.write_json(self.file, "mess-workspace", 1, asdict(memory))
 
     def data_folder(self, data: Data | None) -> DataFolder:
-        """The data folder given or remembered, and how it is read, nothing left open.
+        """The given or remembered data folder, with every option of how to read it.
 
-        Raises InputError when there is neither, and for another folder than one whose labels do not begin at 0 unless
-        it is said where its own begin.
+        Raises InputError when there is neither, and for a new folder without a label offset if the labels of the
+        remembered one do not begin at 0.
         """
         memory, named = self.memory(), DataFolder() if data is None else data_folder(data)
         if named.root is None and memory.data is None:
-            raise InputError("no data folder is known in this workspace: name one with --data DIR")
+            raise InputError("this workspace knows no data folder: name one with --data DIR")
         root = named.root if named.root is not None else self.root / str(memory.data)
         known = DataFolder(**memory.read_as.get(self._relative(root), {}))  # type: ignore[arg-type]
         last = memory.read_as.get(str(memory.data), {}).get("label_offset", 0)
         if last and named.label_offset is None and self._relative(root) != memory.data and not known.label_offset:
             raise InputError(
-                f"the labels of {memory.data}, which this workspace was used with, begin at {last}: say where those "
-                f"of {root} do, with --label-offset {last} or --label-offset 0"
+                f"the labels of {memory.data}, which this workspace was used with, begin at {last}: give "
+                f"--label-offset {last} or --label-offset 0 for those of {root}"
             )
         offset = known.label_offset if named.label_offset is None else named.label_offset
         return DataFolder(
@@ -212,7 +212,7 @@ class Workspace:
 
 
 def _read_as(data: DataFolder) -> dict[str, str | int]:
-    """What is to be remembered of a folder beside its name."""
+    """The options to remember of a folder."""
     usual = {"images": IMAGES, "labels": LABELS, "label_offset": 0}
     options = {"images": data.images, "labels": data.labels, "label_offset": data.label_offset}
     return {name: value for name, value in options.items() if value is not None and value != usual[name]}
@@ -230,7 +230,7 @@ def _are_texts_by_name(value: Any) -> bool:
 
 
 def open_workspace(folder: Path | str = ".") -> Workspace:
-    """The workspace in a folder, which must be there; an empty one will do. Raises InputError."""
+    """The workspace in a folder, which must exist; it may be empty. Raises InputError."""
     if not Path(folder).is_dir():
         raise InputError(f"workspace {folder} does not exist: create the folder or name another with -C DIR")
     return Workspace(Path(folder))

@@ -159,7 +159,7 @@ def test_an_engine_folder_that_others_can_write_is_refused(workspace: Path, devi
     folder = workspace.parent / "cache" / "mess-compile" / "engines"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    assert "others can write in" in complaint("verify", workspace / "xavier.mess")
+    assert "others can write to" in complaint("verify", workspace / "xavier.mess")
     assert not list(folder.iterdir())
 
 
@@ -220,7 +220,7 @@ def test_a_bundle_in_two_precisions_falls_back_from_one_to_the_other(workspace: 
     assert "plans: xavier:fp16, xavier:fp32; the first" in done("-C", workspace, "bundle", *plans, "-o", path)
     with runtime.load(path, on_failure="fallback") as cascade:
         assert cascade.plan.name == "xavier:fp16"
-        assert [rung.name for rung in cascade._ladder._rungs[:2]] == [
+        assert [executor.name for executor in cascade._chain._executors[:2]] == [
             "xavier:fp16 on tensorrt",
             "xavier:fp32 on tensorrt",
         ]

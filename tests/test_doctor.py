@@ -86,7 +86,7 @@ def test_a_library_for_a_newer_cuda_than_the_driver_runs_is_of_no_use(
     monkeypatch.setattr(machine, "cuda_of", lambda library: 13)
     refused = found("run engines built ahead")
     assert not refused.possible
-    assert "is for CUDA 13, and the driver runs up to 12.4: sudo ubuntu-drivers install" in refused.detail
+    assert "is for CUDA 13, but the driver supports up to 12.4: sudo ubuntu-drivers install" in refused.detail
     assert found("build engines ahead").possible, "which needs no driver"
     monkeypatch.setattr(machine, "cuda_of", lambda library: 12)
     assert found("run engines built ahead").possible
@@ -96,7 +96,7 @@ def test_engines_built_ahead_are_not_for_every_gpu(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="1.7.1"))
     monkeypatch.setattr(machine, "cuda_of", lambda library: 13)
     on(HOPPER, monkeypatch)
-    assert found("run engines built ahead").detail == "tensorrt_rtx 1.7.1, which has nothing for 9.0"
+    assert found("run engines built ahead").detail == "tensorrt_rtx 1.7.1, which does not support 9.0"
 
 
 def test_an_environment_that_hides_jetpacks_tensorrt_is_told_how_to_see_it(monkeypatch: pytest.MonkeyPatch) -> None:

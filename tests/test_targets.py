@@ -158,9 +158,9 @@ class TestOwnProfile:
     @pytest.mark.parametrize(
         ("changed", "said"),
         [
-            ({"libary": "tensorrt"}, "'libary' is no field, did you mean library?"),
-            ({"zzz": 1}, "'zzz' is no field"),
-            ({"name": "theirs"}, "name is 'theirs', the file's name says 'mine'"),
+            ({"libary": "tensorrt"}, "'libary' is not a field, did you mean library?"),
+            ({"zzz": 1}, "'zzz' is not a field"),
+            ({"name": "theirs"}, "name is 'theirs', but the file is named 'mine'"),
             ({"name": "../mine"}, "name is '../mine'"),
             ({"description": "two\nlines"}, "description is 'two\\nlines', not one line of text"),
             ({"description": "\u001b[2J"}, "description is"),
@@ -186,9 +186,9 @@ class TestOwnProfile:
             ({"peak": {}}, "peak.fp32_tflops is missing"),
             ({"peak": {"fp32_tflops": 8}}, "peak has no figure for fp16"),
             ({"peak": {"fp32_tflops": -8}}, "peak.fp32_tflops is -8"),
-            ({"peak": {"fp32_tops": 8}}, "peak.'fp32_tops' is no field, did you mean fp32_tflops?"),
+            ({"peak": {"fp32_tops": 8}}, "peak.'fp32_tops' is not a field, did you mean fp32_tflops?"),
             ({"peak": 8}, "peak is 8, not a table"),
-            ({"sources": {"price": "a shop"}}, "sources.'price' is no field"),
+            ({"sources": {"price": "a shop"}}, "sources.'price' is not a field"),
             ({"sources": {"peak": 3}}, "sources.peak is 3, not one line of text"),
         ],
         ids=lambda value: str(value)[:40],
@@ -301,7 +301,7 @@ class TestRefusal:
 
     def test_another_is_refused_with_the_name_of_this_one(self) -> None:
         with pytest.raises(
-            InputError, match=r"not 'rtx-4090': the GPU is NVIDIA H200, .*: name what it is \(--device h200"
+            InputError, match=r"not 'rtx-4090': the GPU is NVIDIA H200, .*: name the device that it is \(--device h200"
         ):
             refuse_unless_here(SHIPPED["rtx-4090"])
 
@@ -314,7 +314,9 @@ class TestRefusal:
     def test_a_second_gpu_is_pointed_at(self, monkeypatch: pytest.MonkeyPatch) -> None:
         both = Machine((*MACHINES["rtx-4090"].gpus, *MACHINES["gtx-1080ti"].gpus))
         monkeypatch.setattr(machines, "this_machine", lambda: both)
-        with pytest.raises(InputError, match="another GPU of this machine is; put it first with CUDA_VISIBLE_DEVICES"):
+        with pytest.raises(
+            InputError, match="another GPU of this machine matches; put it first with CUDA_VISIBLE_DEVICES"
+        ):
             refuse_unless_here(SHIPPED["gtx-1080ti"])
 
 

@@ -94,10 +94,10 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, as_json: bool, **
 
 
 def _of_image(result: ImageResult) -> str:
-    from mess_compile.runtime.images.confidence import exit_words
+    from mess_compile.runtime.images.confidence import exit_text
 
     return (
-        f"{result.image}: {exit_words(result.exit, result.confidence)}, {result.latency_ms:.2f} ms "
+        f"{result.image}: {exit_text(result.exit, result.confidence)}, {result.latency_ms:.2f} ms "
         f"-> {', '.join(str(path) for path in result.pictures)}"
     )
 

@@ -1,1 +1,1 @@
-"""Labelled images: layouts on disk, class lists, frames and labels."""
+"""Reads labelled images: layouts on disk, class lists, frames and labels."""

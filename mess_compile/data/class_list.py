@@ -1,4 +1,4 @@
-"""`classes.txt`: the class names of a data set, in the order of label values, with colours and void."""
+"""Reads `classes.txt`: the class names of a data set, in the order of label values, with colours and void."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _MARKS = ("//", "--", "%", "-", "*", ":", "'")
 
 @dataclass(frozen=True)
 class ClassList:
-    """Class names and colours by label value; `ignored` label values count nowhere.
+    """Class names and colours by label value; pixels with `ignored` label values are not counted.
 
-    `is_coloured`: the colours are the data set's own, so that labels in colours can be looked up; `void_colours` are
-    those that count nowhere. With a `label_offset` of N the first class has the label value N, and smaller ones are
-    void.
+    `is_coloured`: the colours are the data set's own, so that coloured labels can be looked up; pixels in
+    `void_colours` are not counted. With a `label_offset` of N the first class has the label value N, and smaller values
+    are void.
     """
 
     names: tuple[str, ...]
@@ -60,7 +60,7 @@ def default_colour(index: int) -> Colour:
 
 @dataclass(frozen=True)
 class _Line:
-    """What a line says: a name with or without colour, or a void value or colour, which has no name."""
+    """A parsed line: a name with or without colour, or a void value or colour, which has no name."""
 
     number: int
     name: str
@@ -69,9 +69,9 @@ class _Line:
 
 def read_class_list(path: Path) -> ClassList:
     """Read lines `NAME` or `NAME R G B`, in the order of label values; a line `ignore VALUE` names a void label value,
-    `ignore R G B` a void colour. What follows a `#` is a comment, where it begins a word.
+    `ignore R G B` a void colour. A `#` at the beginning of a word starts a comment.
 
-    Raises InputError naming file and line for what is not such a list in UTF-8.
+    Raises InputError naming file and line for anything else, or for text that is not UTF-8.
     """
     if not path.is_file():
         raise InputError(f"class list {path} does not exist")
@@ -83,7 +83,7 @@ def read_class_list(path: Path) -> ClassList:
     void = [line.numbers for line in lines if not line.name]
     _check_distinct(path, classes)
     if not 2 <= len(classes) <= ALWAYS_IGNORED:
-        raise InputError(f"{path} lists {len(classes)} classes: 2 to {ALWAYS_IGNORED} are possible, one name a line")
+        raise InputError(f"{path} lists {len(classes)} classes: give 2 to {ALWAYS_IGNORED}, one name per line")
     colours = tuple(_colour(line.numbers) or default_colour(index) for index, line in enumerate(classes))
     return ClassList(
         names=tuple(line.name for line in classes),
@@ -99,7 +99,7 @@ def _colour(numbers: tuple[int, ...]) -> Colour | None:
 
 
 def _read(path: Path, number: int, text: str, is_first: bool) -> _Line | None:
-    """The line, None for one that says nothing."""
+    """The parsed line; None for an empty one or a comment."""
 
     def refuse(reason: str) -> NoReturn:
         raise InputError(f"{path}, line {number}: {text.strip()!r:.80} {reason}")
@@ -108,7 +108,7 @@ def _read(path: Path, number: int, text: str, is_first: bool) -> _Line | None:
     if not plain:
         return None
     if _HEX_COLOUR.search(text):
-        refuse("has a colour in hexadecimal: write it as three numbers of 0 to 255, NAME R G B")
+        refuse("has a hexadecimal colour: write it as three numbers of 0 to 255, NAME R G B")
     words = plain.split()
     numbers = _numbers_at_end(words)
     if words[0] == "ignore":
@@ -117,8 +117,8 @@ def _read(path: Path, number: int, text: str, is_first: bool) -> _Line | None:
         return _Line(number, "", numbers)
     if len(numbers) not in (0, 3):
         refuse(
-            f"ends in {len(numbers)} number{'s' * (len(numbers) > 1)}, and is not {FORM}: give a name that ends in "
-            "a number its colour as well"
+            f"ends in {len(numbers)} number{'s' * (len(numbers) > 1)}, and is not {FORM}: give a name that ends in a "
+            "number a colour, too"
         )
     if numbers and max(numbers) > 255:
         refuse(f"has a colour beyond 255: it is not {FORM}")
@@ -128,7 +128,7 @@ def _read(path: Path, number: int, text: str, is_first: bool) -> _Line | None:
 
 
 def _numbers_at_end(words: list[str]) -> tuple[int, ...]:
-    """At most three; a longer one than any colour has counts as 256."""
+    """At most three; a number longer than any colour's counts as 256."""
     count = 0
     while count < 3 and count < len(words) - 1 and words[-1 - count].isascii() and words[-1 - count].isdecimal():
         count += 1
@@ -136,21 +136,21 @@ def _numbers_at_end(words: list[str]) -> tuple[int, ...]:
 
 
 def _check_name(name: str, refuse: Callable[[str], NoReturn], is_first: bool) -> None:
-    """Raises InputError for what is a line of another kind of file rather than a name."""
+    """Raises InputError for a line of another kind of file."""
     if "," in name or ";" in name:
         refuse(f"looks like a table (CSV): write {FORM}, separated by spaces, and no header")
     columns = {word.casefold() for word in re.split(r"[\s:_]+", name)}
     if is_first and columns <= _COLUMNS and columns & _HEADERS:
-        refuse(f"looks like a header, and would be the first class: leave it out; every line is {FORM}")
+        refuse(f"looks like a header, and would be the first class: remove it; every line is {FORM}")
     if _NUMBERED.match(name):
-        refuse("begins with a number: leave it out, the order of lines says the label value")
+        refuse("begins with a number: remove it, the order of lines gives the label value")
     if name.startswith(_MARKS):
         refuse(f"does not begin with a name: write {FORM}; comments begin with #")
     found = _FOREIGN.search(name)
     if found or name.endswith((":", "'")):
-        refuse(f"has {found[0] if found else name[-1]!r} in it: write the name as it is, without quotes or escapes")
+        refuse(f"contains {found[0] if found else name[-1]!r}: write the name as it is, without quotes or escapes")
     if any(unicodedata.category(letter) in ("Cc", "Cf", "Co", "Cn") for letter in name):
-        refuse("has characters that cannot be seen: type the name again")
+        refuse("contains invisible characters: type the name again")
 
 
 def _check_distinct(path: Path, lines: list[_Line]) -> None:
@@ -158,7 +158,7 @@ def _check_distinct(path: Path, lines: list[_Line]) -> None:
     for line in lines:
         if line.name in known:
             raise InputError(
-                f"{path}, line {line.number}: {line.name!r:.80} is the class of line {known[line.name]} already: "
-                "every class has its own name"
+                f"{path}, line {line.number}: {line.name!r:.80} is already the class of line {known[line.name]}: give "
+                "every class its own name"
             )
         known[line.name] = line.number

@@ -1,7 +1,7 @@
-"""COCO's instance annotations as label maps of the PASCAL VOC classes.
+"""Converts COCO's instance annotations to label maps of the PASCAL VOC classes.
 
-Categories, merging and the choice of training images follow torchvision's segmentation reference
-(pytorch/vision, references/segmentation/coco_utils.py).
+Categories, merging and the choice of training images follow torchvision's segmentation reference (pytorch/vision,
+references/segmentation/coco_utils.py).
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ _REMEDY = "unpack COCO's annotations_trainval2017.zip again, or correct it"
 @dataclass(frozen=True)
 class Instance:
     """One object: its VOC class, and polygons (float64 x, y, x, y, ...) or run lengths (uint32, down the columns, the
-    first one outside). Packed as bytes: COCO train holds tens of millions of numbers."""
+    first one outside). Packed as bytes: COCO train has tens of millions of numbers.
+    """
 
     label: int
     polygons: tuple[bytes, ...] = field(repr=False, default=())
@@ -126,14 +127,14 @@ class Instance:
 
 @dataclass(frozen=True)
 class Outlines:
-    """All objects of an image of height and width `hw`; what is in none of them is background."""
+    """All objects of an image of height and width `hw`; pixels outside of them are background."""
 
     hw: tuple[int, int]
     instances: tuple[Instance, ...]
 
 
 def drawing_library() -> Any:
-    """pycocotools' masks. Raises InputError with the `pip install` line where it is missing."""
+    """pycocotools' mask module. Raises InputError with the `pip install` line if it is missing."""
     try:
         return importlib.import_module("pycocotools.mask")
     except ImportError as error:
@@ -167,15 +168,17 @@ def _inside(instance: Instance, hw: tuple[int, int]) -> NDArray[np.bool_]:
 def read_outlines(path: Path, only_trained: bool) -> tuple[tuple[str, Outlines], ...]:
     """File name and objects of each image of an annotation file, by file name.
 
-    `only_trained` keeps the images whose objects of VOC's classes have more than 1000 pixels in total. Raises
-    InputError for what is missing, malformed or out of the image, and when no image is left.
+    `only_trained` selects the images whose objects of VOC's classes have more than 1000 pixels in total. Raises
+    InputError for missing or malformed entries, for objects outside of the image, and when no image is left.
     """
     content = _read_json(path)
     _check_categories(path, content)
     found: tuple[tuple[str, Outlines], ...] = files.decoded(path, _REMEDY, lambda: _decoded(content, only_trained))
     if not found:
-        kept = f" with more than {TRAINED_AREA} pixels of VOC's classes, which train asks for" if only_trained else ""
-        raise InputError(f"{path} has no images{kept}: choose another split")
+        condition = (
+            f" with more than {TRAINED_AREA} pixels of VOC's classes, which train asks for" if only_trained else ""
+        )
+        raise InputError(f"{path} has no images{condition}: choose another split")
     return found
 
 
@@ -188,7 +191,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _decoded(content: Any, only_trained: bool) -> tuple[tuple[str, Outlines], ...]:
@@ -198,7 +201,7 @@ def _decoded(content: Any, only_trained: bool) -> tuple[tuple[str, Outlines], ..
         if _value(entry, "category_id", int) in _CLASS_OF:
             number = _value(entry, "image_id", int)
             if number not in objects:
-                raise InputError(f"annotation {_id(entry)} is of image {number}, which is not listed")
+                raise InputError(f"annotation {_id(entry)} is for image {number}, which is not listed")
             objects[number].append(entry)
     return tuple(
         (name, Outlines(hw, tuple(_instance(entry, hw) for entry in objects[number])))
@@ -231,7 +234,7 @@ def _images(content: Any) -> dict[int, tuple[str, tuple[int, int]]]:
             raise InputError(f"image {number} has the file_name {name!r:.80}, which is not the bare name of a file")
         hw = _value(entry, "height", int), _value(entry, "width", int)
         if min(hw) < 1 or hw[0] * hw[1] > _MOST_PIXELS:
-            raise InputError(f"image {number} is {hw[0]} x {hw[1]}: 1 to {_MOST_PIXELS} pixels are possible")
+            raise InputError(f"image {number} is {hw[0]} x {hw[1]}: 1 to {_MOST_PIXELS} pixels are supported")
         if number in images:
             raise InputError(f"image {number} is listed twice")
         images[number] = name, hw
@@ -249,7 +252,7 @@ def _entries(content: Any, name: str) -> list[dict[str, Any]]:
 
 def _value(entry: dict[str, Any], name: str, *kinds: type) -> Any:
     value = entry.get(name)
-    if type(value) not in kinds:  # JSON's true is no number
+    if type(value) not in kinds:  # JSON's true is not a number
         raise InputError(f"{name} of {_id(entry)} is {value!r:.40}, not {kinds[-1].__name__}")
     return value
 
@@ -277,7 +280,7 @@ def _polygon(polygon: Any, hw: tuple[int, int]) -> bytes:
     points = values.astype(np.float64).reshape(-1, 2)  # (points, xy)
     size = np.array([hw[1], hw[0]])
     low, high = points.min(axis=0), points.max(axis=0)
-    # the library cuts off what reaches over the border, which COCO's own may do by a little
+    # the library clips what reaches over the border; COCO's own polygons may do so by a little
     if not ((low >= -size) & (low <= size) & (high >= 0) & (high <= 2 * size)).all():
         raise InputError(
             f"a polygon from ({low[0]:g}, {low[1]:g}) to ({high[0]:g}, {high[1]:g}) lies out of the image, "
@@ -285,22 +288,22 @@ def _polygon(polygon: Any, hw: tuple[int, int]) -> bytes:
         )
     length = np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1).sum()
     if length > _LONGEST_OUTLINE:
-        raise InputError(f"a polygon is {length:.0f} pixels long: {_LONGEST_OUTLINE} are possible")
+        raise InputError(f"a polygon is {length:.0f} pixels long: at most {_LONGEST_OUTLINE} are supported")
     return points.tobytes()
 
 
 def _counts_of_text(text: str) -> list[int]:
-    """Run lengths out of COCO's textual form: 5 bits a character, the sixth says that more follow; from the fourth on
-    each is the difference to the last but one.
+    """Decode run lengths from COCO's textual form: 5 bits per character, the sixth says that more follow; from the
+    fourth number on each is the difference to the last but one.
 
-    Not by pycocotools, which reads on behind the end of a text that is cut off.
+    Does not use pycocotools, which reads beyond the end of a truncated text.
     """
     counts: list[int] = []
     value = shift = 0
     for letter in text:
         bits = ord(letter) - 48
         if not 0 <= bits < 64 or shift > 30:
-            raise InputError(f"run lengths {text!r:.40} are not COCO's textual form")
+            raise InputError(f"run lengths {text!r:.40} are not in COCO's textual form")
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:
@@ -308,7 +311,7 @@ def _counts_of_text(text: str) -> list[int]:
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value = shift = 0
     if shift or not counts:
-        raise InputError(f"run lengths {text!r:.40} end in the middle")
+        raise InputError(f"run lengths {text!r:.40} end in the middle of a number")
     return counts
 
 

@@ -1,4 +1,4 @@
-"""Data sets of labelled images: a split opened, its frames and labels decoded, and its labels surveyed."""
+"""Opens a split of a data set, decodes its frames and labels, and surveys its labels."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ read_frame = read_picture
 
 @dataclass(frozen=True)
 class DataSet:
-    """One split of a folder of labelled images; `notes` are sentences on what lies there and is not read."""
+    """One split of a folder of labelled images; `notes` are sentences about files there that are not read."""
 
     root: Path
     split: str
@@ -83,31 +83,31 @@ class Sample:
 
 
 def open_dataset(data: Data, split: str, classes: ClassList | None = None) -> DataSet:
-    """Open a split of a data set in one of the layouts of `layouts.LAYOUTS`, recognised from what lies in its folder.
+    """Open a split of a data set; its layout, one of `layouts.LAYOUTS`, is recognised from its folder.
 
-    `split` may carry a slice in the order of file names, or of PASCAL VOC's list: `val[:50]`, `val[60:]`. In a plain
-    folder without splits the last fifth of the files is `val` and the rest `train`: neighbouring video frames then
-    stay together. There, classes come from `ROOT/classes.txt` unless given. Raises InputError.
+    `split` may end in a slice in the order of file names, or of PASCAL VOC's list: `val[:50]`, `val[60:]`. In a plain
+    folder without splits the last fifth of the files is `val` and the rest `train`: neighbouring video frames then stay
+    together. There, classes come from `ROOT/classes.txt` unless given. Raises InputError.
     """
     folder = data_folder(data)
     match = _SPLIT.fullmatch(split)
     if match is None:
-        raise InputError(f"split {split!r} is not of the form NAME or NAME[START:STOP], such as val or val[:50]")
+        raise InputError(f"split {split!r} does not have the form NAME or NAME[START:STOP], such as val or val[:50]")
     root = folder.root
     if root is None or not root.is_dir():
-        raise InputError(f"data folder {root} does not exist: --data names the folder that the data set lies in")
+        raise InputError(f"data folder {root} does not exist: give --data the folder of the data set")
     start, stop = (int(text) if text else None for text in (match[2], match[3]))
     try:
         layout = find_layout(root, folder.names)
         found = layout.find_items(root, match[1])
         items = found.items[start:stop]
         if not items:
-            reason = f"the slice leaves none of {len(found.items)}" if found.items else f"expected {layout.expected}"
+            reason = f"the slice selects none of {len(found.items)}" if found.items else f"expected {layout.expected}"
             raise InputError(f"split {split!r} of {root} has no images: {reason}")
         _check_ids(root, items)
         return DataSet(root, split, _class_list(folder, root, items, layout, classes), items, found.notes)
     except OSError as error:
-        raise InputError(f"{root} cannot be looked into ({error}): give yourself read access") from error
+        raise InputError(f"{root} cannot be listed ({error}): give yourself read access") from error
     except AstrayError as error:
         meant = did_you_mean_folder(root)
         if not meant and isinstance(error, NoLayoutError):
@@ -129,7 +129,7 @@ def _class_list(
         if given is not None and given.names != layout.classes.names:
             raise InputError(f"{root} has the classes {', '.join(layout.classes.names)}, not {', '.join(given.names)}")
         if folder.label_offset:
-            raise InputError(f"{root} is {layout.name}, which says itself what label values mean: drop --label-offset")
+            raise InputError(f"{root} is {layout.name}, which defines its label values itself: drop --label-offset")
         return layout.classes
     if given is not None:
         return given
@@ -166,7 +166,7 @@ def samples(data: DataSet) -> Iterator[Sample]:
 
 @dataclass(frozen=True)
 class Survey:
-    """What all labels of a split hold: labelled `pixels` of each class (K,), void ones, and a digest of all maps."""
+    """All labels of a split: labelled `pixels` of each class (K,), the count of `void` ones, a digest of all maps."""
 
     data: DataSet
     pixels: NDArray[np.int64]
@@ -183,32 +183,32 @@ class Survey:
         return tuple(name for name, count in zip(self.data.classes.names, self.pixels, strict=True) if not count)
 
     def sentences(self) -> tuple[str, ...]:
-        """What a user should know of the labels: void pixels, and classes that never occur."""
-        split, told = self.data.split, []
+        """Notes for the user on the labels: void pixels, and classes that never occur."""
+        split, sentences = self.data.split, []
         if self.void:
-            told.append(f"{self.void_share:.1%} of the pixels of {split} are void and count nowhere")
+            sentences.append(f"{self.void_share:.1%} of the pixels of {split} are void and are not counted")
         if self.absent:
             one = len(self.absent) == 1
-            told.append(
+            sentences.append(
                 f"{', '.join(self.absent)} never occur{'s' if one else ''} in the labels of {split}, and "
                 f"{'is' if one else 'are'} left out of its mIoU"
             )
         if len(self.pixels) - len(self.absent) < 2 or self.void_share > _MUCH_VOID:
-            told.append(f"these labels say little: {self.suspicion()}")
-        return tuple(told)
+            sentences.append(f"these labels carry little information: {self.suspicion()}")
+        return tuple(sentences)
 
     def suspicion(self) -> str:
-        """What is probably wrong with labels of which most are void, or all of one class."""
+        """The probable error in labels that are mostly void, or all of one class."""
         names = self.data.classes.names
         if self.void and len(names) == 2 and not self.pixels[1]:
             return f"255 is void; in masks of 0 and 255, {names[1]} has to be stored as 1 instead of 255"
         if self.void_share > _MUCH_VOID:
-            return "255 and each `ignore` of classes.txt are void; store what is meant to count as a class"
+            return "255 and each `ignore` of classes.txt are void; store what should count as a class"
         return "correct the labels or the class list"
 
 
 def survey_labels(data: DataSet) -> Survey:
-    """Read all labels of a split. Raises InputError for one that cannot be read, or holds what is no class."""
+    """Read all labels of a split. Raises InputError for one that cannot be read, or has a value of no class."""
 
     def surveyed(item: Item) -> tuple[NDArray[np.int64], bytes]:
         labels = read_labels(item.label, data.classes)
@@ -228,7 +228,7 @@ def survey_labels(data: DataSet) -> Survey:
 
 
 def _explained(error: LabelValueError, data: DataSet) -> InputError:
-    """With a remedy that follows from all labels: what one of them holds does not say where they begin."""
+    """An error with a remedy from all labels: one label alone does not show where values begin."""
     if error.value is None:
         return error
     seen = np.zeros(256, bool)
@@ -255,7 +255,7 @@ def check_trainable(data: DataSet) -> NDArray[np.int64]:
 
 
 def refuse_untrainable(survey: Survey) -> None:
-    """Raises InputError when fewer than two classes have labelled pixels: a network would learn to say one thing."""
+    """Raises InputError when fewer than two classes have labelled pixels: a network would learn to give one answer."""
     data = survey.data
     labelled = [name for name in data.classes.names if name not in survey.absent]
     if len(labelled) < 2:

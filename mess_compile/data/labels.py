@@ -1,4 +1,4 @@
-"""Label maps: PNGs of values, of palette indices, or in the colours of a class list, and COCO's outlines."""
+"""Reads label maps: PNGs of values, of palette indices, or in the colours of a class list, and COCO's outlines."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from mess_compile.data.coco import Outlines, draw_labels
 from mess_compile.data.layouts import LabelFile
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.images import pictures, png
-from mess_compile.runtime.images.orientation import orientation_of, shown
+from mess_compile.runtime.images.orientation import orientation_of, upright
 
 _MAX_VALUE = 255
 _SHOWN_VALUES = 12
 
 
 class LabelValueError(InputError):
-    """A label holds a value that stands for no class; `value` is None where the class list cannot help."""
+    """A label has a value of no class; `value` is None if the class list cannot help."""
 
     def __init__(self, path: Path, value: int, remedy: str, can_be_listed: bool) -> None:
-        super().__init__(f"label {path} holds the value {value}, but {remedy}")
+        super().__init__(f"label {path} has the value {value}, but {remedy}")
         self.path, self.value = path, value if can_be_listed else None
 
 
 def read_labels(label: Path | LabelFile | Outlines, classes: ClassList) -> NDArray[np.uint8]:
-    """An item's labels, or those in a PNG, as uint8 (H, W); void becomes 255.
+    """Read an item's labels, or those in a PNG, as uint8 (H, W); void becomes 255.
 
-    Values count from the list's `label_offset`; RGB masks are looked up in the colours that the class list gives, and
-    where it gives none, masks whose three channels are equal hold values. Safe to call from several threads. Raises
-    InputError for values and colours that stand for no class.
+    Values count from the list's `label_offset`. RGB masks are looked up in the class list's colours; if it gives none,
+    masks with three equal channels hold values. Safe to call from several threads. Raises InputError for values and
+    colours of no class.
     """
     if isinstance(label, Outlines):
         return draw_labels(label)
@@ -49,7 +49,7 @@ def read_labels(label: Path | LabelFile | Outlines, classes: ClassList) -> NDArr
 
 
 def label_values(label: Path | LabelFile | Outlines) -> NDArray[np.bool_]:
-    """Which of the values 0 to 255 a label holds, as it is stored; none for one that holds no values."""
+    """Which of the values 0 to 255 a label has, as it is stored; none for one without values."""
     found = np.zeros(_MAX_VALUE + 1, bool)
     if not isinstance(label, Outlines):
         stored = _stored(label.path if isinstance(label, LabelFile) else label)
@@ -60,7 +60,7 @@ def label_values(label: Path | LabelFile | Outlines) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What a label PNG holds: `samples` (H, W, channels), without transparency."""
+    """The content of a label PNG: `samples` (H, W, channels), without transparency."""
 
     path: Path
     samples: NDArray[Any]
@@ -76,7 +76,9 @@ def _stored(path: Path) -> _Stored:
         raise InputError(f"label {path} does not exist")
     content = pictures.read_content(path)
     if not content.startswith(png.SIGNATURE):
-        raise InputError(f"label {path} cannot be read: labels are PNG files, for others may change their values")
+        raise InputError(
+            f"label {path} cannot be read: labels must be PNG files, since other formats may change their values"
+        )
     try:
         picture = png.opened(content)
         samples = pictures.samples_of(picture, content)
@@ -84,11 +86,11 @@ def _stored(path: Path) -> _Stored:
         raise InputError(f"label {path} cannot be read: {error}") from error
     if picture.has_alpha:
         samples = _without_alpha(path, samples)
-    return _Stored(path, shown(samples, orientation_of(picture.exif)), picture.palette)
+    return _Stored(path, upright(samples, orientation_of(picture.exif)), picture.palette)
 
 
 def _without_alpha(path: Path, samples: NDArray[Any]) -> NDArray[Any]:
-    """What is not seen may have any value; black is taken for what a program left empty."""
+    """Transparent pixels may have any value; black is assumed to be what a program left empty."""
     hidden = (samples[..., -1] == 0) & samples[..., :-1].any(axis=2)
     if hidden.any():
         row, column = np.argwhere(hidden)[0]
@@ -106,8 +108,9 @@ def _values(stored: _Stored, classes: ClassList | None) -> NDArray[Any]:
         row, column = np.argwhere((samples != samples[..., :1]).any(axis=2))[0]
         remedy = "give the colours in classes.txt, NAME R G B for every class, or save one channel of values"
         raise InputError(
-            f"label {stored.path} is an RGB mask (colour {_shown(samples[row, column])} at row {row}, column {column})"
-            f": {'labels of this data set are single-channel PNGs of values' if classes is None else remedy}"
+            f"label {stored.path} is an RGB mask (colour {_as_text(samples[row, column])} at row {row}, "
+            f"column {column}): "
+            f"{'labels of this data set are single-channel PNGs of values' if classes is None else remedy}"
         )
     if int(samples.max()) > _MAX_VALUE:
         raise LabelValueError(stored.path, int(samples.max()), "label values are 0 to 255: correct it", False)
@@ -116,7 +119,7 @@ def _values(stored: _Stored, classes: ClassList | None) -> NDArray[Any]:
 
 
 def classes_of_values(classes: ClassList) -> tuple[int, ...]:
-    """The class of each of the 256 label values; 255 for void, -1 for what is neither."""
+    """The class of each of the 256 label values; 255 for void, -1 for unused values."""
     void, first = classes.ignored | {ALWAYS_IGNORED}, classes.label_offset
     return tuple(
         ALWAYS_IGNORED
@@ -145,7 +148,7 @@ def _remedy_of_file(label: LabelFile) -> str:
 
 
 def remedy_of_value(classes: ClassList, value: int, seen: NDArray[np.bool_] | None = None) -> str:
-    """What to do about a value that is no class; `seen` are the values that all labels of the data hold."""
+    """The remedy for a value of no class; `seen` are the values that all labels of the data have."""
     count, first = len(classes.names), classes.label_offset
     are = f"the {count} classes are {first} to {first + count - 1}" + (f" (--label-offset {first})" if first else "")
     listed = f"list every class in classes.txt, or add `ignore {value}` where it is void"
@@ -164,12 +167,12 @@ def _found(seen: NDArray[np.bool_] | None) -> str:
         return ""
     values = np.flatnonzero(seen)
     if len(values) > _SHOWN_VALUES:
-        return f", and the labels hold {len(values)} values from {values[0]} to {values[-1]}"
-    return f", and the labels hold {', '.join(map(str, values))}"
+        return f", and the labels have {len(values)} values from {values[0]} to {values[-1]}"
+    return f", and the labels have {', '.join(map(str, values))}"
 
 
 def _check_palette(stored: _Stored, values: NDArray[Any], classes: ClassList) -> None:
-    """Raises InputError for an index whose colour is that of another class: the palette was made from a mask."""
+    """Raises InputError for an index whose colour belongs to another class: the palette was made from a mask."""
     used = np.unique(values)
     if not classes.is_coloured or len(used) < 2 or used[-1] >= len(stored.palette):
         return
@@ -180,7 +183,7 @@ def _check_palette(stored: _Stored, values: NDArray[Any], classes: ClassList) ->
     for index in map(int, used):
         if meant[index] != meaning[index]:
             raise InputError(
-                f"label {stored.path} paints its value {index} in {_shown(stored.palette[index])}, the colour of "
+                f"label {stored.path} shows its value {index} in {_as_text(stored.palette[index])}, the colour of "
                 f"{_name(classes, meant[index])}, but {index} is {_name(classes, meaning[index])}: save it as RGB to "
                 "have its colours read, or with the values of classes.txt"
             )
@@ -205,8 +208,8 @@ def _table(classes: ClassList) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     for index, colour in enumerate(colours):
         if colour in colours[:index]:
             raise InputError(
-                f"{names[colours.index(colour)]} and {names[index]} have the same colour {_shown(colour)} in "
-                "classes.txt: masks in colours cannot tell them apart"
+                f"{names[colours.index(colour)]} and {names[index]} have the same colour {_as_text(colour)} in "
+                "classes.txt, so coloured masks cannot distinguish them: change one"
             )
     numbers = _packed(np.array(colours, np.uint8))
     order = np.argsort(numbers)
@@ -223,7 +226,7 @@ def _packed(colours: NDArray[Any]) -> NDArray[np.int64]:
 
 def _of_colours(stored: _Stored, classes: ClassList) -> NDArray[np.uint8]:
     if int(stored.samples.max()) > _MAX_VALUE:
-        raise InputError(f"label {stored.path} has 16 bits a sample: save masks in colours with 8")
+        raise InputError(f"label {stored.path} has 16 bits per sample: save coloured masks with 8")
     numbers, meant = _table(classes)
     packed = _packed(stored.samples)
     places = np.minimum(np.searchsorted(numbers, packed), len(numbers) - 1)
@@ -240,8 +243,8 @@ def _unknown_colour(stored: _Stored, unknown: NDArray[np.bool_], classes: ClassL
     distances = ((np.array(classes.colours, int) - colour.astype(int)) ** 2).sum(axis=1)
     nearest = int(distances.argmin())
     return (
-        f"label {stored.path} has the colour {_shown(colour)} at row {row}, column {column}, which is no class of "
-        f"classes.txt; the nearest is {classes.names[nearest]} {_shown(classes.colours[nearest])}: "
+        f"label {stored.path} has the colour {_as_text(colour)} at row {row}, column {column}, which is no class of "
+        f"classes.txt; the nearest is {classes.names[nearest]} {_as_text(classes.colours[nearest])}: "
         f"{_remedy_of_colours(stored, unknown, classes)}"
     )
 
@@ -251,7 +254,9 @@ def _remedy_of_colours(stored: _Stored, unknown: NDArray[np.bool_], classes: Cla
     if np.isin(_packed(samples[..., ::-1]), _table(classes)[0]).all():
         return "its channels are in the order blue, green, red: save it as RGB"
     if (samples == samples[..., :1]).all():
-        return "its three channels are equal: for values, save it with one channel or leave colours out of classes.txt"
+        return (
+            "its three channels are equal: for values, save it with one channel or remove the colours from classes.txt"
+        )
     if unknown.mean() < 0.2:
         return "save masks without smoothing or JPEG compression, or add the colour to classes.txt"
     return "add the colour to classes.txt (NAME R G B, or ignore R G B for void)"
@@ -262,5 +267,5 @@ def _colour(values: NDArray[Any]) -> Colour:
     return red, green, blue
 
 
-def _shown(colour: Any) -> str:
+def _as_text(colour: Any) -> str:
     return f"({', '.join(str(int(value)) for value in colour)})"

@@ -1,6 +1,6 @@
-"""The data sets that are known by how they lie on disk: their class lists, and the items of a split.
+"""Recognises data sets by their files: their class lists, and the items of a split.
 
-Looks at names, and at COCO's annotations; `dataset` decodes images and labels.
+Reads names and COCO's annotations only; `dataset` decodes images and labels.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ _CITYSCAPES_IDS = range(34)  # -1, the licence plate, is 255 in a PNG
 
 @dataclass(frozen=True)
 class LabelFile:
-    """A label PNG of a data set that fixes what its values mean: `classes` holds the class of each of the 256 values,
-    255 for void, -1 for a value that it does not use."""
+    """A label PNG of a data set that defines its values: `classes` holds the class of each of the 256 values, 255 for
+    void, -1 for a value that it does not use.
+    """
 
     path: Path
     classes: tuple[int, ...] = field(repr=False)
@@ -39,8 +40,9 @@ class LabelFile:
 
 @dataclass(frozen=True)
 class Item:
-    """One labelled image. `group` is its video sequence; an image that is of none is its own group. `label` says where
-    the labels come from: a PNG (a bare path where the class list says what its values mean) or outlines to draw."""
+    """One labelled image. `group` is its video sequence; an image without one is its own group. `label` is the source
+    of the labels: a PNG (a bare path if the class list defines its values) or outlines to draw.
+    """
 
     id: str
     group: str
@@ -49,7 +51,7 @@ class Item:
 
     @property
     def label_path(self) -> Path | None:
-        """The label PNG; None where the labels are drawn."""
+        """The label PNG; None if the labels are drawn."""
         if isinstance(self.label, coco.Outlines):
             return None
         return self.label.path if isinstance(self.label, LabelFile) else self.label
@@ -57,7 +59,7 @@ class Item:
 
 @dataclass(frozen=True)
 class FoundItems:
-    """The items of a split, and sentences on what lies there and is not read."""
+    """The items of a split, and sentences about files there that are not read."""
 
     items: tuple[Item, ...]
     notes: tuple[str, ...] = ()
@@ -65,8 +67,9 @@ class FoundItems:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way for a data set to lie on disk. A folder that has one of `marks` (glob patterns) is taken to be of this
-    layout; `expected` tells the user what belongs there. `classes` is None where the folder says them itself."""
+    """One way to arrange a data set on disk. A folder that has one of `marks` (glob patterns) has this layout;
+    `expected` tells the user which files it needs. `classes` is None if the folder defines them itself.
+    """
 
     name: str
     marks: tuple[str, ...]
@@ -77,14 +80,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder that are read, by name, and sentences on those that are not."""
+    """The files of a folder that are read, by name, and sentences about those that are not."""
 
     paths: tuple[Path, ...]
     notes: tuple[str, ...]
 
 
 def listed_files(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Listing:
-    """The files of a folder that end in one of `suffixes`, in small or capital letters; hidden ones are left out."""
+    """The files of a folder that end in one of `suffixes`, in small or capital letters; hidden ones are skipped."""
     read: list[Path] = []
     hidden: list[str] = []
     folders: list[str] = []
@@ -104,9 +107,9 @@ def listed_files(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Li
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
         notes.append(f"{_of(others.total(), 'file', folder)} not read ({kinds}): {_one_of(suffixes)} are")
     if hidden:
-        notes.append(f"{_of(len(hidden), 'hidden file', folder)} left out (first {hidden[0]})")
+        notes.append(f"{_of(len(hidden), 'hidden file', folder)} skipped (first {hidden[0]})")
     if folders:
-        notes.append(f"{_of(len(folders), 'folder', folder)} not looked into (first {folders[0]})")
+        notes.append(f"{_of(len(folders), 'folder', folder)} not searched (first {folders[0]})")
     return Listing(tuple(read), tuple(notes))
 
 
@@ -124,8 +127,8 @@ def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
     for path in paths:
         if path.stem in found:
             raise InputError(
-                f"{found[path.stem].name} and {path.name} of {path.parent} have the same name but for the suffix, "
-                "by which image and label find each other: keep one of them, or rename it"
+                f"{found[path.stem].name} and {path.name} of {path.parent} differ in the suffix only, and images and "
+                "labels are matched by name without suffix: keep one of them, or rename it"
             )
         found[path.stem] = path
     return found
@@ -195,7 +198,7 @@ _VOC_VALUES = _class_values(range(len(_VOC_NAMES)), ())
 
 
 def is_camvid(items: Iterable[Item]) -> bool:
-    """CamVid is known by the names of its four drives."""
+    """Whether the items have the names of CamVid's four drives."""
     return all(is_camvid_name(item.id) for item in items)
 
 
@@ -204,7 +207,7 @@ def is_camvid_name(name: str) -> bool:
 
 
 class AstrayError(InputError):
-    """A folder that holds no data set, or not the one that was meant; `brief` leaves out what is known beside."""
+    """A folder without a data set, or with another one than expected; `brief` omits what is expected."""
 
     def __init__(self, message: str, brief: str | None = None) -> None:
         super().__init__(message)
@@ -216,7 +219,7 @@ class NoLayoutError(AstrayError):
 
 
 def plain_layout(images: str, labels: str) -> Layout:
-    """Folders of images and labels, called so: in a folder for each split, or with one for each split in them."""
+    """Folders of images and labels with these names: in a folder for each split, or with one for each split in them."""
 
     def find(root: Path, split: str) -> FoundItems:
         return _find_plain(root, split, images, labels)
@@ -238,8 +241,8 @@ def _find_plain(root: Path, split: str, images: str, labels: str) -> FoundItems:
     items = found.items
     if len(items) == 1:
         raise InputError(
-            f"{root} has 1 image, and without splits the last fifth is for validation: add images, to train on 2 and "
-            "validate on 1 at the least"
+            f"{root} has 1 image, but without splits the last fifth is for validation: add images, to train on at "
+            "least 2 and validate on 1"
         )
     border = len(items) - max(1, round(len(items) * VALIDATION_SHARE))
     return replace(found, items=items[border:] if split == "val" else items[:border])
@@ -257,7 +260,7 @@ def _paired(images: Path, labels: Path) -> FoundItems:
         raise InputError(f"{labels} does not exist: every image needs a label PNG of the same name there")
     pictures, masks = listed_files(images), listed_files(labels, LABEL_SUFFIXES)
     if not pictures.paths and pictures.notes:
-        raise InputError(f"{images} holds no image that is read: {'; '.join(pictures.notes)}; convert them")
+        raise InputError(f"{images} has no image that is read: {'; '.join(pictures.notes)}; convert them")
     labelled, wanted = by_stem(masks.paths), by_stem(pictures.paths)
     items = [
         Item(stem, _sequence(stem), path, labelled.get(stem, labels / f"{stem}.png")) for stem, path in wanted.items()
@@ -328,7 +331,7 @@ def _listed(root: Path, lists: Path, split: str) -> list[str]:
 
 
 def _find_coco(root: Path, split: str) -> FoundItems:
-    coco.drawing_library()  # a missing extra is said now, not in the middle of a training
+    coco.drawing_library()  # a missing extra is reported now, not in the middle of a training
     path, images = root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
     if not path.is_file():
         found = (path.stem[len("instances_") : -len("2017")] for path in root.glob("annotations/instances_*2017.json"))
@@ -341,7 +344,7 @@ def _find_coco(root: Path, split: str) -> FoundItems:
 
 
 def _check_present(source: Path, names: Iterable[str], here: Container[str], folder: Path) -> None:
-    """Names are compared with those that lie there, so that none can lead out of the folder."""
+    """Compares names with those of existing files, so that none can lead out of the folder."""
     missing = [name for name in names if name not in here]
     if missing:
         raise InputError(
@@ -363,19 +366,19 @@ def _labelled(items: list[Item]) -> list[Item]:
 
 
 def _instead(wanted: Path) -> str:
-    """What lies where a label is missing and may be meant for it."""
+    """A file beside a missing label that may be meant as that label."""
     there = sorted(wanted.parent.iterdir()) if wanted.parent.is_dir() else []
     near = [path for path in there if path.name.startswith(wanted.stem)]
     if not near:
         return ""
     remedy = f"rename it to {wanted.name}" if near[0].suffix.lower() == wanted.suffix else "labels are PNG files"
-    return f" ({near[0].name} lies there: {remedy})"
+    return f"  ({near[0].name} is there: {remedy})"
 
 
 def _no_split(root: Path, split: str, found: Iterable[str], expected: Path) -> AstrayError:
     known = sorted(set(found))
-    told = f"{root} has no split {split!r}{did_you_mean(split, known)} (found: {', '.join(known) or 'none'})"
-    return AstrayError(f"{told}: expected {expected}", told)
+    missing = f"{root} has no split {split!r}{did_you_mean(split, known)} (found: {', '.join(known) or 'none'})"
+    return AstrayError(f"{missing}: expected {expected}", missing)
 
 
 LAYOUTS = (
@@ -412,9 +415,9 @@ LAYOUTS = (
 
 
 def find_layout(root: Path, names: tuple[str, str] = (IMAGES, LABELS)) -> Layout:
-    """The layout of a folder, from what lies in it; `names` are what the folders of images and labels are called.
+    """The layout of a folder, recognised from its files; `names` are the names of the folders of images and labels.
 
-    Raises NoLayoutError where nothing is recognised.
+    Raises NoLayoutError when nothing is recognised.
     """
     layouts = LAYOUTS if names == (IMAGES, LABELS) else (plain_layout(*names),)
     for layout in layouts:
@@ -422,4 +425,4 @@ def find_layout(root: Path, names: tuple[str, str] = (IMAGES, LABELS)) -> Layout
             return layout
     if names != (IMAGES, LABELS):
         raise InputError(f"{root} has no folder {names[0]}: expected {layouts[0].expected}")
-    raise NoLayoutError(f"{root} holds no data set in a known layout")
+    raise NoLayoutError(f"{root} has no data set in a known layout")

@@ -1,4 +1,4 @@
-"""Generated street scenes whose difficulty varies: data for the demo and golden inputs for bundles."""
+"""Generates street scenes of varying difficulty: data for the demo and golden inputs for bundles."""
 
 from __future__ import annotations
 
@@ -173,6 +173,8 @@ def write_scenes(
 
 
 def profiling_inputs(graph_set: GraphSet) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """What graphs are measured on: a generated frame at the network's input size, and the gate's thresholds."""
+    """The inputs that graphs are measured with: a generated frame at the network's input size, and the gate's
+    thresholds.
+    """
     frame = scenes.make_scene(0, graph_set.candidate.input_hw).frame
     return frame, threshold_table(graph_set.gate, len(graph_set.candidate.classes))

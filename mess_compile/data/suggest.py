@@ -1,4 +1,4 @@
-"""What was meant where a folder holds no data set: one above or below it, or folders that are called otherwise."""
+"""Suggests what a folder without a data set was meant to be: one above or below it, or folders with other names."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from mess_compile.data_folder import IMAGES, LABELS
 
 LEVELS_UP = 3
 _LOOKED_AT = 200
-"""Folders in a folder; who names the root of a disk waits no longer."""
-_SHOWN = 4
+"""At most so many folders in a folder are searched, so that the root of a disk takes no longer."""
+_LISTED = 4
 
 
 def did_you_mean_folder(root: Path) -> str:
-    """The sentence that a message about `root` ends with; empty where nothing near it looks like a data set."""
+    """The end of a message about `root`; empty if no folder near it looks like a data set."""
     found = _above(root) or ([] if _is_data_set(root) else _below(root))
     if not found:
         return ""
     if len(found) == 1:
         return f": did you mean --data {found[0]}?"
-    others = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f": name one of the data sets in it, --data {' or '.join(map(str, found[:_SHOWN]))}{others}"
+    others = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    return f": name one of the data sets in it, --data {' or '.join(map(str, found[:_LISTED]))}{others}"
 
 
 def _above(root: Path) -> list[Path]:
-    """The farthest, for a split of a plain folder looks like a data set of its own."""
+    """The topmost, since a split of a plain folder looks like a data set of its own."""
     parents = islice(root.resolve().parents, LEVELS_UP)
     found = [parent for parent in parents if _is_data_set(parent)]
     return [_as_written(found[-1], root)] if found else []
 
 
 def _below(root: Path) -> list[Path]:
-    """The nearest level that has some."""
+    """The nearest folders below that are data sets, all at the same depth."""
     children = _folders(root)
     deeper = islice(chain.from_iterable(map(_folders, children)), _LOOKED_AT)
     return list(filter(_is_data_set, children)) or list(filter(_is_data_set, deeper))
@@ -55,7 +55,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _is_data_set(folder: Path) -> bool:
-    """By its marks; folders named images are everywhere, and count with a class list or CamVid's names alone."""
+    """Decides by marks; folders named images are common, and count only with a class list or CamVid's names."""
     try:
         if (folder / "classes.txt").is_file():
             return any(any(folder.glob(mark)) for layout in LAYOUTS for mark in layout.marks)
@@ -77,17 +77,17 @@ _ELSE = "CamVid, Cityscapes, PASCAL VOC and COCO are read as they were unpacked"
 
 
 def nearest_layout(root: Path) -> str:
-    """How a message that `root` is of no known layout goes on: what lies there, and what would make it a data set."""
+    """The end of a message that `root` has no known layout: what it contains, and what would make it a data set."""
     found = _pictures_below(root)
     if not found:
-        return f": it holds no pictures; expected are {IMAGES}/, {LABELS}/ and classes.txt ({_ELSE})"
-    shown = ", ".join(f"{_name(folder, root)} ({_kinds(kinds)})" for folder, kinds in list(found.items())[:_SHOWN])
-    more = " and others" if len(found) > _SHOWN else ""
+        return f": it has no pictures; expected are {IMAGES}/, {LABELS}/ and classes.txt ({_ELSE})"
+    listed = ", ".join(f"{_name(folder, root)} ({_kinds(kinds)})" for folder, kinds in list(found.items())[:_LISTED])
+    more = " and others" if len(found) > _LISTED else ""
     pair = next((pair for pair in (_pair_with(label, found, root) for label in found) if pair), None)
     if pair is not None:
-        return f", but {shown}{more}: if these are images and labels, add --images {pair[0]} --labels {pair[1]}"
+        return f", but {listed}{more}: if these are images and labels, add --images {pair[0]} --labels {pair[1]}"
     return (
-        f", but {shown}{more}; nearest is {PLAIN}: put images into {IMAGES}/, label PNGs of the same names into "
+        f", but {listed}{more}; nearest is {PLAIN}: put images into {IMAGES}/, label PNGs of the same names into "
         f"{LABELS}/, and the class names into classes.txt ({_ELSE})"
     )
 
@@ -101,15 +101,15 @@ def _kinds(kinds: Counter[str]) -> str:
 
 
 def _pictures_below(root: Path) -> dict[Path, Counter[str]]:
-    """The folders that hold pictures, also such as are not read, and how many of which kind."""
+    """The folders with pictures, including formats that are not read, and how many of each kind."""
     found: dict[Path, Counter[str]] = {}
-    level = [root]
+    folders = [root]
     for _ in range(_DEPTH):
-        for folder in level:
+        for folder in folders:
             kinds = Counter(path.suffix.lower() for path in _entries(folder) if path.suffix.lower() in PICTURES)
             if kinds:
                 found[folder] = kinds
-        level = list(islice(chain.from_iterable(map(_folders, level)), _LOOKED_AT))
+        folders = list(islice(chain.from_iterable(map(_folders, folders)), _LOOKED_AT))
     return found
 
 
@@ -121,7 +121,7 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 
 def _pair_with(labels: Path, found: dict[Path, Counter[str]], root: Path) -> tuple[str, str] | None:
-    """What --images and --labels would be called if `labels` held label PNGs of another folder's images."""
+    """The values of --images and --labels if `labels` holds label PNGs of another folder's images."""
     if labels == root or not _is_labels(labels.relative_to(root), found[labels]):
         return None
     stems = {path.stem for path in _entries(labels)}

@@ -1,4 +1,4 @@
-"""Frames from a video file or a camera, and a video of what was seen in them, by OpenCV."""
+"""Reads frames from a video file or a camera, and writes annotated videos, by OpenCV."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what goes wrong is told in words of ours
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # errors are reported in our own messages
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 import cv2
@@ -22,11 +22,16 @@ from mess_compile.runtime.base.lfs_pointers import refuse_pointer
 
 Pixels = NDArray[np.uint8]
 CAMERA = "camera:"
-_NO_CAMERA = "cannot be opened: see that it is connected, that nothing else uses it, and that you may read /dev/video*"
-_NO_VIDEO = "is no video that OpenCV reads: damaged, or of a codec that it lacks (convert it: `ffmpeg -i IN OUT.mp4`)"
+_NO_CAMERA = (
+    "cannot be opened: check that it is connected, that no other program uses it, and that you may read /dev/video*"
+)
+_NO_VIDEO = (
+    "is not a video that OpenCV can read: it is damaged, or has a codec that OpenCV lacks (convert it: `ffmpeg -i IN "
+    "OUT.mp4`)"
+)
 _USUAL_FPS = 25.0
 _CODEC = "mp4v"
-"""Every build of OpenCV with FFmpeg has it, the wheels too; its sides are even."""
+"""Every build of OpenCV with FFmpeg has it, the wheels, too; it needs even sides."""
 _BAND, _BOX, _DARK, _TEXT = (24, 24, 24), (255, 196, 0), (90, 90, 90), (255, 255, 255)
 
 
@@ -40,10 +45,10 @@ class Shot:
 
 
 class VideoSource:
-    """A video file or a camera, open; `frames` is how many it announces, 0 where that is not known.
+    """An open video file or camera; `frames` is the number of frames that it announces, 0 if unknown.
 
-    Of the frames that are wanted, `lost` has the numbers of those between others that could not be decoded, and
-    `unread`, at the end, of those that were announced and did not come.
+    Among the selected frames, `lost` counts those between others that could not be decoded, and `unread` those at the
+    end that were announced but did not come.
     """
 
     def __init__(self, capture: cv2.VideoCapture, live: bool, every: int) -> None:
@@ -56,7 +61,7 @@ class VideoSource:
         self.unread: list[int] = []
 
     def shots(self, limit: int | None) -> Iterator[Shot]:
-        """Every so many frames, at most `limit`; from a camera what it shows by then, placed by the time it was."""
+        """Every `every`-th frame, at most `limit`; from a camera the current frame, placed by its time."""
         taken, started = 0, time.monotonic()
         for number in self._grabbed():
             if number % self._every:
@@ -72,9 +77,9 @@ class VideoSource:
                 return
 
     def _grabbed(self) -> Iterator[int]:
-        """The numbers of frames, each of them at hand.
+        """The numbers of the grabbed frames, each ready to be decoded.
 
-        OpenCV tells of a damaged one as of the end of the file: what is announced behind it is tried as well.
+        OpenCV reports a damaged frame like the end of the file, so the announced frames after it are tried, too.
         """
         number, damaged = 0, 0
         while not damaged or number + damaged <= self._announced:
@@ -93,12 +98,12 @@ class VideoSource:
 
 @contextmanager
 def opened(name: str, every: int) -> Iterator[VideoSource]:
-    """A file, or `camera:N`, of which every so many frames are taken. Raises InputError when it shows nothing."""
+    """Open a file, or `camera:N`, to take every `every`-th frame. Raises InputError when it has no frame."""
     live = name.startswith(CAMERA)
     if live and not name[len(CAMERA) :].isdecimal():
-        raise InputError(f"{name!r} is no camera: write camera:0, or another number")
+        raise InputError(f"{name!r} is not a camera: write camera:0, or another number")
     if not live and not Path(name).is_file():
-        raise InputError(f"{name} does not exist, or is no file")
+        raise InputError(f"{name} does not exist, or is not a file")
     _check_name(name)
     if not live:
         refuse_pointer(Path(name))
@@ -112,15 +117,17 @@ def opened(name: str, every: int) -> Iterator[VideoSource]:
 
 
 def _check_name(name: str) -> None:
-    """Raises InputError for one that OpenCV cannot be given."""
+    """Raises InputError for a name that OpenCV cannot open."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(f"{name} is not UTF-8, and OpenCV opens no such name: rename the file or folder") from error
+        raise InputError(
+            f"{name} is not UTF-8, and OpenCV cannot open such a name: rename the file or folder"
+        ) from error
 
 
 class Video:
-    """A video file that is being written, whose size is that of its first picture."""
+    """A video file that is being written; its first picture sets its size."""
 
     def __init__(self, path: Path, fps: float) -> None:
         self._path, self._fps = path, fps
@@ -128,7 +135,9 @@ class Video:
         self.slots = 0
 
     def write(self, picture: Pixels, slot: int) -> None:
-        """Show a picture, uint8 RGB (H, W, 3), up to `slot` and in it. Raises InputError when there is no codec."""
+        """Repeat the last picture up to `slot`, then write this one, uint8 RGB (H, W, 3). Raises InputError without a
+        codec.
+        """
         height, width = picture.shape[:2]
         even = cv2.copyMakeBorder(picture, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
         if self._writer is None:
@@ -142,8 +151,8 @@ class Video:
         writer = cv2.VideoWriter(str(self._path), cv2.VideoWriter.fourcc(*_CODEC), self._fps, size)
         if not writer.isOpened():
             raise InputError(
-                f"this OpenCV ({cv2.__version__}) writes no {_CODEC} video of {size[0]}x{size[1]}: "
-                "`pip install opencv-python-headless`, whose wheels do"
+                f"this OpenCV ({cv2.__version__}) cannot write {_CODEC} video of {size[0]}x{size[1]}: run `pip "
+                "install opencv-python-headless`, whose wheels can"
             )
         return writer
 
@@ -154,9 +163,9 @@ class Video:
 
 @contextmanager
 def written(path: Path, fps: float) -> Iterator[Video]:
-    """A video that is at `path` once the body ends well, and all of whose pictures can be read then.
+    """A video that appears at `path` when the body succeeds, once all of its pictures can be read back.
 
-    Raises InputError when they cannot, which OpenCV does not tell.
+    Raises InputError when they cannot, which OpenCV does not report.
     """
     _check_name(str(path))
     with files.replaced(path, path.suffix) as temporary:
@@ -165,9 +174,9 @@ def written(path: Path, fps: float) -> Iterator[Video]:
             yield video
         finally:
             video.close()
-        kept = _frames_in(temporary)
-        if kept != video.slots:
-            raise InputError(f"{path} would hold {kept} of {video.slots} frames: see that the disk is not full")
+        written = _frames_in(temporary)
+        if written != video.slots:
+            raise InputError(f"{path} would have {written} of {video.slots} frames: check that the disk is not full")
 
 
 def _frames_in(path: Path) -> int:
@@ -180,19 +189,19 @@ def _frames_in(path: Path) -> int:
 
 def annotated(picture: Pixels, exit_: int, exits: int, words: str) -> Pixels:
     """The picture, uint8 RGB (H, W, 3), with a band: a box for each exit, filled up to the one taken, then `words`."""
-    shown: Pixels = picture.copy()
-    height, width = shown.shape[:2]
+    image: Pixels = picture.copy()
+    height, width = image.shape[:2]
     band = min(max(height // 12, 12), 40)
     side, gap = band // 2, band // 4
-    cv2.rectangle(shown, (0, 0), (width - 1, band - 1), _BAND, -1)
+    cv2.rectangle(image, (0, 0), (width - 1, band - 1), _BAND, -1)
     for number in range(exits):
         left = gap + number * (side + gap)
         colour = _BOX if number < exit_ else _DARK
-        cv2.rectangle(shown, (left, gap), (left + side - 1, gap + side - 1), colour, -1)
+        cv2.rectangle(image, (left, gap), (left + side - 1, gap + side - 1), colour, -1)
     start = gap + exits * (side + gap) + gap
     (wide, tall), _ = cv2.getTextSize(words, cv2.FONT_HERSHEY_SIMPLEX, 1.0, 1)
     scale = min(0.6 * band / tall, (width - start - gap) / wide)
     if scale > 0:
         place = start, gap + side
-        cv2.putText(shown, words, place, cv2.FONT_HERSHEY_SIMPLEX, scale, _TEXT, 1, cv2.LINE_AA)
-    return shown
+        cv2.putText(image, words, place, cv2.FONT_HERSHEY_SIMPLEX, scale, _TEXT, 1, cv2.LINE_AA)
+    return image

@@ -25,7 +25,7 @@ from mess_compile.workspace import Workspace
 if TYPE_CHECKING:
     from mess_compile.engines.build import EngineSet
     from mess_compile.engines.recipes import PreciseGraphs
-    from mess_compile.graph.settle_precision import Fallback
+    from mess_compile.graph.choose_precision import Fallback
 
 PRECISION_FRAMES = 24
 

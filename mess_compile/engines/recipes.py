@@ -15,8 +15,8 @@ import onnx
 from mess_compile import files
 from mess_compile.engines.files import EngineFiles
 from mess_compile.graph import store
+from mess_compile.graph.choose_precision import Fallback, PrecisionRequest, choose_precisions
 from mess_compile.graph.precision import Array, is_fp16, write_out_roundings
-from mess_compile.graph.settle_precision import Fallback, settle
 from mess_compile.network import GraphSet, check_graphs, read_graph_set
 from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
@@ -61,7 +61,8 @@ def precise_graphs(
 
     fp32 is the graphs themselves. Other recipes are kept below `folder` and taken again for the same graphs, when
     `renewed` for the same images as well; else they are settled on images of the split `tune`, int8 calibrated on
-    images of train; what a killed call has found out of each graph is kept. Raises what `images` and `settle` do.
+    images of train; what a killed call has found out of each graph is kept. Raises what `images` and
+    `choose_precisions` do.
     """
     if wanted == FP32:
         return PreciseGraphs(graph_set, ())
@@ -76,9 +77,8 @@ def precise_graphs(
         return known
     kept = folder / f"{_KEPT}{place.name}-{made_from[:16]}"
     with closing(open_library("onnxruntime")) as library:
-        converted, fallbacks = settle(
-            graph_set, wanted, judged, place, library, progress, calibration=calibration, allowed=allowed, kept=kept
-        )
+        request = PrecisionRequest(wanted, judged, calibration, allowed)
+        converted, fallbacks = choose_precisions(graph_set, request, place, library, progress, kept)
     settled = PreciseGraphs(converted, fallbacks, made_from, seen, len(judged), len(calibration))
     _write(settled)
     for left in folder.glob(f"{_KEPT}{place.name}-{'?' * 16}"):  # of other graphs, too

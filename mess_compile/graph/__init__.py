@@ -1,1 +1,1 @@
-"""ONNX in, ONNX out: cut, gate, output graph, weight store, checks."""
+"""Transforms ONNX graphs: imports, cuts, gates, output graphs, precision, weight store, checks."""

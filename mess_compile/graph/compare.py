@@ -1,4 +1,4 @@
-"""How near a graph in another precision, or a path of such graphs, comes to fp32 on real images."""
+"""Compares a graph in another precision, or a path of such graphs, with fp32 on real images."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import Engine, Library
 
 LEAST_AGREEMENT = {"int8": 98.0, "fp16": 99.5}
-"""Percent of the cells whose label must be that of fp32, which is the measure itself."""
+"""Percent of the cells whose label must equal that of fp32; labels decide."""
 
 
 @dataclass(frozen=True)
 class Agreement:
     """Labels and numbers against fp32 on the same inputs.
 
-    `agreeing` of `cells` labels are the same, over all frames; no cells where there is nothing to label.
-    `relative_error` is the largest of any frame and floating-point output, ||found - exact|| / ||exact||. `nonfinite`
-    names the outputs in which NaN or infinity was found.
+    `agreeing` of `cells` labels are equal, over all frames; no cells if there is nothing to label. `relative_error` is
+    the largest of any frame and floating-point output, ||found - exact|| / ||exact||. `nonfinite` names the outputs
+    that contain NaN or infinity.
     """
 
     frames: int
@@ -43,7 +43,7 @@ class Agreement:
 
 
 def verdict(agreement: Agreement, precision: str) -> str | None:
-    """Why a graph of this precision must not be used; None when it may."""
+    """Why a graph of this precision must not be used; None if it may."""
     if agreement.nonfinite:
         return f"NaN or infinity in {', '.join(agreement.nonfinite)}"
     least = LEAST_AGREEMENT.get(precision, 0.0)
@@ -55,8 +55,8 @@ def verdict(agreement: Agreement, precision: str) -> str | None:
 def compare(reference: Path, candidate: Path, feeds: Iterable[Feed], library: Library) -> Agreement:
     """Run two forms of one graph on the same inputs, one feed per frame.
 
-    Labels are those of `labels`, or of the highest of `logits`; a segment has none. Raises InputError when there are
-    no feeds or the reference itself gives NaN or infinity, EngineError when a graph does not run.
+    Labels are `labels`, or the argmax of `logits`; a segment has none. Raises InputError when there are no feeds or the
+    reference itself gives NaN or infinity, EngineError when a graph does not run.
     """
     with loaded(library, reference) as exact, loaded(library, candidate) as found:
         return agreement_of((run(library, exact, feed), run(library, found, feed)) for feed in feeds)
@@ -65,10 +65,11 @@ def compare(reference: Path, candidate: Path, feeds: Iterable[Feed], library: Li
 def check_path(
     graph_set: GraphSet, converted: GraphSet, exits: Sequence[int], head: str, frames: Sequence[Array], library: Library
 ) -> Agreement:
-    """Labels of `head` at the end of the path over the exit points `exits`, in `converted` and in fp32 `graph_set`.
+    """Compare labels of `head` at the end of the path over the exit points `exits`, in `converted` and fp32
+    `graph_set`.
 
-    A segment has no labels of its own: this is how it is judged. Frames are uint8 (H, W, 3) at the network's input
-    size. Raises what `compare` does.
+    This judges segments, which have no labels of their own. Frames are uint8 (H, W, 3) at the network's input size.
+    Raises what `compare` does.
     """
     names = [segment_name(a, b) for a, b in pairwise((0, *exits))] + [head_graph_name(head)]
     feeds = [{"image": frame[None], "thresholds": thresholds_of(graph_set)} for frame in frames]
@@ -80,10 +81,10 @@ def check_path(
 
 @contextmanager
 def loaded(library: Library, path: Path) -> Iterator[Engine]:
-    """The engine of a graph, for as long as needed.
+    """Load a graph's engine, and close it at the end.
 
-    ONNX Runtime computes fp16 in fp32 on a CPU and rounds only where the graph has a Cast: an overflow between two
-    convolutions would go unnoticed. It gets a copy with every rounding written out.
+    ONNX Runtime computes fp16 in fp32 on a CPU and rounds only at a Cast: an overflow between two convolutions would go
+    unnoticed. It gets a copy with every rounding written out.
     """
     with TemporaryDirectory() as folder:
         if library.name == "onnxruntime" and is_fp16(read_model(path)):
@@ -96,20 +97,20 @@ def loaded(library: Library, path: Path) -> Iterator[Engine]:
 
 
 def run(library: Library, engine: Engine, feed: Feed) -> Feed:
-    """Outputs of one graph, which takes what it asks for from the feed."""
+    """Outputs of one graph, which takes its inputs from the feed."""
     outputs = engine.run({name: library.upload(feed[name]) for name in engine.inputs})
     return {name: library.download(tensor).copy() for name, tensor in outputs.items()}
 
 
 def _run_path(library: Library, engines: Sequence[Engine], feed: Feed) -> Feed:
-    """Outputs of the last graph; each takes what it asks for from the feed and from those before it."""
+    """Outputs of the last graph; each takes its inputs from the feed and from the graphs before it."""
     for engine in engines:
         feed = {**feed, **run(library, engine, feed)}
     return {name: feed[name] for name in engines[-1].outputs}
 
 
 def agreement_of(pairs: Iterable[tuple[Feed, Feed]]) -> Agreement:
-    """Of every frame's exact and found outputs. Raises InputError when there are none or the exact are not finite."""
+    """Compare each frame's exact and found outputs. Raises InputError if there are none or the exact are not finite."""
     frames = cells = agreeing = 0
     error, nonfinite = 0.0, set()
     for exact, found in pairs:
@@ -117,7 +118,7 @@ def agreement_of(pairs: Iterable[tuple[Feed, Feed]]) -> Agreement:
         for name, wanted in exact.items():
             if wanted.dtype.kind == "f":
                 if not np.isfinite(wanted).all():
-                    raise InputError(f"{name} holds NaN or infinity in fp32 already: train the network again")
+                    raise InputError(f"{name} contains NaN or infinity even in fp32: train the network again")
                 deviation = _relative_error(found[name], wanted)
                 error = max(error, deviation)
                 nonfinite |= set() if np.isfinite(deviation) else {name}
@@ -143,6 +144,6 @@ def labels_of(outputs: Feed) -> Array:
 
 
 def thresholds_of(graph_set: GraphSet) -> Array:
-    """What a gate is fed: (T, K), a row for each of its thresholds."""
+    """The thresholds that feed a gate: (T, K), one row per threshold."""
     rows = np.asarray(graph_set.gate.thresholds, np.float32)
     return np.repeat(rows[:, None], len(graph_set.candidate.classes), axis=1)

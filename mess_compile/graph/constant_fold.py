@@ -1,4 +1,4 @@
-"""Fold what does not depend on the image: Constant nodes, sizes computed from sizes."""
+"""Folds constants: Constant nodes, and sizes computed from sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mess_compile.graph.node_builder import OPSET, keep
 _SIZES = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
 _NUMBERS = (*_SIZES, TensorProto.FLOAT)
 _GROWING = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Range": 1, "Pad": 1, "OneHot": 1}
-"""Operators whose output may be far larger than their inputs, and which input says how large."""
+"""Operators whose output may be much larger than their inputs, and the input that sets its size."""
 _MOST_ELEMENTS = 1 << 20
 _MOST_FLOATS = 1 << 12
 _BY_CHANCE = ("Bernoulli", "Dropout", "Multinomial", "RandomNormalLike", "RandomUniformLike")
@@ -25,23 +25,24 @@ _SUBGRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 def fold_constants(model: onnx.ModelProto, floats: bool = False) -> None:
     """Turn Constant nodes, and nodes that compute integers from constants, into initializers.
 
-    With `floats`, nodes that compute anything from a few constants, too.
+    With `floats`, also nodes that compute anything from a few constants.
 
-    One form to cut, share and store; and TensorRT 8.5 wants initializers where ONNX allows computed sizes.
+    There is then one form to cut, share and store; and TensorRT 8.5 needs initializers where ONNX allows computed
+    sizes.
     """
     graph = model.graph
     known = {tensor.name: tensor for tensor in graph.initializer if not uses_external_data(tensor)}
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), OPSET)
-    folded, kept = {}, []
+    folded, remaining = {}, []
     for node in graph.node:
         value = _value(node, known, opset) if _is_foldable(node, known, floats) else None
         if value is None:
-            kept.append(node)
+            remaining.append(node)
         else:
             folded[node.output[0]] = known[node.output[0]] = numpy_helper.from_array(value, node.output[0])
-    read = {name for node in kept for name in node.input} | {value.name for value in graph.output}
+    read = {name for node in remaining for name in node.input} | {value.name for value in graph.output}
     graph.initializer.extend(tensor for name, tensor in folded.items() if name in read)
-    keep(graph.node, kept)
+    keep(graph.node, remaining)
 
 
 def has_subgraph(node: onnx.NodeProto) -> bool:
@@ -64,7 +65,7 @@ def _is_foldable(node: onnx.NodeProto, known: dict[str, onnx.TensorProto], float
 
 
 def _grows(node: onnx.NodeProto, known: dict[str, onnx.TensorProto]) -> bool:
-    """Whether a few bytes of sizes ask for an array that no size is: it would fill the memory."""
+    """Whether a few bytes of sizes request an array too large to be a size: it would fill the memory."""
     if node.op_type not in _GROWING:
         return False
     sizes = numpy_helper.to_array(known[node.input[_GROWING[node.op_type]]]).ravel().tolist()
@@ -72,7 +73,7 @@ def _grows(node: onnx.NodeProto, known: dict[str, onnx.TensorProto]) -> bool:
 
 
 def _value(node: onnx.NodeProto, known: dict[str, onnx.TensorProto], opset: int) -> Any:
-    """The node's output, or None where the evaluator cannot compute it: then the engine library will."""
+    """The node's output, or None if the evaluator cannot compute it: the engine library will."""
     if _grows(node, known):
         return None
     feeds = {name: numpy_helper.to_array(known[name]) for name in node.input if name}

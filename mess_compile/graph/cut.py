@@ -1,4 +1,7 @@
-"""Cut the whole network into segments, gated heads and output graphs (DESIGN.md, decision 2)."""
+"""Cuts the whole network into segments, gated heads and output graphs.
+
+One ONNX file of the whole network is written first, then cut: any framework's multi-exit ONNX can come in here.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +40,10 @@ from mess_compile.runtime.base.errors import InputError
 
 NETWORK = "network.onnx"
 METADATA_KEY = "mess"
-_REMEDY = f"name its tensors with --exits exits.toml, or see docs/own-network.md for what {METADATA_KEY!r} holds"
+_REMEDY = f"name its tensors with --exits exits.toml, or see docs/own-network.md for the content of {METADATA_KEY!r}"
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of what was done, how many are done, and of how many."""
+"""Called with the name of the finished item, how many are finished, and of how many."""
 
 
 def logits_name(head: str) -> str:
@@ -51,7 +54,7 @@ def logits_name(head: str) -> str:
 def import_network(model: onnx.ModelProto) -> gs.Graph:
     """The network with known shapes, ready to be cut; external weights stay references.
 
-    Raises InputError for dynamic shapes and for control flow, whose tensors cannot be followed.
+    Raises InputError for dynamic shapes and for control flow, through which tensors cannot be followed.
     """
     activations(model)
     for node in model.graph.node:
@@ -63,8 +66,8 @@ def import_network(model: onnx.ModelProto) -> gs.Graph:
 def cut(network: gs.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
     """The part of `network` between tensors, by name; weights stay references.
 
-    Raises InputError naming a tensor that does not exist, that the outputs need although `inputs` do not bound it,
-    or that the outputs do not depend on.
+    Raises InputError naming a tensor that does not exist, that the outputs need although `inputs` do not bound it, or
+    that the outputs do not depend on.
     """
     tensors = network.tensors()
     for name in (*inputs, *outputs):
@@ -99,7 +102,7 @@ def cut(network: gs.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> onn
 
 
 def candidate_from_metadata(model: onnx.ModelProto, path: Path) -> CandidateNetwork:
-    """The candidate network that a whole-network ONNX describes; workloads left out are 0, the identity "".
+    """The candidate network that a whole-network ONNX describes; missing workloads are 0, the identity is "".
 
     Raises InputError naming what is missing or wrong.
     """
@@ -121,7 +124,7 @@ def cut_network(folder: Path, gate: Gate, progress: Progress) -> GraphSet:
     """Cut `folder/network.onnx` into every graph that a plan can need, beside it, and write `index.json`.
 
     Segments a-b for all 0 <= a < b <= N, every head with its gate, an output graph per size of feature map, and the
-    baseline. Raises InputError when the network is not what its metadata say.
+    baseline. Raises InputError when the network differs from its metadata.
     """
     model = read_model(folder / NETWORK)
     network = import_network(model)
@@ -144,7 +147,7 @@ def cut_network(folder: Path, gate: Gate, progress: Progress) -> GraphSet:
 def add_baseline_alone(graph_set: GraphSet, whole: Path) -> GraphSet:
     """Cut the single-exit network that was trained alone, and list its graph in `index.json`.
 
-    `whole` is that network's ONNX, beside the other graphs, and is removed. Raises InputError.
+    `whole` is that network's ONNX, beside the other graphs; it is removed. Raises InputError.
     """
     model = read_model(whole)
     candidate = candidate_from_metadata(model, whole)
@@ -217,13 +220,13 @@ def _with_counted_macs(candidate: CandidateNetwork, network: gs.Graph) -> Candid
 
 
 def _check_tensors(candidate: CandidateNetwork, network: gs.Graph) -> None:
-    """Hold the metadata's shapes against the graph's, and names against what a file name may hold."""
+    """Check the metadata's shapes against the graph's, and names against what a file name may contain."""
     expected = {"image": ("uint8", (1, *candidate.input_hw, 3))}
     for number, point in enumerate(candidate.exit_points, start=1):
         expected[_exit_tensor(number)] = ("float32", (1, point.channels, *point.hw))
     for head in candidate.heads:
         if not re.fullmatch(r"[\w.-]+", head.config):
-            raise InputError(f"head {head.name!r}: a head's name holds letters, digits, '_', '-' and '.' only")
+            raise InputError(f"head {head.name!r}: a head's name may contain only letters, digits, '_', '-' and '.'")
         hw = candidate.logits_hw(head)
         expected[logits_name(head.name)] = ("float32", (1, len(candidate.classes), *hw))
     tensors = network.tensors()
@@ -233,4 +236,4 @@ def _check_tensors(candidate: CandidateNetwork, network: gs.Graph) -> None:
             raise InputError(f"the network has no tensor {name!r}: the whole-network ONNX must name it")
         if (np.dtype(tensor.dtype).name, tuple(tensor.shape)) != (dtype, shape):
             found = f"{np.dtype(tensor.dtype).name} {tuple(tensor.shape)}"
-            raise InputError(f"tensor {name!r} is {found}; the metadata ask for {dtype} {shape}")
+            raise InputError(f"tensor {name!r} is {found}, but the metadata say {dtype} {shape}")

@@ -1,4 +1,4 @@
-"""Where another framework's model is cut: the tensors that its TOML names, found and checked in the graph."""
+"""Finds the cut points of another framework's model: the tensors that its TOML names, checked in the graph."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _CHANNELS_LAST = [0, 2, 3, 1]
 
 @dataclass(frozen=True)
 class Places:
-    """The tensors at which a model is cut: exit points f32 (1, C, h, w) in running order, and each head's logits
-    f32 (1, K, h, w), by head name. Of two classes K may be 1: what speaks for the second."""
+    """The tensors at which a model is cut: exit points f32 (1, C, h, w) in running order, and each head's logits f32
+    (1, K, h, w), by head name. For two classes K may be 1: the logit of the second.
+    """
 
     exits: dict[str, TensorSpec]
     logits: dict[str, TensorSpec]
@@ -28,7 +29,7 @@ class Places:
 
 @dataclass(frozen=True)
 class _Model:
-    """The graph to look around in: its input, the tensors that depend on it, and what makes each."""
+    """The searched graph: its input, the tensors that depend on it, and the node that makes each."""
 
     graph: onnx.GraphProto
     image: str
@@ -43,18 +44,18 @@ class _Model:
         return name
 
     def above(self, name: str) -> list[str]:
-        """The tensors that `name` is made from, weights left out."""
+        """The tensors that `name` is computed from, without weights."""
         maker = self.makers.get(name)
         return [] if maker is None else [source for source in maker.input if source in self.tensors]
 
 
 def find_places(model: onnx.ModelProto, image: str, hw: tuple[int, int], exits: ExitsFile) -> Places:
-    """Find what `exits` names in a model whose only input `image` has frames of size `hw`.
+    """Find the tensors that `exits` names in a model whose only input `image` has frames of size `hw`.
 
-    Tensors that only repeat another (Identity, a channels-last copy) stand for that one, logits upsampled to `hw` and
-    the Sigmoid of one channel for those before. Raises InputError naming the entry: a tensor that is no map, exit
-    points that connections pass around or that are out of order, a head that does not depend on its exit point's
-    tensor, or on more than that.
+    A tensor that only repeats another (Identity, a channels-last copy) is resolved to that one, logits upsampled to
+    `hw` and the Sigmoid of one channel to the logits before. Raises InputError naming the entry: a tensor that is not a
+    map, exit points that connections bypass or that are out of order, a head that does not depend on its exit point's
+    tensor, or depends on more.
     """
     found = _model(model, image, hw)
     points = {f"exit{number}": _point(found, number, exits) for number in range(1, len(exits.points) + 1)}
@@ -113,19 +114,19 @@ def _checked_map(where: str, spec: TensorSpec) -> TensorSpec:
 
 
 def _no_map(spec: TensorSpec) -> str:
-    return f"tensor {spec.name!r} is of shape {spec.shape}, not a map (1, channels, h, w)"
+    return f"tensor {spec.name!r} has the shape {spec.shape}, not that of a map (1, channels, h, w)"
 
 
 def _check_distinct(tensors: dict[str, str]) -> None:
     seen: dict[str, str] = {}
     for where, name in tensors.items():
         if name in seen:
-            raise InputError(f"{seen[name]} and {where} are both at tensor {name!r}: each has one of its own")
+            raise InputError(f"{seen[name]} and {where} are both at tensor {name!r}: each needs its own")
         seen[name] = where
 
 
 def _check_backbone(model: _Model, points: dict[str, TensorSpec], exits: ExitsFile) -> None:
-    """Exit points lie in order on the tensors that everything passes through from the input to the last of them."""
+    """Check that exit points lie in order on the tensors that every path from the input to the last of them passes."""
     *_, (final, last) = points.items()
     order = _upstream(model, last.name)
     narrows = _narrows(model, order, last.name)
@@ -139,14 +140,14 @@ def _check_backbone(model: _Model, points: dict[str, TensorSpec], exits: ExitsFi
             raise InputError(f"{where} ({name!r}) is a side branch: {_goes_on(model, narrows, name)}; {hint}")
         if name not in narrows:
             hint = _around(order, tuple(each for each in narrows if _is_map(model.tensors[each])), name)
-            raise InputError(f"a connection passes around {where} ({name!r}) on the way to {final}: {hint}")
+            raise InputError(f"a connection bypasses {where} ({name!r}) on the way to {final}: {hint}")
         if passed and order[name] < order[points[passed].name]:
             raise InputError(f"{passed} comes after {where} ({name!r}): list exits in running order")
         passed = where
 
 
 def _upstream(model: _Model, name: str) -> dict[str, int]:
-    """All that `name` is made from and itself, weights left out, each with its place in running order."""
+    """`name` and everything that it is computed from, without weights, each with its place in running order."""
     wanted = {name}
     for node in reversed(model.graph.node):
         if wanted.intersection(node.output):
@@ -156,9 +157,9 @@ def _upstream(model: _Model, name: str) -> dict[str, int]:
 
 
 def _narrows(model: _Model, order: dict[str, int], last: str) -> tuple[str, ...]:
-    """The tensors that every path from the input to `last` leads through, in running order, the input left out.
+    """The tensors that every path from the input to `last` passes, in running order, without the input.
 
-    Once such a tensor is made, it alone is still needed.
+    Once such a tensor is computed, nothing before it is needed.
     """
     last_use = {source: step for name, step in order.items() for source in model.above(name)}
     last_use[last] = len(order)
@@ -172,11 +173,11 @@ def _narrows(model: _Model, order: dict[str, int], last: str) -> tuple[str, ...]
 
 
 def _goes_on(model: _Model, narrows: tuple[str, ...], name: str) -> str:
-    """Where the backbone leaves a tensor aside."""
+    """Where the backbone branches off from a tensor."""
     above = _upstream(model, name)
     *_, fork = (model.image, *(narrow for narrow in narrows if narrow in above))
     spec = model.tensors[fork]
-    return f"the backbone goes on from {fork!r}" + ("" if _is_map(spec) else f", which is no map but {spec.shape}")
+    return f"the backbone goes on from {fork!r}" + ("" if _is_map(spec) else f", which is not a map but {spec.shape}")
 
 
 def _is_map(spec: TensorSpec) -> bool:
@@ -184,7 +185,7 @@ def _is_map(spec: TensorSpec) -> bool:
 
 
 def _nearest_place(model: _Model, number: int, name: str, exits: ExitsFile) -> str:
-    """The tensor nearest to `name` where exit point `number` with its heads could lie, as the end of a message."""
+    """The tensor nearest to `name` where exit point `number` with its heads could be, as the end of a message."""
     end = model.resolved(exits.heads[exits.baseline].logits)
     order = _upstream(model, end)
     narrows = [each for each in _narrows(model, order, end) if _is_map(model.tensors[each])]
@@ -196,17 +197,17 @@ def _nearest_place(model: _Model, number: int, name: str, exits: ExitsFile) -> s
     for each in sorted(between, key=lambda each: abs(steps[each] - steps.get(name, 0))):
         if each not in heads and all(_beyond(model, head, each) is None for head in heads):
             return f"the nearest tensor that works is {each!r}"
-    return "no other tensor works for its heads: they need one map that everything passes through"
+    return "no other tensor works for its heads: they need one map that every path passes through"
 
 
 def _around(order: dict[str, int], narrows: tuple[str, ...], name: str) -> str:
     before = [f"{narrow!r} before it" for narrow in narrows if order[narrow] < order[name]]
     after = [f"{narrow!r} after it" for narrow in narrows if order[narrow] > order[name]]
-    return f"everything passes through {' and '.join(before[-1:] + after[:1])}"
+    return f"every path passes through {' and '.join(before[-1:] + after[:1])}"
 
 
 def _logits(model: _Model, where: str, name: str, exits: ExitsFile) -> TensorSpec:
-    """A head's logits: the tensor named, or what is upsampled to the input's size to make it."""
+    """A head's logits: the named tensor, or the one that is upsampled to the input's size to make it."""
     spec = _checked_logits(model, where, name)
     maker = model.makers.get(spec.name)
     if _size(spec) == model.hw and maker is not None and maker.op_type == "Resize":
@@ -220,13 +221,13 @@ def _logits(model: _Model, where: str, name: str, exits: ExitsFile) -> TensorSpe
 
 
 def _check_size(model: _Model, where: str, spec: TensorSpec) -> None:
-    """A map of logits lies over the image: no larger, and but for rounding of the same proportions."""
+    """Check that logits cover the image: not larger, and of the same proportions up to rounding."""
     least = [full / (size + 1) for size, full in zip(_size(spec), model.hw, strict=True)]
     most = [full / (size - 1) if size > 1 else np.inf for size, full in zip(_size(spec), model.hw, strict=True)]
     if max(least) >= min(most) or any(size > full for size, full in zip(_size(spec), model.hw, strict=True)):
         raise InputError(
-            f"{where}: logits {spec.name!r} are {_shown(_size(spec))}, which does not lie over an input of "
-            f"{_shown(model.hw)}: name a map of the whole image, no larger than the input and of its proportions"
+            f"{where}: logits {spec.name!r} are {_as_text(_size(spec))}, which does not cover an input of "
+            f"{_as_text(model.hw)}: name a map of the whole image, no larger than the input and of its proportions"
         )
 
 
@@ -234,7 +235,7 @@ def _check_classes(where: str, spec: TensorSpec, exits: ExitsFile) -> None:
     channels, classes = spec.shape[1], 1 if exits.single else len(exits.classes)
     if channels == classes or (channels == 1 and classes == 2):
         return
-    single = "; a single class is told by one channel, as of a Sigmoid" if exits.single else ""
+    single = "; a single class has one channel, as before a Sigmoid" if exits.single else ""
     raise InputError(
         f"{where}: logits {spec.name!r} have {channels} channels for {classes} classes: list as many classes as there "
         f"are channels{single}"
@@ -245,27 +246,30 @@ def _checked_logits(model: _Model, where: str, name: str) -> TensorSpec:
     spec = _tensor(model, where, name)
     maker = model.makers.get(spec.name)
     if maker is not None and maker.op_type == "Sigmoid" and spec.shape[1:2] == (1,):
-        return _checked_logits(model, where, maker.input[0])  # above 0.5 where its input is above 0
+        return _checked_logits(model, where, maker.input[0])  # above 0.5 exactly where its input is above 0
     if maker is not None and maker.op_type in _AFTER_LOGITS:
-        raise InputError(f"{where}: {name!r} is made by {maker.op_type}: name the logits before, {maker.input[0]!r}")
+        raise InputError(f"{where}: {name!r} is made by {maker.op_type}: name the logits before it, {maker.input[0]!r}")
     return _checked_map(where, spec)
 
 
 def _check_upsampling(model: _Model, where: str, node: onnx.NodeProto, source: TensorSpec, target: TensorSpec) -> None:
-    """What the output graph does: bilinear, half-pixel centres. Raises InputError naming the tensor before."""
+    """Check that it upsamples as the output graph does: bilinear, half-pixel centres. Raises InputError naming the
+    tensor before.
+    """
     named = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     mode = named.get("mode", b"nearest").decode(errors="replace")
     centres = named.get("coordinate_transformation_mode", b"half_pixel").decode(errors="replace")
     if mode == "linear" and centres in ("half_pixel", "pytorch_half_pixel") and _is_exact(model, node, source, target):
         return
     raise InputError(
-        f"{where}: {target.name!r} is upsampled otherwise (mode {mode!r}, {centres!r}) than labels will be (bilinear, "
-        f"half-pixel centres): name the logits before, {source.name!r}, and borders between labels will differ a little"
+        f"{where}: {target.name!r} is upsampled differently (mode {mode!r}, {centres!r}) than labels will be "
+        f"(bilinear, half-pixel centres): name the logits before it, {source.name!r}; borders between labels will "
+        "then differ a little"
     )
 
 
 def _is_exact(model: _Model, node: onnx.NodeProto, source: TensorSpec, target: TensorSpec) -> bool:
-    """Whether the scales, where a Resize has them instead of sizes, are those of the two sizes."""
+    """Whether the scales, if a Resize has them instead of sizes, match the two sizes."""
     if len(node.input) < 3 or not node.input[2]:
         return True
     known = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.name == node.input[2]]
@@ -276,7 +280,9 @@ def _is_exact(model: _Model, node: onnx.NodeProto, source: TensorSpec, target: T
 
 
 def _check_head(model: _Model, where: str, logits: str, points: dict[str, TensorSpec], exits: ExitsFile) -> None:
-    """The head is made from its exit point's tensor and nothing else of the network, and belongs to no later one."""
+    """Check that the head depends on its exit point's tensor and on nothing else of the network, and belongs to no
+    later one.
+    """
     here = where.partition(".")[0]
     point, number = points[here].name, int(here.removeprefix("exit"))
     beyond = _beyond(model, logits, point)
@@ -284,18 +290,18 @@ def _check_head(model: _Model, where: str, logits: str, points: dict[str, Tensor
         raise InputError(f"{where}: logits {logits!r} do not depend on the tensor of their exit point, {point!r}")
     if beyond is not None:
         raise InputError(
-            f"{where}: logits {logits!r} also depend on {beyond!r}, which is not made from {point!r}, the tensor of "
-            f"their exit point: a head sees that tensor only; {_nearest_place(model, number, point, exits)}"
+            f"{where}: logits {logits!r} also depend on {beyond!r}, which is not computed from {point!r}, the tensor "
+            f"of their exit point: a head may use that tensor only; {_nearest_place(model, number, point, exits)}"
         )
     for later, spec in list(points.items())[number:]:
         if spec.name in _upstream(model, logits):
             raise InputError(
-                f"{where}: logits {logits!r} are made from {spec.name!r}, the tensor of {later}: list them there"
+                f"{where}: logits {logits!r} are computed from {spec.name!r}, the tensor of {later}: list them there"
             )
 
 
 def _beyond(model: _Model, logits: str, point: str) -> str | None:
-    """A tensor that `logits` need although it is not made from `point`; None where there is none."""
+    """A tensor that `logits` need although it is not computed from `point`; None if there is none."""
     inside = {point}
     for node in model.graph.node:
         if inside.intersection(node.input):
@@ -315,5 +321,5 @@ def _size(spec: TensorSpec) -> tuple[int, ...]:
     return spec.shape[2:]
 
 
-def _shown(hw: tuple[int, ...]) -> str:
+def _as_text(hw: tuple[int, ...]) -> str:
     return " x ".join(map(str, hw))

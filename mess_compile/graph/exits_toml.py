@@ -1,4 +1,4 @@
-"""The TOML that says where another framework's model is cut: its input, exit points and heads, by tensor name."""
+"""Reads the TOML of another framework's model: its input, exit points and heads, by tensor name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mess_compile.graph.recompose_check import Array
 from mess_compile.runtime.base.errors import InputError
 
 SCALES = {"0-1": (0.0, 1.0), "0-255": (0.0, 255.0), "-1-1": (-1.0, 1.0)}
-"""What the bytes 0 and 255 become, before mean and std."""
+"""The values of the bytes 0 and 255, before mean and std."""
 LAYOUTS = ("NCHW", "NHWC")
 CHANNELS = ("RGB", "BGR")
 _HEAD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -44,7 +44,7 @@ class InputRule:
 
     @property
     def neutral(self) -> bool:
-        """The model's input is the frame itself."""
+        """Whether the model's input is the frame itself."""
         unscaled = (self.scale, self.mean, self.std) == ("0-255", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         return unscaled and self.layout == "NHWC" and self.channels == "RGB"
 
@@ -58,11 +58,11 @@ class InputRule:
         return mean, std
 
     def hw(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Height and width of the model's input, by its shape."""
+        """Height and width of the model's input, from its shape."""
         return shape[self.layout.index("H")], shape[self.layout.index("W")]
 
     def of_frame(self, frame: Array) -> Array:
-        """The model's input f32 (1, 3, H, W) or (1, H, W, 3), computed in float64 apart from the graph's nodes."""
+        """The model's input f32 (1, 3, H, W) or (1, H, W, 3), computed in float64, independent of the graph's nodes."""
         low, high = SCALES[self.scale]
         pixels = frame[..., ::-1] if self.channels == "BGR" else frame
         scaled = low + pixels.astype(np.float64) * (high - low) / 255
@@ -80,7 +80,7 @@ class HeadRule:
 
 @dataclass(frozen=True)
 class ExitRule:
-    """An exit point: everything that later ones compute passes through `tensor`."""
+    """An exit point: everything computed after it depends on `tensor` alone."""
 
     tensor: str
     heads: tuple[HeadRule, ...]
@@ -90,7 +90,7 @@ class ExitRule:
 class ExitsFile:
     """The whole file. `points` are in running order, the last is the final exit; `baseline` is a head there.
 
-    `single`: the file names one class, which one channel tells from the background.
+    `single`: the file names one class, which one channel separates from the background.
     """
 
     classes: tuple[str, ...]
@@ -102,15 +102,15 @@ class ExitsFile:
 
     @property
     def heads(self) -> dict[str, HeadRule]:
-        """Every head by the name that it has in the candidate network, `exitN.NAME`."""
+        """Every head by its name in the candidate network, `exitN.NAME`."""
         points = enumerate(self.points, start=1)
         return {f"exit{number}.{head.name}": head for number, point in points for head in point.heads}
 
 
 def read_exits(path: Path) -> ExitsFile:
-    """Read the TOML file `path`. Raises InputError naming the entry, what it holds and what it should hold."""
+    """Read the TOML file `path`. Raises InputError naming the entry, its value and the expected one."""
     if not path.is_file():
-        raise InputError(f"{path} does not exist: it names the tensors of exit points and heads; {_REMEDY}")
+        raise InputError(f"{path} does not exist: it must name the tensors of exit points and heads; {_REMEDY}")
     try:
         return _exits(files.read_toml(path))
     except (InputError, ValueError) as error:
@@ -118,7 +118,7 @@ def read_exits(path: Path) -> ExitsFile:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """The names most like `name`, as the end of a message."""
+    """The known names most like `name`, as the end of a message."""
     near = difflib.get_close_matches(name, known, 3, 0.4)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known[:8])}"
 
@@ -139,14 +139,16 @@ def _exits(content: dict[str, Any]) -> ExitsFile:
 
 
 def _classes(value: Any) -> tuple[str, ...]:
-    """Class names; a single one stands beside the background, which comes first."""
+    """Class names; a single one gets the background in front."""
     names = tuple(_text(name, "a name in classes") for name in _list(value, "classes"))
     if len(names) == 1:
         if names[0] == _BACKGROUND:
             raise InputError(f"classes is {_BACKGROUND!r} alone: name the class that the network finds")
         return (_BACKGROUND, *names)
     if not 2 <= len(names) <= 255 or len(set(names)) != len(names):
-        raise InputError(f"classes has {len(names)} names, {len(set(names))} of them distinct: 1 to 255 are possible")
+        raise InputError(
+            f"classes has {len(names)} names, {len(set(names))} of them distinct: give 1 to 255 distinct names"
+        )
     return names
 
 
@@ -164,12 +166,12 @@ def _colours(value: Any, classes: tuple[str, ...], single: bool) -> tuple[tuple[
 def _colour(value: Any) -> tuple[int, int, int]:
     channels = value if isinstance(value, list) else []
     if len(channels) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in channels):
-        raise InputError(f"a colour is {_shown(value)}, not [R, G, B] of 0 to 255")
+        raise InputError(f"a colour is {_as_text(value)}, not [R, G, B] of 0 to 255")
     return channels[0], channels[1], channels[2]
 
 
 def _made_up(index: int) -> tuple[int, int, int]:
-    """Distinct for 255 classes, and far apart for the first: hues a golden angle apart, three brightnesses."""
+    """A colour, distinct for 255 classes and far apart for the first: hues a golden angle apart, three brightnesses."""
     parts = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.75, 1 - index % 3 * 0.25)
     red, green, blue = (round(255 * part) for part in parts)
     return red, green, blue
@@ -191,13 +193,13 @@ def _input(value: Any) -> InputRule:
 
 
 def _check_units(rule: InputRule) -> None:
-    """Mean and std in units of another scale are the usual mistake, and would only show as poor labels."""
+    """Mean and std in units of another scale are a common mistake, which would only show as poor labels."""
     low, high = SCALES[rule.scale]
     if not all(low <= mean <= high for mean in rule.mean):
-        raise InputError(f"mean of [input] is {rule.mean}, but scale is {rule.scale!r}: mean and std are in its units")
+        raise InputError(f"mean of [input] is {rule.mean}, but scale is {rule.scale!r}: give mean and std in its units")
     smallest, largest = (1.0, math.inf) if rule.scale == "0-255" else (1e-6, high - low)
     if not all(smallest <= std <= largest for std in rule.std):
-        raise InputError(f"std of [input] is {rule.std}, but scale is {rule.scale!r}: mean and std are in its units")
+        raise InputError(f"std of [input] is {rule.std}, but scale is {rule.scale!r}: give mean and std in its units")
 
 
 def _point(value: Any, number: int) -> ExitRule:
@@ -206,7 +208,7 @@ def _point(value: Any, number: int) -> ExitRule:
     heads = tuple(_head(head, where) for head in _list(table["head"], f"[[exit.head]] of {where}"))
     names = [head.name for head in heads]
     if len(set(names)) != len(names):
-        raise InputError(f"{where} has two heads of one name among {', '.join(names)}")
+        raise InputError(f"{where} has two heads of the same name among {', '.join(names)}")
     return ExitRule(_text(table["tensor"], f"tensor of {where}"), heads)
 
 
@@ -215,8 +217,8 @@ def _head(value: Any, where: str) -> HeadRule:
     name = _text(table["name"], f"the name of a head of {where}")
     if not _HEAD_NAME.fullmatch(name):
         raise InputError(
-            f"{where} has a head {_shown(name)}: files are named after it, so it is 1 to 64 letters (A-Z), digits, "
-            "'_', '-' and '.'"
+            f"{where} has a head {_as_text(name)}: files are named after it, so give it 1 to 64 letters (A-Z), "
+            "digits, '_', '-' and '.'"
         )
     return HeadRule(name, _text(table["logits"], f"logits of head {name!r} of {where}"))
 
@@ -225,16 +227,16 @@ def _baseline(value: Any, points: tuple[ExitRule, ...]) -> str:
     names = [head.name for head in points[-1].heads]
     name = names[0] if value is None else _text(value, "baseline").removeprefix(f"exit{len(points)}.")
     if name not in names:
-        raise InputError(f"baseline is {_shown(value)}, not a head of the last exit: {', '.join(names)}")
+        raise InputError(f"baseline is {_as_text(value)}, not a head of the last exit: {', '.join(names)}")
     return f"exit{len(points)}.{name}"
 
 
 def _table(value: Any, where: str, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{where} is {_shown(value)}, not a table of {', '.join(required)}")
+        raise InputError(f"{where} is {_as_text(value)}, not a table of {', '.join(required)}")
     for key in value:
         if key not in (*required, *optional):
-            raise InputError(f"{where} has an entry {_shown(key)}: {nearest(key, [*required, *optional])}")
+            raise InputError(f"{where} has an entry {_as_text(key)}: {nearest(key, [*required, *optional])}")
     for key in required:
         if key not in value:
             raise InputError(f"{where} lacks the entry {key!r}")
@@ -243,30 +245,30 @@ def _table(value: Any, where: str, required: tuple[str, ...], optional: tuple[st
 
 def _list(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where} is {_shown(value)}, not a list of one or more")
+        raise InputError(f"{where} is {_as_text(value)}, not a list of one or more")
     return value
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        raise InputError(f"{where} is {_shown(value)}, not a text")
+        raise InputError(f"{where} is {_as_text(value)}, not a text")
     return value
 
 
 def _choice(value: Any, where: str, known: tuple[str, ...]) -> str:
     if value not in known:
-        raise InputError(f"{where} is {_shown(value)}, not one of {', '.join(map(repr, known))}")
+        raise InputError(f"{where} is {_as_text(value)}, not one of {', '.join(map(repr, known))}")
     return str(value)
 
 
 def _triple(value: Any, where: str) -> Triple:
     numbers = value if isinstance(value, list) else []
     if len(numbers) != 3 or not all(type(part) in (int, float) and abs(part) <= 1e6 for part in numbers):
-        raise InputError(f"{where} is {_shown(value)}, not three numbers")
+        raise InputError(f"{where} is {_as_text(value)}, not three numbers")
     return float(numbers[0]), float(numbers[1]), float(numbers[2])
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     """A value from outside, short enough for a message."""
     try:
         return reprlib.repr(value)

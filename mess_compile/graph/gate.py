@@ -1,6 +1,6 @@
-"""The gate: a head's logits -> how many cells are sure enough, per row of thresholds (MESS, Eq. 1-3).
+"""Builds the gate: a head's logits -> the number of confident cells, per row of thresholds (MESS, Eq. 1-3).
 
-Defined in DESIGN.md under Definitions, Gate. Every node is one that TensorRT 8.5 takes: no MatMul, no sort.
+Defined in docs/definitions.md, Gate. Uses only nodes that TensorRT 8.5 supports: no MatMul, no sort.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ HALF = 0.49
 def append_gate(model: onnx.ModelProto, gate: Gate, classes: int) -> None:
     """Append the gate to a graph that ends in `logits` f32 (1, K, h, w), K = `classes`.
 
-    Adds the input `thresholds` f32 (T, K), row j holding the threshold of each predicted class, and the output
-    `counts` int32 (T,), the number of confident cells of each row; T is the number of the gate's thresholds.
-    Raises InputError for a single class, which has no confidence.
+    Adds the input `thresholds` f32 (T, K), row j holding the threshold of each predicted class, and the output `counts`
+    int32 (T,), the number of confident cells of each row; T is the number of the gate's thresholds. Raises InputError
+    for a single class, which has no confidence.
     """
     if classes < 2:
         raise InputError(f"a gate needs at least 2 classes, this network has {classes}")
@@ -44,8 +44,8 @@ def append_gate(model: onnx.ModelProto, gate: Gate, classes: int) -> None:
 
 
 def append_sound(model: onnx.ModelProto) -> None:
-    """Add the output `sound` int32 (1,) to a single-exit graph with `logits` f32 (1, K, h, w): the cells whose best
-    logit is finite.
+    """Add the output `sound` int32 (1,) to a single-exit graph with `logits` f32 (1, K, h, w): the number of cells
+    whose best logit is finite.
 
     It is what a gate without thresholds would count, and finds NaN and infinities where there is no gate.
     """
@@ -53,7 +53,7 @@ def append_sound(model: onnx.ModelProto) -> None:
     class_axis = constant(graph, "sound/class_axis", [1], "int64")
     best = add(graph, "ReduceMax", ["logits"], "sound/best", axes=[1], keepdims=1)  # (1, 1, h, w)
     powers = add(graph, "Exp", [add(graph, "Sub", ["logits", best], "sound/z")], "sound/powers")
-    total = add(graph, "ReduceSum", [powers, class_axis], "sound/sum", keepdims=1)  # at least 1, or not a number
+    total = add(graph, "ReduceSum", [powers, class_axis], "sound/sum", keepdims=1)  # at least 1, or NaN
     finite = add(graph, "Greater", [total, constant(graph, "sound/half", 0.5, "float32")], "sound/finite")
     values = add(graph, "Cast", [finite], "sound/finite_float", to=TensorProto.FLOAT)
     axes = constant(graph, "sound/total_axes", [1, 2, 3], "int64")
@@ -63,7 +63,7 @@ def append_sound(model: onnx.ModelProto) -> None:
 
 
 def _limits(graph: onnx.GraphProto, labels: str) -> str:
-    """The threshold of each cell's class, (T, 1, h, w): whole rows of T gathered, then brought to the front."""
+    """The threshold of each cell's class, (T, 1, h, w): whole rows of T gathered, then moved to the front."""
     indices = add(graph, "Squeeze", [labels, constant(graph, "gate/first", [0], "int64")], "gate/indices")  # (1, h, w)
     by_class = add(graph, "Transpose", ["thresholds"], "gate/by_class", perm=[1, 0])  # (K, T)
     by_cell = add(graph, "Gather", [by_class, indices], "gate/by_cell", axis=0)  # (1, h, w, T)
@@ -73,8 +73,8 @@ def _limits(graph: onnx.GraphProto, labels: str) -> str:
 def _confidence(graph: onnx.GraphProto, kind: str, labels: str, classes: int) -> str:
     """Confidence per cell, (1, 1, h, w), in 0..1.
 
-    With p = softmax(logits), best first: top1 p1, margin p1 - p2, entropy 1 + sum(p ln p) / ln K. Here in terms of
-    z = logits - max, with p = exp z / sum(exp z) and p1 = 1 / sum(exp z): ONNX Runtime is several times faster at
+    With p = softmax(logits), sorted downwards: top1 p1, margin p1 - p2, entropy 1 + sum(p ln p) / ln K. Here in terms
+    of z = logits - max, with p = exp z / sum(exp z) and p1 = 1 / sum(exp z): ONNX Runtime is several times faster at
     reductions over the class axis than at Softmax and TopK over it.
     """
     class_axis = constant(graph, "gate/class_axis", [1], "int64")

@@ -1,4 +1,4 @@
-"""Hold the whole-network form against the model as it came: what our conversion changes is found, and named."""
+"""Checks the whole-network form against the original model, and names the node that the conversion changed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Feed = dict[str, Array]
 
 
 def write_original(model: onnx.ModelProto, places: Places, folder: Path) -> None:
-    """Write the model as it came, at its own opset, ending in all logits; its weights are in the store in `folder`."""
-    model.ir_version = IR_VERSION  # ONNX Runtime refuses newer ones than it knows, of which nothing is used here
+    """Write the original model, at its own opset, ending in all logits; its weights are in the store in `folder`."""
+    model.ir_version = IR_VERSION  # ONNX Runtime refuses newer ones than it knows; nothing new of them is used here
     _write(model, folder / _ORIGINAL, {spec.name: spec.shape for spec in places.logits.values()})
 
 
@@ -42,10 +42,10 @@ def original_logits(
     inputs: Sequence[Feed],
     frames: Sequence[Array],
 ) -> list[Feed]:
-    """The logits f32 (1, K, h, w) of the model as it came, by head, for each of `inputs`.
+    """The logits f32 (1, K, h, w) of the original model, by head, for each of `inputs`.
 
     `folder/network.onnx` gives the same for `frames`; there the tensors of the model have the `names` given, or their
-    own. The model as it came is removed. Raises InputError when it does not run or gives NaN or infinity, and when the
+    own. The original model is removed. Raises InputError when it does not run or gives NaN or infinity, and when the
     conversion changed what it computes, naming the node.
     """
     expected = [
@@ -65,7 +65,7 @@ def original_logits(
 
 
 def _with_background(values: Array) -> Array:
-    """Logits (1, K, h, w); of one channel x they are [0, x]."""
+    """Logits (1, K, h, w); one channel x becomes [0, x]."""
     return np.concatenate([np.zeros_like(values), values], axis=1) if values.shape[1] == 1 else values
 
 
@@ -77,7 +77,7 @@ def _write(model: onnx.ModelProto, path: Path, outputs: Mapping[str, tuple[int, 
 
 
 def _outputs(library: Library, path: Path, feeds: Sequence[Feed]) -> list[Feed]:
-    """By ONNX Runtime, or where it lacks an operator by ONNX's reference implementation. Raises InputError."""
+    """Computed by ONNX Runtime, or if it lacks an operator by ONNX's reference implementation. Raises InputError."""
     try:
         with closing(library.load(path)) as loaded:
             return [dict(run(library, loaded, feed)) for feed in feeds]
@@ -87,13 +87,13 @@ def _outputs(library: Library, path: Path, feeds: Sequence[Feed]) -> list[Feed]:
             return [dict(zip(evaluator.output_names, evaluator.run(None, feed), strict=True)) for feed in feeds]
         except Exception as second:  # whatever its operators raise
             raise InputError(
-                f"the model does not run, so that nothing can be checked against it: {one_line(error)}; ONNX's "
-                f"reference implementation: {one_line(second)}; {EXPORT_AT}"
+                f"the model does not run, so the conversion cannot be checked: {one_line(error)}; ONNX's reference "
+                f"implementation: {one_line(second)}; {EXPORT_AT}"
             ) from error
 
 
 def _first_broken(library: Library, folder: Path, names: Mapping[str, str], feed: Feed) -> str:
-    """Where NaN or infinity comes from, as the end of a message."""
+    """Where NaN or infinity first occurs, as the end of a message."""
     found = _probed(library, folder, _ORIGINAL, _common(folder, names), feed)
     for name, values in found.items():
         if what_is_not_finite(values) is not None:
@@ -102,7 +102,7 @@ def _first_broken(library: Library, folder: Path, names: Mapping[str, str], feed
 
 
 def _changed(library: Library, folder: Path, names: Mapping[str, str], feed: Feed, frame: Array) -> str:
-    """Which node computes something else since the conversion."""
+    """The node whose result the conversion changed."""
     common, original = _common(folder, names), read_model(folder / _ORIGINAL)
     wanted = _probed(library, folder, _ORIGINAL, common, feed)
     ours = {names.get(name, name): shape for name, shape in common.items()}
@@ -117,13 +117,13 @@ def _changed(library: Library, folder: Path, names: Mapping[str, str], feed: Fee
             break
     opset = max(entry.version for entry in original.opset_import)
     return (
-        f"bringing the model from opset {opset} to {OPSET} changed what {what} computes{more}: a fault of "
-        f"mess-compile, not of the model (please report it); until it is mended, {EXPORT_AT}"
+        f"converting the model from opset {opset} to {OPSET} changed what {what} computes{more}: this is a bug of "
+        f"mess-compile, not of the model (please report it); until it is fixed, {EXPORT_AT}"
     )
 
 
 def _common(folder: Path, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """The float32 tensors that the model as it came and the whole-network form both compute, in running order."""
+    """The float32 tensors that the original model and the whole-network form both compute, in running order."""
     ours = activations(read_model(folder / NETWORK))
     made = [name for node in read_model(folder / _ORIGINAL).graph.node for name in node.output if name]
     both = {name: ours[names.get(name, name)] for name in made if names.get(name, name) in ours}

@@ -1,4 +1,4 @@
-"""A multi-exit ONNX from any framework -> the same graphs as from our own networks."""
+"""Imports a multi-exit ONNX from any framework, and cuts the same graphs from it as from our own networks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines import engine
 
 _OURS = re.compile(r"image|exit\d+|logits|labels|counts|thresholds|(logits:|gate/|input/|output/).*", re.DOTALL)
-"""Names that the whole-network form and the cuts give to tensors of their own."""
+"""Names that the whole-network form and the cuts give to their own tensors."""
 
 FramesOf = Callable[[tuple[int, int]], Sequence[Array]]
 """Input size (H, W) -> frames uint8 (H, W, 3) of that size."""
@@ -46,9 +46,10 @@ FramesOf = Callable[[tuple[int, int]], Sequence[Array]]
 def import_onnx(source: Path, graphs: Path, gate: Gate, frames: Sequence[Array], progress: Progress) -> GraphSet:
     """Cut a whole-network ONNX of opset 17 into the folder `graphs`, checked on `frames` uint8 (H, W, 3).
 
-    Its metadata entry `mess` describes exit points and heads (CandidateNetwork as JSON; workloads may be left
-    out), its tensors are named `image`, `exitN` and `logits:HEAD`; its identity is the hash of the network as written,
-    whatever the entry says. The folder is replaced when all is well.
+    Its metadata entry `mess` describes exit points and heads (CandidateNetwork as JSON; workloads may be omitted), its
+    tensors are named `image`, `exitN` and `logits:HEAD`; its identity is the hash of the network as written, whatever
+    the entry says. The folder is replaced when everything has passed.
+
     Raises InputError or EngineError.
     """
     model = read_model(source)
@@ -72,9 +73,9 @@ def import_with_exits(
 ) -> GraphSet:
     """Cut another framework's ONNX at the tensors that the file `toml` names, into the folder `graphs`.
 
-    The model has one image input, (1, 3, H, W) or (1, H, W, 3), float32 or uint8; nodes that no exit needs are left
-    out. All graphs are checked against the model as it came, its input computed by numpy. The folder is replaced when
-    all is well. Raises InputError or EngineError.
+    The model has one image input, (1, 3, H, W) or (1, H, W, 3), float32 or uint8; nodes that no exit needs are dropped.
+    All graphs are checked against the original model, whose input numpy computes. The folder is replaced when
+    everything has passed. Raises InputError or EngineError.
     """
     exits, model = read_exits(toml), read_model(source)
     check_valid(model, source)
@@ -101,7 +102,7 @@ def import_with_exits(
 def _write_both(
     model: onnx.ModelProto, image: TensorSpec, exits: ExitsFile, name: str, folder: Path
 ) -> tuple[Places, dict[str, str]]:
-    """Write the model as it came, ending in all logits, and its whole-network form; what tensors are called there."""
+    """Write the original model, ending in all logits, and its whole-network form; returns the tensors' new names."""
     original = onnx.ModelProto.FromString(model.SerializeToString())
     at_our_opset(model)
     widen_weights(model, folder)
@@ -121,18 +122,18 @@ def _write_both(
 
 
 def _write_network(model: onnx.ModelProto, folder: Path) -> None:
-    """Write the whole-network form. What is not valid now was made so by us: the model as it came was checked."""
+    """Write the whole-network form. The original model was checked, so what is invalid now is our fault."""
     try:
         write_model(model, folder / NETWORK)
     except InputError as error:
         raise InputError(
-            f"bringing the model to opset {OPSET} gave no valid ONNX ({error}): a fault of mess-compile, not of the "
-            f"model (please report it); until it is mended, {EXPORT_AT}"
+            f"converting the model to opset {OPSET} gave no valid ONNX ({error}): this is a bug of mess-compile, not "
+            f"of the model (please report it); until it is fixed, {EXPORT_AT}"
         ) from error
 
 
 def _new_names(model: onnx.ModelProto, image: TensorSpec, places: Places) -> dict[str, str]:
-    """What tensors are called in the whole-network form; those that have one of its names make way."""
+    """Names of tensors in the whole-network form; other tensors of such a name are renamed."""
     taken = dict.fromkeys(name for node in model.graph.node for name in (*node.input, *node.output))
     names = {}
     for name in filter(_OURS.fullmatch, list(taken)):
@@ -162,7 +163,7 @@ def _append_background(graph: onnx.GraphProto, channel: str, logits: str) -> Non
 
 
 def _prepend_input(model: onnx.ModelProto, image: TensorSpec, rule: InputRule) -> None:
-    """Put the way from `image` uint8 (1, H, W, 3) to the model's own input in front of a model that wants float32."""
+    """Prepend the conversion from `image` uint8 (1, H, W, 3) to the model's own input, if the model takes float32."""
     if image.dtype == "uint8":
         return
     frame = helper.make_tensor_value_info("image", TensorProto.UINT8, (1, *rule.hw(image.shape), 3))
@@ -190,7 +191,7 @@ def _normalise(graph: onnx.GraphProto, rule: InputRule, target: str) -> None:
 
 
 def _candidate(exits: ExitsFile, places: Places, hw: tuple[int, int], backbone: str) -> CandidateNetwork:
-    """Workloads are counted and the identity is taken when the network is cut."""
+    """Workloads are counted and the identity is computed when the network is cut."""
     points = tuple(
         ExitPoint(name, rule.tensor, spec.shape[1], (spec.shape[2], spec.shape[3]), 0)
         for (name, spec), rule in zip(places.exits.items(), exits.points, strict=True)
@@ -219,10 +220,10 @@ def _float_output(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
 
 
 def _drop_identity(model: onnx.ModelProto) -> None:
-    """Forget the identity in the metadata: an edited copy would still claim to be the network that it was."""
+    """Remove the identity from the metadata: an edited copy would still claim to be the original network."""
     for entry in model.metadata_props:
         if entry.key == METADATA_KEY:
-            with suppress(ValueError, RecursionError):  # the cut says what is wrong with it
+            with suppress(ValueError, RecursionError):  # the cut reports what is wrong with it
                 content = json.loads(entry.value)
                 if isinstance(content, dict) and "identity" in content:
                     del content["identity"]
@@ -230,7 +231,7 @@ def _drop_identity(model: onnx.ModelProto) -> None:
 
 
 def _onnx_reference(library: engine.Library, path: Path, candidate: CandidateNetwork) -> Reference:
-    """The untouched model, run whole."""
+    """The unchanged model, run as a whole."""
     whole = library.load(path)
 
     def logits(frame: Array) -> dict[str, Array]:

@@ -1,6 +1,7 @@
-"""Whether a target's ONNX parser takes a graph, told before anything is built.
+"""Checks whether a target's ONNX parser supports a graph, before anything is built.
 
-After the support matrix and importers of onnx-tensorrt 8.5, 8.6 and 10 (docs/operators.md), and what TensorRT-RTX says.
+Follows the support matrix and importers of onnx-tensorrt 8.5, 8.6 and 10 (docs/operators.md in its repository), and the
+errors of TensorRT-RTX.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _OPERATORS_8_5 = {
     "b": "And Not Or Xor",
     "q": "DequantizeLinear",
 }
-"""Operators by the kinds of data they take: float, integer, boolean, uint8, quantised (int8)."""
+"""Operators by the kinds of data that they support: float, integer, boolean, uint8, quantised (int8)."""
 _ADDED_8_6 = {"f": "GroupNormalization IsInf LayerNormalization", "fi": "ArgMax ArgMin TopK", "fib": "ReverseSequence"}
 _ADDED_10 = {"f": "Gelu Hardmax Mish", "fibu": "CastLike"}
 _ADDED_RTX = {"fi": "BlackmanWindow HammingWindow HannWindow", "f": "STFT"}
@@ -61,9 +62,9 @@ _PRODUCTS = ("MatMul", "Gemm", "Einsum", "LSTM", "GRU", "RNN")
 
 @dataclass(frozen=True)
 class Parser:
-    """What decides which graphs a target takes.
+    """Identifies a parser, and so the graphs that a target supports.
 
-    `version` is the library's own, such as 8.5.2.2; `opset` the newest that it parses, None where that is not known.
+    `version` is the library's own, such as 8.5.2.2; `opset` the newest that it parses, None if unknown.
     """
 
     library: str
@@ -90,12 +91,12 @@ class Complaint:
 
 
 _Finding = tuple[str, str]
-"""What is wrong, and the remedy."""
+"""The problem and the remedy."""
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the rules ask: inferred types, names of static shape, initializers, where the graph ends, what there is."""
+    """The facts that rules use: inferred types, names of static shape, initializers, outputs, tensors."""
 
     types: Mapping[str, int]
     static: frozenset[str]
@@ -104,16 +105,16 @@ class _Facts:
     operators: Mapping[str, str]
 
     def kind(self, name: str) -> str:
-        """`f i b q u`; empty for a type that no parser has, float where the type is not known."""
+        """`f i b q u`; empty for a type that no parser has, float if the type is unknown."""
         return _KINDS.get(self.types.get(name, TensorProto.FLOAT), "")
 
 
 def lint(model: onnx.ModelProto, graph: str, parser: Parser) -> tuple[Complaint, ...]:
-    """What the parser would refuse, at most one complaint for each node; nothing when the graph can be built.
+    """What the parser would refuse, at most one complaint per node; empty if the graph can be built.
 
     `model` is the graph as it will be built, after `rewritten`, with or without its external weights; `graph` is its
-    name. ONNX Runtime is held to opset and static shapes only: what its TensorRT provider lacks runs elsewhere. Raises
-    InputError when the parser's version holds no number.
+    name. For ONNX Runtime only opset and static shapes are checked: other providers run what its TensorRT provider
+    lacks. Raises InputError when the parser's version contains no number.
     """
     try:
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
@@ -126,7 +127,7 @@ def lint(model: onnx.ModelProto, graph: str, parser: Parser) -> tuple[Complaint,
 
 
 def operators(parser: Parser) -> Mapping[str, str]:
-    """Operators that the parser has, each with the kinds of data it takes."""
+    """Operators of the parser, each with the kinds of data that it supports."""
     tables = [_OPERATORS_8_5]
     tables += [] if is_before(parser, (8, 6)) else [_ADDED_8_6]
     tables += [] if is_before(parser, (10, 0)) else [_ADDED_10]
@@ -135,15 +136,15 @@ def operators(parser: Parser) -> Mapping[str, str]:
 
 
 def builds_for_turing(parser: Parser) -> bool:
-    """Whether engines are TensorRT-RTX's for SM75, the oldest that it builds for and the one with limits of its own."""
+    """Whether engines are TensorRT-RTX's for SM75, the oldest that it builds for, which has limits of its own."""
     return parser.library == RTX and parser.compute_capability == (7, 5)
 
 
 def is_before(parser: Parser, version: tuple[int, int]) -> bool:
-    """Whether the parser is that of a classic TensorRT before `version`, major and minor."""
+    """Whether the parser belongs to a classic TensorRT before `version`, major and minor."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", parser.version)[:2])
     if not numbers:
-        raise InputError(f"version {parser.version!r} of {parser.library} holds no number: write it as 8.5")
+        raise InputError(f"version {parser.version!r} of {parser.library} contains no number: write it as 8.5")
     return parser.library != RTX and numbers < version
 
 
@@ -180,7 +181,7 @@ def _boundary(graph: onnx.GraphProto, facts: _Facts, parser: Parser) -> Iterator
             yield value.name, ("this input has no static shape", "export with fixed sizes and batch 1")
     for value in (*graph.input, *graph.output):
         if parser.library == CLASSIC and is_before(parser, (10, 0)) and facts.types[value.name] == TensorProto.INT64:
-            yield value.name, ("TensorRT 8 makes int32 of int64 inputs and outputs", "Cast to int32 in the graph")
+            yield value.name, ("TensorRT 8 converts int64 inputs and outputs to int32", "Cast to int32 in the graph")
 
 
 def _nodes(graph: onnx.GraphProto, facts: _Facts, parser: Parser) -> Iterator[tuple[str, _Finding]]:
@@ -198,7 +199,7 @@ def _operator(node: onnx.NodeProto, facts: _Facts, parser: Parser) -> _Finding |
         what = f"{node.op_type!r} is of the domain {node.domain!r}, outside standard ONNX"
         return what, "export without the optimisations of one runtime"
     if has_subgraph(node):
-        return f"{node.op_type!r} holds graphs, and TensorRT runs them all", "export without control flow"
+        return f"{node.op_type!r} contains subgraphs, and TensorRT runs all of them", "export without control flow"
     if node.op_type not in facts.operators:
         return f"{parser.library} {parser.version} has no {node.op_type!r}", "compute it from other operators"
     return None
@@ -213,7 +214,10 @@ def _types(node: onnx.NodeProto, facts: _Facts, parser: Parser) -> _Finding | No
     refused = [name for name in node.input[place : place + 1] if facts.kind(name) not in takes]
     refused += [name for name in node.input if facts.kind(name) == "u" and "u" not in takes]
     if refused:
-        return f"{node.op_type} does not take {_type(facts, refused[0])}", f"Cast to float first, then {node.op_type}"
+        return (
+            f"{node.op_type} does not support {_type(facts, refused[0])}",
+            f"Cast to float first, then {node.op_type}",
+        )
     return None
 
 
@@ -223,10 +227,12 @@ def _type(facts: _Facts, name: str) -> str:
 
 
 def _bytes(node: onnx.NodeProto, facts: _Facts, parser: Parser) -> _Finding | None:
-    """uint8 enters and leaves a graph through Cast and is nowhere else; classic TensorRT casts it from and to float."""
+    """uint8 enters and leaves a graph through Cast and occurs nowhere else; classic TensorRT casts it from and to
+    float.
+    """
     made = [name for name in node.output if facts.kind(name) == "u"]
     if made and (node.op_type != "Cast" or made[0] not in facts.outputs):
-        return f"{node.op_type} makes uint8 within the graph", "compute in float and Cast to uint8 last"
+        return f"{node.op_type} produces uint8 within the graph", "compute in float and Cast to uint8 last"
     kinds = {facts.kind(name) for name in (*node.input, *node.output)}
     if node.op_type == "Cast" and "u" in kinds and kinds != {"u", "f"} and parser.library == CLASSIC:
         return "TensorRT casts uint8 from and to float only", "Cast to float in between"
@@ -253,7 +259,7 @@ def _details(node: onnx.NodeProto, facts: _Facts, parser: Parser) -> _Finding | 
     if op == "BatchNormalization" and "training_mode" in attributes and attributes["training_mode"].i:
         return "BatchNormalization is in training mode", "export in evaluation mode"
     if op == "MaxPool" and len(node.output) > 1:
-        return "MaxPool gives no indices in TensorRT", "upsample without them"
+        return "MaxPool returns no indices in TensorRT", "upsample without them"
     if old and _is_reduction(node) and op != "ReduceSum" and len(node.input) > 1:
         return f"TensorRT 8 reads the axes of {op} from its attribute", "export at opset 17"
     return _quantisation(node, facts, old) if op in ("QuantizeLinear", "DequantizeLinear") else None
@@ -265,16 +271,16 @@ def _is_reduction(node: onnx.NodeProto) -> bool:
 
 def _quantisation(node: onnx.NodeProto, facts: _Facts, old: bool) -> _Finding | None:
     if old and node.op_type == "DequantizeLinear" and node.input[0] in facts.initializers:
-        return "TensorRT 8 takes no weights of int8", "keep them in float, with a QuantizeLinear before"
+        return "TensorRT 8 does not support weights in int8", "keep them in float, with a QuantizeLinear before"
     if len(node.input) < 3:
-        return (f"TensorRT 8 wants a zero point in {node.op_type}", "write one of zero") if old else None
+        return (f"TensorRT 8 needs a zero point in {node.op_type}", "add a zero point of 0") if old else None
     if not is_zero(facts.initializers.get(node.input[2])):
         return f"the zero point of {node.op_type} is not a constant zero", "quantise symmetrically"
     return None
 
 
 def is_zero(tensor: onnx.TensorProto | None) -> bool:
-    """Whether a constant is zero everywhere; one whose bytes are in another file is taken to be."""
+    """Whether a constant is zero everywhere; one whose bytes are in another file is assumed to be."""
     if tensor is None or uses_external_data(tensor):
         return tensor is not None
     try:
@@ -284,7 +290,7 @@ def is_zero(tensor: onnx.TensorProto | None) -> bool:
 
 
 def _turing(node: onnx.NodeProto, facts: _Facts, parser: Parser) -> _Finding | None:
-    """Seen with TensorRT-RTX 1.7: it builds none of them in fp32, but fp16 and 1x1 convolutions."""
+    """Observed with TensorRT-RTX 1.7: it builds none of these in fp32, but in fp16 and as 1x1 convolutions."""
     fp32 = len(node.input) > 1 and facts.types.get(node.input[0]) == TensorProto.FLOAT
     if fp32 and node.op_type in _PRODUCTS and builds_for_turing(parser):
         return f"TensorRT-RTX builds no {node.op_type} in fp32 for SM75", "use a 1x1 Conv, or fp16"
@@ -292,7 +298,7 @@ def _turing(node: onnx.NodeProto, facts: _Facts, parser: Parser) -> _Finding | N
 
 
 def _shapes(node: onnx.NodeProto, facts: _Facts, parser: Parser) -> _Finding | None:
-    """Only where a shape is lost: what follows from that is no further complaint."""
+    """Reports only the node where a shape is lost, not those that follow."""
     if all(name in facts.static for name in node.input if name):
         for name in filter(None, node.output):
             if name not in facts.static:

@@ -1,4 +1,4 @@
-"""Small steps for building ONNX graphs: one node or one constant at a time, each naming what it makes."""
+"""Builds ONNX graphs in small steps: one node or one constant at a time, named after what it makes."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ IR_VERSION = 8
 
 
 def add(graph: onnx.GraphProto, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-    """Append one node; gives back the name of its output, which is the node's name too."""
+    """Append one node; returns the name of its output, which is also the node's name."""
     graph.node.append(helper.make_node(op, inputs, [output], name=output, **attributes))
     return output
 
 
 def constant(graph: onnx.GraphProto, name: str, values: Any, dtype: str) -> str:
-    """Append an initializer; TensorRT 8.5 asks for initializers where ONNX allows computed tensors."""
+    """Append an initializer; TensorRT 8.5 needs initializers where ONNX allows computed tensors."""
     graph.initializer.append(numpy_helper.from_array(np.asarray(values, dtype), name))
     return name
 
 
 def empty_model(inputs: Sequence[onnx.ValueInfoProto]) -> onnx.ModelProto:
-    """A model of opset 17 without nodes and outputs yet."""
+    """A model of opset 17 without nodes and outputs."""
     graph = helper.make_graph([], "graph", inputs, [])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 
 def keep(field: Any, messages: Sequence[Any]) -> None:
-    """Let a repeated field hold only `messages`, which may be some of its own."""
+    """Let a repeated field contain only `messages`, which may be some of its own."""
     copies = [type(message).FromString(message.SerializeToString()) for message in messages]
     del field[:]
     field.extend(copies)

@@ -1,4 +1,4 @@
-"""Bring a model of any exporter into the form that cuts can follow: standard nodes, opset 17, static shapes."""
+"""Normalises a model of any exporter so that it can be cut: standard nodes, opset 17, static shapes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _STANDARD = ("", "ai.onnx")
 
 
 def check_valid(model: onnx.ModelProto, path: Path) -> None:
-    """Raises InputError when the model at `path` is not valid ONNX, or its external data lie outside its folder."""
+    """Raises InputError when the model at `path` is not valid ONNX, or its external data are outside its folder."""
     newest = onnx.defs.onnx_opset_version()
     opset = max((entry.version for entry in model.opset_import if entry.domain in _STANDARD), default=1)
     if opset > newest:
         raise InputError(
-            f"{path} has opset {opset}, and the onnx that is installed ({onnx.__version__}) knows {newest} at most: "
-            f"run `pip install -U onnx`, or {EXPORT_AT}"
+            f"{path} has opset {opset}, but the installed onnx ({onnx.__version__}) knows {newest} at most: run `pip "
+            f"install -U onnx`, or {EXPORT_AT}"
         )
     try:
         onnx.checker.check_model(str(path) if model.ir_version <= onnx.IR_VERSION else _of_known_ir(model))
@@ -41,13 +41,14 @@ def check_valid(model: onnx.ModelProto, path: Path) -> None:
     texts += [value.name for value in (*graph.initializer, *graph.input, *graph.output)]
     texts += [dim.dim_param for value in graph.input for dim in value.type.tensor_type.shape.dim]
     for text in texts:
-        if isinstance(text, bytes):  # what protobuf gives for text that is not UTF-8
+        if isinstance(text, bytes):  # protobuf returns bytes for text that is not UTF-8
             raise InputError(f"{path} is not valid ONNX: the name {text!r} is not UTF-8")
 
 
 def _of_known_ir(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy for the checker, which refuses newer IR versions; what they add is not read here. Weights in other files
-    are inputs in it."""
+    """A copy for the checker, which refuses newer IR versions; their additions are not read here. Weights in other
+    files are inputs in it.
+    """
     copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())
     copy.ir_version = onnx.IR_VERSION
     external = [tensor for tensor in copy.graph.initializer if uses_external_data(tensor)]
@@ -62,13 +63,13 @@ def _of_known_ir(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def inline_functions(model: onnx.ModelProto) -> None:
-    """Write calls to functions that the model defines by the nodes of their bodies."""
+    """Replace calls to functions that the model defines with the nodes of their bodies."""
     if model.functions:
         model.CopyFrom(onnx.inliner.inline_local_functions(model))
 
 
 def check_standard(model: onnx.ModelProto) -> None:
-    """Raises InputError for what other engines, and the cut, could not follow."""
+    """Raises InputError for what other engines and the cut do not support."""
     if model.graph.sparse_initializer:
         raise InputError("the model has sparse weights: export dense ones")
     for node in model.graph.node:
@@ -85,7 +86,7 @@ def check_standard(model: onnx.ModelProto) -> None:
 
 
 def name_outputs(model: onnx.ModelProto, exits: ExitsFile) -> None:
-    """Let the tensors that `exits` names be the outputs, and drop what none of them needs."""
+    """Make the tensors that `exits` names the outputs, and drop what none of them needs."""
     named = {f"[[exit]] {number}": point.tensor for number, point in enumerate(exits.points, start=1)}
     named |= {f"head {name}": head.logits for name, head in exits.heads.items()}
     made = [name for node in model.graph.node for name in node.output if name]
@@ -97,12 +98,12 @@ def name_outputs(model: onnx.ModelProto, exits: ExitsFile) -> None:
 
 def prune(model: onnx.ModelProto, outputs: Sequence[onnx.ValueInfoProto]) -> None:
     """Let the model end in `outputs`, and drop nodes, weights and inputs that none of them needs."""
-    graph, wanted, kept = model.graph, {value.name for value in outputs}, []
+    graph, wanted, remaining = model.graph, {value.name for value in outputs}, []
     for node in reversed(graph.node):
         if wanted.intersection(node.output):
-            kept.append(node)
+            remaining.append(node)
             wanted.update(name for name in node.input if name)
-    keep(graph.node, kept[::-1])
+    keep(graph.node, remaining[::-1])
     keep(graph.output, outputs)
     for field in (graph.initializer, graph.input):  # in place: weights may fill half the memory
         for index in reversed(range(len(field))):
@@ -111,12 +112,12 @@ def prune(model: onnx.ModelProto, outputs: Sequence[onnx.ValueInfoProto]) -> Non
 
 
 def fixed_input(model: onnx.ModelProto, rule: InputRule) -> TensorSpec:
-    """The model's image input, its batch set to 1. Raises InputError when there is another input, or another shape."""
+    """The model's image input, with batch set to 1. Raises InputError when there is another input, or another shape."""
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
     names = ", ".join(repr(value.name) for value in inputs) or "none"
     if rule.tensor is not None and rule.tensor not in [value.name for value in inputs]:
-        raise InputError(f"tensor of [input] is {rule.tensor!r}, but the inputs that the exits need are: {names}")
+        raise InputError(f"tensor of [input] is {rule.tensor!r}, but the exits need the inputs {names}")
     if len(inputs) != 1:
         raise InputError(f"the exits need {len(inputs)} inputs ({names}), not one image")
     keep(model.graph.input, inputs)
@@ -142,16 +143,18 @@ def _check_input(spec: TensorSpec, rule: InputRule) -> None:
             "batch 1, or correct layout of [input]"
         )
     if max(spec.shape) > MAX_SIDE:
-        raise InputError(f"input {spec.name!r} is {spec.shape}: sides of more than {MAX_SIDE} are not possible")
+        raise InputError(f"input {spec.name!r} is {spec.shape}: sides of more than {MAX_SIDE} are not supported")
     if spec.dtype == "uint8" and not rule.neutral:
         raise InputError(
-            f"input {spec.name!r} is uint8: that has scale '0-255', layout 'NHWC' and channels 'RGB', and neither mean "
-            "nor std; a model with another input is exported with a float32 one"
+            f"input {spec.name!r} is uint8, which requires scale '0-255', layout 'NHWC', channels 'RGB' and neither "
+            "mean nor std; export a model with another input as float32"
         )
 
 
 def at_our_opset(model: onnx.ModelProto) -> None:
-    """Bring the model to opset 17, of the one standard domain. Raises InputError naming a node that cannot be."""
+    """Convert the model to opset 17, of the one standard domain. Raises InputError naming a node that cannot be
+    converted.
+    """
     versions = [entry.version for entry in model.opset_import if entry.domain in _STANDARD]
     for node in model.graph.node:
         node.ClearField("domain")

@@ -1,4 +1,4 @@
-"""Bring a model of any opset from 7 on to ours, node by node; names of nodes and tensors stay."""
+"""Converts a model of any opset from 7 on to ours, node by node; names of nodes and tensors stay."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from onnx import defs, helper, inliner, version_converter
 from mess_compile.graph.constant_fold import fold_constants
 from mess_compile.graph.node_builder import OPSET, keep
 from mess_compile.graph.opset_context import EXPORT_AT, Conversion
-from mess_compile.graph.opset_rules import RULES, shown
+from mess_compile.graph.opset_rules import RULES, as_text
 from mess_compile.graph.shapes import fold_shapes
 from mess_compile.runtime.base.errors import InputError, one_line
 
 _OLDEST = 7
 """ONNX Runtime guarantees nothing below, and broadcasting had other rules."""
 _OF_OURS = ("GroupNormalization",)
-"""Newer operators that a rule of ours writes better than their definition does."""
+"""Newer operators that our own rules convert better than their definitions do."""
 
 
 def to_our_opset(model: onnx.ModelProto) -> None:
     """Rewrite `model`, all of the one standard domain and with static shapes, for opset 17.
 
-    What an operator lacked then is written by others, or left out where it says nothing. Raises InputError naming a
-    node that opset 17 cannot express.
+    What an operator lacked then is expressed by other operators, or dropped if it has no effect. Raises InputError
+    naming a node that opset 17 cannot express.
     """
     if model.opset_import[0].version < _OLDEST:
         _raise_to_oldest(model)
@@ -38,24 +38,24 @@ def to_our_opset(model: onnx.ModelProto) -> None:
     keep(model.graph.node, [new for node in model.graph.node for new in _converted(change, node)])
     model.graph.initializer.extend(change.added)
     _drop_unread(model)
-    model.graph.ClearField("value_info")  # shapes of the nodes that were
+    model.graph.ClearField("value_info")  # shapes of the earlier nodes
     model.opset_import[0].version = OPSET
 
 
 def _raise_to_oldest(model: onnx.ModelProto) -> None:
-    """By ONNX's own converter, which knows how broadcasting was written."""
+    """Uses ONNX's own converter, which knows how broadcasting was written."""
     version = model.opset_import[0].version
     try:
         model.CopyFrom(version_converter.convert_version(model, _OLDEST))
-    except Exception as error:  # the converter raises what its parts raise
+    except Exception as error:  # the converter raises whatever its parts raise
         raise InputError(
-            f"ONNX's own converter cannot bring the model from opset {version} to {_OLDEST} ({one_line(error)}): "
+            f"ONNX's own converter cannot convert the model from opset {version} to {_OLDEST} ({one_line(error)}): "
             f"{EXPORT_AT}"
         ) from error
 
 
 def _expand_newer(model: onnx.ModelProto) -> None:
-    """Write operators that came after opset 17 by those of their definition, where ONNX has one."""
+    """Replace operators that came after opset 17 with those of their definition, if ONNX has one."""
     defined = set(_defined(model.opset_import[0].version))
     while newer := sorted({node.op_type for node in model.graph.node} & defined):
         outputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in model.graph.output]
@@ -75,7 +75,7 @@ def _expand_newer(model: onnx.ModelProto) -> None:
 
 
 def _defined(version: int) -> Iterator[str]:
-    """The operators of opset `version` that ours lacks and that are defined by others."""
+    """The operators of opset `version` that ours lacks and that others define."""
     for name in {schema.name for schema in defs.get_all_schemas() if not schema.domain}:
         if name not in _OF_OURS and not defs.has(name, OPSET, "") and defs.has(name, version, ""):
             schema: Any = defs.get_schema(name, version, "")
@@ -84,9 +84,9 @@ def _defined(version: int) -> Iterator[str]:
 
 
 def _converted(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """What computes at opset 17 what `node` does."""
+    """Nodes that compute at opset 17 what `node` does."""
     if not defs.has(node.op_type, change.version, ""):
-        raise change.refused(node, f"is no operator of opset {change.version}, which the model says it has")
+        raise change.refused(node, f"is not an operator of opset {change.version}, which the model claims to have")
     theirs = defs.get_schema(node.op_type, change.version, "")
     rules = [
         rule for names, first, last, rule in RULES if node.op_type in names and first <= theirs.since_version <= last
@@ -98,25 +98,25 @@ def _converted(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]
 
 
 def _fit(change: Conversion, made: onnx.NodeProto, theirs: Any) -> None:
-    """Let attributes and inputs be those that opset 17 knows; what has no meaning is left out."""
+    """Restrict attributes and inputs to those of opset 17; drop what has no effect."""
     if not defs.has(made.op_type, OPSET, ""):
-        raise change.refused(made, f"came after opset {OPSET}, and ONNX defines it by no older operators")
+        raise change.refused(made, f"came after opset {OPSET}, and ONNX does not define it by older operators")
     ours = defs.get_schema(made.op_type, OPSET, "")
     for attribute in [each for each in made.attribute if each.name not in ours.attributes]:
         if not _says_nothing(attribute, theirs):
-            value = shown(helper.get_attribute_value(attribute))
+            value = as_text(helper.get_attribute_value(attribute))
             raise change.refused(made, f"has {attribute.name} = {value}, which opset {OPSET} lacks")
         made.attribute.remove(attribute)
     while made.input and not made.input[-1]:
         del made.input[-1]
     if len(made.input) > ours.max_input:
-        raise change.refused(made, f"has {len(made.input)} inputs, at opset {OPSET} it takes {ours.max_input}")
+        raise change.refused(made, f"has {len(made.input)} inputs, but at opset {OPSET} it takes {ours.max_input}")
 
 
 def _says_nothing(attribute: onnx.AttributeProto, schema: Any) -> bool:
-    """Whether an attribute has the value that leaving it out gives, too."""
+    """Whether an attribute has the value that it would have by default."""
     value = helper.get_attribute_value(attribute)
-    if attribute.name == "dilations":  # without a default in the schema
+    if attribute.name == "dilations":  # has no default in the schema
         return all(each == 1 for each in value)
     if attribute.name == "spatial":  # of BatchNormalization, before opset 9
         return bool(value == 1)

@@ -1,4 +1,4 @@
-"""What the rules of an opset conversion know of the model, and the constants that they add to it."""
+"""Holds what the rules of an opset conversion know of the model, and the constants that they add to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXPORT_AT = f"export the model at opset {OPSET} (PyTorch: torch.onnx.export(...,
 
 
 class Conversion:
-    """The model as it was, and the initializers that its nodes need at opset 17."""
+    """The original model, and the initializers that its nodes need at opset 17."""
 
     def __init__(self, model: onnx.ModelProto, version: int) -> None:
         self.version = version
@@ -45,7 +45,7 @@ class Conversion:
         return name
 
     def known(self, node: onnx.NodeProto, index: int, what: str) -> Any:
-        """The values of an input that opset 17, or this rule, wants as a constant; None where it is left out."""
+        """The values of an input that opset 17, or this rule, needs as a constant; None if it is omitted."""
         name = node.input[index] if index < len(node.input) else ""
         if not name:
             return None

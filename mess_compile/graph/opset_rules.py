@@ -1,4 +1,4 @@
-"""How operators of other opsets are written at ours, one rule each."""
+"""Converts operators of other opsets to ours, one rule each."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _REDUCTIONS = {
     "ReduceL1": ("Abs",), "ReduceL2": ("Abs",), "ReduceLogSum": ("Log",), "ReduceLogSumExp": (), "ReduceMax": (),
     "ReduceMean": (), "ReduceMin": (), "ReduceProd": (), "ReduceSumSquare": ("Mul",),
 }  # fmt: skip
-"""Those whose axes became an input with opset 18, and what is left of each where no axis is reduced."""
+"""Those whose axes became an input with opset 18, and what each becomes when no axis is reduced."""
 _GRID_MODES = {"linear": "bilinear", "cubic": "bicubic"}
 
 
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def taken(node: onnx.NodeProto, name: str, otherwise: Any = None) -> Any:
-    """Take an attribute off a node; gives back its value."""
+    """Remove an attribute from a node; returns its value."""
     for attribute in node.attribute:
         if attribute.name == name:
             value = helper.get_attribute_value(attribute)
@@ -45,7 +45,7 @@ def _given(node: onnx.NodeProto, index: int) -> bool:
 
 
 def _attribute_to_input(attribute: str, dtype: str = "int64") -> _Rule:
-    """A rule for what was an attribute once and is the second input now."""
+    """A rule for an attribute that is now the second input."""
 
     def rule(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         values = taken(node, attribute)
@@ -86,7 +86,7 @@ def _split(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _softmax(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Before opset 13 everything from the axis on was one axis."""
+    """Before opset 13, all axes from `axis` on counted as one."""
     shape = change.shape(node, node.input[0])
     axis = taken(node, "axis", 1) % max(1, len(shape))
     if math.prod(shape[axis + 1 :]) == 1:
@@ -137,7 +137,7 @@ def _slice(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _dropout(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Outside of training it gives its input."""
+    """In inference it returns its input."""
     if any(node.output[1:]):
         raise change.refused(node, "has a mask, as in training: export for inference (model.eval())")
     del node.attribute[:], node.input[1:], node.output[1:]
@@ -147,7 +147,9 @@ def _dropout(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 def _batch_normalization(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     if any(node.output[1:]):
-        raise change.refused(node, "gives statistics of the batch, as in training: export for inference (model.eval())")
+        raise change.refused(
+            node, "returns statistics of the batch, as in training: export for inference (model.eval())"
+        )
     del node.output[1:]
     return [node]
 
@@ -160,18 +162,18 @@ def _scatter(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
 def _scatter_reduction(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     for attribute in node.attribute:
         if attribute.name == "reduction" and attribute.s in (b"max", b"min"):
-            raise change.refused(node, f"scatters by {shown(attribute.s)}, which opset {OPSET} lacks")
+            raise change.refused(node, f"scatters by {as_text(attribute.s)}, which opset {OPSET} lacks")
     return [node]
 
 
 def _grid_sample(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    mode = shown(taken(node, "mode", b"linear"))
+    mode = as_text(taken(node, "mode", b"linear"))
     put(node, "mode", _GRID_MODES.get(mode, mode))
     return [node]
 
 
 def _group_normalization(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Groups are the channels of an InstanceNormalization; that is how exporters write it at opset 17."""
+    """Groups are the channels of an InstanceNormalization; exporters write it so at opset 17."""
     shape, groups, stem = change.shape(node, node.input[0]), taken(node, "num_groups"), node.output[0]
     taken(node, "stash_type")
     by_group = change.shape(node, node.input[1]) == (groups,) != (shape[1],)
@@ -201,7 +203,7 @@ def _upsample(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """Upsample, and Resize of opset 10: cells lie at their upper left corners."""
     scales = taken(node, "scales")
     name = node.input[1] if scales is None else change.constant(f"{node.output[0]}.scales", scales, "float32")
-    mode = shown(taken(node, "mode", b"nearest"))
+    mode = as_text(taken(node, "mode", b"nearest"))
     node.op_type = "Resize"
     node.input[1:] = ["", name]
     put(node, "mode", {"bilinear": "linear"}.get(mode, mode))
@@ -212,7 +214,7 @@ def _upsample(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _resize(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """All axes get a scale or size of their own; inputs without elements are left out (NVIDIA/TensorRT#4476)."""
+    """Every axis gets a scale or size of its own; inputs without elements are dropped (NVIDIA/TensorRT#4476)."""
     shape = change.shape(node, node.input[0])
     axes = [int(axis) % len(shape) for axis in taken(node, "axes", range(len(shape)))]
     given = {what: _elements(change, node, index, what) for index, what in ((1, "roi"), (2, "scales"), (3, "sizes"))}
@@ -223,7 +225,7 @@ def _resize(change: Conversion, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     elif given["scales"] is not None:
         scales[axes] = given["scales"]
         sizes = np.floor(sizes * scales).astype(np.int64)
-    policy = shown(taken(node, "keep_aspect_ratio_policy", b"stretch"))
+    policy = as_text(taken(node, "keep_aspect_ratio_policy", b"stretch"))
     if policy != "stretch" and given["sizes"] is not None:
         scales, sizes = _same_aspect(change, node, shape, axes, scales, policy)
     if taken(node, "antialias", 0) and (scales < 1).any():
@@ -257,7 +259,7 @@ def _full_roi(change: Conversion, node: onnx.NodeProto, roi: Any, axes: Sequence
 def _same_aspect(
     change: Conversion, node: onnx.NodeProto, shape: tuple[int, ...], axes: Sequence[int], scales: Any, policy: str
 ) -> tuple[Any, Any]:
-    """One scale for all axes that are resized, as keep_aspect_ratio_policy asks; their sizes are rounded."""
+    """One scale for all resized axes, as keep_aspect_ratio_policy requires; their sizes are rounded."""
     least = policy == "not_larger"
     scale = float(scales[axes].min() if least else scales[axes].max())
     found, sizes = np.ones(len(shape)), np.array(shape)
@@ -271,7 +273,7 @@ def _same_aspect(
 
 
 def _check_symmetric(change: Conversion, node: onnx.NodeProto, scales: Any, sizes: Any, shape: tuple[int, ...]) -> None:
-    """half_pixel_symmetric is half_pixel where sizes are not rounded."""
+    """Where sizes are not rounded, half_pixel_symmetric is half_pixel."""
     for attribute in node.attribute:
         if attribute.name == "coordinate_transformation_mode" and attribute.s == b"half_pixel_symmetric":
             if not np.allclose(scales * np.array(shape), sizes, rtol=0, atol=1e-4):
@@ -301,4 +303,4 @@ RULES: tuple[tuple[tuple[str, ...], int, int, _Rule], ...] = (
     (("GroupNormalization",), 18, 99, _group_normalization),
     (tuple(_REDUCTIONS), 18, 99, _reduction),
 )
-"""Operators, the versions of them (first and last) that are written otherwise at opset 17, and how."""
+"""Operators, their versions (first and last) that are written differently at opset 17, and the rules."""

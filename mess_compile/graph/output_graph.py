@@ -1,4 +1,4 @@
-"""The output graph: a head's logits -> labels at the size of the image. Runs once, at the exit taken."""
+"""Builds the output graph: a head's logits -> labels at the size of the image. It runs once, at the exit taken."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ MAX_CLASSES = 256
 def append_output(model: onnx.ModelProto, classes: int, feature_hw: tuple[int, int], hw: tuple[int, int]) -> None:
     """Let a graph that ends in `logits` f32 (1, K, h, w) end in `labels` uint8 (1, *hw) instead.
 
-    K = `classes`, (h, w) = `feature_hw`. Bilinear with half-pixel centres where the two sizes differ, then argmax, the
-    lowest index on ties. Raises InputError when the labels do
-    not fit a byte.
+    K = `classes`, (h, w) = `feature_hw`. Bilinear with half-pixel centres if the two sizes differ, then argmax, the
+    lowest index on ties. Raises InputError when the labels do not fit a byte.
     """
     if classes > MAX_CLASSES:
         raise InputError(f"{classes} classes do not fit uint8 labels: at most {MAX_CLASSES}")

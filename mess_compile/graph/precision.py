@@ -1,7 +1,7 @@
-"""fp16 and int8 forms of a graph.
+"""Converts a graph to fp16 or int8.
 
-Inputs and outputs keep their types, fp32 between stages, so that graphs of different precisions follow each other in
-any order. A cast to fp32 and back between two fp16 graphs loses nothing.
+Inputs and outputs keep their types, fp32 between stages, so that graphs of different precisions can follow each other
+in any order. A cast to fp32 and back between two fp16 graphs loses nothing.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ MIN_CALIBRATION_FRAMES = 16
 LARGEST_FP16 = 65504.0
 
 CONVERTED = {"int8": ("Conv",), "fp16": ("Conv", "ConvTranspose"), "fp32": ()}
-"""The operators for whose sake a graph is converted."""
+"""A graph is converted only if it contains one of these operators."""
 _FP16_OPS = {
     *CONVERTED["fp16"], "BatchNormalization", "Relu", "LeakyRelu", "PRelu", "Clip", "Sigmoid", "HardSigmoid",
     "HardSwish", "Tanh", "Add", "Sub", "Mul", "Div", "Max", "Min", "MaxPool", "Concat", "Split", "Slice", "Pad",
     "Expand", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity",
 }  # fmt: skip
-"""What follows a convolution in fp16. Sums over a map, interpolation and what is not known stay fp32."""
+"""Operators that run in fp16 after a convolution. Sums over a map, interpolation and unknown operators stay fp32."""
 
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with its convolutions, and what follows them, in fp16; `model` holds its weights.
+    """The graph with its convolutions, and what follows them, in fp16; `model` contains its weights.
 
-    Inputs and outputs, the image's normalisation and all that follows `logits` (gate, interpolation, argmax) stay
-    fp32. A graph without convolutions comes back as it is. Raises InputError naming a weight beyond the range of fp16.
+    Inputs and outputs, the image's normalisation and everything after `logits` (gate, interpolation, argmax) stay fp32.
+    A graph without convolutions is returned unchanged. Raises InputError naming a weight beyond the range of fp16.
     """
     result = _copied(model)
     graph = result.graph
@@ -62,13 +62,13 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
             if name in weights:
                 graph.initializer.append(_fp16_weight(weights[name]))
             else:
-                nodes.append(_cast(name, _twin(name), TensorProto.FLOAT16))
+                nodes.append(_cast(name, _cast_name(name), TensorProto.FLOAT16))
         made = [name for name in node.output if name in floats]
         narrow |= {*floats.intersection(node.input), *made}
         for names in (node.input, node.output):
-            names[:] = [_twin(name) if name in floats else name for name in names]
+            names[:] = [_cast_name(name) if name in floats else name for name in names]
         nodes.append(node)
-        nodes += [_cast(_twin(name), name, TensorProto.FLOAT) for name in made if name in read_as_float]
+        nodes += [_cast(_cast_name(name), name, TensorProto.FLOAT) for name in made if name in read_as_float]
     _set_nodes(graph, nodes)
     return result
 
@@ -79,7 +79,7 @@ def is_fp16(model: onnx.ModelProto) -> bool:
 
 
 def write_out_roundings(model: onnx.ModelProto) -> None:
-    """Let an fp16 graph compute in fp32, with a Cast wherever fp16 would round: what a CPU can show of fp16."""
+    """Let an fp16 graph compute in fp32, with a Cast wherever fp16 would round: so a CPU can reproduce fp16."""
     graph = model.graph
     narrow = {name for name, tensor in activations(model).items() if tensor.dtype == "float16"}
     narrow |= {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16}
@@ -106,7 +106,7 @@ def _copied(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _convolution_work(graph: onnx.GraphProto) -> set[int]:
-    """Positions of the nodes that fp16 is for: convolutions and what follows them, up to `logits`."""
+    """Positions of the nodes to convert to fp16: convolutions and what follows them, up to `logits`."""
     chosen: set[int] = set()
     after_convolution: set[str] = set()
     after_logits = {"logits"}
@@ -124,11 +124,13 @@ def _fp16_weight(tensor: onnx.TensorProto) -> onnx.TensorProto:
     values = numpy_helper.to_array(tensor)
     worst = values.flat[np.argmax(np.abs(values))] if values.size else 0.0  # NaN counts as the largest
     if not abs(worst) <= LARGEST_FP16:
-        raise InputError(f"weight {tensor.name!r} holds {worst:.6g}, fp16 ends at {LARGEST_FP16:.0f}: keep it in fp32")
-    return numpy_helper.from_array(values.astype(np.float16), _twin(tensor.name))
+        raise InputError(
+            f"weight {tensor.name!r} contains {worst:.6g}, but fp16 ends at {LARGEST_FP16:.0f}: keep it in fp32"
+        )
+    return numpy_helper.from_array(values.astype(np.float16), _cast_name(tensor.name))
 
 
-def _twin(name: str) -> str:
+def _cast_name(name: str) -> str:
     return f"{name}/fp16"
 
 
@@ -137,7 +139,7 @@ def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
 
 
 def _set_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Let the graph consist of `nodes`, drop the weights that none of them reads, and forget inferred types."""
+    """Let the graph consist of `nodes`, drop the weights that none of them reads, and clear inferred types."""
     keep(graph.node, nodes)
     read = {name for node in graph.node for name in node.input}
     keep(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in read])
@@ -145,14 +147,14 @@ def _set_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
 
 
 def to_int8(model: onnx.ModelProto, calibration: Iterable[Feed]) -> onnx.ModelProto:
-    """The graph with quantise-dequantise pairs at the inputs and weights of its convolutions; all else is fp32.
+    """The graph with quantise-dequantise pairs at the inputs and weights of its convolutions; the rest is fp32.
 
     Depthwise convolutions stay fp32: eight bits cost them the most labels for the fewest multiplications, and
-    TensorRT-RTX makes engines of quantised ones that are up to seven times larger. `model` holds its weights;
+    TensorRT-RTX builds engines from quantised ones that are up to seven times larger. `model` contains its weights;
     `calibration` are inputs of this graph as they come from real images, one feed per frame, of which
-    MIN_CALIBRATION_FRAMES are in memory. Ranges are the extremes seen. A graph without other convolutions comes back as
-    it is. Raises InputError for fewer frames than that, EngineError when the quantiser is not installed or refuses the
-    graph.
+    MIN_CALIBRATION_FRAMES are in memory. Ranges are the extremes seen. A graph without other convolutions is returned
+    unchanged. Raises InputError for fewer frames than that, EngineError when the quantiser is not installed or refuses
+    the graph.
     """
     named = _copied(model)
     depthwise = _depthwise_convolutions(model.graph)
@@ -163,7 +165,7 @@ def to_int8(model: onnx.ModelProto, calibration: Iterable[Feed]) -> onnx.ModelPr
     first = list(islice(feeds, MIN_CALIBRATION_FRAMES))
     check_calibration(len(first))
     for index, node in enumerate(named.graph.node):
-        node.name = node.name or f"{node.op_type}_{index}"  # the quantiser tells nodes apart by name
+        node.name = node.name or f"{node.op_type}_{index}"  # the quantiser identifies nodes by name
     excluded = [named.graph.node[place].name for place in sorted(depthwise)]
     quantised = _quantised(named, chain(first, feeds), excluded)
     keep(quantised.metadata_props, model.metadata_props)
@@ -171,7 +173,7 @@ def to_int8(model: onnx.ModelProto, calibration: Iterable[Feed]) -> onnx.ModelPr
 
 
 def _depthwise_convolutions(graph: onnx.GraphProto) -> set[int]:
-    """Positions of the convolutions of which every group reads one channel of several."""
+    """Positions of the convolutions in which every group reads one channel of several."""
     narrow = {tensor.name for tensor in graph.initializer if tensor.dims[1:2] == [1]}
     return {
         place
@@ -186,13 +188,13 @@ def check_calibration(frames: int) -> None:
     """Raises InputError for too few frames."""
     if frames < MIN_CALIBRATION_FRAMES:
         raise InputError(
-            f"int8 needs at least {MIN_CALIBRATION_FRAMES} frames to calibrate on, there are {frames}: "
-            "take more from the training images"
+            f"int8 needs at least {MIN_CALIBRATION_FRAMES} frames to calibrate on, there are {frames}: take more from "
+            "the training images"
         )
 
 
 def quantiser() -> Any:
-    """ONNX Runtime's. Raises EngineError when it is not installed."""
+    """ONNX Runtime's quantiser. Raises EngineError when it is not installed."""
     try:
         from onnxruntime import quantization
     except ImportError as error:
@@ -202,7 +204,7 @@ def quantiser() -> Any:
 
 def _quantised(model: onnx.ModelProto, feeds: Iterator[Feed], excluded: list[str]) -> onnx.ModelProto:
     quantization = quantiser()
-    # Says that the quantiser's own preparation is done: it would rewrite the gate, and shapes are static already.
+    # Tells the quantiser that its own preparation is done: it would rewrite the gate, and shapes are static already.
     model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     with TemporaryDirectory() as folder:
         path = Path(folder) / "quantised.onnx"
@@ -222,7 +224,7 @@ def _quantised(model: onnx.ModelProto, feeds: Iterator[Feed], excluded: list[str
                     "ActivationSymmetric": True,
                     "WeightSymmetric": True,
                     "QuantizeBias": False,  # TensorRT does not parse int32 biases
-                    "QDQDisableWeightAdjustForInt32Bias": True,  # nor is there a reason to coarsen weights for them
+                    "QDQDisableWeightAdjustForInt32Bias": True,  # so there is no reason to coarsen weights for them
                     "OpTypesToExcludeOutputQuantization": list(CONVERTED["int8"]),
                 },
             )

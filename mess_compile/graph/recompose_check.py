@@ -1,4 +1,4 @@
-"""Prove the cut graphs: put together again, they compute what the network computed."""
+"""Proves the cut graphs: recomposed, they compute what the network computed."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ TOLERANCE = 1e-4
 def check_stages(graph_set: GraphSet, reference: Reference, frames: Sequence[Array], progress: Progress) -> None:
     """Recompose the stages in ONNX Runtime and compare them with the network they were cut from.
 
-    `frames` are uint8 (H, W, 3) at the network's input size. Every segment, fused ones too, every head, every output
-    graph and the baseline run. Raises InputError naming the graph, the deviation and the frame when logits or
-    features differ by more than TOLERANCE, when labels differ where there is no tie, or when a graph is malformed.
+    `frames` are uint8 (H, W, 3) at the network's input size. Every segment (fused ones, too), every head, every output
+    graph and the baseline runs. Raises InputError naming the graph, the deviation and the frame when logits or features
+    differ by more than TOLERANCE, when labels differ where there is no tie, or when a graph is malformed.
     """
     size = graph_set.candidate.input_hw
     if not frames or any(frame.dtype != np.uint8 or frame.shape != (*size, 3) for frame in frames):
@@ -56,7 +56,7 @@ def check_stages(graph_set: GraphSet, reference: Reference, frames: Sequence[Arr
 
 
 def check_baseline_alone(graph_set: GraphSet, reference: Reference, frames: Sequence[Array]) -> None:
-    """Hold the graph of the single-exit network trained alone against that network, like `check_stages`."""
+    """Compare the graph of the single-exit network trained alone with that network, like `check_stages`."""
     _check_form(graph_set, BASELINE_ALONE)
     expected = [logits for frame in frames for logits in reference(frame).values()]
     with closing(engine.open_library("onnxruntime")) as library:
@@ -66,14 +66,14 @@ def check_baseline_alone(graph_set: GraphSet, reference: Reference, frames: Sequ
 def _check_baseline(
     library: engine.Library, graph_set: GraphSet, name: str, frames: Sequence[Array], logits: Sequence[Array]
 ) -> None:
-    """A single-exit graph gives the labels that the network's logits (1, K, h, w) mean."""
+    """Check that a single-exit graph gives the argmax of the network's logits (1, K, h, w)."""
     painted = _run(library, graph_set.path(name), [{"image": frame[None]} for frame in frames])
     _compare_labels(name, [outputs["labels"] for outputs in painted], logits)
     for number, (outputs, values) in enumerate(zip(painted, logits, strict=True)):
         finite = int(np.isfinite(np.asarray(values).max(axis=1)).sum())
         if int(outputs[SOUND][0]) != finite:
             raise InputError(
-                f"graph {name} counts {int(outputs[SOUND][0])} cells with finite logits on frame {number}, where there "
+                f"graph {name} counts {int(outputs[SOUND][0])} cells with finite logits on frame {number}, but there "
                 f"are {finite}: the cut is wrong"
             )
 
@@ -81,7 +81,7 @@ def _check_baseline(
 def _check_head(
     library: engine.Library, graph_set: GraphSet, head: Head, features: Sequence[Array], logits: Sequence[Array]
 ) -> None:
-    """The gated head gives the network's logits, and its output graph the labels that they mean."""
+    """Check that the gated head gives the network's logits, and its output graph their argmax."""
     name, output = head_graph_name(head.name), graph_set.candidate.output_of(head)
     thresholds = thresholds_of(graph_set)
     feeds = [{f"exit{head.exit_point}": x, "thresholds": thresholds} for x in features]
@@ -92,7 +92,7 @@ def _check_head(
 
 
 def _check_form(graph_set: GraphSet, name: str) -> None:
-    """A graph on disk is valid ONNX of opset 17, and bounded by exactly the tensors that its description names."""
+    """Check that a graph on disk is valid ONNX of opset 17, bounded by exactly the tensors of its description."""
     path, spec = graph_set.path(name), graph_set.graphs[name]
     model = read_model(path)
     versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
@@ -111,7 +111,7 @@ def _check_form(graph_set: GraphSet, name: str) -> None:
 def _checked_features(
     library: engine.Library, graph_set: GraphSet, frames: Sequence[Array], progress: Progress
 ) -> dict[int, list[Array]]:
-    """Maps at every exit point, by its number, one per frame; fused segments agree with the path point by point."""
+    """Maps at every exit point, by its number, one per frame; checks fused segments against the path point by point."""
     features = {0: [frame[None] for frame in frames]}
     segments = sorted(graph_set.candidate.segments(), key=lambda pair: (pair[1] - pair[0], pair))
     for done, (a, b) in enumerate(segments, start=1):
@@ -125,7 +125,7 @@ def _checked_features(
 
 
 def _run(library: engine.Library, path: Path, feeds: Sequence[Feed]) -> list[Feed]:
-    """Load a graph, run it on each of `feeds`, let it go: no two graphs are in memory."""
+    """Load a graph, run it on each of `feeds`, release it: no two graphs are in memory."""
     with closing(library.load(path)) as loaded:
         return [run(library, loaded, feed) for feed in feeds]
 
@@ -137,7 +137,7 @@ def _compare(name: str, found: Sequence[Array], expected: Sequence[Array]) -> No
             allowed = _allowed(wanted)
             raise InputError(
                 f"graph {name} deviates by {share * allowed:.3g} from the network on frame {index}, more than "
-                f"{allowed:.3g}: the cut is wrong, or the network does not compute the same twice"
+                f"{allowed:.3g}: the cut is wrong, or the network gives different results in two runs"
             )
 
 
@@ -148,26 +148,26 @@ def check_finite(logits: Mapping[str, Array], index: int) -> None:
         if what is not None:
             remedy = "correct its weights, or the scale, mean and std of its input"
             if what == "-inf":
-                remedy = "where a class is masked out, let it have a large negative number such as -10000"
-            raise InputError(f"head {head} of the model as it came gives {what} on frame {index}: {remedy}")
+                remedy = "to mask out a class, use a large negative number such as -10000"
+            raise InputError(f"head {head} of the original model gives {what} on frame {index}: {remedy}")
 
 
 def what_is_not_finite(values: Array) -> str | None:
-    """NaN, inf or -inf, whichever is among the values; None where all are finite."""
+    """NaN, inf or -inf, whichever is among the values; None if all are finite."""
     if np.isnan(values).any():
         return "NaN"
     return next((name for name, value in (("inf", np.inf), ("-inf", -np.inf)) if (values == value).any()), None)
 
 
 def shares_of_allowed(values: Array, wanted: Array) -> float:
-    """The largest deviation from what is `wanted`, in units of what is allowed; infinite for another shape, or NaN."""
+    """The largest deviation from `wanted`, in units of the allowed one; infinite for another shape, or NaN."""
     if values.shape != wanted.shape or not np.isfinite(values).all():
         return np.inf
     return float(np.abs(values - wanted).max()) / _allowed(wanted)
 
 
 def _compare_labels(name: str, found: Sequence[Array], logits: Sequence[Array]) -> None:
-    """Every label has the highest logit of its pixel, or ties with it."""
+    """Check that every label has the highest logit of its pixel, or ties with it."""
     for index, (labels, values) in enumerate(zip(found, logits, strict=True)):
         pixels = upsampled(values[0], labels.shape[1:])  # (K, H, W)
         chosen = np.take_along_axis(pixels, labels.astype(np.int64), axis=0)[0]  # (H, W)
@@ -181,7 +181,7 @@ def _allowed(values: Array) -> float:
 
 
 def upsampled(maps: Array, hw: Sequence[int]) -> Array:
-    """Maps (K, h, w) at the size `hw`: bilinear, half-pixel centres, written apart from the output graph."""
+    """Maps (K, h, w) at the size `hw`: bilinear, half-pixel centres, implemented independently of the output graph."""
     for axis, size in zip((1, 2), hw, strict=True):
         last = maps.shape[axis] - 1
         position = np.clip((np.arange(size) + 0.5) * (last + 1) / size - 0.5, 0, last)

@@ -1,4 +1,4 @@
-"""Rewrites that a target needs: other graphs that compute the same."""
+"""Rewrites graphs for a target into others that compute the same."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mess_compile.runtime.base.errors import InputError
 
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16}
 _LARGEST = 4
-"""Times the channels asked for, the most that a group may have: beyond, zeros cost more than padding."""
+"""A group may have at most so many times the requested channels: beyond, zeros cost more than padding."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One rewrite, and for whom: `needed` is asked with the parser and the precision that the engine will have.
+    """One rewrite, and when it applies: `needed` gets the parser and the precision of the engine.
 
-    `run` gives back the very model when there is nothing to change, else a changed copy.
+    `run` returns the same model when there is nothing to change, otherwise a changed copy.
     """
 
     name: str
@@ -39,9 +39,9 @@ class Pass:
 def rewritten(model: onnx.ModelProto, parser: Parser, precision: str) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """The graph as the target can build it, and the names of the passes that changed it.
 
-    `model` has its weights in it, as `store.read_whole_model` gives it, in any precision, before or after Q/DQ nodes
-    are added; it is left as it is. Labels and counts stay equal, floats up to rounding. Raises InputError when a weight
-    that a pass must change is in another file.
+    `model` contains its weights, as from `store.read_whole_model`, in any precision, before or after Q/DQ nodes are
+    added; it is not changed. Labels and counts stay equal, floats up to rounding. Raises InputError when a weight that
+    a pass must change is in another file.
     """
     names = []
     for each in PASSES:
@@ -93,7 +93,7 @@ def _with_nodes(model: onnx.ModelProto, nodes: list[NodeProto]) -> onnx.ModelPro
 
 
 def quantise_weights_in_graph(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Keep weights of int8 in float32, with a QuantizeLinear that makes the same eight bits of them.
+    """Store int8 weights in float32, with a QuantizeLinear that gives the same eight bits.
 
     TensorRT 8 quantises weights itself and refuses those that are int8 in the file. Raises InputError when a weight is
     in another file.
@@ -112,13 +112,13 @@ def quantise_weights_in_graph(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     changed = _with_nodes(model, parts)
     read = {name for node in parts for name in node.input}
-    kept = [tensor for tensor in changed.graph.initializer if tensor.name in read]
-    keep(changed.graph.initializer, [*kept, *made.values()])
+    read_initializers = [tensor for tensor in changed.graph.initializer if tensor.name in read]
+    keep(changed.graph.initializer, [*read_initializers, *made.values()])
     return changed
 
 
 def _in_pair(node: NodeProto) -> list[NodeProto]:
-    """QuantizeLinear and DequantizeLinear of a weight in float, for a DequantizeLinear of one in int8."""
+    """QuantizeLinear and DequantizeLinear of a float weight, in place of the DequantizeLinear of an int8 one."""
     name = node.output[0]
     first, second = NodeProto(), NodeProto()
     first.CopyFrom(node)
@@ -138,11 +138,11 @@ def _dequantised(weight: TensorProto, scale: TensorProto, node: NodeProto) -> Te
 
 
 def group_depthwise(model: onnx.ModelProto, channels: int) -> onnx.ModelProto:
-    """Turn static depthwise convolutions into grouped ones of `channels` per group, the new weights zero.
+    """Turn static depthwise convolutions into grouped ones of `channels` per group; the new weights are zero.
 
-    For SM75, TensorRT-RTX pads each group to so many channels and stores what it padded: engines of depthwise networks
-    are up to 20 times those for newer cards. Groups are up to four times larger where the channels do not divide, and
-    the convolution stays where that fails too. Raises InputError when a weight is in another file.
+    For SM75, TensorRT-RTX pads each group to so many channels and stores the padding: engines of depthwise networks are
+    up to 20 times those for newer cards. Groups are up to four times larger if the channels do not divide; if that
+    fails, too, the convolution stays as it is. Raises InputError when a weight is in another file.
     """
     sizes = {place: size for place, size in _group_sizes(model.graph, channels) if size > 1}
     if not sizes:
@@ -167,7 +167,7 @@ def _group_sizes(graph: onnx.GraphProto, channels: int) -> Iterator[tuple[tuple[
 
 
 def pad_channels(model: onnx.ModelProto, channels: int) -> onnx.ModelProto:
-    """Give convolutions of fewer input channels than `channels` that many, the new ones zero, in maps and weights.
+    """Give convolutions of fewer input channels than `channels` that many; the new ones are zero, in maps and weights.
 
     For SM75, TensorRT-RTX pads the three channels of an image itself, with maps of zeros that it stores in the engine:
     2 MiB for fp16 at 512 x 512. A Pad node makes them in each run. Raises InputError when a weight is in another file.
@@ -197,9 +197,9 @@ def pad_channels(model: onnx.ModelProto, channels: int) -> onnx.ModelProto:
 
 
 def _narrow_convolutions(graph: onnx.GraphProto, channels: int) -> Iterator[tuple[int, str]]:
-    """(index of the node that reads the map, name of the kernel) of each that has too few channels, in two dimensions.
+    """(index of the node that reads the map, name of the kernel) of each with too few channels, in two dimensions.
 
-    The map is read by the convolution, or by the Q/DQ nodes before it.
+    The convolution reads the map, or the Q/DQ nodes before it do.
     """
     places = {name: index for index, node in enumerate(graph.node) for name in node.output}
     for index, (node, kernel, maps) in _static_convolutions(graph).items():
@@ -215,7 +215,7 @@ def _widened(weight: TensorProto, missing: int) -> TensorProto:
 
 
 def _static_convolutions(graph: onnx.GraphProto) -> dict[int, tuple[NodeProto, TensorProto, list[str]]]:
-    """By index: the node, its kernel, and the names of the map that it reads, the last one that before Q/DQ nodes.
+    """By index: the node, its kernel, and the names of the map that it reads, the last being that before Q/DQ nodes.
 
     Kernels, and what Q/DQ nodes make of them and of maps, belong to the convolution alone.
     """
@@ -241,7 +241,7 @@ def _group(node: NodeProto) -> onnx.AttributeProto:
 
 
 def _before_quantisation(name: str, makers: Mapping[str, NodeProto], weights: Mapping[str, TensorProto]) -> list[str]:
-    """A tensor's name and, through Q/DQ nodes that keep zeros zero, the names that it is made from."""
+    """A tensor's name and, through Q/DQ nodes that preserve zeros, the names that it is computed from."""
     names = [name]
     while names[-1] in makers and _keeps_zeros(makers[names[-1]], weights):
         names.append(makers[names[-1]].input[0])
@@ -249,7 +249,7 @@ def _before_quantisation(name: str, makers: Mapping[str, NodeProto], weights: Ma
 
 
 def _keeps_zeros(node: NodeProto, weights: Mapping[str, TensorProto]) -> bool:
-    """Quantisation without a zero point, its scales those of output channels."""
+    """Whether it quantises without a zero point, with scales per output channel."""
     if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or node.input[1] not in weights:
         return False
     axis = next((part.i for part in node.attribute if part.name == "axis"), 1)
@@ -258,7 +258,7 @@ def _keeps_zeros(node: NodeProto, weights: Mapping[str, TensorProto]) -> bool:
 
 
 def _group_size(count: int, channels: int) -> int:
-    """Of `count` channels, how many to put in a group; 1 where no size fits."""
+    """How many of `count` channels to put in a group; 1 if no size fits."""
     if count < channels:
         return count
     return next((size for size in range(channels, _LARGEST * channels + 1) if count % size == 0), 1)

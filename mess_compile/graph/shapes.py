@@ -1,4 +1,4 @@
-"""Static shapes: what follows from the input's size, and sizes that are computed from it."""
+"""Infers static shapes from the input's size, and folds sizes that are computed from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OF_ITS_INPUT = ("GroupNormalization",)
 
 
 def fold_shapes(model: onnx.ModelProto) -> None:
-    """Fold constants and the sizes that follow from the input's; every round may tell more shapes than the last."""
+    """Fold constants and the sizes that follow from the input's; every round may reveal more shapes."""
     while True:
         fold_constants(model)
         shapes = known_shapes(model)
@@ -46,7 +46,7 @@ def known_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
 
 
 def _inferable(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, or a copy where nodes whose shape ONNX does not infer give their input."""
+    """The model, or a copy in which nodes whose shape ONNX does not infer are replaced by their input."""
     if not any(node.op_type in _OF_ITS_INPUT for node in model.graph.node):
         return model
     copy: onnx.ModelProto = onnx.ModelProto.FromString(model.SerializeToString())

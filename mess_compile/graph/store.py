@@ -1,4 +1,4 @@
-"""ONNX files that share one store of weights, each weight a file named by the SHA-256 of its bytes."""
+"""Reads and writes ONNX files that share one store of weights, each weight a file named by the SHA-256 of its bytes."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 def stored_weights(path: Path) -> list[Path]:
-    """The files of the store beside it that an ONNX model names, each once. Raises InputError for one elsewhere."""
+    """The weight files in the store beside an ONNX model that it names, each once. Raises InputError for others."""
     tensors = [each for each in read_model(path).graph.initializer if external_data_helper.uses_external_data(each)]
     locations = {_location(each): each.name for each in tensors}
     for location, name in locations.items():
         if not _WEIGHT.fullmatch(location):
-            raise InputError(f"{path} keeps {name} in {location!r}, outside its weight store: {_EXPORT}")
+            raise InputError(f"{path} has {name} in {location!r}, outside its weight store: {_EXPORT}")
     return [path.parent / location for location in locations]
 
 
@@ -56,7 +56,7 @@ def _location(tensor: onnx.TensorProto) -> str:
 
 
 def read_whole_model(path: Path) -> onnx.ModelProto:
-    """A graph with its weights out of the store beside it. Raises InputError when one is missing or was changed."""
+    """A graph with its weights from the store beside it. Raises InputError when one is missing or was changed."""
     model = read_model(path)
     for tensor in model.graph.initializer:
         if external_data_helper.uses_external_data(tensor):
@@ -65,7 +65,7 @@ def read_whole_model(path: Path) -> onnx.ModelProto:
 
 
 def _stored(folder: Path, location: str) -> bytes:
-    """The bytes of a weight in the store, which are those that its name says."""
+    """The bytes of a weight in the store; checks them against its name."""
     if not _WEIGHT.fullmatch(location):
         raise InputError(f"{location!r} is not a weight of the store in {folder}: {_EXPORT}")
     try:
@@ -85,7 +85,7 @@ def _take(tensor: onnx.TensorProto, data: bytes) -> None:
 
 
 def store_weight(tensor: onnx.TensorProto, folder: Path) -> None:
-    """Move a tensor's bytes to `folder/weights/SHA256` and leave a reference, when it holds at least 1024 bytes."""
+    """Move a tensor's bytes to `folder/weights/SHA256` and leave a reference, if it has at least 1024 bytes."""
     data = tensor.raw_data or numpy_helper.to_array(tensor).tobytes()
     if len(data) < INLINE_BYTES:
         return
@@ -103,8 +103,8 @@ def store_weight(tensor: onnx.TensorProto, folder: Path) -> None:
 def externalise(model: onnx.ModelProto, folder: Path, source: Path | None = None) -> None:
     """Move all weights of `model` into the store in `folder`; `source` is the folder of its own external data.
 
-    One weight is in memory at a time. References are left alone without `source`: they point into the store.
-    Raises InputError when external data is missing, short or outside `source`.
+    One weight is in memory at a time. Without `source`, references are not changed: they point into the store. Raises
+    InputError when external data is missing, short or outside `source`.
     """
     for tensor in model.graph.initializer:
         if external_data_helper.uses_external_data(tensor):
@@ -115,13 +115,15 @@ def externalise(model: onnx.ModelProto, folder: Path, source: Path | None = None
 
 
 def widen_weights(model: onnx.ModelProto, folder: Path) -> None:
-    """Fold casts of weights from fp16, bf16 or fp64 to fp32; larger weights are in the store in `folder`."""
+    """Fold casts of weights from fp16, bf16 or fp64 to fp32; weights of 1024 bytes and more are in the store in
+    `folder`.
+    """
     weights = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type in _OTHER_FLOATS}
-    kept, widened = [], []
+    remaining, widened = [], []
     for node in model.graph.node:
         weight = weights.get(node.input[0]) if node.op_type == "Cast" else None
         if weight is None or helper.get_node_attr_value(node, "to") != TensorProto.FLOAT:
-            kept.append(node)
+            remaining.append(node)
             continue
         whole = TensorProto.FromString(weight.SerializeToString())
         if external_data_helper.uses_external_data(whole):
@@ -129,7 +131,7 @@ def widen_weights(model: onnx.ModelProto, folder: Path) -> None:
         wide = numpy_helper.from_array(numpy_helper.to_array(whole).astype(np.float32), node.output[0])
         store_weight(wide, folder)
         widened.append(wide)
-    keep(model.graph.node, kept)
+    keep(model.graph.node, remaining)
     model.graph.initializer.extend(widened)
 
 
@@ -142,7 +144,7 @@ def drop_unread_weights(folder: Path) -> None:
 
 
 def move_weights_out(path: Path) -> None:
-    """Let an ONNX file that holds its weights name them in the store beside it."""
+    """Move the weights inside an ONNX file to the store beside it."""
     model = read_model(path)
     externalise(model, path.parent)
     path.write_bytes(model.SerializeToString(deterministic=True))
@@ -160,7 +162,9 @@ def _load(tensor: onnx.TensorProto, source: Path) -> None:
     tensor.data_location = TensorProto.DEFAULT
     found, expected = len(tensor.raw_data), _weight_bytes(tensor)
     if found != expected:
-        raise InputError(f"weight {tensor.name!r} has {found} of {expected} bytes in {source}: is a file truncated?")
+        raise InputError(
+            f"weight {tensor.name!r} has {found} of {expected} bytes in {source}: check whether a file is truncated"
+        )
 
 
 def write_model(model: onnx.ModelProto, path: Path) -> None:
@@ -170,7 +174,9 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
     """
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
     if opset != OPSET:
-        raise InputError(f"graph {path.stem} has opset {opset}, TensorRT 8.5 takes {OPSET}: export at opset {OPSET}")
+        raise InputError(
+            f"graph {path.stem} has opset {opset}, but TensorRT 8.5 supports {OPSET}: export at opset {OPSET}"
+        )
     _strip(model, path.stem)
     path.write_bytes(model.SerializeToString(deterministic=True))
     try:
@@ -180,7 +186,7 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
 
 
 def write_graph(model: onnx.ModelProto, folder: Path, name: str, macs: int | None = None) -> GraphSpec:
-    """Write `folder/NAME.onnx`, its weights into the store, and describe it; MACs are counted when not given."""
+    """Write `folder/NAME.onnx`, its weights into the store, and describe it; counts MACs unless given."""
     externalise(model, folder)
     path = folder / f"{name}.onnx"
     write_model(model, path)
@@ -201,7 +207,7 @@ def _weight_bytes(tensor: onnx.TensorProto) -> int:
 
 
 def _strip(model: onnx.ModelProto, name: str) -> None:
-    """Take out what names a producer or changes from run to run."""
+    """Remove what names a producer or changes from run to run."""
     for field in ("producer_name", "producer_version", "doc_string", "model_version", "domain"):
         model.ClearField(field)
     model.ir_version = IR_VERSION

@@ -1,4 +1,4 @@
-"""What a graph costs, read off its inferred shapes: workload and memory."""
+"""Counts the workload and memory of a graph from its inferred shapes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     kind = value.type.tensor_type
     dims = kind.shape.dim
     if not kind.HasField("shape") or any(not dim.HasField("dim_value") or dim.dim_value < 1 for dim in dims):
-        shown = ", ".join(dim.dim_param or str(dim.dim_value) for dim in dims) if kind.HasField("shape") else "?"
+        shape = ", ".join(dim.dim_param or str(dim.dim_value) for dim in dims) if kind.HasField("shape") else "?"
         raise InputError(
-            f"tensor {value.name!r} has no static shape ({shown}): export with fixed input sizes and batch 1"
+            f"tensor {value.name!r} has no static shape ({shape}): export with fixed input sizes and batch 1"
         )
     dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type).name
     return TensorSpec(value.name, dtype, tuple(dim.dim_value for dim in dims))
 
 
 def activations(model: onnx.ModelProto) -> dict[str, TensorSpec]:
-    """Every tensor that is computed or fed, by name; weights are not among them.
+    """Every tensor that is computed or fed, by name, without weights.
 
     Raises InputError when the shapes do not follow from the graph.
     """
@@ -57,7 +57,7 @@ def count_macs(model: onnx.ModelProto) -> int:
 
 
 def workspace_bytes(model: onnx.ModelProto) -> int:
-    """Peak of the activations that live at the same time, the graph's own inputs and outputs left out.
+    """Peak of the activations that are live at the same time, without the graph's own inputs and outputs.
 
     An estimate: engines that compute in place or fuse need less.
     """

@@ -170,7 +170,7 @@ def path_costs_ns(
     """What an image costs that leaves at each of the plan's exits, in ns, by the precisions of `graph_set`.
 
     Upload + segments + gated heads up to the exit taken + one null stage per decision + output graph + download; the
-    last exit decides nothing. Source: DESIGN.md, Latency of a plan. Raises InputError when the table lacks a graph.
+    last exit decides nothing. Source: docs/definitions.md, Latency. Raises InputError when the table lacks a graph.
     """
     costs: list[int] = []
     spent = table.cost_ns(UPLOAD, quantity=quantity)

@@ -1,1 +1,1 @@
-"""torch: backbones, heads, the overprovisioned network."""
+"""Builds networks in torch: backbones, heads, the overprovisioned network."""

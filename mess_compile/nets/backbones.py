@@ -1,4 +1,4 @@
-"""Dilated ResNet-50 and MobileNetV2 with torchvision's parameter names, as a chain of blocks."""
+"""Builds dilated ResNet-50 and MobileNetV2 with torchvision's parameter names, as a chain of blocks."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _round_to_8(channels: float) -> int:
 def build_backbone(name: str, output_stride: int = 8, width: float = 1.0) -> ResNet50 | MobileNetV2:
     """A backbone with random weights. Raises InputError for an unknown name, stride or width."""
     if output_stride not in OUTPUT_STRIDES:
-        raise InputError(f"output stride {output_stride}: choose one of {OUTPUT_STRIDES}")
+        raise InputError(f"output stride {output_stride} is not supported: choose one of {OUTPUT_STRIDES}")
     if name == "resnet50":
         if width != 1.0:
             raise InputError(f"resnet50 has no width {width}: only mobilenetv2 takes one")

@@ -1,4 +1,4 @@
-"""The candidate network on disk: `network.json` and content-named safetensors, convolutions in fp16."""
+"""Reads and writes the candidate network: `network.json` and content-named safetensors, convolutions in fp16."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def architecture_from_json(content: dict[str, Any]) -> Architecture:
         heads.append((int(exit_point.removeprefix("exit")), head_config_from_name(config)))
     height, width = content["input_hw"]
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-        raise ValueError(f"input_hw {content['input_hw']} is not of sides from 1 to {MAX_SIDE}")
+        raise ValueError(f"input_hw {content['input_hw']} does not have sides from 1 to {MAX_SIDE}")
     return Architecture(
         backbone=str(content["backbone"]),
         classes=tuple(str(name) for name in content["classes"]),
@@ -63,7 +63,7 @@ def architecture_from_json(content: dict[str, Any]) -> Architecture:
 def save_candidate(network: OverprovisionedNetwork, folder: Path) -> None:
     """Write the network; convolution weights are rounded to fp16, BatchNorm stays fp32.
 
-    The weights come first, under a name of their content; the rename of `network.json` makes them current.
+    The weights are written first, under a name from their content; renaming `network.json` makes them current.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: _stored(value) for key, value in network.state_dict().items() if "num_batches" not in key}
@@ -83,7 +83,7 @@ def save_candidate(network: OverprovisionedNetwork, folder: Path) -> None:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Copy a network that was trained in `folder` to the first free `folder-N`, which is returned."""
+    """Copy a network that was trained in `folder` to the first free `folder-N`; returns that folder."""
     weights = list(folder.glob("weights-*.safetensors"))
     if not (folder / "network.json").exists() or not weights:
         return None
@@ -95,7 +95,7 @@ def set_aside(folder: Path) -> Path | None:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file. Raises OSError with the number that safetensors only mentions in its text."""
+    """Write a safetensors file. Raises OSError with the number that safetensors mentions in its text only."""
     try:
         save_file(tensors, path)
         path.chmod(0o644)
@@ -111,7 +111,7 @@ def _stored(value: torch.Tensor) -> torch.Tensor:
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """What `network.json` describes. Raises InputError."""
+    """Read the architecture from `network.json`. Raises InputError."""
     path = folder / "network.json"
     content = files.read_json(path, "mess-candidate", 1, _REMEDY)
     architecture: Architecture = files.decoded(path, _REMEDY, lambda: architecture_from_json(content))
@@ -163,16 +163,16 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(
             f"{path} cannot be read as weights, and may be truncated ({_brief(error)}): {_AGAIN}"
         ) from error
-    except Exception as error:  # pickle.UnpicklingError: whatever the file would have executed is refused here
+    except Exception as error:  # pickle.UnpicklingError: anything that the file would have executed is refused here
         raise InputError(
-            f"{path} holds more than tensors and was refused ({type(error).__name__}): save its state dict alone, "
+            f"{path} contains more than tensors and was refused ({type(error).__name__}): save its state dict alone, "
             "`torch.save(model.state_dict(), FILE)`"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path} is not a state dict (a mapping of names to tensors): {_remedy_of_content(state)}")
     if state and all(key.startswith(_WRAPPED) for key in state):
         raise InputError(
-            f"the names in {path} begin with {_WRAPPED!r}, for it was saved of a DataParallel model: save "
+            f"the names in {path} begin with {_WRAPPED!r}, because it was saved from a DataParallel model: save "
             "`model.module.state_dict()`"
         )
     return state
@@ -181,28 +181,28 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
 _AGAIN = "copy or download it again"
 _WRAPPED = "module."
 _PICKLED = (b"PK", b"\x80")
-"""How files of torch.save begin: zip archives, before version 1.6 pickles."""
+"""First bytes of torch.save's files: zip archives, before version 1.6 pickles."""
 
 
 def _refuse_text(path: Path) -> None:
-    """Raises InputError for what no library wrote as weights: an error page, or another text."""
+    """Raises InputError for a file that no library wrote as weights: an error page, or another text."""
     with path.open("rb") as stream:
         head = stream.read(512)
     if not head:
-        raise InputError(f"{path} is empty, and no file of weights: {_AGAIN}")
+        raise InputError(f"{path} is empty, not a file of weights: {_AGAIN}")
     if path.suffix == ".safetensors" or head.startswith(_PICKLED):
         return
     is_text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in head)
     kind = "an HTML page" if b"<html" in head.lower() or b"<!doctype" in head.lower() else "a text" if is_text else ""
     found = f", but {kind}" if kind else ""
     raise InputError(
-        f"{path} is no file of weights{found} (it begins with {bytes(head[:16])!r}): give a .safetensors, or what "
-        f"torch.save wrote; {_AGAIN}"
+        f"{path} is not a file of weights{found} (it begins with {bytes(head[:16])!r}): give a .safetensors, or a "
+        f"file that torch.save wrote; {_AGAIN}"
     )
 
 
 def _remedy_of_content(content: Any) -> str:
-    """What to save instead of a checkpoint that holds a state dict among other things."""
+    """What to save instead of a checkpoint that contains a state dict among other things."""
     entries = content.items() if isinstance(content, dict) else ()
     for name, entry in entries:
         if isinstance(entry, dict) and entry and all(isinstance(value, torch.Tensor) for value in entry.values()):

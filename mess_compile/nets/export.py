@@ -1,4 +1,7 @@
-"""torch -> the whole-network ONNX, and from there to the checked graphs (DESIGN.md, decision 2)."""
+"""Exports a torch network to the whole-network ONNX, and cuts the checked graphs from it.
+
+torch ends at ONNX: everything after it works on ONNX and numpy.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def export_checkpoint(
 
     `frames` are uint8 (H, W, 3) at the network's input size, on which torch and the graphs must agree; `baseline` is
     the folder of a single-exit network trained alone, which becomes one more graph. The folder `graphs` is replaced
-    when all is well. Raises InputError.
+    when everything has passed. Raises InputError.
     """
     network = load_candidate(checkpoint)
     alone = None if baseline is None else _load_baseline(baseline, network.architecture)
@@ -54,7 +57,7 @@ def export_checkpoint(
 
 
 def _load_baseline(folder: Path, candidate: Architecture) -> OverprovisionedNetwork:
-    """The network in `folder`. Raises InputError when it is not the candidate network with the final exit alone."""
+    """The network in `folder`. Raises InputError unless it is the candidate network with the final exit alone."""
     network = load_candidate(folder)
     found, wanted = _decisive(network.architecture), _decisive(candidate)
     differences = [f"{what} {found[what]}, not {wanted[what]}" for what in found if found[what] != wanted[what]]
@@ -69,7 +72,7 @@ def _load_baseline(folder: Path, candidate: Architecture) -> OverprovisionedNetw
 
 
 def _decisive(architecture: Architecture) -> dict[str, str | float]:
-    """What a baseline must share with the candidate network, to answer the same task with the same workload."""
+    """What a baseline must share with the candidate network, to solve the same task with the same workload."""
     return {
         "backbone": architecture.backbone,
         "width": architecture.width,
@@ -99,7 +102,7 @@ def export_network(network: OverprovisionedNetwork, folder: Path, name: str = NE
 
 
 def torch_reference(network: OverprovisionedNetwork) -> Reference:
-    """What the graphs are held against: a frame's logits by head name, computed by torch."""
+    """The reference for the graphs: a frame's logits by head name, computed by torch."""
 
     def logits(frame: Array) -> dict[str, Array]:
         with torch.inference_mode():
@@ -126,7 +129,7 @@ class _FromFrame(nn.Module):
 def _write_structure(module: nn.Module, hw: tuple[int, int], outputs: Sequence[str], path: Path) -> None:
     """Write the traced graph without weights: every parameter is a graph input under its name in the state dict."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of deprecation; the newer exporter writes opset 18 whatever it is told
+        warnings.simplefilter("ignore")  # deprecation; the newer exporter always writes opset 18
         torch.onnx.export(
             module,
             (torch.zeros(1, *hw, 3, dtype=torch.uint8),),
@@ -158,7 +161,7 @@ def _attach_weights(model: onnx.ModelProto, state: Mapping[str, torch.Tensor], f
             store_weight(tensor, folder)
             graph.initializer.append(tensor)
     assert not norms, f"BatchNorm without a convolution in front: {', '.join(norms)}"
-    # Parameters of equal value were merged by the tracer, an Identity giving back each one's name.
+    # The tracer merged parameters of equal value; an Identity restores the name of each.
     nodes = [node for node in graph.node if node.op_type != "BatchNormalization" and node.output[0] not in state]
     keep(graph.node, nodes)
     keep(graph.input, [value for value in graph.input if value.name == "image"])
@@ -167,7 +170,7 @@ def _attach_weights(model: onnx.ModelProto, state: Mapping[str, torch.Tensor], f
 def _parameters(
     conv: onnx.NodeProto, norm: onnx.NodeProto | None, state: Mapping[str, torch.Tensor]
 ) -> tuple[Array, Array]:
-    """Weight and bias in float64 of a convolution together with the BatchNorm behind it, if there is one."""
+    """Weight and bias in float64 of a convolution, with the BatchNorm after it folded in, if there is one."""
     weight, *rest = (state[name].double().numpy() for name in conv.input[1:])
     bias = rest[0] if rest else np.zeros(len(weight))
     if norm is None:

@@ -1,4 +1,4 @@
-"""Segmentation heads: CRM -> extra blocks with RDI -> FCN, DeepLabV3, separable ASPP or LR-ASPP head."""
+"""Builds segmentation heads: CRM -> extra blocks with RDI -> FCN, DeepLabV3, separable ASPP or LR-ASPP head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mess_compile.network import HeadConfig
 
 ASPP_RATES = (12, 24, 36)
 SEPARABLE_RATES = (3, 6, 12)
-"""Smaller than DeepLabV3's: at an early exit the map has not seen far, and gaps between taps cost more than reach."""
+"""Smaller than DeepLabV3's: an early exit's receptive field is small, and gaps between taps cost more than reach."""
 
 
 def _conv_bn_relu(inputs: int, outputs: int, kernel: int, dilation: int = 1, groups: int = 1) -> nn.Sequential:
@@ -88,7 +88,7 @@ def _fcn_head(inputs: int, classes: int) -> nn.Sequential:
 def build_head(config: HeadConfig, inputs: int, classes: int) -> nn.Sequential:
     """A head on a map of `inputs` channels: (n, inputs, h, w) -> logits (n, classes, h, w).
 
-    Block i has dilation 2^i with RDI, else 1 (DESIGN.md, Head blocks, with d = 1).
+    Block i has dilation 2^i with RDI, else 1 (docs/definitions.md, Head blocks, with d = 1).
     """
     channels = max(1, inputs // config.crm)
     layers: list[nn.Module] = [_conv_bn_relu(inputs, channels, 1)] if config.crm > 1 else []

@@ -1,4 +1,4 @@
-"""The overprovisioned network: one backbone, exit points placed by workload, every candidate head."""
+"""Builds the overprovisioned network: one backbone, exit points placed by workload, every candidate head."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ FINAL_HEAD = HeadConfig("fcn")
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that decides the shape of an overprovisioned network.
+    """Everything that decides the shape of an overprovisioned network.
 
-    `exit_blocks` are backbone block names in order, the last block being the final exit; `heads` pairs an exit
-    point (from 1) with a configuration.
+    `exit_blocks` are backbone block names in order, the last block being the final exit; `heads` pairs an exit point
+    (from 1) with a configuration.
     """
 
     backbone: str
@@ -77,12 +77,13 @@ class OverprovisionedNetwork(nn.Module):
 
 
 def described(architecture: Architecture) -> CandidateNetwork:
-    """The candidate network as data, workloads included; no weights are made. Raises InputError."""
+    """The candidate network as data, workloads included, without weights. Raises InputError."""
     exit_points = _exit_points(architecture)
     numbers = [number for number, _ in architecture.heads]
     if (len(exit_points), FINAL_HEAD) not in architecture.heads or not all(1 <= n <= len(exit_points) for n in numbers):
         raise InputError(
-            f"heads at exits {numbers}: they lie at 1 to {len(exit_points)}, {FINAL_HEAD.name} at the last"
+            f"heads at exits {numbers}: give them exits from 1 to {len(exit_points)}, with {FINAL_HEAD.name} at the "
+            "last"
         )
     heads = []
     for number, config in architecture.heads:
@@ -174,7 +175,7 @@ def place_exits(blocks: Sequence[ExitPoint], count: int) -> tuple[str, ...]:
     Raises InputError when there are fewer blocks than exits.
     """
     if not 1 <= count <= len(blocks):
-        raise InputError(f"{count} exits do not fit a backbone of {len(blocks)} blocks")
+        raise InputError(f"{count} exits do not fit a backbone of {len(blocks)} blocks: choose at most {len(blocks)}")
     total, chosen = blocks[-1].macs, [len(blocks) - 1]
     for number in range(count - 1, 0, -1):
         free = range(number - 1, chosen[0])
@@ -203,7 +204,7 @@ def with_final_head(heads: Sequence[tuple[int, HeadConfig]], exits: int) -> tupl
 
 
 def heads_from_names(names: Sequence[str], exits: int) -> tuple[tuple[int, HeadConfig], ...]:
-    """Heads at the early exit points: `NAME` at each of them, `exitN.NAME` at one, `grid` the paper's whole space.
+    """Heads at the early exit points: `NAME` means each of them, `exitN.NAME` one, `grid` the paper's whole space.
 
     Raises InputError.
     """

@@ -66,9 +66,8 @@ def here(library: Library, device: str, graph_set: GraphSet, build: Build = as_t
 
     def measure(task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
         meter = power.power_meter()
-        return profile.measure(
-            library, task.jobs, frame, thresholds, task.reference, effort, earlier, meter, measured=task.measured
-        )
+        request = profile.MeasureTask(task.jobs, frame, thresholds, task.reference, task.measured, earlier)
+        return profile.measure(library, request, effort, meter)
 
     return Backend(device, library.name, library.version, describe_machine(), measure, power.read_state, build)
 

@@ -13,7 +13,7 @@ from mess_compile.report.model import Picture, Strip
 from mess_compile.report.pictures import truth_overlay
 from mess_compile.runtime.cascade.cascade import Cascade
 from mess_compile.runtime.images import frames
-from mess_compile.runtime.images.confidence import sure_words
+from mess_compile.runtime.images.confidence import confidence_text
 
 TITLES = ("easiest", "median", "hardest")
 _WIDTH, _QUALITY = 400, 82
@@ -35,7 +35,7 @@ def strip_of(
     colours = cascade.manifest.network.colours
     for prediction in cascade.refine(frame):
         mark = ", taken" if prediction.exit == taken else ""
-        caption = f"exit {prediction.exit}{mark} {sure_words(prediction.confidence)}".rstrip()
+        caption = f"exit {prediction.exit}{mark} {confidence_text(prediction.confidence)}".rstrip()
         caption += "" if truth is None else _right(prediction.labels, truth)
         described = f"labels of exit {prediction.exit} laid over {name}"
         shown.append(picture(caption, described, frames.overlay(frame, prediction.labels, colours)))

@@ -18,7 +18,7 @@ from mess_compile.runtime.bundle.archive import open_archive
 from mess_compile.runtime.bundle.manifest import Manifest
 from mess_compile.runtime.bundle.signature import Signers, installed_signers
 from mess_compile.runtime.cascade.cascade import Cascade, Prediction, load
-from mess_compile.runtime.images.confidence import LEGEND, exit_words
+from mess_compile.runtime.images.confidence import LEGEND, exit_text
 from mess_compile.runtime.images.pictures import read_picture, write_labels, write_picture
 from mess_compile.runtime.serve.verify import LATENCY_FACTOR, VerifyOptions, verify_bundle
 from mess_compile.runtime.serve.watch import REFUSED, watch
@@ -215,7 +215,7 @@ def _run_picture(cascade: Cascade, path: Path, options: argparse.Namespace) -> N
 def _words(prediction: Prediction, deadline_ms: Optional[float]) -> str:
     late = deadline_ms is not None and prediction.latency_ms > deadline_ms
     return (
-        f"{exit_words(prediction.exit, prediction.confidence)}, {prediction.latency_ms:.2f} ms"
+        f"{exit_text(prediction.exit, prediction.confidence)}, {prediction.latency_ms:.2f} ms"
         f"{', too late' if late else ''}"
     )
 

@@ -198,7 +198,7 @@ def refuse_without_energy(evidence: Evidence) -> None:
 
 
 def figures_of_stages(evidence: Evidence, setting: str, stages: Sequence[Stage]) -> Figures:
-    """Figures of the plan with these `stages`, as docs/definitions.md defines them."""
+    """Figures of the plan with these `stages`; see docs/definitions.md. Raises InputError when evidence lacks."""
     statistics = evidence.statistics
     heads = [stage.head for stage in stages]
     exits = exits_taken(statistics, stages)
@@ -228,7 +228,7 @@ def _energy_mj(evidence: Evidence, setting: str, heads: Sequence[str], exits: ND
 
 
 def baseline_figures(evidence: Evidence) -> Figures:
-    """Figures of the better single-exit network, which is a plan too (docs/definitions.md, baseline)."""
+    """Figures of the better single-exit network, which is a plan too. See docs/definitions.md, Baseline."""
     stage = Stage(evidence.candidate.point_of(evidence.baseline), evidence.baseline, 0, None)
     return figures_of_stages(evidence, "budgeted", [stage])
 

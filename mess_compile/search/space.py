@@ -76,7 +76,7 @@ def cut_grids(statistics: ExitStatistics, head: str) -> Grids:
 def cut_grid(counts: NDArray[np.int32]) -> tuple[int, ...]:
     """Cuts midway (rounded up) between neighbouring observed counts: all, or of more than 32 those at even ranks.
 
-    Source: DESIGN.md, Gate; the ranks are ceil(j * M / 33), j = 1..32, of the M cuts.
+    Source: docs/definitions.md, Gate; the ranks are ceil(j * M / 33), j = 1..32, of the M cuts.
     """
     cuts = _cuts_between(counts).tolist()
     total = len(cuts)

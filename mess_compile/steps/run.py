@@ -24,7 +24,7 @@ from mess_compile.runtime.bundle import archive
 from mess_compile.runtime.bundle.manifest import MANIFEST
 from mess_compile.runtime.cascade.cascade import Cascade, Prediction, load
 from mess_compile.runtime.images import frames
-from mess_compile.runtime.images.confidence import sure_words
+from mess_compile.runtime.images.confidence import confidence_text
 from mess_compile.runtime.images.pictures import OF_ONE_NAME, read_picture
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts", ".wmv", ".mjpeg")
@@ -250,7 +250,9 @@ def _panels(
     panels = [("input", frame)]
     for prediction in cascade.refine(frame):
         mark = " (taken)" if prediction.exit == taken else ""
-        caption = f"exit {prediction.exit}{mark}  {sure_words(prediction.confidence)}{prediction.latency_ms:.1f} ms"
+        caption = (
+            f"exit {prediction.exit}{mark}  {confidence_text(prediction.confidence)}{prediction.latency_ms:.1f} ms"
+        )
         panels.append((caption, frames.overlay(frame, prediction.labels, network.colours)))
     if options.truth is not None:
         path = options.truth / f"{image.stem}.png"
@@ -382,7 +384,7 @@ def _attempted(action: Callable[[Any], Any], given: Any) -> Any:
 
 def _drawn(media: Any, cascade: Cascade, frame: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint8]:
     exits = len(cascade.plan.stages)
-    words = f"exit {prediction.exit} of {exits}  {sure_words(prediction.confidence)}{prediction.latency_ms:.1f} ms"
+    words = f"exit {prediction.exit} of {exits}  {confidence_text(prediction.confidence)}{prediction.latency_ms:.1f} ms"
     picture: NDArray[np.uint8] = media.annotated(cascade.overlay(frame, prediction), prediction.exit, exits, words)
     return picture
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mess_compile.nets.network import Architecture
     from mess_compile.training.parallel import Machines
     from mess_compile.training.recipe import Recipe
+    from mess_compile.training.train import TrainingJob
 
 
 @dataclass(frozen=True)
@@ -161,39 +162,34 @@ def plan_train(
     """What `train` would do, or `train_baseline`. Raises InputError where they would."""
     resolve = _baseline_request if baseline else _candidate_request
     request = resolve(workspace, data, choice, recipe, options, SILENT)
-    opened, stages = request.data, extras.torch_module("training.train")
-    what, notes = stages.foreseen(
-        _architecture(request.choice, opened.images),
-        opened.images,
-        opened.validation,
-        request.folder,
-        request.recipe,
-        options.imagenet,
-        options.machines,
-        options.source,
-        options.teacher,
-    )
+    what, notes = extras.torch_module("training.train").planned(_job(request))
     basis = "the time of a batch is known after the first ones, and shown on the progress line"
     return (PlannedStep("train", what, (str(request.folder), str(workspace.file)), None, basis, notes),)
 
 
 def _trained(request: _Request, reporter: Reporter) -> CandidateNetwork | None:
-    stages = extras.torch_module("training.train")
-    data, options = request.data, request.options
-    network: CandidateNetwork | None = stages.train(
-        _architecture(request.choice, data.images),
-        data.images,
-        data.validation,
-        request.folder,
-        request.recipe,
-        reporter.note,
-        options.imagenet,
-        options.machines,
-        options.source,
-        options.teacher,
-        reporter.progress,
+    job = _job(request)
+    network: CandidateNetwork | None = extras.torch_module("training.train").train(
+        job, reporter.note, reporter.progress
     )
     return network
+
+
+def _job(request: _Request) -> TrainingJob:
+    train, parallel = extras.torch_module("training.train"), extras.torch_module("training.parallel")
+    data, options = request.data, request.options
+    job: TrainingJob = train.TrainingJob(
+        architecture=_architecture(request.choice, data.images),
+        data=data.images,
+        validation=data.validation,
+        folder=request.folder,
+        recipe=request.recipe,
+        imagenet=options.imagenet,
+        machines=options.machines or parallel.Machines(),
+        source=options.source,
+        teacher=options.teacher,
+    )
+    return job
 
 
 def _architecture(choice: NetworkChoice, folder: DataSet) -> Architecture:

@@ -1,1 +1,1 @@
-"""torch: losses and the two stages of training."""
+"""Trains networks in torch: losses and the two stages."""

@@ -1,4 +1,4 @@
-"""Batches of augmented crops, made off the training thread."""
+"""Makes batches of augmented crops, off the training thread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Image8 = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of every batch this process makes: `rank` of `world`, in `accumulate` pieces one after the other."""
+    """This process's part of every batch: `rank` of `world`, in `accumulate` pieces one after the other."""
 
     rank: int = 0
     world: int = 1
@@ -43,9 +43,9 @@ class Batches:
     """Endless supply of epochs: `epoch(number, hw)` yields lists of (frames (n, h, w, 3), labels (n, h, w)), uint8
     tensors; the pieces of a list together are this process's part of one batch.
 
-    The order and every crop follow from (seed, epoch, place in the epoch), so a continued run sees what an unbroken
-    one would have, and several processes together what one would; so it is with any number of `readers`, the threads
-    that make batches.
+    The order and every crop follow from (seed, epoch, place in the epoch), so a continued run sees the same batches as
+    an uninterrupted one, and several processes together the same as one; the number of `readers`, the threads that make
+    batches, does not matter either.
     """
 
     def __init__(
@@ -57,8 +57,7 @@ class Batches:
         pieces = shard.world * shard.accumulate
         if len(data.items) < 2:
             raise InputError(
-                f"split {data.split!r} of {data.root} has 1 image, and training takes 2 at a time at the "
-                "least: add images"
+                f"split {data.split!r} of {data.root} has 1 image, but training takes at least 2 at a time: add images"
             )
         if self.batch % pieces or self.batch // pieces < 2:
             raise InputError(
@@ -71,12 +70,12 @@ class Batches:
         self._order = lru_cache(maxsize=1)(self._order_of)
 
     def __len__(self) -> int:
-        """Batches in an epoch; a smaller rest is left out, since BatchNorm needs more than one image."""
+        """Batches in an epoch; a smaller rest is dropped, since BatchNorm needs more than one image."""
         return len(self._data.items) // self.batch
 
     @property
     def at_once(self) -> int:
-        """Images that this process computes with at one time."""
+        """The number of images that this process computes at the same time."""
         return self.batch // (self._shard.world * self._shard.accumulate)
 
     @property
@@ -123,7 +122,7 @@ def augmented(
 ) -> tuple[Image8, Image8]:
     """A random crop of size `hw`, flipped at random, colours disturbed, from the sample at a random scale.
 
-    At scale 1 the whole sample has the network's input size. What lies outside the sample is black and ignored.
+    At scale 1 the whole sample has the network's input size. Pixels outside the sample are black and ignored.
     """
     scale = float(np.exp(rng.uniform(*np.log(SCALE_RANGE))))
     rows, top = _span(sample.labels.shape[0], input_hw[0] * scale, hw[0], rng)
@@ -141,7 +140,7 @@ def augmented(
 
 
 def _span(length: int, scaled: float, wanted: int, rng: np.random.Generator) -> tuple[int, tuple[float, float]]:
-    """Pixels made along one side, and the part (start, stop) of the sample's `length` pixels they are made of."""
+    """Pixels made along one side, and the part (start, stop) of the sample's `length` pixels that they come from."""
     pixels = max(1, min(wanted, round(scaled)))
     part = min(length, pixels * length / scaled)
     start = float(rng.uniform(0, length - part))

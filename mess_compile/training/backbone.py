@@ -1,4 +1,4 @@
-"""Stage 1, exit-aware pre-training: the backbone learns to serve its early exits as well as the final one."""
+"""Runs stage 1, exit-aware pre-training: the backbone learns to serve its early exits as well as the final one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pretrain(network: OverprovisionedNetwork, run: Run, progress: TrainingState 
         started = time.monotonic()
         loop.seed_epoch(run, 1, 0, epoch)
         mean = _epoch(network.train(), names, optimiser, run, epoch, average)
-        line = f"stage 1 epoch {epoch + 1}/{epochs}  loss per exit {loop.shown(mean)}"
+        line = f"stage 1 epoch {epoch + 1}/{epochs}  loss per exit {loop.values_text(mean)}"
         if (epoch + 1) % VALIDATE_EVERY == 0 or epoch + 1 == epochs:
             line += "  " + miou_line(network.eval(), run.validation, names, run.fabric)
         averaged = {} if average is None else average.weights
@@ -90,7 +90,7 @@ def _epoch(
     epoch: int,
     average: _Average | None,
 ) -> NDArray[np.float64]:
-    """The mean loss of every exit; not a number for one that was not trained."""
+    """The mean loss of every exit; NaN for one that was not trained."""
     sums, counts = np.zeros(len(names)), np.zeros(len(names))
     steps = run.recipe.epochs[0] * len(run.batches)
     hw = run.recipe.crop(epoch, run.input_hw)
@@ -110,7 +110,7 @@ def _epoch(
 
 
 def _backward(network: OverprovisionedNetwork, names: Sequence[str], run: Run, pieces: Sequence[Piece]) -> list[float]:
-    """Leave the gradients of a batch, the final exit's head last in `names`; the loss at every named head."""
+    """Compute the gradients of a batch, the final exit's head last in `names`; returns the loss at every named head."""
     sums = [0.0] * len(names)
     points = [network.candidate.head(name).exit_point for name in names]
     weights = [run.recipe.exit_weight] * (len(names) - 1) + [1.0]

@@ -1,4 +1,4 @@
-"""Stage 2: every head on the frozen backbone, taught by the labels and the final exit."""
+"""Runs stage 2: trains every head on the frozen backbone, with the labels and the final exit as teachers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, fp32
 
 
 def head_groups(network: OverprovisionedNetwork, memory_mib: int) -> tuple[tuple[str, ...], ...]:
-    """Names of the early heads in groups whose weights and optimiser state fit `memory_mib`, at least one a group."""
+    """Names of the early heads in groups whose weights and optimiser state fit `memory_mib`, at least one per group."""
     groups: list[list[str]] = []
     room = 0.0
     for head in network.candidate.heads:
@@ -62,7 +62,7 @@ def _train_group(
         started = time.monotonic()
         loop.seed_epoch(run, 2, number, epoch)
         mean = _epoch(network, names, modules, run, epoch, optimiser, (number, groups))
-        line = f"stage 2 group {number + 1}/{groups} epoch {epoch + 1}/{epochs}  loss per head {loop.shown(mean)}"
+        line = f"stage 2 group {number + 1}/{groups} epoch {epoch + 1}/{epochs}  loss per head {loop.values_text(mean)}"
         saved = partial(progress_of, 2, number, epoch + 1, network, optimiser, {})
         loop.finish_epoch(run, f"{line}  {time.monotonic() - started:.0f} s", network, saved)
     modules.requires_grad_(False).eval()
@@ -77,7 +77,7 @@ def _epoch(
     optimiser: torch.optim.Optimizer,
     group: tuple[int, int],
 ) -> NDArray[np.float64]:
-    """The mean loss of every head of a group: number, from 0, of how many."""
+    """The mean loss of every head of a group; `group` is its number, from 0, and how many there are."""
     sums = np.zeros(len(names))
     points = [network.candidate.head(name).exit_point for name in names]
     steps = run.recipe.epochs[1] * len(run.batches)
@@ -100,7 +100,7 @@ def _backward(
     run: Run,
     pieces: Sequence[Piece],
 ) -> list[float]:
-    """Leave the gradients of a batch; its loss at every head. Only one head's activations are ever held."""
+    """Compute the gradients of a batch; returns its loss at every head. Only one head's activations are in memory."""
     sums = [0.0] * len(heads)
     for frames, targets in loop.pieces_with_targets(run, pieces):
         with torch.no_grad(), run.fabric.autocast():
@@ -120,7 +120,7 @@ def _backward(
 def _taught_by(
     teacher: OverprovisionedNetwork, frames: torch.Tensor, features: tuple[torch.Tensor, ...] | None
 ) -> torch.Tensor:
-    """Logits (n, K, h, w) of the teacher's final exit; its maps of these frames may be known already."""
+    """Logits (n, K, h, w) of the teacher's final exit; its maps of these frames may be given."""
     features = features or features_of(teacher, frames)
     logits: torch.Tensor = teacher.head_module(teacher.candidate.baseline)(features[-1])
     return logits

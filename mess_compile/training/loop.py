@@ -1,4 +1,4 @@
-"""What both stages share: optimiser, schedule, one step, and the failures that a step may meet."""
+"""Provides what both stages share: optimiser, schedule, one step, and the handling of a step's failures."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mess_compile.training.progress import TrainingState
 from mess_compile.training.recipe import Recipe
 
 WARM_UP_SHARE = 0.05
-_KEPT = "the epochs before this one are kept"
+_EARLIER_EPOCHS = "the epochs before this one are kept"
 Piece = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: its machines, data, recipe, and where its lines and its progress go."""
+    """One training: its machines, data, recipe, and where its messages and its progress go."""
 
     fabric: Fabric
     batches: Batches
@@ -61,7 +61,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def seed_epoch(run: Run, stage: int, group: int, epoch: int) -> None:
-    """Let dropout depend on nothing but the seed and the place in the training: a continued run repeats it."""
+    """Seed dropout from the seed and the place in the training only: a continued run repeats it."""
     place = np.random.SeedSequence((run.recipe.seed, stage, group, epoch, run.fabric.global_rank))
     torch.manual_seed(int(place.generate_state(1)[0]))
 
@@ -76,7 +76,7 @@ def take_step(optimiser: torch.optim.Optimizer, run: Run, step: int, steps: int)
 
 
 def tell_progress(run: Run, stage: int, step: int, steps: int) -> None:
-    """So many steps of a stage are done, told in images, so that a pace is images per second."""
+    """Report finished steps of a stage in images, so that the displayed speed is images per second."""
     run.trained(f"stage {stage} of 2, images", step * run.batches.batch, steps * run.batches.batch)
 
 
@@ -101,7 +101,8 @@ def computed(
     backward: Callable[[Sequence[Piece]], list[float]],
 ) -> list[float]:
     """The losses of `backward(pieces)`. Raises InputError naming the batch when memory runs out, with the number of
-    pieces that fit, or when a loss is not a number."""
+    pieces that fit, or when a loss is not a number.
+    """
     place = f"in stage {stage}, epoch {epoch + 1}, batch {index + 1}"
     try:
         found = backward(pieces)
@@ -109,10 +110,10 @@ def computed(
         if not _is_exhaustion(error):
             raise
         found = []
-    if not found:  # outside the handler, which keeps what the failed attempt had allocated
+    if not found:  # outside the handler, which holds what the failed attempt had allocated
         raise InputError(
-            f"out of memory on {run.fabric.device} {place}, with {run.batches.at_once} images at once: "
-            f"{_what_fits(run, pieces[0], backward)}; {_KEPT}"
+            f"out of memory on {run.fabric.device} {place}, with {run.batches.at_once} images at a time: "
+            f"{_what_fits(run, pieces[0], backward)}; {_EARLIER_EPOCHS}"
         )
     wrong = not all(math.isfinite(value) for value in found)
     refuse_if_any(run.fabric, wrong, lambda: _spoiled(run, stage, epoch, index, place))
@@ -122,8 +123,8 @@ def computed(
 def _spoiled(run: Run, stage: int, epoch: int, index: int, place: str) -> str:
     names = ", ".join(run.batches.names(run.recipe.epochs[0] * (stage - 1) + epoch, index))
     return (
-        f"the loss is not a number {place} ({names}): {_KEPT}; look at these images, or start over with a smaller "
-        "--learning-rate"
+        f"the loss is not a number {place} ({names}): {_EARLIER_EPOCHS}; check these images, or start over with a "
+        "smaller --learning-rate"
     )
 
 
@@ -132,7 +133,7 @@ def _is_exhaustion(error: RuntimeError) -> bool:
 
 
 def _what_fits(run: Run, piece: Piece, backward: Callable[[Sequence[Piece]], object]) -> str:
-    """Tries smaller and smaller pieces; alone only, since others would have to compute them as well."""
+    """Tries smaller and smaller pieces; only in a single process, since others would have to compute them, too."""
     images = run.batches.at_once
     for parts in (n for n in range(2, images // 2 + 1) if images % n == 0):
         if run.fabric.world_size > 1:
@@ -150,15 +151,15 @@ def _what_fits(run: Run, piece: Piece, backward: Callable[[Sequence[Piece]], obj
 
 
 def finish_epoch(run: Run, line: str, network: nn.Module, progress: Callable[[], TrainingState]) -> None:
-    """Report an epoch and save where the training stands. Raises InputError when its last step spoiled the weights."""
+    """Report an epoch and save the state of the training. Raises InputError when its last step made weights NaN."""
     run.report(line)
     spoiled = not all(bool(value.isfinite().all()) for value in network.state_dict().values())
-    message = f"the weights are not numbers after {line.split('  ')[0]}: {_KEPT}; start over with a smaller"
+    message = f"the weights are not numbers after {line.split('  ')[0]}: {_EARLIER_EPOCHS}; start over with a smaller"
     refuse_if_any(run.fabric, spoiled, lambda: f"{message} --learning-rate")
     if run.fabric.global_rank == 0:
         run.save(progress())
 
 
-def shown(values: NDArray[np.float64]) -> str:
-    """Losses in words; what was not trained shows a dash."""
+def values_text(values: NDArray[np.float64]) -> str:
+    """Losses as text, with a dash for what was not trained."""
     return " ".join("-" if np.isnan(value) else f"{value:.2f}" for value in values)

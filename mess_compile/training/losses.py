@@ -1,4 +1,4 @@
-"""Cross-entropy, Positive Filtering Distillation and Lovasz-softmax at label resolution."""
+"""Computes cross-entropy, Positive Filtering Distillation and Lovasz-softmax at label resolution."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mess_compile.data.dataset import ALWAYS_IGNORED
 from mess_compile.training.recipe import Distillation
 
 LOVASZ_STRIDE = 4
-"""Lovasz looks at every fourth pixel of every fourth row: it sorts all it sees."""
+"""Lovasz uses every fourth pixel of every fourth row, since it sorts all its pixels."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What all heads of a batch learn.
+    """The targets of all heads of a batch.
 
     `labels` (n, H, W) int64, 255 ignored, cross-entropy with `weights` (K,) times `hard`; `soft` (n, K, H, W) or None,
     cross-entropy at `temperature`; both summed over pixels and divided by `pixels`. `lovasz` weighs the Lovasz-softmax.
@@ -57,12 +57,12 @@ def labelled_pixels(labels: torch.Tensor) -> int:
 
 
 def hard_targets(labels: torch.Tensor, weights: torch.Tensor, pixels: float, lovasz: float = 0.0) -> Targets:
-    """Labels (n, H, W) uint8 as the only teacher; ignored pixels weigh nothing."""
+    """Labels (n, H, W) uint8 as the only targets; ignored pixels have no weight."""
     return Targets(labels.long(), weights, max(1.0, pixels), lovasz)
 
 
 def distilled(targets: Targets, teacher: torch.Tensor, distillation: Distillation) -> Targets:
-    """`targets` taught by `teacher` logits (n, K, H, W) as well."""
+    """`targets` with `teacher` logits (n, K, H, W) added."""
     if distillation.kind == "none":
         return targets
     alpha, temperature = distillation.alpha, distillation.temperature
@@ -74,7 +74,7 @@ def distilled(targets: Targets, teacher: torch.Tensor, distillation: Distillatio
 
 
 def loss_of(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Sum over labelled pixels / `targets.pixels`; the teacher's own entropy, a constant, is left out."""
+    """Sum over labelled pixels / `targets.pixels`, without the teacher's own entropy, which is constant."""
     full = upsampled(logits.float(), (targets.labels.shape[1], targets.labels.shape[2]))
     logs = full.log_softmax(1)
     loss = targets.hard * functional.nll_loss(

@@ -1,4 +1,4 @@
-"""One training on many machines: Lightning Fabric, synchronised BatchNorm, and what to say when a process is gone."""
+"""Distributes one training over machines: Lightning Fabric, synchronised BatchNorm, and errors for lost processes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from mess_compile.runtime.base.errors import InputError
 
 ACCELERATORS = ("auto", "cpu", "cuda")
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
-_GONE = "a process of those that share the work is gone: run the same command again, it continues where they were"
+_GONE = "one of the processes that share the work has ended: run the same command again, it continues where they were"
 _failing = threading.Event()
-"""Set by the main thread when a collective operation failed: it says so itself."""
+"""Set by the main thread when a collective operation failed: it reports that itself."""
 _LOST = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "socket", "timed out")
 _MOST_READERS = 8
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -39,8 +39,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 class Machines:
     """Where to train: `devices` processes on each of `nodes` machines; every batch in `accumulate` pieces.
 
-    Started by torchrun or SLURM, the launcher's counts are taken instead. `threads` are the CPU threads of each
-    process, None: as many as OMP_NUM_THREADS says, else an even share of the cores.
+    Under torchrun or SLURM, the launcher's counts apply instead. `threads` are the CPU threads of each process; None
+    means as many as OMP_NUM_THREADS says, otherwise an equal share of the cores.
     """
 
     accelerator: str = "auto"
@@ -64,10 +64,10 @@ class Machines:
 
 
 def launch(machines: Machines) -> Fabric:
-    """Join the other processes, starting those of this machine when nobody else has. Raises InputError."""
+    """Join the other processes; starts those of this machine unless a launcher has. Raises InputError."""
     devices, nodes = launcher.counts() or (machines.devices, machines.nodes)
     if nodes > 1 and not launcher.started_this():
-        raise InputError(f"{nodes} nodes find each other through a launcher: start this command by torchrun or srun")
+        raise InputError(f"{nodes} nodes need a launcher to find each other: start this command by torchrun or srun")
     if machines.accelerator != "cpu" and (machines.accelerator == "cuda" or torch.cuda.is_available()):
         _check_devices(devices)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
@@ -96,9 +96,9 @@ def launch(machines: Machines) -> Fabric:
 
 
 def _threads_each(asked: int | None, processes: int) -> int:
-    """The threads that each of some processes on this machine computes with; fixed, since sums round by their number.
+    """The threads of each of the processes on this machine; fixed, since sums round by their number.
 
-    torch's own default leaves out a cgroup's limit and the other processes, but knows the user's OMP_NUM_THREADS.
+    torch's own default ignores a cgroup's limit and the other processes, but respects the user's OMP_NUM_THREADS.
     """
     if asked is not None:
         return asked
@@ -115,7 +115,7 @@ def readers(fabric: Fabric, machines: Machines) -> int:
 
 
 def _leave() -> None:
-    """End the library's threads first: one that lets go of a tensor while Python ends aborts the process."""
+    """End the library's threads first: one that releases a tensor while Python ends aborts the process."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -124,18 +124,20 @@ def _check_devices(devices: int) -> None:
     count = torch.cuda.device_count()
     if count < devices:
         raise InputError(
-            f"{devices} CUDA devices are asked for, this machine shows {count}: --devices, or --accelerator cpu"
+            f"{devices} CUDA devices are requested, but this machine has {count}: change --devices, or "
+            "use --accelerator cpu"
         )
 
 
 def _children(fabric: Fabric) -> list[subprocess.Popen[bytes]]:
-    """The processes that this one started for its machine: none where a launcher did, or another process started us."""
+    """The processes that this one started for its machine: none if a launcher or another process started us."""
     return list(getattr(fabric.strategy.launcher, "procs", []))
 
 
 def _shield(fabric: Fabric) -> None:
-    """Have processes that this one starts inherit that interrupts are blocked: a terminal sends them to every process,
-    and the first one speaks."""
+    """Let processes that this one starts inherit blocked interrupts: a terminal sends interrupts to every process, and
+    the first one reports them.
+    """
     starter = fabric.strategy.launcher
     start = getattr(starter, "_call_children_scripts", None)
     if start is None:
@@ -153,7 +155,7 @@ def _shield(fabric: Fabric) -> None:
 
 @contextmanager
 def _interrupted_together(fabric: Fabric) -> Iterator[None]:
-    """End the others first: their libraries would complain of the one that they miss."""
+    """End the other processes first: their libraries would complain about a missing one."""
     try:
         yield
     except KeyboardInterrupt:
@@ -163,7 +165,7 @@ def _interrupted_together(fabric: Fabric) -> Iterator[None]:
 
 
 def _watch_in_its_place(children: list[subprocess.Popen[bytes]]) -> None:
-    """Watch the other processes; Fabric's own watcher would kill this one without a word."""
+    """Watch the other processes; Fabric's own watcher would kill this one without a message."""
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":
             thread._child_processes = []  # type: ignore[attr-defined]  # it ends when it has nobody to watch
@@ -171,7 +173,7 @@ def _watch_in_its_place(children: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _watch(children: list[subprocess.Popen[bytes]]) -> None:
-    """End with the others: a process waits for ever for one that is gone, and outlives the one that started it."""
+    """End with the others: a process waits for ever for one that has ended, and outlives the one that started it."""
     parent = os.getppid()
     while True:
         time.sleep(0.5)
@@ -179,7 +181,7 @@ def _watch(children: list[subprocess.Popen[bytes]]) -> None:
             os._exit(1)
         if any(child.poll() for child in children):
             break
-    if not _failing.wait(timeout=5) and not _has_spoken(children):  # a failing collective says it first
+    if not _failing.wait(timeout=5) and not _has_spoken(children):  # a failing collective operation reports first
         print(f"error: {_GONE}", file=sys.stderr, flush=True)
     if _failing.is_set():
         return  # the main thread ends by itself
@@ -189,13 +191,14 @@ def _watch(children: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _has_spoken(children: list[subprocess.Popen[bytes]]) -> bool:
-    """Whether a child ended by a refusal of its own, which it has printed."""
+    """Whether a child refused its input and has printed the error."""
     return any(child.poll() == 1 for child in children)
 
 
 def _keep_freed_memory() -> None:
-    """Have malloc keep what is freed: feature maps given back to the system are paged in anew at every step, which
-    makes training on large images three times slower. Only glibc knows how; elsewhere nothing is done."""
+    """Make malloc reuse freed memory: feature maps returned to the system are paged in again at every step, which makes
+    training on large images three times slower. Only glibc supports it; elsewhere nothing is done.
+    """
     try:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_MAX, 0)
@@ -205,7 +208,7 @@ def _keep_freed_memory() -> None:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """Every process adds to the sum, and the gradient of every process's sum comes back to each."""
+    """Every process adds to the sum, and each gets the gradient of every process's sum."""
 
     @staticmethod
     def forward(context: Any, values: torch.Tensor) -> torch.Tensor:
@@ -263,7 +266,7 @@ def synchronise_norms(module: nn.Module) -> None:
 def average_gradients(fabric: Fabric, parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over all processes; all of them have gradients of the same parameters.
 
-    Once a step, after the last piece of a batch: which heads take part changes from step to step.
+    Called once per step, after the last piece of a batch: the heads that take part change from step to step.
     """
     if fabric.world_size == 1:
         return
@@ -286,8 +289,9 @@ def summed(fabric: Fabric, value: float) -> float:
 
 @contextmanager
 def lost_process_named(fabric: Fabric) -> Iterator[None]:
-    """Turns the failure of a collective operation into one InputError, or into a silent end where another process has
-    said why."""
+    """Turns the failure of a collective operation into one InputError, or into a silent end if another process has
+    reported the reason.
+    """
     try:
         with _interrupted_together(fabric):
             yield
@@ -299,13 +303,13 @@ def lost_process_named(fabric: Fabric) -> Iterator[None]:
         if children:
             time.sleep(1)  # until the child that failed has ended
         if _has_spoken(children) or (fabric.global_rank and not launcher.started_this()):
-            os._exit(1)  # at once: what the library leaves running would complain on its way out
+            os._exit(1)  # at once: threads that the library leaves running would complain
         raise InputError(f"{_GONE} ({str(error).splitlines()[0][:120]})") from error
 
 
 @contextmanager
-def said_once(fabric: Fabric) -> Iterator[None]:
-    """For what every process refuses alike: the first one says it, the others end."""
+def reported_by_first(fabric: Fabric) -> Iterator[None]:
+    """For errors that every process meets: the first one reports them, the others end."""
     try:
         yield
     except InputError:
@@ -315,7 +319,7 @@ def said_once(fabric: Fabric) -> Iterator[None]:
 
 
 def refuse_if_any(fabric: Fabric, wrong: bool, message: Callable[[], str]) -> None:
-    """Raises InputError in the first process when something is `wrong` in any, and ends the others; all call it."""
+    """Raises InputError in the first process if something is `wrong` in any, and ends the others; all must call it."""
     if not summed(fabric, float(wrong)):
         return
     if fabric.global_rank:

@@ -1,4 +1,4 @@
-"""Saved progress of a training run: one epoch is the most that can be lost."""
+"""Saves the progress of a training: at most one epoch can be lost."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _REMEDY = "remove the folder `training` in it to start over"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where training stands: stage, group of heads, finished epochs of it; weights, optimiser state and moving average
-    (empty without one) by name."""
+    """The state of a training: stage, group of heads, finished epochs of it; weights, optimiser state and moving
+    average (empty without one) by name.
+    """
 
     stage: int
     group: int
@@ -38,7 +39,7 @@ def progress_of(
     optimiser: torch.optim.Optimizer | None,
     average: dict[str, torch.Tensor],
 ) -> TrainingState:
-    """Where a running training stands; without an optimiser, before the first epoch of a stage."""
+    """The state of a running training; without an optimiser, before the first epoch of a stage."""
     weights = {key: value for key, value in network.state_dict().items() if "num_batches" not in key}
     state = optimiser.state_dict()["state"] if optimiser is not None else {}
     tensors = {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
@@ -71,13 +72,13 @@ def save_progress(folder: Path, progress: TrainingState, described: dict[str, An
     files.write_json(place / "progress.json", "mess-training", 1, content | {"training": described})
     for old in place.iterdir():
         if old.name not in (name, "progress.json"):
-            old.unlink()  # the epoch before, or what a killed save left behind
+            old.unlink()  # the earlier epoch, or the rest of a killed save
 
 
 def read_progress(folder: Path, described: dict[str, Any]) -> TrainingState | None:
-    """What an interrupted training left in `folder`, if anything.
+    """The state that an interrupted training left in `folder`, if any.
 
-    Raises InputError when it is of another training, naming what differs, or damaged.
+    Raises InputError when it belongs to another training, naming the differences, or is damaged.
     """
     path = folder / "training" / "progress.json"
     if not path.exists():
@@ -120,11 +121,11 @@ _CONTENTS = {
     "imagenet_sha256": "the ImageNet weights",
 }
 _NEWER = ("labels_sha256", "images_sha256")
-"""What earlier releases did not save, and what is not known before labels are read."""
+"""Keys that earlier releases did not save, and that are unknown before labels are read."""
 
 
 def _changed(saved: Any, described: dict[str, Any]) -> list[str]:
-    """In what a saved training differs from the one that is described."""
+    """The keys in which a saved training differs from the described one."""
     old, new = _flat(saved), _flat(described)
     unknown = {key for key in _NEWER if key not in old or key not in new}
     return [key for key in sorted((old.keys() | new.keys()) - unknown) if old.get(key) != new.get(key)]

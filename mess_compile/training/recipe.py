@@ -1,4 +1,4 @@
-"""How to train: all that decides the result of a training beside data, architecture and machines."""
+"""Describes how to train: everything that decides the result besides data, architecture and machines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Distillation:
     """How the final exit teaches a head: Positive Filtering Distillation, plain distillation or none (CE alone).
 
     Per pixel: alpha * [teacher is right] * T^2 * KL(teacher || head) + (1 - alpha) * CE; the name is the MESS paper's,
-    the formula our reading of it (facts: unconfirmed). Plain distillation leaves the bracket out.
+    the formula is our reading of it (unconfirmed). Plain distillation omits the bracket.
     """
 
     kind: str = "pfd"
@@ -31,13 +31,13 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Epochs of stage 1 and 2; everything the two stages do.
+    """Epochs of stage 1 and 2, and everything that the two stages do.
 
     `order`: stage 1 trains the final exit and one early exit in turn (MESS), all exits at once, or the final exit
-    alone. `stage1_head` is the head that stands at every early exit meanwhile, `exit_weight` its loss beside the final
-    exit's. `crop_hw`: crops of this size, but for the last `full_size_epochs` of stage 1, which see the input size.
-    `lovasz` is the weight of the Lovasz-softmax beside cross-entropy; `ema` the decay per step of a moving average of
-    stage 1's weights, 0 for none; `class_power` the power of (median / frequency) by which classes weigh.
+    alone. `stage1_head` is the head at every early exit in stage 1, `exit_weight` the weight of its loss relative to
+    the final exit's. `crop_hw`: the size of crops, except in the last `full_size_epochs` of stage 1, which use the
+    input size. `lovasz` is the weight of the Lovasz-softmax beside cross-entropy; `ema` the decay per step of a moving
+    average of stage 1's weights, 0 for none; `class_power` the power of (median / frequency) that weighs classes.
     `head_memory_mib` bounds the weights and optimiser state of the heads that train in one pass; `seed` fixes weights,
     order and crops.
     """
@@ -89,5 +89,5 @@ class Recipe:
         return self.crop_hw
 
     def head_crop(self, input_hw: tuple[int, int]) -> tuple[int, int]:
-        """Size of the crops of stage 2: what stage 1 began with."""
+        """Size of the crops of stage 2: that of stage 1's first crops."""
         return self.crop_hw or input_hw

@@ -1,15 +1,16 @@
-"""Two-stage training of an overprovisioned network (MESS): exit-aware pre-training, then heads on a frozen backbone."""
+"""Trains an overprovisioned network in two stages (MESS): exit-aware pre-training, then heads on a frozen backbone."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 
 from mess_compile import files, launcher
 from mess_compile.data.dataset import DataSet, refuse_untrainable, survey_labels
@@ -30,7 +31,7 @@ from mess_compile.training.augment import Batches, Shard
 from mess_compile.training.backbone import SAVED, pretrain
 from mess_compile.training.heads import head_groups, train_heads
 from mess_compile.training.loop import Run
-from mess_compile.training.parallel import Machines, launch, lost_process_named, readers, said_once
+from mess_compile.training.parallel import Machines, launch, lost_process_named, readers, reported_by_first
 from mess_compile.training.progress import TrainingState, progress_of, read_progress, remove_progress, save_progress
 from mess_compile.training.recipe import Recipe
 from mess_compile.training.validate import miou_line
@@ -38,95 +39,103 @@ from mess_compile.training.validate import miou_line
 _OTHER = "another training is running there: wait until it has ended, or train in another workspace (-C DIR)"
 
 
+@dataclass(frozen=True)
+class TrainingJob:
+    """A training: of which network, on which data, written to which folder.
+
+    `imagenet` is a file of backbone weights to start stage 1 from. `source` is the folder of a candidate network to
+    start stage 2 from; stage 1 then has no epochs. `teacher` is the folder of a network whose final exit teaches
+    instead of the network's own.
+    """
+
+    architecture: Architecture
+    data: DataSet
+    validation: DataSet
+    folder: Path
+    recipe: Recipe
+    imagenet: Path | None = None
+    machines: Machines = field(default_factory=Machines)
+    source: Path | None = None
+    teacher: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Networks:
+    """The networks that a training starts from and learns from, loaded and checked."""
+
+    source: OverprovisionedNetwork | None
+    teacher: OverprovisionedNetwork | None
+
+
 def train(
-    architecture: Architecture,
-    data: DataSet,
-    validation: DataSet,
-    folder: Path,
-    recipe: Recipe,
+    options: TrainingJob,
     report: Callable[[str], None],
-    imagenet: Path | None = None,
-    machines: Machines | None = None,
-    source: Path | None = None,
-    teacher: Path | None = None,
     progress_bar: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> CandidateNetwork | None:
-    """Train both stages and write the candidate network to `folder`; continues what an earlier call left there.
+    """Train both stages and write the candidate network to the folder; continues what an earlier call left there.
 
     Progress is saved after each epoch. With several processes every one of them calls this; they share the folder, and
-    all but the first return None. `source` is the folder of a candidate network to start stage 2 from, stage 1 then
-    having no epochs; `teacher` that of one whose final exit teaches instead of the network's own. Raises InputError
-    when `folder` holds another unfinished training, `source` another architecture, the data do not suffice, the loss is
-    not a number, memory runs out, a process is gone, or another training runs in `folder`.
+    all but the first return None. Raises InputError when the folder holds another unfinished training, `source` has
+    another architecture, the data do not suffice, the loss is not a number, memory runs out, a process is gone, or
+    another training runs in the folder.
     """
-    alone = files.used_alone(folder, _OTHER) if launcher.is_first() else nullcontext()
+    alone = files.used_alone(options.folder, _OTHER) if launcher.is_first() else nullcontext()
     with alone:
-        return _train(
-            architecture,
-            data,
-            validation,
-            folder,
-            recipe,
-            report,
-            imagenet,
-            machines or Machines(),
-            source,
-            teacher,
-            progress_bar,
-        )
+        return _train(options, report, progress_bar)
 
 
 def _train(
-    architecture: Architecture,
-    data: DataSet,
-    validation: DataSet,
-    folder: Path,
-    recipe: Recipe,
-    report: Callable[[str], None],
-    imagenet: Path | None,
-    machines: Machines,
-    source: Path | None,
-    teacher: Path | None,
-    progress_bar: Callable[[str, int, int], None],
+    options: TrainingJob, report: Callable[[str], None], progress_bar: Callable[[str, int, int], None]
 ) -> CandidateNetwork | None:
-    kept, teaching = (load_candidate(path) if path else None for path in (source, teacher))
-    _check_stages(architecture, recipe, kept)
-    _check_teacher(architecture, teaching)
-    described = _described(architecture, data, recipe, imagenet, (kept, teaching))
+    networks = _loaded(options)
+    described = _described(options, networks)
     progress, counts = None, None
-    if not launcher.is_child():  # before others are started, so that what is wrong is said once
-        surveyed = survey_labels(data)
+    if not launcher.is_child():  # before other processes start, so that an error is reported once
+        surveyed = survey_labels(options.data)
         refuse_untrainable(surveyed)
         described["labels_sha256"], counts = surveyed.sha256, surveyed.pixels
-        progress = read_progress(folder, described)
-        for sentence in (*surveyed.sentences(), *survey_labels(validation).sentences()):
+        progress = read_progress(options.folder, described)
+        for sentence in (*surveyed.sentences(), *survey_labels(options.validation).sentences()):
             report(sentence)
-    fabric = launch(machines)
+    fabric = launch(options.machines)
     first = fabric.global_rank == 0
     with lost_process_named(fabric):
         progress, counts = fabric.broadcast((progress, counts))
         assert counts is not None, "the first process has counted"
-        with said_once(fabric):
-            shard = Shard.of(fabric, machines.accumulate)
-            batches = Batches(data, architecture.input_hw, recipe, shard, readers(fabric, machines))
         run = Run(
             fabric=fabric,
-            batches=batches,
-            weights=losses.class_weights(counts, recipe.class_power).to(fabric.device),
-            recipe=recipe,
-            input_hw=architecture.input_hw,
-            stride=architecture.output_stride,
-            validation=validation,
-            teacher=teaching.to(fabric.device) if teaching else None,
+            batches=_batches(options, fabric),
+            weights=losses.class_weights(counts, options.recipe.class_power).to(fabric.device),
+            recipe=options.recipe,
+            input_hw=options.architecture.input_hw,
+            stride=options.architecture.output_stride,
+            validation=options.validation,
+            teacher=networks.teacher.to(fabric.device) if networks.teacher else None,
             report=report if first else lambda line: None,
-            save=lambda found: save_progress(folder, found, described),
+            save=lambda found: save_progress(options.folder, found, described),
             trained=progress_bar if first else lambda what, done, total: None,
         )
-        run.report(_opening(run, len(data.items)))
-        network = _trained(architecture, run, progress, imagenet, kept)
+        run.report(_opening(run, len(options.data.items)))
+        network = _trained(options, run, progress, networks.source)
         fabric.barrier()
-    if not first:
-        return None
+    return _written(network, options.folder, report) if first else None
+
+
+def _loaded(options: TrainingJob) -> _Networks:
+    """Raises InputError for networks that do not fit the architecture."""
+    source, teacher = (load_candidate(path) if path else None for path in (options.source, options.teacher))
+    _check_stages(options.architecture, options.recipe, source)
+    _check_teacher(options.architecture, teacher)
+    return _Networks(source, teacher)
+
+
+def _batches(options: TrainingJob, fabric: Fabric) -> Batches:
+    with reported_by_first(fabric):
+        shard, workers = Shard.of(fabric, options.machines.accumulate), readers(fabric, options.machines)
+        return Batches(options.data, options.architecture.input_hw, options.recipe, shard, workers)
+
+
+def _written(network: OverprovisionedNetwork, folder: Path, report: Callable[[str], None]) -> CandidateNetwork:
     earlier = set_aside(folder)
     if earlier is not None:
         report(f"the network that was in {folder} is kept in {earlier}")
@@ -135,30 +144,21 @@ def _train(
     return network.candidate
 
 
-def foreseen(
-    architecture: Architecture,
-    data: DataSet,
-    validation: DataSet,
-    folder: Path,
-    recipe: Recipe,
-    imagenet: Path | None = None,
-    machines: Machines | None = None,
-    source: Path | None = None,
-    teacher: Path | None = None,
-) -> tuple[str, tuple[str, ...]]:
-    """What `train` would do, and what is to be known beside; nothing is written. Raises InputError where it would."""
-    machines = machines or Machines()
-    kept, teaching = (load_candidate(path) if path else None for path in (source, teacher))
-    _check_stages(architecture, recipe, kept)
-    _check_teacher(architecture, teaching)
-    progress = read_progress(folder, _described(architecture, data, recipe, imagenet, (kept, teaching)))
+def planned(options: TrainingJob) -> tuple[str, tuple[str, ...]]:
+    """A sentence on what `train` would do, and notes; writes nothing. Raises InputError where `train` would."""
+    data, folder, recipe, machines = options.data, options.folder, options.recipe, options.machines
+    progress = read_progress(folder, _described(options, _loaded(options)))
     shard = Shard(0, machines.devices * machines.nodes, machines.accumulate)
-    steps, batches = len(Batches(data, architecture.input_hw, recipe, shard)), min(recipe.batch, len(data.items))
-    groups = len(head_groups(_build(architecture), recipe.head_memory_mib))
+    steps, batches = (
+        len(Batches(data, options.architecture.input_hw, recipe, shard)),
+        min(recipe.batch, len(data.items)),
+    )
+    groups = len(head_groups(_build(options.architecture), recipe.head_memory_mib))
     first, second = recipe.epochs
     what = (
-        f"train {architecture.backbone} on {len(data.items)} images, validated on {len(validation.items)}: stage 1, "
-        f"{first} epochs x {steps} batches of {batches}; stage 2, {groups} groups of heads x {second} epochs x as many"
+        f"train {options.architecture.backbone} on {len(data.items)} images, validated on "
+        f"{len(options.validation.items)}: stage 1, {first} epochs x {steps} batches of {batches}; stage 2, {groups} "
+        f"groups of heads x {second} epochs x as many"
     )
     notes: tuple[str, ...] = ()
     if progress is not None:
@@ -168,27 +168,22 @@ def foreseen(
     return what, notes
 
 
-def _described(
-    architecture: Architecture,
-    data: DataSet,
-    recipe: Recipe,
-    imagenet: Path | None,
-    others: Sequence[OverprovisionedNetwork | None],
-) -> dict[str, Any]:
-    """What makes a training this one and no other. Machines are no part of it: it may continue on others."""
+def _described(options: TrainingJob, networks: _Networks) -> dict[str, Any]:
+    """What identifies a training. Machines are no part of it: a training may continue on others."""
+    items, imagenet, others = options.data.items, options.imagenet, (networks.source, networks.teacher)
     return {
-        "architecture": architecture_to_json(architecture),
-        "recipe": asdict(recipe),
-        "images": len(data.items),
-        "image_ids_sha256": hashlib.sha256("\n".join(item.id for item in data.items).encode()).hexdigest(),
-        "images_sha256": hashlib.sha256(repr([item.image.stat().st_size for item in data.items]).encode()).hexdigest(),
+        "architecture": architecture_to_json(options.architecture),
+        "recipe": asdict(options.recipe),
+        "images": len(items),
+        "image_ids_sha256": hashlib.sha256("\n".join(item.id for item in items).encode()).hexdigest(),
+        "images_sha256": hashlib.sha256(repr([item.image.stat().st_size for item in items]).encode()).hexdigest(),
         "imagenet_sha256": None if imagenet is None else _sha256_of_weights(imagenet),
         "source_and_teacher": [None if other is None else other.candidate.identity for other in others],
     }
 
 
 def _sha256_of_weights(path: Path) -> str:
-    load_state(path)  # now, rather than when labels are counted and processes started
+    load_state(path)  # a damaged file is refused before labels are counted and processes are started
     return files.sha256_of_file(path)
 
 
@@ -205,16 +200,12 @@ def _opening(run: Run, images: int) -> str:
 
 
 def _trained(
-    architecture: Architecture,
-    run: Run,
-    progress: TrainingState | None,
-    imagenet: Path | None,
-    source: OverprovisionedNetwork | None,
+    options: TrainingJob, run: Run, progress: TrainingState | None, source: OverprovisionedNetwork | None
 ) -> OverprovisionedNetwork:
     recipe = run.recipe
     torch.manual_seed(recipe.seed)
     if source is None:
-        source = _bare_network(architecture, recipe, imagenet)
+        source = _bare_network(options.architecture, recipe, options.imagenet)
         if progress is None or progress.stage == 1:
             pretrain(source, run, progress)
             progress = progress_of(2, 0, 0, source, None, {})
@@ -223,7 +214,7 @@ def _trained(
         elif not (progress.group or progress.epoch):
             load_weights(source, progress.weights, SAVED)
     torch.manual_seed(recipe.seed)
-    network = _with_all_heads(architecture, source)
+    network = _with_all_heads(options.architecture, source)
     progress = progress or progress_of(2, 0, 0, network, None, {})
     if progress.group or progress.epoch:
         run.report(f"continuing stage 2, group {progress.group + 1}, after epoch {progress.epoch}")
@@ -266,19 +257,17 @@ def _with_all_heads(architecture: Architecture, source: OverprovisionedNetwork) 
 
 
 def _check_stages(architecture: Architecture, recipe: Recipe, source: OverprovisionedNetwork | None) -> None:
-    """Nothing may stay untrained, and a given backbone must be the one that is asked for. Raises InputError."""
+    """Check that nothing stays untrained, and that a given backbone fits the architecture. Raises InputError."""
     if (recipe.epochs[0] == 0) != (source is not None):
         raise InputError(
-            f"stage 1 has {recipe.epochs[0]} epochs: 0 go with --from, which names the candidate network whose "
-            "backbone is kept; without it, stage 1 makes the backbone"
+            f"stage 1 has {recipe.epochs[0]} epochs: 0 requires --from, which names the candidate network whose "
+            "backbone is used; without --from, stage 1 must train the backbone"
         )
     known = source.architecture if source else _bare_architecture(architecture, recipe)
     trained = known.heads[-1:] if recipe.order == "final" and not source else known.heads
     untrained = [f"exit{number}.{head.name}" for number, head in architecture.heads if (number, head) not in trained]
     if recipe.epochs[1] == 0 and untrained:
-        raise InputError(
-            f"stage 2 has 0 epochs: nothing would train {untrained[0]}; give it some, or leave the head out"
-        )
+        raise InputError(f"stage 2 has 0 epochs, so nothing would train {untrained[0]}: give it some, or omit the head")
     wanted, found = (architecture_to_json(a) for a in (architecture, known))
     for name in found.keys() - {"heads", "colours"}:
         if wanted[name] != found[name]:
@@ -291,6 +280,6 @@ def _check_stages(architecture: Architecture, recipe: Recipe, source: Overprovis
 def _check_teacher(architecture: Architecture, teacher: OverprovisionedNetwork | None) -> None:
     if teacher is not None and teacher.architecture.classes != architecture.classes:
         raise InputError(
-            f"the teacher knows the classes {', '.join(teacher.architecture.classes)}, the data "
-            f"{', '.join(architecture.classes)}: a teacher must have learnt the same classes"
+            f"the teacher has the classes {', '.join(teacher.architecture.classes)}, but the data "
+            f"{', '.join(architecture.classes)}: use a teacher with the same classes"
         )

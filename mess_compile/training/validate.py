@@ -1,4 +1,4 @@
-"""mIoU of a network's heads while it trains."""
+"""Measures the mIoU of a network's heads during training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from mess_compile.training.losses import upsampled
 
 @torch.no_grad()
 def validate(network: OverprovisionedNetwork, data: DataSet, names: Sequence[str], fabric: Fabric) -> dict[str, float]:
-    """mIoU in percent of each named head, at the frames' own size (DESIGN.md, mIoU); the network in eval mode.
+    """mIoU in percent of each named head, at the frames' own size (docs/definitions.md, mIoU); the network in eval
+    mode.
 
     Every process takes its share of the images; all return the same.
     """
@@ -55,6 +56,6 @@ def _miou(confusion: NDArray[np.int64]) -> float:
 
 
 def miou_line(network: OverprovisionedNetwork, data: DataSet, names: Sequence[str], fabric: Fabric) -> str:
-    """The mIoU of every named head, in words."""
+    """The mIoU of every named head as a line of text."""
     found = validate(network, data, names, fabric)
     return f"mIoU on {data.split}: " + " ".join(f"{name} {value:.1f}" for name, value in found.items())

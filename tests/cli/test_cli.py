@@ -96,7 +96,7 @@ def test_every_command_ends_with_what_to_do_next_there(
 def test_run_says_what_the_confidence_is_that_it_prints(workspace: Path) -> None:
     image = first(workspace / "data" / "test" / "images")
     shown = done("-C", workspace, "run", workspace / "host.mess", image, "-o", workspace / "predictions")
-    assert shown.count("confidence: the share of an exit's cells that are sure at the plan's pixel threshold") == 1
+    assert shown.count("confidence: the share of an exit's cells whose confidence reaches the plan's threshold") == 1
     assert f"(`mess-compile inspect {workspace / 'host.mess'}`)" in shown
 
 
@@ -215,7 +215,9 @@ class TestBundle:
         assert "host.json" in complaint("-C", workspace, "bundle", "host.json")
         for command in ("bundle", "compare"):
             message = complaint("-C", workspace, command, "hots")
-            assert "'hots' is no file (did you mean 'host'?), and no device with a plan in this workspace" in message
+            assert (
+                "'hots' is not a file (did you mean 'host'?), and not a device with a plan in this workspace" in message
+            )
 
     def test_unpacked_it_is_the_same(self, workspace: Path) -> None:
         folder = workspace / "unpacked"

@@ -71,7 +71,7 @@ def test_two_slices_that_meet_share_no_image_and_lose_none(folder: Path, start: 
     if wanted:
         assert ids(folder, split) == wanted
     else:
-        with pytest.raises(InputError, match="leaves none of 8"):
+        with pytest.raises(InputError, match="selects none of 8"):
             ids(folder, split)
 
 
@@ -121,7 +121,7 @@ def test_every_label_value_is_its_class_or_void_or_named(
     wrong = sorted(value for value in values if value >= classes and value not in void)
     if wrong:
         remedy = "--label-offset 1" if 0 in ignored and wrong[0] == classes else f"`ignore {wrong[0]}`"
-        with pytest.raises(InputError, match=rf"label\.png holds the value {wrong[0]}, .* {remedy}"):
+        with pytest.raises(InputError, match=rf"label\.png has the value {wrong[0]}, .* {remedy}"):
             read_labels(tmp_path / "label.png", listed)
     else:
         found = read_labels(tmp_path / "label.png", listed)
@@ -188,7 +188,7 @@ def test_a_missing_label_a_missing_folder_and_a_missing_split_are_named(folder: 
     with pytest.raises(InputError, match="no split 'test'"):
         open_dataset(folder, "test")
     for split in ("val[", "../val", "val[:" + "9" * 5000 + "]"):
-        with pytest.raises(InputError, match="not of the form"):
+        with pytest.raises(InputError, match="does not have the form"):
             open_dataset(folder, split)
 
 
@@ -287,7 +287,7 @@ class TestAnotherFolder:
 def test_one_image_alone_is_too_few_and_that_is_what_is_said(folder: Path) -> None:
     for path in sorted((folder / "images").iterdir())[1:]:
         path.unlink()
-    with pytest.raises(InputError, match=r"has 1 image, .*train on 2 and validate on 1 at the least"):
+    with pytest.raises(InputError, match=r"has 1 image, .*train on at least 2 and validate on 1"):
         open_dataset(folder, "train")
 
 
@@ -297,9 +297,12 @@ def test_void_and_classes_that_never_occur_are_told(folder: Path) -> None:
     survey = survey_labels(open_dataset(folder, "val"))
     assert (survey.pixels.tolist(), survey.void) == ([2 * 6, 0], 2 * 18)
     assert survey.sentences() == (
-        "75.0% of the pixels of val are void and count nowhere",
+        "75.0% of the pixels of val are void and are not counted",
         "car never occurs in the labels of val, and is left out of its mIoU",
-        "these labels say little: 255 is void; in masks of 0 and 255, car has to be stored as 1 instead of 255",
+        (
+            "these labels carry little information: 255 is void; in masks of 0 and 255, car has to be stored as 1 "
+            "instead of 255"
+        ),
     )
 
 
@@ -326,10 +329,10 @@ def test_masks_of_0_and_255_are_explained_before_training(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "listed", "told", "untold"),
     [
-        ((0, 1, 2), "", ["the labels hold 0, 1, 2", "--label-offset 1 if labels begin at 1"], "here, so"),
+        ((0, 1, 2), "", ["the labels have 0, 1, 2", "--label-offset 1 if labels begin at 1"], "here, so"),
         ((1, 2), "", ["no label holds 0: labels begin at 1 here, so add --label-offset 1"], "ignore 2"),
         ((0, 1, 2), "ignore 0\n", ["0 is void: labels begin at 1 here, so add --label-offset 1"], "ignore 2"),
-        ((0, 2, 9), "", ["the labels hold 0, 2, 9", "list every class in classes.txt"], "--label-offset"),
+        ((0, 2, 9), "", ["the labels have 0, 2, 9", "list every class in classes.txt"], "--label-offset"),
     ],
 )
 def test_all_labels_together_say_where_they_begin(

@@ -73,7 +73,7 @@ def test_a_mask_of_one_bit_has_classes_0_and_1(path: Path) -> None:
 
 def test_a_value_beyond_8_bits_is_named(path: Path) -> None:
     write_grey(path, [[0, 26000]], 16)
-    assert "holds the value 26000, but label values are 0 to 255" in refusal(path, PLAIN)
+    assert "has the value 26000, but label values are 0 to 255" in refusal(path, PLAIN)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
@@ -149,7 +149,7 @@ def test_a_palette_that_was_made_of_a_mask_in_colours_is_not_read_by_its_numbers
     order = [2, 0, 1]  # as a program that saves space sorts them
     paletted([COLOURED.colours[number] for number in order]).save(path)
     told = refusal(path, COLOURED)
-    assert "paints its value 0 in (60, 140, 60), the colour of tree, but 0 is sky" in told
+    assert "shows its value 0 in (60, 140, 60), the colour of tree, but 0 is sky" in told
     assert "save it as RGB" in told
 
 
@@ -183,4 +183,4 @@ def test_only_png_holds_labels(path: Path, form: str) -> None:
     content = io.BytesIO()
     Image.fromarray(MAP).save(content, form)
     path.write_bytes(content.getvalue())
-    assert "labels are PNG files" in refusal(path, PLAIN)
+    assert "labels must be PNG files" in refusal(path, PLAIN)

@@ -136,7 +136,7 @@ class TestCityscapes:
         shutil.rmtree(root / "gtFine/val/ulm")
         write_labels(root / f"gtFine/val/ulm/ulm_000001_000019_gtFine_{kind}.png", [[0, 1, 2], [3, value, 0]])
         data = open_dataset(root, "val")
-        with pytest.raises(InputError, match=rf"{kind}\.png holds the value {value}, but .* 0 to {value - 1} and 255"):
+        with pytest.raises(InputError, match=rf"{kind}\.png has the value {value}, but .* 0 to {value - 1} and 255"):
             read_sample(data.items[0], data.classes)
 
     def test_what_is_missing_is_named(self, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ class TestVoc:
     def test_a_value_beyond_the_classes_is_named(self, tmp_path: Path) -> None:
         write_labels(voc(tmp_path) / "SegmentationClass" / "2007_000033.png", [[21, 0, 0], [0, 0, 0]])
         data = open_dataset(tmp_path, "val")
-        with pytest.raises(InputError, match=r"2007_000033\.png holds the value 21, but .* 0 to 20 and 255"):
+        with pytest.raises(InputError, match=r"2007_000033\.png has the value 21, but .* 0 to 20 and 255"):
             read_sample(data.items[0], data.classes)
 
     def test_what_is_missing_is_named(self, tmp_path: Path) -> None:
@@ -288,8 +288,8 @@ class TestPlainFolders:
         assert [item.id for item in data.items] == ["drive_001"]
         assert data.notes == (
             f"3 files of {images} are not read (2 .tif, 1 .txt): .jpg, .jpeg, .png, .bmp and .webp are",
-            f"1 hidden file of {images} is left out (first ._drive_001.png)",
-            f"1 folder of {images} is not looked into (first more)",
+            f"1 hidden file of {images} is skipped (first ._drive_001.png)",
+            f"1 folder of {images} is not searched (first more)",
             f"1 file of {labels} is not read (1 .jpg): .png are",
             f"1 label of {labels} is without an image (first alone.png)",
         )
@@ -299,7 +299,7 @@ class TestPlainFolders:
         root = plain(tmp_path)
         image = root / "train" / "images" / "drive_001.png"
         image.rename(image.with_suffix(".tif"))
-        assert "holds no image that is read: 1 file of" in refusal(root)
+        assert "has no image that is read: 1 file of" in refusal(root)
 
     def test_suffixes_in_capitals_are_read(self, tmp_path: Path) -> None:
         root = plain(tmp_path)

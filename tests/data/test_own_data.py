@@ -47,7 +47,7 @@ def test_how_data_are_read_is_remembered_with_the_folder(workspace: Path) -> Non
     shown = done("-C", workspace, "bench", workspace / "host.mess", "--passes", "1")
     assert "12 images of val" in shown
     message = refused(workspace, "evaluate", "--data", workspace / "data")
-    assert "begin at 1: say where those of" in message
+    assert "begin at 1: give --label-offset 1 or --label-offset 0 for those of" in message
     assert "--label-offset 0" in message
     done("-C", workspace, "evaluate", "--data", workspace / "data", "--label-offset", "0")
     assert contents(place) == expected
@@ -57,7 +57,7 @@ def test_an_offset_that_was_forgotten_is_explained(workspace: Path) -> None:
     other = relabelled(workspace, "other", offset=1)
     for command in (("evaluate",), ("bench", workspace / "host.mess", "--passes", "1"), TRAIN):
         message = refused(workspace, *command, "--data", other)
-        assert "holds the value 8, but the 8 classes are 0 to 7" in message
+        assert "has the value 8, but the 8 classes are 0 to 7" in message
         assert "labels begin at 1 here, so add --label-offset 1, with which sky is 1" in message
 
 

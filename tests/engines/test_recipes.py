@@ -13,7 +13,7 @@ import pytest
 from mess_compile.data import scenes
 from mess_compile.engines import recipes
 from mess_compile.engines.recipes import recipe_name
-from mess_compile.graph import settle_progress
+from mess_compile.graph import precision_progress
 from mess_compile.network import read_graph_set
 from mess_compile.runtime.engines.engine import PRECISIONS
 from tests.commands import done, printed_json, run
@@ -55,13 +55,13 @@ def test_an_interrupted_settling_is_continued_by_the_same_command(workspace: Pat
     """Ctrl-C here; a kill in the middle is among the tests of settling itself."""
     graphs, seen = read_graph_set(workspace / "graphs"), scene_images(12)
     written: list[str] = []
-    keep = settle_progress.Kept.keep
+    store = precision_progress.TriedGraphs.store
 
-    def keep_and_note(self: settle_progress.Kept, key: str, tried: Any, source: Any) -> None:
+    def store_and_note(self: precision_progress.TriedGraphs, key: str, tried: Any, source: Any) -> None:
         written.append(key)
-        keep(self, key, tried, source)
+        store(self, key, tried, source)
 
-    monkeypatch.setattr(settle_progress.Kept, "keep", keep_and_note)
+    monkeypatch.setattr(precision_progress.TriedGraphs, "keep", store_and_note)
 
     def settled(progress: Callable[[str, int, int], None]) -> None:
         folder = workspace / "recipes"

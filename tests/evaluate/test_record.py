@@ -229,7 +229,9 @@ def test_a_process_that_is_killed_costs_its_block_of_images_only(workspace: Path
     os.kill(int(other), signal.SIGKILL)
     errors = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 1
-    assert errors[-1].startswith("error: a process of those that share the work is gone: run the same command again")
+    assert errors[-1].startswith(
+        "error: one of the processes that share the work has ended: run the same command again"
+    )
     assert len([line for line in errors if "error" in line]) == 1, errors
     assert list(place.glob(".val.parts-*/*")), "finished blocks are kept"
     assert subprocess.run([*command, "--devices", "2"], capture_output=True).returncode == 0

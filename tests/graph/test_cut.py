@@ -138,7 +138,7 @@ def test_a_failed_import_leaves_the_old_graphs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_hw": [16, 20]}, r"'image' is uint8 \(1, 16, 24, 3\); the metadata ask for uint8 \(1, 16, 20, 3\)"),
+        ({"input_hw": [16, 20]}, r"'image' is uint8 \(1, 16, 24, 3\), but the metadata say uint8 \(1, 16, 20, 3\)"),
         ({"classes": ["a", "b", "c"], "colours": [[0, 0, 0]] * 3}, "'logits:exit1.small' is float32"),
         ({"heads": [{"exit_point": 3, "config": "../final"}], "baseline": "exit3.../final"}, "letters, digits"),
         ({"heads": [{"exit_point": 3, "config": "other"}], "baseline": "exit3.other"}, "no tensor"),

@@ -356,16 +356,16 @@ FIRST, SECOND = TOML[TOML.index("[[exit]]") :].split("[[exit]]")[1:3]
     [
         ('"stage2"', '"stage_2"', r"\[\[exit\]\] 2: the model has no tensor 'stage_2': did you mean 'stage2'"),
         ('"aux1"', '"aux"', r"head exit1\.fcn: the model has no tensor 'aux': did you mean .*'aux1'"),
-        ('"input.1"', '"images"', r"\[input\] is 'images', but the inputs that the exits need are: 'input\.1'"),
-        ('"stage2"', '"branch"', r"passes around exit2 \('branch'\) .* through 'down' before it and 'stage2' after it"),
+        ('"input.1"', '"images"', r"\[input\] is 'images', but the exits need the inputs 'input\.1'"),
+        ('"stage2"', '"branch"', r"bypasses exit2 \('branch'\) .* through 'down' before it and 'stage2' after it"),
         (f"{FIRST}[[exit]]{SECOND}", f"{SECOND}[[exit]]{FIRST}", r"exit1 comes after exit2 \('stage1'\): list"),
         ('"stage1"', '"stage3"', "exit1 and exit3 are both at tensor 'stage3'"),
         ('"stage3"', '"stem"', r"exit1 \('stage1'\) comes after exit3 \('stem'\): list exits in running order"),
         ('"stage2"', '"aux1"', r"exit2 \('aux1'\) is a side branch: .* from 'stage1'; the nearest .* is 'stage2'"),
         ('"stage1"', '"input.1"', "exit1 is at 'input.1', the model's input"),
         ('"stage1"', '"stem.weight"', "no tensor 'stem.weight'"),
-        ('"aux1"', '"aux2"', r"exit1\.fcn: logits 'aux2' are made from 'stage2', the tensor of exit2: list them there"),
-        ('"aux2_up"', '"main"', r"exit2\.fcn: logits 'main' are made from 'stage3', the tensor of exit3: list"),
+        ('"aux1"', '"aux2"', r"exit1\.fcn: logits 'aux2' are computed from 'stage2', the tensor of exit2: list them"),
+        ('"aux2_up"', '"main"', r"exit2\.fcn: logits 'main' are computed from 'stage3', the tensor of exit3: list"),
         ('"main_up"', '"aux2"', r"exit3\.fcn: logits 'aux2' do not depend on the tensor of .*, 'stage3'"),
         ('"aux1"', '"stage1"', r"exit1\.fcn: logits 'stage1' have 8 channels for 4 classes"),
         ('"sky"]', '"sky", "sea"]', r"exit1\.fcn: logits 'aux1' have 4 channels for 5 classes"),
@@ -405,14 +405,14 @@ def squeezed(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (skip_connection, r"exit3\.fcn: logits 'both' also depend on 'skip', which is not made from 'stage3'"),
-        (after("Softmax", axis=1), r"exit3\.fcn: 'both' is made by Softmax: name the logits before, 'main_up'"),
-        (after("ArgMax", axis=1), r"exit3\.fcn: 'both' is made by ArgMax: name the logits before, 'main_up'"),
+        (skip_connection, r"exit3\.fcn: logits 'both' also depend on 'skip', which is not computed from 'stage3'"),
+        (after("Softmax", axis=1), r"exit3\.fcn: 'both' is made by Softmax: name the logits before it, 'main_up'"),
+        (after("ArgMax", axis=1), r"exit3\.fcn: 'both' is made by ArgMax: name the logits before it, 'main_up'"),
         (after("Cast", to=TensorProto.FLOAT16), r"exit3\.fcn: tensor 'both' is float16, not float32"),
-        (after("ReduceMax", axes=[1], keepdims=0), r"tensor 'both' is of shape \(1, 32, 48\), not a map"),
-        (resized(coordinate_transformation_mode="align_corners"), "'both' is upsampled otherwise .*align_corners"),
-        (resized(mode="nearest"), "'both' is upsampled otherwise .*mode 'nearest'.* name the logits before, 'main'"),
-        (squeezed, r"exit3\.fcn: logits 'both' are 2 x 12, which does not lie over an input of 32 x 48"),
+        (after("ReduceMax", axes=[1], keepdims=0), r"tensor 'both' has the shape \(1, 32, 48\), not that of a map"),
+        (resized(coordinate_transformation_mode="align_corners"), "'both' is upsampled differently .*align_corners"),
+        (resized(mode="nearest"), "'both' is upsampled differently .*mode 'nearest'.* the logits before it, 'main'"),
+        (squeezed, r"exit3\.fcn: logits 'both' are 2 x 12, which does not cover an input of 32 x 48"),
     ],
 )  # fmt: skip
 def test_logits_that_the_device_could_not_reproduce_are_named(tmp_path: Path, change: Change, message: str) -> None:
@@ -548,7 +548,7 @@ def test_external_data_behind_a_link_that_leads_out_is_refused(tmp_path: Path) -
         ('"sky"]', '"road"]', "classes has 4 names, 3 of them distinct"),
         ('"sky"]', "7]", "a name in classes is 7, not a text"),
         ('"sky"]', '"\\u0007"]', "not a text"),
-        ('["road", "car", "tree", "sky"]', '["road"]', "have 4 channels for 1 classes.*a single class is told"),
+        ('["road", "car", "tree", "sky"]', '["road"]', "have 4 channels for 1 classes.*a single class has one channel"),
         ("\n[input]", "colours = [[0, 0, 0]]\n[input]", "colours has 1 entries for the classes road, car, tree, sky"),
         ("\n[input]", "colours = [[0,0,0],[1,1,1],[2,2,2],[0,0,256]]\n[input]", "a colour is .*256.*not .R, G, B."),
         ("\n[input]", 'baseline = "aux"\n[input]', "baseline is 'aux', not a head of the last exit: fcn"),
@@ -703,7 +703,7 @@ def test_a_network_that_gives_no_numbers_is_named_for_it(tmp_path: Path, value: 
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        message = rf"head exit3\.fcn of the model as it came gives {said} on frame 0: .* with {said} is 'both'"
+        message = rf"head exit3\.fcn of the original model gives {said} on frame 0: .* with {said} is 'both'"
         refused(tmp_path, message, edited(broken), TOML.replace('"main_up"', '"both"'))
 
 
@@ -714,7 +714,7 @@ def test_what_our_conversion_breaks_is_not_the_models_fault(tmp_path: Path, monk
 
     monkeypatch.setattr(opset, "RULES", ((("Relu",), 1, 99, wrong),))
     message = (
-        r"from opset 18 to 17 changed what node 'stage1' \(Relu\) computes by \d.*a fault of mess-compile, not of the"
+        r"from opset 18 to 17 changed what node 'stage1' \(Relu\) computes by \d.*a bug of mess-compile, not of the"
     )
     refused(tmp_path, message, foreign_network(18))
 
@@ -734,10 +734,10 @@ def test_a_side_branch_names_the_nearest_tensor_that_works(tmp_path: Path) -> No
     graph.node.insert(at + 3, helper.make_node("Reshape", ["mixed", "map"], ["next"], "next"))
     node(model, "wide").input[0] = "next"
     side = (
-        r"exit2 \('stage2'\) is a side branch: the backbone goes on from 'tokens', which is no map but \(1, 12, 96\); "
+        r"exit2 \('stage2'\) is a side branch: the backbone goes on from 'tokens', which is not a map but \(1, 12, 96\)"
     )
-    refused(tmp_path, side + "the nearest tensor that works is 'sum'", model)
-    no_map = r"exit2: tensor 'tokens' is of shape \(1, 12, 96\), not a map .*; the nearest tensor that works is 'sum'"
+    refused(tmp_path, side + "; the nearest tensor that works is 'sum'", model)
+    no_map = r"exit2: tensor 'tokens' has the shape \(1, 12, 96\), not that of a map .*; the nearest .* is 'sum'"
     refused(tmp_path, no_map, model, TOML.replace('"stage2"', '"tokens"'))
     imported(tmp_path, model, TOML.replace('"stage2"', '"sum"'))
 

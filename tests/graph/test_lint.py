@@ -126,7 +126,7 @@ CROP = {"mode": "linear", "coordinate_transformation_mode": "tf_crop_and_resize"
 REFUSED = {
     "transpose-of-uint8": (
         one("Transpose", (U8, (1, 8, 8, 3)), (U8, (1, 3, 8, 8)), perm=[0, 3, 1, 2]),
-        "Transpose does not take uint8; Cast to float first, then Transpose",
+        "Transpose does not support uint8; Cast to float first, then Transpose",
     ),
     "uint8-within": (
         model(
@@ -134,11 +134,11 @@ REFUSED = {
             {"x": FOUR},
             {"y": FOUR},
         ),
-        "Cast makes uint8 within the graph",
+        "Cast produces uint8 within the graph",
     ),
     "int16": (one("Cast", ("int16", (1, 4)), FOUR, to=TensorProto.FLOAT), "'x' is int16"),
     "uint32": (one("Cast", FOUR, ("uint32", (1, 4)), to=TensorProto.UINT32), "'y' is uint32"),
-    "relu-of-integers": (one("Relu", INTEGERS, INTEGERS), "Relu does not take int32"),
+    "relu-of-integers": (one("Relu", INTEGERS, INTEGERS), "Relu does not support int32"),
     "missing-operator": (one("Bernoulli", FOUR, FOUR), "has no 'Bernoulli'"),
     "other-domain": (one("FusedConv", FOUR, FOUR, domain="com.microsoft"), "domain 'com.microsoft'"),
     "crop-and-resize": (
@@ -151,12 +151,12 @@ REFUSED = {
             {"x": MAPS},
             {"y": (F32, (1, 4, 7, 7)), "i": (I64, (1, 4, 7, 7))},
         ),
-        "MaxPool gives no indices",
+        "MaxPool returns no indices",
     ),
     "zero-point": (model(PAIR, {"x": FOUR}, {"y": FOUR}, SCALE | {"z": np.int8(3)}), "quantise symmetrically"),
     "quantised-to-uint8": (
         model(PAIR, {"x": FOUR}, {"y": FOUR}, SCALE | {"z": np.uint8(128)}),
-        "QuantizeLinear does not take uint8",
+        "QuantizeLinear does not support uint8",
     ),
     "int32-bias": (
         model(
@@ -165,7 +165,7 @@ REFUSED = {
             {"y": FOUR},
             SCALE | {"b": np.int32([1, 2, 3, 4])},
         ),
-        "DequantizeLinear does not take int32",
+        "DequantizeLinear does not support int32",
     ),
     "computed-k": (
         model(
@@ -255,7 +255,7 @@ def test_both_branches_of_an_if_would_be_paid_for(parser: Parser) -> None:
 INSTANCES = node("InstanceNormalization", ["x", "s", "s"], ["y"])
 OLD = {
     "layer-normalisation": (TAKEN["layer-normalisation"], "tensorrt 8.5.2.2 has no 'LayerNormalization'"),
-    "largest-of-integers": (one("ArgMax", INTEGERS, (I64, (1, 1)), axis=1), "ArgMax does not take int32"),
+    "largest-of-integers": (one("ArgMax", INTEGERS, (I64, (1, 1)), axis=1), "ArgMax does not support int32"),
     "scale-of-instances": (
         model([INSTANCES], {"x": MAPS, "s": (F32, (4,))}, {"y": MAPS}),
         "input 's' of InstanceNormalization is computed",
@@ -327,7 +327,7 @@ def test_contradicting_shapes_are_one_complaint_of_the_whole_graph() -> None:
 
 
 def test_a_version_without_a_number_is_refused() -> None:
-    with pytest.raises(InputError, match="version 'newest' of tensorrt holds no number"):
+    with pytest.raises(InputError, match="version 'newest' of tensorrt contains no number"):
         lint(TAKEN["quantised"], "head", Parser("tensorrt", "newest", 17, None))
 
 

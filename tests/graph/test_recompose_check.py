@@ -81,7 +81,7 @@ def test_a_network_that_gives_no_numbers_is_told_from_a_wrong_cut(graph_set: Gra
     def broken(frame: np.ndarray) -> dict[str, np.ndarray]:
         return {name: values * np.nan for name, values in whole(frame).items()}
 
-    with pytest.raises(InputError, match=r"head exit\d\.\S+ of the model as it came gives NaN on frame 0"):
+    with pytest.raises(InputError, match=r"head exit\d\.\S+ of the original model gives NaN on frame 0"):
         check(graph_set, broken)
 
 

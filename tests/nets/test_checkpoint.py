@@ -125,9 +125,9 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14212972\n", "git lfs pull"),
-        (b"<!DOCTYPE html><html>404</html>", "is no file of weights, but an HTML page"),
-        (b'{"message": "Not Found"}', "is no file of weights, but a text"),
-        (b"\0\1\2\3" * 99, "is no file of weights .it begins with"),
+        (b"<!DOCTYPE html><html>404</html>", "is not a file of weights, but an HTML page"),
+        (b'{"message": "Not Found"}', "is not a file of weights, but a text"),
+        (b"\0\1\2\3" * 99, "is not a file of weights .it begins with"),
         (b"", "is empty"),
     ],
 )

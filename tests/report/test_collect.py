@@ -221,7 +221,7 @@ class TestCompare:
 
     def test_a_name_that_is_nothing_is_refused_with_what_there_is(self, workspace: Path) -> None:
         message = complaint("-C", workspace, "compare", "host", "xavier")
-        assert "'xavier' is no file, and no device with a plan in this workspace (host)" in message
+        assert "'xavier' is not a file, and not a device with a plan in this workspace (host)" in message
 
     def test_a_damaged_bundle_is_refused(self, workspace: Path) -> None:
         content = bytearray((workspace / "host.mess").read_bytes())

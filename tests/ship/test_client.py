@@ -187,9 +187,9 @@ def test_the_device_accepts_only_its_own_signers(street: Street, newer: Path, tm
         (expected,) = printed_json("ship", newer, street.place, "--dry-run")["places"]
         assert "is not signed" in expected["refusal"]
         foreign = changed_bundle(newer, tmp_path / "foreign.mess", lambda manifest: manifest, other)
-        assert "signed by nobody in" in street.refused(foreign)
+        assert "nobody in" in street.refused(foreign)
         (expected,) = printed_json("ship", foreign, street.place, "--dry-run")["places"]
-        assert "signed by nobody in" in expected["refusal"]
+        assert "nobody in" in expected["refusal"]
     finally:
         installed.unlink()
 

@@ -130,7 +130,7 @@ def test_what_is_no_film_is_told_in_one_line(bundle: Path, tmp_path: Path) -> No
     empty.touch()
     out = tmp_path / "out"
     for path in (text, empty):
-        assert "is no video that OpenCV reads" in complaint("run", bundle, path, "-o", out)
+        assert "is not a video that OpenCV can read" in complaint("run", bundle, path, "-o", out)
     assert "gone.mp4 does not exist" in complaint("run", bundle, tmp_path / "gone.mp4", "-o", out)
     assert "write camera:0" in complaint("run", bundle, "camera:front", "-o", out)
     assert "camera:97 cannot be opened" in complaint("run", bundle, "camera:97", "-o", out)
@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_no_film_that_ends_early(bundle: Path, tmp_path: Path
     command = [sys.executable, "-m", "mess_compile", "run", bundle, path, "-o", out]
     ended = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
-    assert "see that the disk is not full" in ended.stderr
+    assert "check that the disk is not full" in ended.stderr
     assert not list(out.iterdir())
 
 

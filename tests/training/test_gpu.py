@@ -13,7 +13,7 @@ from mess_compile.nets.checkpoint import load_candidate
 from mess_compile.nets.network import Architecture, heads_from_names, with_final_head
 from mess_compile.training.parallel import Machines
 from mess_compile.training.recipe import Recipe
-from mess_compile.training.train import train
+from mess_compile.training.train import TrainingJob, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +36,8 @@ def trained(folder: Path, machines: Machines, recipe: Recipe) -> list[float]:
     shape = Architecture("mobilenetv2", data.classes.names, data.classes.colours, HW, blocks, heads, width=0.25)
     lines: list[str] = []
     train(
-        shape, data, data, folder / f"{machines.accelerator}-{machines.precision}", recipe, lines.append, None, machines
+        TrainingJob(shape, data, data, folder / f"{machines.accelerator}-{machines.precision}", recipe, None, machines),
+        lines.append,
     )
     found = [line.split("exit ")[1].split("  ")[0] for line in lines if line.startswith("stage 1")]
     return [sum(float(word) for word in words.split()) for words in found]

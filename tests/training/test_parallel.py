@@ -25,7 +25,7 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.training import backbone, parallel
 from mess_compile.training.parallel import Machines
 from mess_compile.training.recipe import Recipe
-from mess_compile.training.train import train
+from mess_compile.training.train import TrainingJob, train
 
 HW = (48, 64)
 TRAIN = ["train", "--data", "data", "--input", "48x64", "--width", "0.25", "--exits", "features.6,features.17"]
@@ -87,7 +87,7 @@ def first_gradient(folder: str, name: str, pieces: int = 1) -> None:
     shape = Architecture("mobilenetv2", data.classes.names, data.classes.colours, HW, blocks, heads, width=0.25)
     with suppress(Enough):
         machines = Machines(accumulate=pieces)
-        train(shape, data, data, Path(folder) / "candidate", Recipe(batch=8), print, machines=machines)
+        train(TrainingJob(shape, data, data, Path(folder) / "candidate", Recipe(batch=8), machines=machines), print)
 
 
 def as_torchrun_starts_it(rank: int, port: int, folder: str) -> None:
@@ -165,7 +165,7 @@ def test_a_killed_process_is_one_clear_line_and_the_same_command_continues(folde
     os.kill(children(process.pid)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors
-    assert errors.startswith("error: a process of those that share the work is gone: run the same command again")
+    assert errors.startswith("error: one of the processes that share the work has ended: run the same command again")
     assert errors.count("\n") == 1, errors
     output = finished(started(folder, *LONG))
     assert "continuing stage 1 after epoch" in output
@@ -237,7 +237,7 @@ def test_a_damaged_image_is_said_once_whoever_meets_it(folder: Path) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "cannot be read: " in errors
-    assert "is gone" not in errors
+    assert "has ended" not in errors
 
 
 @pytest.mark.slow
@@ -256,7 +256,7 @@ def test_bf16_computes_in_bf16_and_learns_the_same(folder: Path) -> None:
     [
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Machines("cpu"), "--ntasks-per-node"),
         ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "two"}, Machines("cpu"), "torchrun"),
-        ({}, Machines("cpu", nodes=2), "through a launcher"),
+        ({}, Machines("cpu", nodes=2), "need a launcher"),
     ],
 )
 def test_a_launch_that_cannot_work_says_how_it_would(
@@ -316,7 +316,7 @@ def test_impossible_machines_are_refused(wrong: dict[str, object], words: str) -
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_missing_gpu_is_said() -> None:
-    with pytest.raises(InputError, match="1 CUDA devices are asked for, this machine shows 0"):
+    with pytest.raises(InputError, match="1 CUDA devices are requested, but this machine has 0"):
         parallel.launch(Machines(accelerator="cuda"))
 
 

@@ -25,7 +25,7 @@ from mess_compile.training.augment import Batches, Shard, augmented
 from mess_compile.training.backbone import trained_exits
 from mess_compile.training.heads import head_groups
 from mess_compile.training.recipe import Distillation, Recipe
-from mess_compile.training.train import train
+from mess_compile.training.train import TrainingJob, train
 from tests.networks import random_network
 
 HW = (48, 64)
@@ -53,7 +53,7 @@ def architecture(data: DataSet) -> network.Architecture:
 
 def run(data: Path, folder: Path, recipe: Recipe = RECIPE, report: Callable[[str], None] = lambda line: None) -> None:
     images = open_dataset(data, "train")
-    train(architecture(images), images, open_dataset(data, "val"), folder, recipe, report)
+    train(TrainingJob(architecture(images), images, open_dataset(data, "val"), folder, recipe), report)
 
 
 class Killed(BaseException):
@@ -150,7 +150,10 @@ def test_a_second_training_in_the_same_place_is_refused_and_leaves_the_first_alo
 def test_a_training_that_is_refused_leaves_no_folder(data: Path, tmp_path: Path) -> None:
     few = open_dataset(data, "train[:1]")
     with pytest.raises(InputError):
-        train(architecture(few), few, open_dataset(data, "val"), tmp_path / "candidate", RECIPE, lambda line: None)
+        train(
+            TrainingJob(architecture(few), few, open_dataset(data, "val"), tmp_path / "candidate", RECIPE),
+            lambda line: None,
+        )
     assert not (tmp_path / "candidate").exists()
 
 
@@ -317,7 +320,7 @@ def test_a_network_of_one_exit_is_the_baseline_trained_alone(data: Path, tmp_pat
     images = open_dataset(data, "train")
     alone = replace(architecture(images), exit_blocks=("features.17",), heads=network.with_final_head((), 1))
     lines: list[str] = []
-    train(alone, images, images, tmp_path / "baseline", replace(RECIPE, epochs=(2, 0)), lines.append)
+    train(TrainingJob(alone, images, images, tmp_path / "baseline", replace(RECIPE, epochs=(2, 0))), lines.append)
     assert [h.name for h in load_candidate(tmp_path / "baseline").candidate.heads] == ["exit1.fcn-crm1-b0"]
     assert not any("stage 2" in line for line in lines)
 
@@ -327,9 +330,11 @@ def test_heads_are_added_to_a_backbone_that_stays(data: Path, tmp_path: Path) ->
     bare = replace(
         architecture(images), heads=network.with_final_head(network.heads_from_names(("fcn-crm1-b0",), 3), 3)
     )
-    train(bare, images, images, tmp_path / "bare", replace(RECIPE, epochs=(2, 0)), print)
+    train(TrainingJob(bare, images, images, tmp_path / "bare", replace(RECIPE, epochs=(2, 0))), print)
     recipe = replace(RECIPE, epochs=(0, 2))
-    train(architecture(images), images, images, tmp_path / "grown", recipe, print, source=tmp_path / "bare")
+    train(
+        TrainingJob(architecture(images), images, images, tmp_path / "grown", recipe, source=tmp_path / "bare"), print
+    )
     before, after = (load_candidate(tmp_path / name) for name in ("bare", "grown"))
     assert len(after.candidate.heads) > len(before.candidate.heads)
     old, new = before.backbone.state_dict(), after.backbone.state_dict()
@@ -342,8 +347,8 @@ def test_heads_are_added_to_a_backbone_that_stays(data: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("epochs", "given", "words"),
     [
-        ((0, 2), False, "0 go with --from"),
-        ((1, 1), True, "0 go with --from"),
+        ((0, 2), False, "0 requires --from"),
+        ((1, 1), True, "0 requires --from"),
         ((1, 0), False, "nothing would train exit1.fcn-crm2-b1"),
     ],
 )
@@ -353,7 +358,10 @@ def test_nothing_stays_untrained(
     images = open_dataset(data, "train")
     source = finished / "candidate" if given else None
     with pytest.raises(InputError, match=words):
-        train(architecture(images), images, images, tmp_path, replace(RECIPE, epochs=epochs), print, source=source)
+        train(
+            TrainingJob(architecture(images), images, images, tmp_path, replace(RECIPE, epochs=epochs), source=source),
+            print,
+        )
 
 
 def test_the_final_exit_alone_leaves_no_untrained_heads_behind(data: Path, tmp_path: Path) -> None:
@@ -362,7 +370,7 @@ def test_the_final_exit_alone_leaves_no_untrained_heads_behind(data: Path, tmp_p
         architecture(images), heads=network.with_final_head(network.heads_from_names(("fcn-crm1-b0",), 3), 3)
     )
     with pytest.raises(InputError, match="nothing would train exit1"):
-        train(bare, images, images, tmp_path, replace(RECIPE, epochs=(1, 0), order="final"), print)
+        train(TrainingJob(bare, images, images, tmp_path, replace(RECIPE, epochs=(1, 0), order="final")), print)
 
 
 def test_another_network_teaches(data: Path, tmp_path: Path, finished: Path) -> None:
@@ -370,7 +378,10 @@ def test_another_network_teaches(data: Path, tmp_path: Path, finished: Path) -> 
     images = open_dataset(data, "train")
     recipe = replace(RECIPE, epochs=(1, 1), distillation=Distillation("kd", alpha=1.0))
     run(data, tmp_path / "own", recipe)
-    train(architecture(images), images, images, tmp_path / "taught", recipe, print, teacher=finished / "candidate")
+    train(
+        TrainingJob(architecture(images), images, images, tmp_path / "taught", recipe, teacher=finished / "candidate"),
+        print,
+    )
     own, taught = (load_candidate(tmp_path / name).state_dict() for name in ("own", "taught"))
     changed = {key.split(".")[0] for key in own if not torch.equal(own[key], taught[key])}
     assert changed == {"heads"}
@@ -380,7 +391,7 @@ def test_a_teacher_of_other_classes_is_refused(data: Path, tmp_path: Path, finis
     images = open_dataset(data, "train")
     other = replace(architecture(images), classes=("a", "b"), colours=((0, 0, 0), (1, 1, 1)))
     with pytest.raises(InputError, match="same classes"):
-        train(other, images, images, tmp_path, RECIPE, print, teacher=finished / "candidate")
+        train(TrainingJob(other, images, images, tmp_path, RECIPE, teacher=finished / "candidate"), print)
 
 
 def test_weights_that_a_last_step_spoiled_are_not_saved(
@@ -408,7 +419,7 @@ def test_a_backbone_of_another_architecture_is_named(data: Path, tmp_path: Path,
     images = open_dataset(data, "train")
     recipe = replace(RECIPE, epochs=(0, 2))
     with pytest.raises(InputError, match=r"--from names a network whose (input_hw|exit_blocks) is .* asked for"):
-        train(architecture(images), images, images, tmp_path, recipe, print, source=finished / "candidate")
+        train(TrainingJob(architecture(images), images, images, tmp_path, recipe, source=finished / "candidate"), print)
 
 
 def test_a_loss_that_is_not_a_number_names_the_batch_and_keeps_the_last_epoch(
@@ -475,10 +486,13 @@ def test_two_images_are_the_least_and_few_are_called_few(data: Path, tmp_path: P
     def trained(images: str, folder: str) -> str:
         lines: list[str] = []
         chosen = open_dataset(data, images)
-        train(architecture(chosen), chosen, open_dataset(data, "val"), tmp_path / folder, RECIPE, lines.append)
+        train(
+            TrainingJob(architecture(chosen), chosen, open_dataset(data, "val"), tmp_path / folder, RECIPE),
+            lines.append,
+        )
         return next(line for line in lines if line.startswith("training on"))
 
-    with pytest.raises(InputError, match="has 1 image, and training takes 2 at a time at the least: add images"):
+    with pytest.raises(InputError, match="has 1 image, but training takes at least 2 at a time: add images"):
         trained("train[:1]", "one")
     assert trained("train[:2]", "two").endswith("too few to learn from")
     assert "too few" not in trained("train", "all")

@@ -1,4 +1,4 @@
-"""Numbers that a caller gives: of the right kind and in range, or refused by name."""
+"""Checks numbers that a caller passes: the right kind and in range, or an error that names them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def check_share(name: str, value: Any) -> None:
 
 
 def check_threads(threads: Optional[int]) -> None:
-    """None stands for every core. Raises InputError."""
+    """None means every core. Raises InputError."""
     if threads is not None:
         check_whole("threads", threads, THREADS_PER_CORE * (os.cpu_count() or 1))
 
 
 def check_deadline(deadline_ms: Optional[float]) -> None:
-    """One that has passed, below 0, is one too. Raises InputError."""
+    """A deadline below 0 is allowed: it has passed already. Raises InputError."""
     if deadline_ms is not None and (not isinstance(deadline_ms, Real) or math.isnan(deadline_ms)):
-        raise InputError(f"deadline_ms is {deadline_ms!r:.80}, not a number of milliseconds, or None for no deadline")
+        raise InputError(f"deadline_ms is {deadline_ms!r:.80}: give a number of milliseconds, or None for no deadline")

@@ -1,4 +1,4 @@
-"""JSON values to frozen dataclasses, strictly: no missing or unknown key, no type coerced, no infinity."""
+"""Decodes JSON values into frozen dataclasses, strictly: no missing or unknown key, no coerced type, no infinity."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _UNIONS = (Union, getattr(types, "UnionType", Union))
 
 
 class DecodeError(Exception):
-    """The message names the place, the value found and what it should be."""
+    """The message names the place, the value found and the value expected."""
 
 
 class ForeignError(DecodeError):
-    """What is read is of another format or version."""
+    """The document has another format or version."""
 
 
 def encode(value: Any, form: str, version: int) -> Dict[str, Any]:
-    """A dataclass as the content of a document, with its format and version in front."""
+    """A dataclass as the content of a document that begins with its format and version."""
     return {"format": form, "version": version, **dataclasses.asdict(value)}
 
 
 def document(kind: Any, text: str, form: str, version: int, where: str) -> Any:
-    """JSON text of what `encode` gave, as the dataclass `kind`. Raises ForeignError, DecodeError."""
+    """Decode JSON text that `encode` produced into the dataclass `kind`. Raises ForeignError, DecodeError."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -78,13 +78,13 @@ def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
     return _of_type(kind, value, where, {str: "text", bool: "true or false", int: "an integer"}.get(kind, "a number"))
 
 
-def _of_type(kind: Any, value: Any, where: str, words: str) -> Any:
+def _of_type(kind: Any, value: Any, where: str, expected: str) -> Any:
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise DecodeError(f"{where} is {_shown(value)}, not {words}")
+        raise DecodeError(f"{where} is {_as_text(value)}, not {expected}")
     return value
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     try:
         return f"{value!r:.80}"
     except RecursionError:

@@ -1,4 +1,4 @@
-"""The one exception tree. Python 3.8 syntax: this file travels to the device."""
+"""Defines the one tree of exceptions. Python 3.8 syntax: this file travels to the device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Iterable, Sequence
 
 
 class MessError(Exception):
-    """Something that the user can put right; the message says what, the value, and the remedy."""
+    """A problem that the user can solve; the message names the thing, the value and the remedy."""
 
 
 class InputError(MessError):
@@ -14,19 +14,19 @@ class InputError(MessError):
 
 
 class PlaceError(InputError):
-    """A file could not be written for a reason that holds for every other file there: a full disk, missing rights."""
+    """A file could not be written for a reason that affects every file there: a full disk, missing rights."""
 
 
 class StaleError(MessError):
-    """An artefact was made from something that has changed since."""
+    """An artefact was made from inputs that have changed since."""
 
 
 class RequirementError(MessError):
-    """No plan satisfies the requirement; the message names the best that can be reached."""
+    """No plan satisfies the requirement; the message names the best value that plans reach."""
 
 
 class BundleError(MessError):
-    """A bundle is truncated, edited, unsigned or of another version; nothing of it was executed."""
+    """A bundle is truncated, edited, unsigned or of another version; nothing from it was executed."""
 
 
 class EngineError(MessError):
@@ -34,7 +34,7 @@ class EngineError(MessError):
 
 
 class NotFiniteError(EngineError):
-    """A graph ran, but gave logits that are not numbers, or infinite."""
+    """A graph ran, but its logits contain NaN or infinities."""
 
 
 class BatchError(EngineError):
@@ -45,12 +45,12 @@ class BatchError(EngineError):
         self.results = tuple(results)
 
 
-MOST_WORDS = 300
-"""Characters of what a library says that a message repeats."""
+MAX_CHARACTERS = 300
+"""A message quotes at most so many characters from a library's error."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """For a message, behind the name: the nearest of what there is; empty where nothing is near."""
+    """A suggestion to append to a message: the known name nearest to `name`; empty if none is near."""
     import difflib
 
     near = difflib.get_close_matches(name[:80], list(known), 1)
@@ -58,9 +58,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def one_line(text: object) -> str:
-    """What a library says, for a message of ours: the end of it, where the reason stands."""
+    """A library's message on one line, cut to its end, where the reason is."""
     words = " ".join(str(text).split())
-    if len(words) <= MOST_WORDS:
+    if len(words) <= MAX_CHARACTERS:
         return words
-    end = words[4 - MOST_WORDS :]
+    end = words[4 - MAX_CHARACTERS :]
     return "... " + (end.partition(" ")[2] or end)

@@ -1,4 +1,4 @@
-"""What a process made belongs to it: a child that it forks neither gives it back nor uses it."""
+"""Binds resources to the process that made them: a forked child neither uses nor releases them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Callable, Tuple
 
 from mess_compile.runtime.base.errors import EngineError
 
-_native: weakref.WeakSet[Any] = weakref.WeakSet()
+_undestroyed: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def finalizer(owner: object, action: Callable[..., None], *arguments: object) -> weakref.finalize[..., object]:
-    """As `weakref.finalize`; in a forked child nothing is done, neither at its end nor when it is called."""
+    """Like `weakref.finalize`, but does nothing in a forked child, neither when it ends nor when called."""
     return weakref.finalize(owner, _act, os.getpid(), action, arguments)
 
 
@@ -22,25 +22,25 @@ def _act(made_by: int, action: Callable[..., None], arguments: Tuple[object, ...
         action(*arguments)
 
 
-def keep_in_children(thing: object) -> None:
-    """Have a forked child never destroy `thing`, whose destructor waits for threads or a device that only we have."""
-    _native.add(thing)
+def never_destroy_in_children(thing: object) -> None:
+    """Never destroy `thing` in a forked child: its destructor waits for threads or a device of the parent."""
+    _undestroyed.add(thing)
 
 
-def _keep() -> None:
-    """One reference more than there are names for it, so that not even the end of the interpreter destroys it."""
-    with suppress(ImportError):  # a Python that was built without libffi
+def _leak_in_child() -> None:
+    """Add a reference that no name holds, so that not even the end of the interpreter destroys the object."""
+    with suppress(ImportError):  # Python may be built without libffi
         import ctypes
 
-        for thing in tuple(_native):
+        for thing in tuple(_undestroyed):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
-os.register_at_fork(after_in_child=_keep)
+os.register_at_fork(after_in_child=_leak_in_child)
 
 
 def check_process(made_by: int, what: str) -> None:
-    """Raises EngineError in a process that was forked after `what` had been made in process `made_by`."""
+    """Raises EngineError in a process that was forked after process `made_by` loaded `what`."""
     if os.getpid() != made_by:
         raise EngineError(
             f"{what} was loaded in process {made_by}, and process {os.getpid()} was forked from it: engines do not "

@@ -1,4 +1,4 @@
-"""Files that stand for others: pointers that Git LFS and git-annex leave until the content was fetched."""
+"""Recognises the pointers that Git LFS and git-annex leave in place of a file until its content is fetched."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Optional
 from mess_compile.runtime.base.errors import InputError
 
 HEAD_BYTES = 64
-"""How much of a file shows what it is."""
+"""So many bytes identify a pointer."""
 _KINDS = (
     (b"version https://git-lfs.github.com/spec/", "Git LFS", "git lfs pull"),
     (b"version https://hawser.github.com/spec/", "Git LFS", "git lfs pull"),
@@ -17,7 +17,7 @@ _KINDS = (
 
 
 def refuse_pointer(path: Path, content: Optional[bytes] = None) -> None:
-    """Raises InputError when `path` holds a pointer; `content` is its beginning where that was read already.
+    """Raises InputError if `path` is a pointer; `content` is its beginning, if it was already read.
 
     A file that cannot be read is left to its reader.
     """

@@ -1,4 +1,4 @@
-"""Standard output takes every name: one that is not UTF-8, and one that the terminal cannot show."""
+"""Prints every name: one that is not UTF-8, and one that the terminal cannot show."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def show_all() -> None:
 
 
 def unencodable(error: UnicodeEncodeError) -> str:
-    """One line for a name that something of ours, or a library, could not take as UTF-8."""
+    """A one-line error for a name that our code or a library cannot encode as UTF-8."""
     before, after = error.object[: error.start], error.object[error.start :]
     around = (before.splitlines() or [""])[-1][-60:] + after.splitlines()[0][:60]
-    return f"{around!a} holds a name that is not UTF-8: rename the file or folder"
+    return f"{around!a} contains a name that is not UTF-8: rename the file or folder"

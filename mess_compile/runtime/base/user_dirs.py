@@ -1,4 +1,4 @@
-"""Folders of the user's own. Nobody's home may be known: in a container, the user's number may stand for no name."""
+"""Finds the user's folders. The home folder may be unknown: in a container, the user may have no passwd entry."""
 
 from __future__ import annotations
 

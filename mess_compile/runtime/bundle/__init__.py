@@ -1,1 +1,1 @@
-"""The bundle as a file, read with suspicion."""
+"""Reads and writes bundles; what is read is not trusted."""

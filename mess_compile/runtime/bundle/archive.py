@@ -1,6 +1,6 @@
-"""The bundle as a file or folder, read with suspicion: every byte is known before any of it is used.
+"""Reads a bundle, a file or a folder, and verifies every byte before any of it is used.
 
-The file is an uncompressed zip whose comment is the SHA-256 of every byte before the comment: one changed, missing or
+The file is an uncompressed zip whose comment is the SHA-256 of every byte before the comment: a changed, missing or
 appended byte anywhere, headers included, is refused before anything is unpacked. A folder is such a zip unpacked.
 """
 
@@ -43,7 +43,7 @@ _MAX_DEPTH = 8
 _MAX_ENTRIES = 1 << 14
 _BLOCK = 1 << 20
 _PYTHONS_OWN = "__pycache__"
-"""Left by `python3 FOLDER`; nothing of it is read here."""
+"""Left behind by `python3 FOLDER`; nothing in it is read here."""
 _DAMAGED = "copy or write it again"
 
 
@@ -56,8 +56,8 @@ class _Entry:
 class Archive:
     """An unpacked bundle: `manifest`, and `folder` with its files until `close`.
 
-    `signature` is that over `manifest_bytes`, None where there is none; `signed_by` who it is known to be of, None
-    until `check_signer` found that out.
+    `signature` covers `manifest_bytes`, None if the bundle is unsigned; `signed_by` is the signer's identity, None
+    until `check_signer` has verified it.
     """
 
     signed_by: Optional[str] = None
@@ -71,7 +71,7 @@ class Archive:
 
     @property
     def text(self) -> str:
-        """The manifest's, to the byte."""
+        """The manifest's text, to the byte."""
         return self.manifest_bytes.decode("utf-8")
 
     @property
@@ -80,18 +80,18 @@ class Archive:
 
     @property
     def hash(self) -> str:
-        """`hash_of` the bundle."""
+        """`hash_of` this bundle."""
         return hash_of(self.text, self.signature_text)
 
     def array(self, name: str) -> np.ndarray:
-        """An array of the bundle. Raises BundleError when it is not a plain one."""
+        """An array of the bundle. Raises BundleError unless it is a plain one."""
         try:
             return npy.read_uint8(self.folder / name)
         except (ValueError, OSError) as error:
             raise BundleError(f"{name} of the bundle is not a plain array: {error}") from error
 
     def check_signer(self, signers: Signers) -> str:
-        """Who of `signers` signed the bundle. Raises BundleError when none did, InputError."""
+        """The identity among `signers` that signed the bundle. Raises BundleError when none did, InputError."""
         check_signers(signers)
         if self.signature is None:
             raise unsigned(self.manifest)
@@ -103,20 +103,20 @@ class Archive:
 
 
 def hash_of(manifest: str, signature: Optional[str]) -> str:
-    """What a bundle is told by, from their texts: its manifest lists the hashes of all its files."""
+    """The hash that identifies a bundle, from its texts: the manifest lists the hashes of all its files."""
     return hashlib.sha256(manifest.encode("utf-8") + (signature or "").encode("utf-8")).hexdigest()
 
 
 def unsigned(manifest: Manifest) -> BundleError:
-    """The error for a bundle without the signature that is asked for."""
-    return BundleError(f"the bundle {manifest.name} is not signed: sign it by `bundle --sign KEY`")
+    """The error for a bundle that lacks a required signature."""
+    return BundleError(f"the bundle {manifest.name} is not signed: sign it with `mess-compile bundle --sign KEY`")
 
 
 def open_archive(path: Path) -> Archive:
     """Verify a bundle, a file or an unpacked one, then copy its files to a private temporary folder.
 
-    Raises InputError when there is no such file, BundleError when any byte of it is not what was written, or when it
-    holds anything but plain files that its manifest lists.
+    Raises InputError when there is no such file, BundleError when any byte differs from what was written, or when it
+    contains anything but plain files that its manifest lists.
     """
     if not path.is_file() and not path.is_dir():
         raise InputError(f"there is no bundle {path}")
@@ -128,18 +128,20 @@ def open_archive(path: Path) -> Archive:
         raise BundleError(f"{path} is not a bundle ({error}): {_DAMAGED}") from error
     except OSError as error:
         place = gettempdir()
-        raise InputError(f"bundle {path} cannot be read, or not unpacked in {place} (set TMPDIR): {error}") from error
+        raise InputError(
+            f"bundle {path} cannot be read, or cannot be unpacked in {place} (set TMPDIR): {error}"
+        ) from error
 
 
 def _unpacked(entries: Mapping[str, _Entry], path: Path) -> Archive:
-    """Every size is compared before a file is written."""
+    """Compares every size before it writes a file."""
     content = _small(entries, MANIFEST, path)
     if _small(entries, MANIFEST_HASH, path) != hash_line(content):
         raise BundleError(f"{path}: {MANIFEST} was changed after it was written: {_DAMAGED}")
     manifest = manifest_from_json(content.decode("utf-8"))
     odd = sorted((set(manifest.files) | {MANIFEST, MANIFEST_HASH}) ^ (set(entries) - {SIGNATURE}))
     if odd:
-        raise BundleError(f"{path}: files and manifest disagree on {', '.join(map(repr, odd))}"[:300])
+        raise BundleError(f"{path}: files and manifest disagree on {', '.join(map(repr, odd))}: {_DAMAGED}"[:300])
     wrong = [name for name, file in manifest.files.items() if entries[name].size != file.bytes]
     if wrong:
         raise BundleError(f"{path}: {wrong[0]} is not the file that the manifest lists")
@@ -159,13 +161,13 @@ def _unpacked(entries: Mapping[str, _Entry], path: Path) -> Archive:
 
 def _small(entries: Mapping[str, _Entry], name: str, path: Path) -> bytes:
     if name not in entries or entries[name].size > _MAX_BYTES[name]:
-        raise BundleError(f"{path} has no {name} of a sane size")
+        raise BundleError(f"{path} has no {name} of a plausible size")
     with entries[name].open() as stream:
         return stream.read(_MAX_BYTES[name] + 1)
 
 
 def hash_line(content: bytes) -> bytes:
-    """As `sha256sum -c` reads it."""
+    """The line in the form that `sha256sum -c` reads."""
     return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n".encode("ascii")
 
 
@@ -182,7 +184,7 @@ def _check_seal(stream: BinaryIO, path: Path) -> None:
     stream.seek(max(size - _SEAL_BYTES, 0))
     seal = _SEAL.fullmatch(stream.read())
     if seal is None:
-        raise BundleError(f"{path} does not end as a bundle does; it is truncated or something else: {_DAMAGED}")
+        raise BundleError(f"{path} does not end as a bundle does; it is truncated or another kind of file: {_DAMAGED}")
     if _sha256_of_start(stream, size - _SEAL_BYTES) != seal[1].decode():
         raise BundleError(f"{path} was changed after it was written (its SHA-256 differs): {_DAMAGED}")
 
@@ -195,7 +197,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether it is a file that ends as a bundle does, whole or not. Raises OSError."""
+    """Whether the file ends as a bundle does, complete or not. Raises OSError."""
     if not path.is_file():
         return False
     with path.open("rb") as stream:
@@ -222,7 +224,7 @@ def _zip_entries(content: zipfile.ZipFile, path: Path, size: int) -> Dict[str, _
             raise BundleError(f"{path}: {info.filename!r:.200} is not a plain stored file")
     entries = {info.filename: _Entry(info.file_size, _opener(content, info)) for info in infos}
     if len(entries) != len(infos):
-        raise BundleError(f"{path} holds a file twice")
+        raise BundleError(f"{path} contains a file twice")
     if sum(info.file_size for info in infos) > size:
         raise BundleError(f"{path} claims more bytes than it has")
     return entries
@@ -235,29 +237,29 @@ def _opener(content: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], IO[
 @contextmanager
 def _entries_of_folder(path: Path) -> Iterator[Dict[str, _Entry]]:
     entries: Dict[str, _Entry] = {}
-    path = path.resolve()  # a link to it may be switched meanwhile
-    for name, found in _walk(path, "", _MAX_DEPTH):
+    path = path.resolve()  # a link to it may be switched in the meantime
+    for name, found in _entries(path, "", _MAX_DEPTH):
         if not stat.S_ISREG(found.st_mode) or len(entries) == _MAX_ENTRIES:
-            raise BundleError(f"{path}: {name!r:.200} is not a plain file of a bundle: links and devices are refused")
+            raise BundleError(f"{path}: {name!r:.200} is not a plain file: links and devices are refused")
         entries[name] = _Entry(found.st_size, _file_opener(path / name, found))
     yield entries
 
 
-def _walk(folder: Path, inside: str, depth: int) -> Iterator[Tuple[str, os.stat_result]]:
-    """Whatever is no folder, without following links; below `depth` folders too."""
+def _entries(folder: Path, inside: str, depth: int) -> Iterator[Tuple[str, os.stat_result]]:
+    """Everything that is not a folder, without following links; also below `depth` folders."""
     with os.scandir(folder) as found:
         for entry in found:
             name, status = inside + entry.name, entry.stat(follow_symlinks=False)
             if stat.S_ISDIR(status.st_mode) and entry.name == _PYTHONS_OWN:
                 continue
             if stat.S_ISDIR(status.st_mode) and depth:
-                yield from _walk(folder / entry.name, f"{name}/", depth - 1)
+                yield from _entries(folder / entry.name, f"{name}/", depth - 1)
             else:
                 yield name, status
 
 
 def _file_opener(path: Path, known: os.stat_result) -> Callable[[], IO[bytes]]:
-    """Opens the file that was looked at, and no other that took its place."""
+    """Opens the file that was checked, and no other that took its place."""
 
     def opened() -> IO[bytes]:
         stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
@@ -292,7 +294,7 @@ def write_archive(
 ) -> None:
     """Write a bundle, the same bytes for the same content: entries sorted, one fixed time, sealed.
 
-    `sign` gives the signature over the manifest's bytes.
+    `sign` returns the signature of the manifest's bytes.
     """
     content = manifest_to_json(manifest).encode("utf-8")
     beside: List[Tuple[str, Union[Path, bytes]]] = [(MANIFEST, content), (MANIFEST_HASH, hash_line(content))]
@@ -318,6 +320,6 @@ def write_sealed_zip(path: Path, parts: List[Tuple[str, Union[Path, bytes]]]) ->
 
 
 def file_of(source: Union[Path, bytes]) -> File:
-    """The manifest's entry of a file or of bytes."""
+    """The manifest's entry for a file or for bytes."""
     content = source if isinstance(source, bytes) else source.read_bytes()
     return File(hashlib.sha256(content).hexdigest(), len(content))

@@ -1,4 +1,4 @@
-"""Engines that a bundle carries, ready to load: those for this library and GPU go into the user's own cache."""
+"""Copies the engines that a bundle carries for this library and GPU into the user's cache."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mess_compile.runtime.engines.engine import Library
 
 
 def brought(manifest: Manifest, library: Library) -> Tuple[EngineFile, ...]:
-    """The files of the bundle for this very library and GPU: engines, and a builder's timing cache."""
+    """The bundle's files for exactly this library and GPU: engines, and a builder's timing cache."""
     gpu = library.builds_for
     return () if gpu is None else tuple(engine for engine in manifest.engines if _fits(engine, library, gpu))
 
 
 def adopt(manifest: Manifest, plan: BundlePlan, library: Library, source: Path) -> None:
-    """Put the engines that a bundle in `source` has `brought` among the user's own, unless there are some.
+    """Put the engines that a bundle in `source` carries into the user's cache, unless it has its own.
 
-    Only of a bundle whose signature is known. Raises InputError.
+    Call this only for a bundle whose signature was verified. Raises InputError.
     """
     engines, timing = [], None
     for engine in brought(manifest, library):

@@ -1,4 +1,4 @@
-"""What a bundle says of itself: `manifest.json`, read strictly."""
+"""Describes a bundle: `manifest.json`, read strictly."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ MANIFEST = "manifest.json"
 MANIFEST_HASH = f"{MANIFEST}.sha256"
 SIGNATURE = f"{MANIFEST}.sig"
 BESIDE = (MANIFEST, MANIFEST_HASH, SIGNATURE)
-"""What a bundle holds beside the files that its manifest lists; the signature only where it is signed."""
+"""A bundle's files that its manifest does not list; the signature is there only if the bundle is signed."""
 SETTINGS = ("input-dependent", "budgeted", "anytime")
 SOURCES = ("measured", "estimated")
 RESIZES = ("stretch", "letterbox")
 DEFAULT_POINT = "default"
 HELD_OUT = "held_out"
-"""In the environment of a plan, the share of its split's images that it was not chosen on."""
+"""A key in a plan's environment: the share of its split's images that it was not chosen on."""
 CERTIFIED = "certified"
-"""There, too: the confidence that the plan was certified at, on images that were drawn for that."""
+"""Another key: the confidence that the plan was certified at, on images drawn for that."""
 DOUBT = "doubt"
-"""How the keys of a plan's environment begin that say what speaks against its latencies."""
+"""The keys of a plan's environment that begin with this hold warnings about its latencies."""
 CONFIDENCE_BINS = 10
 MAX_POINTS = 8
 MAX_SIDE = 1 << 14
@@ -41,7 +41,7 @@ _NAMES = {
     "tuned_by": re.compile(r"[a-z_-]{1,40} on [A-Za-z0-9][A-Za-z0-9._-]{0,63}"),
     "split": re.compile(r"[\w-]{1,64}(?:\[\d*:\d*\])?"),
 }
-"""They become paths in a workspace."""
+"""These names become paths in a workspace."""
 _POINT = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -50,7 +50,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class Network:
     """The candidate network that the graphs were cut from; `gmacs` is its baseline's workload.
 
-    `resize` is what becomes of frames of another size than `input_hw`: "stretch", or "letterbox", which keeps their
+    `resize` says how frames of another size than `input_hw` are resized: "stretch", or "letterbox", which keeps their
     proportions.
     """
 
@@ -76,7 +76,7 @@ class BundleGate:
 class BundleStage:
     """One exit: its graphs as paths in the bundle, and the decision `counts[row] >= cut` over `cells` cells.
 
-    `cut` is None where no decision is taken: at the last exit, and everywhere in the anytime setting. A whole network,
+    `cut` is None where nothing is decided: at the last exit, and everywhere in the anytime setting. A whole network,
     uncut, is one `segment` from image to labels, without head graph, output graph or confidence.
     """
 
@@ -101,9 +101,9 @@ class BundleStage:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the search predicted on its `images` of `split`; `miou` in percent, `source` measured or estimated.
+    """The search's predictions on its `images` of `split`; `miou` in percent, `source` measured or estimated.
 
-    `error` is the factor by which estimated latencies may be too low or too high, None of measured ones.
+    `error` is the factor by which estimated latencies may be too low or too high, None for measured ones.
     """
 
     latency_ms: float
@@ -121,10 +121,10 @@ class Figures:
 
 @dataclass(frozen=True)
 class Promise:
-    """A bound that the plan was asked to keep, in the unit of its `quantity`: one of PROMISED.
+    """A bound that the plan must keep, in the unit of its `quantity`: one of PROMISED.
 
-    Where it is `relative`, `limit` is a share of the baseline's; `err_pp` always counts from the baseline's mIoU, plus
-    `offset_pp` where the error was counted from another mIoU than that.
+    If it is `relative`, `limit` is a share of the baseline's; `err_pp` always counts from the baseline's mIoU, plus
+    `offset_pp` if the error was counted from another mIoU.
     """
 
     quantity: str
@@ -146,7 +146,7 @@ class BundleDecision:
 
 @dataclass(frozen=True)
 class BundlePoint:
-    """Other thresholds for the same graphs: a decision for each stage, and what the search foretold of them."""
+    """Other thresholds for the same graphs: a decision for each stage, and the search's predictions for them."""
 
     name: str
     decisions: Tuple[BundleDecision, ...]
@@ -155,10 +155,10 @@ class BundlePoint:
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage takes by the target's latency table, in its `source`'s words.
+    """What a stage costs by the target's latency table, in its `source`'s words.
 
-    `mean_ms` and `p99_ms`: segment, gated head and, where something is decided, the decision; the p99 always has the
-    read of the counts. `report_mean_ms` and `report_p99_ms`: output graph and download.
+    `mean_ms` and `p99_ms`: segment, gated head and, if the stage decides, the decision; the p99 always includes reading
+    the counts. `report_mean_ms` and `report_p99_ms`: output graph and download.
     """
 
     mean_ms: float
@@ -169,7 +169,9 @@ class StageCost:
 
 @dataclass(frozen=True)
 class GraphPrecision:
-    """What a graph computes in, and what its recipe wanted: they differ where it fell back to a safer one."""
+    """The precision that a graph computes in, and the one that its recipe wanted: they differ after a fallback to a
+    safer one.
+    """
 
     used: str
     wanted: str
@@ -177,9 +179,9 @@ class GraphPrecision:
 
 @dataclass(frozen=True)
 class DeviceMatch:
-    """What tells a plan's target from other machines, as its profile has it; None and empty are not asked.
+    """How a plan's target differs from other machines, by its profile; None and empty are not checked.
 
-    `gpu`, which goes with `compute_capability`, is how the driver's name of the GPU ends; one of `boards` is in the
+    `gpu`, which goes with `compute_capability`, is the end of the driver's name of the GPU; one of `boards` is in the
     device tree's name of the board.
     """
 
@@ -190,14 +192,14 @@ class DeviceMatch:
 
 @dataclass(frozen=True)
 class BundlePlan:
-    """A plan for one target; `baseline` are the figures of the single-exit graph `baseline_name`.
+    """A plan for one target; `baseline` has the figures of the single-exit graph `baseline_name`.
 
-    `precision` names the recipe, `precisions` says it of each graph by its path. `tuned_by` is the engine library and
-    device whose statistics the exits and thresholds were chosen on, `power_mode` the one that the latencies hold in,
+    `precision` names the recipe, `precisions` maps each graph's path to its precision. `tuned_by` is the engine library
+    and device whose statistics chose the exits and thresholds, `power_mode` the one that the latencies are valid for,
     `environment` what else their measurement depended on. The operating point "default" is that of the stages.
     `promises` are the bounds of its requirement. `costs` has an entry for each stage; so has `confidence`: the tuning
-    images that reached the stage, by the share of its cells that were sure, in ten bins of equal width, or nothing
-    where that is not known. `sources` are hashes of what the plan was searched from.
+    images that reached the stage, by the share of its confident cells, in ten bins of equal width, or nothing if
+    unknown. `sources` are hashes of what the plan was searched from.
     """
 
     target: str
@@ -228,7 +230,7 @@ class BundlePlan:
 
     @property
     def doubts(self) -> Tuple[str, ...]:
-        """What speaks against the latencies."""
+        """Warnings that travel with every figure of the latencies."""
         return tuple(text for key, text in sorted(self.environment.items()) if key.startswith(DOUBT))
 
     @property
@@ -243,9 +245,9 @@ class BundlePlan:
 
 @dataclass(frozen=True)
 class Golden:
-    """A frame (.npy, uint8 (H, W, 3)) and what the plan of the name `plan` makes of it.
+    """A frame (.npy, uint8 (H, W, 3)) and the expected result of the plan named `plan`.
 
-    `labels` (.npy, uint8 (H, W)), `exit` from 1, `count` of the exit's row, 0 of a whole network.
+    `labels` (.npy, uint8 (H, W)), `exit` from 1, `count` in the exit's row, 0 for a whole network.
     """
 
     plan: str
@@ -257,9 +259,9 @@ class Golden:
 
 @dataclass(frozen=True)
 class EngineFile:
-    """An engine that the bundle brings in `file`, of the graph `graph`, or what the builder's timing cache had become.
+    """An engine in `file`, built from the graph `graph`, or the builder's timing cache.
 
-    `device` names the GPU that it is for, "" where any of `capability` will do; `precision` is the graph's, "" for a
+    `device` names the GPU that it is for, "" if any of `capability` will do; `precision` is the graph's, "" for a
     timing cache.
     """
 
@@ -282,7 +284,7 @@ class File:
 class Manifest:
     """`files` lists every file of the bundle but the manifest, its hash and its signature.
 
-    `engines` are used only where the signature is known: an engine is code.
+    `engines` are used only if the signature is verified: an engine is code.
     """
 
     name: str
@@ -296,7 +298,7 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(file.bytes for file in self.files.values())
 
     def golden_of(self, plan: BundlePlan) -> Tuple[Golden, ...]:
@@ -312,15 +314,15 @@ def manifest_to_json(manifest: Manifest) -> str:
 
 
 def manifest_from_json(text: str) -> Manifest:
-    """Read `manifest.json`. Raises BundleError naming the field, the value and what it should be."""
+    """Read `manifest.json`. Raises BundleError naming the field, its value and the expected one."""
     try:
         content = json.loads(text, parse_int=_integer, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{MANIFEST} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise BundleError(f"{MANIFEST} is not of the format {FORMAT}")
+        raise BundleError(f"{MANIFEST} does not have the format {FORMAT}")
     if content.get("version") not in READABLE or isinstance(content["version"], bool):
-        known, remedy = " and ".join(map(str, READABLE)), "update it, or write the bundle again"
+        known, remedy = " and ".join(map(str, READABLE)), "update mess-compile, or write the bundle again"
         raise BundleError(f"{MANIFEST} has version {content.get('version')!r}; this release reads {known}: {remedy}")
     if content["version"] == 5:
         _bring_up_to_date(content)
@@ -334,7 +336,7 @@ def manifest_from_json(text: str) -> Manifest:
 
 
 def _integer(text: str) -> int:
-    """Quickly: a number of a million digits would take Python minutes."""
+    """Refuses long numbers at once: one of a million digits would take Python minutes."""
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"an integer has {len(text)} digits")
     return int(text)
@@ -360,13 +362,13 @@ def _check(manifest: Manifest) -> None:
         _need(_SHA256.fullmatch(file.sha256) is not None, f"files[{path}].sha256 is {file.sha256!r}")
         _need(file.bytes >= 0, f"files[{path}].bytes is {file.bytes}")
     for text in _texts(asdict(manifest)):
-        _need(text.isprintable(), f"the text {text!r:.80} has characters that cannot be shown")
+        _need(text.isprintable(), f"the text {text!r:.80} has characters that cannot be printed")
     _check_network(manifest.network)
     rows = manifest.gate.thresholds
     wide = all(len(row) == len(manifest.network.classes) for row in rows)
     _need(bool(rows) and wide, f"gate.thresholds has rows that do not fit {len(manifest.network.classes)} classes")
     steepest = max(abs(value) for row in rows for value in row)
-    _need(steepest <= _MAX_THRESHOLD, f"gate.thresholds has {steepest:g}; a confidence is in 0 to 1")
+    _need(steepest <= _MAX_THRESHOLD, f"gate.thresholds has {steepest:g}; a confidence is between 0 and 1")
     _need(bool(manifest.plans), "plans is empty")
     names = [plan.name for plan in manifest.plans]
     _need(len(set(names)) == len(names), f"plans has a target and precision twice: {', '.join(names)}")
@@ -405,7 +407,7 @@ def _check_plan(plan: BundlePlan, manifest: Manifest) -> None:
         text = plan.predicted.split if name == "split" else getattr(plan, name)
         _need(pattern.fullmatch(text) is not None, f"{where} has {name} {text!r:.80}")
     together = (plan.device.gpu is None) == (plan.device.compute_capability is None)
-    _need(together, f"{where}: device has one of gpu and compute_capability, not both")
+    _need(together, f"{where}: device has one of gpu and compute_capability, but needs both")
     _need(plan.setting in SETTINGS, f"{where} has setting {plan.setting!r}, not one of {', '.join(SETTINGS)}")
     _need(bool(plan.stages), f"{where} has no stages")
     points = [stage.exit_point for stage in plan.stages]
@@ -426,7 +428,7 @@ def _check_plan(plan: BundlePlan, manifest: Manifest) -> None:
 
 
 def _bring_up_to_date(content: Dict[str, Any]) -> None:
-    """Give a manifest of version 5 what this one has more; what is not as it should be is left to the decoder."""
+    """Convert a manifest of version 5 to this version; the decoder reports what is wrong."""
     plans = content.get("plans")
     for plan in plans if isinstance(plans, list) else ():
         if not isinstance(plan, dict):
@@ -442,7 +444,7 @@ def _bring_up_to_date(content: Dict[str, Any]) -> None:
 
 def _check_stage(stage: BundleStage, plan: BundlePlan, where: str, manifest: Manifest) -> None:
     uncut = stage.head_graph is None, stage.output is None
-    _need(uncut[0] == uncut[1], f"{where}: it has one of head_graph and output, not both")
+    _need(uncut[0] == uncut[1], f"{where}: it has one of head_graph and output, but needs both")
     _need(not stage.is_whole or len(plan.stages) == 1, f"{where}: a whole network is not the only stage")
     for path in stage.graphs:
         _need(path in manifest.files and path.endswith(".onnx"), f"{where}: {path!r} is not a graph of the bundle")

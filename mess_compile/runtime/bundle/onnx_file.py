@@ -1,9 +1,9 @@
-"""An ONNX file of a bundle, looked over before any engine library sees it.
+"""Checks an ONNX file of a bundle before any engine library sees it.
 
-A graph may name files to read and say how much memory its tensors take; here both must be what the bundle holds. Bytes
-that an engine library's parser could take for something else than what stands here are refused: fields that ONNX does
-not define, and numbers longer than they need be. What the nodes compute is not judged. Source: onnx.proto3 (fields),
-the Protocol Buffers wire format.
+A graph may name files to read and the memory that its tensors take; here both must match what the bundle contains.
+Bytes that an engine library's parser could read differently are refused: fields that ONNX does not define, and numbers
+longer than necessary. The nodes' computation is not checked. Source: onnx.proto3 (fields), the Protocol Buffers wire
+format.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from mess_compile.runtime.base.errors import BundleError
 
 MAX_GRAPH_BYTES = 1 << 24
 MAX_FIELDS = 1 << 19
-"""Of all graphs of a bundle; seconds of looking."""
+"""The limit over all graphs of a bundle; it takes seconds to check so many."""
 _MAX_DEPTH = 24
 _MAX_DIMS = 32
 _MAX_ELEMENTS = 1 << 40
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16,
          17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4}  # fmt: skip
-"""Of an element, by TensorProto.DataType; texts have none and are refused."""
+"""Bits of an element, by TensorProto.DataType; texts have none and are refused."""
 _Value = Union[int, memoryview]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _WIRES = {"int": (_VARINT,), "ints": (_VARINT, _BYTES), "float": (_FIXED32,), "floats": (_FIXED32, _BYTES),
           "doubles": (_FIXED64, _BYTES)}  # fmt: skip
-"""How a field of that kind may be stored; texts and messages are bytes."""
+"""The wire types of each kind of field; texts and messages are bytes."""
 
 
 def _numbered(**kinds: Tuple[int, ...]) -> Dict[int, str]:
@@ -60,33 +60,34 @@ _FIELDS: Dict[str, Dict[int, str]] = {
     "opset": _numbered(text=(1,), int=(2,)),
     "pair": _numbered(text=(1, 2)),
 }  # fmt: skip
-"""Of a message the numbers of its fields, each with the kind of what it holds. Types other than of tensors, segments of
-tensors, devices and shards are left out: no graph of a bundle has them."""
+"""The fields of each message, by number, with their kinds. Types other than tensors, segments of tensors, devices and
+shards are left out: no graph of a bundle has them.
+"""
 _REFUSED = {"sparse": "a sparse tensor", "training": "training information"}
 _SINGLE = {"model": (7,), "attribute": (5, 6)}
-"""Of these a parser merges two into one that nobody looked over."""
+"""A parser would merge two of these into one that was not checked."""
 _OP_TYPE = 4
 _DIMS, _DATA_TYPE, _RAW, _EXTERNAL, _LOCATION = 1, 2, 9, 13, 14
 _TYPED = (4, 5, 7, 10, 11)
 _PLACED = frozenset(("location", "offset", "length"))
 _ENGINES = (b"EPContext", b"TRTEngineOp")
-"""Nodes whose content is an engine: they would load what nobody built here."""
+"""Nodes that contain an engine: they would load code that was not built here."""
 
 
 class _Damaged(Exception):
-    """The message says how."""
+    """The message names the damage."""
 
 
 @dataclass
 class _Look:
-    """At one graph: the files beside it with their sizes, and how many fields may still come."""
+    """The check of one graph: the files beside it with their sizes, and the number of fields still allowed."""
 
     files: Mapping[str, int]
     fields_left: int
 
 
 def check_graphs(folder: Path, files: Mapping[str, int]) -> None:
-    """Look over every graph in `folder`, whose files are `files` with their sizes. Raises BundleError."""
+    """Check every graph in `folder`, whose files are `files` with their sizes. Raises BundleError."""
     left = MAX_FIELDS
     for name in files:
         if name.endswith(".onnx"):
@@ -94,21 +95,21 @@ def check_graphs(folder: Path, files: Mapping[str, int]) -> None:
 
 
 def check(folder: Path, name: str, files: Mapping[str, int], fields_left: int = MAX_FIELDS) -> int:
-    """Look over the graph `name` alone; what is left of `fields_left`. Raises BundleError."""
+    """Check the graph `name`; returns the rest of `fields_left`. Raises BundleError."""
     size = files[name]
     if size > MAX_GRAPH_BYTES:
-        raise BundleError(f"{name} has {size} bytes, more than any graph whose weights lie beside it")
+        raise BundleError(f"{name} has {size} bytes, too many for a graph whose weights are in other files")
     place = name[: name.rfind("/") + 1]
     beside = {path[len(place) :]: size for path, size in files.items() if path.startswith(place)}
     look = _Look(beside, fields_left)
     try:
-        _walk("model", memoryview((folder / name).read_bytes()), look, _MAX_DEPTH)
+        _check_message("model", memoryview((folder / name).read_bytes()), look, _MAX_DEPTH)
     except _Damaged as error:
-        raise BundleError(f"{name} is not a graph that a bundle holds: {error}") from error
+        raise BundleError(f"{name} is not a graph that a bundle may contain: {error}") from error
     return look.fields_left
 
 
-def _walk(kind: str, content: memoryview, look: _Look, depth: int) -> None:
+def _check_message(kind: str, content: memoryview, look: _Look, depth: int) -> None:
     if not depth:
         raise _Damaged(f"it is nested more than {_MAX_DEPTH} deep")
     if kind in _REFUSED:
@@ -119,7 +120,7 @@ def _walk(kind: str, content: memoryview, look: _Look, depth: int) -> None:
     for field, value in _fields(kind, content, look):
         if field in single:
             if field in seen:
-                raise _Damaged("a message stands where there is one already")
+                raise _Damaged("a message is there twice")
             seen.add(field)
         if isinstance(value, int):
             continue
@@ -127,12 +128,12 @@ def _walk(kind: str, content: memoryview, look: _Look, depth: int) -> None:
             raise _Damaged("a node of it is an engine")
         holds = _FIELDS[kind][field]
         if holds in _FIELDS or holds in _REFUSED:
-            _walk(holds, value, look, depth - 1)
+            _check_message(holds, value, look, depth - 1)
     return None
 
 
 def _check_tensor(content: memoryview, look: _Look) -> None:
-    """The elements that its dimensions ask for are there, in it or in a file of the bundle."""
+    """Check that the elements of its dimensions are there, in it or in a file of the bundle."""
     dims: List[int] = []
     data_type, payload, raw, external, outside = 0, 0, -1, [], False
     for field, value in _fields("tensor", content, look):
@@ -151,13 +152,13 @@ def _check_tensor(content: memoryview, look: _Look) -> None:
     elements = _product(dims)
     if data_type not in _BITS:
         raise _Damaged(f"a tensor has elements of type {data_type}")
-    wanted = (elements * _BITS[data_type] + 7) // 8
+    expected = (elements * _BITS[data_type] + 7) // 8
     if outside or external:
         if raw >= 0 or payload or not outside:
-            raise _Damaged("a tensor lies in the graph and outside of it")
-        _check_external(external, wanted, look.files)
-    elif raw >= 0 and raw != wanted:
-        raise _Damaged(f"a tensor of {dims[:8]} has {raw} bytes, not {wanted}")
+            raise _Damaged("a tensor has values both in the graph and outside")
+        _check_external(external, expected, look.files)
+    elif raw >= 0 and raw != expected:
+        raise _Damaged(f"a tensor of {dims[:8]} has {raw} bytes, not {expected}")
     elif raw < 0 and elements > 2 * payload:
         raise _Damaged(f"a tensor of {dims[:8]} has {payload} bytes of values")
 
@@ -178,19 +179,22 @@ def _product(dims: List[int]) -> int:
     return elements
 
 
-def _check_external(pairs: List[Tuple[str, str]], wanted: int, files: Mapping[str, int]) -> None:
+def _check_external(pairs: List[Tuple[str, str]], expected: int, files: Mapping[str, int]) -> None:
     named = dict(pairs)
     location, offset = named.get("location", ""), _number(named.get("offset", "0"))
     if len(named) != len(pairs) or location not in files or not _PLACED.issuperset(named):
-        raise _Damaged(f"a tensor lies in {location!r:.200}, which is no file of the bundle")
+        raise _Damaged(f"a tensor refers to {location!r:.200}, which is not a file of the bundle")
     length = _number(named["length"]) if "length" in named else files[location] - offset
-    if length != wanted or offset + length > files[location]:
-        raise _Damaged(f"a tensor of {wanted} bytes lies at {offset} + {length} of {location}, {files[location]} bytes")
+    if length != expected or offset + length > files[location]:
+        raise _Damaged(
+            f"a tensor of {expected} bytes refers to {offset} + {length} of {location}, which has {files[location]} "
+            "bytes"
+        )
 
 
 def _number(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or len(text) > 15:
-        raise _Damaged(f"a tensor lies at {text!r:.80}")
+        raise _Damaged(f"a tensor's place is {text!r:.80}, not a number")
     return int(text)
 
 
@@ -199,12 +203,12 @@ def _pair(content: memoryview, look: _Look) -> Tuple[str, str]:
     try:
         key, value = (str(texts.get(field, b""), "utf-8") for field in (1, 2))
     except UnicodeDecodeError as error:
-        raise _Damaged("the place of a tensor is no text") from error
+        raise _Damaged("the place of a tensor is not text") from error
     return key, value
 
 
 def _fields(kind: str, content: memoryview, look: _Look) -> Iterator[Tuple[int, _Value]]:
-    """Field numbers and values of one message, in the order in which they lie."""
+    """Field numbers and values of one message, in the order of the file."""
     known, position = _FIELDS[kind], 0
     while position < len(content):
         look.fields_left -= 1
@@ -213,7 +217,7 @@ def _fields(kind: str, content: memoryview, look: _Look) -> Iterator[Tuple[int, 
         key, position = _varint(content, position, 32)
         field, wire = key >> 3, key & 7
         if field not in known or wire not in _WIRES.get(known[field], (_BYTES,)):
-            raise _Damaged(f"it is no ONNX that is known here: a {kind} has a field {field} of wire type {wire}")
+            raise _Damaged(f"it is not ONNX as known here: a {kind} has a field {field} of wire type {wire}")
         if wire == _VARINT:
             value, position = _varint(content, position, 64)
             yield field, value
@@ -236,7 +240,7 @@ def _varints(content: memoryview) -> Iterator[int]:
 
 
 def _varint(content: memoryview, position: int, bits: int) -> Tuple[int, int]:
-    """A number below 2**bits in no more bytes than it takes: a parser that reads fewer bits reads another one."""
+    """A number below 2**bits in the fewest bytes: parsers that read fewer bits would read another number."""
     value = 0
     for shift in range(0, bits, 7):
         if position >= len(content):
@@ -248,4 +252,4 @@ def _varint(content: memoryview, position: int, bits: int) -> Tuple[int, int]:
             if value >> bits or (shift and not byte):
                 break
             return value, position
-    raise _Damaged(f"it is no ONNX: a number is longer than it need be, or than {bits} bits")
+    raise _Damaged(f"it is not ONNX: a number is longer than necessary, or than {bits} bits")

@@ -1,4 +1,4 @@
-"""Which of a bundle's plans this machine runs."""
+"""Chooses which of a bundle's plans this machine runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mess_compile.runtime.machine.machine import Machine, dotted
 
 
 def matching_plans(manifest: Manifest, target: Optional[str], library: Optional[Library]) -> List[BundlePlan]:
-    """Plans for `target`, such as "xavier" or "xavier:fp16"; without one, those for this machine and for a library of
-    this release (or for `library`), those that ask for a certain device first.
+    """Plans for `target`, such as "xavier" or "xavier:fp16"; without one, plans for this machine and for a library of
+    this release (or for `library`), those for a specific device first.
 
     Raises InputError when there are none.
     """
@@ -24,18 +24,18 @@ def matching_plans(manifest: Manifest, target: Optional[str], library: Optional[
         plans = named_plans(manifest.plans, target)
     if not plans:
         wanted = f"the target {target}" if target is not None else f"a library of {', '.join(known)}"
-        raise InputError(f"bundle {manifest.name} has no plan for {wanted}; it has {_told(manifest.plans)}")
+        raise InputError(f"bundle {manifest.name} has no plan for {wanted}; it has {_listed(manifest.plans)}")
     return _for_this_machine(plans, manifest.name) if len({plan.target for plan in plans}) > 1 else plans
 
 
 def named_plans(plans: Tuple[BundlePlan, ...], target: str) -> List[BundlePlan]:
-    """The plan of that name, or all of a target; a recipe may be named by its precision alone: fp16 for fp16-1f2e3d."""
+    """The plan with that name, or all of a target; the precision alone names a recipe, too: fp16 for fp16-1f2e3d."""
     exactly = [plan for plan in plans if plan.name == target]
     about = [p for p in plans if target in (p.target, f"{p.target}:{p.precision.partition('-')[0]}")]
     return exactly or about
 
 
-def _told(plans: Tuple[BundlePlan, ...]) -> str:
+def _listed(plans: Tuple[BundlePlan, ...]) -> str:
     return ", ".join(f"{plan.name} ({plan.library})" for plan in plans)
 
 
@@ -45,12 +45,12 @@ def _for_this_machine(plans: List[BundlePlan], bundle: str) -> List[BundlePlan]:
     fitting = [plan for plan in plans if not differences[plan.target]]
     if not fitting:
         found = "; ".join(f"not {target}: {', '.join(words)}" for target, words in differences.items())
-        raise InputError(f"bundle {bundle} has no plan for this machine ({found}): choose one by its target")
+        raise InputError(f"bundle {bundle} has no plan for this machine ({found}): name a target to run one anyway")
     return sorted(fitting, key=lambda plan: plan.device == DeviceMatch())
 
 
 def device_differences(device: DeviceMatch, machine: Machine) -> Iterator[str]:
-    """What keeps `machine` from being `device`, in words with both values."""
+    """The differences between `machine` and `device`, with both values."""
     if device.boards and not any(board.lower() in (machine.board or "").lower() for board in device.boards):
         yield f"the board is {machine.board or 'no Jetson'}, not {' or '.join(device.boards)}"
     wanted = device.compute_capability
@@ -69,7 +69,7 @@ def device_differences(device: DeviceMatch, machine: Machine) -> Iterator[str]:
 def first_that_opens(
     plans: List[BundlePlan], threads: Optional[int] = None, cuda_graphs: bool = False
 ) -> Tuple[BundlePlan, Library]:
-    """Raises EngineError for the last plan when the library of none is here."""
+    """Raises EngineError for the last plan when no plan's library can be opened."""
     for plan in plans[:-1]:
         try:
             return plan, open_library(plan.library, threads, cuda_graphs=cuda_graphs)
@@ -80,6 +80,6 @@ def first_that_opens(
         return last, open_library(last.library, threads, cuda_graphs=cuda_graphs)
     except EngineError as error:
         raise EngineError(
-            f"the bundle's plan is for {last.target}, which runs {last.library}; here {error}; run it there, or bundle "
-            "a plan for this machine"
+            f"the bundle's plan is for {last.target}, which runs {last.library}; here {error}; run it there, or "
+            "bundle a plan for this machine"
         ) from error

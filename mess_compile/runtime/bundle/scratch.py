@@ -1,7 +1,7 @@
-"""Where a bundle is unpacked: a private folder that is there as long as its process is, however that ends.
+"""Creates the private folder that a bundle is unpacked into; it exists as long as its process, however that ends.
 
-An exclusive `flock` on the folder says that its process lives; the kernel releases it when the process ends, however.
-Cleaners that go by age heed it (tmpfiles.d(5)), so that a cascade of weeks keeps its files.
+The process holds an exclusive `flock` on the folder; the kernel releases it when the process ends, even after a crash.
+Cleaners that go by age respect it (tmpfiles.d(5)), so a cascade that runs for weeks keeps its files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Scratch:
 
 
 def sweep() -> None:
-    """Remove the folders of this user's processes that ended without doing so."""
+    """Remove the folders that this user's processes left behind."""
     with suppress(OSError), os.scandir(gettempdir()) as found:
         for entry in found:
             if entry.name.startswith(PREFIX):
@@ -54,19 +54,19 @@ def _sweep(path: str) -> None:
 
 
 def _held_folder() -> Tuple[str, int]:
-    """The folder is made, then locked: in between another process may take it for one that was left behind."""
+    """Make a folder and lock it; between the two, another process may take it for one left behind."""
     for _ in range(_TRIES):
         folder = mkdtemp(prefix=PREFIX)
         with suppress(FileNotFoundError):
             return folder, _locked(folder)
         shutil.rmtree(folder, ignore_errors=True)
-    raise OSError("folders vanish there as they are made")
+    raise OSError("new folders disappear there before they can be locked")
 
 
 def _locked(path: str) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(OSError):  # a file system without locks: nobody can sweep there either
+        with suppress(OSError):  # a file system without locks: no process can sweep there either
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         os.stat(path)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Who made a bundle: OpenSSH's signatures over the manifest's bytes, by the system's own `ssh-keygen` (8.2 or later).
+"""Signs bundles and verifies signers: OpenSSH's signatures of the manifest's bytes, by `ssh-keygen` (8.2 or later).
 
 The manifest lists every other file with its SHA-256, so that the signature covers the whole bundle.
 """
@@ -17,20 +17,20 @@ from mess_compile.runtime.base.errors import BundleError, InputError, one_line
 
 NAMESPACE = "mess-compile-bundle"
 INSTALLED = Path("/etc/mess-compile/allowed_signers")
-"""Whose bundles a device takes, by the word of its administrator; a user's own file counts where there is none."""
+"""The signers that a device's administrator trusts; a user's own file applies if this one does not exist."""
 _TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
 class Signers:
-    """Whose signature counts: an allowed-signers file of `ssh-keygen`, and which of them (None: any)."""
+    """Trusted signers: an allowed-signers file of `ssh-keygen`, and which of its identities (None: any)."""
 
     file: Path
     identity: Optional[str] = None
 
 
 def installed_signers() -> Optional[Signers]:
-    """Whose signature counts on this machine: INSTALLED, or `mess-compile/allowed_signers` in the user's settings."""
+    """The signers trusted on this machine: INSTALLED, or `mess-compile/allowed_signers` in the user's settings."""
     settings = user_dirs.settings()
     own = () if settings is None else (settings / "mess-compile" / "allowed_signers",)
     for file in (INSTALLED, *own):
@@ -40,7 +40,7 @@ def installed_signers() -> Optional[Signers]:
 
 
 def sign(content: bytes, key: Path) -> bytes:
-    """The signature by a private key, or by the agent where `key` is a public one. Raises InputError.
+    """The signature by a private key, or by the agent if `key` is a public one. Raises InputError.
 
     Keys of the types ed25519 and rsa sign the same content with the same bytes.
     """
@@ -68,7 +68,7 @@ def signer_of(content: bytes, signature: bytes, signers: Signers) -> str:
         chosen = ["-f", str(signers.file), "-I", identity, "-n", NAMESPACE, "-s", str(path)]
         done = _ssh_keygen(["verify", *chosen], content)
     if done.returncode:
-        raise BundleError(f"the bundle is not signed by {identity} as {signers.file} knows them: {_words(done)}")
+        raise BundleError(f"the bundle's signature is not that of {identity} in {signers.file}: {_words(done)}")
     return identity
 
 
@@ -76,7 +76,7 @@ def _found(signature: Path, signers: Signers) -> str:
     done = _ssh_keygen(["find-principals", "-s", str(signature), "-f", str(signers.file)], b"")
     names = done.stdout.decode("utf-8", "replace").splitlines()
     if done.returncode or not names:
-        raise BundleError(f"the bundle is signed by nobody in {signers.file}: {_words(done)}")
+        raise BundleError(f"nobody in {signers.file} signed the bundle: {_words(done)}")
     return names[0]
 
 
@@ -88,9 +88,9 @@ def _ssh_keygen(arguments: List[str], content: bytes) -> subprocess.CompletedPro
     except OSError as error:
         raise InputError(f"ssh-keygen does not run ({error.strerror}): install OpenSSH's client") from error
     except subprocess.TimeoutExpired as error:
-        raise InputError(f"ssh-keygen did not end within {_TIMEOUT_S} s") from error
+        raise InputError(f"ssh-keygen did not finish within {_TIMEOUT_S} s: check that its agent answers") from error
     if b"unknown option -- Y" in done.stderr or b"illegal option -- Y" in done.stderr:
-        raise InputError("ssh-keygen here is older than OpenSSH 8.2, which signatures need: check on another machine")
+        raise InputError("ssh-keygen here is older than OpenSSH 8.2, which signatures need: verify on another machine")
     return done
 
 

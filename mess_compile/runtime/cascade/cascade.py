@@ -1,4 +1,4 @@
-"""The cascade: runs a bundle's plan, stage by stage, and leaves at the first exit that is sure enough."""
+"""Runs a bundle's plan stage by stage and exits at the first stage that is confident enough."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mess_compile.runtime.bundle.engines_inside import adopt
 from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, BundlePlan
 from mess_compile.runtime.bundle.plan_choice import first_that_opens, matching_plans
 from mess_compile.runtime.bundle.signature import Signers
-from mess_compile.runtime.cascade.fallback import Ladder, Walk, safer_plans
+from mess_compile.runtime.cascade.fallback import FallbackChain, FrameRun, safer_plans
 from mess_compile.runtime.cascade.metrics import Metrics, Recorder
 from mess_compile.runtime.cascade.stream import Stream
 from mess_compile.runtime.engines.engine import Library
@@ -48,19 +48,18 @@ if TYPE_CHECKING:
 
 ON_FAILURE = ("fallback", "raise")
 _FREE: ContextManager[None] = nullcontext()
-_Left = Tuple[Walk, np.ndarray, float]
-"""A walk that has ended, its labels at the network's input size, and how many ms it took."""
+_Ended = Tuple[FrameRun, np.ndarray, float]
+"""A finished run, its labels at the network's input size, and its latency in ms."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the cascade says of one frame.
+    """The cascade's result for one frame.
 
-    `labels` uint8 (H, W) at the frame's own size; `exit` counts the plan's exits from 1 and `exit_point` the
-    network's; `confidence` is the share of sure cells at that exit, None of a whole network. `latency_ms` runs from
-    upload to download, in a refinement from its first `next` until these labels are there. Where a plan of other exits
-    had to be fallen back to, `exit` is the plan's last one that is no deeper. `palette` has the name and colour of
-    every label.
+    `labels` uint8 (H, W) at the frame's own size; `exit` counts the plan's exits from 1 and `exit_point` the network's;
+    `confidence` is the share of confident cells at that exit, None for a whole network. `latency_ms` runs from upload
+    to download; in a refinement from its first `next` until these labels are available. After a fallback to a plan with
+    other exits, `exit` is the plan's last one that is no deeper. `palette` has the name and colour of every label.
     """
 
     labels: np.ndarray
@@ -71,23 +70,23 @@ class Prediction:
     palette: Palette = field(default=(), repr=False, compare=False)
 
     def __repr__(self) -> str:
-        sure = "" if self.confidence is None else f", {self.confidence:.0%} of its cells sure"
+        sure = "" if self.confidence is None else f", {self.confidence:.0%} of its cells confident"
         return f"<labels {self.labels.shape} of exit {self.exit}{sure}, {self.latency_ms:.2f} ms>"
 
     def _repr_html_(self) -> str:
         from mess_compile.runtime.images.notebook import labels_html, text_html
 
-        sure = "" if self.confidence is None else f"{self.confidence:.0%} of its cells sure, "
+        sure = "" if self.confidence is None else f"{self.confidence:.0%} of its cells confident,  "
         words = f"exit {self.exit}, {sure}{self.latency_ms:.2f} ms"
         return text_html(words) + labels_html(self.labels, self.palette)
 
 
 class Cascade:
-    """A plan's engines, loaded; made by `load`. Use as a context manager.
+    """A plan's loaded engines; made by `load`. Use as a context manager.
 
-    Threads may share it: their calls wait for each other. With `on_failure="fallback"` a frame on which an engine fails
-    or gives NaN is computed by the bundle's next safer plan for the target, in the end by ONNX Runtime on the CPU; with
-    "raise" it raises EngineError. Either way the cascade can be used further.
+    Threads may share it: their calls wait for each other. With `on_failure="fallback"`, a frame on which an engine
+    fails or gives NaN is computed by the bundle's next safer plan for the target, in the end by ONNX Runtime on the
+    CPU; with "raise" it raises EngineError. Either way the cascade can be used further.
 
     It belongs to the process that loaded it: in a forked child each call raises EngineError, and `close` does nothing.
     """
@@ -107,84 +106,84 @@ class Cascade:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._recorder = Recorder(plan)
-        self._on_engine: Optional[Walk] = None
-        self._shown: Optional[Tuple[Prediction, Walk]] = None
+        self._on_engine: Optional[FrameRun] = None
+        self._last: Optional[Tuple[Prediction, FrameRun]] = None
         self._point = DEFAULT_POINT
         self._mapping = MappingTimes()
         self._palette = tuple(zip(self.manifest.network.classes, self.manifest.network.colours))
-        self._ladder = Ladder(self.manifest, plan, library, archive.folder, on_failure == "fallback", threads)
+        self._chain = FallbackChain(self.manifest, plan, library, archive.folder, on_failure == "fallback", threads)
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
-        self._release = fork_guard.finalizer(self, _release, self._ladder, archive)
+        self._release = fork_guard.finalizer(self, _release, self._chain, archive)
 
     def __call__(self, frame: np.ndarray) -> Prediction:
-        """Segment one frame: uint8 RGB (H, W, 3), resized as the bundle says when it is not of the network's size.
+        """Segment one frame: uint8 RGB (H, W, 3), resized as the bundle says unless it has the network's size.
 
         Raises InputError for any other array, EngineError when a graph cannot run.
         """
         self._check_process()
         image = self._image(frame)
         with self._lock:
-            left = self._segmented(image, time.perf_counter_ns())
-        prediction = self._left_prediction(frame, left)
-        self._shown = prediction, left[0]
+            ended = self._segmented(image, time.perf_counter_ns())
+        prediction = self._ended_prediction(frame, ended)
+        self._last = prediction, ended[0]
         return prediction
 
     def refine(self, frame: np.ndarray, deadline_ms: Optional[float] = None) -> Iterator[Prediction]:
-        """Every exit's prediction, the first soonest, whatever their confidence.
+        """Every exit's prediction, the first as soon as possible, whatever their confidence.
 
-        The first is always delivered. Under a deadline a later stage starts only if its p99, with that of output graph
-        and download and of mapping the labels back to the frame's size, still fits; a stage that engines of the
-        fallback would have to run does not. Time counts from the first `next`, resizing the frame and what the caller
-        does between included. Where the engine library keeps one frame at a time, another frame ends the refinement: it
-        raises InputError.
+        The first is always delivered. Under a deadline a later stage starts only if its p99, plus that of the output
+        graph, of the download and of mapping the labels back to the frame's size, still fits; a stage that fallback
+        engines would have to run does not start. Time counts from the first `next`, including resizing the frame and
+        the caller's work between. If the engine library holds one frame at a time, another frame ends the refinement:
+        it raises InputError.
         """
         check_deadline(deadline_ms)
         return self._refinement(frame, deadline_ms)
 
     def _refinement(self, frame: np.ndarray, deadline_ms: Optional[float]) -> Iterator[Prediction]:
         start = time.perf_counter_ns()
-        image, hw = self._kept_image(frame), (frame.shape[0], frame.shape[1])
-        walk: Optional[Walk] = None
+        image, hw = self._own_image(frame), (frame.shape[0], frame.shape[1])
+        run: Optional[FrameRun] = None
         latencies_ms: List[float] = []
         try:
-            while walk is None or not walk.is_last:
+            while run is None or not run.is_last:
                 self._check_process()
                 with self._lock:
-                    if walk is not None and not self._fits(walk, hw, start, deadline_ms):
+                    if run is not None and not self._fits(run, hw, start, deadline_ms):
                         return
-                    walk = self._resumed(walk, image)
-                    walk.advance()
-                    labels = walk.labels()
+                    run = self._resumed(run, image)
+                    run.advance()
+                    labels = run.labels()
                 labels = self._mapped(labels, hw)
                 latencies_ms.append(_ms_since(start))
-                prediction = self._prediction(walk, labels, latencies_ms[-1])
-                self._shown = prediction, walk
+                prediction = self._prediction(run, labels, latencies_ms[-1])
+                self._last = prediction, run
                 yield prediction
         finally:
-            if walk is not None and latencies_ms:
-                self._refined(walk, latencies_ms, deadline_ms)
+            if run is not None and latencies_ms:
+                self._record_refinement(run, latencies_ms, deadline_ms)
 
-    def _fits(self, walk: Walk, hw: Tuple[int, int], start: int, deadline_ms: Optional[float]) -> bool:
+    def _fits(self, run: FrameRun, hw: Tuple[int, int], start: int, deadline_ms: Optional[float]) -> bool:
         if deadline_ms is None:
             return True
-        if walk.fell_back:
+        if run.fell_back:
             return False
-        cost = self.plan.costs[walk.depth]
+        cost = self.plan.costs[run.depth]
         p99_ms = cost.p99_ms + cost.report_p99_ms + self._mapping.p99_ms(hw)
         return _ms_since(start) + p99_ms <= deadline_ms
 
-    def _resumed(self, walk: Optional[Walk], image: np.ndarray) -> Walk:
-        if walk is None:
-            return self._walk(image)
-        if not self._is_there(walk):
+    def _resumed(self, run: Optional[FrameRun], image: np.ndarray) -> FrameRun:
+        if run is None:
+            return self._started(image)
+        if not self._holds(run):
             raise InputError(
-                f"another frame was segmented since, and {self.library.name} keeps one at a time: end a refinement "
+                f"another frame was segmented since, and {self.library.name} holds one at a time: finish a refinement "
                 "before the next frame"
             )
-        return walk
+        return run
 
-    def _refined(self, walk: Walk, latencies_ms: Sequence[float], deadline_ms: Optional[float]) -> None:
-        self._finished(walk, latencies_ms[-1])
+    def _record_refinement(self, run: FrameRun, latencies_ms: Sequence[float], deadline_ms: Optional[float]) -> None:
+        self._record(run, latencies_ms[-1])
         if deadline_ms is not None:
             late = [latency_ms > deadline_ms for latency_ms in latencies_ms]
             self._recorder.had_deadline(late[0], not late[0] and late[-1])
@@ -192,9 +191,9 @@ class Cascade:
     def batch(self, frames: Iterable[np.ndarray]) -> List[Prediction]:
         """Predictions of several frames, in their order; `latency_ms` counts from the start of the batch.
 
-        Engines take one image at a time. Where outputs outlive the next run, as in ONNX Runtime on the CPU, all images
-        pass a stage before the next one begins and those that leave make room; elsewhere image follows image. Raises
-        BatchError, with the results of the others, when some frame cannot be computed.
+        Engines take one image at a time. If outputs outlive the next run, as in ONNX Runtime on the CPU, all images
+        pass a stage before the next stage begins, and those that exit free their memory; otherwise image follows image.
+        Raises BatchError, with the results of the others, when some frame cannot be computed.
         """
         self._check_process()
         given = list(frames)
@@ -204,15 +203,15 @@ class Cascade:
             found = self._segmented_by_stages(images) if by_stages else self._segmented_in_turn(images)
         return _all_of([self._batched(frame, each) for frame, each in zip(given, found)])
 
-    def _batched(self, frame: np.ndarray, left: Union[_Left, EngineError]) -> Union[Prediction, EngineError]:
-        return left if isinstance(left, EngineError) else self._left_prediction(frame, left)
+    def _batched(self, frame: np.ndarray, ended: Union[_Ended, EngineError]) -> Union[Prediction, EngineError]:
+        return ended if isinstance(ended, EngineError) else self._ended_prediction(frame, ended)
 
     def stream(self, frames: Iterable[np.ndarray], ahead: int = 4) -> Stream:
         """Predictions of frame after frame, in order, while up to `ahead` frames are read, resized and computed.
 
-        ONNX Runtime on the CPU runs the stages of two frames at once; a GPU runs one, while the next is resized and
-        the labels of the last one are mapped back. What a frame or the source raises comes in its place; behind a
-        frame that failed the stream goes on. Close the stream, or drop it, to end it early.
+        ONNX Runtime on the CPU runs the stages of two frames at the same time; a GPU runs one, while the next is
+        resized and the labels of the last one are mapped back. An error of a frame or of the source is raised in its
+        place; after a frame that failed the stream continues. Close the stream, or drop it, to end it early.
         """
         self._check_process()
         stream = Stream(frames, self._streamed, ahead)
@@ -223,12 +222,12 @@ class Cascade:
         image = self._image(frame)
         turn: ContextManager[Any] = _FREE if self.library.concurrent else self._lock
         with turn:
-            left = self._segmented(image, time.perf_counter_ns())
-        return self._left_prediction(frame, left)
+            ended = self._segmented(image, time.perf_counter_ns())
+        return self._ended_prediction(frame, ended)
 
     @property
     def operating_point(self) -> str:
-        """The name of the thresholds in use. Setting it rebuilds nothing; raises InputError for one there is not."""
+        """The name of the thresholds in use. Setting it rebuilds nothing; raises InputError for an unknown one."""
         return self._point
 
     @operating_point.setter
@@ -245,8 +244,8 @@ class Cascade:
 
     @property
     def refusals(self) -> Tuple[str, ...]:
-        """What `on_failure="fallback"` cannot fall back to here, and why."""
-        return self._ladder.refusals
+        """The plans that `on_failure="fallback"` cannot fall back to here, and why."""
+        return self._chain.refusals
 
     @property
     def class_names(self) -> Tuple[str, ...]:
@@ -254,26 +253,26 @@ class Cascade:
         return self.manifest.network.classes
 
     def overlay(self, frame: np.ndarray, prediction: Prediction, opacity: float = 0.5) -> np.ndarray:
-        """The frame with the labels' colours laid over it: uint8 (H, W, 3). Raises InputError when they do not fit."""
+        """Blend the labels' colours over the frame: uint8 (H, W, 3). Raises InputError when they do not fit."""
         return pictures.overlay(frame, prediction.labels, self.manifest.network.colours, opacity)
 
     def confidence_map(self, prediction: Prediction) -> np.ndarray:
-        """How sure the exit taken is of each pixel: float32 (H, W) in 0..1, each cell's value over its pixels.
+        """The confidence of each pixel at the exit taken: float32 (H, W) in 0..1, each cell's value over its pixels.
 
-        Computed now, from the logits that the engine still holds: of the last frame alone, and of none from `stream` or
-        `batch`. Raises InputError for any other.
+        Computed on request from the logits that the engine still holds: of the last frame only, and of none from
+        `stream` or `batch`. Raises InputError for any other.
         """
         self._check_process()
         network = self.manifest.network
         with self._lock:
             if not self._release.alive:
-                raise InputError("the cascade is closed, and holds no logits any more")
-            shown = self._shown
-            if shown is None or shown[0] is not prediction or not self._is_there(shown[1]):
-                raise InputError("only the last prediction has a confidence map: ask for it before the next frame")
+                raise InputError("the cascade is closed, and holds no logits any more: load the bundle again")
+            last = self._last
+            if last is None or last[0] is not prediction or not self._holds(last[1]):
+                raise InputError("only the last prediction has a confidence map: request it before the next frame")
             if prediction.confidence is None:
                 raise InputError("the plan runs the whole network, which has no gate and no confidence map")
-            logits = shown[1].logits()
+            logits = last[1].logits()
         cells = pictures.resize_labels(confidence_map(logits, self.manifest.gate.confidence), network.input_hw)
         return pictures.from_input(cells, prediction.labels.shape, network.resize)
 
@@ -288,29 +287,29 @@ class Cascade:
         network = self.manifest.network
         return pictures.to_input(pictures.check_frame(frame), network.input_hw, network.resize)[None]
 
-    def _kept_image(self, frame: Any) -> np.ndarray:
-        """One that a safer engine can start from when the caller has used the frame's buffer again."""
+    def _own_image(self, frame: Any) -> np.ndarray:
+        """An image that a safer engine can start from after the caller has reused the frame's buffer."""
         image = self._image(frame)
-        return image.copy() if self._ladder.falls_back and np.may_share_memory(image, frame) else image
+        return image.copy() if self._chain.falls_back and np.may_share_memory(image, frame) else image
 
-    def _walk(self, image: np.ndarray) -> Walk:
-        self._on_engine = Walk(self._ladder, image, self._point, self._recorder)
+    def _started(self, image: np.ndarray) -> FrameRun:
+        self._on_engine = FrameRun(self._chain, image, self._point, self._recorder)
         return self._on_engine
 
-    def _is_there(self, walk: Walk) -> bool:
-        """Whether what the walk computed last has not been overwritten by another frame."""
-        return self.library.concurrent or self._on_engine is walk
+    def _holds(self, run: FrameRun) -> bool:
+        """Whether the library still holds the run's last outputs: no other frame has overwritten them."""
+        return self.library.concurrent or self._on_engine is run
 
-    def _segmented(self, image: np.ndarray, start: int) -> _Left:
-        walk = self._walk(image)
-        walk.advance()
-        while not walk.leaves:
-            walk.advance()
-        return self._left(walk, start)
+    def _segmented(self, image: np.ndarray, start: int) -> _Ended:
+        run = self._started(image)
+        run.advance()
+        while not run.leaves:
+            run.advance()
+        return self._end(run, start)
 
-    def _segmented_in_turn(self, images: Sequence[np.ndarray]) -> List[Union[_Left, EngineError]]:
+    def _segmented_in_turn(self, images: Sequence[np.ndarray]) -> List[Union[_Ended, EngineError]]:
         start = time.perf_counter_ns()
-        found: List[Union[_Left, EngineError]] = []
+        found: List[Union[_Ended, EngineError]] = []
         for image in images:
             try:
                 found.append(self._segmented(image, start))
@@ -318,59 +317,60 @@ class Cascade:
                 found.append(error)
         return found
 
-    def _segmented_by_stages(self, images: Sequence[np.ndarray]) -> List[Union[_Left, EngineError]]:
+    def _segmented_by_stages(self, images: Sequence[np.ndarray]) -> List[Union[_Ended, EngineError]]:
         start = time.perf_counter_ns()
-        walks = [self._walk(image) for image in images]
-        found: Dict[int, Union[_Left, EngineError]] = {}
-        while len(found) < len(walks):
-            for index, walk in enumerate(walks):
+        runs = [self._started(image) for image in images]
+        found: Dict[int, Union[_Ended, EngineError]] = {}
+        while len(found) < len(runs):
+            for index, run in enumerate(runs):
                 if index in found:
                     continue
                 try:
-                    walk.advance()
-                    if walk.leaves:
-                        found[index] = self._left(walk, start)
+                    run.advance()
+                    if run.leaves:
+                        found[index] = self._end(run, start)
                 except EngineError as error:
                     found[index] = error
         return [found[index] for index in range(len(images))]
 
-    def _left(self, walk: Walk, start: int) -> _Left:
-        labels = walk.labels()
-        walk.ended()
+    def _end(self, run: FrameRun, start: int) -> _Ended:
+        labels = run.labels()
+        run.drop_features()
         latency_ms = _ms_since(start)
-        self._finished(walk, latency_ms)
-        return walk, labels, latency_ms
+        self._record(run, latency_ms)
+        return run, labels, latency_ms
 
-    def _finished(self, walk: Walk, latency_ms: float) -> None:
-        self._recorder.finished(self._exit(walk), latency_ms, self._confidences(walk), walk.fell_back)
+    def _record(self, run: FrameRun, latency_ms: float) -> None:
+        self._recorder.finished(self._exit(run), latency_ms, self._confidences(run), run.fell_back)
 
-    def _exit(self, walk: Walk) -> int:
-        """Of the cascade's own plan, also where another one computed the frame."""
-        if walk.plan is self.plan:
-            return walk.depth
-        point = walk.stage.exit_point
+    def _exit(self, run: FrameRun) -> int:
+        """The number in the cascade's own plan, even if another plan computed the frame."""
+        if run.plan is self.plan:
+            return run.depth
+        point = run.stage.exit_point
         return max(sum(stage.exit_point <= point for stage in self.plan.stages), 1)
 
-    def _confidences(self, walk: Walk) -> List[float]:
-        """Of the stages that the frame reaches by the default decisions: what the tuning images' histograms count.
+    def _confidences(self, run: FrameRun) -> List[float]:
+        """Confidences of the stages that the frame reaches under the default decisions, as the tuning images'
+        histograms count.
 
-        At other operating points the frames that reach a later stage are others, and only the first one is told; what
-        another plan computed is not to be compared.
+        At other operating points other frames reach a later stage, so only the first stage is recorded; what another
+        plan computed cannot be compared.
         """
         found: List[float] = []
-        if walk.plan is not self.plan:
+        if run.plan is not self.plan:
             return found
-        for stage, counts in zip(self.plan.stages, walk.counts):
+        for stage, counts in zip(self.plan.stages, run.counts):
             if stage.is_whole:
                 break
             count = int(counts[stage.row])
             found.append(count / stage.cells)
-            if walk.point != DEFAULT_POINT or (stage.cut is not None and count >= stage.cut):
+            if run.point != DEFAULT_POINT or (stage.cut is not None and count >= stage.cut):
                 break
         return found
 
     def _mapped(self, labels: np.ndarray, hw: Tuple[int, int]) -> np.ndarray:
-        """Labels at the frame's own size; how long that takes is kept, for deadlines."""
+        """Labels at the frame's own size; records how long that takes, for deadlines."""
         if labels.shape == hw:
             return labels
         start = time.perf_counter_ns()
@@ -378,24 +378,24 @@ class Cascade:
         self._mapping.took(hw, (time.perf_counter_ns() - start) / 1e6)
         return labels
 
-    def _left_prediction(self, frame: np.ndarray, left: _Left) -> Prediction:
-        walk, labels, latency_ms = left
-        return self._prediction(walk, self._mapped(labels, (frame.shape[0], frame.shape[1])), latency_ms)
+    def _ended_prediction(self, frame: np.ndarray, ended: _Ended) -> Prediction:
+        run, labels, latency_ms = ended
+        return self._prediction(run, self._mapped(labels, (frame.shape[0], frame.shape[1])), latency_ms)
 
-    def _prediction(self, walk: Walk, labels: np.ndarray, latency_ms: float) -> Prediction:
-        stage, count = walk.stage, walk.count
+    def _prediction(self, run: FrameRun, labels: np.ndarray, latency_ms: float) -> Prediction:
+        stage, count = run.stage, run.count
         sure = None if count is None else count / stage.cells
-        return Prediction(labels, self._exit(walk), stage.exit_point, sure, latency_ms, self._palette)
+        return Prediction(labels, self._exit(run), stage.exit_point, sure, latency_ms, self._palette)
 
     def close(self) -> None:
-        """End the streams, wait for a frame under way, then give everything back; done too when the process ends."""
+        """End the streams, wait for the current frame, then release everything; also done when the process ends."""
         if os.getpid() != self._process:
             return
         for stream in tuple(self._streams):
             stream.close()
         with self._lock:
             self._release()
-            self._shown = None
+            self._last = None
 
     def __enter__(self) -> Cascade:
         return self
@@ -411,21 +411,21 @@ def _ms_since(start_ns: int) -> float:
 
 
 def _all_of(results: Sequence[Union[Prediction, EngineError]]) -> List[Prediction]:
-    """Raises BatchError, which holds them all, when there is an error among them."""
+    """Raises BatchError with all results when there is an error among them."""
     computed = [each for each in results if isinstance(each, Prediction)]
     if len(computed) == len(results):
         return computed
     lost = [index for index, each in enumerate(results) if isinstance(each, EngineError)]
     raise BatchError(
-        f"{len(lost)} of the {len(results)} frames cannot be computed, the first of them number {lost[0]} (from 0): "
+        f"{len(lost)} of the {len(results)} frames cannot be computed, the first is number {lost[0]} (from 0): "
         f"{results[lost[0]]}; `results` of this error holds the others",
         results,
     )
 
 
-def _release(ladder: Ladder, archive: Archive) -> None:
+def _release(chain: FallbackChain, archive: Archive) -> None:
     try:
-        ladder.close()
+        chain.close()
     finally:
         archive.close()
 
@@ -439,13 +439,13 @@ def load(
     on_failure: str = "raise",
     signers: Optional[Signers] = None,
 ) -> Cascade:
-    """Verify a bundle and load its plan for `target`, such as "xavier" or, of several precisions, "xavier:fp16".
+    """Verify a bundle and load its plan for `target`, such as "xavier" or, with several precisions, "xavier:fp16".
 
-    Without one it is the first plan that this machine has a library for; where the bundle has several targets, of
-    those that this machine is. `threads` is for CPU libraries (None: every core), `cuda_graphs` for TensorRT: stages as
-    one launch each; `profile` measures without. `on_failure` is "raise" or "fallback": see `Cascade`. With `signers`
-    the bundle must be signed by one of them, and the engines that it brings are used; else they are built anew. The
-    cascade closes `library` with itself. Raises InputError, BundleError, EngineError.
+    Without a target it is the first plan whose library is installed here; if the bundle has several targets, among
+    those that match this machine. `threads` is for CPU libraries (None: every core), `cuda_graphs` for TensorRT: each
+    stage is one launch; `profile` measures without. `on_failure` is "raise" or "fallback": see `Cascade`. With
+    `signers` one of them must have signed the bundle, and the engines in it are used; otherwise they are built here.
+    The cascade closes `library` when it closes. Raises InputError, BundleError, EngineError.
     """
     if on_failure not in ON_FAILURE:
         raise InputError(f"on_failure is {on_failure!r}, not one of {', '.join(ON_FAILURE)}")
@@ -467,7 +467,7 @@ def load_archive(
     cuda_graphs: bool = False,
     on_failure: str = "raise",
 ) -> Cascade:
-    """As `load`, of a bundle that is open; the cascade closes it, but not when this raises."""
+    """Like `load`, for an open bundle; the cascade closes it, but not when this raises."""
     check_threads(threads)
     plans = matching_plans(archive.manifest, target, library)
     if library is not None:

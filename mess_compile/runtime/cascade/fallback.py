@@ -1,4 +1,4 @@
-"""Ways to run a plan, from the wanted one to the safest, and one frame's walk through the stages on them."""
+"""Runs one frame through the stages of a plan, and falls back to safer plans when an engine fails."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mess_compile.runtime.engines import onnxruntime_engine
 from mess_compile.runtime.engines.engine import PRECISIONS, Library, Tensor
 
 FAILURES_IN_A_ROW = 3
-REST_FRAMES = 100
-"""After so many failures in a row a rung is left out for so many frames, then tried again."""
+PAUSE_FRAMES = 100
+"""After so many failures in a row an executor is skipped for so many frames, then tried again."""
 _CLOSED = "the cascade is closed"
 _Result = TypeVar("_Result")
 
 
-class Rung:
+class Executor:
     """One way to run a frame: a plan in an engine library.
 
-    One that cannot be opened refuses, and is opened again after a rest, unless that would build engines.
+    If it cannot be opened, it refuses, and is opened again after a pause, unless that would build engines.
     """
 
     def __init__(self, plan: BundlePlan, name: str, builds: bool, open_stages: Callable[[], Stages]) -> None:
@@ -36,14 +36,14 @@ class Rung:
         self._stages: Optional[Stages] = None
         self._refusal: Optional[str] = None
         self._lock, self._opening = threading.Lock(), threading.Lock()
-        self._failures_in_a_row, self._rest = 0, 0
+        self._failures_in_a_row, self._pause_frames = 0, 0
 
     def stages(self) -> Stages:
         """Raises EngineError when they cannot be opened."""
         return self._stages or self._opened()
 
     def open(self) -> None:
-        """Now rather than with the first frame that needs it; what keeps it from opening is told by `refusal`."""
+        """Open now rather than with the first frame that needs it; `refusal` holds the error."""
         with suppress(EngineError):
             self.stages()
 
@@ -60,36 +60,36 @@ class Rung:
 
     @property
     def refusal(self) -> Optional[str]:
-        """Why it does not open; None for one that is open."""
+        """Why it cannot be opened; None if it is open."""
         return self._refusal
 
     def decisions(self, point: str) -> Tuple[BundleDecision, ...]:
-        """Those of an operating point, of the default one where the plan has none of the name."""
+        """The decisions of an operating point, or of the default one if the plan lacks the name."""
         return self._decisions.get(point) or self._decisions[DEFAULT_POINT]
 
-    def rests(self) -> bool:
-        """Whether the next frame leaves it out."""
-        if self._rest <= 0:
+    def is_paused(self) -> bool:
+        """Whether the next frame skips it."""
+        if self._pause_frames <= 0:
             return False
         with self._lock:
-            if self._rest <= 0:
+            if self._pause_frames <= 0:
                 return False
-            self._rest -= 1
-            if self._rest == 0 and not self._builds and self._refusal != _CLOSED:
+            self._pause_frames -= 1
+            if self._pause_frames == 0 and not self._builds and self._refusal != _CLOSED:
                 self._refusal = None
         return True
 
     def failed(self) -> None:
         with self._lock:
             self._failures_in_a_row += 1
-            if self._failures_in_a_row >= FAILURES_IN_A_ROW and self._rest <= 0:
-                self._rest = REST_FRAMES
+            if self._failures_in_a_row >= FAILURES_IN_A_ROW and self._pause_frames <= 0:
+                self._pause_frames = PAUSE_FRAMES
 
     def succeeded(self) -> None:
         self._failures_in_a_row = 0
 
     def close(self) -> None:
-        """Give back what it holds; it does not open again."""
+        """Release its engines; it does not open again."""
         with self._opening:
             self._refusal = _CLOSED
             if self._stages is not None:
@@ -97,12 +97,12 @@ class Rung:
             self._stages = None
 
 
-class Ladder:
-    """The rungs of a plan, opened here; the first is the plan as it is. It closes `library` with itself.
+class FallbackChain:
+    """The executors of a plan, opened here; the first runs the plan itself. It closes `library` when it closes.
 
-    With `fallback` there follow the bundle's plans for the same target in safer precisions, in the same library; and
-    last ONNX Runtime's plain kernels on the CPU, by the safest of these plans. What of these cannot be opened is left
-    out, and told by `refusals`.
+    With `fallback`, the bundle's plans for the same target in safer precisions follow, in the same library; ONNX
+    Runtime's plain kernels on the CPU are last, with the safest of these plans. Executors that cannot be opened are
+    skipped and listed by `refusals`.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class Ladder:
         self._libraries: List[Library] = [library]
         builds = library.builds_for is not None
 
-        def rung(of: BundlePlan) -> Rung:
-            return Rung(of, f"{of.name} on {library.name}", builds, lambda: Stages(manifest, of, library, folder))
+        def executor(of: BundlePlan) -> Executor:
+            return Executor(of, f"{of.name} on {library.name}", builds, lambda: Stages(manifest, of, library, folder))
 
         def plain_stages() -> Stages:
             if len(self._libraries) == 1:
@@ -131,13 +131,13 @@ class Ladder:
         except BaseException:
             library.close()
             raise
-        self._rungs = [Rung(plan, f"{plan.name} on {library.name}", builds, lambda: first)]
-        self._rungs += [rung(safer) for safer in plans[1:]]
+        self._executors = [Executor(plan, f"{plan.name} on {library.name}", builds, lambda: first)]
+        self._executors += [executor(safer) for safer in plans[1:]]
         if fallback:
             name = f"{plans[-1].name} on ONNX Runtime's plain kernels"
-            self._rungs.append(Rung(plans[-1], name, False, plain_stages))
+            self._executors.append(Executor(plans[-1], name, False, plain_stages))
         try:
-            for each in self._rungs:
+            for each in self._executors:
                 each.open()
         except BaseException:
             self.close()
@@ -145,32 +145,34 @@ class Ladder:
 
     @property
     def refusals(self) -> Tuple[str, ...]:
-        """What cannot be fallen back to, and why."""
-        return tuple(f"{rung.name}: {rung.refusal}" for rung in self._rungs if rung.refusal is not None)
+        """The executors that cannot be used, and why."""
+        return tuple(
+            f"{executor.name}: {executor.refusal}" for executor in self._executors if executor.refusal is not None
+        )
 
     @property
     def falls_back(self) -> bool:
-        return len(self._rungs) > 1
+        return len(self._executors) > 1
 
-    def rungs(self) -> Iterator[Rung]:
-        """Those that a frame tries in turn; the last one never rests."""
-        last = self._rungs[-1]
-        for rung in self._rungs:
-            if not rung.rests() or rung is last:
-                yield rung
+    def executors(self) -> Iterator[Executor]:
+        """Those that a frame tries in turn; the last one is never paused."""
+        last = self._executors[-1]
+        for executor in self._executors:
+            if not executor.is_paused() or executor is last:
+                yield executor
 
-    def is_first(self, rung: Rung) -> bool:
-        return rung is self._rungs[0]
+    def is_first(self, executor: Executor) -> bool:
+        return executor is self._executors[0]
 
     def close(self) -> None:
-        for rung in self._rungs:
-            rung.close()
+        for executor in self._executors:
+            executor.close()
         for library in self._libraries:
             library.close()
 
 
 def safer_plans(manifest: Manifest, plan: BundlePlan) -> Tuple[BundlePlan, ...]:
-    """What else the bundle has for the same target, library and setting in a safer precision, the boldest first."""
+    """The bundle's other plans for the same target, library and setting in a safer precision, the boldest first."""
 
     def safety(of: BundlePlan) -> int:
         return PRECISIONS.index(of.boldest)
@@ -182,45 +184,46 @@ def safer_plans(manifest: Manifest, plan: BundlePlan) -> Tuple[BundlePlan, ...]:
     return tuple(sorted(safer, key=safety))
 
 
-class Walk:
-    """One frame on its way through the stages. What fails on one rung is done again, from the image, on the next."""
+class FrameRun:
+    """One frame's run through the stages. If an executor fails, the next one starts again from the image."""
 
-    def __init__(self, ladder: Ladder, image: np.ndarray, point: str, recorder: Recorder) -> None:
+    def __init__(self, chain: FallbackChain, image: np.ndarray, point: str, recorder: Recorder) -> None:
         self.counts: List[np.ndarray] = []
-        """Of every stage passed, (T,) each."""
+        """The counts (T,) of every passed stage."""
         self.depth = 0
         self.point = point
         self._image, self._recorder = image, recorder
-        self._rungs = ladder.rungs()
-        self._rung = next(self._rungs)
-        self._decisions = self._rung.decisions(point)
-        self.fell_back = not ladder.is_first(self._rung)
+        self._executors = chain.executors()
+        self._executor = next(self._executors)
+        self._decisions = self._executor.decisions(point)
+        self.fell_back = not chain.is_first(self._executor)
         self._reason: Optional[EngineError] = None
         self._stages: Optional[Stages] = None
         self._features: Tensor = None
         self._logits: Tensor = None
 
     def advance(self) -> None:
-        """Pass one more stage. Raises EngineError when no rung can.
+        """Pass one more stage. Raises EngineError when no executor can.
 
-        A plan of other exits that is fallen back to goes on at its first exit that is as deep, or its last one.
+        After a fallback to a plan with other exits, the run continues at that plan's first exit that is as deep, or its
+        last.
         """
         self.depth += 1
-        self._attempt(self._caught_up)
+        self._attempt(self._catch_up)
 
     @property
     def plan(self) -> BundlePlan:
-        """The one that computes the frame: another than the cascade's where that failed."""
-        return self._rung.plan
+        """The plan that computes the frame; not the cascade's own after a fallback."""
+        return self._executor.plan
 
     @property
     def stage(self) -> BundleStage:
-        """The last one passed."""
-        return self._rung.plan.stages[self.depth - 1]
+        """The last stage passed."""
+        return self._executor.plan.stages[self.depth - 1]
 
     @property
     def count(self) -> Optional[int]:
-        """The sure cells of the last stage passed, by its decision's row; None of a whole network."""
+        """The confident cells of the last stage passed, at its decision's threshold; None for a whole network."""
         return None if self.stage.is_whole else int(self.counts[-1][self._decisions[self.depth - 1].row])
 
     @property
@@ -229,26 +232,26 @@ class Walk:
 
     @property
     def leaves(self) -> bool:
-        """Whether the image leaves here: it is sure, or there are no more exits."""
+        """Whether the image exits here: it is confident enough, or there are no more exits."""
         cut = self._decisions[self.depth - 1].cut
         return self.is_last or (cut is not None and self.count is not None and self.count >= cut)
 
     def labels(self) -> np.ndarray:
         """Labels uint8 (H, W), at the network's input size, of the last stage passed. Raises EngineError."""
         labels = self._attempt(self._labels)
-        self._rung.succeeded()
+        self._executor.succeeded()
         return labels
 
     def _labels(self) -> np.ndarray:
-        return self._caught_up().labels(self.depth - 1, self._logits)
+        return self._catch_up().labels(self.depth - 1, self._logits)
 
-    def ended(self) -> None:
-        """No stage follows: the features may make room, warm in the cache, for those of the next frame."""
+    def drop_features(self) -> None:
+        """Free the features after the last stage: the next frame's can use that memory, warm in the cache."""
         self._features = None
 
     def logits(self) -> np.ndarray:
-        """Logits (K, h, w) of the last stage passed, while they are there. Raises EngineError."""
-        values: np.ndarray = self._caught_up().library.download(self._logits)[0]
+        """Logits (K, h, w) of the last stage passed, while they are valid. Raises EngineError."""
+        values: np.ndarray = self._catch_up().library.download(self._logits)[0]
         return values
 
     def _attempt(self, action: Callable[[], _Result]) -> _Result:
@@ -256,12 +259,12 @@ class Walk:
             try:
                 return action()
             except EngineError as error:
-                self._climb(error)
+                self._fall_back(error)
 
-    def _caught_up(self) -> Stages:
-        """The present rung's stages, all of them run that the frame is to have passed."""
+    def _catch_up(self) -> Stages:
+        """Run the current executor's stages that the frame should have passed, and return them."""
         if self._stages is None:
-            self._stages = self._rung.stages()
+            self._stages = self._executor.stages()
             self._features = self._stages.upload(self._image)
             self.counts.clear()
         while len(self.counts) < self.depth:
@@ -269,20 +272,20 @@ class Walk:
             self.counts.append(counts)
         return self._stages
 
-    def _climb(self, error: EngineError) -> None:
+    def _fall_back(self, error: EngineError) -> None:
         self._recorder.failed(error)
-        self._rung.failed()
-        following = next(self._rungs, None)
+        self._executor.failed()
+        following = next(self._executors, None)
         if following is None:
             self._recorder.lost()
             raise error if self._reason is None else EngineError(f"{self._reason}; then, falling back: {error}")
         self._reason = self._reason or error
-        self.depth = _as_deep(following.plan, self.stage.exit_point)
-        self._rung, self._stages, self.fell_back = following, None, True
+        self.depth = _depth_at(following.plan, self.stage.exit_point)
+        self._executor, self._stages, self.fell_back = following, None, True
         self._decisions = following.decisions(self.point)
 
 
-def _as_deep(plan: BundlePlan, exit_point: int) -> int:
+def _depth_at(plan: BundlePlan, exit_point: int) -> int:
     """The number, from 1, of the plan's first exit that is no shallower, or of its last one."""
     deep = (number for number, stage in enumerate(plan.stages, 1) if stage.exit_point >= exit_point)
     return next(deep, len(plan.stages))

@@ -1,4 +1,4 @@
-"""What a cascade has done since it was loaded: counters in bounded memory, as numbers and for Prometheus."""
+"""Counts what a cascade has done since it was loaded, in bounded memory; exports numbers and Prometheus text."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ PER_OCTAVE = 16
 _LOWEST, _HIGHEST = -6 * PER_OCTAVE, 17 * PER_OCTAVE  # 2^-6 ms to 2^17 ms
 _EXPORTED = range(-4, 14)  # bucket bounds for Prometheus, powers of two in ms: 62.5 us to 8.2 s
 RECENT = 1000
-"""Drift is that of the last so many frames that reached an exit."""
-ENOUGH = 100
-"""It is not told of fewer."""
+"""Drift covers the last so many frames that reached an exit."""
+MIN_FRAMES = 100
+"""Fewer frames give no drift."""
 _Z_OF_99_PERCENT = 2.3263
 
 
 @dataclass(frozen=True)
 class LatencySummary:
-    """Of a frame's last result, in ms; percentiles are exact to 2.2 %, None before the first frame.
+    """Latencies of the frames' last results, in ms; percentiles are exact to 2.2 %, None before the first frame.
 
     `buckets` counts the frames that took at most so many ms.
     """
@@ -44,8 +44,8 @@ class Drift:
     """How far the confidence of recent frames at one exit lies from that of the tuning images.
 
     `index` is the population stability index over bins of confidence, sum((p - q) ln(p / q)) with half an image added
-    to each bin. As few images as these exceed `by_chance` in 1 % of the cases where nothing has changed. An index
-    above that, and above 0.2, says that the plan no longer fits the scene.
+    to each bin. With so few images it exceeds `by_chance` in 1 % of the cases where nothing has changed. An index above
+    that, and above 0.2, means that the plan no longer fits the scene.
     """
 
     exit: int
@@ -57,11 +57,12 @@ class Drift:
 
 @dataclass(frozen=True)
 class Metrics:
-    """`exits[n - 1]` frames had their last result from exit n. A frame with a deadline is missed when a result came
-    after it: `missed_first` of them because the first one, always delivered, did; `missed_later` for a later one.
+    """Counts since loading: `exits[n - 1]` frames had their last result from exit n. A frame misses its deadline when a
+    result came after it: `missed_first` because of the first result, which is always delivered; `missed_later` because
+    of a later one.
 
-    `failures` counts engines that failed in a run ("error") or gave NaN or infinities ("not-finite"), `fallback_frames`
-    the frames that other engines than the plan's computed, `lost_results` what none could compute.
+    `failures` counts runs of engines that failed ("error") or gave NaN or infinities ("not-finite"), `fallback_frames`
+    the frames that other engines than the plan's computed, `lost_results` those that none could compute.
     """
 
     bundle: str
@@ -83,12 +84,12 @@ class Metrics:
         return json.dumps(asdict(self))
 
     def to_prometheus(self) -> str:
-        """The text exposition format 0.0.4, seconds as its conventions want."""
+        """The text exposition format 0.0.4, in seconds as is its convention."""
         return "".join(_lines(self))
 
 
 class Recorder:
-    """Counts what happens; from any thread."""
+    """Counts events; thread-safe."""
 
     def __init__(self, plan: BundlePlan) -> None:
         self._lock = threading.Lock()
@@ -169,16 +170,16 @@ def _percentile(bins: Sequence[int], frames: int, share: float) -> Optional[floa
 
 
 def _drifts(tuning: Sequence[Sequence[int]], recent: Sequence[Deque[int]]) -> Iterator[Drift]:
-    for number, (wanted, latest) in enumerate(zip(tuning, recent), 1):
-        if sum(wanted) and len(latest) >= ENOUGH:
+    for number, (tuned, latest) in enumerate(zip(tuning, recent), 1):
+        if sum(tuned) and len(latest) >= MIN_FRAMES:
             found = [0] * CONFIDENCE_BINS
             for each in latest:
                 found[each] += 1
-            yield drift(number, wanted, found)
+            yield drift(number, tuned, found)
 
 
 def drift(number: int, tuning: Sequence[int], recent: Sequence[int]) -> Drift:
-    """From the histograms of confidence of exit `number`."""
+    """The drift at exit `number`, from histograms of confidence."""
     used = [(p, q) for p, q in zip(recent, tuning) if p or q]
     frames, images = sum(recent), sum(tuning)
     shares = [((p + 0.5) / (frames + len(used) / 2), (q + 0.5) / (images + len(used) / 2)) for p, q in used]
@@ -216,15 +217,17 @@ def _lines(metrics: Metrics) -> Iterator[str]:
     missed = {"first": metrics.missed_first, "later": metrics.missed_later}
     yield counter("mess_deadline_misses_total", "Frames with a result after the deadline.", missed, "result")
     yield counter("mess_engine_failures_total", "Runs that failed or gave NaN.", metrics.failures, "reason")
-    yield counter("mess_fallback_frames_total", "Frames by other engines.", {"": metrics.fallback_frames})
+    yield counter(
+        "mess_fallback_frames_total", "Frames computed by other engines than the plan's.", {"": metrics.fallback_frames}
+    )
     yield counter("mess_lost_results_total", "Results that no engine could compute.", {"": metrics.lost_results})
     if metrics.drift:
-        told = [({"exit": str(each.exit)}, each) for each in metrics.drift]
+        drifts = [({"exit": str(each.exit)}, each) for each in metrics.drift]
         text = "Population stability index of recent confidence against the tuning images."
-        yield family("mess_confidence_drift", "gauge", text, [("", labels, each.index) for labels, each in told])
+        yield family("mess_confidence_drift", "gauge", text, [("", labels, each.index) for labels, each in drifts])
         text = "Drift that chance alone exceeds in 1 % of the cases."
         name = "mess_confidence_drift_by_chance"
-        yield family(name, "gauge", text, [("", labels, each.by_chance) for labels, each in told])
+        yield family(name, "gauge", text, [("", labels, each.by_chance) for labels, each in drifts])
 
 
 def _histogram(metrics: Metrics) -> List[Tuple[str, Dict[str, str], float]]:

@@ -1,4 +1,4 @@
-"""Frame after frame: what one of them waits for, another computes meanwhile; results in order."""
+"""Streams frames through a cascade: while one frame waits, another is computed; results keep their order."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 LANES = 2
 MOST_AHEAD = 1024
-_PATIENCE_S = 5.0
+_CLOSE_TIMEOUT_S = 5.0
 """How long closing waits for a source that does not return; its thread then ends with it, or with the process."""
 
 
 class Stream:
     """An iterator over the predictions of `frames`, in their order; close it, or drop it, and its threads end.
 
-    What a frame raises is raised in its place, and the next `next` goes on behind it. What the source raises comes
-    behind the frames before it and ends the stream. At most `ahead` frames are taken from the source and not yet given
-    out, each copied: the source may use its buffer again.
+    An error of a frame is raised in its place, and the following `next` continues after it. An error of the source is
+    raised after the frames before it and ends the stream. At most `ahead` frames are taken from the source and not yet
+    returned, each copied: the source may reuse its buffer.
     """
 
     def __init__(self, frames: Iterable[np.ndarray], segment: Callable[[Any], Prediction], ahead: int) -> None:
@@ -60,7 +60,7 @@ class Stream:
         return place.result()
 
     def close(self) -> None:
-        """Take no more frames, give out no more results, wait for the frames under way."""
+        """Take no more frames, return no more results, wait for the current frames."""
         self._close()
 
     def __enter__(self) -> Stream:
@@ -71,26 +71,26 @@ class Stream:
 
 
 class _State:
-    """What the lanes share. They hold nothing of the stream itself, which would else never be dropped."""
+    """State that the lanes share. They hold no reference to the stream, which otherwise would never be dropped."""
 
     def __init__(self, source: Iterator[Any], segment: Callable[[Any], Prediction], ahead: int) -> None:
         self.source, self.segment = source, segment
         self.room = threading.Semaphore(ahead)
-        self.turn = threading.Lock()  # to take a frame and its place in the order
+        self.turn = threading.Lock()  # held while a lane takes a frame and its place in the order
         self.places: queue.SimpleQueue[Optional[Future[Prediction]]] = queue.SimpleQueue()
         self.ended = False
 
 
 def _lane(state: _State) -> None:
-    """Frame after frame, from the source to its place."""
-    for place, frame in iter(lambda: _taken(state), None):
+    """Process frames from the source, one after the other."""
+    for place, frame in iter(lambda: _take(state), None):
         try:
             place.set_result(state.segment(frame))
         except BaseException as error:
             place.set_exception(error)
 
 
-def _taken(state: _State) -> Optional[Tuple[Future[Prediction], Any]]:
+def _take(state: _State) -> Optional[Tuple[Future[Prediction], Any]]:
     """The next frame, with its place among the results; None at the end."""
     state.room.acquire()
     with state.turn:
@@ -107,7 +107,7 @@ def _taken(state: _State) -> Optional[Tuple[Future[Prediction], Any]]:
                 state.places.put(place)
             state.ended = True
             state.places.put(None)
-    state.room.release()  # for the other lanes, which are to see the end too
+    state.room.release()  # for the other lanes, which have to see the end, too
     return None
 
 
@@ -115,7 +115,7 @@ def _stop(state: _State, threads: List[threading.Thread]) -> None:
     state.ended = True
     state.room.release()
     state.places.put(None)
-    give_up = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _CLOSE_TIMEOUT_S
     for thread in threads:
-        if thread is not threading.current_thread():  # which the garbage collector may have borrowed
-            thread.join(max(give_up - time.monotonic(), 0))
+        if thread is not threading.current_thread():  # the garbage collector may run this in a lane
+            thread.join(max(deadline - time.monotonic(), 0))

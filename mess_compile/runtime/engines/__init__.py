@@ -1,1 +1,1 @@
-"""The engine libraries behind one interface."""
+"""Wraps the engine libraries behind one interface."""

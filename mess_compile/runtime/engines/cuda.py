@@ -1,7 +1,7 @@
-"""The few calls of the CUDA driver that engines need, through ctypes: every driver and JetPack has them.
+"""Calls the CUDA driver through ctypes: the few functions that engines need and every driver and JetPack has.
 
-All happens on one stream in the device's primary context, which is the one that TensorRT, PyTorch and pycuda's
-`autoprimaryctx` share; it is current only inside `with cuda:`, so what others made current stays so.
+Everything happens on one stream in the device's primary context, which TensorRT, PyTorch and pycuda's `autoprimaryctx`
+share. The context is current only inside `with cuda:`, so that other code's current context stays.
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ CALLS: Dict[str, Tuple[Any, ...]] = {
     "cuGraphExecDestroy": (_POINTER,),
     "cuGraphDestroy": (_POINTER,),
 }
-"""Argument types by exported name, from cuda.h; all return an int, 0 for done. Exported since CUDA 11.0."""
+"""Argument types by exported name, from cuda.h; all return an int, 0 for success. Exported since CUDA 11.0."""
 
 _NON_BLOCKING, _CAPTURE_THREAD_LOCAL = 1, 1
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 _OUT_OF_MEMORY = 2
-_RESTART = "the device cannot go on in this process: start the program again"
+_RESTART = "the device cannot go on in this process: restart the program"
 _REMEDIES = {
-    34: "this libcuda is the toolkit's stub: install the NVIDIA driver, and take `stubs` out of LD_LIBRARY_PATH",
-    100: "there is no CUDA device, or CUDA_VISIBLE_DEVICES hides it: see what `nvidia-smi` lists",
+    34: "this libcuda is the toolkit's stub: install the NVIDIA driver, and remove `stubs` from LD_LIBRARY_PATH",
+    100: "there is no CUDA device, or CUDA_VISIBLE_DEVICES hides it: check the list of `nvidia-smi`",
     700: _RESTART,
     719: _RESTART,
-    803: "the driver was updated under the running system: restart the machine",
+    803: "the driver was updated while the system was running: restart the machine",
 }
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """The GPU; `cuda` is the newest CUDA that its driver serves, such as 11.4."""
+    """The GPU; `cuda` is the newest CUDA that its driver supports, such as 11.4."""
 
     name: str
     capability: Tuple[int, int]
@@ -78,11 +78,11 @@ class CudaDevice:
 
 
 def open_cuda() -> Cuda:
-    """The first CUDA device. Raises EngineError when there is no driver or no device."""
+    """Open the first CUDA device. Raises EngineError when there is no driver or no device."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        remedy = "install the NVIDIA driver (JetPack has it)"
+        remedy = "install the NVIDIA driver (JetPack includes it)"
         raise EngineError(f"the CUDA driver libcuda.so.1 cannot be loaded ({error}): {remedy}") from error
     return Cuda(driver)
 
@@ -90,8 +90,8 @@ def open_cuda() -> Cuda:
 class Cuda:
     """The first device's primary context and one stream in it; addresses and handles are integers.
 
-    Every call but `close` belongs inside `with cuda:`. What fails raises EngineError; entering, leaving and giving
-    back never do: after a fault on the device the next real call says so, and nothing can be given back.
+    Every call but `close` belongs inside `with cuda:`. Failed calls raise EngineError; entering, leaving and releasing
+    never raise: after a fault on the device the next real call reports it, and nothing can be released.
     """
 
     def __init__(self, driver: Any) -> None:
@@ -138,12 +138,15 @@ class Cuda:
     def _out_of_memory(self, size: int) -> str:
         free, total = _SIZE(), _SIZE()
         self._quietly("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-        state = f"{size / _MIB:.1f} MiB wanted, {free.value / _MIB:.1f} of {total.value / _MIB:.1f} MiB are free"
-        return f"{self.device.name} is out of memory: {state}; end what else uses the GPU, or choose a smaller plan"
+        state = f"{size / _MIB:.1f} MiB requested, {free.value / _MIB:.1f} of {total.value / _MIB:.1f} MiB are free"
+        return (
+            f"{self.device.name} is out of memory: {state}; stop other programs that use the GPU, or choose a smaller "
+            "plan"
+        )
 
     def free(self, address: int) -> None:
         """Waits for the stream first, whose queued work may use the memory."""
-        self.settle()
+        self.free_pending()
         self._quietly("cuMemFree_v2", address)
 
     def allocate_pinned(self, size: int) -> int:
@@ -153,23 +156,23 @@ class Cuda:
 
     def free_pinned(self, pointer: int) -> None:
         """Waits for the stream first, whose queued copies may use the memory."""
-        self.settle()
+        self.free_pending()
         self._quietly("cuMemFreeHost", pointer)
 
     def copy_to_device(self, address: int, pinned: int, size: int) -> None:
-        """Queued: the pinned bytes must not change before the stream gets there."""
+        """Queue a copy: the pinned bytes must not change before the stream has run it."""
         self._call("cuMemcpyHtoDAsync_v2", address, pinned, size, self.stream)
 
     def copy_from_device(self, pinned: int, address: int, size: int) -> None:
-        """Queued: the pinned bytes are there after `synchronise`."""
+        """Queue a copy: the pinned bytes are valid after `synchronise`."""
         self._call("cuMemcpyDtoHAsync_v2", pinned, address, size, self.stream)
 
     def synchronise(self) -> None:
-        """Wait for all that is queued. Raises EngineError for what failed on the device meanwhile."""
+        """Wait for all queued work. Raises EngineError for what failed on the device meanwhile."""
         self._call("cuStreamSynchronize", self.stream)
 
-    def settle(self) -> None:
-        """Wait for all that is queued, whatever comes of it: before something is given back."""
+    def free_pending(self) -> None:
+        """Wait for all queued work, ignoring its errors, before memory is released."""
         self._quietly("cuStreamSynchronize", self.stream)
 
     def event(self) -> int:
@@ -180,7 +183,7 @@ class Cuda:
         self._call("cuEventRecord", event, self.stream)
 
     def elapsed_ms(self, first: int, second: int) -> float:
-        """Between two recorded events, both reached."""
+        """Time between two recorded events that the stream has reached."""
         elapsed: float = self._new(_FLOAT, "cuEventElapsedTime", first, second)
         return elapsed
 
@@ -188,11 +191,11 @@ class Cuda:
         self._quietly("cuEventDestroy_v2", event)
 
     def begin_capture(self) -> None:
-        """What is queued from now on becomes a CUDA graph instead of running."""
+        """From now on, record queued work as a CUDA graph instead of running it."""
         self._call("cuStreamBeginCapture_v2", self.stream, _CAPTURE_THREAD_LOCAL)
 
     def end_capture(self) -> Optional[int]:
-        """The graph, ready to launch; None where something in it cannot be captured."""
+        """The graph, ready to launch; None if part of it cannot be captured."""
         graph = _POINTER()
         if self._driver.cuStreamEndCapture(self.stream, ctypes.byref(graph)) != 0 or not graph:
             return None
@@ -208,13 +211,13 @@ class Cuda:
         self._quietly("cuGraphExecDestroy", graph)
 
     def close(self) -> None:
-        """Give stream and context back."""
+        """Release the stream and the context."""
         with self:
             self._quietly("cuStreamDestroy_v2", self.stream)
         self._quietly("cuDevicePrimaryCtxRelease_v2", self._ordinal)
 
     def _new(self, kind: Any, name: str, *arguments: Any) -> Any:
-        """The value that a call writes to where its first argument points."""
+        """The value that a call writes to its first argument."""
         value = kind()
         self._call(name, ctypes.byref(value), *arguments)
         return value.value

@@ -1,4 +1,4 @@
-"""Tensors in device memory, and all memory that a library takes for them."""
+"""Manages tensors in device memory, and all memory that a library allocates for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Block:
 
 
 class DeviceTensor:
-    """Values on the device: C order, numpy's name of the type. An uploaded one returns its block when it is gone."""
+    """Values on the device: C order, dtype by numpy's name. An uploaded tensor returns its block when destroyed."""
 
     __slots__ = ("_home", "block", "dtype", "shape")
 
@@ -34,9 +34,9 @@ class DeviceTensor:
 
 
 class DeviceMemory:
-    """Blocks by the one who takes them, one scratch block for all, one pinned buffer for both directions.
+    """Blocks by owner, one scratch block for all engines, one pinned buffer for both directions.
 
-    Everything is used in the order of one stream: a block that comes back may be written by what is queued next.
+    Everything is used in the order of one stream: the next queued work may write to a returned block.
     """
 
     def __init__(self, cuda: Cuda) -> None:
@@ -60,11 +60,11 @@ class DeviceMemory:
             cuda.free(block.address)
 
     def holds(self, tensor: Any) -> bool:
-        """Whether it is a tensor of this memory whose block has not been freed."""
+        """Whether the tensor is in this memory and its block has not been freed."""
         return isinstance(tensor, DeviceTensor) and tensor.block in self._blocks
 
     def scratch(self, size: int) -> Block:
-        """The block that all engines share, of at least this size; a larger one replaces it."""
+        """The block that all engines share, of at least this size; a bigger one replaces it."""
         if self._scratch is None or self._scratch.size < size:
             if self._scratch is not None:
                 self.free(self._scratch)
@@ -86,7 +86,7 @@ class DeviceMemory:
         return tensor
 
     def download(self, tensor: Any) -> np.ndarray:
-        """Waits for all that is queued. Raises EngineError for a tensor that is not there any more."""
+        """Waits for all queued work. Raises EngineError for a tensor whose memory is gone."""
         if not self.holds(tensor):
             raise EngineError(f"{_described(tensor)} is not on the device: its engine or library is closed, or another")
         values = np.empty(tensor.shape, tensor.dtype)
@@ -102,7 +102,7 @@ class DeviceMemory:
         self._uploading = False
 
     def _staging(self, size: int) -> int:
-        """The pinned buffer, grown to hold `size` bytes."""
+        """The pinned buffer, grown to at least `size` bytes."""
         if self._pinned_size < size:
             self._free_pinned()
             self._pinned = self._cuda.allocate_pinned(size)

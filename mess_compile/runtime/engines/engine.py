@@ -1,6 +1,6 @@
-"""The seam between the cascade and an engine library: upload, load, run, download, close.
+"""Defines the interface between the cascade and an engine library: upload, load, run, download, close.
 
-Tensors are opaque: an OrtValue for ONNX Runtime, a device buffer for TensorRT. Only `upload` and `download` cross
+Tensors are opaque: an OrtValue for ONNX Runtime, a device buffer for TensorRT. Only `upload` and `download` convert
 between them and numpy, so nothing is copied between the stages.
 """
 
@@ -33,9 +33,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Timing:
-    """One run alone: `wall_ms` from the call until its results are there, `device_ms` between events on the device.
+    """One run: `wall_ms` from the call until its results are available, `device_ms` between events on the device.
 
-    Device time includes the gaps in which the device waits for its next kernel; None where the library has no events.
+    Device time includes the gaps in which the device waits for its next kernel; None if the library has no events.
     """
 
     wall_ms: float
@@ -53,7 +53,7 @@ class Engine(Protocol):
 
     @property
     def scratch_bytes(self) -> Optional[int]:
-        """Memory that a run needs besides weights, inputs and outputs; None where the library does not tell."""
+        """Memory that a run needs besides weights, inputs and outputs; None if the library does not report it."""
         ...
 
     def run(self, feeds: Mapping[str, Tensor]) -> Dict[str, Tensor]:
@@ -61,7 +61,7 @@ class Engine(Protocol):
         ...
 
     def run_timed(self, feeds: Mapping[str, Tensor]) -> Timing:
-        """Wait for what came before, then time one run until its results are there; they are given up."""
+        """Wait for earlier work, then time one run until its results are available; they are discarded."""
         ...
 
     def close(self) -> None: ...
@@ -78,35 +78,35 @@ class Library(Protocol):
 
     @property
     def builds_for(self) -> Optional[Tuple[str, Tuple[int, int]]]:
-        """The GPU's name and compute capability where engines are built from graphs; None where graphs are loaded."""
+        """The GPU's name and compute capability if the library builds engines from graphs; None if it loads graphs."""
         ...
 
     @property
     def concurrent(self) -> bool:
-        """Whether threads may run its engines at once, and outputs outlive the next run."""
+        """Whether threads may run its engines at the same time, and outputs outlive the next run."""
         ...
 
     def load(self, path: Path) -> Engine:
-        """The engine of one ONNX file, for TensorRT of one serialised engine. Raises EngineError naming the file."""
+        """Load one ONNX file, or for TensorRT one serialised engine. Raises EngineError naming the file."""
         ...
 
     def upload(self, array: np.ndarray) -> Tensor:
-        """A tensor of the array's values; the array must not change while the tensor is in use."""
+        """A tensor with the array's values; the array must not change while the tensor is in use."""
         ...
 
     def download(self, tensor: Tensor) -> np.ndarray:
-        """The tensor's values as an array of the caller's own; waits for the runs that produce them."""
+        """The tensor's values as an array that the caller owns; waits for the runs that produce them."""
         ...
 
     def synchronise(self) -> None:
-        """Wait for every upload and run so far; a GPU's go on behind the caller's back."""
+        """Wait for every upload and run so far; on a GPU, calls return before their work is done."""
         ...
 
     def close(self) -> None: ...
 
 
 def open_library(name: str, threads: Optional[int] = None, gpu: int = 0, cuda_graphs: bool = False) -> Library:
-    """Open an engine library by its name; `threads` is for the CPU (None: every core), `gpu` which of several.
+    """Open an engine library by its name; `threads` is for the CPU (None: every core), `gpu` selects one of several.
 
     With `cuda_graphs` TensorRT launches a stage that runs on the same tensors again as one CUDA graph. Raises
     InputError for an unknown name, EngineError when the library is not installed.
@@ -118,7 +118,7 @@ def open_library(name: str, threads: Optional[int] = None, gpu: int = 0, cuda_gr
         return onnxruntime_engine.open_library(name, threads, gpu)
     if name in LIBRARIES:
         if gpu:
-            raise InputError(f"{name} runs on the first GPU: put number {gpu} first with CUDA_VISIBLE_DEVICES")
+            raise InputError(f"{name} runs on the first GPU only: put number {gpu} first with CUDA_VISIBLE_DEVICES")
         from mess_compile.runtime.engines import tensorrt_engine
 
         return tensorrt_engine.open_library(name, cuda_graphs)

@@ -1,7 +1,7 @@
-"""Engines that a device builds for itself from ONNX files, kept in a folder of the user's own.
+"""Caches the engines that a device builds from ONNX files, in a folder of the user.
 
-An engine is code: it is taken from that folder alone, and only with the hash that it was written with. What a bundle
-brings gets there only when the user named whose signature counts, and the bundle has it.
+An engine is code: it is loaded from that folder only, and only if its hash is the one recorded when it was written.
+Engines from a bundle get there only if the user named trusted signers and one of them signed the bundle.
 """
 
 from __future__ import annotations
@@ -25,25 +25,27 @@ _PROFILED = Path(".mess-compile", "engines")
 
 
 def default_folder() -> Path:
-    """Where engines are kept unless told otherwise; `XDG_CACHE_HOME` moves it. Raises InputError without a home."""
+    """The folder of engines by default; `XDG_CACHE_HOME` moves it. Raises InputError without a home."""
     cache = user_dirs.cache()
     if cache is None:
-        raise InputError("no home folder is known to keep engines in: set XDG_CACHE_HOME to one of your own")
+        raise InputError("no home folder is known for the cache of engines: set XDG_CACHE_HOME to a folder of your own")
     return cache / "mess-compile" / "engines"
 
 
 def profiled_folder() -> Optional[Path]:
-    """Where `profile` and `build` keep what they build here; None where no home is known."""
+    """The folder of the engines that `profile` and `build` build on this machine; None if no home is known."""
     own = user_dirs.home()
     return None if own is None else own / _PROFILED
 
 
 def loadable(library: Library, graph: Path, precision: str, folder: Optional[Path] = None) -> Path:
-    """What `library` loads for an ONNX file: the file itself, or an engine built from it for the device that is here.
+    """The file that `library` loads for an ONNX file: the file itself, or an engine built from it for the present
+    device.
 
-    The graph is in the form that the library's parser takes, its weights inside or named by their hashes. An engine is
-    built once (minutes, on a Jetson) and kept in `folder`. Raises InputError when others can write there, EngineError
-    in the builder's words; where nothing can be written, InputError of the default folder and OSError of another.
+    The graph is in the form that the library's parser accepts, with its weights inside or named by their hashes. An
+    engine is built once (minutes, on a Jetson) and cached in `folder`. Raises InputError when others can write there,
+    EngineError with the builder's message; if nothing can be written, InputError for the default folder and OSError for
+    another.
     """
     gpu = library.builds_for
     if gpu is None:
@@ -69,19 +71,19 @@ def _writable(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"engines cannot be kept in {folder} ({error.strerror or error}): make room there, or set XDG_CACHE_HOME "
-            "to a folder that can be written"
+            f"engines cannot be written to {folder} ({error.strerror or error}): free space there, or set "
+            "XDG_CACHE_HOME to a writable folder"
         ) from error
 
 
 def is_built(library: Library, sha256: str, precision: str, folder: Optional[Path] = None) -> bool:
-    """Whether `loadable` has an engine of the graph with this hash, or needs none."""
+    """Whether `loadable` has an engine for the graph with this hash, or needs none."""
     gpu = library.builds_for
     return gpu is None or _is_intact(_place(library, gpu, folder or default_folder(), sha256, precision))
 
 
 def borrow(library: Library, sha256: str, precision: str) -> bool:
-    """Take over the engine that `profile` or `build` had this user build here for the graph, where there is one."""
+    """Take the engine that this user's `profile` or `build` built here for the graph, if there is one."""
     gpu, place = library.builds_for, profiled_folder()
     if gpu is None or place is None or not place.is_dir():
         return False
@@ -92,7 +94,7 @@ def borrow(library: Library, sha256: str, precision: str) -> bool:
     folder = default_folder()
     with _writable(folder):
         _own(folder)
-        _keep(folder / path.name, path.read_bytes())
+        _leak_in_child(folder / path.name, path.read_bytes())
     return True
 
 
@@ -107,7 +109,7 @@ def _sha256(graph: Path) -> str:
 
 
 def _place(library: Library, gpu: _Gpu, folder: Path, sha256: str, precision: str) -> Path:
-    """Where in `folder` the engine lies that `library` makes of a graph for this GPU."""
+    """The path in `folder` of the engine that `library` builds from a graph for this GPU."""
     name, (major, minor) = gpu
     decides = (sha256, repr(_options(library, gpu, precision)), library.version, name, major, minor)
     return folder / f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.engine"
@@ -118,13 +120,13 @@ def _timing(folder: Path, library: Library) -> Path:
 
 
 def adopt(library: Library, engines: Sequence[Tuple[str, str, Path]], timing: Optional[Path]) -> None:
-    """Keep engines built elsewhere for this very library and GPU, unless the cache has its own.
+    """Cache engines built elsewhere for exactly this library and GPU, unless the cache has its own.
 
     `engines`: the SHA-256 of each graph, its precision and the engine's file; `timing`: a builder's timing cache.
-    Engines are code: only for files whose signature was checked. Raises InputError.
+    Engines are code: call this only for files whose signature was checked. Raises InputError.
     """
     gpu = library.builds_for
-    assert gpu is not None, "only a library that builds has engines"
+    assert gpu is not None, f"{library.name} builds no engines, so it cannot adopt any"
     folder = default_folder()
     with _writable(folder):
         _own(folder)
@@ -133,7 +135,7 @@ def adopt(library: Library, engines: Sequence[Tuple[str, str, Path]], timing: Op
         for sha256, precision, source in engines:
             path = _place(library, gpu, folder, sha256, precision)
             if not _is_intact(path):
-                _keep(path, source.read_bytes())
+                _leak_in_child(path, source.read_bytes())
 
 
 def _own(folder: Path) -> None:
@@ -141,8 +143,8 @@ def _own(folder: Path) -> None:
     found = folder.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise InputError(
-            f"others can write in {folder}, and engines are code: `chmod go-w` it, or set XDG_CACHE_HOME to a folder "
-            "of your own"
+            f"others can write to {folder}, and engines are code: run `chmod go-w` on it, or set XDG_CACHE_HOME to a "
+            "folder of your own"
         )
 
 
@@ -155,21 +157,21 @@ def _is_intact(path: Path) -> bool:
 
 
 def _build(graph: Path, path: Path, options: BuildOptions, timing: Path) -> None:
-    """Classic TensorRT keeps what it timed for the builds to come; a cache of another device it does not take."""
+    """Classic TensorRT stores its timings for later builds; it rejects a cache from another device."""
     known = timing.read_bytes() if options.library == "tensorrt" and timing.is_file() else None
     built = tensorrt_build.build_engine(graph, options, known)
-    _keep(path, built.engine)
+    _leak_in_child(path, built.engine)
     if built.timing_cache is not None:
         _write(timing, built.timing_cache)
 
 
-def _keep(path: Path, engine: bytes) -> None:
+def _leak_in_child(path: Path, engine: bytes) -> None:
     _write(path, engine)
     _write(path.with_suffix(".sha256"), hashlib.sha256(engine).hexdigest().encode("ascii"))
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All of it or nothing, also when two processes build at once."""
+    """Write all of it or nothing, even when two processes build at the same time."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".making-")
     try:
         with os.fdopen(descriptor, "wb") as stream:

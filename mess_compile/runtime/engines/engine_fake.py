@@ -1,4 +1,4 @@
-"""A scripted engine library: graphs are Python functions, time is a counter. Stands in for every real one in tests."""
+"""A scripted engine library for tests: graphs are Python functions, time is a counter."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Compute = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class FakeGraph:
-    """What a graph file is scripted to be.
+    """The script of a graph file.
 
-    One run adds `cost_ns` to the library's clock; `device_ns` is what the events of a device would say of it.
+    One run adds `cost_ns` to the library's clock; `device_ns` is the time that device events would report.
     """
 
     inputs: Tuple[TensorSpec, ...]
@@ -43,10 +43,10 @@ class FakeTensor:
 
 @dataclass
 class FakeLibrary:
-    """Loads graphs by file stem; `log` lists what happened as (verb, graph), `now_ns` is the clock.
+    """Loads graphs by file stem; `log` lists events as (verb, graph), `now_ns` is the clock.
 
-    When it is `queued`, runs take their time behind the caller's back, as a GPU's do. What a run costs is looked up in
-    `graphs` each time: a test may change it on the way. No more than `room` engines fit into its memory.
+    When it is `queued`, runs take their time after the call returns, as on a GPU. The cost of a run is looked up in
+    `graphs` each time, so a test may change it. At most `room` engines fit into its memory.
     """
 
     graphs: Mapping[str, FakeGraph]

@@ -1,4 +1,4 @@
-"""The engine library ONNX Runtime, on the CPU or through its CUDA and TensorRT providers."""
+"""Runs graphs in ONNX Runtime, on the CPU or through its CUDA and TensorRT providers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(int64)": "int64"}
-_FATAL = 4  # what goes wrong is raised; the log would say it a second time
-# ONNX Runtime 1.29 and newer read this when they are imported. Else a device sends usage data to a server, by a thread
-# for which each forked child waits for ever when it ends.
+_FATAL = 4  # errors are raised; the log would repeat them
+# ONNX Runtime 1.29 and newer read this when imported. Otherwise a thread sends usage data to a server, and each forked
+# child waits for that thread for ever when it ends.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 PROVIDERS = {
@@ -28,13 +28,13 @@ PROVIDERS = {
     "onnxruntime-cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
     "onnxruntime-tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
 }
-"""What each engine library runs graphs by, and by what the nodes that it does not take."""
+"""The provider by which each engine library runs graphs, and the provider of the nodes that it does not support."""
 
 
 def open_library(
     name: str = "onnxruntime", threads: Optional[int] = None, gpu: int = 0, plain: bool = False
 ) -> OnnxRuntime:
-    """With `plain`, graphs run as they are written but for folded constants, without fused kernels.
+    """With `plain`, graphs run as written except for folded constants, without fused kernels.
 
     Raises EngineError when onnxruntime is not installed, or lacks the provider.
     """
@@ -46,14 +46,14 @@ def open_library(
     provider, available = PROVIDERS[name][0], onnxruntime.get_available_providers()
     if provider not in available:
         raise EngineError(
-            f"ONNX Runtime {onnxruntime.__version__} has {', '.join(available)}, not {provider}: run "
-            f"`pip uninstall -y onnxruntime && pip install {package}` on a machine with an NVIDIA GPU"
+            f"ONNX Runtime {onnxruntime.__version__} has {', '.join(available)}, but not {provider}: run `pip "
+            f"uninstall -y onnxruntime && pip install {package}` on a machine with an NVIDIA GPU"
         )
     return OnnxRuntime(onnxruntime, name, threads, gpu, plain)
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """What ONNX Runtime says, without its own name, the file's, and the place in its sources."""
+    """ONNX Runtime's message without its own name, the file's, and the position in its sources."""
     text = str(error).replace(str(path), path.name)
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?", "", text)
     return one_line(re.sub(r"\S*onnxruntime\S*\.(?:cc|h|cpp):\d+ .*?\)(?: const)? (?=\S)", "", text))
@@ -69,7 +69,7 @@ class OnnxRuntime:
         self._threads = threads
         self._place = ("cpu", 0) if name == "onnxruntime" else ("cuda", gpu)
         self.name = name
-        self.concurrent = name == "onnxruntime"  # a GPU's outputs lie in buffers that the next run overwrites
+        self.concurrent = name == "onnxruntime"  # a GPU's outputs are in buffers that the next run overwrites
         self._plain = plain
         self.version: str = module.__version__
 
@@ -77,7 +77,7 @@ class OnnxRuntime:
         if not path.is_file():
             raise EngineError(f"there is no graph {path}")
         if any("\udc80" <= letter <= "\udcff" for letter in str(path)):
-            raise EngineError(f"{path} is not UTF-8, and ONNX Runtime opens no such name: rename the folder")
+            raise EngineError(f"{path} is not UTF-8, and ONNX Runtime cannot open such a name: rename the folder")
         wanted = PROVIDERS[self.name]
         options = [{} if name == "CPUExecutionProvider" else {"device_id": str(self._place[1])} for name in wanted]
         try:
@@ -86,16 +86,16 @@ class OnnxRuntime:
             )
         except Exception as error:
             raise EngineError(f"ONNX Runtime {self.version} cannot load {path}: {_reason(error, path)}") from error
-        fork_guard.keep_in_children(session)  # its destructor waits for its pool of threads
+        fork_guard.never_destroy_in_children(session)  # its destructor waits for its thread pool
         if session.get_providers()[0] != wanted[0]:
             raise EngineError(
-                f"ONNX Runtime {self.version} could not start {wanted[0]}: are the CUDA and cuDNN that it was built "
-                "for installed, with a driver that fits them?"
+                f"ONNX Runtime {self.version} could not start {wanted[0]}: check that the CUDA and cuDNN versions "
+                "that it was built for are installed, with a driver that fits them"
             )
         return OnnxRuntimeEngine(session, path, self._buffers)
 
     def _buffers(self, specs: Iterable[TensorSpec]) -> Optional[Dict[str, Tensor]]:
-        """Where a GPU's outputs stay; on the CPU each run makes its own, which is faster."""
+        """The buffers of a GPU's outputs; on the CPU each run makes its own, which is faster."""
         if self._place[0] == "cpu":
             return None
         make = self._module.OrtValue.ortvalue_from_shape_and_type
@@ -109,8 +109,8 @@ class OnnxRuntime:
         if self._plain:
             options.graph_optimization_level = self._module.GraphOptimizationLevel.ORT_ENABLE_BASIC
         # A pool that spins after its run slows the next session down up to eight times. Stopping the spin at the end of
-        # the run gains 10 % on an idle machine, but takes twice as long when other processes want the cores; one global
-        # pool would forbid the process any session with its own.
+        # the run gains 10 % on an idle machine, but takes twice as long when other processes need the cores; one global
+        # pool would not allow the process sessions with pools of their own.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return options
 
@@ -122,7 +122,7 @@ class OnnxRuntime:
         return values
 
     def synchronise(self) -> None:
-        """Nothing to wait for: a run returns when its outputs are there."""
+        """Nothing to wait for: a run returns when its outputs are available."""
 
     def close(self) -> None:
         pass
@@ -131,7 +131,7 @@ class OnnxRuntime:
 class OnnxRuntimeEngine:
     """One session."""
 
-    scratch_bytes: Optional[int] = None  # ONNX Runtime does not tell
+    scratch_bytes: Optional[int] = None  # ONNX Runtime does not report it
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class OnnxRuntimeEngine:
     def _spec(self, node: Any) -> TensorSpec:
         shape = tuple(node.shape)
         if node.type not in _DTYPES or not all(isinstance(size, int) for size in shape):
-            raise EngineError(f"{self._path}: {node.name} is {node.type} {shape}; graphs have static shapes")
+            raise EngineError(f"{self._path}: {node.name} is {node.type} {shape}; graphs need static shapes")
         return TensorSpec(node.name, _DTYPES[node.type], shape)
 
     def run(self, feeds: Mapping[str, Tensor]) -> Dict[str, Tensor]:
@@ -164,7 +164,7 @@ class OnnxRuntimeEngine:
             raise EngineError(f"ONNX Runtime cannot run {self._path.name}: {reason}") from error
 
     def run_timed(self, feeds: Mapping[str, Tensor]) -> Timing:
-        """A run returns when its results are there, on a GPU too; giving the results up is part of it."""
+        """A run returns when its results are available, on a GPU too; discarding them is part of the time."""
         start = time.perf_counter_ns()
         self.run(feeds)
         return Timing((time.perf_counter_ns() - start) / 1e6)
@@ -173,7 +173,7 @@ class OnnxRuntimeEngine:
     def _run_bound(
         session: onnxruntime.InferenceSession, feeds: Mapping[str, Tensor], buffers: Dict[str, Tensor]
     ) -> Dict[str, Tensor]:
-        """Inputs and outputs stay on the GPU: without binding every output would be copied to the host."""
+        """Keep inputs and outputs on the GPU: without binding, every output would be copied to the host."""
         binding = session.io_binding()
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)

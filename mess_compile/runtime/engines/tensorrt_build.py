@@ -1,4 +1,4 @@
-"""One ONNX file -> one TensorRT engine: on the device by its own TensorRT, or ahead of time by TensorRT-RTX."""
+"""Builds a TensorRT engine from an ONNX file: on the device by its own TensorRT, or ahead of time by TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ DEFAULT_WORKSPACE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """`capability` is what TensorRT-RTX builds for, such as SM86; the classic library builds for the GPU that is there.
+    """`capability` is what TensorRT-RTX builds for, such as SM86; the classic library builds for the GPU that is
+    present.
 
-    `precision` must be the graph's own: a library that is free to choose (8.5 to 10) is held to what the graph says.
+    `precision` must be the graph's own: a library that could choose (8.5 to 10) is constrained to the graph's types.
     """
 
     library: str
@@ -28,7 +29,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Built:
-    """A serialised engine, and what the timing cache has become (classic TensorRT; None without one)."""
+    """A serialised engine, and the updated timing cache (classic TensorRT; None without one)."""
 
     engine: bytes
     seconds: float
@@ -36,35 +37,35 @@ class Built:
 
 
 def timing_cache_name(version: str) -> str:
-    """What the file is called in which builds of one version of classic TensorRT keep what they timed."""
+    """The name of the file in which builds of one version of classic TensorRT share their timings."""
     return f"timing-{version}.cache"
 
 
 def build_engine(path: Path, options: BuildOptions, timing_cache: Optional[bytes] = None) -> Built:
-    """Parse and build `path`, an ONNX file of static shapes. Raises EngineError in the parser's or builder's own words.
+    """Parse and build `path`, an ONNX file of static shapes. Raises EngineError with the parser's or builder's message.
 
     One build at a time in a process: builds in threads race.
     """
     trt = tensorrt_module.import_module(options.library)
     started = time.monotonic()
     logger = tensorrt_module.listener(trt)
-    logger.words()  # what was said of the graph before
+    logger.words()  # discard what was logged about an earlier graph
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
-        raise EngineError(f"{path.name} is not parsed: {_parser_words(parser, logger)}")
+        raise EngineError(f"{path.name} cannot be parsed: {_parser_words(parser, logger)}")
     config = builder.create_builder_config()
     cache = _configure(trt, config, network, options, timing_cache)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise EngineError(f"{path.name} does not build: {logger.words()}")
-    kept = None if cache is None else bytes(cache.serialize())
-    return Built(bytes(engine), time.monotonic() - started, kept)
+        raise EngineError(f"{path.name} cannot be built: {logger.words()}")
+    updated_cache = None if cache is None else bytes(cache.serialize())
+    return Built(bytes(engine), time.monotonic() - started, updated_cache)
 
 
 def _configure(trt: Any, config: Any, network: Any, options: BuildOptions, timing_cache: Optional[bytes]) -> Any:
-    """What differs between the libraries; returns the timing cache in use."""
+    """Set what differs between the libraries; returns the timing cache in use."""
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.library == "tensorrt_rtx":
         if not hasattr(trt.ComputeCapability, str(options.capability)):
@@ -82,12 +83,13 @@ def _configure(trt: Any, config: Any, network: Any, options: BuildOptions, timin
 
 
 def _hold_to_precision(trt: Any, config: Any, network: Any, precision: str) -> None:
-    """Where flags exist they allow what the graph asks for, and every fp32 layer of the graph is held to fp32: the gate
-    and the output graph."""
+    """Allow the precisions that the graph asks for, where flags exist, and constrain its fp32 layers to fp32: the gate
+    and the output graph.
+    """
     flags = trt.BuilderFlag
     if precision == "fp32" or not hasattr(flags, "FP16"):
         return
-    if precision == "int8":  # explicit by Q/DQ; the rest has nothing but fp32 to choose
+    if precision == "int8":  # explicit by Q/DQ; the rest can only be fp32
         config.set_flag(flags.INT8)
         return
     config.set_flag(flags.FP16)
@@ -100,18 +102,18 @@ def _hold_to_precision(trt: Any, config: Any, network: Any, precision: str) -> N
 
 
 def _untyped(trt: Any) -> List[Any]:
-    """Layers whose precision cannot be chosen."""
+    """Layer types whose precision cannot be chosen."""
     names = ("CONSTANT", "SHAPE", "QUANTIZE", "DEQUANTIZE", "CAST")
     return [getattr(trt.LayerType, name) for name in names if hasattr(trt.LayerType, name)]
 
 
 def _network_flags(trt: Any) -> int:
-    """8.5 and 8.6 take ONNX only with an explicit batch; 10 ignores the flag, 11 and RTX have lost it."""
+    """8.5 and 8.6 accept ONNX only with an explicit batch; 10 ignores the flag, 11 and RTX have removed it."""
     flags = trt.NetworkDefinitionCreationFlag
     return 1 << int(flags.EXPLICIT_BATCH) if hasattr(flags, "EXPLICIT_BATCH") else 0
 
 
 def _parser_words(parser: Any, logger: Any) -> str:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    told = "; ".join(f"node {error.node()}: {error.desc()}" for error in errors)
-    return one_line(told) or str(logger.words())
+    errors_text = "; ".join(f"node {error.node()}: {error.desc()}" for error in errors)
+    return one_line(errors_text) or str(logger.words())

@@ -1,4 +1,4 @@
-"""The engine libraries TensorRT (8.5 to 11) and TensorRT-RTX: serialised engines on the first CUDA device."""
+"""Runs serialised engines of TensorRT (8.5 to 11) and TensorRT-RTX on the first CUDA device."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int
 
 
 def open_library(name: str, cuda_graphs: bool = False) -> TensorRt:
-    """`tensorrt` or `tensorrt_rtx`; with `cuda_graphs`, a stage that runs on the same tensors again is one launch.
+    """Open `tensorrt` or `tensorrt_rtx`; with `cuda_graphs`, a stage that runs on the same tensors again is one launch.
 
     Raises EngineError when the library is not installed, or there is no driver or device.
     """
     module = tensorrt_module.import_module(name)
-    cuda = open_cuda()  # before anything of TensorRT's, which ends the process where there is no CUDA
+    cuda = open_cuda()  # before any call of TensorRT, which ends the process if there is no CUDA
     try:
         return TensorRt(name, module, cuda, cuda_graphs)
     except BaseException:
@@ -35,7 +35,7 @@ def open_library(name: str, cuda_graphs: bool = False) -> TensorRt:
 
 
 class TensorRt:
-    """Engines of one device: one stream, one scratch block for all. From one thread at a time."""
+    """Engines of one device: one stream, one scratch block for all. Use it from one thread at a time."""
 
     concurrent = False
 
@@ -48,7 +48,7 @@ class TensorRt:
         self._engines: weakref.WeakSet[TensorRtEngine] = weakref.WeakSet()
         self._closed = False
         self._listener = tensorrt_module.listener(module)
-        fork_guard.keep_in_children(self)  # a CUDA context does not survive a fork
+        fork_guard.never_destroy_in_children(self)  # a CUDA context does not survive a fork
         with cuda:
             self._runtime: Any = self._started()
 
@@ -60,7 +60,7 @@ class TensorRt:
             raise EngineError(f"{self.name} {self.version} does not start on {self._cuda.device}: {words}") from error
 
     def load(self, path: Path) -> TensorRtEngine:
-        """The engine in a file that this library wrote for this device. Raises EngineError naming the file."""
+        """Load an engine that this library wrote for this device. Raises EngineError naming the file."""
         self._check_open()
         try:
             content = path.read_bytes()
@@ -69,7 +69,7 @@ class TensorRt:
         with self._cuda:
             engine = TensorRtEngine(path, lambda: self._deserialised(path, content), self._tools())
         self._engines.add(engine)
-        fork_guard.keep_in_children(engine)
+        fork_guard.never_destroy_in_children(engine)
         return engine
 
     def _deserialised(self, path: Path, content: bytes) -> Any:
@@ -93,7 +93,7 @@ class TensorRt:
         return self._memory.download(tensor)
 
     def synchronise(self) -> None:
-        """Wait for every upload and run so far, which else go on behind the caller's back."""
+        """Wait for every upload and run so far; their calls return before the work is done."""
         self._check_open()
         self._memory.synchronise()
 
@@ -102,7 +102,7 @@ class TensorRt:
             raise EngineError(f"the library {self.name} is closed")
 
     def close(self) -> None:
-        """Close the engines, then give back all memory, the stream and the context."""
+        """Close the engines, then release all memory, the stream and the context."""
         if self._closed:
             return
         self._closed = True
@@ -116,7 +116,7 @@ class TensorRt:
 
 @dataclass(frozen=True)
 class _Tools:
-    """What a library lends to its engines."""
+    """What a library shares with its engines."""
 
     module: Any
     cuda: Cuda
@@ -126,9 +126,10 @@ class _Tools:
 
 
 class TensorRtEngine:
-    """One engine and its execution context; outputs lie in memory of its own, scratch in the library's block.
+    """One engine and its execution context; outputs are in its own memory, scratch in the library's block.
 
-    Nothing but this object holds TensorRT's, not even the frames of an error: they must go before the context does.
+    Only this object references TensorRT's objects, not even the frames of an error: they must be released before the
+    context.
     """
 
     def __init__(self, path: Path, deserialise: Callable[[], Any], tools: _Tools) -> None:
@@ -162,12 +163,12 @@ class TensorRtEngine:
         dtype, shape = self._engine.get_tensor_dtype(name).name, tuple(self._engine.get_tensor_shape(name))
         on_device = self._engine.get_tensor_location(name) == self._tools.module.TensorLocation.DEVICE
         if dtype not in DTYPES or min(shape, default=1) < 1 or not on_device:
-            raise EngineError(f"{self._path}: {name} is {dtype} {shape}; tensors have static shapes, on the device")
+            raise EngineError(f"{self._path}: {name} is {dtype} {shape}; tensors need static shapes, on the device")
         return TensorSpec(name, DTYPES[dtype], shape)
 
     @property
     def scratch_bytes(self) -> int:
-        """Device memory that a run needs besides weights, inputs and outputs: of the block that all engines share."""
+        """Device memory that a run needs besides weights, inputs and outputs, from the block that all engines share."""
         return self._scratch_size
 
     def _prepare(self) -> None:
@@ -178,14 +179,14 @@ class TensorRtEngine:
         self._context = tensorrt_module.create_context(self._tools.module, self._engine)
         if self._context is None:
             words = self._tools.listener.words()
-            raise EngineError(f"the engine {self._path} cannot be made ready: {words}; {_remedy(words)}")
+            raise EngineError(f"the engine {self._path} cannot be prepared: {words}; {_remedy(words)}")
         for spec in self.outputs.values():
             size = int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
             self._results[spec.name] = DeviceTensor(memory.allocate(size), spec.dtype, spec.shape)
             self._bind(spec.name, self._results[spec.name].block.address)
 
     def run(self, feeds: Mapping[str, Tensor]) -> Dict[str, Tensor]:
-        """Queues the run and returns; `download` waits for it."""
+        """Queue the run and return; `download` waits for it."""
         self._check_open()
         with self._tools.cuda:
             self._feed(feeds)
@@ -193,7 +194,7 @@ class TensorRtEngine:
         return dict(self._results)
 
     def run_timed(self, feeds: Mapping[str, Tensor]) -> Timing:
-        """As `run`, but waits for what came before, and then for this run."""
+        """Like `run`, but wait for earlier work, and then for this run."""
         self._check_open()
         memory = self._tools.memory
         with self._tools.cuda as cuda:
@@ -213,11 +214,13 @@ class TensorRtEngine:
 
     def _feed(self, feeds: Mapping[str, Tensor]) -> None:
         if set(feeds) != set(self.inputs):
-            raise EngineError(f"{self._path.name} is fed {sorted(feeds)} for {sorted(self.inputs)}")
+            raise EngineError(f"{self._path.name} is fed {sorted(feeds)}, but needs {sorted(self.inputs)}")
         for name, spec in self.inputs.items():
             tensor = feeds[name]
             if not self._tools.memory.holds(tensor):
-                raise EngineError(f"{self._path.name}: what is fed as {name} is not in this library's memory, or freed")
+                raise EngineError(
+                    f"{self._path.name}: the tensor fed as {name} is not in this library's memory, or was freed"
+                )
             if (tensor.dtype, tensor.shape) != (spec.dtype, spec.shape):
                 found = f"{tensor.dtype} {tensor.shape}"
                 raise EngineError(f"{self._path.name}: {name} is {found}, not {spec.dtype} {spec.shape}")
@@ -226,7 +229,7 @@ class TensorRtEngine:
 
     def _bind(self, name: str, address: int) -> None:
         if not self._context.set_tensor_address(name, address):
-            raise EngineError(f"{self._path.name} does not take {name}: {self._tools.listener.words()}")
+            raise EngineError(f"{self._path.name} does not accept {name}: {self._tools.listener.words()}")
         self._bound[name] = address
 
     def _enqueue(self) -> None:
@@ -236,7 +239,7 @@ class TensorRtEngine:
             self._scratch = scratch
         place = (scratch.address, *self._bound.values())
         if not (self._graph.run(place, self._execute) if self._tools.cuda_graphs else self._execute()):
-            raise EngineError(f"the engine {self._path.name} does not run: {self._tools.listener.words()}")
+            raise EngineError(f"the engine {self._path.name} failed to run: {self._tools.listener.words()}")
 
     def _execute(self) -> bool:
         return bool(self._context.execute_async_v3(self._tools.cuda.stream))
@@ -246,12 +249,12 @@ class TensorRtEngine:
             raise EngineError(f"the engine of {self._path.name} is closed")
 
     def close(self) -> None:
-        """Waits for the run that is under way."""
+        """Waits for the current run."""
         if self._closed:
             return
         self._closed = True
         with self._tools.cuda as cuda:
-            cuda.settle()
+            cuda.free_pending()
             self._graph.close()
             self._context = None  # before its engine
             self._engine = None
@@ -261,7 +264,7 @@ class TensorRtEngine:
 
 
 class _Graph:
-    """An engine's run as one CUDA graph, captured when it is run at the same addresses a second time."""
+    """An engine's run as one CUDA graph, captured when it runs at the same addresses for the second time."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
@@ -270,11 +273,11 @@ class _Graph:
         self._capturable = True
 
     def run(self, addresses: Tuple[int, ...], execute: Callable[[], bool]) -> bool:
-        """False when the engine refuses. Runs it plainly at new addresses, and when it cannot be captured."""
+        """False if the engine fails. Runs without a graph at new addresses, and if the run cannot be captured."""
         if addresses != self._addresses:
             self.close()
             self._addresses = addresses
-            return execute()  # the first run at new addresses does what no graph can hold
+            return execute()  # the first run at new addresses does work that no graph can contain
         if self._handle is None and self._capturable:
             self._capture(execute)
         if self._handle is None:

@@ -1,4 +1,4 @@
-"""TensorRT as a Python module: importing it late, hearing what it logs, and the names that differ between versions."""
+"""Imports TensorRT late, collects its log, and hides the names that differ between versions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, Deque
 from mess_compile.runtime.base.errors import EngineError, one_line
 
 INSTALL = {
-    "tensorrt": "JetPack has it (`sudo apt install python3-libnvinfer`); elsewhere run `pip install tensorrt`",
+    "tensorrt": "JetPack includes it (`sudo apt install python3-libnvinfer`); elsewhere run `pip install tensorrt`",
     "tensorrt_rtx": "run `pip install tensorrt-rtx-cu13 tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings`",
 }
 
 
 def import_module(name: str) -> Any:
-    """The module `tensorrt` or `tensorrt_rtx`. Raises EngineError with the line that installs it."""
+    """Import the module `tensorrt` or `tensorrt_rtx`. Raises EngineError with the line that installs it."""
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
@@ -25,10 +25,10 @@ def import_module(name: str) -> Any:
 
 @functools.lru_cache(maxsize=None)
 def listener(module: Any) -> Any:
-    """The process's logger for a module: TensorRT keeps the first one it is given."""
+    """The process's logger for a module: TensorRT uses the first one that it gets."""
 
     class Listener(module.ILogger):  # type: ignore[misc]
-        """Keeps errors for the exception that is raised; they would be on standard error otherwise."""
+        """Collects errors for the exception that is raised; otherwise they would go to standard error."""
 
         def __init__(self) -> None:
             module.ILogger.__init__(self)
@@ -39,7 +39,7 @@ def listener(module: Any) -> Any:
                 self.errors.append(msg)
 
         def words(self) -> str:
-            """What was logged since the last call, on one line."""
+            """The messages logged since the last call, on one line."""
             found = one_line("; ".join(self.errors)) or "it gives no reason"
             self.errors.clear()
             return found
@@ -54,7 +54,7 @@ def scratch_size(engine: Any) -> int:
 
 
 def create_context(module: Any, engine: Any) -> Any:
-    """An execution context that is given its scratch memory: by strategy from 10.0 on, the only way in 11 and RTX."""
+    """An execution context to be given its scratch memory: by strategy from 10.0 on, the only way in 11 and RTX."""
     if hasattr(module, "ExecutionContextAllocationStrategy"):
         return engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
     return engine.create_execution_context_without_device_memory()

@@ -1,1 +1,1 @@
-"""Frames, pictures and arrays in and out."""
+"""Reads and writes frames, pictures and arrays."""

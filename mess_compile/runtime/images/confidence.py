@@ -1,4 +1,4 @@
-"""The confidence of every cell of a head's map, on request: what the gate graph counts, as values (MESS, Eq. 1)."""
+"""Computes the confidence of every cell of a head's map, which the gate graph only counts (MESS, Eq. 1)."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Optional
 import numpy as np
 
 LEGEND = (
-    "confidence: the share of an exit's cells that are sure at the plan's pixel threshold; early exits decide by it, "
-    "unless a deadline does, and the last one only tells it"
+    "confidence: the share of an exit's cells whose confidence reaches the plan's threshold; early exits decide by "
+    "it, unless a deadline does; the last exit only reports it"
 )
-"""What stands below figures of confidence."""
+"""Explains figures of confidence below them."""
 
 
-def sure_words(confidence: Optional[float]) -> str:
-    """The share of sure cells in a caption; a whole network has none."""
-    return "" if confidence is None else f"sure {confidence:.0%}  "
+def confidence_text(confidence: Optional[float]) -> str:
+    """The share of confident cells, for a caption; empty for a whole network."""
+    return "" if confidence is None else f"confident {confidence:.0%}  "
 
 
-def exit_words(number: int, confidence: Optional[float]) -> str:
-    """Where a frame left, and how sure it was there; a whole network has no confidence."""
+def exit_text(number: int, confidence: Optional[float]) -> str:
+    """The exit that a frame took and its confidence there; a whole network has no confidence."""
     return "the whole network" if confidence is None else f"exit {number}, confidence {confidence:.3f}"
 
 
 def confidence_map(logits: np.ndarray, kind: str) -> np.ndarray:
     """Logits (K, h, w) -> confidence float32 (h, w) in 0..1, before the gate's rule for edges.
 
-    With p = softmax(logits), best first: `top1` p1, `margin` p1 - p2, `entropy` 1 + sum(p ln p) / ln K. Source:
-    DESIGN.md, Gate.
+    With p = softmax(logits), sorted downwards: `top1` p1, `margin` p1 - p2, `entropy` 1 + sum(p ln p) / ln K. Source:
+    docs/definitions.md, Gate.
     """
     z = logits.astype(np.float64) - logits.max(axis=0)
     p = np.exp(z)

@@ -1,4 +1,4 @@
-"""Frames in, label maps out: checks, resizing and overlays, in numpy alone."""
+"""Checks and resizes frames and label maps, and draws overlays, in numpy alone."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mess_compile.runtime.base.checks import check_share
 from mess_compile.runtime.base.errors import InputError
 
 PADDING = 127
-"""What surrounds a letterboxed frame: mid grey, close to the mean that networks subtract."""
+"""Fills the border of a letterboxed frame: mid grey, close to the mean that networks subtract."""
 _FRACTION_BITS = 22
 
 
 def check_frame(frame: Any) -> np.ndarray:
-    """The frame itself: uint8 RGB (H, W, 3), C-contiguous. Raises InputError naming dtype and shape."""
+    """Return the frame: uint8 RGB (H, W, 3), C-contiguous. Raises InputError naming dtype and shape."""
     if not isinstance(frame, np.ndarray):
         raise InputError(f"a frame is a uint8 numpy array (H, W, 3), not a {type(frame).__name__}")
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
@@ -27,9 +27,10 @@ def check_frame(frame: Any) -> np.ndarray:
 
 
 def to_input(frame: np.ndarray, hw: Tuple[int, int], how: str) -> np.ndarray:
-    """A frame uint8 (H, W, 3) at the network's size: `how` is "stretch", or "letterbox", which keeps proportions.
+    """Resize a frame uint8 (H, W, 3) to the network's size: `how` is "stretch", or "letterbox", which keeps
+    proportions.
 
-    A letterboxed frame touches two opposite sides of the input and lies in the middle of the others, amid `PADDING`.
+    A letterboxed frame touches two opposite sides of the input and is centred between the others, on `PADDING`.
     """
     if frame.shape[:2] == tuple(hw):
         return frame
@@ -43,7 +44,7 @@ def to_input(frame: np.ndarray, hw: Tuple[int, int], how: str) -> np.ndarray:
 
 
 def from_input(labels: np.ndarray, hw: Tuple[int, int], how: str) -> np.ndarray:
-    """Labels (or any map) at the network's size back at the frame's own (H, W) = `hw`: padding cut away, nearest."""
+    """Map labels (or any map) of the network's size back to the frame's (H, W) = `hw`: cut padding, resize nearest."""
     if labels.shape == tuple(hw):
         return labels
     return resize_labels(labels[_place(hw, labels.shape, how)], hw)
@@ -116,7 +117,7 @@ def _nearest(size_in: int, size_out: int) -> np.ndarray:
 def overlay(
     frame: np.ndarray, labels: np.ndarray, colours: Sequence[Tuple[int, int, int]], opacity: float = 0.5
 ) -> np.ndarray:
-    """The frame with each label's colour laid over it: uint8 (H, W, 3). Raises InputError."""
+    """Blend each label's colour over the frame: uint8 (H, W, 3). Raises InputError."""
     check_share("opacity", opacity)
     frame = check_frame(frame)
     if labels.shape != frame.shape[:2]:

@@ -1,4 +1,4 @@
-"""How objects show themselves in a notebook: small pieces of HTML, every text escaped, no script, no style sheet."""
+"""Renders objects for a notebook: small pieces of HTML, every text escaped, no script, no style sheet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UNNAMED = (0, 0, 0)
 
 
 def table_html(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column is left aligned, as its rows' names, the others right."""
+    """A table; the first column names the rows and is left-aligned, the others are right-aligned."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{_row_html(row)}</tr>" for row in rows)
     return f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -35,7 +35,7 @@ def text_html(*lines: str) -> str:
 
 
 def labels_html(labels: np.ndarray, palette: Palette) -> str:
-    """Labels (H, W) in the colours of `palette`, and how much of the picture the most frequent ones take."""
+    """Labels (H, W) in the colours of `palette`, and the share of the picture that the most frequent ones cover."""
     counts = np.bincount(labels.ravel(), minlength=len(palette))
     most = [int(label) for label in np.argsort(-counts, kind="stable")[:_NAMED] if counts[label]]
     shares = [(_name(label, palette), counts[label] / max(1, labels.size)) for label in most]

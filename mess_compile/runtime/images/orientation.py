@@ -1,4 +1,4 @@
-"""How a picture is meant to be shown: the orientation in its EXIF data, applied to its pixels.
+"""Applies the EXIF orientation of a picture to its pixels.
 
 Source: EXIF 2.32 (CIPA DC-008), 4.6.4; PNG specification, third edition, eXIf.
 """
@@ -13,12 +13,12 @@ _HEADER = b"Exif\0\0"
 _BYTE_ORDERS = {b"II": "<", b"MM": ">"}
 _TAG = 274
 _FORMS = {1: "B", 3: "H", 4: "I"}
-"""How a value is packed, by the type that EXIF gives it."""
+"""Struct formats by EXIF type."""
 UPRIGHT = 1
 
 
 def orientation_of(exif: bytes) -> int:
-    """The orientation, 1 to 8, in EXIF data; 1 where it is missing or unreadable, as viewers take it."""
+    """The orientation, 1 to 8, in EXIF data; 1 if it is missing or unreadable, as viewers assume."""
     data = exif[len(_HEADER) :] if exif.startswith(_HEADER) else exif
     order = _BYTE_ORDERS.get(data[:2])
     if order is None:
@@ -36,8 +36,8 @@ def orientation_of(exif: bytes) -> int:
     return UPRIGHT
 
 
-def shown(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Stored pixels (H, W, ...) as they are meant to be shown; orientations 5 to 8 swap height and width."""
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn stored pixels (H, W, ...) upright; orientations 5 to 8 swap height and width."""
     if orientation > 4:
         pixels = pixels.swapaxes(0, 1)
     rows = -1 if orientation in (3, 4, 7, 8) else 1

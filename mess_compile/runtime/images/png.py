@@ -1,4 +1,4 @@
-"""PNG files in numpy and zlib: what cameras and label tools write, read and written without an imaging library.
+"""Reads and writes the PNGs that cameras and label tools make, in numpy and zlib, without an imaging library.
 
 Source: PNG specification, third edition, https://www.w3.org/TR/png-3/
 """
@@ -21,14 +21,14 @@ MAX_BYTES = 4 * MAX_PIXELS
 _GREY, _RGB, _PALETTE, _GREY_ALPHA, _RGBA = 0, 2, 3, 4, 6
 _CHANNELS = {_GREY: 1, _RGB: 3, _PALETTE: 1, _GREY_ALPHA: 2, _RGBA: 4}
 _DEPTHS = {_GREY: (1, 2, 4, 8, 16), _RGB: (8, 16), _PALETTE: (1, 2, 4, 8), _GREY_ALPHA: (8, 16), _RGBA: (8, 16)}
-"""Bits that a sample of the colour type may have."""
+"""The sample depths in bits that each colour type allows."""
 _PAETH = 4
 
 
 _PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-"""Of the seven pictures that an interlaced one consists of: first row and column, and the steps in both."""
+"""The seven passes of an interlaced picture: first row and column, and the steps in both."""
 DARK = 1 << 12
-"""16-bit samples that all lie below come from a 10- or 12-bit source; their upper 8 bits are nearly black."""
+"""If all 16-bit samples lie below this, the source has 10 or 12 bits; their upper 8 bits are nearly black."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Header:
 
     @property
     def step(self) -> int:
-        """Bytes from a pixel to the next, which row filters look at; one where a byte holds several."""
+        """The offset in bytes to the pixel that row filters refer to; 1 if a byte holds several pixels."""
         return max(1, _CHANNELS[self.colour_type] * self.depth // 8)
 
     @property
@@ -51,7 +51,7 @@ class _Header:
 
 @dataclass(frozen=True)
 class Png:
-    """A PNG whose chunks and rows are whole, before its rows are filtered back: `rows` are inflated."""
+    """A PNG whose chunks are valid; `rows` are inflated, but still filtered."""
 
     header: _Header
     palette: np.ndarray
@@ -65,27 +65,27 @@ class Png:
 
     @property
     def depth(self) -> int:
-        """Bits of a sample."""
+        """Bits per sample."""
         return self.header.depth
 
     @property
     def is_grey(self) -> bool:
-        """One channel of grey, with or without transparency."""
+        """Whether there is one channel of grey, with or without transparency."""
         return self.header.colour_type in (_GREY, _GREY_ALPHA)
 
     @property
     def has_alpha(self) -> bool:
-        """The last channel is transparency."""
+        """Whether the last channel is transparency."""
         return self.header.colour_type in (_GREY_ALPHA, _RGBA)
 
     @property
     def shape(self) -> Tuple[int, int, int]:
-        """Height, width and channels of its samples."""
+        """Height, width and channels of the samples."""
         return self.header.height, self.header.width, _CHANNELS[self.header.colour_type]
 
 
 def opened(content: bytes) -> Png:
-    """Look through a PNG. Raises InputError for a damaged one, before memory is taken for pixels that are not there."""
+    """Parse a PNG. Raises InputError for a damaged one, before memory is allocated for pixels that the file lacks."""
     chunks = list(_chunks(content))
     if not chunks or chunks[0][0] != b"IHDR" or chunks[-1][0] != b"IEND":
         raise InputError("the PNG does not begin with IHDR and end with IEND: it is truncated or damaged")
@@ -104,7 +104,7 @@ def opened(content: bytes) -> Png:
 
 
 def read_png(content: bytes) -> np.ndarray:
-    """The picture as it is stored, uint8 RGB (H, W, 3), transparency left out; of 16 bits a sample the upper 8.
+    """The picture as stored, uint8 RGB (H, W, 3), without transparency; the upper 8 bits of 16-bit samples.
 
     Raises InputError for a damaged one.
     """
@@ -113,9 +113,9 @@ def read_png(content: bytes) -> np.ndarray:
 
 
 def rgb(picture: Png, samples: np.ndarray) -> np.ndarray:
-    """The pixels that its samples (H, W, channels) stand for: uint8 RGB (H, W, 3), transparency left out.
+    """Convert samples (H, W, channels) to pixels: uint8 RGB (H, W, 3), without transparency.
 
-    Of 16 bits a sample the upper 8 are taken. Raises InputError for a palette index without a colour.
+    Takes the upper 8 bits of 16-bit samples. Raises InputError for a palette index without a colour.
     """
     if picture.is_palette:
         return _painted(samples[..., 0], picture.palette)
@@ -128,7 +128,7 @@ def rgb(picture: Png, samples: np.ndarray) -> np.ndarray:
 
 
 def samples_of(picture: Png) -> np.ndarray:
-    """The numbers that are stored, (H, W, channels): uint8, of 16 bits uint16; palette indices as they are."""
+    """The stored samples, (H, W, channels): uint8, or uint16 for 16 bits; palette indices as they are."""
     header = picture.header
     stored = _deinterlaced(picture) if header.interlaced else _pixels(header, picture.rows)
     if header.depth < 16:
@@ -139,19 +139,21 @@ def samples_of(picture: Png) -> np.ndarray:
 
 def _painted(indices: np.ndarray, palette: np.ndarray) -> np.ndarray:
     if int(indices.max()) >= len(palette):
-        raise InputError(f"the PNG has the index {indices.max()} in a palette of {len(palette)} colours: damaged")
+        raise InputError(
+            f"the PNG uses the index {indices.max()} in a palette of {len(palette)} colours: it is damaged"
+        )
     painted: np.ndarray = palette[indices]
     return painted
 
 
 def write_png(pixels: np.ndarray, palette: Optional[Sequence[Tuple[int, int, int]]] = None) -> bytes:
-    """RGB (H, W, 3), grey (H, W), or with a `palette` of up to 256 colours indices (H, W); uint8.
+    """Encode RGB (H, W, 3), grey (H, W), or indices (H, W) into a `palette` of up to 256 colours; uint8.
 
     The same pixels give the same bytes with the same zlib.
     """
     height, width = pixels.shape[:2]
     colour_type = _RGB if pixels.ndim == 3 else _GREY if palette is None else _PALETTE
-    rows = np.zeros((height, 1 + width * _CHANNELS[colour_type]), np.uint8)  # each after its filter, none
+    rows = np.zeros((height, 1 + width * _CHANNELS[colour_type]), np.uint8)  # each row after its filter type, 0
     rows[:, 1:] = pixels.reshape(height, -1)
     parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0))]
     if palette is not None:
@@ -166,7 +168,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 def _chunks(content: bytes) -> Iterator[Tuple[bytes, bytes]]:
     if not content.startswith(SIGNATURE):
-        raise InputError("not a PNG: it does not begin as one")
+        raise InputError("not a PNG: its first bytes are not a PNG's")
     position = len(SIGNATURE)
     while position < len(content):
         if position + 12 > len(content):
@@ -174,7 +176,9 @@ def _chunks(content: bytes) -> Iterator[Tuple[bytes, bytes]]:
         size, kind = struct.unpack_from(">I4s", content, position)
         end = position + 8 + size
         if end + 4 > len(content):
-            raise InputError(f"the PNG's chunk {_word(kind)} claims {size} bytes, more than the file has: truncated")
+            raise InputError(
+                f"the PNG's chunk {_word(kind)} claims {size} bytes, more than the file has: it is truncated"
+            )
         data = content[position + 8 : end]
         if struct.unpack_from(">I", content, end)[0] != zlib.crc32(kind + data):
             raise InputError(f"the PNG's chunk {_word(kind)} is damaged: its checksum differs")
@@ -189,10 +193,10 @@ def _word(kind: bytes) -> str:
 
 
 def _refuse_unknown(kinds: Iterator[bytes]) -> None:
-    """A chunk in capitals changes what the pixels mean."""
+    """Refuse unknown critical chunks (their first letter is a capital): they change what the pixels mean."""
     for kind in kinds:
         if not kind[0] & 0x20 and kind not in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
-            raise InputError(f"the PNG has a critical chunk {_word(kind)} that is not known: convert it to plain PNG")
+            raise InputError(f"the PNG has an unknown critical chunk {_word(kind)}: convert it to plain PNG")
 
 
 def _header(data: bytes) -> _Header:
@@ -202,15 +206,15 @@ def _header(data: bytes) -> _Header:
     if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE and width * height <= MAX_PIXELS):
         raise InputError(f"the PNG claims {width} x {height} pixels, not 1 to {MAX_SIDE} a side, {MAX_PIXELS} in all")
     if depth not in _DEPTHS.get(colour_type, ()) or compression or filtering or interlace > 1:
-        raise InputError("the PNG's IHDR has values that no PNG has: damaged")
+        raise InputError("the PNG's IHDR has values that the format does not allow: it is damaged")
     header = _Header(width, height, depth, colour_type, bool(interlace))
     if header.row_bytes * height > MAX_BYTES:
-        raise InputError(f"the PNG claims {width} x {height} pixels of {depth} bits a sample: convert it to 8 bits")
+        raise InputError(f"the PNG claims {width} x {height} pixels of {depth} bits per sample: convert it to 8 bits")
     return header
 
 
 def _inflated(header: _Header, compressed: bytes) -> bytes:
-    """The filtered rows. Raises InputError when they are not as many bytes as the header says."""
+    """The filtered rows. Raises InputError unless they have as many bytes as the header says."""
     size = sum(part.height * (1 + part.row_bytes) for part in _parts(header))
     inflater = zlib.decompressobj()
     try:
@@ -218,13 +222,13 @@ def _inflated(header: _Header, compressed: bytes) -> bytes:
     except zlib.error as error:
         raise InputError(f"the PNG's pixels are damaged: {error}") from error
     if len(raw) != size or not inflater.eof:
-        raise InputError(f"the PNG's pixels are not the {size} bytes that its header says: truncated or damaged")
+        raise InputError(f"the PNG's pixels are not the {size} bytes that its header says: it is truncated or damaged")
     start = 0
     for part in _parts(header):
         stop = start + part.height * (1 + part.row_bytes)
         highest = max(raw[start : stop : 1 + part.row_bytes])
         if highest > _PAETH:
-            raise InputError(f"the PNG has a row filter {highest}, not 0 to {_PAETH}: damaged")
+            raise InputError(f"the PNG has a row filter {highest}, not 0 to {_PAETH}: it is damaged")
         start = stop
     return raw
 
@@ -255,21 +259,21 @@ def _deinterlaced(picture: Png) -> np.ndarray:
 
 
 def _pixels(header: _Header, raw: bytes) -> np.ndarray:
-    """The bytes of the pixels of a picture that is not interlaced, (H, W, bytes); below 8 bits (H, W, 1) samples."""
+    """The pixels' bytes of a picture that is not interlaced, (H, W, bytes); below 8 bits, samples (H, W, 1)."""
     rows = np.frombuffer(raw, np.uint8).reshape(header.height, -1)  # (H, 1 + row_bytes)
     stored = _unfiltered(rows[:, 0], rows[:, 1:].reshape(header.height, -1, header.step))
     return _unpacked(stored[..., 0], header) if header.depth < 8 else stored
 
 
 def _unpacked(rows: np.ndarray, header: _Header) -> np.ndarray:
-    """Samples (H, W, 1) out of bytes (H, row_bytes) that hold several, the leftmost in the highest bits."""
+    """Unpack bytes (H, row_bytes) that hold several samples, leftmost in the highest bits, to samples (H, W, 1)."""
     shifts = np.arange(8 - header.depth, -1, -header.depth, dtype=np.uint8)
     samples = (rows[..., None] >> shifts) & ((1 << header.depth) - 1)  # (H, row_bytes, samples of a byte)
     return samples.reshape(header.height, -1)[:, : header.width, None]
 
 
 def _unfiltered(filters: np.ndarray, residues: np.ndarray) -> np.ndarray:
-    """Each pixel is its residue plus a prediction from its left, upper and upper left neighbours.
+    """Undo the row filters: each pixel is its residue plus a prediction from its left, upper and upper left neighbours.
 
     Pixels of one anti-diagonal do not depend on each other. In a flat array of (H + 1) x (W + 1) pixels, the first row
     and column zero, they lie W apart, so that a diagonal and its neighbours are slices.
@@ -299,5 +303,5 @@ def _predicted(kinds: np.ndarray, left: np.ndarray, up: np.ndarray, corner: np.n
 def _palette(palettes: List[bytes]) -> np.ndarray:
     """Colours uint8 (n, 3)."""
     if len(palettes) != 1 or not palettes[0] or len(palettes[0]) % 3 or len(palettes[0]) > 768:
-        raise InputError("the PNG has no palette of 1 to 256 colours: damaged")
+        raise InputError("the PNG lacks a palette of 1 to 256 colours: it is damaged")
     return np.frombuffer(palettes[0], np.uint8).reshape(-1, 3)

@@ -1,4 +1,4 @@
-"""How long it takes to map labels back to the size of a frame, which a deadline has to leave room for."""
+"""Records how long mapping labels back to a frame's size takes, so that deadlines can leave time for it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import deque
 from typing import Deque, Dict, Tuple
 
 RECENT = 100
-"""The longest of so many stands for the p99."""
+"""The longest of so many recent times stands for the p99."""
 _SIZES = 32
 
 Size = Tuple[int, int]
 
 
 class MappingTimes:
-    """Of the latest frames of each size, the latest sizes; from any thread."""
+    """The times of recent frames, for each of the recent frame sizes; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -29,6 +29,6 @@ class MappingTimes:
                 del self._recent[next(iter(self._recent))]
 
     def p99_ms(self, hw: Size) -> float:
-        """0 for a size that no frame had."""
+        """0 for a size without frames so far."""
         with self._lock:
             return max(self._recent.get(hw, ()), default=0.0)

@@ -1,1 +1,1 @@
-"""How long graphs take."""
+"""Measures how long graphs take."""

@@ -1,7 +1,7 @@
-"""Whether the machine was at full speed: ticks, short runs of one graph before and after all that is timed, tell it.
+"""Tells from ticks whether the machine ran at full speed; a tick is a short run of one graph before or after a window.
 
-A core of a shared host, or one that is hot, is slower by half for seconds at a time. What is timed then belongs to
-another machine than what was timed before.
+A core of a shared or hot machine can be slower by half for seconds at a time. Times measured then do not compare with
+times measured before.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from mess_compile.runtime.engines.engine import Timing
 
 OFF = 0.10
-"""Share by which a tick may differ from one at full speed; what was timed beside one that differs more is not used."""
-_KEPT = 1 / 3
-"""Share of the time for which a speed must be kept to be called the full one."""
+"""A tick at full speed differs by at most this share; a window beside a tick that differs more is not used."""
+_FULL_SPEED_SHARE = 1 / 3
+"""The share of the time for which a speed must last to count as the full one."""
 
 _FEWEST_RUNS, _MOST_RUNS = 2, 5
 
@@ -31,16 +31,18 @@ def tick_ms(run: Callable[[], Timing], limit_s: float, clock_ns: Callable[[], in
 
 
 def full_speed_ms(ticks_ms: Sequence[float]) -> Optional[float]:
-    """A tick at full speed: the middle of those about the fastest third's slowest; None without ticks that tell."""
+    """The time of a tick at full speed: the median of the ticks near the slowest of the fastest third; None without
+    usable ticks.
+    """
     if not ticks_ms:
         return None
     ticks = np.sort(ticks_ms)
-    edge = ticks[int(_KEPT * (len(ticks) - 1))]
+    edge = ticks[int(_FULL_SPEED_SHARE * (len(ticks) - 1))]
     return float(np.median(ticks[np.abs(ticks - edge) <= OFF * edge])) or None
 
 
 def is_full_speed(ticks_ms: Sequence[float], full_ms: Optional[float]) -> bool:
-    """Whether what stands between these ticks may be used; without ticks there is nothing against it."""
+    """Whether times measured between these ticks may be used; without ticks they may."""
     return full_ms is None or all(abs(tick - full_ms) <= OFF * full_ms for tick in ticks_ms)
 
 
@@ -49,6 +51,6 @@ def is_slow(tick_ms: float, full_ms: Optional[float]) -> bool:
 
 
 def factor(ticks_ms: Sequence[float], full_ms: Optional[float]) -> float:
-    """What brings times measured between these ticks to full speed."""
+    """The factor that scales times measured between these ticks to full speed."""
     mean = sum(ticks_ms) / len(ticks_ms) if ticks_ms else 0.0
     return full_ms / mean if full_ms and mean else 1.0

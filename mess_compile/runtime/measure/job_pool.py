@@ -1,4 +1,4 @@
-"""Open engines by job, and the tensors that feed them; the engine not used for longest makes room for the next."""
+"""Holds open engines by job, and the tensors that feed them; the least recently used engine is closed for the next."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mess_compile.runtime.engines.engine import Engine, Library, Tensor, TensorS
 UPLOAD, DOWNLOAD, NULL = "upload", "download", "null"
 PSEUDO_GRAPHS = (UPLOAD, DOWNLOAD, NULL)
 FEWEST_OPEN = 3
-"""A job's own engine, its predecessor's, and one that is run before and after."""
-_SCARCE = 1 / 8
+"""A job's own engine, its predecessor's, and one that runs before and after."""
+_SCARCE_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to time: the graph at `path`, or without a path a pseudo graph.
+    """One thing to time: the graph at `path`, or a pseudo graph if there is no path.
 
-    `upload` moves a frame to the device, `download` the labels back; `null` is what a decision costs: reading the
-    counts and comparing one. `predecessor` names the job that runs just before; it must produce what this one reads,
+    `upload` moves a frame to the device, `download` the labels back; `null` is the cost of a decision: reading the
+    counts and comparing one. `predecessor` names the job that runs just before; it must produce this job's inputs,
     directly or through its own predecessors.
     """
 
@@ -35,7 +35,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Opened:
-    """A graph that was opened for the first time in a call. `file_bytes` leaves out weights that lie in other files."""
+    """A graph that was opened for the first time. `file_bytes` excludes weights in other files."""
 
     job: str
     load_ms: float
@@ -44,46 +44,46 @@ class Opened:
 
 
 class Pool:
-    """Open engines, and a pool of tensors by name and shape that feeds them."""
+    """Open engines, and the tensors that feed them by name and shape."""
 
-    def __init__(self, library: Library, jobs: Mapping[str, Job], kept_open: int, clock_ns: Callable[[], int]) -> None:
+    def __init__(self, library: Library, jobs: Mapping[str, Job], most_open: int, clock_ns: Callable[[], int]) -> None:
         self._library, self._jobs, self._clock_ns = library, jobs, clock_ns
-        self._kept_open = max(kept_open, FEWEST_OPEN)
+        self._most_open = max(most_open, FEWEST_OPEN)
         self._engines: OrderedDict[str, Engine] = OrderedDict()
         self._opened: Dict[str, Opened] = {}
-        self._told: Set[str] = set()
+        self._reported: Set[str] = set()
         self._tensors: Dict[Tuple[str, Tuple[int, ...]], Tensor] = {}
         self._primed: Set[str] = set()
 
     def offer(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Put tensors into the pool; they are copies, since an engine's outputs last only until its next run."""
+        """Add copies of the arrays to the pool's tensors: an engine's outputs last only until its next run."""
         for name, array in arrays.items():
             self._tensors.setdefault((name, array.shape), self._library.upload(array))
 
     def newly_opened(self) -> List[Opened]:
-        """What was opened since the last call, and never before."""
-        found = [opened for name, opened in self._opened.items() if name not in self._told]
-        self._told.update(self._opened)
+        """The graphs opened for the first time since the last call."""
+        found = [opened for name, opened in self._opened.items() if name not in self._reported]
+        self._reported.update(self._opened)
         return found
 
-    def stranger_of(self, job: Job) -> Optional[str]:
-        """The first job with a graph that is neither this one nor its predecessor; None without room for one more."""
-        if self._kept_open <= FEWEST_OPEN or _memory_is_scarce():
+    def unrelated_job(self, job: Job) -> Optional[str]:
+        """The first job with a graph that is neither this one nor its predecessor; None if no more engine fits."""
+        if self._most_open <= FEWEST_OPEN or _memory_is_scarce():
             return None
         names = (each.name for each in self._jobs.values() if each.path is not None)
         return next((name for name in names if name not in (job.name, job.predecessor)), None)
 
     def make_room(self) -> bool:
-        """Close all, and keep fewer open from now on; whether there was any."""
+        """Close all engines and allow fewer open ones from now on; whether any was open."""
         some = bool(self._engines)
-        self._kept_open = max(len(self._engines) // 2, FEWEST_OPEN)
+        self._most_open = max(len(self._engines) // 2, FEWEST_OPEN)
         self.close()
         return some
 
     def prime(self, name: str) -> None:
-        """Run a job, and first whatever feeds it, once; its outputs go into the pool.
+        """Run a job once, after the jobs that feed it; its outputs go into the pool.
 
-        Jobs may follow each other in a circle, as frames do in a cascade: only who lacks an input asks for more.
+        Predecessors may form a circle, as frames do in a cascade: only a job that lacks an input runs its predecessor.
         """
         job = self.job(name)
         if name in self._primed or job.path is None:
@@ -91,7 +91,7 @@ class Pool:
         self._primed.add(name)
         if job.predecessor is not None and self._missing(self.engine(name)):
             self.prime(job.predecessor)
-        engine = self.engine(name)  # which the others may have closed, for want of memory
+        engine = self.engine(name)  # opening the others may have closed it, for lack of memory
         outputs = engine.run(self.feeds(name, engine))
         self.offer({key: self._library.download(tensor) for key, tensor in outputs.items()})
 
@@ -110,15 +110,15 @@ class Pool:
         if name not in self._engines:
             path = self.job(name).path
             if path is None:
-                raise InputError(f"job {name} is no graph, and cannot come before another")
+                raise InputError(f"job {name} is not a graph, so it cannot be a predecessor")
             self._close_oldest()
             self._open(name, path)
         self._engines.move_to_end(name)
         return self._engines[name]
 
     def _close_oldest(self) -> None:
-        """Close the engine not used for longest when there are too many; one for one, however short memory stays."""
-        crowded = len(self._engines) >= self._kept_open
+        """Close the least recently used engine if too many are open, or memory is scarce; at most one per call."""
+        crowded = len(self._engines) >= self._most_open
         if crowded or (len(self._engines) >= FEWEST_OPEN and _memory_is_scarce()):
             _, engine = self._engines.popitem(last=False)
             engine.close()
@@ -143,10 +143,10 @@ class Pool:
 
 
 def _memory_is_scarce(meminfo: Path = Path("/proc/meminfo")) -> bool:
-    """Whether less than an eighth of the machine's memory is left. Linux tells; the GPU of a Jetson shares it."""
+    """Whether less than an eighth of the machine's memory is available, by Linux; a Jetson's GPU shares it."""
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         left, total = (int(lines[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
     except (OSError, ValueError, KeyError, IndexError):
         return False
-    return left < _SCARCE * total
+    return left < _SCARCE_SHARE * total

@@ -1,4 +1,4 @@
-"""From the windows of a measurement to its figures, and what the ticks tell of the machine's speed."""
+"""Summarises the windows of a measurement as figures, and the machine's speed from its ticks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mess_compile.runtime.measure.measure import (
     at_full_speed,
     full_speed_ms,
     is_steady,
-    levelled_medians_ms,
+    scaled_medians_ms,
 )
 
 _USUAL = Effort()
 STALLED = 3.0
-"""Times the median from which a sample is put down to other work that fell on this job by chance."""
+"""A sample of so many times the median is attributed to other work that hit this job by chance."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of one job, in wall time but for `device_mean_ms`; `runs` counts the samples.
+    """Figures of one job, in wall time except `device_mean_ms`; `runs` counts the samples.
 
-    `spread` is how far the windows' medians lie apart, as a share of the overall median; `steady` is said of the last
-    windows alone. All are of windows at full speed, of which a job that is not steady may have too few: then of all.
+    `spread` is the range of the windows' medians, as a share of the overall median; `steady` is about the last windows
+    alone. All figures are from windows at full speed; a job that is not steady may have too few, then from all.
     """
 
     mean_ms: float
@@ -44,12 +44,12 @@ class Summary:
 
 
 def summarise(windows: Sequence[Window], full_ms: Optional[float] = None, effort: Effort = _USUAL) -> Summary:
-    """Figures over all windows of one job at full speed, each brought to it. Raises InputError without samples.
+    """Figures over all windows of one job at full speed, each scaled to it. Raises InputError without samples.
 
-    All of these count, not the last steady ones alone: those were stopped at because they agreed, so they are the quiet
+    All of these count, not only the last steady ones: measuring stopped because those agreed, so they are the quiet
     ones, and the sum of such means lies below what a cascade takes among bursts of other work (in simulations by 4.7 %
-    instead of 2.7 % where bursts fill 15 % of the time). Means leave out samples beyond three medians: a core that is
-    taken away for 100 ms would outweigh all that a job of 3 ms has. Percentiles leave out nothing.
+    instead of 2.7 % where bursts fill 15 % of the time). Means exclude samples beyond three medians: a core that is
+    taken away for 100 ms would outweigh all runs of a job of 3 ms. Percentiles exclude nothing.
     """
     if not windows or not all(window.wall_ms for window in windows):
         raise InputError("there are no samples to summarise")
@@ -58,7 +58,7 @@ def summarise(windows: Sequence[Window], full_ms: Optional[float] = None, effort
     scales = [full_speed.factor(window.ticks_ms, full_ms) for window in counted]
     wall_ms = np.concatenate([np.array(window.wall_ms) * scale for window, scale in zip(counted, scales)])
     device_ms = np.concatenate([np.array(window.device_ms) * scale for window, scale in zip(counted, scales)])
-    medians_ms = levelled_medians_ms(counted, full_ms)
+    medians_ms = scaled_medians_ms(counted, full_ms)
     p50, p90, p95, p99 = (float(value) for value in np.percentile(wall_ms, (50, 90, 95, 99)))
     return Summary(
         mean_ms=mean_without_stalls(wall_ms),
@@ -79,16 +79,17 @@ def mean_without_stalls(samples_ms: np.ndarray) -> float:
 
 
 def _mean_power(windows: Sequence[Window]) -> Optional[float]:
-    told = [(window.power_mw, window.spent_s) for window in windows if window.power_mw is not None]
-    seconds = sum(spent_s for _, spent_s in told)
-    return sum(power_mw * spent_s for power_mw, spent_s in told) / seconds if seconds else None
+    readings = [(window.power_mw, window.spent_s) for window in windows if window.power_mw is not None]
+    seconds = sum(spent_s for _, spent_s in readings)
+    return sum(power_mw * spent_s for power_mw, spent_s in readings) / seconds if seconds else None
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What the ticks tell: one at full speed, the share of the time in which the machine was slower, and how much.
+    """The machine's speed: a tick at full speed, the share of the time in which the machine was slower, and by how
+    much.
 
-    `slow_by` is how many times as long ticks took then, in the middle; 1 when it never was slower.
+    `slow_by` is the median factor by which ticks took longer then; 1 if the machine never was slower.
     """
 
     full_ms: Optional[float]
@@ -97,7 +98,7 @@ class Speed:
 
 
 def speed(windows: Sequence[Window]) -> Speed:
-    """Over all windows of a measurement, and what was waited before them."""
+    """Over all windows of a measurement, and the waiting before them."""
     full_ms = full_speed_ms(windows)
     slow_s, slow_ms = 0.0, []
     for window in windows:

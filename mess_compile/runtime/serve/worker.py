@@ -166,17 +166,9 @@ def _measure(library: Library, request: WorkRequest, jobs: List[Job], store: Pat
     results.parent.mkdir(parents=True, exist_ok=True)
     earlier = [event for event in read_events(results) if isinstance(event, Window)]
     frame = np.load(store / GRAPHS / request.frame, allow_pickle=False)
-    events = measure.measure(
-        library,
-        jobs,
-        frame,
-        np.array(request.thresholds, np.float32),
-        request.reference,
-        request.effort,
-        earlier,
-        power.power_meter(),
-        measured=request.measured,
-    )
+    thresholds = np.array(request.thresholds, np.float32)
+    task = measure.MeasureTask(jobs, frame, thresholds, request.reference, request.measured, earlier)
+    events = measure.measure(library, task, request.effort, power.power_meter())
     with results.open("a", encoding="utf-8") as stream:
         for event in events:
             kind, content = event_to_message(event)

@@ -144,7 +144,7 @@ def test_a_file_that_differs_from_its_hash_is_refused_and_nothing_stays(
 
 def test_a_forged_manifest_is_refused(bundle: Path, tmp_path: Path) -> None:
     for forged in (b"{}", b"\xff", b""):
-        with pytest.raises(BundleError, match=r"not of the format|not a bundle|not JSON"):
+        with pytest.raises(BundleError, match=r"does not have the format|not a bundle|not JSON"):
             open_archive(resealed(tmp_path, {**parts(bundle), "manifest.json": forged}))
 
 

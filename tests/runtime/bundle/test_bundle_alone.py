@@ -259,7 +259,7 @@ def test_what_goes_wrong_there_is_one_line(python: Path, bundle: Path, tmp_path:
     damaged = tmp_path / "damaged.mess"
     damaged.write_bytes(bundle.read_bytes()[:-100] + bytes(100))
     cases: list[tuple[tuple[str | Path, ...], str]] = [
-        ((bundle, "run", tmp_path / "a.jpg"), "need Pillow: `pip install Pillow`"),
+        ((bundle, "run", tmp_path / "a.jpg"), "need Pillow: run `pip install Pillow`"),
         ((bundle, "run", tmp_path / "gone.png"), "gone.png does not exist"),
         ((bundle, "run", tmp_path / "1.png", tmp_path / "more" / "1.png"), "two images are named 1"),
         ((bundle, "run", tmp_path / "1.png", "--operating-point", "fast"), "no operating point 'fast'; it has default"),

@@ -96,7 +96,7 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name(manifest: Manifest) ->
         (("gate", "thresholds"), [], "thresholds"),
         (("gate", "thresholds"), [[0.5, 0.5]], "thresholds"),
         (("gate", "thresholds", 0, 0), float("inf"), "thresholds"),
-        (("gate", "thresholds", 0, 0), 1e308, "1e.308; a confidence is in 0 to 1"),
+        (("gate", "thresholds", 0, 0), 1e308, "1e.308; a confidence is between 0 and 1"),
         (("plans",), [], "plans is empty"),
         (("plans", 0, "setting"), "eager", "setting 'eager'"),
         (("plans", 0, "stages"), [], "no stages"),
@@ -134,7 +134,7 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name(manifest: Manifest) ->
         (("golden", 0, "exit"), 3, "exit is 3"),
         (("golden", 0, "count"), 25, "count is 25"),
         (("golden", 0, "plan"), "xavier:fp32", "no plan 'xavier:fp32'"),
-        (("plans", 0, "device", "gpu"), "Orin", "one of gpu and compute_capability, not both"),
+        (("plans", 0, "device", "gpu"), "Orin", "one of gpu and compute_capability, but needs both"),
         (("engines", 0, "file"), "golden/0.npy", "not an engine of the bundle"),
         (("engines", 0, "file"), "engines/1.engine", "not an engine of the bundle"),
         (("engines", 0, "graph"), "golden/0.npy", "is in no plan"),
@@ -142,7 +142,7 @@ def test_a_missing_and_an_unknown_key_are_refused_by_name(manifest: Manifest) ->
         (("engines", 0, "capability"), [8], "capability has 1 entries"),
         (("files", "golden/0.npy", "bytes"), -1, "bytes is -1"),
         (("files", "golden/0.npy", "sha256"), "0" * 63, "sha256"),
-        (("version",), 1, "version 1; this release reads 5 and 6: update it, or write the bundle again"),
+        (("version",), 1, "version 1; this release reads 5 and 6: update mess-compile, or write the bundle again"),
         (("version",), True, "version True"),
         (("format",), "mess-plan", "format"),
     ],
@@ -191,7 +191,7 @@ def test_text_that_would_steer_a_terminal_is_refused(manifest: Manifest) -> None
     content = json.loads(manifest_to_json(manifest))
     for text in ("\x1b[2J", "a\nb", "\ud800"):
         content["provenance"] = {"made-by": text}
-        with pytest.raises(BundleError, match="cannot be shown"):
+        with pytest.raises(BundleError, match="cannot be printed"):
             manifest_from_json(json.dumps(content))
 
 

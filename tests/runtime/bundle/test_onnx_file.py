@@ -104,15 +104,15 @@ def engine(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (placed("location", "/etc/passwd"), "'/etc/passwd', which is no file of the bundle"),
-        (placed("location", "../golden/0.npy"), "no file of the bundle"),
-        (placed("location", ""), "no file of the bundle"),
-        (placed("offset", "4096"), "lies at 4096"),
-        (placed("offset", "-4"), "lies at '-4'"),
-        (placed("length", "9" * 30), "lies at '999"),
+        (placed("location", "/etc/passwd"), "'/etc/passwd', which is not a file of the bundle"),
+        (placed("location", "../golden/0.npy"), "not a file of the bundle"),
+        (placed("location", ""), "not a file of the bundle"),
+        (placed("offset", "4096"), "refers to 4096"),
+        (placed("offset", "-4"), "place is '-4'"),
+        (placed("length", "9" * 30), "place is '999"),
         (placed("length", "1000000"), "1000000 of weights"),
-        (placed("basepath", "/etc"), "no file of the bundle"),
-        (twice, "no file of the bundle"),
+        (placed("basepath", "/etc"), "not a file of the bundle"),
+        (twice, "not a file of the bundle"),
         (wide, "has the shape"),
         (wider, "a tensor of"),
         (claiming(data_type=1, dims=[1 << 39], raw_data=b"1234"), "has 4 bytes"),
@@ -134,7 +134,7 @@ def test_what_a_bundle_does_not_hold_is_refused(
     model = onnx.load(str(folder / NAME), load_external_data=False)
     change(model)
     (folder / NAME).write_bytes(model.SerializeToString())
-    with pytest.raises(BundleError, match=rf"segment-0-1\.onnx is not a graph that a bundle holds: .*{words}"):
+    with pytest.raises(BundleError, match=rf"segment-0-1\.onnx is not a graph that a bundle may contain: .*{words}"):
         onnx_file.check(folder, NAME, sizes(folder))
 
 
@@ -148,7 +148,7 @@ def test_a_tensor_in_two_parts_that_a_parser_would_join_is_refused(folder: Path)
     )
     graph = b"\x0a" + varint(len(node)) + node
     (folder / NAME).write_bytes(b"\x3a" + varint(len(graph)) + graph)
-    with pytest.raises(BundleError, match="one already"):
+    with pytest.raises(BundleError, match="there twice"):
         onnx_file.check(folder, NAME, sizes(folder))
 
 
@@ -159,7 +159,7 @@ def varint(value: int) -> bytes:
 @pytest.mark.parametrize("content", [b"\x3a\xff\xff\xff\xff\x0f", b"\xff" * 20, b"\x3b", b"\x38\x01", b"\x3a"])
 def test_what_is_no_onnx_is_refused(folder: Path, content: bytes) -> None:
     (folder / NAME).write_bytes(content)
-    with pytest.raises(BundleError, match="not a graph that a bundle holds"):
+    with pytest.raises(BundleError, match="not a graph that a bundle may contain"):
         onnx_file.check(folder, NAME, sizes(folder))
 
 
@@ -214,7 +214,7 @@ def test_what_hides_under_a_tag_that_parsers_read_differently_is_refused(
         onnx_file.check(folder, NAME, sizes(folder))
     small_network.graph_set(folder / "graphs", baseline_alone="a" * 64)
     with_field(folder, odd(tag), content)
-    with pytest.raises(BundleError, match="a number is longer than it need be, or than 32 bits"):
+    with pytest.raises(BundleError, match="a number is longer than necessary, or than 32 bits"):
         onnx_file.check(folder, NAME, sizes(folder))
 
 
@@ -227,9 +227,9 @@ def test_what_hides_under_a_tag_that_parsers_read_differently_is_refused(
         (varint(((1 << 29) - 1) << 3 | 2), None, "a graph has a field 536870911"),
         (varint(5 << 3 | 3), None, "a field 5 of wire type 3"),
         (varint(5 << 3), None, "a field 5 of wire type 0"),
-        (varint(2 << 3 | 2), b"\x84\x00", "longer than it need be, or than 31 bits"),
-        (varint(2 << 3 | 2), varint(1 << 31), "longer than it need be, or than 31 bits"),
-        (varint(2 << 3 | 2), varint((1 << 35) + 4), "longer than it need be, or than 31 bits"),
+        (varint(2 << 3 | 2), b"\x84\x00", "longer than necessary, or than 31 bits"),
+        (varint(2 << 3 | 2), varint(1 << 31), "longer than necessary, or than 31 bits"),
+        (varint(2 << 3 | 2), varint((1 << 35) + 4), "longer than necessary, or than 31 bits"),
     ],
 )
 def test_fields_and_lengths_that_onnx_does_not_have_are_refused(
@@ -301,7 +301,7 @@ def test_a_bundle_of_millions_of_empty_fields_is_refused_in_time(folder: Path, m
 
 
 def test_a_graph_that_keeps_its_weights_inside_is_refused_unread(folder: Path) -> None:
-    with pytest.raises(BundleError, match="has 16777217 bytes, more than any graph"):
+    with pytest.raises(BundleError, match="has 16777217 bytes, too many for a graph"):
         onnx_file.check(folder, NAME, {NAME: (16 << 20) + 1})
 
 

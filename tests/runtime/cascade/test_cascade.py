@@ -183,7 +183,7 @@ def test_values_out_of_range_are_refused_by_name(cascade: Cascade, bundle: Path)
 
     for deadline, shown in ((float("nan"), "nan"), ("20", "'20'")):
         refused(
-            rf"deadline_ms is {shown}, not a number of milliseconds", lambda d=deadline: cascade.refine(frame(0), d)
+            rf"deadline_ms is {shown}: give a number of milliseconds", lambda d=deadline: cascade.refine(frame(0), d)
         )
     assert [p.exit for p in cascade.refine(frame(0), -1)] == [1]  # what a loop is left with when it is late already
     assert [p.exit for p in cascade.refine(frame(0), np.float32(np.inf))] == [1, 2]

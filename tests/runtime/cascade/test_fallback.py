@@ -16,7 +16,7 @@ import pytest
 from mess_compile import runtime
 from mess_compile.runtime.base.errors import EngineError, InputError, NotFiniteError
 from mess_compile.runtime.cascade.cascade import Cascade, Prediction
-from mess_compile.runtime.cascade.fallback import REST_FRAMES
+from mess_compile.runtime.cascade.fallback import PAUSE_FRAMES
 from mess_compile.runtime.engines import onnxruntime_engine
 from mess_compile.runtime.engines.engine import open_library
 from tests import small_network
@@ -102,15 +102,15 @@ def test_an_engine_that_keeps_failing_is_left_alone_for_a_while_and_tried_again(
         return "error" if broken else None
 
     with loaded(bundle, fault) as cascade:
-        for number in range(3 + REST_FRAMES + 1):
+        for number in range(3 + PAUSE_FRAMES + 1):
             check(cascade(frame(number % 4)), number % 4)
-        assert tried == [0, 1, 2, 3 + REST_FRAMES]  # the one failure more, and it rests again
+        assert tried == [0, 1, 2, 3 + PAUSE_FRAMES]  # the one failure more, and it rests again
         tried.clear()
         broken = False
-        for number in range(REST_FRAMES + 5):
+        for number in range(PAUSE_FRAMES + 5):
             check(cascade(frame(number % 4)), number % 4)
-        assert tried == list(range(REST_FRAMES, REST_FRAMES + 5))
-        assert cascade.metrics().fallback_frames == 3 + REST_FRAMES + 1 + REST_FRAMES
+        assert tried == list(range(PAUSE_FRAMES, PAUSE_FRAMES + 5))
+        assert cascade.metrics().fallback_frames == 3 + PAUSE_FRAMES + 1 + PAUSE_FRAMES
 
 
 def test_when_nothing_can_compute_the_frame_both_reasons_are_told(
@@ -146,7 +146,7 @@ def test_what_could_not_be_opened_is_tried_again_after_a_rest(bundle: Path, monk
     library = FaultyLibrary(opened, lambda name: "error")
     computed = 0
     with runtime.load(bundle, library=library, threads=1, on_failure="fallback") as cascade:
-        for _ in range(3 + REST_FRAMES + 1):
+        for _ in range(3 + PAUSE_FRAMES + 1):
             with suppress(EngineError):
                 check(cascade(frame(0)), 0)
                 computed += 1
@@ -159,13 +159,13 @@ def test_lanes_that_count_a_rest_together_end_it_together(bundle: Path) -> None:
     sys.setswitchinterval(1e-6)
     try:
         with runtime.load(bundle, threads=1) as cascade, ThreadPoolExecutor(4) as pool:
-            (rung,) = cascade._ladder._rungs
+            (executor,) = cascade._chain._executors
             for _ in range(20):
                 for _ in range(3):
-                    rung.failed()
-                rested = pool.map(lambda _: sum(rung.rests() for _ in range(REST_FRAMES)), range(4))
-                assert sum(rested) == REST_FRAMES
-                assert not rung.rests()
+                    executor.failed()
+                paused = pool.map(lambda _: sum(executor.is_paused() for _ in range(PAUSE_FRAMES)), range(4))
+                assert sum(paused) == PAUSE_FRAMES
+                assert not executor.is_paused()
     finally:
         sys.setswitchinterval(switching)
 
@@ -188,7 +188,7 @@ def test_safer_plans_of_the_target_come_before_the_cpu_one_after_the_other(tmp_p
 
     library = FaultyLibrary(open_library("onnxruntime", threads=1), first_runs_fail)
     with runtime.load(tmp_path / "several.mess", "host", library, threads=1, on_failure="fallback") as cascade:
-        assert [rung.name for rung in cascade._ladder._rungs] == [
+        assert [executor.name for executor in cascade._chain._executors] == [
             *(f"host:{precision} on onnxruntime" for precision in ("int8", "fp16", "fp32")),
             "host:fp32 on ONNX Runtime's plain kernels",
         ]

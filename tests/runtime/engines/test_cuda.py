@@ -125,7 +125,10 @@ def test_what_cannot_be_captured_gives_no_graph(cuda: Cuda) -> None:
 
 
 def test_without_room_the_message_says_how_much_there_is(cuda: Cuda) -> None:
-    with cuda, pytest.raises(EngineError, match=r"out of memory: 1099511627776.0 MiB wanted, [\d.]+ of [\d.]+ MiB are"):
+    with (
+        cuda,
+        pytest.raises(EngineError, match=r"out of memory: 1099511627776.0 MiB requested, [\d.]+ of [\d.]+ MiB are"),
+    ):
         cuda.allocate(1 << 60)
 
 

@@ -101,7 +101,7 @@ def test_what_was_full_goes_on_when_there_is_room(driver: Driver) -> None:
     memory = DeviceMemory(cuda)
     first = memory.upload(np.ones(900_000, np.uint8))
     memory.scratch(500)
-    with pytest.raises(EngineError, match=r"Stand-in is out of memory: 0.2 MiB wanted, 0.1 of 1.0 MiB are free"):
+    with pytest.raises(EngineError, match=r"Stand-in is out of memory: 0.2 MiB requested, 0.1 of 1.0 MiB are free"):
         memory.upload(np.ones(200_000, np.uint8))
     with pytest.raises(EngineError, match="out of memory"):
         memory.scratch(200_000)

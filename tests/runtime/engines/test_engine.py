@@ -175,7 +175,7 @@ def test_outputs_that_stay_on_the_device_are_those_of_plain_runs(
 @pytest.mark.parametrize("name", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
 def test_without_the_gpu_provider_the_message_names_the_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(EngineError, match=r"has CPUExecutionProvider, not .*pip install onnxruntime-gpu"):
+    with pytest.raises(EngineError, match=r"has CPUExecutionProvider, but not .*pip install onnxruntime-gpu"):
         open_library(name)
 
 

@@ -53,14 +53,16 @@ def test_a_cache_that_cannot_be_made_is_named_with_the_remedy(
     (tmp_path / "file").write_text("in the way")
     for place in ("/proc/nowhere", str(tmp_path / "file")):
         monkeypatch.setenv("XDG_CACHE_HOME", place)
-        with pytest.raises(InputError, match=rf"cannot be kept in {place}/mess-compile/engines .*: .*XDG_CACHE_HOME"):
+        with pytest.raises(
+            InputError, match=rf"cannot be written to {place}/mess-compile/engines .*: .*XDG_CACHE_HOME"
+        ):
             engine_cache.loadable(builder(), graph, "fp32")
 
 
 def test_a_full_disk_leaves_no_half_engine(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "mess-compile" / "engines"
-    with files_of_at_most(5_000), pytest.raises(InputError, match=r"\(File too large\): make room there"):
+    with files_of_at_most(5_000), pytest.raises(InputError, match=r"\(File too large\): free space there"):
         engine_cache.loadable(builder(), graph, "fp32")
     assert list(folder.iterdir()) == []
     assert engine_cache.loadable(builder(), graph, "fp32").read_bytes() == b"e" * 100_000
@@ -74,7 +76,7 @@ def test_of_a_folder_that_was_named_the_error_comes_as_it_is(graph: Path, tmp_pa
 
 def test_without_a_home_the_remedy_is_named(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     homeless(monkeypatch)
-    with pytest.raises(InputError, match="no home folder is known to keep engines in: set XDG_CACHE_HOME"):
+    with pytest.raises(InputError, match="no home folder is known for the cache of engines: set XDG_CACHE_HOME"):
         engine_cache.loadable(builder(), graph, "fp32")
 
 

@@ -131,9 +131,9 @@ def test_a_timing_cache_of_another_gpu_is_started_afresh(
 
 
 def test_what_parser_and_builder_say_reaches_the_user_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineError, match=r"^head.onnx is not parsed: node 3: no importer for Foo$"):
+    with pytest.raises(EngineError, match=r"^head.onnx cannot be parsed: node 3: no importer for Foo$"):
         built(monkeypatch, module("8.5.2.2", [], [], parses=False), "fp32")
-    with pytest.raises(EngineError, match=r"^head.onnx does not build: it gives no reason$"):
+    with pytest.raises(EngineError, match=r"^head.onnx cannot be built: it gives no reason$"):
         built(monkeypatch, module("8.5.2.2", [], [], builds=False), "fp32")
 
 

@@ -226,7 +226,8 @@ def test_the_profiler_measures_every_stage(place: Place) -> None:
     jobs += [pool.Job(pool.NULL, None, names[1]), pool.Job(pool.UPLOAD, None)]
     effort = measure.Effort(window_s=0, window_runs=2, windows=1, warm_up_s=0)
     with closing(place.open()) as library:
-        events = list(measure.measure(library, jobs, frame(0), small_network.thresholds(), names[0], effort))
+        task = measure.MeasureTask(jobs, frame(0), small_network.thresholds(), names[0])
+        events = list(measure.measure(library, task, effort))
     found = [event for event in events if isinstance(event, measure.Window)]
     assert {window.job for window in found} == {*names, pool.NULL, pool.UPLOAD}
     for window in found:
@@ -239,12 +240,12 @@ def test_the_profiler_measures_every_stage(place: Place) -> None:
 def test_a_wrong_feed_is_an_engine_error_that_names_the_graph(place: Place) -> None:
     with closing(place.open()) as library:
         engine = library.load(place.engines / "segment-0-1.engine")
-        with pytest.raises(EngineError, match=r"segment-0-1.engine is fed \[\] for \['image'\]"):
+        with pytest.raises(EngineError, match=r"segment-0-1.engine is fed \[\], but needs \['image'\]"):
             engine.run({})
         for wrong in (np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 8, 12, 3), np.float32)):
             with pytest.raises(EngineError, match=r"segment-0-1.engine: image is .* not uint8 \(1, 8, 12, 3\)"):
                 engine.run({"image": library.upload(wrong)})
-        with pytest.raises(EngineError, match="image is not in this library's memory, or freed"):
+        with pytest.raises(EngineError, match="image is not in this library's memory, or was freed"):
             engine.run({"image": frame(0)[None]})
 
 
@@ -257,7 +258,7 @@ def test_what_is_closed_is_not_used(place: Place) -> None:
     first.close()
     with pytest.raises(EngineError, match=r"the engine of segment-0-1.engine is closed"):
         first.run({"image": image})
-    with pytest.raises(EngineError, match="exit1 is not in this library's memory, or freed"):
+    with pytest.raises(EngineError, match="the tensor fed as exit1 is not in this library's memory, or was freed"):
         second.run(features)
     with pytest.raises(EngineError, match="its engine or library is closed"):
         library.download(features["exit1"])
@@ -291,10 +292,10 @@ def test_a_missing_engine_is_named(place: Place) -> None:
         ({"version": "8.4.1"}, r"Version tag does not match: 8.4.1 and 10.16.1.11.*; build it again on this device"),
         ({"capability": [8, 6]}, r"on Stand-in \(sm_72, CUDA 11.4\): .*incompatible device; build it again"),
         ({"weights": 1 << 40}, r"OutOfMemory \(Requested size was 1099511627776 bytes.\); free memory of the GPU$"),
-        ({"no_context": True}, r"cannot be made ready: .*\(no room for the context\); free memory of the GPU$"),
-        ({"location": "HOST"}, r"tensors have static shapes, on the device"),
-        ({"accepts": False}, r"does not take exit1: Error Code 3"),
-        ({"scratch": 1 << 40}, r"Stand-in is out of memory: 1048576.0 MiB wanted"),
+        ({"no_context": True}, r"cannot be prepared: .*\(no room for the context\); free memory of the GPU$"),
+        ({"location": "HOST"}, r"tensors need static shapes, on the device"),
+        ({"accepts": False}, r"does not accept exit1: Error Code 3"),
+        ({"scratch": 1 << 40}, r"Stand-in is out of memory: 1048576.0 MiB requested"),
     ],
 )
 def test_an_engine_that_does_not_fit_says_why_and_what_to_do(
@@ -324,7 +325,7 @@ def test_dynamic_shapes_are_refused(stand_in: Open, tmp_path: Path) -> None:
     path.write_bytes(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
     )
-    with closing(stand_in()) as library, pytest.raises(EngineError, match=r"y is FLOAT \(1, -1\); tensors have static"):
+    with closing(stand_in()) as library, pytest.raises(EngineError, match=r"y is FLOAT \(1, -1\); tensors need static"):
         library.load(write_engine(tmp_path / "dynamic.engine", path, V10))
 
 
@@ -332,7 +333,7 @@ def test_a_run_that_the_engine_refuses_is_told_in_its_words(stand_in: Open, bund
     write_engines(bundle, tmp_path, V10, refuses=True)
     with closing(stand_in()) as library:
         engine = library.load(tmp_path / "segment-0-1.engine")
-        with pytest.raises(EngineError, match=r"segment-0-1.engine does not run: Error Code 1: Myelin \(no kernel\)"):
+        with pytest.raises(EngineError, match=r"segment-0-1.engine failed to run: Error Code 1: Myelin \(no kernel\)"):
             engine.run({"image": library.upload(frame(0)[None])})
 
 
@@ -415,7 +416,7 @@ def test_an_output_that_does_not_fit_gives_back_what_the_engine_took(
     write_engines(bundle, tmp_path, V10, scratch=1000)
     with closing(stand_in()) as library:
         driver.memory_bytes = 64 + 1000 + 288 + 10  # weights, scratch and logits, but not the 16 bytes of counts
-        with pytest.raises(EngineError, match=r"out of memory: 0.0 MiB wanted"):
+        with pytest.raises(EngineError, match=r"out of memory: 0.0 MiB requested"):
             library.load(tmp_path / f"head-{small_network.HEADS[0]}.engine")
         gc.collect()
         assert driver._taken() == 1000

@@ -93,7 +93,7 @@ def test_of_16_bits_the_upper_8_count_unless_nearly_black_would_be_left(
     if not has_pillow:
         monkeypatch.setitem(sys.modules, "PIL.Image", None)
     assert pictures.decoded(contents[0])[..., 0].tolist() == [[0, 0, 1, 255]]
-    with pytest.raises(InputError, match=r"reach 4095 of 65535.*scale them"):
+    with pytest.raises(InputError, match=r"reach only 4095 of 65535.*scale them"):
         pictures.decoded(contents[1])
     assert not pictures.decoded(contents[2]).any()
 
@@ -103,7 +103,7 @@ def test_an_animation_is_no_picture(form: str) -> None:
     stream = io.BytesIO()
     first, second = Image.fromarray(FRAME), Image.fromarray(255 - FRAME)
     first.save(stream, form, save_all=True, append_images=[second])
-    with pytest.raises(InputError, match=r"holds 2 pictures .*: save the one that is meant"):
+    with pytest.raises(InputError, match=r"holds 2 pictures .*: save the one you want"):
         pictures.decoded(stream.getvalue())
 
 

@@ -17,7 +17,7 @@ from mess_compile.runtime.engines.engine import TensorSpec, open_library
 from mess_compile.runtime.engines.engine_fake import FakeGraph, FakeLibrary
 from mess_compile.runtime.measure import job_pool
 from mess_compile.runtime.measure.job_pool import Job, Opened
-from mess_compile.runtime.measure.measure import Effort, Window, measure
+from mess_compile.runtime.measure.measure import Effort, MeasureTask, Window, measure
 from mess_compile.runtime.measure.summary import summarise
 from tests import small_network
 
@@ -86,18 +86,10 @@ def events(
         library.now_ns += int(LOOK_MS * MS)
         return library.now_ns
 
-    return measure(
-        library,
-        todo,
-        FRAME,
-        THRESHOLDS,
-        reference or ("tick" if "tick" in names else names[0]),
-        effort,
-        earlier,
-        clock_ns=clock,
-        measured=measured or [name for name in names if name != "tick"],
-        **options,  # type: ignore[arg-type]
-    )
+    reference = reference or ("tick" if "tick" in names else names[0])
+    measured = measured or [name for name in names if name != "tick"]
+    task = MeasureTask(todo, FRAME, THRESHOLDS, reference, measured, earlier)
+    return measure(library, task, effort, clock_ns=clock, **options)  # type: ignore[arg-type]
 
 
 def windows(library: FakeLibrary, todo: Sequence[Job], *args: object, **options: object) -> list[Window]:
@@ -311,7 +303,7 @@ def test_all_engines_are_closed_also_when_the_caller_stops(root: Path) -> None:
         ([Job("null", None)], "job null: nothing produces counts"),
         ([Job("download", None, "a"), Job("a", Path("a.onnx"))], "job download: nothing produces labels"),
         ([Job("mystery", None)], "no job 'mystery'"),
-        ([Job("a", Path("a.onnx"), "upload"), Job("upload", None)], "job upload is no graph"),
+        ([Job("a", Path("a.onnx"), "upload"), Job("upload", None)], "job upload is not a graph"),
     ],
 )
 def test_a_job_that_cannot_be_fed_is_named(root: Path, wrong: list[Job], words: str) -> None:
@@ -328,7 +320,7 @@ def test_a_reference_that_is_no_job_is_named(root: Path) -> None:
 def test_each_graph_tells_once_what_it_costs_to_hold(root: Path) -> None:
     library = scripted()
     library.graphs = {**library.graphs, "b": replace(library.graphs["b"], scratch_bytes=4096)}
-    found = list(events(library, jobs(root), kept_open=2))
+    found = list(events(library, jobs(root), most_open=2))
     opened = [event for event in found if isinstance(event, Opened)]
     assert sorted(opened, key=lambda one: one.job) == [
         Opened("a", LOOK_MS, 10, None),
@@ -353,7 +345,7 @@ def most_open(library: FakeLibrary) -> int:
 
 def test_more_graphs_than_may_be_open_are_measured_all_the_same(root: Path) -> None:
     library = scripted()
-    assert times(windows(library, jobs(root), kept_open=1)) == times(windows(scripted(), jobs(root)))
+    assert times(windows(library, jobs(root), most_open=1)) == times(windows(scripted(), jobs(root)))
     assert most_open(library) == 3
 
 
@@ -430,7 +422,8 @@ def test_real_graphs_are_measured(tmp_path: Path) -> None:
     todo += [Job("upload", None), Job("download", None, "output-4x6"), Job("null", None, head)]
     effort = Effort(window_s=0.001, max_s=0.01, warm_up_s=0.001)
     library = open_library("onnxruntime", threads=1)
-    found = list(measure(library, todo, small_network.frame(0), small_network.thresholds(), "segment-0-2", effort))
+    task = MeasureTask(todo, small_network.frame(0), small_network.thresholds(), "segment-0-2")
+    found = list(measure(library, task, effort))
     taken = by_job([event for event in found if isinstance(event, Window)])
     assert set(taken) == {job.name for job in todo}
     assert all(len(each) >= 3 and min(window.wall_ms) > 0 for each in taken.values() for window in each)

@@ -99,7 +99,7 @@ def measured(machine: Machine, folder: Path) -> tuple[dict[str, Summary], Speed,
         (folder / f"{name}.onnx").touch()
     jobs = [Job(name, folder / f"{name}.onnx", "s05" if name.startswith("s0") else f"s0{name[1]}") for name in costs]
     thresholds, clock = np.zeros((1, 2), np.float32), library.clock_ns
-    events = measure.measure(library, jobs, FRAME, thresholds, "s01", Effort(), clock_ns=clock)
+    events = measure.measure(library, measure.MeasureTask(jobs, FRAME, thresholds, "s01"), clock_ns=clock)
     windows = [event for event in events if isinstance(event, Window)]
     speed = summary.speed(windows)
     by_job = {name: [window for window in windows if window.job == name] for name in costs}

@@ -1,4 +1,4 @@
-"""What a settling of precisions has found out so far, on disk: one that is broken off continues there."""
+"""Stores on disk which graphs passed in which precision; an interrupted choice of precisions continues there."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _FORMAT, _VERSION = "mess-settling", 1
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A graph in one precision: why it must not be used, or what was written of it."""
+class TriedGraph:
+    """A graph in one precision: why it must not be used, or its description."""
 
     reason: str | None
     spec: GraphSpec | None
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Results by a key, a hash over all that decides them, in `folder`; with None nothing is kept.
+class TriedGraphs:
+    """Results in `folder` by key, a hash of everything that decides them; None stores nothing.
 
-    Graphs that pass are there with their weights. What is damaged is none.
+    Graphs that passed are stored with their weights. Damaged results are ignored.
     """
 
     folder: Path | None
 
-    def take(self, key: str, target: Path) -> Tried | None:
+    def take(self, key: str, target: Path) -> TriedGraph | None:
         """An earlier result; a graph that passed is put into `target`, as `write_graph` would."""
         if self.folder is None:
             return None
@@ -56,8 +56,8 @@ class Kept:
         shutil.copyfile(source, target / spec.path)
         return True
 
-    def keep(self, key: str, tried: Tried, source: Path) -> None:
-        """Keep a result, and of a graph that passed the file in `source`; whole or not at all."""
+    def store(self, key: str, tried: TriedGraph, source: Path) -> None:
+        """Store a result, with the file in `source` of a graph that passed; all of it or nothing."""
         if self.folder is None:
             return
         if tried.spec is not None:
@@ -70,18 +70,18 @@ class Kept:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A copy, for ONNX's checker refuses weights that two folders share by a hard link."""
+    """Copies, since ONNX's checker refuses weights that two folders share by a hard link."""
     if not target.exists():
         with files.replaced(target) as temporary:
             shutil.copyfile(source, temporary)
 
 
-def _read(path: Path) -> Tried:
+def _read(path: Path) -> TriedGraph:
     content = files.read_json(path, _FORMAT, _VERSION, "")
-    tried: Tried = files.decoded(path, "", lambda: _tried(content))
+    tried: TriedGraph = files.decoded(path, "", lambda: _tried(content))
     return tried
 
 
-def _tried(content: dict[str, Any]) -> Tried:
+def _tried(content: dict[str, Any]) -> TriedGraph:
     reason, spec = content["reason"], content["spec"]
-    return Tried(str(reason), None) if spec is None else Tried(None, graph_spec_from_json(spec))
+    return TriedGraph(str(reason), None) if spec is None else TriedGraph(None, graph_spec_from_json(spec))

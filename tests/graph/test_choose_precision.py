@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -15,9 +15,16 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from mess_compile.data.scenes import make_scene
+from mess_compile.graph.choose_precision import (
+    Fallback,
+    PrecisionRecipe,
+    PrecisionRequest,
+    bold_recipe,
+    choose_precisions,
+    fallback,
+)
 from mess_compile.graph.compare import check_path, verdict
 from mess_compile.graph.cut import cut_network
-from mess_compile.graph.settle_precision import Fallback, PrecisionRecipe, bold_recipe, fallback, settle
 from mess_compile.graph.store import externalise, read_model, write_model
 from mess_compile.network import Gate, GraphSet, read_graph_set, verify_graph_set
 from mess_compile.runtime.base.errors import InputError
@@ -84,18 +91,27 @@ def used(graph_set: GraphSet) -> dict[str, str]:
     return found
 
 
-def settled(*arguments: object, **options: object) -> tuple[PrecisionRecipe, tuple[Fallback, ...]]:
-    """As `settle`, with the precisions that the written graphs are said to have."""
-    found, fallbacks = settle(*arguments, **options)  # type: ignore[arg-type]
+def chosen(
+    graph_set: GraphSet,
+    wanted: str,
+    frames: Sequence[np.ndarray],
+    folder: Path,
+    library: engine.Library,
+    progress: Callable[[str, int, int], None] = tiny.nothing,
+    calibration: Sequence[np.ndarray] = (),
+) -> tuple[PrecisionRecipe, tuple[Fallback, ...]]:
+    """As `choose_precisions`, with the precisions that the graph set on disk records."""
+    request = PrecisionRequest(wanted, frames, calibration)
+    found, fallbacks = choose_precisions(graph_set, request, folder, library, progress)
     assert found == read_graph_set(found.root)
     return PrecisionRecipe(found.recipe, {name: spec.precision for name, spec in found.graphs.items()}), fallbacks
 
 
 def test_a_healthy_network_is_fp16_but_for_graphs_without_convolutions(library: engine.Library, tmp_path: Path) -> None:
     graph_set = graphs(tmp_path / "graphs")
-    told: list[str] = []
-    recipe, fallbacks = settled(
-        graph_set, "fp16", JUDGED, tmp_path / "fp16", library, lambda name, done, total: told.append(name)
+    reported: list[str] = []
+    recipe, fallbacks = chosen(
+        graph_set, "fp16", JUDGED, tmp_path / "fp16", library, lambda name, done, total: reported.append(name)
     )
     converted = read_graph_set(tmp_path / "fp16")
     verify_graph_set(converted)
@@ -106,7 +122,7 @@ def test_a_healthy_network_is_fp16_but_for_graphs_without_convolutions(library: 
         "output-8x12",
         "output-4x6",
     }
-    assert len(told) == len(graph_set.graphs) + 1, "that it began, and each graph"
+    assert len(reported) == len(graph_set.graphs) + 1, "the beginning, and each graph"
     assert converted.spec("segment-1-2").bytes * 2 == graph_set.spec("segment-1-2").bytes
     assert converted.spec("segment-1-2").macs == graph_set.spec("segment-1-2").macs
     assert converted.spec("output-4x6") == graph_set.spec("output-4x6")
@@ -114,7 +130,7 @@ def test_a_healthy_network_is_fp16_but_for_graphs_without_convolutions(library: 
 
 def test_every_path_of_an_int8_recipe_gives_the_labels_of_fp32(library: engine.Library, tmp_path: Path) -> None:
     graph_set = graphs(tmp_path / "graphs")
-    recipe, fallbacks = settled(
+    recipe, fallbacks = chosen(
         graph_set, "int8", JUDGED, tmp_path / "int8", library, tiny.nothing, calibration=CALIBRATION
     )
     converted = read_graph_set(tmp_path / "int8")
@@ -139,7 +155,7 @@ def test_every_path_of_an_int8_recipe_gives_the_labels_of_fp32(library: engine.L
 def test_a_network_that_overflows_fp16_ends_in_fp32_there(library: engine.Library, tmp_path: Path) -> None:
     """The maps are large within the graphs that begin at the image; between the graphs they are as ever."""
     graph_set = graphs(tmp_path / "graphs", overflowing)
-    recipe, fallbacks = settled(graph_set, "fp16", JUDGED, tmp_path / "fp16", library, tiny.nothing)
+    recipe, fallbacks = chosen(graph_set, "fp16", JUDGED, tmp_path / "fp16", library)
     from_image = {"segment-0-1", "segment-0-2", "segment-0-3", "baseline"}
     assert {fallback.graph for fallback in fallbacks} == from_image
     for name in from_image:
@@ -153,9 +169,9 @@ def test_a_network_that_overflows_fp16_ends_in_fp32_there(library: engine.Librar
 def test_a_weight_beyond_fp16_keeps_its_graph_in_fp32(library: engine.Library, tmp_path: Path) -> None:
     graph_set = graphs(tmp_path / "graphs", out_of_range)
     values = tiny_weight("logits:exit2.wide.weight").ravel() * np.float64(1e6)
-    recipe, (found,) = settled(graph_set, "fp16", JUDGED, tmp_path / "fp16", library, tiny.nothing)
+    recipe, (found,) = chosen(graph_set, "fp16", JUDGED, tmp_path / "fp16", library)
     assert (found.graph, found.wanted, found.used) == ("head-exit2.wide", "fp16", "fp32")
-    assert f"'logits:exit2.wide.weight' holds {values[np.abs(values).argmax()]:.6g}" in found.reason
+    assert f"'logits:exit2.wide.weight' contains {values[np.abs(values).argmax()]:.6g}" in found.reason
     assert recipe.precision("head-exit2.small") == "fp16"
 
 
@@ -167,7 +183,7 @@ def tiny_weight(name: str) -> np.ndarray:
 def test_what_was_lost_before_a_graph_is_put_right_before_it(library: engine.Library, tmp_path: Path) -> None:
     """fp16 maps of the first exit are good for its own head and useless for what follows, in any precision."""
     graph_set = graphs(tmp_path / "graphs", delicate)
-    recipe, fallbacks = settled(graph_set, "fp16", JUDGED, tmp_path / "fp16", library, tiny.nothing)
+    recipe, fallbacks = chosen(graph_set, "fp16", JUDGED, tmp_path / "fp16", library)
     reasons = {fallback.graph: fallback.reason for fallback in fallbacks}
     assert recipe.precision("segment-0-1") == "fp32"
     assert reasons["segment-0-1"].startswith("fp16: segment-1-2: ")
@@ -186,9 +202,9 @@ def test_a_fallback_is_the_next_safer_precision_that_the_target_has() -> None:
     assert fallback(once, "segment-0-1").precisions["segment-0-1"] == "fp32"
     assert fallback(recipe, "baseline", ("fp32", "int8")).precisions["baseline"] == "fp32"
     assert recipe.precisions["segment-0-1"] == "int8"
-    with pytest.raises(InputError, match=r"baseline .* nothing is safer"):
+    with pytest.raises(InputError, match=r"baseline .* there is no safer precision"):
         fallback(PrecisionRecipe("x", {"baseline": "fp32"}), "baseline")
-    with pytest.raises(InputError, match="does not say which precision graph absent has"):
+    with pytest.raises(InputError, match="has no precision for graph absent"):
         recipe.precision("absent")
 
 
@@ -198,13 +214,15 @@ def test_bad_requests_change_nothing(library: engine.Library, tmp_path: Path) ->
     (tmp_path / "out" / "kept").touch()
 
     def request(wanted: str, frames: list[np.ndarray], calibration: list[np.ndarray]) -> tuple[Fallback, ...]:
-        return settle(graph_set, wanted, frames, tmp_path / "out", library, tiny.nothing, calibration=calibration)[1]
+        return choose_precisions(
+            graph_set, PrecisionRequest(wanted, frames, calibration), tmp_path / "out", library, tiny.nothing
+        )[1]
 
     with pytest.raises(InputError, match="'bf16' is not one of int8, fp16, fp32"):
         request("bf16", JUDGED, [])
     with pytest.raises(InputError, match="at least 16 frames to calibrate on, there are 3"):
         request("int8", JUDGED, CALIBRATION[:3])
-    with pytest.raises(InputError, match=r"a frame is float32 \(16, 24, 3\), the network takes uint8"):
+    with pytest.raises(InputError, match=r"a frame is float32 \(16, 24, 3\), but the network takes uint8"):
         request("fp16", [FRAMES[0].astype(np.float32)], [])
     with pytest.raises(InputError, match="no frames to compare"):
         request("fp16", [], [])
@@ -216,8 +234,8 @@ def test_a_network_that_is_not_finite_is_refused_not_lowered(library: engine.Lib
     def broken(weights: Weights) -> None:
         weights["down.weight"][0, 0, 0, 0] = np.nan
 
-    with pytest.raises(InputError, match="exit2 holds NaN or infinity in fp32 already"):
-        settle(graphs(tmp_path / "graphs", broken), "fp16", JUDGED, tmp_path / "out", library, tiny.nothing)
+    with pytest.raises(InputError, match="exit2 contains NaN or infinity even in fp32"):
+        chosen(graphs(tmp_path / "graphs", broken), "fp16", JUDGED, tmp_path / "out", library)
 
 
 def test_the_bold_recipe_names_every_graph(tmp_path: Path) -> None:
@@ -237,9 +255,9 @@ import os, signal
 from contextlib import closing
 from pathlib import Path
 from mess_compile.network import read_graph_set
-from mess_compile.graph.settle_precision import settle
-from mess_compile.runtime import engine
-from tests.graph.test_settle_precision import CALIBRATION, JUDGED
+from mess_compile.graph.choose_precision import PrecisionRequest, choose_precisions
+from mess_compile.runtime.engines import engine
+from tests.graph.test_choose_precision import CALIBRATION, JUDGED
 
 def die(name, done, total):
     done < 6 or os.kill(os.getpid(), signal.SIGKILL)
@@ -247,36 +265,36 @@ def die(name, done, total):
 root = Path({root!r})
 with closing(engine.open_library("onnxruntime", 1)) as library:
     graphs = read_graph_set(root / "graphs")
-    settle(graphs, "int8", JUDGED, root / "int8", library, die, calibration=CALIBRATION, kept=root / "kept")
+    choose_precisions(
+        graphs, PrecisionRequest("int8", JUDGED, CALIBRATION), root / "int8", library, die, root / "kept"
+    )
 """
 
 
 def test_a_killed_settling_continues_where_it_was(library: engine.Library, tmp_path: Path) -> None:
     graph_set = graphs(tmp_path / "graphs")
 
-    def settled_in(place: Path) -> dict[str, bytes]:
-        settle(
+    def choose_in(place: Path) -> dict[str, bytes]:
+        choose_precisions(
             graph_set,
-            "int8",
-            JUDGED,
+            PrecisionRequest("int8", JUDGED, CALIBRATION),
             place / "int8",
             library,
             tiny.nothing,
-            calibration=CALIBRATION,
-            kept=place / "kept",
+            place / "kept",
         )
         return contents(place / "int8")
 
     def kept() -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*.json")}
 
-    whole = settled_in(tmp_path / "whole")
+    whole = choose_in(tmp_path / "whole")
     killed = subprocess.run([sys.executable, "-c", KILLED.format(root=str(tmp_path))])
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "int8").exists()
     before = kept()
     assert len(before) >= 6
-    assert settled_in(tmp_path) == whole
+    assert choose_in(tmp_path) == whole
     assert before.items() <= kept().items(), "what was found out is not found out again"
     assert kept().keys() == {path.name for path in (tmp_path / "whole" / "kept").glob("*.json")}
     graph, *_ = sorted((tmp_path / "kept").glob("*.onnx"))
@@ -285,4 +303,4 @@ def test_a_killed_settling_continues_where_it_was(library: engine.Library, tmp_p
     weight = next((tmp_path / "kept" / "weights").iterdir())
     weight.unlink()
     weight.write_bytes(b"of something else")
-    assert settled_in(tmp_path) == whole, "damaged results are none"
+    assert choose_in(tmp_path) == whole, "damaged results are none"

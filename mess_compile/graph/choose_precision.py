@@ -1,4 +1,4 @@
-"""Precision recipes: which precision every graph has, and the boldest that still gives the labels of fp32."""
+"""Chooses the precision of every graph: the boldest that still gives the labels of fp32."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mess_compile.graph.precision import (
     to_fp16,
     to_int8,
 )
-from mess_compile.graph.settle_progress import Kept, Tried
+from mess_compile.graph.precision_progress import TriedGraph, TriedGraphs
 from mess_compile.graph.store import WEIGHTS, read_model, read_whole_model, stored_weights, write_graph
 from mess_compile.network import GraphSet, GraphSpec, head_graph_name, segment_name, write_graph_set
 from mess_compile.runtime.base.errors import EngineError, InputError, MessError
@@ -41,13 +41,27 @@ class PrecisionRecipe:
     def precision(self, graph: str) -> str:
         """Raises InputError for a graph that the recipe does not know."""
         if graph not in self.precisions:
-            raise InputError(f"recipe {self.name!r} does not say which precision graph {graph} has: make it again")
+            raise InputError(f"recipe {self.name!r} has no precision for graph {graph}: make the recipe again")
         return self.precisions[graph]
+
+
+@dataclass(frozen=True, eq=False)
+class PrecisionRequest:
+    """The `wanted` precision, and the images that decide.
+
+    `frames` judge the graphs and, for int8, `calibration` from the training images calibrates them: uint8 (H, W, 3) at
+    the network's input size. A graph that fails falls back to the next safer precision of `allowed`.
+    """
+
+    wanted: str
+    frames: Sequence[Array]
+    calibration: Sequence[Array] = ()
+    allowed: Sequence[str] = PRECISIONS
 
 
 @dataclass(frozen=True)
 class Fallback:
-    """A graph that is not in the precision that was wanted for it, and what each bolder one failed on."""
+    """A graph that is not in its wanted precision, and what each bolder one failed on."""
 
     graph: str
     wanted: str
@@ -73,57 +87,53 @@ def fallback(recipe: PrecisionRecipe, graph: str, allowed: Sequence[str] = PRECI
     """
     safer = PRECISIONS[PRECISIONS.index(recipe.precision(graph)) + 1 :]
     if not safer:
-        raise InputError(f"graph {graph} of recipe {recipe.name!r} is in fp32: nothing is safer")
+        raise InputError(f"graph {graph} of recipe {recipe.name!r} is in fp32: there is no safer precision")
     used = next((precision for precision in safer if precision in allowed), "fp32")
     return replace(recipe, precisions={**recipe.precisions, graph: used})
 
 
-def settle(
+def choose_precisions(
     graph_set: GraphSet,
-    wanted: str,
-    frames: Sequence[Array],
+    request: PrecisionRequest,
     folder: Path,
     library: Library,
     progress: Progress,
-    *,
-    calibration: Sequence[Array] = (),
-    allowed: Sequence[str] = PRECISIONS,
-    kept: Path | None = None,
+    tried: Path | None = None,
 ) -> tuple[GraphSet, tuple[Fallback, ...]]:
-    """Convert every graph to the `wanted` precision, or to the next safer one of `allowed` that passes, into `folder`.
+    """Convert every graph to the wanted precision, or to the next safer allowed one that passes, into `folder`.
 
-    Frames are real images, uint8 (H, W, 3) at the network's input size: `frames` to judge on and, for int8,
-    `calibration`, from the training images. Graphs are taken along the path over all exit points, each on the maps
-    that the settled ones before it give. One passes when it alone, and the path up to it, keep enough labels of every
-    head at its exit point (a segment is judged by the heads in fp32). Where the path has lost too much before a graph
-    in fp32, the nearest one before is lowered and the walk begins again with that.
-    `folder` becomes a graph set of the same names, whose recipe has the folder's name, and is replaced when all is
-    well. What is found out of each graph is written to the folder `kept`, if given: a call that was broken off
-    continues there, and the caller removes it. Raises InputError for bad frames and for a network that is not finite in
-    fp32, EngineError when a graph does not run.
+    Graphs are taken along the path over all exit points; each gets the maps that the chosen graphs before it give. A
+    graph passes when it alone, and the path up to it, preserve enough labels of every head at its exit point (the heads
+    in fp32 judge a segment). If the path has lost too much before a graph in fp32, the nearest graph before it is
+    lowered, and the path is started again.
+
+    `folder` becomes a graph set of the same names, whose recipe has the folder's name; it is replaced when everything
+    has passed. Each graph's result is written to the folder `tried`, if given: an interrupted call continues there, and
+    the caller removes it. Raises InputError for bad frames and for a network that is not finite in fp32, EngineError
+    when a graph does not run.
     """
-    start = bold_recipe(graph_set, wanted)
-    if wanted == "int8":
+    start = bold_recipe(graph_set, request.wanted)
+    if request.wanted == "int8":
         quantiser()
-        check_calibration(len(calibration))
+        check_calibration(len(request.calibration))
     else:
-        calibration = ()
-    _check_frames(graph_set, (*frames, *calibration))
+        request = replace(request, calibration=())
+    _check_frames(graph_set, (*request.frames, *request.calibration))
     with files.replaced_folder(folder) as made:
         with TemporaryDirectory(dir=made) as scratch:
-            progress(f"checking {wanted}", 0, len(graph_set.graphs))
-            settling = _Settling(graph_set, start, allowed, library, made, Path(scratch), Kept(kept))
-            settling.settle(frames, calibration, progress)
+            progress(f"checking {request.wanted}", 0, len(graph_set.graphs))
+            choice = _Choice(graph_set, start, request.allowed, library, made, Path(scratch), TriedGraphs(tried))
+            choice.choose(request.frames, request.calibration, progress)
         _drop_unread_weights(made)
         specs = {
-            name: replace(spec, precision=settling.recipe.precision(name), wanted=start.precision(name))
-            for name, spec in settling.specs.items()
+            name: replace(spec, precision=choice.recipe.precision(name), wanted=start.precision(name))
+            for name, spec in choice.specs.items()
         }
         found = replace(graph_set, root=made, graphs=specs, recipe=folder.name)
         write_graph_set(found)
     return replace(found, root=folder), tuple(
-        Fallback(name, start.precision(name), settling.recipe.precision(name), "; ".join(reasons))
-        for name, reasons in settling.reasons.items()
+        Fallback(name, start.precision(name), choice.recipe.precision(name), "; ".join(reasons))
+        for name, reasons in choice.reasons.items()
     )
 
 
@@ -132,12 +142,12 @@ def _check_frames(graph_set: GraphSet, frames: Sequence[Array]) -> None:
     for frame in frames:
         if frame.dtype != np.uint8 or frame.shape != shape:
             raise InputError(
-                f"a frame is {frame.dtype} {frame.shape}, the network takes uint8 {shape}: resize it first"
+                f"a frame is {frame.dtype} {frame.shape}, but the network takes uint8 {shape}: resize it first"
             )
 
 
 def _drop_unread_weights(folder: Path) -> None:
-    """Remove the weights of precisions that were tried and given up."""
+    """Remove the weights of precisions that were tried and rejected."""
     read = {weight for path in folder.glob("*.onnx") for weight in stored_weights(path)}
     for weight in set(folder.glob(f"{WEIGHTS}/*")) - read:
         weight.unlink()
@@ -145,7 +155,7 @@ def _drop_unread_weights(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Maps:
-    """One tensor of every frame, a file each."""
+    """One tensor of every frame, one file each."""
 
     tensor: str
     paths: tuple[Path, ...]
@@ -155,11 +165,11 @@ class _Maps:
 
 
 _Check = Callable[[Path, str, str], str | None]
-"""A converted graph, its precision, the boldest on the path up to it -> why it fails."""
+"""Takes a converted graph, its precision and the boldest on the path up to it; returns why it fails."""
 
 
-class _Settling:
-    """State of `settle`: the recipe so far, why it is no bolder, what was written.
+class _Choice:
+    """State of `choose_precisions`: the recipe so far, why it is not bolder, the graphs written.
 
     At most two engines and one converted graph are in memory, and the maps of two exit points on disk.
     """
@@ -172,71 +182,73 @@ class _Settling:
         library: Library,
         folder: Path,
         scratch: Path,
-        kept: Kept,
+        tried_graphs: TriedGraphs,
     ) -> None:
-        self.kept, self.decides = kept, ""
+        self.tried_graphs, self.inputs_sha256 = tried_graphs, ""
         self.graph_set, self.recipe, self.allowed = graph_set, recipe, allowed
         self.library, self.folder, self.scratch = library, folder, scratch
         self.reasons: dict[str, tuple[str, ...]] = {}
         self.specs: dict[str, GraphSpec] = {}
         self.labels: dict[str, list[Feed]] = {}
 
-    def settle(self, frames: Sequence[Array], calibration: Sequence[Array], progress: Progress) -> None:
-        self.decides = self._decides(frames, calibration)
+    def choose(self, frames: Sequence[Array], calibration: Sequence[Array], progress: Progress) -> None:
+        self.inputs_sha256 = self._inputs_sha256(frames, calibration)
         judged = self._stored("judged", "image", ({"image": frame[None]} for frame in frames))
         calibrating = self._stored("calibrating", "image", ({"image": frame[None]} for frame in calibration))
-        self._keep_labels(judged)
+        self._record_labels(judged)
         while True:
             recipe, reasons = self.recipe, self.reasons
-            blamed = self._walk(judged, calibrating, progress)
-            if blamed is None:
+            lowered = self._choose_along_path(judged, calibrating, progress)
+            if lowered is None:
                 return
-            # What else fell back did so on maps that are better now.
-            self.recipe = replace(recipe, precisions={**recipe.precisions, blamed: self.recipe.precision(blamed)})
-            self.reasons = {**reasons, blamed: self.reasons[blamed]}
+            # Other fallbacks happened on worse maps, before this graph was lowered.
+            self.recipe = replace(recipe, precisions={**recipe.precisions, lowered: self.recipe.precision(lowered)})
+            self.reasons = {**reasons, lowered: self.reasons[lowered]}
             self.specs = {}
 
-    def _decides(self, *groups: Sequence[Array]) -> str:
-        """Of all graphs, images and the library that computes: a hash."""
+    def _inputs_sha256(self, *groups: Sequence[Array]) -> str:
+        """A hash of all graphs, images and the library that computes."""
         sources = [(name, spec.sha256) for name, spec in self.graph_set.graphs.items()]
         images = [[hashlib.sha256(frame.tobytes()).hexdigest() for frame in frames] for frames in groups]
         return files.sha256_of_json((sources, images, self.library.name, self.library.version))
 
-    def _keep_labels(self, maps: _Maps) -> None:
+    def _record_labels(self, maps: _Maps) -> None:
         """Labels of every head on the path in fp32."""
         for b in range(1, len(self.graph_set.candidate.exit_points) + 1):
             maps = self._advanced(self.graph_set.path(segment_name(b - 1, b)), maps, "exact", b)
             for head in self.graph_set.candidate.heads_at(b):
                 self.labels[head.name] = _labels(self._logits(self._head_path(head.name), maps))
 
-    def _walk(self, judged: _Maps, calibrating: _Maps, progress: Progress) -> str | None:
-        """Settle graph after graph; the graph that was settled too boldly for one after it, None at the end."""
+    def _choose_along_path(self, judged: _Maps, calibrating: _Maps, progress: Progress) -> str | None:
+        """Choose graph after graph; returns a graph that had to be lowered for a later one, None at the end."""
         candidate, images = self.graph_set.candidate, (judged, calibrating)
         before: list[str] = []
         for a in range(len(candidate.exit_points)):
             for b in (b for start, b in candidate.segments() if start == a):
                 check: _Check = partial(self._segment_failure, a, b, judged)
-                if blamed := self._settle(segment_name(a, b), before, calibrating, check, progress):
-                    return blamed
+                if lowered := self._choose_for_graph(segment_name(a, b), before, calibrating, check, progress):
+                    return lowered
             before.append(segment_name(a, a + 1))
             judged = self._advanced(self._written(before[-1]), judged, "judged", a + 1)
             calibrating = self._advanced(self._written(before[-1]), calibrating, "calibrating", a + 1)
             for head in candidate.heads_at(a + 1):
                 check = partial(self._head_failure, head.name, judged)
-                if blamed := self._settle(head_graph_name(head.name), before, calibrating, check, progress):
-                    return blamed
+                if lowered := self._choose_for_graph(head_graph_name(head.name), before, calibrating, check, progress):
+                    return lowered
         for name in [name for name in self.graph_set.graphs if name not in self.specs]:
-            self._settle(name, (), images[1], partial(self._baseline_failure, name, images[0]), progress)
+            self._choose_for_graph(name, (), images[1], partial(self._baseline_failure, name, images[0]), progress)
         return None
 
-    def _settle(
+    def _choose_for_graph(
         self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check, progress: Progress
     ) -> str | None:
-        """Write a graph in the boldest precision that passes; where none does, lower one `before` it and name that."""
+        """Write a graph in the boldest precision that passes; if none does, lower a graph `before` it and return its
+        name.
+        """
         while (reason := self._failure(name, before, calibrating, check)) is not None:
             lowered = next(graph for graph in (name, *reversed(before)) if self.recipe.precision(graph) != "fp32")
-            shown = f"{self.recipe.precision(lowered)}: {reason if lowered == name else f'{name}: {reason}'}"
-            self.reasons = {**self.reasons, lowered: (*self.reasons.get(lowered, ()), shown)}
+            finding = f"{self.recipe.precision(lowered)}: {reason if lowered == name else f'{name}: {reason}'}"
+            self.reasons = {**self.reasons, lowered: (*self.reasons.get(lowered, ()), finding)}
             self.recipe = fallback(self.recipe, lowered, self.allowed)
             if lowered != name:
                 return lowered
@@ -244,19 +256,19 @@ class _Settling:
         return None
 
     def _failure(self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check) -> str | None:
-        """Convert, write and check a graph; why it must not be used, None when it may."""
+        """Convert, write and check a graph; why it must not be used, None if it may."""
         path = [(graph, self.specs[graph].sha256) for graph in before]
-        key = files.sha256_of_json((self.decides, name, self.recipe.precision(name), path))
-        tried = self.kept.take(key, self.folder)
+        key = files.sha256_of_json((self.inputs_sha256, name, self.recipe.precision(name), path))
+        tried = self.tried_graphs.take(key, self.folder)
         if tried is None:
-            reason = self._tried(name, before, calibrating, check)
-            tried = Tried(reason, None if reason else self.specs[name])
-            self.kept.keep(key, tried, self.folder)
+            reason = self._try(name, before, calibrating, check)
+            tried = TriedGraph(reason, None if reason else self.specs[name])
+            self.tried_graphs.store(key, tried, self.folder)
         if tried.spec is not None:
             self.specs[name] = tried.spec
         return tried.reason
 
-    def _tried(self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check) -> str | None:
+    def _try(self, name: str, before: Sequence[str], calibrating: _Maps, check: _Check) -> str | None:
         precision = self.recipe.precision(name)
         boldest = min((precision, *map(self.recipe.precision, before)), key=PRECISIONS.index)
         model = read_whole_model(self.graph_set.path(name))
@@ -275,7 +287,7 @@ class _Settling:
     def _write(self, model: onnx.ModelProto, name: str) -> None:
         spec = self.graph_set.spec(name)
         written = write_graph(model, self.folder, name, spec.macs)
-        # Weights that int8 dequantises are no activations.
+        # Weights that int8 dequantises do not count as activations.
         self.specs[name] = replace(written, workspace_bytes=min(written.workspace_bytes, spec.workspace_bytes))
 
     def _converted(self, model: onnx.ModelProto, precision: str, calibrating: _Maps) -> onnx.ModelProto:
@@ -301,7 +313,7 @@ class _Settling:
     def _labels_failure(
         self, head: str, exact: Sequence[Feed], found: Sequence[Feed], precision: str, boldest: str
     ) -> str | None:
-        """Of one graph alone, `exact` being fp32 on the same maps, and then of the whole path up to it."""
+        """Why a graph fails alone, with `exact` in fp32 on the same maps, or together with the path up to it."""
         alone = verdict(agreement_of(zip(exact, found, strict=True)), precision)
         if alone is not None:
             return f"{alone} (at {head})"
@@ -318,7 +330,7 @@ class _Settling:
         return self.graph_set.path(head_graph_name(head))
 
     def _advanced(self, graph: Path, maps: _Maps, place: str, b: int) -> _Maps:
-        """Maps after a segment; those before it are removed, for they are large."""
+        """Maps after a segment; removes those before it, which take much space."""
         after = self._after(graph, maps, place, b)
         for path in maps.paths if maps.tensor != "image" else ():
             path.unlink()
