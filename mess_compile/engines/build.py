@@ -38,7 +38,7 @@ PREPARATION = 1
 TOLERANCE = 1e-4
 """Of a rewritten graph's outputs, relative to the largest magnitude (at least 1)."""
 _FORMAT, _VERSION, _INDEX = "mess-engines", 1, "index.json"
-_MAKING = ".making-"
+_TEMPORARY_PREFIX = ".making-"
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _engines(
     return engines()
 
 
-def engine_files(graph_set: GraphSet, engines: EngineSet, folder: Path) -> EngineFiles:
+def built_files(graph_set: GraphSet, engines: EngineSet, folder: Path) -> EngineFiles:
     """What a library loads for each graph: the engines in `folder`."""
     made = {entry.graph: folder / f"{entry.key}.engine" for entry in engines.entries if entry.error is None}
     return EngineFiles(graph_set, made, {entry.graph: str(entry.error) for entry in engines.failed})
@@ -202,7 +202,7 @@ def target_forms(graph_set: GraphSet, target: Target, folder: Path, progress: Pr
 
 def _write_form(source: Path, precision: str, parser: lint.Parser, form: Path, own: Path) -> None:
     """Write `form`, or where the graph needs none the empty file `own`."""
-    with tempfile.TemporaryDirectory(prefix=_MAKING, dir=form.parent) as place:
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, dir=form.parent) as place:
         made = Path(place) / source.name
         if prepare_graph(source, precision, parser, made):
             made.replace(form)
@@ -245,7 +245,7 @@ def _build(job: _Job) -> EngineEntry:
     """In a process of its own: lint, rewrite, check, build, write."""
     started = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory(prefix=_MAKING, dir=job.folder) as place:
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, dir=job.folder) as place:
             path = Path(place) / f"{job.graph}.onnx"
             rewrites = prepare_graph(job.source, job.options.precision, job.parser, path)
             engine = _engine(path, job)
@@ -327,14 +327,14 @@ def _is_intact(path: Path, entry: EngineEntry) -> bool:
 
 def _remove_others(folder: Path, keys: set[str]) -> None:
     """Engines that no graph has any more, and what killed processes left."""
-    for left in folder.glob(f"{_MAKING}*"):
+    for left in folder.glob(f"{_TEMPORARY_PREFIX}*"):
         shutil.rmtree(left, ignore_errors=True)
     for path in folder.glob("*.engine"):
         if path.stem not in keys:
             path.unlink(missing_ok=True)
 
 
-def engines_there(graph_set: GraphSet, target: Target, folder: Path) -> tuple[EngineEntry, ...]:
+def reusable_engines(graph_set: GraphSet, target: Target, folder: Path) -> tuple[EngineEntry, ...]:
     """What `build_engines` would keep; writes nothing, and raises as it does."""
     version = library_version(target)
     keys = {_job(graph_set, name, target, version, folder).key for name in graph_set.graphs}

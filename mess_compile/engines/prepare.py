@@ -100,7 +100,7 @@ def in_precision(
     refuse_unknown_precision(precision)
     images = partial(_real_images, workspace, data, graph_set.candidate.input_hw)
     tune = workspace.memory().split or "val"
-    return recipes.precise_graphs(
+    return recipes.choose_precisions(
         graph_set, precision, allowed, workspace.recipes, tune, images, progress, renewed=data is not None
     )
 
@@ -120,7 +120,7 @@ def engine_files(
     from mess_compile.engines import build
 
     return tuple(
-        build.engine_files(made.graph_set, made.engines, workspace.engines(target.name, made.graph_set.recipe))
+        build.built_files(made.graph_set, made.engines, workspace.engines(target.name, made.graph_set.recipe))
         for made in engines_of(workspace, target, precisions, data, jobs, progress)
     )
 
@@ -140,7 +140,7 @@ def built_here(
         folder = workspace.engines(target.name, each.graph_set.recipe)
         wanted = {graph for graph, job in job_names(each).items() if jobs is None or job in jobs}
         engines = build.build_engines(each.graph_set, target, folder, processes, progress, wanted)
-        found = build.engine_files(each.graph_set, engines, folder)
+        found = build.built_files(each.graph_set, engines, folder)
         paths = {name: path for name, path in (each.paths | found.paths).items() if name not in found.failed}
         built.append(EngineFiles(each.graph_set, paths, each.failed | found.failed))
     return tuple(built)
@@ -162,11 +162,11 @@ def verified_graphs(workspace: Workspace) -> GraphSet:
     return graph_set
 
 
-def settled_graphs_of(workspace: Workspace, recipe: str, device: str) -> GraphSet:
+def graphs_of_recipe(workspace: Workspace, recipe: str, device: str) -> GraphSet:
     """The graphs of a recipe. Raises StaleError when it has to be settled again."""
     from mess_compile.engines import recipes
 
-    known = recipes.settled_graphs(read_graph_set(workspace.graphs), recipe, workspace.recipes)
+    known = recipes.stored_recipe(read_graph_set(workspace.graphs), recipe, workspace.recipes)
     if known is None:
         precision = recipe.partition("-")[0]
         raise StaleError(

@@ -23,7 +23,7 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import FP32, PRECISIONS, open_library
 
 _FILE, _FORMAT, _REMEDY = "recipe.json", "mess-recipe", "run `mess-compile build --precision ...`"
-_KEPT = ".settling-"
+_PROGRESS_PREFIX = ".settling-"
 """Begins the name of a folder in which an interrupted settling continues."""
 _SETTLING = 2
 """Raised when conversion or checks change what comes out: recipes of before are then settled again."""
@@ -47,7 +47,7 @@ class PreciseGraphs:
     calibration_frames: int = 0
 
 
-def precise_graphs(
+def choose_precisions(
     graph_set: GraphSet,
     wanted: str,
     allowed: Sequence[str],
@@ -74,19 +74,19 @@ def precise_graphs(
     seen = _sha256_of(judged, calibration)
     if known is not None and known.images == seen:
         return known
-    kept = folder / f"{_KEPT}{place.name}-{made_from[:16]}"
+    kept = folder / f"{_PROGRESS_PREFIX}{place.name}-{made_from[:16]}"
     with closing(open_library("onnxruntime")) as library:
         converted, fallbacks = settle(
             graph_set, wanted, judged, place, library, progress, calibration=calibration, allowed=allowed, kept=kept
         )
     settled = PreciseGraphs(converted, fallbacks, made_from, seen, len(judged), len(calibration))
     _write(settled)
-    for left in folder.glob(f"{_KEPT}{place.name}-{'?' * 16}"):  # of other graphs, too
+    for left in folder.glob(f"{_PROGRESS_PREFIX}{place.name}-{'?' * 16}"):  # of other graphs, too
         shutil.rmtree(left, ignore_errors=True)
     return settled
 
 
-def settled_graphs(graph_set: GraphSet, recipe: str, folder: Path) -> PreciseGraphs | None:
+def stored_recipe(graph_set: GraphSet, recipe: str, folder: Path) -> PreciseGraphs | None:
     """What was settled as `recipe` from these graphs, None when nothing was or anything of it is damaged."""
     if recipe == FP32:
         return PreciseGraphs(graph_set, ())

@@ -58,12 +58,12 @@ def build_there(
         built = built_there(session, forms)
     folder = f"{host}, ~/{STORE}/{device_side.ENGINES}"
     return tuple(
-        RecipeBuild(each.graph_set, _engines_there(target, session, files), each.fallbacks, folder)
+        RecipeBuild(each.graph_set, _remote_engines(target, session, files), each.fallbacks, folder)
         for each, files in zip(made, built, strict=True)
     )
 
 
-def _engines_there(target: Target, session: PythonSession | TrtexecSession, files: EngineFiles) -> EngineSet:
+def _remote_engines(target: Target, session: PythonSession | TrtexecSession, files: EngineFiles) -> EngineSet:
     from mess_compile.engines.build import EngineSet
 
     assert session.hello is not None, "it has said hello before it built"

@@ -127,7 +127,7 @@ def final_head(statistics: ExitStatistics) -> str:
 
 
 @dataclass(frozen=True)
-class Weak:
+class WeakFinalExit:
     """A final exit that an early head does better than; mIoU in percent."""
 
     final: str
@@ -144,7 +144,7 @@ class Weak:
         )
 
 
-def weak_final_exit(statistics: ExitStatistics) -> Weak | None:
+def weak_final_exit(statistics: ExitStatistics) -> WeakFinalExit | None:
     """The final exit where the best early head is better, None where it is not, or not by more than `CLEARLY_PP`."""
     final = final_head(statistics)
     early = [head for head in statistics.heads if exit_number(head) < exit_number(final)]
@@ -152,7 +152,7 @@ def weak_final_exit(statistics: ExitStatistics) -> Weak | None:
     best = max(mious, key=mious.__getitem__)
     if mious[best] - mious[final] <= CLEARLY_PP:
         return None
-    return Weak(final, mious[final], best, mious[best])
+    return WeakFinalExit(final, mious[final], best, mious[best])
 
 
 def exit_number(head: str) -> int:
@@ -163,7 +163,7 @@ def exit_number(head: str) -> int:
     return int(match[1])
 
 
-def verdicts(diagnosis: Diagnosis) -> tuple[LimitingFactor, ...]:
+def limiting_factors(diagnosis: Diagnosis) -> tuple[LimitingFactor, ...]:
     """For each error what limits the network; an exit's best head is the one that most images could leave at."""
     points = sorted({exit_number(found.head) for found in diagnosis.heads})
     if not points:

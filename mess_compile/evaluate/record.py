@@ -227,7 +227,7 @@ def _by_blocks(
     for index in range(share.rank, len(blocks), share.world):
         if not _is_done(parts / str(index), blocks[index], origin):
             images = ((s.id, s.group, s.frame, s.labels) for s in samples(replace(data, items=blocks[index])))
-            told = partial(_told, progress, index * BLOCK, share)
+            told = partial(_report_progress, progress, index * BLOCK, share)
             found = _evaluated(origin, score, images, frozenset({ALWAYS_IGNORED}), told)
             write_statistics(parts / str(index), found)
     share.wait()
@@ -240,7 +240,7 @@ def _by_blocks(
     return merged
 
 
-def _told(progress: Callable[[int], None], before: int, share: Share, done: int) -> None:
+def _report_progress(progress: Callable[[int], None], before: int, share: Share, done: int) -> None:
     """The first process speaks for all: the others are as far in the same blocks."""
     if share.rank == 0:
         progress(before + done * share.world)

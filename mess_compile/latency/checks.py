@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from mess_compile.engines.prepare import settled_graphs_of
+from mess_compile.engines.prepare import graphs_of_recipe
 from mess_compile.latency.table import LatencyTable, check_current, mean_ms_of
 from mess_compile.network import GraphSet, head_graph_name, segment_name
 from mess_compile.runtime.base.errors import MessError
@@ -20,10 +20,10 @@ at 0.8 ms (ONNX Runtime, two cores). Less is not: what was measured at another s
 """
 
 
-def doubts_of(table: LatencyTable, graph_sets: Sequence[GraphSet] = ()) -> tuple[str, ...]:
+def warnings_of(table: LatencyTable, graph_sets: Sequence[GraphSet] = ()) -> tuple[str, ...]:
     """Of a table, and of what it says of the graphs of these recipes."""
     told = [_unstable(table)] if table.environment.get("verdict") == "unstable" else []
-    return (*told, *(doubt for each in graph_sets for doubt in _doubtful_wholes(table, each)))
+    return (*told, *(doubt for each in graph_sets for doubt in _implausible_sums(table, each)))
 
 
 def _unstable(table: LatencyTable) -> str:
@@ -34,7 +34,7 @@ def _unstable(table: LatencyTable) -> str:
     )
 
 
-def _doubtful_wholes(table: LatencyTable, graph_set: GraphSet) -> Iterator[str]:
+def _implausible_sums(table: LatencyTable, graph_set: GraphSet) -> Iterator[str]:
     parts_ms = mean_ms_of(table, graph_set, _parts(graph_set), measured=True)
     for name in graph_set.baselines if parts_ms is not None else ():
         whole_ms = mean_ms_of(table, graph_set, [name], measured=True)
@@ -61,12 +61,12 @@ def _parts(graph_set: GraphSet) -> list[str]:
     return [*segments, head_graph_name(candidate.baseline), candidate.output_of(candidate.head(candidate.baseline))]
 
 
-def known_doubts(workspace: Workspace, table: LatencyTable) -> tuple[str, ...]:
+def known_warnings(workspace: Workspace, table: LatencyTable) -> tuple[str, ...]:
     """What speaks against a table, of its recipes as far as their graphs are still here."""
     graph_sets = []
     for recipe in table.recipes:
         with suppress(MessError):
-            graph_set = settled_graphs_of(workspace, recipe, table.device)
+            graph_set = graphs_of_recipe(workspace, recipe, table.device)
             check_current(table, graph_set)
             graph_sets.append(graph_set)
-    return doubts_of(table, graph_sets)
+    return warnings_of(table, graph_sets)

@@ -51,7 +51,7 @@ def estimated(
     return found
 
 
-def start_from(tables: Sequence[tuple[Target, LatencyTable]], plain: GraphSet, target: Target) -> Calibration:
+def starting_calibration(tables: Sequence[tuple[Target, LatencyTable]], plain: GraphSet, target: Target) -> Calibration:
     """What measurements of the same network on a device of the same sort, GPU or not, say of this one's."""
     best: dict[str, float] = {}
     source = target
@@ -89,7 +89,7 @@ def forecast(
     kept = {key: entry for key, entry in kept.items() if wanted.get(key) == entry.sha256}
     priors = priors_of(plain, target, [precision for _, precision in wanted])
     measured = {key: entry.mean_ms for key, entry in kept.items()}
-    found = estimated(priors, measured, start_from(tables, plain, target))
+    found = estimated(priors, measured, starting_calibration(tables, plain, target))
     failures = {} if known is None else known.failed
     failed = {key: failure for key, failure in failures.items() if wanted.get(key) == failure.sha256}
     entries = {

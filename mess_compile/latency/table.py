@@ -51,7 +51,7 @@ class Latency:
     shared_with: str | None = None
 
     @property
-    def told(self) -> str:
+    def origin(self) -> str:
         """Where it is from, and of an estimate by which factor it may be wrong."""
         return self.source if self.error is None else f"{self.source}, x{self.error:.1f}"
 
@@ -110,7 +110,15 @@ class LatencyTable:
 
     def _repr_html_(self) -> str:
         rows = [
-            (e.graph, e.precision, f"{e.mean_ms:.3f}", f"{e.p50_ms:.3f}", f"{e.p95_ms:.3f}", f"{e.p99_ms:.3f}", e.told)
+            (
+                e.graph,
+                e.precision,
+                f"{e.mean_ms:.3f}",
+                f"{e.p50_ms:.3f}",
+                f"{e.p95_ms:.3f}",
+                f"{e.p99_ms:.3f}",
+                e.origin,
+            )
             for e in self.entries.values()
         ]
         failed = [(f.graph, f.precision, "", "", "", "", f"failed: {f.error}") for f in self.failed.values()]
@@ -246,7 +254,7 @@ def mean_ms_of(table: LatencyTable, graph_set: GraphSet, graphs: Iterable[str], 
     return total
 
 
-def runs_there(table: LatencyTable, graph_set: GraphSet, graph: str) -> bool:
+def has_engine(table: LatencyTable, graph_set: GraphSet, graph: str) -> bool:
     """Whether the target has a graph of this name in its precision; one that failed to build it has not."""
     return (graph, graph_set.spec(graph).precision) in table.entries
 

@@ -16,7 +16,7 @@ from mess_compile.network import GraphSet
 from mess_compile.runtime.engines.engine import FP32, Library
 from mess_compile.runtime.machine import power
 from mess_compile.runtime.machine.power import DeviceState
-from mess_compile.runtime.measure import measure as profile
+from mess_compile.runtime.measure import measure
 from mess_compile.runtime.measure.job_pool import Job, Opened
 from mess_compile.runtime.measure.measure import Effort, Window
 from mess_compile.runtime.serve.worker import describe_machine
@@ -56,33 +56,31 @@ class Backend:
     transfers: Transfers | None = None
 
 
-def as_they_are(forms: Sequence[EngineFiles], jobs: Collection[str] | None) -> tuple[EngineFiles, ...]:
+def nothing_to_build(forms: Sequence[EngineFiles], jobs: Collection[str] | None) -> tuple[EngineFiles, ...]:
     """Nothing to build: the library loads the files that are there."""
     return tuple(forms)
 
 
-def here(library: Library, device: str, graph_set: GraphSet, build: Build = as_they_are) -> Backend:
+def local_backend(library: Library, device: str, graph_set: GraphSet, build: Build = nothing_to_build) -> Backend:
     """This machine."""
     frame, thresholds = profiling_inputs(graph_set)
 
-    def measure(task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
+    def run(task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
         meter = power.power_meter()
-        return profile.measure(
+        return measure.measure(
             library, task.jobs, frame, thresholds, task.reference, effort, earlier, meter, measured=task.measured
         )
 
-    return Backend(device, library.name, library.version, describe_machine(), measure, power.read_state, build)
+    return Backend(device, library.name, library.version, describe_machine(), run, power.read_state, build)
 
 
-def there(session: PythonSession | TrtexecSession, device: str, transfers: Transfers | None = None) -> Backend:
+def remote_backend(session: PythonSession | TrtexecSession, device: str, transfers: Transfers | None = None) -> Backend:
     """A device over SSH, which has said hello."""
     assert session.hello is not None, "whoever builds there first hears it"
 
-    def measure(task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
+    def run(task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
         precisions = {job.name: job.name.partition("@")[2] or FP32 for job in task.jobs}
         return session.measure(task.run, task.jobs, precisions, task.measured, task.reference, effort, earlier)
 
     hello, build = session.hello, partial(built_there, session)
-    return Backend(
-        device, hello.library, hello.version, hello.facts, measure, lambda: session.states[-1], build, transfers
-    )
+    return Backend(device, hello.library, hello.version, hello.facts, run, lambda: session.states[-1], build, transfers)

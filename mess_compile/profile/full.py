@@ -9,8 +9,7 @@ from typing import Any
 
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.jobs import job_name, profiling_jobs, reference_of
-from mess_compile.latency import table as latency
-from mess_compile.latency.table import GraphFailure, Latency, LatencyTable
+from mess_compile.latency.table import GraphFailure, Latency, LatencyTable, write_latency_table
 from mess_compile.profile.backends import Backend, Task
 from mess_compile.profile.sample_log import SampleLog
 from mess_compile.reporter import Progress
@@ -30,7 +29,7 @@ SLOW = 0.5
 
 
 def profile_graphs(
-    engines: Sequence[EngineFiles], place: Backend, path: Path, progress: Progress, effort: Effort | None = None
+    engines: Sequence[EngineFiles], backend: Backend, path: Path, progress: Progress, effort: Effort | None = None
 ) -> LatencyTable:
     """Measure all graphs of some recipes of one network and write the latency table to `path`.
 
@@ -38,15 +37,15 @@ def profile_graphs(
     changed. Raises InputError, EngineError.
     """
     effort = effort or measure.Effort()
-    jobs = jobs_at(place, engines)
-    samples = kept_samples(engines, place, path, effort, jobs)
-    before = place.state()
+    jobs = measurable_jobs(backend, engines)
+    samples = open_sample_log(engines, backend, path, effort, jobs)
+    before = backend.state()
     names = tuple(job.name for job in jobs)
-    for event in place.measure(Task(samples.run, tuple(jobs), names, reference_of(jobs)), effort, samples.in_order):
+    for event in backend.measure(Task(samples.run, tuple(jobs), names, reference_of(jobs)), effort, samples.in_order):
         samples.append(event)
         progress("measurements", *windows_done(samples, names, effort))
-    table = table_of(engines, jobs, place, samples, effort, before, place.state())
-    latency.write_latency_table(path, table)
+    table = measured_table(engines, jobs, backend, samples, effort, before, backend.state())
+    write_latency_table(path, table)
     samples.path.unlink()
     return table
 
@@ -66,24 +65,24 @@ def windows_done(samples: SampleLog, names: Collection[str], effort: Effort) -> 
     return done, effort.windows * len(taken)
 
 
-def jobs_at(place: Backend, engines: Sequence[EngineFiles]) -> list[Job]:
+def measurable_jobs(backend: Backend, engines: Sequence[EngineFiles]) -> list[Job]:
     """Those of `profiling_jobs` that can be measured there."""
-    return [job for job in profiling_jobs(engines) if job.path is not None or place.transfers is None]
+    return [job for job in profiling_jobs(engines) if job.path is not None or backend.transfers is None]
 
 
-def kept_samples(
-    engines: Sequence[EngineFiles], place: Backend, path: Path, effort: Effort, jobs: Sequence[Job]
+def open_sample_log(
+    engines: Sequence[EngineFiles], backend: Backend, path: Path, effort: Effort, jobs: Sequence[Job]
 ) -> SampleLog:
     """What was timed of these graphs there, by this protocol, before a measurement for the table `path` broke off."""
     names = {job.name for job in jobs}
-    return SampleLog(path.with_suffix(".samples.jsonl"), _header(engines, place, effort), names)
+    return SampleLog(path.with_suffix(".samples.jsonl"), _header(engines, backend, effort), names)
 
 
-def _header(engines: Sequence[EngineFiles], place: Backend, effort: Effort) -> dict[str, Any]:
+def _header(engines: Sequence[EngineFiles], backend: Backend, effort: Effort) -> dict[str, Any]:
     return {
-        "library": f"{place.library} {place.version}",
-        "power_mode": place.state().power_mode,
-        "machine": {name: fact for name, fact in place.facts.items() if name != "load_average"},
+        "library": f"{backend.library} {backend.version}",
+        "power_mode": backend.state().power_mode,
+        "machine": {name: fact for name, fact in backend.facts.items() if name != "load_average"},
         "recipes": {each.graph_set.recipe: each.graph_set.identity for each in engines},
         "graphs": {
             job_name(name, spec.precision): spec.sha256
@@ -94,10 +93,10 @@ def _header(engines: Sequence[EngineFiles], place: Backend, effort: Effort) -> d
     }
 
 
-def table_of(
+def measured_table(
     engines: Sequence[EngineFiles],
     jobs: Sequence[Job],
-    place: Backend,
+    backend: Backend,
     samples: SampleLog,
     effort: Effort,
     before: DeviceState,
@@ -116,16 +115,16 @@ def table_of(
         key = (spec.name, spec.precision) if spec else (job.name, FP32)
         entries[key] = _latency(*key, spec.sha256 if spec else "", figures, samples.opened.get(job.name))
     verdict = _verdict(speed, unsteady / len(jobs), before, after)
-    environment = place.facts | _environment(before, after) | verdict
-    empty = empty_table(engines, place)
+    environment = backend.facts | _environment(before, after) | verdict
+    empty = empty_table(engines, backend)
     # A graph that two recipes share may have failed in one of them, for want of memory.
     empty = replace(empty, failed={key: failure for key, failure in empty.failed.items() if key not in entries})
-    if place.transfers is None:
+    if backend.transfers is None:
         return replace(empty, environment=environment, entries=entries)
-    return replace(empty, environment=environment, entries=entries | place.transfers(entries), source="estimated")
+    return replace(empty, environment=environment, entries=entries | backend.transfers(entries), source="estimated")
 
 
-def empty_table(engines: Sequence[EngineFiles], place: Backend) -> LatencyTable:
+def empty_table(engines: Sequence[EngineFiles], backend: Backend) -> LatencyTable:
     """Of a device on which nothing was measured yet; what has no engine there has failed."""
     failed = {
         (name, spec.precision): GraphFailure(name, spec.sha256, spec.precision, error)
@@ -134,11 +133,11 @@ def empty_table(engines: Sequence[EngineFiles], place: Backend) -> LatencyTable:
         for spec in [each.graph_set.spec(name)]
     }
     return LatencyTable(
-        device=place.device,
-        library=place.library,
-        library_version=place.version,
+        device=backend.device,
+        library=backend.library,
+        library_version=backend.version,
         network=engines[0].graph_set.candidate.identity,
-        environment=place.facts,
+        environment=backend.facts,
         source="measured",
         entries={},
         recipes={each.graph_set.recipe: each.graph_set.identity for each in engines},

@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mess_compile.latency import table as latency
 from mess_compile.latency.roofline import Estimate
-from mess_compile.latency.table import LatencyTable
+from mess_compile.latency.table import LatencyTable, write_latency_table
 from mess_compile.profile import selection
 from mess_compile.profile.backends import Backend
 from mess_compile.profile.selection import Key, Selection, Subject
@@ -46,15 +45,15 @@ class Ratio:
     graphs: int
 
 
-def profile_shared(job: SubsetJob, places: Mapping[str, Backend], everything: bool) -> LatencyTable:
-    """Profile the devices `places` (by host), the first of which is the job's, and write a table for each.
+def profile_shared(job: SubsetJob, backends: Mapping[str, Backend], everything: bool) -> LatencyTable:
+    """Profile the devices `backends` (by host), the first of which is the job's, and write a table for each.
 
     With `everything` every graph is measured on one of them; else what could still change the first one's answer. The
     first table goes to the job's path, the others beside it, named by the device's identity. Samples are kept until
     all are written. Raises InputError when two hosts are one device, RemoteError, EngineError.
     """
-    _refuse_the_same(places)
-    runs = _runs(job, places)
+    _refuse_the_same(backends)
+    runs = _runs(job, backends)
     first = next(iter(runs.values()))
     start = selection.next_batch(job.subject, first.table)
     assert start is not None, "an empty table lacks everything"
@@ -62,31 +61,31 @@ def profile_shared(job: SubsetJob, places: Mapping[str, Backend], everything: bo
     settled = _share(job, list(runs.values()), everything)
     tables = [_table_of(host, runs) for host in runs]
     for run, table in zip(runs.values(), tables, strict=True):
-        latency.write_latency_table(run.job.path, table)
+        write_latency_table(run.job.path, table)
     for run in runs.values() if settled else ():
         run.samples.path.unlink()
     return tables[0]
 
 
-def _refuse_the_same(places: Mapping[str, Backend]) -> None:
+def _refuse_the_same(backends: Mapping[str, Backend]) -> None:
     known: dict[str, str] = {}
-    for host, place in places.items():
-        other = known.setdefault(place.facts.get("identity", host), host)
+    for host, backend in backends.items():
+        other = known.setdefault(backend.facts.get("identity", host), host)
         if other != host:
             raise InputError(f"{host} is the same device as {other}: name each device once")
 
 
-def _runs(job: SubsetJob, places: Mapping[str, Backend]) -> dict[str, SubsetRun]:
+def _runs(job: SubsetJob, backends: Mapping[str, Backend]) -> dict[str, SubsetRun]:
     speaking = threading.Lock()
     runs: dict[str, SubsetRun] = {}
-    for host, place in places.items():
-        path = _beside(job.path, place) if runs else job.path
-        runs[host] = SubsetRun(_reporting_for(replace(job, place=place, path=path), host, speaking))
+    for host, backend in backends.items():
+        path = _beside(job.path, backend) if runs else job.path
+        runs[host] = SubsetRun(_reporting_for(replace(job, backend=backend, path=path), host, speaking))
     return runs
 
 
-def _beside(path: Path, place: Backend) -> Path:
-    return path.with_name(f"{path.stem}@{place.facts['identity']}.json")
+def _beside(path: Path, backend: Backend) -> Path:
+    return path.with_name(f"{path.stem}@{backend.facts['identity']}.json")
 
 
 def _reporting_for(job: SubsetJob, host: str, speaking: threading.Lock) -> SubsetJob:
@@ -137,8 +136,8 @@ def _dealt(graphs: Sequence[Key], runs: Sequence[SubsetRun]) -> list[list[Key]]:
     portions: list[list[Key]] = [[] for _ in runs]
     fresh = [key for key in graphs if not any(_is_known(run, key) for run in runs[1:])]
     portions[0] += [key for key in graphs if key not in fresh]
-    for place, key in enumerate(fresh):
-        portions[place % len(runs)].append(key)
+    for number, key in enumerate(fresh):
+        portions[number % len(runs)].append(key)
     return portions
 
 

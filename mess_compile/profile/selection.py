@@ -160,10 +160,10 @@ def _is_known(table: LatencyTable, key: Key) -> bool:
 def _start(subject: Subject, table: LatencyTable) -> list[Key]:
     baselines = [_key(graphs, name) for graphs in subject.graph_sets for name in graphs.baselines]
     pseudo = [(name, FP32) for name in PSEUDO_GRAPHS]
-    return [key for key in baselines if key not in subject.twins] + pseudo + _most_telling(subject, CALIBRATION)
+    return [key for key in baselines if key not in subject.twins] + pseudo + _most_informative(subject, CALIBRATION)
 
 
-def _most_telling(subject: Subject, share: float, besides: Collection[Key] = ()) -> list[Key]:
+def _most_informative(subject: Subject, share: float, besides: Collection[Key] = ()) -> list[Key]:
     chosen, left_out = [], {*subject.twins, *besides}
     for precision, prior in subject.priors.items():
         distinct = [name for name, its in subject.specs if its == precision and (name, its) not in left_out]
@@ -173,7 +173,11 @@ def _most_telling(subject: Subject, share: float, besides: Collection[Key] = ())
 
 
 def _decisive(subject: Subject, table: LatencyTable) -> Sequence[Key]:
-    return contenders(subject, optimistic_table(subject, table)) if subject.requirements else _fair_share(subject)
+    return (
+        contenders(subject, optimistic_table(subject, table))
+        if subject.requirements
+        else _representative_subset(subject)
+    )
 
 
 def contenders(subject: Subject, optimistic: LatencyTable) -> tuple[Key, ...]:
@@ -190,7 +194,7 @@ def contenders(subject: Subject, optimistic: LatencyTable) -> tuple[Key, ...]:
         and any(_key(graphs, name) in optimistic.entries for name in graphs.baselines)
     ]
     if not evidences:
-        return tuple(_fair_share(subject))
+        return tuple(_representative_subset(subject))
     chosen = parted(evidences, None).chosen  # as `search` chooses, unless it is told otherwise
     keys = dict.fromkeys(key for requirement in subject.requirements for key in _best_plan(chosen, requirement))
     estimated = tuple(key for key in keys if optimistic.entries[key].source != "measured")
@@ -210,7 +214,7 @@ def _best_plan(evidences: Sequence[Evidence], requirement: Requirement) -> list[
     return []
 
 
-def _fair_share(subject: Subject) -> list[Key]:
+def _representative_subset(subject: Subject) -> list[Key]:
     """Output graphs, segments from the image and between neighbours; of the rest the quarter that tells most."""
     chosen: list[Key] = []
     for graphs in subject.graph_sets:
@@ -218,7 +222,7 @@ def _fair_share(subject: Subject) -> list[Key]:
         near = [segment_name(a, b) for a, b in candidate.segments() if a == 0 or b == a + 1]
         outputs = dict.fromkeys(candidate.output_of(head) for head in candidate.heads)
         chosen += [_key(graphs, name) for name in (*near, *outputs) if name in graphs.graphs]
-    return chosen + _most_telling(subject, FAIR, besides=chosen)
+    return chosen + _most_informative(subject, FAIR, besides=chosen)
 
 
 def _samples(subject: Subject, table: LatencyTable) -> Sequence[Key]:

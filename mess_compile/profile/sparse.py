@@ -9,14 +9,13 @@ from pathlib import Path
 
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.jobs import job_name, reference_of, with_feeders, without
-from mess_compile.latency import table
-from mess_compile.latency.table import LatencyTable
+from mess_compile.latency.table import LatencyTable, write_latency_table
 from mess_compile.profile import selection
 from mess_compile.profile.backends import Backend, Task
-from mess_compile.profile.full import empty_table, jobs_at, kept_samples, table_of, windows_done
+from mess_compile.profile.full import empty_table, measurable_jobs, measured_table, open_sample_log, windows_done
 from mess_compile.profile.selection import Selection, Subject
 from mess_compile.reporter import Reporter
-from mess_compile.runtime.measure import measure as profile
+from mess_compile.runtime.measure import measure
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS, Job
 from mess_compile.runtime.measure.measure import Effort
 
@@ -26,18 +25,18 @@ BUILDING_S = {"tensorrt": 60.0, "tensorrt_rtx": 1.0}
 
 @dataclass(frozen=True)
 class SubsetJob:
-    """Graphs in the `forms` that `place` builds, what they are measured for, and the `path` of the latency table.
+    """Graphs in the `forms` that `backend` builds, what they are measured for, and the `path` of the latency table.
 
     Measuring goes on while `in_time`. Before each batch a note says what it is for, and about how long it takes.
     """
 
     forms: tuple[EngineFiles, ...]
-    place: Backend
+    backend: Backend
     subject: Subject
     path: Path
     reporter: Reporter
     in_time: Callable[[], bool]
-    effort: Effort = field(default_factory=lambda: profile.Effort())
+    effort: Effort = field(default_factory=lambda: measure.Effort())
 
 
 def profile_subset(job: SubsetJob) -> LatencyTable:
@@ -48,7 +47,7 @@ def profile_subset(job: SubsetJob) -> LatencyTable:
     run = SubsetRun(job)
     settled = run.settle()
     whole = run.whole_table(job.subject)
-    table.write_latency_table(job.path, whole)
+    write_latency_table(job.path, whole)
     if settled:  # else the time ended it, and a further call goes on
         run.samples.path.unlink()
     return whole
@@ -59,12 +58,12 @@ class SubsetRun:
 
     def __init__(self, job: SubsetJob) -> None:
         self.job = job
-        self.table = empty_table(job.forms, job.place)
-        self._every = jobs_at(job.place, job.forms)
-        self.samples = kept_samples(job.forms, job.place, job.path, job.effort, self._every)
-        self._before, self._engines = job.place.state(), job.forms
+        self.table = empty_table(job.forms, job.backend)
+        self._every = measurable_jobs(job.backend, job.forms)
+        self.samples = open_sample_log(job.forms, job.backend, job.path, job.effort, self._every)
+        self._before, self._engines = job.backend.state(), job.forms
         self._asked: dict[str, None] = {}
-        self._pace_s = BUILDING_S.get(job.place.library, 0.0) + job.effort.max_s / 2
+        self._pace_s = BUILDING_S.get(job.backend.library, 0.0) + job.effort.max_s / 2
         self._started = time.monotonic()
 
     def settle(self) -> bool:
@@ -99,29 +98,29 @@ class SubsetRun:
         """The jobs by name once all that the named ones need is built; another stands in for what does not build."""
         asked: set[str] = set()
         while True:
-            jobs = {job.name: job for job in jobs_at(self.job.place, self._engines)}
+            jobs = {job.name: job for job in measurable_jobs(self.job.backend, self._engines)}
             needed = set(with_feeders(list(jobs.values()), [*names, reference_of(list(jobs.values()))])) - asked
             if not needed:
                 return jobs
-            self._engines = self.job.place.build(self._engines, needed)
+            self._engines = self.job.backend.build(self._engines, needed)
             asked |= needed
 
     def _undone(self) -> list[str]:
         """What was measured, but not at what is now known to be full speed."""
-        full_ms = profile.full_speed_ms(self.samples.in_order)
+        full_ms = measure.full_speed_ms(self.samples.in_order)
         taken = {name: self.samples.windows.get(name, []) for name in self._asked}
-        return [name for name, windows in taken.items() if not profile.is_done(windows, self.job.effort, full_ms)]
+        return [name for name, windows in taken.items() if not measure.is_done(windows, self.job.effort, full_ms)]
 
     def _time(self, task: Task) -> None:
         job, samples = self.job, self.samples
         label = f"graphs {len(self._asked)}/{len(self._every)}, measurements"
-        for event in job.place.measure(task, job.effort, samples.in_order):
+        for event in job.backend.measure(task, job.effort, samples.in_order):
             samples.append(event)
             job.reporter.progress(label, *windows_done(samples, task.measured, job.effort))
 
     def _table(self, jobs: Sequence[Job]) -> LatencyTable:
-        place, effort = self.job.place, self.job.effort
-        return table_of(self._engines, jobs, place, self.samples, effort, self._before, place.state())
+        backend, effort = self.job.backend, self.job.effort
+        return measured_table(self._engines, jobs, backend, self.samples, effort, self._before, backend.state())
 
 
 def _task(run: str, jobs: dict[str, Job], names: Sequence[str]) -> Task:

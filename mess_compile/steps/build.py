@@ -112,7 +112,7 @@ def _each_recipe(
 ) -> Iterator[PlannedRecipe]:
     for precision in precisions:
         recipe = recipes.recipe_name(precision, target.precisions)
-        settled = recipes.settled_graphs(graph_set, recipe, workspace.recipes)
+        settled = recipes.stored_recipe(graph_set, recipe, workspace.recipes)
         if settled is not None:
             yield settled.graph_set, ()
         else:
@@ -131,7 +131,7 @@ def _planned(
     notes: tuple[str, ...],
 ) -> PlannedStep:
     folder = workspace.engines(target.name, graph_set.recipe)
-    there = None if host else () if notes else engines.engines_there(graph_set, target, folder)
+    there = None if host else () if notes else engines.reusable_engines(graph_set, target, folder)
     names = {entry.graph for entry in there or ()}
     known = {e.graph: e.seconds for place in folder.parent.glob("*") for e in engines.entries_in(place) if not e.error}
     usual = fmean(known.values()) if known else BUILDING_S[target.library]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mess_compile import __version__, files
 from mess_compile.data import scenes
-from mess_compile.engines.prepare import engine_files, settled_graphs_of
+from mess_compile.engines.prepare import engine_files, graphs_of_recipe
 from mess_compile.evaluate import statistics
 from mess_compile.latency import table as latency
 from mess_compile.network import GraphSet, threshold_table
@@ -140,7 +140,7 @@ def _basis(
     workspace: Workspace, plan: plans.Plan
 ) -> tuple[GraphSet, latency.LatencyTable, statistics.ExitStatistics | None]:
     """Graphs, latencies and statistics (None: they are gone) of a plan. Raises StaleError when it is of others."""
-    graph_set = settled_graphs_of(workspace, plan.precision, plan.device)
+    graph_set = graphs_of_recipe(workspace, plan.precision, plan.device)
     plans.check_plan_current(plan, graph_set)
     table = latency.read_latency_table(workspace.latency(plan.device))
     sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}

@@ -130,7 +130,7 @@ def plan_evaluate(workspace: Workspace, options: EvaluateOptions = EvaluateOptio
     refuse_unknown_precision(precision)
     _, folder = request.split_of(graph_set.candidate)
     recipe = recipes.recipe_name(precision, PRECISIONS if target is None else target.precisions)
-    settled = recipes.settled_graphs(graph_set, recipe, workspace.recipes)
+    settled = recipes.stored_recipe(graph_set, recipe, workspace.recipes)
     graphs = replace(graph_set, recipe=recipe) if settled is None else settled.graph_set
     unsettled = f"{precision} is settled first, graph by graph, on real images; that is not in the time"
     notes = (*folder.notes, unsettled) if settled is None else folder.notes

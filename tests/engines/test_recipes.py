@@ -65,7 +65,7 @@ def test_an_interrupted_settling_is_continued_by_the_same_command(workspace: Pat
 
     def settled(progress: Callable[[str, int, int], None]) -> None:
         folder = workspace / "recipes"
-        recipes.precise_graphs(graphs, "fp16", PRECISIONS, folder, "val", lambda split: seen, progress)
+        recipes.choose_precisions(graphs, "fp16", PRECISIONS, folder, "val", lambda split: seen, progress)
 
     def stop(name: str, done: int, total: int) -> None:
         if done == 5:
