@@ -341,34 +341,29 @@ def reusable_engines(graph_set: GraphSet, target: Target, folder: Path) -> tuple
     return tuple(entry for key, entry in _intact(folder, entries_in(folder)).items() if key in keys)
 
 
+@dataclass(frozen=True)
+class _IndexDocument:
+    """The content of `index.json`."""
+
+    device: str
+    recipe: str
+    library: str
+    library_version: str
+    entries: tuple[EngineEntry, ...]
+
+
 def _write_index(folder: Path, engines: EngineSet) -> None:
-    told = {name: getattr(engines, name) for name in ("device", "recipe", "library", "library_version")}
-    entries = [asdict(entry) for entry in engines.entries]
-    files.write_json(folder / _INDEX, _FORMAT, _VERSION, {**told, "entries": entries})
+    index = _IndexDocument(engines.device, engines.recipe, engines.library, engines.library_version, engines.entries)
+    files.write_json(folder / _INDEX, _FORMAT, _VERSION, {**asdict(index), "entries": list(map(asdict, index.entries))})
 
 
 def entries_in(folder: Path) -> tuple[EngineEntry, ...]:
-    """What earlier calls built; nothing where the index is missing or damaged, since engines can be made again."""
+    """The engines built by earlier calls; none when the index is missing or damaged, since they can be rebuilt."""
+    path = folder / _INDEX
     try:
-        content = files.read_json(folder / _INDEX, _FORMAT, _VERSION, "")
-        entries: tuple[EngineEntry, ...] = files.decoded(
-            folder / _INDEX, "", lambda: tuple(map(_entry_from_json, content["entries"]))
-        )
+        content = files.read_json(path, _FORMAT, _VERSION, "")
+        index: _IndexDocument = files.decode_document(path, _IndexDocument, content, "")
     except InputError:
         return ()
-    return entries
-
-
-def _entry_from_json(content: dict[str, Any]) -> EngineEntry:
-    if not re.fullmatch(r"[0-9a-f]{64}", content["key"]):
-        raise ValueError(f"key {content['key']!r}")
-    return EngineEntry(
-        graph=str(content["graph"]),
-        precision=str(content["precision"]),
-        key=content["key"],
-        sha256=str(content["sha256"]),
-        bytes=int(content["bytes"]),
-        seconds=float(content["seconds"]),
-        rewrites=tuple(str(name) for name in content["rewrites"]),
-        error=None if content["error"] is None else str(content["error"]),
-    )
+    sound = all(re.fullmatch(r"[0-9a-f]{64}", entry.key) for entry in index.entries)  # keys become file names
+    return index.entries if sound else ()

@@ -6,9 +6,8 @@ import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import onnx
 
@@ -142,29 +141,28 @@ def _source_of(graph_set: GraphSet, recipe: str) -> str:
     return hashlib.sha256("\n".join([str(_SETTLING), recipe, *parts]).encode()).hexdigest()
 
 
-_TEXTS, _NUMBERS = ("made_from", "images"), ("judged_frames", "calibration_frames")
+@dataclass(frozen=True)
+class _RecipeDocument:
+    """The content of `recipe.json`."""
+
+    made_from: str
+    images: str
+    judged_frames: int
+    calibration_frames: int
+    fallbacks: tuple[Fallback, ...]
 
 
-def _write(settled: PreciseGraphs) -> None:
+def _write(recipe: PreciseGraphs) -> None:
     """Write `recipe.json` beside the graphs."""
-    told = {name: getattr(settled, name) for name in (*_TEXTS, *_NUMBERS)}
-    fallbacks = [asdict(fallback) for fallback in settled.fallbacks]
-    files.write_json(settled.graph_set.root / _FILE, _FORMAT, 2, {**told, "fallbacks": fallbacks})
+    content = {each.name: getattr(recipe, each.name) for each in fields(_RecipeDocument)}
+    fallbacks = [asdict(fallback) for fallback in recipe.fallbacks]
+    files.write_json(recipe.graph_set.root / _FILE, _FORMAT, 2, {**content, "fallbacks": fallbacks})
 
 
 def _read(folder: Path) -> PreciseGraphs:
     """Read `recipe.json` and the graphs beside it. Raises InputError when anything is missing or damaged."""
     path = folder / _FILE
     content = files.read_json(path, _FORMAT, 2, _REMEDY)
-
-    def decode() -> PreciseGraphs:
-        named: dict[str, Any] = {name: str(content[name]) for name in _TEXTS}
-        named |= {name: int(content[name]) for name in _NUMBERS}
-        fallbacks = tuple(
-            Fallback(*(str(each[name]) for name in ("graph", "wanted", "used", "reason")))
-            for each in content["fallbacks"]
-        )
-        return PreciseGraphs(read_graph_set(folder), fallbacks, **named)
-
-    settled: PreciseGraphs = files.decoded(path, _REMEDY, decode)
-    return settled
+    document: _RecipeDocument = files.decode_document(path, _RecipeDocument, content, _REMEDY)
+    found = {each.name: getattr(document, each.name) for each in fields(document)}
+    return PreciseGraphs(read_graph_set(folder), **found)

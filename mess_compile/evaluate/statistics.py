@@ -95,6 +95,29 @@ class ExitStatistics:
         )
 
 
+@dataclass(frozen=True)
+class _StatisticsDocument:
+    """The content of `statistics.json`; `sha256` is by array."""
+
+    network: str
+    precision: str
+    device: str
+    library: str
+    split: str
+    baseline_alone: str | None
+    heads: tuple[str, ...]
+    classes: tuple[str, ...]
+    cells: tuple[int, ...]
+    image_id: tuple[str, ...]
+    group: tuple[str, ...]
+    gate: Gate
+    sha256: dict[str, str]
+
+
+_DEFAULTS: dict[str, Any] = {"baseline_alone": None}
+"""Statistics written by the first releases lack this key."""
+
+
 def miou(intersection: Ints, predicted: Ints, labelled: Ints) -> float:
     """mIoU in percent of (K,) pixel sums over a set, over the classes that have labelled pixels.
 
@@ -207,35 +230,26 @@ def read_statistics(folder: Path) -> ExitStatistics:
     """Read what `write_statistics` wrote; arrays are memory-mapped. Raises InputError when missing or damaged."""
     files.recovered(folder)
     path = folder / "statistics.json"
-    content = files.read_json(path, "mess-statistics", 1, _REMEDY)
-    arrays = {name: _read_array(folder / f"{name}.npy", content) for name in _ARRAYS}
-    statistics: ExitStatistics = files.decoded(path, _REMEDY, lambda: _statistics_from_json(content, arrays))
+    content = {**_DEFAULTS, **files.read_json(path, "mess-statistics", 1, _REMEDY)}
+    document: _StatisticsDocument = files.decode_document(path, _StatisticsDocument, content, _REMEDY)
+    arrays = {name: _read_array(folder / f"{name}.npy", document.sha256) for name in _ARRAYS}
+    statistics: ExitStatistics = files.decoded(path, _REMEDY, lambda: _checked_statistics(document, arrays))
     return statistics
 
 
-def _read_array(path: Path, content: dict[str, Any]) -> Any:
+def _read_array(path: Path, hashes: dict[str, str]) -> Any:
     if not path.is_file():
         raise InputError(f"{path} does not exist: {_REMEDY}")
-    hashes = content.get("sha256")
-    if not isinstance(hashes, dict) or files.sha256_of_file(path) != hashes.get(path.stem):
+    if files.sha256_of_file(path) != hashes.get(path.stem):
         raise InputError(f"{path} is damaged (its bytes are not those that were written): {_REMEDY}")
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _statistics_from_json(content: dict[str, Any], arrays: dict[str, Any]) -> ExitStatistics:
-    gate, alone = content["gate"], content.get("baseline_alone")
-    texts: dict[str, Any] = {name: str(content[name]) for name in _TEXTS}
-    statistics = ExitStatistics(
-        **arrays,
-        heads=tuple(map(str, content["heads"])),
-        classes=tuple(map(str, content["classes"])),
-        cells=tuple(map(int, content["cells"])),
-        image_id=tuple(map(str, content["image_id"])),
-        group=tuple(map(str, content["group"])),
-        gate=Gate(gate["confidence"], bool(gate["edge_aware"]), tuple(map(float, gate["thresholds"]))),
-        baseline_alone=None if alone is None else str(alone),
-        **texts,
-    )
+def _checked_statistics(document: _StatisticsDocument, arrays: dict[str, Any]) -> ExitStatistics:
+    content = {
+        each.name: getattr(document, each.name) for each in dataclasses.fields(document) if each.name != "sha256"
+    }
+    statistics = ExitStatistics(**arrays, **content)
     _check_shapes(statistics)
     return statistics
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -284,6 +284,21 @@ def _listed(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
+@dataclass(frozen=True)
+class _TableDocument:
+    """The content of `latency/<device>.json`; keys are in the order in which they are written."""
+
+    device: str
+    library: str
+    library_version: str
+    network: str
+    environment: dict[str, str]
+    source: str
+    recipes: dict[str, str]
+    entries: tuple[Latency, ...]
+    failed: tuple[GraphFailure, ...]
+
+
 def write_latency_table(path: Path, table: LatencyTable) -> None:
     """Write `latency/<device>.json`; all of it or nothing."""
     files.write_json(path, "mess-latency", 2, _table_to_json(table))
@@ -295,72 +310,37 @@ def content_sha256(table: LatencyTable) -> str:
 
 
 def _table_to_json(table: LatencyTable) -> dict[str, Any]:
-    content = {name: getattr(table, name) for name in _TABLE_FIELDS}
-    lists = {name: [asdict(each) for _, each in sorted(getattr(table, name).items())] for name in ("entries", "failed")}
+    content = {each.name: getattr(table, each.name) for each in fields(_TableDocument)}
+    lists = {name: [asdict(each) for _, each in sorted(content[name].items())] for name in ("entries", "failed")}
     return {**content, **lists}
-
-
-_TABLE_FIELDS = ("device", "library", "library_version", "network", "environment", "source", "recipes")
 
 
 def read_latency_table(path: Path) -> LatencyTable:
     """Read `latency/<device>.json`. Raises InputError when it is missing or damaged."""
     remedy = _remedy(path.stem)
     content = files.read_json(path, "mess-latency", 2, remedy)
-    table: LatencyTable = files.decoded(path, remedy, lambda: _table_from_json(content))
+    document: _TableDocument = files.decode_document(path, _TableDocument, content, remedy)
+    table: LatencyTable = files.decoded(path, remedy, lambda: _checked_table(document))
     return table
 
 
-def _table_from_json(content: dict[str, Any]) -> LatencyTable:
-    entries = [_latency_from_json(entry) for entry in content["entries"]]
-    failures = [
-        GraphFailure(*(str(each[name]) for name in ("graph", "sha256", "precision", "error")))
-        for each in content["failed"]
-    ]
-    by_key = {(entry.graph, entry.precision): entry for entry in entries}
-    failed = {(failure.graph, failure.precision): failure for failure in failures}
-    if len(by_key | failed) != len(entries) + len(failures):
-        raise ValueError("a graph is there twice")
-    return LatencyTable(
-        device=str(content["device"]),
-        library=str(content["library"]),
-        library_version=str(content["library_version"]),
-        network=str(content["network"]),
-        environment={str(key): str(value) for key, value in content["environment"].items()},
-        source=_source(content["source"]),
-        entries=by_key,
-        recipes={str(name): str(identity) for name, identity in content["recipes"].items()},
-        failed=failed,
-    )
+def _checked_table(document: _TableDocument) -> LatencyTable:
+    """Raises ValueError for two entries of one graph, an unknown source, or a latency out of range."""
+    entries = {(entry.graph, entry.precision): entry for entry in document.entries}
+    failed = {(failure.graph, failure.precision): failure for failure in document.failed}
+    if len(entries | failed) != len(document.entries) + len(document.failed):
+        raise ValueError("a graph has two entries")
+    for source in (document.source, *(entry.source for entry in document.entries)):
+        if source not in SOURCES:
+            raise ValueError(f"source {source!r} is neither measured nor estimated")
+    for entry in document.entries:
+        _check_range(entry)
+    content = {each.name: getattr(document, each.name) for each in fields(document)}
+    return LatencyTable(**{**content, "entries": entries, "failed": failed})
 
 
-def _latency_from_json(content: dict[str, Any]) -> Latency:
-    times: dict[str, Any] = {name: _checked(content, name) for name in _QUANTITIES}
-    times |= {name: None if content[name] is None else _checked(content, name) for name in _MEASURES}
-    times |= {name: None if content[name] is None else int(content[name]) for name in _SIZES}
-    return Latency(
-        graph=str(content["graph"]),
-        sha256=str(content["sha256"]),
-        precision=str(content["precision"]),
-        runs=int(content["runs"]),
-        source=_source(content["source"]),
-        steady=bool(content["steady"]),
-        shared_with=None if content["shared_with"] is None else str(content["shared_with"]),
-        **times,
-    )
-
-
-_MEASURES, _SIZES = ("device_ms", "energy_mj", "error"), ("file_bytes", "scratch_bytes")
-
-
-def _checked(content: dict[str, Any], name: str) -> float:
-    value = float(content[name])
-    if not 0 <= value <= _MOST_MS:
-        raise ValueError(f"{name} of {content['graph']} is {value}")
-    return value
-
-
-def _source(text: Any) -> str:
-    if text not in SOURCES:
-        raise ValueError(f"source {text!r} is neither measured nor estimated")
-    return str(text)
+def _check_range(entry: Latency) -> None:
+    for name in (*_QUANTITIES, "device_ms", "energy_mj", "error"):
+        value = getattr(entry, name)
+        if value is not None and not 0 <= value <= _MOST_MS:
+            raise ValueError(f"{name} of {entry.graph} is {value}")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.jobs import job_name, profiling_jobs, reference_of
 from mess_compile.latency.table import GraphFailure, Latency, LatencyTable, write_latency_table
 from mess_compile.profile.backends import Backend, Task
-from mess_compile.profile.sample_log import SampleLog
+from mess_compile.profile.sample_log import SampleHeader, SampleLog
 from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import FP32
@@ -78,19 +77,20 @@ def open_sample_log(
     return SampleLog(path.with_suffix(".samples.jsonl"), _header(engines, backend, effort), names)
 
 
-def _header(engines: Sequence[EngineFiles], backend: Backend, effort: Effort) -> dict[str, Any]:
-    return {
-        "library": f"{backend.library} {backend.version}",
-        "power_mode": backend.state().power_mode,
-        "machine": {name: fact for name, fact in backend.facts.items() if name != "load_average"},
-        "recipes": {each.graph_set.recipe: each.graph_set.identity for each in engines},
-        "graphs": {
+def _header(engines: Sequence[EngineFiles], backend: Backend, effort: Effort) -> SampleHeader:
+    return SampleHeader(
+        run="",
+        library=f"{backend.library} {backend.version}",
+        power_mode=backend.state().power_mode,
+        machine={name: fact for name, fact in backend.facts.items() if name != "load_average"},
+        recipes={each.graph_set.recipe: each.graph_set.identity for each in engines},
+        graphs={
             job_name(name, spec.precision): spec.sha256
             for each in engines
             for name, spec in sorted(each.graph_set.graphs.items())
         },
-        "effort": repr(effort),
-    }
+        effort=repr(effort),
+    )
 
 
 def measured_table(
