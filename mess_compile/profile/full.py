@@ -1,4 +1,4 @@
-"""Measure every graph on a device, in context, and continue after a break; then the latency table."""
+"""Measures every graph on a device, each behind its predecessor, and writes the latency table. Resumable."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from mess_compile.runtime.measure.measure import Effort
 from mess_compile.runtime.measure.summary import Speed, Summary
 
 UNSTEADY = 0.1
-"""Share of the graphs that may stay unsteady before the whole run is called unstable."""
+"""Largest share of unsteady graphs in a run that counts as steady."""
 SLOW = 0.5
-"""Share of the time that the machine may be slower than the figures say, likewise."""
+"""Largest share of the time that the machine may run below full speed in a run that counts as steady."""
 
 
 def profile_graphs(
@@ -32,8 +32,8 @@ def profile_graphs(
 ) -> LatencyTable:
     """Measure all graphs of some recipes of one network and write the latency table to `path`.
 
-    Samples are kept beside it after each window; a killed call continues there, unless graphs, library or device
-    changed. Raises InputError, EngineError.
+    Samples are logged beside it after each window, so that a killed call resumes unless graphs, library or device
+    have changed. Raises InputError, EngineError.
     """
     effort = effort or measure.Effort()
     jobs = measurable_jobs(backend, engines)
@@ -50,10 +50,10 @@ def profile_graphs(
 
 
 def windows_done(samples: SampleLog, names: Collection[str], effort: Effort) -> tuple[int, int]:
-    """How many of the visits that these jobs need at least are done, and how many these are.
+    """The windows done, and the least number of windows that these jobs need: progress for the user.
 
-    All jobs are visited in turn, so that jobs that are done would say nothing for most of the time. The last visit of a
-    job counts when it is steady or given up.
+    Jobs take turns, so that a count of finished jobs would stay at 0 for most of the time. A job's last window counts
+    when the job is steady, or out of time.
     """
     full_ms = measure.full_speed_ms(samples.in_order)
     taken = [samples.windows.get(name, []) for name in names]
@@ -65,14 +65,14 @@ def windows_done(samples: SampleLog, names: Collection[str], effort: Effort) -> 
 
 
 def measurable_jobs(backend: Backend, engines: Sequence[EngineFiles]) -> list[Job]:
-    """Those of `profiling_jobs` that can be measured there."""
+    """The profiling jobs that the backend can measure: all, or without the pseudo graphs."""
     return [job for job in profiling_jobs(engines) if job.path is not None or backend.transfers is None]
 
 
 def open_sample_log(
     engines: Sequence[EngineFiles], backend: Backend, path: Path, effort: Effort, jobs: Sequence[Job]
 ) -> SampleLog:
-    """What was timed of these graphs there, by this protocol, before a measurement for the table `path` broke off."""
+    """The sample log for the table `path`, with what an interrupted measurement of the same graphs left."""
     names = {job.name for job in jobs}
     return SampleLog(path.with_suffix(".samples.jsonl"), _header(engines, backend, effort), names)
 
@@ -102,9 +102,13 @@ def measured_table(
     before: DeviceState,
     after: DeviceState,
 ) -> LatencyTable:
-    lacking = [job.name for job in jobs if not samples.windows.get(job.name)]
-    if lacking:
-        raise InputError(f"{len(lacking)} graphs were not measured ({lacking[0]} ...): run the same command again")
+    """The table of the jobs' samples; `before` and `after` are the device's states around the measurement.
+
+    Raises InputError when a job has no samples.
+    """
+    missing = [job.name for job in jobs if not samples.windows.get(job.name)]
+    if missing:
+        raise InputError(f"{len(missing)} graphs were not measured ({missing[0]} ...): run the same command again")
     speed = summary.speed(samples.in_order)
     specs = {job_name(spec.name, spec.precision): spec for each in engines for spec in each.graph_set.graphs.values()}
     entries, unsteady = {}, 0
@@ -117,7 +121,7 @@ def measured_table(
     verdict = _verdict(speed, unsteady / len(jobs), before, after)
     environment = backend.facts | _environment(before, after) | verdict
     empty = empty_table(engines, backend)
-    # A graph that two recipes share may have failed in one of them, for want of memory.
+    # A graph that two recipes share may have failed in one of them, for lack of memory.
     empty = replace(empty, failed={key: failure for key, failure in empty.failed.items() if key not in entries})
     if backend.transfers is None:
         return replace(empty, environment=environment, entries=entries)
@@ -125,7 +129,7 @@ def measured_table(
 
 
 def empty_table(engines: Sequence[EngineFiles], backend: Backend) -> LatencyTable:
-    """Of a device on which nothing was measured yet; what has no engine there has failed."""
+    """The table of a device before any measurement; graphs without an engine have failed."""
     failed = {
         (name, spec.precision): GraphFailure(name, spec.sha256, spec.precision, error)
         for each in engines
@@ -167,21 +171,21 @@ def _latency(graph: str, precision: str, sha256: str, found: Summary, opened: Op
 
 
 def _verdict(speed: Speed, unsteady: float, before: DeviceState, after: DeviceState) -> dict[str, str]:
-    """Whether the table can be believed, and if not the likely cause."""
+    """Whether the run was steady, and if not, the likely cause."""
     unstable = speed.slow_share > SLOW or unsteady > UNSTEADY
-    told = {
+    figures = {
         "slow_share": f"{speed.slow_share:.3f}",
         "slow_by": f"{speed.slow_by:.2f}",
         "unsteady": f"{unsteady:.3f}",
     }
     if not unstable:
-        return {"verdict": "steady", **told}
-    cause = power.likely_cause(before, after) or "nothing that this device tells: other programs, most likely"
-    return {"verdict": "unstable", "likely_cause": cause, **told}
+        return {"verdict": "steady", **figures}
+    cause = power.likely_cause(before, after) or "unknown, probably other programs"
+    return {"verdict": "unstable", "likely_cause": cause, **figures}
 
 
 def _environment(before: DeviceState, after: DeviceState) -> dict[str, str]:
-    """Power mode, clocks and temperatures as text, as far as the device tells them."""
+    """Power mode, clocks and temperatures as text, as far as the device reports them."""
     clocks = ", ".join(
         f"{name} {mhz:.0f} of {dict(after.limits_mhz).get(name, mhz):.0f} MHz" for name, mhz in after.clocks_mhz
     )
@@ -190,5 +194,5 @@ def _environment(before: DeviceState, after: DeviceState) -> dict[str, str]:
         for name, start in before.temperatures_c
         if name in dict(after.temperatures_c)
     ]
-    told = {"power_mode": after.power_mode or "", "clocks": clocks, "temperatures": ", ".join(hot)}
-    return {name: text for name, text in told.items() if text}
+    facts = {"power_mode": after.power_mode or "", "clocks": clocks, "temperatures": ", ".join(hot)}
+    return {name: text for name, text in facts.items() if text}
