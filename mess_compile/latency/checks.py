@@ -1,4 +1,4 @@
-"""What speaks against the latencies of a table, in sentences that go wherever figures made of them go."""
+"""Checks a latency table: the warnings that travel with every figure computed from it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from mess_compile.runtime.engines.engine import FP32
 from mess_compile.workspace import Workspace
 
 CHEAPER, DEARER = 0.15, 0.35
-"""By what share of the whole network its parts, one after the other, may take less or more.
+"""How much less or more the sum of the parts may take than the network as one graph, as a share.
 
-More is normal: there are more tensors to hand over, and the head has its gate. Steady tables had 5 % at 63 ms and 31 %
-at 0.8 ms (ONNX Runtime, two cores). Less is not: what was measured at another speed of the machine gave 26 to 71 %.
+More is normal: more tensors are handed over, and the head has its gate. Steady tables had 5 % more at 63 ms and 31 %
+more at 0.8 ms (ONNX Runtime, two cores). Less is suspicious: graphs measured at different speeds of the machine gave 26
+to 71 %.
 """
 
 
 def warnings_of(table: LatencyTable, graph_sets: Sequence[GraphSet] = ()) -> tuple[str, ...]:
-    """Of a table, and of what it says of the graphs of these recipes."""
-    told = [_unstable(table)] if table.environment.get("verdict") == "unstable" else []
-    return (*told, *(doubt for each in graph_sets for doubt in _implausible_sums(table, each)))
+    """Warnings about a table, and about its entries for the graphs of these recipes."""
+    warnings = [_unstable(table)] if table.environment.get("verdict") == "unstable" else []
+    return (*warnings, *(warning for each in graph_sets for warning in _implausible_sums(table, each)))
 
 
 def _unstable(table: LatencyTable) -> str:
@@ -62,7 +63,7 @@ def _parts(graph_set: GraphSet) -> list[str]:
 
 
 def known_warnings(workspace: Workspace, table: LatencyTable) -> tuple[str, ...]:
-    """What speaks against a table, of its recipes as far as their graphs are still here."""
+    """Warnings about a table, and about its recipes whose graphs are still in the workspace and unchanged."""
     graph_sets = []
     for recipe in table.recipes:
         with suppress(MessError):
