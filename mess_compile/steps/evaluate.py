@@ -183,7 +183,7 @@ def _evaluated_there(request: _Request, target: Target, host: str) -> statistics
         session = session_there(remote, target, forms.graph_set, progress)
         found = record.evaluate_there(
             session,
-            record.built_there(session, forms),
+            record.build_scored_graphs(session, forms),
             folder,
             workspace.statistics(folder.split, forms.graph_set.recipe, target.name),
             device=target.name,
