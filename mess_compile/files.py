@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mess_compile.runtime.base.decode import DecodeError, decode
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.base.lfs_pointers import refuse_pointer
 
@@ -277,11 +278,20 @@ def _comma_in(text: str) -> str:
     return f"; numbers have a decimal point: {comma[1]}.{comma[2]}, not {comma[1]},{comma[2]}" if comma else ""
 
 
-def decoded(path: Path, remedy: str, decode: Callable[[], Any]) -> Any:
-    """Run `decode` on content read from `path`; a wrong value or missing key becomes an InputError naming the file."""
+def decoded(path: Path, remedy: str, run: Callable[[], Any]) -> Any:
+    """Run a decoder on content read from `path`; a wrong value or missing key becomes an InputError naming the file."""
     try:
-        return decode()
-    except InputError as error:
+        return run()
+    except (InputError, DecodeError) as error:
         raise InputError(f"{path} is damaged ({error}): {remedy}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
+
+
+def decode_document(path: Path, kind: Any, content: dict[str, Any], remedy: str) -> Any:
+    """The content that `read_json` gave as the dataclass `kind`, strictly: no missing or unknown key, no type coerced.
+
+    Raises InputError naming the file, the value and the remedy.
+    """
+    fields = {name: value for name, value in content.items() if name not in ("format", "version")}
+    return decoded(path, remedy, lambda: decode(kind, fields, "content"))

@@ -70,7 +70,7 @@ def profile(
     A measurement that was broken off continues with the same command.
     """
     from mess_compile import steps
-    from mess_compile.latency.checks import known_doubts
+    from mess_compile.latency.checks import known_warnings
     from mess_compile.report import inspection
     from mess_compile.runtime.measure import measure as measuring
 
@@ -108,7 +108,7 @@ def profile(
             table = steps.estimate(workspace, device, options.precisions, data, reporter)
         else:
             table = steps.profile(workspace, device, options, reporter)
-    doubts = known_doubts(workspace, table)
+    doubts = known_warnings(workspace, table)
     if as_json:
         return print_json(inspection.inspect_latency(table, doubts).content)
     _print_table_made(table)

@@ -1,1 +1,1 @@
-"""What an engine library loads: ONNX files in a precision, or engines built from them."""
+"""Provides what an engine library loads: ONNX files in a precision, or engines built from them."""

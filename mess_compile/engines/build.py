@@ -1,4 +1,4 @@
-"""Engines of every graph for one target: a cache on disk, built in processes, continued after a break."""
+"""Builds the engines of every graph for one target: cached on disk, in parallel processes, resumable."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from mess_compile.runtime.engines.tensorrt_build import BuildOptions
 from mess_compile.targets import Target
 
 PREPARATION = 1
-"""Raised when lint or rewrites change what is built from the same graph: engines of before are then built again."""
+"""Increased when lint or rewrites change what is built from the same graph: older engines are then rebuilt."""
 TOLERANCE = 1e-4
-"""Of a rewritten graph's outputs, relative to the largest magnitude (at least 1)."""
+"""Largest difference of a rewritten graph's outputs, relative to their largest magnitude (at least 1)."""
 _FORMAT, _VERSION, _INDEX = "mess-engines", 1, "index.json"
-_MAKING = ".making-"
+_TEMPORARY_PREFIX = ".making-"
 
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """One engine in `engines/DEVICE/RECIPE/`, or in a device's own store, or why there is none.
+    """One engine in `engines/DEVICE/RECIPE/` or in a device's own store, or the reason why there is none.
 
-    `key` is a hash over all that decides the engine; `sha256` is that of the file `KEY.engine`, and `rewrites` names
-    the passes that the target needed, both empty for an engine elsewhere; `error` is the lint's, parser's or builder's
-    own word.
+    `key` is a hash over everything that determines the engine; `sha256` is that of the file `KEY.engine`, and
+    `rewrites` names the passes that changed the graph for the target. Both are empty for an engine on a remote device.
+    `error` is the message of lint, parser or builder.
     """
 
     graph: str
@@ -62,7 +62,7 @@ class EngineEntry:
 
 @dataclass(frozen=True)
 class EngineSet:
-    """What `build` leaves for one target; `built` counts the engines of this call, the others were kept."""
+    """The engines of one target; `built` counts those that this call built, the others were reused."""
 
     device: str
     recipe: str
@@ -78,7 +78,7 @@ class EngineSet:
 
 @dataclass(frozen=True)
 class _Job:
-    """All that a process needs to build one engine."""
+    """Everything that a process needs to build one engine."""
 
     graph: str
     source: Path
@@ -96,13 +96,11 @@ def build_engines(
     progress: Progress,
     wanted: Collection[str] | None = None,
 ) -> EngineSet:
-    """Build what `folder` (engines/DEVICE/RECIPE) lacks, in up to `jobs` processes of one graph at a time.
+    """Build the missing engines of `folder` (engines/DEVICE/RECIPE), in up to `jobs` processes, one graph in each.
 
-    Of the graphs that are `wanted` (None: of all); what is there of the others is kept.
-
-    A graph that fails becomes an entry with its error; the rest goes on. The index is written after every graph, so a
-    killed call continues. Raises InputError when the target's library builds no engines, EngineError when it is not
-    installed.
+    Only the graphs in `wanted` (None: all) are built; existing engines of the others stay. A graph that fails becomes
+    an entry with its error, and the others go on. The index is written after every graph, so a killed call resumes.
+    Raises InputError when the target's library builds no engines, EngineError when the library is not installed.
     """
     version = library_version(target)
     with _alone_in(folder):
@@ -112,20 +110,20 @@ def build_engines(
 
 
 def refuse_without_engines(target: Target) -> None:
-    """Raises InputError when the target's library builds none."""
+    """Raises InputError when the target's library builds no engines."""
     if target.library.startswith("onnxruntime"):
         raise InputError(f"{target.name} needs no engines: ONNX Runtime compiles each graph when it loads it")
 
 
 def library_version(target: Target) -> str:
-    """Of the library that builds for the target. Raises InputError when none does, EngineError when it is missing."""
+    """The version of the target's builder. Raises InputError when it builds no engines, EngineError when missing."""
     refuse_without_engines(target)
     return str(tensorrt_module.import_module(target.library).__version__)
 
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Raises InputError when another process builds here: each would take the other's files for left-overs."""
+    """Raises InputError when another process builds in `folder`: each would delete the other's temporary files."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -152,13 +150,13 @@ def _engines(
     known = _intact(folder, index)
     found = {job.graph: known[job.key] for job in every if job.key in known}
     missing = [job for job in every if job.graph in wanted and job.graph not in found]
-    kept = len(found)
-    total = kept + len(missing)
-    progress("build", kept, total)
+    reused = len(found)
+    total = reused + len(missing)
+    progress("build", reused, total)
 
     def engines() -> EngineSet:
         entries = tuple(found[name] for name in graph_set.graphs if name in found)
-        built = sum(entry.error is None for entry in entries) - kept
+        built = sum(entry.error is None for entry in entries) - reused
         return EngineSet(target.name, graph_set.recipe, target.library, version, built, entries)
 
     processes = jobs if target.library == "tensorrt_rtx" else 1
@@ -172,16 +170,16 @@ def _engines(
     return engines()
 
 
-def engine_files(graph_set: GraphSet, engines: EngineSet, folder: Path) -> EngineFiles:
-    """What a library loads for each graph: the engines in `folder`."""
-    made = {entry.graph: folder / f"{entry.key}.engine" for entry in engines.entries if entry.error is None}
-    return EngineFiles(graph_set, made, {entry.graph: str(entry.error) for entry in engines.failed})
+def built_files(graph_set: GraphSet, engines: EngineSet, folder: Path) -> EngineFiles:
+    """The engines in `folder` as the files that a library loads."""
+    paths = {entry.graph: folder / f"{entry.key}.engine" for entry in engines.entries if entry.error is None}
+    return EngineFiles(graph_set, paths, {entry.graph: str(entry.error) for entry in engines.failed})
 
 
 def target_forms(graph_set: GraphSet, target: Target, folder: Path, progress: Progress) -> EngineFiles:
-    """Every graph as the target's parser takes it, to be built elsewhere: itself, or rewritten for it in `folder`.
+    """Every graph in the form that the target's parser accepts, for a remote build: itself, or rewritten in `folder`.
 
-    What was rewritten before is taken again. Graphs that the parser does not take are failed.
+    Earlier rewritten graphs are reused. Graphs that the parser refuses are failed.
     """
     parser = parser_of(target)
     folder.mkdir(parents=True, exist_ok=True)
@@ -201,17 +199,17 @@ def target_forms(graph_set: GraphSet, target: Target, folder: Path, progress: Pr
 
 
 def _write_form(source: Path, precision: str, parser: lint.Parser, form: Path, own: Path) -> None:
-    """Write `form`, or where the graph needs none the empty file `own`."""
-    with tempfile.TemporaryDirectory(prefix=_MAKING, dir=form.parent) as place:
-        made = Path(place) / source.name
-        if prepare_graph(source, precision, parser, made):
-            made.replace(form)
+    """Write the rewritten graph to `form`; if it needs no rewriting, write the empty file `own` instead."""
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, dir=form.parent) as temporary:
+        rewritten = Path(temporary) / source.name
+        if prepare_graph(source, precision, parser, rewritten):
+            rewritten.replace(form)
         else:
             own.touch()
 
 
 def parser_of(target: Target, version: str | None = None) -> lint.Parser:
-    """What the target's library takes; of its oldest accepted version where `version` is not known."""
+    """The parser of the target's library, in its oldest accepted version when `version` is unknown."""
     oldest = version or (target.library_versions or ("",))[0]
     return lint.Parser(target.library, oldest, target.opset, target.compute_capability)
 
@@ -238,15 +236,15 @@ def _failed(job: _Job, error: str) -> EngineEntry:
 
 
 def _crashed(job: _Job) -> EngineEntry:
-    return _failed(job, "the builder crashed, or was killed for the memory it took")
+    return _failed(job, "the builder crashed, or was killed because it ran out of memory")
 
 
 def _build(job: _Job) -> EngineEntry:
-    """In a process of its own: lint, rewrite, check, build, write."""
+    """Lint, rewrite, check, build and write one graph, in a process of its own."""
     started = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory(prefix=_MAKING, dir=job.folder) as place:
-            path = Path(place) / f"{job.graph}.onnx"
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, dir=job.folder) as scratch:
+            path = Path(scratch) / f"{job.graph}.onnx"
             rewrites = prepare_graph(job.source, job.options.precision, job.parser, path)
             engine = _engine(path, job)
         with files.replaced(job.folder / f"{job.key}.engine") as temporary:
@@ -255,7 +253,7 @@ def _build(job: _Job) -> EngineEntry:
         return _failed(job, str(error))
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # of the libraries, on a graph that no export of ours wrote
+    except Exception as error:  # raised by a library for a graph that our export did not write
         return _failed(job, one_line(f"{type(error).__name__}: {error}"))
     sha256 = hashlib.sha256(engine).hexdigest()
     seconds = round(time.monotonic() - started, 3)
@@ -263,7 +261,7 @@ def _build(job: _Job) -> EngineEntry:
 
 
 def _engine(path: Path, job: _Job) -> bytes:
-    """Classic TensorRT shares a timing cache between the graphs of a device; one of another device it does not take."""
+    """Build with the device's timing cache, which classic TensorRT shares between graphs, and update the cache."""
     cache = job.folder.parent / tensorrt_build.timing_cache_name(job.parser.version)
     known = cache.read_bytes() if job.options.library == "tensorrt" and cache.is_file() else None
     built = tensorrt_build.build_engine(path, job.options, known)
@@ -274,9 +272,9 @@ def _engine(path: Path, job: _Job) -> bytes:
 
 
 def prepare_graph(source: Path, precision: str, parser: lint.Parser, path: Path) -> tuple[str, ...]:
-    """Write a graph to `path` as the parser takes it, weights included, and name the passes that changed it.
+    """Write a graph to `path` in a form that the parser accepts, weights included; return the passes that changed it.
 
-    Raises InputError when the parser does not take it, or a rewritten graph computes something else.
+    Raises InputError when the parser refuses it, or when the rewritten graph gives other outputs.
     """
     model = store.read_whole_model(source)
     changed, rewrites = rewrite.rewritten(model, parser, precision)
@@ -290,17 +288,20 @@ def prepare_graph(source: Path, precision: str, parser: lint.Parser, path: Path)
 
 
 def _check_equal(before: Path, after: Path) -> None:
-    """Raises InputError when a rewritten graph computes something else on values drawn at random."""
+    """Raises InputError when a rewritten graph gives other outputs on random inputs."""
     with closing(open_library("onnxruntime", 1)) as library:
         expected, found = (_computed(library, path) for path in (before, after))
     for name, values in expected.items():
-        apart = float(np.abs(values - found[name]).max()) / max(1.0, float(np.abs(values).max()))
-        if not apart <= TOLERANCE:
-            raise InputError(f"{before.stem} is not the same after it was rewritten: {name} lies {apart:.2g} apart")
+        difference = float(np.abs(values - found[name]).max()) / max(1.0, float(np.abs(values).max()))
+        if not difference <= TOLERANCE:  # NaN fails, too
+            raise InputError(
+                f"the rewritten {before.stem} gives other outputs: {name} differs by {difference:.2g}, at most "
+                f"{TOLERANCE:g} is allowed"
+            )
 
 
 def _computed(library: Library, path: Path) -> dict[str, NDArray[np.float64]]:
-    """The outputs of a graph for inputs that are the same in every call."""
+    """The outputs of a graph for random inputs, the same in every call."""
     rng = np.random.default_rng(0)
     with closing(library.load(path)) as engine:
         feeds = {name: library.upload(_drawn(rng, spec)) for name, spec in engine.inputs.items()}
@@ -314,11 +315,11 @@ def _drawn(rng: np.random.Generator, spec: TensorSpec) -> NDArray[Any]:
 
 
 def _intact(folder: Path, entries: Sequence[EngineEntry]) -> dict[str, EngineEntry]:
-    """Entries by key whose engine is there, byte for byte; what failed is tried again."""
-    made = [entry for entry in entries if entry.error is None]
+    """Key -> entry, for entries whose engine file is complete; failed graphs are left out, to be retried."""
+    built = [entry for entry in entries if entry.error is None]
     with ThreadPoolExecutor() as pool:
-        good = pool.map(lambda entry: _is_intact(folder / f"{entry.key}.engine", entry), made)
-        return {entry.key: entry for entry, intact in zip(made, good, strict=True) if intact}
+        good = pool.map(lambda entry: _is_intact(folder / f"{entry.key}.engine", entry), built)
+        return {entry.key: entry for entry, intact in zip(built, good, strict=True) if intact}
 
 
 def _is_intact(path: Path, entry: EngineEntry) -> bool:
@@ -326,49 +327,44 @@ def _is_intact(path: Path, entry: EngineEntry) -> bool:
 
 
 def _remove_others(folder: Path, keys: set[str]) -> None:
-    """Engines that no graph has any more, and what killed processes left."""
-    for left in folder.glob(f"{_MAKING}*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove engines that no graph uses any more, and temporary folders of killed processes."""
+    for leftover in folder.glob(f"{_TEMPORARY_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     for path in folder.glob("*.engine"):
         if path.stem not in keys:
             path.unlink(missing_ok=True)
 
 
-def engines_there(graph_set: GraphSet, target: Target, folder: Path) -> tuple[EngineEntry, ...]:
-    """What `build_engines` would keep; writes nothing, and raises as it does."""
+def reusable_engines(graph_set: GraphSet, target: Target, folder: Path) -> tuple[EngineEntry, ...]:
+    """The engines that `build_engines` would reuse; writes nothing, and raises as it does."""
     version = library_version(target)
     keys = {_job(graph_set, name, target, version, folder).key for name in graph_set.graphs}
     return tuple(entry for key, entry in _intact(folder, entries_in(folder)).items() if key in keys)
 
 
+@dataclass(frozen=True)
+class _IndexDocument:
+    """The content of `index.json`."""
+
+    device: str
+    recipe: str
+    library: str
+    library_version: str
+    entries: tuple[EngineEntry, ...]
+
+
 def _write_index(folder: Path, engines: EngineSet) -> None:
-    told = {name: getattr(engines, name) for name in ("device", "recipe", "library", "library_version")}
-    entries = [asdict(entry) for entry in engines.entries]
-    files.write_json(folder / _INDEX, _FORMAT, _VERSION, {**told, "entries": entries})
+    index = _IndexDocument(engines.device, engines.recipe, engines.library, engines.library_version, engines.entries)
+    files.write_json(folder / _INDEX, _FORMAT, _VERSION, {**asdict(index), "entries": list(map(asdict, index.entries))})
 
 
 def entries_in(folder: Path) -> tuple[EngineEntry, ...]:
-    """What earlier calls built; nothing where the index is missing or damaged, since engines can be made again."""
+    """The engines built by earlier calls; none when the index is missing or damaged, since they can be rebuilt."""
+    path = folder / _INDEX
     try:
-        content = files.read_json(folder / _INDEX, _FORMAT, _VERSION, "")
-        entries: tuple[EngineEntry, ...] = files.decoded(
-            folder / _INDEX, "", lambda: tuple(map(_entry_from_json, content["entries"]))
-        )
+        content = files.read_json(path, _FORMAT, _VERSION, "")
+        index: _IndexDocument = files.decode_document(path, _IndexDocument, content, "")
     except InputError:
         return ()
-    return entries
-
-
-def _entry_from_json(content: dict[str, Any]) -> EngineEntry:
-    if not re.fullmatch(r"[0-9a-f]{64}", content["key"]):
-        raise ValueError(f"key {content['key']!r}")
-    return EngineEntry(
-        graph=str(content["graph"]),
-        precision=str(content["precision"]),
-        key=content["key"],
-        sha256=str(content["sha256"]),
-        bytes=int(content["bytes"]),
-        seconds=float(content["seconds"]),
-        rewrites=tuple(str(name) for name in content["rewrites"]),
-        error=None if content["error"] is None else str(content["error"]),
-    )
+    sound = all(re.fullmatch(r"[0-9a-f]{64}", entry.key) for entry in index.entries)  # keys become file names
+    return index.entries if sound else ()

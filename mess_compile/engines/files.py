@@ -1,4 +1,4 @@
-"""What an engine library loads for each graph of a set: the ONNX file itself, or an engine that was built from it."""
+"""Names the file that an engine library loads for each graph: the ONNX file, or an engine built from it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from mess_compile.runtime.base.errors import InputError
 
 @dataclass(frozen=True)
 class EngineFiles:
-    """A file for every graph that runs, and for the others in `failed` why there is none."""
+    """A file for every graph that runs; `failed` says why each of the others has none."""
 
     graph_set: GraphSet
     paths: dict[str, Path]
     failed: dict[str, str] = field(default_factory=dict)
 
     def path(self, graph: str) -> Path:
-        """Raises InputError for a graph that does not run, in the builder's words."""
+        """Raises InputError for a graph that has no file, with the builder's error."""
         if graph not in self.paths:
-            raise InputError(f"{graph} has no engine: {self.failed.get(graph, 'it is no graph of this network')}")
+            raise InputError(
+                f"{graph} has no engine: {self.failed.get(graph, 'this network has no graph of that name')}"
+            )
         return self.paths[graph]
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The heads that run, with an output graph and segments that lead to them, in the network's order."""
+        """The heads whose head graph, output graph and segments up to them have files, in the network's order."""
         candidate, reached = self.graph_set.candidate, set(self.sources)
         return tuple(
             head.name
@@ -37,9 +39,9 @@ class EngineFiles:
 
     @property
     def sources(self) -> dict[int, int]:
-        """Exit point -> where the segment to it begins that costs least after what ran before; 0 is the image.
+        """Exit point -> start of the shortest segment that leads to it from a reachable point; 0 is the image.
 
-        Exit points that no segment leads to are missing.
+        Unreachable exit points are missing.
         """
         found: dict[int, int] = {}
         for b in range(1, len(self.graph_set.candidate.exit_points) + 1):

@@ -1,4 +1,4 @@
-"""What there is to time of a network: every graph that runs, with what runs before it in a cascade."""
+"""Lists the jobs of a profile: every graph that runs, with the graph that runs before it in a cascade."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def job_name(graph: str, precision: str) -> str:
 
 
 def job_names(engines: EngineFiles) -> dict[str, str]:
-    """The jobs of all graphs that have a file, by graph."""
+    """Graph -> job, for all graphs that have a file."""
     return {name: job_name(name, engines.graph_set.spec(name).precision) for name in engines.paths}
 
 
 def without(engines: EngineFiles, failed: Mapping[str, str]) -> EngineFiles:
-    """`failed` names jobs, and why they have no engine."""
+    """The engines less those of the `failed` jobs (job -> error)."""
     names = job_names(engines)
     paths = {name: path for name, path in engines.paths.items() if names[name] not in failed}
     broken = {name: failed[job] for name, job in names.items() if job in failed}
@@ -29,9 +29,9 @@ def without(engines: EngineFiles, failed: Mapping[str, str]) -> EngineFiles:
 
 
 def profiling_jobs(engines: Sequence[EngineFiles]) -> list[Job]:
-    """Every graph that runs, once, with what runs before it in a cascade: the previous frame, the segment, or a head.
+    """Every graph that runs, once, with its predecessor in a cascade: the previous frame's output, a segment or a head.
 
-    Raises InputError when there is no path through the network at all.
+    Raises InputError when no head can be reached.
     """
     jobs: dict[str, Job] = {}
     for each in engines:
@@ -83,12 +83,12 @@ def _typical(heads: Sequence[Any]) -> str:
 
 
 def reference_of(jobs: Sequence[Job]) -> str:
-    """The job that tells the machine's speed: the first segment, which takes little and uses all cores."""
+    """The job that tracks the machine's speed: the first segment, which is short and uses all cores."""
     return next((job.name for job in jobs if job.name.startswith("segment-0-")), jobs[0].name)
 
 
 def with_feeders(jobs: Sequence[Job], names: Sequence[str]) -> list[str]:
-    """The named jobs, what runs before each, and what feeds those, from the image on."""
+    """The named jobs, the predecessor of each, and all jobs that produce the predecessors' inputs from the image on."""
     by_name = {job.name: job for job in jobs}
     needed = dict.fromkeys(name for name in names if name in by_name)
     fed: set[str] = set()

@@ -1,4 +1,4 @@
-"""A workspace's graphs in each precision, as the library of a target that is here loads them."""
+"""Prepares a workspace's graphs in each precision for an engine library on this machine."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from mess_compile.graph.choose_precision import Fallback
 
 PRECISION_FRAMES = 24
+"""Images on which fp16 and int8 are checked, and as many to calibrate int8."""
 
 
 @dataclass(frozen=True)
 class RecipeBuild:
-    """The engines of one recipe, where they are, and the graphs that are in a safer precision than was wanted."""
+    """The engines of one recipe, their location, and the graphs that fell back to a safer precision."""
 
     graph_set: GraphSet
     engines: EngineSet
@@ -48,7 +49,7 @@ def engines_of(
     jobs: int | None,
     progress: Progress,
 ) -> Iterator[RecipeBuild]:
-    """Have the target's engines of every graph in each precision, and yield them recipe by recipe."""
+    """Build the target's engines of every graph in each precision; yield them recipe by recipe."""
     from mess_compile.engines import build
 
     graph_set = read_graph_set(workspace.graphs)
@@ -64,6 +65,7 @@ def engines_of(
 
 
 def refuse_other_precisions(target: Target, precisions: Sequence[str]) -> None:
+    """Raises InputError for a precision that the target does not support."""
     unknown = [precision for precision in precisions if precision not in target.precisions]
     if unknown:
         near = did_you_mean(unknown[0], () if unknown[0] in PRECISIONS else target.precisions)
@@ -71,7 +73,7 @@ def refuse_other_precisions(target: Target, precisions: Sequence[str]) -> None:
 
 
 def refuse_unknown_precision(precision: str) -> None:
-    """Raises InputError for one that no target computes in."""
+    """Raises InputError for a precision that no target supports."""
     if precision not in PRECISIONS:
         near = did_you_mean(precision, PRECISIONS)
         raise InputError(f"precision {precision!r}{near} is not one of {', '.join(reversed(PRECISIONS))}")
@@ -80,7 +82,7 @@ def refuse_unknown_precision(precision: str) -> None:
 def precise_graphs(
     workspace: Workspace, target: Target, precisions: Sequence[str], data: Data | None, progress: Progress
 ) -> tuple[PreciseGraphs, ...]:
-    """The workspace's graphs in each of the target's precisions that is named; see `in_precision`."""
+    """The workspace's graphs in each of the named precisions of the target; see `in_precision`."""
     graph_set = verified_graphs(workspace)
     refuse_other_precisions(target, precisions)
     return tuple(in_precision(workspace, graph_set, p, target.precisions, data, progress) for p in precisions)
@@ -94,15 +96,14 @@ def in_precision(
     data: Data | None,
     progress: Progress,
 ) -> PreciseGraphs:
-    """The graphs in a precision; settled on the workspace's images, or anew on those of `data` when it is named."""
+    """The graphs in a precision, chosen on the workspace's images; chosen anew on the images of `data` when given."""
     from mess_compile.engines import recipes
 
     refuse_unknown_precision(precision)
     images = partial(_real_images, workspace, data, graph_set.candidate.input_hw)
     tune = workspace.memory().split or "val"
-    return recipes.precise_graphs(
-        graph_set, precision, allowed, workspace.recipes, tune, images, progress, renewed=data is not None
-    )
+    request = recipes.RecipeRequest(precision, tuple(allowed), tune, renewed=data is not None)
+    return recipes.make_recipe(graph_set, request, workspace.recipes, images, progress)
 
 
 def engine_files(
@@ -113,14 +114,14 @@ def engine_files(
     jobs: int | None,
     progress: Progress,
 ) -> tuple[EngineFiles, ...]:
-    """What the target's library loads, in each precision; engines are built where they are missing."""
+    """The files that the target's library loads, in each precision; missing engines are built."""
     if target.library.startswith("onnxruntime"):
         made = precise_graphs(workspace, target, precisions, data, progress)
         return tuple(plain_files(each.graph_set) for each in made)
     from mess_compile.engines import build
 
     return tuple(
-        build.engine_files(made.graph_set, made.engines, workspace.engines(target.name, made.graph_set.recipe))
+        build.built_files(made.graph_set, made.engines, workspace.engines(target.name, made.graph_set.recipe))
         for made in engines_of(workspace, target, precisions, data, jobs, progress)
     )
 
@@ -132,7 +133,7 @@ def built_here(
     forms: Sequence[EngineFiles],
     jobs: Collection[str] | None,
 ) -> tuple[EngineFiles, ...]:
-    """Have engines of some jobs' graphs (None: of all) in the workspace; a `Build` of `places`."""
+    """Build the engines of some jobs' graphs (None: all) in the workspace; a `Build` of `profile.backends`."""
     from mess_compile.engines import build
 
     built, processes = [], cores()
@@ -140,37 +141,37 @@ def built_here(
         folder = workspace.engines(target.name, each.graph_set.recipe)
         wanted = {graph for graph, job in job_names(each).items() if jobs is None or job in jobs}
         engines = build.build_engines(each.graph_set, target, folder, processes, progress, wanted)
-        found = build.engine_files(each.graph_set, engines, folder)
+        found = build.built_files(each.graph_set, engines, folder)
         paths = {name: path for name, path in (each.paths | found.paths).items() if name not in found.failed}
         built.append(EngineFiles(each.graph_set, paths, each.failed | found.failed))
     return tuple(built)
 
 
 def _real_images(workspace: Workspace, data: Data | None, hw: tuple[int, int], split: str) -> list[NDArray[np.uint8]]:
-    """Images from all over a split, at the network's input size. Raises InputError when no data are known."""
+    """Images spread over a split, at the network's input size. Raises InputError when the workspace names no data."""
     if data is None and workspace.memory().data is None:
-        raise InputError("fp16 and int8 are judged on real images: name a data folder with --data DIR")
+        raise InputError("fp16 and int8 are checked on real images: name a data folder with --data DIR")
     items = open_dataset(workspace.data_folder(data), split).items
-    places = np.unique(np.linspace(0, len(items) - 1, PRECISION_FRAMES).round().astype(int))
-    return [frames.resize(read_frame(items[place].image), hw) for place in places]
+    indices = np.unique(np.linspace(0, len(items) - 1, PRECISION_FRAMES).round().astype(int))
+    return [frames.resize(read_frame(items[index].image), hw) for index in indices]
 
 
 def verified_graphs(workspace: Workspace) -> GraphSet:
-    """The graphs whose bytes are still those that export wrote."""
+    """The workspace's graphs, each verified against the hash that export wrote. Raises InputError, StaleError."""
     graph_set = read_graph_set(workspace.graphs)
     verify_graph_set(graph_set)
     return graph_set
 
 
-def settled_graphs_of(workspace: Workspace, recipe: str, device: str) -> GraphSet:
-    """The graphs of a recipe. Raises StaleError when it has to be settled again."""
+def graphs_of_recipe(workspace: Workspace, recipe: str, device: str) -> GraphSet:
+    """The graphs of a recipe. Raises StaleError when the recipe is missing or was made from other graphs."""
     from mess_compile.engines import recipes
 
-    known = recipes.settled_graphs(read_graph_set(workspace.graphs), recipe, workspace.recipes)
+    known = recipes.stored_recipe(read_graph_set(workspace.graphs), recipe, workspace.recipes)
     if known is None:
         precision = recipe.partition("-")[0]
         raise StaleError(
-            f"the graphs in {recipe} are missing, or of other graphs than {workspace.graphs}: run "
+            f"the graphs in {recipe} are missing, or were made from other graphs than {workspace.graphs}: run "
             f"`mess-compile profile --device {device} --precision ...` with {precision} among them"
         )
     return known.graph_set

@@ -1,4 +1,4 @@
-"""Jobs in fresh processes: one that dies takes no other job with it, and none outlives the process that asked."""
+"""Runs jobs in fresh processes: a crash affects no other job, and no process outlives its parent."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ Result = TypeVar("Result")
 def results(
     work: Callable[[Item], Result], jobs: Sequence[Item], processes: int, crashed: Callable[[Item], Result]
 ) -> Iterator[Result]:
-    """`work(job)` of every job as it is done, up to `processes` at once; `crashed(job)` of one that ends its process.
+    """Yield `work(job)` for every job as it completes, up to `processes` at once.
 
-    Jobs in flight when a process dies are tried once more, each alone. Raises what `work` does.
+    Jobs in flight when a process dies are retried once, each alone; a job that crashes again gives `crashed(job)`.
+    Raises what `work` does.
     """
-    left = list(jobs)
-    while left:
+    waiting = list(jobs)
+    while waiting:
         suspects: list[Item] = []
         with _pool(processes) as pool:
-            yield from _until_broken(pool, work, left, suspects, processes)
+            yield from _until_broken(pool, work, waiting, suspects, processes)
         for job in suspects:
             yield _alone(work, job, crashed)
 
@@ -36,21 +37,21 @@ def results(
 def _until_broken(
     pool: ProcessPoolExecutor,
     work: Callable[[Item], Result],
-    left: list[Item],
+    waiting: list[Item],
     suspects: list[Item],
     processes: int,
 ) -> Iterator[Result]:
-    """Takes jobs from `left`, never more at once than there are processes; those of a broken pool go to `suspects`."""
+    """Take jobs from `waiting`, at most one per process; jobs in flight when the pool breaks go to `suspects`."""
     running: dict[Future[Result], Item] = {}
     broken = False
-    while running or (left and not broken):
-        while left and not broken and len(running) < processes:
+    while running or (waiting and not broken):
+        while waiting and not broken and len(running) < processes:
             try:
-                future = _submitted(pool, work, left[0])
+                future = _submitted(pool, work, waiting[0])
             except BrokenProcessPool:
                 broken = True
             else:
-                running[future] = left.pop(0)
+                running[future] = waiting.pop(0)
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             job = running.pop(future)
             try:
@@ -72,8 +73,10 @@ def _alone(work: Callable[[Item], Result], job: Item, crashed: Callable[[Item], 
 
 @contextmanager
 def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Spawned, not forked: an engine library's logger and locks do not survive a fork. Killed when anything goes wrong:
-    what is under way may take minutes."""
+    """A pool of spawned processes, since an engine library's logger and locks do not survive a fork.
+
+    On any error its processes are killed: the jobs in progress may take minutes.
+    """
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         processes, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_the_parent
@@ -89,7 +92,7 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _submitted(pool: ProcessPoolExecutor, work: Callable[[Item], Result], job: Item) -> Future[Result]:
-    """Processes that start here inherit that interrupts are blocked: a terminal sends them to every process."""
+    """Submit with SIGINT blocked, so that new processes inherit the block: a terminal interrupts all processes."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(work, job)

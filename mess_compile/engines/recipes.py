@@ -1,4 +1,4 @@
-"""Graphs in another precision, in the workspace: settled once for the same graphs, and kept."""
+"""Converts the workspace's graphs to a precision, choosing each graph's precision once, and stores the result."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import onnx
 
@@ -23,20 +22,20 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import FP32, PRECISIONS, open_library
 
 _FILE, _FORMAT, _REMEDY = "recipe.json", "mess-recipe", "run `mess-compile build --precision ...`"
-_KEPT = ".settling-"
-"""Begins the name of a folder in which an interrupted settling continues."""
+_PROGRESS_PREFIX = ".settling-"
+"""Prefix of the folder from which an interrupted choice of precisions resumes."""
 _SETTLING = 2
-"""Raised when conversion or checks change what comes out: recipes of before are then settled again."""
+"""Increased when conversion or checks change the result: older recipes are then made again."""
 Images = Callable[[str], list[Array]]
-"""Some real images of a split, uint8 (H, W, 3) at the network's input size."""
+"""Split -> some of its images, uint8 (H, W, 3) at the network's input size."""
 
 
 @dataclass(frozen=True)
 class PreciseGraphs:
-    """A graph set converted by a recipe, and the graphs that are in a safer precision than was wanted.
+    """A graph set converted by a recipe, and the graphs that fell back to a safer precision.
 
-    `made_from` is a hash over the graphs in fp32 and what was allowed, `images` one over the frames that it was judged
-    and calibrated on, so many of each.
+    `made_from` is a hash over the fp32 graphs and the allowed precisions, `images` one over the frames on which the
+    recipe was checked (`judged_frames` of them) and calibrated (`calibration_frames`).
     """
 
     graph_set: GraphSet
@@ -47,57 +46,62 @@ class PreciseGraphs:
     calibration_frames: int = 0
 
 
-def precise_graphs(
-    graph_set: GraphSet,
-    wanted: str,
-    allowed: Sequence[str],
-    folder: Path,
-    tune: str,
-    images: Images,
-    progress: Progress,
-    renewed: bool = False,
-) -> PreciseGraphs:
-    """The graphs in the `wanted` precision, or the next safer one of `allowed` for those that lose too much.
+@dataclass(frozen=True)
+class RecipeRequest:
+    """The `precision` to convert to, the precisions that the target supports (`allowed`), and the split to check on.
 
-    fp32 is the graphs themselves. Other recipes are kept below `folder` and taken again for the same graphs, when
-    `renewed` for the same images as well; else they are settled on images of the split `tune`, int8 calibrated on
-    images of train; what a killed call has found out of each graph is kept. Raises what `images` and
-    `choose_precisions` do.
+    With `renewed` a stored recipe is used only when it was made on the same images.
     """
+
+    precision: str
+    allowed: tuple[str, ...]
+    tune: str
+    renewed: bool = False
+
+
+def make_recipe(
+    graph_set: GraphSet, request: RecipeRequest, folder: Path, images: Images, progress: Progress
+) -> PreciseGraphs:
+    """The graphs in the requested precision; graphs that lose too much fall back to the next safer allowed one.
+
+    fp32 returns the graphs themselves. Other recipes are stored below `folder` and reused for the same graphs.
+    Otherwise each graph's precision is chosen on images of the split `tune`; int8 is calibrated on images of train. An
+    interrupted call resumes after the last graph that it decided. Raises what `images` and the choice do.
+    """
+    wanted, allowed = request.precision, request.allowed
     if wanted == FP32:
         return PreciseGraphs(graph_set, ())
-    place = folder / recipe_name(wanted, allowed)
-    made_from = _source_of(graph_set, place.name)
-    known = _known(place, made_from, set(graph_set.graphs))
-    if known is not None and not renewed:
+    target = folder / recipe_name(wanted, allowed)
+    made_from = _source_of(graph_set, target.name)
+    known = _known(target, made_from, set(graph_set.graphs))
+    if known is not None and not request.renewed:
         return known
-    judged, calibration = images(tune), images("train") if wanted == PRECISIONS[0] else []
-    seen = _sha256_of(judged, calibration)
-    if known is not None and known.images == seen:
+    judged, calibration = images(request.tune), images("train") if wanted == PRECISIONS[0] else []
+    images_sha256 = _sha256_of(judged, calibration)
+    if known is not None and known.images == images_sha256:
         return known
-    kept = folder / f"{_KEPT}{place.name}-{made_from[:16]}"
+    unfinished = folder / f"{_PROGRESS_PREFIX}{target.name}-{made_from[:16]}"
     with closing(open_library("onnxruntime")) as library:
-        request = PrecisionRequest(wanted, judged, calibration, allowed)
-        converted, fallbacks = choose_precisions(graph_set, request, place, library, progress, kept)
-    settled = PreciseGraphs(converted, fallbacks, made_from, seen, len(judged), len(calibration))
-    _write(settled)
-    for left in folder.glob(f"{_KEPT}{place.name}-{'?' * 16}"):  # of other graphs, too
-        shutil.rmtree(left, ignore_errors=True)
-    return settled
+        chosen = PrecisionRequest(wanted, judged, calibration, allowed)
+        converted, fallbacks = choose_precisions(graph_set, chosen, target, library, progress, unfinished)
+    made = PreciseGraphs(converted, fallbacks, made_from, images_sha256, len(judged), len(calibration))
+    _write(made)
+    for leftover in folder.glob(f"{_PROGRESS_PREFIX}{target.name}-{'?' * 16}"):  # including those of other graphs
+        shutil.rmtree(leftover, ignore_errors=True)
+    return made
 
 
-def settled_graphs(graph_set: GraphSet, recipe: str, folder: Path) -> PreciseGraphs | None:
-    """What was settled as `recipe` from these graphs, None when nothing was or anything of it is damaged."""
+def stored_recipe(graph_set: GraphSet, recipe: str, folder: Path) -> PreciseGraphs | None:
+    """The stored recipe of these graphs; None when it is missing or damaged."""
     if recipe == FP32:
         return PreciseGraphs(graph_set, ())
-    place = folder / recipe
-    return _known(place, _source_of(graph_set, recipe), set(graph_set.graphs))
+    return _known(folder / recipe, _source_of(graph_set, recipe), set(graph_set.graphs))
 
 
 def reference_files(graph_set: GraphSet, folder: Path) -> EngineFiles:
-    """The graphs as ONNX Runtime computes them on a CPU: in `folder`, with their roundings, where they have fp16.
+    """The graphs for ONNX Runtime on a CPU; graphs with fp16 are written to `folder` with their roundings as nodes.
 
-    It runs fp16 in fp32 between nodes, so that an overflow on the target would go unnoticed.
+    ONNX Runtime keeps fp32 between fp16 nodes, so that without these nodes an overflow on the target stays hidden.
     """
     paths = {}
     for name, spec in graph_set.graphs.items():
@@ -111,16 +115,16 @@ def reference_files(graph_set: GraphSet, folder: Path) -> EngineFiles:
 
 
 def recipe_name(wanted: str, allowed: Sequence[str]) -> str:
-    """`int8`, or `int8-fp32` for a target that does without a precision between."""
+    """`int8`, or `int8-fp32` for a target that lacks a precision in between."""
     safer = PRECISIONS[PRECISIONS.index(wanted) + 1 :]
-    kept = [precision for precision in safer if precision in allowed]
-    return wanted if len(kept) == len(safer) else "-".join([wanted, *kept])
+    usable = [precision for precision in safer if precision in allowed]
+    return wanted if len(usable) == len(safer) else "-".join([wanted, *usable])
 
 
-def _known(place: Path, made_from: str, graphs: set[str]) -> PreciseGraphs | None:
-    """An earlier call's recipe; None when it was made from other graphs, or anything of it is missing or damaged."""
+def _known(folder: Path, made_from: str, graphs: set[str]) -> PreciseGraphs | None:
+    """The recipe in `folder`; None when it was made from other graphs, or when a part is missing or damaged."""
     try:
-        known = _read(place)
+        known = _read(folder)
         check_graphs(known.graph_set)
     except InputError:
         return None
@@ -137,34 +141,33 @@ def _sha256_of(*groups: Sequence[Array]) -> str:
 
 
 def _source_of(graph_set: GraphSet, recipe: str) -> str:
-    """By which a settled recipe knows the graphs that it was made from."""
+    """A hash over the graphs that a recipe is made from."""
     parts = [f"{name} {spec.sha256}" for name, spec in sorted(graph_set.graphs.items())]
     return hashlib.sha256("\n".join([str(_SETTLING), recipe, *parts]).encode()).hexdigest()
 
 
-_TEXTS, _NUMBERS = ("made_from", "images"), ("judged_frames", "calibration_frames")
+@dataclass(frozen=True)
+class _RecipeDocument:
+    """The content of `recipe.json`."""
+
+    made_from: str
+    images: str
+    judged_frames: int
+    calibration_frames: int
+    fallbacks: tuple[Fallback, ...]
 
 
-def _write(settled: PreciseGraphs) -> None:
+def _write(recipe: PreciseGraphs) -> None:
     """Write `recipe.json` beside the graphs."""
-    told = {name: getattr(settled, name) for name in (*_TEXTS, *_NUMBERS)}
-    fallbacks = [asdict(fallback) for fallback in settled.fallbacks]
-    files.write_json(settled.graph_set.root / _FILE, _FORMAT, 2, {**told, "fallbacks": fallbacks})
+    content = {each.name: getattr(recipe, each.name) for each in fields(_RecipeDocument)}
+    fallbacks = [asdict(fallback) for fallback in recipe.fallbacks]
+    files.write_json(recipe.graph_set.root / _FILE, _FORMAT, 2, {**content, "fallbacks": fallbacks})
 
 
 def _read(folder: Path) -> PreciseGraphs:
     """Read `recipe.json` and the graphs beside it. Raises InputError when anything is missing or damaged."""
     path = folder / _FILE
     content = files.read_json(path, _FORMAT, 2, _REMEDY)
-
-    def decode() -> PreciseGraphs:
-        named: dict[str, Any] = {name: str(content[name]) for name in _TEXTS}
-        named |= {name: int(content[name]) for name in _NUMBERS}
-        fallbacks = tuple(
-            Fallback(*(str(each[name]) for name in ("graph", "wanted", "used", "reason")))
-            for each in content["fallbacks"]
-        )
-        return PreciseGraphs(read_graph_set(folder), fallbacks, **named)
-
-    settled: PreciseGraphs = files.decoded(path, _REMEDY, decode)
-    return settled
+    document: _RecipeDocument = files.decode_document(path, _RecipeDocument, content, _REMEDY)
+    found = {each.name: getattr(document, each.name) for each in fields(document)}
+    return PreciseGraphs(read_graph_set(folder), **found)

@@ -1,4 +1,4 @@
-"""A target over SSH: the graphs as its library takes them, and engines built there."""
+"""Builds engines on a device over SSH, from graphs in the form that its library accepts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mess_compile.workspace import Workspace
 def forms_there(
     workspace: Workspace, target: Target, precisions: Sequence[str], data: Data | None, progress: Progress
 ) -> tuple[EngineFiles, ...]:
-    """The graphs as the library there takes them."""
+    """The graphs of each precision in the form that the target's library accepts."""
     made = precise_graphs(workspace, target, precisions, data, progress)
     return tuple(_form(workspace, target, each.graph_set, progress) for each in made)
 
@@ -30,7 +30,6 @@ def forms_there(
 def _form(workspace: Workspace, target: Target, graph_set: GraphSet, progress: Progress) -> EngineFiles:
     if target.library.startswith("onnxruntime"):
         return plain_files(graph_set)
-
     return build.target_forms(graph_set, target, workspace.forms(target.name), progress)
 
 
@@ -43,12 +42,10 @@ def build_there(
     python: str | None,
     reporter: Reporter,
 ) -> tuple[RecipeBuild, ...]:
-    """Have the target's engines of every graph and precision at `host`; what is there and unchanged is kept.
+    """Build the target's engines of every graph and precision on `host`; unchanged engines there are reused.
 
-    A call that was cut is continued by the next. Raises RemoteError, InputError, EngineError.
+    After a broken connection the next call resumes. Raises RemoteError, InputError, EngineError.
     """
-    from mess_compile.engines import build
-
     build.refuse_without_engines(target)
     with remote_for(workspace, host, python) as remote:
         made = precise_graphs(workspace, target, precisions, data, reporter.progress)
@@ -57,15 +54,13 @@ def build_there(
         built = built_there(session, forms)
     folder = f"{host}, ~/{STORE}/{device_side.ENGINES}"
     return tuple(
-        RecipeBuild(each.graph_set, _engines_there(target, session, files), each.fallbacks, folder)
+        RecipeBuild(each.graph_set, _remote_engines(target, session, files), each.fallbacks, folder)
         for each, files in zip(made, built, strict=True)
     )
 
 
-def _engines_there(target: Target, session: DeviceSession, files: EngineFiles) -> EngineSet:
-    from mess_compile.engines.build import EngineSet
-
-    assert session.hello is not None, "it has said hello before it built"
+def _remote_engines(target: Target, session: DeviceSession, files: EngineFiles) -> EngineSet:
+    assert session.hello is not None, "the session connects before it builds"
     entries = tuple(_entry(session, files, name) for name in files.graph_set.graphs)
     names = {job_name(entry.graph, entry.precision) for entry in entries if entry.error is None}
     count = sum(session.built[name].now for name in names)
@@ -73,19 +68,17 @@ def _engines_there(target: Target, session: DeviceSession, files: EngineFiles) -
 
 
 def _entry(session: DeviceSession, files: EngineFiles, graph: str) -> EngineEntry:
-    from mess_compile.engines.build import EngineEntry
-
     precision = files.graph_set.spec(graph).precision
     if graph in files.failed:
         return EngineEntry(graph, precision, "", "", 0, 0.0, (), files.failed[graph])
-    its = session.built[job_name(graph, precision)]
-    return EngineEntry(graph, precision, its.key, "", its.bytes, its.seconds, (), None)
+    built = session.built[job_name(graph, precision)]
+    return EngineEntry(graph, precision, built.key, "", built.bytes, built.seconds, (), None)
 
 
 def built_there(
     session: DeviceSession, forms: Sequence[EngineFiles], jobs: Collection[str] | None = None
 ) -> tuple[EngineFiles, ...]:
-    """Have engines there of some jobs' graphs, or of all. Raises what `DeviceSession.build` does."""
+    """Build the engines of some jobs' graphs (None: all) on the device. Raises what `DeviceSession.build` does."""
     wanted = {}
     for each in forms:
         for name, job in job_names(each).items():

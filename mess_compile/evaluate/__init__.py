@@ -1,1 +1,1 @@
-"""Exit statistics: recorded, stored, and what they say of heads and gates."""
+"""Records and stores exit statistics, and diagnoses heads and gates from them."""

@@ -1,4 +1,4 @@
-"""Would better heads or a better gate help? What leaving by confidence reaches, and what perfect knowledge would."""
+"""Diagnoses whether better heads or a better gate would help: exits by confidence against an ideal exit rule."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from mess_compile.runtime.base.errors import InputError
 MAX_ERRS_PP = (1.0, 0.1)
 TOLERANCE_PP = 1.0
 NEGLIGIBLE = 0.05
+"""Share of images that is too small for a verdict."""
 CLEARLY_PP = 0.1
-"""By how much an early head is better than the final exit when that is worth a word."""
+"""Lead of an early head over the final exit, in percentage points of mIoU, above which it is reported."""
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Limit = Literal["gate", "heads", "both", "neither"]
@@ -25,14 +26,14 @@ Limit = Literal["gate", "heads", "both", "neither"]
 
 @dataclass(frozen=True)
 class HeadDiagnosis:
-    """One early head, alone before the final exit. Shares are of images, 0 to 1.
+    """One early head as the only exit before the final one. Shares are of images, 0 to 1.
 
-    `coverage`: of the images with labels, those on which this head is as good as the final exit (by `image_mious`, but
-    for a tolerance). `auroc`: how well its confidence tells them from the others, at the threshold row where it does so
-    best (`auroc_row`, chosen on these same images), and `auroc_middle` at the middle row; None when all images are of
-    one kind. `gate_share` and `oracle_share`: the images that may leave here within each of the diagnosis's
-    `max_errs_pp`, by the best row and cut, and with perfect knowledge; `oracle_miou` (percent): the best that perfect
-    knowledge reaches. The oracle is greedy, a lower estimate: see `diagnose`.
+    `coverage`: the share of labelled images on which this head is as good as the final exit (by `image_mious`, within
+    the tolerance). `auroc`: how well its confidence separates these images from the others, at the threshold index
+    that separates best (`auroc_row`, chosen on the same images), and `auroc_middle` at the middle index; None when all
+    images are of one kind. `gate_share` and `oracle_share`: the share that may leave here within each of the
+    diagnosis's `max_errs_pp`, with the best threshold and cut, and with an ideal exit rule; `oracle_miou` (percent):
+    the best mIoU of the ideal rule. The ideal rule is found greedily and is a lower bound: see `diagnose`.
     """
 
     head: str
@@ -57,7 +58,7 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class ExitLimit:
-    """Of an early exit's best head: the shares that may leave by its gate and with perfect knowledge."""
+    """The shares that may leave at an early exit's best head: by its gate, and by the ideal exit rule."""
 
     exit_point: int
     head: str
@@ -71,7 +72,7 @@ class ExitLimit:
 
 @dataclass(frozen=True)
 class LimitingFactor:
-    """What limits the network within `max_err_pp`: the mean over early exits of what their best heads could do."""
+    """What limits the network within `max_err_pp`, by the mean shares of the early exits' best heads."""
 
     max_err_pp: float
     exits: tuple[ExitLimit, ...]
@@ -90,8 +91,8 @@ class LimitingFactor:
 
 
 def _limit(gate_share: float, oracle_share: float) -> Limit:
-    """A better gate could bring oracle - gate, better heads 1 - oracle; less than one image in twenty is nothing."""
-    by_gate, by_heads = round(oracle_share - gate_share, 9), round(1 - oracle_share, 9)  # equal shares of images tie
+    """A better gate can gain oracle - gate, better heads 1 - oracle; less than one image in twenty is negligible."""
+    by_gate, by_heads = round(oracle_share - gate_share, 9), round(1 - oracle_share, 9)  # so that equal shares tie
     if max(by_gate, by_heads) < NEGLIGIBLE:
         return "neither"
     if by_gate == by_heads:
@@ -102,12 +103,13 @@ def _limit(gate_share: float, oracle_share: float) -> Limit:
 def diagnose(
     statistics: ExitStatistics, max_errs_pp: Sequence[float] = MAX_ERRS_PP, tolerance_pp: float = TOLERANCE_PP
 ) -> Diagnosis:
-    """Compare every early head with the final exit's head (where that exit has several, with the best of them).
+    """Compare every early head with the final exit's head, or with its best head when the final exit has several.
 
-    "oracle, greedy": images are sorted by what their leaving early changes in mIoU, to first order around the final
-    exit's sums; of every prefix of that order the mIoU is exact, and the largest prefix within the error counts. mIoU
-    is not additive, so that another choice of images may do better: a lower estimate. A gate that happens to do better
-    is a choice of images too, and raises it. Raises InputError when mIoU is undefined or a name tells no exit point.
+    "oracle, greedy": images are sorted by the change in mIoU when they leave early, to first order around the final
+    exit's sums. The mIoU of every prefix of that order is exact, and the largest prefix within the error counts. mIoU
+    is not additive, so that another choice of images may do better: the result is a lower bound. A gate that does
+    better raises it, since its images are such a choice, too. Raises InputError when mIoU is undefined or a head's name
+    has no exit point.
     """
     if not all(error >= 0 for error in max_errs_pp):
         raise InputError(f"errors of {max_errs_pp} percentage points: give numbers that are not negative")
@@ -118,7 +120,7 @@ def diagnose(
 
 
 def final_head(statistics: ExitStatistics) -> str:
-    """The head of the deepest exit point; of several there, the first of the best. Raises InputError."""
+    """The head of the deepest exit point, the best one when it has several. Raises InputError."""
     last = max((exit_number(head) for head in statistics.heads), default=0)
     final = [head for head in statistics.heads if exit_number(head) == last]
     if not final:
@@ -127,8 +129,8 @@ def final_head(statistics: ExitStatistics) -> str:
 
 
 @dataclass(frozen=True)
-class Weak:
-    """A final exit that an early head does better than; mIoU in percent."""
+class WeakFinalExit:
+    """A final exit that is worse than an early head; mIoU in percent."""
 
     final: str
     final_miou: float
@@ -140,19 +142,19 @@ class Weak:
         return (
             f"the final exit ({self.final}, {self.final_miou:.2f} % mIoU) does worse than the early head {self.better} "
             f"({self.better_miou:.2f} %): was it trained long enough (`train --epochs`), from a trained backbone "
-            "(`--weights`)? Whatever is held against it looks better than it is"
+            "(`--weights`)? Every plan compared with it looks better than it is"
         )
 
 
-def weak_final_exit(statistics: ExitStatistics) -> Weak | None:
-    """The final exit where the best early head is better, None where it is not, or not by more than `CLEARLY_PP`."""
+def weak_final_exit(statistics: ExitStatistics) -> WeakFinalExit | None:
+    """The final exit, when an early head is better by more than `CLEARLY_PP`; None otherwise."""
     final = final_head(statistics)
     early = [head for head in statistics.heads if exit_number(head) < exit_number(final)]
     mious = {head: head_miou(statistics, head) for head in (final, *early)}
     best = max(mious, key=mious.__getitem__)
     if mious[best] - mious[final] <= CLEARLY_PP:
         return None
-    return Weak(final, mious[final], best, mious[best])
+    return WeakFinalExit(final, mious[final], best, mious[best])
 
 
 def exit_number(head: str) -> int:
@@ -163,8 +165,8 @@ def exit_number(head: str) -> int:
     return int(match[1])
 
 
-def verdicts(diagnosis: Diagnosis) -> tuple[LimitingFactor, ...]:
-    """For each error what limits the network; an exit's best head is the one that most images could leave at."""
+def limiting_factors(diagnosis: Diagnosis) -> tuple[LimitingFactor, ...]:
+    """For each error, what limits the network; an exit's best head is the one where most images could leave."""
     points = sorted({exit_number(found.head) for found in diagnosis.heads})
     if not points:
         return ()
@@ -175,15 +177,15 @@ def verdicts(diagnosis: Diagnosis) -> tuple[LimitingFactor, ...]:
 
 
 def _exit_limit(diagnosis: Diagnosis, point: int, error: int) -> ExitLimit:
-    there = [found for found in diagnosis.heads if exit_number(found.head) == point]
-    best = max(there, key=lambda found: (found.oracle_share[error], found.gate_share[error]))
+    heads = [found for found in diagnosis.heads if exit_number(found.head) == point]
+    best = max(heads, key=lambda found: (found.oracle_share[error], found.gate_share[error]))
     return ExitLimit(point, best.head, best.gate_share[error], best.oracle_share[error])
 
 
 def _diagnosed(
     statistics: ExitStatistics, head: str, final: str, max_errs_pp: Sequence[float], tolerance_pp: float
 ) -> HeadDiagnosis:
-    counts = np.asarray(statistics.counts[:, statistics.head_index(head)])  # (n, rows)
+    counts = np.asarray(statistics.counts[:, statistics.head_index(head)])  # (n, thresholds)
     mious, labelled = image_mious(statistics, head), statistics.labelled.any(axis=1)
     good = mious[labelled] >= image_mious(statistics, final)[labelled] - tolerance_pp
     areas = auroc(good, counts[labelled])
@@ -206,10 +208,10 @@ def _diagnosed(
 def image_mious(statistics: ExitStatistics, head: str) -> Floats:
     """Each image's own mIoU (n,) in percent at `head`, over the classes labelled in it; 0 without labelled pixels.
 
-    And not its pixel accuracy, which the large classes decide: errors are allowed in mIoU, to which a lost rare class
-    is as much as a lost road. On CamVid's heads the difference between early and final exit in image mIoU ranks the
-    images almost as their share in the set's mIoU does (rank correlation 0.92), that in accuracy less so (0.73). The
-    score of single images: Csurka et al., What is a good evaluation measure for semantic segmentation?, BMVC 2013.
+    Pixel accuracy would not do, since frequent classes dominate it: errors are allowed in mIoU, which a lost rare class
+    lowers as much as a lost road. On CamVid's heads the difference in image mIoU between early and final exit ranks the
+    images almost as their share in the set's mIoU does (rank correlation 0.92); accuracy does less well (0.73). Scores
+    of single images: Csurka et al., What is a good evaluation measure for semantic segmentation?, BMVC 2013.
     """
     index = statistics.head_index(head)
     right, labelled = statistics.intersection[:, index], statistics.labelled
@@ -220,9 +222,10 @@ def image_mious(statistics: ExitStatistics, head: str) -> Floats:
 
 
 def auroc(good: Mask, confidence: NDArray[np.int32]) -> Floats | None:
-    """Per column of `confidence` (n, rows): how often a good image is above another one, equals counted half.
+    """The area under the ROC curve, per column of `confidence` (n, thresholds), by the Mann-Whitney rank sum.
 
-    None when all of `good` (n,) are alike. The area under the ROC curve, by the rank sum of Mann and Whitney.
+    It is the probability that a good image has a higher confidence than another one; ties count half. None when all
+    values of `good` (n,) are equal.
     """
     total, positive = good.size, int(good.sum())
     if not 0 < positive < total:
@@ -231,14 +234,14 @@ def auroc(good: Mask, confidence: NDArray[np.int32]) -> Floats | None:
     ordered = np.take_along_axis(confidence, order, axis=0)
     new = np.concatenate([np.ones((1, ordered.shape[1]), np.bool_), ordered[1:] != ordered[:-1]])
     first, after = _runs(new)
-    ranks = (first + after + 1) / 2  # the mean rank, from 1, of each run of equals
+    ranks = (first + after + 1) / 2  # the mean rank, from 1, of each run of equal values
     rank_sum = np.where(good[order], ranks, 0.0).sum(axis=0)
     area: Floats = (rank_sum - positive * (positive + 1) / 2) / (positive * (total - positive))
     return area
 
 
 def _runs(new: Mask) -> tuple[Ints, Ints]:
-    """Where the run that each element of a column belongs to begins, and where the next one does."""
+    """Start and end (exclusive) of the run that each element of a column belongs to."""
     total = len(new)
     position = np.arange(total)[:, None]
     first = np.maximum.accumulate(np.where(new, position, 0))
@@ -249,8 +252,10 @@ def _runs(new: Mask) -> tuple[Ints, Ints]:
 
 @dataclass(frozen=True, eq=False)
 class _Swap:
-    """The final exit's sums over the set (1, classes), and what every image changes in them by leaving early
-    (n, classes). Only classes with labelled pixels."""
+    """The final exit's sums over the set (1, classes), and the change in them when an image leaves early (n, classes).
+
+    Only classes with labelled pixels.
+    """
 
     intersection: Ints
     union: Ints
@@ -272,7 +277,7 @@ def _swap(statistics: ExitStatistics, head: str, final: str) -> _Swap:
 
 
 def _first_order(swap: _Swap) -> Floats:
-    """The change (n,) of the set's mean IoU by each image's leaving, linearised at the final exit's sums."""
+    """The change (n,) of the set's mean IoU when each image leaves early, linearised at the final exit's sums."""
     iou = swap.intersection / swap.union
     change: Floats = ((swap.intersection_change - iou * swap.union_change) / swap.union).mean(axis=1)
     return change
@@ -281,7 +286,7 @@ def _first_order(swap: _Swap) -> Floats:
 def _mious_of_prefixes(swap: _Swap, order: NDArray[np.intp]) -> Floats:
     """mIoU (n + 1,) in percent when the first 0, 1, ..., n images of `order` leave early.
 
-    Summed from the first class to the last like `statistics.miou`, to the same last bit.
+    Summed from the first class to the last, so that it equals `statistics.miou` to the last bit.
     """
     intersection = np.concatenate([swap.intersection, swap.intersection_change[order]]).cumsum(axis=0)
     union = np.concatenate([swap.union, swap.union_change[order]]).cumsum(axis=0)
@@ -291,19 +296,19 @@ def _mious_of_prefixes(swap: _Swap, order: NDArray[np.intp]) -> Floats:
 
 
 def _gate_curve(swap: _Swap, counts: NDArray[np.int32]) -> Floats:
-    """The best mIoU (n + 1,) in percent at which a row and a cut of `counts` (n, rows) let 0, 1, ..., n images leave.
+    """The best mIoU (n + 1,) in percent when a threshold and a cut of `counts` (n, thresholds) let 0 to n images leave.
 
-    Minus infinity where no cut lets so many leave: images with equal counts stay together.
+    Minus infinity where no cut lets so many images leave: images with equal counts leave together.
     """
     best = np.full(len(counts) + 1, -np.inf)
     for column in counts.T:
         order = np.argsort(column, kind="stable")[::-1]
         ordered = column[order]
-        parted = np.concatenate([[True], ordered[1:] != ordered[:-1], [True]])
-        best = np.maximum(best, np.where(parted, _mious_of_prefixes(swap, order), -np.inf))
+        separable = np.concatenate([[True], ordered[1:] != ordered[:-1], [True]])
+        best = np.maximum(best, np.where(separable, _mious_of_prefixes(swap, order), -np.inf))
     return best
 
 
 def _largest_share(curve: Floats, max_err_pp: float) -> float:
-    """`curve[0]` is the final exit's mIoU: nobody leaves early."""
+    """The largest share within the error. `curve[0]` is the final exit's mIoU: no image leaves early."""
     return int(np.flatnonzero(curve >= curve[0] - max_err_pp)[-1]) / (len(curve) - 1)

@@ -1,4 +1,4 @@
-"""Exit statistics from labelled images: every head and the baseline trained alone, run and scored once per image."""
+"""Records exit statistics: runs and scores every head, and the baseline trained alone, once per labelled image."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from mess_compile.data.dataset import ALWAYS_IGNORED, DataSet, Item, samples
 from mess_compile.engines.files import EngineFiles
+from mess_compile.engines.jobs import job_name
+from mess_compile.engines.remote_build import built_there
 from mess_compile.evaluate.statistics import ExitStatistics, check_current, merge, read_statistics, write_statistics
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, Head, head_graph_name, segment_name, threshold_table
 from mess_compile.runtime.base.errors import InputError, MessError
@@ -27,15 +29,16 @@ if TYPE_CHECKING:
 
 Image = NDArray[np.uint8]
 BLOCK = 32
-"""Images between two savings of `evaluate_data` and `evaluate_there`, and those that lie on a device at a time."""
+"""Images after which results are saved; a remote device holds at most as many images at a time."""
 LabelledImage = tuple[str, str, Image, Image]
+"""Image id, group, frame and labels."""
 Scoring = Callable[[Iterable[tuple[Image, Image, NDArray[np.bool_]]]], Iterator[Score]]
-"""Frames, their labels, and which of these count -> a score each, in the same order."""
+"""Frames, labels and masks of the pixels that count -> a score each, in the same order."""
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where statistics come from."""
+    """The engines, library, device and split that statistics come from."""
 
     engines: EngineFiles
     library: str
@@ -53,12 +56,11 @@ def evaluate(
     ignore: frozenset[int] = frozenset({255}),
     progress: Callable[[int], None] = lambda done: None,
 ) -> ExitStatistics:
-    """Run every head that has engines on labelled `images`: (id, group, frame, labels) each.
+    """Run every head that has engines, and the baseline trained alone if there is one, on labelled `images`.
 
-    The baseline trained alone, where there is one, runs on them too. Frames are uint8 (H, W, 3) of any size,
-    labels uint8 (H, W) of the same; label values in `ignore` count nowhere.
-    `progress` is told the number of images done. Raises InputError naming the image for labels that are out of range
-    or of another size, EngineError when a graph does not run.
+    Frames are uint8 (H, W, 3) of any size, labels uint8 (H, W) of the same size; label values in `ignore` are not
+    scored. `progress` gets the number of images done. Raises InputError naming the image for labels that are out of
+    range or of another size, EngineError when a graph does not run.
     """
     with _scoring_here(engines, library) as score:
         return _evaluated(_Origin(engines, library.name, device, split), score, images, ignore, progress)
@@ -121,10 +123,9 @@ def _scoring_here(engines: EngineFiles, library: Library) -> Iterator[Scoring]:
 
 
 def _exits(engines: EngineFiles) -> ScoredExits:
-    """What runs: every head that can, the segments that lead there, the baseline trained alone.
+    """The graphs that run: every head that can, the segments up to it, and the baseline trained alone.
 
-    Where a segment between neighbours has no engine, a longer one leads to the exit point. Raises InputError when no
-    head runs.
+    Where a segment between neighbours has no engine, a longer one replaces it. Raises InputError when no head runs.
     """
     graph_set, candidate = engines.graph_set, engines.graph_set.candidate
     heads = [candidate.head(name) for name in engines.heads]
@@ -143,9 +144,9 @@ def _exits(engines: EngineFiles) -> ScoredExits:
 
 @dataclass(frozen=True)
 class Share:
-    """Which blocks of images are this process's: every `world`-th from `rank`; `wait` returns when all got there.
+    """The blocks of images of one process among several: every `world`-th from `rank`.
 
-    `gpu` is the one of this machine that it has for itself, where there are some.
+    `wait` returns when all processes have called it. `gpu` is the process's own GPU, if there are some.
     """
 
     rank: int = 0
@@ -164,32 +165,26 @@ def evaluate_data(
     device: str,
     progress: Callable[[int], None],
 ) -> ExitStatistics | None:
-    """Evaluate a data set block by block and write its statistics to `folder`; blocks that a killed run left are kept.
+    """Evaluate a data set block by block and write its statistics to `folder`; finished blocks survive a killed run.
 
     Several processes share the folder; the first one merges, the others return None. The bytes written do not depend
-    on their number. Raises what `evaluate` does.
+    on the number of processes. Raises what `evaluate` does.
     """
     origin = _Origin(engines, library.name, device, data.split)
     with _scoring_here(engines, library) as score:
         return _by_blocks(origin, score, data, folder, share, progress)
 
 
-def built_there(session: PythonSession, forms: EngineFiles) -> EngineFiles:
-    """Have the graphs of `forms` that statistics need built on a device, and leave out what does not build.
+def build_scored_graphs(session: PythonSession, forms: EngineFiles) -> EngineFiles:
+    """Build the graphs of `forms` that statistics need on a device; graphs that do not build are left out.
 
-    Longer segments are built where a shorter one fails alone. Raises RemoteError, InputError when no head is left.
+    When a segment fails, a longer one is built in its place. Raises RemoteError, InputError when no head is left.
     """
-    built: set[str] = set()
-    while True:
-        missing = {name: job for name, job in _jobs(forms).items() if name not in built}
-        if not missing:
-            return forms
-        names = {f"{name}@{precision}": name for name, (_, precision) in missing.items()}
-        failed = session.build({job: missing[name] for job, name in names.items()})
-        broken = {name: failed[job] for job, name in names.items() if job in failed}
-        paths = {name: path for name, path in forms.paths.items() if name not in broken}
-        forms = EngineFiles(forms.graph_set, paths, {**forms.failed, **broken})
-        built |= set(missing)
+    requested: set[str] = set()
+    while missing := {job_name(name, precision) for name, (_, precision) in _jobs(forms).items()} - requested:
+        (forms,) = built_there(session, [forms], missing)
+        requested |= missing
+    return forms
 
 
 def _jobs(engines: EngineFiles) -> dict[str, tuple[Path, str]]:
@@ -207,10 +202,10 @@ def evaluate_there(
     device: str,
     progress: Callable[[int], None],
 ) -> ExitStatistics:
-    """Like `evaluate_data`, by the engines of a device that is elsewhere: those that `built_there` left.
+    """Like `evaluate_data`, on a remote device, by the engines that `build_scored_graphs` returned.
 
-    No more than a block of images lies there at a time. Blocks that were done before the connection broke are kept
-    here. Raises what `evaluate` does, and RemoteError.
+    The device holds at most a block of images at a time. Finished blocks are saved on this machine, so that a run
+    resumes after a broken connection. Raises what `evaluate` does, and RemoteError.
     """
     with session.scoring(_jobs(engines), _exits(engines)) as score:
         origin = _Origin(engines, session.library, device, data.split)
@@ -227,27 +222,27 @@ def _by_blocks(
     for index in range(share.rank, len(blocks), share.world):
         if not _is_done(parts / str(index), blocks[index], origin):
             images = ((s.id, s.group, s.frame, s.labels) for s in samples(replace(data, items=blocks[index])))
-            told = partial(_told, progress, index * BLOCK, share)
-            found = _evaluated(origin, score, images, frozenset({ALWAYS_IGNORED}), told)
+            report = partial(_report_progress, progress, index * BLOCK, share)
+            found = _evaluated(origin, score, images, frozenset({ALWAYS_IGNORED}), report)
             write_statistics(parts / str(index), found)
     share.wait()
     if share.rank:
         return None
     merged = merge([read_statistics(parts / str(index)) for index in range(len(blocks))])
     write_statistics(folder, merged)
-    for left in folder.parent.glob(f".{folder.name}.parts-*"):
-        shutil.rmtree(left)
+    for finished in folder.parent.glob(f".{folder.name}.parts-*"):
+        shutil.rmtree(finished)
     return merged
 
 
-def _told(progress: Callable[[int], None], before: int, share: Share, done: int) -> None:
-    """The first process speaks for all: the others are as far in the same blocks."""
+def _report_progress(progress: Callable[[int], None], before: int, share: Share, done: int) -> None:
+    """Only the first process reports, for all: the others have done about as much of their blocks."""
     if share.rank == 0:
         progress(before + done * share.world)
 
 
 def _fingerprint(data: DataSet) -> str:
-    """Of classes, images and labels: a block of others, or of some changed since, is not taken up again."""
+    """A hash over classes, images and labels: blocks of other or changed data are not reused."""
     digest = hashlib.sha256(repr(replace(data.classes, ignored=frozenset())).encode())
     digest.update(repr(sorted(data.classes.ignored)).encode())
     for item in data.items:
@@ -262,8 +257,8 @@ def _is_done(part: Path, items: Sequence[Item], origin: _Origin) -> bool:
         check_current(found, origin.engines.graph_set)
     except MessError:
         return False
-    here = (tuple(item.id for item in items), origin.library, origin.device, origin.engines.heads)
-    return (found.image_id, found.library, found.device, found.heads) == here
+    expected = (tuple(item.id for item in items), origin.library, origin.device, origin.engines.heads)
+    return (found.image_id, found.library, found.device, found.heads) == expected
 
 
 def _cells(candidate: CandidateNetwork, head: Head) -> int:
@@ -272,7 +267,7 @@ def _cells(candidate: CandidateNetwork, head: Head) -> int:
 
 
 def countable(image_id: str, frame: Image, labels: Image, classes: int, ignore: frozenset[int]) -> NDArray[np.bool_]:
-    """The pixels (H, W) that count. Raises InputError."""
+    """The pixels (H, W) that count. Raises InputError for labels of another size or out of range."""
     if labels.shape != frame.shape[:2]:
         raise InputError(f"image {image_id}: labels of shape {labels.shape} do not fit a frame of {frame.shape[:2]}")
     known = ~np.isin(labels, list(ignore))

@@ -1,4 +1,4 @@
-"""Exit statistics: per image and head, how sure and how right. Sufficient for any plan's mIoU, exits and latency."""
+"""Stores exit statistics: confidence and score per image and head, enough for any plan's mIoU, exits and latency."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _TEXTS = ("network", "precision", "device", "library", "split")
 
 @dataclass(frozen=True, eq=False)
 class ExitStatistics:
-    """What one recipe's exits said and got right, per image.
+    """The confidences and scores of one recipe's exits, per image.
 
-    `cells` is each head's feature-map size, `thresholds` (T, K); `counts` (n, heads, T) the confident cells per
-    threshold row; `intersection` and `predicted` (n, scored, K), `labelled` (n, K) pixels per class at the frame's own
-    size, ignored pixels in none of them. `group` is the image's sequence; `precision` names the recipe, `network`
-    is the identity of its graphs, `baseline_alone` that of the baseline trained alone, None when there was none.
-    `final_head` is the head whose labels `BASELINE` gives as one graph; it is not stored, for the network tells it.
+    `cells` is each head's feature-map size, `thresholds` (T, K); `counts` (n, heads, T) are the confident cells per
+    threshold; `intersection` and `predicted` (n, scored, K) and `labelled` (n, K) are pixels per class at the frame's
+    own size, without ignored pixels. `group` is the image's sequence; `precision` names the recipe, `network` is the
+    identity of its graphs, `baseline_alone` that of the baseline trained alone, or None. `final_head` is the head whose
+    labels the graph `BASELINE` gives; it is not stored, since it follows from the network.
     """
 
     heads: tuple[str, ...]
@@ -72,7 +72,7 @@ class ExitStatistics:
         return self.heads if self.baseline_alone is None else (*self.heads, BASELINE_ALONE)
 
     def head_index(self, head: str) -> int:
-        """The place of a head among the heads, or of `BASELINE_ALONE` behind them. Raises InputError.
+        """The index of a head among the scored heads, `BASELINE_ALONE` being the last. Raises InputError.
 
         `BASELINE` is scored as the final head.
         """
@@ -83,16 +83,39 @@ class ExitStatistics:
 
     def select(self, indices: Sequence[int]) -> ExitStatistics:
         """The statistics of these images, in this order."""
-        rows = np.asarray(indices, dtype=np.intp)
+        chosen = np.asarray(indices, dtype=np.intp)
         return dataclasses.replace(
             self,
-            counts=self.counts[rows],
-            intersection=self.intersection[rows],
-            predicted=self.predicted[rows],
-            labelled=self.labelled[rows],
-            image_id=tuple(self.image_id[i] for i in rows),
-            group=tuple(self.group[i] for i in rows),
+            counts=self.counts[chosen],
+            intersection=self.intersection[chosen],
+            predicted=self.predicted[chosen],
+            labelled=self.labelled[chosen],
+            image_id=tuple(self.image_id[i] for i in chosen),
+            group=tuple(self.group[i] for i in chosen),
         )
+
+
+@dataclass(frozen=True)
+class _StatisticsDocument:
+    """The content of `statistics.json`; `sha256` is by array."""
+
+    network: str
+    precision: str
+    device: str
+    library: str
+    split: str
+    baseline_alone: str | None
+    heads: tuple[str, ...]
+    classes: tuple[str, ...]
+    cells: tuple[int, ...]
+    image_id: tuple[str, ...]
+    group: tuple[str, ...]
+    gate: Gate
+    sha256: dict[str, str]
+
+
+_DEFAULTS: dict[str, Any] = {"baseline_alone": None}
+"""Statistics written by the first releases lack this key."""
 
 
 def miou(intersection: Ints, predicted: Ints, labelled: Ints) -> float:
@@ -104,7 +127,7 @@ def miou(intersection: Ints, predicted: Ints, labelled: Ints) -> float:
     present = np.flatnonzero(labelled)
     if not present.size:
         raise InputError(
-            "no image has a labelled pixel outside the ignored classes, so that mIoU is undefined: check labels and "
+            "mIoU is undefined, since no image has a labelled pixel outside the ignored classes: check labels and "
             f"classes.txt, then {_REMEDY}"
         )
     total = 0.0
@@ -114,7 +137,7 @@ def miou(intersection: Ints, predicted: Ints, labelled: Ints) -> float:
 
 
 def head_miou(statistics: ExitStatistics, head: str) -> float:
-    """mIoU in percent when every image leaves at `head`, or goes to the baseline trained alone."""
+    """mIoU in percent when every image leaves at `head`, or runs on the baseline trained alone."""
     index = statistics.head_index(head)
     return miou(
         statistics.intersection[:, index].sum(axis=0),
@@ -124,9 +147,9 @@ def head_miou(statistics: ExitStatistics, head: str) -> float:
 
 
 def merge(shards: Sequence[ExitStatistics]) -> ExitStatistics:
-    """One set of statistics from shards of the same recipe: their images one after the other, in the order given.
+    """One set of statistics from shards of the same recipe, with their images in the order given.
 
-    Raises InputError when a shard is of another recipe or an image is there twice.
+    Raises InputError when a shard is of another recipe or two shards have the same image.
     """
     if not shards:
         raise InputError("there are no statistics to merge")
@@ -153,7 +176,7 @@ def merge(shards: Sequence[ExitStatistics]) -> ExitStatistics:
 def check_current(statistics: ExitStatistics, graph_set: GraphSet) -> None:
     """Raises StaleError when `statistics` are of another network, recipe, baseline, gate or heads than `graph_set`.
 
-    They may lack heads, and on another device than this the baseline, that have no engine where they were recorded.
+    They may lack heads that have no engine on the device, and on a device other than this machine the baseline.
     """
     candidate = graph_set.candidate
     differs = {
@@ -171,7 +194,7 @@ def check_current(statistics: ExitStatistics, graph_set: GraphSet) -> None:
 
 
 def write_statistics(folder: Path, statistics: ExitStatistics) -> None:
-    """Write `statistics.json` and one `.npy` per array; the old folder stays until the new one is complete."""
+    """Write `statistics.json` and one `.npy` per array; the old folder is replaced when the new one is complete."""
     with files.replaced_folder(folder) as temporary:
         arrays = {}
         for name, dtype in _ARRAYS.items():
@@ -200,52 +223,43 @@ def _to_json(statistics: ExitStatistics, arrays: dict[str, str]) -> dict[str, An
 def _write_array(path: Path, array: NDArray[Any]) -> None:
     with path.open("wb") as stream:
         np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
-        stream.write(array.reshape(-1).view(np.uint8).data)  # numpy's own write hides what the system says
+        stream.write(array.reshape(-1).view(np.uint8).data)  # numpy's own write hides the system's error
 
 
 def read_statistics(folder: Path) -> ExitStatistics:
     """Read what `write_statistics` wrote; arrays are memory-mapped. Raises InputError when missing or damaged."""
     files.recovered(folder)
     path = folder / "statistics.json"
-    content = files.read_json(path, "mess-statistics", 1, _REMEDY)
-    arrays = {name: _read_array(folder / f"{name}.npy", content) for name in _ARRAYS}
-    statistics: ExitStatistics = files.decoded(path, _REMEDY, lambda: _statistics_from_json(content, arrays))
+    content = {**_DEFAULTS, **files.read_json(path, "mess-statistics", 1, _REMEDY)}
+    document: _StatisticsDocument = files.decode_document(path, _StatisticsDocument, content, _REMEDY)
+    arrays = {name: _read_array(folder / f"{name}.npy", document.sha256) for name in _ARRAYS}
+    statistics: ExitStatistics = files.decoded(path, _REMEDY, lambda: _checked_statistics(document, arrays))
     return statistics
 
 
-def _read_array(path: Path, content: dict[str, Any]) -> Any:
+def _read_array(path: Path, hashes: dict[str, str]) -> Any:
     if not path.is_file():
         raise InputError(f"{path} does not exist: {_REMEDY}")
-    hashes = content.get("sha256")
-    if not isinstance(hashes, dict) or files.sha256_of_file(path) != hashes.get(path.stem):
+    if files.sha256_of_file(path) != hashes.get(path.stem):
         raise InputError(f"{path} is damaged (its bytes are not those that were written): {_REMEDY}")
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _statistics_from_json(content: dict[str, Any], arrays: dict[str, Any]) -> ExitStatistics:
-    gate, alone = content["gate"], content.get("baseline_alone")
-    texts: dict[str, Any] = {name: str(content[name]) for name in _TEXTS}
-    statistics = ExitStatistics(
-        **arrays,
-        heads=tuple(map(str, content["heads"])),
-        classes=tuple(map(str, content["classes"])),
-        cells=tuple(map(int, content["cells"])),
-        image_id=tuple(map(str, content["image_id"])),
-        group=tuple(map(str, content["group"])),
-        gate=Gate(gate["confidence"], bool(gate["edge_aware"]), tuple(map(float, gate["thresholds"]))),
-        baseline_alone=None if alone is None else str(alone),
-        **texts,
-    )
+def _checked_statistics(document: _StatisticsDocument, arrays: dict[str, Any]) -> ExitStatistics:
+    content = {
+        each.name: getattr(document, each.name) for each in dataclasses.fields(document) if each.name != "sha256"
+    }
+    statistics = ExitStatistics(**arrays, **content)
     _check_shapes(statistics)
     return statistics
 
 
 def _check_shapes(statistics: ExitStatistics) -> None:
     n, heads, classes = statistics.images, len(statistics.heads), len(statistics.classes)
-    rows, scored = len(statistics.gate.thresholds), len(statistics.scored)
+    thresholds, scored = len(statistics.gate.thresholds), len(statistics.scored)
     expected = {
-        "thresholds": (rows, classes),
-        "counts": (n, heads, rows),
+        "thresholds": (thresholds, classes),
+        "counts": (n, heads, thresholds),
         "intersection": (n, scored, classes),
         "predicted": (n, scored, classes),
         "labelled": (n, classes),
@@ -255,20 +269,20 @@ def _check_shapes(statistics: ExitStatistics) -> None:
         if array.shape != shape or array.dtype != _ARRAYS[name]:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, not {np.dtype(_ARRAYS[name])} {shape}")
     if len(statistics.group) != n or len(statistics.cells) != heads:
-        raise ValueError("image ids, groups, heads and cells do not fit each other")
+        raise ValueError("the numbers of image ids and groups, or of heads and cells, differ")
     if min(statistics.cells, default=1) < 1:
         raise ValueError(f"cells {statistics.cells} are not positive")
     _check_values(statistics)
 
 
 def _check_values(statistics: ExitStatistics) -> None:
-    """Whether anything could have been counted like this."""
+    """Raises ValueError for values that no count can have."""
     if not np.isfinite(statistics.thresholds).all():
-        raise ValueError("a threshold is no number")
+        raise ValueError("a threshold is not finite")
     if (statistics.counts < 0).any() or (statistics.counts > np.array(statistics.cells, np.int32)[:, None]).any():
-        raise ValueError("a count of sure cells is below 0 or above the head's cells")
+        raise ValueError("a count of confident cells is negative or above the head's number of cells")
     for start in range(0, statistics.images, _BLOCK):
         part = slice(start, start + _BLOCK)
         right, most = statistics.intersection[part], statistics.labelled[part, None]
         if (right < 0).any() or (right > np.minimum(statistics.predicted[part], most)).any():
-            raise ValueError("more pixels of a class are right than were predicted or labelled")
+            raise ValueError("a class has more correct pixels than predicted or labelled ones")

@@ -1,1 +1,1 @@
-"""Latency tables: measured, or estimated by a roofline model; warnings about them."""
+"""Holds latency tables, measured or estimated by a roofline model, and the warnings about them."""

@@ -1,11 +1,11 @@
-"""What speaks against the latencies of a table, in sentences that go wherever figures made of them go."""
+"""Checks a latency table: the warnings that travel with every figure computed from it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from mess_compile.engines.prepare import settled_graphs_of
+from mess_compile.engines.prepare import graphs_of_recipe
 from mess_compile.latency.table import LatencyTable, check_current, mean_ms_of
 from mess_compile.network import GraphSet, head_graph_name, segment_name
 from mess_compile.runtime.base.errors import MessError
@@ -13,17 +13,18 @@ from mess_compile.runtime.engines.engine import FP32
 from mess_compile.workspace import Workspace
 
 CHEAPER, DEARER = 0.15, 0.35
-"""By what share of the whole network its parts, one after the other, may take less or more.
+"""How much less or more the sum of the parts may take than the network as one graph, as a share.
 
-More is normal: there are more tensors to hand over, and the head has its gate. Steady tables had 5 % at 63 ms and 31 %
-at 0.8 ms (ONNX Runtime, two cores). Less is not: what was measured at another speed of the machine gave 26 to 71 %.
+More is normal: more tensors are handed over, and the head has its gate. Steady tables had 5 % more at 63 ms and 31 %
+more at 0.8 ms (ONNX Runtime, two cores). Less is suspicious: graphs measured at different speeds of the machine gave 26
+to 71 %.
 """
 
 
-def doubts_of(table: LatencyTable, graph_sets: Sequence[GraphSet] = ()) -> tuple[str, ...]:
-    """Of a table, and of what it says of the graphs of these recipes."""
-    told = [_unstable(table)] if table.environment.get("verdict") == "unstable" else []
-    return (*told, *(doubt for each in graph_sets for doubt in _doubtful_wholes(table, each)))
+def warnings_of(table: LatencyTable, graph_sets: Sequence[GraphSet] = ()) -> tuple[str, ...]:
+    """Warnings about a table, and about its entries for the graphs of these recipes."""
+    warnings = [_unstable(table)] if table.environment.get("verdict") == "unstable" else []
+    return (*warnings, *(warning for each in graph_sets for warning in _implausible_sums(table, each)))
 
 
 def _unstable(table: LatencyTable) -> str:
@@ -34,7 +35,7 @@ def _unstable(table: LatencyTable) -> str:
     )
 
 
-def _doubtful_wholes(table: LatencyTable, graph_set: GraphSet) -> Iterator[str]:
+def _implausible_sums(table: LatencyTable, graph_set: GraphSet) -> Iterator[str]:
     parts_ms = mean_ms_of(table, graph_set, _parts(graph_set), measured=True)
     for name in graph_set.baselines if parts_ms is not None else ():
         whole_ms = mean_ms_of(table, graph_set, [name], measured=True)
@@ -61,12 +62,12 @@ def _parts(graph_set: GraphSet) -> list[str]:
     return [*segments, head_graph_name(candidate.baseline), candidate.output_of(candidate.head(candidate.baseline))]
 
 
-def known_doubts(workspace: Workspace, table: LatencyTable) -> tuple[str, ...]:
-    """What speaks against a table, of its recipes as far as their graphs are still here."""
+def known_warnings(workspace: Workspace, table: LatencyTable) -> tuple[str, ...]:
+    """Warnings about a table, and about its recipes whose graphs are still in the workspace and unchanged."""
     graph_sets = []
     for recipe in table.recipes:
         with suppress(MessError):
-            graph_set = settled_graphs_of(workspace, recipe, table.device)
+            graph_set = graphs_of_recipe(workspace, recipe, table.device)
             check_current(table, graph_set)
             graph_sets.append(graph_set)
-    return doubts_of(table, graph_sets)
+    return warnings_of(table, graph_sets)

@@ -1,4 +1,4 @@
-"""A latency table of a device that is out of reach, or of which only a part was measured: the rest is estimated."""
+"""Estimates the latency table of a device that cannot be reached, or that was measured only in part."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.targets import Target
 
 Priors = Mapping[str, Mapping[str, Roofline]]
-"""By precision and graph."""
+"""Precision -> graph -> roofline."""
 Key = tuple[str, str]
 """Graph and precision."""
 
 
 def priors_of(plain: GraphSet, target: Target, precisions: Sequence[str]) -> Priors:
-    """What the target's figures allow for every graph and pseudo graph; `plain` is the network in fp32."""
+    """The rooflines of every graph and pseudo graph on the target; `plain` is the network in fp32."""
     found = features(plain) | pseudo_features(plain.candidate)
     return {precision: roofline(found, target, precision) for precision in dict.fromkeys((FP32, *precisions))}
 
@@ -37,9 +37,9 @@ def priors_of(plain: GraphSet, target: Target, precisions: Sequence[str]) -> Pri
 def estimated(
     priors: Priors, measured: Mapping[tuple[str, str], float], start: Calibration = USUAL
 ) -> dict[tuple[str, str], Estimate]:
-    """Every graph in every precision of `priors`, by mean latencies in ms measured on this target.
+    """Estimates of every graph in every precision of `priors`, from mean latencies in ms measured on this target.
 
-    A precision without measurements begins with what fp32's say.
+    A precision without measurements starts from the calibration of fp32.
     """
     found: dict[tuple[str, str], Estimate] = {}
     for precision, prior in priors.items():
@@ -51,8 +51,8 @@ def estimated(
     return found
 
 
-def start_from(tables: Sequence[tuple[Target, LatencyTable]], plain: GraphSet, target: Target) -> Calibration:
-    """What measurements of the same network on a device of the same sort, GPU or not, say of this one's."""
+def starting_calibration(tables: Sequence[tuple[Target, LatencyTable]], plain: GraphSet, target: Target) -> Calibration:
+    """The calibration by the same network's measurements on another device of the same sort, with or without GPU."""
     best: dict[str, float] = {}
     source = target
     for other, table in tables:
@@ -76,36 +76,37 @@ def forecast(
     tables: Sequence[tuple[Target, LatencyTable]],
     plain: GraphSet,
 ) -> LatencyTable:
-    """The table of `target` for all recipes of `graph_sets`; what `known` has measured of these graphs is kept.
+    """The table of `target` for all recipes of `graph_sets`; measurements in `known` of these graphs are reused.
 
     `tables` are those of other devices, `plain` is the network in fp32. Raises InputError.
     """
     if known is not None and known.network != plain.candidate.identity:
         known = None
-    kept = {} if known is None else {key: e for key, e in known.entries.items() if e.source == "measured"}
+    reused = {} if known is None else {key: e for key, e in known.entries.items() if e.source == "measured"}
     wanted = {(pseudo, FP32): "" for pseudo in PSEUDO_GRAPHS}
     for graph_set in graph_sets:
         wanted |= {(name, spec.precision): spec.sha256 for name, spec in graph_set.graphs.items()}
-    kept = {key: entry for key, entry in kept.items() if wanted.get(key) == entry.sha256}
+    reused = {key: entry for key, entry in reused.items() if wanted.get(key) == entry.sha256}
     priors = priors_of(plain, target, [precision for _, precision in wanted])
-    measured = {key: entry.mean_ms for key, entry in kept.items()}
-    found = estimated(priors, measured, start_from(tables, plain, target))
+    measured = {key: entry.mean_ms for key, entry in reused.items()}
+    found = estimated(priors, measured, starting_calibration(tables, plain, target))
     failures = {} if known is None else known.failed
     failed = {key: failure for key, failure in failures.items() if wanted.get(key) == failure.sha256}
     entries = {
-        key: kept.get(key) or estimated_entry(key, sha256, found[key])
+        key: reused.get(key) or estimated_entry(key, sha256, found[key])
         for key, sha256 in wanted.items()
         if key not in failed
     }
+    version = known.library_version if known and reused else " or ".join(target.library_versions)
     graphs = sum(name not in PSEUDO_GRAPHS for name, _ in measured)
     basis = f"{graphs} of its graphs measured" if graphs else "its data sheet"
     return LatencyTable(
         device=target.name,
         library=target.library,
-        library_version=known.library_version if known and kept else " or ".join(target.library_versions) or "unknown",
+        library_version=version or "unknown",
         network=plain.candidate.identity,
-        environment={**(known.environment if known and kept else {}), "estimated_from": basis},
-        source="measured" if len(kept) == len(entries) else "estimated",
+        environment={**(known.environment if known and reused else {}), "estimated_from": basis},
+        source="measured" if len(reused) == len(entries) else "estimated",
         entries=entries,
         recipes={graph_set.recipe: graph_set.identity for graph_set in graph_sets},
         failed=failed,
@@ -113,7 +114,7 @@ def forecast(
 
 
 def estimated_entry(key: tuple[str, str], sha256: str, estimate: Estimate) -> Latency:
-    """Percentiles are not estimated: they stand at the mean."""
+    """An entry for an estimate. Percentiles are not estimated; they repeat the mean."""
     ms = estimate.mean_ms
     return Latency(
         key[0], sha256, key[1], ms, ms, ms, ms, ms, runs=0, source="estimated", steady=False, error=estimate.factor
@@ -121,7 +122,7 @@ def estimated_entry(key: tuple[str, str], sha256: str, estimate: Estimate) -> La
 
 
 def transfer_estimates(plain: GraphSet, target: Target) -> Callable[[Mapping[Key, Latency]], dict[Key, Latency]]:
-    """A function that estimates upload, download and null stage, which trtexec cannot time, by what was measured.
+    """A function that estimates upload, download and null stage from measured graphs: trtexec cannot time these three.
 
     `plain` is the network in fp32.
     """

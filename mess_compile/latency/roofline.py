@@ -1,10 +1,10 @@
-"""What each graph will take on a target, from its workload and the target's figures, calibrated by what was measured.
+"""Estimates each graph's latency on a target by a roofline of its workload, calibrated by measurements.
 
 A graph's time is a sum of terms: the MACs of each kind of convolution at the target's peak, the bytes of each kind of
-operator at its memory bandwidth, a launch per kernel. Each term takes a multiple of what the figures allow. Before any
-measurement the multiples are those usual for small batches, within wide bounds; measurements narrow them down. They
-are fitted in their logarithms, with a Gaussian around what was known before: none becomes negative, more work never
-takes less time, and few measurements do not run away.
+operator at its memory bandwidth, and a launch per kernel. Each term takes a multiple of its roofline. Before any
+measurement the multiples are the usual ones for small batches, with wide intervals; measurements narrow these. The
+multiples' logarithms are fitted, with a Gaussian prior: no multiple becomes negative, more work never takes less time,
+and a few measurements cannot push the fit far from the prior.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.targets import Peak, Target
 
 DEFAULT_PEAK, DEFAULT_GB_PER_S = Peak(0.1, 0.1, 0.2), 20.0
-"""Of a target that does not tell: one CPU core of 256-bit vectors at 3 GHz, and its share of the memory."""
+"""For a target without these figures: one CPU core with 256-bit vectors at 3 GHz, and its share of the bandwidth."""
 LAUNCH_MS = 0.005
-"""What starting one kernel takes, on a GPU or in ONNX Runtime."""
+"""Time to launch one kernel, on a GPU or in ONNX Runtime."""
 _MACS = ("pointwise_macs", "dense_macs", "dilated_macs", "depthwise_macs", "padded_macs")
 _BYTES = ("conv_bytes", "resampling_bytes", "other_bytes")
 TERMS = (*_MACS, *_BYTES, "kernels")
@@ -42,12 +42,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Features:
-    """What one graph does: multiply-adds by kind of convolution, bytes read and written by kind of operator, kernels.
+    """One graph's workload: multiply-adds by kind of convolution, bytes moved by kind of operator, and kernels.
 
-    `pointwise` convolutions are 1x1, `depthwise` all grouped ones, `dilated` those with gaps between the taps, `dense`
-    the rest; `padded` are the multiply-adds of all kinds that fall outside the map, which some libraries skip. Gates
-    and outputs count. Bytes are the weights and what passes between kernels; a convolution takes in the BatchNorm,
-    activation and sum behind it. `resampling` is Resize and ArgMax.
+    `pointwise` convolutions are 1x1, `depthwise` all grouped ones, `dilated` those with a dilation above 1, `dense` the
+    rest; `padded` are the multiply-adds of all kinds in the padding, which some libraries skip. Gates and output graphs
+    count, too. Bytes are the weights and the tensors between kernels; a convolution includes the BatchNorm, activation
+    and sum behind it. `resampling` is Resize and ArgMax.
     """
 
     graph: str
@@ -63,7 +63,7 @@ class Features:
 
     @property
     def macs(self) -> int:
-        """Of every convolution, those in the padding included."""
+        """The multiply-adds of all convolutions, padding included."""
         return sum(getattr(self, kind) for kind in _MACS)
 
     @property
@@ -73,7 +73,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Roofline:
-    """What a target's figures allow for one graph: `ms` in all, `terms_ms` one for each of TERMS."""
+    """One graph's least time by the target's figures: `ms` in total, `terms_ms` for each of TERMS."""
 
     ms: float
     terms_ms: tuple[float, ...]
@@ -81,7 +81,7 @@ class Roofline:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A graph's mean latency: 90 of 100 graphs that are estimated lie between their `low_ms` and `high_ms`."""
+    """A graph's estimated mean latency, and the interval `low_ms` to `high_ms` that holds for 90 of 100 graphs."""
 
     mean_ms: float
     low_ms: float
@@ -89,16 +89,16 @@ class Estimate:
 
     @property
     def factor(self) -> float:
-        """By which the mean may be too low or too high."""
+        """The factor by which the mean may be too low or too high."""
         return max(self.high_ms / self.mean_ms, self.mean_ms / self.low_ms)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How many times what the figures allow each term takes: `log_multiples` (terms,), `covariance` (terms, terms).
+    """The multiple of its roofline that each term takes: `log_multiples` (terms,), `covariance` (terms, terms).
 
-    `noise` is how far a graph's log latency lies from the sum of its terms besides, as a deviation; 90 % of what
-    cross-validation left out lay within `reach` such deviations.
+    `noise` is the standard deviation of a graph's log latency around the sum of its terms; in cross-validation 90 % of
+    the graphs left out lay within `reach` deviations.
     """
 
     log_multiples: Array
@@ -113,27 +113,27 @@ USUAL = Calibration(
     noise=0.12,
     reach=2.0,
 )
-"""Before anything was measured: each term is within a factor of 2 of what is usual (one deviation), all of 2.7."""
+"""Prior before any measurement: one deviation is a factor of 2 for each term, and of 2.7 for all terms together."""
 _OTHER_DEVICE = np.diag([0.4**2] * len(TERMS)) + 0.5**2
-"""Covariance that the multiples of one device gain when they speak for another."""
+"""Covariance added to one device's multiples when they are used for another device."""
 _KNOWN_ERRORS = 4
-"""As many graphs as the usual noise counts for, beside the errors that cross-validation saw."""
+"""Weight of the usual noise against the errors of cross-validation, in graphs."""
 
 
 def features(graph_set: GraphSet) -> dict[str, Features]:
-    """What every graph of the fp32 `graph_set` does, read off its ONNX without the weights. Raises InputError."""
+    """The workload of every graph of the fp32 `graph_set`, from its ONNX without the weights. Raises InputError."""
     return {name: graph_features(name, read_model(graph_set.path(name))) for name in graph_set.graphs}
 
 
 def pseudo_features(candidate: CandidateNetwork) -> dict[str, Features]:
-    """The pseudo graphs of a latency table: to estimate, not to calibrate by, for they run no kernel of the library."""
+    """The workload of the pseudo graphs. They do not calibrate estimates, since they run no kernels."""
     pixels = prod(candidate.input_hw)
     sizes = {UPLOAD: 3 * pixels, DOWNLOAD: pixels, NULL: 0}
     return {name: Features(name, other_bytes=2 * size) for name, size in sizes.items()}
 
 
 def graph_features(name: str, model: onnx.ModelProto) -> Features:
-    """What one graph does. Raises InputError when its shapes do not follow from it."""
+    """One graph's workload. Raises InputError when its shapes cannot be inferred."""
     tensors = activations(model) | {tensor.name: _weight(tensor) for tensor in model.graph.initializer}
     counts = Counter[str]()
     for group in _fused_groups(model, tensors):
@@ -177,7 +177,7 @@ def _macs(node: onnx.NodeProto, tensors: Mapping[str, TensorSpec]) -> int:
 
 
 def _inside_macs(node: onnx.NodeProto, tensors: Mapping[str, TensorSpec]) -> int:
-    """Without those in the padding of a Conv."""
+    """The multiply-adds without those in the padding of a Conv."""
     given = _attributes(node)
     if not any(given.get("pads", ())):
         return _macs(node, tensors)
@@ -185,8 +185,8 @@ def _inside_macs(node: onnx.NodeProto, tensors: Mapping[str, TensorSpec]) -> int
     count = prod(made[:2]) * weight[1]
     for axis, (size, taps, steps) in enumerate(zip(source[2:], weight[2:], made[2:], strict=True)):
         stride, dilation = (given.get(name, [1] * len(made))[axis] for name in ("strides", "dilations"))
-        places = np.add.outer(stride * np.arange(steps), dilation * np.arange(taps)) - given["pads"][axis]
-        count *= int(((places >= 0) & (places < size)).sum())
+        positions = np.add.outer(stride * np.arange(steps), dilation * np.arange(taps)) - given["pads"][axis]
+        count *= int(((positions >= 0) & (positions < size)).sum())
     return count
 
 
@@ -200,21 +200,21 @@ _POINTWISE = frozenset(f"{_ARITHMETIC} {_COMPARISONS} {_ACTIVATIONS}".split())
 
 @dataclass(frozen=True)
 class _Group:
-    """Nodes that become one kernel: the first of them, and how much they read and write together."""
+    """Nodes that become one kernel: the first one, and the bytes that they read and write together."""
 
     first: onnx.NodeProto
     bytes: int
 
 
 def _fused_groups(model: onnx.ModelProto, tensors: Mapping[str, TensorSpec]) -> list[_Group]:
-    """A pointwise node joins the convolution, or pointwise node, whose result nothing else reads."""
-    shown: dict[str, str] = {}
+    """A pointwise node joins the convolution or pointwise node before it when no other node reads that one's result."""
+    viewed: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type in _VIEWS:
-            shown[node.output[0]] = shown.get(node.input[0], node.input[0])
+            viewed[node.output[0]] = viewed.get(node.input[0], node.input[0])
     nodes = [node for node in model.graph.node if node.op_type not in _VIEWS]
-    reads = [{shown.get(name, name) for name in node.input if name} for node in nodes]
-    outputs = {shown.get(value.name, value.name) for value in model.graph.output}
+    reads = [{viewed.get(name, name) for name in node.input if name} for node in nodes]
+    outputs = {viewed.get(value.name, value.name) for value in model.graph.output}
     readers = Counter([*outputs, *(name for names in reads for name in names)])
     maker: dict[str, int] = {}
     groups: list[list[int]] = []
@@ -240,7 +240,7 @@ def _group(
     readers: Mapping[str, int],
     tensors: Mapping[str, TensorSpec],
 ) -> _Group:
-    """Reads what others made, each tensor once, and writes what others read."""
+    """A group reads each tensor of other groups once, and writes the tensors that others read."""
     within = Counter(name for names in reads for name in names)
     made = {name for node in nodes for name in node.output if name}
     passed = [name for name in within if name not in made] + [name for name in made if readers[name] > within[name]]
@@ -248,11 +248,11 @@ def _group(
 
 
 def roofline(features: Mapping[str, Features], target: Target, precision: str) -> dict[str, Roofline]:
-    """What the target's figures allow, without any measurement.
+    """The roofline of every graph on the target, without any measurement.
 
-    A graph computes while it moves its bytes, the longer of the two, and launches its kernels one after the other.
-    DEFAULT_PEAK and DEFAULT_GB_PER_S stand in for what the target does not tell. Raises InputError for a precision that
-    the target has not.
+    Computing and moving bytes overlap, so that the longer one counts; kernels launch one after the other. DEFAULT_PEAK
+    and DEFAULT_GB_PER_S replace figures that the target lacks. Raises InputError for a precision that the target does
+    not support.
     """
     peak = (target.peak or DEFAULT_PEAK).of(precision) if precision in target.precisions else None
     if peak is None:
@@ -271,11 +271,11 @@ def _roofline(graph: Features, mac_ms: float, byte_ms: float) -> Roofline:
 def calibrated(
     measured: Mapping[str, float], prior: Mapping[str, Roofline], start: Calibration = USUAL
 ) -> dict[str, Estimate]:
-    """Every graph of `prior`, by what was `measured` (mean in ms, by graph) on this target in this precision.
+    """Estimates of every graph of `prior`, from means `measured` on this target in this precision (ms, by graph).
 
-    `start` is what was known before, such as another device's calibration, `for_another_device`. Where nothing is
-    known, the means are the roofline's and the bars rest on what is usual. Raises InputError for a graph that is not
-    in `prior`, or a measurement that is none.
+    `start` is the prior calibration, such as another device's by `for_another_device`. Without measurements and with
+    the usual prior, the means are the roofline's. Raises InputError for a graph that is not in `prior`, or a time out
+    of range.
     """
     found = estimates(prior, calibrate(measured, prior, start))
     if measured or start is not USUAL:
@@ -287,27 +287,27 @@ def calibrated(
 
 
 def estimates(prior: Mapping[str, Roofline], calibration: Calibration) -> dict[str, Estimate]:
-    """Every graph of `prior`; bars are wider for graphs with much of a term that is not well known."""
+    """Estimates of every graph of `prior`; intervals are wider for graphs dominated by terms of uncertain multiples."""
     return {name: _estimate(graph, calibration) for name, graph in prior.items()}
 
 
 def _estimate(graph: Roofline, calibration: Calibration) -> Estimate:
     ms, deviation = _prediction(np.array(graph.terms_ms), calibration)
-    bar = min(_WIDEST, math.exp(calibration.reach * deviation))
-    return Estimate(ms, ms / bar, ms * bar)
+    factor = min(_WIDEST, math.exp(calibration.reach * deviation))
+    return Estimate(ms, ms / factor, ms * factor)
 
 
 def _prediction(terms_ms: Array, calibration: Calibration) -> tuple[float, float]:
-    """A graph's latency in ms, and the deviation of its logarithm."""
+    """A graph's latency in ms, and the standard deviation of its logarithm."""
     times = terms_ms * np.exp(calibration.log_multiples)
     shares = times / times.sum()
     return float(times.sum()), math.sqrt(calibration.noise**2 + float(shares @ calibration.covariance @ shares))
 
 
 def calibrate(measured: Mapping[str, float], prior: Mapping[str, Roofline], start: Calibration = USUAL) -> Calibration:
-    """What measurements (mean in ms, by graph) and what was known before say together of the multiples.
+    """The calibration `start`, updated by measurements (mean in ms, by graph).
 
-    Raises InputError for a graph that is not in `prior`, or a measurement that is none.
+    Raises InputError for a graph that is not in `prior`, or a time out of range.
     """
     _check_measured(measured, prior)
     if not measured:
@@ -321,27 +321,27 @@ def calibrate(measured: Mapping[str, float], prior: Mapping[str, Roofline], star
 
 
 def for_another_device(calibration: Calibration) -> Calibration:
-    """What one device's multiples say of another's: the same, less surely."""
+    """One device's calibration as a prior for another: the same multiples with a wider covariance."""
     covariance = calibration.covariance + _OTHER_DEVICE
     return replace(calibration, covariance=covariance, reach=max(USUAL.reach, calibration.reach))
 
 
 def choose_calibration(prior: Mapping[str, Roofline], count: int, start: Calibration = USUAL) -> tuple[str, ...]:
-    """The `count` graphs to measure first, the most telling in front: each makes the estimates of all the surest.
+    """The `count` most informative graphs to measure, in order: each reduces the variance of all estimates the most.
 
-    Depends on nothing but the order of `prior`. Raises InputError for less than no graph.
+    Deterministic; ties go by the order of `prior`. Raises InputError for a negative count.
     """
     if count < 0:
         raise InputError(f"{count} graphs cannot be measured: name 0 or more")
     terms = np.array([graph.terms_ms for graph in prior.values()]).reshape(-1, len(TERMS))
     times = terms * np.exp(start.log_multiples)
     shares = times / times.sum(axis=1, keepdims=True)  # (graphs, terms)
-    covariance, left = start.covariance, list(range(len(shares)))
+    covariance, remaining = start.covariance, list(range(len(shares)))
     chosen: list[int] = []
-    while left and len(chosen) < count:
-        tied = shares @ covariance @ shares[left].T  # (graphs, left): how much one tells of another
-        gains = np.square(tied).sum(axis=0) / (start.noise**2 + tied[left, range(len(left))])
-        chosen.append(left.pop(int(gains.argmax())))
+    while remaining and len(chosen) < count:
+        shared = shares @ covariance @ shares[remaining].T  # (graphs, remaining): covariance of their log latencies
+        gains = np.square(shared).sum(axis=0) / (start.noise**2 + shared[remaining, range(len(remaining))])
+        chosen.append(remaining.pop(int(gains.argmax())))
         known = covariance @ shares[chosen[-1]]
         covariance = covariance - np.outer(known, known) / (start.noise**2 + shares[chosen[-1]] @ known)
     names = tuple(prior)
@@ -351,13 +351,17 @@ def choose_calibration(prior: Mapping[str, Roofline], count: int, start: Calibra
 def _check_measured(measured: Mapping[str, float], prior: Mapping[str, Roofline]) -> None:
     for name, ms in measured.items():
         if name not in prior:
-            raise InputError(f"{name!r} was measured, but is none of the graphs to estimate: profile these graphs")
+            raise InputError(
+                f"{name!r} was measured, but is none of the graphs to estimate: profile these graphs again"
+            )
         if not _SHORTEST_MS <= ms <= _LONGEST_MS:
-            raise InputError(f"{name} was measured as {ms} ms, which no graph takes: profile it again")
+            raise InputError(
+                f"{name} was measured as {ms} ms, outside {_SHORTEST_MS:g} to {_LONGEST_MS:g} ms: profile it again"
+            )
 
 
 def _most_likely(terms: Array, logs: Array, start: Calibration, first_guess: Array) -> Calibration:
-    """The multiples by which squared errors of log latency, and of what was known, are least: Gauss-Newton steps."""
+    """The multiples that minimise the squared errors of log latencies and prior, by Gauss-Newton steps."""
     known = np.linalg.inv(start.covariance)
 
     def misfit(multiples: Array) -> float:
@@ -381,7 +385,7 @@ def _most_likely(terms: Array, logs: Array, start: Calibration, first_guess: Arr
 
 
 def _errors_left_out(terms: Array, logs: Array, start: Calibration) -> Array:
-    """How many deviations each graph's log latency lies from what the others say of it."""
+    """Leave-one-out errors: how many deviations each graph's log latency lies from the estimate by the others."""
     first_guess = _most_likely(terms, logs, start, start.log_multiples).log_multiples
     errors = []
     for graph in range(len(logs)):
@@ -392,18 +396,18 @@ def _errors_left_out(terms: Array, logs: Array, start: Calibration) -> Array:
 
 
 def _spread(errors: Array) -> float:
-    """Root mean square of errors in deviations, and of those that are usual."""
+    """Root mean square of the errors in deviations, pooled with `_KNOWN_ERRORS` errors of one deviation."""
     return math.sqrt((_KNOWN_ERRORS + float(errors @ errors)) / (_KNOWN_ERRORS + len(errors)))
 
 
 def _reach(errors: Array) -> float:
-    """Deviations within which 90 % of further graphs lie: Student's t, no less than the conformal quantile if any."""
+    """Deviations within which 90 % of further graphs lie: Student's t, at least the conformal quantile if any."""
     rank = math.ceil(0.9 * (len(errors) + 1))
     conformal = float(np.sort(errors)[rank - 1]) if rank <= len(errors) else 0.0
     return max(_student_90(_KNOWN_ERRORS + len(errors)) * _spread(errors), conformal)
 
 
 def _student_90(freedom: float) -> float:
-    """Two-sided 90 % of Student's t, by its expansion around the normal one (Abramowitz and Stegun, 26.7.5)."""
+    """Two-sided 90 % quantile of Student's t, by its expansion around the normal's (Abramowitz, Stegun, 26.7.5)."""
     z = 1.6449
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

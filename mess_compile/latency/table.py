@@ -1,10 +1,10 @@
-"""The latency table of one target, and what a path through the cascade costs by it."""
+"""Stores the latency table of one target, and computes the cost of paths through the cascade from it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +23,13 @@ _QUANTITIES: tuple[Quantity, ...] = ("mean_ms", "p50_ms", "p90_ms", "p95_ms", "p
 
 @dataclass(frozen=True)
 class Latency:
-    """What one graph costs in one precision, in wall time. `sha256` is that of the graph, empty for pseudo graphs.
+    """The wall time of one graph in one precision. `sha256` is that of the graph, empty for pseudo graphs.
 
-    `steady` says that its last windows lay together. What the library or the device does not tell is None:
-    `device_ms`, the mean between events on the GPU; `file_bytes` of what is loaded, `scratch_bytes` that a run needs;
+    `steady` says that its last windows agree. Figures that the library or the device does not report are None:
+    `device_ms`, the mean between events on the GPU; `file_bytes` of the loaded file, `scratch_bytes` that a run needs;
     `energy_mj` of a run, the module's mean power in these windows times `mean_ms`. An estimate has an `error`, the
-    factor by which it may be too low or too high (90 % of those that were checked are within). `shared_with` names the
-    graph of equal structure that was measured in its stead.
+    factor by which it may be too low or too high (true for 90 % of the estimates that were checked). `shared_with`
+    names the graph of equal structure whose measurement this is.
     """
 
     graph: str
@@ -51,14 +51,14 @@ class Latency:
     shared_with: str | None = None
 
     @property
-    def told(self) -> str:
-        """Where it is from, and of an estimate by which factor it may be wrong."""
+    def origin(self) -> str:
+        """Measured or estimated; an estimate with the factor of its error."""
         return self.source if self.error is None else f"{self.source}, x{self.error:.1f}"
 
 
 @dataclass(frozen=True)
 class GraphFailure:
-    """A graph that has no engine on the target, in the words of its lint, parser or builder."""
+    """A graph that has no engine on the target, with the error of lint, parser or builder."""
 
     graph: str
     sha256: str
@@ -70,10 +70,10 @@ class GraphFailure:
 class LatencyTable:
     """All latencies of one target, by (graph, precision), and the graphs that `failed` there.
 
-    Beside the graphs there are three pseudo graphs: `upload` (frame to device), `download` (labels back) and `null`
-    (what a decision costs beside its head: on a CPU a read of the counts and a comparison). `network` is the candidate
-    network's identity, `recipes` what was profiled, each with the identity of its graphs; `environment` what the
-    measurement depended on (machine, cores, spread). A plan's latency is made of wall times.
+    There are three pseudo graphs: `upload` (frame to device), `download` (labels back) and `null` (the cost of a
+    decision besides its head: on a CPU, reading the counts and comparing). `network` is the candidate network's
+    identity, `recipes` maps each profiled recipe to the identity of its graphs, and `environment` describes the
+    conditions of the measurement (machine, cores, spread). A plan's latency is computed from wall times.
     """
 
     device: str
@@ -94,10 +94,10 @@ class LatencyTable:
         return entry
 
     def cost_ns(self, graph: str, precision: str = FP32, quantity: Quantity = "mean_ms") -> int:
-        """In nanoseconds, or of `energy_mj` in nanojoules. Raises InputError when the table does not tell it."""
+        """The quantity in ns, `energy_mj` in nJ. Raises InputError when the table lacks it."""
         thousandths: float | None = getattr(self.latency(graph, precision), quantity)
         if thousandths is None:
-            raise InputError(f"the latency table of {self.device} does not tell the energy of {graph}")
+            raise InputError(f"the latency table of {self.device} has no energy for {graph}")
         return round(thousandths * 1e6)
 
     @property
@@ -110,7 +110,15 @@ class LatencyTable:
 
     def _repr_html_(self) -> str:
         rows = [
-            (e.graph, e.precision, f"{e.mean_ms:.3f}", f"{e.p50_ms:.3f}", f"{e.p95_ms:.3f}", f"{e.p99_ms:.3f}", e.told)
+            (
+                e.graph,
+                e.precision,
+                f"{e.mean_ms:.3f}",
+                f"{e.p50_ms:.3f}",
+                f"{e.p95_ms:.3f}",
+                f"{e.p99_ms:.3f}",
+                e.origin,
+            )
             for e in self.entries.values()
         ]
         failed = [(f.graph, f.precision, "", "", "", "", f"failed: {f.error}") for f in self.failed.values()]
@@ -124,7 +132,7 @@ def _remedy(device: str, more: str = "") -> str:
 
 @dataclass(frozen=True)
 class StageGraphs:
-    """The names of the graphs that one stage of a cascade runs; a whole network is one graph, from image to labels."""
+    """The graphs that one stage of a cascade runs; a whole network is one graph, from image to labels."""
 
     segment: str
     head: str | None
@@ -132,12 +140,12 @@ class StageGraphs:
 
     @property
     def passed(self) -> tuple[str, ...]:
-        """What every image that reaches the stage runs."""
+        """The graphs that every image that reaches the stage runs."""
         return (self.segment,) if self.head is None else (self.segment, self.head)
 
     @property
     def leaving(self) -> tuple[str, ...]:
-        """What an image that leaves here runs besides."""
+        """The graphs that an image runs in addition when it leaves here."""
         return () if self.output is None else (self.output,)
 
     @property
@@ -146,10 +154,10 @@ class StageGraphs:
 
 
 def stage_graphs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[StageGraphs, ...]:
-    """The graphs of a cascade that leaves through `heads`, named in running order.
+    """The graphs of a cascade that exits at `heads`, in running order.
 
-    A whole network, which has no exits beside its own, stands alone. Raises InputError when the heads do not lie at
-    ever deeper exit points.
+    A whole network has a single exit and is the only entry. Raises InputError when the heads are not at ever deeper
+    exit points.
     """
     if len(heads) == 1 and is_whole(heads[0]):
         return (StageGraphs(heads[0], None, None),)
@@ -167,10 +175,10 @@ def stage_graphs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[Sta
 def path_costs_ns(
     table: LatencyTable, graph_set: GraphSet, heads: Sequence[str], quantity: Quantity = "mean_ms"
 ) -> tuple[int, ...]:
-    """What an image costs that leaves at each of the plan's exits, in ns, by the precisions of `graph_set`.
+    """The cost in ns of an image that leaves at each of the plan's exits, in the precisions of `graph_set`.
 
     Upload + segments + gated heads up to the exit taken + one null stage per decision + output graph + download; the
-    last exit decides nothing. Source: docs/definitions.md, Latency. Raises InputError when the table lacks a graph.
+    last exit makes no decision. See docs/definitions.md. Raises InputError when the table lacks a graph.
     """
     costs: list[int] = []
     spent = table.cost_ns(UPLOAD, quantity=quantity)
@@ -188,7 +196,7 @@ def path_costs_ns(
 def report_times_ns(
     table: LatencyTable, graph_set: GraphSet, heads: Sequence[str], quantity: Quantity = "mean_ms"
 ) -> tuple[int, ...]:
-    """When each exit's labels are there in the anytime setting, in ns: every report pays output graph and download."""
+    """The time in ns of each exit's labels in the anytime setting; every report pays output graph and download."""
     times: list[int] = []
     now = table.cost_ns(UPLOAD, quantity=quantity)
     for stage in stage_graphs(graph_set.candidate, heads):
@@ -202,9 +210,9 @@ def report_times_ns(
 def path_p99_ns(table: LatencyTable, graph_set: GraphSet, heads: Sequence[str], every_report: bool = False) -> int:
     """The p99 of the deepest path through `heads`, in ns: sum of the means + root of the sum of (p99 - mean)^2.
 
-    p99s do not add: that all graphs are slow at once is far rarer than that one is, and a sum of many p99s could not be
-    held against the one p99 of a whole network. Graphs are taken as independent of each other. With `every_report` the
-    reports of earlier exits are paid for too. Raises InputError when the table lacks a graph.
+    p99s do not add: all graphs are slow at once far more rarely than one is, so that a sum of many p99s cannot be
+    compared with the single p99 of a whole network. Graphs are assumed independent. With `every_report` the reports of
+    earlier exits count, too. Raises InputError when the table lacks a graph.
     """
     stages = stage_graphs(graph_set.candidate, heads)
     mean, square = 0, 0.0
@@ -229,13 +237,15 @@ def path_p99_ns(table: LatencyTable, graph_set: GraphSet, heads: Sequence[str], 
 
 
 def graph_cost_ns(table: LatencyTable, graph_set: GraphSet, graph: str, quantity: Quantity = "mean_ms") -> int:
-    """Of a graph in the precision that it has in `graph_set`. Raises InputError when the table lacks it."""
+    """The cost of a graph in its precision in `graph_set`. Raises InputError when the table lacks it."""
     return table.cost_ns(graph, graph_set.spec(graph).precision, quantity)
 
 
 def mean_ms_of(table: LatencyTable, graph_set: GraphSet, graphs: Iterable[str], measured: bool = False) -> float | None:
-    """What graphs take one after the other; None where one is not in the set, or the table has none of it, another, or
-    an estimate where only what was `measured` counts."""
+    """The sum of the graphs' mean latencies; None when the set or the table lacks one of them or has another version.
+
+    With `measured` an estimated entry counts as missing.
+    """
     total = 0.0
     for name in graphs:
         spec = graph_set.graphs.get(name)
@@ -246,13 +256,13 @@ def mean_ms_of(table: LatencyTable, graph_set: GraphSet, graphs: Iterable[str], 
     return total
 
 
-def runs_there(table: LatencyTable, graph_set: GraphSet, graph: str) -> bool:
-    """Whether the target has a graph of this name in its precision; one that failed to build it has not."""
+def has_engine(table: LatencyTable, graph_set: GraphSet, graph: str) -> bool:
+    """Whether the target can run a graph in its precision; False when it failed to build."""
     return (graph, graph_set.spec(graph).precision) in table.entries
 
 
 def check_current(table: LatencyTable, graph_set: GraphSet) -> None:
-    """Raises StaleError naming the graphs that changed since `table` was made, or that it lacks."""
+    """Raises StaleError naming the graphs that changed since `table` was made, or that the table lacks."""
     recipes = ",".join(recipe.partition("-")[0] for recipe in (*table.recipes, graph_set.recipe))
     if graph_set.recipe not in table.recipes:
         raise StaleError(
@@ -276,6 +286,21 @@ def _listed(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
+@dataclass(frozen=True)
+class _TableDocument:
+    """The content of `latency/<device>.json`; keys are in the order in which they are written."""
+
+    device: str
+    library: str
+    library_version: str
+    network: str
+    environment: dict[str, str]
+    source: str
+    recipes: dict[str, str]
+    entries: tuple[Latency, ...]
+    failed: tuple[GraphFailure, ...]
+
+
 def write_latency_table(path: Path, table: LatencyTable) -> None:
     """Write `latency/<device>.json`; all of it or nothing."""
     files.write_json(path, "mess-latency", 2, _table_to_json(table))
@@ -287,72 +312,37 @@ def content_sha256(table: LatencyTable) -> str:
 
 
 def _table_to_json(table: LatencyTable) -> dict[str, Any]:
-    content = {name: getattr(table, name) for name in _TABLE_FIELDS}
-    lists = {name: [asdict(each) for _, each in sorted(getattr(table, name).items())] for name in ("entries", "failed")}
+    content = {each.name: getattr(table, each.name) for each in fields(_TableDocument)}
+    lists = {name: [asdict(each) for _, each in sorted(content[name].items())] for name in ("entries", "failed")}
     return {**content, **lists}
-
-
-_TABLE_FIELDS = ("device", "library", "library_version", "network", "environment", "source", "recipes")
 
 
 def read_latency_table(path: Path) -> LatencyTable:
     """Read `latency/<device>.json`. Raises InputError when it is missing or damaged."""
     remedy = _remedy(path.stem)
     content = files.read_json(path, "mess-latency", 2, remedy)
-    table: LatencyTable = files.decoded(path, remedy, lambda: _table_from_json(content))
+    document: _TableDocument = files.decode_document(path, _TableDocument, content, remedy)
+    table: LatencyTable = files.decoded(path, remedy, lambda: _checked_table(document))
     return table
 
 
-def _table_from_json(content: dict[str, Any]) -> LatencyTable:
-    entries = [_latency_from_json(entry) for entry in content["entries"]]
-    failures = [
-        GraphFailure(*(str(each[name]) for name in ("graph", "sha256", "precision", "error")))
-        for each in content["failed"]
-    ]
-    by_key = {(entry.graph, entry.precision): entry for entry in entries}
-    failed = {(failure.graph, failure.precision): failure for failure in failures}
-    if len(by_key | failed) != len(entries) + len(failures):
-        raise ValueError("a graph is there twice")
-    return LatencyTable(
-        device=str(content["device"]),
-        library=str(content["library"]),
-        library_version=str(content["library_version"]),
-        network=str(content["network"]),
-        environment={str(key): str(value) for key, value in content["environment"].items()},
-        source=_source(content["source"]),
-        entries=by_key,
-        recipes={str(name): str(identity) for name, identity in content["recipes"].items()},
-        failed=failed,
-    )
+def _checked_table(document: _TableDocument) -> LatencyTable:
+    """Raises ValueError for two entries of one graph, an unknown source, or a latency out of range."""
+    entries = {(entry.graph, entry.precision): entry for entry in document.entries}
+    failed = {(failure.graph, failure.precision): failure for failure in document.failed}
+    if len(entries | failed) != len(document.entries) + len(document.failed):
+        raise ValueError("a graph has two entries")
+    for source in (document.source, *(entry.source for entry in document.entries)):
+        if source not in SOURCES:
+            raise ValueError(f"source {source!r} is neither measured nor estimated")
+    for entry in document.entries:
+        _check_range(entry)
+    content = {each.name: getattr(document, each.name) for each in fields(document)}
+    return LatencyTable(**{**content, "entries": entries, "failed": failed})
 
 
-def _latency_from_json(content: dict[str, Any]) -> Latency:
-    times: dict[str, Any] = {name: _checked(content, name) for name in _QUANTITIES}
-    times |= {name: None if content[name] is None else _checked(content, name) for name in _MEASURES}
-    times |= {name: None if content[name] is None else int(content[name]) for name in _SIZES}
-    return Latency(
-        graph=str(content["graph"]),
-        sha256=str(content["sha256"]),
-        precision=str(content["precision"]),
-        runs=int(content["runs"]),
-        source=_source(content["source"]),
-        steady=bool(content["steady"]),
-        shared_with=None if content["shared_with"] is None else str(content["shared_with"]),
-        **times,
-    )
-
-
-_MEASURES, _SIZES = ("device_ms", "energy_mj", "error"), ("file_bytes", "scratch_bytes")
-
-
-def _checked(content: dict[str, Any], name: str) -> float:
-    value = float(content[name])
-    if not 0 <= value <= _MOST_MS:
-        raise ValueError(f"{name} of {content['graph']} is {value}")
-    return value
-
-
-def _source(text: Any) -> str:
-    if text not in SOURCES:
-        raise ValueError(f"source {text!r} is neither measured nor estimated")
-    return str(text)
+def _check_range(entry: Latency) -> None:
+    for name in (*_QUANTITIES, "device_ms", "energy_mj", "error"):
+        value = getattr(entry, name)
+        if value is not None and not 0 <= value <= _MOST_MS:
+            raise ValueError(f"{name} of {entry.graph} is {value}")

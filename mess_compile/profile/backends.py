@@ -1,4 +1,4 @@
-"""Where graphs are measured: this machine, or a device over SSH; what builds there, and what times there."""
+"""Provides the backends of a profile: this machine, or a device over SSH. A backend builds engines and times them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from mess_compile.network import GraphSet
 from mess_compile.runtime.engines.engine import FP32, Library
 from mess_compile.runtime.machine import power
 from mess_compile.runtime.machine.power import DeviceState
-from mess_compile.runtime.measure import measure as profile
+from mess_compile.runtime.measure import measure
 from mess_compile.runtime.measure.job_pool import Job, Opened
 from mess_compile.runtime.measure.measure import Effort, Window
 from mess_compile.runtime.serve.worker import describe_machine
 
 MeasureJobs = Callable[["Task", Effort, Sequence[Window]], Iterator[Opened | Window]]
-"""What, how long, what is known already -> what is measured now."""
+"""Task, effort, windows measured before -> the events measured now."""
 Build = Callable[[Sequence[EngineFiles], Collection[str] | None], tuple[EngineFiles, ...]]
-"""Have engines of some jobs' graphs (None: of all) -> what is loaded for them; those that do not build are failed."""
+"""Build engines of some jobs' graphs (None: all) -> the files that are loaded; graphs that do not build are failed."""
 Transfers = Callable[[Mapping[tuple[str, str], Latency]], dict[tuple[str, str], Latency]]
-"""Entries that were measured -> those of upload, download and null stage, estimated."""
+"""Measured entries -> estimated entries of upload, download and null stage."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Jobs of one `run`, those among them to be `measured`, and the `reference` that tells the machine's speed."""
+    """Jobs of one `run`, the names of those to measure, and the `reference` job that tracks the machine's speed."""
 
     run: str
     jobs: tuple[Job, ...]
@@ -40,9 +40,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Backend:
-    """A device that can be measured on: its name as a target, its library, what `facts` tell of it, and how to look.
+    """A device to measure on: its name as a target, its library, `facts` about the machine, and functions that act.
 
-    Where the pseudo graphs cannot be measured, `transfers` estimates them.
+    `state` reads clocks, temperatures and power mode. `transfers` estimates the pseudo graphs where the device cannot
+    measure them.
     """
 
     device: str
@@ -55,33 +56,31 @@ class Backend:
     transfers: Transfers | None = None
 
 
-def as_they_are(forms: Sequence[EngineFiles], jobs: Collection[str] | None) -> tuple[EngineFiles, ...]:
-    """Nothing to build: the library loads the files that are there."""
+def nothing_to_build(forms: Sequence[EngineFiles], jobs: Collection[str] | None) -> tuple[EngineFiles, ...]:
+    """A `Build` for a library that loads the ONNX files themselves."""
     return tuple(forms)
 
 
-def here(library: Library, device: str, graph_set: GraphSet, build: Build = as_they_are) -> Backend:
-    """This machine."""
+def local_backend(library: Library, device: str, graph_set: GraphSet, build: Build = nothing_to_build) -> Backend:
+    """This machine as a backend."""
     frame, thresholds = profiling_inputs(graph_set)
 
-    def measure(task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
+    def run(task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
         meter = power.power_meter()
-        request = profile.MeasureTask(task.jobs, frame, thresholds, task.reference, task.measured, earlier)
-        return profile.measure(library, request, effort, meter)
+        request = measure.MeasureTask(task.jobs, frame, thresholds, task.reference, task.measured, earlier)
+        return measure.measure(library, request, effort, meter)
 
-    return Backend(device, library.name, library.version, describe_machine(), measure, power.read_state, build)
+    return Backend(device, library.name, library.version, describe_machine(), run, power.read_state, build)
 
 
-def there(session: DeviceSession, device: str, transfers: Transfers | None = None) -> Backend:
-    """A device over SSH, which has said hello."""
-    assert session.hello is not None, "whoever builds there first hears it"
+def remote_backend(session: DeviceSession, device: str, transfers: Transfers | None = None) -> Backend:
+    """A connected device over SSH as a backend."""
+    assert session.hello is not None, "the caller connects first"
 
-    def measure(task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
+    def run(task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
         precisions = {job.name: job.name.partition("@")[2] or FP32 for job in task.jobs}
         request = MeasureRequest(task.run, task.jobs, precisions, task.measured, task.reference, effort)
         return session.measure(request, earlier)
 
     hello, build = session.hello, partial(built_there, session)
-    return Backend(
-        device, hello.library, hello.version, hello.facts, measure, lambda: session.states[-1], build, transfers
-    )
+    return Backend(device, hello.library, hello.version, hello.facts, run, lambda: session.states[-1], build, transfers)

@@ -1,18 +1,16 @@
-"""Measure every graph on a device, in context, and continue after a break; then the latency table."""
+"""Measures every graph on a device, each behind its predecessor, and writes the latency table. Resumable."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.jobs import job_name, profiling_jobs, reference_of
-from mess_compile.latency import table as latency
-from mess_compile.latency.table import GraphFailure, Latency, LatencyTable
+from mess_compile.latency.table import GraphFailure, Latency, LatencyTable, write_latency_table
 from mess_compile.profile.backends import Backend, Task
-from mess_compile.profile.sample_log import SampleLog
+from mess_compile.profile.sample_log import SampleHeader, SampleLog
 from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import FP32
@@ -24,38 +22,38 @@ from mess_compile.runtime.measure.measure import Effort
 from mess_compile.runtime.measure.summary import Speed, Summary
 
 UNSTEADY = 0.1
-"""Share of the graphs that may stay unsteady before the whole run is called unstable."""
+"""Largest share of unsteady graphs in a run that counts as steady."""
 SLOW = 0.5
-"""Share of the time that the machine may be slower than the figures say, likewise."""
+"""Largest share of the time that the machine may run below full speed in a run that counts as steady."""
 
 
 def profile_graphs(
-    engines: Sequence[EngineFiles], place: Backend, path: Path, progress: Progress, effort: Effort | None = None
+    engines: Sequence[EngineFiles], backend: Backend, path: Path, progress: Progress, effort: Effort | None = None
 ) -> LatencyTable:
     """Measure all graphs of some recipes of one network and write the latency table to `path`.
 
-    Samples are kept beside it after each window; a killed call continues there, unless graphs, library or device
-    changed. Raises InputError, EngineError.
+    Samples are logged beside it after each window, so that a killed call resumes unless graphs, library or device
+    have changed. Raises InputError, EngineError.
     """
     effort = effort or measure.Effort()
-    jobs = jobs_at(place, engines)
-    samples = kept_samples(engines, place, path, effort, jobs)
-    before = place.state()
+    jobs = measurable_jobs(backend, engines)
+    samples = open_sample_log(engines, backend, path, effort, jobs)
+    before = backend.state()
     names = tuple(job.name for job in jobs)
-    for event in place.measure(Task(samples.run, tuple(jobs), names, reference_of(jobs)), effort, samples.in_order):
+    for event in backend.measure(Task(samples.run, tuple(jobs), names, reference_of(jobs)), effort, samples.in_order):
         samples.append(event)
         progress("measurements", *windows_done(samples, names, effort))
-    table = table_of(engines, jobs, place, samples, effort, before, place.state())
-    latency.write_latency_table(path, table)
+    table = measured_table(engines, jobs, backend, samples, effort, before, backend.state())
+    write_latency_table(path, table)
     samples.path.unlink()
     return table
 
 
 def windows_done(samples: SampleLog, names: Collection[str], effort: Effort) -> tuple[int, int]:
-    """How many of the visits that these jobs need at least are done, and how many these are.
+    """The windows done, and the least number of windows that these jobs need: progress for the user.
 
-    All jobs are visited in turn, so that jobs that are done would say nothing for most of the time. The last visit of a
-    job counts when it is steady or given up.
+    Jobs take turns, so that a count of finished jobs would stay at 0 for most of the time. A job's last window counts
+    when the job is steady, or out of time.
     """
     full_ms = measure.full_speed_ms(samples.in_order)
     taken = [samples.windows.get(name, []) for name in names]
@@ -66,46 +64,51 @@ def windows_done(samples: SampleLog, names: Collection[str], effort: Effort) -> 
     return done, effort.windows * len(taken)
 
 
-def jobs_at(place: Backend, engines: Sequence[EngineFiles]) -> list[Job]:
-    """Those of `profiling_jobs` that can be measured there."""
-    return [job for job in profiling_jobs(engines) if job.path is not None or place.transfers is None]
+def measurable_jobs(backend: Backend, engines: Sequence[EngineFiles]) -> list[Job]:
+    """The profiling jobs that the backend can measure: all, or without the pseudo graphs."""
+    return [job for job in profiling_jobs(engines) if job.path is not None or backend.transfers is None]
 
 
-def kept_samples(
-    engines: Sequence[EngineFiles], place: Backend, path: Path, effort: Effort, jobs: Sequence[Job]
+def open_sample_log(
+    engines: Sequence[EngineFiles], backend: Backend, path: Path, effort: Effort, jobs: Sequence[Job]
 ) -> SampleLog:
-    """What was timed of these graphs there, by this protocol, before a measurement for the table `path` broke off."""
+    """The sample log for the table `path`, with what an interrupted measurement of the same graphs left."""
     names = {job.name for job in jobs}
-    return SampleLog(path.with_suffix(".samples.jsonl"), _header(engines, place, effort), names)
+    return SampleLog(path.with_suffix(".samples.jsonl"), _header(engines, backend, effort), names)
 
 
-def _header(engines: Sequence[EngineFiles], place: Backend, effort: Effort) -> dict[str, Any]:
-    return {
-        "library": f"{place.library} {place.version}",
-        "power_mode": place.state().power_mode,
-        "machine": {name: fact for name, fact in place.facts.items() if name != "load_average"},
-        "recipes": {each.graph_set.recipe: each.graph_set.identity for each in engines},
-        "graphs": {
+def _header(engines: Sequence[EngineFiles], backend: Backend, effort: Effort) -> SampleHeader:
+    return SampleHeader(
+        run="",
+        library=f"{backend.library} {backend.version}",
+        power_mode=backend.state().power_mode,
+        machine={name: fact for name, fact in backend.facts.items() if name != "load_average"},
+        recipes={each.graph_set.recipe: each.graph_set.identity for each in engines},
+        graphs={
             job_name(name, spec.precision): spec.sha256
             for each in engines
             for name, spec in sorted(each.graph_set.graphs.items())
         },
-        "effort": repr(effort),
-    }
+        effort=repr(effort),
+    )
 
 
-def table_of(
+def measured_table(
     engines: Sequence[EngineFiles],
     jobs: Sequence[Job],
-    place: Backend,
+    backend: Backend,
     samples: SampleLog,
     effort: Effort,
     before: DeviceState,
     after: DeviceState,
 ) -> LatencyTable:
-    lacking = [job.name for job in jobs if not samples.windows.get(job.name)]
-    if lacking:
-        raise InputError(f"{len(lacking)} graphs were not measured ({lacking[0]} ...): run the same command again")
+    """The table of the jobs' samples; `before` and `after` are the device's states around the measurement.
+
+    Raises InputError when a job has no samples.
+    """
+    missing = [job.name for job in jobs if not samples.windows.get(job.name)]
+    if missing:
+        raise InputError(f"{len(missing)} graphs were not measured ({missing[0]} ...): run the same command again")
     speed = summary.speed(samples.in_order)
     specs = {job_name(spec.name, spec.precision): spec for each in engines for spec in each.graph_set.graphs.values()}
     entries, unsteady = {}, 0
@@ -116,17 +119,17 @@ def table_of(
         key = (spec.name, spec.precision) if spec else (job.name, FP32)
         entries[key] = _latency(*key, spec.sha256 if spec else "", figures, samples.opened.get(job.name))
     verdict = _verdict(speed, unsteady / len(jobs), before, after)
-    environment = place.facts | _environment(before, after) | verdict
-    empty = empty_table(engines, place)
-    # A graph that two recipes share may have failed in one of them, for want of memory.
+    environment = backend.facts | _environment(before, after) | verdict
+    empty = empty_table(engines, backend)
+    # A graph that two recipes share may have failed in one of them, for lack of memory.
     empty = replace(empty, failed={key: failure for key, failure in empty.failed.items() if key not in entries})
-    if place.transfers is None:
+    if backend.transfers is None:
         return replace(empty, environment=environment, entries=entries)
-    return replace(empty, environment=environment, entries=entries | place.transfers(entries), source="estimated")
+    return replace(empty, environment=environment, entries=entries | backend.transfers(entries), source="estimated")
 
 
-def empty_table(engines: Sequence[EngineFiles], place: Backend) -> LatencyTable:
-    """Of a device on which nothing was measured yet; what has no engine there has failed."""
+def empty_table(engines: Sequence[EngineFiles], backend: Backend) -> LatencyTable:
+    """The table of a device before any measurement; graphs without an engine have failed."""
     failed = {
         (name, spec.precision): GraphFailure(name, spec.sha256, spec.precision, error)
         for each in engines
@@ -134,11 +137,11 @@ def empty_table(engines: Sequence[EngineFiles], place: Backend) -> LatencyTable:
         for spec in [each.graph_set.spec(name)]
     }
     return LatencyTable(
-        device=place.device,
-        library=place.library,
-        library_version=place.version,
+        device=backend.device,
+        library=backend.library,
+        library_version=backend.version,
         network=engines[0].graph_set.candidate.identity,
-        environment=place.facts,
+        environment=backend.facts,
         source="measured",
         entries={},
         recipes={each.graph_set.recipe: each.graph_set.identity for each in engines},
@@ -168,21 +171,21 @@ def _latency(graph: str, precision: str, sha256: str, found: Summary, opened: Op
 
 
 def _verdict(speed: Speed, unsteady: float, before: DeviceState, after: DeviceState) -> dict[str, str]:
-    """Whether the table can be believed, and if not the likely cause."""
+    """Whether the run was steady, and if not, the likely cause."""
     unstable = speed.slow_share > SLOW or unsteady > UNSTEADY
-    told = {
+    figures = {
         "slow_share": f"{speed.slow_share:.3f}",
         "slow_by": f"{speed.slow_by:.2f}",
         "unsteady": f"{unsteady:.3f}",
     }
     if not unstable:
-        return {"verdict": "steady", **told}
-    cause = power.likely_cause(before, after) or "nothing that this device tells: other programs, most likely"
-    return {"verdict": "unstable", "likely_cause": cause, **told}
+        return {"verdict": "steady", **figures}
+    cause = power.likely_cause(before, after) or "unknown, probably other programs"
+    return {"verdict": "unstable", "likely_cause": cause, **figures}
 
 
 def _environment(before: DeviceState, after: DeviceState) -> dict[str, str]:
-    """Power mode, clocks and temperatures as text, as far as the device tells them."""
+    """Power mode, clocks and temperatures as text, as far as the device reports them."""
     clocks = ", ".join(
         f"{name} {mhz:.0f} of {dict(after.limits_mhz).get(name, mhz):.0f} MHz" for name, mhz in after.clocks_mhz
     )
@@ -191,5 +194,5 @@ def _environment(before: DeviceState, after: DeviceState) -> dict[str, str]:
         for name, start in before.temperatures_c
         if name in dict(after.temperatures_c)
     ]
-    told = {"power_mode": after.power_mode or "", "clocks": clocks, "temperatures": ", ".join(hot)}
-    return {name: text for name, text in told.items() if text}
+    facts = {"power_mode": after.power_mode or "", "clocks": clocks, "temperatures": ", ".join(hot)}
+    return {name: text for name, text in facts.items() if text}

@@ -1,9 +1,9 @@
-"""Several devices of one kind share the work of a profile: each is measured apart, and no two are pooled.
+"""Shares the work of a profile among several devices of one kind; each device gets its own table.
 
-All measure what plans are held against and what calibrates estimates; of the rest each graph is measured on one. What
-another device measured stands in a table as an estimate: its time, by the ratio of the two devices over the graphs that
-both measured, within the spread of that ratio. The table that answers is the first device's: what its plan rests on is
-measured on that device itself.
+Every device measures the baselines and the graphs that calibrate estimates; each other graph is measured on one device.
+In the other tables that measurement becomes an estimate: the time, scaled by the ratio of the two devices over the
+graphs that both measured, with the spread of that ratio as its error. The first device's table is the result: the
+graphs of its plan are measured on that device itself.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mess_compile.latency import table as latency
 from mess_compile.latency.roofline import Estimate
-from mess_compile.latency.table import LatencyTable
+from mess_compile.latency.table import LatencyTable, write_latency_table
 from mess_compile.profile import selection
 from mess_compile.profile.backends import Backend
 from mess_compile.profile.selection import Key, Selection, Subject
@@ -28,16 +27,19 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 
 PORTION = 16
-"""Graphs that a device measures at once: between two portions the time is looked at."""
+"""Graphs that a device measures between two checks of the time limit."""
 _FEWEST_COMMON = 3
+"""Graphs that two devices must both have measured before their ratio is used."""
 _T_90 = {2: 2.92, 3: 2.35, 4: 2.13, 5: 2.02, 6: 1.94, 7: 1.89, 8: 1.86, 9: 1.83}
-"""Two-sided 90 % of Student's t by degrees of freedom; 1.81 beyond."""
+"""Two-sided 90 % quantile of Student's t by degrees of freedom; 1.81 beyond."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long as one device another takes, over `graphs` that both measured; `factor` is how far a
-    graph's own ratio lies from it, 90 of 100 times."""
+    """How many times as long one device takes as another, over the `graphs` that both measured.
+
+    `middle` is the geometric mean, `low` and `high` are the extremes; 90 % of graphs lie within `factor` of `middle`.
+    """
 
     middle: float
     low: float
@@ -46,104 +48,105 @@ class Ratio:
     graphs: int
 
 
-def profile_shared(job: SubsetJob, places: Mapping[str, Backend], everything: bool) -> LatencyTable:
-    """Profile the devices `places` (by host), the first of which is the job's, and write a table for each.
+def profile_shared(job: SubsetJob, backends: Mapping[str, Backend], everything: bool) -> LatencyTable:
+    """Profile the devices `backends` (by host), the first of which is the job's, and write a table for each.
 
-    With `everything` every graph is measured on one of them; else what could still change the first one's answer. The
-    first table goes to the job's path, the others beside it, named by the device's identity. Samples are kept until
-    all are written. Raises InputError when two hosts are one device, RemoteError, EngineError.
+    With `everything` each graph is measured on one of them; otherwise only graphs that could still change the first
+    device's plan. The first table goes to the job's path, the others beside it, named by the device's identity. The
+    sample logs stay until all tables are written. Raises InputError when two hosts are one device, RemoteError,
+    EngineError.
     """
-    _refuse_the_same(places)
-    runs = _runs(job, places)
+    _refuse_duplicates(backends)
+    runs = _runs(job, backends)
     first = next(iter(runs.values()))
     start = selection.next_batch(job.subject, first.table)
     assert start is not None, "an empty table lacks everything"
     _together([(run, start) for run in runs.values()])
-    settled = _share(job, list(runs.values()), everything)
+    complete = _share(job, list(runs.values()), everything)
     tables = [_table_of(host, runs) for host in runs]
     for run, table in zip(runs.values(), tables, strict=True):
-        latency.write_latency_table(run.job.path, table)
-    for run in runs.values() if settled else ():
+        write_latency_table(run.job.path, table)
+    for run in runs.values() if complete else ():
         run.samples.path.unlink()
     return tables[0]
 
 
-def _refuse_the_same(places: Mapping[str, Backend]) -> None:
+def _refuse_duplicates(backends: Mapping[str, Backend]) -> None:
     known: dict[str, str] = {}
-    for host, place in places.items():
-        other = known.setdefault(place.facts.get("identity", host), host)
+    for host, backend in backends.items():
+        other = known.setdefault(backend.facts.get("identity", host), host)
         if other != host:
             raise InputError(f"{host} is the same device as {other}: name each device once")
 
 
-def _runs(job: SubsetJob, places: Mapping[str, Backend]) -> dict[str, SubsetRun]:
-    speaking = threading.Lock()
+def _runs(job: SubsetJob, backends: Mapping[str, Backend]) -> dict[str, SubsetRun]:
+    lock = threading.Lock()
     runs: dict[str, SubsetRun] = {}
-    for host, place in places.items():
-        path = _beside(job.path, place) if runs else job.path
-        runs[host] = SubsetRun(_reporting_for(replace(job, place=place, path=path), host, speaking))
+    for host, backend in backends.items():
+        path = _beside(job.path, backend) if runs else job.path
+        runs[host] = SubsetRun(_reporting_for(replace(job, backend=backend, path=path), host, lock))
     return runs
 
 
-def _beside(path: Path, place: Backend) -> Path:
-    return path.with_name(f"{path.stem}@{place.facts['identity']}.json")
+def _beside(path: Path, backend: Backend) -> Path:
+    return path.with_name(f"{path.stem}@{backend.facts['identity']}.json")
 
 
-def _reporting_for(job: SubsetJob, host: str, speaking: threading.Lock) -> SubsetJob:
+def _reporting_for(job: SubsetJob, host: str, lock: threading.Lock) -> SubsetJob:
     """The job with a reporter that names the host; the lock keeps messages of several devices apart."""
 
     def note(sentence: str) -> None:
-        with speaking:
+        with lock:
             job.reporter.note(f"{host}: {sentence}")
 
     def progress(label: str, done: int, total: int) -> None:
-        with speaking:
+        with lock:
             job.reporter.progress(label, done, total)
 
     return replace(job, reporter=Reporter(progress, note))
 
 
 def _share(job: SubsetJob, runs: Sequence[SubsetRun], everything: bool) -> bool:
-    """Deal out what is wanted until nothing is, or time is up; whether it was the former."""
+    """Distribute graphs to the devices until none is missing; False when time ran out first."""
     while wanted := _wanted(job.subject, runs, everything):
         if not job.in_time():
             return False
-        portions = _dealt(wanted.graphs[: PORTION * len(runs)], runs)
-        dealt = zip(runs, portions, strict=True)
-        _together([(run, replace(wanted, graphs=tuple(portion))) for run, portion in dealt if portion])
+        portions = _distributed(wanted.graphs[: PORTION * len(runs)], runs)
+        pairs = zip(runs, portions, strict=True)
+        _together([(run, replace(wanted, graphs=tuple(portion))) for run, portion in pairs if portion])
     return True
 
 
 def _wanted(subject: Subject, runs: Sequence[SubsetRun], everything: bool) -> Selection | None:
     first = runs[0]
     if everything:
-        wanted = Selection(tuple(subject.specs), "every graph on one of the devices")
+        wanted = Selection(tuple(subject.specs), "every graph, each on one of the devices")
     else:
         known = replace(subject, other_devices=_from_others(first, runs))
         batch = selection.next_batch(known, first.table)
         if batch is None or subject.requirements:
-            return batch  # what a plan rests on is measured on the first device itself
+            return batch  # the graphs of the plan are measured on the first device itself
         wanted = batch
-    left = tuple(key for key in wanted.graphs if not any(_is_known(run, key) for run in runs))
-    return replace(wanted, graphs=left) if left else None
+    missing = tuple(key for key in wanted.graphs if not any(_is_known(run, key) for run in runs))
+    return replace(wanted, graphs=missing) if missing else None
 
 
 def _is_known(run: SubsetRun, key: Key) -> bool:
     return key in run.table.entries or key in run.table.failed
 
 
-def _dealt(graphs: Sequence[Key], runs: Sequence[SubsetRun]) -> list[list[Key]]:
-    """A portion for each device; what another one has measured is left to the first."""
+def _distributed(graphs: Sequence[Key], runs: Sequence[SubsetRun]) -> list[list[Key]]:
+    """A portion for each device; graphs that another device has measured go to the first."""
     portions: list[list[Key]] = [[] for _ in runs]
     fresh = [key for key in graphs if not any(_is_known(run, key) for run in runs[1:])]
     portions[0] += [key for key in graphs if key not in fresh]
-    for place, key in enumerate(fresh):
-        portions[place % len(runs)].append(key)
+    for number, key in enumerate(fresh):
+        portions[number % len(runs)].append(key)
     return portions
 
 
 def _together(work: Sequence[tuple[SubsetRun, Selection]]) -> None:
-    """On all devices at once; one that fails does not stop the others, and is told of when they are done."""
+    """Measure on all devices at once; an error on one is raised after the others are done."""
     with ThreadPoolExecutor(len(work)) as pool:
         running = [pool.submit(run.measure, wanted) for run, wanted in work]
     for each in running:
@@ -151,7 +154,7 @@ def _together(work: Sequence[tuple[SubsetRun, Selection]]) -> None:
 
 
 def _from_others(run: SubsetRun, runs: Sequence[SubsetRun]) -> dict[Key, Estimate]:
-    """What other devices measured, as estimates for this one."""
+    """The measurements of other devices as estimates for this one."""
     found: dict[Key, Estimate] = {}
     for other in runs:
         ratio = None if other is run else ratio_of(other.table, run.table)
@@ -164,7 +167,7 @@ def _from_others(run: SubsetRun, runs: Sequence[SubsetRun]) -> dict[Key, Estimat
 
 
 def ratio_of(of: LatencyTable, to: LatencyTable) -> Ratio | None:
-    """How many times as long as by the table `of` graphs take by `to`; None when too few were measured in both."""
+    """The ratio of the times in `to` to those in `of`; None when too few graphs were measured in both."""
     logs = list(_log_ratios(of, to))
     if len(logs) < _FEWEST_COMMON:
         return None
@@ -182,7 +185,7 @@ def _log_ratios(of: LatencyTable, to: LatencyTable) -> Iterator[float]:
 
 
 def _table_of(host: str, runs: Mapping[str, SubsetRun]) -> LatencyTable:
-    """What was measured there, the rest estimated; how the others differ is among what the table tells."""
+    """The table of one device, the rest estimated; its `environment` says how the other devices differ."""
     run = runs[host]
     others = _from_others(run, list(runs.values()))
     whole = run.whole_table(replace(run.job.subject, other_devices=others))
@@ -196,6 +199,6 @@ def _difference(host: str, other: LatencyTable, table: LatencyTable) -> str:
     if ratio is None:
         return f"{device} measured too few of the same graphs to compare"
     return (
-        f"{device} takes {ratio.middle:.2f}x as long ({ratio.low:.2f} to {ratio.high:.2f}, {ratio.graphs} graphs that "
-        "both measured)"
+        f"{device} takes {ratio.middle:.2f}x as long ({ratio.low:.2f} to {ratio.high:.2f}, {ratio.graphs} graphs "
+        "measured on both)"
     )

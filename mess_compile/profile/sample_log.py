@@ -1,14 +1,15 @@
-"""What was timed so far, on disk beside the latency table: a broken measurement continues there."""
+"""Log timing samples to a file beside the latency table, so that an interrupted profile resumes from it."""
 
 from __future__ import annotations
 
 import json
 import secrets
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mess_compile import files
+from mess_compile.runtime.base import decode
 from mess_compile.runtime.measure.job_pool import Opened
 from mess_compile.runtime.measure.measure import Window
 from mess_compile.runtime.serve.worker import event_from_line, event_to_message
@@ -16,14 +17,31 @@ from mess_compile.runtime.serve.worker import event_from_line, event_to_message
 FORMAT, VERSION = "mess-latency-samples", 2
 
 
-class SampleLog:
-    """Windows and opened engines, one JSON line each behind a header; a half-written or damaged line is dropped.
+@dataclass(frozen=True)
+class SampleHeader:
+    """The first line of a sample log: everything that two profiles must share for their samples to be comparable.
 
-    Another `header` than the file's means another measurement, which starts afresh; `run` names each. Lines of jobs
-    that are not in `names` are dropped.
+    `graphs` has the SHA-256 of each job's graph, `recipes` the identity of each recipe's graphs. `run` is a random name
+    for the measurement; `SampleLog` chooses it.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], names: Collection[str]) -> None:
+    run: str
+    library: str
+    power_mode: str | None
+    machine: dict[str, str]
+    recipes: dict[str, str]
+    graphs: dict[str, str]
+    effort: str
+
+
+class SampleLog:
+    """A header and one JSON line per measured window or opened engine. Truncated or damaged lines are dropped.
+
+    When the file's header differs from `header`, the file belongs to another measurement, and the log starts empty.
+    Lines of jobs that are not in `names` are dropped. `run` names the measurement.
+    """
+
+    def __init__(self, path: Path, header: SampleHeader, names: Collection[str]) -> None:
         self.path = path
         self.windows: dict[str, list[Window]] = {}
         self.opened: dict[str, Opened] = {}
@@ -31,45 +49,46 @@ class SampleLog:
         first, *lines = text.splitlines() or [""]
         known = _run_of(first, header)
         self.run = known or secrets.token_hex(8)
-        kept = [_header_line(self.run, header)]
+        valid = [_header_line(replace(header, run=self.run))]
         if known is not None:
-            kept += [line for line in lines if self._take(line, names)]
+            valid += [line for line in lines if self._read(line, names)]
         with files.replaced(path) as temporary:
-            temporary.write_text("\n".join(kept) + "\n", encoding="utf-8")
+            temporary.write_text("\n".join(valid) + "\n", encoding="utf-8")
 
-    def _take(self, line: str, names: Collection[str]) -> bool:
+    def _read(self, line: str, names: Collection[str]) -> bool:
         event = event_from_line(line)
         if event is None or event.job not in names:
             return False
-        self._keep(event)
+        self._add(event)
         return True
 
-    def _keep(self, event: Window | Opened) -> None:
+    def _add(self, event: Window | Opened) -> None:
         if isinstance(event, Window):
             self.windows.setdefault(event.job, []).append(event)
         else:
             self.opened[event.job] = event
 
     def append(self, event: Window | Opened) -> None:
+        """Add an event here and to the file."""
         kind, content = event_to_message(event)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({kind: content}) + "\n")
-        self._keep(event)
+        self._add(event)
 
     @property
     def in_order(self) -> list[Window]:
-        """All windows, those of a job in the order in which they were measured."""
+        """All windows, job by job; those of one job in the order of measurement."""
         return [window for windows in self.windows.values() for window in windows]
 
 
-def _header_line(run: str, header: dict[str, Any]) -> str:
-    return json.dumps({"format": FORMAT, "version": VERSION, "run": run, **header})
+def _header_line(header: SampleHeader) -> str:
+    return json.dumps(decode.encode(header, FORMAT, VERSION))
 
 
-def _run_of(line: str, header: dict[str, Any]) -> str | None:
-    """The run that a file's first line names, None when it is of another measurement."""
+def _run_of(line: str, header: SampleHeader) -> str | None:
+    """The run named in a file's first line; None when the line belongs to another measurement."""
     try:
-        run = json.loads(line)["run"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found: SampleHeader = decode.document(SampleHeader, line, FORMAT, VERSION, "the header")
+    except decode.DecodeError:
         return None
-    return run if isinstance(run, str) and line == _header_line(run, header) else None
+    return found.run if found.run and replace(header, run=found.run) == found else None

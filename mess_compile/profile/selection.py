@@ -1,13 +1,14 @@
-"""What to measure on a slow device: what could still change the answer, and no more.
+"""Selects what to measure on a slow device: only graphs that could still change the plan.
 
-A graph that was not measured is at least as slow as the lower end of its bar. A table with measurements where there
-are some and lower ends for the others is optimistic: by it no plan costs more than in truth. When all graphs of the
-plan that is best by it were measured, that plan costs what the search believed, and every other costs no less than was
-believed, which was no better: a table of measurements alone gives the same plan. While some were not, these are
-what to measure next. It takes objectives and bounds for which less latency is never worse. All are so once the
-baseline is measured, which relative bounds and the anytime setting's horizon refer to.
+A graph that was not measured takes at least the lower bound of its estimate. A table of measurements, with lower bounds
+in place of the missing ones, is optimistic: it overstates the cost of no plan. The best plan by this table may contain
+graphs that were not measured; these are measured next. Once all its graphs are measured, its cost is exact, every other
+plan costs at least what the table says, which is no better, and a table of measurements alone gives the same plan. This
+holds for objectives and bounds for which less latency is never worse. All are of this kind once the baseline is
+measured, since relative bounds and the horizon of the anytime setting refer to it.
 
-Bars hold 90 of 100 graphs, which is not certainty: a plan is missed when a graph of it is faster than its bar says.
+An estimate's interval holds for 90 of 100 graphs: the best plan is missed when one of its graphs is faster than its
+lower bound.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ from mess_compile.search.solver import search_recipes
 Key = tuple[str, str]
 """A graph and its precision, as in a latency table."""
 CALIBRATION, FEWEST = 0.05, 5
-"""Share of the graphs of a precision to calibrate estimates by, and how many at least."""
+"""Share of a precision's graphs that calibrate estimates, and the least number of them."""
 FAIR = 0.25
-"""Share that is measured of heads and long segments where no requirement says what matters."""
+"""Share of heads and long segments that is measured when there is no requirement."""
 SAMPLED = 0.05
-"""Share of the twins that are measured themselves, to see whether they agree."""
+"""Share of the twins that are measured, too, to check that twins agree."""
 SAME = 0.05
-"""Measurements of equal things differ by no more, as a share."""
+"""Largest relative difference between measurements of equal graphs."""
 NESTED = 0.1
-"""Likewise of a segment and its parts, where engines choose their kernels anew."""
+"""Largest relative difference between a segment and the sum of its parts: engines choose kernels for each anew."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What to measure next, in this order, and in words why."""
+    """The graphs to measure next, in this order, and the reason for the user."""
 
     graphs: tuple[Key, ...]
     why: str
@@ -60,12 +61,12 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is profiled: the graph sets of some recipes of one network, and what is known without any measurement.
+    """What is profiled: the graph sets of some recipes of one network, and what is known before any measurement.
 
-    `priors` has for each precision of a graph, and for fp32, what the target's figures allow for each graph and pseudo
-    graph; `statistics` are by recipe; `twins` are those of all graph sets; `other_devices` is what measurements on
-    other devices of the kind say, in place of an estimate. The lower ends of bars are taken `slack` times lower: above
-    1 less is missed, and more is measured.
+    `priors` has the roofline of each graph and pseudo graph, for each precision of a graph and for fp32; `statistics`
+    are by recipe; `twins` are those of all graph sets; `other_devices` has estimates from measurements on other devices
+    of the kind, used in place of the roofline's. Lower bounds are divided by `slack`: above 1, the best plan is missed
+    less often and more is measured.
     """
 
     graph_sets: tuple[GraphSet, ...]
@@ -87,10 +88,10 @@ def _key(graph_set: GraphSet, graph: str) -> Key:
 
 
 def twins(*graph_sets: GraphSet) -> dict[Key, Key]:
-    """The graphs that equal an earlier one in structure and precision, with the first of them, which equals none.
+    """Graph -> the first graph of the same structure and precision, for every graph but those first ones.
 
-    Recipes share the graphs that are alike in both. Equal are operators, attributes, shapes and dtypes, of weights too;
-    names and the weights' values are not compared.
+    Recipes share graphs that are the same in both. The structure is operators, attributes, shapes and dtypes, those of
+    weights included; names and the weights' values are not compared.
     """
     first: dict[str, Key] = {}
     found: dict[Key, Key] = {}
@@ -103,7 +104,7 @@ def twins(*graph_sets: GraphSet) -> dict[Key, Key]:
 
 
 def structure_of(model: onnx.ModelProto) -> str:
-    """A SHA-256 over all of a model but names and the values of weights; 64-bit integers are no weights."""
+    """A SHA-256 over a model without names and weight values; 64-bit integers count as structure."""
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in activations(model).items()}
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     numbers: dict[str, int] = {"": 0}
@@ -125,7 +126,7 @@ def structure_of(model: onnx.ModelProto) -> str:
 
 def _weight(tensor: onnx.TensorProto) -> object:
     values = b""
-    if tensor.data_type == onnx.TensorProto.INT64:  # shapes, axes and places: they decide what is computed
+    if tensor.data_type == onnx.TensorProto.INT64:  # shapes, axes and indices: they decide what is computed
         nameless = onnx.TensorProto()
         nameless.CopyFrom(tensor)
         nameless.ClearField("name")
@@ -134,18 +135,18 @@ def _weight(tensor: onnx.TensorProto) -> object:
 
 
 def next_batch(subject: Subject, table: LatencyTable) -> Selection | None:
-    """What to measure next, when `table` holds what was measured so far and what failed; None when all is settled.
+    """The graphs to measure next; `table` has the measurements and failures so far. None when nothing is missing.
 
-    First what every plan is compared by, and what calibrates the estimates; then for each requirement what was not
-    measured of the plan that is best by `optimistic_table`, until all of it was. A twin's measurement will do until a
-    plan is settled: its graphs are measured themselves. Last, some twins are, to see whether they agree. Where there
-    are no statistics or no requirements it is a fair share of the graphs. What is in `table` is not named again, so
-    that a caller measures until it gets None, or has no time left, and then takes the `expected_table`.
+    First come the baselines and the graphs that calibrate the estimates. Then, for each requirement, the unmeasured
+    graphs of the best plan by `optimistic_table`, until all of them are measured. A twin's measurement stands in for a
+    graph's own, except for the graphs of that plan. Last come some twins, to check that they agree. Without statistics
+    or requirements, a representative subset is measured instead. Graphs in `table` are not selected again: callers
+    measure until they get None or run out of time, and then take the `expected_table`.
     """
     for choose, why in (
-        (_start, "what plans are held against, and what tells most of the rest"),
-        (_decisive, "what could still change the answer"),
-        (_samples, "whether graphs of equal structure take equally long"),
+        (_start, "baselines, and the graphs that calibrate the estimates best"),
+        (_decisive, "those that could still change the plan"),
+        (_samples, "a check that graphs of equal structure take equally long"),
     ):
         missing = tuple(key for key in choose(subject, table) if not _is_known(table, key))
         if missing:
@@ -160,28 +161,32 @@ def _is_known(table: LatencyTable, key: Key) -> bool:
 def _start(subject: Subject, table: LatencyTable) -> list[Key]:
     baselines = [_key(graphs, name) for graphs in subject.graph_sets for name in graphs.baselines]
     pseudo = [(name, FP32) for name in PSEUDO_GRAPHS]
-    return [key for key in baselines if key not in subject.twins] + pseudo + _most_telling(subject, CALIBRATION)
+    return [key for key in baselines if key not in subject.twins] + pseudo + _most_informative(subject, CALIBRATION)
 
 
-def _most_telling(subject: Subject, share: float, besides: Collection[Key] = ()) -> list[Key]:
-    chosen, left_out = [], {*subject.twins, *besides}
+def _most_informative(subject: Subject, share: float, besides: Collection[Key] = ()) -> list[Key]:
+    chosen, excluded = [], {*subject.twins, *besides}
     for precision, prior in subject.priors.items():
-        distinct = [name for name, its in subject.specs if its == precision and (name, its) not in left_out]
+        distinct = [name for name, its in subject.specs if its == precision and (name, its) not in excluded]
         count = max(FEWEST, math.ceil(share * len(distinct)))
         chosen += [(name, precision) for name in choose_calibration({name: prior[name] for name in distinct}, count)]
     return chosen
 
 
 def _decisive(subject: Subject, table: LatencyTable) -> Sequence[Key]:
-    return contenders(subject, optimistic_table(subject, table)) if subject.requirements else _fair_share(subject)
+    return (
+        contenders(subject, optimistic_table(subject, table))
+        if subject.requirements
+        else _representative_subset(subject)
+    )
 
 
 def contenders(subject: Subject, optimistic: LatencyTable) -> tuple[Key, ...]:
-    """What is only estimated in `optimistic` of the plans that are best by it; of measured plans, all their graphs.
+    """The graphs of the best plans by `optimistic` that are only estimated there; if all are measured, all of them.
 
-    Without a recipe that has statistics and a baseline that runs, a fair share of the graphs. Raises InputError,
-    StaleError as `Evidence` and `search_recipes` do, never for a requirement that no plan satisfies: then it is about
-    the plan that comes nearest in latency, if any.
+    A representative subset when no recipe has both statistics and a baseline that runs. When no plan satisfies a
+    requirement, the plan nearest to it in latency counts, if any. Raises InputError, StaleError as `Evidence` and
+    `search_recipes` do.
     """
     evidences = [
         Evidence(graphs, optimistic, subject.statistics[graphs.recipe])
@@ -190,15 +195,15 @@ def contenders(subject: Subject, optimistic: LatencyTable) -> tuple[Key, ...]:
         and any(_key(graphs, name) in optimistic.entries for name in graphs.baselines)
     ]
     if not evidences:
-        return tuple(_fair_share(subject))
-    chosen = split_images(evidences, None).chosen  # as `search` chooses, unless it is told otherwise
+        return tuple(_representative_subset(subject))
+    chosen = split_images(evidences, None).chosen  # as `search` chooses by default
     keys = dict.fromkeys(key for requirement in subject.requirements for key in _best_plan(chosen, requirement))
     estimated = tuple(key for key in keys if optimistic.entries[key].source != "measured")
     return estimated or tuple(keys)
 
 
 def _best_plan(evidences: Sequence[Evidence], requirement: Requirement) -> list[Key]:
-    """The graphs of the best plan, or of the one that comes nearest where none is fast enough."""
+    """The graphs of the best plan, or of the plan nearest in latency when none is fast enough."""
     nearest = replace(requirement, max_latency=None, objective=None)
     for wanted in dict.fromkeys((requirement, nearest)):
         try:
@@ -210,15 +215,15 @@ def _best_plan(evidences: Sequence[Evidence], requirement: Requirement) -> list[
     return []
 
 
-def _fair_share(subject: Subject) -> list[Key]:
-    """Output graphs, segments from the image and between neighbours; of the rest the quarter that tells most."""
+def _representative_subset(subject: Subject) -> list[Key]:
+    """Output graphs, segments from the image and between neighbours, and the most informative quarter of the rest."""
     chosen: list[Key] = []
     for graphs in subject.graph_sets:
         candidate = graphs.candidate
         near = [segment_name(a, b) for a, b in candidate.segments() if a == 0 or b == a + 1]
         outputs = dict.fromkeys(candidate.output_of(head) for head in candidate.heads)
         chosen += [_key(graphs, name) for name in (*near, *outputs) if name in graphs.graphs]
-    return chosen + _most_telling(subject, FAIR, besides=chosen)
+    return chosen + _most_informative(subject, FAIR, besides=chosen)
 
 
 def _samples(subject: Subject, table: LatencyTable) -> Sequence[Key]:
@@ -226,7 +231,7 @@ def _samples(subject: Subject, table: LatencyTable) -> Sequence[Key]:
 
 
 def sampled_twins(twins: Mapping[Key, Key], measured: Collection[Key], count: int, seed: int = 0) -> tuple[Key, ...]:
-    """Twins to measure so that `count` stand beside one of their own kind; of kinds of which one was `measured`."""
+    """Twins to measure so that `count` can be compared with a twin; only of kinds with a `measured` member."""
     members = _members(twins)
     known = {first: sum(key in measured for key in group) for first, group in members.items()}
     compared = sum(max(0, seen - 1) for seen in known.values())
@@ -244,7 +249,7 @@ def _members(twins: Mapping[Key, Key]) -> dict[Key, list[Key]]:
 def differing_twins(
     entries: Mapping[Key, Latency], twins: Mapping[Key, Key], tolerance: float = SAME
 ) -> tuple[Key, ...]:
-    """The first of each kind of which two were measured that differ by more than `tolerance`, as a share."""
+    """The first graph of each kind with two measurements that differ by more than the relative `tolerance`."""
     differing = []
     for first, group in _members(twins).items():
         times = [entries[key].mean_ms for key in group if key in entries]
@@ -254,17 +259,17 @@ def differing_twins(
 
 
 def optimistic_table(subject: Subject, table: LatencyTable) -> LatencyTable:
-    """Every graph as it was measured, or its twin, or as fast as its estimate allows; sources say which."""
+    """Every graph as measured, else its twin's measurement, else the lower bound of its estimate; see `source`."""
     return _whole(subject, table, lambda estimate: estimate.low_ms / subject.slack)
 
 
 def expected_table(subject: Subject, table: LatencyTable) -> LatencyTable:
-    """Every graph as it was measured, or its twin, or as it is estimated, with the factor of its error."""
+    """Every graph as measured, else its twin's measurement, else its estimate with the factor of its error."""
     return _whole(subject, table, lambda estimate: estimate.mean_ms)
 
 
 def _whole(subject: Subject, table: LatencyTable, taken: Callable[[Estimate], float]) -> LatencyTable:
-    """`taken` is the time, in ms, that an estimate stands for."""
+    """`taken` turns an estimate into the time in ms that the table gets."""
     entries = table.entries | _shared(subject, table)
     for (graph, precision), each in estimates(subject, table).items():
         key = (graph, precision)
@@ -277,7 +282,7 @@ def _whole(subject: Subject, table: LatencyTable, taken: Callable[[Estimate], fl
 
 
 def _shared(subject: Subject, table: LatencyTable) -> dict[Key, Latency]:
-    """The measurements of twins under the names of graphs that were not measured; of kinds that agree."""
+    """Measurements of twins under the names of unmeasured graphs, for the kinds whose measurements agree."""
     refused = differing_twins(table.entries, subject.twins)
     shared = {}
     for first, group in _members(subject.twins).items():
@@ -291,13 +296,13 @@ def _shared(subject: Subject, table: LatencyTable) -> dict[Key, Latency]:
 
 
 def coverage(subject: Subject, table: LatencyTable) -> str:
-    """Such as `measured 41 of 321 graphs, 60 more like one of them`; pseudo graphs are not counted."""
+    """Such as `measured 41 of 321 graphs, 60 more by their twins`; pseudo graphs are not counted."""
     measured, shared = (len(subject.specs.keys() & found.keys()) for found in (table.entries, _shared(subject, table)))
-    return f"measured {measured} of {len(subject.specs)} graphs" + (f", {shared} more like one of them" * bool(shared))
+    return f"measured {measured} of {len(subject.specs)} graphs" + (f", {shared} more by their twins" * bool(shared))
 
 
 def estimates(subject: Subject, table: LatencyTable) -> dict[Key, Estimate]:
-    """Every graph and pseudo graph, by what was measured in its precision."""
+    """Estimates of every graph and pseudo graph, calibrated by the measurements in its precision."""
     found: dict[Key, Estimate] = {}
     for precision, prior in subject.priors.items():
         graphs = {name: prior[name] for name, its in subject.specs if its == precision}
@@ -319,17 +324,17 @@ def _narrowed(estimate: Estimate, low_ms: float, high_ms: float) -> Estimate:
 
 
 def segment_bounds(candidate: CandidateNetwork, measured: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """From and to, in ms, what measurements (ms, by graph) leave for each segment; 0 and infinity: all is open.
+    """Lower and upper bound in ms of each segment, from measurements (ms, by graph); 0 and infinity: unbounded.
 
-    A segment takes no less than a part of it, and no more than its parts one after the other, which are launched apart
-    and fused less; both within `NESTED`.
+    A segment takes no less than any part of it, and no more than the sum of its parts, which need more launches and are
+    fused less; both within `NESTED`.
     """
     pairs = candidate.segments()
     within = [(outer, inner) for outer, inner in itertools.product(pairs, pairs) if _is_within(inner, outer)]
     times = {pair: measured[segment_name(*pair)] for pair in pairs if segment_name(*pair) in measured}
     low = {pair: times.get(pair, 0.0) * (1 - NESTED) for pair in pairs}
     high = {pair: times.get(pair, math.inf) * (1 + NESTED) for pair in pairs}
-    for _ in candidate.exit_points:  # what follows from what followed
+    for _ in candidate.exit_points:  # a tighter bound may tighten others in the next pass
         for outer, inner in within:
             high[inner] = min(high[inner], high[outer])
             ends = (outer[0], inner[0]), (inner[1], outer[1])

@@ -15,11 +15,11 @@ from mess_compile import extras, files
 from mess_compile.bench.result import read_bench
 from mess_compile.data import scenes
 from mess_compile.data.dataset import Sample, open_dataset, read_sample
-from mess_compile.engines.prepare import settled_graphs_of
+from mess_compile.engines.prepare import graphs_of_recipe
 from mess_compile.evaluate import statistics
 from mess_compile.evaluate.diagnose import weak_final_exit
 from mess_compile.latency import table as latency
-from mess_compile.latency.checks import known_doubts
+from mess_compile.latency.checks import known_warnings
 from mess_compile.network import is_whole
 from mess_compile.report import comparison, strips, views
 from mess_compile.report.model import Benched, Missing, Report, SearchFound, Strip, Strips
@@ -101,7 +101,7 @@ def gathered(workspace: Workspace, device: str, progress: Progress) -> Report:
     """What there is to report of a device."""
     result = _tried(lambda: plans.read_result(workspace.plan(device)))
     table = _tried(lambda: latency.read_latency_table(workspace.latency(device)))
-    doubts = () if isinstance(table, Missing) else known_doubts(workspace, table)
+    doubts = () if isinstance(table, Missing) else known_warnings(workspace, table)
     if isinstance(result, Missing):
         costs = table if isinstance(table, Missing) else views.costs_of(table, next(iter(table.recipes)), doubts)
         return Report(device, result, _NO_PLAN, costs, _NO_PLAN, _NO_PLAN, provenance_of(None, table), doubts)
@@ -149,7 +149,7 @@ def _evidences(
 
 def _evidence(workspace: Workspace, plan: Plan, table: latency.LatencyTable) -> Evidence:
     """Raises StaleError when it is no longer what the plan was searched by."""
-    graph_set = settled_graphs_of(workspace, plan.precision, plan.device)
+    graph_set = graphs_of_recipe(workspace, plan.precision, plan.device)
     plans.check_plan_current(plan, graph_set)
     tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
     evidence = Evidence(graph_set, table, statistics.read_statistics(tuning))

@@ -10,7 +10,7 @@ from typing import Any
 from mess_compile import extras
 from mess_compile.evaluate import diagnose, statistics
 from mess_compile.latency import table as latency
-from mess_compile.latency.checks import known_doubts
+from mess_compile.latency.checks import known_warnings
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, GraphSet, head_grid, read_graph_set, segment_name
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.bundle.archive import read_manifest
@@ -72,7 +72,7 @@ def inspect(
             raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
         if thing == "latency":
             table = latency.read_latency_table(workspace.latency(device))
-            return inspect_latency(table, known_doubts(workspace, table))
+            return inspect_latency(table, known_warnings(workspace, table))
         return inspect_plan(plans.read_result(workspace.plan(device)), whole_front)
     is_there = Path(thing).is_file() or Path(thing, MANIFEST).is_file()
     if thing.endswith(".json") or (not is_there and workspace.plan(thing).is_file()):
@@ -160,7 +160,7 @@ def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
     diagnosed = diagnose.diagnose(found)
     early = {one.head: one for one in diagnosed.heads}
     heads = [_head_content(found, head, early.get(head), diagnosed.max_errs_pp) for head in found.heads]
-    verdicts = diagnose.verdicts(diagnosed)
+    verdicts = diagnose.limiting_factors(diagnosed)
     alone = None if found.baseline_alone is None else statistics.head_miou(found, BASELINE_ALONE)
     weak = diagnose.weak_final_exit(found)
     content = {
@@ -292,7 +292,7 @@ def inspect_latency(table: latency.LatencyTable, doubts: Sequence[str] = ()) -> 
             f"{e.p95_ms:.3f}",
             f"{e.p99_ms:.3f}",
             str(e.runs),
-            e.told,
+            e.origin,
         )
         for e in table.entries.values()
     )

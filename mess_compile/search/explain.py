@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mess_compile.evaluate.diagnose import Weak, weak_final_exit
+from mess_compile.evaluate.diagnose import WeakFinalExit, weak_final_exit
 from mess_compile.evaluate.statistics import ExitStatistics, Ints, miou
 from mess_compile.latency.table import Latency, LatencyTable, stage_graphs
 from mess_compile.runtime.base.errors import RequirementError
@@ -86,7 +86,7 @@ class Explanation:
     exits: tuple[ExitShare, ...]
     bounds: tuple[BoundCost, ...]
     helps: tuple[Help, ...]
-    weak_final: Weak | None
+    weak_final: WeakFinalExit | None
 
 
 def explain(

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from mess_compile.evaluate.statistics import ExitStatistics, head_miou, miou
 from mess_compile.evaluate.statistics import check_current as check_statistics_current
 from mess_compile.evaluate.statistics import content_sha256 as statistics_content_sha256
-from mess_compile.latency.checks import doubts_of
+from mess_compile.latency.checks import warnings_of
 from mess_compile.latency.table import (
     LatencyTable,
     Quantity,
+    has_engine,
     path_costs_ns,
     path_p99_ns,
     report_times_ns,
-    runs_there,
     stage_graphs,
 )
 from mess_compile.latency.table import check_current as check_table_current
@@ -78,7 +78,7 @@ class Evidence:
 
     def runs(self, graphs: Iterable[str]) -> bool:
         """Whether the target has every one of these graphs."""
-        return all(runs_there(self.table, self.graph_set, graph) for graph in graphs)
+        return all(has_engine(self.table, self.graph_set, graph) for graph in graphs)
 
     def source(self, graphs: Iterable[str]) -> str:
         """ "estimated" when the latency of any of these graphs, or of a pseudo graph, is."""
@@ -142,7 +142,7 @@ class Evidence:
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """Warnings that travel with every figure of the latency table."""
-        return doubts_of(self.table, (self.graph_set,))
+        return warnings_of(self.table, (self.graph_set,))
 
     @cached_property
     def table_sha256(self) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile.data.dataset import Data, DataSet, open_dataset, survey_labels
-from mess_compile.engines.prepare import engine_files, settled_graphs_of
+from mess_compile.engines.prepare import engine_files, graphs_of_recipe
 from mess_compile.evaluate import statistics
 from mess_compile.latency.table import LatencyTable, check_current, read_latency_table
 from mess_compile.network import GraphSet, verify_graph_set
@@ -106,7 +106,7 @@ def plan_bench(
 
 
 def _benched_graphs(workspace: Workspace, plan: BundlePlan, table: LatencyTable) -> GraphSet:
-    graph_set = settled_graphs_of(workspace, plan.precision, plan.target)
+    graph_set = graphs_of_recipe(workspace, plan.precision, plan.target)
     verify_graph_set(graph_set)
     check_current(table, graph_set)  # now, rather than after minutes of measuring
     return graph_set

@@ -9,7 +9,7 @@ from statistics import fmean
 from mess_compile.cores import cores
 from mess_compile.data_folder import Data
 from mess_compile.engines import recipes
-from mess_compile.engines.build import engines_there, entries_in, refuse_without_engines
+from mess_compile.engines.build import entries_in, refuse_without_engines, reusable_engines
 from mess_compile.engines.prepare import RecipeBuild, engines_of, refuse_other_precisions, verified_graphs
 from mess_compile.engines.remote_build import build_there
 from mess_compile.network import GraphSet
@@ -112,7 +112,7 @@ def _each_recipe(
 ) -> Iterator[PlannedRecipe]:
     for precision in precisions:
         recipe = recipes.recipe_name(precision, target.precisions)
-        settled = recipes.settled_graphs(graph_set, recipe, workspace.recipes)
+        settled = recipes.stored_recipe(graph_set, recipe, workspace.recipes)
         if settled is not None:
             yield settled.graph_set, ()
         else:
@@ -131,7 +131,7 @@ def _planned(
     notes: tuple[str, ...],
 ) -> PlannedStep:
     folder = workspace.engines(target.name, graph_set.recipe)
-    there = None if host else () if notes else engines_there(graph_set, target, folder)
+    there = None if host else () if notes else reusable_engines(graph_set, target, folder)
     names = {entry.graph for entry in there or ()}
     known = {e.graph: e.seconds for place in folder.parent.glob("*") for e in entries_in(place) if not e.error}
     usual = fmean(known.values()) if known else BUILDING_S[target.library]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mess_compile import __version__, files
 from mess_compile.data import scenes
-from mess_compile.engines.prepare import engine_files, settled_graphs_of
+from mess_compile.engines.prepare import engine_files, graphs_of_recipe
 from mess_compile.evaluate import statistics
 from mess_compile.latency.table import LatencyTable, check_current, content_sha256, read_latency_table
 from mess_compile.network import GraphSet
@@ -137,7 +137,7 @@ def _part(workspace: Workspace, plan: Plan, folder: Path, options: BundleOptions
 
 def _basis(workspace: Workspace, plan: Plan) -> tuple[GraphSet, LatencyTable, statistics.ExitStatistics | None]:
     """Graphs, table and statistics (None: deleted) of a plan. Raises StaleError when it was made from others."""
-    graph_set = settled_graphs_of(workspace, plan.precision, plan.device)
+    graph_set = graphs_of_recipe(workspace, plan.precision, plan.device)
     check_plan_current(plan, graph_set)
     table = read_latency_table(workspace.latency(plan.device))
     sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}

@@ -130,7 +130,7 @@ def plan_evaluate(workspace: Workspace, options: EvaluateOptions = EvaluateOptio
     refuse_unknown_precision(precision)
     _, folder = request.split_of(graph_set.candidate)
     recipe = recipes.recipe_name(precision, PRECISIONS if target is None else target.precisions)
-    settled = recipes.settled_graphs(graph_set, recipe, workspace.recipes)
+    settled = recipes.stored_recipe(graph_set, recipe, workspace.recipes)
     graphs = replace(graph_set, recipe=recipe) if settled is None else settled.graph_set
     unsettled = f"{precision} is checked first, graph by graph, on real images; that is not in the time"
     notes = (*folder.notes, unsettled) if settled is None else folder.notes
@@ -183,7 +183,7 @@ def _evaluated_there(request: _Request, target: Target, host: str) -> statistics
         session = python_session(remote, target, forms.graph_set, progress)
         found = record.evaluate_there(
             session,
-            record.built_there(session, forms),
+            record.build_scored_graphs(session, forms),
             folder,
             workspace.statistics(folder.split, forms.graph_set.recipe, target.name),
             device=target.name,

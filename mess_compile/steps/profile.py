@@ -140,10 +140,10 @@ def _profile_here(request: _Request) -> LatencyTable:
     refuse_unless_here(target, workspace.root, ways)
     engines = _files_here(request)
     compiled = target.library.startswith("onnxruntime")
-    build = backends.as_they_are if compiled else partial(built_here, workspace, target, request.reporter.progress)
+    build = backends.nothing_to_build if compiled else partial(built_here, workspace, target, request.reporter.progress)
     locked = clocks.lock_clocks(workspace.clocks(target.name)) if options.lock_clocks else nullcontext()
     with locked, closing(open_library(target.library)) as library:
-        backend = backends.here(library, target.name, engines[0].graph_set, build)
+        backend = backends.local_backend(library, target.name, engines[0].graph_set, build)
         return _measured(request, engines, backend)
 
 
@@ -194,7 +194,7 @@ def _backend_at(request: _Request, remote: Remote, graph_set: GraphSet) -> Backe
     transfers = None
     if not session.measures_transfers:
         transfers = transfer_estimates(read_graph_set(workspace.graphs), target)
-    return backends.there(session, target.name, transfers)
+    return backends.remote_backend(session, target.name, transfers)
 
 
 def _subset_job(request: _Request, forms: Sequence[EngineFiles], backend: Backend) -> SubsetJob:
@@ -269,7 +269,7 @@ def _measured_besides(
         return
     covered = {(name, spec.precision) for each in made for name, spec in each.graphs.items()}
     for recipe, identity in known.recipes.items():
-        settled = recipes.settled_graphs(plain, recipe, workspace.recipes)
+        settled = recipes.stored_recipe(plain, recipe, workspace.recipes)
         if settled is None or settled.graph_set.identity != identity or recipe in {each.recipe for each in made}:
             continue
         keys = {(name, spec.precision) for name, spec in settled.graph_set.graphs.items()} - covered

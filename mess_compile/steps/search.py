@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mess_compile.engines.prepare import settled_graphs_of
+from mess_compile.engines.prepare import graphs_of_recipe
 from mess_compile.latency.table import LatencyTable, check_current, read_latency_table
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError, RequirementError, StaleError, did_you_mean
@@ -215,7 +215,7 @@ def shared(workspace: Workspace, results: Sequence[SearchResult]) -> SharedGraph
 
     chosen = [result.plan for result in results]
     return shared_graphs.shared_graphs(
-        [(settled_graphs_of(workspace, plan.precision, plan.device), plan) for plan in chosen]
+        [(graphs_of_recipe(workspace, plan.precision, plan.device), plan) for plan in chosen]
     )
 
 
@@ -240,7 +240,7 @@ def _evidences(
     _check_power_mode(table, target)
     evidences = []
     for recipe in map(known.__getitem__, precisions or known):
-        graph_set = settled_graphs_of(workspace, recipe, target.name)
+        graph_set = graphs_of_recipe(workspace, recipe, target.name)
         check_current(table, graph_set)
         found = current_statistics(workspace, graph_set, target.name, split, reporter)
         evidences.append(Evidence(graph_set, table, found))

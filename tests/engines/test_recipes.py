@@ -65,7 +65,8 @@ def test_an_interrupted_settling_is_continued_by_the_same_command(workspace: Pat
 
     def settled(progress: Callable[[str, int, int], None]) -> None:
         folder = workspace / "recipes"
-        recipes.precise_graphs(graphs, "fp16", PRECISIONS, folder, "val", lambda split: seen, progress)
+        request = recipes.RecipeRequest("fp16", PRECISIONS, "val")
+        recipes.make_recipe(graphs, request, folder, lambda split: seen, progress)
 
     def stop(name: str, done: int, total: int) -> None:
         if done == 5:
@@ -91,7 +92,7 @@ def test_precisions_are_judged_on_real_images_only(workspace: Path) -> None:
     memory.write_text(json.dumps({**content, "data": None}))
     result = run("-C", workspace, "build", "--device", "rtx-4090", "--precision", "fp16")
     assert result.exit_code == 1
-    assert "fp16 and int8 are judged on real images: name a data folder with --data DIR" in result.stderr
+    assert "fp16 and int8 are checked on real images: name a data folder with --data DIR" in result.stderr
     assert not (workspace / "recipes").exists()
     done("-C", workspace, "build", "--device", "rtx-4090", "--precision", "fp16", "--data", workspace / "data")
 

@@ -20,7 +20,7 @@ from mess_compile.evaluate.diagnose import (
     diagnose,
     final_head,
     image_mious,
-    verdicts,
+    limiting_factors,
     weak_final_exit,
 )
 from mess_compile.evaluate.statistics import ExitStatistics, head_miou, read_statistics, write_statistics
@@ -230,7 +230,7 @@ def test_several_heads_at_the_final_exit_are_no_early_ones() -> None:
     assert final_head(found) == "exit10.strong"
     diagnosis = diagnose(found)
     assert [one.head for one in diagnosis.heads] == ["exit2.first"]
-    assert not verdicts(diagnose(dataclasses.replace(found, heads=("exit1.a", "exit1.b", "exit1.c"))))
+    assert not limiting_factors(diagnose(dataclasses.replace(found, heads=("exit1.a", "exit1.b", "exit1.c"))))
 
 
 def test_what_cannot_be_diagnosed_is_named() -> None:
@@ -265,7 +265,7 @@ def test_the_verdict_is_on_the_best_head_of_each_exit() -> None:
         return HeadDiagnosis(name, 0.5, None, None, None, (gate,), (oracle,), 60.0)
 
     heads = (head("exit1.a", 0.3, 0.4), head("exit1.b", 0.2, 0.6), head("exit3.a", 0.4, 1.0), head("exit3.b", 0.5, 1.0))
-    (verdict,) = verdicts(Diagnosis("exit4.a", (1.0,), 1.0, heads))
+    (verdict,) = limiting_factors(Diagnosis("exit4.a", (1.0,), 1.0, heads))
     assert [found.head for found in verdict.exits] == ["exit1.b", "exit3.b"]
     assert verdict.gate_share == pytest.approx(0.35)  # means of 0.2 and 0.5, of 0.6 and 1
     assert verdict.oracle_share == pytest.approx(0.8)

@@ -18,7 +18,7 @@ from mess_compile.device.client import PythonSession
 from mess_compile.device.remote import Remote, parse_host
 from mess_compile.engines.files import EngineFiles, plain_files
 from mess_compile.evaluate import record
-from mess_compile.evaluate.record import Share, built_there, evaluate_data, evaluate_there
+from mess_compile.evaluate.record import Share, build_scored_graphs, evaluate_data, evaluate_there
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.network import GraphSet
 from mess_compile.runtime.base.errors import EngineError, InputError, MessError
@@ -150,7 +150,7 @@ def test_heads_that_do_not_build_there_are_left_out_and_the_others_are_reached(
     garble(device, tmp_path, told)
     first = replace(data, items=data.items[:1])
     with opened(device) as session:
-        engines = built_there(session, plain_files(graphs))
+        engines = build_scored_graphs(session, plain_files(graphs))
         assert engines.failed == failed
         assert engines.sources == {1: 0, 2: 0}, "a longer segment leads there"
         found = evaluate_there(session, engines, first, tmp_path / "there", device="host", progress=quiet)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mess_compile.latency.checks import doubts_of
+from mess_compile.latency.checks import warnings_of
 from mess_compile.latency.table import LatencyTable
 from mess_compile.network import GraphSet
 from mess_compile.profile import full
@@ -39,7 +39,7 @@ def case(baseline_ms: float) -> tuple[LatencyTable, GraphSet]:
 )
 def test_a_whole_that_is_not_the_sum_of_its_parts_makes_every_ratio_doubtful(baseline_ms: float, told: str) -> None:
     table, graph_set = case(baseline_ms)
-    whole, alone = doubts_of(table, (graph_set,))
+    whole, alone = warnings_of(table, (graph_set,))
     assert f"take 10.00 ms one after the other, {told} than baseline as one graph ({baseline_ms:.2f} ms)" in whole
     assert f"{told} than baseline-alone as one graph" in alone
 
@@ -47,16 +47,16 @@ def test_a_whole_that_is_not_the_sum_of_its_parts_makes_every_ratio_doubtful(bas
 @pytest.mark.parametrize("baseline_ms", [11.7, 10.0, 9.0, 7.5])
 def test_cuts_that_cost_something_are_no_doubt(baseline_ms: float) -> None:
     table, graph_set = case(baseline_ms)
-    assert doubts_of(table, (graph_set,)) == ()
+    assert warnings_of(table, (graph_set,)) == ()
 
 
 def test_what_was_not_measured_is_not_held_against_what_was() -> None:
     table, graph_set = case(20.0)
     part = "segment-1-2", "fp32"
     estimated = {**table.entries, part: replace(table.entries[part], source="estimated", error=1.5)}
-    assert doubts_of(replace(table, entries=estimated), (graph_set,)) == ()
+    assert warnings_of(replace(table, entries=estimated), (graph_set,)) == ()
     gone = {key: entry for key, entry in table.entries.items() if key != part}
-    assert doubts_of(replace(table, entries=gone), (graph_set,)) == ()
+    assert warnings_of(replace(table, entries=gone), (graph_set,)) == ()
 
 
 def mended(content: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mess_compile.latency.estimate import forecast, start_from
+from mess_compile.latency.estimate import forecast, starting_calibration
 from mess_compile.latency.roofline import USUAL
 from mess_compile.latency.table import GraphFailure, LatencyTable, check_current
 from mess_compile.network import GraphSet
@@ -77,6 +77,8 @@ def test_nothing_measured_of_another_network_stays(graphs: GraphSet) -> None:
 def test_a_gpu_is_calibrated_by_gpus_alone(graphs: GraphSet) -> None:
     table = measured(table_of(graphs, target=ORIN), *graphs.graphs)
     host = find_target("host", Path())
-    assert start_from([(host, replace(table, device="host"))], graphs, XAVIER) is USUAL
-    assert start_from([(ORIN, table)], graphs, XAVIER) is not USUAL
-    assert start_from([(XAVIER, replace(table, device="xavier"))], graphs, XAVIER) is USUAL, "its own are no other's"
+    assert starting_calibration([(host, replace(table, device="host"))], graphs, XAVIER) is USUAL
+    assert starting_calibration([(ORIN, table)], graphs, XAVIER) is not USUAL
+    assert starting_calibration([(XAVIER, replace(table, device="xavier"))], graphs, XAVIER) is USUAL, (
+        "its own are no other's"
+    )

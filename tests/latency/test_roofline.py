@@ -333,7 +333,7 @@ class TestChoice:
 class TestBadInput:
     @pytest.mark.parametrize("ms", [0.0, -1.0, math.nan, math.inf, 1e12, 1e-9])
     def test_a_measurement_that_is_none(self, ms: float) -> None:
-        with pytest.raises(InputError, match=r"fcn-0 was measured as .* ms, which no graph takes: profile it again"):
+        with pytest.raises(InputError, match=r"fcn-0 was measured as .* ms, outside .* ms: profile it again"):
             calibrated({"fcn-0": ms}, PRIOR)
 
     def test_a_graph_that_nobody_knows(self) -> None:

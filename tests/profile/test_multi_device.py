@@ -16,12 +16,12 @@ from mess_compile.latency import estimate
 from mess_compile.latency.table import LatencyTable, check_current, read_latency_table
 from mess_compile.network import BASELINE, BASELINE_ALONE, GraphSet
 from mess_compile.profile import multi_device, selection
-from mess_compile.profile.backends import Backend, Task, as_they_are
+from mess_compile.profile.backends import Backend, Task, nothing_to_build
 from mess_compile.profile.sparse import SubsetJob
 from mess_compile.reporter import SILENT
 from mess_compile.runtime.base.errors import EngineError, InputError
 from mess_compile.runtime.machine.power import DeviceState
-from mess_compile.runtime.measure import measure as profile
+from mess_compile.runtime.measure import measure
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS, Opened
 from mess_compile.runtime.measure.measure import Effort, Window
 from mess_compile.targets import find_target
@@ -37,13 +37,13 @@ class Scripted:
     def __init__(self, identity: str, ms: dict[str, float], lasts: int = 10**6) -> None:
         self.ms, self.lasts, self.timed = ms, lasts, Counter[str]()
         facts = {"identity": identity, "cpu": "scripted", "cores": "1"}
-        self.place = Backend("host", "onnxruntime", "1.0", facts, self.measure, DeviceState, as_they_are)
+        self.backend = Backend("host", "onnxruntime", "1.0", facts, self.measure, DeviceState, nothing_to_build)
 
     def measure(self, task: Task, effort: Effort, earlier: Sequence[Window]) -> Iterator[Opened | Window]:
         taken: dict[str, list[Window]] = {name: [] for name in (*task.measured, task.reference)}
         for window in earlier:
             taken.get(window.job, []).append(window)
-        for name, number in profile.schedule(taken, effort, first=task.reference):
+        for name, number in measure.schedule(taken, effort, first=task.reference):
             if sum(self.timed.values()) == self.lasts:
                 raise EngineError("the device broke down")
             self.timed[name] += 1
@@ -69,15 +69,15 @@ def devices(graphs: GraphSet) -> tuple[Scripted, Scripted]:
     return Scripted("one", first), Scripted("two", second)
 
 
-def errand(graphs: GraphSet, place: Backend, path: Path) -> SubsetJob:
+def subset_job(graphs: GraphSet, backend: Backend, path: Path) -> SubsetJob:
     priors = estimate.priors_of(graphs, find_target("host", path.parent), ())
     subject = selection.Subject((graphs,), priors)
-    return SubsetJob((plain_files(graphs),), place, subject, path, SILENT, lambda: True, EFFORT)
+    return SubsetJob((plain_files(graphs),), backend, subject, path, SILENT, lambda: True, EFFORT)
 
 
 def shared(graphs: GraphSet, path: Path, *scripted: Scripted, everything: bool = True) -> LatencyTable:
-    places = {f"ssh://{each.place.facts['identity']}": each.place for each in scripted}
-    return multi_device.profile_shared(errand(graphs, scripted[0].place, path), places, everything)
+    backends = {f"ssh://{each.backend.facts['identity']}": each.backend for each in scripted}
+    return multi_device.profile_shared(subset_job(graphs, scripted[0].backend, path), backends, everything)
 
 
 def own(table: LatencyTable) -> dict[str, float]:
@@ -149,6 +149,6 @@ def test_without_a_question_the_fair_share_is_dealt_out(graphs: GraphSet, tmp_pa
 
 def test_one_device_by_two_names_is_refused(graphs: GraphSet, tmp_path: Path) -> None:
     one, _ = devices(graphs)
-    places = {"ssh://xavier": one.place, "ssh://10.0.0.7": one.place}
+    backends = {"ssh://xavier": one.backend, "ssh://10.0.0.7": one.backend}
     with pytest.raises(InputError, match=r"ssh://10.0.0.7 is the same device as ssh://xavier: name each device once"):
-        multi_device.profile_shared(errand(graphs, one.place, tmp_path / "host.json"), places, True)
+        multi_device.profile_shared(subset_job(graphs, one.backend, tmp_path / "host.json"), backends, True)

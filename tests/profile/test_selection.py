@@ -467,7 +467,7 @@ def test_twins_share_a_measurement_under_their_own_name_and_hash() -> None:
     assert (shared.mean_ms, shared.source) == (0.003, "measured")
     assert (shared.graph, shared.sha256) == (twin[0], graphs.spec(twin[0]).sha256)
     assert selection.coverage(about, replace(truth, entries={first: truth.entries[first]})) == (
-        f"measured 1 of {len(graphs.graphs)} graphs, 1 more like one of them"
+        f"measured 1 of {len(graphs.graphs)} graphs, 1 more by their twins"
     )
 
 
