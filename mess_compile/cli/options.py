@@ -1,19 +1,17 @@
-"""What several commands share: options, sizes, and how findings are printed."""
+"""What several commands share: options, the values they become, and how results are printed."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from functools import wraps
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import click
 
 from mess_compile.cli.completion import precisions, targets
-from mess_compile.cli.console import print_json, print_table, say
+from mess_compile.cli.console import print_json, print_table, say, warn
 from mess_compile.cli.progress import duration
 from mess_compile.data_folder import DataFolder
 from mess_compile.runtime.base.errors import InputError
@@ -25,7 +23,7 @@ BUNDLE = click.Path(path_type=Path)
 PYTHON = click.option(
     "--python",
     metavar="PATH",
-    help="What starts Python there: a path, ~/ being the home folder there; python3 by default. Remembered.",
+    help="The device's Python: a path there, ~/ being the home folder there; python3 by default. Remembered.",
 )
 TARGET = click.option(
     "--target",
@@ -45,7 +43,7 @@ PRECISIONS = click.option(
 
 
 def data_options(help: str, required: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`--data`, and how it is read; the command gets one `data`: a DataFolder, or None where nothing is said."""
+    """`--data` and how it is read; the command gets one `data`: a DataFolder, or None where none of them is given."""
     options = (
         click.option("--data", type=FOLDER, required=required, help=help),
         click.option("--images", metavar="NAME", help="The folders of images in --data, if not `images`. Remembered."),
@@ -79,36 +77,74 @@ def data_options(help: str, required: bool = False) -> Callable[[Callable[..., A
 JUDGED = data_options("Images that fp16 and int8 are judged on; the workspace's by default.")
 
 
+class Command(click.Command):
+    """A command that takes former names of its options, with a warning, for one release."""
+
+    def __init__(self, *arguments: Any, formerly: dict[str, str] | None = None, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.formerly = formerly or {}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, [*map(self._renamed, args[:end]), *args[end:]])
+
+    def _renamed(self, argument: str) -> str:
+        name, separator, value = argument.partition("=")
+        if name not in self.formerly:
+            return argument
+        warn(f"{name} is now {self.formerly[name]}; the old name goes away in the next release")
+        return f"{self.formerly[name]}{separator}{value}"
+
+
+def gathered(kind: type[Any], name: str = "options") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Hand a command those of its options that are fields of the dataclass `kind` as one value, called `name`."""
+    names = [field.name for field in fields(kind)]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def combined(*arguments: Any, **given: Any) -> Any:
+            value = kind(**{each: given.pop(each) for each in names})
+            return command(*arguments, **{name: value}, **given)
+
+        return combined
+
+    return decorate
+
+
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
 
 
+def verbose_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("-v", "--verbose", is_flag=True, help="Print details too.")(command)
+
+
 def dry_run_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--dry-run", is_flag=True, help="Only say what would be done, and how long it should take.")(
+    return click.option("--dry-run", is_flag=True, help="Print what would be done and how long it should take.")(
         command
     )
 
 
 def print_foresight(steps: Any, as_json: bool) -> None:
-    """What would be done, and that nothing was."""
+    """Print what `build` or `profile` would do."""
     if as_json:
         return print_json({"dry_run": [asdict(step) for step in steps]})
     for each in steps:
         what = f"{each.graphs} {'engines' if each.step == 'build' else 'graphs'}"
-        kept = "" if each.there is None else f", {each.there} of them there already"
+        present = "" if each.there is None else f", {each.there} of them present already"
         least, most = duration(each.least_s), duration(each.most_s)
         say(
-            f"would {each.step} {what} in {each.precision} for {each.device} at {each.place}{kept}: "
+            f"would {each.step} {what} in {each.precision} for {each.device} at {each.place}{present}: "
             f"ESTIMATED {least if least == most else f'{least} to {most}'} "
             f"(by {each.basis})"
         )
         for note in each.notes:
-            say(f"mind: {note}")
+            warn(note)
     return say("nothing was written")
 
 
 def print_prospects(found: Any, as_json: bool) -> None:
-    """What would be done and written, and that nothing was."""
+    """Print what a command would do and write."""
     if as_json:
         return print_json({"dry_run": [asdict(step) for step in found]})
     for each in found:
@@ -116,20 +152,23 @@ def print_prospects(found: Any, as_json: bool) -> None:
         for place in each.writes:
             say(f"would write {place}")
         if each.least_s is None:
-            say(f"how long it takes cannot be told: {each.basis}")
+            say(f"duration unknown: {each.basis}")
         else:
             least = duration(each.least_s) if each.least_s >= 10 else f"{each.least_s:.2g} s"
             say(f"it should take {least} or more, ESTIMATED (by {each.basis})")
         for note in each.notes:
-            say(f"mind: {note}")
+            warn(note)
     return say("nothing was written")
 
 
 def print_inspection(found: Any) -> None:
+    """Print the tables and notes of an Inspection."""
     for table in found.tables:
         print_table(table.title, table.header, table.rows)
     for note in found.notes:
-        say(note if sys.stdout.isatty() else fill(note, 100, break_long_words=False, break_on_hyphens=False))
+        say(note)
+    for warning in found.warnings:
+        warn(warning)
 
 
 def size(text: str) -> tuple[int, int]:
@@ -149,8 +188,3 @@ def rates(rates: Any) -> str:
 
 def picked(options: dict[str, Any], names: str) -> dict[str, Any]:
     return {name: options[name] for name in names.split()}
-
-
-def print_doubts(doubts: Iterable[str]) -> None:
-    for doubt in doubts:
-        say(f"mind: {doubt}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli.console import print_json, print_next, progress_bar, say
+from mess_compile.cli.console import print_hint, print_json, progress_bar, say
 from mess_compile.cli.options import (
     FILE,
     FOLDER,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What `train` takes beside data and workspace, grouped as in its help: network, schedule, losses, machines."""
+    """The options of `train` but for the data, in the order of its help: network, schedule, losses, machines."""
     options = (
         click.option(
             "--backbone", type=click.Choice(["mobilenetv2", "resnet50"]), default="mobilenetv2", show_default=True
@@ -44,9 +44,11 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Heads at every early exit, or exitN.NAME at one; `grid` is the paper's space.",
         ),
         click.option("--weights", type=FILE, help="torchvision ImageNet weights (.pth, .safetensors)."),
-        click.option("--from", "source", type=FOLDER, help="Start stage 2 from this candidate: --epochs 0 N."),
-        click.option("--teacher", type=FOLDER, help="Another candidate, whose final exit teaches in stage 2."),
-        click.option("--baseline", is_flag=True, help="Train the single-exit network alone, for as many epochs."),
+        click.option(
+            "--from", "source", type=FOLDER, help="Start stage 2 from this candidate network, with --epochs 0 N."
+        ),
+        click.option("--teacher", type=FOLDER, help="Candidate network whose final exit teaches in stage 2."),
+        click.option("--baseline", is_flag=True, help="Train the single-exit network alone, for the sum of --epochs."),
         click.option(
             "--epochs",
             nargs=2,
@@ -54,47 +56,73 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="STAGE1 STAGE2",
             default=(60, 20),
             show_default=True,
-            help="Of stage 1 and 2.",
+            help="Epochs of stage 1 and 2.",
         ),
-        click.option("--batch", default=8, show_default=True, help="Images of a step, over all processes."),
+        click.option("--batch", default=8, show_default=True, help="Images a step, over all processes."),
         click.option("--learning-rate", default=2e-3, show_default=True),
         click.option("--crop", help="Size of the training crops, such as 240x320; the input size by default."),
-        click.option("--full-size-epochs", default=0, show_default=True, help="Last epochs of stage 1, at input size."),
+        click.option(
+            "--full-size-epochs",
+            default=0,
+            show_default=True,
+            help="How many of the last epochs of stage 1 run at input size.",
+        ),
         click.option("--no-augment", is_flag=True, help="Whole frames at input size instead of random crops."),
         click.option(
             "--order",
             type=click.Choice(["round-robin", "joint", "final"]),
             default="round-robin",
             show_default=True,
-            help="Exits that a step of stage 1 trains.",
+            help="Which exits a step of stage 1 trains.",
         ),
-        click.option("--stage1-head", default="fcn-crm1-b0", show_default=True, help="Early heads of stage 1."),
-        click.option("--exit-weight", default=1.0, show_default=True, help="An early exit's loss beside the final's."),
-        click.option("--ema", default=0.0, show_default=True, help="Decay per step of a moving average in stage 1."),
+        click.option(
+            "--stage1-head", default="fcn-crm1-b0", show_default=True, help="The early head that stage 1 trains."
+        ),
+        click.option(
+            "--exit-weight",
+            default=1.0,
+            show_default=True,
+            help="Weight of an early exit's loss against the final one's.",
+        ),
+        click.option(
+            "--ema",
+            default=0.0,
+            show_default=True,
+            help="Decay per step of a moving average of the weights in stage 1.",
+        ),
         click.option("--lovasz", default=0.0, show_default=True, help="Weight of Lovasz-softmax beside cross-entropy."),
-        click.option("--class-power", default=0.5, show_default=True, help="0: all classes weigh alike."),
+        click.option(
+            "--class-power",
+            default=0.5,
+            show_default=True,
+            help="Exponent of the class weights; 0 weighs all classes equally.",
+        ),
         click.option(
             "--loss-resolution",
             type=click.Choice(["labels", "cells"]),
             default="labels",
             show_default=True,
-            help="Losses at the labels' resolution, or at the head's.",
+            help="Compute losses at the resolution of labels, or of the head's cells.",
         ),
         click.option("--distillation", type=click.Choice(["pfd", "kd", "none"]), default="pfd", show_default=True),
         click.option("--alpha", default=0.5, show_default=True, help="Weight of the teacher against the labels."),
         click.option("--temperature", default=1.0, show_default=True, help="Temperature of the teacher."),
-        click.option("--head-memory", default=4096, show_default=True, help="MiB for heads that train in one pass."),
+        click.option(
+            "--head-memory", default=4096, show_default=True, help="MiB for the heads that train in one pass."
+        ),
         click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
         click.option("--accelerator", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
         click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine."),
-        click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both themselves."),
+        click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both."),
         click.option(
             "--threads",
             type=click.IntRange(1),
             help="CPU threads of each process; by default OMP_NUM_THREADS, else its share of the cores.",
         ),
         click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True),
-        click.option("--accumulate", default=1, show_default=True, help="Pieces of a batch, one after the other."),
+        click.option(
+            "--accumulate", default=1, show_default=True, help="Pieces that a batch is computed in, to save memory."
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -113,7 +141,7 @@ def train(workspace: Workspace, /, data: DataFolder, dry_run: bool, as_json: boo
     from mess_compile.report import inspection
 
     if options["baseline"] and (options["source"] or options["teacher"]):
-        raise InputError("--baseline trains a whole network for the sum of --epochs: it has no --from or --teacher")
+        raise InputError("--baseline trains a network of its own: drop --from and --teacher")
     opened = steps.training_data(workspace, data, partial(say, err=as_json))
     choice = steps.NetworkChoice(
         backbone=options["backbone"],
@@ -136,16 +164,16 @@ def train(workspace: Workspace, /, data: DataFolder, dry_run: bool, as_json: boo
             candidate = steps.train_baseline(*arguments, progress)
         else:
             candidate = steps.train(*arguments, options["source"], options["teacher"], progress)
-    if candidate is None:  # one of many processes; the first one speaks
+    if candidate is None:  # another process than the first of several, which prints
         return None
     if as_json:
         return print_json({"folder": str(folder), **inspection.inspect_candidate(candidate).content})
     say(f"{'baseline' if options['baseline'] else 'candidate network'} in {folder}")
-    return print_next("export")
+    return print_hint("export")
 
 
 def _recipe(recipes: Any, options: dict[str, Any]) -> Any:
-    """The recipe, of the module `recipes`, that the options of `train` describe."""
+    """The Recipe of the module `recipes` that the options of `train` describe."""
     return recipes.Recipe(
         crop_hw=size(options["crop"]) if options["crop"] else None,
         augment=not options["no_augment"],

@@ -137,7 +137,7 @@ def _plan_lines(plan: BundlePlan) -> str:
         "-" * len(title),
         f"{plan.library}, {plan.precision}, {plan.setting}; exits and thresholds by {plan.tuned_by}.",
         f"Latencies are {plan.predicted.source} on {plan.target}{where}.",
-        *(f"Mind: {doubt}." for doubt in plan.doubts),
+        *(f"Warning: {doubt}." for doubt in plan.doubts),
         f"plan: {_figures(plan.predicted)}",
         f"{plan.baseline_name}: {_figures(plan.baseline)}",
     ]

@@ -177,7 +177,7 @@ def _verdict(speed: Speed, unsteady: float, before: DeviceState, after: DeviceSt
     }
     if not unstable:
         return {"verdict": "steady", **told}
-    cause = power.likely_cause(before, after) or "nothing that this device tells: other programs, most likely"
+    cause = power.likely_cause(before, after) or "probably other programs"
     return {"verdict": "unstable", "likely_cause": cause, **told}
 
 

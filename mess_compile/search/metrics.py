@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mess_compile.evaluate.statistics import ExitStatistics, head_miou, miou
 from mess_compile.evaluate.statistics import check_current as check_statistics_current
 from mess_compile.evaluate.statistics import content_sha256 as statistics_content_sha256
-from mess_compile.latency.checks import doubts_of
+from mess_compile.latency.checks import warnings_of
 from mess_compile.latency.table import (
     LatencyTable,
     Quantity,
@@ -142,7 +142,7 @@ class Evidence:
     @cached_property
     def doubts(self) -> tuple[str, ...]:
         """What speaks against the latencies."""
-        return doubts_of(self.table, (self.graph_set,))
+        return warnings_of(self.table, (self.graph_set,))
 
     @cached_property
     def table_sha256(self) -> str:

@@ -123,7 +123,7 @@ def test_wrong_usage_breaks_between_words_too() -> None:
 
 
 PRINTED = """
-from mess_compile.cli.console import print_next, print_table, say
+from mess_compile.cli.console import print_hint, print_table, say
 say("one two three " * 12)
 say("no   what: " + "why " * 30)
 print_table("title", ["head", *"abcdef"], [["first", *["0123456789" * 2] * 6], ["second", *["1"] * 6]])
