@@ -61,7 +61,7 @@ class BenchArguments:
 @json_option
 @click.pass_obj
 @gathered(BenchArguments)
-def bench(workspace: Workspace, bundle: Path, data: DataFolder | None, split: str, options: BenchArguments) -> None:
+def bench(workspace: Workspace, bundle: Path, data: DataFolder | None, split: str, arguments: BenchArguments) -> None:
     """Measure a bundle on labelled images, and the better single-exit baseline in the same run.
 
     Each bound that the plan was searched with (`search --max-err 1%`) is compared with the measurement: held or MISSED.
@@ -69,11 +69,11 @@ def bench(workspace: Workspace, bundle: Path, data: DataFolder | None, split: st
     from mess_compile import steps
     from mess_compile.search.requirement import parse_milliseconds
 
-    deadline, strict, as_json = options.deadline, options.strict, options.as_json
-    passes, target = options.passes, options.target
+    deadline, strict, as_json = arguments.deadline, arguments.strict, arguments.as_json
+    passes, target = arguments.passes, arguments.target
     if strict and deadline is not None:
         raise click.UsageError("--strict checks the bounds that the plan was searched with: drop --deadline.")
-    if options.dry_run:
+    if arguments.dry_run:
         deadline_ms = None if deadline is None else parse_milliseconds(deadline)
         foreseen = steps.foresee_bench(workspace, bundle, data, split, passes, target, deadline_ms)
         return print_prospects(foreseen, as_json)
@@ -85,7 +85,7 @@ def bench(workspace: Workspace, bundle: Path, data: DataFolder | None, split: st
         print_json(asdict(result))
         return _exit_if_missed(result, strict)
     _print_bench(result, bundle)
-    if options.verbose:
+    if arguments.verbose:
         _print_details(result)
     if result.tuned_on:
         warn(

@@ -62,7 +62,7 @@ class BuildArguments:
 @click.pass_obj
 @gathered(BuildArguments)
 def build(
-    workspace: Workspace, device: str | None, precision: str, data: DataFolder | None, options: BuildArguments
+    workspace: Workspace, device: str | None, precision: str, data: DataFolder | None, arguments: BuildArguments
 ) -> None:
     """Build engines of every graph for a device, here or on it; engines that are up to date are not built again.
 
@@ -70,9 +70,9 @@ def build(
     """
     from mess_compile import steps
 
-    jobs, host, python, as_json = options.jobs, options.host, options.python, options.as_json
+    jobs, host, python, as_json = arguments.jobs, arguments.host, arguments.python, arguments.as_json
     precisions, tell = tuple(precision.split(",")), partial(say, err=True)
-    if options.dry_run:
+    if arguments.dry_run:
         return print_foresight(steps.foresee_build(workspace, device, precisions, jobs, host), as_json)
     with progress_bar(as_json) as progress:
         builds = steps.build(workspace, device, precisions, data, jobs, progress, host, tell, python)
@@ -83,8 +83,8 @@ def build(
         ]
         print_json({"builds": contents})
     for each in () if as_json else builds:
-        _print_engines(each.engines, each.place, options.verbose)
-        _print_fallbacks(each.fallbacks, options.verbose)
+        _print_engines(each.engines, each.place, arguments.verbose)
+        _print_fallbacks(each.fallbacks, arguments.verbose)
     if all(len(each.engines.failed) == len(each.engines.entries) for each in builds):
         fail(f"no graph builds for {builds[0].engines.device}")
     return None if as_json else print_hint(f"profile --device {builds[0].engines.device}")

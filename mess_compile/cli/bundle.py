@@ -53,7 +53,7 @@ class BundleArguments:
 @verbose_option
 @json_option
 @click.pass_obj
-@gathered(BundleArguments, "arguments")
+@gathered(BundleArguments)
 def bundle(workspace: Workspace, plans: tuple[str, ...], output: Path | None, arguments: BundleArguments) -> None:
     """Write the chosen plan, its graphs and the runtime as one file for the device.
 

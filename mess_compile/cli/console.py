@@ -340,7 +340,7 @@ def say(text: str, err: bool = False) -> None:
     Lines on standard error are wrapped on a terminal only: a log keeps each in one line.
     """
     stream = sys.stderr if err else sys.stdout
-    if not err or stream.isatty():
+    if not err or _is_terminal(stream):
         text = "\n".join(_wrapped(line, _columns(stream)) for line in text.split("\n"))
     _print(text, err)
 
@@ -348,16 +348,20 @@ def say(text: str, err: bool = False) -> None:
 def _print(text: str, err: bool = False) -> None:
     """Print lines as they are; on a terminal that shows a progress bar, above it."""
     stream = sys.stderr if err else sys.stdout
-    if _bars and stream.isatty():
+    if _bars and _is_terminal(stream):
         _bars[-1].console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:
         click.echo(text, err=err)
 
 
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty()
+
+
 def _columns(stream: TextIO) -> int:
     """The width of a terminal, at most WIDTH; elsewhere WIDTH, or what the variable COLUMNS says."""
     columns = shutil.get_terminal_size((WIDTH, 24)).columns
-    return min(columns, WIDTH) if stream.isatty() else columns if os.environ.get("COLUMNS") else WIDTH
+    return min(columns, WIDTH) if _is_terminal(stream) else columns if os.environ.get("COLUMNS") else WIDTH
 
 
 def _wrapped(line: str, columns: int) -> str:

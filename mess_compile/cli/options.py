@@ -96,15 +96,15 @@ class Command(click.Command):
         return f"{self.formerly[name]}{separator}{value}"
 
 
-def gathered(kind: type[Any], name: str = "options") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Hand a command those of its options that are fields of the dataclass `kind` as one value, called `name`."""
+def gathered(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Hand a command those of its options that are fields of the dataclass `kind` as one value, `arguments`."""
     names = [field.name for field in fields(kind)]
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
-        def combined(*arguments: Any, **given: Any) -> Any:
-            value = kind(**{each: given.pop(each) for each in names})
-            return command(*arguments, **{name: value}, **given)
+        def combined(*positional: Any, **given: Any) -> Any:
+            value = kind(**{name: given.pop(name) for name in names})
+            return command(*positional, arguments=value, **given)
 
         return combined
 

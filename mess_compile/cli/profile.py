@@ -22,7 +22,7 @@ from mess_compile.cli.options import (
     print_foresight,
     verbose_option,
 )
-from mess_compile.cli.search import scope_of
+from mess_compile.cli.search import subset_of
 from mess_compile.data_folder import DataFolder
 from mess_compile.runtime.base.errors import InputError
 
@@ -85,7 +85,7 @@ class ProfileArguments:
 @click.pass_obj
 @gathered(ProfileArguments)
 def profile(
-    workspace: Workspace, device: str | None, precision: str, data: DataFolder | None, options: ProfileArguments
+    workspace: Workspace, device: str | None, precision: str, data: DataFolder | None, arguments: ProfileArguments
 ) -> None:
     """Measure the graphs on the device: all of them on this machine, over SSH those that could change the plan.
 
@@ -96,15 +96,15 @@ def profile(
     from mess_compile.report import inspection
     from mess_compile.runtime.measure import measure as measuring
 
-    hosts, python, seconds = options.hosts, options.python, options.seconds
-    lock_clocks, estimate, as_json = options.lock_clocks, options.estimate, options.as_json
+    hosts, python, seconds = arguments.hosts, arguments.python, arguments.seconds
+    lock_clocks, estimate, as_json = arguments.lock_clocks, arguments.estimate, arguments.as_json
     if seconds is not None and not 0 < seconds <= 3600:
         raise InputError(f"--seconds {seconds:g} is not between 0 and 3600")
-    _refuse_contradictions(options)
-    thrift = None if options.everything else scope_of(options.requirements, options.budget)
+    _refuse_contradictions(arguments)
+    thrift = None if arguments.everything else subset_of(arguments.requirements, arguments.budget)
     precisions, tell = tuple(precision.split(",")), partial(say, err=True)
     effort = None if seconds is None else replace(measuring.Effort(), max_s=seconds)
-    if options.dry_run:
+    if arguments.dry_run:
         foreseen = steps.foresee_profile(workspace, device, precisions, hosts or None, thrift, effort)
         return print_foresight(foreseen, as_json)
     with progress_bar(as_json) as progress:
@@ -117,7 +117,7 @@ def profile(
     warnings = known_warnings(workspace, table)
     if as_json:
         return print_json(inspection.inspect_latency(table, warnings).content)
-    _print_summary(table, options.verbose)
+    _print_summary(table, arguments.verbose)
     for warning in warnings:
         warn(warning)
     if any(workspace.root.glob("statistics/*")) or workspace.memory().data is not None:
@@ -125,22 +125,22 @@ def profile(
     return say("No labelled images are known yet: run `mess-compile evaluate --data DIR`, with their folder for DIR.")
 
 
-def _refuse_contradictions(options: ProfileArguments) -> None:
+def _refuse_contradictions(arguments: ProfileArguments) -> None:
     measured_by = {
-        "--host": options.hosts,
-        "--python": options.python,
-        "--all": options.everything,
-        "--requirement": options.requirements,
-        "--budget": options.budget,
-        "--seconds": options.seconds,
-        "--lock-clocks": options.lock_clocks,
+        "--host": arguments.hosts,
+        "--python": arguments.python,
+        "--all": arguments.everything,
+        "--requirement": arguments.requirements,
+        "--budget": arguments.budget,
+        "--seconds": arguments.seconds,
+        "--lock-clocks": arguments.lock_clocks,
     }
     given = [name for name, value in measured_by.items() if value]
-    if options.estimate and given:
+    if arguments.estimate and given:
         raise click.UsageError(f"--estimate does without the device: drop {', '.join(given)}, or measure there.")
-    if options.estimate and options.dry_run:
+    if arguments.estimate and arguments.dry_run:
         raise click.UsageError("--estimate measures nothing and takes a moment: drop --dry-run.")
-    if options.everything and (options.requirements or options.budget):
+    if arguments.everything and (arguments.requirements or arguments.budget):
         raise click.UsageError("--all measures everything: drop --requirement and --budget.")
 
 

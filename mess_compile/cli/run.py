@@ -66,7 +66,7 @@ class RunArguments:
 @verbose_option
 @json_option
 @gathered(RunArguments)
-def run(bundle: Path, sources: tuple[Path, ...], output: Path, options: RunArguments) -> None:
+def run(bundle: Path, sources: tuple[Path, ...], output: Path, arguments: RunArguments) -> None:
     """Segment images, folders of images, videos, or the frames of a camera until Ctrl-C.
 
     Of an image it writes a palette PNG of labels and an overlay, of a video a video with overlay, exit and latency.
@@ -76,10 +76,10 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, options: RunArgum
     from mess_compile.search.requirement import parse_milliseconds
     from mess_compile.steps.run import is_moving
 
-    as_json, deadline = options.as_json, options.deadline
+    as_json, deadline = arguments.as_json, arguments.deadline
     deadline_ms = None if deadline is None else parse_milliseconds(deadline)
-    _refuse_contradictions(options)
-    if options.progressive and any(map(is_moving, sources)):
+    _refuse_contradictions(arguments)
+    if arguments.progressive and any(map(is_moving, sources)):
         raise click.UsageError("--progressive makes a strip of an image: leave videos and cameras out.")
 
     def tell(result: steps.ImageResult | steps.VideoResult) -> None:
@@ -88,7 +88,7 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, options: RunArgum
         if isinstance(result, steps.VideoResult):
             _print_video(result)
         else:
-            say(_of_image(result, options.verbose))
+            say(_of_image(result, arguments.verbose))
 
     def tell_failure(failure: steps.ImageFailure) -> None:
         failures.append(failure)
@@ -98,7 +98,7 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, options: RunArgum
     failures: list[steps.ImageFailure] = []
     words = ""
     with progress_bar(as_json) as progress:
-        how = steps.RunOptions(deadline_ms=deadline_ms, **{name: getattr(options, name) for name in _PASSED_ON})
+        how = steps.RunOptions(deadline_ms=deadline_ms, **{name: getattr(arguments, name) for name in _PASSED_ON})
         try:
             results = steps.run(bundle, sources, output, how, tell, progress, tell_failure, partial(say, err=as_json))
         except steps.RunError as error:
@@ -113,7 +113,7 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, options: RunArgum
         return None
     if any(isinstance(result, steps.ImageResult) for result in results):
         say(f"labels and overlays in {output}")
-    if options.verbose and any(getattr(result, "confidence", None) is not None for result in results):
+    if arguments.verbose and any(getattr(result, "confidence", None) is not None for result in results):
         say(LEGEND)
     return hints.print_known(hints.bench_on_data(bundle))
 
@@ -122,12 +122,12 @@ _PASSED_ON = ("progressive", "truth", "label_offset", "operating_point", "every"
 """Options of `run` that are those of the Python API."""
 
 
-def _refuse_contradictions(options: RunArguments) -> None:
-    if options.deadline is not None and options.operating_point is not None:
+def _refuse_contradictions(arguments: RunArguments) -> None:
+    if arguments.deadline is not None and arguments.operating_point is not None:
         raise click.UsageError("--deadline decides by time, --operating-point by confidence: give one of them.")
-    if options.truth is not None and not options.progressive:
+    if arguments.truth is not None and not arguments.progressive:
         raise click.UsageError("--truth is shown in the strip of --progressive: add it.")
-    if options.truth is None and options.label_offset:
+    if arguments.truth is None and arguments.label_offset:
         raise click.UsageError("--label-offset is about the labels of --truth: add it.")
 
 

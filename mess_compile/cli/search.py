@@ -114,7 +114,7 @@ class SearchArguments:
 @json_option
 @click.pass_obj
 @gathered(SearchArguments)
-def search(workspace: Workspace, /, options: SearchArguments) -> None:
+def search(workspace: Workspace, /, arguments: SearchArguments) -> None:
     """Choose exits, heads and thresholds that satisfy a requirement, and prove the choice.
 
     `inspect plan` prints the whole of it again.
@@ -123,10 +123,10 @@ def search(workspace: Workspace, /, options: SearchArguments) -> None:
     from mess_compile.report import inspection
     from mess_compile.search.plan import result_to_json
 
-    _refuse_contradictions(options)
-    requirement = requirement_of(options)
-    how = _search_options(options)
-    devices, split, explain, as_json = options.devices, options.split, options.explain, options.as_json
+    _refuse_contradictions(arguments)
+    requirement = requirement_of(arguments)
+    how = _search_options(arguments)
+    devices, split, explain, as_json = arguments.devices, arguments.split, arguments.explain, arguments.as_json
     reasons: list[inspection.Inspection] = []
     with progress_bar(as_json) as progress:
         if explain:
@@ -144,32 +144,32 @@ def search(workspace: Workspace, /, options: SearchArguments) -> None:
         return print_json(single if common is None else {"results": contents, "shared": asdict(common)})
     for i, result in enumerate(results):
         _print_summary(result, requirement)
-        if options.verbose:
+        if arguments.verbose:
             print_inspection(inspection.inspect_choice(result))
         for reason in reasons[i : i + 1]:
             print_inspection(reason)
     if common is not None:
         _print_shared(common, len(results))
         return print_hint(*(f"bundle {result.plan.device}" for result in results))
-    return print_hint(*_after_search(workspace, results[0], requirement, options.output))
+    return print_hint(*_after_search(workspace, results[0], requirement, arguments.output))
 
 
-def _search_options(options: SearchArguments) -> Any:
+def _search_options(arguments: SearchArguments) -> Any:
     from mess_compile import steps
     from mess_compile.search.guarantees import parse_confidence
     from mess_compile.search.hold_out import parse_hold_out
     from mess_compile.search.requirement import parse_front, parse_seconds
 
-    precision, time_limit, confidence = options.precision, options.time_limit, options.confidence
+    precision, time_limit, confidence = arguments.precision, arguments.time_limit, arguments.confidence
     return steps.SearchOptions(
         precisions=None if precision is None else tuple(dict.fromkeys(precision.split(","))),
-        front_by=parse_front(options.front),
+        front_by=parse_front(arguments.front),
         time_limit_s=None if time_limit is None else parse_seconds(time_limit, "--time-limit"),
         confidence=None if confidence is None else parse_confidence(confidence),
-        seed=options.seed or 0,
-        output=options.output,
-        hold_out=None if options.hold_out is None else parse_hold_out(options.hold_out),
-        tell=partial(say, err=options.as_json),
+        seed=arguments.seed or 0,
+        output=arguments.output,
+        hold_out=None if arguments.hold_out is None else parse_hold_out(arguments.hold_out),
+        tell=partial(say, err=arguments.as_json),
     )
 
 
@@ -204,20 +204,20 @@ def _safer(result: Any, requirement: Any) -> float | None:
     return None if lost <= asked else safer_max_err(asked, lost)
 
 
-def _refuse_contradictions(options: SearchArguments) -> None:
+def _refuse_contradictions(arguments: SearchArguments) -> None:
     """Raise UsageError for options without effect, or with another than they seem to have."""
-    certified = options.confidence is not None
-    if not certified and options.seed is not None:
+    certified = arguments.confidence is not None
+    if not certified and arguments.seed is not None:
         raise click.UsageError("--seed draws the images that --confidence certifies on: add it, or drop --seed.")
-    if certified and options.hold_out is not None:
+    if certified and arguments.hold_out is not None:
         raise click.UsageError("--confidence holds images out to certify on: drop --hold-out.")
-    if certified and options.time_limit is not None:
+    if certified and arguments.time_limit is not None:
         raise click.UsageError("--time-limit cannot be combined with --confidence: drop one of them.")
-    if certified and options.explain:
+    if certified and arguments.explain:
         raise click.UsageError("--explain cannot be combined with --confidence: drop one of them.")
-    if options.time_limit is not None and options.explain:
+    if arguments.time_limit is not None and arguments.explain:
         raise click.UsageError("--explain compares plans that are proved optimal: drop --time-limit.")
-    if options.setting == "budgeted" and options.max_exits is not None:
+    if arguments.setting == "budgeted" and arguments.max_exits is not None:
         raise click.UsageError("the budgeted setting has no early exits: drop --max-exits.")
 
 
@@ -233,39 +233,39 @@ def _print_shared(common: Any, plans: int) -> None:
     )
 
 
-def scope_of(requirements: tuple[str, ...], budget: str | None) -> Any:
+def subset_of(requirements: tuple[str, ...], budget: str | None) -> Any:
     """What `profile` measures: what matters to these requirements, within a time."""
     from mess_compile import steps
     from mess_compile.search.requirement import parse_seconds
 
     if not requirements and budget is None:
         return steps.Thrift(by_default=True)
-    scope = steps.Thrift() if budget is None else steps.Thrift(budget_s=parse_seconds(budget))
-    return replace(scope, requirements=tuple(map(_parsed, requirements))) if requirements else scope
+    subset = steps.Thrift() if budget is None else steps.Thrift(budget_s=parse_seconds(budget))
+    return replace(subset, requirements=tuple(map(_parsed, requirements))) if requirements else subset
 
 
 def _parsed(text: str) -> Any:
     """A requirement from the options of `search` in one text."""
     try:
-        options = search.make_context("profile --requirement", shlex.split(text)).params
+        given = search.make_context("profile --requirement", shlex.split(text)).params
     except (click.UsageError, ValueError) as error:
         raise InputError(
             f'--requirement {text!r}: {error}; it takes the options of `search`, such as "--max-err 1%"'
         ) from error
-    return requirement_of(SearchArguments(**options))
+    return requirement_of(SearchArguments(**given))
 
 
-def requirement_of(options: SearchArguments) -> Any:
+def requirement_of(arguments: SearchArguments) -> Any:
     """The Requirement that the options describe. Raises InputError."""
     from mess_compile.search import requirement as parsing
 
     def parsed(name: str, parse: Callable[[str], Any]) -> Any:
-        value = getattr(options, name)
+        value = getattr(arguments, name)
         return None if value is None else parse(value)
 
     return parsing.Requirement(
-        setting=options.setting,
-        objective=options.optimise,
+        setting=arguments.setting,
+        objective=arguments.optimise,
         max_err_pp=parsed("max_err", parsing.parse_max_err),
         max_latency=parsed("max_latency", parsing.parse_max_latency),
         max_latency_p95=parsed("max_latency_p95", partial(parsing.parse_max_latency, option="--max-latency-p95")),
@@ -274,6 +274,6 @@ def requirement_of(options: SearchArguments) -> Any:
         max_memory_bytes=parsed("max_memory", parsing.parse_max_memory),
         max_workload=parsed("max_workload", parsing.parse_max_workload),
         baseline_miou=parsed("baseline", parsing.parse_baseline),
-        max_exits=parsing.DEFAULT_EXITS if options.max_exits is None else options.max_exits,
+        max_exits=parsing.DEFAULT_EXITS if arguments.max_exits is None else arguments.max_exits,
         deadline_ms=parsed("deadline", parsing.parse_milliseconds),
     )

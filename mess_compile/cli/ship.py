@@ -70,7 +70,7 @@ class ShipArguments:
 @json_option
 @click.pass_obj
 @gathered(ShipArguments)
-def ship(workspace: Workspace, things: tuple[str, ...], data: DataFolder | None, options: ShipArguments) -> None:
+def ship(workspace: Workspace, things: tuple[str, ...], data: DataFolder | None, arguments: ShipArguments) -> None:
     """Copy a bundle to devices, build and verify it there, and only then switch over to it.
 
     Only what changed is sent. The same command continues an interrupted ship.
@@ -78,21 +78,23 @@ def ship(workspace: Workspace, things: tuple[str, ...], data: DataFolder | None,
     from mess_compile.runtime.serve.verify import LATENCY_FACTOR
     from mess_compile.ship import client as ships
 
-    as_json = options.as_json
-    _refuse_contradictions(options, data)
-    if options.listing:
-        return _list(workspace, things, options)
-    texts = things if options.rollback else things[1:]
+    as_json = arguments.as_json
+    _refuse_contradictions(arguments, data)
+    if arguments.listing:
+        return _list(workspace, things, arguments)
+    texts = things if arguments.rollback else things[1:]
     if not texts:
         raise click.UsageError("missing BUNDLE or destination: `ship BUNDLE ssh://USER@HOST:/FOLDER`.")
-    places = _places(workspace, texts, options.python)
-    factor = options.latency_factor or LATENCY_FACTOR
-    choice = _choice(workspace, data, options.sign)
-    chosen = ships.ShipOptions(options.keep, options.allow_downgrade, factor, options.target, options.systemd, choice)
-    if options.dry_run:
+    places = _places(workspace, texts, arguments.python)
+    factor = arguments.latency_factor or LATENCY_FACTOR
+    choice = _choice(workspace, data, arguments.sign)
+    chosen = ships.ShipOptions(
+        arguments.keep, arguments.allow_downgrade, factor, arguments.target, arguments.systemd, choice
+    )
+    if arguments.dry_run:
         return _print_expected(Path(things[0]), ships.expected(Path(things[0]), places, chosen), as_json)
     tell = _teller(as_json)
-    if options.rollback:
+    if arguments.rollback:
         found = ships.rollback(places, chosen, tell)
     else:
         found = ships.ship(Path(things[0]), places, chosen, tell)
@@ -100,24 +102,24 @@ def ship(workspace: Workspace, things: tuple[str, ...], data: DataFolder | None,
     workspace.remember_ships(reached)
     for place in places:
         if place.text in reached:
-            workspace.remember_python(place.host.text, options.python)
+            workspace.remember_python(place.host.text, arguments.python)
     if as_json:
         print_json({"places": [asdict(each) for each in found]})
     elif any(each.done for each in found):
-        _print_shipped(found, options.verbose)
+        _print_shipped(found, arguments.verbose)
     _fail_where_it_did(found, "failed; `ship --list` prints what is in use, and the same command tries them again")
     if not as_json:
-        back = [each.place for each in found[:1] if _can_go_back(each, options)]
+        back = [each.place for each in found[:1] if _can_go_back(each, arguments)]
         print_hint("ship --list", *(f"ship --rollback {place}" for place in back))
     return None
 
 
-def _refuse_contradictions(options: ShipArguments, data: DataFolder | None) -> None:
-    if data is not None and (options.rollback or options.dry_run or options.listing):
+def _refuse_contradictions(arguments: ShipArguments, data: DataFolder | None) -> None:
+    if data is not None and (arguments.rollback or arguments.dry_run or arguments.listing):
         raise click.UsageError("--data is for shipping a bundle: drop --rollback, --dry-run and --list.")
-    if options.rollback and options.dry_run:
+    if arguments.rollback and arguments.dry_run:
         raise click.UsageError("--rollback has no --dry-run: `ship --list` prints what is there.")
-    if options.listing and (options.rollback or options.dry_run):
+    if arguments.listing and (arguments.rollback or arguments.dry_run):
         raise click.UsageError("--list changes nothing: drop --rollback and --dry-run.")
 
 
@@ -130,9 +132,14 @@ def _places(workspace: Workspace, texts: Sequence[str], python: str | None) -> l
     return [ships.parse_place(place.text, python) for place, python in zip(places, pythons, strict=True)]
 
 
-def _can_go_back(shipped: Shipped, options: ShipArguments) -> bool:
+def _can_go_back(shipped: Shipped, arguments: ShipArguments) -> bool:
     done = shipped.done
-    return not options.rollback and options.keep > 1 and done is not None and done.before not in (None, done.version.id)
+    return (
+        not arguments.rollback
+        and arguments.keep > 1
+        and done is not None
+        and done.before not in (None, done.version.id)
+    )
 
 
 def _choice(workspace: Workspace, data: DataFolder | None, key: Path | None) -> Any:
@@ -244,15 +251,15 @@ def _expected(of: Expected) -> Iterator[str]:
         yield f"would refuse it: {of.refusal}"
 
 
-def _list(workspace: Workspace, places: tuple[str, ...], options: ShipArguments) -> None:
+def _list(workspace: Workspace, places: tuple[str, ...], arguments: ShipArguments) -> None:
     """Print which versions are at each place."""
     from mess_compile.ship import client as shipping
 
-    as_json = options.as_json
+    as_json = arguments.as_json
     texts = tuple(dict.fromkeys(places or workspace.memory().ships))
     if not texts:
         raise click.UsageError("this workspace has shipped nowhere yet: name ssh://USER@HOST:/FOLDER.")
-    found = shipping.look(_places(workspace, texts, options.python))
+    found = shipping.look(_places(workspace, texts, arguments.python))
     if as_json:
         print_json({"places": [{"place": text, **asdict(each)} for text, each in zip(texts, found, strict=False)]})
     else:

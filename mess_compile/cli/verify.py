@@ -52,23 +52,23 @@ class VerifyArguments:
 @verbose_option
 @json_option
 @gathered(VerifyArguments)
-def verify(bundle: Path, options: VerifyArguments) -> None:
+def verify(bundle: Path, arguments: VerifyArguments) -> None:
     """Check that this machine computes what was evaluated: hashes, signature, golden frames, latency."""
     from mess_compile.runtime.bundle.signature import Signers
     from mess_compile.runtime.serve.verify import LATENCY_FACTOR, Demands, verify_bundle
 
-    allowed_signers, target, as_json = options.allowed_signers, options.target, options.as_json
-    if allowed_signers is None and (options.require_signature or options.identity is not None):
+    allowed_signers, target, as_json = arguments.allowed_signers, arguments.target, arguments.as_json
+    if allowed_signers is None and (arguments.require_signature or arguments.identity is not None):
         raise click.UsageError("--require-signature and --identity need --allowed-signers FILE: add it.")
-    signers = None if allowed_signers is None else Signers(allowed_signers, options.identity)
-    demands = Demands(signers, options.require_signature, options.latency_factor or LATENCY_FACTOR)
+    signers = None if allowed_signers is None else Signers(allowed_signers, arguments.identity)
+    demands = Demands(signers, arguments.require_signature, arguments.latency_factor or LATENCY_FACTOR)
     with progress_bar(as_json) as progress:
         checks = verify_bundle(bundle, target, demands, progress)
     good = all(check.passed for check in checks)
     if as_json:
         print_json({"passed": good, "checks": [asdict(check) for check in checks]})
     else:
-        _print_checks(bundle, checks, options.verbose)
+        _print_checks(bundle, checks, arguments.verbose)
     if not good:
         failed = [check.name for check in checks if not check.passed]
         remedy = _REMEDIES.get(failed[0], "write the bundle again on this machine")

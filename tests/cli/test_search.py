@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mess_compile.cli.search import scope_of
+from mess_compile.cli.search import subset_of
 from mess_compile.evaluate import statistics
 from mess_compile.report.model import Missing
 from mess_compile.report.provenance import provenance_of
@@ -41,6 +41,38 @@ def table_for(workspace: Path, device: str, factor: float = 1.0) -> None:
         if not entry["graph"].startswith("head-"):
             entry.update({name: entry[name] * factor for name in ("mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms")})
     overwrite(workspace / "latency" / f"{device}.json", json.dumps(content).encode())
+
+
+class TestSummary:
+    @pytest.mark.parametrize("options", [(), ("--max-err", "50%"), ("--max-err", "50%", "--hold-out", "33%")])
+    def test_eight_lines_say_what_was_found(self, workspace: Path, options: tuple[str, ...]) -> None:
+        """Plan against baseline, its figures, its proof, what to expect on new images, the next command."""
+        lines = done("-C", workspace, "search", *options).splitlines()
+        plan = read_result(workspace / "plans" / "host.json").plan
+        assert len(lines) <= 8
+        assert lines[0].startswith("Plan for host (fp32): ")
+        lost = plan.predicted.miou - plan.baseline.miou
+        assert lines[0].endswith("does better") or f", {lost:+.2f} pp mIoU" in lines[0]
+        figures = {line.split()[0]: line.split()[1:3] for line in lines[2:4]}
+        assert figures == {
+            name: [f"{one.miou:.2f}", f"{one.latency_ms:.2f}"]
+            for name, one in (("baseline", plan.baseline), ("plan", plan.predicted))
+        }
+        assert re.match(r"Proved optimal over [\d,]+ plans\. Chosen on \d+ images of val; ", lines[4])
+        assert lines[-1].startswith("hint: mess-compile ")
+
+    def test_details_are_those_of_inspect_plan(self, workspace: Path) -> None:
+        brief = done("-C", workspace, "search", "--optimise", "accuracy").splitlines()
+        long = done("-C", workspace, "search", "--optimise", "accuracy", "-v").splitlines()
+        assert long[: len(brief) - 1] == brief[:-1]
+        shown = done("-C", workspace, "inspect", "plan").splitlines()
+        assert [line for line in long[len(brief) - 1 : -1] if line not in shown] == []
+        assert any("trade-offs found" in line for line in long)
+
+    def test_a_column_for_what_is_bounded(self, workspace: Path) -> None:
+        shown = done("-C", workspace, "search", "--max-memory", "1GiB", "--max-latency-worst", "100x")
+        assert {"worst", "memory"} <= {*shown.splitlines()[1].split()}
+        assert "memory" not in done("-C", workspace, "search")
 
 
 class TestBounds:
@@ -309,7 +341,7 @@ def test_a_requirement_of_profile_is_one_of_search() -> None:
         "--max-latency-p95 20ms --max-latency-worst 0.5x --max-energy 50mJ",
         "--setting anytime --deadline 8ms --max-memory 64MiB",
     )
-    assert scope_of(requirements, "30min") == Thrift(
+    assert subset_of(requirements, "30min") == Thrift(
         requirements=(
             Requirement(
                 max_latency_p95=Limit(20.0), max_latency_worst=Limit(0.5, relative=True), max_energy=Limit(50.0)
