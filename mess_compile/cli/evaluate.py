@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from mess_compile.cli.options import (
     PYTHON,
     data_options,
     dry_run_option,
+    gathered,
     json_option,
     picked,
     print_inspection,
@@ -24,6 +26,23 @@ from mess_compile.data_folder import DataFolder
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """What runs the graphs, and what `evaluate` prints."""
+
+    device: str | None
+    host: str | None
+    python: str | None
+    precision: str
+    accelerator: str
+    devices: int
+    nodes: int
+    threads: int | None
+    dry_run: bool
+    verbose: bool
+    as_json: bool
 
 
 @click.command(short_help="Record confidence and accuracy of every head.")
@@ -51,16 +70,8 @@ if TYPE_CHECKING:
 @verbose_option
 @json_option
 @click.pass_obj
-def evaluate(
-    workspace: Workspace,
-    /,
-    data: DataFolder | None,
-    split: str | None,
-    dry_run: bool,
-    verbose: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+@gathered(EvaluateArguments)
+def evaluate(workspace: Workspace, data: DataFolder | None, split: str | None, arguments: EvaluateArguments) -> None:
     """Record confidence and accuracy of every head on labelled images, which `search` chooses by.
 
     `inspect statistics` prints the whole of it again.
@@ -68,8 +79,10 @@ def evaluate(
     from mess_compile import steps
     from mess_compile.report import inspection
 
-    if dry_run:
-        where = picked(options, "device precision host")
+    as_json = arguments.as_json
+    options = picked(arguments, "device host python precision accelerator devices nodes threads")
+    if arguments.dry_run:
+        where = picked(arguments, "device precision host")
         return print_prospects(steps.foresee_evaluate(workspace, data, split, **where), as_json)
     with progress_bar(as_json) as progress:
         found = steps.evaluate(workspace, data, split, progress, **options, tell=partial(say, err=as_json))
@@ -78,7 +91,7 @@ def evaluate(
     described = inspection.inspect_statistics(found)
     if as_json:
         return print_json(described.content)
-    if verbose:
+    if arguments.verbose:
         print_inspection(described)
     else:
         _print_summary(described)

@@ -186,5 +186,6 @@ def rates(rates: Any) -> str:
     return " ".join(f"{rate:.0%}" for rate in rates)
 
 
-def picked(options: dict[str, Any], names: str) -> dict[str, Any]:
-    return {name: options[name] for name in names.split()}
+def picked(arguments: object, names: str) -> dict[str, Any]:
+    """Some fields of the arguments of a command, by name."""
+    return {name: getattr(arguments, name) for name in names.split()}

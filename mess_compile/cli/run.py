@@ -12,7 +12,7 @@ import click
 
 from mess_compile.cli import completion, hints
 from mess_compile.cli.console import fail, print_json, progress_bar, say, warn
-from mess_compile.cli.options import BUNDLE, FOLDER, TARGET, gathered, json_option, rates, verbose_option
+from mess_compile.cli.options import BUNDLE, FOLDER, TARGET, gathered, json_option, picked, rates, verbose_option
 from mess_compile.data_folder import MOST_OFFSET
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, arguments: RunArg
     as_json, deadline = arguments.as_json, arguments.deadline
     deadline_ms = None if deadline is None else parse_milliseconds(deadline)
     _refuse_contradictions(arguments)
+    options = picked(arguments, "progressive truth label_offset operating_point every limit label_pictures target")
     if arguments.progressive and any(map(is_moving, sources)):
         raise click.UsageError("--progressive makes a strip of an image: leave videos and cameras out.")
 
@@ -98,7 +99,7 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, arguments: RunArg
     failures: list[steps.ImageFailure] = []
     words = ""
     with progress_bar(as_json) as progress:
-        how = steps.RunOptions(deadline_ms=deadline_ms, **{name: getattr(arguments, name) for name in _PASSED_ON})
+        how = steps.RunOptions(deadline_ms=deadline_ms, **options)
         try:
             results = steps.run(bundle, sources, output, how, tell, progress, tell_failure, partial(say, err=as_json))
         except steps.RunError as error:
@@ -116,10 +117,6 @@ def run(bundle: Path, sources: tuple[Path, ...], output: Path, arguments: RunArg
     if arguments.verbose and any(getattr(result, "confidence", None) is not None for result in results):
         say(LEGEND)
     return hints.print_known(hints.bench_on_data(bundle))
-
-
-_PASSED_ON = ("progressive", "truth", "label_offset", "operating_point", "every", "limit", "label_pictures", "target")
-"""Options of `run` that are those of the Python API."""
 
 
 def _refuse_contradictions(arguments: RunArguments) -> None:

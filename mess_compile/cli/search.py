@@ -62,12 +62,12 @@ class SearchArguments:
     "--split", shell_complete=completion.splits, help="The statistics to choose on; the last evaluated by default."
 )
 @click.option("--max-err", help="Percentage points of mIoU below the baseline, such as 1%.")
-@click.option("--max-latency", help="Mean over images: 20ms, or 0.5x of the baseline's.")
-@click.option("--max-latency-p95", help="Of 95 % of the images: 25ms, or 0.5x of the baseline.")
-@click.option("--max-latency-worst", help="Of the deepest path at p99: 30ms, or 0.5x of the baseline at p99.")
-@click.option("--max-memory", help="Such as 64MiB.")
-@click.option("--max-workload", help="GMACs such as 3.5, or 0.5x of the baseline.")
-@click.option("--max-energy", help="Mean over images: 50mJ, or 0.5x of the baseline.")
+@click.option("--max-latency", help="Mean latency: 20ms, or 0.5x of the baseline's.")
+@click.option("--max-latency-p95", help="95th percentile of latency: 25ms, or 0.5x of the baseline's.")
+@click.option("--max-latency-worst", help="Latency of the deepest path at p99: 30ms, or 0.5x of the baseline's p99.")
+@click.option("--max-memory", help="Memory, such as 64MiB.")
+@click.option("--max-workload", help="GMACs, such as 3.5, or 0.5x of the baseline's.")
+@click.option("--max-energy", help="Mean energy: 50mJ, or 0.5x of the baseline's.")
 @click.option("--baseline", help="Count --max-err from this mIoU, such as 54.24%, not from the baseline's.")
 @click.option(
     "--setting",
@@ -104,7 +104,10 @@ class SearchArguments:
     help="Share of the images that judge the plan instead of choosing it, such as 33%, or none. By default a third "
     "where there are 60 or more: the last of each sequence.",
 )
-@click.option("--confidence", help="Such as 95%: certify that --max-err holds on unseen images of the same kind.")
+@click.option(
+    "--confidence",
+    help="Certify with this confidence, such as 95%, that --max-err holds on unseen images of the same kind.",
+)
 @click.option("--seed", type=click.IntRange(0), help="Draws the images that --confidence certifies on; 0 by default.")
 @click.option("-o", "--output", type=FILE, help="Where the plan goes; plans/DEVICE.json in the workspace by default.")
 @click.option(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +17,7 @@ from mess_compile.cli.options import (
     HW,
     data_options,
     dry_run_option,
+    gathered,
     json_option,
     picked,
     print_prospects,
@@ -25,6 +28,48 @@ from mess_compile.runtime.base.errors import InputError
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """The options of `train` but for the data."""
+
+    backbone: str
+    input_hw: str
+    output_stride: str
+    width: float
+    exits: str
+    heads: str
+    weights: Path | None
+    source: Path | None
+    teacher: Path | None
+    baseline: bool
+    epochs: tuple[int, int]
+    batch: int
+    learning_rate: float
+    crop: str | None
+    full_size_epochs: int
+    no_augment: bool
+    order: str
+    stage1_head: str
+    exit_weight: float
+    ema: float
+    lovasz: float
+    class_power: float
+    loss_resolution: str
+    distillation: str
+    alpha: float
+    temperature: float
+    head_memory: int
+    seed: int
+    accelerator: str
+    devices: int
+    nodes: int
+    threads: int | None
+    precision: str
+    accumulate: int
+    dry_run: bool
+    as_json: bool
 
 
 def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,50 +180,52 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @dry_run_option
 @json_option
 @click.pass_obj
-def train(workspace: Workspace, /, data: DataFolder, dry_run: bool, as_json: bool, **options: Any) -> None:
+@gathered(TrainArguments)
+def train(workspace: Workspace, data: DataFolder, arguments: TrainArguments) -> None:
     """Train a candidate network in two stages; the same command continues an interrupted training."""
     from mess_compile import extras, steps
     from mess_compile.report import inspection
 
-    if options["baseline"] and (options["source"] or options["teacher"]):
+    as_json = arguments.as_json
+    if arguments.baseline and (arguments.source or arguments.teacher):
         raise InputError("--baseline trains a network of its own: drop --from and --teacher")
     opened = steps.training_data(workspace, data, partial(say, err=as_json))
     choice = steps.NetworkChoice(
-        backbone=options["backbone"],
-        input_hw=size(options["input_hw"]),
-        exits=int(options["exits"]) if options["exits"].isdecimal() else tuple(options["exits"].split(",")),
-        heads=tuple(options["heads"].split(",")),
-        output_stride=int(options["output_stride"]),
-        width=options["width"],
+        backbone=arguments.backbone,
+        input_hw=size(arguments.input_hw),
+        exits=int(arguments.exits) if arguments.exits.isdecimal() else tuple(arguments.exits.split(",")),
+        heads=tuple(arguments.heads.split(",")),
+        output_stride=int(arguments.output_stride),
+        width=arguments.width,
     )
-    folder = workspace.baseline if options["baseline"] else workspace.candidate
+    folder = workspace.baseline if arguments.baseline else workspace.candidate
     with progress_bar(as_json) as progress:  # torch, which is slow to load, is part of what it tells
-        recipe = _recipe(extras.torch_module("training.recipe"), options)
+        recipe = _recipe(extras.torch_module("training.recipe"), arguments)
         parallel = extras.torch_module("training.parallel")
-        machines = parallel.Machines(**picked(options, "accelerator devices nodes precision accumulate threads"))
-        if dry_run:
-            others = options["baseline"], options["weights"], machines, options["source"], options["teacher"]
+        machines = parallel.Machines(**picked(arguments, "accelerator devices nodes precision accumulate threads"))
+        if arguments.dry_run:
+            others = arguments.baseline, arguments.weights, machines, arguments.source, arguments.teacher
             return print_prospects(steps.foresee_train(workspace, opened, choice, recipe, *others), as_json)
-        arguments = (workspace, opened, choice, recipe, partial(say, err=as_json), options["weights"], machines)
-        if options["baseline"]:
-            candidate = steps.train_baseline(*arguments, progress)
+        given = (workspace, opened, choice, recipe, partial(say, err=as_json), arguments.weights, machines)
+        if arguments.baseline:
+            candidate = steps.train_baseline(*given, progress)
         else:
-            candidate = steps.train(*arguments, options["source"], options["teacher"], progress)
+            candidate = steps.train(*given, arguments.source, arguments.teacher, progress)
     if candidate is None:  # another process than the first of several, which prints
         return None
     if as_json:
         return print_json({"folder": str(folder), **inspection.inspect_candidate(candidate).content})
-    say(f"{'baseline' if options['baseline'] else 'candidate network'} in {folder}")
+    say(f"{'baseline' if arguments.baseline else 'candidate network'} in {folder}")
     return print_hint("export")
 
 
-def _recipe(recipes: Any, options: dict[str, Any]) -> Any:
+def _recipe(recipes: Any, arguments: TrainArguments) -> Any:
     """The Recipe of the module `recipes` that the options of `train` describe."""
     return recipes.Recipe(
-        crop_hw=size(options["crop"]) if options["crop"] else None,
-        augment=not options["no_augment"],
-        distillation=recipes.Distillation(options["distillation"], options["alpha"], options["temperature"]),
-        head_memory_mib=options["head_memory"],
-        **picked(options, "epochs batch learning_rate full_size_epochs order stage1_head exit_weight ema lovasz"),
-        **picked(options, "class_power loss_resolution seed"),
+        crop_hw=size(arguments.crop) if arguments.crop else None,
+        augment=not arguments.no_augment,
+        distillation=recipes.Distillation(arguments.distillation, arguments.alpha, arguments.temperature),
+        head_memory_mib=arguments.head_memory,
+        **picked(arguments, "epochs batch learning_rate full_size_epochs order stage1_head exit_weight ema lovasz"),
+        **picked(arguments, "class_power loss_resolution seed"),
     )
