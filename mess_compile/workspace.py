@@ -232,5 +232,5 @@ def _are_texts_by_name(value: Any) -> bool:
 def open_workspace(folder: Path | str = ".") -> Workspace:
     """The workspace in a folder, which must exist; it may be empty. Raises InputError."""
     if not Path(folder).is_dir():
-        raise InputError(f"workspace {folder} does not exist: create the folder or name another with -C DIR")
+        raise InputError(f"workspace {folder} does not exist: create the folder, or name another with -C DIR")
     return Workspace(Path(folder))

@@ -29,8 +29,8 @@ TRAIN = ("train", "--input", "64x96", "--width", "0.25", "--exits", "3", "--head
 
 
 def run(*arguments: str | Path) -> Result:
-    """The outcome of `mess-compile ARGUMENTS`; anything but an exit code is a crash that the user would see."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    """The outcome of `mess-compile ARGUMENTS` with lines of any length; anything but an exit code is a crash."""
+    result = CliRunner(env={"COLUMNS": "10000"}).invoke(main, [str(argument) for argument in arguments])
     crashed = result.exception is not None and not isinstance(result.exception, SystemExit)
     assert not crashed, "".join(traceback.format_exception(*(result.exc_info or (None, None, None))))
     return result

@@ -122,7 +122,7 @@ def test_every_message_that_is_explained_can_be_printed(message: str) -> None:
 def test_troubleshooting_finds_what_a_mistake_prints(tmp_path: Path) -> None:
     """Of mistakes that newcomers make, as they make them."""
     for arguments in (
-        ("-C", tmp_path / "gone", "export"),
+        ("-C", tmp_path / "gone", "search"),
         ("-C", tmp_path, "profile", "--device", "xaver"),
         ("-C", tmp_path, "bench", tmp_path / "host.mess"),
         ("-C", tmp_path, "train", "--data", tmp_path),

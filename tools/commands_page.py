@@ -15,7 +15,9 @@ HEAD = """\
 
 <!-- Written by tools/commands_page.py: change the code, then run that. -->
 
-Every command works in a workspace, the current folder or that of `mess-compile -C DIR`, and ends with what to do next.
+Every command works in a workspace, the current folder or that of `mess-compile -C DIR`, which `demo`, `train` and
+`export` make. It prints what matters first, in lines of at most 100 columns (elsewhere than on a terminal as many as
+the variable `COLUMNS` says), details with `-v`, warnings on standard error, and ends with the next command (`hint:`).
 With `--json` it prints one object on standard output and nothing else there. It exits 0 when done, 1 when it could not
 be done (one line says why and what to do), 2 for wrong usage, 3 where `bench --strict` found a promise missed. After
 Ctrl-C one line says what is kept and how to go on:

@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print."""
+"""The command line: each command parses its options, calls one function of `steps`, and prints."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ from mess_compile.cli import (
     train,
     verify,
 )
-from mess_compile.cli.console import Group
-from mess_compile.cli.interrupts import words_of
+from mess_compile.cli.console import Group, made
+from mess_compile.cli.interrupts import message_of
 from mess_compile.cli.options import FOLDER
+
+_BEGIN = ("demo", "train", "export")
+"""Commands that make the folder of a new workspace."""
 
 
 @click.group(
-    cls=Group, stopped=words_of, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=Group, stopped=message_of, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
-@click.option("-C", "folder", type=FOLDER, default=".", help="The workspace: the current folder by default.")
+@click.option("-C", "folder", type=FOLDER, default=".", help="The workspace; the current folder by default.")
 @click.version_option(__version__)
 @click.pass_context
 def main(ctx: click.Context, folder: Path) -> None:
@@ -45,10 +48,12 @@ def main(ctx: click.Context, folder: Path) -> None:
     mess-compile export                     cut the candidate network into graphs
     mess-compile profile --device host      measure them on the device
     mess-compile search --max-err 1%        choose exits, heads and thresholds
-    mess-compile bundle                     write what the device runs
+    mess-compile bundle                     write one file that the device runs
     """
     from mess_compile.workspace import open_workspace
 
+    if ctx.invoked_subcommand in _BEGIN:
+        ctx.with_resource(made(folder))
     ctx.obj = open_workspace(folder)
 
 
@@ -65,7 +70,6 @@ for command in (
     bench.bench,
     verify.verify,
     ship.ship,
-    ship.ships,
     report.report,
     compare.compare,
     devices.devices,

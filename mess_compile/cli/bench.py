@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mess_compile.cli import completion, hints
-from mess_compile.cli.console import print_json, print_next, print_table, reporting, say
+from mess_compile.cli.console import print_hint, print_json, print_table, reporting, say, warn
 from mess_compile.cli.options import (
     BUNDLE,
     TARGET,
     data_options,
     dry_run_option,
+    gathered,
     json_option,
-    print_doubts,
     print_plan,
     rates,
+    verbose_option,
 )
 from mess_compile.data_folder import DataFolder
 
@@ -28,7 +29,20 @@ if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
 
-@click.command(short_help="Measured against predicted, and against the baseline.")
+@dataclass(frozen=True)
+class BenchArguments:
+    """How `bench` measures, and what it prints."""
+
+    passes: int
+    deadline: str | None
+    strict: bool
+    target: str | None
+    dry_run: bool
+    verbose: bool
+    as_json: bool
+
+
+@click.command(short_help="Compare measured figures with predicted ones and the baseline.")
 @click.argument("bundle", type=BUNDLE, shell_complete=completion.bundles)
 @data_options("Labelled images; the workspace's by default.")
 @click.option(
@@ -36,40 +50,30 @@ if TYPE_CHECKING:
     default="val",
     show_default=True,
     shell_complete=completion.splits,
-    help="Report on images that nothing was tuned on.",
+    help="The images; take a split that nothing was tuned on.",
 )
-@click.option("--passes", default=3, show_default=True, help="How often every image is measured.")
-@click.option("--deadline", help="Refine every image until then, such as 20ms: what is there, and how often too late.")
-@click.option("--strict", is_flag=True, help="End with exit code 3 where the plan's promise did not hold.")
+@click.option("--passes", default=3, show_default=True, help="How often each image is measured.")
+@click.option("--deadline", help="Per-image deadline, such as 20ms; prints mIoU and miss rate.")
+@click.option("--strict", is_flag=True, help="End with exit code 3 where a bound of the plan is missed.")
 @TARGET
 @dry_run_option
+@verbose_option
 @json_option
 @click.pass_obj
-def bench(
-    workspace: Workspace,
-    bundle: Path,
-    data: DataFolder | None,
-    split: str,
-    passes: int,
-    deadline: str | None,
-    strict: bool,
-    target: str | None,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    """Measured against predicted, and against the better single-exit baseline in the same run.
+@gathered(BenchArguments)
+def bench(workspace: Workspace, bundle: Path, data: DataFolder | None, split: str, arguments: BenchArguments) -> None:
+    """Measure a bundle on labelled images, and the better single-exit baseline in the same run.
 
-    What the plan was asked to keep (`search --max-err 1%`) is held against the measurement: held, or MISSED.
+    Each bound that the plan was searched with (`search --max-err 1%`) is compared with the measurement: held or MISSED.
     """
     from mess_compile import steps
-    from mess_compile.search.display import speed, work
     from mess_compile.search.requirement import parse_milliseconds
 
+    deadline, strict, as_json = arguments.deadline, arguments.strict, arguments.as_json
+    options = steps.BenchOptions(data, split, arguments.passes, arguments.target)
     if strict and deadline is not None:
-        raise click.UsageError("--strict is about the bounds that the plan was searched by: leave --deadline out.")
-
-    options = steps.BenchOptions(data, split, passes, target)
-    if dry_run:
+        raise click.UsageError("--strict checks the bounds that the plan was searched with: drop --deadline.")
+    if arguments.dry_run:
         deadline_ms = None if deadline is None else parse_milliseconds(deadline)
         return print_plan(steps.plan_bench(workspace, bundle, options, deadline_ms), as_json)
     if deadline is not None:
@@ -79,43 +83,66 @@ def bench(
     if as_json:
         print_json(asdict(result))
         return _exit_if_missed(result, strict)
-    columns = {result.baseline_name: result.baseline}
-    columns |= {name: getattr(result, name) for name in ("predicted", "replayed", "measured")}
-    rows = [
-        [name, f"{c.miou:.2f}", f"{c.latency_ms:.2f}", f"{c.gmacs:.3f}", rates(c.exit_rates)]
-        for name, c in columns.items()
-    ]
-    print_table(
-        f"{result.images} images of {result.split}, {result.passes} passes",
-        ["", "mIoU %", "latency ms", "GMACs", "exits"],
-        rows,
-    )
-    for other in result.other_baselines:
-        say(f"{result.baseline_name} is the better baseline here: {other.name} has {other.miou:.2f} % mIoU")
-    low, high = result.latency_ratio_range
-    say(
-        f"measured against {result.baseline_name} in the same run: {speed(result.latency_ratio)} (passes "
-        f"{low:.2f}x to {high:.2f}x), {work(result.workload_ratio)}, {result.miou_difference:+.2f} pp of mIoU"
-    )
-    for promise in result.promises:
-        say(promise.sentence)
+    _print_bench(result, bundle)
+    if arguments.verbose:
+        _print_details(result)
     if result.tuned_on:
-        say(
-            f"the plan was chosen on {result.tuned_on} of these {result.images} images: a result from tuning data; "
-            "--split names others"
+        warn(
+            f"the plan was chosen on {result.tuned_on} of these {result.images} images, which flatters its figures: "
+            "name another split with --split"
         )
-    for near in result.disagreements:
-        say(
-            f"{near.image}: replayed exit {near.replayed_exit}, measured {near.measured_exit}, "
-            f"{near.counts_from_cut} counts from the cut"
-        )
-    print_doubts(result.doubts)
-    print_next(*_after_bench(result, bundle))
+    print_hint(*_after_bench(result, bundle))
     return _exit_if_missed(result, strict)
 
 
+_COLUMNS = {
+    "predicted": "predicted (tuning images)",
+    "replayed": "replayed (computed)",
+    "measured": "measured",
+}
+"""How the columns of a bench are called: of the plan; of the plan on these images, computed and really run."""
+
+
+def _print_bench(result: Bench, bundle: Path) -> None:
+    from mess_compile.search.display import speed, work
+
+    say(
+        f"{bundle.name} against {result.baseline_name} on {result.images} images of {result.split}: "
+        f"{speed(result.latency_ratio)}, {work(result.workload_ratio)}, {result.miou_difference:+.2f} pp mIoU"
+    )
+    columns = {result.baseline_name: result.baseline}
+    columns |= {title: getattr(result, name) for name, title in _COLUMNS.items()}
+    rows = [
+        [
+            name,
+            f"{c.miou:.2f}",
+            f"{c.latency_ms:.2f}",
+            f"{c.gmacs:.3f}",
+            rates(c.exit_rates) if len(c.exit_rates) > 1 else "",
+        ]
+        for name, c in columns.items()
+    ]
+    print_table("", ["", "mIoU %", "latency ms", "GMACs", "exits"], rows)
+    for promise in result.promises:
+        say(promise.sentence)
+
+
+def _print_details(result: Bench) -> None:
+    low, high = result.latency_ratio_range
+    say(f"{result.passes} passes, baseline and plan by turns: {low:.2f}x to {high:.2f}x the baseline's speed")
+    for other in result.other_baselines:
+        say(f"{result.baseline_name} is the better baseline here: {other.name} has {other.miou:.2f} % mIoU")
+    for near in result.disagreements:
+        say(
+            f"{near.image}: replayed exit {near.replayed_exit}, measured {near.measured_exit}, "
+            f"{near.counts_from_cut} counts from the threshold"
+        )
+    for doubt in result.doubts:
+        say(f"predicted latencies: {doubt}")
+
+
 MISSED = 3
-"""The exit code of `bench --strict` for a bench that was done, and found a promise missed."""
+"""The exit code of `bench --strict` where a bound was missed."""
 
 
 def _exit_if_missed(result: Bench, strict: bool) -> None:
@@ -131,11 +158,11 @@ _BOUNDS = {
     "energy_mj": "--max-energy {:.4g}mJ",
     "memory_bytes": "--max-memory {:.0f}B",
 }
-"""How `search` is asked for the bounds that a bench speaks of."""
+"""The option of `search` for each bound that a bench checks."""
 
 
 def _after_bench(result: Bench, bundle: Path) -> list[str]:
-    """What follows from the promises: a safer plan, a fresh latency table, or shipping."""
+    """The commands that follow: a safer search or a new profile where a bound was missed, else report and ship."""
     from mess_compile.search.requirement import safer_max_err
 
     missed, report = {each.quantity: each for each in result.missed}, hints.for_device("report", result.device)
@@ -168,14 +195,13 @@ def _bench_deadline(
         found = steps.bench_deadline(workspace, bundle, deadline_ms, options, reporter)
     if as_json:
         return print_json(asdict(found))
-    sure = "" if found.confidence is None else f", {found.confidence:.0%} of the cells sure"
     say(
-        f"{found.images} images of {found.split}, {found.passes} passes, at {found.deadline_ms:g} ms: "
-        f"{found.miou:.2f} % mIoU{sure}; last exits {rates(found.exit_rates)}"
+        f"{bundle.name} on {found.images} images of {found.split} with a deadline of {found.deadline_ms:g} ms: "
+        f"{found.miou:.2f} % mIoU"
     )
     say(
-        f"misses: {found.missed_later:.2%} of the images had a later result too late, {found.missed_first:.2%} "
-        f"even the first; the last result came after {found.p50_ms:.2f} ms (median), {found.p99_ms:.2f} ms (p99)"
+        f"misses: {found.missed_first:.2%} of the images had no result in time, {found.missed_later:.2%} a later one "
+        f"too late; last exits {rates(found.exit_rates)}"
     )
-    print_doubts(found.doubts)
+    say(f"last result after {found.p50_ms:.2f} ms (median), {found.p99_ms:.2f} ms (p99)")
     return hints.print_known(hints.run_on_an_image(bundle, f" --deadline {deadline_ms:g}ms"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mess_compile.cli import completion
-from mess_compile.cli.console import print_json, print_next, print_table, quoted, say
+from mess_compile.cli.console import print_hint, print_json, print_table, quoted, say, warn
 from mess_compile.cli.options import FILE, json_option
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 _PER_TABLE = 3
 
 
-@click.command(short_help="Plans side by side.")
+@click.command(short_help="Compare plans side by side.")
 @click.argument("things", nargs=-1, required=True, metavar="PLAN|DEVICE|BUNDLE...", shell_complete=completion.compared)
-@click.option("-o", "--output", type=FILE, metavar="PAGE.html", help="Also a page.")
+@click.option("-o", "--output", type=FILE, metavar="PAGE.html", help="Also write a page.")
 @json_option
 @click.pass_obj
 def compare(workspace: Workspace, things: tuple[str, ...], output: Path | None, as_json: bool) -> None:
-    """Plans side by side: of devices of the workspace, plan files, or bundles."""
+    """Compare plans side by side: of devices of the workspace, plan files, or bundles."""
     from mess_compile.report import collect, comparison
 
     found, page = collect.compare(workspace, things, output)
@@ -33,11 +33,11 @@ def compare(workspace: Workspace, things: tuple[str, ...], output: Path | None, 
     for start in range(0, len(found), _PER_TABLE):
         part = found[start : start + _PER_TABLE]
         print_table("", ["", *(one.name for one in part)], comparison.rows(part))
-    for note in (*comparison.notes(found), *comparison.doubts(found)):
-        say(f"mind: {note}")
+    for warning in (*comparison.notes(found), *comparison.warnings(found)):
+        warn(warning)
     if page is not None:
-        say(f"{page}: {page.stat().st_size / 1e6:.1f} MB, one file, no network needed")
-    return print_next(
+        say(f"{page}: {page.stat().st_size / 1e6:.1f} MB, one file that needs no network")
+    return print_hint(
         "report" if page else f"compare {' '.join(quoted(Path(thing)) for thing in things)} -o compare.html"
     )
 

@@ -1,4 +1,4 @@
-"""`completion`: the shell's own completion, with what the workspace holds; nothing heavy is imported for it."""
+"""The command `completion`: scripts for shells, and what they offer; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 
 
 class _Bash(BashComplete):
-    """Bash parts words at colons, too, which targets and places have: the line as it is typed is parted here."""
+    """Splits the line itself, since bash splits words at colons too, which targets and destinations contain."""
 
     source_template = _BASH
 
@@ -68,7 +68,7 @@ class _Bash(BashComplete):
 
 
 class _Fish(FishComplete):
-    """What is offered may have commas: lists of precisions, and what is said of an option."""
+    """Takes items that contain commas: lists of precisions, and help of options."""
 
     source_template = FishComplete.source_template.replace('(string split "," ', '(string split -m 1 "," ')
 
@@ -102,7 +102,7 @@ def hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[s
 
 
 def splits(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Those that have a folder of the data set, or had statistics recorded."""
+    """Splits with a folder in the data set or with statistics."""
     remembered = ctx.params.get("data") or _memory(ctx, "data", None)
     data = None if remembered is None else _workspace(ctx) / str(remembered)
     there = [name for name in _SPLITS if data is None or any(data.glob(f"{name}*")) or any(data.glob(f"*/{name}*"))]
@@ -110,7 +110,7 @@ def splits(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[
 
 
 def precisions(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Of a list, what is not in it yet."""
+    """The precisions that are not in the list yet."""
     chosen = incomplete.split(",")[:-1]
     left = [name for name in PRECISIONS if name not in chosen]
     return _beginning(incomplete, (",".join((*chosen, name)) for name in left))
@@ -150,13 +150,13 @@ def _workspace(ctx: click.Context) -> Path:
 
 
 def _memory(ctx: click.Context, name: str, default: Any) -> Any:
-    with suppress(OSError, ValueError, AttributeError):  # who presses Tab wants no complaint
+    with suppress(OSError, ValueError, AttributeError):  # completion prints no errors
         return json.loads((_workspace(ctx) / "workspace.json").read_text()).get(name) or default
     return default
 
 
 def _plans_of(ctx: click.Context) -> list[Any]:
-    """Of the bundle that is named on the line; behind an option without its value click has not assigned it yet."""
+    """The plans of the bundle on the line, which click has not assigned yet behind an option without value."""
     path = Path(ctx.params.get("bundle") or next(iter(ctx.args), ""))
     try:
         if path.is_dir():
@@ -184,6 +184,6 @@ def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
 
 
 def _files(incomplete: str, names: Iterable[str]) -> list[CompletionItem]:
-    """What the workspace offers, or where that is nothing any file."""
+    """The names that fit, or any file where none does."""
     found = [CompletionItem(name) for name in _beginning(incomplete, names)]
     return found or [CompletionItem(incomplete, type="file")]

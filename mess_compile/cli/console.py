@@ -1,9 +1,10 @@
-"""How the commands speak: JSON or tables on standard output, progress and one line of what went wrong on the other."""
+"""How commands print: results and hints on standard output; progress, warnings and errors on standard error."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -30,21 +31,29 @@ _BAR = 18
 _RATE_OVER_S = 600.0
 """What the rate is an average over; an engine can take minutes."""
 _SWITCH = "MESS_COMPILE_PROGRESS"
+WIDTH = 100
+"""No line of results is wider, and none is wider than the terminal; `hint:` and `warning:` are one line each."""
+_FOLDED = 36
+"""The width of a column whose cells are folded, in a table that is too wide."""
 _BEGUN = f"{__name__}.begun"
-"""What a context remembers of when its command began."""
+"""Key of a context's meta: when the command began."""
+_WARNED = f"{__name__}.warned"
+"""Key of a context's meta: the warnings that the command has printed."""
+_RENAMED = {"ships": ("ship", "--list")}
+"""Former commands, and what they are called now."""
 _bars: list[Any] = []
-"""Those on the terminal now."""
+"""The progress bars on the terminal, the one that is drawn last."""
 _contents: list[dict[str, Any]] = []
-"""What the command that runs with `--json` has to say so far."""
+"""The content so far of each command that runs with `--json`."""
 _NOT_BEGUN = "nothing was begun"
-_ELSEWHERE = "work in a folder that can be written (-C DIR)"
+_WRITABLE = "choose a workspace that can be written (-C DIR)"
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
     errno.EFBIG: "a file would exceed the size allowed here (ulimit -f): raise that and run the same command again",
-    errno.EROFS: f"the file system is read-only: {_ELSEWHERE}",
-    errno.EACCES: f"permission denied: {_ELSEWHERE}",
-    errno.EPERM: f"permission denied: {_ELSEWHERE}",
+    errno.EROFS: f"the file system is read-only: {_WRITABLE}",
+    errno.EACCES: f"permission denied: {_WRITABLE}",
+    errno.EPERM: f"permission denied: {_WRITABLE}",
 }
 
 if TYPE_CHECKING:
@@ -52,9 +61,10 @@ if TYPE_CHECKING:
 
 
 class Group(click.Group):
-    """Unknown commands get the nearest known name; what goes wrong is one line and exit code 1.
+    """The group of all commands: proposes the nearest name for an unknown one, and ends every failure with one line
+    and exit code 1.
 
-    `stopped` says what Ctrl-C leaves behind, and how to go on: of which command, in which workspace, begun when.
+    `stopped` returns what Ctrl-C leaves behind and how to continue, given the command, its workspace and its start.
     """
 
     def __init__(self, *arguments: Any, stopped: Callable[[str, Path | None, float], str], **named: Any) -> None:
@@ -62,6 +72,9 @@ class Group(click.Group):
         self.stopped = stopped
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] in _RENAMED:
+            warn(f"`{args[0]}` is now `{' '.join(_RENAMED[args[0]])}`; the old name goes away in the next release")
+            args = [*_RENAMED[args[0]], *args[1:]]
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -72,7 +85,7 @@ class Group(click.Group):
             raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx) from error
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **named: Any) -> Any:
-        """With `--json` standard output gets one object: what the command found, an `error`, or both."""
+        """With `--json` standard output gets one object: the command's result, an `error`, or both."""
         terminal.show_all()
         words = list(sys.argv[1:] if args is None else args)
         if not _asks_for_json(words):
@@ -99,7 +112,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
-            raise _broken_between_words(error) from error
+            raise _readable(error) from error
         except MessError as error:
             fail(str(error))
         except KeyboardInterrupt:
@@ -115,23 +128,33 @@ class Group(click.Group):
 
 
 def fail(message: str) -> NoReturn:
-    """One line on standard error, the same as `error` in the JSON where that was asked for, and exit code 1."""
-    words = " ".join(message.split())
-    say(f"error: {words}", err=True)
-    _add_error(words)
+    """Print one line `error: ...` on standard error, put it into the JSON as `error`, and exit with code 1."""
+    line = " ".join(message.split())
+    say(f"error: {line}", err=True)
+    _add_error(line)
     sys.exit(1)
 
 
+def warn(message: str) -> None:
+    """Print one line `warning: ...` on standard error, unless this command has printed the same one before."""
+    line = f"warning: {' '.join(message.split())}"
+    context = click.get_current_context(silent=True)
+    warned = set() if context is None else context.meta.setdefault(_WARNED, set())
+    if line not in warned:
+        warned.add(line)
+        _print(line, err=True)
+
+
 def _asks_for_json(words: Sequence[str]) -> bool:
-    """Whether a command line does, right or wrong as it may be; help is for people."""
+    """Whether a command line has `--json`, valid or not, and does not ask for help."""
     options = words[: words.index("--")] if "--" in words else words
     return "--json" in options and not {"-h", "--help", "--version"}.intersection(options)
 
 
 @contextmanager
 def _one_object(for_good: bool) -> Iterator[None]:
-    """Standard output for one JSON object alone, written in the end: all else that is printed, by libraries in C too,
-    goes to standard error; `for_good`: what they print as the process ends, as well."""
+    """Reserve standard output for one JSON object, written at the end: whatever else is printed, also by libraries in
+    C, goes to standard error. `for_good` extends that to what they print while the process ends."""
     with _others_to_stderr(for_good) as stream:
         _contents.append({})
         try:
@@ -155,19 +178,19 @@ def _write_object(stream: TextIO, content: dict[str, Any]) -> None:
 
 @contextmanager
 def _others_to_stderr(for_good: bool) -> Iterator[TextIO]:
-    """Give the stream that standard output was."""
+    """Yield the stream that standard output was."""
     ours = sys.stdout
-    if ours is None:  # it was closed before the program began
+    if ours is None:  # closed before the program began
         with open(os.devnull, "w", encoding="utf-8") as nothing:
             yield nothing
         return
-    if not _is_standard_output(ours):  # somebody caught it already, in Python
+    if not _is_standard_output(ours):  # redirected in Python
         with redirect_stdout(sys.stderr):
             yield ours
         return
     ours.flush()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as stream:
-        _let_first_be_second()
+        _point_stdout_to_stderr()
         try:
             yield stream
         finally:
@@ -184,8 +207,8 @@ def _is_standard_output(stream: TextIO) -> bool:
         return False
 
 
-def _let_first_be_second() -> None:
-    """What is written to standard output goes to standard error; where that is closed, nowhere."""
+def _point_stdout_to_stderr() -> None:
+    """Point file descriptor 1 to standard error, or to nothing where that is closed."""
     try:
         os.dup2(2, 1)
     except OSError:
@@ -198,20 +221,20 @@ def _add_error(words: str) -> None:
         _contents[-1]["error"] = words
 
 
-def _broken_between_words(error: click.UsageError) -> click.UsageError:
-    """What click says of wrong usage, as it stands on a terminal."""
+def _readable(error: click.UsageError) -> click.UsageError:
+    """A usage error of click, wrapped for the terminal, with a remedy for decimal commas."""
     message = error.format_message()
     comma = re.search(r"'([-+]?\d+),(\d+)' is not a valid (?:float|integer)", message)
     if comma is not None:
         message = f"{message.rstrip('.')}: numbers have a decimal point, {comma[1]}.{comma[2]}"
     if sys.stderr.isatty():
-        message = _wrapped(f"Error: {message}", _columns()).removeprefix("Error: ")
+        message = _wrapped(f"Error: {message}", _columns(sys.stderr)).removeprefix("Error: ")
     return click.UsageError(message, error.ctx)
 
 
 def _stop(words: str) -> NoReturn:
     if sys.stderr.isatty():
-        click.echo(err=True)  # it stands at ^C
+        click.echo(err=True)  # the cursor is behind ^C
     say(f"stopped: {words}", err=True)
     _add_error(f"stopped: {words}")
     sys.exit(1)
@@ -230,15 +253,28 @@ def print_json(content: dict[str, Any]) -> None:
         click.echo(json.dumps(content, default=str))
 
 
-def print_next(*commands: str) -> None:
-    """Say what to do next, in the same workspace."""
+def print_hint(*commands: str) -> None:
+    """Print the commands to run next in the same workspace; they are never wrapped, so that they can be copied."""
     folder = click.get_current_context().find_root().params["folder"]
     place = "" if folder == Path() else f"-C {quoted(folder)} "
-    click.echo("next: " + "\n      ".join(f"mess-compile {place}{command}" for command in commands))
+    _print("hint: " + "\n      ".join(f"mess-compile {place}{command}" for command in commands))
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder, and remove it again where nothing was put into it."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it is in use
+            for path in missing:
+                path.rmdir()
 
 
 def quoted(path: Path) -> str:
-    """The path as a shell takes it."""
+    """The path, quoted for a shell."""
     return shlex.quote(str(path))
 
 
@@ -311,23 +347,39 @@ def _progress_lines() -> ProgressLines:
 
 
 def say(text: str, err: bool = False) -> None:
-    """A line for people: on a terminal between words, below a hanging indent, and above a progress bar."""
+    """Print lines for people, wrapped between words with a hanging indent, above a progress bar.
+
+    Lines on standard error are wrapped on a terminal only: a log keeps each in one line.
+    """
     stream = sys.stderr if err else sys.stdout
-    if not stream.isatty():
-        return click.echo(text, err=err)
-    text = "\n".join(_wrapped(line, _columns()) for line in text.split("\n"))
-    if not _bars:
-        return click.echo(text, err=err)
-    _bars[-1].console.print(text, markup=False, highlight=False, soft_wrap=True)
-    return None
+    if not err or _is_terminal(stream):
+        text = "\n".join(_wrapped(line, _columns(stream)) for line in text.split("\n"))
+    _print(text, err)
 
 
-def _columns() -> int:
-    return shutil.get_terminal_size().columns
+def _print(text: str, err: bool = False) -> None:
+    """Print lines as they are; on a terminal that shows a progress bar, above it."""
+    stream = sys.stderr if err else sys.stdout
+    if _bars and _is_terminal(stream):
+        _bars[-1].console.print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        click.echo(text, err=err)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty()
+
+
+def _columns(stream: TextIO) -> int:
+    """The width of a terminal, at most WIDTH; elsewhere WIDTH, or what the variable COLUMNS says."""
+    columns = shutil.get_terminal_size((WIDTH, 24)).columns
+    return min(columns, WIDTH) if _is_terminal(stream) else columns if os.environ.get("COLUMNS") else WIDTH
 
 
 def _wrapped(line: str, columns: int) -> str:
-    """Continued below what follows the first word, where that is set apart."""
+    """The line, continued below its second column where its first is set apart by two spaces or more."""
+    if len(line) <= columns:
+        return line
     first = re.match(r"\S+\s{2,}", line)
     indent = " " * (len(first[0]) if first else 2)
     lines = textwrap.wrap(
@@ -337,22 +389,39 @@ def _wrapped(line: str, columns: int) -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A plain table, left column left, the others right.
+    """Print a plain table: the first column flush left, the others flush right.
 
-    On a terminal that is too narrow, further columns follow below, beside the left one again.
+    Columns that do not fit beside the first follow below, with the first one again.
     """
     lines = [header, *rows]
     widths = [max(len(row[i]) for row in lines) for i in range(len(header))]
+    width = _columns(sys.stdout)
+    if sum(widths) + 2 * len(widths) > width:
+        widths = [min(each, _FOLDED) for each in widths]
     if title:
         say(title)
-    for columns in _blocks(widths, _columns() if sys.stdout.isatty() else sys.maxsize):
-        for row in lines:
-            cells = [row[0].ljust(widths[0])] + [row[i].rjust(widths[i]) for i in columns]
-            click.echo("  ".join(cells).rstrip())
+    for columns in _blocks(widths, width):
+        chosen = (0, *columns)
+        _print(_table([[row[i] for i in chosen] for row in lines], [widths[i] for i in chosen], width))
+
+
+def _table(lines: Sequence[Sequence[str]], widths: Sequence[int], width: int) -> str:
+    """A table without lines; cells wider than their column are folded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for number in range(len(lines[0])):
+        table.add_column(justify="right" if number else "left", overflow="fold", max_width=widths[number])
+    for line in lines:
+        table.add_row(*line)
+    text = io.StringIO()
+    Console(file=text, width=width, markup=False, emoji=False, highlight=False, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _blocks(widths: Sequence[int], most: int) -> list[list[int]]:
-    """The columns after the first, parted so that each part fits beside the first."""
+    """The columns after the first, grouped so that each group fits beside the first."""
     blocks: list[list[int]] = [[]]
     for column in range(1, len(widths)):
         if blocks[-1] and widths[0] + sum(2 + widths[i] for i in (*blocks[-1], column)) > most:

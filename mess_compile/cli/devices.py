@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mess_compile.cli.console import print_json, print_next, print_table, say
+from mess_compile.cli.console import print_hint, print_json, print_table, say
 from mess_compile.cli.options import json_option
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
 
-@click.command(short_help="Known targets, and which of them this machine is.")
+@click.command(short_help="List known devices, and which this machine is.")
 @json_option
 @click.pass_obj
 def devices(workspace: Workspace, as_json: bool) -> None:
-    """Known targets, ours and the workspace's own, and which of them this machine is."""
+    """List the devices that mess-compile or the workspace has a profile of, and which of them this machine is."""
     from mess_compile import steps, targets
     from mess_compile.runtime.machine import machine as machines
 
@@ -31,4 +31,4 @@ def devices(workspace: Workspace, as_json: bool) -> None:
     header = ["device", "here", "library", "precisions", "capability", "peak TFLOP/s, TOP/s", "GB/s", "description"]
     print_table("", header, [[name, mark, *rest] for mark, name, *rest in rows])
     say(f"this machine: {machines.describe(machine)}")
-    return print_next(f"profile --device {here[0].name if here else 'host'}")
+    return print_hint(f"profile --device {here[0].name if here else 'host'}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mess_compile.cli.console import print_json, print_next, progress_bar, say
+from mess_compile.cli.console import print_hint, print_json, progress_bar, say
 from mess_compile.cli.options import json_option
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_obj
 def doctor(workspace: Workspace, as_json: bool) -> None:
-    """What this machine can train, build and run."""
+    """List what this machine can train, build and run."""
     from mess_compile.doctor import examine
 
     with progress_bar(as_json) as progress:
@@ -28,4 +28,4 @@ def doctor(workspace: Workspace, as_json: bool) -> None:
         return print_json({"findings": [asdict(finding) for finding in findings]})
     for finding in findings:
         say(f"{'yes' if finding.possible else 'no '}  {finding.what}: {finding.detail}")
-    return print_next("demo")
+    return print_hint("profile --device host" if (workspace.graphs / "index.json").is_file() else "demo")

@@ -7,38 +7,47 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mess_compile.cli.console import print_json, print_next, reporting, say
-from mess_compile.cli.options import FILE, json_option
+from mess_compile.cli.console import print_hint, print_json, reporting, say
+from mess_compile.cli.options import FILE, Command, json_option, verbose_option
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
 
-@click.command(short_help="Cut a candidate network into checked graphs.")
+@click.command(
+    cls=Command, formerly={"--plain": "--no-edge-aware"}, short_help="Cut a candidate network into checked graphs."
+)
 @click.argument("source", type=click.Path(path_type=Path), required=False)
-@click.option("--exits", type=FILE, help="TOML that names another framework's tensors; with MODEL.onnx.")
+@click.option("--exits", type=FILE, help="TOML file that names the exits of an ONNX model from another framework.")
 @click.option("--confidence", type=click.Choice(["top1", "margin", "entropy"]), default="top1", show_default=True)
-@click.option("--plain", is_flag=True, help="Leave the edge-aware step (Eq. 2-3) of the gate out.")
+@click.option("--no-edge-aware", is_flag=True, help="Gate without the edge-aware step (Eq. 2-3).")
+@verbose_option
 @json_option
 @click.pass_obj
 def export(
-    workspace: Workspace, source: Path | None, exits: Path | None, confidence: str, plain: bool, as_json: bool
+    workspace: Workspace,
+    source: Path | None,
+    exits: Path | None,
+    confidence: str,
+    no_edge_aware: bool,
+    verbose: bool,
+    as_json: bool,
 ) -> None:
-    """Cut a candidate network (or a multi-exit ONNX) into checked graphs."""
+    """Cut a candidate network, or a multi-exit ONNX model, into graphs that are checked against it."""
     from mess_compile import steps
     from mess_compile.network import Gate
     from mess_compile.report import inspection
 
     with reporting(as_json) as reporter:
-        graph_set = steps.export(workspace, source, Gate(confidence, not plain), exits, reporter)
+        graph_set = steps.export(workspace, source, Gate(confidence, not no_edge_aware), exits, reporter)
     candidate = graph_set.candidate
     if as_json:
         return print_json(inspection.inspect_graphs(graph_set).content)
-    weights = sum(path.stat().st_size for path in (workspace.graphs / "weights").glob("*"))
-    say(
-        f"{len(graph_set.graphs)} graphs in {workspace.graphs}: {len(candidate.segments())} segments, "
-        f"{len(candidate.heads)} heads; weights {weights / 2**20:.1f} MiB; all agree with the whole network"
-    )
+    say(f"{len(graph_set.graphs)} graphs in {workspace.graphs}, all equal to the whole network on test images")
+    if verbose:
+        weights = sum(path.stat().st_size for path in (workspace.graphs / "weights").glob("*"))
+        segments, heads = len(candidate.segments()), len(candidate.heads)
+        say(f"{segments} segments, {heads} heads, {weights / 2**20:.1f} MiB of weights")
     if graph_set.baseline_alone is not None:
-        say(f"{' and '.join(graph_set.baselines)}: plans are held against the better one in mIoU")
-    return print_next("profile --device host")
+        say(f"{' and '.join(graph_set.baselines)}: plans are compared with the one of higher mIoU")
+    return print_hint("profile --device host")

@@ -1,4 +1,4 @@
-"""What to do next, as commands that work as they stand: with the workspace's own images, data and hosts."""
+"""The commands to run next, complete with the workspace's images, data and hosts, so that they can be copied."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mess_compile.cli.console import print_next, quoted
+from mess_compile.cli.console import print_hint, quoted
 from mess_compile.runtime.base.errors import MessError
 
 if TYPE_CHECKING:
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
 _REPORTED, _TUNED = "test", "val"
-"""Splits: the one to report on, where there is one, and the one that plans are chosen on."""
+"""Splits: to report on, where there is one, and to choose plans on."""
 
 
 def print_known(*commands: str | None) -> None:
-    """Those commands that can be named in full, if any."""
+    """Print those commands that are known in full, if any."""
     known = [command for command in commands if command is not None]
     if known:
-        print_next(*known)
+        print_hint(*known)
 
 
 def workspace_here() -> Workspace:
-    """The one that the command runs in."""
+    """The workspace of the command that runs."""
     found: Workspace = click.get_current_context().find_root().obj
     return found
 
@@ -37,7 +37,7 @@ def workspace_here() -> Workspace:
 def data_root() -> Path:
     """The folder of the workspace's data. Raises InputError where none is known."""
     root = workspace_here().data_folder(None).root
-    assert root is not None, "data_folder leaves nothing open"
+    assert root is not None, "data_folder returns a folder"
     return root
 
 
@@ -48,7 +48,7 @@ def run_on_an_image(bundle: Path, options: str = "") -> str | None:
 
 
 def bench_on_data(bundle: Path) -> str | None:
-    """Bench a bundle on the workspace's data, on the split that nothing was tuned on where there is one."""
+    """Bench a bundle on the workspace's data, on a split that nothing was tuned on where there is one."""
     splits = _splits()
     if not splits:
         return None
@@ -56,20 +56,20 @@ def bench_on_data(bundle: Path) -> str | None:
 
 
 def ship_to_host(bundle: Path, device: str) -> str | None:
-    """Ship a bundle to where its device was reached before, into a folder of its name as far as `ship` takes it."""
+    """Ship a bundle to its device's host, into a folder called like it; None where no host is known."""
     host = workspace_here().memory().hosts.get(device)
     folder = re.sub("[^A-Za-z0-9_.+-]", "-", bundle.stem).lstrip(".-") or "bundle"
     return None if host is None else f"ship {quoted(bundle)} {host}:~/{folder}"
 
 
 def after_a_bundle(bundle: Path, plans: Sequence[BundlePlan]) -> None:
-    """Try it here where this machine can run it, else on its device, else look into it."""
+    """Run it here where this machine can, else ship it, else verify or inspect it."""
     here = any(runs_here(plan.target, plan.library) for plan in plans)
     commands = [run_on_an_image(bundle), bench_on_data(bundle)] if here else []
     commands += [ship_to_host(bundle, plan.target) for plan in plans[:1]]
     if any(command is not None for command in commands):
         return print_known(*commands)
-    return print_next(f"verify {quoted(bundle)}" if here else f"inspect {quoted(bundle)}")
+    return print_hint(f"verify {quoted(bundle)}" if here else f"inspect {quoted(bundle)}")
 
 
 def search_for(device: str, max_err: str = "1%") -> str:
@@ -78,12 +78,12 @@ def search_for(device: str, max_err: str = "1%") -> str:
 
 
 def for_device(command: str, device: str) -> str:
-    """A command for a device, which is named where it is not the default."""
+    """A command for a device, with --device unless it is the default."""
     return command if workspace_here().memory().device == device else f"{command} --device {device}"
 
 
 def runs_here(target: str, library: str) -> bool:
-    """Whether this machine is likely to run a plan: ONNX Runtime does anywhere, an engine on its device."""
+    """Whether this machine probably runs a plan: ONNX Runtime runs anywhere, an engine on its device."""
     from mess_compile.runtime.machine.machine import this_machine
     from mess_compile.targets import find_target, targets_here
 
@@ -95,7 +95,7 @@ def runs_here(target: str, library: str) -> bool:
 
 
 def _splits() -> tuple[str, ...]:
-    """Which of the two splits the workspace's data have."""
+    """Those of the two splits that the workspace's data have."""
     from mess_compile.data.dataset import open_dataset
 
     workspace, found = workspace_here(), []

@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
 
-@click.command(short_help="What is in a backbone, bundle, plan or artefact.")
+@click.command(short_help="Describe a backbone, bundle, plan or artefact.")
 @click.argument("thing", shell_complete=completion.inspected)
 @click.option(
     "--classes", type=click.IntRange(2, 255), default=21, show_default=True, help="Classes, when THING is a backbone."
 )
 @click.option("--input", "input_hw", default="512x512", show_default=True, help="Input size, when THING is a backbone.")
 @click.option("--exits", default=6, show_default=True, help="Exit points, when THING is a backbone.")
-@click.option("--all", "whole_front", is_flag=True, help="Every plan of the front, when THING is a plan.")
+@click.option("--all", "whole_front", is_flag=True, help="All trade-offs, when THING is a plan.")
 @json_option
 @click.pass_obj
 def inspect(
     workspace: Workspace, thing: str, classes: int, input_hw: str, exits: int, whole_front: bool, as_json: bool
 ) -> None:
-    """What is in a backbone (resnet50, mobilenetv2), bundle, plan (its file or device), or the workspace's graphs,
+    """Describe a backbone (resnet50, mobilenetv2), a bundle, a plan (its file or device), or the workspace's graphs,
     statistics, latency or plan."""
     from mess_compile.report import inspection
 

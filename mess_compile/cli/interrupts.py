@@ -1,4 +1,4 @@
-"""What Ctrl-C leaves behind, command by command, and how to go on."""
+"""What Ctrl-C leaves behind, for each command, and how to continue."""
 
 from __future__ import annotations
 
@@ -6,48 +6,47 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-_UNTOUCHED = "nothing was changed; the same command starts over"
-KEPT = {
-    "demo": "steps that were finished are kept; the same command goes on after the last of them",
-    "train": "finished epochs are kept; the same command goes on after the last of them",
-    "export": "the graphs are as they were; the same command starts over",
-    "evaluate": "what is recorded is kept, in blocks of 32 images; the same command goes on from there",
-    "build": "engines that are built are kept; the same command builds the others",
-    "profile": "what was measured is kept; the same command goes on from there",
-    "search": "a plan is written whole or not at all, and `inspect plan` shows it; the same command searches again",
-    "bundle": "a bundle is written whole or not at all; the same command writes it",
-    "run": "pictures that were written are whole; the same command makes all of them again",
-    "bench": "nothing of it is kept; the same command measures again",
-    "verify": _UNTOUCHED,
-    "ship": "what is in use there stays so until a new version has verified, and `ships` tells which it is; "
-    "the same command sends only what is missing",
-    "ships": _UNTOUCHED,
-    "report": "a page is written whole or not at all; the same command writes it",
-    "compare": "a page is written whole or not at all; the same command writes it",
-    "devices": _UNTOUCHED,
-    "doctor": _UNTOUCHED,
-    "inspect": _UNTOUCHED,
-    "completion": _UNTOUCHED,
+_UNCHANGED = "nothing was changed; the same command starts over"
+AFTER = {
+    "demo": "finished steps are kept; the same command continues after them",
+    "train": "finished epochs are kept; the same command continues after them",
+    "export": "the graphs are unchanged; the same command starts over",
+    "evaluate": "recorded images are kept, in blocks of 32; the same command continues from there",
+    "build": "finished engines are kept; the same command builds the others",
+    "profile": "finished measurements are kept; the same command continues from there",
+    "search": "the plan is written whole or not at all (see `inspect plan`); the same command searches again",
+    "bundle": "the bundle is written whole or not at all; the same command writes it",
+    "run": "the pictures written so far are whole; the same command writes all of them again",
+    "bench": "nothing is kept; the same command measures again",
+    "verify": _UNCHANGED,
+    "ship": "the version in use stays in use until a new one is verified (see `ship --list`); the same command sends "
+    "only what is missing",
+    "report": "the page is written whole or not at all; the same command writes it",
+    "compare": "the page is written whole or not at all; the same command writes it",
+    "devices": _UNCHANGED,
+    "doctor": _UNCHANGED,
+    "inspect": _UNCHANGED,
+    "completion": _UNCHANGED,
 }
 GRADUAL = frozenset({"train", "evaluate", "build", "profile"})
-"""Commands that keep in the workspace what they have finished."""
-NOTHING = "nothing was finished yet, so nothing is kept; the same command starts over"
+"""Commands that keep finished work in the workspace."""
+NOTHING = "nothing was finished yet; the same command starts over"
 
 
-def words_of(command: str, folder: Path | None, begun: float) -> str:
-    """What to say when `command` was stopped, which began to work in `folder` at that time (seconds of the clock)."""
-    if command in GRADUAL and folder is not None and not _left_anything(folder, begun):
+def message_of(command: str, folder: Path | None, begun: float) -> str:
+    """The message for a `command` that was stopped, which had begun in `folder` at that time (seconds of the clock)."""
+    if command in GRADUAL and folder is not None and not _has_newer(folder, begun):
         return NOTHING
-    return KEPT.get(command, "nothing was begun")
+    return AFTER.get(command, "nothing was begun")
 
 
-def _left_anything(folder: Path, since: float) -> bool:
-    """Whether a file in the workspace is newer; hidden ones are locks, and files that are being written."""
+def _has_newer(folder: Path, since: float) -> bool:
+    """Whether a file in the workspace is newer, apart from hidden ones: locks and files being written."""
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(place, name)
-            with suppress(OSError):  # it may be gone by now
+            with suppress(OSError):  # removed meanwhile
                 if not name.startswith(".") and path.lstat().st_mtime >= since and not path.is_symlink():
                     return True
     return False

@@ -1,18 +1,17 @@
-"""What several commands share: options, sizes, and how findings are printed."""
+"""What several commands share: options, the values they become, and how results are printed."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mess_compile.cli.completion import precisions, targets
-from mess_compile.cli.console import print_json, print_table, say
+from mess_compile.cli.console import print_json, print_table, say, warn
 from mess_compile.cli.progress import duration
 from mess_compile.data_folder import DataFolder
 from mess_compile.runtime.base.errors import InputError
@@ -27,7 +26,7 @@ BUNDLE = click.Path(path_type=Path)
 PYTHON = click.option(
     "--python",
     metavar="PATH",
-    help="What starts Python there: a path, ~/ being the home folder there; python3 by default. Remembered.",
+    help="The device's Python: a path there, ~/ being the home folder there; python3 by default. Remembered.",
 )
 TARGET = click.option(
     "--target",
@@ -47,7 +46,7 @@ PRECISIONS = click.option(
 
 
 def data_options(help: str, required: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """`--data`, and how it is read; the command gets one `data`: a DataFolder, or None where nothing is said."""
+    """`--data` and how it is read; the command gets one `data`: a DataFolder, or None where none of them is given."""
     options = (
         click.option("--data", type=FOLDER, required=required, help=help),
         click.option("--images", metavar="NAME", help="The folders of images in --data, if not `images`. Remembered."),
@@ -81,47 +80,86 @@ def data_options(help: str, required: bool = False) -> Callable[[Callable[..., A
 JUDGED = data_options("Images that fp16 and int8 are judged on; the workspace's by default.")
 
 
+class Command(click.Command):
+    """A command that takes former names of its options, with a warning, for one release."""
+
+    def __init__(self, *arguments: Any, formerly: dict[str, str] | None = None, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.formerly = formerly or {}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, [*map(self._renamed, args[:end]), *args[end:]])
+
+    def _renamed(self, argument: str) -> str:
+        name, separator, value = argument.partition("=")
+        if name not in self.formerly:
+            return argument
+        warn(f"{name} is now {self.formerly[name]}; the old name goes away in the next release")
+        return f"{self.formerly[name]}{separator}{value}"
+
+
+def gathered(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Hand a command those of its options that are fields of the dataclass `kind` as one value, `arguments`."""
+    names = [field.name for field in fields(kind)]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def combined(*positional: Any, **given: Any) -> Any:
+            value = kind(**{name: given.pop(name) for name in names})
+            return command(*positional, arguments=value, **given)
+
+        return combined
+
+    return decorate
+
+
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
 
 
+def verbose_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("-v", "--verbose", is_flag=True, help="Print details too.")(command)
+
+
 def dry_run_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--dry-run", is_flag=True, help="Only say what would be done, and how long it should take.")(
+    return click.option("--dry-run", is_flag=True, help="Print what would be done and how long it should take.")(
         command
     )
 
 
 def print_plan(steps: Sequence[PlannedStep], as_json: bool) -> None:
-    """What would be done, and that nothing was."""
+    """Print what a command would do and write."""
     if as_json:
         return print_json({"dry_run": [step.content() for step in steps]})
     for each in steps:
         say(f"would {each.what}")
         for place in each.writes:
             say(f"would write {place}")
-        say(_time_planned(each))
+        say(_planned_time(each))
         for note in each.notes:
-            say(f"mind: {note}")
+            warn(note)
     return say("nothing was written")
 
 
-def _time_planned(step: PlannedStep) -> str:
+def _planned_time(step: PlannedStep) -> str:
     if step.least_s is None:
-        return f"how long it takes is not known: {step.basis}"
+        return f"duration unknown: {step.basis}"
     least = duration(step.least_s) if step.least_s >= 10 else f"{step.least_s:.2g} s"
     if step.most_s is None:
         return f"it should take {least} or more, ESTIMATED (by {step.basis})"
-    most = duration(step.most_s)
-    return (
-        f"it should take {least if step.least_s == step.most_s else f'{least} to {most}'}, ESTIMATED (by {step.basis})"
-    )
+    times = least if step.least_s == step.most_s else f"{least} to {duration(step.most_s)}"
+    return f"it should take {times}, ESTIMATED (by {step.basis})"
 
 
 def print_inspection(found: Any) -> None:
+    """Print the tables and notes of an Inspection."""
     for table in found.tables:
         print_table(table.title, table.header, table.rows)
     for note in found.notes:
-        say(note if sys.stdout.isatty() else fill(note, 100, break_long_words=False, break_on_hyphens=False))
+        say(note)
+    for warning in found.warnings:
+        warn(warning)
 
 
 def size(text: str) -> tuple[int, int]:
@@ -139,10 +177,6 @@ def rates(rates: Any) -> str:
     return " ".join(f"{rate:.0%}" for rate in rates)
 
 
-def picked(options: dict[str, Any], names: str) -> dict[str, Any]:
-    return {name: options[name] for name in names.split()}
-
-
-def print_doubts(doubts: Iterable[str]) -> None:
-    for doubt in doubts:
-        say(f"mind: {doubt}")
+def picked(arguments: object, names: str) -> dict[str, Any]:
+    """Some fields of the arguments of a command, by name."""
+    return {name: getattr(arguments, name) for name in names.split()}

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mess_compile.cli import completion, hints
-from mess_compile.cli.console import print_json, print_next, reporting, say
-from mess_compile.cli.options import JUDGED, PRECISIONS, PYTHON, dry_run_option, json_option, print_plan
+from mess_compile.cli.console import print_hint, print_json, reporting, say, warn
+from mess_compile.cli.options import (
+    JUDGED,
+    PRECISIONS,
+    PYTHON,
+    Command,
+    dry_run_option,
+    gathered,
+    json_option,
+    print_plan,
+    verbose_option,
+)
 from mess_compile.cli.search import subset_of
 from mess_compile.data_folder import DataFolder
 from mess_compile.runtime.base.errors import InputError
@@ -18,7 +29,28 @@ if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
 
-@click.command(short_help="Measure the graphs on the device.")
+_FAILURES = 3
+"""Graphs that failed, of which the output says why without --verbose."""
+
+
+@dataclass(frozen=True)
+class ProfileArguments:
+    """What `profile` measures and how, and what it prints."""
+
+    hosts: tuple[str, ...]
+    python: str | None
+    everything: bool
+    requirements: tuple[str, ...]
+    budget: str | None
+    seconds: float | None
+    lock_clocks: bool
+    estimate: bool
+    dry_run: bool
+    verbose: bool
+    as_json: bool
+
+
+@click.command(cls=Command, formerly={"--for": "--requirement"}, short_help="Measure the graphs on the device.")
 @click.option(
     "--device", shell_complete=completion.devices, help="A known device (see `mess-compile devices`); remembered."
 )
@@ -27,127 +59,131 @@ if TYPE_CHECKING:
     "hosts",
     shell_complete=completion.hosts,
     multiple=True,
-    help="Where the device is: ssh://user@host[:port], or a name of ~/.ssh/config; remembered. Of several devices of "
-    "one kind that share the work the first is the one that plans are for.",
+    help="Where the device is: ssh://user@host[:port], or a name of ~/.ssh/config; remembered. Repeat it for devices "
+    "of one kind that share the work; plans are for the first.",
 )
 @PYTHON
-@click.option("--all", "everything", is_flag=True, help="Every graph; over SSH not only what could change the answer.")
+@click.option("--all", "everything", is_flag=True, help="Measure every graph, over SSH too.")
 @click.option(
-    "--for",
-    "wishes",
+    "--requirement",
+    "requirements",
     multiple=True,
-    help='Only what could change the answer to this, such as "--max-err 1%", the default over SSH.',
+    help='Measure only what could change the plan for this, such as "--max-err 1%", the default over SSH.',
 )
-@click.option("--budget", help="The time that it may take, such as 30min; what is left then is estimated.")
-@click.option("--seconds", type=float, help="The time that a graph which never is steady may take; 5 by default.")
+@click.option("--budget", help="Stop measuring after this time, such as 30min, and estimate the rest.")
+@click.option("--seconds", type=float, help="Longest time for a graph that does not settle; 5 by default.")
 @click.option(
-    "--lock-clocks", is_flag=True, help="Hold the clocks while measuring; they are put back whatever happens."
+    "--lock-clocks", is_flag=True, help="Lock the clocks while measuring; restored on exit and after a crash."
 )
-@click.option("--estimate", is_flag=True, help="Without the device: what was not measured is estimated, and marked.")
+@click.option("--estimate", is_flag=True, help="Do without the device: estimate what was not measured, and mark it.")
 @PRECISIONS
 @JUDGED
 @dry_run_option
+@verbose_option
 @json_option
 @click.pass_obj
+@gathered(ProfileArguments)
 def profile(
-    workspace: Workspace,
-    device: str | None,
-    hosts: tuple[str, ...],
-    python: str | None,
-    everything: bool,
-    wishes: tuple[str, ...],
-    budget: str | None,
-    seconds: float | None,
-    lock_clocks: bool,
-    estimate: bool,
-    precision: str,
-    data: DataFolder | None,
-    dry_run: bool,
-    as_json: bool,
+    workspace: Workspace, device: str | None, precision: str, data: DataFolder | None, arguments: ProfileArguments
 ) -> None:
-    """Measure the graphs on the device: all of them here, over SSH what could change the answer, unless told otherwise.
+    """Measure the graphs on the device: all of them on this machine, over SSH those that could change the plan.
 
-    A measurement that was broken off continues with the same command.
+    The same command continues an interrupted measurement.
     """
     from mess_compile import steps
     from mess_compile.latency.checks import known_warnings
     from mess_compile.report import inspection
     from mess_compile.runtime.measure import measure as measuring
 
+    hosts, python, seconds = arguments.hosts, arguments.python, arguments.seconds
+    lock_clocks, estimate, as_json = arguments.lock_clocks, arguments.estimate, arguments.as_json
     if seconds is not None and not 0 < seconds <= 3600:
         raise InputError(f"--seconds {seconds:g} is not between 0 and 3600")
-    measured_by = {
-        "--host": hosts,
-        "--python": python,
-        "--all": everything,
-        "--for": wishes,
-        "--budget": budget,
-        "--seconds": seconds,
-    }
-    asked = [option for option, value in {**measured_by, "--lock-clocks": lock_clocks}.items() if value]
-    if estimate and asked:
-        raise click.UsageError(f"--estimate goes without the device: drop {', '.join(asked)}, or measure there.")
-    if everything and (wishes or budget):
-        raise click.UsageError("--all measures everything: drop --for and --budget.")
-    effort = None if seconds is None else replace(measuring.Effort(), max_s=seconds)
+    _refuse_contradictions(arguments)
     options = steps.ProfileOptions(
         precisions=tuple(precision.split(",")),
         data=data,
-        effort=effort,
+        effort=None if seconds is None else replace(measuring.Effort(), max_s=seconds),
         hosts=hosts,
-        subset=None if everything else subset_of(wishes, budget),
+        subset=None if arguments.everything else subset_of(arguments.requirements, arguments.budget),
         lock_clocks=lock_clocks,
         python=python,
     )
-    if dry_run and estimate:
-        raise click.UsageError("--estimate measures nothing, and takes a moment: drop --dry-run.")
-    if dry_run:
+    if arguments.dry_run:
         return print_plan(steps.plan_profile(workspace, device, options), as_json)
     with reporting(as_json) as reporter:
         if estimate:
             table = steps.estimate(workspace, device, options.precisions, data, reporter)
         else:
             table = steps.profile(workspace, device, options, reporter)
-    doubts = known_warnings(workspace, table)
+    warnings = known_warnings(workspace, table)
     if as_json:
-        return print_json(inspection.inspect_latency(table, doubts).content)
-    _print_table_made(table)
-    for doubt in doubts:
-        say(f"mind: {doubt}")
+        return print_json(inspection.inspect_latency(table, warnings).content)
+    _print_summary(table, arguments.verbose)
+    for warning in warnings:
+        warn(warning)
     if any(workspace.root.glob("statistics/*")) or workspace.memory().data is not None:
-        return print_next(hints.search_for(table.device))
-    return say("then evaluate it on labelled images: `mess-compile evaluate --data DIR`, with their folder for DIR")
+        return print_hint(hints.search_for(table.device))
+    return say("No labelled images are known yet: run `mess-compile evaluate --data DIR`, with their folder for DIR.")
 
 
-def _print_table_made(table: Any) -> None:
-    told = table.environment
+def _refuse_contradictions(arguments: ProfileArguments) -> None:
+    measured_by = {
+        "--host": arguments.hosts,
+        "--python": arguments.python,
+        "--all": arguments.everything,
+        "--requirement": arguments.requirements,
+        "--budget": arguments.budget,
+        "--seconds": arguments.seconds,
+        "--lock-clocks": arguments.lock_clocks,
+    }
+    given = [name for name, value in measured_by.items() if value]
+    if arguments.estimate and given:
+        raise click.UsageError(f"--estimate does without the device: drop {', '.join(given)}, or measure there.")
+    if arguments.estimate and arguments.dry_run:
+        raise click.UsageError("--estimate measures nothing and takes a moment: drop --dry-run.")
+    if arguments.everything and (arguments.requirements or arguments.budget):
+        raise click.UsageError("--all measures everything: drop --requirement and --budget.")
+
+
+def _print_summary(table: Any, verbose: bool) -> None:
     estimated = [entry for entry in table.entries.values() if entry.source == "estimated"]
+    measured = len(table.entries) - len(estimated)
+    if measured:
+        baselines = [entry for (graph, _), entry in table.entries.items() if graph == "baseline"]
+        figures = ", ".join(f"{e.mean_ms:.2f} ms in {e.precision} (p99 {e.p99_ms:.2f})" for e in baselines)
+        say(f"{measured} entries measured on {table.device}: baseline {figures or 'not among them'}")
     if estimated:
         widest = max(entry.error for entry in estimated)
         say(
-            f"{len(estimated)} of {len(table.entries)} entries for {table.device} ESTIMATED from "
-            f"{told.get('estimated_from', 'those that were measured')}: each may be wrong by a factor, up to "
-            f"{widest:.1f} (`inspect latency`)"
+            f"{len(estimated)} of {len(table.entries)} entries ESTIMATED for {table.device}, each off by a factor "
+            f"of up to {widest:.1f}"
         )
-    if "coverage" in told:
-        say(told["coverage"])
-    if len(estimated) == len(table.entries):
+    if "coverage" in table.environment:
+        say(table.environment["coverage"])
+    for failure in list(table.failed.values())[: None if verbose else _FAILURES]:
+        say(f"FAILED  {failure.graph} ({failure.precision}), in no plan: {failure.error}")
+    if not verbose and len(table.failed) > _FAILURES:
+        say(f"FAILED  {len(table.failed) - _FAILURES} more graphs (see `inspect latency`)")
+    for line in _details(table, bool(measured)) if verbose else ():
+        say(line)
+
+
+def _details(table: Any, measured: bool) -> Iterator[str]:
+    """How the table was made."""
+    environment = table.environment
+    if "estimated_from" in environment:
+        yield f"estimated from {environment['estimated_from']}"
+    if not measured:
         return
-    baselines = [entry for (graph, _), entry in table.entries.items() if graph == "baseline"]
-    figures = ", ".join(f"{e.mean_ms:.2f} ms in {e.precision} (p99 {e.p99_ms:.2f})" for e in baselines)
-    say(
-        f"{len(table.entries) - len(estimated)} entries measured on {table.device} ({table.library} "
-        f"{table.library_version}, {told['cpu']}, {told['cores']} cores): baseline {figures or 'not among them'}"
-    )
-    if "protocol" in told:
-        say(f"protocol: {told['protocol']}")
-    if "beside" in told:
-        say(f"beside {told['host']}, apart from this table: {told['beside']}")
-    for failure in table.failed.values():
-        say(f"FAILED  {failure.graph} ({failure.precision}), not in any plan: {failure.error}")
-    slow, times, unsteady = (float(told[name]) for name in ("slow_share", "slow_by", "unsteady"))
-    say(
-        f"{told['verdict']}: the machine was slower {slow:.0%} of the time"
-        + (f" ({times:.1f}x, measured again)" if slow else "")
-        + f", {unsteady:.0%} of the graphs did not settle"
+    yield f"{table.library} {table.library_version} on {environment['cpu']}, {environment['cores']} cores"
+    if "protocol" in environment:
+        yield f"protocol: {environment['protocol']}"
+    if "beside" in environment:
+        yield f"also measured beside {environment['host']} (separate table): {environment['beside']}"
+    slow, times, unsteady = (float(environment[name]) for name in ("slow_share", "slow_by", "unsteady"))
+    again = f" ({times:.1f}x, measured again)" if slow else ""
+    yield (
+        f"{environment['verdict']}: the machine was slower {slow:.0%} of the time{again}, {unsteady:.0%} of the graphs "
+        "did not settle"
     )

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
 
-@click.command(short_help="One self-contained HTML page of what was found.")
+@click.command(short_help="Write one self-contained HTML page of the results.")
 @click.option("--device", shell_complete=completion.devices, help="The device profiled last by default.")
 @click.option("-o", "--output", type=FILE, help="report.html in the workspace by default.")
 @json_option
 @click.pass_obj
 def report(workspace: Workspace, device: str | None, output: Path | None, as_json: bool) -> None:
-    """One self-contained HTML page of what was found: cascade, front, classes, latencies, pictures."""
+    """Write one self-contained HTML page of the results: cascade, trade-offs, classes, latencies, pictures."""
     from mess_compile.report import collect
 
     with progress_bar(as_json) as progress:
@@ -30,18 +30,16 @@ def report(workspace: Workspace, device: str | None, output: Path | None, as_jso
     content = collect.content_of(found)
     if as_json:
         return print_json({"report": str(path), "bytes": path.stat().st_size, **content})
-    say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, one file, no network needed")
-    for note in found.notes:
-        say(f"mind: {note}")
+    say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, one file that needs no network")
     missing = content["missing"]
     for reason in dict.fromkeys(missing.values()):
         parts = ", ".join(part for part, why in missing.items() if why == reason)
-        say(f"without {parts}: {reason}")
+        say(f"no {parts}: {reason}")
     return hints.print_known(*_after_report(workspace, found.device, set(missing)))
 
 
 def _after_report(workspace: Workspace, device: str, missing: set[str]) -> Sequence[str | None]:
-    """The first step that would add to the report; where nothing would, what is done with a plan that is good."""
+    """The first step that would add to the report, or with a complete one, shipping."""
     plan = quoted(workspace.plan(device))
     for part, command in (
         ("latencies", f"profile --device {device}"),

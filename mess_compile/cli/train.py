@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli.console import print_json, print_next, reporting, say
+from mess_compile.cli.console import print_hint, print_json, reporting, say
 from mess_compile.cli.options import (
     FILE,
     FOLDER,
     HW,
     data_options,
     dry_run_option,
+    gathered,
     json_option,
     picked,
     print_plan,
@@ -27,8 +30,50 @@ if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
 
+@dataclass(frozen=True)
+class TrainArguments:
+    """The options of `train` but for the data."""
+
+    backbone: str
+    input_hw: str
+    output_stride: str
+    width: float
+    exits: str
+    heads: str
+    weights: Path | None
+    source: Path | None
+    teacher: Path | None
+    baseline: bool
+    epochs: tuple[int, int]
+    batch: int
+    learning_rate: float
+    crop: str | None
+    full_size_epochs: int
+    no_augment: bool
+    order: str
+    stage1_head: str
+    exit_weight: float
+    ema: float
+    lovasz: float
+    class_power: float
+    loss_resolution: str
+    distillation: str
+    alpha: float
+    temperature: float
+    head_memory: int
+    seed: int
+    accelerator: str
+    devices: int
+    nodes: int
+    threads: int | None
+    precision: str
+    accumulate: int
+    dry_run: bool
+    as_json: bool
+
+
 def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What `train` takes beside data and workspace, grouped as in its help: network, schedule, losses, machines."""
+    """The options of `train` but for the data, in the order of its help: network, schedule, losses, machines."""
     options = (
         click.option(
             "--backbone", type=click.Choice(["mobilenetv2", "resnet50"]), default="mobilenetv2", show_default=True
@@ -44,9 +89,11 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Heads at every early exit, or exitN.NAME at one; `grid` is the paper's space.",
         ),
         click.option("--weights", type=FILE, help="torchvision ImageNet weights (.pth, .safetensors)."),
-        click.option("--from", "source", type=FOLDER, help="Start stage 2 from this candidate: --epochs 0 N."),
-        click.option("--teacher", type=FOLDER, help="Another candidate, whose final exit teaches in stage 2."),
-        click.option("--baseline", is_flag=True, help="Train the single-exit network alone, for as many epochs."),
+        click.option(
+            "--from", "source", type=FOLDER, help="Start stage 2 from this candidate network, with --epochs 0 N."
+        ),
+        click.option("--teacher", type=FOLDER, help="Candidate network whose final exit teaches in stage 2."),
+        click.option("--baseline", is_flag=True, help="Train the single-exit network alone, for the sum of --epochs."),
         click.option(
             "--epochs",
             nargs=2,
@@ -54,47 +101,73 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="STAGE1 STAGE2",
             default=(60, 20),
             show_default=True,
-            help="Of stage 1 and 2.",
+            help="Epochs of stage 1 and 2.",
         ),
-        click.option("--batch", default=8, show_default=True, help="Images of a step, over all processes."),
+        click.option("--batch", default=8, show_default=True, help="Images a step, over all processes."),
         click.option("--learning-rate", default=2e-3, show_default=True),
         click.option("--crop", help="Size of the training crops, such as 240x320; the input size by default."),
-        click.option("--full-size-epochs", default=0, show_default=True, help="Last epochs of stage 1, at input size."),
+        click.option(
+            "--full-size-epochs",
+            default=0,
+            show_default=True,
+            help="How many of the last epochs of stage 1 run at input size.",
+        ),
         click.option("--no-augment", is_flag=True, help="Whole frames at input size instead of random crops."),
         click.option(
             "--order",
             type=click.Choice(["round-robin", "joint", "final"]),
             default="round-robin",
             show_default=True,
-            help="Exits that a step of stage 1 trains.",
+            help="Which exits a step of stage 1 trains.",
         ),
-        click.option("--stage1-head", default="fcn-crm1-b0", show_default=True, help="Early heads of stage 1."),
-        click.option("--exit-weight", default=1.0, show_default=True, help="An early exit's loss beside the final's."),
-        click.option("--ema", default=0.0, show_default=True, help="Decay per step of a moving average in stage 1."),
+        click.option(
+            "--stage1-head", default="fcn-crm1-b0", show_default=True, help="The early head that stage 1 trains."
+        ),
+        click.option(
+            "--exit-weight",
+            default=1.0,
+            show_default=True,
+            help="Weight of an early exit's loss against the final one's.",
+        ),
+        click.option(
+            "--ema",
+            default=0.0,
+            show_default=True,
+            help="Decay per step of a moving average of the weights in stage 1.",
+        ),
         click.option("--lovasz", default=0.0, show_default=True, help="Weight of Lovasz-softmax beside cross-entropy."),
-        click.option("--class-power", default=0.5, show_default=True, help="0: all classes weigh alike."),
+        click.option(
+            "--class-power",
+            default=0.5,
+            show_default=True,
+            help="Exponent of the class weights; 0 weighs all classes equally.",
+        ),
         click.option(
             "--loss-resolution",
             type=click.Choice(["labels", "cells"]),
             default="labels",
             show_default=True,
-            help="Losses at the labels' resolution, or at the head's.",
+            help="Compute losses at the resolution of labels, or of the head's cells.",
         ),
         click.option("--distillation", type=click.Choice(["pfd", "kd", "none"]), default="pfd", show_default=True),
         click.option("--alpha", default=0.5, show_default=True, help="Weight of the teacher against the labels."),
         click.option("--temperature", default=1.0, show_default=True, help="Temperature of the teacher."),
-        click.option("--head-memory", default=4096, show_default=True, help="MiB for heads that train in one pass."),
+        click.option(
+            "--head-memory", default=4096, show_default=True, help="MiB for the heads that train in one pass."
+        ),
         click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
         click.option("--accelerator", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
         click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine."),
-        click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both themselves."),
+        click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both."),
         click.option(
             "--threads",
             type=click.IntRange(1),
             help="CPU threads of each process; by default OMP_NUM_THREADS, else its share of the cores.",
         ),
         click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True),
-        click.option("--accumulate", default=1, show_default=True, help="Pieces of a batch, one after the other."),
+        click.option(
+            "--accumulate", default=1, show_default=True, help="Pieces that a batch is computed in, to save memory."
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -107,48 +180,50 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @dry_run_option
 @json_option
 @click.pass_obj
-def train(workspace: Workspace, /, data: DataFolder, dry_run: bool, as_json: bool, **options: Any) -> None:
+@gathered(TrainArguments)
+def train(workspace: Workspace, data: DataFolder, arguments: TrainArguments) -> None:
     """Train a candidate network in two stages; the same command continues an interrupted training."""
     from mess_compile import extras, steps
     from mess_compile.report import inspection
     from mess_compile.reporter import Reporter
 
-    if options["baseline"] and (options["source"] or options["teacher"]):
-        raise InputError("--baseline trains a whole network for the sum of --epochs: it has no --from or --teacher")
+    as_json = arguments.as_json
+    if arguments.baseline and (arguments.source or arguments.teacher):
+        raise InputError("--baseline trains a network of its own: drop --from and --teacher")
     opened = steps.training_data(workspace, data, Reporter(note=partial(say, err=True)))
     choice = steps.NetworkChoice(
-        backbone=options["backbone"],
-        input_hw=size(options["input_hw"]),
-        exits=int(options["exits"]) if options["exits"].isdecimal() else tuple(options["exits"].split(",")),
-        heads=tuple(options["heads"].split(",")),
-        output_stride=int(options["output_stride"]),
-        width=options["width"],
+        backbone=arguments.backbone,
+        input_hw=size(arguments.input_hw),
+        exits=int(arguments.exits) if arguments.exits.isdecimal() else tuple(arguments.exits.split(",")),
+        heads=tuple(arguments.heads.split(",")),
+        output_stride=int(arguments.output_stride),
+        width=arguments.width,
     )
-    folder = workspace.baseline if options["baseline"] else workspace.candidate
+    folder = workspace.baseline if arguments.baseline else workspace.candidate
     with reporting(as_json) as reporter:  # torch, which is slow to load, is part of what it tells
-        recipe = _recipe(extras.torch_module("training.recipe"), options)
+        recipe = _recipe(extras.torch_module("training.recipe"), arguments)
         parallel = extras.torch_module("training.parallel")
-        machines = parallel.Machines(**picked(options, "accelerator devices nodes precision accumulate threads"))
-        how = steps.TrainOptions(options["weights"], machines, options["source"], options["teacher"])
-        if dry_run:
-            return print_plan(steps.plan_train(workspace, opened, choice, recipe, how, options["baseline"]), as_json)
-        train_it = steps.train_baseline if options["baseline"] else steps.train
-        candidate = train_it(workspace, opened, choice, recipe, how, reporter)
-    if candidate is None:  # one of many processes; the first one speaks
+        machines = parallel.Machines(**picked(arguments, "accelerator devices nodes precision accumulate threads"))
+        options = steps.TrainOptions(arguments.weights, machines, arguments.source, arguments.teacher)
+        if arguments.dry_run:
+            return print_plan(steps.plan_train(workspace, opened, choice, recipe, options, arguments.baseline), as_json)
+        train_it = steps.train_baseline if arguments.baseline else steps.train
+        candidate = train_it(workspace, opened, choice, recipe, options, reporter)
+    if candidate is None:  # another process than the first of several, which prints
         return None
     if as_json:
         return print_json({"folder": str(folder), **inspection.inspect_candidate(candidate).content})
-    say(f"{'baseline' if options['baseline'] else 'candidate network'} in {folder}")
-    return print_next("export")
+    say(f"{'baseline' if arguments.baseline else 'candidate network'} in {folder}")
+    return print_hint("export")
 
 
-def _recipe(recipes: Any, options: dict[str, Any]) -> Any:
-    """The recipe, of the module `recipes`, that the options of `train` describe."""
+def _recipe(recipes: Any, arguments: TrainArguments) -> Any:
+    """The Recipe of the module `recipes` that the options of `train` describe."""
     return recipes.Recipe(
-        crop_hw=size(options["crop"]) if options["crop"] else None,
-        augment=not options["no_augment"],
-        distillation=recipes.Distillation(options["distillation"], options["alpha"], options["temperature"]),
-        head_memory_mib=options["head_memory"],
-        **picked(options, "epochs batch learning_rate full_size_epochs order stage1_head exit_weight ema lovasz"),
-        **picked(options, "class_power loss_resolution seed"),
+        crop_hw=size(arguments.crop) if arguments.crop else None,
+        augment=not arguments.no_augment,
+        distillation=recipes.Distillation(arguments.distillation, arguments.alpha, arguments.temperature),
+        head_memory_mib=arguments.head_memory,
+        **picked(arguments, "epochs batch learning_rate full_size_epochs order stage1_head exit_weight ema lovasz"),
+        **picked(arguments, "class_power loss_resolution seed"),
     )

@@ -1,4 +1,4 @@
-"""Checks a latency table: the warnings that travel with every figure computed from it."""
+"""Warnings about a latency table, which travel with every figure made of it."""
 
 from __future__ import annotations
 
@@ -13,29 +13,26 @@ from mess_compile.runtime.engines.engine import FP32
 from mess_compile.workspace import Workspace
 
 CHEAPER, DEARER = 0.15, 0.35
-"""How much less or more the sum of the parts may take than the network as one graph, as a share.
+"""By what share the parts of the network, run in sequence, may take less or more than the network as one graph.
 
-More is normal: more tensors are handed over, and the head has its gate. Steady tables had 5 % more at 63 ms and 31 %
-more at 0.8 ms (ONNX Runtime, two cores). Less is suspicious: graphs measured at different speeds of the machine gave 26
-to 71 %.
+More is normal: more tensors are handed over, and the head has its gate. Steady tables had 5 % at 63 ms and 31 % at
+0.8 ms (ONNX Runtime, two cores). Less is not: tables measured while the machine changed its speed had 26 to 71 %.
 """
 
 
 def warnings_of(table: LatencyTable, graph_sets: Sequence[GraphSet] = ()) -> tuple[str, ...]:
     """Warnings about a table, and about its entries for the graphs of these recipes."""
-    warnings = [_unstable(table)] if table.environment.get("verdict") == "unstable" else []
-    return (*warnings, *(warning for each in graph_sets for warning in _implausible_sums(table, each)))
+    noisy = [_noisy(table)] if table.environment.get("verdict") == "unstable" else []
+    return (*noisy, *(warning for each in graph_sets for warning in _inconsistent(table, each)))
 
 
-def _unstable(table: LatencyTable) -> str:
-    cause = table.environment.get("likely_cause", "unknown")
-    return (
-        f"{table.device} was unstable when it was profiled (likely cause: {cause}): profile again when that is gone, "
-        "before you trust these latencies"
-    )
+def _noisy(table: LatencyTable) -> str:
+    cause = table.environment.get("likely_cause")
+    why = "" if cause in (None, "unknown") else f" ({cause})"
+    return f"latencies of {table.device} are noisy{why}; profile again on an idle machine"
 
 
-def _implausible_sums(table: LatencyTable, graph_set: GraphSet) -> Iterator[str]:
+def _inconsistent(table: LatencyTable, graph_set: GraphSet) -> Iterator[str]:
     parts_ms = mean_ms_of(table, graph_set, _parts(graph_set), measured=True)
     for name in graph_set.baselines if parts_ms is not None else ():
         whole_ms = mean_ms_of(table, graph_set, [name], measured=True)
@@ -44,13 +41,11 @@ def _implausible_sums(table: LatencyTable, graph_set: GraphSet) -> Iterator[str]
         more = parts_ms / whole_ms - 1
         if -CHEAPER <= more <= DEARER:
             continue
-        why = "cutting costs that much here, or part of this" if more > 0 else "part of this"
+        why = "cutting costs that much, or the measurement is noisy" if more > 0 else "the measurement is noisy"
         recipe = "" if graph_set.recipe == FP32 else f" in {graph_set.recipe}"
         yield (
-            f"on {table.device} the parts of the network{recipe} (segments, final head, output) take {parts_ms:.2f} ms "
-            f"one after the other, {abs(more):.0%} {'more' if more > 0 else 'less'} than {name} as one graph "
-            f"({whole_ms:.2f} ms): {why} was measured at another speed of the machine; profile again before you trust "
-            "a ratio"
+            f"{name}{recipe} takes {whole_ms:.2f} ms on {table.device}, its parts in sequence {parts_ms:.2f} ms "
+            f"({abs(more):.0%} {'more' if more > 0 else 'less'}): {why}; profile again"
         )
 
 
@@ -63,7 +58,7 @@ def _parts(graph_set: GraphSet) -> list[str]:
 
 
 def known_warnings(workspace: Workspace, table: LatencyTable) -> tuple[str, ...]:
-    """Warnings about a table, and about its recipes whose graphs are still in the workspace and unchanged."""
+    """Warnings about a table and those of its recipes whose graphs are still in the workspace."""
     graph_sets = []
     for recipe in table.recipes:
         with suppress(MessError):

@@ -180,7 +180,7 @@ def _verdict(speed: Speed, unsteady: float, before: DeviceState, after: DeviceSt
     }
     if not unstable:
         return {"verdict": "steady", **figures}
-    cause = power.likely_cause(before, after) or "unknown, probably other programs"
+    cause = power.likely_cause(before, after) or "probably other programs"
     return {"verdict": "unstable", "likely_cause": cause, **figures}
 
 

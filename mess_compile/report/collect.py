@@ -1,4 +1,4 @@
-"""Gathers what a workspace has to show: everything that is there and current, and for the rest what to run."""
+"""Collects a report from a workspace: every part that is there and current, and for the others what to run."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from mess_compile.workspace import Workspace
 SCENES = 24
 VOID = 255
 _Part = TypeVar("_Part")
-_NO_PLAN = Missing("there is no current plan to show this of: run `mess-compile search --max-err 1%`")
+_NO_PLAN = Missing("there is no current plan: run `mess-compile search --max-err 1%`")
 
 
 def report(
     workspace: Workspace, device: str | None = None, output: Path | None = None, progress: Progress = SILENT.progress
 ) -> tuple[Path, Report]:
-    """Write the report of a device, of the one profiled last by default; what is missing says what to run.
+    """Write the report of a device, by default the one profiled last; a part that is missing names what to run.
 
-    Raises InputError saying what comes first where there is nothing to show.
+    Raises InputError where there is nothing to report, with the first command to run.
     """
     page = extras.report_module("report.page")
     name = workspace.memory().device if device is None else find_target(device, workspace.root).name
@@ -64,21 +64,21 @@ def report(
 def _first_step(workspace: Workspace) -> str:
     estimated = sorted(path.stem for path in workspace.latency("any").parent.glob("*.json"))
     if estimated and workspace.memory().device is None:
-        return f"no device was measured; name one that was estimated: `mess-compile report --device {estimated[0]}`"
+        return f"no device was profiled; name one that was estimated: `mess-compile report --device {estimated[0]}`"
     if (workspace.graphs / "index.json").is_file():
         return "no device was profiled; run `mess-compile profile --device host`"
     if (workspace.candidate / "network.json").is_file():
         return "the network is not exported; run `mess-compile export`"
     return (
-        "this workspace has no network; train one by `mess-compile train --data DIR`, bring one by "
-        "`mess-compile export MODEL.onnx`, or see the whole flow by `mess-compile demo`"
+        "this workspace has no network; train one with `mess-compile train --data DIR`, take one from "
+        "`mess-compile export MODEL.onnx`, or see the whole flow with `mess-compile demo`"
     )
 
 
 def compare(
     workspace: Workspace, things: Sequence[str], output: Path | None = None
 ) -> tuple[tuple[comparison.Compared, ...], Path | None]:
-    """Plans side by side, of devices of this workspace, plan files or bundles; a page where `output` says so."""
+    """Compare plans of devices of this workspace, plan files or bundles; with `output` write a page, too."""
     found = tuple(one for thing in things for one in _compared(workspace, thing))
     if output is not None:
         _write(output, extras.report_module("report.page").compare_page(found))
@@ -98,24 +98,24 @@ def _compared(workspace: Workspace, thing: str) -> tuple[comparison.Compared, ..
 
 
 def gathered(workspace: Workspace, device: str, progress: Progress) -> Report:
-    """What there is to report of a device."""
+    """The report of a device."""
     result = _tried(lambda: plans.read_result(workspace.plan(device)))
     table = _tried(lambda: latency.read_latency_table(workspace.latency(device)))
-    doubts = () if isinstance(table, Missing) else known_warnings(workspace, table)
+    warnings = () if isinstance(table, Missing) else known_warnings(workspace, table)
     if isinstance(result, Missing):
-        costs = table if isinstance(table, Missing) else views.costs_of(table, next(iter(table.recipes)), doubts)
-        return Report(device, result, _NO_PLAN, costs, _NO_PLAN, _NO_PLAN, provenance_of(None, table), doubts)
+        costs = table if isinstance(table, Missing) else views.costs_of(table, next(iter(table.recipes)), warnings)
+        return Report(device, result, _NO_PLAN, costs, _NO_PLAN, _NO_PLAN, provenance_of(None, table), warnings)
     evidences, unseen = _evidences(workspace, result, table)
     chosen = evidences.get(result.plan.precision)
     return Report(
         device=device,
         search=SearchFound(result, views.plan_views(result, evidences), unseen),
         classes=views.classes_of(chosen) if chosen else unseen or _NO_PLAN,
-        costs=table if isinstance(table, Missing) else views.costs_of(table, result.plan.precision, doubts),
+        costs=table if isinstance(table, Missing) else views.costs_of(table, result.plan.precision, warnings),
         bench=_tried(partial(_benched, workspace, result.plan)),
         strips=_tried(partial(_strips, workspace, result.plan, chosen, progress)),
         provenance=provenance_of(result, table),
-        notes=tuple(dict.fromkeys((*result.plan.doubts, *doubts, *_weakness(chosen)))),
+        notes=tuple(dict.fromkeys((*result.plan.doubts, *warnings, *_weakness(chosen)))),
     )
 
 
@@ -134,7 +134,7 @@ def _tried(find: Callable[[], _Part]) -> _Part | Missing:
 def _evidences(
     workspace: Workspace, result: SearchResult, table: latency.LatencyTable | Missing
 ) -> tuple[dict[str, Evidence], Missing | None]:
-    """What the plans were found by, for each recipe where it is still that; else why not."""
+    """The evidence of each recipe that the plans were searched with, as far as it is current; else why it is not."""
     if isinstance(table, Missing):
         return {}, table
     evidences, unseen = {}, None
@@ -148,7 +148,7 @@ def _evidences(
 
 
 def _evidence(workspace: Workspace, plan: Plan, table: latency.LatencyTable) -> Evidence:
-    """Raises StaleError when it is no longer what the plan was searched by."""
+    """The evidence of a plan. Raises StaleError where it has changed since the search."""
     graph_set = graphs_of_recipe(workspace, plan.precision, plan.device)
     plans.check_plan_current(plan, graph_set)
     tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
@@ -163,16 +163,18 @@ def _benched(workspace: Workspace, plan: Plan) -> Benched:
     path = workspace.bench(plan.device)
     if not path.is_file():
         raise InputError(
-            f"nothing was measured of {plan.device}'s bundle yet: run `mess-compile bundle`, then "
+            f"the bundle of {plan.device} was not measured yet: run `mess-compile bundle`, then "
             f"`mess-compile bench {workspace.bundle(plan.device).name} --data DIR`"
         )
     kept = read_bench(path)
     now = tuple((stage.head, stage.cut) for stage in plan.stages)
     remarks = []
     if tuple(zip(kept.heads, kept.cuts, strict=True)) != now:
-        remarks.append("This was another plan than the one above: run `mess-compile bundle` and `bench` again.")
+        remarks.append(
+            "These figures are of another plan than the one above: run `mess-compile bundle` and `bench` again."
+        )
     if kept.found.tuned_on:
-        remarks.append(f"The plan was chosen on {kept.found.tuned_on} of these images: a result from tuning data.")
+        remarks.append(f"The plan was chosen on {kept.found.tuned_on} of these images, which flatters its figures.")
     return Benched(kept, " ".join(remarks))
 
 
@@ -194,19 +196,19 @@ def _strips(workspace: Workspace, plan: Plan, evidence: Evidence | None, progres
 def _extreme_samples(
     workspace: Workspace, plan: Plan, evidence: Evidence | None, cascade: Cascade
 ) -> tuple[str, list[tuple[Sample, NDArray[np.uint8] | None]]]:
-    """The images that the first exit is most, middling and least sure of, with their true labels where there are any;
-    generated ones where data are not here."""
+    """The images of highest, median and lowest confidence at the first exit, with their true labels where there are
+    any; generated ones where the data are gone."""
     first = plan.stages[0]
     if evidence is not None and workspace.memory().data is not None:
         known = evidence.statistics
         try:
             data = open_dataset(workspace.data_folder(None), known.split, None)
             items = {item.id: item for item in data.items}
-            chosen = [known.image_id[index] for index in strips.extremes(_sureness(known, first))]
+            chosen = [known.image_id[index] for index in strips.extremes(_confidences(known, first))]
             samples = [read_sample(items[name], data.classes) for name in chosen]
             truths = [each.labels if (each.labels < VOID).any() else None for each in samples]
             whole = is_whole(first.head)
-            by = "how much of them the whole network gets right" if whole else "how sure the first exit is"
+            by = "accuracy of the whole network" if whole else "confidence of the first exit"
             return f"Images of {known.split}, by {by}.", list(zip(samples, truths, strict=True))
         except (InputError, KeyError):
             pass  # the data may have moved or changed since; generated scenes show the same cascade
@@ -215,14 +217,14 @@ def _extreme_samples(
     void = cascade.manifest.network.classes != scenes.SCENE_CLASSES.names
     confidences = [next(cascade.refine(scene.frame)).confidence or 0.0 for scene in drawn]
     return (
-        f"Of {SCENES} generated street scenes, for the data are not here, by how sure the first exit is"
-        + (": the network was not trained on such." if void else "."),
+        f"Of {SCENES} generated street scenes, since the data are gone, by confidence of the first exit"
+        + (": the network was not trained on such images." if void else "."),
         [(drawn[index], None if void else drawn[index].labels) for index in strips.extremes(confidences)],
     )
 
 
-def _sureness(known: statistics.ExitStatistics, stage: plans.Stage) -> list[float]:
-    """Of each image the cells that an exit is sure of, or the share of its pixels that a whole network gets right."""
+def _confidences(known: statistics.ExitStatistics, stage: plans.Stage) -> list[float]:
+    """Of each image the confident cells at an exit, or the share of its pixels that a whole network labels right."""
     head = known.head_index(stage.head)
     if not is_whole(stage.head):
         return [float(n) for n in known.counts[:, head, stage.row]]
@@ -231,8 +233,7 @@ def _sureness(known: statistics.ExitStatistics, stage: plans.Stage) -> list[floa
 
 
 def content_of(found: Report) -> dict[str, Any]:
-    """What `report --json` prints beside the path: which parts are there, what to run for the others, and what to keep
-    in mind."""
+    """What `report --json` prints beside the path: the parts it has, what to run for the others, and warnings."""
     parts = {
         "plan": found.search,
         "classes": found.classes,

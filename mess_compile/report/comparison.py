@@ -23,7 +23,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Compared:
-    """One plan, `name` as it was asked for; `front` is empty for a bundle, which holds none."""
+    """One plan, `name` as the user gave it; `front` is empty for a bundle, which holds none."""
 
     name: str
     kind: str
@@ -45,11 +45,11 @@ class Compared:
 
     @property
     def what(self) -> str:
-        """Whether early exit does anything in it."""
+        """What kind of network the plan is."""
         if is_whole(self.heads[0]):
             return "the whole network, uncut"
         alone = self.setting != "anytime" and max(self.predicted.exit_rates) == 1
-        return "a shorter network: one exit takes all" if alone else f"a cascade of {len(self.heads)} exits"
+        return "a shorter network: all images leave at one exit" if alone else f"a cascade of {len(self.heads)} exits"
 
     @property
     def latency_ratio(self) -> float:
@@ -119,12 +119,12 @@ def _compared(
 
 
 def _held_out(told: plans.HoldOut | None) -> str:
-    """By how much the plan's mIoU differs from the baseline's there, and on how many images."""
+    """The plan's mIoU relative to the baseline's on the images held out, and how many they are."""
     return "-" if told is None else f"{told.predicted.miou - told.baseline.miou:+.2f} ({told.predicted.images} images)"
 
 
 def _decision(threshold: float, cut: int | None) -> str:
-    return "takes the rest" if cut is None else f"{cut} cells sure at {threshold:.2f}"
+    return "takes the rest" if cut is None else f"{cut} cells of confidence {threshold:.2f}"
 
 
 _ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
@@ -134,10 +134,10 @@ _ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
     ("setting", lambda one: one.setting),
     ("plan", lambda one: one.what),
     ("heads", lambda one: " → ".join(one.heads)),
-    ("leaves at", lambda one: "; ".join(one.decisions)),
+    ("leaves with", lambda one: "; ".join(one.decisions)),
     ("images per exit", lambda one: " ".join(f"{rate:.0%}" for rate in one.predicted.exit_rates)),
     ("mIoU %", lambda one: f"{one.predicted.miou:.2f}"),
-    ("against its baseline, pp", lambda one: f"{one.miou_pp:+.2f}"),
+    ("pp from its baseline", lambda one: f"{one.miou_pp:+.2f}"),
     ("latency ms", lambda one: f"{one.predicted.latency_ms:.2f} {one.predicted.source}"),
     ("baseline ms", lambda one: f"{one.baseline.latency_ms:.2f} ({one.baseline_name})"),
     ("speed", lambda one: speed(one.latency_ratio)),
@@ -148,18 +148,18 @@ _ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
     ("memory MiB", lambda one: f"{one.predicted.memory_bytes / 2**20:.1f}"),
     ("energy mJ", lambda one: "-" if one.predicted.energy_mj is None else f"{one.predicted.energy_mj:.1f}"),
     ("chosen on", lambda one: f"{one.predicted.images} images of {one.predicted.split}"),
-    ("against its baseline on images held out, pp", lambda one: one.held_out),
+    ("pp on images held out", lambda one: one.held_out),
 )
 
 
 def rows(compared: Sequence[Compared]) -> tuple[tuple[str, ...], ...]:
-    """What there is to compare, one line each: its name, then a cell for every plan."""
+    """A row for each figure: its name, then a cell for every plan."""
     found = tuple((label, *(cell(one) for one in compared)) for label, cell in _ROWS)
     return tuple(row for row in found if set(row[1:]) != {"-"})
 
 
 def notes(compared: Sequence[Compared]) -> tuple[str, ...]:
-    """Why figures that stand side by side may not be compared, apart from the doubts of each plan."""
+    """Why figures side by side may not be comparable, apart from the warnings about each plan."""
     differs = {
         "devices": {one.device for one in compared},
         "networks": {one.network for one in compared if one.precision == FP32},  # a recipe has an identity of its own
@@ -175,8 +175,8 @@ def notes(compared: Sequence[Compared]) -> tuple[str, ...]:
     return tuple(meanings[what] for what, found in differs.items() if len(found) > 1)
 
 
-def doubts(compared: Sequence[Compared]) -> tuple[str, ...]:
-    """What speaks against the latencies of each plan, beside its name; told once of plans that have it in common."""
+def warnings(compared: Sequence[Compared]) -> tuple[str, ...]:
+    """The warnings about the latencies of each plan, behind the names of the plans that share them."""
     names: dict[str, list[str]] = {}
     for one in compared:
         for doubt in one.doubts:

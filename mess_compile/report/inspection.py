@@ -17,8 +17,10 @@ from mess_compile.runtime.bundle.archive import read_manifest
 from mess_compile.runtime.bundle.manifest import MANIFEST
 from mess_compile.runtime.images.notebook import table_html, text_html
 from mess_compile.search import plan as plans
-from mess_compile.search.display import FIGURES, exits_table, figures_row, sentences_of
+from mess_compile.search.display import exits_table, figures_table
 from mess_compile.search.explain import Explanation, Outcome
+from mess_compile.search.hold_out import held_out_sentence, held_out_table
+from mess_compile.search.summary import details
 from mess_compile.workspace import Workspace
 
 BACKBONES = ("resnet50", "mobilenetv2")
@@ -41,15 +43,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`content` is what `--json` prints; `notes` are sentences that follow the tables."""
+    """`content` is what `--json` prints; `notes` are sentences that follow the tables, `warnings` come last."""
 
     content: dict[str, Any]
     tables: tuple[Table, ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def _repr_html_(self) -> str:
         tables = (table_html(table.title, table.header, table.rows) for table in self.tables)
-        return "".join(tables) + text_html(*self.notes)
+        return "".join(tables) + text_html(*self.notes, *(f"warning: {each}" for each in self.warnings))
 
 
 def inspect(
@@ -184,9 +187,7 @@ def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
     notes = (*_legend(found, diagnosed), *map(_verdict_sentence, verdicts)) if verdicts else ()
     if alone is not None:
         notes = (f"{BASELINE_ALONE}, the single-exit network trained alone: {alone:.2f} % mIoU", *notes)
-    if weak is not None:
-        notes = (f"mind: {weak.sentence}", *notes)
-    return Inspection(content, (table,), notes)
+    return Inspection(content, (table,), notes, () if weak is None else (weak.sentence,))
 
 
 def _identified(identity: str | None, **figures: float | None) -> dict[str, Any] | None:
@@ -269,8 +270,8 @@ def _verdict_sentence(verdict: diagnose.LimitingFactor) -> str:
     )
 
 
-def inspect_latency(table: latency.LatencyTable, doubts: Sequence[str] = ()) -> Inspection:
-    """Every entry of a latency table, and what speaks against it."""
+def inspect_latency(table: latency.LatencyTable, warnings: Sequence[str] = ()) -> Inspection:
+    """Every entry of a latency table, and the warnings about it."""
     entries = [asdict(entry) for entry in table.entries.values()]
     content = {
         "device": table.device,
@@ -281,7 +282,7 @@ def inspect_latency(table: latency.LatencyTable, doubts: Sequence[str] = ()) -> 
         "recipes": list(table.recipes),
         "entries": entries,
         "failed": [asdict(failure) for failure in table.failed.values()],
-        "doubts": list(doubts),
+        "doubts": list(warnings),
     }
     rows = tuple(
         (
@@ -300,27 +301,39 @@ def inspect_latency(table: latency.LatencyTable, doubts: Sequence[str] = ()) -> 
         f"{table.device}: {table.library} {table.library_version}, {table.environment.get('cpu', 'unknown processor')}"
     )
     header = ("graph", "precision", "mean ms", "p50", "p95", "p99", "runs", "source")
-    failed = (f"{f.graph} in {f.precision} is in no plan: {f.error}" for f in table.failed.values())
-    return Inspection(content, (Table(title, header, rows),), (*failed, *(f"mind: {doubt}" for doubt in doubts)))
+    failed = tuple(f"{f.graph} in {f.precision} is in no plan: {f.error}" for f in table.failed.values())
+    return Inspection(content, (Table(title, header, rows),), failed, tuple(warnings))
 
 
 def inspect_plan(result: plans.SearchResult, whole_front: bool = False) -> Inspection:
-    """The chosen plan, its figures beside the baseline's, its operating points, and the front, fastest first."""
+    """The chosen plan with all that the search found out about it, and the front, fastest first."""
     plan, front = result.plan, result.front
-    header, exits = exits_table(plan)
-    figures = (figures_row(plan.baseline_name, plan.baseline), figures_row("plan", plan.predicted))
-    title = f"{plan.predicted.source} latency, {plan.predicted.images} images of {plan.predicted.split}"
-    tables = (
-        Table(f"plan for {plan.device}, {plan.setting}, {plan.precision}", header, tuple(exits)),
-        Table(title, FIGURES, figures),
-        *points_tables(plan),
-    )
+    choice = inspect_choice(result)
     chosen = next((i for i, p in enumerate(front) if (p.stages, p.precision) == (plan.stages, plan.precision)), None)
     shown = range(len(front)) if whole_front else _shown_of_front(len(front), chosen)
     left = len(front) - len(shown)
     less = (f"{left} of the front's {len(front)} plans are left out: `inspect plan --all` shows them, as does --json",)
-    notes = (*sentences_of(plan), *(f"mind: {doubt}" for doubt in plan.doubts), *(less if left else ()))
-    return Inspection(plans.result_to_json(result), (*tables, _front_table(result, shown, chosen)), notes)
+    tables = (*choice.tables, _front_table(result, shown, chosen))
+    return Inspection(
+        plans.result_to_json(result), tables, (*choice.notes, *(less if left else ())), tuple(plan.doubts)
+    )
+
+
+def inspect_choice(result: plans.SearchResult) -> Inspection:
+    """The chosen plan: its exits, its figures beside the baseline's, its operating points, and how it was found."""
+    plan = result.plan
+    header, exits = exits_table(plan)
+    title, columns, figures = figures_table(plan)
+    tables = [
+        Table(f"plan for {plan.device}, {plan.setting}, {plan.precision}", header, tuple(exits)),
+        Table(title, columns, tuple(figures)),
+    ]
+    if plan.hold_out is not None:
+        held, columns, figures = held_out_table(plan.hold_out, plan.baseline_name)
+        tables.append(Table(held, columns, tuple(figures)))
+    asked = next((promise.limit for promise in plan.promises if promise.quantity == "err_pp"), None)
+    notes = (held_out_sentence(result, asked), *details(result))
+    return Inspection({}, (*tables, *points_tables(plan)), notes)
 
 
 def _shown_of_front(count: int, chosen: int | None) -> Sequence[int]:
@@ -372,11 +385,11 @@ def points_tables(plan: plans.Plan) -> tuple[Table, ...]:
         for point in plan.operating_points
     )
     title = "operating points: the same graphs, switched at run time"
-    return (Table(title, ("", "latency ms", "p95 ms", "mIoU %", "exits", "sure at/leaves at"), rows),)
+    return (Table(title, ("", "latency ms", "p95 ms", "mIoU %", "exits", "threshold/cells"), rows),)
 
 
 def inspect_explanation(found: Explanation) -> Inspection:
-    """Why a plan was chosen: what its exits bring, what its requirement costs, what would help most."""
+    """Why a plan was chosen: what its exits gain, what its requirement costs, what would help most."""
     exits = tuple(
         (
             f"exit {share.exit}",
@@ -403,8 +416,8 @@ def inspect_explanation(found: Explanation) -> Inspection:
     if helps:
         columns = ("if", "gain", found.objective, "latency ms", "mIoU %", "heads")
         tables.append(Table("what would help most", columns, helps))
-    notes = () if found.weak_final is None else (f"mind: {found.weak_final.sentence}",)
-    return Inspection(asdict(found), tuple(tables), notes)
+    warnings = () if found.weak_final is None else (found.weak_final.sentence,)
+    return Inspection(asdict(found), tuple(tables), warnings=warnings)
 
 
 def _outcome_cells(outcome: Outcome | None, found: Explanation) -> tuple[str, ...]:
@@ -419,6 +432,7 @@ def inspect_bundle(path: Path) -> Inspection:
     """The manifest of a bundle, after its bytes are verified. Raises BundleError."""
     manifest = read_manifest(path)
     tables, notes = [], []
+    warnings = [doubt for plan in manifest.plans for doubt in plan.doubts]
     for plan in manifest.plans:
         figures = plan.predicted
         title = (
@@ -426,15 +440,14 @@ def inspect_bundle(path: Path) -> Inspection:
             f"{figures.miou:.2f} % mIoU ({figures.source}, {figures.images} images of {figures.split}); "
             f"{plan.baseline_name} {plan.baseline.latency_ms:.2f} ms, {plan.baseline.miou:.2f} %"
         )
-        decided = ("row", "leaves at count") if len(plan.stages) > 1 else ()
+        decided = ("threshold row", "cells needed") if len(plan.stages) > 1 else ()
         tables.append(Table(title, ("exit", "head", *decided), _stage_rows(plan.stages, bool(decided))))
-        notes += [f"mind: {doubt}" for doubt in plan.doubts]
         notes += [
             f"{path} runs in {found.used}: in {found.wanted} it lost too much"
             for path, found in plan.precisions.items()
             if found.used != found.wanted
         ]
-    return Inspection(asdict(manifest), tuple(tables), tuple(notes))
+    return Inspection(asdict(manifest), tuple(tables), tuple(notes), tuple(dict.fromkeys(warnings)))
 
 
 def _stage_rows(stages: Sequence[Any], decided: bool) -> tuple[tuple[str, ...], ...]:

@@ -1,4 +1,4 @@
-"""What a report is made of, and what stands in the place of a part that is not there."""
+"""The parts of a report, and what stands for a part that is missing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mess_compile.search.plan import SearchResult
 
 @dataclass(frozen=True)
 class Missing:
-    """Why a part is not there and what to run, in one sentence; commands between backticks."""
+    """Why a part is missing and what to run, in one sentence; commands between backticks."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A JPEG with its caption, and what it shows for those who cannot see it."""
+    """A JPEG with its caption and its text for screen readers."""
 
     caption: str
     described: str
@@ -37,7 +37,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Strips:
-    """`source` tells where the images are from and what they are ordered by."""
+    """Strips of several images; `source` says which images they are and how they are ordered."""
 
     source: str
     strips: tuple[Strip, ...]
@@ -45,7 +45,7 @@ class Strips:
 
 @dataclass(frozen=True)
 class SearchFound:
-    """A search as it was written, and its plans as a reader looks at them; `unseen` tells why they lack details."""
+    """A search and its plans as the page shows them; `unseen` says why they lack details."""
 
     result: SearchResult
     views: tuple[PlanView, ...]
@@ -54,7 +54,7 @@ class SearchFound:
 
 @dataclass(frozen=True)
 class Benched:
-    """What was measured, and whether it was this plan; `note` says what to keep in mind."""
+    """What `bench` measured; `note` says why it may not be comparable with the plan."""
 
     bench: StoredBench
     note: str
@@ -62,7 +62,7 @@ class Benched:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page of one device; `notes` are what to keep in mind of all of it, in sentences."""
+    """Everything on the page of one device; `notes` are warnings about all of it."""
 
     device: str
     search: SearchFound | Missing

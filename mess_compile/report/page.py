@@ -1,4 +1,4 @@
-"""A report or a comparison as one HTML page that asks nothing of any network: script, styles and pictures within."""
+"""A report or a comparison as one HTML page that needs no network: scripts, styles and pictures are in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import plotly.offline
 from markupsafe import Markup, escape
 
 from mess_compile import __version__
-from mess_compile.report.comparison import Compared, doubts, notes, rows
+from mess_compile.report.comparison import Compared, notes, rows, warnings
 from mess_compile.report.model import Benched, Missing, Picture, Report, SearchFound
 from mess_compile.report.published import paper_rows
 from mess_compile.report.views import Classes, GraphCosts, PlanView
@@ -33,8 +33,8 @@ def report_page(report: Report) -> str:
 def compare_page(compared: tuple[Compared, ...]) -> str:
     """The page of `mess-compile compare`."""
     content = {"plans": [asdict(each) for each in compared]}
-    told = (*notes(compared), *doubts(compared))
-    return _rendered("compare.html.j2", compared=compared, rows=rows(compared), notes=told, data=content)
+    remarks = (*notes(compared), *warnings(compared))
+    return _rendered("compare.html.j2", compared=compared, rows=rows(compared), notes=remarks, data=content)
 
 
 def _rendered(template: str, **content: Any) -> str:
@@ -55,7 +55,7 @@ def _rendered(template: str, **content: Any) -> str:
 
 
 def _commands(text: str) -> Markup:
-    """What stands between backticks as code."""
+    """Text between backticks becomes code."""
     return Markup(_COMMAND.sub(r"<code>\1</code>", str(escape(text))))
 
 
@@ -64,18 +64,18 @@ def _data_uri(picture: Picture) -> str:
 
 
 def _json(content: Any) -> Markup:
-    """For a script element, which nothing in it can end."""
+    """JSON for a script element, without characters that could end the element."""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def max_err_text(max_err_pp: float) -> str:
-    """A `--max-err` that allows a plan which needs `max_err_pp`: rounded up, and never below nothing."""
+    """A `--max-err` that allows a plan which needs `max_err_pp`: rounded up, and at least 0."""
     return f"{max(0.0, math.ceil(max_err_pp * 1000) / 1000):g}%"
 
 
 def report_data(report: Report) -> dict[str, Any]:
-    """What the page's script draws."""
+    """The data that the page's script draws."""
     content: dict[str, Any] = {"front": None, "classes": None, "costs": None, "bench": None}
     if isinstance(report.search, SearchFound):
         content["front"] = _front_data(report.search)
@@ -101,15 +101,15 @@ def _front_data(found: SearchFound) -> dict[str, Any]:
 
 
 def _stop_data(view: PlanView) -> dict[str, Any]:
-    """Figures as in the plan file; what was worked out from them in six digits: a front may have hundreds of plans."""
+    """Figures as in the plan file; those derived from them in six digits, since a front may have hundreds of plans."""
     content = asdict(view)
-    told = ("latency_ms", "p95_ms", "miou", "exit_rates")
+    names = ("latency_ms", "p95_ms", "miou", "exit_rates")
     return {
         **content,
         "stages": _rounded(content["stages"]),
         "iou": _rounded(content["iou"]),
         "operating_points": [
-            {"name": point["name"], "predicted": {name: point["predicted"][name] for name in told}}
+            {"name": point["name"], "predicted": {name: point["predicted"][name] for name in names}}
             for point in content["operating_points"]
         ],
         "heads": view.heads,

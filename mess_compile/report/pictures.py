@@ -21,15 +21,15 @@ _PANEL_WIDTH = 320
 
 
 def truth_overlay(frame: Pixels, labels: Pixels, colours: Colours) -> Pixels:
-    """True labels (H, W) laid over the frame; what is void or has no colour is black."""
+    """True labels (H, W) over the frame; void and labels without a colour are black."""
     void = labels >= len(colours)
-    shown = frames.overlay(frame, np.where(void, 0, labels).astype(np.uint8), colours)
-    shown[void] = 0
-    return shown
+    overlay = frames.overlay(frame, np.where(void, 0, labels).astype(np.uint8), colours)
+    overlay[void] = 0
+    return overlay
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
-    """Write a PNG; all of it or nothing."""
+    """Write a PNG, whole or not at all."""
     with files.replaced(path) as temporary:
         picture.save(temporary, format="PNG")
 
@@ -43,7 +43,7 @@ def label_picture(labels: Pixels, colours: Colours) -> Image.Image:
 
 
 def overlay_picture(frame: Pixels, labels: Pixels, colours: Colours) -> Image.Image:
-    """The frame (H, W, 3) with its labels laid over."""
+    """The frame (H, W, 3) with its labels over it."""
     return Image.fromarray(frames.overlay(frame, labels, colours))
 
 

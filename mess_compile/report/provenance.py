@@ -1,4 +1,4 @@
-"""Where the figures of a report are from."""
+"""Where the figures of a report come from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
         ("network", plan.network),
         ("gate", f"{plan.gate.confidence}, {'edge-aware' if plan.gate.edge_aware else 'plain'}"),
         ("baseline", plan.baseline_name),
-        ("chosen on", f"{plan.predicted.images} images of {plan.predicted.split}, as {plan.tuned_by} sees them"),
+        ("chosen on", f"{plan.predicted.images} images of {plan.predicted.split} ({plan.tuned_by})"),
         ("held out", held_out_sentence(result, None)),
         ("latency table, SHA-256", plan.table_sha256),
         ("statistics, SHA-256", plan.statistics_sha256),
@@ -38,9 +38,9 @@ def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
     if plan.absent_classes:
         told.append(("classes without a labelled pixel, in no mIoU", ", ".join(plan.absent_classes)))
     if plan.optimism is not None:
-        told.append(("on other images of this kind", expected_on_new_images(plan.optimism)))
+        told.append(("on new images of this kind", expected_on_new_images(plan.optimism)))
     elif result.without_optimism:
-        told.append(("on other images of this kind", f"not told: {result.without_optimism}"))
+        told.append(("on new images of this kind", f"no estimate: {result.without_optimism}"))
     if plan.guarantee is not None:
         told.append((f"certified at {100 * plan.guarantee.confidence:g} %", _certified(plan.guarantee)))
     return told
@@ -51,8 +51,8 @@ def _proof(result: SearchResult) -> str:
     if proof.gap > 0:
         return f"best found of {proof.space:,} plans; a better one could gain up to {proof.gap:.3g} in the objective"
     if held is not None and held.place > 1:
-        return f"number {held.place} of {held.candidates} that err ever less than the best of {proof.space:,} plans"
-    return f"best of {proof.space:,} plans, gap {proof.gap:g}"
+        return f"candidate {held.place} of {held.candidates}, fastest to safest, over {proof.space:,} plans"
+    return f"proved optimal over {proof.space:,} plans"
 
 
 def _certified(told: Guarantee) -> str:

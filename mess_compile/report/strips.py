@@ -20,7 +20,7 @@ _WIDTH, _QUALITY = 400, 82
 
 
 def extremes(sure: Sequence[float]) -> tuple[int, ...]:
-    """Which of the images the first exit was most, middling and least sure of; fewer where there are fewer images."""
+    """The images of highest, median and lowest confidence; fewer where there are fewer images."""
     order = sorted(range(len(sure)), key=lambda index: (-sure[index], index))
     return tuple(dict.fromkeys((order[0], order[(len(order) - 1) // 2], order[-1])))
 
@@ -28,20 +28,19 @@ def extremes(sure: Sequence[float]) -> tuple[int, ...]:
 def strip_of(
     cascade: Cascade, title: str, name: str, frame: NDArray[np.uint8], truth: NDArray[np.uint8] | None
 ) -> Strip:
-    """The frame (H, W, 3), the labels of every exit laid over it, and the truth (H, W), in which not all is void
-    (255)."""
+    """The frame (H, W, 3), the labels of every exit over it, and the truth (H, W), which is not all void (255)."""
     taken = cascade(frame).exit
-    shown = [picture("input", f"the image {name}", frame)]
+    pictures = [picture("input", f"the image {name}", frame)]
     colours = cascade.manifest.network.colours
     for prediction in cascade.refine(frame):
         mark = ", taken" if prediction.exit == taken else ""
         caption = f"exit {prediction.exit}{mark} {confidence_text(prediction.confidence)}".rstrip()
         caption += "" if truth is None else _right(prediction.labels, truth)
         described = f"labels of exit {prediction.exit} laid over {name}"
-        shown.append(picture(caption, described, frames.overlay(frame, prediction.labels, colours)))
+        pictures.append(picture(caption, described, frames.overlay(frame, prediction.labels, colours)))
     if truth is not None:
-        shown.append(picture("truth", f"true labels laid over {name}", truth_overlay(frame, truth, colours)))
-    return Strip(f"{title}: {name}", tuple(shown))
+        pictures.append(picture("truth", f"true labels laid over {name}", truth_overlay(frame, truth, colours)))
+    return Strip(f"{title}: {name}", tuple(pictures))
 
 
 def _right(labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> str:

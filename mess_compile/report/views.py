@@ -1,4 +1,4 @@
-"""A workspace as a reader looks at it: every plan of the front with its path, its classes and how sure it was."""
+"""What the page shows of a workspace: every plan of the front with its path, its classes and its confidences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BINS = 20
 
 @dataclass(frozen=True)
 class StageTimes:
-    """What an image spends at one exit, in ms: `leave_ms` only those that leave, `done_ms` from the first byte on."""
+    """The time of an image at one exit, in ms: `leave_ms` if it leaves there, `done_ms` from the upload on."""
 
     segment: str
     segment_ms: float
@@ -32,8 +32,8 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Images that reach an exit by the share of its cells that were sure: bins of `width` from `start` on, about `BINS`
-    of them; where there is a `cut` a bin begins there. All are shares of `cells`."""
+    """Images that reach an exit by their share of confident cells: about `BINS` bins of `width` from `start` on, one of
+    which begins at the `cut`. All are shares of `cells`."""
 
     cells: int
     start: float
@@ -45,8 +45,8 @@ class Histogram:
 
 @dataclass(frozen=True)
 class StageView:
-    """One exit of a plan; `leaving` and `arriving` are shares of all images. No times where graphs or latency table
-    are not those of the plan, no histogram where the statistics are not."""
+    """One exit of a plan; `leaving` and `arriving` are shares of all images. Without the plan's own graphs and latency
+    table there are no times, without its statistics no histogram."""
 
     exit: int
     head: str
@@ -95,7 +95,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class Cost:
-    """An entry of the latency table; `error` is an estimate's factor, `shared_with` whose measurement it is."""
+    """An entry of the latency table; `error` is an estimate's factor, `shared_with` the graph that was measured."""
 
     graph: str
     precision: str
@@ -108,9 +108,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class GraphCosts:
-    """A latency table in the precision of a plan: segments by their exit points, heads, and what else there is.
+    """A latency table in the precision of a plan: segments by their exit points, heads, and other graphs.
 
-    `doubts` say what speaks against them.
+    `doubts` are the warnings about it.
     """
 
     segments: tuple[tuple[int, int, Cost], ...]
@@ -136,7 +136,7 @@ def _identity(plan: Plan) -> tuple[object, ...]:
 
 
 def plan_view(plan: Plan, evidence: Evidence | None, chosen: bool, on_front: bool = True) -> PlanView:
-    """A plan, with what its `evidence` tells of it beside its file."""
+    """A plan, with what its file does not hold and its `evidence` does."""
     found = plan.predicted
     exits = None if evidence is None else exits_taken(evidence.statistics, plan.stages)
     return PlanView(
@@ -188,7 +188,7 @@ def _stage_times(plan: Plan, index: int, evidence: Evidence) -> StageTimes:
 
 
 def _histogram(statistics: ExitStatistics, stage: Stage, index: int, exits: NDArray[np.intp]) -> Histogram | None:
-    """None where no image reaches the stage, and of a whole network."""
+    """None where no image reaches the stage, and for a whole network."""
     if is_whole(stage.head):
         return None
     head = statistics.head_index(stage.head)
@@ -217,7 +217,7 @@ def _mixed_iou(
 
 
 def _iou(statistics: ExitStatistics, heads: NDArray[np.intp]) -> tuple[float | None, ...]:
-    """IoU in percent by class when image i is answered by `heads[i]`."""
+    """IoU in percent by class when `heads[i]` labels image i."""
     images = np.arange(statistics.images)
     right: Ints = statistics.intersection[images, heads].sum(axis=0)
     guessed: Ints = statistics.predicted[images, heads].sum(axis=0)
@@ -226,14 +226,14 @@ def _iou(statistics: ExitStatistics, heads: NDArray[np.intp]) -> tuple[float | N
 
 
 def classes_of(evidence: Evidence) -> Classes:
-    """The classes, and how well the baseline knows each."""
+    """The classes and the baseline's IoU of each."""
     head = evidence.statistics.head_index(evidence.scored_as(evidence.baseline))
     index = np.full(evidence.statistics.images, head, np.intp)
     return Classes(evidence.statistics.classes, _iou(evidence.statistics, index))
 
 
 def costs_of(table: LatencyTable, precision: str, doubts: tuple[str, ...] = ()) -> GraphCosts:
-    """Every graph in `precision`, or in what it falls back to, and what speaks against the table."""
+    """Every graph in `precision`, or in the precision it falls back to, and the warnings about the table."""
     by_graph: dict[str, Cost] = {}
     for entry in sorted(table.entries.values(), key=lambda entry: (entry.precision != precision, entry.precision)):
         cost = Cost(

@@ -159,7 +159,7 @@ def lines_of(manifest: Manifest) -> List[str]:
             f"{plan.target} ({plan.library}, {plan.precision}, {plan.setting}): {figures.latency_ms:.2f} ms, "
             f"{figures.miou:.2f} % mIoU, {figures.source}; baseline {baseline.latency_ms:.2f} ms, {baseline.miou:.2f} %"
         )
-        lines += [f"  mind: {doubt}" for doubt in plan.doubts]
+        lines += [f"  warning: {doubt}" for doubt in plan.doubts]
         lines += [f"  exit {number}: {stage.head}" for number, stage in enumerate(plan.stages, 1)]
         for point in plan.operating_points:
             figures = point.predicted

@@ -1,4 +1,4 @@
-"""How plans are displayed: rows of their tables, and those tables in a notebook."""
+"""How a plan is printed: sentences and tables for the terminal, the report and notebooks."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from mess_compile.search.plan import FEW_IMAGES, Figures, Optimism, Plan, Search
 from mess_compile.search.requirement import Requirement
 
 NEARLY = 0.005
-"""Ratios this close to 1 are printed as equal."""
+"""Ratios as close to 1 as this count as equal."""
 FIGURES = ("", "mIoU %", "latency ms", "p95 ms", "worst ms", "GMACs", "memory MiB")
 
 
 def exits_table(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and a row for each exit; without early exits there are no thresholds."""
+    """Header and a row for each exit, with its thresholds where there are early exits."""
     gated = len(plan.stages) > 1
     rows = [
         (f"exit {number}", _head(stage), *(_decision(plan, stage) if gated else ()), f"{rate:.0%}")
         for number, (stage, rate) in enumerate(zip(plan.stages, plan.predicted.exit_rates, strict=True), start=1)
     ]
-    return ("", "head", *(("pixels sure at", "leaves at count") if gated else ()), "images"), rows
+    return ("", "head", *(("confidence threshold", "cells needed") if gated else ()), "images"), rows
 
 
 def _head(stage: Stage) -> str:
@@ -33,14 +33,14 @@ def _decision(plan: Plan, stage: Stage) -> tuple[str, str]:
 
 
 def speed(ratio: float) -> str:
-    """How much faster something that takes 1 / `ratio` of the time is, in words."""
+    """The speed of something that takes 1 / `ratio` of the time, such as `2.00x faster`."""
     if abs(ratio - 1) < NEARLY:
         return "as fast"
     return f"{ratio:.2f}x faster" if ratio > 1 else f"{_percent_more(ratio)} slower"
 
 
 def work(ratio: float) -> str:
-    """How much less work something that takes 1 / `ratio` of it is, in words."""
+    """The work of something that takes 1 / `ratio` of it, such as `2.00x less work`."""
     if abs(ratio - 1) < NEARLY:
         return "as much work"
     return f"{ratio:.2f}x less work" if ratio > 1 else f"{_percent_more(ratio)} more work"
@@ -52,27 +52,27 @@ def _percent_more(ratio: float) -> str:
 
 
 def kind_of_plan(plan: Plan) -> str | None:
-    """One sentence when early exit adds nothing to a plan; None where images leave at several exits."""
+    """One sentence where early exit adds nothing to a plan; None where images leave at several exits."""
     if plan.is_whole:
-        return "the plan is the whole network, uncut: no plan with exits was found to do better under this requirement"
+        return "the plan is the whole network, uncut: no plan with exits does better under this requirement"
     if plan.only_exit is None:
         return None
-    text = f"the plan is a shorter network: every image leaves at {plan.stages[plan.only_exit - 1].head}"
+    shorter = f"the plan is a shorter network: every image leaves at {plan.stages[plan.only_exit - 1].head}"
     if plan.setting == "budgeted":
-        return f"{text}, as in every plan of the budgeted setting"
-    return f"{text}, so early exit adds nothing (images that differ more, or better early heads, would change that)"
+        return f"{shorter}, as in every plan of the budgeted setting"
+    return f"{shorter}, so early exit adds nothing (images that differ more, or better early heads, would change that)"
 
 
 def what_would_cut(result: SearchResult, requirement: Requirement, failed: int = 0) -> str:
-    """What would have to change for exits to pay where a whole network won under `requirement`.
+    """What would have to change for exits to pay, where the whole network won under `requirement`.
 
     `failed` counts the graphs that the target could not build.
     """
     plan = result.plan
     if failed and all(each.is_whole for each in result.front):
         return (
-            f"{failed} graphs failed on {plan.device}, and no plan with exits has all that it needs: see what failed "
-            "with `mess-compile inspect latency`"
+            f"{failed} graphs failed on {plan.device}, and every plan with exits needs one of them: run "
+            "`mess-compile inspect latency` to see which"
         )
     if plan.setting == "anytime":
         what = "a shorter --deadline" if requirement.deadline_ms is not None else "a --deadline"
@@ -94,33 +94,51 @@ def what_would_cut(result: SearchResult, requirement: Requirement, failed: int =
 
 
 def tail_sentence(plan: Plan) -> str | None:
-    """The cost of the slowest images, where it is above the baseline's although the mean is not."""
+    """A sentence where the slowest images take longer than with the baseline."""
     own, other = plan.predicted, plan.baseline
     pairs = (("p95", own.p95_ms, other.p95_ms), ("worst case", own.worst_ms, other.worst_ms))
     slower = [f"{name} {ms:.2f} ms against {base:.2f} ms" for name, ms, base in pairs if ms > base * (1 + NEARLY)]
-    return f"the slowest images take longer than by the baseline: {', '.join(slower)}" if slower else None
+    return f"the slowest images take longer than with the baseline: {', '.join(slower)}" if slower else None
 
 
 def estimate_sentence(plan: Plan) -> str | None:
-    """How far estimated latencies may be off, and whether the saving is larger than that."""
+    """The error of estimated latencies, and whether the saving is larger; None of measured ones."""
     errors = [figures.error for figures in (plan.predicted, plan.baseline) if figures.error is not None]
     if not errors:
         return None
     ratio = plan.baseline.latency_ms / plan.predicted.latency_ms if plan.predicted.latency_ms else math.inf
-    text = f"latencies are estimates, which may be off by x {max(errors):.1f}"
+    estimates = f"latencies are estimates, off by a factor of up to {max(errors):.1f}"
     if max(ratio, 1 / ratio) >= max(errors):
-        return text
-    return f"{text}: {speed(ratio)} is within the estimate's error (x {max(errors):.1f}); profile on the device to know"
+        return estimates
+    return f"{estimates}: {speed(ratio)} is within that error; profile on the device"
 
 
 def sentences_of(plan: Plan) -> tuple[str, ...]:
-    """The sentences that belong beside a plan's figures wherever they are printed."""
+    """The sentences that accompany a plan's figures in full output and in the report."""
     found = (kind_of_plan(plan), tail_sentence(plan), estimate_sentence(plan))
     return tuple(sentence for sentence in found if sentence is not None)
 
 
+def by_name(plan: Plan) -> tuple[tuple[str, Figures], tuple[str, Figures]]:
+    """The figures of baseline and plan."""
+    return (plan.baseline_name, plan.baseline), ("plan", plan.predicted)
+
+
+def figures_table(plan: Plan) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """Title, header and rows of all figures, baseline first."""
+    estimated = [name for name, figures in by_name(plan) if figures.source == "estimated"]
+    source = f"ESTIMATED latency of {' and '.join(estimated)}" if estimated else "measured latency"
+    energy = plan.predicted.energy_mj is not None
+    rows = [
+        (*figures_row(name, figures), *(("-" if figures.energy_mj is None else f"{figures.energy_mj:.1f}",) * energy))
+        for name, figures in by_name(plan)
+    ]
+    title = f"{source}, {plan.predicted.images} images of {plan.predicted.split}"
+    return title, (*FIGURES, *(("mJ",) * energy)), rows
+
+
 def expected_on_new_images(bias: Optimism) -> str:
-    """What to expect on images that the plan was not chosen on; of few images, that it is a rough estimate."""
+    """What to expect on images that the plan was not chosen on, by cross-validation, and what that rests on."""
     basis = bias.method
     if bias.groups < bias.images:
         basis += f"; {bias.images} images of {bias.groups} {'sequence' if bias.groups == 1 else 'sequences'}"
@@ -128,18 +146,18 @@ def expected_on_new_images(bias: Optimism) -> str:
         basis += ", which say nothing of others"
     if bias.few:
         return (
-            f"{bias.images} images hardly tell; as a guess, its mIoU relative to the baseline's changes by about "
-            f"{round(-bias.miou_pp, 1) + 0.0:+.1f} pp (folds differ by {bias.spread_pp:.1f} pp), and its latency by "
-            f"about {bias.latency_percent:+.0f} %: evaluate {FEW_IMAGES} images or more ({basis})"
+            f"too few images ({bias.images}): a rough estimate is {round(-bias.miou_pp, 1) + 0.0:+.1f} pp of mIoU "
+            f"relative to the baseline (folds differ by {bias.spread_pp:.1f} pp) and {bias.latency_percent:+.0f} % "
+            f"latency; evaluate {FEW_IMAGES} images or more ({basis})"
         )
     return (
-        f"expect its mIoU, relative to the baseline's, to change by {0.0 - bias.miou_pp:+.2f} pp (spread over folds "
-        f"{bias.spread_pp:.2f} pp), and its latency by {bias.latency_percent:+.1f} %: {basis}"
+        f"expect {0.0 - bias.miou_pp:+.2f} pp of mIoU relative to the baseline (spread over folds "
+        f"{bias.spread_pp:.2f} pp) and {bias.latency_percent:+.1f} % latency: {basis}"
     )
 
 
 def plan_text(plan: Plan) -> str:
-    """A plan in a line."""
+    """A plan in one line."""
     own, other = plan.predicted, plan.baseline
     exits = ", ".join(f"{stage.head} {rate:.0%}" for stage, rate in zip(plan.stages, own.exit_rates, strict=True))
     ratio = other.latency_ms / own.latency_ms if own.latency_ms else math.inf
@@ -151,12 +169,12 @@ def plan_text(plan: Plan) -> str:
 
 
 def result_text(result: SearchResult) -> str:
-    """The chosen plan and its proof in a line."""
-    return f"{plan_text(result.plan)}; {_proof(result)}"
+    """The chosen plan and its proof in one line."""
+    return f"{plan_text(result.plan)}; {_proof_in_short(result)}"
 
 
 def plan_html(plan: Plan) -> str:
-    """Where images leave, and the plan's figures beside the baseline's."""
+    """Where images leave, and the figures of baseline and operating points."""
     figures = [
         figures_row(plan.baseline_name, plan.baseline),
         *(figures_row(p.name, p.predicted) for p in plan.operating_points),
@@ -172,20 +190,20 @@ def plan_html(plan: Plan) -> str:
             FIGURES,
             figures,
         )
-        + text_html(*sentences_of(plan), *(f"mind: {doubt}" for doubt in plan.doubts))
+        + text_html(*sentences_of(plan), *(f"warning: {each}" for each in plan.doubts))
     )
 
 
 def result_html(result: SearchResult) -> str:
     """The chosen plan and its proof."""
-    return plan_html(result.plan) + text_html(_proof(result))
+    return plan_html(result.plan) + text_html(_proof_in_short(result))
 
 
-def _proof(result: SearchResult) -> str:
+def _proof_in_short(result: SearchResult) -> str:
     certificate = result.certificate
-    proof = "the best" if certificate.gap == 0 else f"not proved the best (gap {certificate.gap:.3g})"
-    front = f"{len(result.front)} plans of the front" if not result.front_complete else f"front of {len(result.front)}"
-    return f"{proof} of {certificate.space:,} plans; {front}"
+    found = "proved optimal" if certificate.gap == 0 else f"not proved optimal (gap {certificate.gap:.3g})"
+    trade_offs = f"{len(result.front)} trade-offs found" + ("" if result.front_complete else ", there may be more")
+    return f"{found} over {certificate.space:,} plans; {trade_offs}"
 
 
 def figures_row(name: str, figures: Figures) -> tuple[str, ...]:

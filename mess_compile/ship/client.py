@@ -241,7 +241,7 @@ def _ship(archive: Archive, place: Destination, remote: Remote, options: ShipOpt
 def _rollback(place: Destination, remote: Remote, options: ShipOptions, tell: Tell) -> Shipped:
     start = time.monotonic()
     if _query(place, remote, ShipRequest(place.folder)).current is None:
-        raise InputError(f"{place.text}: nothing was shipped there: see `mess-compile ships {place.text}`")
+        raise InputError(f"{place.text}: nothing was shipped there: see `mess-compile ship --list {place.text}`")
     replies, sent_bytes = _run_action("rollback", ShipRequest(place.folder, target=options.target), place, remote, tell)
     if replies.done is None:
         raise RemoteError(f"{place.text} exited without output: run the command again", lost=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -23,7 +24,7 @@ import pytest
 from PIL import Image
 
 from mess_compile import steps
-from mess_compile.cli import main
+from mess_compile.cli import console, main
 from mess_compile.runtime.measure.measure import Effort
 from mess_compile.workspace import Workspace
 from tests.commands import ANY_SPEED, TRAIN, chained, complaint, contents, done, edit, first, printed_json, run
@@ -83,7 +84,7 @@ def test_every_command_ends_with_what_to_do_next_there(
     arguments: Callable[[str], tuple[str | Path, ...]], command: str, workspace: Path
 ) -> None:
     shown = done(*arguments(command))
-    proposed = re.findall(r"^(?:next: |      )mess-compile -C (\S+) (\S+)(.*)$", shown, re.MULTILINE)
+    proposed = re.findall(r"^(?:hint: |      )mess-compile -C (\S+) (\S+)(.*)$", shown, re.MULTILINE)
     assert proposed
     assert shown.rstrip().endswith("".join(proposed[-1][1:]))
     for folder, name, rest in proposed:
@@ -93,23 +94,94 @@ def test_every_command_ends_with_what_to_do_next_there(
             assert any(option in parameter.opts for parameter in options if isinstance(parameter, click.Option))
 
 
+PRINTED = (
+    ("export",),
+    ("evaluate", "-v"),
+    ("search", "--explain", "-v"),
+    ("bench", "host.mess", "--split", "test", "--passes", "1", "-v"),
+    ("verify", "host.mess", "-v", *ANY_SPEED),
+    ("compare", "host", "host.mess"),
+    ("inspect", "graphs"),
+    ("inspect", "latency"),
+    ("inspect", "plan"),
+    ("report",),
+    ("devices",),
+    ("doctor",),
+)
+
+
+@pytest.mark.parametrize(("columns", "most"), [(60, 60), (200, 100)])
+def test_nothing_is_wider_than_100_columns_or_the_terminal(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, columns: int, most: int
+) -> None:
+    """But for words that are longer, and commands that are to be copied."""
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(console.shutil, "get_terminal_size", lambda *fallback: os.terminal_size((columns, 24)))
+    monkeypatch.setattr(console, "_is_terminal", lambda stream: True)
+    for arguments in PRINTED:
+        for line in done(*arguments).splitlines():
+            fits = len(line) <= most or len(line.split()) == 1
+            assert fits or line.startswith(("hint: ", "      mess-compile ")), (arguments, line)
+
+
+@pytest.mark.parametrize(
+    ("former", "present", "words"),
+    [
+        (("ships",), ("ship", "--list"), "`ships` is now `ship --list`"),
+        (("ship", "--unit"), ("ship", "--systemd"), "--unit is now --systemd"),
+        (("export", "--plain"), ("export", "--no-edge-aware"), "--plain is now --no-edge-aware"),
+        (("profile", "--for=--max-err 1"), ("profile", "--requirement=--max-err 1"), "--for is now --requirement"),
+    ],
+)
+def test_former_names_do_the_same_and_say_the_present_ones(
+    tmp_path: Path, former: tuple[str, ...], present: tuple[str, ...], words: str
+) -> None:
+    old, new = (run("-C", tmp_path, *words) for words in (former, present))
+    warning, *rest = old.stderr.splitlines()
+    assert warning == f"warning: {words}; the old name goes away in the next release"
+    assert (old.exit_code, rest) == (new.exit_code, new.stderr.splitlines())
+    shown = done("--help") + done(present[0], "--help")
+    assert not re.search(rf"(?<!\S){re.escape(former[-1].partition('=')[0])}\b", shown)
+
+
+def test_a_gate_without_its_edge_aware_step_is_exported(workspace: Path) -> None:
+    assert printed_json("-C", workspace, "export", "--no-edge-aware")["gate"]["edge_aware"] is False
+
+
+class TestNewWorkspace:
+    def test_export_makes_the_folder(self, finished: Path, tmp_path: Path) -> None:
+        new = tmp_path / "not" / "there"
+        assert f"-C {new} profile" in done("-C", new, "export", finished / "candidate")
+        assert (new / "graphs" / "index.json").is_file()
+
+    @pytest.mark.parametrize("arguments", [("export",), ("export", "--help"), ("train", "--data", "gone")])
+    def test_a_command_that_fails_leaves_none(self, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+        run("-C", tmp_path / "not" / "there", *arguments)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("command", ["profile", "search", "bundle", "report"])
+    def test_a_command_that_needs_something_in_it_says_that_it_is_gone(self, tmp_path: Path, command: str) -> None:
+        gone = tmp_path / "gone"
+        assert f"error: workspace {gone} does not exist: create the folder" in complaint("-C", gone, command)
+        assert not gone.exists()
+
+
 def test_run_says_what_the_confidence_is_that_it_prints(workspace: Path) -> None:
     image = first(workspace / "data" / "test" / "images")
-    shown = done("-C", workspace, "run", workspace / "host.mess", image, "-o", workspace / "predictions")
+    shown = done("-C", workspace, "run", workspace / "host.mess", image, "-o", workspace / "predictions", "-v")
     assert shown.count("confidence: the share of an exit's cells whose confidence reaches the plan's threshold") == 1
-    assert f"(`mess-compile inspect {workspace / 'host.mess'}`)" in shown
 
 
 def test_every_command_is_covered_here() -> None:
     """But for those that need a device: test_ship.py has these."""
-    assert set(main.commands) == {*KEYS, "demo", "completion", "ship", "ships"}
+    assert set(main.commands) == {*KEYS, "demo", "completion", "ship"}
 
 
 def test_a_command_in_the_current_folder_proposes_commands_there(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workspace)
-    assert "next: mess-compile run host.mess data/test/images/" in done("bundle")
+    assert "hint: mess-compile run host.mess data/test/images/" in done("bundle")
 
 
 def test_a_mistyped_command_gets_the_nearest_one() -> None:
@@ -170,7 +242,7 @@ def test_nothing_but_results_is_printed_along_the_whole_chain(workspace: Path, t
         ("bench", bundle, "--data", workspace / "data", "--passes", "1"),
     ]
     printed = chained([("-C", workspace, *words) for words in chain])
-    assert printed.count("next: mess-compile") == len(chain)
+    assert printed.count("hint: mess-compile") == len(chain)
 
 
 class TestBundle:
@@ -443,7 +515,8 @@ class TestBench:
         assert {result["exit"] for result in written["images"]} == {exits}
         assert (early["missed_first"], early["missed_later"]) == (1, 0)
         assert early["exit_rates"] == [1.0] + [0.0] * (exits - 1)
-        assert "misses: 0.00% of the images" in done(*given, "60000ms")
+        misses = "misses: 0.00% of the images had no result in time, 0.00% a later one too late"
+        assert misses in done(*given, "60000ms")
 
     def test_on_the_tuning_images_the_prediction_comes_true(self, finished: Path) -> None:
         bench = printed_json("-C", finished, "bench", finished / "host.mess", "--split", "val", "--passes", "1")
@@ -532,7 +605,7 @@ class TestProfile:
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate()
         assert process.returncode == 1
-        assert stderr == "stopped: what was measured is kept; the same command goes on from there\n"
+        assert stderr == "stopped: finished measurements are kept; the same command continues from there\n"
         assert len(samples.read_text().splitlines()) >= 2
         done("-C", workspace, "profile")
 
@@ -560,7 +633,7 @@ def test_a_slice_of_a_split_is_remembered(workspace: Path) -> None:
 
 def test_search_evaluates_when_nobody_did(workspace: Path) -> None:
     shutil.rmtree(workspace / "statistics")
-    assert "12 images of val" in done("-C", workspace, "search")
+    assert "Chosen on 12 images of val" in done("-C", workspace, "search")
 
 
 def test_our_own_profiles_can_be_replaced(workspace: Path) -> None:

@@ -122,8 +122,30 @@ def test_wrong_usage_breaks_between_words_too() -> None:
     assert lines[-1] == "code 2"
 
 
+WARNED = """
+import click
+from mess_compile.cli.console import warn
+@click.command()
+def measure():
+    for _ in range(2):
+        warn("latencies of host are noisy; " + "profile again " * 12)
+        warn("another")
+measure()
+"""
+
+
+def test_a_warning_is_one_line_on_standard_error_once_a_command(tmp_path: Path) -> None:
+    """A log is searched by line, and nobody reads the third copy of a warning."""
+    ended = subprocess.run([sys.executable, "-c", WARNED], capture_output=True, text=True, check=True)
+    assert ended.stdout == ""
+    first, second = ended.stderr.splitlines()
+    assert first.startswith("warning: latencies of host are noisy; ")
+    assert first.endswith("profile again profile again")
+    assert second == "warning: another"
+
+
 PRINTED = """
-from mess_compile.cli.console import print_next, print_table, say
+from mess_compile.cli.console import print_hint, print_table, say
 say("one two three " * 12)
 say("no   what: " + "why " * 30)
 print_table("title", ["head", *"abcdef"], [["first", *["0123456789" * 2] * 6], ["second", *["1"] * 6]])
@@ -138,9 +160,17 @@ def test_lines_break_between_words_and_tables_between_columns() -> None:
     assert lines[4].startswith("     why")
     assert [line.split() for line in lines if line.startswith("head")] == [["head", *"abc"], ["head", *"def"]]
     assert [len(line.split()) for line in lines if line.startswith("second")] == [4, 4]
-    piped = subprocess.run([sys.executable, "-c", PRINTED], capture_output=True, text=True, check=True).stdout
-    assert [len(line.split()) for line in piped.splitlines() if line.startswith("second")] == [7]
-    assert piped.count("\n") == 6
+    environment = {name: value for name, value in TOLD.items() if name != "COLUMNS"}
+    piped, long = (
+        subprocess.run(
+            [sys.executable, "-c", PRINTED], capture_output=True, text=True, check=True, env=environment | columns
+        ).stdout.splitlines()
+        for columns in ({}, {"COLUMNS": "10000"})
+    )
+    assert 90 < max(map(len, piped)) <= 100
+    assert [len(line.split()) for line in piped if line.startswith("second")] == [5, 3]
+    assert [len(line.split()) for line in long if line.startswith("second")] == [7]
+    assert len(long) == 6
 
 
 SLOW = """

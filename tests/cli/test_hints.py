@@ -26,12 +26,12 @@ MOST = 30
 
 
 def proposed(output: str) -> list[list[str]]:
-    """The arguments of the commands after `next:`."""
+    """The arguments of the commands after `hint:`."""
     found, following = [], False
     for line in output.splitlines():
-        following = line.startswith("next: ") or (following and line.startswith("      mess-compile "))
+        following = line.startswith("hint: ") or (following and line.startswith("      mess-compile "))
         if following:
-            found.append(shlex.split(line.removeprefix("next: "))[1:])
+            found.append(shlex.split(line.removeprefix("hint: "))[1:])
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mess_compile.cli import main
-from mess_compile.cli.interrupts import GRADUAL, KEPT, NOTHING, words_of
+from mess_compile.cli.interrupts import AFTER, GRADUAL, NOTHING, message_of
 from tests.commands import contents, run
 
 GIVEN = {
@@ -34,7 +34,7 @@ def test_one_line_says_what_is_kept(command: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(main.commands[command], "callback", interrupted)
     ended = run("-C", tmp_path, command, *GIVEN.get(command, ()))
     assert (ended.exit_code, ended.stdout) == (1, "")
-    assert ended.stderr == f"stopped: {NOTHING if command in GRADUAL else KEPT[command]}\n"
+    assert ended.stderr == f"stopped: {NOTHING if command in GRADUAL else AFTER[command]}\n"
 
 
 @pytest.mark.parametrize("command", sorted(GRADUAL))
@@ -43,15 +43,15 @@ def test_what_a_command_has_finished_since_it_began_is_kept(command: str, tmp_pa
     begun = (tmp_path / "old").stat().st_mtime + 10
     (tmp_path / ".lock").touch()
     os.utime(tmp_path / ".lock", (begun + 1, begun + 1))
-    assert words_of(command, tmp_path, begun) == NOTHING, "a lock is nothing that is kept"
+    assert message_of(command, tmp_path, begun) == NOTHING, "a lock is nothing that is kept"
     (tmp_path / "statistics").mkdir()
     (tmp_path / "statistics" / "block").touch()
     os.utime(tmp_path / "statistics" / "block", (begun + 1, begun + 1))
-    assert words_of(command, tmp_path, begun) == KEPT[command]
+    assert message_of(command, tmp_path, begun) == AFTER[command]
 
 
 def test_nothing_is_said_of_commands_that_are_not_there() -> None:
-    assert KEPT.keys() == main.commands.keys()
+    assert AFTER.keys() == main.commands.keys()
 
 
 @contextmanager
@@ -84,5 +84,5 @@ def test_what_was_there_is_there_and_whole(
     with monkeypatch.context() as patched:
         patched.setattr(importlib.import_module(f"mess_compile.cli.{module}"), "progress_bar", pressed)
         ended = run(*arguments)
-    assert ended.stderr == f"stopped: {KEPT[arguments[0]]}\n"
+    assert ended.stderr == f"stopped: {AFTER[arguments[0]]}\n"
     assert contents(workspace) == before

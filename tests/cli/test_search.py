@@ -43,6 +43,38 @@ def table_for(workspace: Path, device: str, factor: float = 1.0) -> None:
     overwrite(workspace / "latency" / f"{device}.json", json.dumps(content).encode())
 
 
+class TestSummary:
+    @pytest.mark.parametrize("options", [(), ("--max-err", "50%"), ("--max-err", "50%", "--hold-out", "33%")])
+    def test_eight_lines_say_what_was_found(self, workspace: Path, options: tuple[str, ...]) -> None:
+        """Plan against baseline, its figures, its proof, what to expect on new images, the next command."""
+        lines = done("-C", workspace, "search", *options).splitlines()
+        plan = read_result(workspace / "plans" / "host.json").plan
+        assert len(lines) <= 8
+        assert lines[0].startswith("Plan for host (fp32): ")
+        lost = plan.predicted.miou - plan.baseline.miou
+        assert lines[0].endswith("does better") or f", {lost:+.2f} pp mIoU" in lines[0]
+        figures = {line.split()[0]: line.split()[1:3] for line in lines[2:4]}
+        assert figures == {
+            name: [f"{one.miou:.2f}", f"{one.latency_ms:.2f}"]
+            for name, one in (("baseline", plan.baseline), ("plan", plan.predicted))
+        }
+        assert re.match(r"Proved optimal over [\d,]+ plans\. Chosen on \d+ images of val; ", lines[4])
+        assert lines[-1].startswith("hint: mess-compile ")
+
+    def test_details_are_those_of_inspect_plan(self, workspace: Path) -> None:
+        brief = done("-C", workspace, "search", "--optimise", "accuracy").splitlines()
+        long = done("-C", workspace, "search", "--optimise", "accuracy", "-v").splitlines()
+        assert long[: len(brief) - 1] == brief[:-1]
+        shown = done("-C", workspace, "inspect", "plan").splitlines()
+        assert [line for line in long[len(brief) - 1 : -1] if line not in shown] == []
+        assert any("trade-offs found" in line for line in long)
+
+    def test_a_column_for_what_is_bounded(self, workspace: Path) -> None:
+        shown = done("-C", workspace, "search", "--max-memory", "1GiB", "--max-latency-worst", "100x")
+        assert {"worst", "memory"} <= {*shown.splitlines()[1].split()}
+        assert "memory" not in done("-C", workspace, "search")
+
+
 class TestBounds:
     @pytest.mark.parametrize(
         ("arguments", "line"),
@@ -89,7 +121,7 @@ class TestBounds:
 
 class TestHoldOut:
     def test_both_figures_are_printed_and_bench_knows_the_images_that_were_held_out(self, workspace: Path) -> None:
-        shown = done("-C", workspace, "search", "--max-err", "50%", "--hold-out", "33%")
+        shown = done("-C", workspace, "search", "--max-err", "50%", "--hold-out", "33%", "-v")
         assert re.search(r"^measured latency, 9 images of val$", shown, re.MULTILINE)
         assert "held out, not used to choose the plan: 3 images of val, the last 33 % of each sequence" in shown
         assert re.search(r"pp on the 9 images that it was chosen on, [+-][\d.]+ pp on the 3 held out", shown)
@@ -101,7 +133,7 @@ class TestHoldOut:
         assert "(3 images)" in done("-C", workspace, "compare", "host")
 
     def test_of_few_images_none_are_and_the_line_says_so(self, workspace: Path) -> None:
-        assert "nothing was held out (12 images are fewer than 60)" in done("-C", workspace, "search")
+        assert "nothing was held out (12 images are fewer than 60)" in done("-C", workspace, "search", "-v")
         content = printed_json("-C", workspace, "search", "--hold-out", "none")
         assert (content["plan"]["hold_out"], content["without_hold_out"]) == (None, "--hold-out none")
 
@@ -131,9 +163,8 @@ class TestEvidence:
 
         with_statistics(workspace, without)
         name = statistics.read_statistics(Workspace(workspace).statistics("val")).classes[1]
-        assert f"no image has a labelled pixel of {name}: mIoU is over the other classes" in done(
-            "-C", workspace, "search"
-        )
+        told = run("-C", workspace, "search").stderr
+        assert f"warning: no image has a labelled pixel of {name}: mIoU is over the other classes\n" in told
         assert printed_json("-C", workspace, "search")["plan"]["absent_classes"] == [name]
 
     def test_no_class_occurs(self, workspace: Path) -> None:
@@ -257,8 +288,8 @@ class TestSeveralDevices:
         shared = content["shared"]
         assert shared["shared_bytes"] == shared["together_bytes"] == shared["apart_bytes"] / 2 > 0
         shown = done(*arguments)
-        assert "plan for host," in shown
-        assert "plan for rtx-2080," in shown
+        assert "Plan for host (" in shown
+        assert "Plan for rtx-2080 (" in shown
         assert f"graphs that all 2 plans run: {', '.join(names[0])}" in shown
         for device in plans:
             assert f"-C {workspace} bundle {device}\n" in shown
@@ -305,12 +336,12 @@ def test_inspect_shows_the_operating_points(workspace: Path) -> None:
     assert "default" in [point["name"] for point in points]
 
 
-def test_profile_for_means_by_a_bound_what_search_means() -> None:
-    wishes = (
+def test_a_requirement_of_profile_is_one_of_search() -> None:
+    requirements = (
         "--max-latency-p95 20ms --max-latency-worst 0.5x --max-energy 50mJ",
         "--setting anytime --deadline 8ms --max-memory 64MiB",
     )
-    assert subset_of(wishes, "30min") == Subset(
+    assert subset_of(requirements, "30min") == Subset(
         requirements=(
             Requirement(
                 max_latency_p95=Limit(20.0), max_latency_worst=Limit(0.5, relative=True), max_energy=Limit(50.0)
@@ -321,10 +352,10 @@ def test_profile_for_means_by_a_bound_what_search_means() -> None:
     )
 
 
-def test_profile_for_names_a_bound_that_it_does_not_know(workspace: Path) -> None:
-    message = refused(workspace, "profile", "--for", "--max-latency-p95 20")
+def test_profile_names_a_bound_that_it_does_not_know(workspace: Path) -> None:
+    message = refused(workspace, "profile", "--requirement", "--max-latency-p95 20")
     assert "--max-latency-p95 '20' has no unit: write 20ms" in message
-    message = refused(workspace, "profile", "--for", "--max-latency-p96 20ms")
+    message = refused(workspace, "profile", "--requirement", "--max-latency-p96 20ms")
     assert "--max-latency-p96" in message
     assert "it takes the options of `search`" in message
 
@@ -346,9 +377,9 @@ def test_a_plan_of_its_own_name_goes_into_a_bundle(workspace: Path, tmp_path: Pa
 
 def test_what_makes_a_plan_doubtful_is_said_beside_it(workspace: Path) -> None:
     edit(workspace / "latency" / "host.json", lambda content: content["environment"].update(verdict="unstable"))
-    shown = done("-C", workspace, "search", "--max-err", "100%")
-    assert "mind: host was unstable when it was profiled" in shown
-    assert "no --max-err" not in shown
+    told = run("-C", workspace, "search", "--max-err", "100%").stderr
+    assert "warning: latencies of host are noisy" in told
+    assert "no --max-err" not in told
 
 
 def test_a_plan_that_loses_much_says_so_where_nobody_asked_for_less(workspace: Path) -> None:
@@ -368,13 +399,13 @@ def test_a_plan_that_loses_much_says_so_where_nobody_asked_for_less(workspace: P
     edit(workspace / "latency" / "host.json", slow)
     with_statistics(workspace, partial(as_right_as_the_baseline, 0))
     baseline = printed_json("-C", workspace, "search")["plan"]["baseline"]["miou"]
-    line = f"mind: no --max-err was asked for, and this plan loses {baseline:.1f} pp of mIoU: add --max-err 1%"
+    line = f"warning: the plan loses {baseline:.1f} pp of mIoU, and no --max-err was given: add --max-err 1%\n"
     assert baseline > 1
-    assert line in done("-C", workspace, "search")
+    assert line in run("-C", workspace, "search").stderr
     for asked in (("--max-err", "100%"), ("--optimise", "accuracy")):
-        assert "was asked for" not in done("-C", workspace, "search", *asked)
+        assert "was given" not in run("-C", workspace, "search", *asked).stderr
     with_statistics(workspace, partial(as_right_as_the_baseline, 1))
-    assert "was asked for" not in done("-C", workspace, "search")
+    assert "was given" not in run("-C", workspace, "search").stderr
 
 
 @pytest.mark.parametrize("command", [("search", "--explain"), ("bundle",)])
@@ -396,11 +427,11 @@ def test_what_a_plan_rests_on_is_read_once(
 
 def test_a_plan_without_early_exits_shows_no_thresholds(workspace: Path) -> None:
     """Nothing is held against them: a reader would look for what they do."""
-    gated = done("-C", workspace, "search", "--optimise", "accuracy")
-    assert "pixels sure at  leaves at count" in gated
-    assert "sure at/leaves at" in gated
-    assert "leaves at count" in done("inspect", workspace / "host.mess")
-    single = done("-C", workspace, "search", "--setting", "budgeted", "--optimise", "accuracy")
+    gated = done("-C", workspace, "search", "--optimise", "accuracy", "-v")
+    assert "confidence threshold  cells needed" in gated
+    assert "threshold/cells" in gated
+    assert "cells needed" in done("inspect", workspace / "host.mess")
+    single = done("-C", workspace, "search", "--setting", "budgeted", "--optimise", "accuracy", "-v")
     assert "head  images" in single
     done("-C", workspace, "bundle")
     for text in (
@@ -409,25 +440,26 @@ def test_a_plan_without_early_exits_shows_no_thresholds(workspace: Path) -> None
         done("inspect", workspace / "host.mess"),
         read_result(workspace / "plans" / "host.json")._repr_html_(),
     ):
-        assert "sure at" not in text
-        assert "leaves at count" not in text
+        assert "threshold" not in text
+        assert "cells needed" not in text
 
 
-def test_what_a_handful_of_images_foretell_is_called_a_guess(workspace: Path) -> None:
-    shown = done("-C", workspace, "search", "--max-err", "100%")
+def test_an_estimate_from_few_images_is_called_rough(workspace: Path) -> None:
+    shown = done("-C", workspace, "search", "--max-err", "100%", "-v")
     told = printed_json("-C", workspace, "search", "--max-err", "100%")["plan"]["optimism"]
     assert told["images"] == 12
-    assert "on other images of this kind: 12 images hardly tell; as a guess, " in shown
+    assert "too few images: a rough estimate for new ones is " in shown
+    assert "on new images of this kind: too few images (12): a rough estimate is " in shown
     assert "evaluate 40 images or more" in shown
     provenance = provenance_of(read_result(workspace / "plans" / "host.json"), Missing("no table"))
-    assert dict(provenance)["on other images of this kind"].startswith("12 images hardly tell")
+    assert dict(provenance)["on new images of this kind"].startswith("too few images (12)")
 
 
 @pytest.mark.parametrize(
     ("images", "groups", "says"),
     [
-        (39, 39, "39 images hardly tell; as a guess, its mIoU relative to the baseline's changes by about -1.3 pp"),
-        (40, 40, "expect its mIoU, relative to the baseline's, to change by -1.26 pp (spread over folds 0.52 pp)"),
+        (39, 39, "too few images (39): a rough estimate is -1.3 pp of mIoU relative to the baseline"),
+        (40, 40, "expect -1.26 pp of mIoU relative to the baseline (spread over folds 0.52 pp)"),
         (400, 1, "by folds; 400 images of 1 sequence, which say nothing of others"),
         (400, 8, "by folds; 400 images of 8 sequences"),
     ],

@@ -58,10 +58,8 @@ def test_engines_are_built_on_the_device_once_and_the_host_is_remembered(workspa
     engines = {path.stem: path.stat().st_size for path in xavier.device.home.glob(".mess-compile/engines/*.engine")}
     assert {entry["key"]: entry["bytes"] for entry in first["engines"]["entries"]} == engines
     shown = done("-C", workspace, "build", "--device", "xavier")
-    assert (
-        f"{len(graphs)} engines of {len(graphs)} graphs in fp32 for xavier (tensorrt 8.5.2.2) in {xavier.host}" in shown
-    )
-    assert ", 0 of them built now, " in shown
+    assert f"{len(graphs)} engines of {len(graphs)} graphs in fp32 for xavier, 0 built now, " in shown
+    assert f" in {xavier.host}\n" in shown
     assert shown.endswith("profile --device xavier\n")
     assert Workspace(workspace).memory().device == "host", "nothing was profiled"
     assert not (workspace / "engines").exists()
@@ -173,7 +171,7 @@ def test_two_devices_of_one_kind_share_the_work(workspace: Path, xavier: Xavier,
     assert re.search(rf"{re.escape(second.host)} \(\w{{12}}, tensorrt 8.5.2.2\) takes \d.\d\dx as long", shown)
     assert Workspace(workspace).memory().hosts["xavier"] == xavier.host
     assert not list((workspace / "latency").glob("*.samples.jsonl"))
-    done("-C", workspace, "profile", "--device", "xavier", *both, "--for", "--max-err 100%")
+    done("-C", workspace, "profile", "--device", "xavier", *both, "--requirement", "--max-err 100%")
     assert printed_json("-C", workspace, "search", "--max-err", "100%")["source"] == "measured"
 
 

@@ -212,7 +212,7 @@ def test_two_processes_write_the_statistics_of_one(workspace: Path, tmp_path: Pa
     command = [sys.executable, "-m", "mess_compile", "-C", str(workspace), "evaluate", "--data", str(data)]
     done = subprocess.run([*command, "--devices", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("next: ") == 1, "only one process speaks"
+    assert done.stdout.count("hint: ") == 1, "only one process speaks"
     assert contents(workspace / "statistics" / "val") == alone
 
 

@@ -749,7 +749,7 @@ class TestCommandLine:
         assert "12 graphs in " in printed
         assert "6 segments, 3 heads" in printed
         assert "all agree with the whole network" in printed
-        assert "next: mess-compile" in printed
+        assert "hint: mess-compile" in printed
 
     def test_a_tensor_that_does_not_exist_is_one_line(self, tmp_path: Path) -> None:
         model, toml = saved(tmp_path, toml=TOML.replace('"stage2"', '"layer2"'))

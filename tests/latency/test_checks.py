@@ -18,7 +18,7 @@ from mess_compile.profile import full
 from mess_compile.runtime.__main__ import lines_of
 from mess_compile.runtime.bundle.archive import read_manifest
 from mess_compile.search.plan import read_result
-from tests.commands import done, edit, printed_json
+from tests.commands import done, edit, printed_json, run
 from tests.search import cases
 
 PARTS = ("segment-0-1", "segment-1-2", "segment-2-3", "head-exit3.fcn-crm1-b0", "output-2x3")
@@ -40,8 +40,8 @@ def case(baseline_ms: float) -> tuple[LatencyTable, GraphSet]:
 def test_a_whole_that_is_not_the_sum_of_its_parts_makes_every_ratio_doubtful(baseline_ms: float, told: str) -> None:
     table, graph_set = case(baseline_ms)
     whole, alone = warnings_of(table, (graph_set,))
-    assert f"take 10.00 ms one after the other, {told} than baseline as one graph ({baseline_ms:.2f} ms)" in whole
-    assert f"{told} than baseline-alone as one graph" in alone
+    assert f"baseline takes {baseline_ms:.2f} ms on host, its parts in sequence 10.00 ms ({told})" in whole
+    assert f"baseline-alone takes {baseline_ms:.2f} ms on host, its parts in sequence 10.00 ms ({told})" in alone
 
 
 @pytest.mark.parametrize("baseline_ms", [11.7, 10.0, 9.0, 7.5])
@@ -102,51 +102,51 @@ def test_doubts_go_wherever_the_figures_go(workspace: Path, change: Callable[[di
         assert doubts == []
         return
     unstable, parts = doubts
-    assert "host was unstable when it was profiled (likely cause: heat (91 C)): profile again" in unstable
-    assert "50% less than baseline as one graph" in parts
+    assert "latencies of host are noisy (heat (91 C)); profile again" in unstable
+    assert "(50% less)" in parts
     shown = {
-        "search": done("-C", workspace, "search", "--optimise", "accuracy"),
-        "compare": done("-C", workspace, "compare", "host", workspace / "host.mess"),
-        "inspect latency": done("-C", workspace, "inspect", "latency"),
-        "inspect": done("inspect", workspace / "host.mess"),
+        "search": run("-C", workspace, "search", "--optimise", "accuracy").stderr,
+        "compare": run("-C", workspace, "compare", "host", workspace / "host.mess").stderr,
+        "inspect latency": run("-C", workspace, "inspect", "latency").stderr,
+        "inspect": run("inspect", workspace / "host.mess").stderr,
         "on the device": "\n".join(lines_of(read_manifest(workspace / "host.mess"))),
     }
     for where, text in shown.items():
         words = " ".join(text.split())
         assert all(doubt in words for doubt in doubts), where
-    assert f"mind: host, {workspace / 'host.mess'}: host was unstable" in shown["compare"]
+    assert f"warning: host, {workspace / 'host.mess'}: latencies of host are noisy" in shown["compare"]
 
 
 @pytest.mark.usefixtures("brief_profile")
 def test_profile_says_at_once_what_will_follow_its_figures(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(full, "SLOW", -1.0)
     (workspace / TABLE).unlink()
-    shown = done("-C", workspace, "profile", "--device", "host")
+    told = run("-C", workspace, "profile", "--device", "host").stderr
     doubts = printed_json("-C", workspace, "inspect", "latency")["doubts"]
-    assert doubts[0].startswith("host was unstable when it was profiled (likely cause: ")
-    assert [line for line in shown.splitlines() if line.startswith("mind: ")] == [f"mind: {each}" for each in doubts]
+    assert doubts[0].startswith("latencies of host are noisy (")
+    assert told.splitlines() == [f"warning: {each}" for each in doubts]
 
 
 def test_pages_and_the_readme_of_a_bundle_say_it_too(workspace: Path) -> None:
     edit(workspace / TABLE, spoilt)
     done("-C", workspace, "search", "--optimise", "accuracy")
-    for command in ("bundle", "report"):
-        assert "mind: host was unstable" in done("-C", workspace, command)
-    bench = done("-C", workspace, "bench", workspace / "host.mess", "--split", "test", "--passes", "1")
-    assert "mind: host was unstable" in bench
-    assert "next: " in bench
+    bench = ("bench", workspace / "host.mess", "--split", "test", "--passes", "1")
+    for arguments in (("bundle",), ("report",), bench):
+        result = run("-C", workspace, *arguments)
+        assert (result.exit_code, result.stderr) == (0, ""), "it was printed where the plan was chosen"
+    assert "predicted latencies: latencies of host are noisy" in done("-C", workspace, *bench, "-v")
     done("-C", workspace, "report")
     done("-C", workspace, "compare", "host", "-o", workspace / "compare.html")
     report, compare = ((workspace / f"{name}.html").read_text("utf-8") for name in ("report", "compare"))
-    assert report.count("Mind: host was unstable when it was profiled") == 2, "above all, and at the latencies"
-    assert "latencies that are in doubt" in report, "at what bench predicted"
-    assert "Mind: host: host was unstable" in compare
+    assert report.count("Warning: latencies of host are noisy") == 2, "above all, and at the latencies"
+    assert "latencies with a warning" in report, "at what bench predicted"
+    assert "Warning: host: latencies of host are noisy" in compare
     done("-C", workspace, "bundle", "-o", workspace / "other.mess")
     with zipfile.ZipFile(workspace / "other.mess") as content:
         readme = next(name for name in content.namelist() if name.upper().startswith("README"))
-        assert "Warning: host was unstable" in content.read(readme).decode()
+        assert "Warning: latencies of host are noisy" in content.read(readme).decode()
     (workspace / TABLE).unlink()
     plan = json.loads((workspace / "plans" / "host.json").read_text())["plan"]
     (shown,) = printed_json("-C", workspace, "compare", "host")["plans"]
     assert shown["doubts"] == plan["doubts"] != [], "the plan keeps them, wherever its table is"
-    assert "mind: host was unstable" in read_result(workspace / "plans" / "host.json")._repr_html_()
+    assert "warning: latencies of host are noisy" in read_result(workspace / "plans" / "host.json")._repr_html_()

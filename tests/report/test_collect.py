@@ -15,7 +15,7 @@ from mess_compile.report.model import Missing, Report
 from mess_compile.report.page import max_err_text, report_page
 from mess_compile.report.strips import extremes
 from mess_compile.report.views import Classes
-from tests.commands import complaint, done, edit, overwrite, printed_json, refused
+from tests.commands import complaint, done, edit, overwrite, printed_json, refused, run
 
 LIMIT_BYTES = 6_000_000
 
@@ -122,21 +122,21 @@ class TestBench:
     def test_what_to_do_next_is_what_the_report_lacks_and_then_the_device(self, workspace: Path) -> None:
         shutil.rmtree(workspace / "bench", ignore_errors=True)
         (workspace / "host.mess").rename(workspace / "elsewhere.mess")
-        assert f"next: mess-compile -C {workspace} bundle {workspace}/plans/host.json" in done(
+        assert f"hint: mess-compile -C {workspace} bundle {workspace}/plans/host.json" in done(
             "-C", workspace, "report"
         )
         (workspace / "elsewhere.mess").rename(workspace / "host.mess")
         bundle = workspace / "host.mess"
-        assert f"next: mess-compile -C {workspace} bench {bundle} --split test" in done("-C", workspace, "report")
+        assert f"hint: mess-compile -C {workspace} bench {bundle} --split test" in done("-C", workspace, "report")
         shown = done("-C", workspace, "bench", bundle, "--split", "test", "--passes", "1")
-        assert f"next: mess-compile -C {workspace} report" in shown
-        assert "next:" not in done("-C", workspace, "report"), "no device is known to ship to"
+        assert f"hint: mess-compile -C {workspace} report" in shown
+        assert "hint:" not in done("-C", workspace, "report"), "no device is known to ship to"
         edit(workspace / "workspace.json", lambda kept: kept["hosts"].update(host="ssh://user@street"))
         shown = done("-C", workspace, "report")
-        assert f"next: mess-compile -C {workspace} ship {bundle} ssh://user@street:~/host" in shown
+        assert f"hint: mess-compile -C {workspace} ship {bundle} ssh://user@street:~/host" in shown
 
     def test_a_result_from_tuning_data_is_called_that(self, workspace: Path) -> None:
-        note = "The plan was chosen on 4 of these images: a result from tuning data."
+        note = "The plan was chosen on 4 of these images, which flatters its figures."
         done("-C", workspace, "bench", workspace / "host.mess", "--split", "test", "--passes", "1")
         done("-C", workspace, "report")
         assert note not in (workspace / "report.html").read_text(encoding="utf-8")
@@ -150,12 +150,12 @@ class TestPictures:
         done("-C", workspace, "report")
         text = (workspace / "report.html").read_text(encoding="utf-8")
         assert re.findall(r"<h3>(easiest|median|hardest): scene_\d+</h3>", text) == ["easiest", "median", "hardest"]
-        assert "Images of val, by how sure the first exit is." in text
+        assert "Images of val, by confidence of the first exit." in text
 
     def test_are_generated_where_the_data_are_gone(self, workspace: Path) -> None:
         shutil.rmtree(workspace / "data")
         done("-C", workspace, "report")
-        assert "generated street scenes, for the data are not here" in (workspace / "report.html").read_text("utf-8")
+        assert "generated street scenes, since the data are gone" in (workspace / "report.html").read_text("utf-8")
 
     def test_extremes_of_few_images_are_not_repeated(self) -> None:
         assert extremes([0.2, 0.9, 0.5, 0.7, 0.1]) == (1, 2, 4)
@@ -213,10 +213,10 @@ class TestCompare:
                 figures.update(source="estimated", split="train")
 
         edit(workspace / "plans" / "other.json", change)
-        text = done("-C", workspace, "compare", "host", "other")
-        assert "mind: latencies and memory are of different devices" in text
-        assert "mind: mIoU and exit rates were taken on different images" in text
-        assert "mind: some latencies are measured and some are estimated" in text
+        text = run("-C", workspace, "compare", "host", "other").stderr
+        assert "warning: latencies and memory are of different devices" in text
+        assert "warning: mIoU and exit rates were taken on different images" in text
+        assert "warning: some latencies are measured and some are estimated" in text
         assert "networks" not in text
 
     def test_a_name_that_is_nothing_is_refused_with_what_there_is(self, workspace: Path) -> None:

@@ -106,8 +106,8 @@ def newer(street: Street, numbers: Iterator[int], tmp_path: Path) -> Path:
 
 
 def history(street: Street) -> list[dict[str, Any]]:
-    """What `ships` prints of each version, the newest first."""
-    (place,) = [each for each in printed_json("ships")["places"] if each["place"] == street.place]
+    """What `ship --list` prints of each version, the newest first."""
+    (place,) = [each for each in printed_json("ship", "--list")["places"] if each["place"] == street.place]
     versions = place["versions"]
     assert isinstance(versions, list)
     return versions
@@ -121,7 +121,7 @@ def test_only_changes_are_sent_and_a_version_can_be_rolled_back(street: Street, 
     assert f"versions/{expected['current']}" == before
     assert check_whole(street.folder) == before
     told = printed_json("ship", newer, street.place, *ANY_SPEED)
-    assert differences("ship", told) == differences("ships", printed_json("ships", street.place)) == []
+    assert differences("ship", told) == differences("ship --list", printed_json("ship", "--list", street.place)) == []
     (shipped,) = told["places"]
     assert shipped["sent_bytes"] < 64 * 1024
     assert shipped["sent_bytes"] == pytest.approx(expected["send_bytes"], rel=0.01)
@@ -146,7 +146,7 @@ def test_an_older_bundle_is_installed_only_with_allow_downgrade(street: Street, 
     assert "--allow-downgrade" in street.refused(street.bundle)
     refused = done("ship", street.bundle, street.place, "--dry-run")
     assert "--allow-downgrade" in refused
-    assert f"next: mess-compile ships {street.place}" in refused, "without its place `ships` may know none"
+    assert f"hint: mess-compile ship --list {street.place}" in refused, "without its place the list may know none"
     assert street.ship(street.bundle, "--allow-downgrade").startswith("versions/1-")
 
 
@@ -254,7 +254,7 @@ def test_a_full_disk_leaves_the_version_in_use_and_the_same_command_continues(st
 @pytest.mark.slow
 def test_one_dead_host_of_three_does_not_stop_the_others(street: Street, newer: Path) -> None:
     dead = "ssh://127.0.0.1:1:/opt/street"
-    result = run("ship", newer, street.place, dead, f"{street.device.host}:~/third", *ANY_SPEED, "--unit")
+    result = run("ship", newer, street.place, dead, f"{street.device.host}:~/third", *ANY_SPEED, "--systemd")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("error: 1 of 3 places failed")
     assert "Connection refused" in result.stderr
@@ -277,7 +277,7 @@ def test_a_place_that_is_named_twice_is_listed_once_with_its_own_versions(
         return [FolderReport(place.folder, (), {}, 0, None, (), (), None, False) for place in places]
 
     monkeypatch.setattr(ship, "look", looked)
-    told = printed_json("-C", tmp_path, "ships", "xavier:/a", "xavier:/a", "orin:/b")["places"]
+    told = printed_json("-C", tmp_path, "ship", "--list", "xavier:/a", "xavier:/a", "orin:/b")["places"]
     assert [(each["place"], each["current"]) for each in told] == [("xavier:/a", "/a"), ("orin:/b", "/b")]
 
 
@@ -342,8 +342,10 @@ def test_a_missing_python_is_reported_with_the_option_to_name_one(
     message = failed("ship", newer, street.place, *ANY_SPEED)
     assert "`python3` cannot be started" in message
     assert "name another by --python PATH" in message
-    assert "`./old` is Python 3.6.9, and 3.8 or newer is needed" in failed("ships", street.place, "--python", old)
-    (place,) = printed_json("ships", street.place, "--python", f"~/{NAMED}")["places"]
+    assert "`./old` is Python 3.6.9, and 3.8 or newer is needed" in failed(
+        "ship", "--list", street.place, "--python", old
+    )
+    (place,) = printed_json("ship", "--list", street.place, "--python", f"~/{NAMED}")["places"]
     assert f"versions/{place['current']}" == check_whole(street.folder)
 
 

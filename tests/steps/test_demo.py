@@ -44,7 +44,7 @@ def test_the_demo_ends_with_a_cascade_at_work(tmp_path: Path) -> None:
             panels = 2 + len(plan["stages"])  # input and truth beside every exit
             assert image.convert("RGB").width > 300 * panels
     report = (folder / "report.html").read_text(encoding="utf-8")
-    assert "Not here:" not in report
+    assert "Missing: " not in report
     assert lines[-1].endswith(str(folder / "report.html"))
 
 

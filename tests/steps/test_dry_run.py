@@ -84,7 +84,7 @@ def prospect(workspace: Path, *arguments: str | Path) -> dict[str, Any]:
     shown = done(*given)
     assert shown.startswith(f"would {step['what']}\n")
     assert all(f"would write {place}\n" in shown for place in step["writes"])
-    assert ("cannot be told" in shown) == (step["least_s"] is None)
+    assert ("duration unknown" in shown) == (step["least_s"] is None)
     assert ("ESTIMATED" in shown) == (step["least_s"] is not None)
     assert contents(workspace) == before
     return dict(step)

@@ -229,7 +229,7 @@ def test_ctrl_c_ends_the_film_of_a_camera_whole(bundle: Path, tmp_path: Path, mo
     real = cv2.VideoCapture
     monkeypatch.setattr(video.cv2, "VideoCapture", lambda name: Camera() if name == 0 else real(name))
     shown = done("run", bundle, "camera:0", "-o", tmp_path)
-    assert "stopped there by Ctrl-C; what is written is whole" in shown
+    assert "stopped by Ctrl-C; what is written is whole" in shown
     monkeypatch.undo()
     assert len(frames_of(tmp_path / "camera0.overlay.mp4")) >= 2
     assert [path.name for path in tmp_path.iterdir()] == ["camera0.overlay.mp4"]

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from mess_compile.bench.run import CheckedPromise, Column, _held, _Run
+from mess_compile.bench.run import CheckedPromise, Column, _checked, _Run
 from mess_compile.bundle.single_file import write_single_file
 from mess_compile.graph.gate import append_sound
 from mess_compile.runtime.base.errors import InputError, NotFiniteError, StaleError
@@ -132,7 +132,7 @@ def test_it_wins_where_cutting_costs_more_than_it_saves() -> None:
     assert (plan.predicted.latency_ms, plan.predicted.exit_rates) == (3.0, (1.0,))  # upload, one graph, download
     assert plan.predicted == plan.baseline
     assert kind_of_plan(plan) == (
-        "the plan is the whole network, uncut: no plan with exits was found to do better under this requirement"
+        "the plan is the whole network, uncut: no plan with exits does better under this requirement"
     )
 
 
@@ -204,7 +204,7 @@ def test_a_tail_that_is_worse_than_the_baselines_is_told_beside_the_mean() -> No
     assert tail_sentence(plan) is None
     worse = figures_with(plan, latency_ms=1.0, p95_ms=2.4, worst_ms=3.1)
     assert tail_sentence(worse) == (
-        "the slowest images take longer than by the baseline: p95 2.40 ms against 2.00 ms, "
+        "the slowest images take longer than with the baseline: p95 2.40 ms against 2.00 ms, "
         "worst case 3.10 ms against 2.50 ms"
     )
 
@@ -212,7 +212,7 @@ def test_a_tail_that_is_worse_than_the_baselines_is_told_beside_the_mean() -> No
 def test_a_saving_within_the_estimates_error_is_not_sold() -> None:
     plan = figures_with(small_network.plan(), latency_ms=1.2, error=1.6)
     told = estimate_sentence(plan) or ""
-    assert "may be off by x 1.6: 1.25x faster is within the estimate's error (x 1.6)" in told
+    assert "off by a factor of up to 1.6: 1.25x faster is within that error" in told
     assert "within" not in (estimate_sentence(figures_with(plan, latency_ms=0.5, error=1.6)) or "")
     assert estimate_sentence(small_network.plan()) is None
 
@@ -228,7 +228,7 @@ def test_a_bench_holds_every_promise_against_what_it_measured() -> None:
         manifest.Promise("worst_ms", 8.5, False, 0.0),
         manifest.Promise("energy_mj", 5.0, False, 0.0),
     )
-    found = _held(asked, measured, baseline, run)
+    found = _checked(asked, measured, baseline, run)
     assert [each.held for each in found] == [False, True, False, True, True, None]
     assert found[0].sentence == "MISSED: at most 2 pp asked, 2.91 lost on these images"
     assert found[2].sentence == "MISSED: at most 5.00 ms mean latency asked, 6.00 measured"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from mess_compile.cli.interrupts import KEPT
+from mess_compile.cli.interrupts import AFTER
 from mess_compile.data import scenes
 from mess_compile.data.dataset import open_dataset
 from mess_compile.nets.checkpoint import load_candidate
@@ -130,7 +130,7 @@ def test_processes_and_pieces_step_by_the_gradient_of_the_whole_batch(folder: Pa
 def test_only_one_of_two_processes_speaks(folder: Path) -> None:
     _, output = trained(folder, "--epochs", "1", "1", "--devices", "2")
     assert "2 batches of 8 per epoch, 2 processes on cpu" in output
-    for words in ("training on 16 images", "stage 1 epoch 1/1", "stage 2 group 1/1 epoch 1/1", "mIoU on val", "next:"):
+    for words in ("training on 16 images", "stage 1 epoch 1/1", "stage 2 group 1/1 epoch 1/1", "mIoU on val", "hint:"):
         assert output.count(words) == 1 + (words == "mIoU on val"), words
 
 
@@ -200,7 +200,7 @@ def test_ctrl_c_is_said_once_while_they_start_as_when_they_train(folder: Path, a
         time.sleep(after_s)
     others = children(process.pid)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == f"stopped: {KEPT['train']}\n"
+    assert process.communicate(timeout=60)[1] == f"stopped: {AFTER['train']}\n"
     assert not any(map(is_running, others))
 
 

@@ -1,0 +1,180 @@
+"""What `search` prints of a plan: the plan against its baseline, its proof, what to expect on new images; details."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from mess_compile.search.display import (
+    by_name,
+    estimate_sentence,
+    expected_on_new_images,
+    sentences_of,
+    speed,
+    tail_sentence,
+)
+from mess_compile.search.plan import REFINED_POINT, Figures, Guarantee, Plan, SearchResult
+from mess_compile.search.requirement import Requirement
+
+_Column = tuple[str, Callable[[Figures], str]]
+_FIGURES: tuple[_Column, ...] = (
+    ("mIoU %", lambda one: f"{one.miou:.2f}"),
+    ("latency ms", lambda one: f"{one.latency_ms:.2f}"),
+    ("p95 ms", lambda one: f"{one.p95_ms:.2f}"),
+    ("GMACs", lambda one: f"{one.gmacs:.3f}"),
+)
+_WORST: _Column = ("worst ms", lambda one: f"{one.worst_ms:.2f}")
+_MEMORY: _Column = ("memory MiB", lambda one: f"{one.memory_bytes / 2**20:.1f}")
+_ENERGY: _Column = ("mJ", lambda one: "-" if one.energy_mj is None else f"{one.energy_mj:.1f}")
+
+
+def headline(plan: Plan) -> str:
+    """The plan against its baseline, in a line."""
+    estimated = [name for name, figures in by_name(plan) if figures.source == "estimated"]
+    marks = [plan.precision, *([] if plan.setting == "input-dependent" else [plan.setting])]
+    if estimated:
+        marks.append(f"ESTIMATED latency{'' if len(estimated) == 2 else f' of {estimated[0]}'}")
+    return f"Plan for {plan.device} ({', '.join(marks)}): {', '.join([_kind(plan), *_changes(plan)])}"
+
+
+def _kind(plan: Plan) -> str:
+    if plan.is_whole:
+        return "the whole network, uncut; no plan with exits does better"
+    if plan.only_exit is not None:
+        return f"a shorter network (all leave at {plan.stages[plan.only_exit - 1].head})"
+    return f"{len(plan.stages)} exits"
+
+
+def _changes(plan: Plan) -> list[str]:
+    own = plan.predicted.latency_ms
+    ratio = plan.baseline.latency_ms / own if own else math.inf
+    found = [] if plan.is_whole else [speed(ratio), f"{_difference(plan):+.2f} pp mIoU"]
+    if plan.reference_miou is not None:
+        found.append(f"{plan.predicted.miou - plan.reference_miou:+.2f} pp from {plan.reference_miou:.2f} %")
+    return found
+
+
+def _difference(plan: Plan) -> float:
+    return plan.predicted.miou - plan.baseline.miou
+
+
+def summary_table(plan: Plan, requirement: Requirement) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and the rows of baseline and plan, with the columns that the requirement is about."""
+    memory = requirement.max_memory_bytes is not None or requirement.objective == "memory"
+    more = [*([] if requirement.max_latency_worst is None else [_WORST]), *([_MEMORY] if memory else [])]
+    columns = (*_FIGURES, *more, *([] if plan.predicted.energy_mj is None else [_ENERGY]))
+    exits = {"plan": " ".join(f"{rate:.0%}" for rate in plan.predicted.exit_rates)}
+    rows = [(name, *(cell(one) for _, cell in columns), exits.get(name, "")) for name, one in by_name(plan)]
+    return ("", *(title for title, _ in columns), "exits"), rows
+
+
+def proof(result: SearchResult, requirement: Requirement) -> str:
+    """Whether the plan is the optimum, and over how many."""
+    certificate, guarantee = result.certificate, result.plan.guarantee
+    space = f"{certificate.space:,} plans"
+    if certificate.gap > 0:
+        gain = f"{certificate.gap:.3g} {unit_of(requirement)}"
+        return f"Best found of {space}, not proved optimal: a better one could gain up to {gain}."
+    if guarantee is not None and guarantee.place > 1:
+        place = f"Candidate {guarantee.place} of {guarantee.candidates}, fastest to safest"
+        return f"{place}; the optimum over {space} could not be certified."
+    return f"Proved optimal over {space}."
+
+
+def expectation(result: SearchResult, max_err_pp: float | None) -> str:
+    """What to expect on new images: certified, from the images held out, by cross-validation, or unknown."""
+    plan = result.plan
+    if plan.guarantee is not None:
+        found = plan.guarantee
+        return (
+            f"Certified at {100 * found.confidence:g} % on {found.images_certified} other images: at most "
+            f"{found.miou_drop_limit_pp:g} pp of mIoU lost (bound {found.miou_drop_bound_pp:.2f} pp)."
+        )
+    return f"Chosen on {plan.predicted.images} images of {plan.predicted.split}; {_elsewhere(result, max_err_pp)}."
+
+
+def _elsewhere(result: SearchResult, max_err_pp: float | None) -> str:
+    plan, optimism = result.plan, result.plan.optimism
+    if plan.hold_out is not None:
+        held = plan.hold_out.predicted.miou - plan.hold_out.baseline.miou
+        missed = max_err_pp is not None and plan.offset_pp - held > max_err_pp
+        verdict = f", more than {max_err_pp:.4g} pp lost" if missed else ""
+        return f"on the {plan.hold_out.predicted.images} held out {held:+.2f} pp{verdict}"
+    if optimism is None:
+        return "no estimate for new images" + (f" ({result.without_optimism})" if result.without_optimism else "")
+    expected = f"{_difference(plan) - optimism.miou_pp:+.1f} pp"
+    if optimism.few:
+        return f"too few images: a rough estimate for new ones is {expected}"
+    return f"on new images of this kind expect {expected} (spread over folds {optimism.spread_pp:.1f} pp)"
+
+
+def unit_of(requirement: Requirement) -> str:
+    """The unit of the objective."""
+    if requirement.setting == "anytime":
+        return "pp of mIoU over time"
+    units = {"accuracy": "pp of mIoU", "workload": "GMACs", "memory": "bytes", "energy": "mJ"}
+    return units.get(requirement.objective or "latency", "ms")
+
+
+def reports_line(plan: Plan) -> str:
+    """When an anytime plan has labels, and how good they are by then; empty for other plans."""
+    found = ", ".join(f"{report.latency_ms:.2f} ms ({report.miou:.2f} % mIoU)" for report in plan.reports)
+    return f"Labels after {found}" if found else ""
+
+
+def details(result: SearchResult) -> tuple[str, ...]:
+    """The sentences that `search --verbose` and `inspect plan` print beside their tables."""
+    plan, optimism = result.plan, result.plan.optimism
+    fallbacks = (
+        f"{graph.name} runs in {graph.precision}: in {graph.wanted} it lost too much"
+        for graph in plan.graphs
+        if graph.precision != graph.wanted
+    )
+    refined = (
+        f"operating point {point.name}, with thresholds between those of the proof: "
+        f"{point.predicted.latency_ms:.2f} ms, {point.predicted.miou:.2f} % mIoU"
+        for point in plan.operating_points
+        if point.name == REFINED_POINT
+    )
+    return (
+        *sentences_of(plan),
+        *fallbacks,
+        _searched(result),
+        *refined,
+        f"tuning-split figures ({plan.tuned_by}), not a test result",
+        *([] if optimism is None else [f"on new images of this kind: {expected_on_new_images(optimism)}"]),
+        *([] if plan.guarantee is None else [_certified(plan.guarantee)]),
+        *filter(None, [result.what_would_cut]),
+    )
+
+
+def _searched(result: SearchResult) -> str:
+    certificate, found = result.certificate, len(result.front)
+    others = "duplicates of these" if certificate.exhaustive else "duplicates or pruned"
+    return (
+        f"{certificate.evaluated:,} of {certificate.space:,} plans evaluated, the others {others}; "
+        f"{found} trade-offs found{'' if result.front_complete else ', not all there are'}"
+    )
+
+
+def _certified(found: Guarantee) -> str:
+    return (
+        f"certified at {100 * found.confidence:g} % on {found.images_certified} images ({found.groups} independent "
+        f"ones) that it was not chosen on: pixel error on average at most {found.risk_limit_pp:g} pp above the "
+        f"baseline's (bound {found.risk_bound_pp:.2f} pp, {found.risk_method}); mIoU at most "
+        f"{found.miou_drop_limit_pp:g} pp below (bound {found.miou_drop_bound_pp:.2f} pp, {found.miou_method}); "
+        f"{found.assumption}"
+    )
+
+
+def warnings_of_plan(plan: Plan, requirement: Requirement) -> tuple[str, ...]:
+    """Why the plan's figures may be wrong, or the plan another than was meant."""
+    tail = None if plan.setting == "anytime" else tail_sentence(plan)
+    found = [*plan.doubts, *filter(None, [estimate_sentence(plan), tail])]
+    lost = -_difference(plan)
+    if requirement.max_err_pp is None and requirement.objective != "accuracy" and lost > 1:
+        found.append(f"the plan loses {lost:.1f} pp of mIoU, and no --max-err was given: add --max-err 1%")
+    if plan.absent_classes:
+        absent = ", ".join(plan.absent_classes)
+        found.append(f"no image has a labelled pixel of {absent}: mIoU is over the other classes")
+    return tuple(found)
