@@ -41,7 +41,7 @@ def _kind(plan: Plan) -> str:
     if plan.is_whole:
         return "the whole network, uncut; no plan with exits does better"
     if plan.only_exit is not None:
-        return f"a shorter network (all leave at {plan.stages[plan.only_exit - 1].head})"
+        return f"a shorter network, ending at {plan.stages[plan.only_exit - 1].head}"
     return f"{len(plan.stages)} exits"
 
 
