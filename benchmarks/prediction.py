@@ -37,12 +37,13 @@ from mess_compile.latency.table import (
     read_latency_table,
 )
 from mess_compile.network import BASELINE, GraphSet, read_graph_set, segment_name
+from mess_compile.runtime.bundle.manifest import Figures
 from mess_compile.runtime.cascade.cascade import Cascade, load
 from mess_compile.runtime.engines.engine import Engine, Library
 from mess_compile.runtime.measure import full_speed
 from mess_compile.runtime.measure.summary import mean_without_stalls
 from mess_compile.search.metrics import plan_graphs
-from mess_compile.search.plan import Figures, Plan, PlanGraph, Stage, default_point
+from mess_compile.search.plan import Plan, PlanGraph, Stage, default_point
 
 FRAMES, TICK_S = 8, 0.02
 MOST = 3

@@ -23,9 +23,9 @@ from mess_compile.bundle.stage_costs import DeviceCosts
 from mess_compile.graph.gate import append_sound
 from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
 from mess_compile.runtime.bundle import archive, signature
-from mess_compile.runtime.bundle.manifest import Manifest, StageCost
+from mess_compile.runtime.bundle.manifest import Figures, Manifest, StageCost
 from mess_compile.search.metrics import plan_graphs
-from mess_compile.search.plan import Figures, Plan, PlanGraph, Stage, default_point
+from mess_compile.search.plan import Plan, PlanGraph, Stage, default_point
 
 HW, CELLS_HW, CHANNELS = (8, 12), (4, 6), 4
 CLASSES = ("sky", "road", "car")

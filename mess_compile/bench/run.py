@@ -19,11 +19,12 @@ from mess_compile.network import GraphSet
 from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle import manifest
+from mess_compile.runtime.bundle.manifest import Figures
 from mess_compile.runtime.cascade.cascade import Cascade
 from mess_compile.runtime.engines.engine import Engine, Library
 from mess_compile.runtime.images import frames
 from mess_compile.search.metrics import Evidence, exit_macs, replay
-from mess_compile.search.plan import Figures, Stage
+from mess_compile.search.plan import Stage
 
 WARM_UP_FRAMES = 5
 _ROUNDING = 1e-9
@@ -405,7 +406,7 @@ def _checked(
     return tuple(checked)
 
 
-def _column(figures: Figures | manifest.Figures) -> Column:
+def _column(figures: Figures) -> Column:
     return Column(figures.miou, figures.latency_ms, figures.gmacs, figures.exit_rates)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from mess_compile.runtime.bundle import archive, manifest, signature
 from mess_compile.runtime.cascade import cascade
 from mess_compile.runtime.engines.engine import open_library
 from mess_compile.runtime.images import npy
-from mess_compile.search.plan import Figures, OperatingPoint, Plan, Stage, check_plan_current
+from mess_compile.search.plan import Plan, Stage, check_plan_current
 
 GOLDEN_FRAMES = 4
 _FOLDER = "graphs"
@@ -220,13 +220,13 @@ def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -
         precision=plan.precision,
         setting=plan.setting,
         stages=tuple(stages),
-        predicted=_figures(plan.predicted),
-        baseline=_figures(plan.baseline),
+        predicted=plan.predicted,
+        baseline=plan.baseline,
         baseline_name=plan.baseline_name,
         precisions=precisions,
         tuned_by=plan.tuned_by,
         power_mode=plan.power_mode,
-        operating_points=tuple(map(_operating_point, plan.operating_points)),
+        operating_points=plan.operating_points,
         costs=costs.costs,
         upload_mean_ms=costs.upload_mean_ms,
         upload_p99_ms=costs.upload_p99_ms,
@@ -235,15 +235,6 @@ def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -
         sources={"latency table": plan.table_sha256, "statistics": plan.statistics_sha256},
         promises=plan.promises,
     )
-
-
-def _operating_point(point: OperatingPoint) -> manifest.BundlePoint:
-    decisions = tuple(manifest.BundleDecision(decision.row, decision.cut) for decision in point.decisions)
-    return manifest.BundlePoint(point.name, decisions, _figures(point.predicted))
-
-
-def _figures(figures: Figures) -> manifest.Figures:
-    return manifest.Figures(**{each.name: getattr(figures, each.name) for each in fields(manifest.Figures)})
 
 
 def _network(candidate: CandidateNetwork, resize: str) -> manifest.Network:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from mess_compile.network import is_whole
 from mess_compile.runtime.bundle import manifest
+from mess_compile.runtime.bundle.manifest import Figures
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.search import plan as plans
 from mess_compile.search.display import speed, work
@@ -34,8 +35,8 @@ class Compared:
     network: str
     heads: tuple[str, ...]
     decisions: tuple[str, ...]
-    predicted: plans.Figures
-    baseline: plans.Figures
+    predicted: Figures
+    baseline: Figures
     baseline_name: str
     tuned_by: str
     operating_points: tuple[Point, ...]
@@ -105,8 +106,8 @@ def _compared(
         network=network,
         heads=tuple(stage.head for stage in plan.stages),
         decisions=tuple(_decision(thresholds[stage.row], stage.cut) for stage in plan.stages),
-        predicted=plans.Figures(**asdict(plan.predicted)),
-        baseline=plans.Figures(**asdict(plan.baseline)),
+        predicted=plan.predicted,
+        baseline=plan.baseline,
         baseline_name=plan.baseline_name,
         tuned_by=plan.tuned_by,
         operating_points=tuple(

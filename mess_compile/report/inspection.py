@@ -14,7 +14,7 @@ from mess_compile.latency.checks import known_warnings
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, GraphSet, head_grid, read_graph_set, segment_name
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.bundle.archive import read_manifest
-from mess_compile.runtime.bundle.manifest import MANIFEST
+from mess_compile.runtime.bundle.manifest import MANIFEST, Figures
 from mess_compile.runtime.images.notebook import table_html, text_html
 from mess_compile.search import plan as plans
 from mess_compile.search.display import exits_table, figures_table
@@ -365,7 +365,7 @@ def _front_table(result: plans.SearchResult, shown: Sequence[int], chosen: int |
     return Table(title, header, rows)
 
 
-def _rates(figures: plans.Figures) -> str:
+def _rates(figures: Figures) -> str:
     return " ".join(f"{rate:.0%}" for rate in figures.exit_rates)
 
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from mess_compile.evaluate.statistics import ExitStatistics, Ints
 from mess_compile.latency.table import LatencyTable, graph_cost_ns, stage_graphs
 from mess_compile.network import is_whole
+from mess_compile.runtime.bundle.manifest import Figures, OperatingPoint
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.search.metrics import Evidence, exit_costs_ns, exits_taken
-from mess_compile.search.plan import AnytimeReport, Figures, OperatingPoint, Plan, SearchResult, Stage
+from mess_compile.search.plan import AnytimeReport, Plan, SearchResult, Stage
 
 BINS = 20
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.runtime.bundle.manifest import Promise
+from mess_compile.runtime.bundle.manifest import Figures, Promise
 from mess_compile.search.metrics import Evidence, worst_ns
-from mess_compile.search.plan import Figures, Plan
+from mess_compile.search.plan import Plan
 from mess_compile.search.requirement import Limit, Requirement
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from mess_compile.network import is_whole
+from mess_compile.runtime.bundle.manifest import Figures
 from mess_compile.runtime.images.notebook import table_html, text_html
-from mess_compile.search.plan import FEW_IMAGES, Figures, Optimism, Plan, SearchResult, Stage
+from mess_compile.search.plan import FEW_IMAGES, Optimism, Plan, SearchResult, Stage
 from mess_compile.search.requirement import Requirement
 
 NEARLY = 0.005

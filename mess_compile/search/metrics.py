@@ -27,9 +27,10 @@ from mess_compile.latency.table import check_current as check_table_current
 from mess_compile.latency.table import content_sha256 as table_content_sha256
 from mess_compile.network import BASELINE, CandidateNetwork, GraphSet, Head, head_graph_name, is_whole
 from mess_compile.runtime.base.errors import InputError, StaleError
+from mess_compile.runtime.bundle.manifest import Figures
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
-from mess_compile.search.plan import AnytimeReport, Figures, Plan, PlanGraph, Stage, default_point
+from mess_compile.search.plan import AnytimeReport, Plan, PlanGraph, Stage, default_point
 from mess_compile.search.space import Grids, cut_grids
 
 

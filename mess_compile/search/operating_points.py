@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.runtime.bundle.manifest import Figures, OperatingPoint
 from mess_compile.search.exhaustive.enumeration import (
     Outcomes,
     Scores,
@@ -19,7 +20,7 @@ from mess_compile.search.exhaustive.enumeration import (
 )
 from mess_compile.search.metrics import Evidence, exit_costs_ns, exits_taken, figures_of_stages
 from mess_compile.search.pareto import front_groups
-from mess_compile.search.plan import POINT_NAMES, Figures, OperatingPoint, Stage, decisions_of, default_point
+from mess_compile.search.plan import POINT_NAMES, Stage, decisions_of, default_point
 from mess_compile.search.space import ENUMERATED_EXITS, Decisions, Grids, cut_grids, head_options, nobody
 
 Index = NDArray[np.intp]

@@ -13,7 +13,7 @@ from typing import Any
 from mess_compile import files
 from mess_compile.network import BASELINE, Gate, GraphSet, is_whole
 from mess_compile.runtime.base.errors import InputError, StaleError
-from mess_compile.runtime.bundle.manifest import PROMISED, Promise
+from mess_compile.runtime.bundle.manifest import PROMISED, Decision, Figures, OperatingPoint, Promise
 
 SETTINGS = ("input-dependent", "budgeted", "anytime")
 FRONT_AXES = ("latency", "miou", "memory")
@@ -48,48 +48,6 @@ class Stage:
     head: str
     row: int
     cut: int | None
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Costs and mIoU of a plan, or of the baseline, on the `images` of `split`.
-
-    `latency_ms` is the mean over images, `p95_ms` the percentile of their path costs, `worst_ms` the deepest path at
-    p99; `miou` in percent; `gmacs` the mean over images; `exit_rates` the share of images that leave at each exit;
-    `source` is "measured" or "estimated", of the latencies; `energy_mj` is the mean over images, None where the latency
-    table lacks the energy of a graph. `error` is the factor by which estimated latencies may be too low or too high (90
-    % of the graphs that were checked are within), None of measured ones.
-    """
-
-    latency_ms: float
-    p95_ms: float
-    worst_ms: float
-    miou: float
-    gmacs: float
-    memory_bytes: int
-    exit_rates: tuple[float, ...]
-    images: int
-    split: str
-    source: str
-    energy_mj: float | None = None
-    error: float | None = None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """When an image leaves at one exit: `row` and `cut` as in `Stage`."""
-
-    row: int
-    cut: int | None
-
-
-@dataclass(frozen=True)
-class OperatingPoint:
-    """One set of thresholds of a plan: a decision for each stage, and its figures."""
-
-    name: str
-    decisions: tuple[Decision, ...]
-    predicted: Figures
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mess_compile.latency.table import Quantity
 from mess_compile.runtime.base.errors import InputError, RequirementError
+from mess_compile.runtime.bundle.manifest import OperatingPoint
 from mess_compile.search.constraints import MEASURES, Bound, bounds_of, objective_of
 from mess_compile.search.context import Progress, SearchContext, no_progress
 from mess_compile.search.deadline import Clock, UnfinishedError
@@ -34,15 +35,7 @@ from mess_compile.search.metrics import (
 )
 from mess_compile.search.operating_points import operating_points
 from mess_compile.search.pareto import front_groups
-from mess_compile.search.plan import (
-    FRONT_BY,
-    REFINED_POINT,
-    Certificate,
-    OperatingPoint,
-    Plan,
-    SearchResult,
-    decisions_of,
-)
+from mess_compile.search.plan import FRONT_BY, REFINED_POINT, Certificate, Plan, SearchResult, decisions_of
 from mess_compile.search.requirement import Requirement
 
 Mask = NDArray[np.bool_]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from mess_compile.runtime.bundle.manifest import Figures
 from mess_compile.search.display import (
     by_name,
     estimate_sentence,
@@ -13,7 +14,7 @@ from mess_compile.search.display import (
     speed,
     tail_sentence,
 )
-from mess_compile.search.plan import REFINED_POINT, Figures, Guarantee, Plan, SearchResult
+from mess_compile.search.plan import REFINED_POINT, Guarantee, Plan, SearchResult
 from mess_compile.search.requirement import Requirement
 
 _Column = tuple[str, Callable[[Figures], str]]

@@ -261,12 +261,12 @@ def _with_stages(
 ) -> manifest.BundlePlan:
     """The plan with other thresholds, and the device's figures for all its operating points."""
 
-    def point(known: manifest.BundlePoint) -> manifest.BundlePoint:
+    def point(known: manifest.OperatingPoint) -> manifest.OperatingPoint:
         decided = known.decisions
         if known.name == manifest.DEFAULT_POINT:
-            decided = tuple(manifest.BundleDecision(stage.row, stage.cut) for stage in stages)
+            decided = tuple(manifest.Decision(stage.row, stage.cut) for stage in stages)
         at = [replace(stage, row=each.row, cut=each.cut) for stage, each in zip(stages, decided, strict=True)]
-        return manifest.BundlePoint(known.name, decided, _figures(statistics, plan, at, candidate))
+        return manifest.OperatingPoint(known.name, decided, _figures(statistics, plan, at, candidate))
 
     return replace(
         plan,

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mess_compile.runtime.bundle.manifest import OperatingPoint
 from mess_compile.search.metrics import Evidence, figures_of_stages
 from mess_compile.search.operating_points import operating_points
-from mess_compile.search.plan import OperatingPoint, Plan, Stage, read_result, write_result
+from mess_compile.search.plan import Plan, Stage, read_result, write_result
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.solver import search
 from tests.search.brute_force import BrutePlan, all_plans

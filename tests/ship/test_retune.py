@@ -33,7 +33,7 @@ def all_leave_at_once(described: manifest.Manifest) -> manifest.Manifest:
     (plan,) = described.plans
     stages = (replace(plan.stages[0], cut=0), *plan.stages[1:])
     points = tuple(
-        replace(point, decisions=(manifest.BundleDecision(stages[0].row, 0), *point.decisions[1:]))
+        replace(point, decisions=(manifest.Decision(stages[0].row, 0), *point.decisions[1:]))
         if point.name == "default"
         else point
         for point in plan.operating_points
@@ -182,7 +182,7 @@ def test_retuning_one_plan_leaves_the_others_unchanged(several: Path, tmp_path: 
         bold, safe = opened.manifest.plans
         first = replace(bold.stages[0], cut=0)
         points = tuple(
-            replace(point, decisions=(manifest.BundleDecision(first.row, 0), *point.decisions[1:]))
+            replace(point, decisions=(manifest.Decision(first.row, 0), *point.decisions[1:]))
             for point in bold.operating_points
         )
         changed = replace(bold, stages=(first, *bold.stages[1:]), operating_points=points)

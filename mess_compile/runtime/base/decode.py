@@ -23,9 +23,27 @@ class ForeignError(DecodeError):
     """The document has another format or version."""
 
 
+LOCAL = {"stored": False}
+"""Metadata of a dataclass field that documents do not hold; decoding leaves its default."""
+
+
 def encode(value: Any, form: str, version: int) -> Dict[str, Any]:
     """A dataclass as the content of a document that begins with its format and version."""
-    return {"format": form, "version": version, **dataclasses.asdict(value)}
+    return {"format": form, "version": version, **_content(value)}
+
+
+def _content(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {name: _content(getattr(value, name)) for name in _stored(value)}
+    if isinstance(value, tuple):
+        return [_content(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _content(item) for key, item in value.items()}
+    return value
+
+
+def _stored(kind: Any) -> Tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind) if field.metadata != LOCAL)
 
 
 def document(kind: Any, text: str, form: str, version: int, where: str) -> Any:
@@ -56,7 +74,8 @@ def decode(kind: Any, value: Any, where: str) -> Any:
 
 def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     content: Dict[str, Any] = _of_type(dict, value, where, "an object")
-    kinds = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
+    kinds = {name: hints[name] for name in _stored(kind)}
     missing, unknown = sorted(set(kinds) - set(content)), sorted(set(content) - set(kinds))
     if missing or unknown:
         raise DecodeError(f"{where} lacks {missing} and has unknown {unknown}"[:300])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from mess_compile.runtime.base import decode
@@ -101,9 +101,13 @@ class BundleStage:
 
 @dataclass(frozen=True)
 class Figures:
-    """The search's predictions on its `images` of `split`; `miou` in percent, `source` measured or estimated.
+    """Costs and mIoU of a plan, or of the baseline, on the `images` of `split`.
 
-    `error` is the factor by which estimated latencies may be too low or too high, None for measured ones.
+    `latency_ms` is the mean over images, `p95_ms` the percentile of their path costs, `worst_ms` the deepest path at
+    p99; `miou` in percent; `gmacs` the mean over images; `exit_rates` the share of images that leave at each exit;
+    `source` is "measured" or "estimated", of the latencies; `energy_mj` is the mean over images, None where the latency
+    table lacks the energy of a graph, and in a bundle. `error` is the factor by which estimated latencies may be too
+    low or too high (90 % of the graphs that were checked are within), None of measured ones.
     """
 
     latency_ms: float
@@ -116,7 +120,8 @@ class Figures:
     images: int
     split: str
     source: str
-    error: Optional[float]
+    energy_mj: Optional[float] = field(default=None, metadata=decode.LOCAL)
+    error: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ PROMISED = ("err_pp", "latency_ms", "p95_ms", "worst_ms", "gmacs", "energy_mj", 
 
 
 @dataclass(frozen=True)
-class BundleDecision:
+class Decision:
     """`row` and `cut` of one stage, as in `BundleStage`."""
 
     row: int
@@ -145,11 +150,11 @@ class BundleDecision:
 
 
 @dataclass(frozen=True)
-class BundlePoint:
+class OperatingPoint:
     """Other thresholds for the same graphs: a decision for each stage, and the search's predictions for them."""
 
     name: str
-    decisions: Tuple[BundleDecision, ...]
+    decisions: Tuple[Decision, ...]
     predicted: Figures
 
 
@@ -214,7 +219,7 @@ class BundlePlan:
     precisions: Dict[str, GraphPrecision]
     tuned_by: str
     power_mode: Optional[str]
-    operating_points: Tuple[BundlePoint, ...]
+    operating_points: Tuple[OperatingPoint, ...]
     costs: Tuple[StageCost, ...]
     upload_mean_ms: float
     upload_p99_ms: float
@@ -449,12 +454,10 @@ def _check_stage(stage: BundleStage, plan: BundlePlan, where: str, manifest: Man
     for path in stage.graphs:
         _need(path in manifest.files and path.endswith(".onnx"), f"{where}: {path!r} is not a graph of the bundle")
     _need(stage.cells >= 1, f"{where}: cells is {stage.cells}")
-    _check_decision(BundleDecision(stage.row, stage.cut), stage, plan, where, manifest)
+    _check_decision(Decision(stage.row, stage.cut), stage, plan, where, manifest)
 
 
-def _check_decision(
-    decision: BundleDecision, stage: BundleStage, plan: BundlePlan, where: str, manifest: Manifest
-) -> None:
+def _check_decision(decision: Decision, stage: BundleStage, plan: BundlePlan, where: str, manifest: Manifest) -> None:
     row, cut = decision.row, decision.cut
     _need(0 <= row < len(manifest.gate.thresholds), f"{where}: row is {row}")
     decides = plan.setting != "anytime" and stage is not plan.stages[-1]

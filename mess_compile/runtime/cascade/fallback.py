@@ -10,7 +10,7 @@ from typing import Callable, Iterator, List, Optional, Tuple, TypeVar
 import numpy as np
 
 from mess_compile.runtime.base.errors import EngineError, MessError
-from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, BundleDecision, BundlePlan, BundleStage, Manifest
+from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, BundlePlan, BundleStage, Decision, Manifest
 from mess_compile.runtime.cascade.metrics import Recorder
 from mess_compile.runtime.cascade.stages import Stages
 from mess_compile.runtime.engines import onnxruntime_engine
@@ -63,7 +63,7 @@ class Executor:
         """Why it cannot be opened; None if it is open."""
         return self._refusal
 
-    def decisions(self, point: str) -> Tuple[BundleDecision, ...]:
+    def decisions(self, point: str) -> Tuple[Decision, ...]:
         """The decisions of an operating point, or of the default one if the plan lacks the name."""
         return self._decisions.get(point) or self._decisions[DEFAULT_POINT]
 

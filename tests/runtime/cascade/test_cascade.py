@@ -20,7 +20,7 @@ from mess_compile import runtime
 from mess_compile.runtime.base.errors import BundleError, EngineError, InputError
 from mess_compile.runtime.bundle import plan_choice
 from mess_compile.runtime.bundle.archive import open_archive
-from mess_compile.runtime.bundle.manifest import BundleDecision, Manifest, StageCost
+from mess_compile.runtime.bundle.manifest import Decision, Manifest, StageCost
 from mess_compile.runtime.cascade import cascade as cascade_module
 from mess_compile.runtime.cascade.cascade import Cascade
 from mess_compile.runtime.engines.engine import TensorSpec, open_library
@@ -214,7 +214,7 @@ def with_points(manifest: Manifest) -> Manifest:
     plan = manifest.plans[0]
     fast, sure = (
         replace(plan.operating_points[0], name=name, decisions=(first, plan.operating_points[0].decisions[1]))
-        for name, first in (("fast", BundleDecision(0, 0)), ("sure", BundleDecision(3, 20)))
+        for name, first in (("fast", Decision(0, 0)), ("sure", Decision(3, 20)))
     )
     return replace(manifest, plans=(replace(plan, operating_points=(*plan.operating_points, fast, sure)),))
 

@@ -17,7 +17,7 @@ from mess_compile.graph.node_builder import empty_model
 from mess_compile.network import Gate
 from mess_compile.runtime.base.errors import NotFiniteError
 from mess_compile.runtime.bundle.archive import open_archive
-from mess_compile.runtime.bundle.manifest import BundleDecision, BundlePoint, Manifest
+from mess_compile.runtime.bundle.manifest import Decision, Manifest, OperatingPoint
 from mess_compile.runtime.cascade.stages import Stages
 from mess_compile.runtime.engines.engine import Engine, Library, open_library
 from tests import small_network
@@ -82,7 +82,7 @@ def test_a_plan_that_uses_every_row_looks_at_the_logits_instead(tmp_path: Path, 
     def points(manifest: Manifest) -> Manifest:
         plan = manifest.plans[0]
         more = [
-            BundlePoint(f"row{row}", (BundleDecision(row, 3), plan.operating_points[0].decisions[1]), plan.predicted)
+            OperatingPoint(f"row{row}", (Decision(row, 3), plan.operating_points[0].decisions[1]), plan.predicted)
             for row in range(len(small_network.ROWS) if every_row else 1)
         ]
         return replace(manifest, plans=(replace(plan, operating_points=(*plan.operating_points, *more)),))
