@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mess_compile import files
 from mess_compile.runtime.base.errors import InputError, did_you_mean
-from mess_compile.runtime.engines.engine import FP32, PRECISIONS
+from mess_compile.runtime.engines.engine import FP32, PRECISIONS, TensorSpec
 
 CRM_DIVISORS = (1, 2, 4, 8)
 MAX_BLOCKS = 3
@@ -282,20 +282,6 @@ SOUND = "sound"
 def is_whole(name: str) -> bool:
     """Whether a plan's exit is a whole single-exit network, uncut, instead of a head."""
     return name in (BASELINE, BASELINE_ALONE)
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A graph's input or output: numpy dtype name and static shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Size of the values; bool takes a byte."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)

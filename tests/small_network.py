@@ -21,9 +21,10 @@ from mess_compile import files
 from mess_compile.bundle import write
 from mess_compile.bundle.stage_costs import DeviceCosts
 from mess_compile.graph.gate import append_sound
-from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
+from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head
 from mess_compile.runtime.bundle import archive, signature
 from mess_compile.runtime.bundle.manifest import Figures, Manifest, StageCost
+from mess_compile.runtime.engines.engine import TensorSpec
 from mess_compile.search.metrics import plan_graphs
 from mess_compile.search.plan import Plan, PlanGraph, Stage, default_point
 

@@ -10,8 +10,8 @@ from onnx import helper, numpy_helper
 
 from mess_compile.graph.exits_toml import ExitsFile
 from mess_compile.graph.workload import activations
-from mess_compile.network import TensorSpec
 from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.engines.engine import TensorSpec
 
 _AFTER_LOGITS = ("Softmax", "LogSoftmax", "Sigmoid", "ArgMax")
 _CHANNELS_LAST = [0, 2, 3, 1]

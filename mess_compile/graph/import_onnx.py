@@ -32,9 +32,10 @@ from mess_compile.graph.normalise import (
 from mess_compile.graph.opset_context import EXPORT_AT
 from mess_compile.graph.recompose_check import Array, Reference, check_stages
 from mess_compile.graph.store import drop_unread_weights, externalise, read_model, widen_weights, write_model
-from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, Head, TensorSpec, read_graph_set
+from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, Head, read_graph_set
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines import engine
+from mess_compile.runtime.engines.engine import TensorSpec
 
 _OURS = re.compile(r"image|exit\d+|logits|labels|counts|thresholds|(logits:|gate/|input/|output/).*", re.DOTALL)
 """Names that the whole-network form and the cuts give to their own tensors."""

@@ -17,8 +17,9 @@ from mess_compile.graph.opset import to_our_opset
 from mess_compile.graph.opset_context import EXPORT_AT
 from mess_compile.graph.shapes import fold_shapes
 from mess_compile.graph.workload import tensor_spec
-from mess_compile.network import MAX_SIDE, TensorSpec
+from mess_compile.network import MAX_SIDE
 from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.engines.engine import TensorSpec
 
 _STANDARD = ("", "ai.onnx")
 

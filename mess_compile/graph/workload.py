@@ -7,8 +7,8 @@ from math import prod
 import onnx
 from onnx import helper
 
-from mess_compile.network import TensorSpec
 from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.engines.engine import TensorSpec
 
 
 def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from mess_compile.graph.store import read_model
 from mess_compile.graph.workload import activations
-from mess_compile.network import CandidateNetwork, GraphSet, TensorSpec
+from mess_compile.network import CandidateNetwork, GraphSet
 from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.engines.engine import TensorSpec
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.targets import Peak, Target
 

@@ -14,8 +14,9 @@ from mess_compile.graph.cut import cut, cut_network, import_network
 from mess_compile.graph.import_onnx import import_onnx
 from mess_compile.graph.node_builder import add, constant
 from mess_compile.graph.store import externalise, read_model, write_model
-from mess_compile.network import Gate, GraphSpec, TensorSpec, read_graph_set
+from mess_compile.network import Gate, GraphSpec, read_graph_set
 from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.engines.engine import TensorSpec
 from tests.graph import tiny
 
 GATE = Gate("top1", True, (0.3, 0.5))

@@ -18,12 +18,12 @@ from mess_compile.network import (
     GraphSet,
     GraphSpec,
     Head,
-    TensorSpec,
     head_graph_name,
     output_name,
     segment_name,
     threshold_table,
 )
+from mess_compile.runtime.engines.engine import TensorSpec
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.search.metrics import Evidence
 

@@ -10,8 +10,9 @@ import pytest
 
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.latency.table import GraphFailure, Latency, LatencyTable
-from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head, TensorSpec
+from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head
 from mess_compile.runtime.base.errors import InputError, StaleError
+from mess_compile.runtime.engines.engine import TensorSpec
 from mess_compile.search.metrics import Evidence, anytime_reports, baseline_figures, figures_of_stages, replay
 from mess_compile.search.plan import AnytimeReport, Stage
 from mess_compile.search.requirement import Limit, Requirement

@@ -24,11 +24,16 @@ LIBRARIES = ("onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorr
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An engine's input or output: numpy dtype name and static shape."""
+    """A graph's or engine's input or output: numpy dtype name and static shape."""
 
     name: str
     dtype: str
     shape: Tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the values; bool takes a byte."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
