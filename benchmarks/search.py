@@ -28,7 +28,7 @@ from mess_compile.latency.table import read_latency_table
 from mess_compile.network import read_graph_set
 from mess_compile.search.bnb.driver import Proof, branch_and_bound
 from mess_compile.search.bnb.incumbent import BestPlan
-from mess_compile.search.context import Progress, SearchContext
+from mess_compile.search.context import SearchContext, SearchProgress
 from mess_compile.search.deadline import Clock
 from mess_compile.search.exhaustive.plan_table import enumerate_plans, plans_in_space
 from mess_compile.search.metrics import Evidence, baseline_figures
@@ -140,7 +140,7 @@ def enumeration(size: Size, requirement: Requirement) -> None:
         )
 
 
-def enumerated(evidence: Evidence, requirement: Requirement, progress: Progress) -> float:
+def enumerated(evidence: Evidence, requirement: Requirement, progress: SearchProgress) -> float:
     """The least mean latency in ms of the plans within --max-err, by enumeration."""
     plans = enumerate_plans(evidence, SearchContext(requirement, progress=progress)).plans
     floor = baseline_figures(evidence).miou - (requirement.max_err_pp or 0.0)

@@ -70,7 +70,7 @@ def build(
     from mess_compile import steps
 
     as_json = arguments.as_json
-    options = steps.BuildOptions(tuple(precision.split(",")), data, arguments.jobs, arguments.host, arguments.python)
+    options = steps.EngineOptions(tuple(precision.split(",")), data, arguments.jobs, arguments.host, arguments.python)
     if arguments.dry_run:
         return print_plan(steps.plan_build(workspace, device, options), as_json)
     with reporting(as_json) as reporter:

@@ -19,6 +19,7 @@ from mess_compile.device.remote import Remote, RemoteError
 from mess_compile.device.scripts import shell_script
 from mess_compile.device.session import PID_FILE, STORE, MeasureRequest
 from mess_compile.graph.store import WEIGHTS, stored_weights
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base import decode, protocol
 from mess_compile.runtime.base.errors import EngineError, InputError
 from mess_compile.runtime.images import frames, npy
@@ -29,7 +30,6 @@ from mess_compile.runtime.serve import scoring, worker
 from mess_compile.runtime.serve.scoring import Score, ScoredExits
 from mess_compile.runtime.serve.worker import BuildFailure, BuiltEngine, Hello, RequestedJob, WorkRequest
 
-Progress = Callable[[str, int, int], None]
 Image = NDArray[np.uint8]
 LabelledFrame = tuple[Image, Image, NDArray[np.bool_]]
 """A frame (H, W, 3), its labels (H, W), and which of these count."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mess_compile.network import GraphSet
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.serve.worker import Hello, describe_machine
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from mess_compile.device.client import PythonSession
     from mess_compile.device.remote import Remote
     from mess_compile.device.session import DeviceSession
-
-Progress = Callable[[str, int, int], None]
 
 
 def remote_for(workspace: Workspace, host: str, python: str | None) -> Remote:

@@ -9,7 +9,7 @@ import hashlib
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from mess_compile.device.remote import Remote, RemoteError
 from mess_compile.device.scripts import shell_script
 from mess_compile.device.session import PID_FILE, STORE, MeasureRequest
 from mess_compile.graph.store import WEIGHTS, stored_weights
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import EngineError, InputError, MessError
 from mess_compile.runtime.machine import power
 from mess_compile.runtime.machine.machine import InstalledLibrary, Machine
@@ -30,7 +31,6 @@ from mess_compile.runtime.measure.measure import Window
 from mess_compile.runtime.serve.worker import ENGINES, GRAPHS, BuiltEngine, Hello
 from mess_compile.targets import Target
 
-Progress = Callable[[str, int, int], None]
 Key = tuple[str, str]
 """A graph and its precision, as in a latency table."""
 LIBRARY = "tensorrt"

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for_sentinels
 from typing import TypeVar
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+JobT = TypeVar("JobT")
+ResultT = TypeVar("ResultT")
 
 
 def results(
-    work: Callable[[Item], Result], jobs: Sequence[Item], processes: int, crashed: Callable[[Item], Result]
-) -> Iterator[Result]:
+    work: Callable[[JobT], ResultT], jobs: Sequence[JobT], processes: int, crashed: Callable[[JobT], ResultT]
+) -> Iterator[ResultT]:
     """Yield `work(job)` for every job as it completes, up to `processes` at once.
 
     Jobs in flight when a process dies are retried once, each alone; a job that crashes again gives `crashed(job)`.
@@ -27,7 +27,7 @@ def results(
     """
     waiting = list(jobs)
     while waiting:
-        suspects: list[Item] = []
+        suspects: list[JobT] = []
         with _pool(processes) as pool:
             yield from _until_broken(pool, work, waiting, suspects, processes)
         for job in suspects:
@@ -36,13 +36,13 @@ def results(
 
 def _until_broken(
     pool: ProcessPoolExecutor,
-    work: Callable[[Item], Result],
-    waiting: list[Item],
-    suspects: list[Item],
+    work: Callable[[JobT], ResultT],
+    waiting: list[JobT],
+    suspects: list[JobT],
     processes: int,
-) -> Iterator[Result]:
+) -> Iterator[ResultT]:
     """Take jobs from `waiting`, at most one per process; jobs in flight when the pool breaks go to `suspects`."""
-    running: dict[Future[Result], Item] = {}
+    running: dict[Future[ResultT], JobT] = {}
     broken = False
     while running or (waiting and not broken):
         while waiting and not broken and len(running) < processes:
@@ -63,7 +63,7 @@ def _until_broken(
             yield result
 
 
-def _alone(work: Callable[[Item], Result], job: Item, crashed: Callable[[Item], Result]) -> Result:
+def _alone(work: Callable[[JobT], ResultT], job: JobT, crashed: Callable[[JobT], ResultT]) -> ResultT:
     with _pool(1) as pool:
         try:
             return _submitted(pool, work, job).result()
@@ -91,7 +91,7 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _submitted(pool: ProcessPoolExecutor, work: Callable[[Item], Result], job: Item) -> Future[Result]:
+def _submitted(pool: ProcessPoolExecutor, work: Callable[[JobT], ResultT], job: JobT) -> Future[ResultT]:
     """Submit with SIGINT blocked, so that new processes inherit the block: a terminal interrupts all processes."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -21,7 +21,7 @@ CLEARLY_PP = 0.1
 """Lead of an early head over the final exit, in percentage points of mIoU, above which it is reported."""
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Limit = Literal["gate", "heads", "both", "neither"]
+LimitedBy = Literal["gate", "heads", "both", "neither"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ExitLimit:
     oracle_share: float
 
     @property
-    def limit(self) -> Limit:
+    def limit(self) -> LimitedBy:
         return _limit(self.gate_share, self.oracle_share)
 
 
@@ -86,11 +86,11 @@ class LimitingFactor:
         return sum(found.oracle_share for found in self.exits) / len(self.exits)
 
     @property
-    def limit(self) -> Limit:
+    def limit(self) -> LimitedBy:
         return _limit(self.gate_share, self.oracle_share)
 
 
-def _limit(gate_share: float, oracle_share: float) -> Limit:
+def _limit(gate_share: float, oracle_share: float) -> LimitedBy:
     """A better gate can gain oracle - gate, better heads 1 - oracle; less than one image in twenty is negligible."""
     by_gate, by_heads = round(oracle_share - gate_share, 9), round(1 - oracle_share, 9)  # so that equal shares tie
     if max(by_gate, by_heads) < NEGLIGIBLE:

@@ -14,7 +14,6 @@ import onnx
 
 from mess_compile import files
 from mess_compile.graph.compare import agreement_of, compare, labels_of, loaded, run, thresholds_of, verdict
-from mess_compile.graph.cut import Progress
 from mess_compile.graph.precision import (
     CONVERTED,
     Array,
@@ -27,6 +26,7 @@ from mess_compile.graph.precision import (
 from mess_compile.graph.precision_progress import TriedGraph, TriedGraphs
 from mess_compile.graph.store import WEIGHTS, read_model, read_whole_model, stored_weights, write_graph
 from mess_compile.network import GraphSet, GraphSpec, head_graph_name, segment_name, write_graph_set
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import EngineError, InputError, MessError
 from mess_compile.runtime.engines.engine import PRECISIONS, Library
 

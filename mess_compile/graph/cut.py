@@ -36,14 +36,12 @@ from mess_compile.network import (
     segment_name,
     write_graph_set,
 )
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
 
 NETWORK = "network.onnx"
 METADATA_KEY = "mess"
 _REMEDY = f"name its tensors with --exits exits.toml, or see docs/own-network.md for the content of {METADATA_KEY!r}"
-
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the finished item, how many are finished, and of how many."""
 
 
 def logits_name(head: str) -> str:

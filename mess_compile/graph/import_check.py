@@ -25,7 +25,7 @@ from mess_compile.runtime.engines.engine import Library
 
 _ORIGINAL = "original.onnx"
 _PROBE = "probe.onnx"
-Feed = dict[str, Array]
+Inputs = dict[str, Array]
 
 
 def write_original(model: onnx.ModelProto, places: Places, folder: Path) -> None:
@@ -39,9 +39,9 @@ def original_logits(
     folder: Path,
     places: Places,
     names: Mapping[str, str],
-    inputs: Sequence[Feed],
+    inputs: Sequence[Inputs],
     frames: Sequence[Array],
-) -> list[Feed]:
+) -> list[Inputs]:
     """The logits f32 (1, K, h, w) of the original model, by head, for each of `inputs`.
 
     `folder/network.onnx` gives the same for `frames`; there the tensors of the model have the `names` given, or their
@@ -76,7 +76,7 @@ def _write(model: onnx.ModelProto, path: Path, outputs: Mapping[str, tuple[int, 
     path.write_bytes(model.SerializeToString())
 
 
-def _outputs(library: Library, path: Path, feeds: Sequence[Feed]) -> list[Feed]:
+def _outputs(library: Library, path: Path, feeds: Sequence[Inputs]) -> list[Inputs]:
     """Computed by ONNX Runtime, or if it lacks an operator by ONNX's reference implementation. Raises InputError."""
     try:
         with closing(library.load(path)) as loaded:
@@ -92,7 +92,7 @@ def _outputs(library: Library, path: Path, feeds: Sequence[Feed]) -> list[Feed]:
             ) from error
 
 
-def _first_broken(library: Library, folder: Path, names: Mapping[str, str], feed: Feed) -> str:
+def _first_broken(library: Library, folder: Path, names: Mapping[str, str], feed: Inputs) -> str:
     """Where NaN or infinity first occurs, as the end of a message."""
     found = _probed(library, folder, _ORIGINAL, _common(folder, names), feed)
     for name, values in found.items():
@@ -101,7 +101,7 @@ def _first_broken(library: Library, folder: Path, names: Mapping[str, str], feed
     return ""
 
 
-def _changed(library: Library, folder: Path, names: Mapping[str, str], feed: Feed, frame: Array) -> str:
+def _changed(library: Library, folder: Path, names: Mapping[str, str], feed: Inputs, frame: Array) -> str:
     """The node whose result the conversion changed."""
     common, original = _common(folder, names), read_model(folder / _ORIGINAL)
     wanted = _probed(library, folder, _ORIGINAL, common, feed)
@@ -130,7 +130,7 @@ def _common(folder: Path, names: Mapping[str, str]) -> dict[str, tuple[int, ...]
     return {name: spec.shape for name, spec in both.items() if spec.dtype == "float32"}
 
 
-def _probed(library: Library, folder: Path, file: str, outputs: Mapping[str, tuple[int, ...]], feed: Feed) -> Feed:
+def _probed(library: Library, folder: Path, file: str, outputs: Mapping[str, tuple[int, ...]], feed: Inputs) -> Inputs:
     """The values of these tensors of a model in `folder`."""
     _write(read_model(folder / file), folder / _PROBE, outputs)
     return _outputs(library, folder / _PROBE, [feed])[0]

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from mess_compile import files
 from mess_compile.graph.constant_fold import fold_constants
-from mess_compile.graph.cut import METADATA_KEY, NETWORK, Progress, cut_network, logits_name
+from mess_compile.graph.cut import METADATA_KEY, NETWORK, cut_network, logits_name
 from mess_compile.graph.cut_points import Places, find_places
 from mess_compile.graph.exits_toml import ExitsFile, InputRule, read_exits
 from mess_compile.graph.import_check import original_logits, write_original
@@ -33,6 +33,7 @@ from mess_compile.graph.opset_context import EXPORT_AT
 from mess_compile.graph.recompose_check import Array, Reference, check_stages
 from mess_compile.graph.store import drop_unread_weights, externalise, read_model, widen_weights, write_model
 from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, Head, read_graph_set
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines import engine
 from mess_compile.runtime.engines.engine import TensorSpec

@@ -12,11 +12,11 @@ import numpy.typing as npt
 import onnx
 
 from mess_compile.graph.compare import run, thresholds_of
-from mess_compile.graph.cut import Progress
 from mess_compile.graph.node_builder import OPSET
 from mess_compile.graph.precision import Feed
 from mess_compile.graph.store import read_model
 from mess_compile.network import BASELINE, BASELINE_ALONE, SOUND, GraphSet, Head, head_graph_name, segment_name
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines import engine
 

@@ -18,13 +18,14 @@ from torch import nn
 
 from mess_compile import files
 from mess_compile.graph.constant_fold import fold_constants
-from mess_compile.graph.cut import METADATA_KEY, NETWORK, Progress, add_baseline_alone, cut_network, logits_name
+from mess_compile.graph.cut import METADATA_KEY, NETWORK, add_baseline_alone, cut_network, logits_name
 from mess_compile.graph.node_builder import OPSET, keep
 from mess_compile.graph.recompose_check import Array, Reference, check_baseline_alone, check_stages
 from mess_compile.graph.store import read_model, store_weight, write_model
 from mess_compile.nets.checkpoint import load_candidate
 from mess_compile.nets.network import MEAN, STD, Architecture, OverprovisionedNetwork, normalise
 from mess_compile.network import BASELINE_ALONE, Gate, GraphSet, read_graph_set
+from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
 
 

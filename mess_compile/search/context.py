@@ -11,7 +11,7 @@ from mess_compile.search.deadline import Clock
 from mess_compile.search.plan import FRONT_BY
 from mess_compile.search.requirement import Requirement
 
-Progress = Callable[[int, int], None]
+SearchProgress = Callable[[int, int], None]
 """It is called with (chains of heads done, in all)."""
 
 
@@ -30,7 +30,7 @@ class SearchContext:
 
     requirement: Requirement
     front_by: tuple[str, ...] = FRONT_BY
-    progress: Progress = no_progress
+    progress: SearchProgress = no_progress
     cache_folder: Path | None = None
     clock: Clock | None = None
 

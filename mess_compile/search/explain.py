@@ -13,7 +13,7 @@ from mess_compile.evaluate.statistics import ExitStatistics, Ints, miou
 from mess_compile.latency.table import Latency, LatencyTable, stage_graphs
 from mess_compile.runtime.base.errors import RequirementError
 from mess_compile.search.constraints import MEASURES
-from mess_compile.search.context import Progress, no_progress
+from mess_compile.search.context import SearchProgress, no_progress
 from mess_compile.search.metrics import Evidence, evidence_of_plan, exit_costs_ns, exit_macs, exits_taken
 from mess_compile.search.plan import Plan, SearchResult
 from mess_compile.search.requirement import DEFAULT_EXITS, Limit, Requirement
@@ -95,7 +95,7 @@ def explain(
     plan: Plan,
     find: Find,
     find_changed: Find,
-    progress: Progress = no_progress,
+    progress: SearchProgress = no_progress,
 ) -> Explanation:
     """Explain the `plan` that `find` found for `requirement` among `evidences`.
 

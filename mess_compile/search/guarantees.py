@@ -15,7 +15,7 @@ import numpy as np
 
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.runtime.base.errors import InputError, RequirementError
-from mess_compile.search.context import Progress, SearchContext, no_progress
+from mess_compile.search.context import SearchContext, SearchProgress, no_progress
 from mess_compile.search.metrics import Evidence, evidence_of_plan, figures_of_stages, refuse_different_images
 from mess_compile.search.plan import FRONT_BY, Guarantee, Optimism, Plan, SearchResult
 from mess_compile.search.requirement import Requirement
@@ -50,7 +50,7 @@ def optimism(
     evidences: Sequence[Evidence],
     requirement: Requirement,
     folds: int = FOLDS,
-    progress: Progress = no_progress,
+    progress: SearchProgress = no_progress,
     cache_folder: Path | None = None,
 ) -> Optimism:
     """By how much the figures of a plan searched under `requirement` are too good, by cross-validation over sequences.
@@ -152,7 +152,7 @@ def certify(
     requirement: Requirement,
     confidence: float,
     seed: int = 0,
-    progress: Progress = no_progress,
+    progress: SearchProgress = no_progress,
     front_by: tuple[str, ...] = FRONT_BY,
     cache_folder: Path | None = None,
 ) -> SearchResult:

@@ -14,7 +14,7 @@ from mess_compile.latency.table import Quantity
 from mess_compile.runtime.base.errors import InputError, RequirementError
 from mess_compile.runtime.bundle.manifest import OperatingPoint
 from mess_compile.search.constraints import MEASURES, Bound, bounds_of, objective_of
-from mess_compile.search.context import Progress, SearchContext, no_progress
+from mess_compile.search.context import SearchContext, SearchProgress, no_progress
 from mess_compile.search.deadline import Clock, UnfinishedError
 from mess_compile.search.exhaustive.cache import cached_plan_table
 from mess_compile.search.exhaustive.plan_table import (
@@ -46,7 +46,7 @@ _COUNTS = ("space", "evaluated", "duplicates", "bounded")
 def search(
     evidence: Evidence,
     requirement: Requirement,
-    progress: Progress = no_progress,
+    progress: SearchProgress = no_progress,
     front_by: tuple[str, ...] = FRONT_BY,
     cache_folder: Path | None = None,
     clock: Clock | None = None,
@@ -145,7 +145,7 @@ def _too_early(evidence: Evidence, requirement: Requirement, table: PlanTable) -
 def search_recipes(
     evidences: Sequence[Evidence],
     requirement: Requirement,
-    progress: Progress = no_progress,
+    progress: SearchProgress = no_progress,
     front_by: tuple[str, ...] = FRONT_BY,
     cache_folder: Path | None = None,
     clock: Clock | None = None,

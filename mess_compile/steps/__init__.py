@@ -13,7 +13,7 @@ from mess_compile.ship.client import ShipOptions, parse_place, rollback, ship
 from mess_compile.ship.client import look as ships
 from mess_compile.ship.client import preview as plan_ship
 from mess_compile.steps.bench import BenchOptions, bench, bench_deadline, plan_bench
-from mess_compile.steps.build import BuildOptions, build, plan_build
+from mess_compile.steps.build import EngineOptions, build, plan_build
 from mess_compile.steps.bundle import BundleOptions, bundle, plan_bundle
 from mess_compile.steps.devices import KnownDevice, devices, doctor, inspect
 from mess_compile.steps.dry_run import PlannedStep
@@ -35,9 +35,9 @@ from mess_compile.workspace import Workspace, open_workspace
 
 __all__ = [
     "BenchOptions",
-    "BuildOptions",
     "BundleOptions",
     "DataFolder",
+    "EngineOptions",
     "EvaluateOptions",
     "Gate",
     "ImageFailure",

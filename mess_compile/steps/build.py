@@ -24,7 +24,7 @@ from mess_compile.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class BuildOptions:
+class EngineOptions:
     """`jobs` processes (None: one a core) build engines in `precisions`; `data` has images to choose precisions by.
 
     `host` (ssh://user@host) is where the device is, the remembered one by default; `python` starts Python there.
@@ -40,7 +40,7 @@ class BuildOptions:
 def build(
     workspace: Workspace,
     device: str | None = None,
-    options: BuildOptions = BuildOptions(),
+    options: EngineOptions = EngineOptions(),
     reporter: Reporter = SILENT,
 ) -> tuple[RecipeBuild, ...]:
     """Build the target's engines of every graph and precision.
@@ -68,7 +68,7 @@ def build_host(workspace: Workspace, target: Target, host: str | None) -> str | 
 
 
 def _built_at(
-    workspace: Workspace, target: Target, host: str, options: BuildOptions, reporter: Reporter
+    workspace: Workspace, target: Target, host: str, options: EngineOptions, reporter: Reporter
 ) -> tuple[RecipeBuild, ...]:
     if options.jobs is not None:
         raise InputError(f"engines are built one at a time at {host}: drop --jobs {options.jobs}")
@@ -83,7 +83,7 @@ PlannedRecipe = tuple[GraphSet, tuple[str, ...]]
 
 
 def plan_build(
-    workspace: Workspace, device: str | None = None, options: BuildOptions = BuildOptions()
+    workspace: Workspace, device: str | None = None, options: EngineOptions = EngineOptions()
 ) -> tuple[PlannedStep, ...]:
     """What `build` would do, recipe by recipe; no device is asked. Raises InputError and EngineError as `build`."""
     target = target_of(workspace, device)
@@ -92,7 +92,7 @@ def plan_build(
 
 
 def planned_builds(
-    workspace: Workspace, target: Target, found: Sequence[PlannedRecipe], options: BuildOptions
+    workspace: Workspace, target: Target, found: Sequence[PlannedRecipe], options: EngineOptions
 ) -> tuple[PlannedStep, ...]:
     refuse_without_engines(target)
     host = build_host(workspace, target, options.host)

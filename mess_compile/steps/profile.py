@@ -28,7 +28,7 @@ from mess_compile.runtime.measure import measure
 from mess_compile.runtime.measure.measure import Effort
 from mess_compile.runtime.serve.worker import event_from_line
 from mess_compile.search.requirement import Requirement
-from mess_compile.steps.build import BuildOptions, planned_builds, planned_recipes
+from mess_compile.steps.build import EngineOptions, planned_builds, planned_recipes
 from mess_compile.steps.device_choice import host_of, refuse_python_here, target_of
 from mess_compile.steps.dry_run import PlannedStep
 from mess_compile.steps.evaluate import current_statistics
@@ -296,7 +296,9 @@ def plan_profile(
     found = planned_recipes(workspace, target, graphs, options.precisions)
     compiled = target.library.startswith("onnxruntime")
     builds = (
-        () if compiled else planned_builds(workspace, target, found, BuildOptions(host=next(iter(options.hosts), None)))
+        ()
+        if compiled
+        else planned_builds(workspace, target, found, EngineOptions(host=next(iter(options.hosts), None)))
     )
     sets = [graph_set for graph_set, _ in found]
     table = _forecast(workspace, target, sets, graphs)

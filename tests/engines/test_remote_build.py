@@ -88,7 +88,7 @@ def test_a_build_that_is_cut_is_continued_by_the_same_command(workspace: Path, x
         (built,) = steps.build(
             Workspace(workspace),
             "xavier",
-            steps.BuildOptions(host=xavier.host),
+            steps.EngineOptions(host=xavier.host),
             steps.Reporter(progress),  # type: ignore[arg-type]
         )
         return built.engines.built

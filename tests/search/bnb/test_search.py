@@ -19,7 +19,7 @@ from mess_compile.search.bnb import bounds, kernels
 from mess_compile.search.bnb.arrays import Problem, problem_of
 from mess_compile.search.bnb.kernels.values import Cutoff, PairGroup, Relaxation, TripleGroup
 from mess_compile.search.bnb.search import search
-from mess_compile.search.context import Progress, SearchContext, no_progress
+from mess_compile.search.context import SearchContext, SearchProgress, no_progress
 from mess_compile.search.deadline import Clock, UnfinishedError
 from mess_compile.search.metrics import Evidence, figures_of_stages
 from mess_compile.search.plan import Plan, SearchResult
@@ -43,7 +43,7 @@ RELAXED = list(HealthCheck)
 
 
 def searched(
-    case: Evidence, requirement: Requirement, clock: Clock | None = None, progress: Progress = no_progress
+    case: Evidence, requirement: Requirement, clock: Clock | None = None, progress: SearchProgress = no_progress
 ) -> SearchResult:
     return search(case, SearchContext(requirement, progress=progress, clock=clock))
 
