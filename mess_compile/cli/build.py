@@ -73,7 +73,7 @@ def build(
     options = steps.EngineOptions(tuple(precision.split(",")), data, arguments.jobs, arguments.host, arguments.python)
     if arguments.dry_run:
         return print_plan(steps.plan_build(workspace, device, options), as_json)
-    with reporting(as_json) as reporter:
+    with reporting(as_json, notes_aside=True) as reporter:
         builds = steps.build(workspace, device, options, reporter)
     if as_json:
         contents = [

@@ -279,12 +279,12 @@ def quoted(path: Path) -> str:
 
 
 @contextmanager
-def reporting(as_json: bool = False) -> Iterator[Reporter]:
-    """A reporter whose progress and notes stand on standard error."""
+def reporting(as_json: bool = False, notes_aside: bool = False) -> Iterator[Reporter]:
+    """A reporter with its progress on standard error, and its notes above the result, or aside with the progress."""
     from mess_compile.reporter import Reporter
 
     with progress_bar(as_json) as progress:
-        yield Reporter(progress, partial(say, err=True))
+        yield Reporter(progress, partial(say, err=as_json or notes_aside))
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def profile(
     )
     if arguments.dry_run:
         return print_plan(steps.plan_profile(workspace, device, options), as_json)
-    with reporting(as_json) as reporter:
+    with reporting(as_json, notes_aside=True) as reporter:
         if estimate:
             table = steps.estimate(workspace, device, options.precisions, data, reporter)
         else:

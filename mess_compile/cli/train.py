@@ -190,7 +190,7 @@ def train(workspace: Workspace, data: DataFolder, arguments: TrainArguments) -> 
     as_json = arguments.as_json
     if arguments.baseline and (arguments.source or arguments.teacher):
         raise InputError("--baseline trains a network of its own: drop --from and --teacher")
-    opened = steps.training_data(workspace, data, Reporter(note=partial(say, err=True)))
+    opened = steps.training_data(workspace, data, Reporter(note=partial(say, err=as_json)))
     choice = steps.NetworkChoice(
         backbone=arguments.backbone,
         input_hw=size(arguments.input_hw),

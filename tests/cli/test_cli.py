@@ -308,7 +308,7 @@ class TestBundle:
         slow = run("verify", workspace / "host.mess", "--latency-factor", "0.000001")
         assert slow.exit_code == 1
         assert "FAILED  latency: " in slow.stdout
-        assert "(latency): see what else runs" in slow.stderr
+        assert "(latency): stop other programs" in slow.stderr
 
     def test_it_overwrites_nothing_but_bundles(self, workspace: Path, tmp_path: Path) -> None:
         done("-C", workspace, "bundle")

@@ -106,7 +106,7 @@ def test_nothing_but_results_where_nobody_looks() -> None:
 USED_WRONGLY = """
 from mess_compile.cli import main
 try:
-    main(["search", "--confidence", "95%", "--time-limit", "9s"])
+    main(["search", "--seed", "1"])
 except SystemExit as end:
     print("code", end.code)
 """

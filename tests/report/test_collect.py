@@ -36,7 +36,7 @@ class TestNothingToShow:
         for arguments in ((), ("--json",)):
             message = refused(tmp_path, "report", *arguments)
             assert "there is nothing to report yet" in message
-            assert "train one by `mess-compile train --data DIR`" in message
+            assert "train one with `mess-compile train --data DIR`" in message
 
     def test_what_comes_next_depends_on_what_is_there(self, workspace: Path) -> None:
         for name in ("latency", "plans", "workspace.json"):
