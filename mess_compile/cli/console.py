@@ -29,7 +29,7 @@ from mess_compile.runtime.base.errors import MessError
 _BAR = 18
 """Columns of the bar: with label, amount, rate and time left, a line of 80."""
 _RATE_OVER_S = 600.0
-"""What the rate is an average over; an engine can take minutes."""
+"""The time that the rate is averaged over; an engine can take minutes."""
 _SWITCH = "MESS_COMPILE_PROGRESS"
 WIDTH = 100
 """No line of results is wider, and none is wider than the terminal; `hint:` and `warning:` are one line each."""
@@ -300,7 +300,7 @@ def progress_bar(as_json: bool = False) -> Iterator[Callable[[str, int, int], No
         return
     if as_json or not sys.stderr.isatty():
         with _progress_lines() as lines:
-            yield lines.tell
+            yield lines.update
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -339,7 +339,7 @@ def progress_bar(as_json: bool = False) -> Iterator[Callable[[str, int, int], No
 
 
 def _progress_lines() -> ProgressLines:
-    """Of the command that runs, by its name and since it began."""
+    """Lines of the command that runs, with its name and start."""
     context = click.get_current_context(silent=True)
     if context is None:
         return ProgressLines("at work", partial(say, err=True))

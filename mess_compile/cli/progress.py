@@ -1,4 +1,4 @@
-"""How far long work is, in a line now and then: for logs and pipes, where no bar can be drawn."""
+"""Progress of long work in occasional lines, for logs and pipes, where no bar can be drawn."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 FIRST_S, EVERY_S = 7.0, 30.0
-"""When the first line comes, so that it is there within ten seconds of the command, and the time between two lines."""
+"""The time of the first line, within ten seconds of the command's start, and the time between two lines."""
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What was told last, and what had been done, and when, when that work began."""
+class _State:
+    """The last update, and what had been done, and when, as that work began."""
 
     label: str
     done: int
@@ -24,9 +24,9 @@ class _Told:
 
 
 class ProgressLines:
-    """Has `write` print how far the work `what` is, from a thread of its own: after `first_s`, then each `every_s`.
+    """Prints with `write` how far the work `what` is, from a thread of its own: after `first_s`, then each `every_s`.
 
-    So a single step that takes minutes is heard of, too. As a context manager it ends with the work.
+    So a single step that takes minutes shows progress, too. As a context manager it ends with the work.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ProgressLines:
         self._begun_s = clock() if begun_s is None else begun_s
         self._first_s = FIRST_S if first_s is None else first_s
         self._every_s = EVERY_S if every_s is None else every_s
-        self._told: _Told | None = None
+        self._state: _State | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._print, daemon=True)
 
@@ -52,37 +52,37 @@ class ProgressLines:
 
     def __exit__(self, *raised: object) -> None:
         self._ended.set()
-        self._thread.join(timeout=1.0)  # it may wait for a reader that is gone
+        self._thread.join(timeout=1.0)  # its reader may be gone
 
-    def tell(self, label: str, done: int, total: int) -> None:
-        """So much is done, and of how much: 0 where that is not known."""
-        last = self._told
-        if last is None or done < last.done or total != last.total:  # something else begins, at another pace
-            self._told = _Told(label, done, total, done, self._clock())
+    def update(self, label: str, done: int, total: int) -> None:
+        """Set what is done, and of how much: 0 where that is not known."""
+        last = self._state
+        if last is None or done < last.done or total != last.total:  # other work begins, at another pace
+            self._state = _State(label, done, total, done, self._clock())
         else:
-            self._told = _Told(label, done, total, last.first, last.since_s)
+            self._state = _State(label, done, total, last.first, last.since_s)
 
     def line(self) -> str:
         """Such as `train: images of stage 1: 640 of 3840, 12.5/s, about 4 min left`."""
-        now, told = self._clock(), self._told
+        now, state = self._clock(), self._state
         so_far = f"{duration(now - self._begun_s)} so far"
-        if told is None:
+        if state is None:
             return f"{self._what}: {so_far}"
-        name = self._what if told.label == self._what else f"{self._what}: {told.label}"
-        per_s = (told.done - told.first) / (now - told.since_s) if now > told.since_s else 0.0
+        name = self._what if state.label == self._what else f"{self._what}: {state.label}"
+        per_s = (state.done - state.first) / (now - state.since_s) if now > state.since_s else 0.0
         words = [so_far]
-        if told.done >= told.total > 0:
-            words = [f"{told.total} of {told.total} done", so_far]
-        elif told.total:
-            left = f"about {duration((told.total - told.done) / per_s)} left" if per_s else so_far
-            words = [f"{told.done} of {told.total}", *([rate(per_s)] if per_s else []), left]
-        elif told.done:
-            words = [f"{told.done} done", *([rate(per_s)] if per_s else []), so_far]
+        if state.done >= state.total > 0:
+            words = [f"{state.total} of {state.total} done", so_far]
+        elif state.total:
+            left = f"about {duration((state.total - state.done) / per_s)} left" if per_s else so_far
+            words = [f"{state.done} of {state.total}", *([rate(per_s)] if per_s else []), left]
+        elif state.done:
+            words = [f"{state.done} done", *([rate(per_s)] if per_s else []), so_far]
         return f"{name}: {', '.join(words)}"
 
     def _print(self) -> None:
         wait_s = max(0.0, self._begun_s + self._first_s - self._clock())
-        with suppress(OSError, ValueError):  # nobody reads any more
+        with suppress(OSError, ValueError):  # the reader is gone
             while not self._ended.wait(wait_s):
                 self._write(self.line())
                 wait_s = self._every_s

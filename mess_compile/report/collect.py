@@ -166,16 +166,16 @@ def _benched(workspace: Workspace, plan: Plan) -> Benched:
             f"the bundle of {plan.device} was not measured yet: run `mess-compile bundle`, then "
             f"`mess-compile bench {workspace.bundle(plan.device).name} --data DIR`"
         )
-    kept = read_bench(path)
+    bench = read_bench(path)
     now = tuple((stage.head, stage.cut) for stage in plan.stages)
     remarks = []
-    if tuple(zip(kept.heads, kept.cuts, strict=True)) != now:
+    if tuple(zip(bench.heads, bench.cuts, strict=True)) != now:
         remarks.append(
             "These figures are of another plan than the one above: run `mess-compile bundle` and `bench` again."
         )
-    if kept.found.tuned_on:
-        remarks.append(f"The plan was chosen on {kept.found.tuned_on} of these images, which flatters its figures.")
-    return Benched(kept, " ".join(remarks))
+    if bench.found.tuned_on:
+        remarks.append(f"The plan was chosen on {bench.found.tuned_on} of these images, which flatters its figures.")
+    return Benched(bench, " ".join(remarks))
 
 
 def _strips(workspace: Workspace, plan: Plan, evidence: Evidence | None, progress: Progress) -> Strips:

@@ -119,9 +119,13 @@ def _compared(
     )
 
 
-def _held_out(told: plans.HoldOut | None) -> str:
+def _held_out(held_out: plans.HoldOut | None) -> str:
     """The plan's mIoU relative to the baseline's on the images held out, and how many they are."""
-    return "-" if told is None else f"{told.predicted.miou - told.baseline.miou:+.2f} ({told.predicted.images} images)"
+    return (
+        "-"
+        if held_out is None
+        else f"{held_out.predicted.miou - held_out.baseline.miou:+.2f} ({held_out.predicted.images} images)"
+    )
 
 
 def _decision(threshold: float, cut: int | None) -> str:

@@ -310,10 +310,10 @@ def inspect_plan(result: plans.SearchResult, whole_front: bool = False) -> Inspe
     plan, front = result.plan, result.front
     choice = inspect_choice(result)
     chosen = next((i for i, p in enumerate(front) if (p.stages, p.precision) == (plan.stages, plan.precision)), None)
-    shown = range(len(front)) if whole_front else _shown_of_front(len(front), chosen)
-    left = len(front) - len(shown)
+    indices = range(len(front)) if whole_front else _shown_of_front(len(front), chosen)
+    left = len(front) - len(indices)
     less = (f"{left} of the front's {len(front)} plans are left out: `inspect plan --all` shows them, as does --json",)
-    tables = (*choice.tables, _front_table(result, shown, chosen))
+    tables = (*choice.tables, _front_table(result, indices, chosen))
     return Inspection(
         plans.result_to_json(result), tables, (*choice.notes, *(less if left else ())), tuple(plan.doubts)
     )
@@ -345,7 +345,7 @@ def _shown_of_front(count: int, chosen: int | None) -> Sequence[int]:
     return sorted({*near, *spread})
 
 
-def _front_table(result: plans.SearchResult, shown: Sequence[int], chosen: int | None) -> Table:
+def _front_table(result: plans.SearchResult, indices: Sequence[int], chosen: int | None) -> Table:
     rows = tuple(
         (
             f"{index + 1} chosen" if index == chosen else str(index + 1),
@@ -357,7 +357,7 @@ def _front_table(result: plans.SearchResult, shown: Sequence[int], chosen: int |
             _rates(point.predicted),
             " -> ".join(stage.head for stage in point.stages),
         )
-        for index in shown
+        for index in indices
         for point in (result.front[index],)
     )
     title = f"front for {result.plan.device} by {', '.join(result.front_by)}, {result.plan.predicted.source} latency"

@@ -84,9 +84,9 @@ def report_data(report: Report) -> dict[str, Any]:
     if isinstance(report.costs, GraphCosts):
         content["costs"] = asdict(report.costs)
     if isinstance(report.bench, Benched):
-        kept = report.bench.bench
-        columns = [{"name": name, **asdict(column)} for name, column in kept.columns.items()]
-        content["bench"] = {"baseline_name": kept.found.baseline_name, "columns": columns}
+        bench = report.bench.bench
+        columns = [{"name": name, **asdict(column)} for name, column in bench.columns.items()]
+        content["bench"] = {"baseline_name": bench.found.baseline_name, "columns": columns}
     return content
 
 

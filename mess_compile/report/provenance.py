@@ -12,18 +12,18 @@ from mess_compile.search.plan import Guarantee, SearchResult
 
 def provenance_of(result: SearchResult | None, table: latency.LatencyTable | Missing) -> tuple[tuple[str, str], ...]:
     """Names and values, of a search and the latency table as far as they are there."""
-    told: list[tuple[str, str]] = [("mess-compile", __version__)]
+    origins: list[tuple[str, str]] = [("mess-compile", __version__)]
     if isinstance(table, latency.LatencyTable):
-        told += [("engine library", f"{table.library} {table.library_version}"), ("latencies", table.source)]
-        told += [(name.replace("_", " "), value) for name, value in table.environment.items() if value]
+        origins += [("engine library", f"{table.library} {table.library_version}"), ("latencies", table.source)]
+        origins += [(name.replace("_", " "), value) for name, value in table.environment.items() if value]
     if result is not None:
-        told += _origin_of(result)
-    return tuple(told)
+        origins += _origin_of(result)
+    return tuple(origins)
 
 
 def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
     plan = result.plan
-    told = [
+    origins = [
         ("network", plan.network),
         ("gate", f"{plan.gate.confidence}, {'edge-aware' if plan.gate.edge_aware else 'plain'}"),
         ("baseline", plan.baseline_name),
@@ -34,16 +34,16 @@ def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
         ("search", _proof(result)),
     ]
     if plan.power_mode is not None:
-        told.append(("power mode", plan.power_mode))
+        origins.append(("power mode", plan.power_mode))
     if plan.absent_classes:
-        told.append(("classes without a labelled pixel, in no mIoU", ", ".join(plan.absent_classes)))
+        origins.append(("classes without a labelled pixel, in no mIoU", ", ".join(plan.absent_classes)))
     if plan.optimism is not None:
-        told.append(("on new images of this kind", expected_on_new_images(plan.optimism)))
+        origins.append(("on new images of this kind", expected_on_new_images(plan.optimism)))
     elif result.without_optimism:
-        told.append(("on new images of this kind", f"no estimate: {result.without_optimism}"))
+        origins.append(("on new images of this kind", f"no estimate: {result.without_optimism}"))
     if plan.guarantee is not None:
-        told.append((f"certified at {100 * plan.guarantee.confidence:g} %", _certified(plan.guarantee)))
-    return told
+        origins.append((f"certified at {100 * plan.guarantee.confidence:g} %", _certified(plan.guarantee)))
+    return origins
 
 
 def _proof(result: SearchResult) -> str:
@@ -55,10 +55,10 @@ def _proof(result: SearchResult) -> str:
     return f"proved optimal over {proof.space:,} plans"
 
 
-def _certified(told: Guarantee) -> str:
+def _certified(found: Guarantee) -> str:
     return (
-        f"pixel error on average at most {told.risk_limit_pp:g} pp above the baseline's (bound "
-        f"{told.risk_bound_pp:.2f} pp, {told.risk_method}); mIoU at most {told.miou_drop_limit_pp:g} pp below (bound "
-        f"{told.miou_drop_bound_pp:.2f} pp, {told.miou_method}); on {told.images_certified} images it was not chosen "
-        f"on; {told.assumption}"
+        f"pixel error on average at most {found.risk_limit_pp:g} pp above the baseline's (bound "
+        f"{found.risk_bound_pp:.2f} pp, {found.risk_method}); mIoU at most {found.miou_drop_limit_pp:g} pp below "
+        f"(bound {found.miou_drop_bound_pp:.2f} pp, {found.miou_method}); on {found.images_certified} images "
+        f"that it was not chosen on; {found.assumption}"
     )

@@ -138,22 +138,25 @@ def figures_table(plan: Plan) -> tuple[str, tuple[str, ...], list[tuple[str, ...
     return title, (*FIGURES, *(("mJ",) * energy)), rows
 
 
-def expected_on_new_images(bias: Optimism) -> str:
+def expected_on_new_images(optimism: Optimism) -> str:
     """What to expect on images that the plan was not chosen on, by cross-validation, and what that rests on."""
-    basis = bias.method
-    if bias.groups < bias.images:
-        basis += f"; {bias.images} images of {bias.groups} {'sequence' if bias.groups == 1 else 'sequences'}"
-    if bias.groups < bias.folds:
+    basis = optimism.method
+    if optimism.groups < optimism.images:
+        basis += (
+            f"; {optimism.images} images of {optimism.groups} {'sequence' if optimism.groups == 1 else 'sequences'}"
+        )
+    if optimism.groups < optimism.folds:
         basis += ", which say nothing of others"
-    if bias.few:
+    latency, spread = optimism.latency_percent, optimism.spread_pp
+    if optimism.few:
         return (
-            f"too few images ({bias.images}): a rough estimate is {round(-bias.miou_pp, 1) + 0.0:+.1f} pp of mIoU "
-            f"relative to the baseline (folds differ by {bias.spread_pp:.1f} pp) and {bias.latency_percent:+.0f} % "
-            f"latency; evaluate {FEW_IMAGES} images or more ({basis})"
+            f"too few images ({optimism.images}): a rough estimate is {round(-optimism.miou_pp, 1) + 0.0:+.1f} pp of "
+            f"mIoU relative to the baseline (folds differ by {spread:.1f} pp) and {latency:+.0f} % latency; evaluate "
+            f"{FEW_IMAGES} images or more ({basis})"
         )
     return (
-        f"expect {0.0 - bias.miou_pp:+.2f} pp of mIoU relative to the baseline (spread over folds "
-        f"{bias.spread_pp:.2f} pp) and {bias.latency_percent:+.1f} % latency: {basis}"
+        f"expect {0.0 - optimism.miou_pp:+.2f} pp of mIoU relative to the baseline (spread over folds {spread:.2f} pp) "
+        f"and {latency:+.1f} % latency: {basis}"
     )
 
 

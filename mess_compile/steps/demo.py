@@ -45,11 +45,11 @@ def run_demo(folder: Path, program: click.Command, train: bool = False) -> None:
     _refuse_other_data(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _draw_scenes(folder / "data", {**COUNTS, "train": TRAIN_COUNT} if train else COUNTS)
-    kept = _put_network(folder) if not train else False
+    current = _put_network(folder) if not train else False
     for line, what, is_there in _steps_before_search(folder, train):
         if is_there(Workspace(folder)):
-            click.echo(f"\nkept: {what} (remove {folder} to start over)" if not kept else f"kept: {what}")
-            kept = True
+            click.echo(f"\nkept: {what} (remove {folder} to start over)" if not current else f"kept: {what}")
+            current = True
         else:
             _run(program, line)
     for requirement in REQUIREMENTS:
