@@ -146,7 +146,7 @@ def with_operator(graphs: GraphSet, name: str, old: str, new: str) -> GraphSet:
     return replace(graphs, graphs={**graphs.graphs, name: spec})
 
 
-def test_a_graph_that_does_not_build_is_said_and_the_rest_goes_on(graphs: GraphSet, tmp_path: Path) -> None:
+def test_a_graph_that_does_not_build_is_named_and_the_rest_goes_on(graphs: GraphSet, tmp_path: Path) -> None:
     found = build(with_operator(graphs, BROKEN, "Relu", "Det"), tmp_path / "new")
     (failed,) = found.failed
     assert failed.graph == BROKEN

@@ -51,7 +51,7 @@ def test_each_precision_has_its_engines_and_is_settled_once(workspace: Path) -> 
     assert "fp8" not in damaged.read_text()
 
 
-def test_an_interrupted_settling_is_continued_by_the_same_command(workspace: Path, monkeypatch: Any) -> None:
+def test_an_interrupted_choice_of_precisions_is_resumed_by_the_same_command(workspace: Path, monkeypatch: Any) -> None:
     """Ctrl-C here; a kill in the middle is among the tests of settling itself."""
     graphs, seen = read_graph_set(workspace / "graphs"), scene_images(12)
     written: list[str] = []

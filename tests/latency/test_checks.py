@@ -35,17 +35,17 @@ def case(baseline_ms: float) -> tuple[LatencyTable, GraphSet]:
 
 
 @pytest.mark.parametrize(
-    ("baseline_ms", "told"), [(20.0, "50% less"), (12.0, "17% less"), (6.25, "60% more"), (1.0, "900% more")]
+    ("baseline_ms", "difference"), [(20.0, "50% less"), (12.0, "17% less"), (6.25, "60% more"), (1.0, "900% more")]
 )
-def test_a_whole_that_is_not_the_sum_of_its_parts_makes_every_ratio_doubtful(baseline_ms: float, told: str) -> None:
+def test_a_network_that_is_not_the_sum_of_its_parts_gives_a_warning(baseline_ms: float, difference: str) -> None:
     table, graph_set = case(baseline_ms)
     whole, alone = warnings_of(table, (graph_set,))
-    assert f"baseline takes {baseline_ms:.2f} ms on host, its parts in sequence 10.00 ms ({told})" in whole
-    assert f"baseline-alone takes {baseline_ms:.2f} ms on host, its parts in sequence 10.00 ms ({told})" in alone
+    assert f"baseline takes {baseline_ms:.2f} ms on host, its parts in sequence 10.00 ms ({difference})" in whole
+    assert f"baseline-alone takes {baseline_ms:.2f} ms on host, its parts in sequence 10.00 ms ({difference})" in alone
 
 
 @pytest.mark.parametrize("baseline_ms", [11.7, 10.0, 9.0, 7.5])
-def test_cuts_that_cost_something_are_no_doubt(baseline_ms: float) -> None:
+def test_a_plausible_cost_of_cutting_gives_no_warning(baseline_ms: float) -> None:
     table, graph_set = case(baseline_ms)
     assert warnings_of(table, (graph_set,)) == ()
 
@@ -93,7 +93,7 @@ def told_everywhere(workspace: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("change", [mended, spoilt])
-def test_doubts_go_wherever_the_figures_go(workspace: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def test_warnings_travel_with_every_figure(workspace: Path, change: Callable[[dict[str, Any]], None]) -> None:
     edit(workspace / TABLE, change)
     told = told_everywhere(workspace)
     doubts = told["search"]

@@ -139,7 +139,7 @@ def test_a_device_that_breaks_does_not_stop_the_other_and_nothing_is_measured_tw
         }, "but for the reference, which opens every round"
 
 
-def test_without_a_question_the_fair_share_is_dealt_out(graphs: GraphSet, tmp_path: Path) -> None:
+def test_without_a_requirement_a_representative_subset_is_distributed(graphs: GraphSet, tmp_path: Path) -> None:
     one, two = devices(graphs)
     table = shared(graphs, tmp_path / "host.json", one, two, everything=False)
     other = read_latency_table(tmp_path / "host@two.json")

@@ -74,7 +74,7 @@ def best(case: Evidence, objective: str, kept: Callable[[BrutePlan], bool]) -> B
 
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.sampled_from(["latency", "accuracy", "workload", "memory"]), st.integers(0, 10**6), st.data())
-def test_a_plan_of_measured_graphs_that_is_best_by_lower_ends_is_the_best(
+def test_a_plan_of_measured_graphs_that_is_best_by_lower_bounds_is_the_best(
     case: Evidence, objective: str, seed: int, data: st.DataObject
 ) -> None:
     """Bounds are some plan's own figures, so that plans of equal cost stand on the edge."""
@@ -260,7 +260,7 @@ def test_good_estimates_leave_most_graphs_unmeasured() -> None:
     assert len(table.entries) < len(case.table.entries) * 0.7
 
 
-def test_bars_that_lie_lose_the_best_plan() -> None:
+def test_wrong_lower_bounds_lose_the_best_plan() -> None:
     """Known and stated: what is measured is settled by lower ends, and one that is too high hides a plan."""
     case = evidence((3, 3, 3), 2, images=6, seed=2)
     about = subject(case, Requirement(), slack=1e-6)
@@ -321,7 +321,7 @@ def test_several_requirements_are_all_answered() -> None:
 
 
 @pytest.mark.parametrize("without", ["statistics", "requirements"])
-def test_without_a_question_a_fair_share_is_measured(without: str) -> None:
+def test_without_a_requirement_a_representative_subset_is_measured(without: str) -> None:
     case = evidence((3, 3, 3), 2, images=5, seed=6)
     about = subject(case, Requirement())
     about = replace(about, statistics={}) if without == "statistics" else replace(about, requirements=())

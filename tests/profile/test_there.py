@@ -176,7 +176,7 @@ def test_only_what_could_change_the_answer_is_measured_over_ssh(unmeasured: Path
         (("--budget", "soon"), "--budget 'soon' is not understood: write 30min"),
     ],
 )
-def test_what_a_sparing_profile_is_for_is_checked_first(
+def test_the_requirement_of_a_subset_profile_is_checked_first(
     unmeasured: Path, device: Device, options: tuple[str, str], words: str
 ) -> None:
     assert words in complaint("-C", unmeasured, "profile", "--device", "host", "--host", device.host, *options)
