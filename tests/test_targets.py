@@ -174,7 +174,7 @@ class TestOwnProfile:
             ({"compute_capability": "٨.٦"}, "compute_capability is"),
             (
                 {"compute_capability": "8.7", "library": "tensorrt_rtx"},
-                "compute_capability is 8.7, tensorrt_rtx builds for",
+                "compute_capability is 8.7, but tensorrt_rtx builds for",
             ),
             ({"gpu": ""}, "gpu is ''"),
             ({"boards": "Jetson"}, "boards is 'Jetson', not a list of texts"),

@@ -372,7 +372,7 @@ def _instead(wanted: Path) -> str:
     if not near:
         return ""
     remedy = f"rename it to {wanted.name}" if near[0].suffix.lower() == wanted.suffix else "labels are PNG files"
-    return f"  ({near[0].name} is there: {remedy})"
+    return f" ({near[0].name} is there: {remedy})"
 
 
 def _no_split(root: Path, split: str, found: Iterable[str], expected: Path) -> AstrayError:

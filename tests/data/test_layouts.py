@@ -378,7 +378,7 @@ class TestNearest:
         root = plain(tmp_path)
         label = root / "train" / "labels" / "drive_001.png"
         label.rename(label.with_name("drive_001_mask.png"))
-        assert "drive_001_mask.png lies there: rename it to drive_001.png" in refusal(root)
+        assert "drive_001_mask.png is there: rename it to drive_001.png" in refusal(root)
 
 
 def test_a_list_with_a_byte_order_mark_names_the_same_images(tmp_path: Path) -> None:
