@@ -56,9 +56,10 @@ def _proof(result: SearchResult) -> str:
 
 
 def _certified(found: Guarantee) -> str:
+    risk = f"bound {found.risk_bound_pp:.2f} pp, {found.risk_method}"
+    drop = f"bound {found.miou_drop_bound_pp:.2f} pp, {found.miou_method}"
     return (
-        f"pixel error on average at most {found.risk_limit_pp:g} pp above the baseline's (bound "
-        f"{found.risk_bound_pp:.2f} pp, {found.risk_method}); mIoU at most {found.miou_drop_limit_pp:g} pp below "
-        f"(bound {found.miou_drop_bound_pp:.2f} pp, {found.miou_method}); on {found.images_certified} images it was not "
-        f"chosen on; {found.assumption}"
+        f"pixel error on average at most {found.risk_limit_pp:g} pp above the baseline's ({risk}); mIoU at most "
+        f"{found.miou_drop_limit_pp:g} pp below ({drop}); on {found.images_certified} images it was not chosen on; "
+        f"{found.assumption}"
     )
