@@ -5,7 +5,7 @@ from __future__ import annotations
 from mess_compile import __version__
 from mess_compile.latency import table as latency
 from mess_compile.report.model import Missing
-from mess_compile.search.display import expected_elsewhere
+from mess_compile.search.display import expected_on_new_images
 from mess_compile.search.hold_out import held_out_sentence
 from mess_compile.search.plan import Guarantee, SearchResult
 
@@ -38,7 +38,7 @@ def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
     if plan.absent_classes:
         origins.append(("classes without a labelled pixel, in no mIoU", ", ".join(plan.absent_classes)))
     if plan.optimism is not None:
-        origins.append(("on new images of this kind", expected_elsewhere(plan.optimism)))
+        origins.append(("on new images of this kind", expected_on_new_images(plan.optimism)))
     elif result.without_optimism:
         origins.append(("on new images of this kind", f"no estimate: {result.without_optimism}"))
     if plan.guarantee is not None:
@@ -56,10 +56,9 @@ def _proof(result: SearchResult) -> str:
 
 
 def _certified(found: Guarantee) -> str:
-    risk = f"bound {found.risk_bound_pp:.2f} pp, {found.risk_method}"
-    drop = f"bound {found.miou_drop_bound_pp:.2f} pp, {found.miou_method}"
     return (
-        f"pixel error on average at most {found.risk_limit_pp:g} pp above the baseline's ({risk}); mIoU at most "
-        f"{found.miou_drop_limit_pp:g} pp below ({drop}); on {found.images_certified} images it was not chosen on; "
-        f"{found.assumption}"
+        f"pixel error on average at most {found.risk_limit_pp:g} pp above the baseline's (bound "
+        f"{found.risk_bound_pp:.2f} pp, {found.risk_method}); mIoU at most {found.miou_drop_limit_pp:g} pp below "
+        f"(bound {found.miou_drop_bound_pp:.2f} pp, {found.miou_method}); on {found.images_certified} images "
+        f"that it was not chosen on; {found.assumption}"
     )
