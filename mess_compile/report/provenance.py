@@ -5,7 +5,7 @@ from __future__ import annotations
 from mess_compile import __version__
 from mess_compile.latency import table as latency
 from mess_compile.report.model import Missing
-from mess_compile.search.display import expected_on_new_images
+from mess_compile.search.display import expected_elsewhere
 from mess_compile.search.hold_out import held_out_sentence
 from mess_compile.search.plan import Guarantee, SearchResult
 
@@ -38,7 +38,7 @@ def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
     if plan.absent_classes:
         origins.append(("classes without a labelled pixel, in no mIoU", ", ".join(plan.absent_classes)))
     if plan.optimism is not None:
-        origins.append(("on new images of this kind", expected_on_new_images(plan.optimism)))
+        origins.append(("on new images of this kind", expected_elsewhere(plan.optimism)))
     elif result.without_optimism:
         origins.append(("on new images of this kind", f"no estimate: {result.without_optimism}"))
     if plan.guarantee is not None:
