@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mess_compile import files, shipped
+from mess_compile import files, package_files
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle.manifest import DeviceMatch
 from mess_compile.runtime.bundle.plan_choice import device_differences
@@ -81,7 +81,7 @@ class Target:
 
 def known_targets(workspace: Path | None = None) -> dict[str, Target]:
     """All targets by name; one beside the workspace replaces ours of the same name. Raises InputError."""
-    folders = (shipped.profiles(), *([workspace / "profiles"] if workspace else []))
+    folders = (package_files.profiles(), *([workspace / "profiles"] if workspace else []))
     targets = (_read_target(path) for folder in folders for path in sorted(folder.glob("*.toml")))
     return {target.name: target for target in targets}
 
@@ -173,7 +173,7 @@ def _read_target(path: Path) -> Target:
     try:
         return _target_from(files.read_toml(path), path.stem)
     except ValueError as error:
-        raise InputError(f"{path}: {error}: see {shipped.profiles() / 'xavier.toml'} for an example") from error
+        raise InputError(f"{path}: {error}: see {package_files.profiles() / 'xavier.toml'} for an example") from error
 
 
 def _target_from(content: dict[str, Any], stem: str) -> Target:

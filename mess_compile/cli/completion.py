@@ -20,7 +20,7 @@ from click.shell_completion import (
     split_arg_string,
 )
 
-from mess_compile.shipped import profiles
+from mess_compile.package_files import profiles
 
 PRECISIONS = ("fp32", "fp16", "int8")
 _SPLITS = ("train", "val", "test")

@@ -176,14 +176,14 @@ def _search_options(arguments: SearchArguments) -> Any:
 
 
 def _print_summary(result: Any, requirement: Any) -> None:
-    from mess_compile.search import summary
+    from mess_compile.report import search_output
 
-    say(summary.headline(result.plan))
-    print_table("", *summary.summary_table(result.plan, requirement))
+    say(search_output.headline(result.plan))
+    print_table("", *search_output.summary_table(result.plan, requirement))
     if result.plan.reports:
-        say(summary.reports_line(result.plan))
-    say(f"{summary.proof(result, requirement)} {summary.expectation(result, requirement.max_err_pp)}")
-    for warning in summary.warnings_of_plan(result.plan, requirement):
+        say(search_output.reports_line(result.plan))
+    say(f"{search_output.proof(result, requirement)} {search_output.expectation(result, requirement.max_err_pp)}")
+    for warning in search_output.warnings_of_plan(result.plan, requirement):
         warn(warning)
 
 

@@ -1,1 +1,1 @@
-"""What people look at: overlays and progressive-refinement pictures."""
+"""What people look at: the HTML report, comparisons, inspections, what `search` prints, and pictures."""

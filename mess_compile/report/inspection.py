@@ -12,6 +12,7 @@ from mess_compile.evaluate import diagnose, statistics
 from mess_compile.latency import table as latency
 from mess_compile.latency.checks import known_warnings
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, GraphSet, head_grid, read_graph_set, segment_name
+from mess_compile.report.search_output import details
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.bundle.archive import read_manifest
 from mess_compile.runtime.bundle.manifest import MANIFEST, Figures
@@ -20,7 +21,6 @@ from mess_compile.search import plan as plans
 from mess_compile.search.display import exits_table, figures_table
 from mess_compile.search.explain import Explanation, Outcome
 from mess_compile.search.hold_out import held_out_sentence, held_out_table
-from mess_compile.search.summary import details
 from mess_compile.workspace import Workspace
 
 BACKBONES = ("resnet50", "mobilenetv2")

@@ -12,9 +12,9 @@ from mess_compile.evaluate.diagnose import WeakFinalExit, weak_final_exit
 from mess_compile.evaluate.statistics import ExitStatistics, Ints, miou
 from mess_compile.latency.table import Latency, LatencyTable, stage_graphs
 from mess_compile.runtime.base.errors import RequirementError
-from mess_compile.search.constraints import MEASURES
 from mess_compile.search.context import SearchProgress, no_progress
 from mess_compile.search.metrics import Evidence, evidence_of_plan, exit_costs_ns, exit_macs, exits_taken
+from mess_compile.search.objectives import MEASURES
 from mess_compile.search.plan import Plan, SearchResult
 from mess_compile.search.requirement import DEFAULT_EXITS, Limit, Requirement
 

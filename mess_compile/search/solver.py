@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from mess_compile.latency.table import Quantity
 from mess_compile.runtime.base.errors import InputError, RequirementError
 from mess_compile.runtime.bundle.manifest import OperatingPoint
-from mess_compile.search.constraints import MEASURES, Bound, bounds_of, objective_of
 from mess_compile.search.context import SearchContext, SearchProgress, no_progress
 from mess_compile.search.deadline import Clock, UnfinishedError
 from mess_compile.search.exhaustive.cache import cached_plan_table
@@ -33,6 +32,7 @@ from mess_compile.search.metrics import (
     refuse_different_images,
     refuse_without_energy,
 )
+from mess_compile.search.objectives import MEASURES, Bound, bounds_of, objective_of
 from mess_compile.search.operating_points import operating_points
 from mess_compile.search.pareto import front_groups
 from mess_compile.search.plan import FRONT_BY, REFINED_POINT, Certificate, Plan, SearchResult, decisions_of

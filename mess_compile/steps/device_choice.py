@@ -1,4 +1,4 @@
-"""Which device a command means, and where it is remote_for."""
+"""Which device a command means, and at which host it is."""
 
 from __future__ import annotations
 

@@ -102,8 +102,8 @@ def _found(
     reporter: Reporter,
 ) -> tuple[list[SearchResult], list[Sequence[Evidence]]]:
     """For each device the result, and the evidence it was found from."""
-    from mess_compile.search.constraints import promises_of
     from mess_compile.search.display import what_would_cut
+    from mess_compile.search.objectives import promises_of
 
     targets = [target_of(workspace, device) for device in dict.fromkeys(devices or (None,))]
     _refuse_to_overwrite(options.output, len(targets))

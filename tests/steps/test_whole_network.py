@@ -19,8 +19,8 @@ from mess_compile.runtime.base.errors import InputError, NotFiniteError, StaleEr
 from mess_compile.runtime.bundle import archive, manifest
 from mess_compile.runtime.cascade.cascade import load
 from mess_compile.runtime.serve.verify import verify_bundle
-from mess_compile.search.constraints import promises_of
 from mess_compile.search.display import estimate_sentence, kind_of_plan, speed, tail_sentence, what_would_cut, work
+from mess_compile.search.objectives import promises_of
 from mess_compile.search.plan import Plan, read_result, write_result
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search

@@ -35,6 +35,7 @@ from mess_compile.runtime.bundle.engines_inside import adopt
 from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, BundlePlan
 from mess_compile.runtime.bundle.plan_choice import first_that_opens, matching_plans
 from mess_compile.runtime.bundle.signature import Signers
+from mess_compile.runtime.cascade.exit_policy import leaves
 from mess_compile.runtime.cascade.fallback import FallbackChain, FrameRun, safer_plans
 from mess_compile.runtime.cascade.metrics import Metrics, Recorder
 from mess_compile.runtime.cascade.stream import Stream
@@ -363,9 +364,8 @@ class Cascade:
         for stage, counts in zip(self.plan.stages, run.counts):
             if stage.is_whole:
                 break
-            count = int(counts[stage.row])
-            found.append(count / stage.cells)
-            if run.point != DEFAULT_POINT or (stage.cut is not None and count >= stage.cut):
+            found.append(int(counts[stage.row]) / stage.cells)
+            if run.point != DEFAULT_POINT or leaves(counts, stage):
                 break
         return found
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from mess_compile.runtime.base.errors import EngineError, MessError
 from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, BundlePlan, BundleStage, Decision, Manifest
+from mess_compile.runtime.cascade.exit_policy import leaves
 from mess_compile.runtime.cascade.metrics import Recorder
 from mess_compile.runtime.cascade.stages import Stages
 from mess_compile.runtime.engines import onnxruntime_engine
@@ -233,8 +234,9 @@ class FrameRun:
     @property
     def leaves(self) -> bool:
         """Whether the image exits here: it is confident enough, or there are no more exits."""
-        cut = self._decisions[self.depth - 1].cut
-        return self.is_last or (cut is not None and self.count is not None and self.count >= cut)
+        if self.is_last:
+            return True
+        return not self.stage.is_whole and leaves(self.counts[-1], self._decisions[self.depth - 1])
 
     def labels(self) -> np.ndarray:
         """Labels uint8 (H, W), at the network's input size, of the last stage passed. Raises EngineError."""

@@ -14,9 +14,9 @@ from mess_compile.network import head_graph_name, segment_name
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.search.bnb import kernels
 from mess_compile.search.bnb.kernels.values import Constraints, HeadTable
-from mess_compile.search.constraints import Bound, bounds_of
 from mess_compile.search.memory import memory_of_chains
 from mess_compile.search.metrics import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs, worst_ns
+from mess_compile.search.objectives import Bound, bounds_of
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.space import CUTS
 

@@ -10,11 +10,11 @@ import numpy as np
 from mess_compile.runtime.base.errors import InputError, RequirementError
 from mess_compile.search.bnb.driver import Proof, branch_and_bound
 from mess_compile.search.bnb.incumbent import BestPlan
-from mess_compile.search.constraints import bounds_of
 from mess_compile.search.context import SearchContext, no_progress
 from mess_compile.search.deadline import UnfinishedError, is_up
 from mess_compile.search.exhaustive.plan_table import plans_in_space
 from mess_compile.search.metrics import Evidence, plan_of_stages
+from mess_compile.search.objectives import bounds_of
 from mess_compile.search.plan import FRONT_BY, Certificate, Plan, SearchResult, Stage
 from mess_compile.search.requirement import Requirement
 

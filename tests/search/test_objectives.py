@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from mess_compile.runtime.bundle.manifest import Figures
-from mess_compile.search.constraints import MEASURES, bounds_of
 from mess_compile.search.context import SearchContext
 from mess_compile.search.exhaustive.plan_table import PLAN_DTYPE, enumerate_plans
 from mess_compile.search.metrics import Evidence
+from mess_compile.search.objectives import MEASURES, bounds_of
 from mess_compile.search.requirement import Limit, Requirement
 from tests.search.brute_force import BrutePlan, all_plans, baseline_of, ns, slowest
 from tests.search.cases import evidence
