@@ -57,7 +57,7 @@ def error_of(*words: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("-C", "/absent", "export"), 1, "/absent does not exist"),
+        (("-C", "/absent", "profile"), 1, "/absent does not exist"),
         (("export", "absent.onnx"), 1, "absent.onnx does not exist"),
         (("export", "--frob"), 2, "--frob"),
         (("exprot",), 2, "Did you mean 'export'"),

@@ -257,7 +257,7 @@ def profiled(
 
 
 def words(workspace: Path, standin: Standin) -> tuple[str, ...]:
-    return ("-C", str(workspace), "profile", "--all", "--device", "mine", "--host", standin.device.host)
+    return ("-C", str(workspace), "profile", "--verbose", "--all", "--device", "mine", "--host", standin.device.host)
 
 
 def graphs(workspace: Path) -> GraphSet:

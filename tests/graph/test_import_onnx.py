@@ -745,10 +745,10 @@ def test_a_side_branch_names_the_nearest_tensor_that_works(tmp_path: Path) -> No
 class TestCommandLine:
     def test_it_says_what_it_made(self, tmp_path: Path) -> None:
         model, toml = saved(tmp_path)
-        printed = done("-C", tmp_path, "export", model, "--exits", toml)
+        printed = done("-C", tmp_path, "export", model, "--exits", toml, "-v")
         assert "12 graphs in " in printed
         assert "6 segments, 3 heads" in printed
-        assert "all agree with the whole network" in printed
+        assert "all equal to the whole network" in printed
         assert "hint: mess-compile" in printed
 
     def test_a_tensor_that_does_not_exist_is_one_line(self, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_search_shows_its_plan_in_a_notebook(finished: Path) -> None:
     assert any(f"{result.certificate.space:,} plans" in text for text in page.texts)
     assert Page(result.plan._repr_html_()).texts == page.texts[:-1]
     ended = replace(result, certificate=replace(result.certificate, gap=0.25))
-    assert any("not proved the best (gap 0.25)" in text for text in Page(ended._repr_html_()).texts)
+    assert any("not proved optimal (gap 0.25)" in text for text in Page(ended._repr_html_()).texts)
 
 
 def test_a_latency_table_shows_estimates_as_such(finished: Path) -> None:
