@@ -93,7 +93,7 @@ class TestData:
         for place in places:
             save_image(first(place / "labels"), np.full((64, 96), 8, np.uint8))
         message = refused(workspace, *command)
-        assert "has the value 8" in message
+        assert "holds the value 8" in message
         assert "scene_" in message
 
     def test_labels_of_another_size(self, workspace: Path, command: Any, places: tuple[Path, ...]) -> None:

@@ -274,7 +274,7 @@ class TestFolder:
             assert told["videos"] == []
 
     def test_one_without_images_says_what_is_looked_for(self, bundle: Path, tmp_path: Path) -> None:
-        assert "holds no .jpg, .jpeg, .png" in complaint("run", bundle, tmp_path, "-o", tmp_path / "out")
+        assert "has no .jpg, .jpeg, .png" in complaint("run", bundle, tmp_path, "-o", tmp_path / "out")
 
 
 def test_the_truth_of_labels_that_begin_at_1_is_not_shifted(bundle: Path, tmp_path: Path) -> None:
