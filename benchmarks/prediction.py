@@ -30,9 +30,9 @@ from mess_compile.bundle.write import Part, write_bundle
 from mess_compile.data import scenes
 from mess_compile.latency.table import (
     LatencyTable,
-    baseline_cost_ns,
     check_current,
     content_sha256,
+    mean_ms_of,
     path_costs_ns,
     read_latency_table,
 )
@@ -209,7 +209,7 @@ def outcomes(graph_set: GraphSet, table: LatencyTable, plans: list[Plan], rounds
         heads, measured = tuple(stage.head for stage in plan.stages), mean_ms(each, full)
         costs = np.array(path_costs_ns(table, graph_set, heads))
         found.append(Outcome(heads, float(costs[list(each[0].exits)].mean()) / 1e6, measured))
-    return found, mean_ms(single, full) / (baseline_cost_ns(table, graph_set, BASELINE) / 1e6)
+    return found, mean_ms(single, full) / (mean_ms_of(table, graph_set, [BASELINE]) or 1.0)
 
 
 def draw(path: Path, found: list[Outcome]) -> None:

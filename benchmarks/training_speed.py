@@ -28,7 +28,7 @@ from mess_compile import extras
 from mess_compile.cores import cores
 from mess_compile.data import scenes
 from mess_compile.data.dataset import open_dataset
-from mess_compile.steps import NetworkChoice, Workspace, train
+from mess_compile.steps import NetworkChoice, Reporter, TrainOptions, Workspace, train
 
 MOST_RATIO = 1.3
 SCENES = {"train": 160, "val": 2}
@@ -83,9 +83,8 @@ def train_by_turns(data: Path, hw: tuple[int, int], width: float, steps: int, th
             data,
             choice,
             recipe,
-            lambda line: None,
-            machines=parallel.Machines("cpu", threads=threads),
-            progress=stepped,
+            TrainOptions(machines=parallel.Machines("cpu", threads=threads)),
+            Reporter(stepped),
         )
 
 

@@ -1,4 +1,4 @@
-"""What long work says while it runs: how far it is, and sentences for the user."""
+"""Progress and notes of long-running steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Progress = Callable[[str, int, int], None]
 """Step under way, amount done, total amount (0: unknown)."""
 
 
-def _ignore(*said: object) -> None:
+def _ignore(*content: object) -> None:
     pass
 
 

@@ -125,6 +125,10 @@ def _print_bench(result: Bench, bundle: Path) -> None:
     print_table("", ["", "mIoU %", "latency ms", "GMACs", "exits"], rows)
     for promise in result.promises:
         say(promise.sentence)
+    if result.disagreements:
+        say(
+            f"{len(result.disagreements)} images left at another exit than computed, near its threshold (-v lists them)"
+        )
 
 
 def _print_details(result: Bench) -> None:

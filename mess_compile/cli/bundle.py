@@ -85,5 +85,5 @@ def bundle(workspace: Workspace, plans: tuple[str, ...], output: Path | None, ar
     say(f"{path}: {size / 2**20:.2f} MiB for {', '.join(plan.name for plan in manifest.plans)}")
     if arguments.verbose:
         say(f"{len(manifest.files)} files, {frames} golden frames that `verify` runs")
-        say(f"plans: {', '.join(plan.name for plan in manifest.plans)}; the first that fits a device runs there")
+        say("the first plan that fits a device runs there")
     return hints.after_a_bundle(path, manifest.plans)

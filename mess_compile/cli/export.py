@@ -43,11 +43,11 @@ def export(
     candidate = graph_set.candidate
     if as_json:
         return print_json(inspection.inspect_graphs(graph_set).content)
-    say(f"{len(graph_set.graphs)} graphs in {workspace.graphs}, all equal to the whole network on test images")
+    say(f"{len(graph_set.graphs)} graphs in {workspace.graphs}, each checked against the whole network")
     if verbose:
         weights = sum(path.stat().st_size for path in (workspace.graphs / "weights").glob("*"))
         segments, heads = len(candidate.segments()), len(candidate.heads)
         say(f"{segments} segments, {heads} heads, {weights / 2**20:.1f} MiB of weights")
     if graph_set.baseline_alone is not None:
-        say(f"{' and '.join(graph_set.baselines)}: plans are compared with the one of higher mIoU")
+        say(f"{' and '.join(graph_set.baselines)}: plans are compared with the more accurate one")
     return print_hint("profile --device host")

@@ -12,8 +12,8 @@ import click
 
 from mess_compile.cli.completion import precisions, targets
 from mess_compile.cli.console import print_json, print_table, say, warn
-from mess_compile.cli.progress import duration
 from mess_compile.data_folder import DataFolder
+from mess_compile.duration import duration
 from mess_compile.runtime.base.errors import InputError
 
 if TYPE_CHECKING:

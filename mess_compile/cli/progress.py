@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from mess_compile.duration import duration
+
 FIRST_S, EVERY_S = 7.0, 30.0
 """The time of the first line, within ten seconds of the command's start, and the time between two lines."""
 
@@ -91,10 +93,3 @@ class ProgressLines:
 def rate(per_s: float) -> str:
     """Such as 12.5/s, or where that is slow the time of each."""
     return f"{per_s:.3g}/s" if per_s >= 1 else f"{1 / per_s:.3g} s each"
-
-
-def duration(seconds: float) -> str:
-    """Such as 40 s, 12 min or 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -182,7 +182,9 @@ def _print_summary(result: Any, requirement: Any) -> None:
     print_table("", *search_output.summary_table(result.plan, requirement))
     if result.plan.reports:
         say(search_output.reports_line(result.plan))
-    say(f"{search_output.proof(result, requirement)} {search_output.expectation(result, requirement.max_err_pp)}")
+    say(f"{search_output.proof(result, requirement)} {search_output.expectation(result)}")
+    if result.what_would_cut:
+        say(result.what_would_cut)
     for warning in search_output.warnings_of_plan(result.plan, requirement):
         warn(warning)
 

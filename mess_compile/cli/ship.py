@@ -13,6 +13,7 @@ from mess_compile.cli import completion, hints
 from mess_compile.cli.console import fail, print_hint, print_json, print_table, quoted, say
 from mess_compile.cli.options import FILE, PYTHON, Command, data_options, gathered, json_option, verbose_option
 from mess_compile.data_folder import DataFolder
+from mess_compile.duration import duration
 
 if TYPE_CHECKING:
     from mess_compile.ship.client import Destination, Preview, Shipped
@@ -236,8 +237,6 @@ def _print_preview(bundle: Path, found: Sequence[Any], as_json: bool) -> None:
 
 
 def _preview_lines(of: Preview) -> Iterator[str]:
-    from mess_compile.ship.client import duration
-
     time = "duration unknown until the first time"
     if of.expected_s is not None:
         time = f"about {duration(of.expected_s)}"

@@ -1,6 +1,6 @@
 """Checks whether a target's ONNX parser supports a graph, before anything is built.
 
-Follows the support matrix and importers of onnx-tensorrt 8.5, 8.6 and 10 (docs/operators.md in its repository), and the
+Follows the support matrix and importers of onnx-tensorrt 8.5, 8.6 and 10 (docs/targets.md in its repository), and the
 errors of TensorRT-RTX.
 """
 

@@ -40,7 +40,7 @@ def headline(plan: Plan) -> str:
 
 def _kind(plan: Plan) -> str:
     if plan.is_whole:
-        return "the whole network, uncut; no plan with exits does better"
+        return "the full network: no plan with early exits is better"
     if plan.only_exit is not None:
         return f"a shorter network, ending at {plan.stages[plan.only_exit - 1].head}"
     return f"{len(plan.stages)} exits"
@@ -51,7 +51,7 @@ def _changes(plan: Plan) -> list[str]:
     ratio = plan.baseline.latency_ms / own if own else math.inf
     found = [] if plan.is_whole else [speed(ratio), f"{_difference(plan):+.2f} pp mIoU"]
     if plan.reference_miou is not None:
-        found.append(f"{plan.predicted.miou - plan.reference_miou:+.2f} pp from {plan.reference_miou:.2f} %")
+        found.append(f"{plan.predicted.miou - plan.reference_miou:+.2f} pp vs. --baseline {plan.reference_miou:.2f} %")
     return found
 
 
@@ -82,7 +82,7 @@ def proof(result: SearchResult, requirement: Requirement) -> str:
     return f"Proved optimal over {space}."
 
 
-def expectation(result: SearchResult, max_err_pp: float | None) -> str:
+def expectation(result: SearchResult) -> str:
     """What to expect on new images: certified, from the images held out, by cross-validation, or unknown."""
     plan = result.plan
     if plan.guarantee is not None:
@@ -91,16 +91,14 @@ def expectation(result: SearchResult, max_err_pp: float | None) -> str:
             f"Certified at {100 * found.confidence:g} % on {found.images_certified} other images: at most "
             f"{found.miou_drop_limit_pp:g} pp of mIoU lost (bound {found.miou_drop_bound_pp:.2f} pp)."
         )
-    return f"Chosen on {plan.predicted.images} images of {plan.predicted.split}; {_elsewhere(result, max_err_pp)}."
+    return f"Chosen on {plan.predicted.images} images of {plan.predicted.split}; {_on_new_images(result)}."
 
 
-def _elsewhere(result: SearchResult, max_err_pp: float | None) -> str:
+def _on_new_images(result: SearchResult) -> str:
     plan, optimism = result.plan, result.plan.optimism
     if plan.hold_out is not None:
         held = plan.hold_out.predicted.miou - plan.hold_out.baseline.miou
-        missed = max_err_pp is not None and plan.offset_pp - held > max_err_pp
-        verdict = f", more than {max_err_pp:.4g} pp lost" if missed else ""
-        return f"on the {plan.hold_out.predicted.images} held out {held:+.2f} pp{verdict}"
+        return f"on the {plan.hold_out.predicted.images} held out {held:+.2f} pp"
     if optimism is None:
         return "no estimate for new images" + (f" ({result.without_optimism})" if result.without_optimism else "")
     expected = f"{_difference(plan) - optimism.miou_pp:+.1f} pp"
@@ -178,4 +176,11 @@ def warnings_of_plan(plan: Plan, requirement: Requirement) -> tuple[str, ...]:
     if plan.absent_classes:
         absent = ", ".join(plan.absent_classes)
         found.append(f"no image has a labelled pixel of {absent}: mIoU is over the other classes")
+    if plan.hold_out is not None and requirement.max_err_pp is not None:
+        held = plan.hold_out.predicted.miou - plan.hold_out.baseline.miou
+        if plan.offset_pp - held > requirement.max_err_pp:
+            found.append(
+                f"more than {requirement.max_err_pp:.4g} pp is lost on the images held out: evaluate more images, or "
+                "give a smaller --max-err"
+            )
     return tuple(found)

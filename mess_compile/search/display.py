@@ -61,7 +61,7 @@ def kind_of_plan(plan: Plan) -> str | None:
     shorter = f"the plan is a shorter network: every image leaves at {plan.stages[plan.only_exit - 1].head}"
     if plan.setting == "budgeted":
         return f"{shorter}, as in every plan of the budgeted setting"
-    return f"{shorter}, so early exit adds nothing (images that differ more, or better early heads, would change that)"
+    return f"{shorter}, so early exit adds nothing (early exits need more varied images or better early heads)"
 
 
 def what_would_cut(result: SearchResult, requirement: Requirement, failed: int = 0) -> str:
@@ -146,7 +146,7 @@ def expected_on_new_images(optimism: Optimism) -> str:
             f"; {optimism.images} images of {optimism.groups} {'sequence' if optimism.groups == 1 else 'sequences'}"
         )
     if optimism.groups < optimism.folds:
-        basis += ", which say nothing of others"
+        basis += " (too few sequences to generalise)"
     latency, spread = optimism.latency_percent, optimism.spread_pp
     if optimism.few:
         return (

@@ -22,6 +22,7 @@ from mess_compile.device.payload import SHIP as SHIP_PROGRAM
 from mess_compile.device.payload import runtime_zip
 from mess_compile.device.remote import PYTHON, Host, Remote, RemoteError, parse_host
 from mess_compile.device.scripts import shell_script
+from mess_compile.duration import duration
 from mess_compile.runtime.base import decode, protocol
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.bundle.archive import Archive, open_archive
@@ -391,11 +392,6 @@ def _describe_step(step: Step) -> str:
 def size(count: int) -> str:
     """A number of bytes, for people."""
     return f"{count / 2**20:,.2f} MiB" if count >= 1 << 20 else f"{count / 2**10:.1f} KiB"
-
-
-def duration(seconds: float) -> str:
-    """A duration, for people."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _text(request: ShipRequest) -> bytes:

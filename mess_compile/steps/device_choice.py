@@ -19,8 +19,8 @@ def target_of(workspace: Workspace, device: str | None) -> Target:
     estimated = [name for name in known_targets(workspace.root) if _is_estimated(workspace, name)]
     if estimated:
         raise InputError(
-            f"no device was measured in this workspace yet; {', '.join(estimated)} was estimated, and an estimate "
-            f"is not taken by default: name it, as in `search --device {estimated[0]}` or `bundle {estimated[0]}`"
+            f"no device was measured in this workspace yet; only estimates exist ({', '.join(estimated)}): name one, "
+            f"as in `search --device {estimated[0]}` or `bundle {estimated[0]}`"
         )
     raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
 

@@ -86,7 +86,7 @@ def _request(workspace: Workspace, options: EvaluateOptions, reporter: Reporter 
         refuse_python_here(options.python)
         return _Request(workspace, options, reporter, None, None)
     if options.device is None:
-        raise InputError(f"--host {options.host} says where a device is: say which it is with --device NAME")
+        raise InputError(f"--host {options.host} needs --device NAME")
     if options.accelerator != "cpu" or (options.devices, options.nodes) != (1, 1) or options.threads is not None:
         raise InputError(
             f"--device {options.device} says what runs the graphs: drop --accelerator, --devices, --nodes and --threads"

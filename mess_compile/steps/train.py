@@ -58,9 +58,9 @@ class TrainOptions:
 
 
 def training_data(workspace: Workspace, data: Data, reporter: Reporter = SILENT) -> TrainingData:
-    """Open what a network is trained and validated on, read as it was last in this workspace unless said otherwise.
+    """Open the splits that a network is trained and validated on, by default read as before in this workspace.
 
-    Notes say what lies there and is not read. Raises InputError where the folder is no data set, without a wait for
+    Notes name files that are not read. Raises InputError where the folder is no data set, without a wait for
     PyTorch.
     """
     folder = workspace.data_folder(data)

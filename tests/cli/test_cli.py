@@ -379,7 +379,9 @@ class TestRun:
         image = first(images)
         for given in (image, images):
             message = complaint("run", given, bundle)
-            assert f"{given} is not a bundle, and the bundle comes first: `mess-compile run {bundle} {given}`" in message
+            assert (
+                f"{given} is not a bundle, and the bundle comes first: `mess-compile run {bundle} {given}`" in message
+            )
         assert f"run {bundle} {image} {images}" in complaint("run", image, bundle, images)
         assert f"{image} is an image, not a bundle" in complaint("run", image, image)
 

@@ -748,7 +748,7 @@ class TestCommandLine:
         printed = done("-C", tmp_path, "export", model, "--exits", toml, "-v")
         assert "12 graphs in " in printed
         assert "6 segments, 3 heads" in printed
-        assert "all equal to the whole network" in printed
+        assert "each checked against the whole network" in printed
         assert "hint: mess-compile" in printed
 
     def test_a_tensor_that_does_not_exist_is_one_line(self, tmp_path: Path) -> None:

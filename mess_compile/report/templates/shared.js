@@ -14,7 +14,7 @@ function element(tag, attributes, ...children) {
 function plain(text) { return String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;"); }
 
 const ms = (value) => value.toFixed(value < 1 ? 3 : 2) + " ms";
-/* As search/shown.py says it: what takes 1 / `ratio` of the time (or work). */
+/* As search/display.py says it: what takes 1 / `ratio` of the time (or work). */
 function compared(ratio, better, worse, equal) {
   if (Math.abs(ratio - 1) < 0.005) return equal;
   const more = 100 * (1 / ratio - 1);

@@ -94,7 +94,7 @@ def borrow(library: Library, sha256: str, precision: str) -> bool:
     folder = default_folder()
     with _writable(folder):
         _own(folder)
-        _leak_in_child(folder / path.name, path.read_bytes())
+        _store(folder / path.name, path.read_bytes())
     return True
 
 
@@ -135,7 +135,7 @@ def adopt(library: Library, engines: Sequence[Tuple[str, str, Path]], timing: Op
         for sha256, precision, source in engines:
             path = _place(library, gpu, folder, sha256, precision)
             if not _is_intact(path):
-                _leak_in_child(path, source.read_bytes())
+                _store(path, source.read_bytes())
 
 
 def _own(folder: Path) -> None:
@@ -160,12 +160,12 @@ def _build(graph: Path, path: Path, options: BuildOptions, timing: Path) -> None
     """Classic TensorRT stores its timings for later builds; it rejects a cache from another device."""
     known = timing.read_bytes() if options.library == "tensorrt" and timing.is_file() else None
     built = tensorrt_build.build_engine(graph, options, known)
-    _leak_in_child(path, built.engine)
+    _store(path, built.engine)
     if built.timing_cache is not None:
         _write(timing, built.timing_cache)
 
 
-def _leak_in_child(path: Path, engine: bytes) -> None:
+def _store(path: Path, engine: bytes) -> None:
     _write(path, engine)
     _write(path.with_suffix(".sha256"), hashlib.sha256(engine).hexdigest().encode("ascii"))
 
