@@ -124,7 +124,7 @@ def read_only(finished: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_read_only_workspace(read_only: Path, writing: str) -> None:
-    assert "work in a folder that can be written" in attempted(read_only, writing)
+    assert "choose a workspace that can be written" in attempted(read_only, writing)
 
 
 def test_a_read_only_workspace_can_be_used(read_only: Path, tmp_path: Path) -> None:
