@@ -213,7 +213,7 @@ def test_an_interrupted_build_ends_at_once_and_continues(workspace: Path, times:
     assert process.returncode != 0
     assert ends(process.pid)
     if times == 1:
-        assert errors.splitlines()[-1].startswith("stopped: engines that are built are kept")
+        assert errors.splitlines()[-1].startswith("stopped: finished engines are kept")
         assert "Traceback" not in errors
     kept = len(building.entries_in(index_of(workspace).parent))
     (found,) = (each["engines"] for each in printed_json("-C", workspace, "build", "--device", "rtx-4090")["builds"])

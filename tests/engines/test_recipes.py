@@ -61,7 +61,7 @@ def test_an_interrupted_choice_of_precisions_is_resumed_by_the_same_command(work
         written.append(key)
         store(self, key, tried, source)
 
-    monkeypatch.setattr(precision_progress.TriedGraphs, "keep", store_and_note)
+    monkeypatch.setattr(precision_progress.TriedGraphs, "store", store_and_note)
 
     def settled(progress: Callable[[str, int, int], None]) -> None:
         folder = workspace / "recipes"

@@ -263,7 +263,7 @@ def test_a_weight_that_fp16_cannot_hold_is_named(worst: float) -> None:
     if abs(worst) <= 65504:
         assert to_fp16(model).graph.node
     else:
-        with pytest.raises(InputError, match=r"weight 'second' holds .*fp16 ends at 65504: keep it in fp32"):
+        with pytest.raises(InputError, match=r"weight 'second' contains .*fp16 ends at 65504: keep it in fp32"):
             to_fp16(model)
 
 

@@ -207,10 +207,10 @@ def test_a_plan_without_early_exits_shows_no_threshold(page: Browser) -> None:
     page.value(f"show({single})")
     sure = page.value("document.getElementById('sure').innerText")
     assert "no image is held against a threshold" in sure
-    assert "pixel threshold" not in sure
+    assert "confidence threshold" not in sure
     assert page.value("document.querySelectorAll('#sure .chart').length") == 0
     page.value("show(front.stops.findIndex((stop) => stop.stages.length > 1))")
-    assert "pixel threshold" in page.value("document.getElementById('sure').innerText")
+    assert "confidence threshold" in page.value("document.getElementById('sure').innerText")
     assert page.complaints == []
 
 
