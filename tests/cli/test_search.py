@@ -460,7 +460,7 @@ def test_an_estimate_from_few_images_is_called_rough(workspace: Path) -> None:
     [
         (39, 39, "too few images (39): a rough estimate is -1.3 pp of mIoU relative to the baseline"),
         (40, 40, "expect -1.26 pp of mIoU relative to the baseline (spread over folds 0.52 pp)"),
-        (400, 1, "by folds; 400 images of 1 sequence, which say nothing of others"),
+        (400, 1, "by folds; 400 images of 1 sequence (too few sequences to generalise)"),
         (400, 8, "by folds; 400 images of 8 sequences"),
     ],
 )

@@ -157,7 +157,7 @@ def second(
 @pytest.mark.slow
 def test_two_devices_of_one_kind_share_the_work(workspace: Path, xavier: Xavier, second: Xavier) -> None:
     both = ("--host", xavier.host, "--host", second.host)
-    shown = done("-C", workspace, "profile", "--device", "xavier", *both, "--all")
+    shown = done("-C", workspace, "profile", "--device", "xavier", *both, "--all", "-v")
     graphs = read_graph_set(workspace / "graphs").graphs
     tables = [read_latency_table(path) for path in sorted((workspace / "latency").glob("xavier*.json"))]
     assert len(tables) == 2

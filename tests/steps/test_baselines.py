@@ -126,7 +126,7 @@ class TestStronger:
         own = printed_json("-C", workspace, "search", "--max-err", "100%")["plan"]["baseline"]["miou"]
         shown = done("-C", workspace, "search", "--max-err", "1%", "--baseline", "1.5%")
         assert "baseline-alone  " in shown
-        assert " pp from 1.50 %" in shown
+        assert " pp vs. --baseline 1.50 %" in shown
         plan = printed_json("-C", workspace, "inspect", "plan")["plan"]
         assert (plan["baseline"]["miou"], plan["reference_miou"]) == (own, 1.5)
 
@@ -184,7 +184,7 @@ class TestAnother:
         shutil.rmtree(workspace / "baseline")
         save_random(workspace / "baseline", seed=2, exits=1)
         shown = done("-C", workspace, "export")
-        assert "baseline and baseline-alone: plans are compared with the one of higher mIoU" in shown
+        assert "baseline and baseline-alone: plans are compared with the more accurate one" in shown
         assert "made from other graphs than these (baseline-alone)" in refused(workspace, "search")
         assert "another baseline" in refused(workspace, "bundle")
         steps.profile(Workspace(workspace), "host", steps.ProfileOptions(effort=EFFORT))
