@@ -58,7 +58,7 @@ def test_a_device_elsewhere_is_reached_where_it_was_profiled(workspace: Path, de
 
 @pytest.mark.slow
 def test_a_host_without_its_device_s_name_is_refused(workspace: Path) -> None:
-    assert "say which it is with --device NAME" in complaint("-C", workspace, "evaluate", "--host", "ssh://xavier")
+    assert "--host ssh://xavier needs --device NAME" in complaint("-C", workspace, "evaluate", "--host", "ssh://xavier")
 
 
 @pytest.mark.slow
