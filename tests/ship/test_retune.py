@@ -225,15 +225,15 @@ def test_a_device_with_other_results_gets_its_own_thresholds(
     place, statistics, plan = f"{running.host}:~/street", known[0], known[1]
     data = ("--data", workspace / "data")
     (same,) = printed_json("-C", workspace, "ship", workspace / "host.mess", place, *data, *ANY_SPEED)["places"]
-    assert same["retune"]["changed"] is False
-    assert same["retune"]["found_miou"] == pytest.approx(plan.predicted.miou)
+    assert same["retuned"]["changed"] is False
+    assert same["retuned"]["found_miou"] == pytest.approx(plan.predicted.miou)
     bold = changed_bundle(workspace / "host.mess", tmp_path / "host.mess", all_leave_at_once)
     (other,) = printed_json("-C", workspace, "ship", bold, place, *data, *ANY_SPEED)["places"]
-    assert other["retune"]["changed"] is True
+    assert other["retuned"]["changed"] is True
     assert other["sent_bytes"] < 64 * 1024, "only thresholds differ"
     heads = [stage.head for stage in plan.stages]
     at_once = miou(statistics, heads, [0] * statistics.images)
-    assert other["retune"]["found_miou"] == pytest.approx(at_once)
+    assert other["retuned"]["found_miou"] == pytest.approx(at_once)
     with closing(archive.open_archive(running.home / "street" / "current")) as opened:
         (now,) = opened.manifest.plans
     chosen = tuple(Stage(stage.exit_point, stage.head, stage.row, stage.cut) for stage in now.stages)
