@@ -20,7 +20,9 @@ from mess_compile.runtime.base.errors import InputError
 SCALES = {"0-1": (0.0, 1.0), "0-255": (0.0, 255.0), "-1-1": (-1.0, 1.0)}
 """The values of the bytes 0 and 255, before mean and std."""
 LAYOUTS = ("NCHW", "NHWC")
-CHANNELS = ("RGB", "BGR")
+CHANNELS = ("RGB", "BGR", "GREY")
+GREY = (0.299, 0.587, 0.114)
+"""Weights of R, G and B in a model with one channel (ITU-R BT.601)."""
 _HEAD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _BACKGROUND = "background"
 _REMEDY = "docs/own-network.md has an example"
@@ -32,7 +34,8 @@ Triple = tuple[float, float, float]
 class InputRule:
     """How a frame, uint8 RGB (H, W, 3), becomes the model's input: (scaled - mean) / std, in the model's layout.
 
-    `mean` and `std` are in units of the scale and in the order of `channels`; `tensor` None: the only input.
+    `mean` and `std` are in units of the scale and in the order of `channels`, the first ones alone for "GREY", one
+    channel; `tensor` None: the only input.
     """
 
     tensor: str | None
@@ -64,10 +67,30 @@ class InputRule:
     def of_frame(self, frame: Array) -> Array:
         """The model's input f32 (1, 3, H, W) or (1, H, W, 3), computed in float64, independent of the graph's nodes."""
         low, high = SCALES[self.scale]
-        pixels = frame[..., ::-1] if self.channels == "BGR" else frame
-        scaled = low + pixels.astype(np.float64) * (high - low) / 255
-        values: Array = ((scaled - np.array(self.mean)) / np.array(self.std)).astype(np.float32)
+        pixels = (frame[..., ::-1] if self.channels == "BGR" else frame).astype(np.float64)
+        mean, std = np.array(self.mean), np.array(self.std)
+        if self.channels == "GREY":
+            pixels, mean, std = pixels @ np.array(GREY)[:, None], mean[:1], std[:1]
+        values: Array = ((low + pixels * (high - low) / 255 - mean) / std).astype(np.float32)
         return values[None] if self.layout == "NHWC" else values.transpose(2, 0, 1)[None]
+
+
+PREPROCESSING = {
+    "imagenet": InputRule(None, "0-1", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "0-1": InputRule(None, "0-1"),
+    "-1-1": InputRule(None, "-1-1"),
+    "0-255": InputRule(None, "0-255"),
+    "caffe-bgr": InputRule(None, "0-255", (103.939, 116.779, 123.68), channels="BGR"),
+}
+"""How networks usually want a frame; in "caffe-bgr" the means are those of B, G and R."""
+
+
+def read_input_rule(path: Path) -> InputRule:
+    """Read the table [input] of the TOML file `path`. Raises InputError."""
+    try:
+        return _input(files.read_toml(path).get("input"))
+    except (InputError, ValueError) as error:
+        raise InputError(f"{path}: {error}; {_REMEDY}") from error
 
 
 @dataclass(frozen=True)

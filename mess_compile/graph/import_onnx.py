@@ -16,7 +16,7 @@ from mess_compile import files
 from mess_compile.graph.constant_fold import fold_constants
 from mess_compile.graph.cut import METADATA_KEY, NETWORK, cut_network, logits_name
 from mess_compile.graph.cut_points import Places, find_places
-from mess_compile.graph.exits_toml import ExitsFile, InputRule, read_exits
+from mess_compile.graph.exits_toml import GREY, ExitsFile, InputRule, read_exits
 from mess_compile.graph.import_check import original_logits, write_original
 from mess_compile.graph.node_builder import OPSET, add, constant, empty_model, keep
 from mess_compile.graph.normalise import (
@@ -38,7 +38,9 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines import engine
 from mess_compile.runtime.engines.engine import TensorSpec
 
-_OURS = re.compile(r"image|exit\d+|logits|labels|counts|thresholds|(logits:|gate/|input/|output/).*", re.DOTALL)
+_OURS = re.compile(
+    r"image|skip\d+|exit\d+(/.*)?|logits|labels|counts|thresholds|(logits:|labels:|gate/|input/|output/).*", re.DOTALL
+)
 """Names that the whole-network form and the cuts give to their own tensors."""
 
 FramesOf = Callable[[tuple[int, int]], Sequence[Array]]
@@ -113,11 +115,11 @@ def _write_both(
     places = find_places(model, image.name, hw, exits)
     write_original(original, places, folder)
     names = _new_names(model, image, places)
-    _rename(model, names)
+    rename_tensors(model, names)
     for head, spec in places.logits.items():
         if spec.shape[1] == 1:
             _append_background(model.graph, names.get(spec.name, spec.name), logits_name(head))
-    _prepend_input(model, image, exits.input)
+    prepend_input(model, image, exits.input)
     _describe(model, _candidate(exits, places, hw, name), places)
     _write_network(model, folder)
     return places, names
@@ -136,6 +138,13 @@ def _write_network(model: onnx.ModelProto, folder: Path) -> None:
 
 def _new_names(model: onnx.ModelProto, image: TensorSpec, places: Places) -> dict[str, str]:
     """Names of tensors in the whole-network form; other tensors of such a name are renamed."""
+    names = reserved_names(model, image)
+    names |= {spec.name: where for where, spec in places.exits.items()}
+    return names | {spec.name: logits_name(head) for head, spec in places.logits.items() if spec.shape[1] > 1}
+
+
+def reserved_names(model: onnx.ModelProto, image: TensorSpec) -> dict[str, str]:
+    """New names of a model's tensors that have names of ours; a uint8 input becomes `image`."""
     taken = dict.fromkeys(name for node in model.graph.node for name in (*node.input, *node.output))
     names = {}
     for name in filter(_OURS.fullmatch, list(taken)):
@@ -143,12 +152,10 @@ def _new_names(model: onnx.ModelProto, image: TensorSpec, places: Places) -> dic
         while names[name] in taken:
             names[name] += "_"
         taken[names[name]] = None
-    names |= {spec.name: where for where, spec in places.exits.items()}
-    names |= {spec.name: logits_name(head) for head, spec in places.logits.items() if spec.shape[1] > 1}
     return names | ({image.name: "image"} if image.dtype == "uint8" else {})
 
 
-def _rename(model: onnx.ModelProto, names: dict[str, str]) -> None:
+def rename_tensors(model: onnx.ModelProto, names: dict[str, str]) -> None:
     graph = model.graph
     for node in graph.node:
         for field in (node.input, node.output):
@@ -164,7 +171,7 @@ def _append_background(graph: onnx.GraphProto, channel: str, logits: str) -> Non
     add(graph, "Pad", [channel, pads, zero], logits)
 
 
-def _prepend_input(model: onnx.ModelProto, image: TensorSpec, rule: InputRule) -> None:
+def prepend_input(model: onnx.ModelProto, image: TensorSpec, rule: InputRule) -> None:
     """Prepend the conversion from `image` uint8 (1, H, W, 3) to the model's own input, if the model takes float32."""
     if image.dtype == "uint8":
         return
@@ -184,8 +191,17 @@ def _normalise(graph: onnx.GraphProto, rule: InputRule, target: str) -> None:
     if rule.channels == "BGR":
         order = constant(graph, "input/order", [2, 1, 0], "int64")
         values = add(graph, "Gather", [values, order], "input/bgr", axis=rule.layout.index("C"))
-    shape = (1, 3, 1, 1) if rule.layout == "NCHW" else (1, 1, 1, 3)
-    for op, numbers, neutral in zip(("Sub", "Div"), rule.of_bytes, (0, 1), strict=True):
+    elif rule.channels == "GREY":
+        axis = rule.layout.index("C")
+        shares = np.array(GREY).reshape([3 if place == axis else 1 for place in range(4)])
+        parts = add(graph, "Mul", [values, constant(graph, "input/shares", shares, "float32")], "input/parts")
+        values = add(
+            graph, "ReduceSum", [parts, constant(graph, "input/axis", [axis], "int64")], "input/grey", keepdims=1
+        )
+    count = 1 if rule.channels == "GREY" else 3
+    shape = (1, count, 1, 1) if rule.layout == "NCHW" else (1, 1, 1, count)
+    for op, every, neutral in zip(("Sub", "Div"), rule.of_bytes, (0, 1), strict=True):
+        numbers = every[:count]
         if np.any(numbers != neutral):
             factor = constant(graph, f"input/{op}.values", numbers.reshape(shape), "float32")
             values = add(graph, op, [values, factor], f"input/{op}")

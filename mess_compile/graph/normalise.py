@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.inliner
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 from mess_compile.graph.constant_fold import has_subgraph
@@ -112,6 +113,58 @@ def prune(model: onnx.ModelProto, outputs: Sequence[onnx.ValueInfoProto]) -> Non
                 del field[index]
 
 
+def fix_size(model: onnx.ModelProto, hw: tuple[int, int] | None) -> None:
+    """Give an image input of dynamic height and width the size `hw`.
+
+    Raises InputError when a dynamic one gets no size, or a fixed one another.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for value in [each for each in model.graph.input if each.name not in weights]:
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) != 4:
+            continue
+        channel = 3 if dims[3].dim_value in (1, 3) and dims[1].dim_value not in (1, 3) else 1
+        sides = [dims[place] for place in (1, 2, 3) if place != channel]
+        if dims[channel].dim_value < 1:
+            dims[channel].dim_value = 3
+        if hw is None and any(side.dim_value < 1 for side in sides):
+            raise InputError(
+                f"input {value.name!r} has a dynamic height or width: fix its size with --input HxW, such as 512x512"
+            )
+        for side, wanted in zip(sides, hw or (), strict=False):
+            if side.dim_value not in (0, wanted):
+                raise InputError(
+                    f"--input {hw[0]}x{hw[1]}: input {value.name!r} has the fixed size "  # type: ignore[index]
+                    f"{sides[0].dim_value}x{sides[1].dim_value}: drop --input, or export the model at that size"
+                )
+            side.dim_value = wanted
+
+
+def lift_to_float32(model: onnx.ModelProto, folder: Path) -> None:
+    """Let a model that computes in float16, bfloat16 or float64 compute in float32; `folder` has its external data."""
+    others = (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type in others:
+            break
+    else:
+        return
+    for tensor in model.graph.initializer:
+        if tensor.data_type in others:
+            values = numpy_helper.to_array(tensor, str(folder)).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type in others:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in others:
+                attribute.i = TensorProto.FLOAT
+            elif attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type in others:
+                values = numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(numpy_helper.from_array(values, attribute.t.name))
+    model.graph.ClearField("value_info")
+
+
 def fixed_input(model: onnx.ModelProto, rule: InputRule) -> TensorSpec:
     """The model's image input, with batch set to 1. Raises InputError when there is another input, or another shape."""
     weights = {tensor.name for tensor in model.graph.initializer}
@@ -137,11 +190,11 @@ def fixed_input(model: onnx.ModelProto, rule: InputRule) -> TensorSpec:
 
 
 def _check_input(spec: TensorSpec, rule: InputRule) -> None:
-    channels = rule.layout.index("C")
-    if len(spec.shape) != 4 or (spec.shape[0], spec.shape[channels]) != (1, 3):
+    channels, wanted = rule.layout.index("C"), 1 if rule.channels == "GREY" else 3
+    if len(spec.shape) != 4 or (spec.shape[0], spec.shape[channels]) != (1, wanted):
         raise InputError(
-            f"input {spec.name!r} is {spec.shape}, not batch 1 and 3 channels in the layout {rule.layout}: export with "
-            "batch 1, or correct layout of [input]"
+            f"input {spec.name!r} is {spec.shape}, not batch 1 and {wanted} channel{'s' * (wanted > 1)} in the layout "
+            f"{rule.layout}: export with batch 1, or correct layout or channels of [input]"
         )
     if max(spec.shape) > MAX_SIDE:
         raise InputError(f"input {spec.name!r} is {spec.shape}: sides of more than {MAX_SIDE} are not supported")

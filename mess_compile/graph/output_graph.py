@@ -42,3 +42,65 @@ def output_graph(classes: int, feature_hw: tuple[int, int], hw: tuple[int, int])
     model = empty_model([logits])
     append_output(model, classes, feature_hw, hw)
     return model
+
+
+def append_labels(
+    graph: onnx.GraphProto,
+    output: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    hw: tuple[int, int],
+    labels: str,
+    threshold: float,
+) -> None:
+    """Append `labels` uint8 (1, *hw), made of a network's own output, which may be scores or labels of another size.
+
+    Scores are (1, K, h, w) or (1, h, w, K), of `dtype` float32; those of one channel give 1 above `threshold`.
+    """
+    name, size = output, hw
+    if dtype == "float32" and len(shape) == 4:
+        if shape[1:3] != hw and not _covers(shape[2:], hw) and _covers(shape[1:3], hw):
+            name = add(graph, "Transpose", [name], f"{labels}/planes", perm=[0, 3, 1, 2])
+            shape = (1, shape[3], *shape[1:3])
+        elif shape[1:3] == hw and shape[2:] != hw:
+            name = add(graph, "Transpose", [name], f"{labels}/planes", perm=[0, 3, 1, 2])
+            shape = (1, shape[3], *shape[1:3])
+        name = _index_of_scores(graph, name, shape, hw, labels, threshold)
+    else:
+        size = (shape[-2], shape[-1]) if shape[-1] != 1 else (shape[-3], shape[-2])
+        plane = constant(graph, f"{labels}/plane", [1, 1, *size], "int64")
+        name = add(graph, "Reshape", [name, plane], f"{labels}/plane_of", allowzero=0)
+        name = add(graph, "Cast", [name], f"{labels}/values", to=TensorProto.FLOAT)
+        if size != hw:
+            full = constant(graph, f"{labels}/size", [1, 1, *hw], "int64")
+            name = add(graph, "Resize", [name, "", "", full], f"{labels}/pixels", mode="nearest",
+                       coordinate_transformation_mode="half_pixel", nearest_mode="floor")  # fmt: skip
+        first = constant(graph, f"{labels}/first", [1], "int64")
+        name = add(graph, "Squeeze", [name, first], f"{labels}/value")
+    add(graph, "Cast", [name], labels, to=TensorProto.UINT8)
+
+
+def _covers(size: tuple[int, ...], hw: tuple[int, int]) -> bool:
+    """Whether a map of this size could be of an image of size `hw`: of its proportions, and no larger."""
+    return all(1 < side <= full for side, full in zip(size, hw)) and 0.8 <= size[0] * hw[1] / (size[1] * hw[0]) <= 1.25
+
+
+def _index_of_scores(
+    graph: onnx.GraphProto, name: str, shape: tuple[int, ...], hw: tuple[int, int], labels: str, threshold: float
+) -> str:
+    """The label of each pixel, as float32 (1, *hw): the best of K scores, or whether the only one is above `threshold`.
+    """
+    if shape[2:] != hw:
+        full = constant(graph, f"{labels}/size", [1, shape[1], *hw], "int64")
+        name = add(
+            graph, "Resize", [name, "", "", full], f"{labels}/pixels",
+            mode="linear", coordinate_transformation_mode="half_pixel",
+        )  # fmt: skip
+    if shape[1] > 1:
+        name = add(graph, "ArgMax", [name], f"{labels}/index", axis=1, keepdims=0, select_last_index=0)
+    else:
+        above = constant(graph, f"{labels}/threshold", threshold, "float32")
+        name = add(graph, "Greater", [name, above], f"{labels}/above")
+        first = constant(graph, f"{labels}/first", [1], "int64")
+        name = add(graph, "Squeeze", [name, first], f"{labels}/above_of")
+    return add(graph, "Cast", [name], f"{labels}/value", to=TensorProto.FLOAT)

@@ -1,0 +1,1 @@
+"""Attaches early exits to a trained single-exit network."""

@@ -1,0 +1,211 @@
+"""Finds where a single-exit network can be cut: frontiers, the tensors alive between two of its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import onnx
+
+from mess_compile.graph.workload import activations
+from mess_compile.runtime.base.errors import InputError, did_you_mean
+from mess_compile.runtime.engines.engine import TensorSpec
+
+NEAR = 0.05
+"""Frontiers within this share of the workload of an equal step compete by their bytes."""
+FINEST_STRIDE, COARSEST_STRIDE = 4, 32
+"""Heads read maps of a stride between these: finer ones are average-pooled, of coarser ones little can be said."""
+_FEWEST_CHANNELS = 8
+_ASPECT = 1.25
+"""Rounding at strides up to 32 changes the proportions of a map by less than this factor."""
+
+
+@dataclass(frozen=True)
+class MapForm:
+    """How a tensor holds a map of (channels, h, w): "NCHW", "NHWC" or "tokens" (1, h * w, channels)."""
+
+    layout: str
+    channels: int
+    hw: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The tensors alive after a node.
+
+    `map` feeds heads: of the maps among them the one with most work behind it, in the form `form`. `carried` are the
+    others, in the order in which they were made; the input may be one of them. `macs` is the work done so far, with
+    MatMul and Gemm, and `position` the number of nodes that have run.
+    """
+
+    map: TensorSpec
+    form: MapForm
+    carried: tuple[TensorSpec, ...]
+    macs: int
+    position: int
+
+    @property
+    def bytes(self) -> int:
+        return self.map.bytes + sum(tensor.bytes for tensor in self.carried)
+
+
+@dataclass(frozen=True)
+class Frontiers:
+    """All frontiers of a network on the way from `image` to `end`, in running order; `macs` is the whole workload."""
+
+    found: tuple[Frontier, ...]
+    macs: int
+
+    def share(self, frontier: Frontier) -> float:
+        """The part of the workload that is done there."""
+        return frontier.macs / max(1, self.macs)
+
+
+def find_frontiers(model: onnx.ModelProto, image: str, hw: tuple[int, int], end: str) -> Frontiers:
+    """Every place between `image`, frames of size `hw`, and the tensor `end` at which the network can be cut.
+
+    Nodes that `end` does not need are not counted. Raises InputError when no tensor on the way is a map to attach to.
+    """
+    shapes = activations(model)
+    nodes = _nodes_to(model, end)
+    last_use = {name: step for step, node in enumerate(nodes, start=1) for name in node.input if name in shapes}
+    work = {node.output[0]: node_macs(node, shapes, model) for node in nodes}
+    behind = _work_behind(nodes, work)
+    alive, done, found = {image: shapes[image]}, 0, []
+    for position, node in enumerate(nodes, start=1):
+        done += work[node.output[0]]
+        alive.update({name: shapes[name] for name in node.output if last_use.get(name, 0) > position})
+        for name in [name for name in alive if last_use.get(name, 0) <= position]:
+            del alive[name]
+        frontier = _frontier(alive, behind, hw, done, position)
+        if frontier is not None and position < len(nodes):
+            found.append(frontier)
+    if not found:
+        raise InputError(
+            f"no tensor between the input {image!r} and {end!r} is a map (channels, height, width) of stride "
+            f"{COARSEST_STRIDE} or finer with {_FEWEST_CHANNELS} channels or more: exits need one to attach to"
+        )
+    return Frontiers(tuple(found), done)
+
+
+def choose_frontiers(frontiers: Frontiers, count: int) -> tuple[Frontier, ...]:
+    """`count` frontiers before the network's own end, near equal steps of the workload, as the paper places exits.
+
+    Of those within NEAR of a step the one with fewest bytes wins, then the nearest, then the last in running order.
+    Raises InputError when the network has fewer.
+    """
+    chosen: list[Frontier] = []
+    for number in range(1, count + 1):
+        step = frontiers.macs * number / (count + 1)
+        later = [each for each in frontiers.found if not chosen or each.macs > chosen[-1].macs]
+        if not later:
+            places = len({each.macs for each in frontiers.found})
+            raise InputError(f"--exits {count + 1}: this network has places for {places} before its end; ask for fewer")
+        near = [each for each in later if abs(each.macs - step) <= NEAR * frontiers.macs]
+        least = min(abs(each.macs - step) for each in later)
+        near = near or [each for each in later if abs(each.macs - step) == least]
+        chosen.append(min(near, key=lambda each: (each.bytes, abs(each.macs - step), -each.position)))
+    return tuple(chosen)
+
+
+def frontiers_at(frontiers: Frontiers, names: Sequence[str]) -> tuple[Frontier, ...]:
+    """The frontiers whose maps have these names, in running order. Raises InputError naming one that is no map."""
+    last = {each.map.name: each for each in frontiers.found}
+    for name in names:
+        if name not in last:
+            raise InputError(
+                f"--exits-at {name}: no exit can be there{did_you_mean(name, last)}; `mess-compile inspect MODEL.onnx` "
+                "lists the places"
+            )
+    return tuple(sorted({last[name] for name in names}, key=lambda each: each.position))
+
+
+def map_form(spec: TensorSpec, hw: tuple[int, int]) -> MapForm | None:
+    """How a tensor holds a map of an input of size `hw`; None if it is none that a head could read."""
+    if spec.dtype != "float32":
+        return None
+    if len(spec.shape) == 4 and spec.shape[0] == 1:
+        _, *rest = spec.shape
+        forms = [MapForm("NCHW", rest[0], (rest[1], rest[2])), MapForm("NHWC", rest[2], (rest[0], rest[1]))]
+    elif len(spec.shape) == 3 and spec.shape[0] == 1:
+        forms = [MapForm("tokens", spec.shape[2], size) for size in _sizes(hw) if prod(size) == spec.shape[1]]
+    else:
+        forms = []
+    return next((form for form in forms if _covers(form, hw)), None)
+
+
+def _sizes(hw: tuple[int, int]) -> Iterable[tuple[int, int]]:
+    """Sizes of maps at the usual strides, rounded down and up."""
+    for stride in (2, 4, 8, 16, 32):
+        for rounded in (hw[0] // stride, hw[1] // stride), (-(-hw[0] // stride), -(-hw[1] // stride)):
+            yield rounded
+
+
+def _covers(form: MapForm, hw: tuple[int, int]) -> bool:
+    """Whether it is a map of the whole image, not coarser than a head can use."""
+    (height, width), (full_height, full_width) = form.hw, hw
+    if form.channels < _FEWEST_CHANNELS or min(form.hw) < 2 or height > full_height or width > full_width:
+        return False
+    rows, columns = full_height / height, full_width / width
+    near = 1 / _ASPECT <= rows / columns <= _ASPECT
+    return near and min(rows, columns) < COARSEST_STRIDE + 2
+
+
+def _frontier(
+    alive: dict[str, TensorSpec], behind: dict[str, int], hw: tuple[int, int], done: int, position: int
+) -> Frontier | None:
+    forms = {name: form for name, spec in alive.items() if (form := map_form(spec, hw)) and behind.get(name)}
+    if not forms:
+        return None
+    order = {name: number for number, name in enumerate(alive)}
+    name = max(forms, key=lambda each: (behind[each], order[each]))
+    carried = tuple(spec for other, spec in alive.items() if other != name)
+    return Frontier(alive[name], forms[name], carried, done, position)
+
+
+def _nodes_to(model: onnx.ModelProto, end: str) -> list[onnx.NodeProto]:
+    """The nodes that `end` needs, in running order."""
+    wanted, nodes = {end}, []
+    for node in reversed(model.graph.node):
+        if wanted.intersection(node.output):
+            nodes.append(node)
+            wanted.update(node.input)
+    return nodes[::-1]
+
+
+def _work_behind(nodes: Sequence[onnx.NodeProto], work: dict[str, int]) -> dict[str, int]:
+    """By tensor, the work of all nodes that it depends on; sets of nodes are bits of an integer."""
+    ancestors: dict[str, int] = {}
+    behind: dict[str, int] = {}
+    costs = [cost for node in nodes if (cost := work[node.output[0]])]
+    number = 0
+    for node in nodes:
+        bits = 0
+        for name in node.input:
+            bits |= ancestors.get(name, 0)
+        if work[node.output[0]]:
+            bits |= 1 << number
+            number += 1
+        total = sum(cost for index, cost in enumerate(costs[:number]) if bits >> index & 1)
+        for name in node.output:
+            ancestors[name], behind[name] = bits, total
+    return behind
+
+
+def node_macs(node: onnx.NodeProto, shapes: dict[str, TensorSpec], model: onnx.ModelProto) -> int:
+    """Multiplications of a node: convolutions, MatMul and Gemm, by whose sum exits are placed.
+
+    The paper's convention (`count_macs`), which has no MatMul, stays the figure that is reported.
+    """
+    if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
+        return 0
+    weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer if tensor.name in node.input}
+    first, second = (weights.get(name) or shapes[name].shape for name in node.input[:2])
+    output = prod(shapes[node.output[0]].shape)
+    if node.op_type == "Conv":
+        return output * prod(second[1:])
+    if node.op_type == "ConvTranspose":
+        return prod(first) * prod(second[1:])
+    transposed = node.op_type == "Gemm" and any(each.name == "transA" and each.i for each in node.attribute)
+    return output * first[0 if transposed else -1]
