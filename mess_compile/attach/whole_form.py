@@ -11,13 +11,14 @@ from onnx import TensorProto, helper
 
 from mess_compile.attach.opened import OpenedNetwork
 from mess_compile.graph.cut import METADATA_KEY, logits_name
-from mess_compile.graph.frontiers import FINEST_STRIDE, Frontier, choose_frontiers
+from mess_compile.graph.frontiers import FINEST_STRIDE, NEAR, Frontier, choose_frontiers
 from mess_compile.graph.import_onnx import prepend_input, rename_tensors, reserved_names
 from mess_compile.graph.node_builder import add, constant, keep
 from mess_compile.graph.normalise import prune
 from mess_compile.graph.output_graph import append_labels
 from mess_compile.graph.own_end import OwnEnd
 from mess_compile.network import CandidateNetwork, ExitPoint, Head
+from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import TensorSpec
 
 OWN = "own"
@@ -34,9 +35,15 @@ class ClassNames:
 
 def own_frontier(opened: OpenedNetwork, after: Sequence[Frontier] = ()) -> Frontier:
     """The last exit point: the frontier with fewest bytes near the network's logits."""
+    alive = {tensor.name for each in after for tensor in (each.map, *each.carried)}
     later = [each for each in opened.frontiers.found if not after or each.position > after[-1].position]
+    later = [each for each in later if each.map.name not in alive]
     total = opened.frontiers.macs
-    near = [each for each in later if each.macs >= 0.95 * total and each.form.layout == "NCHW"] or later[-1:]
+    near = [each for each in later if each.macs >= (1 - NEAR) * total and each.form.layout == "NCHW"] or later[-1:]
+    if not near:
+        raise InputError(
+            f"no exit point lies between {after[-1].map.name!r} and the network's own end: choose earlier ones"
+        )
     return min(near, key=lambda each: (each.bytes, -each.position))
 
 
@@ -50,11 +57,16 @@ def whole_form(opened: OpenedNetwork, early: Sequence[Frontier], classes: ClassN
 
     Outputs `exit1`.. and `logits:exitN.own`; the metadata entry describes it as a CandidateNetwork.
     """
-    model = onnx.ModelProto.FromString(opened.model.SerializeToString())
+    model: onnx.ModelProto = onnx.ModelProto.FromString(opened.model.SerializeToString())
     points = (*early, own_frontier(opened, early))
     end, image = opened.end, opened.image
     names = reserved_names(model, image)
-    names |= {point.map.name: f"exit{number}" for number, point in enumerate(points, 1) if _is_ready(point, opened)}
+    pools = [_pool(point.form.hw, opened.hw) for point in early] + [1]  # the network's own end reads its map as it is
+    names |= {
+        point.map.name: f"exit{number}"
+        for number, (point, pool) in enumerate(zip(points, pools, strict=True), start=1)
+        if point.form.layout == "NCHW" and pool == 1
+    }
     others = [tensor.name for point in points for tensor in (point.map, *point.carried)]
     skips = (name for name in dict.fromkeys(others) if name not in names and name != image.name)
     names |= {name: f"skip{number}" for number, name in enumerate(skips, start=1)}
@@ -63,17 +75,19 @@ def whole_form(opened: OpenedNetwork, early: Sequence[Frontier], classes: ClassN
     rename_tensors(model, names | end_names)
     new = {**names, **end_names}
     graph = model.graph
-    specs = [_append_map(graph, number, point, opened, new) for number, point in enumerate(points, start=1)]
+    specs = [
+        _append_map(graph, f"exit{number}", point, pool, new)
+        for number, (point, pool) in enumerate(zip(points, pools, strict=True), start=1)
+    ]
     _append_own_end(model, opened, head, new)
     prepend_input(model, image, opened.rule)
-    heads = (Head(len(points), OWN, 0, _hw_unless(end.hw, points[-1].form.hw), f"labels:{head}", _gate_hw(opened)),)
+    logits_hw = _hw_unless(end.hw, (specs[-1].shape[2], specs[-1].shape[3]))
+    heads = (Head(len(points), OWN, 0, logits_hw, f"labels:{head}", _gate_hw(opened)),)
     exit_points = tuple(
         ExitPoint(spec.name, point.map.name, spec.shape[1], (spec.shape[2], spec.shape[3]), 0, carried)
         for point, spec, carried in zip(points, specs, _carried(points, opened, new), strict=True)
     )
-    candidate = CandidateNetwork(
-        opened.name, classes.names, classes.colours, opened.hw, exit_points, heads, head, ""
-    )
+    candidate = CandidateNetwork(opened.name, classes.names, classes.colours, opened.hw, exit_points, heads, head, "")
     describe(model, candidate)
     return model
 
@@ -95,11 +109,6 @@ def describe(model: onnx.ModelProto, candidate: CandidateNetwork) -> None:
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(candidate.to_json()))
 
 
-def _is_ready(point: Frontier, opened: OpenedNetwork) -> bool:
-    """Whether heads read the frontier's map as it is: of the form (1, C, h, w), and not too fine."""
-    return point.form.layout == "NCHW" and _pool(point.form.hw, opened.hw) == 1
-
-
 def _pool(size: tuple[int, int], hw: tuple[int, int]) -> int:
     """The factor by which a map is average-pooled to come to FINEST_STRIDE: one that divides both sides."""
     stride = round(min(full / side for full, side in zip(hw, size, strict=True)))
@@ -119,11 +128,10 @@ def _gate_hw(opened: OpenedNetwork) -> tuple[int, int] | None:
 
 
 def _append_map(
-    graph: onnx.GraphProto, number: int, point: Frontier, opened: OpenedNetwork, names: Mapping[str, str]
+    graph: onnx.GraphProto, target: str, point: Frontier, pool: int, names: Mapping[str, str]
 ) -> TensorSpec:
     """The map that heads read at an exit point, (1, C, h, w): the frontier's own, reshaped or pooled if need be."""
-    target, form = f"exit{number}", point.form
-    name, (height, width) = names[point.map.name], form.hw
+    form, name, (height, width) = point.form, names[point.map.name], point.form.hw
     if name == target:
         return TensorSpec(target, "float32", (1, form.channels, height, width))
     steps: list[tuple[str, list[str], dict[str, object]]] = []
@@ -132,13 +140,12 @@ def _append_map(
     elif form.layout == "tokens":
         shape = constant(graph, f"{target}/shape", [1, form.channels, height, width], "int64")
         steps += [("Transpose", [], {"perm": [0, 2, 1]}), ("Reshape", [shape], {})]
-    factor = _pool(form.hw, opened.hw)
-    if factor > 1:
-        steps.append(("AveragePool", [], {"kernel_shape": [factor] * 2, "strides": [factor] * 2}))
+    if pool > 1:
+        steps.append(("AveragePool", [], {"kernel_shape": [pool] * 2, "strides": [pool] * 2}))
     for place, (op, more, attributes) in enumerate(steps, start=1):
         output = target if place == len(steps) else f"{target}/{op}"
         name = add(graph, op, [name, *more], output, **attributes)
-    return TensorSpec(target, "float32", (1, form.channels, height // factor, width // factor))
+    return TensorSpec(target, "float32", (1, form.channels, height // pool, width // pool))
 
 
 def _carried(

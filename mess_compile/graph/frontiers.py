@@ -16,7 +16,9 @@ NEAR = 0.05
 """Frontiers within this share of the workload of an equal step compete by their bytes."""
 FINEST_STRIDE, COARSEST_STRIDE = 4, 32
 """Heads read maps of a stride between these: finer ones are average-pooled, of coarser ones little can be said."""
-_FEWEST_CHANNELS = 8
+FEWEST_CHANNELS = 8
+_NEWEST = 0.5
+"""The map of a frontier has at least this share of the work so far behind it; an old skip connection has less."""
 _ASPECT = 1.25
 """Rounding at strides up to 32 changes the proportions of a map by less than this factor."""
 
@@ -44,6 +46,11 @@ class Frontier:
     carried: tuple[TensorSpec, ...]
     macs: int
     position: int
+
+    @property
+    def feeds_heads(self) -> bool:
+        """Whether an early head can learn from its map."""
+        return self.form.channels >= FEWEST_CHANNELS
 
     @property
     def bytes(self) -> int:
@@ -81,10 +88,10 @@ def find_frontiers(model: onnx.ModelProto, image: str, hw: tuple[int, int], end:
         frontier = _frontier(alive, behind, hw, done, position)
         if frontier is not None and position < len(nodes):
             found.append(frontier)
-    if not found:
+    if not any(frontier.feeds_heads for frontier in found):
         raise InputError(
             f"no tensor between the input {image!r} and {end!r} is a map (channels, height, width) of stride "
-            f"{COARSEST_STRIDE} or finer with {_FEWEST_CHANNELS} channels or more: exits need one to attach to"
+            f"{COARSEST_STRIDE} or finer with {FEWEST_CHANNELS} channels or more: exits need one to attach to"
         )
     return Frontiers(tuple(found), done)
 
@@ -96,11 +103,12 @@ def choose_frontiers(frontiers: Frontiers, count: int) -> tuple[Frontier, ...]:
     Raises InputError when the network has fewer.
     """
     chosen: list[Frontier] = []
+    feeding = [each for each in frontiers.found if each.feeds_heads]
     for number in range(1, count + 1):
         step = frontiers.macs * number / (count + 1)
-        later = [each for each in frontiers.found if not chosen or each.macs > chosen[-1].macs]
+        later = [each for each in feeding if not chosen or _follows(each, chosen[-1])]
         if not later:
-            places = len({each.macs for each in frontiers.found})
+            places = len({each.map.name for each in feeding})
             raise InputError(f"--exits {count + 1}: this network has places for {places} before its end; ask for fewer")
         near = [each for each in later if abs(each.macs - step) <= NEAR * frontiers.macs]
         least = min(abs(each.macs - step) for each in later)
@@ -109,9 +117,15 @@ def choose_frontiers(frontiers: Frontiers, count: int) -> tuple[Frontier, ...]:
     return tuple(chosen)
 
 
+def _follows(frontier: Frontier, before: Frontier) -> bool:
+    """Whether it comes after another, with work between them and a map that was not alive there."""
+    alive = (before.map, *before.carried)
+    return frontier.macs > before.macs and frontier.map not in alive
+
+
 def frontiers_at(frontiers: Frontiers, names: Sequence[str]) -> tuple[Frontier, ...]:
     """The frontiers whose maps have these names, in running order. Raises InputError naming one that is no map."""
-    last = {each.map.name: each for each in frontiers.found}
+    last = {each.map.name: each for each in frontiers.found if each.feeds_heads}
     for name in names:
         if name not in last:
             raise InputError(
@@ -138,14 +152,14 @@ def map_form(spec: TensorSpec, hw: tuple[int, int]) -> MapForm | None:
 def _sizes(hw: tuple[int, int]) -> Iterable[tuple[int, int]]:
     """Sizes of maps at the usual strides, rounded down and up."""
     for stride in (2, 4, 8, 16, 32):
-        for rounded in (hw[0] // stride, hw[1] // stride), (-(-hw[0] // stride), -(-hw[1] // stride)):
-            yield rounded
+        yield hw[0] // stride, hw[1] // stride
+        yield -(-hw[0] // stride), -(-hw[1] // stride)
 
 
 def _covers(form: MapForm, hw: tuple[int, int]) -> bool:
     """Whether it is a map of the whole image, not coarser than a head can use."""
     (height, width), (full_height, full_width) = form.hw, hw
-    if form.channels < _FEWEST_CHANNELS or min(form.hw) < 2 or height > full_height or width > full_width:
+    if min(form.hw) < 2 or height > full_height or width > full_width:
         return False
     rows, columns = full_height / height, full_width / width
     near = 1 / _ASPECT <= rows / columns <= _ASPECT
@@ -155,7 +169,11 @@ def _covers(form: MapForm, hw: tuple[int, int]) -> bool:
 def _frontier(
     alive: dict[str, TensorSpec], behind: dict[str, int], hw: tuple[int, int], done: int, position: int
 ) -> Frontier | None:
-    forms = {name: form for name, spec in alive.items() if (form := map_form(spec, hw)) and behind.get(name)}
+    forms = {
+        name: form
+        for name, spec in alive.items()
+        if 0 < behind.get(name, 0) >= _NEWEST * done and (form := map_form(spec, hw))
+    }
     if not forms:
         return None
     order = {name: number for number, name in enumerate(alive)}

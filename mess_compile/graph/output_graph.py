@@ -59,10 +59,7 @@ def append_labels(
     """
     name, size = output, hw
     if dtype == "float32" and len(shape) == 4:
-        if shape[1:3] != hw and not _covers(shape[2:], hw) and _covers(shape[1:3], hw):
-            name = add(graph, "Transpose", [name], f"{labels}/planes", perm=[0, 3, 1, 2])
-            shape = (1, shape[3], *shape[1:3])
-        elif shape[1:3] == hw and shape[2:] != hw:
+        if not _covers(shape[2:], hw) and _covers(shape[1:3], hw):
             name = add(graph, "Transpose", [name], f"{labels}/planes", perm=[0, 3, 1, 2])
             shape = (1, shape[3], *shape[1:3])
         name = _index_of_scores(graph, name, shape, hw, labels, threshold)
@@ -73,8 +70,8 @@ def append_labels(
         name = add(graph, "Cast", [name], f"{labels}/values", to=TensorProto.FLOAT)
         if size != hw:
             full = constant(graph, f"{labels}/size", [1, 1, *hw], "int64")
-            name = add(graph, "Resize", [name, "", "", full], f"{labels}/pixels", mode="nearest",
-                       coordinate_transformation_mode="half_pixel", nearest_mode="floor")  # fmt: skip
+            how = {"mode": "nearest", "coordinate_transformation_mode": "half_pixel", "nearest_mode": "floor"}
+            name = add(graph, "Resize", [name, "", "", full], f"{labels}/pixels", **how)
         first = constant(graph, f"{labels}/first", [1], "int64")
         name = add(graph, "Squeeze", [name, first], f"{labels}/value")
     add(graph, "Cast", [name], labels, to=TensorProto.UINT8)
@@ -82,20 +79,20 @@ def append_labels(
 
 def _covers(size: tuple[int, ...], hw: tuple[int, int]) -> bool:
     """Whether a map of this size could be of an image of size `hw`: of its proportions, and no larger."""
-    return all(1 < side <= full for side, full in zip(size, hw)) and 0.8 <= size[0] * hw[1] / (size[1] * hw[0]) <= 1.25
+    return (
+        all(1 < side <= full for side, full in zip(size, hw, strict=True))
+        and 0.8 <= size[0] * hw[1] / (size[1] * hw[0]) <= 1.25
+    )
 
 
 def _index_of_scores(
     graph: onnx.GraphProto, name: str, shape: tuple[int, ...], hw: tuple[int, int], labels: str, threshold: float
 ) -> str:
-    """The label of each pixel, as float32 (1, *hw): the best of K scores, or whether the only one is above `threshold`.
-    """
+    """The label of each pixel, as float32 (1, *hw): the best of K scores, or whether the only one is above `threshold`."""
     if shape[2:] != hw:
         full = constant(graph, f"{labels}/size", [1, shape[1], *hw], "int64")
-        name = add(
-            graph, "Resize", [name, "", "", full], f"{labels}/pixels",
-            mode="linear", coordinate_transformation_mode="half_pixel",
-        )  # fmt: skip
+        how = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+        name = add(graph, "Resize", [name, "", "", full], f"{labels}/pixels", **how)
     if shape[1] > 1:
         name = add(graph, "ArgMax", [name], f"{labels}/index", axis=1, keepdims=0, select_last_index=0)
     else:

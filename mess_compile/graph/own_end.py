@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
 
 import onnx
-
 
 from mess_compile.graph.workload import activations
 from mess_compile.runtime.base.errors import InputError, did_you_mean
@@ -113,7 +111,7 @@ def _map_of(spec: TensorSpec, hw: tuple[int, int]) -> str | None:
     for layout in ("NCHW", "NHWC"):
         size = spec.shape[layout.index("H")], spec.shape[layout.index("W")]
         ratio = hw[0] / size[0] / (hw[1] / size[1])
-        if all(side <= full for side, full in zip(size, hw, strict=True)) and 0.8 <= ratio <= 1.25:
-            if layout == "NCHW" or spec.shape[3] <= MOST_CLASSES:
-                return layout
+        covers = all(side <= full for side, full in zip(size, hw, strict=True)) and 0.8 <= ratio <= 1.25
+        if covers and (layout == "NCHW" or spec.shape[3] <= MOST_CLASSES):
+            return layout
     return None
