@@ -52,6 +52,16 @@ class Workspace:
         return self.root / "baseline"
 
     @property
+    def attaching(self) -> Path:
+        """The network and the progress of an `attach` that has not ended."""
+        return self.root / "attaching"
+
+    @property
+    def own_labels(self) -> Path:
+        """The data set whose truth is the network's own output, where there are no labels."""
+        return self.root / "own-labels"
+
+    @property
     def graphs(self) -> Path:
         return self.root / "graphs"
 

@@ -12,13 +12,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mess_compile"
 ROOMS = (
-    *("runtime", "", "data", "graph", "device", "engines", "latency", "evaluate", "nets", "training"),
+    *("runtime", "", "data", "graph", "device", "engines", "latency", "evaluate", "nets", "training", "attach"),
     *("search", "profile", "bundle", "bench", "ship", "report", "steps", "cli"),
 )
 """From the bottom; a room imports itself and those below. "" is the package's own files."""
 RUNTIME_ROOMS = ("base", "images", "machine", "engines", "measure", "bundle", "cascade", "serve", "")
 ALONE = {
-    "torch": ("nets", "training"),
+    "torch": ("nets", "training", "attach/network.py", "attach/teaching.py", "attach/written.py"),
     "safetensors": ("nets", "training"),
     "tensorrt": ("runtime/engines",),
     "onnxruntime": ("runtime/engines", "graph/precision.py"),  # the latter for its quantiser
@@ -79,6 +79,6 @@ def test_a_missing_extra_is_named_with_its_install_line() -> None:
 
 def test_all_but_training_and_export_runs_without_torch() -> None:
     names = [path.relative_to(PACKAGE.parent).with_suffix("") for path in MODULES if path.name != "__main__.py"]
-    names = [".".join(name.parts) for name in names if name.parts[1] not in ALONE["torch"]]
+    names = [".".join(name.parts) for name in names if not "/".join(name.parts[1:]).startswith(ALONE["torch"])]
     code = f"import importlib, sys; sys.modules['torch'] = None; [importlib.import_module(name) for name in {names}]"
     subprocess.run([sys.executable, "-c", code], check=True)

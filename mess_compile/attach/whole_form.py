@@ -52,10 +52,21 @@ def early_frontiers(opened: OpenedNetwork, exits: int) -> tuple[Frontier, ...]:
     return choose_frontiers(opened.frontiers, exits - 1)
 
 
-def whole_form(opened: OpenedNetwork, early: Sequence[Frontier], classes: ClassNames) -> onnx.ModelProto:
+@dataclass(frozen=True)
+class WholeForm:
+    """A network in the whole-network form: `model` describes itself as `candidate`; `names` maps tensors of the network
+    to their new names, where they have one.
+    """
+
+    model: onnx.ModelProto
+    candidate: CandidateNetwork
+    names: Mapping[str, str]
+
+
+def whole_form(opened: OpenedNetwork, early: Sequence[Frontier], classes: ClassNames) -> WholeForm:
     """The network with its input's preparation in front and its own end as its only head; weights stay references.
 
-    Outputs `exit1`.. and `logits:exitN.own`; the metadata entry describes it as a CandidateNetwork.
+    Outputs `exit1`.., `logits:exitN.own` and `labels:exitN.own`.
     """
     model: onnx.ModelProto = onnx.ModelProto.FromString(opened.model.SerializeToString())
     points = (*early, own_frontier(opened, early))
@@ -89,7 +100,7 @@ def whole_form(opened: OpenedNetwork, early: Sequence[Frontier], classes: ClassN
     )
     candidate = CandidateNetwork(opened.name, classes.names, classes.colours, opened.hw, exit_points, heads, head, "")
     describe(model, candidate)
-    return model
+    return WholeForm(model, candidate, new)
 
 
 def describe(model: onnx.ModelProto, candidate: CandidateNetwork) -> None:

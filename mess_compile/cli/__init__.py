@@ -8,6 +8,7 @@ import click
 
 from mess_compile import __version__
 from mess_compile.cli import (
+    attach,
     bench,
     build,
     bundle,
@@ -31,7 +32,7 @@ from mess_compile.cli.console import Group, made
 from mess_compile.cli.interrupts import message_of
 from mess_compile.cli.options import FOLDER
 
-_BEGIN = ("demo", "train", "export")
+_BEGIN = ("demo", "train", "attach", "export")
 """Commands that make the folder of a new workspace."""
 
 
@@ -60,6 +61,7 @@ def main(ctx: click.Context, folder: Path) -> None:
 for command in (
     demo.demo,
     train.train,
+    attach.attach,
     export.export,
     evaluate.evaluate,
     build.build,

@@ -263,7 +263,7 @@ def _paired(images: Path, labels: Path) -> FoundItems:
         raise InputError(f"{images} has no image that is read: {'; '.join(pictures.notes)}; convert them")
     labelled, wanted = by_stem(masks.paths), by_stem(pictures.paths)
     items = [
-        Item(stem, _sequence(stem), path, labelled.get(stem, labels / f"{stem}.png")) for stem, path in wanted.items()
+        Item(stem, sequence_of(stem), path, labelled.get(stem, labels / f"{stem}.png")) for stem, path in wanted.items()
     ]
     notes, alone = [*pictures.notes, *masks.notes], sorted(labelled.keys() - wanted.keys())
     if alone:
@@ -271,7 +271,8 @@ def _paired(images: Path, labels: Path) -> FoundItems:
     return FoundItems(tuple(_labelled(items)), tuple(notes))
 
 
-def _sequence(stem: str) -> str:
+def sequence_of(stem: str) -> str:
+    """The name of the video sequence that an image's name belongs to: the name without its last number."""
     return re.sub(r"[_-]?[a-z]?\d+$", "", stem) or "all"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ _PROBE = "probe.onnx"
 Inputs = dict[str, Array]
 
 
-def write_original(model: onnx.ModelProto, places: Places, folder: Path) -> None:
-    """Write the original model, at its own opset, ending in all logits; its weights are in the store in `folder`."""
+def write_original(model: onnx.ModelProto, outputs: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Write the original model, at its own opset, ending in `outputs`, float32 tensors of these shapes; its weights are
+    in the store in `folder`.
+    """
     model.ir_version = IR_VERSION  # ONNX Runtime refuses newer ones than it knows; nothing new of them is used here
-    _write(model, folder / _ORIGINAL, {spec.name: spec.shape for spec in places.logits.values()})
+    _write(model, folder / _ORIGINAL, outputs)
 
 
 def original_logits(
@@ -42,26 +44,45 @@ def original_logits(
     inputs: Sequence[Inputs],
     frames: Sequence[Array],
 ) -> list[Inputs]:
-    """The logits f32 (1, K, h, w) of the original model, by head, for each of `inputs`.
+    """The logits f32 (1, K, h, w) of the original model, by head, for each of `inputs`; see `original_outputs`."""
+    pairs = {spec.name: logits_name(head) for head, spec in places.logits.items()}
+    found = original_outputs(library, folder, pairs, names, inputs, frames, _with_background)
+    return [{head: outputs[spec.name] for head, spec in places.logits.items()} for outputs in found]
 
-    `folder/network.onnx` gives the same for `frames`; there the tensors of the model have the `names` given, or their
-    own. The original model is removed. Raises InputError when it does not run or gives NaN or infinity, and when the
-    conversion changed what it computes, naming the node.
+
+def original_outputs(
+    library: Library,
+    folder: Path,
+    pairs: Mapping[str, str],
+    names: Mapping[str, str],
+    inputs: Sequence[Inputs],
+    frames: Sequence[Array],
+    form: Callable[[Array], Array] = np.asarray,
+) -> list[Inputs]:
+    """The outputs of the original model, in the given form, by their names, for each of `inputs`.
+
+    `folder/network.onnx` gives the same for `frames`, by the names in `pairs`; there the tensors of the model have the
+    `names` given, or their own. The original model is removed. Raises InputError when it does not run or gives NaN or
+    infinity, and when the conversion changed what it computes, naming the node.
     """
     expected = [
-        {head: _with_background(outputs[spec.name]) for head, spec in places.logits.items()}
-        for outputs in _outputs(library, folder / _ORIGINAL, inputs)
+        {name: form(outputs[name]) for name in pairs} for outputs in _outputs(library, folder / _ORIGINAL, inputs)
     ]
     found = _outputs(library, folder / NETWORK, [{"image": frame[None]} for frame in frames])
     for index, (wanted, ours) in enumerate(zip(expected, found, strict=True)):
         try:
-            check_finite(wanted, index)
+            check_finite({_head_of(pairs[name]): values for name, values in wanted.items()}, index)
         except InputError as error:
             raise InputError(f"{error}{_first_broken(library, folder, names, inputs[index])}") from error
-        if any(shares_of_allowed(ours[logits_name(head)], values) > 1 for head, values in wanted.items()):
+        if any(shares_of_allowed(ours[pairs[name]], values) > 1 for name, values in wanted.items()):
             raise InputError(_changed(library, folder, names, inputs[index], frames[index]))
     (folder / _ORIGINAL).unlink()
     return expected
+
+
+def _head_of(name: str) -> str:
+    """The head of a logits' name; another name as it is."""
+    return name.removeprefix(logits_name(""))
 
 
 def _with_background(values: Array) -> Array:

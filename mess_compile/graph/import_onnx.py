@@ -14,7 +14,14 @@ from onnx import TensorProto, helper
 
 from mess_compile import files
 from mess_compile.graph.constant_fold import fold_constants
-from mess_compile.graph.cut import METADATA_KEY, NETWORK, cut_network, logits_name
+from mess_compile.graph.cut import (
+    METADATA_KEY,
+    NETWORK,
+    add_baseline_alone,
+    candidate_from_metadata,
+    cut_network,
+    logits_name,
+)
 from mess_compile.graph.cut_points import Places, find_places
 from mess_compile.graph.exits_toml import GREY, ExitsFile, InputRule, read_exits
 from mess_compile.graph.import_check import original_logits, write_original
@@ -30,7 +37,7 @@ from mess_compile.graph.normalise import (
     share_weights,
 )
 from mess_compile.graph.opset_context import EXPORT_AT
-from mess_compile.graph.recompose_check import Array, Reference, check_stages
+from mess_compile.graph.recompose_check import Array, Reference, check_baseline_alone, check_stages
 from mess_compile.graph.store import drop_unread_weights, externalise, read_model, widen_weights, write_model
 from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, Head, read_graph_set
 from mess_compile.reporter import Progress
@@ -39,7 +46,8 @@ from mess_compile.runtime.engines import engine
 from mess_compile.runtime.engines.engine import TensorSpec
 
 _OURS = re.compile(
-    r"image|skip\d+|exit\d+(/.*)?|logits|labels|counts|thresholds|(logits:|labels:|gate/|input/|output/).*", re.DOTALL
+    r"image|skip\d+|exit\d+(/.*)?|logits|labels|counts|thresholds|(logits:|labels:|heads:|gate/|input/|output/).*",
+    re.DOTALL,
 )
 """Names that the whole-network form and the cuts give to their own tensors."""
 
@@ -47,12 +55,20 @@ FramesOf = Callable[[tuple[int, int]], Sequence[Array]]
 """Input size (H, W) -> frames uint8 (H, W, 3) of that size."""
 
 
-def import_onnx(source: Path, graphs: Path, gate: Gate, frames: Sequence[Array], progress: Progress) -> GraphSet:
+def import_onnx(
+    source: Path,
+    graphs: Path,
+    gate: Gate,
+    frames: Sequence[Array],
+    progress: Progress,
+    original: Path | None = None,
+) -> GraphSet:
     """Cut a whole-network ONNX of opset 17 into the folder `graphs`, checked on `frames` uint8 (H, W, 3).
 
     Its metadata entry `mess` describes exit points and heads (CandidateNetwork as JSON; workloads may be omitted), its
     tensors are named `image`, `exitN` and `logits:HEAD`; its identity is the hash of the network as written, whatever
-    the entry says. The folder is replaced when everything has passed.
+    the entry says. `original` is the network as it came, in the same form with one head, if its weights were trained
+    further since: it becomes a baseline, uncut. The folder is replaced when everything has passed.
 
     Raises InputError or EngineError.
     """
@@ -69,7 +85,23 @@ def import_onnx(source: Path, graphs: Path, gate: Gate, frames: Sequence[Array],
         with closing(engine.open_library("onnxruntime")) as library:
             whole = _onnx_reference(library, source, graph_set.candidate)
             check_stages(graph_set, whole, frames, progress)
+            if original is not None:
+                add_original(graph_set, original, library, frames)
     return read_graph_set(graphs)
+
+
+def add_original(graph_set: GraphSet, original: Path, library: engine.Library, frames: Sequence[Array]) -> None:
+    """Add the graph of the network as it came, image to labels, and check it. Raises InputError."""
+    model, whole = read_model(original), graph_set.root / original.name
+    externalise(model, graph_set.root, original.parent)
+    write_model(model, whole)
+    candidate = candidate_from_metadata(model, original)
+    reference, own = _onnx_reference(library, original, candidate), str(candidate.heads[-1].labels)
+    with closing(library.load(original)) as engine_:
+        labels = [
+            np.array(library.download(engine_.run({"image": library.upload(frame[None])})[own])) for frame in frames
+        ]
+    check_baseline_alone(add_baseline_alone(graph_set, whole), reference, frames, labels)
 
 
 def import_with_exits(
@@ -113,7 +145,7 @@ def _write_both(
     share_weights(model)
     hw = exits.input.hw(image.shape)
     places = find_places(model, image.name, hw, exits)
-    write_original(original, places, folder)
+    write_original(original, {spec.name: spec.shape for spec in places.logits.values()}, folder)
     names = _new_names(model, image, places)
     rename_tensors(model, names)
     for head, spec in places.logits.items():

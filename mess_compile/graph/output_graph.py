@@ -88,7 +88,7 @@ def _covers(size: tuple[int, ...], hw: tuple[int, int]) -> bool:
 def _index_of_scores(
     graph: onnx.GraphProto, name: str, shape: tuple[int, ...], hw: tuple[int, int], labels: str, threshold: float
 ) -> str:
-    """The label of each pixel, as float32 (1, *hw): the best of K scores, or whether the only one is above `threshold`."""
+    """Labels as float32 (1, *hw): the best of K scores, or 1 where the only score is above `threshold`."""
     if shape[2:] != hw:
         full = constant(graph, f"{labels}/size", [1, shape[1], *hw], "int64")
         how = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}

@@ -62,12 +62,17 @@ def check_stages(graph_set: GraphSet, reference: Reference, frames: Sequence[Arr
             progress(f"checked {head_graph_name(head.name)}", done, len(heads))
 
 
-def check_baseline_alone(graph_set: GraphSet, reference: Reference, frames: Sequence[Array]) -> None:
-    """Compare the graph of the single-exit network trained alone with that network, like `check_stages`."""
+def check_baseline_alone(
+    graph_set: GraphSet, reference: Reference, frames: Sequence[Array], own: Sequence[Array] | None = None
+) -> None:
+    """Compare the graph of the single-exit network that stands alone with that network, like `check_stages`.
+
+    `own` are its labels (1, H, W) of each frame, if it ends by its own nodes.
+    """
     _check_form(graph_set, BASELINE_ALONE)
     expected = [logits for frame in frames for logits in reference(frame).values()]
     with closing(engine.open_library("onnxruntime")) as library:
-        _check_baseline(library, graph_set, BASELINE_ALONE, frames, expected)
+        _check_baseline(library, graph_set, BASELINE_ALONE, frames, expected, own)
 
 
 def _whole_network(library: engine.Library, graph_set: GraphSet, frames: Sequence[Array]) -> list[Feed]:

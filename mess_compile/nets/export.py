@@ -93,10 +93,8 @@ def export_network(network: OverprovisionedNetwork, folder: Path, name: str = NE
     candidate = network.candidate
     names = [point.name for point in candidate.exit_points] + [logits_name(head.name) for head in candidate.heads]
     path = folder / name
-    _write_structure(_FromFrame(network), candidate.input_hw, names, path)
-    model = read_model(path)
-    fold_constants(model)
-    _attach_weights(model, {f"network.{key}": value for key, value in network.state_dict().items()}, folder)
+    image = torch.zeros(1, *candidate.input_hw, 3, dtype=torch.uint8)
+    model = module_as_onnx(_FromFrame(network), {"image": image}, names, path)
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(candidate.to_json()))
     write_model(model, path)
     return path
@@ -127,15 +125,29 @@ class _FromFrame(nn.Module):
         return (*features, *logits.values())
 
 
-def _write_structure(module: nn.Module, hw: tuple[int, int], outputs: Sequence[str], path: Path) -> None:
+def module_as_onnx(
+    module: nn.Module, inputs: Mapping[str, torch.Tensor], outputs: Sequence[str], path: Path
+) -> onnx.ModelProto:
+    """The module in eval mode as ONNX of opset 17, BatchNorm folded into the convolutions, weights in the store beside
+    `path`, a file that is written on the way.
+    """
+    _write_structure(module.eval(), inputs, outputs, path)
+    model = read_model(path)
+    fold_constants(model)
+    _attach_weights(model, module.state_dict(), path.parent)
+    keep(model.graph.input, [value for value in model.graph.input if value.name in inputs])
+    return model
+
+
+def _write_structure(module: nn.Module, inputs: Mapping[str, torch.Tensor], outputs: Sequence[str], path: Path) -> None:
     """Write the traced graph without weights: every parameter is a graph input under its name in the state dict."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation; the newer exporter always writes opset 18
         torch.onnx.export(
             module,
-            (torch.zeros(1, *hw, 3, dtype=torch.uint8),),
+            tuple(inputs.values()),
             str(path),
-            input_names=["image"],
+            input_names=list(inputs),
             output_names=list(outputs),
             opset_version=OPSET,
             dynamo=False,
@@ -165,7 +177,6 @@ def _attach_weights(model: onnx.ModelProto, state: Mapping[str, torch.Tensor], f
     # The tracer merged parameters of equal value; an Identity restores the name of each.
     nodes = [node for node in graph.node if node.op_type != "BatchNormalization" and node.output[0] not in state]
     keep(graph.node, nodes)
-    keep(graph.input, [value for value in graph.input if value.name == "image"])
 
 
 def _parameters(

@@ -39,7 +39,28 @@ class Architecture:
     width: float = 1.0
 
 
-class OverprovisionedNetwork(nn.Module):
+class SegmentationNetwork(nn.Module):
+    """What is trained: a network with early exits, whose last exit is its own end.
+
+    `candidate` describes it; its identity is empty until weights are loaded.
+    """
+
+    candidate: CandidateNetwork
+
+    def maps(self, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """uint8 frames (n, H, W, 3) -> the map at every exit point, each (n, C_i, h_i, w_i)."""
+        raise NotImplementedError
+
+    def head_module(self, head: str) -> nn.Module:
+        """The module that makes a head's logits (n, K, h, w) of the map at its exit point."""
+        raise NotImplementedError
+
+    def parts(self) -> tuple[tuple[list[nn.Parameter], float], ...]:
+        """The parameters that stage 1 trains, in parts with a factor of the learning rate each."""
+        return ((list(self.parameters()), 1.0),)
+
+
+class OverprovisionedNetwork(SegmentationNetwork):
     """Backbone and heads of an Architecture.
 
     `heads` is keyed by head name with '/' for '.'; `candidate.identity` is empty until weights are loaded.
@@ -65,6 +86,9 @@ class OverprovisionedNetwork(nn.Module):
             if name in exits:
                 found.append(x)
         return tuple(found)
+
+    def maps(self, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.features(normalise(frames).contiguous(memory_format=torch.channels_last))
 
     def head_module(self, head: str) -> nn.Module:
         return self.heads[head.replace(".", "/")]
@@ -108,11 +132,6 @@ def normalise(frames: torch.Tensor) -> torch.Tensor:
     """uint8 frames (n, H, W, 3) -> float (n, 3, H, W), ImageNet mean and deviation removed."""
     mean, std = (torch.tensor(values, device=frames.device).view(1, 3, 1, 1) * 255 for values in (MEAN, STD))
     return (frames.permute(0, 3, 1, 2).float() - mean) / std
-
-
-def features_of(network: OverprovisionedNetwork, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """uint8 frames (n, H, W, 3) -> the map at every exit point, each (n, C_i, h_i, w_i)."""
-    return network.features(normalise(frames).contiguous(memory_format=torch.channels_last))
 
 
 def count_macs(build: Callable[[], nn.Module], channels: int, hw: tuple[int, int]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.nn import functional
@@ -31,7 +32,7 @@ _LEARN = {
     "LayerNormalization": (1, 2),
     "PRelu": (1,),
 }
-"""Operators whose weights are trained, and which of their inputs these are. Statistics of BatchNorm stay as they are."""
+"""Operators whose weights are trained, and which of their inputs these are. Statistics of BatchNorm stay."""
 
 
 class OnnxModule(nn.Module):
@@ -108,7 +109,7 @@ class OnnxModule(nn.Module):
             return getattr(self, self._places[name])
         return self._sizes.get(name)
 
-    def weights(self) -> dict[str, np.ndarray]:
+    def weights(self) -> dict[str, NDArray[np.float32]]:
         """The trained weights by the names of their initializers, each once."""
         return {
             name: self.get_parameter(place).detach().cpu().numpy().astype(np.float32)
@@ -167,7 +168,7 @@ def _padded(x: Tensor, attributes: Attributes, kernel: Sequence[int], value: flo
     return functional.pad(x, (pads[1], pads[3], pads[0], pads[2]), value=value)
 
 
-def _conv(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _conv(inputs: list[Any], attributes: Attributes) -> Any:
     x, weight, *bias = inputs
     symmetric = _text(attributes.get("auto_pad"), "NOTSET") in ("NOTSET", "VALID")
     pads = list(attributes.get("pads", [0, 0, 0, 0]))
@@ -187,7 +188,7 @@ def _conv(inputs: list[Any], attributes: Attributes) -> Tensor:
     )
 
 
-def _conv_transpose(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _conv_transpose(inputs: list[Any], attributes: Attributes) -> Any:
     x, weight, *bias = inputs
     pads = list(attributes.get("pads", [0, 0, 0, 0]))
     strides = list(attributes.get("strides", [1, 1]))
@@ -208,8 +209,8 @@ def _conv_transpose(inputs: list[Any], attributes: Attributes) -> Tensor:
     return made[:, :, pads[0] : height, pads[1] : width]
 
 
-def _pool(kind: str) -> Callable[[list[Any], Attributes], Tensor]:
-    def pooled(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _pool(kind: str) -> Callable[[list[Any], Attributes], Any]:
+    def pooled(inputs: list[Any], attributes: Attributes) -> Any:
         x, kernel = inputs[0], list(attributes["kernel_shape"])
         strides = list(attributes.get("strides", [1, 1]))
         ceil = bool(attributes.get("ceil_mode", 0))
@@ -226,15 +227,13 @@ def _pool(kind: str) -> Callable[[list[Any], Attributes], Tensor]:
     return pooled
 
 
-def _resize(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _resize(inputs: list[Any], attributes: Attributes) -> Any:
     """Linear and nearest, by sizes or scales, of the last two axes, or the two before the channels."""
     x = inputs[0]
-    scales = inputs[2] if len(inputs) > 2 else None
-    sizes = inputs[3] if len(inputs) > 3 else None
-    if sizes is not None:
-        target = _numbers(sizes)
+    if len(inputs) > 3 and inputs[3] is not None:
+        target = _numbers(inputs[3])
     else:
-        target = [int(side * float(scale)) for side, scale in zip(x.shape, scales, strict=True)]
+        target = [int(side * float(scale)) for side, scale in zip(x.shape, inputs[2], strict=True)]
     last = target[1] != x.shape[1] and len(x.shape) == 4 and target[3] == x.shape[3]  # channels are innermost
     planes = x.permute(0, 3, 1, 2) if last else x
     hw = target[1:3] if last else target[2:]
@@ -258,6 +257,14 @@ def _linear(x: Tensor, hw: Sequence[int], centres: str) -> Tensor:
     return x
 
 
+_ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "round_prefer_floor": lambda value: (value - 0.5).ceil(),
+    "round_prefer_ceil": lambda value: (value + 0.5).floor(),
+}
+
+
 def _nearest(x: Tensor, hw: Sequence[int], centres: str, attributes: Attributes) -> Tensor:
     rounding = _text(attributes.get("nearest_mode"), "round_prefer_floor")
     for axis, size in zip((2, 3), hw, strict=True):
@@ -269,17 +276,11 @@ def _nearest(x: Tensor, hw: Sequence[int], centres: str, attributes: Attributes)
             position = index * (length / size)
         else:
             position = (index + 0.5) * (length / size) - 0.5
-        round_ = {
-            "floor": torch.floor,
-            "ceil": torch.ceil,
-            "round_prefer_floor": lambda value: (value - 0.5).ceil(),
-            "round_prefer_ceil": lambda value: (value + 0.5).floor(),
-        }[rounding]
-        x = x.index_select(axis, round_(position).clamp(0, length - 1).long())
+        x = x.index_select(axis, _ROUNDINGS[rounding](position).clamp(0, length - 1).long())
     return x
 
 
-def _reshape(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _reshape(inputs: list[Any], attributes: Attributes) -> Any:
     x, shape = inputs[0], _numbers(inputs[1])
     shape = [x.shape[i] if size == 0 and not attributes.get("allowzero", 0) else size for i, size in enumerate(shape)]
     if x.shape[0] > 1 and shape[0] == 1:  # the model's batch is 1
@@ -287,12 +288,12 @@ def _reshape(inputs: list[Any], attributes: Attributes) -> Tensor:
     return x.reshape(shape)
 
 
-def _expand(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _expand(inputs: list[Any], attributes: Attributes) -> Any:
     x, shape = inputs[0], _numbers(inputs[1])
     return x * torch.ones(shape, dtype=x.dtype, device=x.device)
 
 
-def _slice(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _slice(inputs: list[Any], attributes: Attributes) -> Any:
     x, starts, ends = inputs[0], _numbers(inputs[1]), _numbers(inputs[2])
     axes = _numbers(inputs[3]) if len(inputs) > 3 and inputs[3] is not None else list(range(len(starts)))
     steps = _numbers(inputs[4]) if len(inputs) > 4 and inputs[4] is not None else [1] * len(starts)
@@ -302,93 +303,94 @@ def _slice(inputs: list[Any], attributes: Attributes) -> Tensor:
     return x
 
 
-def _split(inputs: list[Any], attributes: Attributes) -> tuple[Tensor, ...]:
+def _split(inputs: list[Any], attributes: Attributes) -> Any:
     axis = attributes.get("axis", 0)
     if len(inputs) > 1 and inputs[1] is not None:
         return inputs[0].split(_numbers(inputs[1]), axis)
     return inputs[0].chunk(int(attributes.get("num_outputs", 2)), axis)
 
 
-def _pad(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _pad(inputs: list[Any], attributes: Attributes) -> Any:
     pads, rank = _numbers(inputs[1]), inputs[0].ndim
     value = float(inputs[2]) if len(inputs) > 2 and inputs[2] is not None else 0.0
-    mode = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}[_text(attributes.get("mode"), "constant")]
+    mode = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}[
+        _text(attributes.get("mode"), "constant")
+    ]
     flat = [pads[end * rank + axis] for axis in reversed(range(rank)) for end in (0, 1)]
     if mode == "constant":
         return functional.pad(inputs[0], flat, value=value)
     return functional.pad(inputs[0], flat[: 2 * (rank - 2)], mode=mode)
 
 
-def _norm(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _norm(inputs: list[Any], attributes: Attributes) -> Any:
     x, scale, bias, mean, variance = inputs
     return functional.batch_norm(x, mean, variance, scale, bias, False, 0.0, attributes.get("epsilon", 1e-5))
 
 
-def _layer_norm(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _layer_norm(inputs: list[Any], attributes: Attributes) -> Any:
     x, scale = inputs[:2]
     bias = inputs[2] if len(inputs) > 2 else None
     axis = attributes.get("axis", -1)
     return functional.layer_norm(x, x.shape[axis:], scale, bias, attributes.get("epsilon", 1e-5))
 
 
-def _gemm(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _gemm(inputs: list[Any], attributes: Attributes) -> Any:
     a, b = inputs[0], inputs[1]
     a = a.transpose(0, 1) if attributes.get("transA") else a
     b = b.transpose(0, 1) if attributes.get("transB") else b
-    made: Tensor = attributes.get("alpha", 1.0) * (a @ b)
+    made = attributes.get("alpha", 1.0) * (a @ b)
     return made + attributes.get("beta", 1.0) * inputs[2] if len(inputs) > 2 else made
 
 
-def _axes(inputs: list[Any], attributes: Attributes) -> list[int]:
+def _axes(inputs: list[Any], attributes: Attributes) -> Any:
     if len(inputs) > 1 and inputs[1] is not None:
         return _numbers(inputs[1])
     return list(attributes.get("axes", range(inputs[0].ndim)))
 
 
-def _reduce(function: Callable[..., Tensor]) -> Callable[[list[Any], Attributes], Tensor]:
-    def reduced(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _reduce(function: Callable[..., Tensor]) -> Callable[[list[Any], Attributes], Any]:
+    def reduced(inputs: list[Any], attributes: Attributes) -> Any:
         return function(inputs[0], _axes(inputs, attributes), bool(attributes.get("keepdims", 1)))
 
     return reduced
 
 
-def _squeeze(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _squeeze(inputs: list[Any], attributes: Attributes) -> Any:
     axes = _numbers(inputs[1]) if len(inputs) > 1 else [i for i, side in enumerate(inputs[0].shape) if side == 1]
-    squeezed: Tensor = inputs[0].squeeze(tuple(axes))
-    return squeezed
+    return inputs[0].squeeze(tuple(axes))
 
 
-def _unsqueeze(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _unsqueeze(inputs: list[Any], attributes: Attributes) -> Any:
     x, axes = inputs[0], _numbers(inputs[1])
     for axis in sorted(axis % (x.ndim + len(axes)) for axis in axes):
         x = x.unsqueeze(axis)
     return x
 
 
-def _cast(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _cast(inputs: list[Any], attributes: Attributes) -> Any:
     kinds = {TensorProto.FLOAT: torch.float32, TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32,
              TensorProto.BOOL: torch.bool, TensorProto.UINT8: torch.uint8}  # fmt: skip
     return inputs[0].to(kinds[attributes["to"]])
 
 
-def _gather(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _gather(inputs: list[Any], attributes: Attributes) -> Any:
     x, axis = inputs[0], attributes.get("axis", 0)
     index = torch.as_tensor(inputs[1], device=x.device).long()
     made = x.index_select(axis, index.reshape(-1) % x.shape[axis])
     return made.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
 
 
-def _clip(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _clip(inputs: list[Any], attributes: Attributes) -> Any:
     low, high = ((inputs[i] if len(inputs) > i else None) for i in (1, 2))
     return torch.clamp(inputs[0], None if low is None else float(low), None if high is None else float(high))
 
 
-def _prelu(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _prelu(inputs: list[Any], attributes: Attributes) -> Any:
     x, slope = inputs
     return torch.where(x >= 0, x, x * slope)
 
 
-def _shuffle(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _shuffle(inputs: list[Any], attributes: Attributes) -> Any:
     x, size = inputs[0], attributes["blocksize"]
     if _text(attributes.get("mode"), "DCR") == "CRD":
         return functional.pixel_shuffle(x, size)
@@ -397,16 +399,16 @@ def _shuffle(inputs: list[Any], attributes: Attributes) -> Tensor:
     return parts.reshape(n, channels // size**2, height * size, width * size)
 
 
-def _space_to_depth(inputs: list[Any], attributes: Attributes) -> Tensor:
+def _space_to_depth(inputs: list[Any], attributes: Attributes) -> Any:
     x, size = inputs[0], attributes["blocksize"]
     n, channels, height, width = x.shape
     parts = x.reshape(n, channels, height // size, size, width // size, size).permute(0, 3, 5, 1, 2, 4)
     return parts.reshape(n, channels * size**2, height // size, width // size)
 
 
-def _variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[list[Any], Attributes], Tensor]:
-    def folded(inputs: list[Any], attributes: Attributes) -> Tensor:
-        total: Tensor = inputs[0]
+def _variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[list[Any], Attributes], Any]:
+    def folded(inputs: list[Any], attributes: Attributes) -> Any:
+        total = inputs[0]
         for other in inputs[1:]:
             total = function(total, other)
         return total

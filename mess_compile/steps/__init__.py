@@ -12,6 +12,7 @@ from mess_compile.search.requirement import Requirement
 from mess_compile.ship.client import ShipOptions, parse_place, rollback, ship
 from mess_compile.ship.client import look as ships
 from mess_compile.ship.client import preview as plan_ship
+from mess_compile.steps.attach import Attached, AttachOptions, attach
 from mess_compile.steps.bench import BenchOptions, bench, bench_deadline, plan_bench
 from mess_compile.steps.build import EngineOptions, build, plan_build
 from mess_compile.steps.bundle import BundleOptions, bundle, plan_bundle
@@ -34,6 +35,8 @@ from mess_compile.steps.train import (
 from mess_compile.workspace import Workspace, open_workspace
 
 __all__ = [
+    "AttachOptions",
+    "Attached",
     "BenchOptions",
     "BundleOptions",
     "DataFolder",
@@ -58,6 +61,7 @@ __all__ = [
     "TrainingData",
     "VideoResult",
     "Workspace",
+    "attach",
     "bench",
     "bench_deadline",
     "build",

@@ -18,6 +18,7 @@ from mess_compile.runtime.images import frames
 from mess_compile.workspace import Workspace
 
 CHECKED_FRAMES = 3
+NETWORK, ORIGINAL = "network.onnx", "original.onnx"
 _GATE = Gate()
 
 
@@ -39,6 +40,9 @@ def export(
         near = did_you_mean(source.name, sorted(path.name for path in source.parent.glob("*")))
         raise InputError(f"{source} does not exist{near}: name an ONNX file, or the folder of a candidate network")
     source = source or workspace.candidate
+    original = source / ORIGINAL
+    if (source / NETWORK).is_file():
+        source = source / NETWORK
     baseline = workspace.baseline if (workspace.baseline / "network.json").is_file() else None
     if source.is_file():
         if baseline is not None:
@@ -53,7 +57,12 @@ def export(
             return import_onnx.import_with_exits(source, exits, workspace.graphs, gate, frames_of, reporter.progress)
         hw = cut.candidate_from_metadata(store.read_model(source), source).input_hw
         return import_onnx.import_onnx(
-            source, workspace.graphs, gate, _checked_frames(workspace, hw), reporter.progress
+            source,
+            workspace.graphs,
+            gate,
+            _checked_frames(workspace, hw),
+            reporter.progress,
+            original if original.is_file() else None,
         )
     if exits is not None:
         raise InputError(f"{source} is no ONNX file, which --exits {exits} asks for")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mess_compile.nets.checkpoint import load_weights
-from mess_compile.nets.network import OverprovisionedNetwork, features_of
+from mess_compile.nets.network import SegmentationNetwork
 from mess_compile.training import loop, losses
 from mess_compile.training.loop import Piece, Run
 from mess_compile.training.parallel import synchronise_norms
@@ -23,11 +23,20 @@ VALIDATE_EVERY = 5
 SAVED = "the saved progress"
 
 
-def pretrain(network: OverprovisionedNetwork, run: Run, progress: TrainingState | None) -> None:
-    """Train `network`, one head at every exit point, in place; continues from `progress`."""
+Judge = Callable[[SegmentationNetwork, int, dict[str, torch.Tensor]], tuple[str, dict[str, torch.Tensor]]]
+"""Network after an epoch, its number from 1, and the best weights so far -> a sentence, and the best weights now."""
+
+
+def pretrain(
+    network: SegmentationNetwork, run: Run, progress: TrainingState | None, judge: Judge | None = None
+) -> dict[str, torch.Tensor]:
+    """Train `network`, one head at every exit point, in place; continues from `progress`.
+
+    Returns the best weights by `judge`, empty without one.
+    """
     network.to(run.fabric.device)
     synchronise_norms(network)
-    optimiser = loop.optimiser_of(list(network.parameters()), run.recipe)
+    optimiser = loop.optimiser_of(network.parts(), run.recipe)
     average = _average_of(network, run.recipe.ema)
     if progress is not None:
         load_weights(network, progress.weights, SAVED)
@@ -35,19 +44,24 @@ def pretrain(network: OverprovisionedNetwork, run: Run, progress: TrainingState 
         if average is not None:
             average.load(progress.average)
         run.report(f"continuing stage 1 after epoch {progress.epoch}")
+    best = progress.best if progress is not None else {}
     names, epochs = [head.name for head in network.candidate.heads], run.recipe.epochs[0]
     for epoch in range(progress.epoch if progress else 0, epochs):
         started = time.monotonic()
         loop.seed_epoch(run, 1, 0, epoch)
         mean = _epoch(network.train(), names, optimiser, run, epoch, average)
         line = f"stage 1 epoch {epoch + 1}/{epochs}  loss per exit {loop.values_text(mean)}"
-        if (epoch + 1) % VALIDATE_EVERY == 0 or epoch + 1 == epochs:
+        if judge is not None:
+            sentence, best = judge(network.eval(), epoch + 1, best)
+            line += f"  {sentence}"
+        elif (epoch + 1) % VALIDATE_EVERY == 0 or epoch + 1 == epochs:
             line += "  " + miou_line(network.eval(), run.validation, names, run.fabric)
         averaged = {} if average is None else average.weights
-        saved = partial(progress_of, 1, 0, epoch + 1, network, optimiser, averaged)
+        saved = partial(progress_of, 1, 0, epoch + 1, network, optimiser, averaged, best)
         loop.finish_epoch(run, f"{line}  {time.monotonic() - started:.0f} s", network, saved)
     if average is not None:
         load_weights(network, average.weights, "the moving average")
+    return best
 
 
 class _Average:
@@ -83,7 +97,7 @@ def trained_exits(order: str, step: int, exits: int) -> list[int]:
 
 
 def _epoch(
-    network: OverprovisionedNetwork,
+    network: SegmentationNetwork,
     names: Sequence[str],
     optimiser: torch.optim.Optimizer,
     run: Run,
@@ -109,16 +123,26 @@ def _epoch(
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _backward(network: OverprovisionedNetwork, names: Sequence[str], run: Run, pieces: Sequence[Piece]) -> list[float]:
+def _backward(network: SegmentationNetwork, names: Sequence[str], run: Run, pieces: Sequence[Piece]) -> list[float]:
     """Compute the gradients of a batch, the final exit's head last in `names`; returns the loss at every named head."""
     sums = [0.0] * len(names)
     points = [network.candidate.head(name).exit_point for name in names]
     weights = [run.recipe.exit_weight] * (len(names) - 1) + [1.0]
     for frames, targets in loop.pieces_with_targets(run, pieces):
         with run.fabric.autocast():
-            features = features_of(network, frames)
+            features = network.maps(frames)
+            if run.first_teacher is not None:
+                targets = _taught(run, run.first_teacher, frames, targets)
             logits = [network.head_module(name)(features[point - 1]) for name, point in zip(names, points, strict=True)]
         parts = [losses.loss_of(values, targets) for values in logits]
         run.fabric.backward(torch.stack([w * part for w, part in zip(weights, parts, strict=True)]).sum())
         sums = [total + part.item() for total, part in zip(sums, parts, strict=True)]
     return sums
+
+
+def _taught(run: Run, teacher: SegmentationNetwork, frames: torch.Tensor, targets: losses.Targets) -> losses.Targets:
+    """The targets with the soft outputs of a teacher that stays as it is."""
+    size = (targets.labels.shape[1], targets.labels.shape[2])
+    with torch.no_grad():
+        logits = teacher.head_module(teacher.candidate.baseline)(teacher.maps(frames)[-1])
+    return losses.distilled(targets, losses.upsampled(logits.float(), size), run.recipe.distillation)

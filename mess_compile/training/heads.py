@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from mess_compile.nets.network import OverprovisionedNetwork, features_of
+from mess_compile.nets.network import SegmentationNetwork
 from mess_compile.training import loop, losses
 from mess_compile.training.loop import Piece, Run
 from mess_compile.training.parallel import synchronise_norms
@@ -20,7 +20,7 @@ from mess_compile.training.progress import TrainingState, progress_of, restore_o
 _BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, fp32
 
 
-def head_groups(network: OverprovisionedNetwork, memory_mib: int) -> tuple[tuple[str, ...], ...]:
+def head_groups(network: SegmentationNetwork, memory_mib: int) -> tuple[tuple[str, ...], ...]:
     """Names of the early heads in groups whose weights and optimiser state fit `memory_mib`, at least one per group."""
     groups: list[list[str]] = []
     room = 0.0
@@ -37,7 +37,7 @@ def head_groups(network: OverprovisionedNetwork, memory_mib: int) -> tuple[tuple
     return tuple(tuple(group) for group in groups)
 
 
-def train_heads(network: OverprovisionedNetwork, run: Run, progress: TrainingState) -> None:
+def train_heads(network: SegmentationNetwork, run: Run, progress: TrainingState) -> None:
     """Train the early heads in place; heads do not influence each other, so a group trains in one pass."""
     network.eval().requires_grad_(False)
     network.to(run.fabric.device)
@@ -48,12 +48,12 @@ def train_heads(network: OverprovisionedNetwork, run: Run, progress: TrainingSta
 
 
 def _train_group(
-    network: OverprovisionedNetwork, names: Sequence[str], run: Run, progress: TrainingState, number: int, groups: int
+    network: SegmentationNetwork, names: Sequence[str], run: Run, progress: TrainingState, number: int, groups: int
 ) -> None:
     modules = nn.ModuleList(network.head_module(name) for name in names)
     modules.requires_grad_(True).train()
     synchronise_norms(modules)
-    optimiser = loop.optimiser_of(list(modules.parameters()), run.recipe)
+    optimiser = loop.optimiser_of(((list(modules.parameters()), 1.0),), run.recipe)
     first = progress.epoch if number == progress.group else 0
     if first:
         restore_optimiser(optimiser, progress)
@@ -69,7 +69,7 @@ def _train_group(
 
 
 def _epoch(
-    network: OverprovisionedNetwork,
+    network: SegmentationNetwork,
     names: Sequence[str],
     heads: nn.ModuleList,
     run: Run,
@@ -94,7 +94,7 @@ def _epoch(
 
 
 def _backward(
-    network: OverprovisionedNetwork,
+    network: SegmentationNetwork,
     heads: nn.ModuleList,
     points: Sequence[int],
     run: Run,
@@ -104,7 +104,7 @@ def _backward(
     sums = [0.0] * len(heads)
     for frames, targets in loop.pieces_with_targets(run, pieces):
         with torch.no_grad(), run.fabric.autocast():
-            features = features_of(network, frames)
+            features = network.maps(frames)
             teacher = _taught_by(run.teacher or network, frames, None if run.teacher else features)
         size = (targets.labels.shape[1], targets.labels.shape[2])
         taught = losses.distilled(targets, losses.upsampled(teacher.float(), size), run.recipe.distillation)
@@ -118,9 +118,9 @@ def _backward(
 
 
 def _taught_by(
-    teacher: OverprovisionedNetwork, frames: torch.Tensor, features: tuple[torch.Tensor, ...] | None
+    teacher: SegmentationNetwork, frames: torch.Tensor, features: tuple[torch.Tensor, ...] | None
 ) -> torch.Tensor:
     """Logits (n, K, h, w) of the teacher's final exit; its maps of these frames may be given."""
-    features = features or features_of(teacher, frames)
+    features = features or teacher.maps(frames)
     logits: torch.Tensor = teacher.head_module(teacher.candidate.baseline)(features[-1])
     return logits

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mess_compile.data.dataset import DataSet
-from mess_compile.nets.network import OverprovisionedNetwork
+from mess_compile.nets.network import SegmentationNetwork
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.training import losses
 from mess_compile.training.augment import Batches
@@ -37,17 +37,23 @@ class Run:
     input_hw: tuple[int, int]
     stride: int  # pixels of a side to one cell of the final exit's map
     validation: DataSet
-    teacher: OverprovisionedNetwork | None  # of stage 2; the network's own final exit without one
+    teacher: SegmentationNetwork | None  # of stage 2; the network's own final exit without one
+    first_teacher: SegmentationNetwork | None  # of stage 1; labels alone without one
     report: Callable[[str], None]
     save: Callable[[TrainingState], None]
     trained: Callable[[str, int, int], None]  # of what, so many images of so many
 
 
-def optimiser_of(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; biases and BatchNorm do not decay."""
+def optimiser_of(parts: Sequence[tuple[Sequence[nn.Parameter], float]], recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW of parameters with a factor of the learning rate each; biases and BatchNorm do not decay."""
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": chosen, "weight_decay": decay, "factor": factor}
+        for parameters, factor in parts
+        for chosen, decay in (
+            ([p for p in parameters if p.ndim > 1], recipe.weight_decay),
+            ([p for p in parameters if p.ndim <= 1], 0.0),
+        )
+        if chosen or factor == 1
     ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate)
 
@@ -70,7 +76,7 @@ def take_step(optimiser: torch.optim.Optimizer, run: Run, step: int, steps: int)
     """One step of the optimiser by the gradients of all processes."""
     average_gradients(run.fabric, (p for group in optimiser.param_groups for p in group["params"]))
     for group in optimiser.param_groups:
-        group["lr"] = run.recipe.learning_rate * schedule(step, steps)
+        group["lr"] = run.recipe.learning_rate * group["factor"] * schedule(step, steps)
     optimiser.step()
     optimiser.zero_grad()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ _REMEDY = "remove the folder `training` in it to start over"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The state of a training: stage, group of heads, finished epochs of it; weights, optimiser state and moving
-    average (empty without one) by name.
+    """The state of a training: stage, group of heads, finished epochs of it; weights, optimiser state, moving average
+    and best weights so far (empty without them) by name.
     """
 
     stage: int
@@ -29,6 +29,7 @@ class TrainingState:
     weights: dict[str, torch.Tensor]
     optimiser: dict[str, torch.Tensor]
     average: dict[str, torch.Tensor]
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def progress_of(
@@ -38,12 +39,13 @@ def progress_of(
     network: nn.Module,
     optimiser: torch.optim.Optimizer | None,
     average: dict[str, torch.Tensor],
+    best: dict[str, torch.Tensor] | None = None,
 ) -> TrainingState:
     """The state of a running training; without an optimiser, before the first epoch of a stage."""
     weights = {key: value for key, value in network.state_dict().items() if "num_batches" not in key}
     state = optimiser.state_dict()["state"] if optimiser is not None else {}
     tensors = {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
-    return TrainingState(stage, group, epoch, _copied(weights), _copied(tensors), _copied(average))
+    return TrainingState(stage, group, epoch, _copied(weights), _copied(tensors), _copied(average), _copied(best or {}))
 
 
 def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -66,6 +68,7 @@ def save_progress(folder: Path, progress: TrainingState, described: dict[str, An
     tensors = {f"weights.{key}": value for key, value in progress.weights.items()}
     tensors |= {f"optimiser.{key}": value for key, value in progress.optimiser.items()}
     tensors |= {f"average.{key}": value for key, value in progress.average.items()}
+    tensors |= {f"best.{key}": value for key, value in progress.best.items()}
     with files.replaced(place / name) as temporary:
         write_tensors(temporary, tensors)
     content = {"stage": progress.stage, "group": progress.group, "epoch": progress.epoch, "tensors": name}
@@ -97,6 +100,7 @@ def read_progress(folder: Path, described: dict[str, Any]) -> TrainingState | No
         _prefixed(state, "weights."),
         _prefixed(state, "optimiser."),
         _prefixed(state, "average."),
+        _prefixed(state, "best."),
     )
 
 

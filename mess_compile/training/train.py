@@ -111,6 +111,7 @@ def _train(
             stride=options.architecture.output_stride,
             validation=options.validation,
             teacher=networks.teacher.to(fabric.device) if networks.teacher else None,
+            first_teacher=None,
             report=report if first else lambda line: None,
             save=lambda found: save_progress(options.folder, found, described),
             trained=progress_bar if first else lambda what, done, total: None,

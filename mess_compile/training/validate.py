@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from mess_compile.data.dataset import DataSet, samples
 from mess_compile.evaluate.statistics import miou
-from mess_compile.nets.network import OverprovisionedNetwork, features_of
+from mess_compile.nets.network import SegmentationNetwork
 from mess_compile.runtime.images import frames
 from mess_compile.training.losses import upsampled
 
 
 @torch.no_grad()
-def validate(network: OverprovisionedNetwork, data: DataSet, names: Sequence[str], fabric: Fabric) -> dict[str, float]:
+def validate(network: SegmentationNetwork, data: DataSet, names: Sequence[str], fabric: Fabric) -> dict[str, float]:
     """mIoU in percent of each named head, at the frames' own size (docs/definitions.md, mIoU); the network in eval
     mode.
 
@@ -40,11 +40,11 @@ def validate(network: OverprovisionedNetwork, data: DataSet, names: Sequence[str
 
 
 def _labels(
-    network: OverprovisionedNetwork, frame: NDArray[np.uint8], names: Sequence[str], device: torch.device
+    network: SegmentationNetwork, frame: NDArray[np.uint8], names: Sequence[str], device: torch.device
 ) -> Iterator[torch.Tensor]:
     """The label map (h, w) of every named head at the network's input size."""
     hw = network.candidate.input_hw
-    features = features_of(network, torch.tensor(frames.resize(frame, hw)[None], device=device))
+    features = network.maps(torch.tensor(frames.resize(frame, hw)[None], device=device))
     for name in names:
         logits = network.head_module(name)(features[network.candidate.head(name).exit_point - 1])
         yield upsampled(logits, hw).argmax(1)[0]
@@ -55,7 +55,7 @@ def _miou(confusion: NDArray[np.int64]) -> float:
     return miou(diagonal, confusion.sum(0), confusion.sum(1))
 
 
-def miou_line(network: OverprovisionedNetwork, data: DataSet, names: Sequence[str], fabric: Fabric) -> str:
+def miou_line(network: SegmentationNetwork, data: DataSet, names: Sequence[str], fabric: Fabric) -> str:
     """The mIoU of every named head as a line of text."""
     found = validate(network, data, names, fabric)
     return f"mIoU on {data.split}: " + " ".join(f"{name} {value:.1f}" for name, value in found.items())

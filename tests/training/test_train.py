@@ -445,14 +445,14 @@ def test_a_loss_that_is_not_a_number_names_the_batch_and_keeps_the_last_epoch(
 def test_memory_that_runs_out_says_which_batch_fits(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, words: str
 ) -> None:
-    original = backbone.features_of
+    original = network.OverprovisionedNetwork.maps
 
     def hungry(net: network.OverprovisionedNetwork, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if len(frames) > room:
             raise torch.OutOfMemoryError("tried to allocate 20 GiB")
         return original(net, frames)
 
-    monkeypatch.setattr(backbone, "features_of", hungry)
+    monkeypatch.setattr(network.OverprovisionedNetwork, "maps", hungry)
     with pytest.raises(InputError, match=f"out of memory.*batch 1, with 4 images.*{words}"):
         run(data, tmp_path / "candidate")
 

@@ -1,0 +1,101 @@
+"""The torch side of a network that is brought: its own graph as a trained or frozen backbone, and new early heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mess_compile.graph.cut import logits_name
+from mess_compile.nets.heads import build_head
+from mess_compile.nets.network import SegmentationNetwork, count_macs
+from mess_compile.nets.onnx_module import OnnxModule, open_module
+from mess_compile.network import CandidateNetwork, Head, HeadConfig, head_config_from_name
+from mess_compile.runtime.engines.engine import open_library
+
+BACKBONE_RATE = 0.1
+"""The learning rate of a network's own weights relative to that of new heads: BatchNorm is folded in most of them."""
+
+
+class AttachedNetwork(SegmentationNetwork):
+    """A network of the whole-network form with early heads attached.
+
+    Its last exit is its own end, whose logits `backbone` makes itself, an OnnxModule or a FrozenGraph.
+    """
+
+    def __init__(self, candidate: CandidateNetwork, backbone: nn.Module) -> None:
+        super().__init__()
+        self.candidate = candidate
+        self.backbone = backbone
+        self.own_end = nn.Identity()
+        self.heads = nn.ModuleDict()
+        for head in _early(candidate):
+            channels = candidate.exit_point(head.exit_point).channels
+            config = head_config_from_name(head.config)
+            self.heads[head.name.replace(".", "/")] = build_head(config, channels, len(candidate.classes))
+
+    def maps(self, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The map at every early exit point, and in place of the last one the network's own logits."""
+        found: tuple[torch.Tensor, ...] = self.backbone(frames)
+        return found
+
+    def head_module(self, head: str) -> nn.Module:
+        return self.own_end if head == self.candidate.baseline else self.heads[head.replace(".", "/")]
+
+    def parts(self) -> tuple[tuple[list[nn.Parameter], float], ...]:
+        return (list(self.heads.parameters()), 1.0), (list(self.backbone.parameters()), BACKBONE_RATE)
+
+
+class FrozenGraph(nn.Module):
+    """Computes outputs of an ONNX by ONNX Runtime, image by image: no gradients, any operator."""
+
+    def __init__(self, path: Path, outputs: Sequence[str], library: str = "onnxruntime") -> None:
+        super().__init__()
+        self._outputs = tuple(outputs)
+        self._library = open_library(library)
+        self._engine = self._library.load(path)
+
+    def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """uint8 frames (n, H, W, 3) -> the outputs, each (n, C, h, w)."""
+        found = [self._run(frame) for frame in frames.cpu().numpy()]
+        return tuple(torch.from_numpy(np.concatenate(parts)).to(frames.device) for parts in zip(*found, strict=True))
+
+    def _run(self, frame: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        outputs = self._engine.run({"image": self._library.upload(frame[None])})
+        return [np.array(self._library.download(outputs[name])) for name in self._outputs]
+
+    def close(self) -> None:
+        with closing(self._library):
+            self._engine.close()
+
+
+def outputs_of(candidate: CandidateNetwork) -> list[str]:
+    """The tensors that teaching needs: the maps of early exit points, and the network's own logits."""
+    early = [point.name for point in candidate.exit_points[:-1]]
+    return [*early, logits_name(candidate.baseline)]
+
+
+def open_trainable(path: Path, candidate: CandidateNetwork) -> OnnxModule:
+    """The network's graph as a torch module. Raises InputError naming a node that cannot be trained."""
+    return open_module(path, outputs_of(candidate))
+
+
+def with_early_heads(candidate: CandidateNetwork, heads: Sequence[tuple[int, HeadConfig]]) -> CandidateNetwork:
+    """The candidate network with these early heads before its own end."""
+    made = []
+    for number, config in sorted(dict.fromkeys(heads), key=lambda pair: pair[0]):
+        point = candidate.exit_point(number)
+        build = partial(build_head, config, point.channels, len(candidate.classes))
+        made.append(Head(number, config.name, count_macs(build, point.channels, point.hw)))
+    return replace(candidate, heads=(*made, *candidate.heads[-1:]))
+
+
+def _early(candidate: CandidateNetwork) -> tuple[Head, ...]:
+    return tuple(head for head in candidate.heads if head.name != candidate.baseline)

@@ -1,0 +1,240 @@
+"""Teaches early heads by the network's own outputs, and by labels where there are some, in one or two stages."""
+
+from __future__ import annotations
+
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
+from torch import nn
+
+from mess_compile import files, launcher
+from mess_compile.attach.network import (
+    AttachedNetwork,
+    FrozenGraph,
+    open_trainable,
+    outputs_of,
+    with_early_heads,
+)
+from mess_compile.data.dataset import DataSet, samples, survey_labels
+from mess_compile.nets.checkpoint import load_weights
+from mess_compile.nets.network import SegmentationNetwork
+from mess_compile.nets.onnx_module import OnnxModule
+from mess_compile.network import CandidateNetwork, HeadConfig, head_config_from_name
+from mess_compile.reporter import Reporter
+from mess_compile.runtime.images import frames
+from mess_compile.training import losses
+from mess_compile.training.augment import Batches, Shard
+from mess_compile.training.backbone import SAVED, Judge, pretrain
+from mess_compile.training.heads import train_heads
+from mess_compile.training.loop import Run
+from mess_compile.training.parallel import Machines, launch, readers
+from mess_compile.training.progress import TrainingState, progress_of, read_progress, remove_progress, save_progress
+from mess_compile.training.recipe import Recipe
+from mess_compile.training.validate import validate
+
+MOST_CHANGED = 0.02
+"""The share of held-back pixels that the trained end may label otherwise than the network as it came."""
+MOST_LOST_PP = 0.3
+"""The points of mIoU that it may lose where there are labels."""
+_SCORE = "score"
+_OTHER = "another attach is running there: wait until it has ended, or use another workspace (-C DIR)"
+
+
+@dataclass(frozen=True)
+class TeachingJob:
+    """What to teach: the network in `graph` (whole-network form, one head: its own end) and heads (exit point from 1,
+    configuration) on labelled images. `labelled`: the labels are the user's, not the network's own output.
+
+    Stage 1 trains the network's weights as well; with 0 epochs they stay frozen. `folder` keeps the progress; `source`
+    identifies the network.
+    """
+
+    graph: Path
+    candidate: CandidateNetwork
+    heads: tuple[tuple[int, HeadConfig], ...]
+    data: DataSet
+    validation: DataSet
+    labelled: bool
+    recipe: Recipe
+    folder: Path
+    source: str
+    machines: Machines = field(default_factory=Machines)
+
+    @property
+    def frozen(self) -> bool:
+        return self.recipe.epochs[0] == 0
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The taught network on the CPU, and mIoU in percent of every head on the validation images, the network's own end
+    last. `weights` are the network's trained weights by name, empty if they stayed as they were; `changed` is the share
+    of the validation pixels that its end labels otherwise.
+    """
+
+    network: AttachedNetwork
+    miou: dict[str, float]
+    weights: dict[str, NDArray[np.float32]]
+    changed: float
+
+
+def teach(job: TeachingJob, reporter: Reporter) -> Taught:
+    """Teach the heads; progress is saved after each epoch, and the same call continues it.
+
+    Raises InputError as `train` does, and naming a node that cannot be trained.
+    """
+    alone = files.used_alone(job.folder, _OTHER) if launcher.is_first() else nullcontext()
+    with alone, closing(FrozenGraph(job.graph, outputs_of(job.candidate))) as frozen:
+        return _teach(job, frozen, reporter)
+
+
+def _teach(job: TeachingJob, frozen: FrozenGraph, reporter: Reporter) -> Taught:
+    described = _described(job)
+    pixels = survey_labels(job.data).pixels
+    progress = read_progress(job.folder, described)
+    fabric = launch(job.machines)
+    run = _run(job, fabric, frozen, pixels, described, reporter)
+    torch.manual_seed(job.recipe.seed)
+    before = None if job.frozen else open_trainable(job.graph, job.candidate)
+    start = AttachedNetwork(job.candidate, frozen if before is None else before)
+    if before is not None and (progress is None or progress.stage == 1):
+        start = _first_stage(job, run, frozen, progress)
+        progress = None
+    network = _with_all_heads(job, start)
+    if progress is None:
+        progress = progress_of(2, 0, 0, network, None, {})
+        run.save(progress)
+    else:
+        load_weights(network, progress.weights, SAVED)
+        reporter.note(f"continuing with the heads after epoch {progress.epoch}")
+    train_heads(network, replace(run, first_teacher=None), progress)
+    network.eval().to("cpu")
+    miou = validate(network, job.validation, [head.name for head in network.candidate.heads], fabric)
+    weights = {} if before is None else _changed_weights(before, network.backbone)
+    return Taught(network, miou, weights, _changed(network, frozen, job) if weights else 0.0)
+
+
+def _first_stage(job: TeachingJob, run: Run, frozen: FrozenGraph, progress: TrainingState | None) -> AttachedNetwork:
+    """The network with one head at every early exit after stage 1, at its best epoch.
+
+    If no epoch left the network's own end as it was, its weights are those that came.
+    """
+    config = head_config_from_name(job.recipe.stage1_head)
+    exits = range(1, len(job.candidate.exit_points))
+    candidate = with_early_heads(job.candidate, [(number, config) for number in exits])
+    network = AttachedNetwork(candidate, open_trainable(job.graph, job.candidate))
+    best = pretrain(network, run, progress, _judge(job, frozen, run))
+    if best:
+        load_weights(network, {key: value for key, value in best.items() if key != _SCORE}, "the best epoch")
+        return network
+    allowed = f"{MOST_LOST_PP} pp of mIoU" if job.labelled else f"{MOST_CHANGED:.0%} of changed pixels"
+    run.report(
+        f"no epoch kept the network's own end within {allowed}: its weights stay as they came; try a smaller "
+        "--learning-rate"
+    )
+    return AttachedNetwork(job.candidate, open_trainable(job.graph, job.candidate))
+
+
+def _with_all_heads(job: TeachingJob, start: AttachedNetwork) -> AttachedNetwork:
+    """The network with every head, of which those that `start` has begin as they are there."""
+    network = AttachedNetwork(with_early_heads(job.candidate, job.heads), start.backbone)
+    for name in start.heads.keys() & network.heads.keys():
+        network.heads[name].load_state_dict(start.heads[name].state_dict())
+    return network
+
+
+def _changed_weights(before: OnnxModule, after: nn.Module) -> dict[str, NDArray[np.float32]]:
+    """The weights by name that differ; tied ones are there once."""
+    assert isinstance(after, OnnxModule), "the network's own graph was trained"
+    known = before.weights()
+    return {name: values for name, values in after.weights().items() if not np.array_equal(values, known[name])}
+
+
+def finish(job: TeachingJob) -> None:
+    """Remove the saved progress, once the candidate network is written."""
+    remove_progress(job.folder)
+
+
+def _run(
+    job: TeachingJob, fabric: Fabric, frozen: FrozenGraph, pixels: Any, described: dict[str, Any], reporter: Reporter
+) -> Run:
+    recipe, hw = job.recipe, job.candidate.input_hw
+    batches = Batches(job.data, hw, recipe, Shard.of(fabric, job.machines.accumulate), readers(fabric, job.machines))
+    teacher = AttachedNetwork(job.candidate, frozen)
+    return Run(
+        fabric=fabric,
+        batches=batches,
+        weights=losses.class_weights(pixels, recipe.class_power).to(fabric.device),
+        recipe=recipe,
+        input_hw=hw,
+        stride=max(1, round(hw[0] / job.candidate.exit_points[-1].hw[0])),
+        validation=job.validation,
+        teacher=None,
+        first_teacher=teacher,
+        report=reporter.note,
+        save=lambda found: save_progress(job.folder, found, described),
+        trained=reporter.progress,
+    )
+
+
+def _described(job: TeachingJob) -> dict[str, Any]:
+    """What identifies the teaching, for a later call to continue it."""
+    return {
+        "source": job.source,
+        "exits": [point.block for point in job.candidate.exit_points],
+        "heads": [f"exit{number}.{config.name}" for number, config in job.heads],
+        "recipe": asdict(job.recipe),
+        "images": len(job.data.items),
+        "labels_sha256": survey_labels(job.data).sha256,
+    }
+
+
+def _labels_by(module: nn.Module, frame: NDArray[np.uint8], hw: tuple[int, int]) -> NDArray[np.int64]:
+    """Labels (H, W) of a frame at the network's input size by the last of the module's outputs."""
+    with torch.no_grad():
+        logits = module(torch.from_numpy(frame[None].copy()))[-1]
+        found: NDArray[np.int64] = losses.upsampled(logits.float(), hw).argmax(1)[0].cpu().numpy()
+    return found
+
+
+def _changed(network: AttachedNetwork, frozen: FrozenGraph, job: TeachingJob) -> float:
+    """The share of the validation pixels that the network's end labels otherwise than the network as it came."""
+    shares, hw = [], job.candidate.input_hw
+    for sample in samples(job.validation):
+        frame = frames.resize(sample.frame, hw)
+        shares.append(float(np.mean(_labels_by(network.backbone, frame, hw) != _labels_by(frozen, frame, hw))))
+    return float(np.mean(shares))
+
+
+def _judge(job: TeachingJob, frozen: FrozenGraph, run: Run) -> Judge:
+    """Keep the epoch with the best early exits among those that leave the network's own end as it was."""
+    own: list[float] = []
+
+    def judge(
+        network: SegmentationNetwork, epoch: int, best: dict[str, torch.Tensor]
+    ) -> tuple[str, dict[str, torch.Tensor]]:
+        assert isinstance(network, AttachedNetwork)
+        names = [head.name for head in network.candidate.heads]
+        if not own:
+            came = AttachedNetwork(job.candidate, frozen)
+            own.extend(validate(came, job.validation, names[-1:], run.fabric).values())
+        *early, end = validate(network, job.validation, names, run.fabric).values()
+        changed = _changed(network, frozen, job)
+        fits = own[0] - end <= MOST_LOST_PP if job.labelled else changed <= MOST_CHANGED
+        score = float(np.mean(early)) if early else end
+        values = " ".join(f"{value:.1f}" for value in (*early, end))
+        sentence = f"mIoU on {job.validation.split}: {values}; the end changed {changed:.1%} of the pixels"
+        if not fits:
+            return f"{sentence}, too many", best
+        if best and score <= float(best[_SCORE]):
+            return sentence, best
+        state = {key: value.detach().clone() for key, value in network.state_dict().items() if "num_batches" not in key}
+        return f"{sentence}: best epoch so far", {**state, _SCORE: torch.tensor(score)}
+
+    return judge

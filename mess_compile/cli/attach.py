@@ -1,0 +1,153 @@
+"""The command `attach`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mess_compile.cli.console import print_hint, print_json, print_table, reporting, say
+from mess_compile.cli.options import FILE, FOLDER, gathered, json_option, picked, size
+from mess_compile.runtime.base.errors import InputError
+
+if TYPE_CHECKING:
+    from mess_compile.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class AttachArguments:
+    """The options of `attach`."""
+
+    images: Path | None
+    data: Path | None
+    preprocess: str | None
+    exits: int
+    exits_at: str | None
+    heads: str
+    classes: Path | None
+    output: str | None
+    input_hw: str | None
+    epochs: tuple[int, int]
+    batch: int
+    learning_rate: float
+    seed: int
+    accelerator: str
+    threads: int | None
+    as_json: bool
+
+
+@click.command(short_help="Give a trained single-exit ONNX network early exits.")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--images", type=FOLDER, help="Folder of images without labels; the network's own output teaches.")
+@click.option("--data", type=FOLDER, help="Data set with labels, which teach beside the network's output.")
+@click.option(
+    "--preprocess",
+    metavar="NAME",
+    help="How the network wants its input: imagenet, 0-1, -1-1, 0-255, caffe-bgr, or a TOML file with [input].",
+)
+@click.option(
+    "--exits", default=5, show_default=True, type=click.IntRange(2), help="Exits, the network's end included."
+)
+@click.option("--exits-at", metavar="NAME,...", help="Tensors to attach at, instead of --exits.")
+@click.option("--heads", default="sep-crm1-b0,lra-crm1-b0", show_default=True, help="Heads at every early exit.")
+@click.option("--classes", type=FILE, help="File with a class name per line, in the order of the network's channels.")
+@click.option("--output", metavar="NAME", help="The output with the segmentation, if the network has several.")
+@click.option("--input", "input_hw", metavar="HxW", help="Size of the input, if the network's is dynamic.")
+@click.option(
+    "--epochs",
+    nargs=2,
+    type=click.IntRange(0),
+    metavar="NETWORK HEADS",
+    default=(6, 6),
+    show_default=True,
+    help="Epochs that train the network with one head an exit, then all heads; 0 N leaves the network as it is.",
+)
+@click.option("--batch", default=8, show_default=True, help="Images a step.")
+@click.option("--learning-rate", default=1e-3, show_default=True, help="Of heads; the network's own is a tenth.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--accelerator", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; by default OMP_NUM_THREADS, else all cores.")
+@json_option
+@click.pass_obj
+@gathered(AttachArguments)
+def attach(workspace: Workspace, source: Path, arguments: AttachArguments) -> None:
+    """Find exit points in a trained network, teach early heads there, and write the multi-exit network.
+
+    SOURCE is an ONNX file with one segmentation output. The network's own end stays its last exit. The same command
+    continues an interrupted one.
+    """
+    from mess_compile import extras, steps
+
+    if arguments.preprocess is None:
+        raise InputError(
+            "--preprocess is missing: how does the network want its input? imagenet, 0-1, -1-1, 0-255, caffe-bgr, or a "
+            "TOML file with [input]"
+        )
+    with reporting(arguments.as_json) as reporter:
+        recipe = _recipe(extras.torch_module("training.recipe"), arguments)
+        parallel = extras.torch_module("training.parallel")
+        options = steps.AttachOptions(
+            preprocess=arguments.preprocess,
+            images=arguments.images,
+            data=arguments.data,
+            exits=arguments.exits,
+            exits_at=tuple(arguments.exits_at.split(",")) if arguments.exits_at else (),
+            heads=tuple(arguments.heads.split(",")),
+            classes=arguments.classes,
+            output=arguments.output,
+            input_hw=size(arguments.input_hw) if arguments.input_hw else None,
+            machines=parallel.Machines(**picked(arguments, "accelerator threads")),
+        )
+        attached = steps.attach(workspace, source, recipe, options, reporter)
+    if arguments.as_json:
+        return print_json(_content(workspace, attached))
+    return _print(workspace, attached)
+
+
+def _recipe(recipes: Any, arguments: AttachArguments) -> Any:
+    return recipes.Recipe(
+        epochs=arguments.epochs,
+        batch=arguments.batch,
+        learning_rate=arguments.learning_rate,
+        order="joint",
+        stage1_head=arguments.heads.split(",")[0].rpartition(".")[2],
+        distillation=recipes.Distillation("kd"),
+        class_power=0.0,
+        seed=arguments.seed,
+    )
+
+
+def _content(workspace: Workspace, attached: Any) -> dict[str, Any]:
+    return {
+        "folder": str(workspace.candidate),
+        "exit_points": [
+            {"name": point.name, "tensor": point.block, "carried": [tensor.name for tensor in point.carried]}
+            for point in attached.candidate.exit_points
+        ],
+        "miou": attached.miou,
+        "truth": attached.truth,
+        "images": attached.images,
+        "changed": attached.changed,
+        "left_out": list(attached.left_out),
+    }
+
+
+def _print(workspace: Workspace, attached: Any) -> None:
+    candidate = attached.candidate
+    rows = [
+        (head.name, candidate.exit_point(head.exit_point).block, f"{attached.miou[head.name]:.1f}")
+        for head in candidate.heads
+    ]
+    say(
+        f"multi-exit network in {workspace.candidate}: {len(candidate.exit_points)} exits, {len(candidate.heads)} heads"
+    )
+    print_table(
+        f"mIoU against {attached.truth}, {attached.images} images not taught on", ("head", "at", "mIoU %"), rows
+    )
+    if attached.changed:
+        say(f"the network's own end labels {attached.changed:.1%} of their pixels otherwise than as it came")
+    if attached.left_out:
+        say(f"left out of mIoU, with less than 0.1 % of the pixels: {', '.join(attached.left_out)}")
+    print_hint("export")

@@ -1,0 +1,229 @@
+"""The step `attach`: a trained single-exit network gets early exits, taught by its own outputs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mess_compile import extras, files
+from mess_compile.attach.checked import check_whole_form
+from mess_compile.attach.opened import OpenedNetwork, open_network
+from mess_compile.attach.own_labels import find_images, split_images, write_own_labels
+from mess_compile.attach.whole_form import ClassNames, WholeForm, early_frontiers, whole_form
+from mess_compile.data.class_list import default_colour, read_class_list
+from mess_compile.data.dataset import DataSet, open_dataset, read_frame
+from mess_compile.data_folder import Data, DataFolder
+from mess_compile.graph.exits_toml import PREPROCESSING, InputRule, read_input_rule
+from mess_compile.graph.frontiers import frontiers_at
+from mess_compile.graph.store import drop_unread_weights, write_model
+from mess_compile.network import CandidateNetwork
+from mess_compile.reporter import SILENT, Reporter
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.engines.engine import open_library
+from mess_compile.runtime.images import frames
+from mess_compile.workspace import Workspace
+
+if TYPE_CHECKING:
+    from mess_compile.training.parallel import Machines
+    from mess_compile.training.recipe import Recipe
+
+CHECKED_FRAMES = 3
+_BASE = "base.onnx"
+
+
+@dataclass(frozen=True)
+class AttachOptions:
+    """What to attach to, and how.
+
+    `images` is a folder of images without labels, `data` a labelled data set; one of them is needed. `preprocess` names
+    how the network wants its input, or a TOML file with a table [input]. `exits` counts exit points with the network's
+    own end; `exits_at` names tensors instead. `heads` are configurations at every early exit point, or `exitN.NAME`.
+    """
+
+    preprocess: str
+    images: Path | None = None
+    data: Data | None = None
+    exits: int = 5
+    exits_at: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ("sep-crm1-b0",)
+    classes: Path | None = None
+    output: str | None = None
+    input_hw: tuple[int, int] | None = None
+    machines: Machines | None = None
+
+
+@dataclass(frozen=True)
+class Attached:
+    """The candidate network, and mIoU in percent of each head on the validation images, the network's own end last.
+
+    `truth` says what they were compared with. `changed` is the share of pixels that the network's trained end labels
+    otherwise than the network as it came, 0 if it stayed frozen; `left_out` are classes too rare to count.
+    """
+
+    candidate: CandidateNetwork
+    miou: dict[str, float]
+    truth: str
+    images: int
+    changed: float
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The network in the whole-network form in a file, and the images to teach by."""
+
+    opened: OpenedNetwork
+    form: WholeForm
+    base: Path
+    training: DataSet
+    validation: DataSet
+    left_out: tuple[str, ...]
+
+
+def attach(
+    workspace: Workspace, source: Path, recipe: Recipe, options: AttachOptions, reporter: Reporter = SILENT
+) -> Attached:
+    """Attach exits to the ONNX `source` and teach them; writes the candidate network of the workspace.
+
+    With 0 epochs of stage 1 in `recipe` the network's own weights stay as they are. The same call continues an
+    interrupted one. Raises InputError naming what cannot be taken and what to pass instead.
+    """
+    teaching, written = extras.torch_module("attach.teaching"), extras.torch_module("attach.written")
+    parallel = extras.torch_module("training.parallel")
+    prepared = _prepared(workspace, source, options, reporter)
+    heads = _heads(options.heads, len(prepared.form.candidate.exit_points))
+    job = teaching.TeachingJob(
+        graph=prepared.base,
+        candidate=prepared.form.candidate,
+        heads=heads,
+        data=prepared.training,
+        validation=prepared.validation,
+        labelled=options.data is not None,
+        recipe=recipe,
+        folder=workspace.attaching,
+        source=files.sha256_of_file(source),
+        machines=options.machines or parallel.Machines(),
+    )
+    taught = teaching.teach(job, reporter)
+    _set_aside(workspace.candidate, reporter)
+    with files.replaced_folder(workspace.candidate) as folder:
+        shutil.copytree(prepared.base.parent / "weights", folder / "weights")
+        shutil.copyfile(prepared.base, folder / _BASE)
+        written.write_candidate(taught.network, taught.weights, folder / _BASE, folder)
+        drop_unread_weights(folder)
+    shutil.rmtree(workspace.attaching)
+    own = "the user's labels" if job.labelled else "the network's own output"
+    return Attached(
+        taught.network.candidate, taught.miou, own, len(prepared.validation.items), taught.changed, prepared.left_out
+    )
+
+
+def _prepared(workspace: Workspace, source: Path, options: AttachOptions, reporter: Reporter) -> _Prepared:
+    if options.data is None and options.images is None:
+        raise InputError("attach teaches exits on images: give --images DIR, or --data DIR with labels")
+    if options.data is not None and options.images is not None:
+        raise InputError("--images DIR is for images without labels, --data DIR for those with labels: give one")
+    paths, notes = ((), ()) if options.images is None else find_images(options.images)
+    data = None if options.data is None else _labelled(workspace, options.data)
+    notes = notes if data is None else tuple(dict.fromkeys((*data[0].notes, *data[1].notes)))
+    for note in notes:
+        reporter.note(note)
+    folder = workspace.attaching
+    shutil.rmtree(folder / "weights", ignore_errors=True)
+    opened = open_network(source, _rule(options.preprocess), folder, options.output, options.input_hw)
+    classes = _classes(opened, options, None if data is None else data[0])
+    frontiers = opened.frontiers
+    early = frontiers_at(frontiers, options.exits_at) if options.exits_at else early_frontiers(opened, options.exits)
+    form = whole_form(opened, early, classes)
+    images = list(paths) if data is None else [item.image for item in data[0].items]
+    check_whole_form(opened, form, folder, _some_frames(images, opened.hw))
+    base = folder / _BASE
+    write_model(form.model, base)
+    drop_unread_weights(folder)
+    left_out: tuple[str, ...] = ()
+    if data is None:
+        left_out = _label_by_network(workspace, base, form.candidate, paths, reporter)
+        root = DataFolder(workspace.own_labels)
+        data = open_dataset(root, "train"), open_dataset(root, "val")
+        workspace.remember(data=root)
+    else:
+        workspace.remember(data=workspace.data_folder(options.data))
+    return _Prepared(opened, form, base, *data, left_out)
+
+
+def _labelled(workspace: Workspace, data: Data) -> tuple[DataSet, DataSet]:
+    folder = workspace.data_folder(data)
+    training = open_dataset(folder, "train")
+    return training, open_dataset(folder, "val", training.classes)
+
+
+def _rule(name: str) -> InputRule:
+    if name in PREPROCESSING:
+        return PREPROCESSING[name]
+    if Path(name).suffix == ".toml":
+        return read_input_rule(Path(name))
+    raise InputError(
+        f"--preprocess {name!r} is not one of {', '.join(PREPROCESSING)}, and not a TOML file with a table [input]"
+    )
+
+
+def _classes(opened: OpenedNetwork, options: AttachOptions, data: DataSet | None) -> ClassNames:
+    count = opened.end.classes
+    if options.classes is not None:
+        found = read_class_list(options.classes)
+        where = str(options.classes)
+    elif data is not None:
+        found, where = data.classes, str(data.root)
+    else:
+        names = ("background", "foreground") if opened.end.single else tuple(f"class{n}" for n in range(count))
+        return ClassNames(names, tuple(default_colour(n - 1) for n in range(count)))
+    if len(found.names) != count:
+        raise InputError(
+            f"{where} has {len(found.names)} classes, but output {opened.end.output.name!r} of the network has {count}: "
+            "name each, in the order of the network's channels, with --classes FILE"
+        )
+    return ClassNames(found.names, found.colours)
+
+
+def _heads(names: Sequence[str], exits: int) -> tuple[Any, ...]:
+    network = extras.torch_module("nets.network")
+    heads: tuple[Any, ...] = network.heads_from_names(names, exits)
+    return heads
+
+
+def _some_frames(paths: Sequence[Path], hw: tuple[int, int]) -> list[NDArray[np.uint8]]:
+    chosen = paths[:: max(1, len(paths) // CHECKED_FRAMES)][:CHECKED_FRAMES]
+    return [frames.resize(read_frame(path), hw) for path in chosen]
+
+
+def _label_by_network(
+    workspace: Workspace, base: Path, candidate: CandidateNetwork, paths: Sequence[Path], reporter: Reporter
+) -> tuple[str, ...]:
+    """Write the data set whose truth is the network's own output."""
+    name = str(candidate.heads[-1].labels)
+    with closing(open_library("onnxruntime")) as library, closing(library.load(base)) as engine:
+
+        def labels(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            outputs = engine.run({"image": library.upload(frames.resize(frame, candidate.input_hw)[None])})
+            found: NDArray[np.uint8] = library.download(outputs[name])[0]
+            return found
+
+        return write_own_labels(workspace.own_labels, split_images(paths), candidate.classes, labels, reporter)
+
+
+def _set_aside(folder: Path, reporter: Reporter) -> None:
+    """Rename an earlier candidate network to the first free `candidate-N`."""
+    if not folder.exists():
+        return
+    number = 1
+    while (place := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    folder.rename(place)
+    reporter.note(f"the network that was in {folder} is kept in {place}")
