@@ -28,6 +28,7 @@ from mess_compile.network import (
     IMAGE,
     OUTPUT_OWN,
     CandidateNetwork,
+    ExitPoint,
     Gate,
     GraphSet,
     GraphSpec,
@@ -251,7 +252,8 @@ def _rename(model: onnx.ModelProto, old: str, new: str) -> None:
 
 
 def _with_counted_macs(candidate: CandidateNetwork, network: gs.Graph) -> CandidateNetwork:
-    points, made = [], {}
+    points: list[ExitPoint] = []
+    made: dict[str, None] = {}
     for number, point in enumerate(candidate.exit_points, start=1):
         made |= dict.fromkeys(_made_between(candidate, 0, number))
         points.append(replace(point, macs=count_macs(cut(network, [IMAGE], list(made)))))
