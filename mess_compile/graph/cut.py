@@ -28,6 +28,7 @@ from mess_compile.network import (
     IMAGE,
     OUTPUT_OWN,
     CandidateNetwork,
+    ExitPoint,
     Gate,
     GraphSet,
     GraphSpec,
@@ -251,15 +252,16 @@ def _rename(model: onnx.ModelProto, old: str, new: str) -> None:
 
 
 def _with_counted_macs(candidate: CandidateNetwork, network: gs.Graph) -> CandidateNetwork:
-    points = tuple(
-        replace(point, macs=count_macs(cut(network, [IMAGE], _made_between(candidate, 0, number))))
-        for number, point in enumerate(candidate.exit_points, start=1)
-    )
+    points: list[ExitPoint] = []
+    made: dict[str, None] = {}
+    for number, point in enumerate(candidate.exit_points, start=1):
+        made |= dict.fromkeys(_made_between(candidate, 0, number))
+        points.append(replace(point, macs=count_macs(cut(network, [IMAGE], list(made)))))
     heads = tuple(
         replace(head, macs=count_macs(cut_from(network, candidate.live(head.exit_point), [logits_name(head.name)])))
         for head in candidate.heads
     )
-    return replace(candidate, exit_points=points, heads=heads)
+    return replace(candidate, exit_points=tuple(points), heads=heads)
 
 
 def _check_tensors(candidate: CandidateNetwork, network: gs.Graph) -> None:
