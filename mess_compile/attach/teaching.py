@@ -173,7 +173,7 @@ def _run(
         weights=losses.class_weights(pixels, recipe.class_power).to(fabric.device),
         recipe=recipe,
         input_hw=hw,
-        stride=max(1, round(hw[0] / job.candidate.exit_points[-1].hw[0])),
+        stride=min(round(hw[0] / point.hw[0]) for point in job.candidate.exit_points[:-1]),
         validation=job.validation,
         teacher=None,
         first_teacher=teacher,
