@@ -288,10 +288,19 @@ def decoded(path: Path, remedy: str, run: Callable[[], Any]) -> Any:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
 
 
-def decode_document(path: Path, kind: Any, content: dict[str, Any], remedy: str) -> Any:
+def decode_document(
+    path: Path, kind: Any, content: dict[str, Any], remedy: str, check: Callable[[Any], None] | None = None
+) -> Any:
     """The content that `read_json` gave as the dataclass `kind`, strictly: no missing or unknown key, no type coerced.
 
-    Raises InputError naming the file, the value and the remedy.
+    `check` raises for values that do not fit together. Raises InputError naming the file, the value and the remedy.
     """
-    fields = {name: value for name, value in content.items() if name not in ("format", "version")}
-    return decoded(path, remedy, lambda: decode(kind, fields, "content"))
+    entries = {name: value for name, value in content.items() if name not in ("format", "version")}
+
+    def run() -> Any:
+        found = decode(kind, entries, "", local=True)
+        if check is not None:
+            check(found)
+        return found
+
+    return decoded(path, remedy, run)

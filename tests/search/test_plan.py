@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,3 +134,44 @@ def test_a_plan_of_another_network_or_gate_is_stale() -> None:
         check_plan_current(plan, with_baseline_alone(case, 0.002).graph_set)
     with pytest.raises(StaleError, match="another gate"):
         check_plan_current(dataclasses.replace(plan, gate=Gate(confidence="margin")), case.graph_set)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plan: plan.update(stages=3), "plan.stages is 3, not a list"),
+        (lambda plan: plan["stages"][0].update(row="7"), "plan.stages[0].row is '7', not an integer"),
+        (
+            lambda plan: plan["predicted"].update(miuo=1.0),
+            "plan.predicted.miuo is not a known entry (did you mean 'miou'?)",
+        ),
+        (lambda plan: plan.pop("tuned_by"), "plan.tuned_by is missing"),
+        (lambda plan: plan.update(setting="often"), "plan.setting is 'often', not one of input-dependent, budgeted"),
+    ],
+)
+def test_a_wrong_entry_of_a_plan_is_named_with_its_value(tmp_path: Path, change: Any, message: str) -> None:
+    file = tmp_path / "host.json"
+    write_result(file, search(evidence((1,), 2, 6, seed=4), Requirement()))
+    content = json.loads(file.read_text())
+    change(content["plan"])
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"host\.json is damaged \({re.escape(message)}.*: run `mess-compile search`"):
+        read_result(file)
+
+
+def test_a_plan_of_the_release_before_is_read(tmp_path: Path) -> None:
+    """Version 5 knew neither promises nor images held out, and no error of an estimate."""
+    result = search(evidence((1,), 2, 6, seed=4), Requirement())
+    write_result(tmp_path / "host.json", result)
+    content = json.loads((tmp_path / "host.json").read_text()) | {"version": 5}
+    for name in ("without_hold_out", "what_would_cut"):
+        del content[name]
+    for plan in (content["plan"], *content["front"]):
+        del plan["promises"], plan["hold_out"]
+        for place in (plan, *plan["operating_points"]):
+            for name in ("predicted", "baseline"):
+                place.get(name, {}).pop("error", None)
+    (tmp_path / "host.json").write_text(json.dumps(content))
+    found = read_result(tmp_path / "host.json")
+    assert found.plan == dataclasses.replace(result.plan, promises=(), hold_out=None)
+    assert found.certificate == result.certificate
