@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import files
+from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.engines.engine import FP32, PRECISIONS, TensorSpec
 
@@ -97,6 +98,15 @@ def head_grid() -> tuple[HeadConfig, ...]:
     )
 
 
+_COUNT = decode.Check(lambda value: type(value) is int and 0 <= value < 1 << 48, "a workload or size")
+"""Sums of these over a data set fit 64 bits."""
+_SIDES = decode.Check(lambda value: value is None or _are_sides(value), f"two sides from 1 to {MAX_SIDE}")
+
+
+def _are_sides(value: Any) -> bool:
+    return type(value) is list and len(value) == 2 and all(type(v) is int and 1 <= v <= MAX_SIDE for v in value)
+
+
 @dataclass(frozen=True)
 class ExitPoint:
     """A place on the backbone where heads may attach.
@@ -109,7 +119,7 @@ class ExitPoint:
     block: str
     channels: int
     hw: tuple[int, int]
-    macs: int
+    macs: int = field(metadata=decode.entry(check=_COUNT))
 
 
 @dataclass(frozen=True)
@@ -121,8 +131,8 @@ class Head:
 
     exit_point: int
     config: str
-    macs: int
-    hw: tuple[int, int] | None = None
+    macs: int = field(metadata=decode.entry(check=_COUNT))
+    hw: tuple[int, int] | None = field(default=None, metadata=decode.entry(check=_SIDES, optional=True))
 
     @property
     def name(self) -> str:
@@ -154,7 +164,7 @@ class CandidateNetwork:
     backbone: str
     classes: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
-    input_hw: tuple[int, int]
+    input_hw: tuple[int, int] = field(metadata=decode.entry(check=_SIDES))
     exit_points: tuple[ExitPoint, ...]
     heads: tuple[Head, ...]
     baseline: str
@@ -210,54 +220,15 @@ class CandidateNetwork:
         return content
 
 
-def candidate_from_json(content: dict[str, Any]) -> CandidateNetwork:
-    """Inverse of `CandidateNetwork.to_json`. Raises KeyError, TypeError or ValueError on damaged content."""
-    exit_points = tuple(
-        ExitPoint(str(p["name"]), str(p["block"]), int(p["channels"]), _pair(p["hw"]), _count(p["macs"]))
-        for p in content["exit_points"]
-    )
-    heads = tuple(_head_from_json(head) for head in content["heads"])
-    classes = tuple(str(name) for name in content["classes"])
-    colours = tuple((int(r), int(g), int(b)) for r, g, b in content["colours"])
-    if not heads or not exit_points or any(not 1 <= h.exit_point <= len(exit_points) for h in heads):
-        raise ValueError("heads and exit points do not fit together")
-    if len(colours) != len(classes):
-        raise ValueError(f"{len(colours)} colours for {len(classes)} classes")
-    if not all(1 <= side <= MAX_SIDE for side in _pair(content["input_hw"])):
-        raise ValueError(f"input_hw {content['input_hw']} does not have sides from 1 to {MAX_SIDE}")
-    network = CandidateNetwork(
-        backbone=str(content["backbone"]),
-        classes=classes,
-        colours=colours,
-        input_hw=_pair(content["input_hw"]),
-        exit_points=exit_points,
-        heads=heads,
-        baseline=str(content["baseline"]),
-        identity=str(content["identity"]),
-    )
-    if network.head(network.baseline).exit_point != len(exit_points):
-        raise ValueError(f"the baseline head {network.baseline} is not at the final exit")
-    return network
-
-
-def _head_from_json(content: dict[str, Any]) -> Head:
-    hw = _pair(content["hw"]) if content.get("hw") is not None else None
-    if hw is not None and not all(1 <= side <= MAX_SIDE for side in hw):
-        raise ValueError(f"hw of head {content['config']} is {hw}, without sides from 1 to {MAX_SIDE}")
-    return Head(int(content["exit_point"]), str(content["config"]), _count(content["macs"]), hw)
-
-
-def _count(value: Any) -> int:
-    """A workload or size: sums over a data set must fit 64 bits."""
-    number = int(value)
-    if not 0 <= number < 1 << 48:
-        raise ValueError(f"{number} is not a workload or size")
-    return number
-
-
-def _pair(values: Any) -> tuple[int, int]:
-    first, second = values
-    return int(first), int(second)
+def check_candidate(network: CandidateNetwork) -> None:
+    """Raises InputError when exit points, heads, classes and colours do not fit together."""
+    points = len(network.exit_points)
+    if not network.heads or not points or any(not 1 <= head.exit_point <= points for head in network.heads):
+        raise InputError(f"heads and exit points do not fit together: {len(network.heads)} heads, {points} exit points")
+    if len(network.colours) != len(network.classes):
+        raise InputError(f"there are {len(network.colours)} colours for {len(network.classes)} classes")
+    if network.head(network.baseline).exit_point != points:
+        raise InputError(f"the baseline head {network.baseline} is not at the final exit")
 
 
 def segment_name(a: int, b: int) -> str:
@@ -284,6 +255,9 @@ def is_whole(name: str) -> bool:
     return name in (BASELINE, BASELINE_ALONE)
 
 
+_PRECISION = decode.entry(check=decode.one_of(PRECISIONS), optional=True)
+
+
 @dataclass(frozen=True)
 class GraphSpec:
     """One ONNX file below `graphs/`.
@@ -294,15 +268,15 @@ class GraphSpec:
     """
 
     name: str
-    path: str
+    path: str = field(metadata=decode.entry(check=decode.matches(r"[\w.-]+\.onnx", "the name of an .onnx file")))
     sha256: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    macs: int
-    bytes: int
-    workspace_bytes: int
-    precision: str = FP32
-    wanted: str = FP32
+    macs: int = field(metadata=decode.entry(check=_COUNT))
+    bytes: int = field(metadata=decode.entry(check=_COUNT))
+    workspace_bytes: int = field(metadata=decode.entry(check=_COUNT))
+    precision: str = field(default=FP32, metadata=_PRECISION)
+    wanted: str = field(default=FP32, metadata=_PRECISION)
 
 
 @dataclass(frozen=True)
@@ -361,24 +335,28 @@ def read_graph_set(root: Path) -> GraphSet:
     files.recovered(root)
     path = root / "index.json"
     content = files.read_json(path, "mess-graphs", 1, _GRAPHS_REMEDY)
+    found: _GraphsDocument = files.decode_document(path, _GraphsDocument, content, _GRAPHS_REMEDY, _check_graph_set)
+    graphs = {spec.name: spec for spec in found.graphs}
+    return GraphSet(root, found.candidate, found.gate, graphs, found.baseline_alone, found.recipe)
 
-    def decode() -> GraphSet:
-        gate = content["gate"]
-        specs = {spec.name: spec for spec in map(graph_spec_from_json, content["graphs"])}
-        alone = content.get("baseline_alone")
-        if (alone is None) == (BASELINE_ALONE in specs):
-            raise ValueError(f"baseline_alone is {alone!r}, which does not fit the graphs")
-        return GraphSet(
-            root=root,
-            candidate=candidate_from_json(content["candidate"]),
-            gate=Gate(gate["confidence"], bool(gate["edge_aware"]), tuple(float(t) for t in gate["thresholds"])),
-            graphs=specs,
-            baseline_alone=None if alone is None else str(alone),
-            recipe=str(content.get("recipe", FP32)),
-        )
 
-    graph_set: GraphSet = files.decoded(path, _GRAPHS_REMEDY, decode)
-    return graph_set
+@dataclass(frozen=True)
+class _GraphsDocument:
+    """The content of `index.json`."""
+
+    candidate: CandidateNetwork
+    gate: Gate
+    graphs: tuple[GraphSpec, ...]
+    baseline_alone: str | None = field(default=None, metadata=decode.OPTIONAL)
+    recipe: str = field(default=FP32, metadata=decode.OPTIONAL)
+
+
+def _check_graph_set(found: _GraphsDocument) -> None:
+    check_candidate(found.candidate)
+    for spec in found.graphs:
+        check_tensors(spec)
+    if (found.baseline_alone is None) == (BASELINE_ALONE in {spec.name for spec in found.graphs}):
+        raise InputError(f"baseline_alone is {found.baseline_alone!r}, which does not fit the graphs")
 
 
 def check_graphs(graph_set: GraphSet) -> None:
@@ -403,37 +381,13 @@ def check_hash(path: Path, sha256: str) -> None:
         raise InputError(f"{path} was changed after export: {_GRAPHS_REMEDY}")
 
 
-def graph_spec_from_json(content: dict[str, Any]) -> GraphSpec:
-    """Inverse of `asdict`. Raises KeyError, TypeError or ValueError on damaged content."""
-    if not re.fullmatch(r"[\w.-]+\.onnx", content["path"]):
-        raise ValueError(f"graph path {content['path']!r}")
-    return GraphSpec(
-        name=str(content["name"]),
-        path=str(content["path"]),
-        sha256=str(content["sha256"]),
-        inputs=_tensors_from_json(content["inputs"]),
-        outputs=_tensors_from_json(content["outputs"]),
-        macs=_count(content["macs"]),
-        bytes=_count(content["bytes"]),
-        workspace_bytes=_count(content["workspace_bytes"]),
-        precision=_precision(content.get("precision", FP32)),
-        wanted=_precision(content.get("wanted", FP32)),
-    )
-
-
-def _precision(text: Any) -> str:
-    if text not in PRECISIONS:
-        raise ValueError(f"precision {text!r} is not one of {', '.join(PRECISIONS)}")
-    return str(text)
-
-
-def _tensors_from_json(content: Any) -> tuple[TensorSpec, ...]:
-    specs = tuple(TensorSpec(str(t["name"]), str(t["dtype"]), tuple(int(d) for d in t["shape"])) for t in content)
-    for spec in specs:
-        _count(math.prod(spec.shape))
-        if spec.dtype not in DTYPES:
-            raise ValueError(f"tensor {spec.name} has dtype {spec.dtype!r}, not one of {', '.join(DTYPES)}")
-    return specs
+def check_tensors(spec: GraphSpec) -> None:
+    """Raises InputError for an input or output of an unknown type, or too large to count."""
+    for tensor in (*spec.inputs, *spec.outputs):
+        if tensor.dtype not in DTYPES:
+            raise InputError(f"tensor {tensor.name} has dtype {tensor.dtype!r}, not one of {', '.join(DTYPES)}")
+        if not _COUNT.passes(math.prod(tensor.shape)):
+            raise InputError(f"tensor {tensor.name} has shape {tensor.shape}, which is no size")
 
 
 def threshold_table(gate: Gate, classes: int) -> NDArray[np.float32]:
