@@ -100,7 +100,7 @@ def head_grid() -> tuple[HeadConfig, ...]:
 
 _COUNT = decode.Check(lambda value: type(value) is int and 0 <= value < 1 << 48, "a workload or size")
 """Sums of these over a data set fit 64 bits."""
-_SIDES = decode.Check(lambda value: value is None or _are_sides(value), f"two sides from 1 to {MAX_SIDE}")
+SIDES = decode.Check(lambda value: value is None or _are_sides(value), f"two sides from 1 to {MAX_SIDE}")
 
 
 def _are_sides(value: Any) -> bool:
@@ -132,7 +132,7 @@ class Head:
     exit_point: int
     config: str
     macs: int = field(metadata=decode.entry(check=_COUNT))
-    hw: tuple[int, int] | None = field(default=None, metadata=decode.entry(check=_SIDES, optional=True))
+    hw: tuple[int, int] | None = field(default=None, metadata=decode.entry(check=SIDES, optional=True))
 
     @property
     def name(self) -> str:
@@ -164,7 +164,7 @@ class CandidateNetwork:
     backbone: str
     classes: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
-    input_hw: tuple[int, int] = field(metadata=decode.entry(check=_SIDES))
+    input_hw: tuple[int, int] = field(metadata=decode.entry(check=SIDES))
     exit_points: tuple[ExitPoint, ...]
     heads: tuple[Head, ...]
     baseline: str

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from mess_compile.training import train as stages
 from mess_compile.training.augment import Batches, Shard, augmented
 from mess_compile.training.backbone import trained_exits
 from mess_compile.training.heads import head_groups
+from mess_compile.training.progress import read_progress
 from mess_compile.training.recipe import Distillation, Recipe
 from mess_compile.training.train import TrainingJob, train
 from tests.networks import random_network
@@ -133,6 +136,25 @@ def test_a_training_that_an_older_release_left_goes_on(data: Path, tmp_path: Pat
     lines: list[str] = []
     run(data, tmp_path / "candidate", report=lines.append)
     assert not any(line.startswith("stage 1, epoch 1 ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"epoch": "one"}, "epoch is 'one', not an integer"),
+        ({"tensors": "../weights.safetensors"}, "tensors is '../weights.safetensors', not the name of a file of"),
+        ({"training": []}, "training is [], not an object"),
+        ({"ephoc": 1}, "ephoc is not a known entry (did you mean 'epoch'?)"),
+    ],
+)
+def test_a_wrong_entry_of_the_progress_is_named(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    path = tmp_path / "training" / "progress.json"
+    path.parent.mkdir()
+    content = {"format": "mess-training", "version": 1, "stage": 1, "group": 0, "epoch": 1}
+    content |= {"tensors": "stage1-group0-epoch1.safetensors", "training": {}}
+    path.write_text(json.dumps(content | changed))
+    with pytest.raises(InputError, match=re.escape(f"progress.json is damaged ({message}")):
+        read_progress(tmp_path, {})
 
 
 def test_a_second_training_in_the_same_place_is_refused_and_leaves_the_first_alone(data: Path, tmp_path: Path) -> None:

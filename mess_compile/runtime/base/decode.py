@@ -123,7 +123,8 @@ def document(kind: Any, text: str, form: str, version: int, where: str) -> Any:
 
 
 def decode(kind: Any, value: Any, where: str, local: bool = False, first: int = 0) -> Any:
-    """`value` as `kind`: a dataclass, str, int, float, bool, or Optional, Union, Tuple or Dict[str, ...] of these.
+    """`value` as `kind`: a dataclass, str, int, float, bool, or Optional, Union, Tuple or Dict[str, ...] of these; Any
+    takes every value.
 
     `where` begins the paths that messages name, such as `plan.stages[0].row`; "" for the document itself. With `local`
     the document holds local fields, too. Lists are counted from `first`: from 1 in files that people write.
@@ -138,6 +139,8 @@ class _Decoder:
     first: int
 
     def decoded(self, kind: Any, value: Any, where: str) -> Any:
+        if kind is Any:
+            return value
         if dataclasses.is_dataclass(kind):
             return self._dataclass(kind, value, where)
         origin, arguments = _parts(kind)
