@@ -158,8 +158,8 @@ class TestOwnProfile:
     @pytest.mark.parametrize(
         ("changed", "said"),
         [
-            ({"libary": "tensorrt"}, "'libary' is not a field, did you mean library?"),
-            ({"zzz": 1}, "'zzz' is not a field"),
+            ({"libary": "tensorrt"}, "libary is not a known entry (did you mean 'library'?)"),
+            ({"zzz": 1}, "zzz is not a known entry; known are boards, "),
             ({"name": "theirs"}, "name is 'theirs', but the file is named 'mine'"),
             ({"name": "../mine"}, "name is '../mine'"),
             ({"description": "two\nlines"}, "description is 'two\\nlines', not one line of text"),
@@ -169,7 +169,7 @@ class TestOwnProfile:
             ({"precisions": ["fp16"]}, "precisions is ['fp16'], not a list of fp32, fp16, int8 with fp32"),
             ({"precisions": ["fp32", "fp32"]}, "precisions is"),
             ({"precisions": ["fp32", ["fp16"]]}, "precisions is"),
-            ({"library_versions": ["8.x"]}, "library_versions is ['8.x']"),
+            ({"library_versions": ["8.x"]}, "library_versions[1] is '8.x', not a version"),
             ({"compute_capability": 8.6}, "compute_capability is 8.6, not text such as '8.7'"),
             ({"compute_capability": "٨.٦"}, "compute_capability is"),
             (
@@ -186,9 +186,9 @@ class TestOwnProfile:
             ({"peak": {}}, "peak.fp32_tflops is missing"),
             ({"peak": {"fp32_tflops": 8}}, "peak has no figure for fp16"),
             ({"peak": {"fp32_tflops": -8}}, "peak.fp32_tflops is -8"),
-            ({"peak": {"fp32_tops": 8}}, "peak.'fp32_tops' is not a field, did you mean fp32_tflops?"),
+            ({"peak": {"fp32_tops": 8}}, "peak.fp32_tops is not a known entry (did you mean 'fp32_tflops'?)"),
             ({"peak": 8}, "peak is 8, not a table"),
-            ({"sources": {"price": "a shop"}}, "sources.'price' is not a field"),
+            ({"sources": {"price": "a shop"}}, "sources.'price' is not a known entry"),
             ({"sources": {"peak": 3}}, "sources.peak is 3, not one line of text"),
         ],
         ids=lambda value: str(value)[:40],

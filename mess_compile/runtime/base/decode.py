@@ -122,21 +122,29 @@ def document(kind: Any, text: str, form: str, version: int, where: str) -> Any:
     return decode(kind, content, where)
 
 
-def decode(kind: Any, value: Any, where: str, local: bool = False, first: int = 0) -> Any:
+def decode(kind: Any, value: Any, where: str, local: bool = False, toml: bool = False) -> Any:
     """`value` as `kind`: a dataclass, str, int, float, bool, or Optional, Union, Tuple or Dict[str, ...] of these; Any
     takes every value.
 
     `where` begins the paths that messages name, such as `plan.stages[0].row`; "" for the document itself. With `local`
-    the document holds local fields, too. Lists are counted from `first`: from 1 in files that people write.
+    the document holds local fields, too. In `toml`, which people write, lists are counted from 1.
     Raises DecodeError.
     """
-    return _Decoder(local, first).decoded(kind, value, where)
+    return _Decoder(local, toml).decoded(kind, value, where)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Decoder:
     local: bool
-    first: int
+    toml: bool
+
+    @property
+    def first(self) -> int:
+        return 1 if self.toml else 0
+
+    @property
+    def object(self) -> str:
+        return "a table" if self.toml else "an object"
 
     def decoded(self, kind: Any, value: Any, where: str) -> Any:
         if kind is Any:
@@ -149,14 +157,14 @@ class _Decoder:
         if origin is tuple:
             return self._tuple(arguments, value, where)
         if origin is dict:
-            items = _of_type(dict, value, where, "an object").items()
+            items = _of_type(dict, value, where, self.object).items()
             return {key: self.decoded(arguments[1], item, f"{where}[{key}]") for key, item in items}
         if kind is float and type(value) is int and abs(value) <= _LARGEST:
             return float(value)
         return _of_type(kind, value, where, _EXPECTED[kind])
 
     def _dataclass(self, kind: Any, value: Any, where: str) -> Any:
-        content: Dict[str, Any] = _of_type(dict, value, where or "the content", "an object")
+        content: Dict[str, Any] = _of_type(dict, value, where or "the content", self.object)
         known, found = _fields(kind, self.local), {}
         for key in content:
             if key not in known:
@@ -167,7 +175,9 @@ class _Decoder:
             elif key in content:
                 found[name] = self._field(field_kind, how, content[key], _path(where, key))
             elif not how.optional:
-                raise DecodeError(f"{_path(where, key)} is missing" + (f": {how.check.expected}" if how.check else ""))
+                raise DecodeError(
+                    f"{_path(where, key)} is missing" + (f": give {how.check.expected}" if how.check else "")
+                )
         return kind(**found)
 
     def _field(self, kind: Any, how: Entry, value: Any, where: str) -> Any:

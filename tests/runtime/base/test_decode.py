@@ -81,13 +81,15 @@ def test_a_wrong_entry_is_named_with_its_value(changed: dict[str, Any], message:
 
 def test_a_missing_entry_is_named_with_what_belongs_there() -> None:
     without = {key: value for key, value in CONTENT.items() if key != "name"}
-    with pytest.raises(DecodeError, match=r"^cart\.name is missing: small letters$"):
+    with pytest.raises(DecodeError, match=r"^cart\.name is missing: give small letters$"):
         decode.decode(Cart, without, "cart")
 
 
-def test_lists_of_a_file_that_a_person_wrote_are_counted_from_one() -> None:
+def test_a_file_that_a_person_wrote_has_tables_and_lists_counted_from_one() -> None:
     with pytest.raises(DecodeError, match=r"wheel\[2\]\.hw\[1\] is 'a'"):
-        decode.decode(Cart, {**CONTENT, "wheel": [{"hw": [2, 3]}, {"hw": ["a", 3]}]}, "", first=1)
+        decode.decode(Cart, {**CONTENT, "wheel": [{"hw": [2, 3]}, {"hw": ["a", 3]}]}, "", toml=True)
+    with pytest.raises(DecodeError, match="sizes is 3, not a table"):
+        decode.decode(Cart, {**CONTENT, "sizes": 3}, "", toml=True)
 
 
 VALUES = st.recursive(
