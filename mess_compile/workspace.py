@@ -172,6 +172,14 @@ class Workspace:
         if memory != known:
             files.write_json(self.file, "mess-workspace", 1, asdict(memory))
 
+    def known_host(self, device: str) -> str | None:
+        """The host over which a device was reached; None when it never was."""
+        return self.memory().hosts.get(device)
+
+    def known_python(self, host: str) -> str | None:
+        """The command that starts Python on a host; None when none was named."""
+        return self.memory().pythons.get(host)
+
     def remember_host(self, device: str, host: str) -> None:
         """Remember where a device is, whichever was profiled last."""
         known = self.memory()

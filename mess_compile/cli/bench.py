@@ -75,7 +75,7 @@ def bench(workspace: Workspace, bundle: Path, data: DataFolder | None, split: st
         raise click.UsageError("--strict checks the bounds that the plan was searched with: drop --deadline.")
     if arguments.dry_run:
         deadline_ms = None if deadline is None else parse_milliseconds(deadline)
-        return print_plan(steps.plan_bench(workspace, bundle, options, deadline_ms), as_json)
+        return print_plan(steps.plan_bench(workspace, bundle, options, deadline_ms).steps, as_json)
     if deadline is not None:
         return _bench_deadline(workspace, bundle, options, deadline, as_json)
     with reporting(as_json) as reporter:

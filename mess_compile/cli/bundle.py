@@ -72,7 +72,7 @@ def bundle(workspace: Workspace, plans: tuple[str, ...], output: Path | None, ar
         arguments.release,
     )
     if arguments.dry_run:
-        return print_plan(steps.plan_bundle(workspace, plans, output, options), as_json)
+        return print_plan(steps.plan_bundle(workspace, plans, output, options).steps, as_json)
     with reporting(as_json) as reporter:
         path, manifest = steps.bundle(workspace, plans, output, options, reporter)
     size = path.stat().st_size

@@ -57,7 +57,7 @@ def bench_on_data(bundle: Path) -> str | None:
 
 def ship_to_host(bundle: Path, device: str) -> str | None:
     """Ship a bundle to its device's host, into a folder called like it; None where no host is known."""
-    host = workspace_here().memory().hosts.get(device)
+    host = workspace_here().known_host(device)
     folder = re.sub("[^A-Za-z0-9_.+-]", "-", bundle.stem).lstrip(".-") or "bundle"
     return None if host is None else f"ship {quoted(bundle)} {host}:~/{folder}"
 

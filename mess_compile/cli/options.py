@@ -17,7 +17,7 @@ from mess_compile.duration import duration
 from mess_compile.runtime.base.errors import InputError
 
 if TYPE_CHECKING:
-    from mess_compile.steps.dry_run import PlannedStep
+    from mess_compile.planned_step import PlannedStep
 
 HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
 FOLDER = click.Path(path_type=Path, file_okay=False)

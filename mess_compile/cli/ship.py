@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,22 @@ import click
 
 from mess_compile.cli import completion, hints
 from mess_compile.cli.console import fail, print_hint, print_json, print_table, quoted, say
-from mess_compile.cli.options import FILE, PYTHON, Command, data_options, gathered, json_option, verbose_option
+from mess_compile.cli.options import (
+    FILE,
+    PYTHON,
+    Command,
+    data_options,
+    gathered,
+    json_option,
+    print_plan,
+    verbose_option,
+)
 from mess_compile.data_folder import DataFolder
-from mess_compile.duration import duration
+from mess_compile.planned_step import PlannedStep
+from mess_compile.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from mess_compile.ship.client import Destination, Preview, Shipped
+    from mess_compile.ship.client import Destination, Shipped
     from mess_compile.workspace import Workspace
 
 _NO_ANSWER = "could not be queried; run the same command again"
@@ -93,12 +104,12 @@ def ship(workspace: Workspace, things: tuple[str, ...], data: DataFolder | None,
         arguments.keep, arguments.allow_downgrade, factor, arguments.target, arguments.systemd, choice
     )
     if arguments.dry_run:
-        return _print_preview(Path(things[0]), ships.preview(Path(things[0]), places, chosen), as_json)
-    tell = _teller(as_json)
+        return _print_planned(Path(things[0]), ships.plan_ship(Path(things[0]), places, chosen), as_json)
+    reporter = _reporter(as_json)
     if arguments.rollback:
-        found = ships.rollback(places, chosen, tell)
+        found = ships.rollback(places, chosen, reporter)
     else:
-        found = ships.ship(Path(things[0]), places, chosen, tell)
+        found = ships.ship(Path(things[0]), places, chosen, reporter)
     reached = [each.place for each in found if each.done]
     workspace.remember_ships(reached)
     for place in places:
@@ -128,8 +139,8 @@ def _places(workspace: Workspace, texts: Sequence[str], python: str | None) -> l
     """The destinations, with the Python given or remembered."""
     from mess_compile.ship import client as ships
 
-    known, places = workspace.memory().pythons, [ships.parse_place(text) for text in dict.fromkeys(texts)]
-    pythons = [python or known.get(place.host.text, place.host.python) for place in places]
+    places = [ships.parse_place(text) for text in dict.fromkeys(texts)]
+    pythons = [python or workspace.known_python(place.host.text) or place.host.python for place in places]
     return [ships.parse_place(place.text, python) for place, python in zip(places, pythons, strict=True)]
 
 
@@ -154,14 +165,9 @@ def _choice(workspace: Workspace, data: DataFolder | None, key: Path | None) -> 
     return Choice(workspace.data_folder(data), read_graph_set(workspace.graphs).candidate, key)
 
 
-def _teller(as_json: bool) -> Callable[[Destination, str], None]:
-    """Print progress in lines on standard error."""
-
-    def tell(place: Destination, text: str) -> None:
-        if not as_json:
-            say(f"{place.text}: {text}", err=True)
-
-    return tell
+def _reporter(as_json: bool) -> Reporter:
+    """Prints notes as lines on standard error, none with --json."""
+    return SILENT if as_json else Reporter(note=partial(say, err=True))
 
 
 def _print_shipped(found: Sequence[Shipped], verbose: bool) -> None:
@@ -221,33 +227,22 @@ def _fail_where_it_did(found: Sequence[Any], words: str) -> None:
         fail(errors[0][1])
 
 
-def _print_preview(bundle: Path, found: Sequence[Any], as_json: bool) -> None:
+def _print_planned(bundle: Path, found: Sequence[PlannedStep | Shipped], as_json: bool) -> None:
+    planned = [each for each in found if isinstance(each, PlannedStep)]
     if as_json:
-        print_json({"places": [asdict(each) for each in found]})
+        print_json({"places": [each.content() if isinstance(each, PlannedStep) else asdict(each) for each in found]})
         return _fail_where_it_did(found, _NO_ANSWER)
-    answered = [each for each in found if getattr(each, "error", None) is None]
-    for each in answered:
-        say("\n".join(f"{each.place}: {line}" for line in _preview_lines(each)))
+    if planned:
+        print_plan(planned, as_json)
+    for each in planned:
+        if each.shipment is not None and each.shipment.refusal is not None:
+            say(f"{each.place} would refuse it: {each.shipment.refusal}")
     _fail_where_it_did(found, _NO_ANSWER)
-    ready = [each.place for each in answered if each.refusal is None]
+    ready = [each.place for each in planned if each.shipment is not None and each.shipment.refusal is None]
     if ready:
-        return print_hint(f"ship {quoted(bundle)} {' '.join(ready)}")
-    places = " ".join(each.place for each in answered)
+        return print_hint(f"ship {quoted(bundle)} {' '.join(filter(None, ready))}")
+    places = " ".join(filter(None, (each.place for each in planned)))
     return print_hint(f"ship --list {places}", f"ship {quoted(bundle)} {places} --dry-run")
-
-
-def _preview_lines(of: Preview) -> Iterator[str]:
-    time = "duration unknown until the first time"
-    if of.expected_s is not None:
-        time = f"about {duration(of.expected_s)}"
-    yield (
-        f"in use: {of.current or 'nothing'}; would send {of.send_bytes:,} bytes ({of.files} files beside manifest and "
-        f"program; {of.free_bytes / 2**20:,.0f} MiB free) and build {len(of.build)} engines; {time}"
-    )
-    if of.signers is not None:
-        yield f"would check the signature against {of.signers}"
-    if of.refusal is not None:
-        yield f"would refuse it: {of.refusal}"
 
 
 def _list(workspace: Workspace, places: tuple[str, ...], arguments: ShipArguments) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +18,7 @@ from mess_compile.device.remote import Remote
 from mess_compile.evaluate.record import BLOCK, Image, countable
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, Gate
+from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import EngineError, InputError
 from mess_compile.runtime.bundle import manifest
 from mess_compile.runtime.bundle.archive import Archive
@@ -56,7 +57,7 @@ class Retuned:
 
 
 def retune(
-    opened: Archive, choice: Choice, target: str | None, remote: Remote, path: Path, tell: Callable[[str], None]
+    opened: Archive, choice: Choice, target: str | None, remote: Remote, path: Path, reporter: Reporter
 ) -> tuple[Path | None, Retuned]:
     """Run every exit of a bundle's plan (named by `target`) on the device, on the images that the plan was chosen on,
     and choose the thresholds again.
@@ -67,7 +68,7 @@ def retune(
     """
     plan = _plan(opened.manifest, choice.candidate, target)
     data = _images(choice.data, plan, opened.manifest)
-    statistics = _record_statistics(opened, plan, data, remote, tell)
+    statistics = _record_statistics(opened, plan, data, remote, reporter)
     stages = tuple(Stage(stage.exit_point, stage.head, stage.row, stage.cut) for stage in plan.stages)
     chosen = chosen_stages(statistics, plan, stages)
     found, new = (_figures(statistics, plan, each, choice.candidate) for each in (stages, chosen))
@@ -124,15 +125,15 @@ def _images(root: Data, plan: manifest.BundlePlan, described: manifest.Manifest)
 
 
 def _record_statistics(
-    opened: Archive, plan: manifest.BundlePlan, data: DataSet, remote: Remote, tell: Callable[[str], None]
+    opened: Archive, plan: manifest.BundlePlan, data: DataSet, remote: Remote, reporter: Reporter
 ) -> ExitStatistics:
     """Record the statistics of a plan's exits with the device's engines."""
     network, gate = opened.manifest.network, opened.manifest.gate
     thresholds, classes = np.array(gate.thresholds, np.float32), len(network.classes)
     blank = np.zeros((*network.input_hw, 3), np.uint8)
-    session = PythonSession(remote, plan.library, blank, thresholds, lambda what, done, total: None)
+    session = PythonSession(remote, plan.library, blank, thresholds, reporter.progress)
     jobs = {graph: (opened.folder / graph, plan.precisions[graph].used) for graph in plan.graphs()}
-    tell("building the engines of the exits")
+    reporter.note("building the engines of the exits")
     failed = session.build(jobs)
     if failed:
         raise EngineError(f"{next(iter(failed))} cannot be built on the device: {next(iter(failed.values()))}")
@@ -149,7 +150,7 @@ def _record_statistics(
             block = list(samples(replace(data, items=data.items[start : start + BLOCK])))
             items += block
             scores += score(counted(block))
-            tell(f"scoring the exits: {len(scores)} of {len(data.items)} images")
+            reporter.note(f"scoring the exits: {len(scores)} of {len(data.items)} images")
     gated = [stage for stage in plan.stages if not stage.is_whole]
     return ExitStatistics(
         heads=tuple(stage.head for stage in gated),

@@ -29,7 +29,7 @@ def host_of(workspace: Workspace, target: Target) -> str | None:
     """The remembered host of the target; None when this machine is the target, or no host is known."""
     if targets_here((target,), machine.this_machine()):
         return None
-    return workspace.memory().hosts.get(target.name)
+    return workspace.known_host(target.name)
 
 
 def refuse_python_here(python: str | None) -> None:

@@ -24,13 +24,13 @@ from mess_compile.engines.prepare import (
 from mess_compile.engines.remote_build import forms_there
 from mess_compile.evaluate import statistics
 from mess_compile.network import CandidateNetwork, GraphSet, read_graph_set, verify_graph_set
+from mess_compile.planned_step import PlannedStep
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.checks import check_threads
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.engines.engine import FP32, PRECISIONS, open_library
 from mess_compile.steps import dry_run
 from mess_compile.steps.device_choice import host_of, refuse_python_here
-from mess_compile.steps.dry_run import PlannedStep
 from mess_compile.targets import Target, find_target, refuse_unless_here
 from mess_compile.workspace import HOST, Workspace
 

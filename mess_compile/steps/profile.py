@@ -20,6 +20,7 @@ from mess_compile.engines.prepare import built_here, engine_files, precise_graph
 from mess_compile.engines.remote_build import forms_there
 from mess_compile.latency.table import LatencyTable, read_latency_table, write_latency_table
 from mess_compile.network import GraphSet, read_graph_set
+from mess_compile.planned_step import PlannedStep
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.engines.engine import FP32, open_library
@@ -30,7 +31,6 @@ from mess_compile.runtime.serve.worker import event_from_line
 from mess_compile.search.requirement import Requirement
 from mess_compile.steps.build import EngineOptions, planned_builds, planned_recipes
 from mess_compile.steps.device_choice import host_of, refuse_python_here, target_of
-from mess_compile.steps.dry_run import PlannedStep
 from mess_compile.steps.evaluate import current_statistics
 from mess_compile.targets import Target, find_target, known_targets, refuse_unless_here
 from mess_compile.workspace import Workspace
@@ -188,7 +188,7 @@ def _backend_at(request: _Request, remote: Remote, graph_set: GraphSet) -> Backe
     from mess_compile.profile import backends
 
     workspace, target, reporter = request.workspace, request.target, request.reporter
-    session = device_session(workspace, remote, target, graph_set, reporter.progress, reporter.note)
+    session = device_session(workspace, remote, target, graph_set, reporter)
     if request.options.lock_clocks:
         session.lock_clocks_while_measuring()
     transfers = None
