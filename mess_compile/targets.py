@@ -17,7 +17,7 @@ from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.bundle.manifest import DeviceMatch
 from mess_compile.runtime.bundle.plan_choice import device_differences
 from mess_compile.runtime.engines.engine import FP32, LIBRARIES, PRECISIONS
-from mess_compile.runtime.machine import machine as machines
+from mess_compile.runtime.machine import machine
 from mess_compile.runtime.machine.machine import Machine, dotted
 
 RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
@@ -171,10 +171,10 @@ def in_cells(target: Target) -> tuple[str, ...]:
 
 def refuse_unless_here(target: Target, workspace: Path | None = None, ways: str | None = None) -> None:
     """Raises InputError with the differences between this machine and `target`, and a remedy: `ways` if given."""
-    machine = machines.this_machine()
-    found = differences(target, machine)
+    here = machine.this_machine()
+    found = differences(target, here)
     if found:
-        remedy = ways or _remedy(target, machine, workspace)
+        remedy = ways or _remedy(target, here, workspace)
         raise InputError(f"this machine is not {target.name!r}: {'; '.join(found)}: {remedy}")
 
 

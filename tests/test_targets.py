@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mess_compile import targets
 from mess_compile.runtime.base.errors import InputError
-from mess_compile.runtime.machine import machine as machines
+from mess_compile.runtime.machine import machine
 from mess_compile.runtime.machine.machine import Gpu, InstalledLibrary, Machine
 from mess_compile.targets import Peak, Target, differences, find_target, known_targets, refuse_unless_here
 from tests.commands import complaint, done, printed_json
@@ -293,7 +293,7 @@ class TestDifferences:
 class TestRefusal:
     @pytest.fixture(autouse=True)
     def machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(machines, "this_machine", lambda: MACHINES["h200"])
+        monkeypatch.setattr(machine, "this_machine", lambda: MACHINES["h200"])
 
     def test_the_named_device_is_let_through(self) -> None:
         refuse_unless_here(SHIPPED["h200"])
@@ -313,7 +313,7 @@ class TestRefusal:
 
     def test_a_second_gpu_is_pointed_at(self, monkeypatch: pytest.MonkeyPatch) -> None:
         both = Machine((*MACHINES["rtx-4090"].gpus, *MACHINES["gtx-1080ti"].gpus))
-        monkeypatch.setattr(machines, "this_machine", lambda: both)
+        monkeypatch.setattr(machine, "this_machine", lambda: both)
         with pytest.raises(
             InputError, match="another GPU of this machine matches; put it first with CUDA_VISIBLE_DEVICES"
         ):
@@ -323,7 +323,7 @@ class TestRefusal:
 class TestDevices:
     @pytest.mark.parametrize("name", MACHINES)
     def test_this_machine_is_marked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        monkeypatch.setattr(machines, "this_machine", lambda: MACHINES[name])
+        monkeypatch.setattr(machine, "this_machine", lambda: MACHINES[name])
         content = printed_json("-C", tmp_path, "devices")
         assert {device["name"] for device in content["devices"] if device["here"]} == {name, "host"}
         assert all(bool(device["differences"]) != device["here"] for device in content["devices"])

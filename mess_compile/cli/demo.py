@@ -19,9 +19,9 @@ def demo(context: click.Context, folder: Path | None, train: bool) -> None:
     FOLDER is that of -C, or else `demo`. It takes a minute with the included network, and a quarter of an hour more
     with --train.
     """
-    from mess_compile.steps import demo as demonstration
+    from mess_compile.steps.demo import run_demo
 
     root = context.find_root()
     named = root.params["folder"]
     default = Path("demo") if named == Path() else named
-    demonstration.run_demo(default if folder is None else folder, root.command, train)
+    run_demo(default if folder is None else folder, root.command, train)

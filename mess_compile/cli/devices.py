@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 def devices(workspace: Workspace, as_json: bool) -> None:
     """List the devices that mess-compile or the workspace has a profile of, and which of them this machine is."""
     from mess_compile import steps, targets
-    from mess_compile.runtime.machine import machine as machines
+    from mess_compile.runtime.machine import machine
 
-    machine, known = machines.this_machine(), steps.devices(workspace)
-    here = targets.targets_here([each.target for each in known], machine)
+    found_here, known = machine.this_machine(), steps.devices(workspace)
+    here = targets.targets_here([each.target for each in known], found_here)
     if as_json:
         found = [{**asdict(each.target), "here": each.here, "differences": each.differences} for each in known]
-        return print_json({"devices": found, "machine": asdict(machine)})
+        return print_json({"devices": found, "machine": asdict(found_here)})
     rows = [["yes" if each.here else "", *targets.in_cells(each.target)] for each in known]
     header = ["device", "here", "library", "precisions", "capability", "peak TFLOP/s, TOP/s", "GB/s", "description"]
     print_table("", header, [[name, mark, *rest] for mark, name, *rest in rows])
-    say(f"this machine: {machines.describe(machine)}")
+    say(f"this machine: {machine.describe(found_here)}")
     return print_hint(f"profile --device {here[0].name if here else 'host'}")

@@ -93,7 +93,7 @@ def profile(
     from mess_compile import steps
     from mess_compile.latency.checks import known_warnings
     from mess_compile.report import inspection
-    from mess_compile.runtime.measure import measure as measuring
+    from mess_compile.runtime.measure.measure import Effort
 
     hosts, python, seconds = arguments.hosts, arguments.python, arguments.seconds
     lock_clocks, estimate, as_json = arguments.lock_clocks, arguments.estimate, arguments.as_json
@@ -103,7 +103,7 @@ def profile(
     options = steps.ProfileOptions(
         precisions=tuple(precision.split(",")),
         data=data,
-        effort=None if seconds is None else replace(measuring.Effort(), max_s=seconds),
+        effort=None if seconds is None else replace(Effort(), max_s=seconds),
         hosts=hosts,
         subset=None if arguments.everything else subset_of(arguments.requirements, arguments.budget),
         lock_clocks=lock_clocks,

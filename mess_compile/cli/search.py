@@ -261,23 +261,25 @@ def _parsed(text: str) -> Any:
 
 def requirement_of(arguments: SearchArguments) -> Any:
     """The Requirement that the options describe. Raises InputError."""
-    from mess_compile.search import requirement as parsing
+    from mess_compile.search import requirement
 
     def parsed(name: str, parse: Callable[[str], Any]) -> Any:
         value = getattr(arguments, name)
         return None if value is None else parse(value)
 
-    return parsing.Requirement(
+    return requirement.Requirement(
         setting=arguments.setting,
         objective=arguments.optimise,
-        max_err_pp=parsed("max_err", parsing.parse_max_err),
-        max_latency=parsed("max_latency", parsing.parse_max_latency),
-        max_latency_p95=parsed("max_latency_p95", partial(parsing.parse_max_latency, option="--max-latency-p95")),
-        max_latency_worst=parsed("max_latency_worst", partial(parsing.parse_max_latency, option="--max-latency-worst")),
-        max_energy=parsed("max_energy", parsing.parse_max_energy),
-        max_memory_bytes=parsed("max_memory", parsing.parse_max_memory),
-        max_workload=parsed("max_workload", parsing.parse_max_workload),
-        baseline_miou=parsed("baseline", parsing.parse_baseline),
-        max_exits=parsing.DEFAULT_EXITS if arguments.max_exits is None else arguments.max_exits,
-        deadline_ms=parsed("deadline", parsing.parse_milliseconds),
+        max_err_pp=parsed("max_err", requirement.parse_max_err),
+        max_latency=parsed("max_latency", requirement.parse_max_latency),
+        max_latency_p95=parsed("max_latency_p95", partial(requirement.parse_max_latency, option="--max-latency-p95")),
+        max_latency_worst=parsed(
+            "max_latency_worst", partial(requirement.parse_max_latency, option="--max-latency-worst")
+        ),
+        max_energy=parsed("max_energy", requirement.parse_max_energy),
+        max_memory_bytes=parsed("max_memory", requirement.parse_max_memory),
+        max_workload=parsed("max_workload", requirement.parse_max_workload),
+        baseline_miou=parsed("baseline", requirement.parse_baseline),
+        max_exits=requirement.DEFAULT_EXITS if arguments.max_exits is None else arguments.max_exits,
+        deadline_ms=parsed("deadline", requirement.parse_milliseconds),
     )

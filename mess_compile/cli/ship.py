@@ -88,7 +88,7 @@ def ship(workspace: Workspace, things: tuple[str, ...], data: DataFolder | None,
     Only what changed is sent. The same command continues an interrupted ship.
     """
     from mess_compile.runtime.serve.verify import LATENCY_FACTOR
-    from mess_compile.ship import client as ships
+    from mess_compile.ship import client
 
     as_json = arguments.as_json
     _refuse_contradictions(arguments, data)
@@ -100,16 +100,16 @@ def ship(workspace: Workspace, things: tuple[str, ...], data: DataFolder | None,
     places = _places(workspace, texts, arguments.python)
     factor = arguments.latency_factor or LATENCY_FACTOR
     choice = _choice(workspace, data, arguments.sign)
-    chosen = ships.ShipOptions(
+    chosen = client.ShipOptions(
         arguments.keep, arguments.allow_downgrade, factor, arguments.target, arguments.systemd, choice
     )
     if arguments.dry_run:
-        return _print_planned(Path(things[0]), ships.plan_ship(Path(things[0]), places, chosen), as_json)
+        return _print_planned(Path(things[0]), client.plan_ship(Path(things[0]), places, chosen), as_json)
     reporter = _reporter(as_json)
     if arguments.rollback:
-        found = ships.rollback(places, chosen, reporter)
+        found = client.rollback(places, chosen, reporter)
     else:
-        found = ships.ship(Path(things[0]), places, chosen, reporter)
+        found = client.ship(Path(things[0]), places, chosen, reporter)
     reached = [each.place for each in found if each.done]
     workspace.remember_ships(reached)
     for place in places:
@@ -137,11 +137,11 @@ def _refuse_contradictions(arguments: ShipArguments, data: DataFolder | None) ->
 
 def _places(workspace: Workspace, texts: Sequence[str], python: str | None) -> list[Destination]:
     """The destinations, with the Python given or remembered."""
-    from mess_compile.ship import client as ships
+    from mess_compile.ship import client
 
-    places = [ships.parse_place(text) for text in dict.fromkeys(texts)]
+    places = [client.parse_place(text) for text in dict.fromkeys(texts)]
     pythons = [python or workspace.known_python(place.host.text) or place.host.python for place in places]
-    return [ships.parse_place(place.text, python) for place, python in zip(places, pythons, strict=True)]
+    return [client.parse_place(place.text, python) for place, python in zip(places, pythons, strict=True)]
 
 
 def _can_go_back(shipped: Shipped, arguments: ShipArguments) -> bool:
@@ -247,13 +247,13 @@ def _print_planned(bundle: Path, found: Sequence[PlannedStep | Shipped], as_json
 
 def _list(workspace: Workspace, places: tuple[str, ...], arguments: ShipArguments) -> None:
     """Print which versions are at each place."""
-    from mess_compile.ship import client as shipping
+    from mess_compile.ship import client
 
     as_json = arguments.as_json
     texts = tuple(dict.fromkeys(places or workspace.memory().ships))
     if not texts:
         raise click.UsageError("this workspace has shipped nowhere yet: name ssh://USER@HOST:/FOLDER.")
-    found = shipping.look(_places(workspace, texts, arguments.python))
+    found = client.look(_places(workspace, texts, arguments.python))
     if as_json:
         print_json({"places": [{"place": text, **asdict(each)} for text, each in zip(texts, found, strict=False)]})
     else:

@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.evaluate.statistics import ExitStatistics, Ints, head_miou
+from mess_compile.array_types import Floats, Ints, Mask
+from mess_compile.evaluate.statistics import ExitStatistics, head_miou
 from mess_compile.runtime.base.errors import InputError
 
 MAX_ERRS_PP = (1.0, 0.1)
@@ -19,8 +20,6 @@ NEGLIGIBLE = 0.05
 """Share of images that is too small for a verdict."""
 CLEARLY_PP = 0.1
 """Lead of an early head over the final exit, in percentage points of mIoU, above which it is reported."""
-Floats = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 LimitedBy = Literal["gate", "heads", "both", "neither"]
 
 

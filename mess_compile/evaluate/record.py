@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile.array_types import Pixels
 from mess_compile.data.dataset import ALWAYS_IGNORED, DataSet, Item, samples
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.jobs import job_name
@@ -27,12 +28,11 @@ from mess_compile.runtime.serve.scoring import HeadEngines, Score, ScoredExits, 
 if TYPE_CHECKING:
     from mess_compile.device.client import PythonSession
 
-Image = NDArray[np.uint8]
 BLOCK = 32
 """Images after which results are saved; a remote device holds at most as many images at a time."""
-LabelledImage = tuple[str, str, Image, Image]
+LabelledImage = tuple[str, str, Pixels, Pixels]
 """Image id, group, frame and labels."""
-Scoring = Callable[[Iterable[tuple[Image, Image, NDArray[np.bool_]]]], Iterator[Score]]
+Scoring = Callable[[Iterable[tuple[Pixels, Pixels, NDArray[np.bool_]]]], Iterator[Score]]
 """Frames, labels and masks of the pixels that count -> a score each, in the same order."""
 
 
@@ -80,7 +80,7 @@ def _evaluated(
     groups: list[str] = []
     scores: list[Score] = []
 
-    def checked() -> Iterator[tuple[Image, Image, NDArray[np.bool_]]]:
+    def checked() -> Iterator[tuple[Pixels, Pixels, NDArray[np.bool_]]]:
         for image_id, group, frame, labels in images:
             known = countable(image_id, frame, labels, classes, ignore)
             ids.append(image_id)
@@ -266,7 +266,7 @@ def _cells(candidate: CandidateNetwork, head: Head) -> int:
     return height * width
 
 
-def countable(image_id: str, frame: Image, labels: Image, classes: int, ignore: frozenset[int]) -> NDArray[np.bool_]:
+def countable(image_id: str, frame: Pixels, labels: Pixels, classes: int, ignore: frozenset[int]) -> NDArray[np.bool_]:
     """The pixels (H, W) that count. Raises InputError for labels of another size or out of range."""
     if labels.shape != frame.shape[:2]:
         raise InputError(f"image {image_id}: labels of shape {labels.shape} do not fit a frame of {frame.shape[:2]}")

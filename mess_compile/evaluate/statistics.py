@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import files
+from mess_compile.array_types import Ints
 from mess_compile.network import BASELINE, BASELINE_ALONE, Gate, GraphSet
 from mess_compile.runtime.base.errors import InputError, StaleError
 
-Ints = NDArray[np.int64]
 _REMEDY = "run `mess-compile evaluate`"
 _BLOCK = 256
 _ARRAYS = {

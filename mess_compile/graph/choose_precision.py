@@ -13,16 +13,9 @@ import numpy as np
 import onnx
 
 from mess_compile import files
+from mess_compile.array_types import Array
 from mess_compile.graph.compare import agreement_of, compare, labels_of, loaded, run, thresholds_of, verdict
-from mess_compile.graph.precision import (
-    CONVERTED,
-    Array,
-    Feed,
-    check_calibration,
-    quantiser,
-    to_fp16,
-    to_int8,
-)
+from mess_compile.graph.precision import CONVERTED, Feed, check_calibration, quantiser, to_fp16, to_int8
 from mess_compile.graph.precision_progress import TriedGraph, TriedGraphs
 from mess_compile.graph.store import WEIGHTS, read_model, read_whole_model, stored_weights, write_graph
 from mess_compile.network import GraphSet, GraphSpec, head_graph_name, segment_name, write_graph_set

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mess_compile import files
-from mess_compile.graph.recompose_check import Array
+from mess_compile.array_types import Array
 from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError
 

@@ -9,8 +9,8 @@ from mess_compile.network import is_whole
 from mess_compile.runtime.bundle import manifest
 from mess_compile.runtime.bundle.manifest import Figures
 from mess_compile.runtime.engines.engine import FP32
-from mess_compile.search import plan as plans
 from mess_compile.search.display import speed, work
+from mess_compile.search.plan import HoldOut, Plan, SearchResult
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Compared:
         return self.predicted.miou - self.baseline.miou
 
 
-def of_result(name: str, result: plans.SearchResult) -> Compared:
+def of_result(name: str, result: SearchResult) -> Compared:
     """The chosen plan of a search, and its front."""
     plan = result.plan
     front = (
@@ -90,7 +90,7 @@ def of_bundle(name: str, content: manifest.Manifest) -> tuple[Compared, ...]:
 def _compared(
     name: str,
     kind: str,
-    plan: plans.Plan | manifest.BundlePlan,
+    plan: Plan | manifest.BundlePlan,
     device: str,
     network: str,
     thresholds: Sequence[float],
@@ -115,11 +115,11 @@ def _compared(
         ),
         front=front,
         doubts=plan.doubts,
-        held_out=_held_out(plan.hold_out if isinstance(plan, plans.Plan) else None),
+        held_out=_held_out(plan.hold_out if isinstance(plan, Plan) else None),
     )
 
 
-def _held_out(held_out: plans.HoldOut | None) -> str:
+def _held_out(held_out: HoldOut | None) -> str:
     """The plan's mIoU relative to the baseline's on the images held out, and how many they are."""
     return (
         "-"

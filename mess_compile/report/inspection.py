@@ -9,18 +9,18 @@ from typing import Any
 
 from mess_compile import extras
 from mess_compile.evaluate import diagnose, statistics
-from mess_compile.latency import table as latency
 from mess_compile.latency.checks import known_warnings
+from mess_compile.latency.table import LatencyTable, read_latency_table
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, GraphSet, head_grid, read_graph_set, segment_name
 from mess_compile.report.search_output import details
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.bundle.archive import read_manifest
 from mess_compile.runtime.bundle.manifest import MANIFEST, Figures
 from mess_compile.runtime.images.notebook import table_html, text_html
-from mess_compile.search import plan as plans
 from mess_compile.search.display import exits_table, figures_table
 from mess_compile.search.explain import Explanation, Outcome
 from mess_compile.search.hold_out import held_out_sentence, held_out_table
+from mess_compile.search.plan import Plan, SearchResult, read_result, result_to_json
 from mess_compile.workspace import Workspace
 
 BACKBONES = ("resnet50", "mobilenetv2")
@@ -74,12 +74,12 @@ def inspect(
         if device is None:
             raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
         if thing == "latency":
-            table = latency.read_latency_table(workspace.latency(device))
+            table = read_latency_table(workspace.latency(device))
             return inspect_latency(table, known_warnings(workspace, table))
-        return inspect_plan(plans.read_result(workspace.plan(device)), whole_front)
+        return inspect_plan(read_result(workspace.plan(device)), whole_front)
     is_there = Path(thing).is_file() or Path(thing, MANIFEST).is_file()
     if thing.endswith(".json") or (not is_there and workspace.plan(thing).is_file()):
-        return inspect_plan(plans.read_result(workspace.plan_named(thing)), whole_front)
+        return inspect_plan(read_result(workspace.plan_named(thing)), whole_front)
     if not is_there:
         near = did_you_mean(thing, (*BACKBONES, *ARTEFACTS))
         raise InputError(f"{thing!r} is no file{near}, and none of {', '.join((*BACKBONES, *ARTEFACTS))}")
@@ -270,7 +270,7 @@ def _verdict_sentence(verdict: diagnose.LimitingFactor) -> str:
     )
 
 
-def inspect_latency(table: latency.LatencyTable, warnings: Sequence[str] = ()) -> Inspection:
+def inspect_latency(table: LatencyTable, warnings: Sequence[str] = ()) -> Inspection:
     """Every entry of a latency table, and the warnings about it."""
     entries = [asdict(entry) for entry in table.entries.values()]
     content = {
@@ -305,7 +305,7 @@ def inspect_latency(table: latency.LatencyTable, warnings: Sequence[str] = ()) -
     return Inspection(content, (Table(title, header, rows),), failed, tuple(warnings))
 
 
-def inspect_plan(result: plans.SearchResult, whole_front: bool = False) -> Inspection:
+def inspect_plan(result: SearchResult, whole_front: bool = False) -> Inspection:
     """The chosen plan with all that the search found out about it, and the front, fastest first."""
     plan, front = result.plan, result.front
     choice = inspect_choice(result)
@@ -314,12 +314,10 @@ def inspect_plan(result: plans.SearchResult, whole_front: bool = False) -> Inspe
     left = len(front) - len(indices)
     less = (f"{left} of the front's {len(front)} plans are left out: `inspect plan --all` shows them, as does --json",)
     tables = (*choice.tables, _front_table(result, indices, chosen))
-    return Inspection(
-        plans.result_to_json(result), tables, (*choice.notes, *(less if left else ())), tuple(plan.doubts)
-    )
+    return Inspection(result_to_json(result), tables, (*choice.notes, *(less if left else ())), tuple(plan.doubts))
 
 
-def inspect_choice(result: plans.SearchResult) -> Inspection:
+def inspect_choice(result: SearchResult) -> Inspection:
     """The chosen plan: its exits, its figures beside the baseline's, its operating points, and how it was found."""
     plan = result.plan
     header, exits = exits_table(plan)
@@ -345,7 +343,7 @@ def _shown_of_front(count: int, chosen: int | None) -> Sequence[int]:
     return sorted({*near, *spread})
 
 
-def _front_table(result: plans.SearchResult, indices: Sequence[int], chosen: int | None) -> Table:
+def _front_table(result: SearchResult, indices: Sequence[int], chosen: int | None) -> Table:
     rows = tuple(
         (
             f"{index + 1} chosen" if index == chosen else str(index + 1),
@@ -369,7 +367,7 @@ def _rates(figures: Figures) -> str:
     return " ".join(f"{rate:.0%}" for rate in figures.exit_rates)
 
 
-def points_tables(plan: plans.Plan) -> tuple[Table, ...]:
+def points_tables(plan: Plan) -> tuple[Table, ...]:
     """The operating points of a plan: the same graphs, other thresholds; none where there are no early exits."""
     if len(plan.stages) == 1:
         return ()

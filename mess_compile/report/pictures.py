@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from mess_compile import files
+from mess_compile.array_types import Pixels
 from mess_compile.runtime.images import frames
 
 Colours = Sequence[tuple[int, int, int]]
-Pixels = NDArray[np.uint8]
 _VOID = (0, 0, 0)
 _CAPTION_HEIGHT = 22
 _GAP = 4

@@ -14,12 +14,13 @@ from fractions import Fraction
 
 import numpy as np
 
+from mess_compile.array_types import Index
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.search.display import FIGURES, figures_row
 from mess_compile.search.metrics import Evidence, baseline_figures, evidence_of_plan, figures_of_stages
 from mess_compile.search.plan import FEW_IMAGES, HoldOut, SearchResult, share_of
-from mess_compile.search.risk import Index, numbered_groups
+from mess_compile.search.risk import numbered_groups
 
 THIRD = Fraction(1, 3)
 LEAST_IMAGES = math.ceil(FEW_IMAGES / (1 - THIRD))

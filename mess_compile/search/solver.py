@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile.array_types import Mask
 from mess_compile.latency.table import Quantity
 from mess_compile.runtime.base.errors import InputError, RequirementError
 from mess_compile.runtime.bundle.manifest import OperatingPoint
@@ -38,7 +39,6 @@ from mess_compile.search.pareto import front_groups
 from mess_compile.search.plan import FRONT_BY, REFINED_POINT, Certificate, Plan, SearchResult, decisions_of
 from mess_compile.search.requirement import Requirement
 
-Mask = NDArray[np.bool_]
 _AXES = {"latency": "cost_ns", "miou": "miou", "memory": "memory_bytes"}
 _COUNTS = ("space", "evaluated", "duplicates", "bounded")
 

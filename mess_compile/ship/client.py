@@ -29,7 +29,6 @@ from mess_compile.runtime.base import decode, protocol
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.bundle.archive import Archive, open_archive
 from mess_compile.runtime.bundle.plan_choice import named_plans
-from mess_compile.runtime.serve import ship as device_side
 from mess_compile.runtime.serve.ship import (
     BYTES_PER_S,
     ENGINE_S,
@@ -39,6 +38,7 @@ from mess_compile.runtime.serve.ship import (
     Installed,
     ShipRequest,
     Step,
+    request_to_json,
 )
 from mess_compile.runtime.serve.verify import LATENCY_FACTOR, Check
 from mess_compile.runtime.serve.versions import FILES, SHIP
@@ -389,7 +389,7 @@ def size(count: int) -> str:
 
 
 def _text(request: ShipRequest) -> bytes:
-    return device_side.request_to_json(request).encode("utf-8")
+    return request_to_json(request).encode("utf-8")
 
 
 def _tar(contents: dict[str, bytes]) -> bytes:

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.bundle import write as bundles
+from mess_compile.array_types import Ints, Pixels
 from mess_compile.bundle.stage_costs import confidence_histograms
+from mess_compile.bundle.write import write_retuned
 from mess_compile.data.dataset import ALWAYS_IGNORED, Data, DataSet, Sample, open_dataset, samples
 from mess_compile.device.client import PythonSession
 from mess_compile.device.remote import Remote
-from mess_compile.evaluate.record import BLOCK, Image, countable
+from mess_compile.evaluate.record import BLOCK, countable
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, Gate
 from mess_compile.reporter import Reporter
@@ -28,9 +29,6 @@ from mess_compile.search.hold_out import tuning_rows
 from mess_compile.search.metrics import exit_macs, exits_taken, mixture_miou, percentile
 from mess_compile.search.operating_points import thresholds_front
 from mess_compile.search.plan import Stage
-
-ExitCosts = NDArray[np.int64]
-"""The latency of an image that leaves at each exit, in ns."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def retune(
     if opened.signature is not None and choice.key is None:
         raise InputError("the bundle is signed, and new thresholds change it: sign it again with --sign KEY")
     changed = _with_stages(plan, chosen, statistics, choice.candidate)
-    bundles.write_retuned(path, opened, changed, choice.key)
+    write_retuned(path, opened, changed, choice.key)
     return path, result
 
 
@@ -140,7 +138,7 @@ def _record_statistics(
     scores: list[Score] = []
     items: list[Sample] = []
 
-    def counted(block: Sequence[Sample]) -> Iterator[tuple[Image, Image, NDArray[np.bool_]]]:
+    def counted(block: Sequence[Sample]) -> Iterator[tuple[Pixels, Pixels, NDArray[np.bool_]]]:
         for each in block:
             known = countable(each.id, each.frame, each.labels, classes, frozenset({ALWAYS_IGNORED}))
             yield each.frame, each.labels, known
@@ -214,14 +212,14 @@ class _Candidate:
     stages: tuple[Stage, ...]
 
 
-def _candidate(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: ExitCosts) -> _Candidate:
+def _candidate(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Ints) -> _Candidate:
     taken = exits_taken(statistics, stages)
     return _Candidate(
         int(costs[taken].sum()), mixture_miou(statistics, [stage.head for stage in stages], taken), stages
     )
 
 
-def _candidates(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: ExitCosts) -> Iterator[_Candidate]:
+def _candidates(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Ints) -> Iterator[_Candidate]:
     """The non-dominated thresholds for each subset of exits that images may leave at: all exits first, and the last one
     alone at the end. A smaller subset helps where an engine has become too confident."""
     early = range(len(stages) - 1)
@@ -236,9 +234,9 @@ def _candidates(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Ex
     yield _candidate(statistics, (*shut, stages[-1]), costs)
 
 
-def _costs(plan: manifest.BundlePlan) -> ExitCosts:
+def _costs(plan: manifest.BundlePlan) -> Ints:
     before = plan.upload_mean_ms + np.cumsum([cost.mean_ms for cost in plan.costs])
-    costs: ExitCosts = np.rint((before + [cost.report_mean_ms for cost in plan.costs]) * 1e6).astype(np.int64)
+    costs: Ints = np.rint((before + [cost.report_mean_ms for cost in plan.costs]) * 1e6).astype(np.int64)
     return costs
 
 

@@ -63,7 +63,7 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class _Request:
+class _EvaluateRequest:
     """An evaluation of known data: by a target's own engines, at `host` or here, or (None) by ONNX Runtime here."""
 
     workspace: Workspace
@@ -79,12 +79,12 @@ class _Request:
         return lambda done: self.reporter.progress("evaluate", min(done, images), images)
 
 
-def _request(workspace: Workspace, options: EvaluateOptions, reporter: Reporter = SILENT) -> _Request:
+def _request(workspace: Workspace, options: EvaluateOptions, reporter: Reporter = SILENT) -> _EvaluateRequest:
     """Raises InputError when options do not go together, or the device is neither here nor reachable."""
     check_threads(options.threads)
     if options.host is None and options.device in (None, HOST):
         refuse_python_here(options.python)
-        return _Request(workspace, options, reporter, None, None)
+        return _EvaluateRequest(workspace, options, reporter, None, None)
     if options.device is None:
         raise InputError(f"--host {options.host} needs --device NAME")
     if options.accelerator != "cpu" or (options.devices, options.nodes) != (1, 1) or options.threads is not None:
@@ -97,7 +97,7 @@ def _request(workspace: Workspace, options: EvaluateOptions, reporter: Reporter 
     if host is None:
         refuse_python_here(options.python)
         refuse_unless_here(target, workspace.root, _WAYS)
-    return _Request(workspace, options, reporter, target, host)
+    return _EvaluateRequest(workspace, options, reporter, target, host)
 
 
 def evaluate(
@@ -140,7 +140,7 @@ def plan_evaluate(workspace: Workspace, options: EvaluateOptions = EvaluateOptio
     return (dry_run.of_evaluation(graphs, len(folder.items), writes, workspace.latency(name), place, notes),)
 
 
-def _evaluated_here(request: _Request, graph_set: GraphSet) -> statistics.ExitStatistics | None:
+def _evaluated_here(request: _EvaluateRequest, graph_set: GraphSet) -> statistics.ExitStatistics | None:
     """By ONNX Runtime on this machine, which computes fp16 as a GPU would."""
     from mess_compile.engines import recipes
 
@@ -149,7 +149,7 @@ def _evaluated_here(request: _Request, graph_set: GraphSet) -> statistics.ExitSt
         return _evaluated(request, recipes.reference_files(graph_set, Path(folder)), library)
 
 
-def _evaluated(request: _Request, engines: EngineFiles, library: str) -> statistics.ExitStatistics | None:
+def _evaluated(request: _EvaluateRequest, engines: EngineFiles, library: str) -> statistics.ExitStatistics | None:
     from mess_compile.evaluate import record
 
     workspace, options = request.workspace, request.options
@@ -172,7 +172,7 @@ def _evaluated(request: _Request, engines: EngineFiles, library: str) -> statist
     return found
 
 
-def _evaluated_there(request: _Request, target: Target, host: str) -> statistics.ExitStatistics:
+def _evaluated_there(request: _EvaluateRequest, target: Target, host: str) -> statistics.ExitStatistics:
     from mess_compile.evaluate import record
 
     workspace, options, progress = request.workspace, request.options, request.reporter.progress
@@ -248,7 +248,7 @@ def current_statistics(
         f"no current evaluation of {split} in {graph_set.recipe}: evaluating first, on the "
         f"{len(folder.items)} images of {split} in {folder.root}"
     )
-    quiet = _Request(workspace, EvaluateOptions(split=split), Reporter(reporter.progress), None, None)
+    quiet = _EvaluateRequest(workspace, EvaluateOptions(split=split), Reporter(reporter.progress), None, None)
     made = _evaluated_here(quiet, graph_set)
     assert made is not None, "a search is one process"
     return made

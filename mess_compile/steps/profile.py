@@ -74,7 +74,7 @@ class ProfileOptions:
 
 
 @dataclass(frozen=True)
-class _Request:
+class _ProfileRequest:
     """A profile whose device, hosts and subset are known."""
 
     workspace: Workspace
@@ -124,7 +124,7 @@ def profile(
     started = time.monotonic()
     target = target_of(workspace, device)
     options = resolved(workspace, target, options)
-    request = _Request(workspace, target, options, reporter, started)
+    request = _ProfileRequest(workspace, target, options, reporter, started)
     table = _profile_there(request) if options.hosts else _profile_here(request)
     workspace.remember(device=target.name, host=options.hosts[0] if options.hosts else None)
     for host in options.hosts:
@@ -132,7 +132,7 @@ def profile(
     return table
 
 
-def _profile_here(request: _Request) -> LatencyTable:
+def _profile_here(request: _ProfileRequest) -> LatencyTable:
     from mess_compile.profile import backends
 
     workspace, target, options = request.workspace, request.target, request.options
@@ -147,7 +147,7 @@ def _profile_here(request: _Request) -> LatencyTable:
         return _measured(request, engines, backend)
 
 
-def _files_here(request: _Request) -> tuple[EngineFiles, ...]:
+def _files_here(request: _ProfileRequest) -> tuple[EngineFiles, ...]:
     """Engines of every graph; of a subset the ONNX files, engines are built as they are needed."""
     options, progress = request.options, request.reporter.progress
     if options.subset is None:
@@ -156,7 +156,7 @@ def _files_here(request: _Request) -> tuple[EngineFiles, ...]:
     return tuple(plain_files(each.graph_set) for each in made)
 
 
-def _profile_there(request: _Request) -> LatencyTable:
+def _profile_there(request: _ProfileRequest) -> LatencyTable:
     from mess_compile.profile import multi_device
 
     options, hosts = request.options, request.options.hosts
@@ -173,7 +173,7 @@ def _profile_there(request: _Request) -> LatencyTable:
         return _measured(request, engines, found[0])
 
 
-def _measured(request: _Request, engines: Sequence[EngineFiles], backend: Backend) -> LatencyTable:
+def _measured(request: _ProfileRequest, engines: Sequence[EngineFiles], backend: Backend) -> LatencyTable:
     from mess_compile.profile import full, sparse
 
     if request.options.subset is None:
@@ -182,7 +182,7 @@ def _measured(request: _Request, engines: Sequence[EngineFiles], backend: Backen
     return sparse.profile_subset(_subset_job(request, engines, backend))
 
 
-def _backend_at(request: _Request, remote: Remote, graph_set: GraphSet) -> Backend:
+def _backend_at(request: _ProfileRequest, remote: Remote, graph_set: GraphSet) -> Backend:
     """The device there, by its Python or by trtexec."""
     from mess_compile.latency.estimate import transfer_estimates
     from mess_compile.profile import backends
@@ -197,7 +197,7 @@ def _backend_at(request: _Request, remote: Remote, graph_set: GraphSet) -> Backe
     return backends.remote_backend(session, target.name, transfers)
 
 
-def _subset_job(request: _Request, forms: Sequence[EngineFiles], backend: Backend) -> SubsetJob:
+def _subset_job(request: _ProfileRequest, forms: Sequence[EngineFiles], backend: Backend) -> SubsetJob:
     from mess_compile.profile import sparse
 
     subset, reporter = request.options.subset, request.reporter

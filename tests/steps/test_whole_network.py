@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from mess_compile.bench.run import CheckedPromise, Column, _checked, _Run
+from mess_compile.bench.run import CheckedPromise, Column, _checked, _MeasuredRun
 from mess_compile.bundle.single_file import write_single_file
 from mess_compile.graph.gate import append_sound
 from mess_compile.runtime.base.errors import InputError, NotFiniteError, StaleError
@@ -219,7 +219,7 @@ def test_a_saving_within_the_estimates_error_is_not_sold() -> None:
 
 def test_a_bench_holds_every_promise_against_what_it_measured() -> None:
     baseline, measured = Column(60.0, 10.0, 1.0, (1.0,)), Column(57.09, 6.0, 0.4, (0.5, 0.5))
-    run = _Run((1, 2), np.array([[[4.0, 8.0]], [[10.0, 10.0]]]), 57.09, 60.0)
+    run = _MeasuredRun((1, 2), np.array([[[4.0, 8.0]], [[10.0, 10.0]]]), 57.09, 60.0)
     asked = (
         manifest.Promise("err_pp", 2.0, False, 0.0),
         manifest.Promise("err_pp", 2.0, False, -1.0),  # counted from one point less than the baseline has

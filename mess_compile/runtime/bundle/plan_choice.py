@@ -7,7 +7,7 @@ from typing import Iterator, List, Optional, Tuple
 from mess_compile.runtime.base.errors import EngineError, InputError
 from mess_compile.runtime.bundle.manifest import BundlePlan, DeviceMatch, Manifest
 from mess_compile.runtime.engines.engine import LIBRARIES, Library, open_library
-from mess_compile.runtime.machine import machine as machines
+from mess_compile.runtime.machine import machine
 from mess_compile.runtime.machine.machine import Machine, dotted
 
 
@@ -40,8 +40,8 @@ def _listed(plans: Tuple[BundlePlan, ...]) -> str:
 
 
 def _for_this_machine(plans: List[BundlePlan], bundle: str) -> List[BundlePlan]:
-    machine = machines.this_machine()
-    differences = {plan.target: list(device_differences(plan.device, machine)) for plan in plans}
+    here = machine.this_machine()
+    differences = {plan.target: list(device_differences(plan.device, here)) for plan in plans}
     fitting = [plan for plan in plans if not differences[plan.target]]
     if not fitting:
         found = "; ".join(f"not {target}: {', '.join(words)}" for target, words in differences.items())

@@ -40,7 +40,7 @@ from mess_compile.runtime.cascade.fallback import FallbackChain, FrameRun, safer
 from mess_compile.runtime.cascade.metrics import Metrics, Recorder
 from mess_compile.runtime.cascade.stream import Stream
 from mess_compile.runtime.engines.engine import Library
-from mess_compile.runtime.images import frames as pictures
+from mess_compile.runtime.images import frames
 from mess_compile.runtime.images.confidence import confidence_map
 from mess_compile.runtime.images.resize_times import MappingTimes
 
@@ -255,7 +255,7 @@ class Cascade:
 
     def overlay(self, frame: np.ndarray, prediction: Prediction, opacity: float = 0.5) -> np.ndarray:
         """Blend the labels' colours over the frame: uint8 (H, W, 3). Raises InputError when they do not fit."""
-        return pictures.overlay(frame, prediction.labels, self.manifest.network.colours, opacity)
+        return frames.overlay(frame, prediction.labels, self.manifest.network.colours, opacity)
 
     def confidence_map(self, prediction: Prediction) -> np.ndarray:
         """The confidence of each pixel at the exit taken: float32 (H, W) in 0..1, each cell's value over its pixels.
@@ -274,8 +274,8 @@ class Cascade:
             if prediction.confidence is None:
                 raise InputError("the plan runs the whole network, which has no gate and no confidence map")
             logits = last[1].logits()
-        cells = pictures.resize_labels(confidence_map(logits, self.manifest.gate.confidence), network.input_hw)
-        return pictures.from_input(cells, prediction.labels.shape, network.resize)
+        cells = frames.resize_labels(confidence_map(logits, self.manifest.gate.confidence), network.input_hw)
+        return frames.from_input(cells, prediction.labels.shape, network.resize)
 
     def metrics(self) -> Metrics:
         """Exits taken, latencies, deadlines missed, failures and drift since loading."""
@@ -286,7 +286,7 @@ class Cascade:
 
     def _image(self, frame: Any) -> np.ndarray:
         network = self.manifest.network
-        return pictures.to_input(pictures.check_frame(frame), network.input_hw, network.resize)[None]
+        return frames.to_input(frames.check_frame(frame), network.input_hw, network.resize)[None]
 
     def _own_image(self, frame: Any) -> np.ndarray:
         """An image that a safer engine can start from after the caller has reused the frame's buffer."""
@@ -374,7 +374,7 @@ class Cascade:
         if labels.shape == hw:
             return labels
         start = time.perf_counter_ns()
-        labels = pictures.from_input(labels, hw, self.manifest.network.resize)
+        labels = frames.from_input(labels, hw, self.manifest.network.resize)
         self._mapping.took(hw, (time.perf_counter_ns() - start) / 1e6)
         return labels
 

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numba import get_num_threads
 
+from mess_compile.array_types import Array
 from mess_compile.search.bnb import kernels
-from mess_compile.search.bnb.arrays import PLACES, UNBOUNDED, Array, Problem
+from mess_compile.search.bnb.arrays import PLACES, UNBOUNDED, Problem
 from mess_compile.search.bnb.incumbent import BoundedChains, Incumbent
 from mess_compile.search.bnb.kernels.values import Cutoff, PairGroup, Relaxation, TripleGroup
 from mess_compile.search.deadline import Clock, check_time

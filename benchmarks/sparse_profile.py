@@ -1,7 +1,7 @@
-"""How little the sparing profile measures, and whether the plan is the one that all measurements give.
+"""How little a sparse profile measures, and whether the plan is the one that all measurements give.
 
     mess-compile -C WORKSPACE profile --device host
-    python benchmarks/sparing.py WORKSPACE [--device host] [--split 'val[:50]']
+    python benchmarks/sparse_profile.py WORKSPACE [--device host] [--split 'val[:50]']
 
 Pretends that nothing was measured, and replays the entries of the latency table when they are asked for. Plans are
 compared by exits, heads and thresholds, or by their refusal. Exit code 1 unless every requirement gets the same answer
