@@ -19,7 +19,13 @@ from mess_compile.data.dataset import ALWAYS_IGNORED, DataSet, Item, samples
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.jobs import job_name
 from mess_compile.engines.remote_build import built_there
-from mess_compile.evaluate.statistics import ExitStatistics, check_current, merge, read_statistics, write_statistics
+from mess_compile.evaluate.statistics import (
+    ExitStatistics,
+    check_statistics_current,
+    merge,
+    read_statistics,
+    write_statistics,
+)
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, Head, head_graph_name, segment_name, threshold_table
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.engines.engine import Library
@@ -254,7 +260,7 @@ def _fingerprint(data: DataSet) -> str:
 def _is_done(part: Path, items: Sequence[Item], origin: _Origin) -> bool:
     try:
         found = read_statistics(part)
-        check_current(found, origin.engines.graph_set)
+        check_statistics_current(found, origin.engines.graph_set)
     except MessError:
         return False
     expected = (tuple(item.id for item in items), origin.library, origin.device, origin.engines.heads)

@@ -10,21 +10,25 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.evaluate.statistics import ExitStatistics, head_miou, miou
-from mess_compile.evaluate.statistics import check_current as check_statistics_current
-from mess_compile.evaluate.statistics import content_sha256 as statistics_content_sha256
+from mess_compile.evaluate.statistics import (
+    ExitStatistics,
+    check_statistics_current,
+    head_miou,
+    miou,
+    statistics_content_sha256,
+)
 from mess_compile.latency.checks import warnings_of
 from mess_compile.latency.table import (
     LatencyTable,
     Quantity,
+    check_table_current,
     has_engine,
     path_costs_ns,
     path_p99_ns,
     report_times_ns,
     stage_graphs,
+    table_content_sha256,
 )
-from mess_compile.latency.table import check_current as check_table_current
-from mess_compile.latency.table import content_sha256 as table_content_sha256
 from mess_compile.network import BASELINE, CandidateNetwork, GraphSet, Head, head_graph_name, is_whole
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.bundle.manifest import Figures

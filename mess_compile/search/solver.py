@@ -72,9 +72,9 @@ def _search(evidence: Evidence, context: SearchContext) -> SearchResult:
     if requirement.needs_energy:
         refuse_without_energy(evidence)
     if requirement.setting == "input-dependent" and needs_branch_and_bound(evidence, requirement.early_exits):
-        from mess_compile.search.bnb.search import search as branch_and_bound  # compiles when it is first used
+        from mess_compile.search.bnb.search import bounded_search  # compiles when it is first used
 
-        return branch_and_bound(evidence, context)
+        return bounded_search(evidence, context)
     table = cached_plan_table(evidence, context)
     bounds = bounds_of(evidence, requirement).values()
     feasible = _feasible(table, bounds)

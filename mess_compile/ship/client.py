@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mess_compile.device.client import temporary_files
-from mess_compile.device.payload import SHIP as SHIP_PROGRAM
-from mess_compile.device.payload import runtime_zip
+from mess_compile.device.payload import SHIP_PROGRAM, runtime_zip
 from mess_compile.device.remote import PYTHON, Host, Remote, RemoteError, parse_host
 from mess_compile.device.scripts import shell_script
 from mess_compile.duration import duration

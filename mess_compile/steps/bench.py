@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mess_compile.data.dataset import Data, DataSet, open_dataset, survey_labels
 from mess_compile.engines.prepare import engine_files, graphs_of_recipe
-from mess_compile.latency.table import LatencyTable, check_current, read_latency_table
+from mess_compile.latency.table import LatencyTable, check_table_current, read_latency_table
 from mess_compile.network import GraphSet, verify_graph_set
 from mess_compile.planned_step import PlannedStep
 from mess_compile.reporter import SILENT, Reporter
@@ -100,7 +100,7 @@ def _comparison(workspace: Workspace, plan: BundlePlan, network: str) -> _Compar
     table = read_latency_table(workspace.latency(plan.target))
     graph_set = graphs_of_recipe(workspace, plan.precision, plan.target)
     verify_graph_set(graph_set)
-    check_current(table, graph_set)
+    check_table_current(table, graph_set)
     known = None
     if network == graph_set.candidate.identity:  # otherwise `bench` refuses the bundle
         tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)

@@ -14,7 +14,7 @@ from mess_compile import __version__, files
 from mess_compile.data import scenes
 from mess_compile.engines.prepare import engine_files, graphs_of_recipe
 from mess_compile.evaluate import statistics
-from mess_compile.latency.table import LatencyTable, check_current, content_sha256, read_latency_table
+from mess_compile.latency.table import LatencyTable, check_table_current, read_latency_table, table_content_sha256
 from mess_compile.network import GraphSet
 from mess_compile.planned_step import PlannedStep
 from mess_compile.reporter import SILENT, Progress, Reporter
@@ -113,7 +113,7 @@ def _planned_part(workspace: Workspace, plan: Plan) -> _PlannedPart:
     sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
     tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
     known = tuning_statistics(table, plan.device, sources, tuning)
-    check_current(table, graph_set)
+    check_table_current(table, graph_set)
     return _PlannedPart(plan, target, graph_set, table, known)
 
 
@@ -247,9 +247,9 @@ def tuning_statistics(
     Raises StaleError when their hash or that of the table is not among the plan's `known` sources.
     """
     files.recovered(tuning)
-    found, read = {"latency table": content_sha256(table)}, None
+    found, read = {"latency table": table_content_sha256(table)}, None
     if tuning.is_dir():
         read = statistics.read_statistics(tuning)
-        found["statistics"] = statistics.content_sha256(read)
+        found["statistics"] = statistics.statistics_content_sha256(read)
     check_sources_current(device, known, found)
     return read

@@ -15,7 +15,7 @@ import click
 from mess_compile import extras, files
 from mess_compile.data import scenes
 from mess_compile.evaluate import statistics
-from mess_compile.latency.table import check_current, read_latency_table
+from mess_compile.latency.table import check_table_current, read_latency_table
 from mess_compile.network import read_graph_set, verify_graph_set
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.serve.worker import describe_machine
@@ -156,7 +156,7 @@ def _is_profiled(workspace: Workspace) -> bool:
     """Whether this machine measured the current graphs, without much noise."""
     with suppress(MessError):
         table = read_latency_table(workspace.latency(HOST))
-        check_current(table, read_graph_set(workspace.graphs))
+        check_table_current(table, read_graph_set(workspace.graphs))
         environment = table.environment
         same = environment.get("identity") == describe_machine()["identity"]
         return same and environment.get("verdict") != "unstable"
@@ -166,7 +166,7 @@ def _is_profiled(workspace: Workspace) -> bool:
 def _is_evaluated(workspace: Workspace) -> bool:
     with suppress(MessError):
         found = statistics.read_statistics(workspace.statistics("val"))
-        statistics.check_current(found, read_graph_set(workspace.graphs))
+        statistics.check_statistics_current(found, read_graph_set(workspace.graphs))
         return workspace.memory().data is not None
     return False
 

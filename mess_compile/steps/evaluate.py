@@ -237,7 +237,7 @@ def current_statistics(
     for place in dict.fromkeys((device, HOST)):
         try:
             found = statistics.read_statistics(workspace.statistics(split, graph_set.recipe, place))
-            statistics.check_current(found, graph_set)
+            statistics.check_statistics_current(found, graph_set)
             return found
         except (InputError, StaleError):
             if place == HOST and memory.data is None:
