@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mess_compile.network import (
@@ -63,6 +63,7 @@ def graph_sets(draw: st.DrawFn) -> GraphSet:
     return GraphSet(Path(), draw(candidates()), gate, specs, None, draw(TEXT))
 
 
+@settings(deadline=None, max_examples=40)
 @given(graph_sets())
 def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, graph_set: GraphSet) -> None:
     root = tmp_path_factory.getbasetemp() / "graphs"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mess_compile import files
@@ -28,6 +28,7 @@ MEMORIES = st.builds(
 )
 
 
+@settings(deadline=None, max_examples=40)
 @given(MEMORIES)
 def test_what_is_remembered_is_read_again(tmp_path_factory: pytest.TempPathFactory, memory: Memory) -> None:
     workspace = Workspace(tmp_path_factory.getbasetemp())

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mess_compile.graph.precision_progress import TriedGraph, TriedGraphs
 
 
+@settings(deadline=None, max_examples=40)
 @given(reason=st.text(max_size=20))
 def test_a_stored_reason_is_found_again(tmp_path_factory: pytest.TempPathFactory, reason: str) -> None:
     folder = tmp_path_factory.getbasetemp() / "tried"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mess_compile.evaluate import statistics
@@ -61,6 +61,7 @@ PROMISES = st.lists(st.builds(Promise, st.sampled_from(PROMISED), FINITE, st.boo
 FOUND = search(evidence((1,), 2, 6, seed=4), Requirement())
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.none() | OPTIMISMS, st.none() | GUARANTEES, PROMISES, st.none() | FINITE, st.lists(TEXT, max_size=2))
 def test_any_figures_of_a_plan_are_read_again(
     tmp_path_factory: pytest.TempPathFactory,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mess_compile.runtime.base import decode
@@ -110,12 +110,14 @@ CARTS = st.builds(
 )
 
 
+@settings(deadline=None, max_examples=40)
 @given(CARTS)
 def test_what_is_encoded_is_decoded(cart: Cart) -> None:
     text = json.dumps(decode.encode(cart, "cart", 1))
     assert decode.document(Cart, text, "cart", 1, "cart") == cart
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.sampled_from([*CONTENT, "more"]), VALUES)
 def test_any_value_of_any_entry_is_taken_or_refused_by_name(key: str, value: Any) -> None:
     refusal = ""
