@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli.console import print_hint, print_json, reporting, say
+from mess_compile.cli.console import print_hint, print_json, reporting, say, warn
 from mess_compile.cli.options import (
     FILE,
     FOLDER,
@@ -190,7 +190,7 @@ def train(workspace: Workspace, data: DataFolder, arguments: TrainArguments) -> 
     as_json = arguments.as_json
     if arguments.baseline and (arguments.source or arguments.teacher):
         raise InputError("--baseline trains a network of its own: drop --from and --teacher")
-    opened = steps.training_data(workspace, data, Reporter(note=partial(say, err=as_json)))
+    opened = steps.training_data(workspace, data, Reporter(note=partial(say, err=as_json), warning=warn))
     choice = steps.NetworkChoice(
         backbone=arguments.backbone,
         input_hw=size(arguments.input_hw),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mess_compile.network import GraphSet
-from mess_compile.reporter import Progress
+from mess_compile.reporter import Progress, Reporter
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.serve.worker import Hello, describe_machine
@@ -41,20 +40,19 @@ def device_session(
     remote: Remote,
     target: Target,
     graph_set: GraphSet,
-    progress: Progress,
-    tell: Callable[[str], None],
+    reporter: Reporter,
 ) -> DeviceSession:
     """A session with the target, by trtexec where its Python cannot be used. Raises InputError for another device."""
     from mess_compile.device import trtexec_client
 
     try:
-        return python_session(remote, target, graph_set, progress)
+        return python_session(remote, target, graph_set, reporter.progress)
     except MessError as error:
         caches = workspace.engines(target.name, FP32).parent
-        trtexec = trtexec_client.trtexec_instead_of_python(remote, target, caches, progress, error)
+        trtexec = trtexec_client.trtexec_instead_of_python(remote, target, caches, reporter.progress, error)
         if trtexec is None:
             raise
-        tell(f"note: {error}; until then trtexec builds and measures there, by a protocol that the table names")
+        reporter.warn(f"{error}; until then trtexec builds and measures there (the table names its protocol)")
     _refuse_other_machine(target, trtexec.greet(), remote.host.text)
     return trtexec
 

@@ -50,7 +50,7 @@ def build_there(
     with remote_for(workspace, host, python) as remote:
         made = precise_graphs(workspace, target, precisions, data, reporter.progress)
         forms = [_form(workspace, target, each.graph_set, reporter.progress) for each in made]
-        session = device_session(workspace, remote, target, made[0].graph_set, reporter.progress, reporter.note)
+        session = device_session(workspace, remote, target, made[0].graph_set, reporter)
         built = built_there(session, forms)
     folder = f"{host}, ~/{STORE}/{device_side.ENGINES}"
     return tuple(

@@ -74,8 +74,9 @@ def bench(
 
 def _opened(workspace: Workspace, options: BenchOptions, reporter: Reporter) -> DataSet:
     folder = open_dataset(workspace.data_folder(options.data), options.split)
-    for sentence in (*folder.notes, *survey_labels(folder).sentences()):
-        reporter.note(sentence)
+    for warning in folder.notes:
+        reporter.warn(warning)
+    survey_labels(folder).report(reporter)
     return folder
 
 

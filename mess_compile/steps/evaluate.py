@@ -211,8 +211,9 @@ def _labelled(
 def _note_data(folder: DataSet, reporter: Reporter) -> None:
     """What is left out and what labels hold, once; labels that cannot be read are found before anything runs."""
     if not launcher.is_child():
-        for sentence in (*folder.notes, *survey_labels(folder).sentences()):
-            reporter.note(sentence)
+        for warning in folder.notes:
+            reporter.warn(warning)
+        survey_labels(folder).report(reporter)
 
 
 @contextmanager

@@ -188,7 +188,7 @@ def _backend_at(request: _Request, remote: Remote, graph_set: GraphSet) -> Backe
     from mess_compile.profile import backends
 
     workspace, target, reporter = request.workspace, request.target, request.reporter
-    session = device_session(workspace, remote, target, graph_set, reporter.progress, reporter.note)
+    session = device_session(workspace, remote, target, graph_set, reporter)
     if request.options.lock_clocks:
         session.lock_clocks_while_measuring()
     transfers = None
@@ -205,9 +205,9 @@ def _subset_job(request: _Request, forms: Sequence[EngineFiles], backend: Backen
     graph_sets = [each.graph_set for each in forms]
     subject = subject_of(request.workspace, request.target, graph_sets, requirements, reporter)
     if requirements and not subject.requirements:
-        reporter.note(
-            "no statistics, nor data to record them by (`mess-compile evaluate --data`): measuring a representative "
-            "subset"
+        reporter.warn(
+            "no evaluation, and no labelled images to make one (`mess-compile evaluate --data DIR`): measuring a "
+            "representative subset of the graphs, whatever the requirement"
         )
     effort = request.options.effort or measure.Effort()
     return sparse.SubsetJob(tuple(forms), backend, subject, request.path, reporter, request.in_time, effort)

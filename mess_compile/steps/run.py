@@ -200,8 +200,8 @@ def _images(source: Path, options: RunOptions, reporter: Reporter) -> Sequence[P
     if not source.is_dir():
         return [source]
     listing = listed_files(source)
-    for note in listing.notes:
-        reporter.note(note)
+    for warning in listing.notes:
+        reporter.warn(warning)
     if not listing.paths:
         raise InputError(f"{source} has no {', '.join(IMAGE_SUFFIXES)} files; its subfolders are not searched")
     return listing.paths[:: options.every][: options.limit]

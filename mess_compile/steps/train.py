@@ -60,15 +60,15 @@ class TrainOptions:
 def training_data(workspace: Workspace, data: Data, reporter: Reporter = SILENT) -> TrainingData:
     """Open the splits that a network is trained and validated on, by default read as before in this workspace.
 
-    Notes name files that are not read. Raises InputError where the folder is no data set, without a wait for
+    Warnings name files that are not read. Raises InputError where the folder is no data set, without a wait for
     PyTorch.
     """
     folder = workspace.data_folder(data)
     images = open_dataset(folder, "train")
     validation = open_dataset(folder, "val", images.classes)
     if not launcher.is_child():
-        for note in dict.fromkeys((*images.notes, *validation.notes)):
-            reporter.note(note)
+        for warning in dict.fromkeys((*images.notes, *validation.notes)):
+            reporter.warn(warning)
     return TrainingData(folder, images, validation)
 
 
@@ -169,9 +169,7 @@ def plan_train(
 
 def _trained(request: _Request, reporter: Reporter) -> CandidateNetwork | None:
     job = _job(request)
-    network: CandidateNetwork | None = extras.torch_module("training.train").train(
-        job, reporter.note, reporter.progress
-    )
+    network: CandidateNetwork | None = extras.torch_module("training.train").train(job, reporter)
     return network
 
 

@@ -25,6 +25,7 @@ from mess_compile.nets.checkpoint import (
 )
 from mess_compile.nets.network import Architecture, OverprovisionedNetwork, with_final_head
 from mess_compile.network import CandidateNetwork, head_config_from_name
+from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.training import losses
 from mess_compile.training.augment import Batches, Shard
@@ -69,8 +70,7 @@ class _Networks:
 
 def train(
     options: TrainingJob,
-    report: Callable[[str], None],
-    progress_bar: Callable[[str, int, int], None] = lambda what, done, total: None,
+    reporter: Reporter = SILENT,
 ) -> CandidateNetwork | None:
     """Train both stages and write the candidate network to the folder; continues what an earlier call left there.
 
@@ -81,12 +81,10 @@ def train(
     """
     alone = files.used_alone(options.folder, _OTHER) if launcher.is_first() else nullcontext()
     with alone:
-        return _train(options, report, progress_bar)
+        return _train(options, reporter)
 
 
-def _train(
-    options: TrainingJob, report: Callable[[str], None], progress_bar: Callable[[str, int, int], None]
-) -> CandidateNetwork | None:
+def _train(options: TrainingJob, reporter: Reporter) -> CandidateNetwork | None:
     networks = _loaded(options)
     described = _described(options, networks)
     progress, counts = None, None
@@ -95,8 +93,8 @@ def _train(
         refuse_untrainable(surveyed)
         described["labels_sha256"], counts = surveyed.sha256, surveyed.pixels
         progress = read_progress(options.folder, described)
-        for sentence in (*surveyed.sentences(), *survey_labels(options.validation).sentences()):
-            report(sentence)
+        surveyed.report(reporter)
+        survey_labels(options.validation).report(reporter)
     fabric = launch(options.machines)
     first = fabric.global_rank == 0
     with lost_process_named(fabric):
@@ -111,14 +109,14 @@ def _train(
             stride=options.architecture.output_stride,
             validation=options.validation,
             teacher=networks.teacher.to(fabric.device) if networks.teacher else None,
-            report=report if first else lambda line: None,
+            report=reporter.note if first else SILENT.note,
             save=lambda found: save_progress(options.folder, found, described),
-            trained=progress_bar if first else lambda what, done, total: None,
+            trained=reporter.progress if first else SILENT.progress,
         )
         run.report(_opening(run, len(options.data.items)))
         network = _trained(options, run, progress, networks.source)
         fabric.barrier()
-    return _written(network, options.folder, report) if first else None
+    return _written(network, options.folder, reporter.note) if first else None
 
 
 def _loaded(options: TrainingJob) -> _Networks:
