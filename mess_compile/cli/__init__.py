@@ -46,7 +46,7 @@ def main(ctx: click.Context, folder: Path) -> None:
 
     \b
     mess-compile export                     cut the candidate network into graphs
-    mess-compile profile --device host      measure them on the device
+    mess-compile profile --device cpu       measure them on the device
     mess-compile search --max-err 1%        choose exits, heads and thresholds
     mess-compile bundle                     write one file that the device runs
     """

@@ -94,7 +94,7 @@ def completion(shell: str) -> None:
 
 def devices(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     folders = profiles(), _workspace(ctx) / "profiles"
-    return _beginning(incomplete, (path.stem for folder in folders for path in folder.glob("*.toml")))
+    return _beginning(incomplete, ("cpu", *(path.stem for folder in folders for path in folder.glob("*.toml"))))
 
 
 def hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

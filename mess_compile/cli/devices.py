@@ -31,4 +31,4 @@ def devices(workspace: Workspace, as_json: bool) -> None:
     header = ["device", "here", "library", "precisions", "capability", "peak TFLOP/s, TOP/s", "GB/s", "description"]
     print_table("", header, [[name, mark, *rest] for mark, name, *rest in rows])
     say(f"this machine: {machines.describe(machine)}")
-    return print_hint(f"profile --device {here[0].name if here else 'host'}")
+    return print_hint(f"profile --device {here[0].name if here else 'cpu'}")

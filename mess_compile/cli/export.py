@@ -50,4 +50,4 @@ def export(
         say(f"{segments} segments, {heads} heads, {weights / 2**20:.1f} MiB of weights")
     if graph_set.baseline_alone is not None:
         say(f"{' and '.join(graph_set.baselines)}: plans are compared with the more accurate one")
-    return print_hint("profile --device host")
+    return print_hint("profile --device cpu")

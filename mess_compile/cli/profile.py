@@ -124,7 +124,7 @@ def profile(
         warn(warning)
     if any(workspace.root.glob("statistics/*")) or workspace.memory().data is not None:
         return print_hint(hints.search_for(table.device))
-    return say("No labelled images are known yet: run `mess-compile evaluate --data DIR`, with their folder for DIR.")
+    return print_hint("evaluate --data DIR  # DIR: a folder of labelled images")
 
 
 def _refuse_contradictions(arguments: ProfileArguments) -> None:

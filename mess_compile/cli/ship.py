@@ -267,7 +267,7 @@ def _list(workspace: Workspace, places: tuple[str, ...], arguments: ShipArgument
     _fail_where_it_did(found, _NO_ANSWER)
     if not as_json:
         back = [text for text, each in zip(texts, found, strict=False) if _versions(each) > 1]
-        bundle = next(iter(sorted(workspace.root.glob("*.mess"))), None)
+        bundle = hints.bundle_for(shipping.parse_place(texts[0]).host)
         again = [] if bundle is None else [f"ship {quoted(bundle)} {texts[0]}"]
         hints.print_known(*again, *(f"ship --rollback {text}" for text in back[:1]))
 

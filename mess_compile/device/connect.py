@@ -62,6 +62,6 @@ def _refuse_other_machine(target: Target, hello: Hello, host: str) -> None:
     refuse_unless_there(target, hello.machine, host)
     if target.name == HOST and hello.facts.get("identity") != describe_machine()["identity"]:
         raise InputError(
-            f"--device host is the machine that mess-compile runs on, and {host} is another, whose latencies would "
-            "replace those of this machine: describe it in profiles/NAME.toml, and use --device NAME"
+            f"--device host is this machine, and {host} is another one, whose latencies would replace those of this "
+            "machine: describe it in profiles/NAME.toml, and use --device NAME"
         )

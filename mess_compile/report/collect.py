@@ -66,7 +66,7 @@ def _first_step(workspace: Workspace) -> str:
     if estimated and workspace.memory().device is None:
         return f"no device was profiled; name one that was estimated: `mess-compile report --device {estimated[0]}`"
     if (workspace.graphs / "index.json").is_file():
-        return "no device was profiled; run `mess-compile profile --device host`"
+        return "no device was profiled; run `mess-compile profile --device cpu`"
     if (workspace.candidate / "network.json").is_file():
         return "the network is not exported; run `mess-compile export`"
     return (

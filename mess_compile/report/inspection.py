@@ -17,6 +17,7 @@ from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.bundle.archive import read_manifest
 from mess_compile.runtime.bundle.manifest import MANIFEST, Figures
 from mess_compile.runtime.images.notebook import table_html, text_html
+from mess_compile.runtime.machine.device_names import stored_name
 from mess_compile.search import plan as plans
 from mess_compile.search.display import exits_table, figures_table
 from mess_compile.search.explain import Explanation, Outcome
@@ -72,13 +73,13 @@ def inspect(
     if thing in ("latency", "plan"):
         device = workspace.memory().device
         if device is None:
-            raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
+            raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device cpu`")
         if thing == "latency":
             table = latency.read_latency_table(workspace.latency(device))
             return inspect_latency(table, known_warnings(workspace, table))
         return inspect_plan(plans.read_result(workspace.plan(device)), whole_front)
     is_there = Path(thing).is_file() or Path(thing, MANIFEST).is_file()
-    if thing.endswith(".json") or (not is_there and workspace.plan(thing).is_file()):
+    if thing.endswith(".json") or (not is_there and workspace.plan(stored_name(thing)).is_file()):
         return inspect_plan(plans.read_result(workspace.plan_named(thing)), whole_front)
     if not is_there:
         near = did_you_mean(thing, (*BACKBONES, *ARTEFACTS))

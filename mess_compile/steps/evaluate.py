@@ -82,16 +82,17 @@ class _Request:
 def _request(workspace: Workspace, options: EvaluateOptions, reporter: Reporter = SILENT) -> _Request:
     """Raises InputError when options do not go together, or the device is neither here nor reachable."""
     check_threads(options.threads)
-    if options.host is None and options.device in (None, HOST):
+    target = None if options.device is None else find_target(options.device, workspace.root)
+    if options.host is None and (target is None or target.name == HOST):
         refuse_python_here(options.python)
         return _Request(workspace, options, reporter, None, None)
-    if options.device is None:
+    if target is None:
         raise InputError(f"--host {options.host} needs --device NAME")
     if options.accelerator != "cpu" or (options.devices, options.nodes) != (1, 1) or options.threads is not None:
         raise InputError(
-            f"--device {options.device} says what runs the graphs: drop --accelerator, --devices, --nodes and --threads"
+            f"--device {options.device} chooses what runs the graphs: drop --accelerator, --devices, --nodes and "
+            "--threads"
         )
-    target = find_target(options.device, workspace.root)
     refuse_other_precisions(target, (options.precision,))
     host = options.host or host_of(workspace, target)
     if host is None:

@@ -144,6 +144,25 @@ def test_former_names_do_the_same_and_say_the_present_ones(
     assert not re.search(rf"(?<!\S){re.escape(former[-1].partition('=')[0])}\b", shown)
 
 
+def test_the_machine_itself_is_called_cpu_or_host(workspace: Path) -> None:
+    def shown(*arguments: str | Path) -> str:
+        return done("-C", workspace, *arguments).replace(" cpu", " host")
+
+    for command in (("inspect",), ("bundle", "--dry-run"), ("search", "--max-err", "1%", "--device")):
+        assert shown(*command, "cpu") == shown(*command, "host")
+    assert printed_json("-C", workspace, "verify", workspace / "host.mess", "--target", "cpu:fp32", *ANY_SPEED)[
+        "passed"
+    ]
+
+
+def test_a_profile_without_labelled_images_names_the_next_command(workspace: Path) -> None:
+    shutil.rmtree(workspace / "statistics")
+    edit(workspace / "workspace.json", lambda content: content.update(data=None))
+    shown = done("-C", workspace, "profile", "--device", "cpu", "--estimate")
+    assert shown.splitlines()[-1].endswith("evaluate --data DIR  # DIR: a folder of labelled images")
+    assert shown.splitlines()[-1].startswith("hint: mess-compile -C ")
+
+
 def test_a_gate_without_its_edge_aware_step_is_exported(workspace: Path) -> None:
     assert printed_json("-C", workspace, "export", "--no-edge-aware")["gate"]["edge_aware"] is False
 
