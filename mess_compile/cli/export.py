@@ -37,6 +37,7 @@ def export(
     from mess_compile import steps
     from mess_compile.network import Gate
     from mess_compile.report import inspection
+    from mess_compile.search.display import network_label
 
     with reporting(as_json) as reporter:
         graph_set = steps.export(workspace, source, Gate(confidence, not no_edge_aware), exits, reporter)
@@ -49,5 +50,6 @@ def export(
         segments, heads = len(candidate.segments()), len(candidate.heads)
         say(f"{segments} segments, {heads} heads, {weights / 2**20:.1f} MiB of weights")
     if graph_set.baseline_alone is not None:
-        say(f"{' and '.join(graph_set.baselines)}: plans are compared with the more accurate one")
+        names = " and ".join(map(network_label, graph_set.baselines))
+        say(f"two baselines, {names}: plans are compared with the more accurate one")
     return print_hint("profile --device cpu")

@@ -131,7 +131,8 @@ def _of_image(result: ImageResult, verbose: bool) -> str:
     from mess_compile.runtime.images.confidence import exit_text
 
     written = f" -> {', '.join(str(path) for path in result.pictures)}" if verbose else ""
-    return f"{result.image}: {exit_text(result.exit, result.confidence)}, {result.latency_ms:.2f} ms{written}"
+    words = exit_text(result.exit, result.confidence, result.needed)
+    return f"{result.image}: {words}, {result.latency_ms:.2f} ms{written}"
 
 
 def _is_all(failures: Sequence[ImageFailure], sources: Sequence[Path]) -> bool:

@@ -148,7 +148,7 @@ def search(workspace: Workspace, /, arguments: SearchArguments) -> None:
     for i, result in enumerate(results):
         _print_summary(result, requirement)
         if arguments.verbose:
-            print_inspection(inspection.inspect_choice(result))
+            print_inspection(inspection.inspect_choice(result, inspection.cells_of_heads(workspace)))
         for reason in reasons[i : i + 1]:
             print_inspection(reason)
     if common is not None:

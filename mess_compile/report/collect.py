@@ -22,6 +22,7 @@ from mess_compile.latency import table as latency
 from mess_compile.latency.checks import known_warnings
 from mess_compile.network import is_whole
 from mess_compile.report import comparison, strips, views
+from mess_compile.report.inspection import cells_of_heads
 from mess_compile.report.model import Benched, Missing, Report, SearchFound, Strip, Strips
 from mess_compile.report.provenance import provenance_of
 from mess_compile.reporter import SILENT, Progress
@@ -94,7 +95,8 @@ def _compared(workspace: Workspace, thing: str) -> tuple[comparison.Compared, ..
     path = Path(thing)
     if (path / MANIFEST).is_file() or archive.is_bundle(path):
         return comparison.of_bundle(thing, archive.read_manifest(path))
-    return (comparison.of_result(thing, plans.read_result(workspace.plan_named(thing))),)
+    result = plans.read_result(workspace.plan_named(thing))
+    return (comparison.of_result(thing, result, cells_of_heads(workspace)),)
 
 
 def gathered(workspace: Workspace, device: str, progress: Progress) -> Report:
@@ -217,7 +219,7 @@ def _extreme_samples(
     void = cascade.manifest.network.classes != scenes.SCENE_CLASSES.names
     confidences = [next(cascade.refine(scene.frame)).confidence or 0.0 for scene in drawn]
     return (
-        f"Of {SCENES} generated street scenes, since the data are gone, by confidence of the first exit"
+        f"Of {SCENES} generated street scenes, since the data are gone, by their confidence at the first stage"
         + (": the network was not trained on such images." if void else "."),
         [(drawn[index], None if void else drawn[index].labels) for index in strips.extremes(confidences)],
     )

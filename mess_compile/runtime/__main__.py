@@ -160,7 +160,7 @@ def lines_of(manifest: Manifest) -> List[str]:
             f"{figures.miou:.2f} % mIoU, {figures.source}; baseline {baseline.latency_ms:.2f} ms, {baseline.miou:.2f} %"
         )
         lines += [f"  warning: {doubt}" for doubt in plan.doubts]
-        lines += [f"  exit {number}: {stage.head}" for number, stage in enumerate(plan.stages, 1)]
+        lines += [f"  stage {number}: {stage.head}" for number, stage in enumerate(plan.stages, 1)]
         for point in plan.operating_points:
             figures = point.predicted
             lines.append(f"  operating point {point.name}: {figures.latency_ms:.2f} ms, {figures.miou:.2f} % mIoU")
@@ -215,7 +215,8 @@ def _run_picture(cascade: Cascade, path: Path, options: argparse.Namespace) -> N
 def _words(prediction: Prediction, deadline_ms: Optional[float]) -> str:
     late = deadline_ms is not None and prediction.latency_ms > deadline_ms
     return (
-        f"{exit_text(prediction.exit, prediction.confidence)}, {prediction.latency_ms:.2f} ms"
+        f"{exit_text(prediction.exit, prediction.confidence, prediction.needed if deadline_ms is None else None)}, "
+        f"{prediction.latency_ms:.2f} ms"
         f"{', too late' if late else ''}"
     )
 

@@ -188,7 +188,10 @@ class TestNewWorkspace:
 def test_run_says_what_the_confidence_is_that_it_prints(workspace: Path) -> None:
     image = first(workspace / "data" / "test" / "images")
     shown = done("-C", workspace, "run", workspace / "host.mess", image, "-o", workspace / "predictions", "-v")
-    assert shown.count("confidence: the share of an exit's cells whose confidence reaches the plan's threshold") == 1
+    assert (
+        shown.count("confident cells: the share of a stage's cells whose confidence reaches the plan's threshold") == 1
+    )
+    assert re.search(r": stage 1, confident cells \d+ %( \(needs \d+ %\))?, |: stage [23], confident cells", shown)
 
 
 def test_every_command_is_covered_here() -> None:
@@ -388,7 +391,8 @@ class TestInspectPlan:
         shown = done("-C", workspace, "inspect", "plan")
         assert shown.startswith(f"plan for host, {plan['setting']}, fp32\n")
         for number, stage in enumerate(plan["stages"], start=1):
-            assert re.search(rf"^exit {number} +{re.escape(stage['head'])} ", shown, re.MULTILINE)
+            name = f"stage {number} = network exit {stage['head'][4]}"
+            assert re.search(rf"^{name} +{re.escape(stage['head'])} ", shown, re.MULTILINE)
         assert re.search(rf"^plan +{plan['predicted']['miou']:.2f} ", shown, re.MULTILINE)
 
 
