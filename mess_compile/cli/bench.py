@@ -44,17 +44,17 @@ class BenchArguments:
 
 @click.command(short_help="Compare measured figures with predicted ones and the baseline.")
 @click.argument("bundle", type=BUNDLE, shell_complete=completion.bundles)
-@data_options("Labelled images; the workspace's by default.")
+@data_options("Labelled images; the workspace's data by default.")
 @click.option(
     "--split",
     default="val",
     show_default=True,
     shell_complete=completion.splits,
-    help="The images; take a split that nothing was tuned on.",
+    help="Split to measure on; choose one that nothing was tuned on.",
 )
-@click.option("--passes", default=3, show_default=True, help="How often each image is measured.")
+@click.option("--passes", default=3, show_default=True, help="How often to measure each image.")
 @click.option("--deadline", help="Per-image deadline, such as 20ms; prints mIoU and miss rate.")
-@click.option("--strict", is_flag=True, help="End with exit code 3 where a bound of the plan is missed.")
+@click.option("--strict", is_flag=True, help="End with exit code 3 if a bound of the plan is missed.")
 @TARGET
 @dry_run_option
 @verbose_option
@@ -62,7 +62,7 @@ class BenchArguments:
 @click.pass_obj
 @gathered(BenchArguments)
 def bench(workspace: Workspace, bundle: Path, data: DataFolder | None, split: str, arguments: BenchArguments) -> None:
-    """Measure a bundle on labelled images, and the better single-exit baseline in the same run.
+    """Measure a bundle and its single-exit baseline on labelled images, in the same run.
 
     Each bound that the plan was searched with (`search --max-err 1%`) is compared with the measurement: held or MISSED.
     """

@@ -82,7 +82,7 @@ add_completion_class(_Fish)
 def completion(shell: str) -> None:
     """Print the script that completes commands, options, devices, splits, plans and bundles in a shell.
 
-    \\b
+    \b
     bash    eval "$(mess-compile completion bash)"      in ~/.bashrc
     zsh     eval "$(mess-compile completion zsh)"       in ~/.zshrc, after compinit
     fish    mess-compile completion fish | source       in ~/.config/fish/config.fish

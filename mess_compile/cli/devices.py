@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
 
-@click.command(short_help="List known devices, and which this machine is.")
+@click.command(short_help="List the known devices, and mark this machine.")
 @json_option
 @click.pass_obj
 def devices(workspace: Workspace, as_json: bool) -> None:
-    """List the devices that mess-compile or the workspace has a profile of, and which of them this machine is."""
+    """List the known devices (those of mess-compile and of the workspace's profiles/), and mark this machine."""
     from mess_compile import steps, targets
     from mess_compile.runtime.machine import machine as machines
 
