@@ -103,7 +103,7 @@ def resolved(workspace: Workspace, target: Target, options: ProfileOptions) -> P
         raise InputError(f"--host {max(hosts, key=hosts.count)} is named twice: name each device once")
     subset = None if options.subset is not None and options.subset.by_default and not hosts else options.subset
     if subset and len(options.precisions) > 1 and any(each.setting == "anytime" for each in subset.requirements):
-        raise InputError("the anytime setting compares plans of one recipe: profile one --precision for it")
+        raise InputError("the anytime setting compares plans of one precision: profile one --precision for it")
     if not hosts:
         refuse_python_here(options.python)
     return replace(options, hosts=hosts, subset=subset)
