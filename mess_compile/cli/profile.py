@@ -191,7 +191,7 @@ def _details(table: Any, measured: bool) -> Iterator[str]:
         yield f"also measured beside {environment['host']} (separate table): {environment['beside']}"
     slow, times, unsteady = (float(environment[name]) for name in ("slow_share", "slow_by", "unsteady"))
     again = f" ({times:.1f}x, measured again)" if slow else ""
+    verdict = "noisy measurement" if environment["verdict"] == "unstable" else environment["verdict"]
     yield (
-        f"{environment['verdict']}: the machine was slower {slow:.0%} of the time{again}, {unsteady:.0%} of the graphs "
-        "did not settle"
+        f"{verdict}: the machine was slower {slow:.0%} of the time{again}, {unsteady:.0%} of the graphs did not settle"
     )

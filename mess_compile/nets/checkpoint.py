@@ -23,7 +23,7 @@ from mess_compile.network import MAX_SIDE, head_config_from_name
 from mess_compile.runtime.base.errors import InputError, one_line
 from mess_compile.runtime.base.lfs_pointers import refuse_pointer
 
-_REMEDY = "train a candidate network with `mess-compile train`, or name the folder of one"
+_REMEDY = "train a multi-exit network with `mess-compile train`, or name the folder of one"
 
 
 def architecture_to_json(architecture: Architecture) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def _extreme_samples(
             samples = [read_sample(items[name], data.classes) for name in chosen]
             truths = [each.labels if (each.labels < VOID).any() else None for each in samples]
             whole = is_whole(first.head)
-            by = "accuracy of the whole network" if whole else "confidence of the first exit"
+            by = "accuracy of the full network" if whole else "confidence of the first exit"
             return f"Images of {known.split}, by {by}.", list(zip(samples, truths, strict=True))
         except (InputError, KeyError):
             pass  # the data may have moved or changed since; generated scenes show the same cascade

@@ -48,7 +48,7 @@ class Compared:
     def what(self) -> str:
         """What kind of network the plan is."""
         if is_whole(self.heads[0]):
-            return "the whole network, uncut"
+            return "the full network"
         alone = self.setting != "anytime" and max(self.predicted.exit_rates) == 1
         return "a shorter network: all images leave at one exit" if alone else f"a cascade of {len(self.heads)} exits"
 

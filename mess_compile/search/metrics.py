@@ -180,7 +180,7 @@ def refuse_different_images(evidences: Sequence[Evidence]) -> None:
     """Raises StaleError when the recipes' statistics are not of the same images."""
     if len({evidence.statistics.image_id for evidence in evidences}) > 1:
         raise StaleError(
-            "the recipes' statistics are of different images, so their figures cannot be compared: run "
+            "the evaluations of the precisions are of different images, so their figures cannot be compared: run "
             "`mess-compile evaluate --precision ...` on the same data for each"
         )
 

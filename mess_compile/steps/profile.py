@@ -332,8 +332,8 @@ def _planned(
         least_s=effort.warm_up_s + sum(steady_s[name] for name in measured),
         most_s=effort.warm_up_s + len(jobs) * effort.max_s,
         basis=(
-            f"{known} latencies measured before, {len(table.entries) - known} estimated; from all settling at once to "
-            "none"
+            f"{known} latencies measured before, {len(table.entries) - known} estimated; least if every "
+            "graph is steady at once"
         ),
         notes=notes,
         device=target.name,

@@ -107,7 +107,7 @@ def _baseline_request(
 ) -> _Request:
     if options.source is not None or options.teacher is not None:
         raise InputError(
-            "a baseline is a whole network trained for the sum of the epochs: it has no --from or --teacher"
+            "a baseline is a single-exit network trained for the sum of the epochs: it has no --from or --teacher"
         )
     alone, budget = replace(choice, exits=1, heads=()), replace(recipe, epochs=(sum(recipe.epochs), 0))
     return _Request(_opened(workspace, data, reporter), alone, budget, workspace.baseline, options)

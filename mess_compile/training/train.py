@@ -258,7 +258,7 @@ def _check_stages(architecture: Architecture, recipe: Recipe, source: Overprovis
     """Check that nothing stays untrained, and that a given backbone fits the architecture. Raises InputError."""
     if (recipe.epochs[0] == 0) != (source is not None):
         raise InputError(
-            f"stage 1 has {recipe.epochs[0]} epochs: 0 requires --from, which names the candidate network whose "
+            f"stage 1 has {recipe.epochs[0]} epochs: 0 requires --from, which names the network whose "
             "backbone is used; without --from, stage 1 must train the backbone"
         )
     known = source.architecture if source else _bare_architecture(architecture, recipe)

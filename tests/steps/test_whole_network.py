@@ -47,7 +47,7 @@ def test_its_labels_are_those_of_the_last_exit_and_it_claims_no_confidence(bundl
         assert (prediction.exit, prediction.exit_point, prediction.confidence) == (1, 2, None)
         assert [each.exit for each in refined] == [1]
         assert all((each.labels == wanted).all() for each in (*refined, *together))
-        with pytest.raises(InputError, match="has no gate and no confidence map"):
+        with pytest.raises(InputError, match="has no confidence map"):
             cascade.confidence_map(cascade(frame))
         assert cascade.metrics().exits == (5,)
 

@@ -273,7 +273,7 @@ class Cascade:
             if last is None or last[0] is not prediction or not self._holds(last[1]):
                 raise InputError("only the last prediction has a confidence map: request it before the next frame")
             if prediction.confidence is None:
-                raise InputError("the plan runs the whole network, which has no gate and no confidence map")
+                raise InputError("the plan runs the full network, which has no confidence map")
             logits = last[1].logits()
         cells = pictures.resize_labels(confidence_map(logits, self.manifest.gate.confidence), network.input_hw)
         return pictures.from_input(cells, prediction.labels.shape, network.resize)
