@@ -301,8 +301,8 @@ def progress_bar(as_json: bool = False) -> Iterator[Callable[[str, int, int], No
     """A progress bar on standard error while it is a terminal, else a line there now and then.
 
     Takes a label, what is done, and of how much: 0 where that is not known. Results that are printed meanwhile stand
-    above the bar, by `say`. Of several processes that share the work only the first tells, and none where the
-    environment says MESS_COMPILE_PROGRESS=off.
+    above the bar, by `say`. Of several processes that share the work only the first reports, and none with
+    MESS_COMPILE_PROGRESS=off in the environment.
     """
     if launcher.is_child() or os.environ.get(_SWITCH) == "off":
         yield lambda label, done, total: None
@@ -380,7 +380,7 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _columns(stream: TextIO) -> int:
-    """The width of a terminal, at most WIDTH; elsewhere WIDTH, or what the variable COLUMNS says."""
+    """The width of a terminal, at most WIDTH; without a terminal WIDTH, or the variable COLUMNS."""
     columns = shutil.get_terminal_size((WIDTH, 24)).columns
     return min(columns, WIDTH) if _is_terminal(stream) else columns if os.environ.get("COLUMNS") else WIDTH
 

@@ -38,7 +38,7 @@ from mess_compile.search.space import Grids, cut_grids
 class Evidence:
     """Everything that a plan's figures depend on: the graphs of one recipe, their latencies, and the exit statistics.
 
-    Raises InputError when the statistics hold no images or no baseline runs on the target, StaleError when table or
+    Raises InputError when the evaluation has no images or no baseline runs on the target, StaleError when table or
     statistics are of other graphs.
     """
 
@@ -48,7 +48,7 @@ class Evidence:
 
     def __post_init__(self) -> None:
         if not self.statistics.images:
-            raise InputError("the statistics hold no images: run `mess-compile evaluate` on data with labels")
+            raise InputError("the evaluation has no images: run `mess-compile evaluate` on data with labels")
         check_statistics_current(self.statistics, self.graph_set)
         check_table_current(self.table, self.graph_set)
         _refuse_no_numbers(self.table)

@@ -152,7 +152,7 @@ class TestHoldOut:
 class TestEvidence:
     def test_no_images(self, workspace: Path) -> None:
         with_statistics(workspace, lambda found: found.select([]))
-        assert "the statistics hold no images: run `mess-compile evaluate`" in refused(workspace, "search")
+        assert "the evaluation has no images: run `mess-compile evaluate`" in refused(workspace, "search")
 
     def test_a_class_that_never_occurs_is_told(self, workspace: Path) -> None:
         def without(found: statistics.ExitStatistics) -> statistics.ExitStatistics:

@@ -190,7 +190,7 @@ class TestAnother:
         assert "another baseline" in refused(workspace, "bundle")
         steps.profile(Workspace(workspace), "host", steps.ProfileOptions(effort=EFFORT))
         edit(workspace / "workspace.json", lambda content: content.update(data=None))
-        assert "the statistics are of another baseline" in refused(workspace, "search")
+        assert "the evaluation is of another baseline" in refused(workspace, "search")
 
     def test_none_leaves_the_final_exit_alone(self, workspace: Path) -> None:
         shutil.rmtree(workspace / "baseline")
