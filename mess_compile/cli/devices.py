@@ -21,6 +21,7 @@ def devices(workspace: Workspace, as_json: bool) -> None:
     """List the known devices (those of mess-compile and of the workspace's profiles/), and mark this machine."""
     from mess_compile import steps, targets
     from mess_compile.runtime.machine import machine as machines
+    from mess_compile.runtime.machine.device_names import HOST
 
     machine, known = machines.this_machine(), steps.devices(workspace)
     here = targets.targets_here([each.target for each in known], machine)
@@ -31,4 +32,5 @@ def devices(workspace: Workspace, as_json: bool) -> None:
     header = ["device", "here", "library", "precisions", "capability", "peak TFLOP/s, TOP/s", "GB/s", "description"]
     print_table("", header, [[name, mark, *rest] for mark, name, *rest in rows])
     say(f"this machine: {machines.describe(machine)}")
-    return print_hint(f"profile --device {here[0].name if here else 'cpu'}")
+    names = [target.name for target in here if target.name != HOST]
+    return print_hint(f"profile --device {names[0] if names else 'cpu'}")

@@ -259,7 +259,7 @@ def _statistics_table(title: str, heads: Sequence[dict[str, Any]], errors: Seque
     return Table(title, ("head", "mIoU %", "confident", "coverage", "AUROC", *columns), rows)
 
 
-_RULES = {"gate_share": "rule", "oracle_share": "ideal rule"}
+_RULES = {"gate_share": "rule", "oracle_share": "ideal"}
 
 
 def _share(value: float | None) -> str:
@@ -272,8 +272,8 @@ def _legend(found: statistics.ExitStatistics, diagnosed: diagnose.Diagnosis) -> 
         f"confident: the share of cells whose confidence reaches {found.gate.thresholds[_middle_row(found)]:g}",
         f"coverage: images on which the head is as good as {diagnosed.final}, to {diagnosed.tolerance_pp:g} pp of mIoU",
         "AUROC: how well confidence separates these from the others, at the best threshold; 0.5 is chance",
-        f"rule: images that may leave there within {errors} pp of mIoU, by the exit rule with its best thresholds",
-        "ideal rule: images that may leave there if it were known which are labelled well (greedy: at least so many)",
+        f"rule: images that the exit rule with its best thresholds lets leave there, within {errors} pp of mIoU",
+        "ideal: images that an ideal exit rule, which knows the labels, lets leave there (greedy: at least so many)",
     )
 
 

@@ -293,9 +293,9 @@ class TestInspect:
             "coverage",
             "AUROC",
             "rule 1%",
-            "ideal rule 1%",
+            "ideal 1%",
             "rule 0.1%",
-            "ideal rule 0.1%",
+            "ideal 0.1%",
         )
         assert shown[1].split() == " ".join(names).split()
         assert shown[2].split() == ["exit1.a", "39.53", "20%", "33.3%", "1.00", *["33.3%"] * 4]
