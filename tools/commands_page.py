@@ -50,9 +50,9 @@ def section(name: str, command: click.Command) -> str:
 
 
 def _paragraph(text: str) -> str:
-    """Wrapped at 100 columns, or as it is where click keeps lines apart."""
+    """Wrapped at 100 columns; a block of code where click keeps lines apart."""
     if text.startswith("\b\n"):
-        return text.removeprefix("\b\n")
+        return textwrap.indent(text.removeprefix("\b\n"), "    ")
     return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False)
 
 
