@@ -86,7 +86,7 @@ def bench(workspace: Workspace, bundle: Path, data: DataFolder | None, split: st
     _print_bench(result, bundle)
     if arguments.verbose:
         _print_details(result)
-    for warning in result.doubts:
+    for warning in result.doubts if arguments.verbose else ():
         warn(f"predicted latencies: {warning}")
     if result.tuned_on:
         warn(

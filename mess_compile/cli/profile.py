@@ -132,7 +132,7 @@ def profile(
         warn(warning)
     if any(workspace.root.glob("statistics/*")) or workspace.memory().data is not None:
         return print_hint(hints.search_for(table.device))
-    return print_hint("evaluate --data DIR  # DIR: a folder of labelled images")
+    return say("hint: no labelled images are known yet: `mess-compile evaluate --data DIR`, with their folder for DIR")
 
 
 def _refuse_contradictions(arguments: ProfileArguments) -> None:

@@ -159,8 +159,9 @@ def test_a_profile_without_labelled_images_names_the_next_command(workspace: Pat
     shutil.rmtree(workspace / "statistics")
     edit(workspace / "workspace.json", lambda content: content.update(data=None))
     shown = done("-C", workspace, "profile", "--device", "cpu", "--estimate")
-    assert shown.splitlines()[-1].endswith("evaluate --data DIR  # DIR: a folder of labelled images")
-    assert shown.splitlines()[-1].startswith("hint: mess-compile -C ")
+    assert shown.splitlines()[-1].startswith(
+        "hint: no labelled images are known yet: `mess-compile evaluate --data DIR`"
+    )
 
 
 def test_a_gate_without_its_edge_aware_step_is_exported(workspace: Path) -> None:

@@ -236,7 +236,7 @@ def test_several_heads_at_the_final_exit_are_no_early_ones() -> None:
 def test_what_cannot_be_diagnosed_is_named() -> None:
     with pytest.raises(InputError, match=r"'head7' of the evaluation is not named exitN\.NAME"):
         diagnose(dataclasses.replace(TINY, heads=("head7", "exit2.b")))
-    with pytest.raises(InputError, match="hold no heads"):
+    with pytest.raises(InputError, match="has no heads"):
         diagnose(dataclasses.replace(TINY, heads=()))
     for error in (-1.0, float("nan")):
         with pytest.raises(InputError, match="not negative"):
