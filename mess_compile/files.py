@@ -192,7 +192,7 @@ def read_lines(path: Path, most_bytes: int = 1 << 24) -> list[str]:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
     refuse_pointer(path, content)
     if len(content) > most_bytes:
-        raise InputError(f"{path} has more than {most_bytes} bytes: this is not a list")
+        raise InputError(f"{path} is larger than {most_bytes} bytes, too large for a list: check the file name")
     if content.count(b"\0") > len(content) // 4 or content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"{path}, line 1 is not UTF-8 (UTF-16, as some editors write?): save the file as UTF-8")
     try:

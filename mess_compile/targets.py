@@ -18,6 +18,7 @@ from mess_compile.runtime.bundle.manifest import DeviceMatch
 from mess_compile.runtime.bundle.plan_choice import device_differences
 from mess_compile.runtime.engines.engine import FP32, LIBRARIES, PRECISIONS
 from mess_compile.runtime.machine import machine
+from mess_compile.runtime.machine.device_names import stored_name
 from mess_compile.runtime.machine.machine import Machine, dotted
 
 RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
@@ -135,8 +136,9 @@ def known_targets(workspace: Path | None = None) -> dict[str, Target]:
 def find_target(name: str, workspace: Path) -> Target:
     """Raises InputError with the nearest known name."""
     targets = known_targets(workspace)
-    if name in targets:
-        return targets[name]
+    for known in (name, stored_name(name)):
+        if known in targets:
+            return targets[known]
     near = difflib.get_close_matches(name, targets, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"known devices: {', '.join(targets)}."
     raise InputError(f"unknown device {name!r}: {hint} Add your own as {workspace / 'profiles' / 'NAME.toml'}")

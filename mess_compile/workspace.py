@@ -14,8 +14,9 @@ from mess_compile.data_folder import IMAGES, LABELS, Data, DataFolder, data_fold
 from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.engines.engine import FP32
+from mess_compile.runtime.machine import device_names
 
-HOST = "host"
+HOST = device_names.HOST
 """The machine that mess-compile itself runs on, as a device."""
 _REMEDY = "remove it; it only remembers the last device, data and split"
 
@@ -114,7 +115,10 @@ class Workspace:
 
         Raises InputError naming the devices that have one.
         """
-        places = (Path(thing), self.root / thing, self.plan(str(thing)))
+        places = (
+            *(Path(thing), self.root / thing),
+            *(self.plan(str(thing)), self.plan(device_names.stored_name(str(thing)))),
+        )
         found = next((place for place in places if place.is_file()), None)
         if found is not None:
             return found

@@ -144,6 +144,11 @@ class TestOwnProfile:
         write(tmp_path, toml(needed))
         assert find_target("mine", tmp_path) == Target("mine", "a CPU", "onnxruntime", ("fp32",))
 
+    def test_cpu_is_this_machine_unless_the_workspace_has_a_device_of_that_name(self, tmp_path: Path) -> None:
+        assert find_target("cpu", tmp_path) == find_target("host", tmp_path)
+        write(tmp_path, toml({**FIELDS, "name": "cpu"}), "cpu")
+        assert find_target("cpu", tmp_path).description != find_target("host", tmp_path).description
+
     def test_it_replaces_ours(self, tmp_path: Path) -> None:
         write(tmp_path, toml({**FIELDS, "name": "orin"}), "orin")
         assert find_target("orin", tmp_path).description == "my own"

@@ -33,7 +33,7 @@ _REFERENCE = "onnxruntime"
 class Part:
     """A plan, and what the bundle holds for it.
 
-    `device` tells its target from other machines. `forms` are rewritten graphs, where the target's parser rejects the
+    `device` distinguishes its target from other machines. `forms` are rewritten graphs, where the parser rejects the
     original; `engines` are built engines to include.
     """
 

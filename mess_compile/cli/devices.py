@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
 
 
-@click.command(short_help="List known devices, and which this machine is.")
+@click.command(short_help="List the known devices, and mark this machine.")
 @json_option
 @click.pass_obj
 def devices(workspace: Workspace, as_json: bool) -> None:
-    """List the devices that mess-compile or the workspace has a profile of, and which of them this machine is."""
+    """List the known devices (those of mess-compile and of the workspace's profiles/), and mark this machine."""
     from mess_compile import steps, targets
     from mess_compile.runtime.machine import machine
+    from mess_compile.runtime.machine.device_names import HOST
 
     found_here, known = machine.this_machine(), steps.devices(workspace)
     here = targets.targets_here([each.target for each in known], found_here)
@@ -31,4 +32,5 @@ def devices(workspace: Workspace, as_json: bool) -> None:
     header = ["device", "here", "library", "precisions", "capability", "peak TFLOP/s, TOP/s", "GB/s", "description"]
     print_table("", header, [[name, mark, *rest] for mark, name, *rest in rows])
     say(f"this machine: {machine.describe(found_here)}")
-    return print_hint(f"profile --device {here[0].name if here else 'host'}")
+    names = [target.name for target in here if target.name != HOST]
+    return print_hint(f"profile --device {names[0] if names else 'cpu'}")

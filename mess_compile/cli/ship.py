@@ -62,20 +62,20 @@ class ShipArguments:
     "--list",
     "listing",
     is_flag=True,
-    help="Without BUNDLE: print the versions there; by default where this workspace has shipped to.",
+    help="Without BUNDLE: list the versions on the devices, by default on all that this workspace shipped to.",
 )
 @click.option("--rollback", is_flag=True, help="Without BUNDLE: return to the version that was in use before.")
-@click.option("--dry-run", is_flag=True, help="Print what would be sent and built, and how long it should take.")
-@click.option("--keep", type=click.IntRange(1), default=3, show_default=True, help="Versions to keep there.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be sent and built, and how long it should take.")
+@click.option("--keep", type=click.IntRange(1), default=3, show_default=True, help="Versions to keep on the device.")
 @click.option("--allow-downgrade", is_flag=True, help="Accept a bundle that is older than the one in use.")
-@click.option("--target", help="The plan to verify; the first that fits the device by default.")
+@click.option("--target", help="Name of the plan to verify; by default the first that fits the device.")
 @click.option(
     "--latency-factor",
     type=click.FloatRange(min=0, min_open=True),
-    help="Longest time of golden frames there, in multiples of the plan's latency; 1.25 by default.",
+    help="Longest time allowed for golden frames, as a multiple of the plan's latency; 1.25 by default.",
 )
-@data_options("Choose thresholds again on the device, with the images that the plan was chosen on.")
-@click.option("--sign", type=FILE, metavar="KEY", help="With --data: the key that signs the bundle again.")
+@data_options("Choose the thresholds again on the device, on these images (those that the plan was chosen on).")
+@click.option("--sign", type=FILE, metavar="KEY", help="With --data: private key to sign the changed bundle with.")
 @PYTHON
 @click.option("--systemd", is_flag=True, help="Also install a systemd user unit that labels frames in FOLDER/live/in.")
 @verbose_option
@@ -83,9 +83,9 @@ class ShipArguments:
 @click.pass_obj
 @gathered(ShipArguments)
 def ship(workspace: Workspace, things: tuple[str, ...], data: DataFolder | None, arguments: ShipArguments) -> None:
-    """Copy a bundle to devices, build and verify it there, and only then switch over to it.
+    """Install a bundle on devices: copy it, build its engines and verify it there, then switch to it.
 
-    Only what changed is sent. The same command continues an interrupted ship.
+    Only changed files are sent. The same command continues an interrupted transfer.
     """
     from mess_compile.runtime.serve.verify import LATENCY_FACTOR
     from mess_compile.ship import client
@@ -262,7 +262,7 @@ def _list(workspace: Workspace, places: tuple[str, ...], arguments: ShipArgument
     _fail_where_it_did(found, _NO_ANSWER)
     if not as_json:
         back = [text for text, each in zip(texts, found, strict=False) if _versions(each) > 1]
-        bundle = next(iter(sorted(workspace.root.glob("*.mess"))), None)
+        bundle = hints.bundle_for(client.parse_place(texts[0]).host)
         again = [] if bundle is None else [f"ship {quoted(bundle)} {texts[0]}"]
         hints.print_known(*again, *(f"ship --rollback {text}" for text in back[:1]))
 

@@ -52,9 +52,7 @@ def device_session(
         trtexec = trtexec_client.trtexec_instead_of_python(remote, target, caches, reporter.progress, error)
         if trtexec is None:
             raise
-        reporter.note(
-            f"note: {error}; until then trtexec builds and measures there, by a protocol that the table names"
-        )
+        reporter.warn(f"{error}; until then trtexec builds and measures there (the table names its protocol)")
     _refuse_other_machine(target, trtexec.greet(), remote.host.text)
     return trtexec
 
@@ -64,6 +62,6 @@ def _refuse_other_machine(target: Target, hello: Hello, host: str) -> None:
     refuse_unless_there(target, hello.machine, host)
     if target.name == HOST and hello.facts.get("identity") != describe_machine()["identity"]:
         raise InputError(
-            f"--device host is the machine that mess-compile runs on, and {host} is another, whose latencies would "
-            "replace those of this machine: describe it in profiles/NAME.toml, and use --device NAME"
+            f"--device host is this machine, and {host} is another one, whose latencies would replace those of this "
+            "machine: describe it in profiles/NAME.toml, and use --device NAME"
         )

@@ -115,7 +115,7 @@ class TrtexecSession:
 
     def lock_clocks_while_measuring(self) -> None:
         """Raises InputError: only the Python on a device can lock its clocks, and restore them after a crash."""
-        raise InputError("clocks are locked by the Python there, which cannot be used: lock them there by hand")
+        raise InputError("--lock-clocks needs a usable Python on the device: lock the clocks there by hand")
 
     def build(self, jobs: Mapping[str, tuple[Path, str]]) -> dict[str, str]:
         """Build an engine of each job's graph (path, precision), and return the reasons of those that failed.

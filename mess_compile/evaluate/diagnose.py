@@ -123,7 +123,7 @@ def final_head(statistics: ExitStatistics) -> str:
     last = max((exit_number(head) for head in statistics.heads), default=0)
     final = [head for head in statistics.heads if exit_number(head) == last]
     if not final:
-        raise InputError("the statistics hold no heads: run `mess-compile evaluate`")
+        raise InputError("the evaluation has no heads: run `mess-compile evaluate`")
     return max(final, key=lambda head: head_miou(statistics, head))
 
 
@@ -160,7 +160,7 @@ def exit_number(head: str) -> int:
     """The exit point of `exit3.fcn-crm1-b0`: 3. Raises InputError."""
     match = re.match(r"exit([0-9]{1,9})\.", head)
     if match is None:
-        raise InputError(f"head {head!r} of the statistics is not named exitN.NAME: run `mess-compile evaluate`")
+        raise InputError(f"head {head!r} of the evaluation is not named exitN.NAME: run `mess-compile evaluate`")
     return int(match[1])
 
 

@@ -79,7 +79,7 @@ class ExitStatistics:
         """
         name = self.final_head if head == BASELINE and self.final_head is not None else head
         if name not in self.scored:
-            raise InputError(f"the statistics hold no head {head!r}: {_REMEDY}")
+            raise InputError(f"the evaluation has no head {head!r}: {_REMEDY}")
         return self.scored.index(name)
 
     def select(self, indices: Sequence[int]) -> ExitStatistics:
@@ -187,7 +187,7 @@ def check_statistics_current(statistics: ExitStatistics, graph_set: GraphSet) ->
     }
     for what, different in differs.items():
         if different:
-            raise StaleError(f"the statistics are of another {what} than {graph_set.root}: {_REMEDY}")
+            raise StaleError(f"the evaluation is of another {what} than {graph_set.root}: {_REMEDY}")
 
 
 def write_statistics(folder: Path, statistics: ExitStatistics) -> None:

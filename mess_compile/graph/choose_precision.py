@@ -34,7 +34,9 @@ class PrecisionRecipe:
     def precision(self, graph: str) -> str:
         """Raises InputError for a graph that the recipe does not know."""
         if graph not in self.precisions:
-            raise InputError(f"recipe {self.name!r} has no precision for graph {graph}: make the recipe again")
+            raise InputError(
+                f"recipe {self.name!r} has no precision for graph {graph}: run `evaluate --precision` again"
+            )
         return self.precisions[graph]
 
 

@@ -166,7 +166,7 @@ def stage_graphs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[Sta
         head = candidate.head(name)
         point = head.exit_point
         if point <= previous:
-            raise InputError(f"the heads {', '.join(heads)} are not at ever deeper exit points")
+            raise InputError(f"the heads {', '.join(heads)} are not in the order of their exit points: sort them")
         stages.append(StageGraphs(segment_name(previous, point), head_graph_name(name), candidate.output_of(head)))
         previous = point
     return tuple(stages)

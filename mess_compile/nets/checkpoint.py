@@ -24,7 +24,7 @@ from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, one_line
 from mess_compile.runtime.base.lfs_pointers import refuse_pointer
 
-_REMEDY = "train a candidate network with `mess-compile train`, or name the folder of one"
+_REMEDY = "train a multi-exit network with `mess-compile train`, or name the folder of one"
 
 
 _HEAD = decode.matches(r"exit[1-9][0-9]{0,3}[.].+", "a head such as exit2.fcn-crm1-b0")

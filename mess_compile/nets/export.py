@@ -67,7 +67,7 @@ def _load_baseline(folder: Path, candidate: Architecture) -> OverprovisionedNetw
         differences.append(f"{len(network.candidate.heads)} heads, not 1")
     if differences:
         raise InputError(
-            f"the baseline in {folder} does not fit the candidate network, it has {' and '.join(differences)}: train "
+            f"the baseline in {folder} does not fit the multi-exit network: it has {' and '.join(differences)}: train "
             f"it with the same options (`mess-compile train --baseline`), or remove {folder}"
         )
     return network

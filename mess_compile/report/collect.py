@@ -22,6 +22,7 @@ from mess_compile.latency.checks import known_warnings
 from mess_compile.latency.table import LatencyTable, read_latency_table
 from mess_compile.network import is_whole
 from mess_compile.report import comparison, strips, views
+from mess_compile.report.inspection import cells_of_heads
 from mess_compile.report.model import Benched, Missing, Report, SearchFound, Strip, Strips
 from mess_compile.report.provenance import provenance_of
 from mess_compile.reporter import SILENT, Progress
@@ -65,7 +66,7 @@ def _first_step(workspace: Workspace) -> str:
     if estimated and workspace.memory().device is None:
         return f"no device was profiled; name one that was estimated: `mess-compile report --device {estimated[0]}`"
     if (workspace.graphs / "index.json").is_file():
-        return "no device was profiled; run `mess-compile profile --device host`"
+        return "no device was profiled; run `mess-compile profile --device cpu`"
     if (workspace.candidate / "network.json").is_file():
         return "the network is not exported; run `mess-compile export`"
     return (
@@ -93,7 +94,8 @@ def _compared(workspace: Workspace, thing: str) -> tuple[comparison.Compared, ..
     path = Path(thing)
     if (path / MANIFEST).is_file() or archive.is_bundle(path):
         return comparison.of_bundle(thing, archive.read_manifest(path))
-    return (comparison.of_result(thing, read_result(workspace.plan_named(thing))),)
+    result = read_result(workspace.plan_named(thing))
+    return (comparison.of_result(thing, result, cells_of_heads(workspace)),)
 
 
 def gathered(workspace: Workspace, device: str, progress: Progress) -> Report:
@@ -207,7 +209,7 @@ def _extreme_samples(
             samples = [read_sample(items[name], data.classes) for name in chosen]
             truths = [each.labels if (each.labels < VOID).any() else None for each in samples]
             whole = is_whole(first.head)
-            by = "accuracy of the whole network" if whole else "confidence of the first exit"
+            by = "accuracy of the full network" if whole else "confidence of the first exit"
             return f"Images of {known.split}, by {by}.", list(zip(samples, truths, strict=True))
         except (InputError, KeyError):
             pass  # the data may have moved or changed since; generated scenes show the same cascade
@@ -216,7 +218,7 @@ def _extreme_samples(
     void = cascade.manifest.network.classes != scenes.SCENE_CLASSES.names
     confidences = [next(cascade.refine(scene.frame)).confidence or 0.0 for scene in drawn]
     return (
-        f"Of {SCENES} generated street scenes, since the data are gone, by confidence of the first exit"
+        f"Of {SCENES} generated street scenes, since the data are gone, by their confidence at the first stage"
         + (": the network was not trained on such images." if void else "."),
         [(drawn[index], None if void else drawn[index].labels) for index in strips.extremes(confidences)],
     )

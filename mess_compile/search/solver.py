@@ -167,7 +167,7 @@ def search_without_points(evidences: Sequence[Evidence], context: SearchContext)
     """As `search_recipes`, without operating points, which take time."""
     if len(evidences) > 1 and context.requirement.setting == "anytime":
         names = ", ".join(evidence.graph_set.recipe for evidence in evidences)
-        raise InputError(f"the anytime setting compares plans of one recipe: name one of {names} with --precision")
+        raise InputError(f"the anytime setting compares plans of one precision: name one of {names} with --precision")
     refuse_different_images(evidences)
     requirement = _of_recipes(evidences, context.requirement)
     context = replace(context, requirement=requirement)

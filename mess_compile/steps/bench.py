@@ -125,7 +125,7 @@ def bench(
     planned = plan_bench(workspace, bundle, options)
     plan, compared, progress = planned.plan, planned.comparison, reporter.progress
     assert compared is not None, "only a bench until a deadline has no comparison"
-    _note_data(planned.folder, reporter)
+    _report_data(planned.folder, reporter)
     with load(bundle, plan.name) as cascade:
         (engines,) = engine_files(workspace, planned.target, (plan.precision.partition("-")[0],), None, None, progress)
         found = run.bench(cascade, engines, compared.table, planned.folder, compared.tuned_on, options.passes, progress)
@@ -145,11 +145,12 @@ def bench_deadline(
     from mess_compile.bench import run
 
     planned = plan_bench(workspace, bundle, options, deadline_ms)
-    _note_data(planned.folder, reporter)
+    _report_data(planned.folder, reporter)
     with load(bundle, planned.plan.name) as cascade:
         return run.bench_deadline(cascade, planned.folder, deadline_ms, options.passes, reporter.progress)
 
 
-def _note_data(folder: DataSet, reporter: Reporter) -> None:
-    for sentence in (*folder.notes, *survey_labels(folder).sentences()):
-        reporter.note(sentence)
+def _report_data(folder: DataSet, reporter: Reporter) -> None:
+    for warning in folder.notes:
+        reporter.warn(warning)
+    survey_labels(folder).report(reporter)

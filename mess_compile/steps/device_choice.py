@@ -22,7 +22,7 @@ def target_of(workspace: Workspace, device: str | None) -> Target:
             f"no device was measured in this workspace yet; only estimates exist ({', '.join(estimated)}): name one, "
             f"as in `search --device {estimated[0]}` or `bundle {estimated[0]}`"
         )
-    raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
+    raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device cpu`")
 
 
 def host_of(workspace: Workspace, target: Target) -> str | None:

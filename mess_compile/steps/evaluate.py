@@ -82,16 +82,17 @@ class _EvaluateRequest:
 def _request(workspace: Workspace, options: EvaluateOptions, reporter: Reporter = SILENT) -> _EvaluateRequest:
     """Raises InputError when options do not go together, or the device is neither here nor reachable."""
     check_threads(options.threads)
-    if options.host is None and options.device in (None, HOST):
+    target = None if options.device is None else find_target(options.device, workspace.root)
+    if options.host is None and (target is None or target.name == HOST):
         refuse_python_here(options.python)
         return _EvaluateRequest(workspace, options, reporter, None, None)
-    if options.device is None:
+    if target is None:
         raise InputError(f"--host {options.host} needs --device NAME")
     if options.accelerator != "cpu" or (options.devices, options.nodes) != (1, 1) or options.threads is not None:
         raise InputError(
-            f"--device {options.device} says what runs the graphs: drop --accelerator, --devices, --nodes and --threads"
+            f"--device {options.device} chooses what runs the graphs: drop --accelerator, --devices, --nodes and "
+            "--threads"
         )
-    target = find_target(options.device, workspace.root)
     refuse_other_precisions(target, (options.precision,))
     host = options.host or host_of(workspace, target)
     if host is None:
@@ -211,8 +212,9 @@ def _labelled(
 def _note_data(folder: DataSet, reporter: Reporter) -> None:
     """What is left out and what labels hold, once; labels that cannot be read are found before anything runs."""
     if not launcher.is_child():
-        for sentence in (*folder.notes, *survey_labels(folder).sentences()):
-            reporter.note(sentence)
+        for warning in folder.notes:
+            reporter.warn(warning)
+        survey_labels(folder).report(reporter)
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def resolved(workspace: Workspace, target: Target, options: ProfileOptions) -> P
         raise InputError(f"--host {max(hosts, key=hosts.count)} is named twice: name each device once")
     subset = None if options.subset is not None and options.subset.by_default and not hosts else options.subset
     if subset and len(options.precisions) > 1 and any(each.setting == "anytime" for each in subset.requirements):
-        raise InputError("the anytime setting compares plans of one recipe: profile one --precision for it")
+        raise InputError("the anytime setting compares plans of one precision: profile one --precision for it")
     if not hosts:
         refuse_python_here(options.python)
     return replace(options, hosts=hosts, subset=subset)
@@ -205,9 +205,9 @@ def _subset_job(request: _ProfileRequest, forms: Sequence[EngineFiles], backend:
     graph_sets = [each.graph_set for each in forms]
     subject = subject_of(request.workspace, request.target, graph_sets, requirements, reporter)
     if requirements and not subject.requirements:
-        reporter.note(
-            "no statistics, nor data to record them by (`mess-compile evaluate --data`): measuring a representative "
-            "subset"
+        reporter.warn(
+            "no evaluation, and no labelled images to make one (`mess-compile evaluate --data DIR`): measuring a "
+            "representative subset of the graphs, whatever the requirement"
         )
     effort = request.options.effort or measure.Effort()
     return sparse.SubsetJob(tuple(forms), backend, subject, request.path, reporter, request.in_time, effort)
@@ -332,8 +332,8 @@ def _planned(
         least_s=effort.warm_up_s + sum(steady_s[name] for name in measured),
         most_s=effort.warm_up_s + len(jobs) * effort.max_s,
         basis=(
-            f"{known} latencies measured before, {len(table.entries) - known} estimated; from all settling at once to "
-            "none"
+            f"{known} latencies measured before, {len(table.entries) - known} estimated; least if every "
+            "graph is steady at once"
         ),
         notes=notes,
         device=target.name,

@@ -60,15 +60,15 @@ class TrainOptions:
 def training_data(workspace: Workspace, data: Data, reporter: Reporter = SILENT) -> TrainingData:
     """Open the splits that a network is trained and validated on, by default read as before in this workspace.
 
-    Notes name files that are not read. Raises InputError where the folder is no data set, without a wait for
+    Warnings name files that are not read. Raises InputError where the folder is no data set, without a wait for
     PyTorch.
     """
     folder = workspace.data_folder(data)
     images = open_dataset(folder, "train")
     validation = open_dataset(folder, "val", images.classes)
     if not launcher.is_child():
-        for note in dict.fromkeys((*images.notes, *validation.notes)):
-            reporter.note(note)
+        for warning in dict.fromkeys((*images.notes, *validation.notes)):
+            reporter.warn(warning)
     return TrainingData(folder, images, validation)
 
 
@@ -97,7 +97,7 @@ def _request(
     if baseline:
         if source is not None or options.teacher is not None:
             raise InputError(
-                "a baseline is a whole network trained for the sum of the epochs: it has no --from or --teacher"
+                "a baseline is a single-exit network trained for the sum of the epochs: it has no --from or --teacher"
             )
         choice, recipe = replace(choice, exits=1, heads=()), replace(recipe, epochs=(sum(recipe.epochs), 0))
     elif source is not None and source.resolve() == folder.resolve():

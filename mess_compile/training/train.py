@@ -92,8 +92,8 @@ def _train(options: TrainingJob, reporter: Reporter) -> CandidateNetwork | None:
         refuse_untrainable(surveyed)
         described["labels_sha256"], counts = surveyed.sha256, surveyed.pixels
         progress = read_progress(options.folder, described)
-        for sentence in (*surveyed.sentences(), *survey_labels(options.validation).sentences()):
-            reporter.note(sentence)
+        surveyed.report(reporter)
+        survey_labels(options.validation).report(reporter)
     fabric = launch(options.machines)
     first = fabric.global_rank == 0
     with lost_process_named(fabric):
@@ -256,7 +256,7 @@ def _check_stages(architecture: Architecture, recipe: Recipe, source: Overprovis
     """Check that nothing stays untrained, and that a given backbone fits the architecture. Raises InputError."""
     if (recipe.epochs[0] == 0) != (source is not None):
         raise InputError(
-            f"stage 1 has {recipe.epochs[0]} epochs: 0 requires --from, which names the candidate network whose "
+            f"stage 1 has {recipe.epochs[0]} epochs: 0 requires --from, which names the network whose "
             "backbone is used; without --from, stage 1 must train the backbone"
         )
     known = source.architecture if source else _bare_architecture(architecture, recipe)

@@ -90,5 +90,5 @@ def test_what_a_plan_needs_and_the_table_lacks_is_named() -> None:
 
 
 def test_exits_out_of_order_are_refused() -> None:
-    with pytest.raises(InputError, match="ever deeper"):
+    with pytest.raises(InputError, match="not in the order of their exit points"):
         stage_graphs(GRAPHS.candidate, HEADS[::-1])

@@ -47,7 +47,7 @@ def test_its_labels_are_those_of_the_last_exit_and_it_claims_no_confidence(bundl
         assert (prediction.exit, prediction.exit_point, prediction.confidence) == (1, 2, None)
         assert [each.exit for each in refined] == [1]
         assert all((each.labels == wanted).all() for each in (*refined, *together))
-        with pytest.raises(InputError, match="has no gate and no confidence map"):
+        with pytest.raises(InputError, match="has no confidence map"):
             cascade.confidence_map(cascade(frame))
         assert cascade.metrics().exits == (5,)
 
@@ -57,7 +57,7 @@ def test_verify_compares_labels(bundle: Path, tmp_path: Path) -> None:
     golden = [check for check in checks if check.name.startswith("golden")]
     assert golden
     assert all(
-        check.passed and check.detail == "the whole network; 100.000 % of the labels are equal" for check in golden
+        check.passed and check.detail == "the full network; 100.000 % of the labels are equal" for check in golden
     )
 
 
@@ -132,7 +132,7 @@ def test_it_wins_where_cutting_costs_more_than_it_saves() -> None:
     assert (plan.predicted.latency_ms, plan.predicted.exit_rates) == (3.0, (1.0,))  # upload, one graph, download
     assert plan.predicted == plan.baseline
     assert kind_of_plan(plan) == (
-        "the plan is the whole network, uncut: no plan with exits does better under this requirement"
+        "the plan is the full network: no plan with early exits is better under this requirement"
     )
 
 

@@ -41,7 +41,7 @@ from mess_compile.runtime.cascade.metrics import Metrics, Recorder
 from mess_compile.runtime.cascade.stream import Stream
 from mess_compile.runtime.engines.engine import Library
 from mess_compile.runtime.images import frames
-from mess_compile.runtime.images.confidence import confidence_map
+from mess_compile.runtime.images.confidence import confidence_map, exit_text
 from mess_compile.runtime.images.resize_times import MappingTimes
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Prediction:
     `confidence` is the share of confident cells at that exit, None for a whole network. `latency_ms` runs from upload
     to download; in a refinement from its first `next` until these labels are available. After a fallback to a plan with
     other exits, `exit` is the plan's last one that is no deeper. `palette` has the name and colour of every label.
+    `needed` is the share of confident cells from which frames leave there, None at the last exit.
     """
 
     labels: np.ndarray
@@ -69,17 +70,17 @@ class Prediction:
     confidence: Optional[float]
     latency_ms: float
     palette: Palette = field(default=(), repr=False, compare=False)
+    needed: Optional[float] = None
 
     def __repr__(self) -> str:
-        sure = "" if self.confidence is None else f", {self.confidence:.0%} of its cells confident"
-        return f"<labels {self.labels.shape} of exit {self.exit}{sure}, {self.latency_ms:.2f} ms>"
+        words = exit_text(self.exit, self.confidence, self.needed)
+        return f"<labels {self.labels.shape} of {words}, {self.latency_ms:.2f} ms>"
 
     def _repr_html_(self) -> str:
         from mess_compile.runtime.images.notebook import labels_html, text_html
 
-        sure = "" if self.confidence is None else f"{self.confidence:.0%} of its cells confident,  "
-        words = f"exit {self.exit}, {sure}{self.latency_ms:.2f} ms"
-        return text_html(words) + labels_html(self.labels, self.palette)
+        words = exit_text(self.exit, self.confidence, self.needed)
+        return text_html(f"{words}, {self.latency_ms:.2f} ms") + labels_html(self.labels, self.palette)
 
 
 class Cascade:
@@ -272,7 +273,7 @@ class Cascade:
             if last is None or last[0] is not prediction or not self._holds(last[1]):
                 raise InputError("only the last prediction has a confidence map: request it before the next frame")
             if prediction.confidence is None:
-                raise InputError("the plan runs the whole network, which has no gate and no confidence map")
+                raise InputError("the plan runs the full network, which has no confidence map")
             logits = last[1].logits()
         cells = frames.resize_labels(confidence_map(logits, self.manifest.gate.confidence), network.input_hw)
         return frames.from_input(cells, prediction.labels.shape, network.resize)
@@ -385,7 +386,8 @@ class Cascade:
     def _prediction(self, run: FrameRun, labels: np.ndarray, latency_ms: float) -> Prediction:
         stage, count = run.stage, run.count
         sure = None if count is None else count / stage.cells
-        return Prediction(labels, self._exit(run), stage.exit_point, sure, latency_ms, self._palette)
+        needed = None if run.cut is None else run.cut / stage.cells
+        return Prediction(labels, self._exit(run), stage.exit_point, sure, latency_ms, self._palette, needed)
 
     def close(self) -> None:
         """End the streams, wait for the current frame, then release everything; also done when the process ends."""

@@ -1,4 +1,4 @@
-"""Plan tables cached between searches, for they do not depend on bounds: a folder per key, used only when intact."""
+"""Plan tables cached between searches, since they do not depend on bounds: a folder per key, used only when intact."""
 
 from __future__ import annotations
 
