@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mess_compile.search.bnb.kernels.compiled import inlined, inner, kernel
+from mess_compile.search.bnb.kernels.compiled import inlined, kernel
 from mess_compile.search.bnb.kernels.sums import additions, envelope, remainder, sums_of_leaving, sums_of_staying
 from mess_compile.search.bnb.kernels.triples import PARTS, from_hardest, is_easy, parts_of_options
 from mess_compile.search.bnb.kernels.values import INFINITE, Array, HeadTable
@@ -28,13 +28,13 @@ class ChainBound(NamedTuple):
     lows: Array
 
 
-@inner
+@kernel
 def scores_of(head: int, last: int, table: HeadTable) -> Array:
     """The scores (n, 2 * classes) of a head; of no head those of the last."""
     return table.scores[last if head == table.scores.shape[0] else head]
 
 
-@inner
+@inlined
 def bound_chain(chain: Array, prices: Array, slope: float, table: HeadTable) -> ChainBound:
     rows, n = table.passed.shape[1:]
     steps, alone = np.empty((3, n)), np.empty((rows, CUTS))

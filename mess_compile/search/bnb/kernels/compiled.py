@@ -85,7 +85,7 @@ def _is_writable(folder: Path) -> bool:
 FOLDER = cache_folder()
 
 
-def kernel(function: Function | None = None, /, **options: bool) -> Any:
+def kernel(function: Function | None = None, /, **options: bool | str) -> Any:
     """Compile a function when it is first called, as `numba.njit` does, and store the result in FOLDER."""
     if function is None:
         return functools.partial(kernel, **options)
@@ -100,8 +100,8 @@ def kernel(function: Function | None = None, /, **options: bool) -> Any:
 
 
 inlined = kernel(inline="always")
-inner = kernel(no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""Compile a function that kernels alone call: what Python would call it by takes as long to compile as the rest."""
+"""Compile a function into the kernels that call it. As a kernel of its own it would be optimised once by itself, and
+once more in each kernel above it."""
 
 
 def compiled_once(function: Any) -> Any:

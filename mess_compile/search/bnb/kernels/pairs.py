@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mess_compile.search.bnb.kernels.compiled import inlined, inner, kernel
+from mess_compile.search.bnb.kernels.compiled import inlined, kernel
 from mess_compile.search.bnb.kernels.sums import (
     column_sums_of_leaving,
     max_miou,
@@ -37,7 +37,7 @@ class SecondHead(NamedTuple):
     behind: Array
 
 
-@inner
+@kernel
 def min_over_rows(
     order: Array, ends: Array, cut_count: int, passed: Array, gains: Array, behind: Array, least: Array
 ) -> None:

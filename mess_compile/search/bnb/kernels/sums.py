@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from mess_compile.search.bnb.kernels.compiled import inlined, inner, kernel
+from mess_compile.search.bnb.kernels.compiled import inlined, kernel
 from mess_compile.search.bnb.kernels.values import INFINITE, Array, HeadTable
 
 
@@ -63,7 +63,7 @@ def additions(scores: Array, coefficients: Array, out: Array) -> None:
         out[image] = total
 
 
-@inner
+@kernel
 def max_miou(last: int, spans: Array, table: HeadTable, coefficients: Array) -> float:
     """What the `last` head adds for all images, and the remainder in the box that `spans` (2, 2 * classes) lie about
     it."""
@@ -76,7 +76,7 @@ def max_miou(last: int, spans: Array, table: HeadTable, coefficients: Array) -> 
     return float(linear + remainder(low, high, table.labelled, coefficients))
 
 
-@inner
+@kernel
 def sums_of_leaving(passed: Array, cut_counts: Array, values: Array, out: Array) -> None:
     """Sums of `values` (n,) over the images that leave by each option; `out` (rows, cuts), infinite without option.
 
@@ -94,7 +94,7 @@ def sums_of_leaving(passed: Array, cut_counts: Array, values: Array, out: Array)
             out[row, cut] = total if cut < cut_counts[row] else INFINITE
 
 
-@inner
+@kernel
 def column_sums_of_leaving(passed: Array, cut_counts: Array, values: Array, out: Array) -> None:
     """As `sums_of_leaving` for several columns at once: `values` (n, columns), `out` (rows, cuts, columns)."""
     most, columns = out.shape[1], values.shape[1]
@@ -111,7 +111,7 @@ def column_sums_of_leaving(passed: Array, cut_counts: Array, values: Array, out:
                 out[row, cut, column] = bins[cut + 1, column] if cut < cut_counts[row] else INFINITE
 
 
-@inner
+@kernel
 def sums_of_staying(first: Array, second: Array, values: Array, sums: Array) -> None:
     """Sums of `values` (n,) over the images that pass neither a cut of one row nor a cut of another.
 
@@ -163,7 +163,7 @@ def differences(scores: Array, later: Array) -> Array:
     return found
 
 
-@inner
+@kernel
 def order_by_cuts_passed(passed: Array, order: Array, ends: Array) -> None:
     """Fills `order` (n,) with the images by falling number of cuts passed; the first `ends[k]` (cuts + 2,) of them pass
     k or more."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mess_compile.search.bnb.kernels.compiled import inlined, inner, kernel
+from mess_compile.search.bnb.kernels.compiled import inlined, kernel
 from mess_compile.search.bnb.kernels.pairs import min_over_rows
 from mess_compile.search.bnb.kernels.sums import (
     column_sums_of_leaving,
@@ -62,7 +62,7 @@ class ThirdHead(NamedTuple):
     among: Array
 
 
-@inner
+@kernel
 def from_hardest(head: int, table: HeadTable) -> Array:
     """The place of each image (n,), from the one that a head is least sure of, over all rows."""
     rows, n = table.passed.shape[1:]
@@ -80,14 +80,14 @@ def from_hardest(head: int, table: HeadTable) -> Array:
     return places
 
 
-@inner
+@kernel
 def is_easy(places: Array, part: int) -> Array:
     """Whether images, by their `places` from the hardest, may leave by an option of this part."""
     n = places.shape[-1]
     return places >= n - n * (2 * part + 1) // (2 * PARTS)
 
 
-@inner
+@kernel
 def parts_of_options(head: int, table: HeadTable) -> Array:
     """Which of PARTS each option (rows, cuts) of a head is in, by how many images leave; -1 where there is none."""
     rows, n = table.passed.shape[1:]
