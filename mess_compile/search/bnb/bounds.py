@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import numpy as np
@@ -139,8 +141,19 @@ def shared(count: int, work: Callable[[Array], Found]) -> list[tuple[Array, Foun
     """The results of `work` on `count` things, given the indices of some of them: a part for each core."""
     cores = get_num_threads()
     parts = [np.arange(first, count, cores) for first in range(min(cores, count))]
-    with ThreadPoolExecutor(cores) as pool:
-        return list(zip(parts, pool.map(work, parts), strict=True))
+    others = [_threads(os.getpid(), cores).submit(work, part) for part in parts[1:]]
+    try:
+        found = [work(part) for part in parts[:1]]
+    finally:
+        wait(others)
+    return list(zip(parts, [*found, *(other.result() for other in others)], strict=True))
+
+
+@functools.lru_cache(maxsize=1)
+def _threads(process: int, cores: int) -> ThreadPoolExecutor:
+    """The threads of this process: to start some for each call would take longer than most calls. A forked process has
+    none of its parent's."""
+    return ThreadPoolExecutor(cores)
 
 
 def in_order(array: Array, dtype: type) -> Array:

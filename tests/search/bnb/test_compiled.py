@@ -109,8 +109,9 @@ def test_a_folder_that_is_there_already_removes_no_other(older: Path) -> None:
 
 
 def test_other_installations_share_a_folder_that_the_user_names(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled._CONFIG, "CACHE_DIR", str(older.parent))
-    unused = older.with_name("numba-unused")
+    named = older.parent.rename(older.parent.with_name("named"))
+    monkeypatch.setattr(compiled._CONFIG, "CACHE_DIR", str(named))
+    older, unused = named / older.name, named / "numba-unused"
     unused.mkdir()
     os.utime(unused, (0, 0))
     compiled.cache_folder()
