@@ -33,9 +33,16 @@ class Bounds:
 
     def of_chains(self, chains: Array) -> Array:
         """Lower bounds (m,) of the plans of each of the chains (m, 4), by an envelope for each."""
-        problem, slope = self._problem, self.slope
-        prices = in_order(problem.weight * problem.costs(problem.priced, *chains.T).T, np.float64)  # (m, 4)
-        chains, table = in_order(chains, np.int64), problem.table
+        return self._of_priced(chains, self._prices(chains))
+
+    def _prices(self, chains: Array) -> Array:
+        """What an image costs that leaves at each exit (m, 4) of the chains (m, 4), weighed against mIoU."""
+        problem = self._problem
+        return in_order(problem.weight * problem.costs(problem.priced, *chains.T).T, np.float64)
+
+    def _of_priced(self, chains: Array, prices: Array) -> Array:
+        slope, table = self.slope, self._problem.table
+        chains = in_order(chains, np.int64)
         least = np.empty(len(chains))
         for part, found in shared(
             len(chains), lambda part: kernels.bound_chains(chains[part], prices[part], slope, table)
@@ -74,11 +81,11 @@ class Bounds:
         def dual(slope: float) -> tuple[float, float, Array]:
             check_time(self._clock)
             self.slope = slope
-            least = self.of_chains(sample)
+            least = self._of_priced(sample, prices)
             return float(least.min()) + slope * self._incumbent.min_miou, slope, least
 
         for factor in factors:
-            middle = self.slope
+            middle, prices = self.slope, self._prices(sample)
             tried = (dual(middle * each) for each in (1 / factor, 1, factor))
             _, self.slope, least = max(tried, key=lambda each: each[0])
             sample = sample[np.argsort(least, kind="stable")[: max(BATCH, len(sample) // 4)]]
