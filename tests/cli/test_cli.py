@@ -563,7 +563,7 @@ class TestBench:
         assert bench["workload_ratio"] == pytest.approx(bench["baseline"]["gmacs"] / bench["measured"]["gmacs"])
 
 
-EFFORT = Effort(window_s=0.03, window_runs=2, max_s=0.2, warm_up_s=0.0)
+EFFORT = Effort(window_s=0.03, window_runs=2, max_s=0.09, warm_up_s=0.0)
 PROFILE = f"""
 import sys
 from pathlib import Path

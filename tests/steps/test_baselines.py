@@ -29,7 +29,7 @@ from tests.networks import random_network
 
 HW = (64, 96)
 NAMES = scenes.SCENE_CLASSES.names
-EFFORT = Effort(window_s=0.0, window_runs=1, windows=1, warm_up_s=0.0)
+EFFORT = Effort(window_s=0.0, window_runs=1, windows=1, max_s=0.001, warm_up_s=0.0)
 
 
 def quiet(*told: object) -> None:
