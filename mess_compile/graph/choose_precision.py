@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -173,7 +173,7 @@ class _Maps:
 
     @property
     def frames(self) -> int:
-        return len(next(iter(self.paths.values())))
+        return len(next(iter(self.paths.values()), ()))
 
     def only(self, names: Sequence[str]) -> _Maps:
         return _Maps({name: self.paths[name] for name in names})
@@ -313,7 +313,7 @@ class _Choice:
         if precision == "fp16":
             return to_fp16(model)
         names = [value.name for value in model.graph.input]
-        feeds = ({name: feed[name] for name in names} for feed in self._feeds(calibrating))
+        feeds = ({name: feed[name] for name in names} for feed in self._feeds(calibrating, names))
         return to_int8(model, feeds) if precision == "int8" else model
 
     def _segment_failure(self, a: int, b: int, maps: _Maps, path: Path, precision: str, boldest: str) -> str | None:
@@ -382,11 +382,13 @@ class _Choice:
     def _outputs(self, graph: Path, maps: _Maps) -> Iterator[Feed]:
         if maps.frames:
             with loaded(self.library, graph) as engine:
-                for feed in self._feeds(maps):
+                for feed in self._feeds(maps, engine.inputs):
                     yield run(self.library, engine, feed)
 
-    def _feeds(self, maps: _Maps) -> Iterator[Feed]:
-        return ({**feed, "thresholds": thresholds_of(self.graph_set)} for feed in maps.arrays())
+    def _feeds(self, maps: _Maps, inputs: Collection[str]) -> Iterator[Feed]:
+        """What a graph with these inputs is fed, frame by frame."""
+        read = maps.only([name for name in maps.paths if name in inputs])
+        return ({**feed, "thresholds": thresholds_of(self.graph_set)} for feed in read.arrays())
 
 
 def _labels(logits: Sequence[Feed]) -> list[Feed]:
