@@ -51,8 +51,9 @@ def main() -> None:
         engine = library.load(graph_set.path(head_graph_name(head)))
         logits, counts = [], []
         for image in images:
-            maps = segment.run({"image": library.upload(image[None])})[f"exit{point}"]
-            found = engine.run({f"exit{point}": maps, "thresholds": thresholds})
+            uploaded = {"image": library.upload(image[None]), "thresholds": thresholds}
+            live = {**uploaded, **segment.run({"image": uploaded["image"]})}
+            found = engine.run({name: live[name] for name in engine.inputs})
             logits.append(np.array(library.download(found["logits"])[0]))
             counts.append(int(library.download(found["counts"])[row]))
         kind = "median" if cut is None else "plan's"

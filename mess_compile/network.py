@@ -27,7 +27,11 @@ CONFIDENCES = ("top1", "margin", "entropy")
 DEFAULT_THRESHOLDS = (0.40, 0.50, 0.60, 0.70, 0.75, 0.80, 0.85, 0.90, 0.93, 0.96, 0.98, 0.99)
 _HEAD_NAME = re.compile(r"([a-z]+)([1-9]\d{0,3})?-crm([1-9]\d*)-b(\d)(-rdi)?")
 MAX_SIDE = 1 << 14
-DTYPES = ("uint8", "int32", "int64", "float32")
+DTYPES = ("uint8", "int32", "int64", "float32", "bool")
+IMAGE = "image"
+"""The tensor that every network begins with: uint8 (1, H, W, 3)."""
+_OWN_NAMES = re.compile(r"thresholds|logits|counts|labels|sound|(logits:|gate/|output/|sound/).*", re.DOTALL)
+"""Names that heads, gates and output graphs give to their own tensors; no tensor at an exit point has one."""
 _GRAPHS_REMEDY = "run `mess-compile export`"
 
 
@@ -111,8 +115,11 @@ def _are_sides(value: Any) -> bool:
 class ExitPoint:
     """A place on the backbone where heads may attach.
 
-    `name` is exit1..exitN, the tensor's name in every graph; `block` the backbone module it follows; `macs` the
-    backbone's cumulative workload up to here (convolution MACs + 2 per BatchNorm element).
+    `name` is exit1..exitN, the name in every graph of the map that feeds the heads; `block` the backbone module it
+    follows; `macs` the backbone's cumulative workload up to here (convolution MACs + 2 per BatchNorm element).
+    `carried` are the other tensors that are alive here, since later nodes of the backbone, or the network's own end,
+    read them: `image`, maps of earlier exit points, or any others. They have the same name and shape wherever they are
+    alive.
     """
 
     name: str
@@ -120,19 +127,29 @@ class ExitPoint:
     channels: int
     hw: tuple[int, int]
     macs: int = field(metadata=decode.entry(check=_COUNT))
+    carried: tuple[TensorSpec, ...] = field(default=(), metadata=decode.OPTIONAL)
+
+    def frontier(self, number: int) -> tuple[TensorSpec, ...]:
+        """All tensors that are alive here, at the exit point of this `number`: the map first, then the carried ones."""
+        return (TensorSpec(f"exit{number}", "float32", (1, self.channels, *self.hw)), *self.carried)
 
 
 @dataclass(frozen=True)
 class Head:
     """One candidate head; `exit_point` counts from 1, `config` is a HeadConfig's name or a foreign name.
 
-    `hw` is the size of its logits, None if it equals the exit point's map: a head may upsample inside.
+    `hw` is the size of its logits, None if it equals the exit point's map: a head may upsample inside. The network's
+    own end, the last exit of a network that was brought, may have its own way from logits to labels: `labels` names the
+    tensor uint8 (1, H, W) that it computes from them. Its gate may count over logits that are average-pooled to the
+    size `gate_hw`.
     """
 
     exit_point: int
     config: str
     macs: int = field(metadata=decode.entry(check=_COUNT))
     hw: tuple[int, int] | None = field(default=None, metadata=decode.entry(check=SIDES, optional=True))
+    labels: str | None = field(default=None, metadata=decode.OPTIONAL)
+    gate_hw: tuple[int, int] | None = field(default=None, metadata=decode.entry(check=SIDES, optional=True))
 
     @property
     def name(self) -> str:
@@ -189,12 +206,25 @@ class CandidateNetwork:
         return self.exit_points[number - 1]
 
     def logits_hw(self, head: Head) -> tuple[int, int]:
-        """The size of a head's logits, which its gate counts over and its output graph reads."""
+        """The size of a head's logits, which its output graph reads."""
         return head.hw or self.exit_point(head.exit_point).hw
+
+    def cells(self, head: Head) -> int:
+        """The number of cells that a head's gate counts over."""
+        return math.prod(head.gate_hw or self.logits_hw(head))
 
     def output_of(self, head: Head) -> str:
         """The name of the output graph that a head's logits go to."""
-        return output_name(self.logits_hw(head))
+        return output_name(self.logits_hw(head)) if head.labels is None else OUTPUT_OWN
+
+    def live(self, number: int) -> tuple[str, ...]:
+        """The names of the tensors that are alive at an exit point, its map first; 0 is the image."""
+        return tuple(tensor.name for tensor in self.frontier(number))
+
+    def frontier(self, number: int) -> tuple[TensorSpec, ...]:
+        """The tensors that are alive at an exit point, its map first; 0 is the image."""
+        image = TensorSpec(IMAGE, "uint8", (1, *self.input_hw, 3))
+        return self.exit_point(number).frontier(number) if number else (image,)
 
     def heads_at(self, number: int) -> tuple[Head, ...]:
         return tuple(head for head in self.heads if head.exit_point == number)
@@ -215,8 +245,12 @@ class CandidateNetwork:
     def to_json(self) -> dict[str, Any]:
         content = asdict(self)
         for head in content["heads"]:
-            if head["hw"] is None:
-                del head["hw"]
+            for key in ("hw", "labels", "gate_hw"):
+                if head[key] is None:
+                    del head[key]
+        for point in content["exit_points"]:
+            if not point["carried"]:
+                del point["carried"]
         return content
 
 
@@ -229,6 +263,54 @@ def check_candidate(network: CandidateNetwork) -> None:
         raise InputError(f"there are {len(network.colours)} colours for {len(network.classes)} classes")
     if network.head(network.baseline).exit_point != points:
         raise InputError(f"the baseline head {network.baseline} is not at the final exit")
+    _check_carried(network)
+    for head in network.heads:
+        _check_own_end(network, head)
+
+
+def _check_carried(network: CandidateNetwork) -> None:
+    """Raises InputError unless every carried tensor is alive at a row of exit points, the same at each."""
+    if not any(point.carried for point in network.exit_points):
+        return
+    alive: dict[str, tuple[TensorSpec, int]] = {}
+    for number in range(len(network.exit_points) + 1):
+        frontier, where = network.frontier(number), f"exit{number}"
+        if len({tensor.name for tensor in frontier}) < len(frontier):
+            raise InputError(f"{where} carries a tensor twice: {', '.join(network.live(number))}")
+        for tensor in frontier:
+            _check_carried_name(tensor.name, number, new=tensor.name not in alive)
+            if min(tensor.shape, default=1) < 1:
+                raise InputError(f"{where} carries {_described(tensor)}, without a static shape")
+            known, last = alive.get(tensor.name, (tensor, number - 1))
+            if last != number - 1:
+                raise InputError(f"{where} carries {tensor.name}, which exit{number - 1} does not")
+            if known != tensor:
+                raise InputError(f"{where} carries {_described(tensor)}, but it was {_described(known)} before")
+            alive[tensor.name] = tensor, number
+
+
+def _check_carried_name(name: str, number: int, new: bool) -> None:
+    if not name or _OWN_NAMES.fullmatch(name):
+        raise InputError(f"exit{number} carries {name!r}, a name that heads and gates give to their own tensors")
+    if new and name != f"exit{number}" and re.fullmatch(r"exit\d+", name):
+        raise InputError(f"exit{number} carries {name}, which is not alive before it")
+
+
+def _check_own_end(network: CandidateNetwork, head: Head) -> None:
+    """Raises InputError for labels or a pooled gate of a head that is not the final one, and for wrong sizes."""
+    if head.labels is None and head.gate_hw is None:
+        return
+    if head.name != network.baseline:
+        raise InputError(f"head {head.name} has labels or gate_hw, which only the final head may have")
+    if head.labels is not None and (not head.labels or head.labels in (IMAGE, *network.live(head.exit_point))):
+        raise InputError(f"labels of head {head.name} is {head.labels!r}, which is no name of a tensor of its own")
+    hw = network.logits_hw(head)
+    if any(side % cells for side, cells in zip(hw, head.gate_hw or hw, strict=True)):
+        raise InputError(f"gate_hw of head {head.name} is {head.gate_hw}, which does not divide its logits' {hw}")
+
+
+def _described(tensor: TensorSpec) -> str:
+    return f"{tensor.name} {tensor.dtype} {tensor.shape}"
 
 
 def segment_name(a: int, b: int) -> str:
@@ -243,6 +325,9 @@ def output_name(hw: tuple[int, int]) -> str:
     """The output graph shared by all heads whose logits have this size."""
     return f"output-{hw[0]}x{hw[1]}"
 
+
+OUTPUT_OWN = "output-own"
+"""The output graph of the network's own end: its own nodes from logits to labels."""
 
 BASELINE, BASELINE_ALONE = "baseline", "baseline-alone"
 """The single-exit graphs: the candidate network's final exit, and a network of one exit that was trained alone."""

@@ -70,7 +70,7 @@ class _Writer:
     def model(self) -> onnx.ModelProto:
         height, width = self._manifest.network.input_hw
         self._constant("thresholds", np.array(self._manifest.gate.thresholds, np.float32))
-        nodes = self._stage(0, "image")
+        nodes = self._stage(0, {"image": "image"})
         graph = helper.make_graph(
             nodes,
             self._manifest.name,
@@ -92,19 +92,19 @@ class _Writer:
             for name, (kind, shape) in zip(_OUTPUTS, kinds, strict=True)
         ]
 
-    def _stage(self, index: int, features: str, prefix: str = "") -> list[onnx.NodeProto]:
-        """The nodes from this stage on; their outputs are named with `prefix`."""
+    def _stage(self, index: int, live: Mapping[str, str], prefix: str = "") -> list[onnx.NodeProto]:
+        """The nodes from this stage on; their outputs are named with `prefix`.
+
+        `live` has the names here of the tensors that are alive before the stage; branches read them from outside.
+        """
         stage, place = self._plan.stages[index], f"exit{index + 1}"
-        source = f"exit{self._plan.stages[index - 1].exit_point}" if index else "image"
-        point = f"exit{stage.exit_point}"
-        nodes, made = self._graph(stage.segment, f"{place}/segment", {source: features})
+        nodes, made = self._graph(stage.segment, f"{place}/segment", live)
         if stage.head_graph is None:
             return nodes + self._whole(made["labels"], prefix)
+        live = {**live, **made}
         if stage.cut is None and index + 1 < len(self._plan.stages):  # nothing is decided here
-            return nodes + self._stage(index + 1, made[point], prefix)
-        gated, outputs = self._graph(
-            stage.head_graph, f"{place}/head", {point: made[point], "thresholds": "thresholds"}
-        )
+            return nodes + self._stage(index + 1, live, prefix)
+        gated, outputs = self._graph(stage.head_graph, f"{place}/head", {**live, "thresholds": "thresholds"})
         nodes += gated
         row = self._constant(f"{place}/row", np.array([stage.row], np.int64))
         count = f"{place}/count"
@@ -116,7 +116,7 @@ class _Writer:
         nodes.append(helper.make_node("GreaterOrEqual", [count, cut], [sure]))
         here, there = f"{place}/leaves/", f"{place}/goes-on/"
         leaves = helper.make_graph(self._leave(index, outputs["logits"], count, here), here, [], self._outputs(here))
-        rest = self._stage(index + 1, made[point], there)
+        rest = self._stage(index + 1, live, there)
         goes_on = helper.make_graph(rest, there, [], self._outputs(there))
         names = [prefix + name for name in _OUTPUTS]
         return [*nodes, helper.make_node("If", [sure], names, then_branch=leaves, else_branch=goes_on)]
@@ -149,9 +149,10 @@ class _Writer:
         return name
 
     def _graph(self, path: str, prefix: str, inputs: Mapping[str, str]) -> tuple[list[onnx.NodeProto], dict[str, str]]:
-        """Copies the nodes of a graph onto other tensors; returns them and the new names of its outputs."""
+        """Copies the nodes of a graph onto those of the tensors `inputs` that it reads; returns them and the new names
+        of its outputs."""
         graph = self._models[path].graph
-        names = {"": "", **inputs}
+        names = {"": "", **{value.name: inputs[value.name] for value in graph.input}}
         for weight in graph.initializer:
             names[weight.name] = f"{path}/{weight.name}"
             if names[weight.name] not in self._weights:

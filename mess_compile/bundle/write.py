@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -250,7 +251,10 @@ def _network(candidate: CandidateNetwork, resize: str) -> manifest.Network:
 
 
 def _stage(stage: Stage, graphs: StageGraphs, graph_set: GraphSet, places: Mapping[str, str]) -> manifest.BundleStage:
-    height, width = graph_set.candidate.logits_hw(graph_set.candidate.head_behind(stage.head))
+    candidate = graph_set.candidate
+    head = candidate.head_behind(stage.head)
+    # A whole network's guard counts over all of its logits.
+    cells = math.prod(candidate.logits_hw(head)) if is_whole(stage.head) else candidate.cells(head)
     return manifest.BundleStage(
         exit_point=stage.exit_point,
         head=stage.head,
@@ -259,7 +263,7 @@ def _stage(stage: Stage, graphs: StageGraphs, graph_set: GraphSet, places: Mappi
         output=None if graphs.output is None else places[graphs.output],
         row=stage.row,
         cut=stage.cut,
-        cells=height * width,
+        cells=cells,
     )
 
 

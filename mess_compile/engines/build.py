@@ -311,6 +311,8 @@ def _computed(library: Library, path: Path) -> dict[str, NDArray[np.float64]]:
 def _drawn(rng: np.random.Generator, spec: TensorSpec) -> NDArray[Any]:
     if spec.dtype == "uint8":
         return rng.integers(0, 256, spec.shape, dtype=np.uint8)
+    if spec.dtype != "float32":
+        return rng.integers(0, 2, spec.shape).astype(spec.dtype)
     return rng.random(spec.shape, dtype=np.float32)
 
 

@@ -26,7 +26,7 @@ from mess_compile.evaluate.statistics import (
     read_statistics,
     write_statistics,
 )
-from mess_compile.network import BASELINE_ALONE, CandidateNetwork, Head, head_graph_name, segment_name, threshold_table
+from mess_compile.network import BASELINE_ALONE, head_graph_name, segment_name, threshold_table
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.engines.engine import Library
 from mess_compile.runtime.serve.scoring import HeadEngines, Score, ScoredExits, open_scorer
@@ -101,7 +101,7 @@ def _evaluated(
     return ExitStatistics(
         heads=heads,
         classes=candidate.classes,
-        cells=tuple(_cells(candidate, candidate.head(head)) for head in heads),
+        cells=tuple(candidate.cells(candidate.head(head)) for head in heads),
         thresholds=threshold_table(graph_set.gate, classes),
         counts=np.stack([each.counts for each in scores]),
         intersection=np.stack([each.intersection for each in scores]),
@@ -265,11 +265,6 @@ def _is_done(part: Path, items: Sequence[Item], origin: _Origin) -> bool:
         return False
     expected = (tuple(item.id for item in items), origin.library, origin.device, origin.engines.heads)
     return (found.image_id, found.library, found.device, found.heads) == expected
-
-
-def _cells(candidate: CandidateNetwork, head: Head) -> int:
-    height, width = candidate.logits_hw(head)
-    return height * width
 
 
 def countable(image_id: str, frame: Pixels, labels: Pixels, classes: int, ignore: frozenset[int]) -> NDArray[np.bool_]:

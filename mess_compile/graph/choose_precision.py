@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,15 @@ from mess_compile.graph.compare import agreement_of, compare, labels_of, loaded,
 from mess_compile.graph.precision import CONVERTED, Feed, check_calibration, quantiser, to_fp16, to_int8
 from mess_compile.graph.precision_progress import TriedGraph, TriedGraphs
 from mess_compile.graph.store import WEIGHTS, read_model, read_whole_model, stored_weights, write_graph
-from mess_compile.network import GraphSet, GraphSpec, head_graph_name, segment_name, write_graph_set
+from mess_compile.network import (
+    IMAGE,
+    OUTPUT_OWN,
+    GraphSet,
+    GraphSpec,
+    head_graph_name,
+    segment_name,
+    write_graph_set,
+)
 from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import EngineError, InputError, MessError
 from mess_compile.runtime.engines.engine import PRECISIONS, Library
@@ -65,13 +73,17 @@ class Fallback:
 
 
 def bold_recipe(graph_set: GraphSet, wanted: str) -> PrecisionRecipe:
-    """Every graph that has convolutions in the `wanted` precision. Raises InputError for an unknown one."""
+    """Every graph that has convolutions in the `wanted` precision, but the network's own way from logits to labels.
+
+    Raises InputError for an unknown precision.
+    """
     if wanted not in PRECISIONS:
         raise InputError(f"precision {wanted!r} is not one of {', '.join(PRECISIONS)}")
     precisions = {}
     for name in graph_set.graphs:
         nodes = read_model(graph_set.path(name)).graph.node
-        precisions[name] = wanted if any(node.op_type in CONVERTED[wanted] for node in nodes) else "fp32"
+        converted = name != OUTPUT_OWN and any(node.op_type in CONVERTED[wanted] for node in nodes)
+        precisions[name] = wanted if converted else "fp32"
     return PrecisionRecipe(wanted, precisions)
 
 
@@ -150,13 +162,19 @@ def _drop_unread_weights(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Maps:
-    """One tensor of every frame, one file each."""
+    """The tensors alive at an exit point, by name: for each frame one file of each."""
 
-    tensor: str
-    paths: tuple[Path, ...]
+    paths: dict[str, tuple[Path, ...]]
+
+    @property
+    def frames(self) -> int:
+        return len(next(iter(self.paths.values()), ()))
+
+    def only(self, names: Sequence[str]) -> _Maps:
+        return _Maps({name: self.paths[name] for name in names})
 
     def arrays(self) -> Iterator[Feed]:
-        return ({self.tensor: np.load(path)} for path in self.paths)
+        return ({name: np.load(paths[frame]) for name, paths in self.paths.items()} for frame in range(self.frames))
 
 
 _Check = Callable[[Path, str, str], str | None]
@@ -166,7 +184,7 @@ _Check = Callable[[Path, str, str], str | None]
 class _Choice:
     """State of `choose_precisions`: the recipe so far, why it is not bolder, the graphs written.
 
-    At most two engines and one converted graph are in memory, and the maps of two exit points on disk.
+    At most two engines and one converted graph are in memory, and the tensors of two exit points on disk.
     """
 
     def __init__(
@@ -185,11 +203,12 @@ class _Choice:
         self.reasons: dict[str, tuple[str, ...]] = {}
         self.specs: dict[str, GraphSpec] = {}
         self.labels: dict[str, list[Feed]] = {}
+        self.numbers: dict[str, int] = {}  # of tensors, in the names of their files
 
     def choose(self, frames: Sequence[Array], calibration: Sequence[Array], progress: Progress) -> None:
         self.inputs_sha256 = self._inputs_sha256(frames, calibration)
-        judged = self._stored("judged", "image", ({"image": frame[None]} for frame in frames))
-        calibrating = self._stored("calibrating", "image", ({"image": frame[None]} for frame in calibration))
+        judged = self._stored("judged", [IMAGE], ({IMAGE: frame[None]} for frame in frames))
+        calibrating = self._stored("calibrating", [IMAGE], ({IMAGE: frame[None]} for frame in calibration))
         self._record_labels(judged)
         while True:
             recipe, reasons = self.recipe, self.reasons
@@ -289,13 +308,14 @@ class _Choice:
         if precision == "fp16":
             return to_fp16(model)
         names = [value.name for value in model.graph.input]
-        feeds = ({name: feed[name] for name in names} for feed in self._feeds(calibrating))
+        feeds = ({name: feed[name] for name in names} for feed in self._feeds(calibrating, names))
         return to_int8(model, feeds) if precision == "int8" else model
 
     def _segment_failure(self, a: int, b: int, maps: _Maps, path: Path, precision: str, boldest: str) -> str | None:
         exact = self._after(self.graph_set.path(segment_name(a, b)), maps, "exact", b)
         found = self._after(path, maps, "found", b)
-        reason = verdict(agreement_of(zip(exact.arrays(), found.arrays(), strict=True)), precision)
+        pairs = zip(*(each.only(self._made(segment_name(a, b))).arrays() for each in (exact, found)), strict=True)
+        reason = verdict(agreement_of(pairs), precision)
         for head in self.graph_set.candidate.heads_at(b) if reason is None else ():
             outputs = [self._logits(self._head_path(head.name), maps) for maps in (exact, found)]
             reason = reason or self._labels_failure(head.name, outputs[0], outputs[1], precision, boldest)
@@ -325,33 +345,45 @@ class _Choice:
         return self.graph_set.path(head_graph_name(head))
 
     def _advanced(self, graph: Path, maps: _Maps, place: str, b: int) -> _Maps:
-        """Maps after a segment; removes those before it, which take much space."""
+        """What is alive after a segment; removes the files of what is not any more, which take much space."""
         after = self._after(graph, maps, place, b)
-        for path in maps.paths if maps.tensor != "image" else ():
+        remaining = {IMAGE, *after.paths}
+        for path in (path for name, paths in maps.paths.items() if name not in remaining for path in paths):
             path.unlink()
         return after
 
     def _after(self, graph: Path, maps: _Maps, place: str, b: int) -> _Maps:
-        return self._stored(place, f"exit{b}", self._outputs(graph, maps))
+        """What is alive at exit point `b`: outputs of a segment that ends there, and what it passes on."""
+        live = self.graph_set.candidate.live(b)
+        made = self._stored(place, [name for name in live if name not in maps.paths], self._outputs(graph, maps))
+        both = {**maps.paths, **made.paths}
+        return _Maps({name: both[name] for name in live})
 
-    def _stored(self, place: str, tensor: str, outputs: Iterable[Feed]) -> _Maps:
-        paths = []
+    def _made(self, segment: str) -> list[str]:
+        return [tensor.name for tensor in self.graph_set.spec(segment).outputs]
+
+    def _stored(self, place: str, names: Sequence[str], outputs: Iterable[Feed]) -> _Maps:
+        paths: dict[str, list[Path]] = {name: [] for name in names}
         for index, found in enumerate(outputs):
-            paths.append(self.scratch / f"{place}-{tensor}-{index}.npy")
-            np.save(paths[-1], found[tensor])
-        return _Maps(tensor, tuple(paths))
+            for name in names:
+                number = self.numbers.setdefault(name, len(self.numbers))
+                paths[name].append(self.scratch / f"{place}-{number}-{index}.npy")
+                np.save(paths[name][-1], found[name])
+        return _Maps({name: tuple(each) for name, each in paths.items()})
 
     def _logits(self, graph: Path, maps: _Maps) -> list[Feed]:
         return [{"logits": outputs["logits"]} for outputs in self._outputs(graph, maps)]
 
     def _outputs(self, graph: Path, maps: _Maps) -> Iterator[Feed]:
-        if maps.paths:
+        if maps.frames:
             with loaded(self.library, graph) as engine:
-                for feed in self._feeds(maps):
+                for feed in self._feeds(maps, engine.inputs):
                     yield run(self.library, engine, feed)
 
-    def _feeds(self, maps: _Maps) -> Iterator[Feed]:
-        return ({**feed, "thresholds": thresholds_of(self.graph_set)} for feed in maps.arrays())
+    def _feeds(self, maps: _Maps, inputs: Collection[str]) -> Iterator[Feed]:
+        """What a graph with these inputs is fed, frame by frame."""
+        read = maps.only([name for name in maps.paths if name in inputs])
+        return ({**feed, "thresholds": thresholds_of(self.graph_set)} for feed in read.arrays())
 
 
 def _labels(logits: Sequence[Feed]) -> list[Feed]:

@@ -25,7 +25,10 @@ from mess_compile.graph.workload import activations, count_macs
 from mess_compile.network import (
     BASELINE,
     BASELINE_ALONE,
+    IMAGE,
+    OUTPUT_OWN,
     CandidateNetwork,
+    ExitPoint,
     Gate,
     GraphSet,
     GraphSpec,
@@ -67,6 +70,38 @@ def cut(network: gs.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> onn
     Raises InputError naming a tensor that does not exist, that the outputs need although `inputs` do not bound it, or
     that the outputs do not depend on.
     """
+    nodes, reached = _made_by(network, inputs, outputs)
+    for name in inputs:
+        if name not in reached:
+            raise InputError(f"{', '.join(outputs)} does not depend on {name!r}")
+    tensors = network.tensors()
+    part = gs.Graph(
+        nodes=[node for node in network.nodes if id(node) in nodes],
+        inputs=[tensors[name] for name in inputs],
+        outputs=[tensors[name] for name in outputs],
+        opset=network.opset,
+        import_domains=network.import_domains,
+    )
+    model: onnx.ModelProto = gs.export_onnx(part)
+    return model
+
+
+def cut_from(network: gs.Graph, live: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
+    """Like `cut`, from those of the tensors `live` that the outputs depend on, in their order.
+
+    Raises what `cut` does, and InputError when the outputs depend on none of them.
+    """
+    _, reached = _made_by(network, live, outputs)
+    if not reached:
+        raise InputError(f"{', '.join(outputs)} does not depend on {', '.join(map(repr, live))}")
+    return cut(network, [name for name in live if name in reached], outputs)
+
+
+def _made_by(network: gs.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> tuple[set[int], set[str]]:
+    """The ids of the nodes that make `outputs` from `inputs`, and the inputs that they depend on.
+
+    Raises InputError naming a tensor that does not exist, or that the outputs need although `inputs` do not bound it.
+    """
     tensors = network.tensors()
     for name in (*inputs, *outputs):
         if name not in tensors:
@@ -85,18 +120,7 @@ def cut(network: gs.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> onn
                 f"{', '.join(outputs)} is not bounded by {', '.join(inputs)}: it also needs {tensor.name!r}; "
                 "does a connection pass around the exit point?"
             )
-    for name in inputs:
-        if name not in reached:
-            raise InputError(f"{', '.join(outputs)} does not depend on {name!r}")
-    part = gs.Graph(
-        nodes=[node for node in network.nodes if id(node) in nodes],
-        inputs=[tensors[name] for name in inputs],
-        outputs=[tensors[name] for name in outputs],
-        opset=network.opset,
-        import_domains=network.import_domains,
-    )
-    model: onnx.ModelProto = gs.export_onnx(part)
-    return model
+    return nodes, reached
 
 
 def candidate_from_metadata(model: onnx.ModelProto, path: Path) -> CandidateNetwork:
@@ -134,6 +158,7 @@ def cut_network(folder: Path, gate: Gate, progress: Progress) -> GraphSet:
     network = import_network(model)
     candidate = candidate_from_metadata(model, folder / NETWORK)
     _check_tensors(candidate, network)
+    _check_carried(candidate, network)
     if not candidate.identity:
         candidate = replace(candidate, identity=files.sha256_of_file(folder / NETWORK))
     if 0 in [point.macs for point in candidate.exit_points] + [head.macs for head in candidate.heads]:
@@ -172,67 +197,90 @@ def _jobs(network: gs.Graph, candidate: CandidateNetwork, gate: Gate) -> list[_J
     classes, hw = len(candidate.classes), candidate.input_hw
     jobs: list[_Job] = []
     for a, b in candidate.segments():
-        make = partial(cut, network, [_exit_tensor(a)], [_exit_tensor(b)])
+        make = partial(cut_from, network, candidate.live(a), _made_between(candidate, a, b))
         jobs.append((segment_name(a, b), candidate.segment_macs(a, b), make))
     for head in candidate.heads:
-        jobs.append((head_graph_name(head.name), head.macs, partial(_gated_head, network, head, gate, classes)))
-    for feature_hw in sorted({candidate.logits_hw(head) for head in candidate.heads}):
+        jobs.append((head_graph_name(head.name), head.macs, partial(_gated_head, network, candidate, head, gate)))
+    for feature_hw in sorted({candidate.logits_hw(head) for head in candidate.heads if head.labels is None}):
         jobs.append((output_name(feature_hw), 0, partial(output_graph, classes, feature_hw, hw)))
+    own_ends = [(logits_name(head.name), head.labels) for head in candidate.heads if head.labels is not None]
+    jobs += [(OUTPUT_OWN, 0, partial(_own_output, network, logits, labels)) for logits, labels in own_ends]
     jobs.append((BASELINE, candidate.baseline_macs, partial(_baseline, network, candidate)))
     return jobs
 
 
-def _exit_tensor(number: int) -> str:
-    return f"exit{number}" if number else "image"
+def _made_between(candidate: CandidateNetwork, a: int, b: int) -> list[str]:
+    """The outputs of segment a-b: what is alive at b and was not alive at a."""
+    before = candidate.live(a)
+    return [name for name in candidate.live(b) if name not in before]
 
 
-def _gated_head(network: gs.Graph, head: Head, gate: Gate, classes: int) -> onnx.ModelProto:
-    model = cut(network, [_exit_tensor(head.exit_point)], [logits_name(head.name)])
-    _rename_output(model, "logits")
-    append_gate(model, gate, classes)
+def _gated_head(network: gs.Graph, candidate: CandidateNetwork, head: Head, gate: Gate) -> onnx.ModelProto:
+    model = cut_from(network, candidate.live(head.exit_point), [logits_name(head.name)])
+    _rename(model, logits_name(head.name), "logits")
+    pooled = None if head.gate_hw is None else (candidate.logits_hw(head), head.gate_hw)
+    append_gate(model, gate, len(candidate.classes), pooled)
+    return model
+
+
+def _own_output(network: gs.Graph, logits: str, labels: str) -> onnx.ModelProto:
+    """The network's own nodes from logits to labels."""
+    model = cut(network, [logits], [labels])
+    _rename(model, logits, "logits")
+    _rename(model, labels, "labels")
     return model
 
 
 def _baseline(network: gs.Graph, candidate: CandidateNetwork) -> onnx.ModelProto:
-    model = cut(network, ["image"], [logits_name(candidate.baseline)])
-    _rename_output(model, "logits")
-    logits_hw = candidate.logits_hw(candidate.head(candidate.baseline))
-    append_output(model, len(candidate.classes), logits_hw, candidate.input_hw)
+    head = candidate.head(candidate.baseline)
+    logits = logits_name(head.name)
+    model = cut(network, [IMAGE], [logits if head.labels is None else head.labels])
+    _rename(model, logits, "logits")
+    if head.labels is None:
+        append_output(model, len(candidate.classes), candidate.logits_hw(head), candidate.input_hw)
+    else:
+        _rename(model, head.labels, "labels")
     append_sound(model)
     return model
 
 
-def _rename_output(model: onnx.ModelProto, name: str) -> None:
-    """Rename the only output wherever it is written or read."""
-    old = model.graph.output[0].name
-    model.graph.output[0].name = name
-    for node in model.graph.node:
+def _rename(model: onnx.ModelProto, old: str, new: str) -> None:
+    """Rename a tensor wherever it is written or read. Raises InputError when there is another of the new name."""
+    graph = model.graph
+    written = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    if old != new and new in written:
+        raise InputError(f"the network has a tensor {new!r} before {old!r}: rename it, the cut graphs use that name")
+    for value in (*graph.input, *graph.output):
+        value.name = new if value.name == old else value.name
+    for node in graph.node:
         for names in (node.input, node.output):
-            names[:] = [name if item == old else item for item in names]
+            names[:] = [new if item == old else item for item in names]
 
 
 def _with_counted_macs(candidate: CandidateNetwork, network: gs.Graph) -> CandidateNetwork:
-    points = tuple(
-        replace(point, macs=count_macs(cut(network, ["image"], [_exit_tensor(number)])))
-        for number, point in enumerate(candidate.exit_points, start=1)
-    )
+    points: list[ExitPoint] = []
+    made: dict[str, None] = {}
+    for number, point in enumerate(candidate.exit_points, start=1):
+        made |= dict.fromkeys(_made_between(candidate, 0, number))
+        points.append(replace(point, macs=count_macs(cut(network, [IMAGE], list(made)))))
     heads = tuple(
-        replace(head, macs=count_macs(cut(network, [_exit_tensor(head.exit_point)], [logits_name(head.name)])))
+        replace(head, macs=count_macs(cut_from(network, candidate.live(head.exit_point), [logits_name(head.name)])))
         for head in candidate.heads
     )
-    return replace(candidate, exit_points=points, heads=heads)
+    return replace(candidate, exit_points=tuple(points), heads=heads)
 
 
 def _check_tensors(candidate: CandidateNetwork, network: gs.Graph) -> None:
     """Check the metadata's shapes against the graph's, and names against what a file name may contain."""
-    expected = {"image": ("uint8", (1, *candidate.input_hw, 3))}
-    for number, point in enumerate(candidate.exit_points, start=1):
-        expected[_exit_tensor(number)] = ("float32", (1, point.channels, *point.hw))
+    numbers = range(len(candidate.exit_points) + 1)
+    expected = {t.name: (t.dtype, t.shape) for number in numbers for t in candidate.frontier(number)}
     for head in candidate.heads:
         if not re.fullmatch(r"[\w.-]+", head.config):
             raise InputError(f"head {head.name!r}: a head's name may contain only letters, digits, '_', '-' and '.'")
         hw = candidate.logits_hw(head)
         expected[logits_name(head.name)] = ("float32", (1, len(candidate.classes), *hw))
+        if head.labels is not None:
+            expected[head.labels] = ("uint8", (1, *candidate.input_hw))
     tensors = network.tensors()
     for name, (dtype, shape) in expected.items():
         tensor = tensors.get(name)
@@ -241,3 +289,28 @@ def _check_tensors(candidate: CandidateNetwork, network: gs.Graph) -> None:
         if (np.dtype(tensor.dtype).name, tuple(tensor.shape)) != (dtype, shape):
             found = f"{np.dtype(tensor.dtype).name} {tuple(tensor.shape)}"
             raise InputError(f"tensor {name!r} is {found}, but the metadata say {dtype} {shape}")
+
+
+_HEAVY = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+
+
+def _check_carried(candidate: CandidateNetwork, network: gs.Graph) -> None:
+    """Check that nothing after an exit point repeats convolutions or products before it.
+
+    It could where the image is carried; its workload would not be the difference of the exit points' workloads. Raises
+    InputError naming the node.
+    """
+    if not any(point.carried for point in candidate.exit_points):
+        return
+    heavy = {id(node): node.name or node.outputs[0].name for node in network.nodes if node.op in _HEAVY}
+    ends = [(a, f"exit{b}", _made_between(candidate, a, b)) for a, b in candidate.segments() if a]
+    ends += [(head.exit_point, head.name, [logits_name(head.name)]) for head in candidate.heads]
+    for number in range(1, len(candidate.exit_points) + 1):
+        before, _ = _made_by(network, [IMAGE], _made_between(candidate, 0, number))
+        for end, outputs in ((end, outputs) for a, end, outputs in ends if a == number):
+            after, _ = _made_by(network, candidate.live(number), outputs)
+            again = [heavy[node] for node in before & after if node in heavy]
+            if again:
+                raise InputError(
+                    f"{end} computes node {min(again)!r} again, which is before exit{number}: carry what it computes"
+                )

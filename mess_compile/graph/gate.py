@@ -19,10 +19,13 @@ HALF = 0.49
 """Half of a window of at most 25 cells is above this, anything less than half is below (12/25 = 0.48)."""
 
 
-def append_gate(model: onnx.ModelProto, gate: Gate, classes: int) -> None:
+def append_gate(
+    model: onnx.ModelProto, gate: Gate, classes: int, pooled: tuple[tuple[int, int], tuple[int, int]] | None = None
+) -> None:
     """Append the gate to a graph that ends in `logits` f32 (1, K, h, w), K = `classes`.
 
-    Adds the input `thresholds` f32 (T, K), row j holding the threshold of each predicted class, and the output `counts`
+    It counts over the logits, or with `pooled` (their size, a smaller one that divides it) over their means. Adds the
+    input `thresholds` f32 (T, K), row j holding the threshold of each predicted class, and the output `counts`
     int32 (T,), the number of confident cells of each row; T is the number of the gate's thresholds. Raises InputError
     for a single class, which has no confidence.
     """
@@ -30,8 +33,9 @@ def append_gate(model: onnx.ModelProto, gate: Gate, classes: int) -> None:
         raise InputError(f"a gate needs at least 2 classes, this network has {classes}")
     graph, rows = model.graph, len(gate.thresholds)
     graph.input.append(helper.make_tensor_value_info("thresholds", TensorProto.FLOAT, (rows, classes)))
-    labels = add(graph, "ArgMax", ["logits"], "gate/labels", axis=1, keepdims=1, select_last_index=0)  # (1, 1, h, w)
-    confidence = _confidence(graph, gate.confidence, labels, classes)  # (1, 1, h, w)
+    logits = "logits" if pooled is None else _average_pooled(graph, *pooled)  # (1, K, h, w)
+    labels = add(graph, "ArgMax", [logits], "gate/labels", axis=1, keepdims=1, select_last_index=0)  # (1, 1, h, w)
+    confidence = _confidence(graph, gate.confidence, logits, labels, classes)  # (1, 1, h, w)
     limits = _limits(graph, labels)  # (T, 1, h, w)
     sure = add(graph, "GreaterOrEqual", [confidence, limits], "gate/sure")  # (T, 1, h, w)
     sure = add(graph, "Cast", [sure], "gate/sure_float", to=TensorProto.FLOAT)
@@ -62,6 +66,13 @@ def append_sound(model: onnx.ModelProto) -> None:
     graph.output.append(helper.make_tensor_value_info(SOUND, TensorProto.INT32, (1,)))
 
 
+def _average_pooled(graph: onnx.GraphProto, hw: tuple[int, int], smaller_hw: tuple[int, int]) -> str:
+    window = [side // cells for side, cells in zip(hw, smaller_hw, strict=True)]
+    if any(side % cells for side, cells in zip(hw, smaller_hw, strict=True)):
+        raise InputError(f"logits of size {hw} cannot be average-pooled to {smaller_hw}, which does not divide it")
+    return add(graph, "AveragePool", ["logits"], "gate/logits", kernel_shape=window, strides=window)
+
+
 def _limits(graph: onnx.GraphProto, labels: str) -> str:
     """The threshold of each cell's class, (T, 1, h, w): whole rows of T gathered, then moved to the front."""
     indices = add(graph, "Squeeze", [labels, constant(graph, "gate/first", [0], "int64")], "gate/indices")  # (1, h, w)
@@ -70,7 +81,7 @@ def _limits(graph: onnx.GraphProto, labels: str) -> str:
     return add(graph, "Transpose", [by_cell], "gate/limits", perm=[3, 0, 1, 2])
 
 
-def _confidence(graph: onnx.GraphProto, kind: str, labels: str, classes: int) -> str:
+def _confidence(graph: onnx.GraphProto, kind: str, logits: str, labels: str, classes: int) -> str:
     """Confidence per cell, (1, 1, h, w), in 0..1.
 
     With p = softmax(logits), sorted downwards: top1 p1, margin p1 - p2, entropy 1 + sum(p ln p) / ln K. Here in terms
@@ -79,8 +90,8 @@ def _confidence(graph: onnx.GraphProto, kind: str, labels: str, classes: int) ->
     """
     class_axis = constant(graph, "gate/class_axis", [1], "int64")
     one = constant(graph, "gate/one", 1.0, "float32")
-    best = add(graph, "ReduceMax", ["logits"], "gate/best", axes=[1], keepdims=1)  # (1, 1, h, w)
-    z = add(graph, "Sub", ["logits", best], "gate/z")
+    best = add(graph, "ReduceMax", [logits], "gate/best", axes=[1], keepdims=1)  # (1, 1, h, w)
+    z = add(graph, "Sub", [logits, best], "gate/z")
     powers = add(graph, "Exp", [z], "gate/powers")
     total = add(graph, "ReduceSum", [powers, class_axis], "gate/sum", keepdims=1)  # (1, 1, h, w)
     if kind == "top1":

@@ -129,7 +129,10 @@ def _workloads(candidate: CandidateNetwork) -> dict[str, Any]:
         "classes": len(candidate.classes),
         "input_hw": list(candidate.input_hw),
         "baseline": {"head": candidate.baseline, "gmacs": _gmacs(candidate.baseline_macs)},
-        "exit_points": [asdict(point) | {"gmacs": _gmacs(point.macs)} for point in candidate.exit_points],
+        "exit_points": [
+            asdict(point) | {"gmacs": _gmacs(point.macs), "frontier_bytes": _frontier_bytes(candidate, number)}
+            for number, point in enumerate(candidate.exit_points, start=1)
+        ],
         "segments": [
             {"name": segment_name(a, b), "gmacs": _gmacs(candidate.segment_macs(a, b))} for a, b in candidate.segments()
         ],
@@ -137,11 +140,31 @@ def _workloads(candidate: CandidateNetwork) -> dict[str, Any]:
     }
 
 
+def _frontier_bytes(candidate: CandidateNetwork, number: int) -> int:
+    """The bytes of all tensors that are alive at an exit point."""
+    return sum(tensor.bytes for tensor in candidate.frontier(number))
+
+
+def _carried_cells(candidate: CandidateNetwork, number: int) -> tuple[str, str]:
+    """What is carried past an exit point besides its map, and the size of all together."""
+    names = ", ".join(f"{t.name} ({t.bytes / 1024:.0f} KiB)" for t in candidate.exit_point(number).carried)
+    return f"{_frontier_bytes(candidate, number) / 1024:.0f}", names or "-"
+
+
 def _workload_tables(candidate: CandidateNetwork) -> tuple[Table, ...]:
     total = candidate.exit_points[-1].macs or 1
+    carries = any(point.carried for point in candidate.exit_points)
     points = tuple(
-        (p.name, p.block, str(p.channels), f"{p.hw[0]}x{p.hw[1]}", f"{_gmacs(p.macs):.3f}", f"{p.macs / total:.1%}")
-        for p in candidate.exit_points
+        (
+            p.name,
+            p.block,
+            str(p.channels),
+            f"{p.hw[0]}x{p.hw[1]}",
+            f"{_gmacs(p.macs):.3f}",
+            f"{p.macs / total:.1%}",
+            *(_carried_cells(candidate, number) if carries else ()),
+        )
+        for number, p in enumerate(candidate.exit_points, start=1)
     )
     height, width = candidate.input_hw
     title = (
@@ -149,8 +172,10 @@ def _workload_tables(candidate: CandidateNetwork) -> tuple[Table, ...]:
         f"baseline {_gmacs(candidate.baseline_macs):.3f} GMACs"
     )
     heads = tuple((h.name, f"{_gmacs(h.macs):.4f}") for h in candidate.heads)
+    columns = ("exit point", "block", "channels", "map", "GMACs", "of backbone")
+    more = ("alive KiB", "carried besides the map") if carries else ()
     return (
-        Table(title, ("exit point", "block", "channels", "map", "GMACs", "of backbone"), points),
+        Table(title, (*columns, *more), points),
         Table(f"{len(heads)} heads", ("head", "GMACs"), heads),
     )
 

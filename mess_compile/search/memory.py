@@ -15,17 +15,21 @@ from mess_compile.search.metrics import Evidence, memory_bytes, plan_graphs
 def memory_of_chains(evidence: Evidence) -> Callable[[Array], Array]:
     """A function from chains (m, exits) of indices into `evidence.heads` to bytes (m,), as `memory_bytes` gives them.
 
-    The index after the last stands for no head. Heads with the same exit point, inputs and outputs differ only in their
-    weights and workspaces.
+    The index after the last stands for no head. Heads with the same exit point, output graph, inputs and outputs differ
+    only in their weights and workspaces.
     """
-    graph_set = evidence.graph_set
+    graph_set, candidate = evidence.graph_set, evidence.candidate
     specs = [graph_set.spec(head_graph_name(head.name)) for head in evidence.heads]
     weights = np.array([*(spec.bytes for spec in specs), 0], np.int64)
     workspaces = np.array([*(spec.workspace_bytes for spec in specs), 0], np.int64)
     kinds: dict[Any, int] = {None: 0}
-    for head, spec in zip(evidence.heads, specs, strict=True):
-        kinds.setdefault((head.exit_point, spec.inputs, spec.outputs), len(kinds))
-    of_heads = [kinds[head.exit_point, s.inputs, s.outputs] for head, s in zip(evidence.heads, specs, strict=True)]
+    looks = [
+        (head.exit_point, candidate.output_of(head), spec.inputs, spec.outputs)
+        for head, spec in zip(evidence.heads, specs, strict=True)
+    ]
+    for look in looks:
+        kinds.setdefault(look, len(kinds))
+    of_heads = [kinds[look] for look in looks]
     kind = np.array([*of_heads, 0])
     known: dict[int, tuple[int, int]] = {}
 

@@ -13,7 +13,7 @@ from mess_compile import runtime
 from mess_compile.bundle import single_file
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.search.plan import Plan
-from tests import small_network
+from tests import skips, small_network
 
 
 def written(folder: Path, plan: Plan) -> Path:
@@ -84,3 +84,24 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     with pytest.raises(InputError, match=r"is not written: on golden/\d\.npy the single file leaves at exit 1"):
         single_file.write_single_file(tmp_path / "tiny.mess", "host:fp32", tmp_path / "tiny.onnx")
     assert not (tmp_path / "tiny.onnx").exists()
+
+
+@pytest.mark.parametrize("exits", [(1, 2, 3), (1, 3)])
+def test_one_file_of_a_network_with_skips_says_what_the_network_says_run_whole(
+    tmp_path: Path, exits: tuple[int, ...]
+) -> None:
+    """Its branches read the tensors of earlier stages from outside; the last exit's labels are the network's own."""
+    path, _ = skips.write_bundle(tmp_path, skips.imported(tmp_path), exits)
+    single_file.write_single_file(path, "host:fp32", tmp_path / "skips.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "skips.onnx")
+    taken = set()
+    for seed in range(20):
+        labels, exit_, confidence = session.run(None, {"image": skips.frame(seed)[None]})
+        results = [skips.expected(skips.frame(seed))[number - 1] for number in exits]
+        counts = [counts[1] for counts, _ in results]
+        wanted = next((n for n, cut in enumerate((90, 14)[: len(exits) - 1]) if counts[n] >= cut), len(exits) - 1)
+        assert exit_.tolist() == [wanted + 1]
+        assert confidence[0] == pytest.approx(counts[wanted] / (96, 24, 24)[exits[wanted] - 1])
+        np.testing.assert_array_equal(labels[0], results[wanted][1])
+        taken.add(wanted + 1)
+    assert taken == set(range(1, len(exits) + 1))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mess_compile import steps
 from mess_compile.data import scenes
-from mess_compile.engines.files import plain_files
+from mess_compile.engines.files import EngineFiles, plain_files
 from mess_compile.evaluate import record
 from mess_compile.evaluate.record import LabelledImage, evaluate
 from mess_compile.evaluate.statistics import check_statistics_current, head_miou, merge
@@ -26,7 +26,7 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import Library, open_library
 from mess_compile.runtime.images.frames import resize
 from mess_compile.workspace import Workspace
-from tests import small_network
+from tests import skips, small_network
 from tests.commands import contents
 
 IGNORED = frozenset({11, 255})
@@ -87,6 +87,26 @@ def test_counts_and_pixels_of_every_head_and_image(graphs: GraphSet, library: Li
     assert (found.image_id, found.group) == (("image0", "image1", "image2"), ("drive",) * 3)
     assert (found.cells, found.library, found.split) == ((24, 24), "onnxruntime", "val")
     assert told == [1, 2, 3]
+
+
+@pytest.mark.parametrize("lost", [None, "segment-1-2"])
+def test_heads_of_a_network_with_skips_are_scored_by_what_it_gives_run_whole(
+    tmp_path: Path, library: Library, lost: str | None
+) -> None:
+    """Also where a longer segment replaces one that has no engine: each exit reads what its own path computed."""
+    graph_set = skips.imported(tmp_path)
+    engines = plain_files(graph_set)
+    engines = EngineFiles(graph_set, {name: path for name, path in engines.paths.items() if name != lost})
+    images = [(f"image{i}", "drive", skips.frame(i), labelled_image(i, skips.HW)[3]) for i in range(3)]
+    found = evaluate(engines, library, images, device="host", split="val", ignore=IGNORED)
+    assert (found.heads, found.cells) == (skips.HEADS, (96, 24, 24))
+    for i, (_, _, frame, labels) in enumerate(images):
+        known = ~np.isin(labels, list(IGNORED))
+        for h, (counts, guess) in enumerate(skips.expected(frame)):
+            assert found.counts[i, h].tolist() == counts.tolist()
+            assert found.predicted[i, h].tolist() == np.bincount(guess[known], minlength=4).tolist()
+            hits = guess[known & (guess == labels)]
+            assert found.intersection[i, h].tolist() == np.bincount(hits, minlength=4).tolist()
 
 
 def test_frames_of_another_size_are_scored_at_their_own_size(graphs: GraphSet, library: Library) -> None:

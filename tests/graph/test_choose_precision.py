@@ -29,6 +29,7 @@ from mess_compile.graph.store import externalise, read_model, write_model
 from mess_compile.network import Gate, GraphSet, read_graph_set, verify_graph_set
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines import engine
+from tests import skips
 from tests.commands import contents
 from tests.graph import tiny
 
@@ -126,6 +127,22 @@ def test_a_healthy_network_is_fp16_but_for_graphs_without_convolutions(library: 
     assert converted.spec("segment-1-2").bytes * 2 == graph_set.spec("segment-1-2").bytes
     assert converted.spec("segment-1-2").macs == graph_set.spec("segment-1-2").macs
     assert converted.spec("output-4x6") == graph_set.spec("output-4x6")
+
+
+@pytest.mark.parametrize("wanted", ["fp16", "int8"])
+def test_graphs_with_several_inputs_are_judged_on_what_is_alive_before_them(
+    library: engine.Library, tmp_path: Path, wanted: str
+) -> None:
+    graph_set = skips.imported(tmp_path)
+    frames = [skips.frame(seed) for seed in range(16)]
+    recipe, _ = chosen(graph_set, wanted, frames, tmp_path / wanted, library, calibration=frames)
+    converted = read_graph_set(tmp_path / wanted)
+    verify_graph_set(converted)
+    assert recipe.precisions == used(converted)
+    assert recipe.precisions["segment-2-3"] == wanted
+    assert recipe.precisions["output-own"] == "fp32"
+    found = check_path(graph_set, converted, (2, 3), "exit3.own", frames, library)
+    assert verdict(found, wanted) is None
 
 
 def test_every_path_of_an_int8_recipe_gives_the_labels_of_fp32(library: engine.Library, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from mess_compile.graph.import_onnx import import_onnx
 from mess_compile.graph.recompose_check import check_stages, upsampled
 from mess_compile.network import Gate, GraphSet
 from mess_compile.runtime.base.errors import InputError
+from tests import skips
 from tests.graph import tiny
 
 
@@ -117,3 +118,59 @@ def test_frames_of_another_size_are_refused(graph_set: GraphSet) -> None:
 def test_upsampling_by_hand() -> None:
     """Half-pixel centres: cells 0 and 4 at double size are 0, 1, 3, 4."""
     assert upsampled(np.array([[[0.0, 4.0]]], np.float32), (1, 4)).tolist() == [[[0, 1, 3, 4]]]
+
+
+@pytest.fixture(scope="module")
+def skipping(tmp_path_factory: pytest.TempPathFactory) -> GraphSet:
+    return skips.imported(tmp_path_factory.mktemp("skips"))
+
+
+def check_skips(graph_set: GraphSet) -> None:
+    def reference(frame: np.ndarray) -> dict[str, np.ndarray]:
+        found = skips.tensors(frame)
+        return {head: found[f"logits:{head}"] for head in skips.HEADS}
+
+    check_stages(graph_set, reference, [skips.frame(2), skips.frame(3)], tiny.nothing)
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        ("segment-1-3", r"segment-1-3 \(skip1\) deviates|segment-1-3 deviates"),
+        ("segment-0-2", "segment-0-2"),
+        ("head-exit3.own", "head-exit3.own deviates"),
+        ("baseline", r"baseline: \d+ labels of frame 0 are not those of the network's own end"),
+    ],
+)
+def test_any_wrong_graph_of_a_network_with_skips_is_seen(skipping: GraphSet, graph: str, message: str) -> None:
+    path = skipping.path(graph)
+    before = path.read_bytes()
+    check_skips(skipping)
+    try:
+        edit(skipping, graph, negate_last_convolution)
+        with pytest.raises(InputError, match=message):
+            check_skips(skipping)
+    finally:
+        path.write_bytes(before)
+
+
+def negate_last_convolution(model: onnx.ModelProto) -> None:
+    last = [node for node in model.graph.node if node.op_type == "Conv"][-1]
+    made = last.output[0]
+    last.output[0] = "before"
+    model.graph.node.extend([onnx.helper.make_node("Neg", ["before"], [made])])
+    order = [*model.graph.node]
+    order.insert(order.index(last) + 1, order.pop())
+    del model.graph.node[:]
+    model.graph.node.extend(order)
+
+
+def test_another_enlargement_than_the_networks_own_is_seen(skipping: GraphSet) -> None:
+    path = skipping.path("output-own")
+    before = path.read_bytes()
+    try:
+        path.write_bytes(skipping.path("output-8x12").read_bytes())
+        with pytest.raises(InputError, match=r"head-exit3.own and output-own: \d+ labels of frame 0 are not those of"):
+            check_skips(skipping)
+    finally:
+        path.write_bytes(before)

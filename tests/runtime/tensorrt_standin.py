@@ -62,8 +62,8 @@ NAMES: Mapping[str, Names] = {
 """By version what there is of what engines are run with; the last is TensorRT-RTX."""
 RTX = "1.7.1.116"
 
-_TYPES = {"tensor(float)": "FLOAT", "tensor(uint8)": "UINT8", "tensor(int32)": "INT32", "tensor(int64)": "INT64"}
-_NUMPY = {"FLOAT": "float32", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}
+_NUMPY = {"FLOAT": "float32", "UINT8": "uint8", "INT32": "int32", "INT64": "int64", "BOOL": "bool"}
+_TYPES = {f"tensor({name.lower()})": name for name in _NUMPY}
 COST_MS = 1.5
 """Of every run, on the stand-in's clock."""
 

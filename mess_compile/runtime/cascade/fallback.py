@@ -13,7 +13,7 @@ from mess_compile.runtime.base.errors import EngineError, MessError
 from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, BundlePlan, BundleStage, Decision, Manifest
 from mess_compile.runtime.cascade.exit_policy import leaves
 from mess_compile.runtime.cascade.metrics import Recorder
-from mess_compile.runtime.cascade.stages import Stages
+from mess_compile.runtime.cascade.stages import Live, Stages
 from mess_compile.runtime.engines import onnxruntime_engine
 from mess_compile.runtime.engines.engine import PRECISIONS, Library, Tensor
 
@@ -200,7 +200,7 @@ class FrameRun:
         self.fell_back = not chain.is_first(self._executor)
         self._reason: Optional[EngineError] = None
         self._stages: Optional[Stages] = None
-        self._features: Tensor = None
+        self._live: Live = {}
         self._logits: Tensor = None
 
     def advance(self) -> None:
@@ -253,8 +253,8 @@ class FrameRun:
         return self._catch_up().labels(self.depth - 1, self._logits)
 
     def drop_features(self) -> None:
-        """Free the features after the last stage: the next frame's can use that memory, warm in the cache."""
-        self._features = None
+        """Free the tensors alive after the last stage: the next frame's can use that memory, warm in the cache."""
+        self._live.clear()
 
     def logits(self) -> np.ndarray:
         """Logits (K, h, w) of the last stage passed, while they are valid. Raises EngineError."""
@@ -272,10 +272,10 @@ class FrameRun:
         """Run the current executor's stages that the frame should have passed, and return them."""
         if self._stages is None:
             self._stages = self._executor.stages()
-            self._features = self._stages.upload(self._image)
+            self._live = self._stages.upload(self._image)
             self.counts.clear()
         while len(self.counts) < self.depth:
-            self._features, self._logits, counts = self._stages.advance(len(self.counts), self._features)
+            self._logits, counts = self._stages.advance(len(self.counts), self._live)
             self.counts.append(counts)
         return self._stages
 

@@ -17,7 +17,13 @@ from mess_compile.runtime.engines.engine import Tensor, TensorSpec, Timing
 if TYPE_CHECKING:
     import onnxruntime
 
-_DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8", "tensor(int32)": "int32", "tensor(int64)": "int64"}
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(uint8)": "uint8",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
 _FATAL = 4  # errors are raised; the log would repeat them
 # ONNX Runtime 1.29 and newer read this when imported. Otherwise a thread sends usage data to a server, and each forked
 # child waits for that thread for ever when it ends.

@@ -17,7 +17,14 @@ from mess_compile.runtime.engines.cuda import Cuda, open_cuda
 from mess_compile.runtime.engines.device_memory import Block, DeviceMemory, DeviceTensor
 from mess_compile.runtime.engines.engine import Tensor, TensorSpec, Timing
 
-DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8"}
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT32": "int32",
+    "INT64": "int64",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+}
 
 
 def open_library(name: str, cuda_graphs: bool = False) -> TensorRt:

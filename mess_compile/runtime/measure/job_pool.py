@@ -89,11 +89,21 @@ class Pool:
         if name in self._primed or job.path is None:
             return
         self._primed.add(name)
-        if job.predecessor is not None and self._missing(self.engine(name)):
-            self.prime(job.predecessor)
+        self._prime_producers(job)
         engine = self.engine(name)  # opening the others may have closed it, for lack of memory
         outputs = engine.run(self.feeds(name, engine))
         self.offer({key: self._library.download(tensor) for key, tensor in outputs.items()})
+
+    def _prime_producers(self, job: Job) -> None:
+        """Prime the predecessor, its predecessor and so on, until all inputs are there: a segment may read tensors
+        that one several jobs before it has given.
+        """
+        passed: Set[str] = set()
+        before = job.predecessor
+        while before is not None and before not in passed and self._missing(self.engine(job.name)):
+            passed.add(before)
+            self.prime(before)
+            before = self.job(before).predecessor
 
     def _missing(self, engine: Engine) -> List[TensorSpec]:
         return [spec for spec in engine.inputs.values() if (spec.name, spec.shape) not in self._tensors]

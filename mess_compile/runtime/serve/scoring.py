@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 import numpy as np
 
 from mess_compile.runtime.base import decode
-from mess_compile.runtime.engines.engine import Engine, Library
+from mess_compile.runtime.engines.engine import Engine, Library, Tensor
 from mess_compile.runtime.images import frames
 
 IGNORED = 255
@@ -77,21 +77,25 @@ class Scorer:
         The labels of the separately trained baseline come last, without counts. Raises EngineError.
         """
         exits, engines, download = self._exits, self._engines, self._library.download
-        tensors = {"image": self._library.upload(frames.resize(frame, exits.input_hw)[None])}
-        for a, _, segment in exits.segments:
-            name = f"exit{a}" if a else "image"
-            tensors.update(engines[segment].run({name: tensors[name]}))
+        image = self._library.upload(frames.resize(frame, exits.input_hw)[None])
+        live: Dict[int, Dict[str, Tensor]] = {0: {"image": image}}  # by exit point: what its own path computes
+        for a, b, segment in exits.segments:
+            live[b] = {**live[a], **_run(engines[segment], live[a])}
         for head in exits.heads:
-            point = f"exit{head.exit_point}"
-            outputs = engines[head.engine].run({point: tensors[point], "thresholds": self._thresholds})
+            outputs = _run(engines[head.engine], {**live[head.exit_point], "thresholds": self._thresholds})
             labels = engines[head.output].run({"logits": outputs["logits"]})["labels"]
             yield download(outputs["counts"]), download(labels)[0]
         if exits.alone is not None:
-            yield None, download(engines[exits.alone].run({"image": tensors["image"]})["labels"])[0]
+            yield None, download(engines[exits.alone].run({"image": image})["labels"])[0]
 
     def score(self, frame: np.ndarray, labels: np.ndarray, known: np.ndarray) -> Score:
         """Score a frame of any size against labels (H, W); only the pixels in `known` count."""
         return score_predictions(self.run(frame), labels, known, self._exits.classes)
+
+
+def _run(engine: Engine, live: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Run an engine on those of the live tensors that it reads."""
+    return engine.run({name: live[name] for name in engine.inputs})
 
 
 @contextmanager

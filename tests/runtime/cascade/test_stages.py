@@ -93,14 +93,13 @@ def test_a_plan_that_uses_every_row_looks_at_the_logits_instead(tmp_path: Path, 
     fault: list[str | None] = [None]
     spoiling = FaultyLibrary(open_library("onnxruntime", threads=1), lambda name: fault[0])
     stages = Stages(archive.manifest, archive.manifest.plans[0], spoiling, archive.folder)
-    image = stages.upload(small_network.frame(0)[None])
-    counts = stages.advance(0, image)[2]
+    counts = stages.advance(0, stages.upload(small_network.frame(0)[None]))[1]
     wanted = small_network.expected(small_network.frame(0))[0][0]
     rows = len(wanted) if every_row else len(wanted) - 1
     assert counts[:rows].tolist() == wanted[:rows].tolist()
     assert every_row or counts[-1] == 24  # the last row, which nothing decides by, is the lowest
     fault[0] = "nan"
     with pytest.raises(NotFiniteError, match=r"exit1\.fcn-crm1-b0 gave NaN or infinities on onnxruntime"):
-        stages.advance(0, image)
+        stages.advance(0, stages.upload(small_network.frame(0)[None]))
     stages.close()
     archive.close()

@@ -27,7 +27,7 @@ from mess_compile.runtime.engines.engine import TensorSpec, open_library
 from mess_compile.runtime.engines.tensorrt_engine import TensorRt
 from mess_compile.runtime.measure import job_pool as pool
 from mess_compile.runtime.measure import measure
-from tests import small_network
+from tests import skips, small_network
 from tests.runtime import tensorrt_standin
 from tests.runtime.cuda_standin import Driver
 from tests.runtime.tensorrt_standin import COST_MS, NAMES, RTX, write_engine
@@ -175,6 +175,33 @@ def test_refining_gives_every_exit_of_onnx_runtime(place: Place, bundle: Path, c
             assert [prediction.exit for prediction in found] == [1, 2]
             for one, other in zip(found, wanted, strict=True):
                 assert_same(one, other, place.exact)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_bundle_that_carries_tensors_gives_what_the_network_gives_run_whole(
+    stand_in: Open, driver: Driver, tmp_path: Path, version: str, cuda_graphs: bool
+) -> None:
+    """Carried tensors stay in their engines' memory: no frame takes more, and all engines share one scratch block."""
+    path, _ = skips.write_bundle(tmp_path, skips.imported(tmp_path))
+    engines = tmp_path / "engines"
+    engines.mkdir()
+    for number, graph in enumerate(sorted((tmp_path / "graphs").glob("*.onnx"))):
+        write_engine(engines / f"{graph.stem}.engine", graph, version, scratch=100_000 + number)
+    taken, cuts = set(), (90, 14, 0)
+    with runtime.load(path, "host", Built(stand_in(version, cuda_graphs), engines)) as cascade:
+        for seed in range(12):
+            results = skips.expected(skips.frame(seed))
+            for exit_, prediction in enumerate(cascade.refine(skips.frame(seed)), start=1):
+                np.testing.assert_array_equal(prediction.labels, results[exit_ - 1][1])
+            found = cascade(skips.frame(seed))
+            wanted = next(n for n, (counts, _) in enumerate(results) if counts[1] >= cuts[n]) + 1
+            assert found.exit == wanted
+            np.testing.assert_array_equal(found.labels, results[wanted - 1][1])
+            taken.add(driver._taken())
+        scratch = [region for region in driver.regions.values() if region.values.size >= 100_000]
+        assert len(scratch) == 1
+    assert len(taken) == 1
 
 
 def test_an_engine_tells_its_tensors(place: Place) -> None:
