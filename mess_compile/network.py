@@ -278,6 +278,7 @@ def _check_carried(network: CandidateNetwork) -> None:
         if len({tensor.name for tensor in frontier}) < len(frontier):
             raise InputError(f"{where} carries a tensor twice: {', '.join(network.live(number))}")
         for tensor in frontier:
+            _check_tensor(tensor)
             _check_carried_name(tensor.name, number, new=tensor.name not in alive)
             if min(tensor.shape, default=1) < 1:
                 raise InputError(f"{where} carries {_described(tensor)}, without a static shape")
@@ -469,10 +470,14 @@ def check_hash(path: Path, sha256: str) -> None:
 def check_tensors(spec: GraphSpec) -> None:
     """Raises InputError for an input or output of an unknown type, or too large to count."""
     for tensor in (*spec.inputs, *spec.outputs):
-        if tensor.dtype not in DTYPES:
-            raise InputError(f"tensor {tensor.name} has dtype {tensor.dtype!r}, not one of {', '.join(DTYPES)}")
-        if not _COUNT.passes(math.prod(tensor.shape)):
-            raise InputError(f"tensor {tensor.name} has shape {tensor.shape}, which is no size")
+        _check_tensor(tensor)
+
+
+def _check_tensor(tensor: TensorSpec) -> None:
+    if tensor.dtype not in DTYPES:
+        raise InputError(f"tensor {tensor.name} has dtype {tensor.dtype!r}, not one of {', '.join(DTYPES)}")
+    if not _COUNT.passes(math.prod(tensor.shape)):
+        raise InputError(f"tensor {tensor.name} has shape {tensor.shape}, which is no size")
 
 
 def threshold_table(gate: Gate, classes: int) -> NDArray[np.float32]:

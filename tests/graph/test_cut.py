@@ -322,7 +322,7 @@ def test_carried_tensors_that_cannot_be_are_refused(tmp_path: Path, number: int,
     [
         (1, {"labels": skips.LABELS}, "exit1.small has labels or gate_hw, which only the final head may have"),
         (3, {"gate_hw": [3, 6]}, r"gate_hw of head exit3.own is \(3, 6\), which does not divide its logits' \(8, 12\)"),
-        (3, {"gate_hw": [0, 6]}, "gate_hw of head own is .* without sides from 1"),
+        (3, {"gate_hw": [0, 6]}, r"heads\[2\].gate_hw is \[0, 6\], not two sides from 1"),
         (3, {"labels": "exit3"}, "labels of head exit3.own is 'exit3'"),
         (3, {"labels": "full-size"}, "'full-size' is float32 .* the metadata say uint8"),
     ],
