@@ -30,11 +30,11 @@ from mess_compile.bundle.write import Part, write_bundle
 from mess_compile.data import scenes
 from mess_compile.latency.table import (
     LatencyTable,
-    check_current,
-    content_sha256,
+    check_table_current,
     mean_ms_of,
     path_costs_ns,
     read_latency_table,
+    table_content_sha256,
 )
 from mess_compile.network import BASELINE, GraphSet, read_graph_set, segment_name
 from mess_compile.runtime.bundle.manifest import Figures
@@ -89,7 +89,7 @@ def random_plan(graph_set: GraphSet, table: LatencyTable, rng: random.Random) ->
         predicted=nothing,
         baseline=replace(nothing, exit_rates=(1.0,)),
         tuned_by="onnxruntime on host",
-        table_sha256=content_sha256(table),
+        table_sha256=table_content_sha256(table),
         statistics_sha256="",
         operating_points=(default_point(stages, nothing),),
         baseline_alone=graph_set.baseline_alone,
@@ -246,7 +246,7 @@ def main() -> int:
     options = parser.parse_args()
     graph_set = read_graph_set(options.workspace / "graphs")
     table = read_latency_table(options.workspace / "latency" / "host.json")
-    check_current(table, graph_set)
+    check_table_current(table, graph_set)
     rng = random.Random(options.seed)
     plans = [random_plan(graph_set, table, rng) for _ in range(options.plans)]
     found, moved = outcomes(graph_set, table, plans, options.rounds)

@@ -192,7 +192,7 @@ def read_lines(path: Path, most_bytes: int = 1 << 24) -> list[str]:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
     refuse_pointer(path, content)
     if len(content) > most_bytes:
-        raise InputError(f"{path} has more than {most_bytes} bytes: this is not a list")
+        raise InputError(f"{path} is larger than {most_bytes} bytes, too large for a list: check the file name")
     if content.count(b"\0") > len(content) // 4 or content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"{path}, line 1 is not UTF-8 (UTF-16, as some editors write?): save the file as UTF-8")
     try:
@@ -288,10 +288,19 @@ def decoded(path: Path, remedy: str, run: Callable[[], Any]) -> Any:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
 
 
-def decode_document(path: Path, kind: Any, content: dict[str, Any], remedy: str) -> Any:
+def decode_document(
+    path: Path, kind: Any, content: dict[str, Any], remedy: str, check: Callable[[Any], None] | None = None
+) -> Any:
     """The content that `read_json` gave as the dataclass `kind`, strictly: no missing or unknown key, no type coerced.
 
-    Raises InputError naming the file, the value and the remedy.
+    `check` raises for values that do not fit together. Raises InputError naming the file, the value and the remedy.
     """
-    fields = {name: value for name, value in content.items() if name not in ("format", "version")}
-    return decoded(path, remedy, lambda: decode(kind, fields, "content"))
+    entries = {name: value for name, value in content.items() if name not in ("format", "version")}
+
+    def run() -> Any:
+        found = decode(kind, entries, "", local=True)
+        if check is not None:
+            check(found)
+        return found
+
+    return decoded(path, remedy, run)

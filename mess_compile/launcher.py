@@ -1,4 +1,4 @@
-"""Reads what torchrun and SLURM say about the processes that they start."""
+"""Reads the environment that torchrun and SLURM give to the processes that they start."""
 
 from __future__ import annotations
 

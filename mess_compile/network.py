@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import files
+from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.engines.engine import FP32, PRECISIONS, TensorSpec
 
@@ -101,6 +102,15 @@ def head_grid() -> tuple[HeadConfig, ...]:
     )
 
 
+_COUNT = decode.Check(lambda value: type(value) is int and 0 <= value < 1 << 48, "a workload or size")
+"""Sums of these over a data set fit 64 bits."""
+SIDES = decode.Check(lambda value: value is None or _are_sides(value), f"two sides from 1 to {MAX_SIDE}")
+
+
+def _are_sides(value: Any) -> bool:
+    return type(value) is list and len(value) == 2 and all(type(v) is int and 1 <= v <= MAX_SIDE for v in value)
+
+
 @dataclass(frozen=True)
 class ExitPoint:
     """A place on the backbone where heads may attach.
@@ -116,8 +126,8 @@ class ExitPoint:
     block: str
     channels: int
     hw: tuple[int, int]
-    macs: int
-    carried: tuple[TensorSpec, ...] = ()
+    macs: int = field(metadata=decode.entry(check=_COUNT))
+    carried: tuple[TensorSpec, ...] = field(default=(), metadata=decode.OPTIONAL)
 
     def frontier(self, number: int) -> tuple[TensorSpec, ...]:
         """All tensors that are alive here, at the exit point of this `number`: the map first, then the carried ones."""
@@ -136,10 +146,10 @@ class Head:
 
     exit_point: int
     config: str
-    macs: int
-    hw: tuple[int, int] | None = None
-    labels: str | None = None
-    gate_hw: tuple[int, int] | None = None
+    macs: int = field(metadata=decode.entry(check=_COUNT))
+    hw: tuple[int, int] | None = field(default=None, metadata=decode.entry(check=SIDES, optional=True))
+    labels: str | None = field(default=None, metadata=decode.OPTIONAL)
+    gate_hw: tuple[int, int] | None = field(default=None, metadata=decode.entry(check=SIDES, optional=True))
 
     @property
     def name(self) -> str:
@@ -171,7 +181,7 @@ class CandidateNetwork:
     backbone: str
     classes: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
-    input_hw: tuple[int, int]
+    input_hw: tuple[int, int] = field(metadata=decode.entry(check=SIDES))
     exit_points: tuple[ExitPoint, ...]
     heads: tuple[Head, ...]
     baseline: str
@@ -244,118 +254,64 @@ class CandidateNetwork:
         return content
 
 
-def candidate_from_json(content: dict[str, Any]) -> CandidateNetwork:
-    """Inverse of `CandidateNetwork.to_json`. Raises KeyError, TypeError or ValueError on damaged content."""
-    exit_points = tuple(map(_exit_point_from_json, content["exit_points"]))
-    heads = tuple(_head_from_json(head) for head in content["heads"])
-    classes = tuple(str(name) for name in content["classes"])
-    colours = tuple((int(r), int(g), int(b)) for r, g, b in content["colours"])
-    if not heads or not exit_points or any(not 1 <= h.exit_point <= len(exit_points) for h in heads):
-        raise ValueError("heads and exit points do not fit together")
-    if len(colours) != len(classes):
-        raise ValueError(f"{len(colours)} colours for {len(classes)} classes")
-    if not all(1 <= side <= MAX_SIDE for side in _pair(content["input_hw"])):
-        raise ValueError(f"input_hw {content['input_hw']} does not have sides from 1 to {MAX_SIDE}")
-    network = CandidateNetwork(
-        backbone=str(content["backbone"]),
-        classes=classes,
-        colours=colours,
-        input_hw=_pair(content["input_hw"]),
-        exit_points=exit_points,
-        heads=heads,
-        baseline=str(content["baseline"]),
-        identity=str(content["identity"]),
-    )
-    if network.head(network.baseline).exit_point != len(exit_points):
-        raise ValueError(f"the baseline head {network.baseline} is not at the final exit")
+def check_candidate(network: CandidateNetwork) -> None:
+    """Raises InputError when exit points, heads, classes and colours do not fit together."""
+    points = len(network.exit_points)
+    if not network.heads or not points or any(not 1 <= head.exit_point <= points for head in network.heads):
+        raise InputError(f"heads and exit points do not fit together: {len(network.heads)} heads, {points} exit points")
+    if len(network.colours) != len(network.classes):
+        raise InputError(f"there are {len(network.colours)} colours for {len(network.classes)} classes")
+    if network.head(network.baseline).exit_point != points:
+        raise InputError(f"the baseline head {network.baseline} is not at the final exit")
     _check_carried(network)
     for head in network.heads:
         _check_own_end(network, head)
-    return network
-
-
-def _exit_point_from_json(content: dict[str, Any]) -> ExitPoint:
-    return ExitPoint(
-        str(content["name"]),
-        str(content["block"]),
-        int(content["channels"]),
-        _pair(content["hw"]),
-        _count(content["macs"]),
-        _tensors_from_json(content.get("carried", ())),
-    )
-
-
-def _head_from_json(content: dict[str, Any]) -> Head:
-    hw, gate_hw = (_sides(name, content) for name in ("hw", "gate_hw"))
-    labels = None if content.get("labels") is None else str(content["labels"])
-    return Head(int(content["exit_point"]), str(content["config"]), _count(content["macs"]), hw, labels, gate_hw)
-
-
-def _sides(name: str, content: dict[str, Any]) -> tuple[int, int] | None:
-    if content.get(name) is None:
-        return None
-    hw = _pair(content[name])
-    if not all(1 <= side <= MAX_SIDE for side in hw):
-        raise ValueError(f"{name} of head {content['config']} is {hw}, without sides from 1 to {MAX_SIDE}")
-    return hw
 
 
 def _check_carried(network: CandidateNetwork) -> None:
-    """Raises ValueError unless every carried tensor is alive at a row of exit points, the same at each."""
+    """Raises InputError unless every carried tensor is alive at a row of exit points, the same at each."""
     if not any(point.carried for point in network.exit_points):
         return
     alive: dict[str, tuple[TensorSpec, int]] = {}
     for number in range(len(network.exit_points) + 1):
         frontier, where = network.frontier(number), f"exit{number}"
         if len({tensor.name for tensor in frontier}) < len(frontier):
-            raise ValueError(f"{where} carries a tensor twice: {', '.join(network.live(number))}")
+            raise InputError(f"{where} carries a tensor twice: {', '.join(network.live(number))}")
         for tensor in frontier:
+            _check_tensor(tensor)
             _check_carried_name(tensor.name, number, new=tensor.name not in alive)
             if min(tensor.shape, default=1) < 1:
-                raise ValueError(f"{where} carries {_described(tensor)}, without a static shape")
+                raise InputError(f"{where} carries {_described(tensor)}, without a static shape")
             known, last = alive.get(tensor.name, (tensor, number - 1))
             if last != number - 1:
-                raise ValueError(f"{where} carries {tensor.name}, which exit{number - 1} does not")
+                raise InputError(f"{where} carries {tensor.name}, which exit{number - 1} does not")
             if known != tensor:
-                raise ValueError(f"{where} carries {_described(tensor)}, but it was {_described(known)} before")
+                raise InputError(f"{where} carries {_described(tensor)}, but it was {_described(known)} before")
             alive[tensor.name] = tensor, number
 
 
 def _check_carried_name(name: str, number: int, new: bool) -> None:
     if not name or _OWN_NAMES.fullmatch(name):
-        raise ValueError(f"exit{number} carries {name!r}, a name that heads and gates give to their own tensors")
+        raise InputError(f"exit{number} carries {name!r}, a name that heads and gates give to their own tensors")
     if new and name != f"exit{number}" and re.fullmatch(r"exit\d+", name):
-        raise ValueError(f"exit{number} carries {name}, which is not alive before it")
+        raise InputError(f"exit{number} carries {name}, which is not alive before it")
 
 
 def _check_own_end(network: CandidateNetwork, head: Head) -> None:
-    """Raises ValueError for labels or a pooled gate of a head that is not the final one, and for wrong sizes."""
+    """Raises InputError for labels or a pooled gate of a head that is not the final one, and for wrong sizes."""
     if head.labels is None and head.gate_hw is None:
         return
     if head.name != network.baseline:
-        raise ValueError(f"head {head.name} has labels or gate_hw, which only the final head may have")
+        raise InputError(f"head {head.name} has labels or gate_hw, which only the final head may have")
     if head.labels is not None and (not head.labels or head.labels in (IMAGE, *network.live(head.exit_point))):
-        raise ValueError(f"labels of head {head.name} is {head.labels!r}, which is no name of a tensor of its own")
+        raise InputError(f"labels of head {head.name} is {head.labels!r}, which is no name of a tensor of its own")
     hw = network.logits_hw(head)
     if any(side % cells for side, cells in zip(hw, head.gate_hw or hw, strict=True)):
-        raise ValueError(f"gate_hw of head {head.name} is {head.gate_hw}, which does not divide its logits' {hw}")
+        raise InputError(f"gate_hw of head {head.name} is {head.gate_hw}, which does not divide its logits' {hw}")
 
 
 def _described(tensor: TensorSpec) -> str:
     return f"{tensor.name} {tensor.dtype} {tensor.shape}"
-
-
-def _count(value: Any) -> int:
-    """A workload or size: sums over a data set must fit 64 bits."""
-    number = int(value)
-    if not 0 <= number < 1 << 48:
-        raise ValueError(f"{number} is not a workload or size")
-    return number
-
-
-def _pair(values: Any) -> tuple[int, int]:
-    first, second = values
-    return int(first), int(second)
 
 
 def segment_name(a: int, b: int) -> str:
@@ -385,6 +341,9 @@ def is_whole(name: str) -> bool:
     return name in (BASELINE, BASELINE_ALONE)
 
 
+_PRECISION = decode.entry(check=decode.one_of(PRECISIONS), optional=True)
+
+
 @dataclass(frozen=True)
 class GraphSpec:
     """One ONNX file below `graphs/`.
@@ -395,15 +354,15 @@ class GraphSpec:
     """
 
     name: str
-    path: str
+    path: str = field(metadata=decode.entry(check=decode.matches(r"[\w.-]+\.onnx", "the name of an .onnx file")))
     sha256: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    macs: int
-    bytes: int
-    workspace_bytes: int
-    precision: str = FP32
-    wanted: str = FP32
+    macs: int = field(metadata=decode.entry(check=_COUNT))
+    bytes: int = field(metadata=decode.entry(check=_COUNT))
+    workspace_bytes: int = field(metadata=decode.entry(check=_COUNT))
+    precision: str = field(default=FP32, metadata=_PRECISION)
+    wanted: str = field(default=FP32, metadata=_PRECISION)
 
 
 @dataclass(frozen=True)
@@ -462,24 +421,28 @@ def read_graph_set(root: Path) -> GraphSet:
     files.recovered(root)
     path = root / "index.json"
     content = files.read_json(path, "mess-graphs", 1, _GRAPHS_REMEDY)
+    found: _GraphsDocument = files.decode_document(path, _GraphsDocument, content, _GRAPHS_REMEDY, _check_graph_set)
+    graphs = {spec.name: spec for spec in found.graphs}
+    return GraphSet(root, found.candidate, found.gate, graphs, found.baseline_alone, found.recipe)
 
-    def decode() -> GraphSet:
-        gate = content["gate"]
-        specs = {spec.name: spec for spec in map(graph_spec_from_json, content["graphs"])}
-        alone = content.get("baseline_alone")
-        if (alone is None) == (BASELINE_ALONE in specs):
-            raise ValueError(f"baseline_alone is {alone!r}, which does not fit the graphs")
-        return GraphSet(
-            root=root,
-            candidate=candidate_from_json(content["candidate"]),
-            gate=Gate(gate["confidence"], bool(gate["edge_aware"]), tuple(float(t) for t in gate["thresholds"])),
-            graphs=specs,
-            baseline_alone=None if alone is None else str(alone),
-            recipe=str(content.get("recipe", FP32)),
-        )
 
-    graph_set: GraphSet = files.decoded(path, _GRAPHS_REMEDY, decode)
-    return graph_set
+@dataclass(frozen=True)
+class _GraphsDocument:
+    """The content of `index.json`."""
+
+    candidate: CandidateNetwork
+    gate: Gate
+    graphs: tuple[GraphSpec, ...]
+    baseline_alone: str | None = field(default=None, metadata=decode.OPTIONAL)
+    recipe: str = field(default=FP32, metadata=decode.OPTIONAL)
+
+
+def _check_graph_set(found: _GraphsDocument) -> None:
+    check_candidate(found.candidate)
+    for spec in found.graphs:
+        check_tensors(spec)
+    if (found.baseline_alone is None) == (BASELINE_ALONE in {spec.name for spec in found.graphs}):
+        raise InputError(f"baseline_alone is {found.baseline_alone!r}, which does not fit the graphs")
 
 
 def check_graphs(graph_set: GraphSet) -> None:
@@ -504,37 +467,17 @@ def check_hash(path: Path, sha256: str) -> None:
         raise InputError(f"{path} was changed after export: {_GRAPHS_REMEDY}")
 
 
-def graph_spec_from_json(content: dict[str, Any]) -> GraphSpec:
-    """Inverse of `asdict`. Raises KeyError, TypeError or ValueError on damaged content."""
-    if not re.fullmatch(r"[\w.-]+\.onnx", content["path"]):
-        raise ValueError(f"graph path {content['path']!r}")
-    return GraphSpec(
-        name=str(content["name"]),
-        path=str(content["path"]),
-        sha256=str(content["sha256"]),
-        inputs=_tensors_from_json(content["inputs"]),
-        outputs=_tensors_from_json(content["outputs"]),
-        macs=_count(content["macs"]),
-        bytes=_count(content["bytes"]),
-        workspace_bytes=_count(content["workspace_bytes"]),
-        precision=_precision(content.get("precision", FP32)),
-        wanted=_precision(content.get("wanted", FP32)),
-    )
+def check_tensors(spec: GraphSpec) -> None:
+    """Raises InputError for an input or output of an unknown type, or too large to count."""
+    for tensor in (*spec.inputs, *spec.outputs):
+        _check_tensor(tensor)
 
 
-def _precision(text: Any) -> str:
-    if text not in PRECISIONS:
-        raise ValueError(f"precision {text!r} is not one of {', '.join(PRECISIONS)}")
-    return str(text)
-
-
-def _tensors_from_json(content: Any) -> tuple[TensorSpec, ...]:
-    specs = tuple(TensorSpec(str(t["name"]), str(t["dtype"]), tuple(int(d) for d in t["shape"])) for t in content)
-    for spec in specs:
-        _count(math.prod(spec.shape))
-        if spec.dtype not in DTYPES:
-            raise ValueError(f"tensor {spec.name} has dtype {spec.dtype!r}, not one of {', '.join(DTYPES)}")
-    return specs
+def _check_tensor(tensor: TensorSpec) -> None:
+    if tensor.dtype not in DTYPES:
+        raise InputError(f"tensor {tensor.name} has dtype {tensor.dtype!r}, not one of {', '.join(DTYPES)}")
+    if not _COUNT.passes(math.prod(tensor.shape)):
+        raise InputError(f"tensor {tensor.name} has shape {tensor.shape}, which is no size")
 
 
 def threshold_table(gate: Gate, classes: int) -> NDArray[np.float32]:

@@ -15,10 +15,16 @@ def _ignore(*content: object) -> None:
 
 @dataclass(frozen=True)
 class Reporter:
-    """`progress` is called as work goes on; `note` gets each sentence for the user once."""
+    """`progress` is called as work goes on, `note` with each sentence for the user, `warning` with each that asks for a
+    second look: at data that are not read, or figures that rest on less than they seem to. `note` gets those as well
+    where there is no `warning`."""
 
     progress: Progress = _ignore
     note: Callable[[str], None] = _ignore
+    warning: Callable[[str], None] | None = None
+
+    def warn(self, sentence: str) -> None:
+        (self.warning or self.note)(sentence)
 
 
 SILENT = Reporter()

@@ -6,18 +6,19 @@ One TOML file each, ours in `profiles/`, the user's in `WORKSPACE/profiles/`.
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from mess_compile import files, package_files
-from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.base import decode
+from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.bundle.manifest import DeviceMatch
 from mess_compile.runtime.bundle.plan_choice import device_differences
 from mess_compile.runtime.engines.engine import FP32, LIBRARIES, PRECISIONS
-from mess_compile.runtime.machine import machine as machines
+from mess_compile.runtime.machine import machine
+from mess_compile.runtime.machine.device_names import stored_name
 from mess_compile.runtime.machine.machine import Machine, dotted
 
 RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
@@ -28,13 +29,57 @@ _MEMORY_SEEN = (
 )  # shares of the data sheet's memory that a driver reports: systems and error correction take some
 
 
+def _is_text(value: Any) -> bool:
+    return type(value) is str and 0 < len(value) <= 300 and value.isprintable() and value == value.strip()
+
+
+def _is_list(value: Any) -> bool:
+    return type(value) is list and 0 < len(value) <= 50
+
+
+def _are_precisions(value: Any) -> bool:
+    return (
+        _is_list(value) and all(map(PRECISIONS.__contains__, value)) and len(set(value)) == len(value) and FP32 in value
+    )
+
+
+def _capability(value: Any, where: str) -> tuple[int, ...]:
+    decode.need(_CAPABILITY.passes(value), where, value, _CAPABILITY.expected)
+    return tuple(map(int, value.split(".")))
+
+
+def _sources(value: Any, where: str) -> tuple[FieldSource, ...]:
+    """A text for each field of a target that has a source."""
+    texts = decode.decode(dict[str, Any], value, where, toml=True)
+    known = {each.name for each in fields(Target)}
+    for name, text in texts.items():
+        if name not in known:
+            raise decode.DecodeError(f"{where}.{name!r:.80} is not a known entry{did_you_mean(name, known)}")
+        decode.need(_TEXT.passes(text), f"{where}.{name}", text, _TEXT.expected)
+    return tuple(FieldSource(name, text) for name, text in texts.items())
+
+
+_TEXT = decode.Check(_is_text, "one line of text")
+_TEXTS = decode.entry(check=decode.Check(_is_list, "a list of texts"), each=_TEXT, optional=True)
+_POSITIVE = decode.Check(
+    lambda value: type(value) in (int, float) and 0 < value <= 1e6, "a number above 0 and at most 1000000"
+)
+_FIGURE = decode.entry(check=_POSITIVE, optional=True)
+_NAME = decode.matches("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "letters, digits, '.', '_' and '-'")
+_NEEDED = decode.Check(_are_precisions, f"a list of {', '.join(reversed(PRECISIONS))} with fp32 among them")
+_VERSION = decode.matches(r"[0-9]{1,9}([.][0-9]{1,9}){0,3}", "a version such as '8.5'")
+_VERSIONS = decode.entry(check=decode.Check(_is_list, "a list of versions such as '8.5'"), each=_VERSION, optional=True)
+_CAPABILITY = decode.matches("[1-9][0-9]?[.][0-9]", "text such as '8.7'")
+_OPSET = decode.Check(lambda value: type(value) is int and 1 <= value <= 99, "an integer from 1 to 99")
+
+
 @dataclass(frozen=True)
 class Peak:
     """Dense arithmetic at the highest clock; None if the device has no units for it."""
 
-    fp32_tflops: float
-    fp16_tflops: float | None = None
-    int8_tops: float | None = None
+    fp32_tflops: float = field(metadata=decode.entry(check=_POSITIVE))
+    fp16_tflops: float | None = field(default=None, metadata=_FIGURE)
+    int8_tops: float | None = field(default=None, metadata=_FIGURE)
 
     def of(self, precision: str) -> float | None:
         """TFLOP/s or TOP/s."""
@@ -58,20 +103,22 @@ class Target:
     newest that the library's parser supports. Missing fields of a target (None, empty) are not checked.
     """
 
-    name: str
-    description: str
-    library: str
-    precisions: tuple[str, ...]
-    library_versions: tuple[str, ...] = ()
-    compute_capability: tuple[int, int] | None = None
-    gpu: str | None = None
-    boards: tuple[str, ...] = ()
-    opset: int | None = None
-    peak: Peak | None = None
-    memory_bandwidth_gb_per_s: float | None = None
-    memory_gib: float | None = None
-    power_modes: tuple[str, ...] = ()
-    sources: tuple[FieldSource, ...] = ()
+    name: str = field(metadata=decode.entry(check=_NAME))
+    description: str = field(metadata=decode.entry(check=_TEXT))
+    library: str = field(metadata=decode.entry(check=decode.one_of(LIBRARIES)))
+    precisions: tuple[str, ...] = field(metadata=decode.entry(check=_NEEDED))
+    library_versions: tuple[str, ...] = field(default=(), metadata=_VERSIONS)
+    compute_capability: tuple[int, int] | None = field(
+        default=None, metadata=decode.entry(read=_capability, optional=True)
+    )
+    gpu: str | None = field(default=None, metadata=decode.entry(check=_TEXT, optional=True))
+    boards: tuple[str, ...] = field(default=(), metadata=_TEXTS)
+    opset: int | None = field(default=None, metadata=decode.entry(check=_OPSET, optional=True))
+    peak: Peak | None = field(default=None, metadata=decode.OPTIONAL)
+    memory_bandwidth_gb_per_s: float | None = field(default=None, metadata=_FIGURE)
+    memory_gib: float | None = field(default=None, metadata=_FIGURE)
+    power_modes: tuple[str, ...] = field(default=(), metadata=_TEXTS)
+    sources: tuple[FieldSource, ...] = field(default=(), metadata=decode.entry(read=_sources, optional=True))
 
     @property
     def device(self) -> DeviceMatch:
@@ -89,8 +136,9 @@ def known_targets(workspace: Path | None = None) -> dict[str, Target]:
 def find_target(name: str, workspace: Path) -> Target:
     """Raises InputError with the nearest known name."""
     targets = known_targets(workspace)
-    if name in targets:
-        return targets[name]
+    for known in (name, stored_name(name)):
+        if known in targets:
+            return targets[known]
     near = difflib.get_close_matches(name, targets, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"known devices: {', '.join(targets)}."
     raise InputError(f"unknown device {name!r}: {hint} Add your own as {workspace / 'profiles' / 'NAME.toml'}")
@@ -125,10 +173,10 @@ def in_cells(target: Target) -> tuple[str, ...]:
 
 def refuse_unless_here(target: Target, workspace: Path | None = None, ways: str | None = None) -> None:
     """Raises InputError with the differences between this machine and `target`, and a remedy: `ways` if given."""
-    machine = machines.this_machine()
-    found = differences(target, machine)
+    here = machine.this_machine()
+    found = differences(target, here)
     if found:
-        remedy = ways or _remedy(target, machine, workspace)
+        remedy = ways or _remedy(target, here, workspace)
         raise InputError(f"this machine is not {target.name!r}: {'; '.join(found)}: {remedy}")
 
 
@@ -171,23 +219,10 @@ def _library_differences(target: Target, machine: Machine) -> tuple[str, ...]:
 
 def _read_target(path: Path) -> Target:
     try:
-        return _target_from(files.read_toml(path), path.stem)
-    except ValueError as error:
+        target: Target = decode.decode(Target, files.read_toml(path), "", toml=True)
+        _check_together(target, path.stem)
+    except (ValueError, decode.DecodeError) as error:
         raise InputError(f"{path}: {error}: see {package_files.profiles() / 'xavier.toml'} for an example") from error
-
-
-def _target_from(content: dict[str, Any], stem: str) -> Target:
-    needed: tuple[str, ...] = ("name", "description", "library", "precisions")
-    if content.get("library") in _ON_GPU:
-        needed += ("compute_capability", "gpu", "opset")
-    checked = _checked(content, _FIELDS, needed)
-    if "peak" in checked:
-        checked["peak"] = Peak(**_checked(checked["peak"], _PEAK, ("fp32_tflops",), "peak."))
-    if "sources" in checked:
-        texts = _checked(checked["sources"], dict.fromkeys(_FIELDS, _TEXT), (), "sources.")
-        checked["sources"] = tuple(FieldSource(field, text) for field, text in texts.items())
-    target = Target(**checked)
-    _check_together(target, stem)
     return target
 
 
@@ -195,6 +230,10 @@ def _check_together(target: Target, stem: str) -> None:
     capability, library = target.compute_capability, target.library
     if target.name != stem:
         raise ValueError(f"name is {target.name!r}, but the file is named {stem!r}")
+    needed = ("compute_capability", "gpu", "opset") if library in _ON_GPU else ()
+    missing = next((name for name in needed if getattr(target, name) is None), None)
+    if missing is not None:
+        raise ValueError(f"{missing} is missing, which a target of {library} needs")
     if (target.gpu is None) != (capability is None):
         raise ValueError("gpu and compute_capability go together, but one of them is missing")
     if library == "tensorrt_rtx" and capability and capability not in RTX_CAPABILITIES:
@@ -203,81 +242,3 @@ def _check_together(target: Target, stem: str) -> None:
     without = [precision for precision in target.precisions if target.peak and target.peak.of(precision) is None]
     if without:
         raise ValueError(f"peak has no figure for {without[0]}, which precisions names")
-
-
-@dataclass(frozen=True)
-class _Field:
-    """A value that `passes` is stored as `read` returns it."""
-
-    passes: Callable[[Any], bool]
-    expected: str
-    read: Callable[[Any], Any] = lambda value: value
-
-
-def _checked(
-    content: dict[str, Any], known: dict[str, _Field], needed: tuple[str, ...], place: str = ""
-) -> dict[str, Any]:
-    """Raises ValueError naming the first field that is unknown, wrong or missing."""
-    for name, value in content.items():
-        if name not in known:
-            near = difflib.get_close_matches(name[:80], known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"only {', '.join(known)} are"
-            raise ValueError(f"{place}{name[:80]!r} is not a field, {hint}")
-        if not known[name].passes(value):
-            raise ValueError(f"{place}{name} is {_as_text(value)}, not {known[name].expected}")
-    for name in needed:
-        if name not in content:
-            raise ValueError(f"{place}{name} is missing, {known[name].expected}")
-    return {name: known[name].read(value) for name, value in content.items()}
-
-
-def _as_text(value: Any) -> str:
-    try:
-        return f"{value!r:.80}"
-    except ValueError:  # Python does not write integers of thousands of digits
-        return "a very large number"
-
-
-def _matches(pattern: str) -> Callable[[Any], bool]:
-    return lambda value: type(value) is str and re.fullmatch(pattern, value) is not None
-
-
-def _is_text(value: Any) -> bool:
-    return type(value) is str and 0 < len(value) <= 300 and value.isprintable() and value == value.strip()
-
-
-def _is_list_of(passes: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: type(value) is list and 0 < len(value) <= 50 and all(passes(item) for item in value)
-
-
-def _are_precisions(value: Any) -> bool:
-    return _is_list_of(PRECISIONS.__contains__)(value) and len(set(value)) == len(value) and FP32 in value
-
-
-_TEXT = _Field(_is_text, "one line of text")
-_TEXTS = _Field(_is_list_of(_is_text), "a list of texts", tuple)
-_FIGURE = _Field(
-    lambda value: type(value) in (int, float) and 0 < value <= 1e6, "a number above 0 and at most 1000000", float
-)
-_TABLE = _Field(lambda value: type(value) is dict, "a table")
-_PEAK = {"fp32_tflops": _FIGURE, "fp16_tflops": _FIGURE, "int8_tops": _FIGURE}
-_FIELDS = {
-    "name": _Field(_matches("[A-Za-z0-9][A-Za-z0-9._-]{0,63}"), "letters, digits, '.', '_' and '-'"),
-    "description": _TEXT,
-    "library": _Field(lambda value: value in LIBRARIES, f"one of {', '.join(LIBRARIES)}"),
-    "precisions": _Field(_are_precisions, f"a list of {', '.join(reversed(PRECISIONS))} with fp32 among them", tuple),
-    "library_versions": _Field(
-        _is_list_of(_matches(r"[0-9]{1,9}([.][0-9]{1,9}){0,3}")), "a list of versions such as '8.5'", tuple
-    ),
-    "compute_capability": _Field(
-        _matches("[1-9][0-9]?[.][0-9]"), "text such as '8.7'", lambda text: tuple(map(int, text.split(".")))
-    ),
-    "gpu": _TEXT,
-    "boards": _TEXTS,
-    "opset": _Field(lambda value: type(value) is int and 1 <= value <= 99, "an integer from 1 to 99"),
-    "peak": _TABLE,
-    "memory_bandwidth_gb_per_s": _FIGURE,
-    "memory_gib": _FIGURE,
-    "power_modes": _TEXTS,
-    "sources": _TABLE,
-}

@@ -11,12 +11,31 @@ from typing import Any
 
 from mess_compile import files
 from mess_compile.data_folder import IMAGES, LABELS, Data, DataFolder, data_folder
+from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.engines.engine import FP32
+from mess_compile.runtime.machine import device_names
 
-HOST = "host"
+HOST = device_names.HOST
 """The machine that mess-compile itself runs on, as a device."""
 _REMEDY = "remove it; it only remembers the last device, data and split"
+
+
+@dataclass(frozen=True)
+class _ReadAs:
+    """The options of `DataFolder` that are remembered of a folder."""
+
+    images: str = field(default=IMAGES, metadata=decode.OPTIONAL)
+    labels: str = field(default=LABELS, metadata=decode.OPTIONAL)
+    label_offset: int = field(default=0, metadata=decode.OPTIONAL)
+
+
+def _options_by_folder(value: Any, where: str) -> Any:
+    decode.decode(dict[str, _ReadAs], value, where)
+    return value
+
+
+_READ_AS = decode.entry(optional=True, read=_options_by_folder)
 
 
 @dataclass(frozen=True)
@@ -29,13 +48,13 @@ class Memory:
     shipped to.
     """
 
-    device: str | None = None
-    data: str | None = None
-    split: str | None = None
-    read_as: dict[str, dict[str, str | int]] = field(default_factory=dict)
-    hosts: dict[str, str] = field(default_factory=dict)
-    pythons: dict[str, str] = field(default_factory=dict)
-    ships: tuple[str, ...] = ()
+    device: str | None = field(default=None, metadata=decode.OPTIONAL)
+    data: str | None = field(default=None, metadata=decode.OPTIONAL)
+    split: str | None = field(default=None, metadata=decode.OPTIONAL)
+    read_as: dict[str, dict[str, str | int]] = field(default_factory=dict, metadata=_READ_AS)
+    hosts: dict[str, str] = field(default_factory=dict, metadata=decode.OPTIONAL)
+    pythons: dict[str, str] = field(default_factory=dict, metadata=decode.OPTIONAL)
+    ships: tuple[str, ...] = field(default=(), metadata=decode.OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -106,7 +125,10 @@ class Workspace:
 
         Raises InputError naming the devices that have one.
         """
-        places = (Path(thing), self.root / thing, self.plan(str(thing)))
+        places = (
+            *(Path(thing), self.root / thing),
+            *(self.plan(str(thing)), self.plan(device_names.stored_name(str(thing)))),
+        )
         found = next((place for place in places if place.is_file()), None)
         if found is not None:
             return found
@@ -139,18 +161,8 @@ class Workspace:
         if not path.exists():
             return Memory()
         content = files.read_json(path, "mess-workspace", 1, _REMEDY)
-        texts = {name: content.get(name) for name in ("device", "data", "split")}
-        hosts, pythons = content.get("hosts", {}), content.get("pythons", {})
-        are_texts = all(value is None or isinstance(value, str) for value in texts.values())
-        if not are_texts or not _are_texts_by_name(hosts) or not _are_texts_by_name(pythons):
-            raise InputError(f"{path} is damaged (device, data, split, hosts and pythons are texts): {_REMEDY}")
-        ships = content.get("ships", [])
-        if not isinstance(ships, list) or not all(isinstance(place, str) for place in ships):
-            raise InputError(f"{path} is damaged (ships are texts): {_REMEDY}")
-        read_as = content.get("read_as", {})
-        if not isinstance(read_as, dict) or not all(map(_is_read_as, read_as.values())):
-            raise InputError(f"{path} is damaged (read_as holds options of data folders): {_REMEDY}")
-        return Memory(**texts, read_as=read_as, hosts=hosts, pythons=pythons, ships=tuple(ships))
+        memory: Memory = files.decode_document(path, Memory, content, _REMEDY)
+        return memory
 
     def remember(
         self,
@@ -173,6 +185,14 @@ class Workspace:
         memory = replace(known, **{name: value for name, value in given.items() if value is not None})
         if memory != known:
             files.write_json(self.file, "mess-workspace", 1, asdict(memory))
+
+    def known_host(self, device: str) -> str | None:
+        """The host over which a device was reached; None when it never was."""
+        return self.memory().hosts.get(device)
+
+    def known_python(self, host: str) -> str | None:
+        """The command that starts Python on a host; None when none was named."""
+        return self.memory().pythons.get(host)
 
     def remember_host(self, device: str, host: str) -> None:
         """Remember where a device is, whichever was profiled last."""
@@ -226,17 +246,6 @@ def _read_as(data: DataFolder) -> dict[str, str | int]:
     usual = {"images": IMAGES, "labels": LABELS, "label_offset": 0}
     options = {"images": data.images, "labels": data.labels, "label_offset": data.label_offset}
     return {name: value for name, value in options.items() if value is not None and value != usual[name]}
-
-
-def _is_read_as(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    kinds = {"images": str, "labels": str, "label_offset": int}
-    return all(type(option) is kinds.get(name) for name, option in value.items())
-
-
-def _are_texts_by_name(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def open_workspace(folder: Path | str = ".") -> Workspace:

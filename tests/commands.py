@@ -20,7 +20,7 @@ CHAIN = """
 import json, sys
 from mess_compile.cli import main
 from mess_compile.runtime.measure import measure
-effort = measure.Effort(window_s=0.0, window_runs=1, windows=1, max_s=0.02, warm_up_s=0.0)
+effort = measure.Effort(window_s=0.01, window_runs=1, windows=1, max_s=0.02, warm_up_s=0.0)
 measure.Effort = lambda: effort
 for command in json.loads(sys.argv[1]):
     main.main(command, standalone_mode=False)

@@ -255,7 +255,7 @@ def test_an_estimate_in_one_precision_forgets_nothing_measured_in_another(
 
 
 @pytest.mark.slow
-def test_a_sparing_profile_here_builds_only_what_it_measures(workspace: Path, device: Device) -> None:
+def test_a_sparse_profile_here_builds_only_what_it_measures(workspace: Path, device: Device) -> None:
     result = run("-C", workspace, "profile", "--device", "xavier", "--requirement", "--max-err 100%")
     assert result.exit_code == 0, result.stderr
     told = re.search(r"measured (\d+) of (\d+) graphs", result.stdout)
@@ -272,11 +272,11 @@ def test_a_sparing_profile_here_builds_only_what_it_measures(workspace: Path, de
 
 
 @pytest.mark.slow
-def test_a_sparing_profile_over_recipes_answers_as_a_whole_one_does(workspace: Path, device: Device) -> None:
+def test_a_sparse_profile_over_recipes_answers_as_a_whole_one_does(workspace: Path, device: Device) -> None:
     both, wish = ("--precision", "fp32,fp16"), ("--max-err", "100%", "--max-latency", "3x", "--optimise", "accuracy")
     done("-C", workspace, "profile", "--device", "xavier", *both, "--requirement", " ".join(wish))
-    sparing = printed_json("-C", workspace, "search", *wish)
-    assert sparing["source"] == "measured"
+    sparse = printed_json("-C", workspace, "search", *wish)
+    assert sparse["source"] == "measured"
     table = read_latency_table(workspace / "latency" / "xavier.json")
     assert set(table.recipes) == {"fp32", "fp16"}
     for precision in table.recipes:
@@ -284,7 +284,7 @@ def test_a_sparing_profile_over_recipes_answers_as_a_whole_one_does(workspace: P
 
 
 @pytest.mark.slow
-def test_a_sparing_profile_goes_around_what_does_not_build(workspace: Path, device: Device) -> None:
+def test_a_sparse_profile_goes_around_what_does_not_build(workspace: Path, device: Device) -> None:
     device.broken = {"segment-1-2", "head-exit1.fcn-crm1-b0"}
     done("-C", workspace, "profile", "--device", "xavier", "--requirement", "--max-err 100%")
     table = read_latency_table(workspace / "latency" / "xavier.json")

@@ -45,7 +45,7 @@ def test_the_program_in_the_bundle_labels_all_that_can_be_read(
 ) -> None:
     frames = [os.path.join("frames", name) for name in sorted(os.listdir(place / "frames"))]
     done = ended(place, terminal, "street.mess", "run", *frames, "-o", str(tmp_path))
-    assert (done.returncode, done.stdout.count(b": exit ")) == (1, 2)
+    assert (done.returncode, done.stdout.count(b": stage ")) == (1, 2)
     assert b"error: 1 of 3 pictures failed" in done.stderr
     labels = {path.name for path in tmp_path.glob("*.labels.png")}
     assert labels == {f"{name[:-4]}.labels.png" for name in (STRANGE, FOREIGN)}
@@ -54,7 +54,7 @@ def test_the_program_in_the_bundle_labels_all_that_can_be_read(
 def test_the_command_labels_all_that_can_be_read_and_its_json_names_them(place: Path, tmp_path: Path) -> None:
     words = ("-m", "mess_compile", "run", "street.mess", "frames", "-o", str(tmp_path))
     done = ended(place, TERMINALS["ASCII"], *words)
-    assert (done.returncode, done.stdout.count(b": exit ")) == (1, 2)
+    assert (done.returncode, done.stdout.count(b": stage ")) == (1, 2)
     told = json.loads(ended(place, TERMINALS["UTF-8"], *words, "--json").stdout)
     assert {Path(each["image"]).name for each in told["images"]} == {STRANGE, FOREIGN}
     (failure,) = told["failed"]

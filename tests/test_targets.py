@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mess_compile import targets
 from mess_compile.runtime.base.errors import InputError
-from mess_compile.runtime.machine import machine as machines
+from mess_compile.runtime.machine import machine
 from mess_compile.runtime.machine.machine import Gpu, InstalledLibrary, Machine
 from mess_compile.targets import Peak, Target, differences, find_target, known_targets, refuse_unless_here
 from tests.commands import complaint, done, printed_json
@@ -144,6 +144,11 @@ class TestOwnProfile:
         write(tmp_path, toml(needed))
         assert find_target("mine", tmp_path) == Target("mine", "a CPU", "onnxruntime", ("fp32",))
 
+    def test_cpu_is_this_machine_unless_the_workspace_has_a_device_of_that_name(self, tmp_path: Path) -> None:
+        assert find_target("cpu", tmp_path) == find_target("host", tmp_path)
+        write(tmp_path, toml({**FIELDS, "name": "cpu"}), "cpu")
+        assert find_target("cpu", tmp_path).description != find_target("host", tmp_path).description
+
     def test_it_replaces_ours(self, tmp_path: Path) -> None:
         write(tmp_path, toml({**FIELDS, "name": "orin"}), "orin")
         assert find_target("orin", tmp_path).description == "my own"
@@ -158,8 +163,8 @@ class TestOwnProfile:
     @pytest.mark.parametrize(
         ("changed", "said"),
         [
-            ({"libary": "tensorrt"}, "'libary' is not a field, did you mean library?"),
-            ({"zzz": 1}, "'zzz' is not a field"),
+            ({"libary": "tensorrt"}, "libary is not a known entry (did you mean 'library'?)"),
+            ({"zzz": 1}, "zzz is not a known entry; known are boards, "),
             ({"name": "theirs"}, "name is 'theirs', but the file is named 'mine'"),
             ({"name": "../mine"}, "name is '../mine'"),
             ({"description": "two\nlines"}, "description is 'two\\nlines', not one line of text"),
@@ -169,7 +174,7 @@ class TestOwnProfile:
             ({"precisions": ["fp16"]}, "precisions is ['fp16'], not a list of fp32, fp16, int8 with fp32"),
             ({"precisions": ["fp32", "fp32"]}, "precisions is"),
             ({"precisions": ["fp32", ["fp16"]]}, "precisions is"),
-            ({"library_versions": ["8.x"]}, "library_versions is ['8.x']"),
+            ({"library_versions": ["8.x"]}, "library_versions[1] is '8.x', not a version"),
             ({"compute_capability": 8.6}, "compute_capability is 8.6, not text such as '8.7'"),
             ({"compute_capability": "٨.٦"}, "compute_capability is"),
             (
@@ -186,9 +191,9 @@ class TestOwnProfile:
             ({"peak": {}}, "peak.fp32_tflops is missing"),
             ({"peak": {"fp32_tflops": 8}}, "peak has no figure for fp16"),
             ({"peak": {"fp32_tflops": -8}}, "peak.fp32_tflops is -8"),
-            ({"peak": {"fp32_tops": 8}}, "peak.'fp32_tops' is not a field, did you mean fp32_tflops?"),
+            ({"peak": {"fp32_tops": 8}}, "peak.fp32_tops is not a known entry (did you mean 'fp32_tflops'?)"),
             ({"peak": 8}, "peak is 8, not a table"),
-            ({"sources": {"price": "a shop"}}, "sources.'price' is not a field"),
+            ({"sources": {"price": "a shop"}}, "sources.'price' is not a known entry"),
             ({"sources": {"peak": 3}}, "sources.peak is 3, not one line of text"),
         ],
         ids=lambda value: str(value)[:40],
@@ -293,7 +298,7 @@ class TestDifferences:
 class TestRefusal:
     @pytest.fixture(autouse=True)
     def machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(machines, "this_machine", lambda: MACHINES["h200"])
+        monkeypatch.setattr(machine, "this_machine", lambda: MACHINES["h200"])
 
     def test_the_named_device_is_let_through(self) -> None:
         refuse_unless_here(SHIPPED["h200"])
@@ -313,7 +318,7 @@ class TestRefusal:
 
     def test_a_second_gpu_is_pointed_at(self, monkeypatch: pytest.MonkeyPatch) -> None:
         both = Machine((*MACHINES["rtx-4090"].gpus, *MACHINES["gtx-1080ti"].gpus))
-        monkeypatch.setattr(machines, "this_machine", lambda: both)
+        monkeypatch.setattr(machine, "this_machine", lambda: both)
         with pytest.raises(
             InputError, match="another GPU of this machine matches; put it first with CUDA_VISIBLE_DEVICES"
         ):
@@ -323,7 +328,7 @@ class TestRefusal:
 class TestDevices:
     @pytest.mark.parametrize("name", MACHINES)
     def test_this_machine_is_marked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        monkeypatch.setattr(machines, "this_machine", lambda: MACHINES[name])
+        monkeypatch.setattr(machine, "this_machine", lambda: MACHINES[name])
         content = printed_json("-C", tmp_path, "devices")
         assert {device["name"] for device in content["devices"] if device["here"]} == {name, "host"}
         assert all(bool(device["differences"]) != device["here"] for device in content["devices"])

@@ -134,7 +134,7 @@ def _first_stage(job: TeachingJob, run: Run, frozen: FrozenGraph, progress: Trai
         load_weights(network, {key: value for key, value in best.items() if key != _SCORE}, "the best epoch")
         return network
     allowed = f"{MOST_LOST_PP} pp of mIoU" if job.labelled else f"{MOST_CHANGED:.0%} of changed pixels"
-    run.report(
+    run.reporter.note(
         f"no epoch kept the network's own end within {allowed}: its weights stay as they came; try a smaller "
         "--learning-rate"
     )
@@ -177,9 +177,8 @@ def _run(
         validation=job.validation,
         teacher=None,
         first_teacher=teacher,
-        report=reporter.note,
         save=lambda found: save_progress(job.folder, found, described),
-        trained=reporter.progress,
+        reporter=reporter,
     )
 
 

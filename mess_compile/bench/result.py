@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from mess_compile import files
 from mess_compile.bench.run import Bench, Column
-from mess_compile.runtime.base import decode
-from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle.manifest import BundlePlan
 
 VERSION = 3
@@ -37,17 +34,23 @@ def write_bench(path: Path, found: Bench, plan: BundlePlan) -> None:
     files.write_json(path, "mess-bench", VERSION, {"bench": asdict(found), "stages": stages})
 
 
+@dataclass(frozen=True)
+class _StageDocument:
+    head: str
+    cut: int | None
+
+
+@dataclass(frozen=True)
+class _BenchDocument:
+    """The content of the file."""
+
+    bench: Bench
+    stages: tuple[_StageDocument, ...]
+
+
 def read_bench(path: Path) -> StoredBench:
     """Read what `write_bench` wrote. Raises InputError when it is missing or damaged."""
     content = files.read_json(path, "mess-bench", VERSION, _REMEDY)
-    stored: StoredBench = files.decoded(path, _REMEDY, lambda: _stored(content["bench"], content["stages"]))
-    return stored
-
-
-def _stored(found: Any, stages: list[dict[str, Any]]) -> StoredBench:
-    try:
-        bench: Bench = decode.decode(Bench, found, "bench")
-    except decode.DecodeError as error:
-        raise InputError(str(error)) from error
-    cuts = tuple(None if stage["cut"] is None else int(stage["cut"]) for stage in stages)
-    return StoredBench(bench, tuple(str(stage["head"]) for stage in stages), cuts)
+    found: _BenchDocument = files.decode_document(path, _BenchDocument, content, _REMEDY)
+    heads, cuts = (tuple(getattr(stage, name) for stage in found.stages) for name in ("head", "cut"))
+    return StoredBench(found.bench, heads, cuts)

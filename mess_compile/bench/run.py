@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile.array_types import Ints
 from mess_compile.data.dataset import DataSet, Sample, samples
 from mess_compile.engines.files import EngineFiles
 from mess_compile.evaluate.record import evaluate
-from mess_compile.evaluate.statistics import ExitStatistics, Ints, miou
+from mess_compile.evaluate.statistics import ExitStatistics, miou
 from mess_compile.latency.table import LatencyTable
 from mess_compile.network import GraphSet
 from mess_compile.reporter import Progress
@@ -300,7 +301,7 @@ def _check_classes(cascade: Cascade, data: DataSet) -> None:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _MeasuredRun:
     exits: tuple[int, ...]  # (n,), from 1
     latency_ms: NDArray[np.float64]  # (2, passes, n): cascade, baseline
     cascade_miou: float
@@ -313,7 +314,7 @@ def _measure(
     items: Sequence[Sample],
     passes: int,
     progress: Progress,
-) -> _Run:
+) -> _MeasuredRun:
     classes = len(cascade.manifest.network.classes)
     for sample in items[:WARM_UP_FRAMES]:
         cascade(sample.frame)
@@ -331,7 +332,7 @@ def _measure(
                 scores[0].add(prediction.labels, sample.labels)
                 scores[1].add(labels, sample.labels)
             progress("bench", number * len(items) + index + 1, passes * len(items))
-    return _Run(tuple(exits), latency_ms, scores[0].miou, scores[1].miou)
+    return _MeasuredRun(tuple(exits), latency_ms, scores[0].miou, scores[1].miou)
 
 
 def _compared(
@@ -339,7 +340,7 @@ def _compared(
     evidence: Evidence,
     items: Sequence[Sample],
     tuned_on: frozenset[str],
-    run: _Run,
+    run: _MeasuredRun,
 ) -> Bench:
     plan, candidate = cascade.plan, evidence.candidate
     stages = tuple(Stage(stage.exit_point, stage.head, stage.row, stage.cut) for stage in plan.stages)
@@ -383,7 +384,7 @@ def _compared(
 
 
 def _checked(
-    promises: Sequence[manifest.Promise], measured: Column, baseline: Column, run: _Run
+    promises: Sequence[manifest.Promise], measured: Column, baseline: Column, run: _MeasuredRun
 ) -> tuple[CheckedPromise, ...]:
     """Each promise with its measured value; relative bounds refer to the baseline of the same run."""
     cascade_ms, single_ms = run.latency_ms

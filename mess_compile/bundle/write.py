@@ -34,7 +34,7 @@ _REFERENCE = "onnxruntime"
 class Part:
     """A plan, and what the bundle holds for it.
 
-    `device` tells its target from other machines. `forms` are rewritten graphs, where the target's parser rejects the
+    `device` distinguishes its target from other machines. `forms` are rewritten graphs, where the parser rejects the
     original; `engines` are built engines to include.
     """
 
@@ -268,7 +268,7 @@ def _stage(stage: Stage, graphs: StageGraphs, graph_set: GraphSet, places: Mappi
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
+class _GoldenRun:
     """A frame and its prediction; `margin` is the smallest distance of its counts from their thresholds, as a share of
     the cells."""
 
@@ -295,7 +295,7 @@ def _golden(
             yield manifest.Golden(name, place, labels, exit_, confident)
 
 
-def _run(loaded: cascade.Cascade, frame: NDArray[np.uint8]) -> _Run:
+def _run(loaded: cascade.Cascade, frame: NDArray[np.uint8]) -> _GoldenRun:
     margins: list[float] = []
     for stage, prediction in zip(loaded.plan.stages, loaded.refine(frame), strict=False):
         if stage.cut is None or prediction.confidence is None:
@@ -303,10 +303,10 @@ def _run(loaded: cascade.Cascade, frame: NDArray[np.uint8]) -> _Run:
         margins.append(abs(prediction.confidence - stage.cut / stage.cells))
         if prediction.confidence >= stage.cut / stage.cells:
             break
-    return _Run(frame, prediction, min(margins, default=1.0))
+    return _GoldenRun(frame, prediction, min(margins, default=1.0))
 
 
-def _chosen(runs: Sequence[_Run]) -> list[_Run]:
+def _chosen(runs: Sequence[_GoldenRun]) -> list[_GoldenRun]:
     """One frame for each exit taken, then more, those with the clearest decisions first; in their original order.
 
     Close decisions verify little: another engine's rounding may change them.

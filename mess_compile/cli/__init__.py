@@ -46,8 +46,8 @@ def main(ctx: click.Context, folder: Path) -> None:
     """Compile multi-exit segmentation networks for a device.
 
     \b
-    mess-compile export                     cut the candidate network into graphs
-    mess-compile profile --device host      measure them on the device
+    mess-compile export                     cut the multi-exit network into graphs
+    mess-compile profile --device cpu       measure the graphs on this machine
     mess-compile search --max-err 1%        choose exits, heads and thresholds
     mess-compile bundle                     write one file that the device runs
     """

@@ -44,17 +44,17 @@ class BenchArguments:
 
 @click.command(short_help="Compare measured figures with predicted ones and the baseline.")
 @click.argument("bundle", type=BUNDLE, shell_complete=completion.bundles)
-@data_options("Labelled images; the workspace's by default.")
+@data_options("Labelled images; the workspace's data by default.")
 @click.option(
     "--split",
     default="val",
     show_default=True,
     shell_complete=completion.splits,
-    help="The images; take a split that nothing was tuned on.",
+    help="Split to measure on; choose one that nothing was tuned on.",
 )
-@click.option("--passes", default=3, show_default=True, help="How often each image is measured.")
+@click.option("--passes", default=3, show_default=True, help="How often to measure each image.")
 @click.option("--deadline", help="Per-image deadline, such as 20ms; prints mIoU and miss rate.")
-@click.option("--strict", is_flag=True, help="End with exit code 3 where a bound of the plan is missed.")
+@click.option("--strict", is_flag=True, help="End with exit code 3 if a bound of the plan is missed.")
 @TARGET
 @dry_run_option
 @verbose_option
@@ -62,7 +62,7 @@ class BenchArguments:
 @click.pass_obj
 @gathered(BenchArguments)
 def bench(workspace: Workspace, bundle: Path, data: DataFolder | None, split: str, arguments: BenchArguments) -> None:
-    """Measure a bundle on labelled images, and the better single-exit baseline in the same run.
+    """Measure a bundle and its single-exit baseline on labelled images, in the same run.
 
     Each bound that the plan was searched with (`search --max-err 1%`) is compared with the measurement: held or MISSED.
     """
@@ -75,7 +75,7 @@ def bench(workspace: Workspace, bundle: Path, data: DataFolder | None, split: st
         raise click.UsageError("--strict checks the bounds that the plan was searched with: drop --deadline.")
     if arguments.dry_run:
         deadline_ms = None if deadline is None else parse_milliseconds(deadline)
-        return print_plan(steps.plan_bench(workspace, bundle, options, deadline_ms), as_json)
+        return print_plan(steps.plan_bench(workspace, bundle, options, deadline_ms).steps, as_json)
     if deadline is not None:
         return _bench_deadline(workspace, bundle, options, deadline, as_json)
     with reporting(as_json) as reporter:
@@ -86,6 +86,8 @@ def bench(workspace: Workspace, bundle: Path, data: DataFolder | None, split: st
     _print_bench(result, bundle)
     if arguments.verbose:
         _print_details(result)
+    for warning in result.doubts if arguments.verbose else ():
+        warn(f"predicted latencies: {warning}")
     if result.tuned_on:
         warn(
             f"the plan was chosen on {result.tuned_on} of these {result.images} images, which flatters its figures: "
@@ -104,13 +106,13 @@ _COLUMNS = {
 
 
 def _print_bench(result: Bench, bundle: Path) -> None:
-    from mess_compile.search.display import speed, work
+    from mess_compile.search.display import baseline_label, network_label, speed, work
 
     say(
-        f"{bundle.name} against {result.baseline_name} on {result.images} images of {result.split}: "
+        f"{bundle.name} against the {network_label(result.baseline_name)} on {result.images} images of {result.split}: "
         f"{speed(result.latency_ratio)}, {work(result.workload_ratio)}, {result.miou_difference:+.2f} pp mIoU"
     )
-    columns = {result.baseline_name: result.baseline}
+    columns = {baseline_label(result.baseline_name): result.baseline}
     columns |= {title: getattr(result, name) for name, title in _COLUMNS.items()}
     rows = [
         [
@@ -126,23 +128,26 @@ def _print_bench(result: Bench, bundle: Path) -> None:
     for promise in result.promises:
         say(promise.sentence)
     if result.disagreements:
-        say(
-            f"{len(result.disagreements)} images left at another exit than computed, near its threshold (-v lists them)"
-        )
+        count = len(result.disagreements)
+        say(f"{count} images left at another stage than computed, near its threshold (-v lists them)")
 
 
 def _print_details(result: Bench) -> None:
-    low, high = result.latency_ratio_range
-    say(f"{result.passes} passes, baseline and plan by turns: {low:.2f}x to {high:.2f}x the baseline's speed")
+    from mess_compile.search.display import network_label, speed
+
+    if result.passes > 1:
+        low, high = map(speed, result.latency_ratio_range)
+        say(f"{result.passes} passes of baseline and plan in turn: the slowest pass {low}, the fastest {high}")
     for other in result.other_baselines:
-        say(f"{result.baseline_name} is the better baseline here: {other.name} has {other.miou:.2f} % mIoU")
+        say(
+            f"the {network_label(result.baseline_name)} is the more accurate baseline here: the "
+            f"{network_label(other.name)} has {other.miou:.2f} % mIoU"
+        )
     for near in result.disagreements:
         say(
-            f"{near.image}: replayed exit {near.replayed_exit}, measured {near.measured_exit}, "
-            f"{near.counts_from_cut} counts from the threshold"
+            f"{near.image}: computed stage {near.replayed_exit}, measured {near.measured_exit}, "
+            f"{near.counts_from_cut} cells from the threshold"
         )
-    for doubt in result.doubts:
-        say(f"predicted latencies: {doubt}")
 
 
 MISSED = 3

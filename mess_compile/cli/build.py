@@ -46,13 +46,15 @@ class BuildArguments:
 @click.option(
     "--device",
     shell_complete=completion.devices,
-    help="A known device (see `mess-compile devices`); the one profiled last by default.",
+    help="Device to build for, as `mess-compile devices` lists it; by default the one profiled last.",
 )
 @PRECISIONS
 @JUDGED
-@click.option("--jobs", type=click.IntRange(1), help="Processes that build in parallel; one a core by default.")
+@click.option("--jobs", type=click.IntRange(1), help="Processes that build in parallel; one per core by default.")
 @click.option(
-    "--host", shell_complete=completion.hosts, help="Build on the device itself: ssh://user@host[:port]; remembered."
+    "--host",
+    shell_complete=completion.hosts,
+    help="Build on the device at this address, ssh://user@host[:port]. Remembered.",
 )
 @PYTHON
 @dry_run_option
@@ -63,9 +65,9 @@ class BuildArguments:
 def build(
     workspace: Workspace, device: str | None, precision: str, data: DataFolder | None, arguments: BuildArguments
 ) -> None:
-    """Build engines of every graph for a device, here or on it; engines that are up to date are not built again.
+    """Build an engine of every graph for a device, here or on the device.
 
-    The same command continues an interrupted build.
+    Current engines are not built again, so the same command continues an interrupted build.
     """
     from mess_compile import steps
 

@@ -32,12 +32,12 @@ class BundleArguments:
 
 @click.command(short_help="Write plan, graphs and runtime as one file.")
 @click.argument("plans", nargs=-1, metavar="[PLAN|DEVICE]...", shell_complete=completion.plans)
-@click.option("-o", "--output", type=FILE, help="DEVICE.mess in the workspace by default.")
+@click.option("-o", "--output", type=FILE, help="File for the bundle; DEVICE.mess in the workspace by default.")
+@click.option("--letterbox", is_flag=True, help="Pad frames of other proportions instead of stretching them.")
 @click.option(
-    "--letterbox", is_flag=True, help="Keep the proportions of frames of another shape, instead of stretching them."
+    "--sign", type=FILE, metavar="KEY", help="Sign the bundle with this OpenSSH private key, such as ~/.ssh/id_ed25519."
 )
-@click.option("--sign", type=FILE, metavar="KEY", help="An OpenSSH private key, such as ~/.ssh/id_ed25519.")
-@click.option("--engines", is_flag=True, help="Include built engines; devices use those of a signed bundle.")
+@click.option("--engines", is_flag=True, help="Include built engines; devices use them only if the bundle is signed.")
 @click.option(
     "--single-file",
     type=FILE,
@@ -47,7 +47,7 @@ class BundleArguments:
 @click.option(
     "--release",
     type=click.IntRange(0, 999_999_999),
-    help="A number that grows: `ship` refuses to replace a bundle by one of a lower number.",
+    help="Release number; `ship` refuses to replace a bundle by one with a lower number.",
 )
 @dry_run_option
 @verbose_option
@@ -57,9 +57,9 @@ class BundleArguments:
 def bundle(workspace: Workspace, plans: tuple[str, ...], output: Path | None, arguments: BundleArguments) -> None:
     """Write the chosen plan, its graphs and the runtime as one file for the device.
 
-    A plan is named by its device or by the file that `search` wrote; the default is the device profiled last. Several
-    plans make one bundle: for several devices, each of which takes its own, or for one device in several precisions, of
-    which the first runs and a safer one takes over where it fails.
+    Name a plan by its device or by the file that `search` wrote; the default is the plan of the device profiled last.
+    One bundle can hold several plans: one per device, or several for one device in different precisions. There the
+    first one runs, and a safer one takes over if it fails.
     """
     from mess_compile import steps
 
@@ -72,7 +72,7 @@ def bundle(workspace: Workspace, plans: tuple[str, ...], output: Path | None, ar
         arguments.release,
     )
     if arguments.dry_run:
-        return print_plan(steps.plan_bundle(workspace, plans, output, options), as_json)
+        return print_plan(steps.plan_bundle(workspace, plans, output, options).steps, as_json)
     with reporting(as_json) as reporter:
         path, manifest = steps.bundle(workspace, plans, output, options, reporter)
     size = path.stat().st_size

@@ -20,7 +20,7 @@ _PER_TABLE = 3
 
 @click.command(short_help="Compare plans side by side.")
 @click.argument("things", nargs=-1, required=True, metavar="PLAN|DEVICE|BUNDLE...", shell_complete=completion.compared)
-@click.option("-o", "--output", type=FILE, metavar="PAGE.html", help="Also write a page.")
+@click.option("-o", "--output", type=FILE, metavar="PAGE.html", help="Also write an HTML page.")
 @json_option
 @click.pass_obj
 def compare(workspace: Workspace, things: tuple[str, ...], output: Path | None, as_json: bool) -> None:

@@ -82,7 +82,7 @@ add_completion_class(_Fish)
 def completion(shell: str) -> None:
     """Print the script that completes commands, options, devices, splits, plans and bundles in a shell.
 
-    \\b
+    \b
     bash    eval "$(mess-compile completion bash)"      in ~/.bashrc
     zsh     eval "$(mess-compile completion zsh)"       in ~/.zshrc, after compinit
     fish    mess-compile completion fish | source       in ~/.config/fish/config.fish
@@ -94,7 +94,7 @@ def completion(shell: str) -> None:
 
 def devices(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     folders = profiles(), _workspace(ctx) / "profiles"
-    return _beginning(incomplete, (path.stem for folder in folders for path in folder.glob("*.toml")))
+    return _beginning(incomplete, ("cpu", *(path.stem for folder in folders for path in folder.glob("*.toml"))))
 
 
 def hosts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:

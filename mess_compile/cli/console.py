@@ -137,9 +137,18 @@ def fail(message: str) -> NoReturn:
 
 def warn(message: str) -> None:
     """Print one line `warning: ...` on standard error, unless this command has printed the same one before."""
-    line = f"warning: {' '.join(message.split())}"
+    _warn(_warned(), message)
+
+
+def _warned() -> set[str]:
+    """The warnings that the command has printed. The context of a command is unknown to other threads."""
     context = click.get_current_context(silent=True)
-    warned = set() if context is None else context.meta.setdefault(_WARNED, set())
+    found: set[str] = set() if context is None else context.meta.setdefault(_WARNED, set())
+    return found
+
+
+def _warn(warned: set[str], message: str) -> None:
+    line = f"warning: {' '.join(message.split())}"
     if line not in warned:
         warned.add(line)
         _print(line, err=True)
@@ -280,11 +289,11 @@ def quoted(path: Path) -> str:
 
 @contextmanager
 def reporting(as_json: bool = False, notes_aside: bool = False) -> Iterator[Reporter]:
-    """A reporter with its progress on standard error, and its notes above the result, or aside with the progress."""
+    """A reporter with progress and warnings on standard error, and notes above the result or, `notes_aside`, there."""
     from mess_compile.reporter import Reporter
 
     with progress_bar(as_json) as progress:
-        yield Reporter(progress, partial(say, err=as_json or notes_aside))
+        yield Reporter(progress, partial(say, err=as_json or notes_aside), partial(_warn, _warned()))
 
 
 @contextmanager
@@ -292,8 +301,8 @@ def progress_bar(as_json: bool = False) -> Iterator[Callable[[str, int, int], No
     """A progress bar on standard error while it is a terminal, else a line there now and then.
 
     Takes a label, what is done, and of how much: 0 where that is not known. Results that are printed meanwhile stand
-    above the bar, by `say`. Of several processes that share the work only the first tells, and none where the
-    environment says MESS_COMPILE_PROGRESS=off.
+    above the bar, by `say`. Of several processes that share the work only the first reports, and none with
+    MESS_COMPILE_PROGRESS=off in the environment.
     """
     if launcher.is_child() or os.environ.get(_SWITCH) == "off":
         yield lambda label, done, total: None
@@ -371,7 +380,7 @@ def _is_terminal(stream: TextIO) -> bool:
 
 
 def _columns(stream: TextIO) -> int:
-    """The width of a terminal, at most WIDTH; elsewhere WIDTH, or what the variable COLUMNS says."""
+    """The width of a terminal, at most WIDTH; without a terminal WIDTH, or the variable COLUMNS."""
     columns = shutil.get_terminal_size((WIDTH, 24)).columns
     return min(columns, WIDTH) if _is_terminal(stream) else columns if os.environ.get("COLUMNS") else WIDTH
 

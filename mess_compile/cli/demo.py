@@ -16,12 +16,12 @@ from mess_compile.cli.options import FOLDER
 def demo(context: click.Context, folder: Path | None, train: bool) -> None:
     """Run the whole flow on generated street scenes in FOLDER: export, profile, search, bundle, run, bench, report.
 
-    FOLDER is that of -C, or else `demo`. It takes a minute with the included network, and a quarter of an hour more
-    with --train.
+    FOLDER is `demo` by default, or the folder of -C. The demo takes a minute, and with --train a quarter of an hour
+    more.
     """
-    from mess_compile.steps import demo as demonstration
+    from mess_compile.steps.demo import run_demo
 
     root = context.find_root()
     named = root.params["folder"]
     default = Path("demo") if named == Path() else named
-    demonstration.run_demo(default if folder is None else folder, root.command, train)
+    run_demo(default if folder is None else folder, root.command, train)

@@ -28,4 +28,4 @@ def doctor(workspace: Workspace, as_json: bool) -> None:
         return print_json({"findings": [asdict(finding) for finding in findings]})
     for finding in findings:
         say(f"{'yes' if finding.possible else 'no '}  {finding.what}: {finding.detail}")
-    return print_hint("profile --device host" if (workspace.graphs / "index.json").is_file() else "demo")
+    return print_hint("profile --device cpu" if (workspace.graphs / "index.json").is_file() else "demo")

@@ -47,21 +47,36 @@ class EvaluateArguments:
 @click.command(short_help="Record confidence and accuracy of every head.")
 @data_options("Labelled images; remembered.")
 @click.option(
-    "--split", shell_complete=completion.splits, help="val by default; val[:50] takes the first 50 images. Remembered."
+    "--split",
+    shell_complete=completion.splits,
+    help="Which split of the data, val by default; val[:50] is its first 50 images. Remembered.",
 )
 @click.option(
-    "--device", shell_complete=completion.devices, help="Run the engines of this device instead of ONNX Runtime here."
+    "--device",
+    shell_complete=completion.devices,
+    help="Run the graphs with the engines of this device; by default with ONNX Runtime here.",
 )
 @click.option(
     "--host",
     shell_complete=completion.hosts,
-    help="Where the device is: ssh://user@host[:port]; where it was profiled by default.",
+    help="The device's address, ssh://user@host[:port]; by default the one that `profile` used.",
 )
 @PYTHON
 @PRECISION
-@click.option("--accelerator", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine that share the images.")
-@click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both.")
+@click.option(
+    "--accelerator",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What ONNX Runtime runs on.",
+)
+@click.option("--devices", default=1, show_default=True, help="Processes (GPUs) per machine; they share the images.")
+@click.option(
+    "--nodes",
+    default=1,
+    show_default=True,
+    help="Machines that share the images; torchrun and SLURM set --devices and --nodes.",
+)
 @click.option(
     "--threads", type=click.IntRange(1), help="CPU threads of each process; by default its share of the cores."
 )
@@ -71,9 +86,9 @@ class EvaluateArguments:
 @click.pass_obj
 @gathered(EvaluateArguments)
 def evaluate(workspace: Workspace, data: DataFolder | None, split: str | None, arguments: EvaluateArguments) -> None:
-    """Record confidence and accuracy of every head on labelled images, which `search` chooses by.
+    """Run every head on labelled images, and record its confidence and accuracy for `search`.
 
-    `inspect statistics` prints the whole of it again.
+    `inspect statistics` prints all results again.
     """
     from mess_compile import steps
     from mess_compile.report import inspection

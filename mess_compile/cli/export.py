@@ -15,12 +15,22 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    cls=Command, formerly={"--plain": "--no-edge-aware"}, short_help="Cut a candidate network into checked graphs."
+    cls=Command, formerly={"--plain": "--no-edge-aware"}, short_help="Cut a multi-exit network into checked graphs."
 )
 @click.argument("source", type=click.Path(path_type=Path), required=False)
-@click.option("--exits", type=FILE, help="TOML file that names the exits of an ONNX model from another framework.")
-@click.option("--confidence", type=click.Choice(["top1", "margin", "entropy"]), default="top1", show_default=True)
-@click.option("--no-edge-aware", is_flag=True, help="Gate without the edge-aware step (Eq. 2-3).")
+@click.option("--exits", type=FILE, help="TOML file that names the exits of an ONNX model (docs/own-network.md).")
+@click.option(
+    "--confidence",
+    type=click.Choice(["top1", "margin", "entropy"]),
+    default="top1",
+    show_default=True,
+    help="How the confidence of a cell is computed (docs/definitions.md).",
+)
+@click.option(
+    "--no-edge-aware",
+    is_flag=True,
+    help="Leave out the paper's edge-aware step (Eq. 2-3), which smooths confidence at label edges.",
+)
 @verbose_option
 @json_option
 @click.pass_obj
@@ -33,10 +43,14 @@ def export(
     verbose: bool,
     as_json: bool,
 ) -> None:
-    """Cut a candidate network, or a multi-exit ONNX model, into graphs that are checked against it."""
+    """Cut a multi-exit network (a trained one, or an ONNX model) into graphs, and check them against it.
+
+    SOURCE is the folder of a trained network or an ONNX file; by default the network that `train` wrote.
+    """
     from mess_compile import steps
     from mess_compile.network import Gate
     from mess_compile.report import inspection
+    from mess_compile.search.display import network_label
 
     with reporting(as_json) as reporter:
         graph_set = steps.export(workspace, source, Gate(confidence, not no_edge_aware), exits, reporter)
@@ -49,5 +63,6 @@ def export(
         segments, heads = len(candidate.segments()), len(candidate.heads)
         say(f"{segments} segments, {heads} heads, {weights / 2**20:.1f} MiB of weights")
     if graph_set.baseline_alone is not None:
-        say(f"{' and '.join(graph_set.baselines)}: plans are compared with the more accurate one")
-    return print_hint("profile --device host")
+        names = " and ".join(map(network_label, graph_set.baselines))
+        say(f"two baselines, {names}: plans are compared with the more accurate one")
+    return print_hint("profile --device cpu")

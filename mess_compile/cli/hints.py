@@ -14,6 +14,7 @@ from mess_compile.cli.console import print_hint, quoted
 from mess_compile.runtime.base.errors import MessError
 
 if TYPE_CHECKING:
+    from mess_compile.device.ssh import Host
     from mess_compile.runtime.bundle.manifest import BundlePlan
     from mess_compile.workspace import Workspace
 
@@ -57,9 +58,25 @@ def bench_on_data(bundle: Path) -> str | None:
 
 def ship_to_host(bundle: Path, device: str) -> str | None:
     """Ship a bundle to its device's host, into a folder called like it; None where no host is known."""
-    host = workspace_here().memory().hosts.get(device)
+    host = workspace_here().known_host(device)
     folder = re.sub("[^A-Za-z0-9_.+-]", "-", bundle.stem).lstrip(".-") or "bundle"
     return None if host is None else f"ship {quoted(bundle)} {host}:~/{folder}"
+
+
+def bundle_for(host: Host) -> Path | None:
+    """The workspace's newest bundle for the devices at a host; for an unknown host, the newest of all that are for no
+    other host."""
+    from mess_compile.device.ssh import parse_host
+
+    workspace = workspace_here()
+    theirs: dict[Path, bool] = {}
+    for device, text in workspace.memory().hosts.items():
+        with suppress(MessError):
+            known = parse_host(text)
+            theirs[workspace.bundle(device)] = (known.destination, known.port) == (host.destination, host.port)
+    is_known = any(theirs.values())
+    found = [path for path in workspace.root.glob("*.mess") if theirs.get(path, not is_known)]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def after_a_bundle(bundle: Path, plans: Sequence[BundlePlan]) -> None:

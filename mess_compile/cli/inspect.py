@@ -45,7 +45,7 @@ def _after_inspection(thing: str, content: dict[str, Any]) -> str | None:
         return f"train --data {quoted(hints.data_root())} --backbone {thing}" if known else None
     if "certificate" in content:
         return "bundle" if thing == "plan" else f"bundle {quoted(Path(thing))}"
-    after = {"graphs": "profile --device host"}
+    after = {"graphs": "profile --device cpu"}
     after |= dict.fromkeys(("statistics", "latency"), "search --max-err 1%")
     if thing in after:
         return after[thing]

@@ -17,7 +17,7 @@ from mess_compile.duration import duration
 from mess_compile.runtime.base.errors import InputError
 
 if TYPE_CHECKING:
-    from mess_compile.steps.dry_run import PlannedStep
+    from mess_compile.planned_step import PlannedStep
 
 HW = click.option("--input", "input_hw", default="180x240", show_default=True, help="Input size, HEIGHTxWIDTH.")
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -26,22 +26,26 @@ BUNDLE = click.Path(path_type=Path)
 PYTHON = click.option(
     "--python",
     metavar="PATH",
-    help="The device's Python: a path there, ~/ being the home folder there; python3 by default. Remembered.",
+    help="Path of Python on the device, such as ~/venv/bin/python; python3 by default. Remembered.",
 )
 TARGET = click.option(
     "--target",
     shell_complete=targets,
-    help="Which plan: a device, or device and precision such as xavier:fp16.",
+    help="Which of the bundle's plans: DEVICE, or DEVICE:PRECISION such as xavier:fp16.",
 )
 PRECISION = click.option(
-    "--precision", default="fp32", shell_complete=precisions, show_default=True, help="fp32, fp16 or int8."
+    "--precision",
+    default="fp32",
+    shell_complete=precisions,
+    show_default=True,
+    help="Precision of the graphs: fp32, fp16 or int8.",
 )
 PRECISIONS = click.option(
     "--precision",
     default="fp32",
     shell_complete=precisions,
     show_default=True,
-    help="One or more of fp32, fp16, int8: fp32,fp16.",
+    help="One or more of fp32, fp16 and int8, such as fp32,fp16.",
 )
 
 
@@ -49,10 +53,17 @@ def data_options(help: str, required: bool = False) -> Callable[[Callable[..., A
     """`--data` and how it is read; the command gets one `data`: a DataFolder, or None where none of them is given."""
     options = (
         click.option("--data", type=FOLDER, required=required, help=help),
-        click.option("--images", metavar="NAME", help="The folders of images in --data, if not `images`. Remembered."),
-        click.option("--labels", metavar="NAME", help="The folders of labels in --data, if not `labels`. Remembered."),
         click.option(
-            "--label-offset", type=int, metavar="N", help="The label value of the first class, 1 where 0 is unlabelled."
+            "--images", metavar="NAME", help="Name of the image folders in --data; `images` by default. Remembered."
+        ),
+        click.option(
+            "--labels", metavar="NAME", help="Name of the label folders in --data; `labels` by default. Remembered."
+        ),
+        click.option(
+            "--label-offset",
+            type=int,
+            metavar="N",
+            help="Label value of the first class; 1 if 0 means unlabelled. Remembered.",
         ),
     )
 
@@ -77,7 +88,7 @@ def data_options(help: str, required: bool = False) -> Callable[[Callable[..., A
     return decorate
 
 
-JUDGED = data_options("Images that fp16 and int8 are judged on; the workspace's by default.")
+JUDGED = data_options("Images for checking fp16 and int8; the workspace's data by default.")
 
 
 class Command(click.Command):
@@ -115,15 +126,17 @@ def gathered(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., An
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print the result as one JSON object and nothing else."
+    )(command)
 
 
 def verbose_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("-v", "--verbose", is_flag=True, help="Print details too.")(command)
+    return click.option("-v", "--verbose", is_flag=True, help="Also print details.")(command)
 
 
 def dry_run_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--dry-run", is_flag=True, help="Print what would be done and how long it should take.")(
+    return click.option("--dry-run", is_flag=True, help="Only print what would be done and how long it should take.")(
         command
     )
 

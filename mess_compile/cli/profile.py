@@ -52,30 +52,36 @@ class ProfileArguments:
 
 @click.command(cls=Command, formerly={"--for": "--requirement"}, short_help="Measure the graphs on the device.")
 @click.option(
-    "--device", shell_complete=completion.devices, help="A known device (see `mess-compile devices`); remembered."
+    "--device",
+    shell_complete=completion.devices,
+    help="What to measure on: `cpu`, this machine, or a name that `mess-compile devices` lists. Remembered.",
 )
 @click.option(
     "--host",
     "hosts",
     shell_complete=completion.hosts,
     multiple=True,
-    help="Where the device is: ssh://user@host[:port], or a name of ~/.ssh/config; remembered. Repeat it for devices "
-    "of one kind that share the work; plans are for the first.",
+    help="The device's address, ssh://user@host[:port] or a name from ~/.ssh/config. Remembered. Repeat it for several "
+    "devices of one kind, which share the work; plans are made for the first.",
 )
 @PYTHON
-@click.option("--all", "everything", is_flag=True, help="Measure every graph, over SSH too.")
+@click.option("--all", "everything", is_flag=True, help="Measure every graph, also over SSH.")
 @click.option(
     "--requirement",
     "requirements",
     multiple=True,
-    help='Measure only what could change the plan for this, such as "--max-err 1%", the default over SSH.',
+    help='Measure only graphs that could change the plan for this requirement; over SSH "--max-err 1%" by default.',
 )
 @click.option("--budget", help="Stop measuring after this time, such as 30min, and estimate the rest.")
-@click.option("--seconds", type=float, help="Longest time for a graph that does not settle; 5 by default.")
 @click.option(
-    "--lock-clocks", is_flag=True, help="Lock the clocks while measuring; restored on exit and after a crash."
+    "--seconds", type=float, help="Longest time per graph, if its latency does not settle earlier; 5 by default."
 )
-@click.option("--estimate", is_flag=True, help="Do without the device: estimate what was not measured, and mark it.")
+@click.option(
+    "--lock-clocks", is_flag=True, help="Lock the clocks while measuring; they are restored on exit and after a crash."
+)
+@click.option(
+    "--estimate", is_flag=True, help="Measure nothing: estimate every latency that was not measured, and mark it."
+)
 @PRECISIONS
 @JUDGED
 @dry_run_option
@@ -86,14 +92,16 @@ class ProfileArguments:
 def profile(
     workspace: Workspace, device: str | None, precision: str, data: DataFolder | None, arguments: ProfileArguments
 ) -> None:
-    """Measure the graphs on the device: all of them on this machine, over SSH those that could change the plan.
+    """Measure the latency of the graphs on a device.
+
+    On this machine all graphs are measured, over SSH those that could change the plan.
 
     The same command continues an interrupted measurement.
     """
     from mess_compile import steps
     from mess_compile.latency.checks import known_warnings
     from mess_compile.report import inspection
-    from mess_compile.runtime.measure import measure as measuring
+    from mess_compile.runtime.measure.measure import Effort
 
     hosts, python, seconds = arguments.hosts, arguments.python, arguments.seconds
     lock_clocks, estimate, as_json = arguments.lock_clocks, arguments.estimate, arguments.as_json
@@ -103,7 +111,7 @@ def profile(
     options = steps.ProfileOptions(
         precisions=tuple(precision.split(",")),
         data=data,
-        effort=None if seconds is None else replace(measuring.Effort(), max_s=seconds),
+        effort=None if seconds is None else replace(Effort(), max_s=seconds),
         hosts=hosts,
         subset=None if arguments.everything else subset_of(arguments.requirements, arguments.budget),
         lock_clocks=lock_clocks,
@@ -124,7 +132,7 @@ def profile(
         warn(warning)
     if any(workspace.root.glob("statistics/*")) or workspace.memory().data is not None:
         return print_hint(hints.search_for(table.device))
-    return say("No labelled images are known yet: run `mess-compile evaluate --data DIR`, with their folder for DIR.")
+    return say("hint: no labelled images are known yet: `mess-compile evaluate --data DIR`, with their folder for DIR")
 
 
 def _refuse_contradictions(arguments: ProfileArguments) -> None:
@@ -183,7 +191,7 @@ def _details(table: Any, measured: bool) -> Iterator[str]:
         yield f"also measured beside {environment['host']} (separate table): {environment['beside']}"
     slow, times, unsteady = (float(environment[name]) for name in ("slow_share", "slow_by", "unsteady"))
     again = f" ({times:.1f}x, measured again)" if slow else ""
+    verdict = "noisy measurement" if environment["verdict"] == "unstable" else environment["verdict"]
     yield (
-        f"{environment['verdict']}: the machine was slower {slow:.0%} of the time{again}, {unsteady:.0%} of the graphs "
-        "did not settle"
+        f"{verdict}: the machine was slower {slow:.0%} of the time{again}, {unsteady:.0%} of the graphs did not settle"
     )

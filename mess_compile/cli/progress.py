@@ -15,7 +15,7 @@ FIRST_S, EVERY_S = 7.0, 30.0
 
 
 @dataclass(frozen=True)
-class _State:
+class _LabelState:
     """The last update, and what had been done, and when, as that work began."""
 
     label: str
@@ -44,7 +44,7 @@ class ProgressLines:
         self._begun_s = clock() if begun_s is None else begun_s
         self._first_s = FIRST_S if first_s is None else first_s
         self._every_s = EVERY_S if every_s is None else every_s
-        self._state: _State | None = None
+        self._state: _LabelState | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._print, daemon=True)
 
@@ -60,9 +60,9 @@ class ProgressLines:
         """Set what is done, and of how much: 0 where that is not known."""
         last = self._state
         if last is None or done < last.done or total != last.total:  # other work begins, at another pace
-            self._state = _State(label, done, total, done, self._clock())
+            self._state = _LabelState(label, done, total, done, self._clock())
         else:
-            self._state = _State(label, done, total, last.first, last.since_s)
+            self._state = _LabelState(label, done, total, last.first, last.since_s)
 
     def line(self) -> str:
         """Such as `train: images of stage 1: 640 of 3840, 12.5/s, about 4 min left`."""

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Write one self-contained HTML page of the results.")
-@click.option("--device", shell_complete=completion.devices, help="The device profiled last by default.")
-@click.option("-o", "--output", type=FILE, help="report.html in the workspace by default.")
+@click.option(
+    "--device", shell_complete=completion.devices, help="Device to report on; by default the one profiled last."
+)
+@click.option("-o", "--output", type=FILE, help="File for the page; report.html in the workspace by default.")
 @json_option
 @click.pass_obj
 def report(workspace: Workspace, device: str | None, output: Path | None, as_json: bool) -> None:

@@ -38,26 +38,28 @@ class RunArguments:
 @click.command(short_help="Segment images, folders, videos or a camera.")
 @click.argument("bundle", type=BUNDLE, shell_complete=completion.bundles)
 @click.argument("sources", type=BUNDLE, nargs=-1, required=True, metavar="IMAGE|FOLDER|VIDEO|camera:N...")
-@click.option("-o", "--output", type=FOLDER, default="predictions", show_default=True)
-@click.option("--progressive", is_flag=True, help="Also write a strip of the input and every exit's labels.")
-@click.option("--truth", type=FOLDER, help="Folder of label PNGs for the end of the strip.")
+@click.option("-o", "--output", type=FOLDER, default="predictions", show_default=True, help="Folder for the results.")
+@click.option("--progressive", is_flag=True, help="Also write a strip with the input and the labels of every stage.")
+@click.option("--truth", type=FOLDER, help="With --progressive: folder of true label PNGs, to end the strip with.")
 @click.option(
     "--label-offset",
     type=click.IntRange(0, MOST_OFFSET),
     default=0,
     metavar="N",
-    help="The label value of the first class in --truth, 1 where 0 is unlabelled.",
+    help="Label value of the first class in --truth; 1 if 0 means unlabelled.",
 )
-@click.option("--deadline", help="Refine as long as the next exit's p99 fits into this time, such as 20ms.")
+@click.option(
+    "--deadline", help="Per-image deadline, such as 20ms: go on to the next stage while its p99 latency fits."
+)
 @click.option(
     "--operating-point",
     shell_complete=completion.operating_points,
-    help="Use other thresholds of the bundle, by name; see `inspect BUNDLE`.",
+    help="Name of other thresholds in the bundle, such as fast; `inspect plan` lists them.",
 )
 @click.option(
-    "--every", type=click.IntRange(1), default=1, show_default=True, help="Take each Nth of a folder or video."
+    "--every", type=click.IntRange(1), default=1, show_default=True, help="Use only every Nth image or frame."
 )
-@click.option("--limit", type=click.IntRange(1), help="Take at most so many of a folder, video or camera.")
+@click.option("--limit", type=click.IntRange(1), help="Use at most this many images or frames.")
 @click.option(
     "--labels", "label_pictures", is_flag=True, help="Also write a label PNG of every frame of a video or camera."
 )
@@ -68,7 +70,8 @@ class RunArguments:
 def run(bundle: Path, sources: tuple[Path, ...], output: Path, arguments: RunArguments) -> None:
     """Segment images, folders of images, videos, or the frames of a camera until Ctrl-C.
 
-    Of an image it writes a palette PNG of labels and an overlay, of a video a video with overlay, exit and latency.
+    Writes the labels of each image as a palette PNG, with an overlay; for videos, a video with overlay, stage and
+    latency.
     """
     from mess_compile import steps
     from mess_compile.runtime.images.confidence import LEGEND
@@ -131,7 +134,8 @@ def _of_image(result: ImageResult, verbose: bool) -> str:
     from mess_compile.runtime.images.confidence import exit_text
 
     written = f" -> {', '.join(str(path) for path in result.pictures)}" if verbose else ""
-    return f"{result.image}: {exit_text(result.exit, result.confidence)}, {result.latency_ms:.2f} ms{written}"
+    words = exit_text(result.exit, result.confidence, result.needed)
+    return f"{result.image}: {words}, {result.latency_ms:.2f} ms{written}"
 
 
 def _is_all(failures: Sequence[ImageFailure], sources: Sequence[Path]) -> bool:

@@ -1,4 +1,4 @@
-"""The command `search`, and requirements as its options say them."""
+"""The command `search`, and requirements from its options."""
 
 from __future__ import annotations
 
@@ -56,60 +56,65 @@ class SearchArguments:
     "devices",
     multiple=True,
     shell_complete=completion.devices,
-    help="The device profiled last by default; repeat it for several.",
+    help="The device to plan for, by default the one profiled last; repeat it for several.",
 )
 @click.option(
-    "--split", shell_complete=completion.splits, help="The statistics to choose on; the last evaluated by default."
+    "--split", shell_complete=completion.splits, help="The evaluated split to choose on; the last evaluated by default."
 )
-@click.option("--max-err", help="Percentage points of mIoU below the baseline, such as 1%.")
-@click.option("--max-latency", help="Mean latency: 20ms, or 0.5x of the baseline's.")
-@click.option("--max-latency-p95", help="95th percentile of latency: 25ms, or 0.5x of the baseline's.")
-@click.option("--max-latency-worst", help="Latency of the deepest path at p99: 30ms, or 0.5x of the baseline's p99.")
-@click.option("--max-memory", help="Memory, such as 64MiB.")
-@click.option("--max-workload", help="GMACs, such as 3.5, or 0.5x of the baseline's.")
-@click.option("--max-energy", help="Mean energy: 50mJ, or 0.5x of the baseline's.")
-@click.option("--baseline", help="Count --max-err from this mIoU, such as 54.24%, not from the baseline's.")
+@click.option("--max-err", help="Most mIoU to lose against the baseline, in percentage points, such as 1%.")
+@click.option("--max-latency", help="Longest mean latency: 20ms, or 0.5x of the baseline's.")
+@click.option("--max-latency-p95", help="Longest 95th percentile of latency: 25ms, or 0.5x of the baseline's.")
+@click.option(
+    "--max-latency-worst", help="Longest p99 latency of the deepest path: 30ms, or 0.5x of the baseline's p99."
+)
+@click.option("--max-memory", help="Most memory, such as 64MiB.")
+@click.option("--max-workload", help="Most work in GMACs: 3.5, or 0.5x of the baseline's.")
+@click.option("--max-energy", help="Most mean energy per image: 50mJ, or 0.5x of the baseline's.")
+@click.option("--baseline", help="Count --max-err from this mIoU, such as 54.24%, instead of the baseline's.")
 @click.option(
     "--setting",
     type=click.Choice(["input-dependent", "budgeted", "anytime"]),
     default="input-dependent",
     show_default=True,
+    help="input-dependent: easy images exit early. budgeted: all exit at one place. anytime: every exit reports.",
 )
 @click.option(
     "--optimise",
     type=click.Choice(["latency", "accuracy", "workload", "memory", "energy"]),
-    help="latency by default.",
+    help="What to make best within the bounds; latency by default.",
 )
 @click.option(
-    "--deadline", help="With --setting anytime: the mIoU at this time, such as 20ms, instead of the area under it."
+    "--deadline", help="With --setting anytime: optimise mIoU at this time, such as 20ms, instead of mIoU over time."
 )
-@click.option("--max-exits", type=click.IntRange(0, 3), help="Early exits at most; 2 by default, 3 take minutes.")
+@click.option("--max-exits", type=click.IntRange(0, 3), help="Most early exits; 2 by default. 3 take minutes.")
 @click.option(
     "--precision",
     shell_complete=completion.precisions,
-    help="Precisions to search, of those profiled: fp32,fp16. All of them by default.",
+    help="Precisions to choose from, such as fp32,fp16; all profiled ones by default.",
 )
 @click.option(
     "--front",
     default="latency,miou",
     show_default=True,
-    help="What plans are traded off by; latency,miou,memory adds memory.",
+    help="What plans are traded off by; latency,miou,memory includes memory.",
 )
 @click.option(
     "--time-limit",
-    help="Stop after this time, such as 60s, with the best plan so far and what a better one could gain.",
+    help="Stop after this time, such as 60s, with the best plan so far and the gain still possible.",
 )
 @click.option(
     "--hold-out",
-    help="Share of the images that judge the plan instead of choosing it, such as 33%, or none. By default a third "
-    "where there are 60 or more: the last of each sequence.",
+    help="Share of the images to test the plan on instead of choosing it, such as 33%, or `none`. By default the last "
+    "third of each sequence, if there are 60 images or more.",
 )
 @click.option(
     "--confidence",
-    help="Certify with this confidence, such as 95%, that --max-err holds on unseen images of the same kind.",
+    help="Certify with this confidence, such as 95%, that --max-err holds on new images of the same kind.",
 )
-@click.option("--seed", type=click.IntRange(0), help="Draws the images that --confidence certifies on; 0 by default.")
-@click.option("-o", "--output", type=FILE, help="Where the plan goes; plans/DEVICE.json in the workspace by default.")
+@click.option(
+    "--seed", type=click.IntRange(0), help="Seed for drawing the images that --confidence certifies on; 0 by default."
+)
+@click.option("-o", "--output", type=FILE, help="File for the plan; plans/DEVICE.json in the workspace by default.")
 @click.option(
     "--explain", is_flag=True, help="Explain the choice: what exits gain, what requirements cost, what would help."
 )
@@ -118,9 +123,9 @@ class SearchArguments:
 @click.pass_obj
 @gathered(SearchArguments)
 def search(workspace: Workspace, /, arguments: SearchArguments) -> None:
-    """Choose exits, heads and thresholds that satisfy a requirement, and prove the choice.
+    """Choose exits, heads and thresholds that satisfy a requirement, and prove that no other plan is better.
 
-    `inspect plan` prints the whole of it again.
+    `inspect plan` prints all details of the last plan again.
     """
     from mess_compile import steps
     from mess_compile.report import inspection
@@ -148,7 +153,7 @@ def search(workspace: Workspace, /, arguments: SearchArguments) -> None:
     for i, result in enumerate(results):
         _print_summary(result, requirement)
         if arguments.verbose:
-            print_inspection(inspection.inspect_choice(result))
+            print_inspection(inspection.inspect_choice(result, inspection.cells_of_heads(workspace)))
         for reason in reasons[i : i + 1]:
             print_inspection(reason)
     if common is not None:
@@ -261,23 +266,25 @@ def _parsed(text: str) -> Any:
 
 def requirement_of(arguments: SearchArguments) -> Any:
     """The Requirement that the options describe. Raises InputError."""
-    from mess_compile.search import requirement as parsing
+    from mess_compile.search import requirement
 
     def parsed(name: str, parse: Callable[[str], Any]) -> Any:
         value = getattr(arguments, name)
         return None if value is None else parse(value)
 
-    return parsing.Requirement(
+    return requirement.Requirement(
         setting=arguments.setting,
         objective=arguments.optimise,
-        max_err_pp=parsed("max_err", parsing.parse_max_err),
-        max_latency=parsed("max_latency", parsing.parse_max_latency),
-        max_latency_p95=parsed("max_latency_p95", partial(parsing.parse_max_latency, option="--max-latency-p95")),
-        max_latency_worst=parsed("max_latency_worst", partial(parsing.parse_max_latency, option="--max-latency-worst")),
-        max_energy=parsed("max_energy", parsing.parse_max_energy),
-        max_memory_bytes=parsed("max_memory", parsing.parse_max_memory),
-        max_workload=parsed("max_workload", parsing.parse_max_workload),
-        baseline_miou=parsed("baseline", parsing.parse_baseline),
-        max_exits=parsing.DEFAULT_EXITS if arguments.max_exits is None else arguments.max_exits,
-        deadline_ms=parsed("deadline", parsing.parse_milliseconds),
+        max_err_pp=parsed("max_err", requirement.parse_max_err),
+        max_latency=parsed("max_latency", requirement.parse_max_latency),
+        max_latency_p95=parsed("max_latency_p95", partial(requirement.parse_max_latency, option="--max-latency-p95")),
+        max_latency_worst=parsed(
+            "max_latency_worst", partial(requirement.parse_max_latency, option="--max-latency-worst")
+        ),
+        max_energy=parsed("max_energy", requirement.parse_max_energy),
+        max_memory_bytes=parsed("max_memory", requirement.parse_max_memory),
+        max_workload=parsed("max_workload", requirement.parse_max_workload),
+        baseline_miou=parsed("baseline", requirement.parse_baseline),
+        max_exits=requirement.DEFAULT_EXITS if arguments.max_exits is None else arguments.max_exits,
+        deadline_ms=parsed("deadline", requirement.parse_milliseconds),
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,22 @@ import click
 
 from mess_compile.cli import completion, hints
 from mess_compile.cli.console import fail, print_hint, print_json, print_table, quoted, say
-from mess_compile.cli.options import FILE, PYTHON, Command, data_options, gathered, json_option, verbose_option
+from mess_compile.cli.options import (
+    FILE,
+    PYTHON,
+    Command,
+    data_options,
+    gathered,
+    json_option,
+    print_plan,
+    verbose_option,
+)
 from mess_compile.data_folder import DataFolder
-from mess_compile.duration import duration
+from mess_compile.planned_step import PlannedStep
+from mess_compile.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from mess_compile.ship.client import Destination, Preview, Shipped
+    from mess_compile.ship.client import Destination, Shipped
     from mess_compile.workspace import Workspace
 
 _NO_ANSWER = "could not be queried; run the same command again"
@@ -51,20 +62,20 @@ class ShipArguments:
     "--list",
     "listing",
     is_flag=True,
-    help="Without BUNDLE: print the versions there; by default where this workspace has shipped to.",
+    help="Without BUNDLE: list the versions on the devices, by default on all that this workspace shipped to.",
 )
 @click.option("--rollback", is_flag=True, help="Without BUNDLE: return to the version that was in use before.")
-@click.option("--dry-run", is_flag=True, help="Print what would be sent and built, and how long it should take.")
-@click.option("--keep", type=click.IntRange(1), default=3, show_default=True, help="Versions to keep there.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be sent and built, and how long it should take.")
+@click.option("--keep", type=click.IntRange(1), default=3, show_default=True, help="Versions to keep on the device.")
 @click.option("--allow-downgrade", is_flag=True, help="Accept a bundle that is older than the one in use.")
-@click.option("--target", help="The plan to verify; the first that fits the device by default.")
+@click.option("--target", help="Name of the plan to verify; by default the first that fits the device.")
 @click.option(
     "--latency-factor",
     type=click.FloatRange(min=0, min_open=True),
-    help="Longest time of golden frames there, in multiples of the plan's latency; 1.25 by default.",
+    help="Longest time allowed for golden frames, as a multiple of the plan's latency; 1.25 by default.",
 )
-@data_options("Choose thresholds again on the device, with the images that the plan was chosen on.")
-@click.option("--sign", type=FILE, metavar="KEY", help="With --data: the key that signs the bundle again.")
+@data_options("Choose the thresholds again on the device, on these images (those that the plan was chosen on).")
+@click.option("--sign", type=FILE, metavar="KEY", help="With --data: private key to sign the changed bundle with.")
 @PYTHON
 @click.option("--systemd", is_flag=True, help="Also install a systemd user unit that labels frames in FOLDER/live/in.")
 @verbose_option
@@ -72,12 +83,12 @@ class ShipArguments:
 @click.pass_obj
 @gathered(ShipArguments)
 def ship(workspace: Workspace, things: tuple[str, ...], data: DataFolder | None, arguments: ShipArguments) -> None:
-    """Copy a bundle to devices, build and verify it there, and only then switch over to it.
+    """Install a bundle on devices: copy it, build its engines and verify it there, then switch to it.
 
-    Only what changed is sent. The same command continues an interrupted ship.
+    Only changed files are sent. The same command continues an interrupted transfer.
     """
     from mess_compile.runtime.serve.verify import LATENCY_FACTOR
-    from mess_compile.ship import client as ships
+    from mess_compile.ship import client
 
     as_json = arguments.as_json
     _refuse_contradictions(arguments, data)
@@ -89,16 +100,16 @@ def ship(workspace: Workspace, things: tuple[str, ...], data: DataFolder | None,
     places = _places(workspace, texts, arguments.python)
     factor = arguments.latency_factor or LATENCY_FACTOR
     choice = _choice(workspace, data, arguments.sign)
-    chosen = ships.ShipOptions(
+    chosen = client.ShipOptions(
         arguments.keep, arguments.allow_downgrade, factor, arguments.target, arguments.systemd, choice
     )
     if arguments.dry_run:
-        return _print_preview(Path(things[0]), ships.preview(Path(things[0]), places, chosen), as_json)
-    tell = _teller(as_json)
+        return _print_planned(Path(things[0]), client.plan_ship(Path(things[0]), places, chosen), as_json)
+    reporter = _reporter(as_json)
     if arguments.rollback:
-        found = ships.rollback(places, chosen, tell)
+        found = client.rollback(places, chosen, reporter)
     else:
-        found = ships.ship(Path(things[0]), places, chosen, tell)
+        found = client.ship(Path(things[0]), places, chosen, reporter)
     reached = [each.place for each in found if each.done]
     workspace.remember_ships(reached)
     for place in places:
@@ -126,11 +137,11 @@ def _refuse_contradictions(arguments: ShipArguments, data: DataFolder | None) ->
 
 def _places(workspace: Workspace, texts: Sequence[str], python: str | None) -> list[Destination]:
     """The destinations, with the Python given or remembered."""
-    from mess_compile.ship import client as ships
+    from mess_compile.ship import client
 
-    known, places = workspace.memory().pythons, [ships.parse_place(text) for text in dict.fromkeys(texts)]
-    pythons = [python or known.get(place.host.text, place.host.python) for place in places]
-    return [ships.parse_place(place.text, python) for place, python in zip(places, pythons, strict=True)]
+    places = [client.parse_place(text) for text in dict.fromkeys(texts)]
+    pythons = [python or workspace.known_python(place.host.text) or place.host.python for place in places]
+    return [client.parse_place(place.text, python) for place, python in zip(places, pythons, strict=True)]
 
 
 def _can_go_back(shipped: Shipped, arguments: ShipArguments) -> bool:
@@ -154,14 +165,9 @@ def _choice(workspace: Workspace, data: DataFolder | None, key: Path | None) -> 
     return Choice(workspace.data_folder(data), read_graph_set(workspace.graphs).candidate, key)
 
 
-def _teller(as_json: bool) -> Callable[[Destination, str], None]:
-    """Print progress in lines on standard error."""
-
-    def tell(place: Destination, text: str) -> None:
-        if not as_json:
-            say(f"{place.text}: {text}", err=True)
-
-    return tell
+def _reporter(as_json: bool) -> Reporter:
+    """Prints notes as lines on standard error, none with --json."""
+    return SILENT if as_json else Reporter(note=partial(say, err=True))
 
 
 def _print_shipped(found: Sequence[Shipped], verbose: bool) -> None:
@@ -221,44 +227,33 @@ def _fail_where_it_did(found: Sequence[Any], words: str) -> None:
         fail(errors[0][1])
 
 
-def _print_preview(bundle: Path, found: Sequence[Any], as_json: bool) -> None:
+def _print_planned(bundle: Path, found: Sequence[PlannedStep | Shipped], as_json: bool) -> None:
+    planned = [each for each in found if isinstance(each, PlannedStep)]
     if as_json:
-        print_json({"places": [asdict(each) for each in found]})
+        print_json({"places": [each.content() if isinstance(each, PlannedStep) else asdict(each) for each in found]})
         return _fail_where_it_did(found, _NO_ANSWER)
-    answered = [each for each in found if getattr(each, "error", None) is None]
-    for each in answered:
-        say("\n".join(f"{each.place}: {line}" for line in _preview_lines(each)))
+    if planned:
+        print_plan(planned, as_json)
+    for each in planned:
+        if each.shipment is not None and each.shipment.refusal is not None:
+            say(f"{each.place} would refuse it: {each.shipment.refusal}")
     _fail_where_it_did(found, _NO_ANSWER)
-    ready = [each.place for each in answered if each.refusal is None]
+    ready = [each.place for each in planned if each.shipment is not None and each.shipment.refusal is None]
     if ready:
-        return print_hint(f"ship {quoted(bundle)} {' '.join(ready)}")
-    places = " ".join(each.place for each in answered)
+        return print_hint(f"ship {quoted(bundle)} {' '.join(filter(None, ready))}")
+    places = " ".join(filter(None, (each.place for each in planned)))
     return print_hint(f"ship --list {places}", f"ship {quoted(bundle)} {places} --dry-run")
-
-
-def _preview_lines(of: Preview) -> Iterator[str]:
-    time = "duration unknown until the first time"
-    if of.expected_s is not None:
-        time = f"about {duration(of.expected_s)}"
-    yield (
-        f"in use: {of.current or 'nothing'}; would send {of.send_bytes:,} bytes ({of.files} files beside manifest and "
-        f"program; {of.free_bytes / 2**20:,.0f} MiB free) and build {len(of.build)} engines; {time}"
-    )
-    if of.signers is not None:
-        yield f"would check the signature against {of.signers}"
-    if of.refusal is not None:
-        yield f"would refuse it: {of.refusal}"
 
 
 def _list(workspace: Workspace, places: tuple[str, ...], arguments: ShipArguments) -> None:
     """Print which versions are at each place."""
-    from mess_compile.ship import client as shipping
+    from mess_compile.ship import client
 
     as_json = arguments.as_json
     texts = tuple(dict.fromkeys(places or workspace.memory().ships))
     if not texts:
         raise click.UsageError("this workspace has shipped nowhere yet: name ssh://USER@HOST:/FOLDER.")
-    found = shipping.look(_places(workspace, texts, arguments.python))
+    found = client.look(_places(workspace, texts, arguments.python))
     if as_json:
         print_json({"places": [{"place": text, **asdict(each)} for text, each in zip(texts, found, strict=False)]})
     else:
@@ -267,7 +262,7 @@ def _list(workspace: Workspace, places: tuple[str, ...], arguments: ShipArgument
     _fail_where_it_did(found, _NO_ANSWER)
     if not as_json:
         back = [text for text, each in zip(texts, found, strict=False) if _versions(each) > 1]
-        bundle = next(iter(sorted(workspace.root.glob("*.mess"))), None)
+        bundle = hints.bundle_for(client.parse_place(texts[0]).host)
         again = [] if bundle is None else [f"ship {quoted(bundle)} {texts[0]}"]
         hints.print_known(*again, *(f"ship --rollback {text}" for text in back[:1]))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mess_compile.cli.console import print_hint, print_json, reporting, say
+from mess_compile.cli.console import print_hint, print_json, reporting, say, warn
 from mess_compile.cli.options import (
     FILE,
     FOLDER,
@@ -90,9 +90,9 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--weights", type=FILE, help="torchvision ImageNet weights (.pth, .safetensors)."),
         click.option(
-            "--from", "source", type=FOLDER, help="Start stage 2 from this candidate network, with --epochs 0 N."
+            "--from", "source", type=FOLDER, help="Start stage 2 from the network in this folder, with --epochs 0 N."
         ),
-        click.option("--teacher", type=FOLDER, help="Candidate network whose final exit teaches in stage 2."),
+        click.option("--teacher", type=FOLDER, help="Folder of the network whose final exit teaches in stage 2."),
         click.option("--baseline", is_flag=True, help="Train the single-exit network alone, for the sum of --epochs."),
         click.option(
             "--epochs",
@@ -103,14 +103,14 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Epochs of stage 1 and 2.",
         ),
-        click.option("--batch", default=8, show_default=True, help="Images a step, over all processes."),
+        click.option("--batch", default=8, show_default=True, help="Images per step, over all processes."),
         click.option("--learning-rate", default=2e-3, show_default=True),
         click.option("--crop", help="Size of the training crops, such as 240x320; the input size by default."),
         click.option(
             "--full-size-epochs",
             default=0,
             show_default=True,
-            help="How many of the last epochs of stage 1 run at input size.",
+            help="Number of last epochs of stage 1 that train at input size.",
         ),
         click.option("--no-augment", is_flag=True, help="Whole frames at input size instead of random crops."),
         click.option(
@@ -127,15 +127,20 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--exit-weight",
             default=1.0,
             show_default=True,
-            help="Weight of an early exit's loss against the final one's.",
+            help="Weight of an early exit's loss relative to the final exit's.",
         ),
         click.option(
             "--ema",
             default=0.0,
             show_default=True,
-            help="Decay per step of a moving average of the weights in stage 1.",
+            help="Decay per step of the moving average of weights in stage 1; 0 for none.",
         ),
-        click.option("--lovasz", default=0.0, show_default=True, help="Weight of Lovasz-softmax beside cross-entropy."),
+        click.option(
+            "--lovasz",
+            default=0.0,
+            show_default=True,
+            help="Weight of the Lovasz-softmax loss, added to cross-entropy.",
+        ),
         click.option(
             "--class-power",
             default=0.5,
@@ -150,15 +155,22 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Compute losses at the resolution of labels, or of the head's cells.",
         ),
         click.option("--distillation", type=click.Choice(["pfd", "kd", "none"]), default="pfd", show_default=True),
-        click.option("--alpha", default=0.5, show_default=True, help="Weight of the teacher against the labels."),
+        click.option(
+            "--alpha", default=0.5, show_default=True, help="Weight of the teacher relative to the labels, 0 to 1."
+        ),
         click.option("--temperature", default=1.0, show_default=True, help="Temperature of the teacher."),
         click.option(
-            "--head-memory", default=4096, show_default=True, help="MiB for the heads that train in one pass."
+            "--head-memory",
+            default=4096,
+            show_default=True,
+            help="Memory in MiB for heads that are trained at the same time.",
         ),
         click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
         click.option("--accelerator", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-        click.option("--devices", default=1, show_default=True, help="Processes (GPUs) on each machine."),
-        click.option("--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set both."),
+        click.option("--devices", default=1, show_default=True, help="Processes (GPUs) per machine."),
+        click.option(
+            "--nodes", default=1, show_default=True, help="Machines; torchrun and SLURM set --devices and --nodes."
+        ),
         click.option(
             "--threads",
             type=click.IntRange(1),
@@ -166,7 +178,7 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True),
         click.option(
-            "--accumulate", default=1, show_default=True, help="Pieces that a batch is computed in, to save memory."
+            "--accumulate", default=1, show_default=True, help="Split each batch into this many parts, to save memory."
         ),
     )
     for option in reversed(options):
@@ -174,7 +186,7 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(short_help="Train a candidate network in two stages.")
+@click.command(short_help="Train a multi-exit network in two stages.")
 @data_options("CamVid, Cityscapes, VOC, COCO, or a folder of your own.", required=True)
 @_train_options
 @dry_run_option
@@ -182,7 +194,10 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.pass_obj
 @gathered(TrainArguments)
 def train(workspace: Workspace, data: DataFolder, arguments: TrainArguments) -> None:
-    """Train a candidate network in two stages; the same command continues an interrupted training."""
+    """Train a multi-exit network in two stages: the backbone with one head per exit, then every head.
+
+    The same command continues an interrupted training.
+    """
     from mess_compile import extras, steps
     from mess_compile.report import inspection
     from mess_compile.reporter import Reporter
@@ -190,7 +205,7 @@ def train(workspace: Workspace, data: DataFolder, arguments: TrainArguments) -> 
     as_json = arguments.as_json
     if arguments.baseline and (arguments.source or arguments.teacher):
         raise InputError("--baseline trains a network of its own: drop --from and --teacher")
-    opened = steps.training_data(workspace, data, Reporter(note=partial(say, err=as_json)))
+    opened = steps.training_data(workspace, data, Reporter(note=partial(say, err=as_json), warning=warn))
     choice = steps.NetworkChoice(
         backbone=arguments.backbone,
         input_hw=size(arguments.input_hw),
@@ -213,7 +228,7 @@ def train(workspace: Workspace, data: DataFolder, arguments: TrainArguments) -> 
         return None
     if as_json:
         return print_json({"folder": str(folder), **inspection.inspect_candidate(candidate).content})
-    say(f"{'baseline' if arguments.baseline else 'candidate network'} in {folder}")
+    say(f"{'baseline' if arguments.baseline else 'multi-exit network'} in {folder}")
     return print_hint("export")
 
 

@@ -39,7 +39,9 @@ class VerifyArguments:
 @click.command(short_help="Check that this machine computes what was evaluated.")
 @click.argument("bundle", type=BUNDLE, shell_complete=completion.bundles)
 @click.option(
-    "--allowed-signers", type=FILE, help="Require a signature by one of these: NAME and public key, one a line."
+    "--allowed-signers",
+    type=FILE,
+    help="File of allowed signers, a name and a public key per line; requires a signature by one of them.",
 )
 @click.option("--identity", help="The allowed signer; any of them by default.")
 @click.option("--require-signature", is_flag=True, help="Fail without --allowed-signers.")

@@ -29,6 +29,7 @@ from mess_compile.data.layouts import (
 )
 from mess_compile.data.suggest import did_you_mean_folder, nearest_layout
 from mess_compile.data_folder import Data, DataFolder, data_folder
+from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.images.pictures import read_picture
 
@@ -182,20 +183,29 @@ class Survey:
         """Classes without a labelled pixel."""
         return tuple(name for name, count in zip(self.data.classes.names, self.pixels, strict=True) if not count)
 
-    def sentences(self) -> tuple[str, ...]:
-        """Notes for the user on the labels: void pixels, and classes that never occur."""
-        split, sentences = self.data.split, []
-        if self.void:
-            sentences.append(f"{self.void_share:.1%} of the pixels of {split} are void and are not counted")
+    def notes(self) -> tuple[str, ...]:
+        """The share of void pixels, if there are any, as a sentence."""
+        void = f"{self.void_share:.1%} of the pixels of {self.data.split} are void and are not counted"
+        return (void,) if self.void else ()
+
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences on classes that never occur, and on labels that are probably wrong."""
+        sentences = []
         if self.absent:
             one = len(self.absent) == 1
             sentences.append(
-                f"{', '.join(self.absent)} never occur{'s' if one else ''} in the labels of {split}, and "
+                f"{', '.join(self.absent)} never occur{'s' if one else ''} in the labels of {self.data.split}, and "
                 f"{'is' if one else 'are'} left out of its mIoU"
             )
         if len(self.pixels) - len(self.absent) < 2 or self.void_share > _MUCH_VOID:
             sentences.append(f"these labels carry little information: {self.suspicion()}")
         return tuple(sentences)
+
+    def report(self, reporter: Reporter) -> None:
+        for note in self.notes():
+            reporter.note(note)
+        for warning in self.warnings():
+            reporter.warn(warning)
 
     def suspicion(self) -> str:
         """The probable error in labels that are mostly void, or all of one class."""

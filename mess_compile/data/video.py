@@ -13,14 +13,12 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # errors are reported in 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 import cv2
-import numpy as np
-from numpy.typing import NDArray
 
 from mess_compile import files
+from mess_compile.array_types import Pixels
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.base.lfs_pointers import refuse_pointer
 
-Pixels = NDArray[np.uint8]
 CAMERA = "camera:"
 _NO_CAMERA = (
     "cannot be opened: check that it is connected, that no other program uses it, and that you may read /dev/video*"

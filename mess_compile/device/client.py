@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import files
+from mess_compile.array_types import Pixels
 from mess_compile.device.payload import SESSION, runtime_zip
 from mess_compile.device.remote import Remote, RemoteError
 from mess_compile.device.scripts import shell_script
@@ -30,8 +31,7 @@ from mess_compile.runtime.serve import scoring, worker
 from mess_compile.runtime.serve.scoring import Score, ScoredExits
 from mess_compile.runtime.serve.worker import BuildFailure, BuiltEngine, Hello, RequestedJob, WorkRequest
 
-Image = NDArray[np.uint8]
-LabelledFrame = tuple[Image, Image, NDArray[np.bool_]]
+LabelledFrame = tuple[Pixels, Pixels, NDArray[np.bool_]]
 """A frame (H, W, 3), its labels (H, W), and which of these count."""
 
 
@@ -141,7 +141,7 @@ class PythonSession:
     ) -> Iterator[Score]:
         labelled: list[NDArray[np.int64]] = []
 
-        def resized() -> Iterator[tuple[Image, Image]]:
+        def resized() -> Iterator[tuple[Pixels, Pixels]]:
             for frame, labels, known in images:
                 labelled.append(np.bincount(labels[known], minlength=exits.classes))
                 marked = np.where(known, labels, np.uint8(scoring.IGNORED))

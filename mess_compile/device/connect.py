@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mess_compile.network import GraphSet
-from mess_compile.reporter import Progress
+from mess_compile.reporter import Progress, Reporter
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.serve.worker import Hello, describe_machine
@@ -23,7 +22,7 @@ def remote_for(workspace: Workspace, host: str, python: str | None) -> Remote:
     """The device at `host`, with the Python that is named, or that was named when it was last connected."""
     from mess_compile.device.remote import PYTHON, Remote, parse_host
 
-    return Remote(parse_host(host, python or workspace.memory().pythons.get(host, PYTHON)))
+    return Remote(parse_host(host, python or workspace.known_python(host) or PYTHON))
 
 
 def python_session(remote: Remote, target: Target, graph_set: GraphSet, progress: Progress) -> PythonSession:
@@ -41,20 +40,19 @@ def device_session(
     remote: Remote,
     target: Target,
     graph_set: GraphSet,
-    progress: Progress,
-    tell: Callable[[str], None],
+    reporter: Reporter,
 ) -> DeviceSession:
     """A session with the target, by trtexec where its Python cannot be used. Raises InputError for another device."""
     from mess_compile.device import trtexec_client
 
     try:
-        return python_session(remote, target, graph_set, progress)
+        return python_session(remote, target, graph_set, reporter.progress)
     except MessError as error:
         caches = workspace.engines(target.name, FP32).parent
-        trtexec = trtexec_client.trtexec_instead_of_python(remote, target, caches, progress, error)
+        trtexec = trtexec_client.trtexec_instead_of_python(remote, target, caches, reporter.progress, error)
         if trtexec is None:
             raise
-        tell(f"note: {error}; until then trtexec builds and measures there, by a protocol that the table names")
+        reporter.warn(f"{error}; until then trtexec builds and measures there (the table names its protocol)")
     _refuse_other_machine(target, trtexec.greet(), remote.host.text)
     return trtexec
 
@@ -64,6 +62,6 @@ def _refuse_other_machine(target: Target, hello: Hello, host: str) -> None:
     refuse_unless_there(target, hello.machine, host)
     if target.name == HOST and hello.facts.get("identity") != describe_machine()["identity"]:
         raise InputError(
-            f"--device host is the machine that mess-compile runs on, and {host} is another, whose latencies would "
-            "replace those of this machine: describe it in profiles/NAME.toml, and use --device NAME"
+            f"--device host is this machine, and {host} is another one, whose latencies would replace those of this "
+            "machine: describe it in profiles/NAME.toml, and use --device NAME"
         )

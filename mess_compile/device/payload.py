@@ -43,7 +43,7 @@ _PROGRAM = f"""\
 
 sys.exit(import_module(sys.argv[1]).main(sys.argv[2:]))
 """
-SESSION, SHIP = "mess_compile.runtime.serve.worker", "mess_compile.runtime.serve.ship"
+SESSION, SHIP_PROGRAM = "mess_compile.runtime.serve.worker", "mess_compile.runtime.serve.ship"
 """Programs in `runtime_zip`."""
 
 

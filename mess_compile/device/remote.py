@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from mess_compile import files as local
 from mess_compile.device.scripts import shell_script
 from mess_compile.device.ssh import (
     KILLED,
@@ -27,6 +26,7 @@ from mess_compile.device.ssh import (
     last_line,
     parse_host,
 )
+from mess_compile.files import replaced, sha256_of_file
 from mess_compile.runtime.base.errors import InputError
 
 __all__ = ["PYTHON", "Completed", "Host", "PushResult", "Remote", "RemoteError", "parse_host"]
@@ -127,7 +127,7 @@ class Remote:
 
     def pull(self, path: str, target: Path) -> None:
         """Copy a file from the device; `target` is complete, or as it was before."""
-        with local.replaced(target) as temporary, tempfile.TemporaryFile() as errors:
+        with replaced(target) as temporary, tempfile.TemporaryFile() as errors:
             with (
                 temporary.open("wb") as stream,
                 self._connection.client(shell_script("show_hashed"), (path,), subprocess.PIPE, errors) as client,
@@ -139,7 +139,7 @@ class Remote:
                 code, words = self._connection.ended(client, started, _text(errors))
             if code:
                 raise self._no_file(path, code, words)
-            if f"{local.sha256_of_file(temporary)}  -" not in words.splitlines():
+            if f"{sha256_of_file(temporary)}  -" not in words.splitlines():
                 reason = f"{path} changed while it was copied, or there is no space for {target}"
                 raise RemoteError(f"{self.host.text}: {reason}: run the command again")
 
@@ -224,7 +224,7 @@ class Remote:
     def _refuse_damaged(self, missing: Mapping[str, Path], folder: str) -> None:
         """Raises for missing files, unless another push to the same folder has taken them over."""
         for name in missing.keys() - (self._present(missing, folder) if missing else set()):
-            if local.sha256_of_file(missing[name]) != name:
+            if sha256_of_file(missing[name]) != name:
                 raise InputError(f"{missing[name]} has changed since it was hashed: run the command again")
             raise RemoteError(f"{self.host.text}: {missing[name]} arrived damaged in {folder}: check its disk")
 

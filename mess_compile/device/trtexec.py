@@ -190,7 +190,7 @@ def _milliseconds(run: Any, key: str) -> float:
 
 
 def _refuse(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _short(value: object) -> str:

@@ -25,9 +25,8 @@ from mess_compile.runtime.base.errors import EngineError, InputError, MessError
 from mess_compile.runtime.machine import power
 from mess_compile.runtime.machine.machine import InstalledLibrary, Machine
 from mess_compile.runtime.machine.power import DeviceState
-from mess_compile.runtime.measure import measure as profile
 from mess_compile.runtime.measure.job_pool import Opened
-from mess_compile.runtime.measure.measure import Window
+from mess_compile.runtime.measure.measure import Window, schedule
 from mess_compile.runtime.serve.worker import ENGINES, GRAPHS, BuiltEngine, Hello
 from mess_compile.targets import Target
 
@@ -61,7 +60,7 @@ class _StoredEngine:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _TrtexecRun:
     """A finished run of trtexec: its exit code, the size of the engine it built, its last output, its times."""
 
     code: int
@@ -116,7 +115,7 @@ class TrtexecSession:
 
     def lock_clocks_while_measuring(self) -> None:
         """Raises InputError: only the Python on a device can lock its clocks, and restore them after a crash."""
-        raise InputError("clocks are locked by the Python there, which cannot be used: lock them there by hand")
+        raise InputError("--lock-clocks needs a usable Python on the device: lock the clocks there by hand")
 
     def build(self, jobs: Mapping[str, tuple[Path, str]]) -> dict[str, str]:
         """Build an engine of each job's graph (path, precision), and return the reasons of those that failed.
@@ -160,7 +159,7 @@ class TrtexecSession:
         windows = {name: [window for window in earlier if window.job == name] for name in timed}
         opened: set[str] = set()
         others = [window for window in earlier if window.job not in windows]
-        for name, number in profile.schedule(windows, request.effort, others, first=reference):
+        for name, number in schedule(windows, request.effort, others, first=reference):
             samples, load_ms = self._time(name)
             if name not in opened:
                 opened.add(name)
@@ -196,7 +195,7 @@ class TrtexecSession:
             graph, precision, self._major, _NEW_ENGINE, timing_cache=_NEW_CACHE, program=self._program
         )
 
-    def _build_engine(self, sha256: str, precision: str, key: str) -> _Run:
+    def _build_engine(self, sha256: str, precision: str, key: str) -> _TrtexecRun:
         """A timing cache that TensorRT rejects, truncated or of another device, is removed; it fills again."""
         arguments = (f"{_ENGINES}/{key}", _NEW_ENGINE, self._cache, _NEW_CACHE, *self._build_command(sha256, precision))
         run = self._run(shell_script("build_engine"), *arguments)
@@ -207,7 +206,7 @@ class TrtexecSession:
             raise self.remote.failure(f"engines in {_ENGINES}", run.code, "No space left on device")
         return run
 
-    def _run(self, script: str, *command: str) -> _Run:
+    def _run(self, script: str, *command: str) -> _TrtexecRun:
         """Run a script that prints trtexec's output, `ended CODE BYTES`, and its times; it is stopped when we are."""
         output, ended = deque[str]([], _LINES), None
         times: list[str] = []
@@ -216,7 +215,7 @@ class TrtexecSession:
             ended = ended or re.fullmatch("ended ([0-9]+) +([0-9]+)", line)
         if ended is None:
             raise RemoteError(f"{self.remote.host.text}: trtexec exited without output: run the same command again")
-        return _Run(int(ended[1]), int(ended[2]), "\n".join([*output][:-1]), "\n".join(times))
+        return _TrtexecRun(int(ended[1]), int(ended[2]), "\n".join([*output][:-1]), "\n".join(times))
 
     def _stored(self, keys: set[str]) -> dict[str, _StoredEngine]:
         """The engines of `keys` that are whole on the device. Raises RemoteError, InputError."""
@@ -305,7 +304,7 @@ def _jetson_linux(release: str) -> str | None:
     return ".".join(found.groups()) if found else None
 
 
-def _why_not_built(run: _Run) -> str:
+def _why_not_built(run: _TrtexecRun) -> str:
     if run.code > 128:
         return "trtexec crashed on the device, or was killed for the memory it took"
     return f"trtexec: {trtexec.error_from_output(run.output)}"

@@ -12,10 +12,11 @@ from pathlib import Path
 import onnx
 
 from mess_compile import files
+from mess_compile.array_types import Array
 from mess_compile.engines.files import EngineFiles
 from mess_compile.graph import store
 from mess_compile.graph.choose_precision import Fallback, PrecisionRequest, choose_precisions
-from mess_compile.graph.precision import Array, is_fp16, write_out_roundings
+from mess_compile.graph.precision import is_fp16, write_out_roundings
 from mess_compile.network import GraphSet, check_graphs, read_graph_set
 from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError

@@ -14,7 +14,7 @@ from mess_compile.engines.jobs import job_name, job_names, without
 from mess_compile.engines.prepare import RecipeBuild, precise_graphs
 from mess_compile.network import GraphSet
 from mess_compile.reporter import Progress, Reporter
-from mess_compile.runtime.serve import worker as device_side
+from mess_compile.runtime.serve.worker import ENGINES
 from mess_compile.targets import Target
 from mess_compile.workspace import Workspace
 
@@ -50,9 +50,9 @@ def build_there(
     with remote_for(workspace, host, python) as remote:
         made = precise_graphs(workspace, target, precisions, data, reporter.progress)
         forms = [_form(workspace, target, each.graph_set, reporter.progress) for each in made]
-        session = device_session(workspace, remote, target, made[0].graph_set, reporter.progress, reporter.note)
+        session = device_session(workspace, remote, target, made[0].graph_set, reporter)
         built = built_there(session, forms)
-    folder = f"{host}, ~/{STORE}/{device_side.ENGINES}"
+    folder = f"{host}, ~/{STORE}/{ENGINES}"
     return tuple(
         RecipeBuild(each.graph_set, _remote_engines(target, session, files), each.fallbacks, folder)
         for each, files in zip(made, built, strict=True)

@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.evaluate.statistics import ExitStatistics, Ints, head_miou
+from mess_compile.array_types import Floats, Ints, Mask
+from mess_compile.evaluate.statistics import ExitStatistics, head_miou
 from mess_compile.runtime.base.errors import InputError
 
 MAX_ERRS_PP = (1.0, 0.1)
@@ -19,8 +20,6 @@ NEGLIGIBLE = 0.05
 """Share of images that is too small for a verdict."""
 CLEARLY_PP = 0.1
 """Lead of an early head over the final exit, in percentage points of mIoU, above which it is reported."""
-Floats = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 LimitedBy = Literal["gate", "heads", "both", "neither"]
 
 
@@ -124,7 +123,7 @@ def final_head(statistics: ExitStatistics) -> str:
     last = max((exit_number(head) for head in statistics.heads), default=0)
     final = [head for head in statistics.heads if exit_number(head) == last]
     if not final:
-        raise InputError("the statistics hold no heads: run `mess-compile evaluate`")
+        raise InputError("the evaluation has no heads: run `mess-compile evaluate`")
     return max(final, key=lambda head: head_miou(statistics, head))
 
 
@@ -161,7 +160,7 @@ def exit_number(head: str) -> int:
     """The exit point of `exit3.fcn-crm1-b0`: 3. Raises InputError."""
     match = re.match(r"exit([0-9]{1,9})\.", head)
     if match is None:
-        raise InputError(f"head {head!r} of the statistics is not named exitN.NAME: run `mess-compile evaluate`")
+        raise InputError(f"head {head!r} of the evaluation is not named exitN.NAME: run `mess-compile evaluate`")
     return int(match[1])
 
 

@@ -14,11 +14,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile.array_types import Pixels
 from mess_compile.data.dataset import ALWAYS_IGNORED, DataSet, Item, samples
 from mess_compile.engines.files import EngineFiles
 from mess_compile.engines.jobs import job_name
 from mess_compile.engines.remote_build import built_there
-from mess_compile.evaluate.statistics import ExitStatistics, check_current, merge, read_statistics, write_statistics
+from mess_compile.evaluate.statistics import (
+    ExitStatistics,
+    check_statistics_current,
+    merge,
+    read_statistics,
+    write_statistics,
+)
 from mess_compile.network import BASELINE_ALONE, head_graph_name, segment_name, threshold_table
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.engines.engine import Library
@@ -27,12 +34,11 @@ from mess_compile.runtime.serve.scoring import HeadEngines, Score, ScoredExits, 
 if TYPE_CHECKING:
     from mess_compile.device.client import PythonSession
 
-Image = NDArray[np.uint8]
 BLOCK = 32
 """Images after which results are saved; a remote device holds at most as many images at a time."""
-LabelledImage = tuple[str, str, Image, Image]
+LabelledImage = tuple[str, str, Pixels, Pixels]
 """Image id, group, frame and labels."""
-Scoring = Callable[[Iterable[tuple[Image, Image, NDArray[np.bool_]]]], Iterator[Score]]
+Scoring = Callable[[Iterable[tuple[Pixels, Pixels, NDArray[np.bool_]]]], Iterator[Score]]
 """Frames, labels and masks of the pixels that count -> a score each, in the same order."""
 
 
@@ -80,7 +86,7 @@ def _evaluated(
     groups: list[str] = []
     scores: list[Score] = []
 
-    def checked() -> Iterator[tuple[Image, Image, NDArray[np.bool_]]]:
+    def checked() -> Iterator[tuple[Pixels, Pixels, NDArray[np.bool_]]]:
         for image_id, group, frame, labels in images:
             known = countable(image_id, frame, labels, classes, ignore)
             ids.append(image_id)
@@ -254,14 +260,14 @@ def _fingerprint(data: DataSet) -> str:
 def _is_done(part: Path, items: Sequence[Item], origin: _Origin) -> bool:
     try:
         found = read_statistics(part)
-        check_current(found, origin.engines.graph_set)
+        check_statistics_current(found, origin.engines.graph_set)
     except MessError:
         return False
     expected = (tuple(item.id for item in items), origin.library, origin.device, origin.engines.heads)
     return (found.image_id, found.library, found.device, found.heads) == expected
 
 
-def countable(image_id: str, frame: Image, labels: Image, classes: int, ignore: frozenset[int]) -> NDArray[np.bool_]:
+def countable(image_id: str, frame: Pixels, labels: Pixels, classes: int, ignore: frozenset[int]) -> NDArray[np.bool_]:
     """The pixels (H, W) that count. Raises InputError for labels of another size or out of range."""
     if labels.shape != frame.shape[:2]:
         raise InputError(f"image {image_id}: labels of shape {labels.shape} do not fit a frame of {frame.shape[:2]}")

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile import files
+from mess_compile.array_types import Ints
 from mess_compile.network import BASELINE, BASELINE_ALONE, Gate, GraphSet
+from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, StaleError
 
-Ints = NDArray[np.int64]
 _REMEDY = "run `mess-compile evaluate`"
 _BLOCK = 256
 _ARRAYS = {
@@ -78,7 +79,7 @@ class ExitStatistics:
         """
         name = self.final_head if head == BASELINE and self.final_head is not None else head
         if name not in self.scored:
-            raise InputError(f"the statistics hold no head {head!r}: {_REMEDY}")
+            raise InputError(f"the evaluation has no head {head!r}: {_REMEDY}")
         return self.scored.index(name)
 
     def select(self, indices: Sequence[int]) -> ExitStatistics:
@@ -97,14 +98,14 @@ class ExitStatistics:
 
 @dataclass(frozen=True)
 class _StatisticsDocument:
-    """The content of `statistics.json`; `sha256` is by array."""
+    """The content of `statistics.json`; `sha256` is by array. The first releases wrote no `baseline_alone`."""
 
     network: str
     precision: str
     device: str
     library: str
     split: str
-    baseline_alone: str | None
+    baseline_alone: str | None = dataclasses.field(default=None, kw_only=True, metadata=decode.OPTIONAL)
     heads: tuple[str, ...]
     classes: tuple[str, ...]
     cells: tuple[int, ...]
@@ -112,10 +113,6 @@ class _StatisticsDocument:
     group: tuple[str, ...]
     gate: Gate
     sha256: dict[str, str]
-
-
-_DEFAULTS: dict[str, Any] = {"baseline_alone": None}
-"""Statistics written by the first releases lack this key."""
 
 
 def miou(intersection: Ints, predicted: Ints, labelled: Ints) -> float:
@@ -173,7 +170,7 @@ def merge(shards: Sequence[ExitStatistics]) -> ExitStatistics:
     )
 
 
-def check_current(statistics: ExitStatistics, graph_set: GraphSet) -> None:
+def check_statistics_current(statistics: ExitStatistics, graph_set: GraphSet) -> None:
     """Raises StaleError when `statistics` are of another network, recipe, baseline, gate or heads than `graph_set`.
 
     They may lack heads that have no engine on the device, and on a device other than this machine the baseline.
@@ -190,7 +187,7 @@ def check_current(statistics: ExitStatistics, graph_set: GraphSet) -> None:
     }
     for what, different in differs.items():
         if different:
-            raise StaleError(f"the statistics are of another {what} than {graph_set.root}: {_REMEDY}")
+            raise StaleError(f"the evaluation is of another {what} than {graph_set.root}: {_REMEDY}")
 
 
 def write_statistics(folder: Path, statistics: ExitStatistics) -> None:
@@ -204,7 +201,7 @@ def write_statistics(folder: Path, statistics: ExitStatistics) -> None:
         files.write_json(temporary / "statistics.json", "mess-statistics", 1, _to_json(statistics, arrays))
 
 
-def content_sha256(statistics: ExitStatistics) -> str:
+def statistics_content_sha256(statistics: ExitStatistics) -> str:
     """A hash of all that the statistics hold."""
     arrays = {
         name: hashlib.sha256(np.ascontiguousarray(getattr(statistics, name), dtype=dtype).data).hexdigest()
@@ -230,7 +227,7 @@ def read_statistics(folder: Path) -> ExitStatistics:
     """Read what `write_statistics` wrote; arrays are memory-mapped. Raises InputError when missing or damaged."""
     files.recovered(folder)
     path = folder / "statistics.json"
-    content = {**_DEFAULTS, **files.read_json(path, "mess-statistics", 1, _REMEDY)}
+    content = files.read_json(path, "mess-statistics", 1, _REMEDY)
     document: _StatisticsDocument = files.decode_document(path, _StatisticsDocument, content, _REMEDY)
     arrays = {name: _read_array(folder / f"{name}.npy", document.sha256) for name in _ARRAYS}
     statistics: ExitStatistics = files.decoded(path, _REMEDY, lambda: _checked_statistics(document, arrays))

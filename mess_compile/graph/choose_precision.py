@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,16 +13,9 @@ import numpy as np
 import onnx
 
 from mess_compile import files
+from mess_compile.array_types import Array
 from mess_compile.graph.compare import agreement_of, compare, labels_of, loaded, run, thresholds_of, verdict
-from mess_compile.graph.precision import (
-    CONVERTED,
-    Array,
-    Feed,
-    check_calibration,
-    quantiser,
-    to_fp16,
-    to_int8,
-)
+from mess_compile.graph.precision import CONVERTED, Feed, check_calibration, quantiser, to_fp16, to_int8
 from mess_compile.graph.precision_progress import TriedGraph, TriedGraphs
 from mess_compile.graph.store import WEIGHTS, read_model, read_whole_model, stored_weights, write_graph
 from mess_compile.network import (
@@ -49,7 +42,9 @@ class PrecisionRecipe:
     def precision(self, graph: str) -> str:
         """Raises InputError for a graph that the recipe does not know."""
         if graph not in self.precisions:
-            raise InputError(f"recipe {self.name!r} has no precision for graph {graph}: make the recipe again")
+            raise InputError(
+                f"recipe {self.name!r} has no precision for graph {graph}: run `evaluate --precision` again"
+            )
         return self.precisions[graph]
 
 
@@ -173,7 +168,7 @@ class _Maps:
 
     @property
     def frames(self) -> int:
-        return len(next(iter(self.paths.values())))
+        return len(next(iter(self.paths.values()), ()))
 
     def only(self, names: Sequence[str]) -> _Maps:
         return _Maps({name: self.paths[name] for name in names})
@@ -313,7 +308,7 @@ class _Choice:
         if precision == "fp16":
             return to_fp16(model)
         names = [value.name for value in model.graph.input]
-        feeds = ({name: feed[name] for name in names} for feed in self._feeds(calibrating))
+        feeds = ({name: feed[name] for name in names} for feed in self._feeds(calibrating, names))
         return to_int8(model, feeds) if precision == "int8" else model
 
     def _segment_failure(self, a: int, b: int, maps: _Maps, path: Path, precision: str, boldest: str) -> str | None:
@@ -382,11 +377,13 @@ class _Choice:
     def _outputs(self, graph: Path, maps: _Maps) -> Iterator[Feed]:
         if maps.frames:
             with loaded(self.library, graph) as engine:
-                for feed in self._feeds(maps):
+                for feed in self._feeds(maps, engine.inputs):
                     yield run(self.library, engine, feed)
 
-    def _feeds(self, maps: _Maps) -> Iterator[Feed]:
-        return ({**feed, "thresholds": thresholds_of(self.graph_set)} for feed in maps.arrays())
+    def _feeds(self, maps: _Maps, inputs: Collection[str]) -> Iterator[Feed]:
+        """What a graph with these inputs is fed, frame by frame."""
+        read = maps.only([name for name in maps.paths if name in inputs])
+        return ({**feed, "thresholds": thresholds_of(self.graph_set)} for feed in read.arrays())
 
 
 def _labels(logits: Sequence[Feed]) -> list[Feed]:

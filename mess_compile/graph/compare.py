@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx
 
-from mess_compile.graph.precision import Array, Feed, is_fp16, write_out_roundings
+from mess_compile.array_types import Array
+from mess_compile.graph.precision import Feed, is_fp16, write_out_roundings
 from mess_compile.graph.store import read_model, read_whole_model
 from mess_compile.network import GraphSet, head_graph_name, segment_name
 from mess_compile.runtime.base.errors import InputError

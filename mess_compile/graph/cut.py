@@ -33,7 +33,7 @@ from mess_compile.network import (
     GraphSet,
     GraphSpec,
     Head,
-    candidate_from_json,
+    check_candidate,
     head_graph_name,
     output_name,
     segment_name,
@@ -132,13 +132,19 @@ def candidate_from_metadata(model: onnx.ModelProto, path: Path) -> CandidateNetw
     if text is None:
         raise InputError(f"{path} has no metadata entry {METADATA_KEY!r}, which names exit points and heads: {_REMEDY}")
 
-    def decode() -> CandidateNetwork:
+    try:
         content = json.loads(text)
-        for part in (*content["exit_points"], *content["heads"]):
-            part.setdefault("macs", 0)
-        return candidate_from_json({"identity": "", **content})
-
-    candidate: CandidateNetwork = files.decoded(path, _REMEDY, decode)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the metadata entry {METADATA_KEY!r} of {path} is not JSON ({error}): {_REMEDY}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"the metadata entry {METADATA_KEY!r} of {path} is not a JSON object: {_REMEDY}")
+    for name in ("exit_points", "heads"):
+        parts = content.get(name)
+        for part in parts if isinstance(parts, list) else ():
+            if isinstance(part, dict):
+                part.setdefault("macs", 0)
+    content.setdefault("identity", "")
+    candidate: CandidateNetwork = files.decode_document(path, CandidateNetwork, content, _REMEDY, check_candidate)
     return candidate
 
 

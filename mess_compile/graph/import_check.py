@@ -12,12 +12,13 @@ import onnx
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
+from mess_compile.array_types import Array
 from mess_compile.graph.compare import run
 from mess_compile.graph.cut import NETWORK, logits_name
 from mess_compile.graph.cut_points import Places
 from mess_compile.graph.node_builder import IR_VERSION, OPSET, keep
 from mess_compile.graph.opset_context import EXPORT_AT
-from mess_compile.graph.recompose_check import Array, check_finite, shares_of_allowed, what_is_not_finite
+from mess_compile.graph.recompose_check import check_finite, shares_of_allowed, what_is_not_finite
 from mess_compile.graph.store import read_model
 from mess_compile.graph.workload import activations
 from mess_compile.runtime.base.errors import EngineError, InputError, one_line

@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from mess_compile import files
+from mess_compile.array_types import Array
 from mess_compile.graph.constant_fold import fold_constants
 from mess_compile.graph.cut import (
     METADATA_KEY,
@@ -37,7 +38,7 @@ from mess_compile.graph.normalise import (
     share_weights,
 )
 from mess_compile.graph.opset_context import EXPORT_AT
-from mess_compile.graph.recompose_check import Array, Reference, check_baseline_alone, check_stages
+from mess_compile.graph.recompose_check import Reference, check_baseline_alone, check_stages
 from mess_compile.graph.store import drop_unread_weights, externalise, read_model, widen_weights, write_model
 from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, Head, read_graph_set
 from mess_compile.reporter import Progress

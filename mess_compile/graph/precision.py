@@ -15,15 +15,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from mess_compile.array_types import Array
 from mess_compile.graph.node_builder import keep
 from mess_compile.graph.workload import activations
 from mess_compile.runtime.base.errors import EngineError, InputError
 
-Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
 
 MIN_CALIBRATION_FRAMES = 16

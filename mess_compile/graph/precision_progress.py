@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from mess_compile import files
 from mess_compile.graph.store import WEIGHTS, stored_weights
-from mess_compile.network import GraphSpec, graph_spec_from_json
+from mess_compile.network import GraphSpec, check_tensors
 from mess_compile.runtime.base.errors import InputError
 
 _FORMAT, _VERSION = "mess-settling", 1
@@ -78,10 +77,12 @@ def _copy(source: Path, target: Path) -> None:
 
 def _read(path: Path) -> TriedGraph:
     content = files.read_json(path, _FORMAT, _VERSION, "")
-    tried: TriedGraph = files.decoded(path, "", lambda: _tried(content))
+    tried: TriedGraph = files.decode_document(path, TriedGraph, content, "", _check)
     return tried
 
 
-def _tried(content: dict[str, Any]) -> TriedGraph:
-    reason, spec = content["reason"], content["spec"]
-    return TriedGraph(str(reason), None) if spec is None else TriedGraph(None, graph_spec_from_json(spec))
+def _check(tried: TriedGraph) -> None:
+    if (tried.reason is None) == (tried.spec is None):
+        raise InputError("it needs either a reason or a spec")
+    if tried.spec is not None:
+        check_tensors(tried.spec)

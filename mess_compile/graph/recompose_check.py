@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
+from mess_compile.array_types import Array
 from mess_compile.graph.compare import run, thresholds_of
 from mess_compile.graph.cut import NETWORK, cut, import_network
 from mess_compile.graph.node_builder import OPSET
@@ -21,7 +20,6 @@ from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines import engine
 
-Array = npt.NDArray[Any]
 Reference = Callable[[Array], Mapping[str, Array]]
 """Frame uint8 (H, W, 3) -> logits f32 (K, h, w) or (1, K, h, w) of every head, by head name."""
 

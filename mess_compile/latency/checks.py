@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 from mess_compile.engines.prepare import graphs_of_recipe
-from mess_compile.latency.table import LatencyTable, check_current, mean_ms_of
+from mess_compile.latency.table import LatencyTable, check_table_current, mean_ms_of
 from mess_compile.network import GraphSet, head_graph_name, segment_name
 from mess_compile.runtime.base.errors import MessError
 from mess_compile.runtime.engines.engine import FP32
@@ -63,6 +63,6 @@ def known_warnings(workspace: Workspace, table: LatencyTable) -> tuple[str, ...]
     for recipe in table.recipes:
         with suppress(MessError):
             graph_set = graphs_of_recipe(workspace, recipe, table.device)
-            check_current(table, graph_set)
+            check_table_current(table, graph_set)
             graph_sets.append(graph_set)
     return warnings_of(table, graph_sets)

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
+from mess_compile.array_types import Floats
 from mess_compile.graph.store import read_model
 from mess_compile.graph.workload import activations
 from mess_compile.network import CandidateNetwork, GraphSet
@@ -37,8 +37,6 @@ _BYTES = ("conv_bytes", "resampling_bytes", "other_bytes")
 TERMS = (*_MACS, *_BYTES, "kernels")
 _WIDTHS = {"fp32": 1.0, "fp16": 0.5, "int8": 0.25}
 _LONGEST_MS, _SHORTEST_MS, _WIDEST = 1e9, 1e-6, 1e6
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,8 @@ class Calibration:
     the graphs left out lay within `reach` deviations.
     """
 
-    log_multiples: Array
-    covariance: Array
+    log_multiples: Floats
+    covariance: Floats
     noise: float
     reach: float
 
@@ -298,7 +296,7 @@ def _estimate(graph: Roofline, calibration: Calibration) -> Estimate:
     return Estimate(ms, ms / factor, ms * factor)
 
 
-def _prediction(terms_ms: Array, calibration: Calibration) -> tuple[float, float]:
+def _prediction(terms_ms: Floats, calibration: Calibration) -> tuple[float, float]:
     """A graph's latency in ms, and the standard deviation of its logarithm."""
     times = terms_ms * np.exp(calibration.log_multiples)
     shares = times / times.sum()
@@ -361,11 +359,11 @@ def _check_measured(measured: Mapping[str, float], prior: Mapping[str, Roofline]
             )
 
 
-def _most_likely(terms: Array, logs: Array, start: Calibration, first_guess: Array) -> Calibration:
+def _most_likely(terms: Floats, logs: Floats, start: Calibration, first_guess: Floats) -> Calibration:
     """The multiples that minimise the squared errors of log latencies and prior, by Gauss-Newton steps."""
     known = np.linalg.inv(start.covariance)
 
-    def misfit(multiples: Array) -> float:
+    def misfit(multiples: Floats) -> float:
         errors, moved = logs - np.log(terms @ np.exp(multiples)), multiples - start.log_multiples
         return float(errors @ errors / start.noise**2 + moved @ known @ moved)
 
@@ -385,7 +383,7 @@ def _most_likely(terms: Array, logs: Array, start: Calibration, first_guess: Arr
     return replace(start, log_multiples=at, covariance=np.linalg.inv(information))
 
 
-def _errors_left_out(terms: Array, logs: Array, start: Calibration) -> Array:
+def _errors_left_out(terms: Floats, logs: Floats, start: Calibration) -> Floats:
     """Leave-one-out errors: how many deviations each graph's log latency lies from the estimate by the others."""
     first_guess = _most_likely(terms, logs, start, start.log_multiples).log_multiples
     errors = []
@@ -396,12 +394,12 @@ def _errors_left_out(terms: Array, logs: Array, start: Calibration) -> Array:
     return np.array(errors)
 
 
-def _spread(errors: Array) -> float:
+def _spread(errors: Floats) -> float:
     """Root mean square of the errors in deviations, pooled with `_KNOWN_ERRORS` errors of one deviation."""
     return math.sqrt((_KNOWN_ERRORS + float(errors @ errors)) / (_KNOWN_ERRORS + len(errors)))
 
 
-def _reach(errors: Array) -> float:
+def _reach(errors: Floats) -> float:
     """Deviations within which 90 % of further graphs lie: Student's t, at least the conformal quantile if any."""
     rank = math.ceil(0.9 * (len(errors) + 1))
     conformal = float(np.sort(errors)[rank - 1]) if rank <= len(errors) else 0.0

@@ -166,7 +166,7 @@ def stage_graphs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[Sta
         head = candidate.head(name)
         point = head.exit_point
         if point <= previous:
-            raise InputError(f"the heads {', '.join(heads)} are not at ever deeper exit points")
+            raise InputError(f"the heads {', '.join(heads)} are not in the order of their exit points: sort them")
         stages.append(StageGraphs(segment_name(previous, point), head_graph_name(name), candidate.output_of(head)))
         previous = point
     return tuple(stages)
@@ -261,7 +261,7 @@ def has_engine(table: LatencyTable, graph_set: GraphSet, graph: str) -> bool:
     return (graph, graph_set.spec(graph).precision) in table.entries
 
 
-def check_current(table: LatencyTable, graph_set: GraphSet) -> None:
+def check_table_current(table: LatencyTable, graph_set: GraphSet) -> None:
     """Raises StaleError naming the graphs that changed since `table` was made, or that the table lacks."""
     recipes = ",".join(recipe.partition("-")[0] for recipe in (*table.recipes, graph_set.recipe))
     if graph_set.recipe not in table.recipes:
@@ -306,7 +306,7 @@ def write_latency_table(path: Path, table: LatencyTable) -> None:
     files.write_json(path, "mess-latency", 2, _table_to_json(table))
 
 
-def content_sha256(table: LatencyTable) -> str:
+def table_content_sha256(table: LatencyTable) -> str:
     """A hash of all that the table holds."""
     return files.sha256_of_json(_table_to_json(table))
 

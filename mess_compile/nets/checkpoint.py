@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,16 @@ from safetensors.torch import load_file, save_file
 
 from mess_compile import files
 from mess_compile.nets.network import Architecture, OverprovisionedNetwork
-from mess_compile.network import MAX_SIDE, head_config_from_name
+from mess_compile.network import SIDES, head_config_from_name
+from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, one_line
 from mess_compile.runtime.base.lfs_pointers import refuse_pointer
 
-_REMEDY = "train a candidate network with `mess-compile train`, or name the folder of one"
+_REMEDY = "train a multi-exit network with `mess-compile train`, or name the folder of one"
+
+
+_HEAD = decode.matches(r"exit[1-9][0-9]{0,3}[.].+", "a head such as exit2.fcn-crm1-b0")
+_WEIGHTS = decode.matches(r"weights-[0-9a-f]{16}[.]safetensors", "the name of a file of weights")
 
 
 def architecture_to_json(architecture: Architecture) -> dict[str, Any]:
@@ -39,25 +44,44 @@ def architecture_to_json(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def architecture_from_json(content: dict[str, Any]) -> Architecture:
-    """Inverse of `architecture_to_json`. Raises KeyError, TypeError, ValueError or InputError."""
-    heads = []
-    for name in content["heads"]:
-        exit_point, config = str(name).split(".", 1)
-        heads.append((int(exit_point.removeprefix("exit")), head_config_from_name(config)))
-    height, width = content["input_hw"]
-    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-        raise ValueError(f"input_hw {content['input_hw']} does not have sides from 1 to {MAX_SIDE}")
-    return Architecture(
-        backbone=str(content["backbone"]),
-        classes=tuple(str(name) for name in content["classes"]),
-        colours=tuple((int(r), int(g), int(b)) for r, g, b in content["colours"]),
-        input_hw=(int(height), int(width)),
-        exit_blocks=tuple(str(name) for name in content["exit_blocks"]),
-        heads=tuple(heads),
-        output_stride=int(content["output_stride"]),
-        width=float(content["width"]),
+@dataclass(frozen=True)
+class _NetworkDocument:
+    """The content of `network.json`: what `architecture_to_json` gives, and the file of weights with its hash."""
+
+    backbone: str
+    width: float
+    output_stride: int
+    input_hw: tuple[int, int] = field(metadata=decode.entry(check=SIDES))
+    classes: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    exit_blocks: tuple[str, ...]
+    heads: tuple[str, ...] = field(metadata=decode.entry(each=_HEAD))
+    weights: str = field(metadata=decode.entry(check=_WEIGHTS))
+    weights_sha256: str = field(metadata=decode.entry(check=decode.SHA256))
+
+    @property
+    def architecture(self) -> Architecture:
+        """Raises InputError for a head of an unknown configuration."""
+        parts = [head.removeprefix("exit").split(".", 1) for head in self.heads]
+        return Architecture(
+            backbone=self.backbone,
+            classes=self.classes,
+            colours=self.colours,
+            input_hw=self.input_hw,
+            exit_blocks=self.exit_blocks,
+            heads=tuple((int(number), head_config_from_name(config)) for number, config in parts),
+            output_stride=self.output_stride,
+            width=self.width,
+        )
+
+
+def _read_document(folder: Path) -> _NetworkDocument:
+    path = folder / "network.json"
+    content = files.read_json(path, "mess-candidate", 1, _REMEDY)
+    found: _NetworkDocument = files.decode_document(
+        path, _NetworkDocument, content, _REMEDY, lambda document: document.architecture
     )
+    return found
 
 
 def save_candidate(network: OverprovisionedNetwork, folder: Path) -> None:
@@ -112,23 +136,18 @@ def _stored(value: torch.Tensor) -> torch.Tensor:
 
 def read_architecture(folder: Path) -> Architecture:
     """Read the architecture from `network.json`. Raises InputError."""
-    path = folder / "network.json"
-    content = files.read_json(path, "mess-candidate", 1, _REMEDY)
-    architecture: Architecture = files.decoded(path, _REMEDY, lambda: architecture_from_json(content))
-    return architecture
+    return _read_document(folder).architecture
 
 
 def load_candidate(folder: Path) -> OverprovisionedNetwork:
     """The network in evaluation mode, fp32. Raises InputError naming what is missing, damaged or does not fit."""
-    path = folder / "network.json"
-    architecture = read_architecture(folder)
-    content = files.read_json(path, "mess-candidate", 1, _REMEDY)
-    weights = folder / str(content.get("weights"))
-    if not re.fullmatch(r"weights-[0-9a-f]{16}\.safetensors", weights.name) or not weights.is_file():
+    path, found = folder / "network.json", _read_document(folder)
+    architecture, weights = found.architecture, folder / found.weights
+    if not weights.is_file():
         raise InputError(f"{weights} does not exist, though {path} names it: {_REMEDY}")
     refuse_pointer(weights)
     digest = files.sha256_of_file(weights)
-    if digest != content.get("weights_sha256"):
+    if digest != found.weights_sha256:
         raise InputError(f"{weights} is damaged (its SHA-256 is not the one in {path}): restore it or train again")
     network = OverprovisionedNetwork(architecture)
     load_weights(network, load_state(weights), str(weights))

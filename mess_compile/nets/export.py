@@ -17,10 +17,11 @@ from onnx import numpy_helper
 from torch import nn
 
 from mess_compile import files
+from mess_compile.array_types import Array
 from mess_compile.graph.constant_fold import fold_constants
 from mess_compile.graph.cut import METADATA_KEY, NETWORK, add_baseline_alone, cut_network, logits_name
 from mess_compile.graph.node_builder import OPSET, keep
-from mess_compile.graph.recompose_check import Array, Reference, check_baseline_alone, check_stages
+from mess_compile.graph.recompose_check import Reference, check_baseline_alone, check_stages
 from mess_compile.graph.store import read_model, store_weight, write_model
 from mess_compile.nets.checkpoint import load_candidate
 from mess_compile.nets.network import MEAN, STD, Architecture, OverprovisionedNetwork, normalise
@@ -66,7 +67,7 @@ def _load_baseline(folder: Path, candidate: Architecture) -> OverprovisionedNetw
         differences.append(f"{len(network.candidate.heads)} heads, not 1")
     if differences:
         raise InputError(
-            f"the baseline in {folder} does not fit the candidate network, it has {' and '.join(differences)}: train "
+            f"the baseline in {folder} does not fit the multi-exit network: it has {' and '.join(differences)}: train "
             f"it with the same options (`mess-compile train --baseline`), or remove {folder}"
         )
     return network

@@ -99,11 +99,15 @@ def _reporting_for(job: SubsetJob, host: str, lock: threading.Lock) -> SubsetJob
         with lock:
             job.reporter.note(f"{host}: {sentence}")
 
+    def warn(sentence: str) -> None:
+        with lock:
+            job.reporter.warn(f"{host}: {sentence}")
+
     def progress(label: str, done: int, total: int) -> None:
         with lock:
             job.reporter.progress(label, done, total)
 
-    return replace(job, reporter=Reporter(progress, note))
+    return replace(job, reporter=Reporter(progress, note, warn))
 
 
 def _share(job: SubsetJob, runs: Sequence[SubsetRun], everything: bool) -> bool:

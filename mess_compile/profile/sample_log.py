@@ -1,4 +1,4 @@
-"""Log timing samples to a file beside the latency table, so that an interrupted profile resumes from it."""
+"""Logs timing samples to a file beside the latency table, so that an interrupted profile resumes from it."""
 
 from __future__ import annotations
 

@@ -18,10 +18,11 @@ from mess_compile.data.dataset import Sample, open_dataset, read_sample
 from mess_compile.engines.prepare import graphs_of_recipe
 from mess_compile.evaluate import statistics
 from mess_compile.evaluate.diagnose import weak_final_exit
-from mess_compile.latency import table as latency
 from mess_compile.latency.checks import known_warnings
+from mess_compile.latency.table import LatencyTable, read_latency_table
 from mess_compile.network import is_whole
 from mess_compile.report import comparison, strips, views
+from mess_compile.report.inspection import cells_of_heads
 from mess_compile.report.model import Benched, Missing, Report, SearchFound, Strip, Strips
 from mess_compile.report.provenance import provenance_of
 from mess_compile.reporter import SILENT, Progress
@@ -29,10 +30,9 @@ from mess_compile.runtime.base.errors import InputError, MessError, StaleError
 from mess_compile.runtime.bundle import archive
 from mess_compile.runtime.bundle.manifest import MANIFEST
 from mess_compile.runtime.cascade.cascade import Cascade, load
-from mess_compile.search import plan as plans
 from mess_compile.search.hold_out import tuning_part
 from mess_compile.search.metrics import Evidence
-from mess_compile.search.plan import Plan, SearchResult
+from mess_compile.search.plan import Plan, SearchResult, Stage, check_plan_current, check_sources_current, read_result
 from mess_compile.targets import find_target
 from mess_compile.workspace import Workspace
 
@@ -66,7 +66,7 @@ def _first_step(workspace: Workspace) -> str:
     if estimated and workspace.memory().device is None:
         return f"no device was profiled; name one that was estimated: `mess-compile report --device {estimated[0]}`"
     if (workspace.graphs / "index.json").is_file():
-        return "no device was profiled; run `mess-compile profile --device host`"
+        return "no device was profiled; run `mess-compile profile --device cpu`"
     if (workspace.candidate / "network.json").is_file():
         return "the network is not exported; run `mess-compile export`"
     return (
@@ -94,13 +94,14 @@ def _compared(workspace: Workspace, thing: str) -> tuple[comparison.Compared, ..
     path = Path(thing)
     if (path / MANIFEST).is_file() or archive.is_bundle(path):
         return comparison.of_bundle(thing, archive.read_manifest(path))
-    return (comparison.of_result(thing, plans.read_result(workspace.plan_named(thing))),)
+    result = read_result(workspace.plan_named(thing))
+    return (comparison.of_result(thing, result, cells_of_heads(workspace)),)
 
 
 def gathered(workspace: Workspace, device: str, progress: Progress) -> Report:
     """The report of a device."""
-    result = _tried(lambda: plans.read_result(workspace.plan(device)))
-    table = _tried(lambda: latency.read_latency_table(workspace.latency(device)))
+    result = _tried(lambda: read_result(workspace.plan(device)))
+    table = _tried(lambda: read_latency_table(workspace.latency(device)))
     warnings = () if isinstance(table, Missing) else known_warnings(workspace, table)
     if isinstance(result, Missing):
         costs = table if isinstance(table, Missing) else views.costs_of(table, next(iter(table.recipes)), warnings)
@@ -132,7 +133,7 @@ def _tried(find: Callable[[], _Part]) -> _Part | Missing:
 
 
 def _evidences(
-    workspace: Workspace, result: SearchResult, table: latency.LatencyTable | Missing
+    workspace: Workspace, result: SearchResult, table: LatencyTable | Missing
 ) -> tuple[dict[str, Evidence], Missing | None]:
     """The evidence of each recipe that the plans were searched with, as far as it is current; else why it is not."""
     if isinstance(table, Missing):
@@ -147,15 +148,15 @@ def _evidences(
     return evidences, unseen
 
 
-def _evidence(workspace: Workspace, plan: Plan, table: latency.LatencyTable) -> Evidence:
+def _evidence(workspace: Workspace, plan: Plan, table: LatencyTable) -> Evidence:
     """The evidence of a plan. Raises StaleError where it has changed since the search."""
     graph_set = graphs_of_recipe(workspace, plan.precision, plan.device)
-    plans.check_plan_current(plan, graph_set)
+    check_plan_current(plan, graph_set)
     tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
     evidence = Evidence(graph_set, table, statistics.read_statistics(tuning))
     sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
     found = {"latency table": evidence.table_sha256, "statistics": evidence.statistics_sha256}
-    plans.check_sources_current(plan.device, sources, found)
+    check_sources_current(plan.device, sources, found)
     return replace(evidence, statistics=tuning_part(evidence.statistics, plan.hold_out))
 
 
@@ -208,7 +209,7 @@ def _extreme_samples(
             samples = [read_sample(items[name], data.classes) for name in chosen]
             truths = [each.labels if (each.labels < VOID).any() else None for each in samples]
             whole = is_whole(first.head)
-            by = "accuracy of the whole network" if whole else "confidence of the first exit"
+            by = "accuracy of the full network" if whole else "confidence of the first exit"
             return f"Images of {known.split}, by {by}.", list(zip(samples, truths, strict=True))
         except (InputError, KeyError):
             pass  # the data may have moved or changed since; generated scenes show the same cascade
@@ -217,13 +218,13 @@ def _extreme_samples(
     void = cascade.manifest.network.classes != scenes.SCENE_CLASSES.names
     confidences = [next(cascade.refine(scene.frame)).confidence or 0.0 for scene in drawn]
     return (
-        f"Of {SCENES} generated street scenes, since the data are gone, by confidence of the first exit"
+        f"Of {SCENES} generated street scenes, since the data are gone, by their confidence at the first stage"
         + (": the network was not trained on such images." if void else "."),
         [(drawn[index], None if void else drawn[index].labels) for index in strips.extremes(confidences)],
     )
 
 
-def _confidences(known: statistics.ExitStatistics, stage: plans.Stage) -> list[float]:
+def _confidences(known: statistics.ExitStatistics, stage: Stage) -> list[float]:
     """Of each image the confident cells at an exit, or the share of its pixels that a whole network labels right."""
     head = known.head_index(stage.head)
     if not is_whole(stage.head):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mess_compile.network import is_whole
 from mess_compile.runtime.bundle import manifest
 from mess_compile.runtime.bundle.manifest import Figures
 from mess_compile.runtime.engines.engine import FP32
-from mess_compile.search import plan as plans
-from mess_compile.search.display import speed, work
+from mess_compile.search.display import NO_CELLS, network_label, speed, work
+from mess_compile.search.plan import HoldOut, Plan, SearchResult
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Compared:
     def what(self) -> str:
         """What kind of network the plan is."""
         if is_whole(self.heads[0]):
-            return "the whole network, uncut"
+            return "the full network"
         alone = self.setting != "anytime" and max(self.predicted.exit_rates) == 1
         return "a shorter network: all images leave at one exit" if alone else f"a cascade of {len(self.heads)} exits"
 
@@ -65,14 +65,14 @@ class Compared:
         return self.predicted.miou - self.baseline.miou
 
 
-def of_result(name: str, result: plans.SearchResult) -> Compared:
-    """The chosen plan of a search, and its front."""
+def of_result(name: str, result: SearchResult, cells: Mapping[str, int] = NO_CELLS) -> Compared:
+    """The chosen plan of a search, and its front; `cells` are those of a head's map, by its name."""
     plan = result.plan
     front = (
         Point(" → ".join(stage.head for stage in one.stages), one.predicted.latency_ms, one.predicted.miou)
         for one in result.front
     )
-    return _compared(name, "plan", plan, plan.device, plan.network, plan.gate.thresholds, tuple(front))
+    return _compared(name, "plan", plan, plan.device, plan.network, plan.gate.thresholds, cells, tuple(front))
 
 
 def of_bundle(name: str, content: manifest.Manifest) -> tuple[Compared, ...]:
@@ -81,7 +81,8 @@ def of_bundle(name: str, content: manifest.Manifest) -> tuple[Compared, ...]:
     single = len(content.plans) == 1
     return tuple(
         _compared(
-            name if single else f"{name} ({plan.target})", "bundle", plan, plan.target, content.network.identity, lowest
+            *(name if single else f"{name} ({plan.target})", "bundle", plan, plan.target, content.network.identity),
+            *(lowest, {stage.head: stage.cells for stage in plan.stages}),
         )
         for plan in content.plans
     )
@@ -90,10 +91,11 @@ def of_bundle(name: str, content: manifest.Manifest) -> tuple[Compared, ...]:
 def _compared(
     name: str,
     kind: str,
-    plan: plans.Plan | manifest.BundlePlan,
+    plan: Plan | manifest.BundlePlan,
     device: str,
     network: str,
     thresholds: Sequence[float],
+    cells: Mapping[str, int],
     front: tuple[Point, ...] = (),
 ) -> Compared:
     return Compared(
@@ -105,7 +107,7 @@ def _compared(
         setting=plan.setting,
         network=network,
         heads=tuple(stage.head for stage in plan.stages),
-        decisions=tuple(_decision(thresholds[stage.row], stage.cut) for stage in plan.stages),
+        decisions=tuple(_decision(thresholds[stage.row], stage.cut, cells.get(stage.head)) for stage in plan.stages),
         predicted=plan.predicted,
         baseline=plan.baseline,
         baseline_name=plan.baseline_name,
@@ -115,11 +117,11 @@ def _compared(
         ),
         front=front,
         doubts=plan.doubts,
-        held_out=_held_out(plan.hold_out if isinstance(plan, plans.Plan) else None),
+        held_out=_held_out(plan.hold_out if isinstance(plan, Plan) else None),
     )
 
 
-def _held_out(held_out: plans.HoldOut | None) -> str:
+def _held_out(held_out: HoldOut | None) -> str:
     """The plan's mIoU relative to the baseline's on the images held out, and how many they are."""
     return (
         "-"
@@ -128,8 +130,11 @@ def _held_out(held_out: plans.HoldOut | None) -> str:
     )
 
 
-def _decision(threshold: float, cut: int | None) -> str:
-    return "takes the rest" if cut is None else f"{cut} cells of confidence {threshold:.2f}"
+def _decision(threshold: float, cut: int | None, cells: int | None) -> str:
+    """The share of cells with that confidence from which images leave, or their number."""
+    if cut is None:
+        return "takes the rest"
+    return f"{cut} at {threshold:.2f}" if cells is None else f"{100 * cut / cells:.1f} % at {threshold:.2f}"
 
 
 _ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
@@ -139,12 +144,12 @@ _ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
     ("setting", lambda one: one.setting),
     ("plan", lambda one: one.what),
     ("heads", lambda one: " → ".join(one.heads)),
-    ("leaves with", lambda one: "; ".join(one.decisions)),
-    ("images per exit", lambda one: " ".join(f"{rate:.0%}" for rate in one.predicted.exit_rates)),
+    ("confident cells needed", lambda one: "; ".join(one.decisions)),
+    ("images per stage", lambda one: " ".join(f"{rate:.0%}" for rate in one.predicted.exit_rates)),
     ("mIoU %", lambda one: f"{one.predicted.miou:.2f}"),
     ("pp from its baseline", lambda one: f"{one.miou_pp:+.2f}"),
     ("latency ms", lambda one: f"{one.predicted.latency_ms:.2f} {one.predicted.source}"),
-    ("baseline ms", lambda one: f"{one.baseline.latency_ms:.2f} ({one.baseline_name})"),
+    ("baseline ms", lambda one: f"{one.baseline.latency_ms:.2f} ({network_label(one.baseline_name)})"),
     ("speed", lambda one: speed(one.latency_ratio)),
     ("p95 ms", lambda one: f"{one.predicted.p95_ms:.2f}"),
     ("worst ms", lambda one: f"{one.predicted.worst_ms:.2f}"),

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mess_compile import extras
 from mess_compile.evaluate import diagnose, statistics
-from mess_compile.latency import table as latency
 from mess_compile.latency.checks import known_warnings
+from mess_compile.latency.table import LatencyTable, read_latency_table
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, GraphSet, head_grid, read_graph_set, segment_name
 from mess_compile.report.search_output import details
-from mess_compile.runtime.base.errors import InputError, did_you_mean
+from mess_compile.runtime.base.errors import InputError, MessError, did_you_mean
 from mess_compile.runtime.bundle.archive import read_manifest
-from mess_compile.runtime.bundle.manifest import MANIFEST, Figures
+from mess_compile.runtime.bundle.manifest import MANIFEST, BundleStage, Figures
 from mess_compile.runtime.images.notebook import table_html, text_html
-from mess_compile.search import plan as plans
-from mess_compile.search.display import exits_table, figures_table
+from mess_compile.runtime.machine.device_names import stored_name
+from mess_compile.search.display import (
+    NO_CELLS,
+    exits_table,
+    figures_table,
+    needed_text,
+    network_label,
+    stage_text,
+)
 from mess_compile.search.explain import Explanation, Outcome
 from mess_compile.search.hold_out import held_out_sentence, held_out_table
+from mess_compile.search.plan import Plan, SearchResult, read_result, result_to_json
 from mess_compile.workspace import Workspace
 
 BACKBONES = ("resnet50", "mobilenetv2")
 ARTEFACTS = ("graphs", "statistics", "latency", "plan")
 FRONT_ROWS = 15
 _CONCLUSIONS = {
-    "gate": "a better gate would help more than better heads",
-    "heads": "better heads would help more than a better gate",
-    "both": "a better gate and better heads would help alike",
-    "neither": "a better gate or better heads would bring little",
+    "gate": "a better exit rule would help more than better heads",
+    "heads": "better heads would help more than a better exit rule",
+    "both": "a better exit rule and better heads would help alike",
+    "neither": "a better exit rule or better heads would bring little",
 }
 
 
@@ -72,14 +82,14 @@ def inspect(
     if thing in ("latency", "plan"):
         device = workspace.memory().device
         if device is None:
-            raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
+            raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device cpu`")
         if thing == "latency":
-            table = latency.read_latency_table(workspace.latency(device))
+            table = read_latency_table(workspace.latency(device))
             return inspect_latency(table, known_warnings(workspace, table))
-        return inspect_plan(plans.read_result(workspace.plan(device)), whole_front)
+        return inspect_plan(read_result(workspace.plan(device)), whole_front, cells_of_heads(workspace))
     is_there = Path(thing).is_file() or Path(thing, MANIFEST).is_file()
-    if thing.endswith(".json") or (not is_there and workspace.plan(thing).is_file()):
-        return inspect_plan(plans.read_result(workspace.plan_named(thing)), whole_front)
+    if thing.endswith(".json") or (not is_there and workspace.plan(stored_name(thing)).is_file()):
+        return inspect_plan(read_result(workspace.plan_named(thing)), whole_front, cells_of_heads(workspace))
     if not is_there:
         near = did_you_mean(thing, (*BACKBONES, *ARTEFACTS))
         raise InputError(f"{thing!r} is no file{near}, and none of {', '.join((*BACKBONES, *ARTEFACTS))}")
@@ -183,8 +193,11 @@ def inspect_graphs(graph_set: GraphSet) -> Inspection:
     return Inspection(content, (*_workload_tables(graph_set.candidate)[:1], table))
 
 
+_LIMITS = {"gate": "exit rule", "heads": "heads", "both": "both", "neither": "neither"}
+
+
 def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
-    """Every head on its own: mIoU, how often it is sure at the middle threshold row, and what limits leaving there."""
+    """Every head on its own: mIoU, its confident cells at the middle threshold, and what limits leaving there."""
     diagnosed = diagnose.diagnose(found)
     early = {one.head: one for one in diagnosed.heads}
     heads = [_head_content(found, head, early.get(head), diagnosed.max_errs_pp) for head in found.heads]
@@ -211,7 +224,7 @@ def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
     table = _statistics_table(title, heads, diagnosed.max_errs_pp)
     notes = (*_legend(found, diagnosed), *map(_verdict_sentence, verdicts)) if verdicts else ()
     if alone is not None:
-        notes = (f"{BASELINE_ALONE}, the single-exit network trained alone: {alone:.2f} % mIoU", *notes)
+        notes = (f"{network_label(BASELINE_ALONE)}: {alone:.2f} % mIoU", *notes)
     return Inspection(content, (table,), notes, () if weak is None else (weak.sentence,))
 
 
@@ -267,8 +280,11 @@ def _statistics_table(title: str, heads: Sequence[dict[str, Any]], errors: Seque
         )
         for head in heads
     )
-    columns = tuple(f"{kind.removesuffix('_share')} {error}%" for kind, error in shares)
-    return Table(title, ("head", "mIoU %", "sure", "coverage", "AUROC", *columns), rows)
+    columns = tuple(f"{_RULES[kind]} {error}%" for kind, error in shares)
+    return Table(title, ("head", "mIoU %", "confident", "coverage", "AUROC", *columns), rows)
+
+
+_RULES = {"gate_share": "rule", "oracle_share": "ideal"}
 
 
 def _share(value: float | None) -> str:
@@ -278,24 +294,24 @@ def _share(value: float | None) -> str:
 def _legend(found: statistics.ExitStatistics, diagnosed: diagnose.Diagnosis) -> tuple[str, ...]:
     errors = " or ".join(f"{error:g}" for error in diagnosed.max_errs_pp)
     return (
-        f"sure: cells sure at {found.gate.thresholds[_middle_row(found)]:g}",
+        f"confident: the share of cells whose confidence reaches {found.gate.thresholds[_middle_row(found)]:g}",
         f"coverage: images on which the head is as good as {diagnosed.final}, to {diagnosed.tolerance_pp:g} pp of mIoU",
-        "AUROC: how well its confidence tells them at the best threshold; 0.5 is chance",
-        f"gate: images that may leave there within {errors} pp of mIoU, by the best threshold and cut",
-        "oracle: those that may with perfect knowledge (greedy: at least so many)",
+        "AUROC: how well confidence separates these from the others, at the best threshold; 0.5 is chance",
+        f"rule: images that the exit rule with its best thresholds lets leave there, within {errors} pp of mIoU",
+        "ideal: images that an ideal exit rule, which knows the labels, lets leave there (greedy: at least so many)",
     )
 
 
 def _verdict_sentence(verdict: diagnose.LimitingFactor) -> str:
-    exits = ", ".join(f"exit {one.exit_point} {one.limit}" for one in verdict.exits)
+    exits = ", ".join(f"exit {one.exit_point} {_LIMITS[one.limit]}" for one in verdict.exits)
     return (
-        f"at {verdict.max_err_pp:g}%, the best head of each early exit could let {verdict.oracle_share:.0%} of images "
-        f"leave with perfect knowledge (mean over exits), its gate lets {verdict.gate_share:.0%}: "
+        f"at {verdict.max_err_pp:g}%, an ideal exit rule would let {verdict.oracle_share:.0%} of images leave at the "
+        f"best head of an early exit (mean over exits), the exit rule lets {verdict.gate_share:.0%}: "
         f"{_CONCLUSIONS[verdict.limit]} (limited by: {exits})"
     )
 
 
-def inspect_latency(table: latency.LatencyTable, warnings: Sequence[str] = ()) -> Inspection:
+def inspect_latency(table: LatencyTable, warnings: Sequence[str] = ()) -> Inspection:
     """Every entry of a latency table, and the warnings about it."""
     entries = [asdict(entry) for entry in table.entries.values()]
     content = {
@@ -330,24 +346,30 @@ def inspect_latency(table: latency.LatencyTable, warnings: Sequence[str] = ()) -
     return Inspection(content, (Table(title, header, rows),), failed, tuple(warnings))
 
 
-def inspect_plan(result: plans.SearchResult, whole_front: bool = False) -> Inspection:
+def cells_of_heads(workspace: Workspace) -> Mapping[str, int]:
+    """The number of cells of every head's map, by its name; empty without graphs."""
+    with suppress(MessError):
+        candidate = read_graph_set(workspace.graphs).candidate
+        return {head.name: math.prod(candidate.logits_hw(head)) for head in candidate.heads}
+    return NO_CELLS
+
+
+def inspect_plan(result: SearchResult, whole_front: bool = False, cells: Mapping[str, int] = NO_CELLS) -> Inspection:
     """The chosen plan with all that the search found out about it, and the front, fastest first."""
     plan, front = result.plan, result.front
-    choice = inspect_choice(result)
+    choice = inspect_choice(result, cells)
     chosen = next((i for i, p in enumerate(front) if (p.stages, p.precision) == (plan.stages, plan.precision)), None)
     indices = range(len(front)) if whole_front else _shown_of_front(len(front), chosen)
     left = len(front) - len(indices)
     less = (f"{left} of the front's {len(front)} plans are left out: `inspect plan --all` shows them, as does --json",)
     tables = (*choice.tables, _front_table(result, indices, chosen))
-    return Inspection(
-        plans.result_to_json(result), tables, (*choice.notes, *(less if left else ())), tuple(plan.doubts)
-    )
+    return Inspection(result_to_json(result), tables, (*choice.notes, *(less if left else ())), tuple(plan.doubts))
 
 
-def inspect_choice(result: plans.SearchResult) -> Inspection:
+def inspect_choice(result: SearchResult, cells: Mapping[str, int] = NO_CELLS) -> Inspection:
     """The chosen plan: its exits, its figures beside the baseline's, its operating points, and how it was found."""
     plan = result.plan
-    header, exits = exits_table(plan)
+    header, exits = exits_table(plan, cells)
     title, columns, figures = figures_table(plan)
     tables = [
         Table(f"plan for {plan.device}, {plan.setting}, {plan.precision}", header, tuple(exits)),
@@ -358,7 +380,7 @@ def inspect_choice(result: plans.SearchResult) -> Inspection:
         tables.append(Table(held, columns, tuple(figures)))
     asked = next((promise.limit for promise in plan.promises if promise.quantity == "err_pp"), None)
     notes = (held_out_sentence(result, asked), *details(result))
-    return Inspection({}, (*tables, *points_tables(plan)), notes)
+    return Inspection({}, (*tables, *points_tables(plan, cells)), notes)
 
 
 def _shown_of_front(count: int, chosen: int | None) -> Sequence[int]:
@@ -370,7 +392,7 @@ def _shown_of_front(count: int, chosen: int | None) -> Sequence[int]:
     return sorted({*near, *spread})
 
 
-def _front_table(result: plans.SearchResult, indices: Sequence[int], chosen: int | None) -> Table:
+def _front_table(result: SearchResult, indices: Sequence[int], chosen: int | None) -> Table:
     rows = tuple(
         (
             f"{index + 1} chosen" if index == chosen else str(index + 1),
@@ -394,7 +416,7 @@ def _rates(figures: Figures) -> str:
     return " ".join(f"{rate:.0%}" for rate in figures.exit_rates)
 
 
-def points_tables(plan: plans.Plan) -> tuple[Table, ...]:
+def points_tables(plan: Plan, cells: Mapping[str, int] = NO_CELLS) -> tuple[Table, ...]:
     """The operating points of a plan: the same graphs, other thresholds; none where there are no early exits."""
     if len(plan.stages) == 1:
         return ()
@@ -405,19 +427,26 @@ def points_tables(plan: plans.Plan) -> tuple[Table, ...]:
             f"{point.predicted.p95_ms:.2f}",
             f"{point.predicted.miou:.2f}",
             _rates(point.predicted),
-            " ".join("-" if d.cut is None else f"{plan.gate.thresholds[d.row]:.2f}/{d.cut}" for d in point.decisions),
+            " ".join(
+                "-" if d.cut is None else f"{plan.gate.thresholds[d.row]:.2f}/{_needed(d.cut, cells.get(stage.head))}"
+                for stage, d in zip(plan.stages, point.decisions, strict=True)
+            ),
         )
         for point in plan.operating_points
     )
     title = "operating points: the same graphs, switched at run time"
-    return (Table(title, ("", "latency ms", "p95 ms", "mIoU %", "exits", "threshold/cells"), rows),)
+    return (Table(title, ("", "latency ms", "p95 ms", "mIoU %", "exits", "threshold/cells needed"), rows),)
+
+
+def _needed(cut: int, cells: int | None) -> str:
+    return str(cut) if cells is None else f"{100 * cut / cells:.1f}%"
 
 
 def inspect_explanation(found: Explanation) -> Inspection:
     """Why a plan was chosen: what its exits gain, what its requirement costs, what would help most."""
     exits = tuple(
         (
-            f"exit {share.exit}",
+            stage_text(share.exit, share.head),
             share.head,
             f"{share.coverage:.0%}",
             *("-" if value is None else f"{value:.2f}" for value in (share.miou, share.baseline_miou)),
@@ -463,10 +492,11 @@ def inspect_bundle(path: Path) -> Inspection:
         title = (
             f"{plan.target}, {plan.library} {plan.precision}, {plan.setting}: predicted {figures.latency_ms:.2f} ms, "
             f"{figures.miou:.2f} % mIoU ({figures.source}, {figures.images} images of {figures.split}); "
-            f"{plan.baseline_name} {plan.baseline.latency_ms:.2f} ms, {plan.baseline.miou:.2f} %"
+            f"{network_label(plan.baseline_name)} {plan.baseline.latency_ms:.2f} ms, {plan.baseline.miou:.2f} %"
         )
-        decided = ("threshold row", "cells needed") if len(plan.stages) > 1 else ()
-        tables.append(Table(title, ("exit", "head", *decided), _stage_rows(plan.stages, bool(decided))))
+        thresholds = [min(row) for row in manifest.gate.thresholds] if len(plan.stages) > 1 else ()
+        decided = ("confidence threshold", "confident cells needed") if thresholds else ()
+        tables.append(Table(title, ("", "head", *decided), _stage_rows(plan.stages, thresholds)))
         notes += [
             f"{path} runs in {found.used}: in {found.wanted} it lost too much"
             for path, found in plan.precisions.items()
@@ -475,11 +505,11 @@ def inspect_bundle(path: Path) -> Inspection:
     return Inspection(asdict(manifest), tuple(tables), tuple(notes), tuple(dict.fromkeys(warnings)))
 
 
-def _stage_rows(stages: Sequence[Any], decided: bool) -> tuple[tuple[str, ...], ...]:
+def _stage_rows(stages: Sequence[BundleStage], thresholds: Sequence[float]) -> tuple[tuple[str, ...], ...]:
+    """A row for each exit of a plan, with its decision where there are `thresholds`, of each row of the gate."""
+    rows = ((stage_text(number, stage.head), stage) for number, stage in enumerate(stages, 1))
+    if not thresholds:
+        return tuple((name, stage.head) for name, stage in rows)
     return tuple(
-        (str(number), stage.head, *(_decision(stage) if decided else ())) for number, stage in enumerate(stages, 1)
+        (name, stage.head, f"{thresholds[stage.row]:.2f}", needed_text(stage.cut, stage.cells)) for name, stage in rows
     )
-
-
-def _decision(stage: Any) -> tuple[str, str]:
-    return str(stage.row), "-" if stage.cut is None else f"{stage.cut} of {stage.cells}"

@@ -18,7 +18,7 @@ from mess_compile.report.comparison import Compared, notes, rows, warnings
 from mess_compile.report.model import Benched, Missing, Picture, Report, SearchFound
 from mess_compile.report.published import paper_rows
 from mess_compile.report.views import Classes, GraphCosts, PlanView
-from mess_compile.search.display import sentences_of, speed
+from mess_compile.search.display import network_label, sentences_of, speed
 
 _COMMAND = re.compile(r"`([^`]+)`")
 
@@ -48,7 +48,7 @@ def _rendered(template: str, **content: Any) -> str:
     )
     environment.globals["verbatim"] = lambda name: Markup(loader.get_source(environment, name)[0])
     environment.filters.update(commands=_commands, data_uri=_data_uri, json=_json, max_err=max_err_text)
-    environment.filters.update(speed=speed, capital=lambda text: text[:1].upper() + text[1:])
+    environment.filters.update(speed=speed, network=network_label, capital=lambda text: text[:1].upper() + text[1:])
     environment.tests["missing"] = lambda part: isinstance(part, Missing)
     plotting = Markup(plotly.offline.get_plotlyjs())
     return environment.get_template(template).render(version=__version__, plotting=plotting, **content)
@@ -86,7 +86,7 @@ def report_data(report: Report) -> dict[str, Any]:
     if isinstance(report.bench, Benched):
         bench = report.bench.bench
         columns = [{"name": name, **asdict(column)} for name, column in bench.columns.items()]
-        content["bench"] = {"baseline_name": bench.found.baseline_name, "columns": columns}
+        content["bench"] = {"baseline_name": network_label(bench.found.baseline_name), "columns": columns}
     return content
 
 
@@ -94,7 +94,7 @@ def _front_data(found: SearchFound) -> dict[str, Any]:
     plan = found.result.plan
     return {
         "setting": plan.setting,
-        "baseline": {"name": plan.baseline_name, **asdict(plan.baseline)},
+        "baseline": {"name": network_label(plan.baseline_name), **asdict(plan.baseline)},
         "stops": [_stop_data(view) for view in found.views],
         "paper": [asdict(row) for row in paper_rows()],
     }

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from mess_compile import files
+from mess_compile.array_types import Pixels
 from mess_compile.runtime.images import frames
 
 Colours = Sequence[tuple[int, int, int]]
-Pixels = NDArray[np.uint8]
 _VOID = (0, 0, 0)
 _CAPTION_HEIGHT = 22
 _GAP = 4
@@ -54,13 +53,22 @@ def strip_picture(panels: Sequence[tuple[str, Pixels | Image.Image]]) -> Image.I
     size = (_PANEL_WIDTH, round(height * scale))
     strip = Image.new("RGB", (len(panels) * (size[0] + _GAP) - _GAP, size[1] + _CAPTION_HEIGHT), (255, 255, 255))
     draw = ImageDraw.Draw(strip)
-    font = ImageFont.load_default(size=14)
+    font = _font([caption for caption, _ in panels])
     for index, (caption, content) in enumerate(panels):
         x = index * (size[0] + _GAP)
         picture = content if isinstance(content, Image.Image) else Image.fromarray(content)
         strip.paste(picture.convert("RGB").resize(size, Image.Resampling.NEAREST), (x, _CAPTION_HEIGHT))
         draw.text((x + 2, 3), caption, fill=(20, 20, 20), font=font)
     return strip
+
+
+def _font(captions: Sequence[str]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The largest font in which every caption fits above its panel."""
+    for size in range(14, 8, -1):
+        font = ImageFont.load_default(size=size)
+        if max(map(font.getlength, captions)) <= _PANEL_WIDTH - 4:
+            break
+    return font
 
 
 def _shape(content: Pixels | Image.Image) -> tuple[int, int]:

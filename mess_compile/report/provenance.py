@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from mess_compile import __version__
-from mess_compile.latency import table as latency
+from mess_compile.latency.table import LatencyTable
 from mess_compile.report.model import Missing
-from mess_compile.search.display import expected_on_new_images
+from mess_compile.search.display import expected_on_new_images, network_label
 from mess_compile.search.hold_out import held_out_sentence
 from mess_compile.search.plan import Guarantee, SearchResult
 
 
-def provenance_of(result: SearchResult | None, table: latency.LatencyTable | Missing) -> tuple[tuple[str, str], ...]:
+def provenance_of(result: SearchResult | None, table: LatencyTable | Missing) -> tuple[tuple[str, str], ...]:
     """Names and values, of a search and the latency table as far as they are there."""
     origins: list[tuple[str, str]] = [("mess-compile", __version__)]
-    if isinstance(table, latency.LatencyTable):
+    if isinstance(table, LatencyTable):
         origins += [("engine library", f"{table.library} {table.library_version}"), ("latencies", table.source)]
         origins += [(name.replace("_", " "), value) for name, value in table.environment.items() if value]
     if result is not None:
@@ -26,7 +26,7 @@ def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
     origins = [
         ("network", plan.network),
         ("gate", f"{plan.gate.confidence}, {'edge-aware' if plan.gate.edge_aware else 'plain'}"),
-        ("baseline", plan.baseline_name),
+        ("baseline", network_label(plan.baseline_name)),
         ("chosen on", f"{plan.predicted.images} images of {plan.predicted.split} ({plan.tuned_by})"),
         ("held out", held_out_sentence(result, None)),
         ("latency table, SHA-256", plan.table_sha256),

@@ -34,9 +34,10 @@ def strip_of(
     colours = cascade.manifest.network.colours
     for prediction in cascade.refine(frame):
         mark = ", taken" if prediction.exit == taken else ""
-        caption = f"exit {prediction.exit}{mark} {confidence_text(prediction.confidence)}".rstrip()
+        sure = confidence_text(prediction.confidence, prediction.needed)
+        caption = f"stage {prediction.exit}{mark}{': ' if sure else ''}{sure}"
         caption += "" if truth is None else _right(prediction.labels, truth)
-        described = f"labels of exit {prediction.exit} laid over {name}"
+        described = f"labels of stage {prediction.exit} laid over {name}"
         pictures.append(picture(caption, described, frames.overlay(frame, prediction.labels, colours)))
     if truth is not None:
         pictures.append(picture("truth", f"true labels laid over {name}", truth_overlay(frame, truth, colours)))

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.evaluate.statistics import ExitStatistics, Ints
+from mess_compile.array_types import Ints
+from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.latency.table import LatencyTable, graph_cost_ns, stage_graphs
 from mess_compile.network import is_whole
 from mess_compile.runtime.bundle.manifest import Figures, OperatingPoint

@@ -1,4 +1,4 @@
-"""What is in a bundle, whether it works on this machine, and run it."""
+"""Inspect, verify and run a bundle on this machine."""
 
 from __future__ import annotations
 
@@ -80,10 +80,14 @@ def _parser(bundle: Optional[Path]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, do, words in (
-        ("info", _info, "what the bundle is"),
-        ("verify", _verify, "hashes, signature, golden frames, latency: one line each"),
-        ("run", _run, "segment pictures: labels as a palette PNG, and an overlay"),
-        ("watch", _watch, "segment every picture that is renamed into FOLDER/in, until the end; metrics in FOLDER"),
+        ("info", _info, "print what is in the bundle"),
+        ("verify", _verify, "check hashes, signature, golden frames and latency, one line each"),
+        ("run", _run, "segment pictures: write labels as a palette PNG, and an overlay"),
+        (
+            "watch",
+            _watch,
+            "segment every picture that appears in FOLDER/in (by rename), until stopped; metrics in FOLDER",
+        ),
     ):
         command = commands.add_parser(name, help=words, description=words)
         command.set_defaults(do=do)
@@ -93,20 +97,30 @@ def _parser(bundle: Optional[Path]) -> argparse.ArgumentParser:
             command.set_defaults(bundle=bundle)
         command.set_defaults(inside=bundle is not None)
         if name != "info":
-            command.add_argument("--target", help="the plan to use; the first that fits this machine by default")
-            command.add_argument("--allowed-signers", type=Path, help="who must have signed it, as ssh-keygen reads it")
-            command.add_argument("--identity", help="which of them; any by default")
+            command.add_argument("--target", help="the plan to use; by default the first that fits this machine")
+            command.add_argument(
+                "--allowed-signers",
+                type=Path,
+                help="file of allowed signers in ssh-keygen's format; requires a signature",
+            )
+            command.add_argument("--identity", help="the allowed signer; any of them by default")
         if name == "verify":
             command.add_argument("--require-signature", action="store_true", help="fail without --allowed-signers")
             command.add_argument("--latency-factor", type=_factor, default=LATENCY_FACTOR, help="default: %(default)s")
         if name == "watch":
-            command.add_argument("folder", type=Path, help="labels go to FOLDER/out, what is none to FOLDER/refused")
+            command.add_argument(
+                "folder", type=Path, help="labels go to FOLDER/out, unreadable pictures to FOLDER/refused"
+            )
         if name == "run":
-            command.add_argument("images", type=Path, nargs="+", help="PNG; others where Pillow is installed")
+            command.add_argument("images", type=Path, nargs="+", help="PNG; other formats if Pillow is installed")
             command.add_argument("-o", "--output", type=Path, default=Path("predictions"), help="default: %(default)s")
             way = command.add_mutually_exclusive_group()
             way.add_argument("--operating-point", default="default", help="default: %(default)s")
-            way.add_argument("--deadline", type=_deadline, help="such as 20ms: every exit in turn, while the next fits")
+            way.add_argument(
+                "--deadline",
+                type=_deadline,
+                help="per-image deadline, such as 20ms: go on to the next stage while it fits",
+            )
     return parser
 
 
@@ -160,7 +174,7 @@ def lines_of(manifest: Manifest) -> List[str]:
             f"{figures.miou:.2f} % mIoU, {figures.source}; baseline {baseline.latency_ms:.2f} ms, {baseline.miou:.2f} %"
         )
         lines += [f"  warning: {doubt}" for doubt in plan.doubts]
-        lines += [f"  exit {number}: {stage.head}" for number, stage in enumerate(plan.stages, 1)]
+        lines += [f"  stage {number}: {stage.head}" for number, stage in enumerate(plan.stages, 1)]
         for point in plan.operating_points:
             figures = point.predicted
             lines.append(f"  operating point {point.name}: {figures.latency_ms:.2f} ms, {figures.miou:.2f} % mIoU")
@@ -215,7 +229,8 @@ def _run_picture(cascade: Cascade, path: Path, options: argparse.Namespace) -> N
 def _words(prediction: Prediction, deadline_ms: Optional[float]) -> str:
     late = deadline_ms is not None and prediction.latency_ms > deadline_ms
     return (
-        f"{exit_text(prediction.exit, prediction.confidence)}, {prediction.latency_ms:.2f} ms"
+        f"{exit_text(prediction.exit, prediction.confidence, prediction.needed if deadline_ms is None else None)}, "
+        f"{prediction.latency_ms:.2f} ms"
         f"{', too late' if late else ''}"
     )
 

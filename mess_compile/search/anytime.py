@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mess_compile.array_types import Array
 from mess_compile.evaluate.statistics import head_miou
 from mess_compile.latency.table import Quantity, graph_cost_ns
 from mess_compile.network import Head, head_graph_name, segment_name
@@ -20,7 +20,6 @@ from mess_compile.runtime.measure.job_pool import DOWNLOAD, UPLOAD
 from mess_compile.search.metrics import Evidence, memory_bytes, worst_ns
 from mess_compile.search.requirement import Requirement
 
-Values = NDArray[Any]
 _MOST_CHAINS = 5_000_000
 ExitOutput = tuple[int, str]
 """An exit point, and the output graph that heads there share."""
@@ -31,7 +30,7 @@ class Chains:
     """Chains of heads at the same exit points, with their costs and mIoU as columns in the order of `heads`."""
 
     heads: tuple[tuple[str, ...], ...]
-    columns: dict[str, Values]
+    columns: dict[str, Array]
 
 
 def anytime_chains(evidence: Evidence, requirement: Requirement) -> list[Chains]:
@@ -58,7 +57,7 @@ def anytime_chains(evidence: Evidence, requirement: Requirement) -> list[Chains]
 def _whole(evidence: Evidence, requirement: Requirement, name: str) -> Chains:
     images = evidence.statistics.images
     time, miou = evidence.path_cost_ns(name), evidence.baseline_miou(name)
-    columns: dict[str, Values] = {
+    columns: dict[str, Array] = {
         "cost_ns": np.array([time * images]),
         "p95_ns": np.array([time]),
         "worst_ns": np.array([worst_ns(evidence, "anytime", [name])]),
@@ -109,10 +108,10 @@ def _chains(
     images = evidence.statistics.images
     times = _report_times(evidence, places, heads, "mean_ms")
     best = _best_so_far(heads, mious)
-    macs: Values = np.array(evidence.candidate.exit_point(places[-1][0]).macs)
+    macs: Array = np.array(evidence.candidate.exit_point(places[-1][0]).macs)
     for i, stage in enumerate(heads):
         macs = macs + _along(np.array([head.macs for head in stage], np.int64), i, len(heads))
-    columns: dict[str, Values] = {
+    columns: dict[str, Array] = {
         "cost_ns": times[-1] * images,
         "p95_ns": times[-1],
         "worst_ns": _worst_ns(evidence, places, heads),
@@ -129,17 +128,17 @@ def _chains(
     return Chains(tuple(itertools.product(*([head.name for head in stage] for stage in heads))), flat)
 
 
-def _along(values: Values, axis: int, axes: int) -> Values:
+def _along(values: Array, axis: int, axes: int) -> Array:
     """A vector along one of many axes."""
     return values.reshape([-1 if i == axis else 1 for i in range(axes)])
 
 
 def _report_times(
     evidence: Evidence, places: Sequence[ExitOutput], heads: Sequence[Sequence[Head]], quantity: Quantity
-) -> list[Values]:
+) -> list[Array]:
     """When each exit reports, as `latency.report_times_ns` computes it, by the heads up to it."""
     table, graph_set = evidence.table, evidence.graph_set
-    now: Values = np.array(table.cost_ns(UPLOAD, quantity=quantity), np.int64)
+    now: Array = np.array(table.cost_ns(UPLOAD, quantity=quantity), np.int64)
     times = []
     for i, (segment, (_, output)) in enumerate(zip(_segments(places), places, strict=True)):
         own = [graph_cost_ns(table, graph_set, head_graph_name(head.name), quantity) for head in heads[i]]
@@ -150,7 +149,7 @@ def _report_times(
     return times
 
 
-def _worst_ns(evidence: Evidence, places: Sequence[ExitOutput], heads: Sequence[Sequence[Head]]) -> Values:
+def _worst_ns(evidence: Evidence, places: Sequence[ExitOutput], heads: Sequence[Sequence[Head]]) -> Array:
     """As `latency.path_p99_ns` with every report, in the same order of sums."""
     table, graph_set = evidence.table, evidence.graph_set
 
@@ -160,25 +159,25 @@ def _worst_ns(evidence: Evidence, places: Sequence[ExitOutput], heads: Sequence[
     def square_of(graph: str) -> float:
         return square(graph, graph_set.spec(graph).precision)
 
-    squares: Values = np.array(square(UPLOAD))
+    squares: Array = np.array(square(UPLOAD))
     for i, (segment, (_, output)) in enumerate(zip(_segments(places), places, strict=True)):
         own = np.array([square_of(head_graph_name(head.name)) for head in heads[i]])
         squares = squares + square_of(segment) + _along(own, i, len(heads)) + square_of(output) + square(DOWNLOAD)
-    last: Values = _report_times(evidence, places, heads, "mean_ms")[-1] + np.rint(np.sqrt(squares)).astype(np.int64)
+    last: Array = _report_times(evidence, places, heads, "mean_ms")[-1] + np.rint(np.sqrt(squares)).astype(np.int64)
     return last
 
 
-def _best_so_far(heads: Sequence[Sequence[Head]], mious: dict[str, float]) -> list[Values]:
+def _best_so_far(heads: Sequence[Sequence[Head]], mious: dict[str, float]) -> list[Array]:
     """The best mIoU (percent) that any exit has reached, by the heads up to it."""
-    best: list[Values] = []
+    best: list[Array] = []
     for i, stage in enumerate(heads):
         own = _along(np.array([mious[head.name] for head in stage]), i, len(heads))
         best.append(np.maximum(best[-1], own) if best else own)
     return best
 
 
-def _score(evidence: Evidence, requirement: Requirement, times: list[Values], best: list[Values]) -> Values:
-    score: Values = np.zeros(())
+def _score(evidence: Evidence, requirement: Requirement, times: list[Array], best: list[Array]) -> Array:
+    score: Array = np.zeros(())
     if requirement.deadline_ms is not None:
         deadline = round(requirement.deadline_ms * 1e6)
         for time, reached in zip(times, best, strict=True):
@@ -190,12 +189,12 @@ def _score(evidence: Evidence, requirement: Requirement, times: list[Values], be
     return score / horizon
 
 
-def _memory_bytes(evidence: Evidence, places: Sequence[ExitOutput], heads: Sequence[Sequence[Head]]) -> Values:
+def _memory_bytes(evidence: Evidence, places: Sequence[ExitOutput], heads: Sequence[Sequence[Head]]) -> Array:
     """As `metrics.memory_bytes`: weights + the largest workspace + inputs and outputs, each tensor once."""
     spec = evidence.graph_set.spec
     fixed = [spec(name) for name in _fixed_graphs(places)]
-    weights: Values = np.array(sum(each.bytes for each in fixed))
-    workspace: Values = np.array(max(each.workspace_bytes for each in fixed))
+    weights: Array = np.array(sum(each.bytes for each in fixed))
+    workspace: Array = np.array(max(each.workspace_bytes for each in fixed))
     shapes: list[tuple[list[frozenset[Any]], list[int]]] = []
     for i, stage in enumerate(heads):
         specs = [spec(head_graph_name(head.name)) for head in stage]
@@ -211,5 +210,5 @@ def _memory_bytes(evidence: Evidence, places: Sequence[ExitOutput], heads: Seque
             for chosen in itertools.product(*(kinds for kinds, _ in shapes))
         ]
     ).reshape([len(kinds) for kinds, _ in shapes])
-    sizes: Values = weights + workspace + buffers[np.ix_(*(numbers for _, numbers in shapes))]
+    sizes: Array = weights + workspace + buffers[np.ix_(*(numbers for _, numbers in shapes))]
     return sizes

@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
-from mess_compile.network import is_whole
+from mess_compile.network import BASELINE, BASELINE_ALONE, is_whole
 from mess_compile.runtime.bundle.manifest import Figures
 from mess_compile.runtime.images.notebook import table_html, text_html
-from mess_compile.search.plan import FEW_IMAGES, Optimism, Plan, SearchResult, Stage
+from mess_compile.search.plan import FEW_IMAGES, Optimism, Plan, SearchResult
 from mess_compile.search.requirement import Requirement
 
+NO_CELLS: Mapping[str, int] = MappingProxyType({})
 NEARLY = 0.005
 """Ratios as close to 1 as this count as equal."""
 FIGURES = ("", "mIoU %", "latency ms", "p95 ms", "worst ms", "GMACs", "memory MiB")
 
 
-def exits_table(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and a row for each exit, with its thresholds where there are early exits."""
+def exits_table(plan: Plan, cells: Mapping[str, int] = NO_CELLS) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and a row for each exit, with its thresholds where there are early exits. `cells` are those of a head's
+    map, by its name."""
     gated = len(plan.stages) > 1
     rows = [
-        (f"exit {number}", _head(stage), *(_decision(plan, stage) if gated else ()), f"{rate:.0%}")
+        (
+            stage_text(number, stage.head),
+            stage.head,
+            *((f"{plan.gate.thresholds[stage.row]:.2f}", needed_text(stage.cut, cells.get(stage.head))) * gated),
+            f"{rate:.0%}",
+        )
         for number, (stage, rate) in enumerate(zip(plan.stages, plan.predicted.exit_rates, strict=True), start=1)
     ]
-    return ("", "head", *(("confidence threshold", "cells needed") if gated else ()), "images"), rows
+    return ("", "head", *(("confidence threshold", "confident cells needed") * gated), "images"), rows
 
 
-def _head(stage: Stage) -> str:
-    return f"{stage.head} (the whole network)" if is_whole(stage.head) else stage.head
+def stage_text(number: int, head: str) -> str:
+    """An exit of a plan, and which of the network's exits it is."""
+    if is_whole(head):
+        return "full network"
+    return f"stage {number} = network exit {head.partition('.')[0].removeprefix('exit')}"
 
 
-def _decision(plan: Plan, stage: Stage) -> tuple[str, str]:
-    return f"{plan.gate.thresholds[stage.row]:.2f}", "-" if stage.cut is None else str(stage.cut)
+def needed_text(cut: int | None, cells: int | None) -> str:
+    """The confident cells that an image needs to leave; their share where the number of cells is known."""
+    if cut is None:
+        return "-"
+    return str(cut) if cells is None else f"{100 * cut / cells:.1f} % ({cut} of {cells})"
+
+
+def baseline_label(name: str) -> str:
+    """What tables call the baseline that a plan is compared with."""
+    return f"{name.partition('-')[0]} ({network_label(name)})" if name == BASELINE_ALONE else name
+
+
+def network_label(name: str) -> str:
+    """A single-exit network in words."""
+    return {BASELINE: "full network", BASELINE_ALONE: "separately trained network"}.get(name, name)
 
 
 def speed(ratio: float) -> str:
@@ -55,7 +80,7 @@ def _percent_more(ratio: float) -> str:
 def kind_of_plan(plan: Plan) -> str | None:
     """One sentence where early exit adds nothing to a plan; None where images leave at several exits."""
     if plan.is_whole:
-        return "the plan is the whole network, uncut: no plan with exits does better under this requirement"
+        return "the plan is the full network: no plan with early exits is better under this requirement"
     if plan.only_exit is None:
         return None
     shorter = f"the plan is a shorter network: every image leaves at {plan.stages[plan.only_exit - 1].head}"
@@ -122,7 +147,7 @@ def sentences_of(plan: Plan) -> tuple[str, ...]:
 
 def by_name(plan: Plan) -> tuple[tuple[str, Figures], tuple[str, Figures]]:
     """The figures of baseline and plan."""
-    return (plan.baseline_name, plan.baseline), ("plan", plan.predicted)
+    return (baseline_label(plan.baseline_name), plan.baseline), ("plan", plan.predicted)
 
 
 def figures_table(plan: Plan) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
@@ -167,8 +192,8 @@ def plan_text(plan: Plan) -> str:
     ratio = other.latency_ms / own.latency_ms if own.latency_ms else math.inf
     return (
         f"plan for {plan.device} ({plan.precision}): {exits}; {own.latency_ms:.2f} ms {own.source}, {speed(ratio)}, "
-        f"{own.miou:.2f} % mIoU ({own.miou - other.miou:+.2f} pp of {plan.baseline_name}) on {own.images} images of "
-        f"{own.split}"
+        f"{own.miou:.2f} % mIoU ({own.miou - other.miou:+.2f} pp of the {network_label(plan.baseline_name)}) on "
+        f"{own.images} images of {own.split}"
     )
 
 
@@ -180,7 +205,7 @@ def result_text(result: SearchResult) -> str:
 def plan_html(plan: Plan) -> str:
     """Where images leave, and the figures of baseline and operating points."""
     figures = [
-        figures_row(plan.baseline_name, plan.baseline),
+        figures_row(baseline_label(plan.baseline_name), plan.baseline),
         *(figures_row(p.name, p.predicted) for p in plan.operating_points),
     ]
     sources = sorted({plan.baseline.source, plan.predicted.source})

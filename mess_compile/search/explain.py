@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from mess_compile.array_types import Ints
 from mess_compile.evaluate.diagnose import WeakFinalExit, weak_final_exit
-from mess_compile.evaluate.statistics import ExitStatistics, Ints, miou
+from mess_compile.evaluate.statistics import ExitStatistics, miou
 from mess_compile.latency.table import Latency, LatencyTable, stage_graphs
 from mess_compile.runtime.base.errors import RequirementError
 from mess_compile.search.context import SearchProgress, no_progress

@@ -13,22 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from mess_compile.array_types import Floats, Index
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.runtime.base.errors import InputError, RequirementError
 from mess_compile.search.context import SearchContext, SearchProgress, no_progress
 from mess_compile.search.metrics import Evidence, evidence_of_plan, figures_of_stages, refuse_different_images
 from mess_compile.search.plan import FRONT_BY, Guarantee, Optimism, Plan, SearchResult
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.risk import (
-    RESAMPLES,
-    Certified,
-    Floats,
-    Index,
-    certified_in_turn,
-    drops_pp,
-    numbered_groups,
-    pairs_of_plans,
-)
+from mess_compile.search.risk import RESAMPLES, Certified, certified_in_turn, drops_pp, numbered_groups, pairs_of_plans
 from mess_compile.search.solver import search_without_points
 
 FOLDS = 5

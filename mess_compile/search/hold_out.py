@@ -14,12 +14,13 @@ from fractions import Fraction
 
 import numpy as np
 
+from mess_compile.array_types import Index
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.runtime.base.errors import InputError
-from mess_compile.search.display import FIGURES, figures_row
+from mess_compile.search.display import FIGURES, baseline_label, figures_row, network_label
 from mess_compile.search.metrics import Evidence, baseline_figures, evidence_of_plan, figures_of_stages
 from mess_compile.search.plan import FEW_IMAGES, HoldOut, SearchResult, share_of
-from mess_compile.search.risk import Index, numbered_groups
+from mess_compile.search.risk import numbered_groups
 
 THIRD = Fraction(1, 3)
 LEAST_IMAGES = math.ceil(FEW_IMAGES / (1 - THIRD))
@@ -147,7 +148,11 @@ def held_out_table(hold_out: HoldOut, baseline_name: str) -> tuple[str, tuple[st
     """Title, header and rows: the plan and the baseline on images that it was not chosen on."""
     images = f"{hold_out.predicted.images} images of {hold_out.predicted.split}"
     title = f"held out, not used to choose the plan: {images}, {hold_out.rule}"
-    return title, FIGURES, [figures_row(baseline_name, hold_out.baseline), figures_row("plan", hold_out.predicted)]
+    return (
+        title,
+        FIGURES,
+        [figures_row(baseline_label(baseline_name), hold_out.baseline), figures_row("plan", hold_out.predicted)],
+    )
 
 
 def held_out_sentence(result: SearchResult, max_err_pp: float | None) -> str:
@@ -158,8 +163,8 @@ def held_out_sentence(result: SearchResult, max_err_pp: float | None) -> str:
         return f"nothing was held out{why}: all figures are of the images that the plan was chosen on"
     tuned, held = (figures.predicted.miou - figures.baseline.miou for figures in (plan, hold_out))
     words = (
-        f"mIoU against {plan.baseline_name}: {tuned:+.2f} pp on the {plan.predicted.images} images that it was chosen "
-        f"on, {held:+.2f} pp on the {hold_out.predicted.images} held out"
+        f"mIoU against the {network_label(plan.baseline_name)}: {tuned:+.2f} pp on the {plan.predicted.images} images "
+        f"that the plan was chosen on, {held:+.2f} pp on the {hold_out.predicted.images} held out"
     )
     if max_err_pp is None or plan.offset_pp - held <= max_err_pp:
         return words

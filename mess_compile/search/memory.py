@@ -6,12 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mess_compile.array_types import Array
 from mess_compile.network import head_graph_name
 from mess_compile.search.metrics import Evidence, memory_bytes, plan_graphs
-
-Array = NDArray[Any]
 
 
 def memory_of_chains(evidence: Evidence) -> Callable[[Array], Array]:

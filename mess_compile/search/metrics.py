@@ -10,21 +10,25 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.evaluate.statistics import ExitStatistics, head_miou, miou
-from mess_compile.evaluate.statistics import check_current as check_statistics_current
-from mess_compile.evaluate.statistics import content_sha256 as statistics_content_sha256
+from mess_compile.evaluate.statistics import (
+    ExitStatistics,
+    check_statistics_current,
+    head_miou,
+    miou,
+    statistics_content_sha256,
+)
 from mess_compile.latency.checks import warnings_of
 from mess_compile.latency.table import (
     LatencyTable,
     Quantity,
+    check_table_current,
     has_engine,
     path_costs_ns,
     path_p99_ns,
     report_times_ns,
     stage_graphs,
+    table_content_sha256,
 )
-from mess_compile.latency.table import check_current as check_table_current
-from mess_compile.latency.table import content_sha256 as table_content_sha256
 from mess_compile.network import BASELINE, CandidateNetwork, GraphSet, Head, head_graph_name, is_whole
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.bundle.manifest import Figures
@@ -38,7 +42,7 @@ from mess_compile.search.space import Grids, cut_grids
 class Evidence:
     """Everything that a plan's figures depend on: the graphs of one recipe, their latencies, and the exit statistics.
 
-    Raises InputError when the statistics hold no images or no baseline runs on the target, StaleError when table or
+    Raises InputError when the evaluation has no images or no baseline runs on the target, StaleError when table or
     statistics are of other graphs.
     """
 
@@ -48,7 +52,7 @@ class Evidence:
 
     def __post_init__(self) -> None:
         if not self.statistics.images:
-            raise InputError("the statistics hold no images: run `mess-compile evaluate` on data with labels")
+            raise InputError("the evaluation has no images: run `mess-compile evaluate` on data with labels")
         check_statistics_current(self.statistics, self.graph_set)
         check_table_current(self.table, self.graph_set)
         _refuse_no_numbers(self.table)
@@ -180,7 +184,7 @@ def refuse_different_images(evidences: Sequence[Evidence]) -> None:
     """Raises StaleError when the recipes' statistics are not of the same images."""
     if len({evidence.statistics.image_id for evidence in evidences}) > 1:
         raise StaleError(
-            "the recipes' statistics are of different images, so their figures cannot be compared: run "
+            "the evaluations of the precisions are of different images, so their figures cannot be compared: run "
             "`mess-compile evaluate --precision ...` on the same data for each"
         )
 

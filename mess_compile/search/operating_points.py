@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile.array_types import Index, Ints
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.runtime.bundle.manifest import Figures, OperatingPoint
 from mess_compile.search.exhaustive.enumeration import (
@@ -23,8 +24,6 @@ from mess_compile.search.pareto import front_groups
 from mess_compile.search.plan import POINT_NAMES, Stage, decisions_of, default_point
 from mess_compile.search.space import ENUMERATED_EXITS, Decisions, Grids, cut_grids, head_options, nobody
 
-Index = NDArray[np.intp]
-Ints = NDArray[np.int64]
 Front = tuple[Ints, NDArray[np.float64], list[tuple[Stage, ...]]]
 """The Pareto front of the thresholds of some heads, from the fastest to the most accurate: cost in ns, summed over
 images, mIoU in percent, and the stages."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-Index = NDArray[np.intp]
-Values = NDArray[Any]
+from mess_compile.array_types import Array, Index
 
 
-def front_groups(cost: Values, miou: Values, memory: Values | None = None) -> list[Index]:
+def front_groups(cost: Array, miou: Array, memory: Array | None = None) -> list[Index]:
     """The indices of the plans (n,) on the front, from the fastest, then the most accurate; equal plans in one group.
 
     A plan dominates another that costs as much or more, has no greater mIoU and takes no less memory, and differs in
@@ -28,7 +25,7 @@ def front_groups(cost: Values, miou: Values, memory: Values | None = None) -> li
     return [order[starts[i] : ends[i]] for i in best]
 
 
-def _undominated(cost: Values, miou: Values, memory: Values) -> Index:
+def _undominated(cost: Array, miou: Array, memory: Array) -> Index:
     """Which of different points, sorted by cost, then by mIoU from the greatest, are not dominated."""
     stairs = (
         np.zeros(0, cost.dtype),
@@ -48,7 +45,7 @@ def _undominated(cost: Values, miou: Values, memory: Values) -> Index:
     return np.sort(np.concatenate(found))
 
 
-def _rising(values: Values) -> NDArray[np.bool_]:
+def _rising(values: Array) -> NDArray[np.bool_]:
     """Which values are greater than every one before."""
     before = np.concatenate([[-np.inf], np.maximum.accumulate(values)[:-1]])
     rising: NDArray[np.bool_] = values > before

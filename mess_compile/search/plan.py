@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from mess_compile import files
 from mess_compile.network import BASELINE, Gate, GraphSet, is_whole
+from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, StaleError
-from mess_compile.runtime.bundle.manifest import PROMISED, Decision, Figures, OperatingPoint, Promise
+from mess_compile.runtime.bundle.manifest import (
+    PROMISED,
+    SOURCES,
+    Decision,
+    Figures,
+    OperatingPoint,
+    Promise,
+    complete_figures,
+)
 
 SETTINGS = ("input-dependent", "budgeted", "anytime")
 FRONT_AXES = ("latency", "miou", "memory")
@@ -31,8 +39,7 @@ _FRONT_FIELDS = (
     *("statistics_sha256", "operating_points", "reports", "optimism", "guarantee", "doubts", "promises", "hold_out"),
 )
 _REMEDY = "run `mess-compile search`"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_PLAIN: dict[Any, type] = {"int": int, "float": float, "str": str}
+_SHA256 = decode.entry(check=decode.SHA256)
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class HoldOut:
 
     share: str
     rule: str
-    image_ids_sha256: str
+    image_ids_sha256: str = field(metadata=_SHA256)
     predicted: Figures
     baseline: Figures
 
@@ -151,7 +158,7 @@ class Plan:
     device: str
     library: str
     precision: str
-    setting: str
+    setting: str = field(metadata=decode.entry(check=decode.one_of(SETTINGS)))
     network: str
     gate: Gate
     stages: tuple[Stage, ...]
@@ -159,20 +166,20 @@ class Plan:
     predicted: Figures
     baseline: Figures
     tuned_by: str
-    table_sha256: str
-    statistics_sha256: str
+    table_sha256: str = field(metadata=_SHA256)
+    statistics_sha256: str = field(metadata=_SHA256)
     operating_points: tuple[OperatingPoint, ...]
     power_mode: str | None = None
-    baseline_name: str = BASELINE
-    baseline_alone: str | None = None
+    baseline_name: str = field(default=BASELINE, metadata=decode.OPTIONAL)
+    baseline_alone: str | None = field(default=None, metadata=decode.OPTIONAL)
     reports: tuple[AnytimeReport, ...] = ()
     optimism: Optimism | None = None
     guarantee: Guarantee | None = None
     absent_classes: tuple[str, ...] = ()
     reference_miou: float | None = None
     doubts: tuple[str, ...] = ()
-    promises: tuple[Promise, ...] = ()
-    hold_out: HoldOut | None = None
+    promises: tuple[Promise, ...] = field(default=(), metadata=decode.OPTIONAL)
+    hold_out: HoldOut | None = field(default=None, metadata=decode.OPTIONAL)
 
     @property
     def is_whole(self) -> bool:
@@ -233,8 +240,8 @@ class SearchResult:
     front_by: tuple[str, ...] = FRONT_BY
     front_complete: bool = True
     without_optimism: str = ""
-    without_hold_out: str = ""
-    what_would_cut: str = ""
+    without_hold_out: str = field(default="", metadata=decode.OPTIONAL)
+    what_would_cut: str = field(default="", metadata=decode.OPTIONAL)
 
     def __repr__(self) -> str:
         from mess_compile.search.display import result_text
@@ -327,143 +334,54 @@ def write_result(path: Path, result: SearchResult) -> None:
 
 def read_result(path: Path) -> SearchResult:
     """Read what `write_result` wrote. Raises InputError when it is missing or damaged."""
-    content = files.read_json(path, "mess-plan", _READABLE, _REMEDY)
-    result: SearchResult = files.decoded(path, _REMEDY, lambda: _result_from_json(content))
-    return result
+    content = _completed(files.read_json(path, "mess-plan", _READABLE, _REMEDY))
+    document: _ResultDocument = files.decode_document(path, _ResultDocument, content, _REMEDY, _check_result)
+    return SearchResult(**{each.name: getattr(document, each.name) for each in fields(SearchResult)})
 
 
-def _result_from_json(content: dict[str, Any]) -> SearchResult:
-    plan = _plan_from_json(content["plan"])
-    front = tuple(_plan_from_json({**content["plan"], **point}) for point in content["front"])
-    proof = content["certificate"]
-    counts = {name: int(proof[name]) for name in ("space", "evaluated", "duplicates", "bounded")}
-    certificate = Certificate(**counts, gap=float(proof["gap"]), exhaustive=bool(proof["exhaustive"]))
-    front_by = tuple(map(str, content["front_by"]))
-    if not set(FRONT_BY) <= set(front_by) <= set(FRONT_AXES):
-        raise ValueError(f"a front by {front_by}")
-    whole, without = bool(content["front_complete"]), str(content["without_optimism"])
-    more = (str(content.get(name, "")) for name in ("without_hold_out", "what_would_cut"))
-    return SearchResult(plan, front, certificate, front_by, whole, without, *more)
+@dataclass(frozen=True)
+class _ResultDocument(SearchResult):
+    """The content of the file; every plan of its front is complete."""
+
+    source: str = field(default="", metadata=decode.entry(check=decode.one_of(SOURCES)))
 
 
-def _plan_from_json(content: dict[str, Any]) -> Plan:
-    if content["setting"] not in SETTINGS:
-        raise ValueError(f"setting {content['setting']!r}")
-    gate, alone = content["gate"], content.get("baseline_alone")
-    stages = _stages_from_json(content["stages"])
-    return Plan(
-        device=str(content["device"]),
-        library=str(content["library"]),
-        precision=str(content["precision"]),
-        setting=str(content["setting"]),
-        network=str(content["network"]),
-        gate=Gate(gate["confidence"], bool(gate["edge_aware"]), tuple(float(t) for t in gate["thresholds"])),
-        stages=stages,
-        graphs=tuple(PlanGraph(str(g["name"]), str(g["precision"]), str(g["wanted"])) for g in content["graphs"]),
-        predicted=_figures_from_json(content["predicted"]),
-        baseline=_figures_from_json(content["baseline"]),
-        tuned_by=str(content["tuned_by"]),
-        table_sha256=_sha256(content["table_sha256"]),
-        statistics_sha256=_sha256(content["statistics_sha256"]),
-        operating_points=_points_from_json(content["operating_points"], stages),
-        power_mode=None if content["power_mode"] is None else str(content["power_mode"]),
-        baseline_name=str(content.get("baseline_name", BASELINE)),
-        baseline_alone=None if alone is None else str(alone),
-        reports=_reports_from_json(content["reports"]),
-        optimism=None if content["optimism"] is None else _typed(Optimism, content["optimism"]),
-        guarantee=None if content["guarantee"] is None else _typed(Guarantee, content["guarantee"]),
-        absent_classes=tuple(map(str, content["absent_classes"])),
-        reference_miou=None if content["reference_miou"] is None else float(content["reference_miou"]),
-        doubts=tuple(map(str, content["doubts"])),
-        promises=tuple(map(_promise_from_json, content.get("promises", ()))),
-        hold_out=None if content.get("hold_out") is None else _hold_out_from_json(content["hold_out"]),
-    )
+def _completed(content: dict[str, Any]) -> dict[str, Any]:
+    """Every plan of the front with what it shares with the chosen one, and figures as this release writes them."""
+    plan, front = content.get("plan"), content.get("front")
+    if isinstance(plan, dict) and isinstance(front, list):
+        front = [{**plan, **point} if isinstance(point, dict) else point for point in front]
+        for each in (plan, *front):
+            if isinstance(each, dict):
+                complete_figures(each)
+    return {**content, "front": front}
 
 
-def _sha256(text: Any) -> str:
-    if not isinstance(text, str) or not _SHA256.fullmatch(text):
-        raise ValueError(f"{text!r} is not a SHA-256")
-    return text
+def _check_result(document: SearchResult) -> None:
+    if not set(FRONT_BY) <= set(document.front_by) <= set(FRONT_AXES):
+        axes = ", ".join(FRONT_AXES)
+        raise InputError(f"front_by is {list(document.front_by)}, not {' and '.join(FRONT_BY)} or more of {axes}")
+    _check_plan(document.plan, "plan")
+    for index, plan in enumerate(document.front):
+        _check_plan(plan, f"front[{index}]")
 
 
-def _points_from_json(content: Any, stages: Sequence[Stage]) -> tuple[OperatingPoint, ...]:
-    """The points in the order of their names; the default one must be the plan's own thresholds."""
-    points = tuple(
-        OperatingPoint(
-            str(point["name"]),
-            tuple(Decision(int(d["row"]), None if d["cut"] is None else int(d["cut"])) for d in point["decisions"]),
-            _figures_from_json(point["predicted"]),
-        )
-        for point in content
-    )
-    names = [point.name for point in points]
+def _check_plan(plan: Plan, where: str) -> None:
+    """Raises InputError when stages and operating points do not fit together."""
+    if not plan.stages or plan.stages[-1].cut is not None:
+        raise InputError(f"{where}.stages do not end in a stage without cut")
+    names = [point.name for point in plan.operating_points]
     if names != [name for name in POINT_NAMES if name in names]:
-        raise ValueError(f"operating points {names}, not some of {POINT_NAMES} in this order")
-    if [point.decisions for point in points if point.name == DEFAULT_POINT] != [decisions_of(stages)]:
-        raise ValueError(f"operating point {DEFAULT_POINT!r} is not the plan itself")
-    uncut = [stage.cut is None for stage in stages]
-    if any([decision.cut is None for decision in point.decisions] != uncut for point in points):
-        raise ValueError("an operating point does not decide where the plan does")
-    return points
-
-
-def _typed(kind: type[Any], content: dict[str, Any]) -> Any:
-    """A dataclass of numbers and texts from an object that has its fields and no others."""
-    types: dict[str, type] = {field.name: _PLAIN[field.type] for field in fields(kind)}
-    if content.keys() != types.keys():
-        raise ValueError(f"{kind.__name__} has {', '.join(content)}, not {', '.join(types)}")
-    for name, plain in types.items():
-        allowed = (int, float) if plain is float else (plain,)
-        value = content[name]
-        if type(value) not in allowed or (plain is not str and not math.isfinite(value)):
-            raise ValueError(f"{name} is {value!r}")
-    return kind(**{name: plain(content[name]) for name, plain in types.items()})
-
-
-def _stages_from_json(content: Any) -> tuple[Stage, ...]:
-    stages = tuple(
-        Stage(int(s["exit_point"]), str(s["head"]), int(s["row"]), None if s["cut"] is None else int(s["cut"]))
-        for s in content
-    )
-    if not stages or stages[-1].cut is not None:
-        raise ValueError("a plan has stages, and the last one no cut")
-    return stages
-
-
-def _figures_from_json(content: dict[str, Any]) -> Figures:
-    return Figures(
-        latency_ms=float(content["latency_ms"]),
-        p95_ms=float(content["p95_ms"]),
-        worst_ms=float(content["worst_ms"]),
-        miou=float(content["miou"]),
-        gmacs=float(content["gmacs"]),
-        memory_bytes=int(content["memory_bytes"]),
-        exit_rates=tuple(float(rate) for rate in content["exit_rates"]),
-        images=int(content["images"]),
-        split=str(content["split"]),
-        source=str(content["source"]),
-        energy_mj=None if content["energy_mj"] is None else float(content["energy_mj"]),
-        error=None if content.get("error") is None else float(content["error"]),
-    )
-
-
-def _promise_from_json(content: dict[str, Any]) -> Promise:
-    if content["quantity"] not in PROMISED:
-        raise ValueError(f"a promise of {content['quantity']!r}")
-    return Promise(
-        str(content["quantity"]), float(content["limit"]), bool(content["relative"]), float(content["offset_pp"])
-    )
-
-
-def _hold_out_from_json(content: dict[str, Any]) -> HoldOut:
-    return HoldOut(
-        share=str(share_of(str(content["share"]))),
-        rule=str(content["rule"]),
-        image_ids_sha256=_sha256(content["image_ids_sha256"]),
-        predicted=_figures_from_json(content["predicted"]),
-        baseline=_figures_from_json(content["baseline"]),
-    )
-
-
-def _reports_from_json(content: Any) -> tuple[AnytimeReport, ...]:
-    return tuple(AnytimeReport(float(report["latency_ms"]), float(report["miou"])) for report in content)
+        raise InputError(f"{where}.operating_points are {names}, not some of {', '.join(POINT_NAMES)} in this order")
+    if [point.decisions for point in plan.operating_points if point.name == DEFAULT_POINT] != [
+        decisions_of(plan.stages)
+    ]:
+        raise InputError(f"{where}.operating_points have no {DEFAULT_POINT!r} with the decisions of the stages")
+    uncut = [stage.cut is None for stage in plan.stages]
+    if any([decision.cut is None for decision in point.decisions] != uncut for point in plan.operating_points):
+        raise InputError(f"{where}.operating_points decide at other stages than the plan")
+    for promise in plan.promises:
+        if promise.quantity not in PROMISED:
+            raise InputError(f"{where}.promises has quantity {promise.quantity!r}, not one of {', '.join(PROMISED)}")
+    if plan.hold_out is not None:
+        share_of(plan.hold_out.share)

@@ -10,17 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mess_compile.array_types import Floats, Index
 from mess_compile.evaluate.statistics import head_miou
 from mess_compile.search.metrics import Evidence, evidence_of_plan, exits_taken
 from mess_compile.search.plan import Plan
 
 RESAMPLES = 2000
 _WEIGHTS = 1 << 22
-
-Floats = NDArray[np.float64]
-Index = NDArray[np.intp]
 
 
 @dataclass(frozen=True, eq=False)

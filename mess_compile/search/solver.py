@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile.array_types import Mask
 from mess_compile.latency.table import Quantity
 from mess_compile.runtime.base.errors import InputError, RequirementError
 from mess_compile.runtime.bundle.manifest import OperatingPoint
@@ -38,7 +39,6 @@ from mess_compile.search.pareto import front_groups
 from mess_compile.search.plan import FRONT_BY, REFINED_POINT, Certificate, Plan, SearchResult, decisions_of
 from mess_compile.search.requirement import Requirement
 
-Mask = NDArray[np.bool_]
 _AXES = {"latency": "cost_ns", "miou": "miou", "memory": "memory_bytes"}
 _COUNTS = ("space", "evaluated", "duplicates", "bounded")
 
@@ -72,9 +72,9 @@ def _search(evidence: Evidence, context: SearchContext) -> SearchResult:
     if requirement.needs_energy:
         refuse_without_energy(evidence)
     if requirement.setting == "input-dependent" and needs_branch_and_bound(evidence, requirement.early_exits):
-        from mess_compile.search.bnb.search import search as branch_and_bound  # compiles when it is first used
+        from mess_compile.search.bnb.search import bounded_search  # compiles when it is first used
 
-        return branch_and_bound(evidence, context)
+        return bounded_search(evidence, context)
     table = cached_plan_table(evidence, context)
     bounds = bounds_of(evidence, requirement).values()
     feasible = _feasible(table, bounds)
@@ -167,7 +167,7 @@ def search_without_points(evidences: Sequence[Evidence], context: SearchContext)
     """As `search_recipes`, without operating points, which take time."""
     if len(evidences) > 1 and context.requirement.setting == "anytime":
         names = ", ".join(evidence.graph_set.recipe for evidence in evidences)
-        raise InputError(f"the anytime setting compares plans of one recipe: name one of {names} with --precision")
+        raise InputError(f"the anytime setting compares plans of one precision: name one of {names} with --precision")
     refuse_different_images(evidences)
     requirement = _of_recipes(evidences, context.requirement)
     context = replace(context, requirement=requirement)

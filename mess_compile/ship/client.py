@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mess_compile.device.client import temporary_files
-from mess_compile.device.payload import SHIP as SHIP_PROGRAM
-from mess_compile.device.payload import runtime_zip
+from mess_compile.device.payload import SHIP_PROGRAM, runtime_zip
 from mess_compile.device.remote import PYTHON, Host, Remote, RemoteError, parse_host
 from mess_compile.device.scripts import shell_script
 from mess_compile.duration import duration
+from mess_compile.planned_step import PlannedStep, Shipment
+from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base import decode, protocol
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.bundle.archive import Archive, open_archive
 from mess_compile.runtime.bundle.plan_choice import named_plans
-from mess_compile.runtime.serve import ship as device_side
 from mess_compile.runtime.serve.ship import (
     BYTES_PER_S,
     ENGINE_S,
@@ -37,6 +37,7 @@ from mess_compile.runtime.serve.ship import (
     Installed,
     ShipRequest,
     Step,
+    request_to_json,
 )
 from mess_compile.runtime.serve.verify import LATENCY_FACTOR, Check
 from mess_compile.runtime.serve.versions import FILES, SHIP
@@ -44,7 +45,6 @@ from mess_compile.runtime.serve.versions import FILES, SHIP
 if TYPE_CHECKING:
     from mess_compile.ship.retune import Choice, Retuned
 
-Tell = Callable[[str], None]
 _PLACE = re.compile(r"(?P<host>(?:ssh://)?[^/]+?):?(?P<folder>/~?[^~]*|~/[^~]+)")
 _FOLDER = re.compile(r"/?[A-Za-z0-9_+][A-Za-z0-9_.+-]*(/[A-Za-z0-9_.+-]*)*")
 _LEAST_FOR_SPEED = 1 << 16
@@ -87,21 +87,6 @@ class Shipped:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class Preview:
-    """What shipping a bundle to a place would do, where `current` is in use. `expected_s` is None without history."""
-
-    place: str
-    current: str | None
-    send_bytes: int
-    files: int
-    build: tuple[str, ...]
-    expected_s: float | None
-    free_bytes: int
-    signers: str | None
-    refusal: str | None
-
-
 def parse_place(text: str, python: str = PYTHON) -> Destination:
     """From ssh://user@host[:port]:/folder; `~/folder` is below the home folder there, `python` starts Python there.
 
@@ -121,30 +106,30 @@ def ship(
     bundle: Path,
     places: Sequence[Destination],
     options: ShipOptions = ShipOptions(),
-    tell: Callable[[Destination, str], None] = lambda place, line: None,
+    reporter: Reporter = SILENT,
 ) -> list[Shipped]:
     """Ship a bundle to all `places` at once; one result a place. Raises InputError, BundleError for the bundle."""
     with _open_bundle(bundle, options) as archive:
         return _at_all_places(
-            places, lambda place, remote: _retune_and_ship(archive, place, remote, options, _to(tell, place))
+            places, lambda place, remote: _retune_and_ship(archive, place, remote, options, _at(place, reporter))
         )
 
 
 def rollback(
     places: Sequence[Destination],
     options: ShipOptions = ShipOptions(),
-    tell: Callable[[Destination, str], None] = lambda place, line: None,
+    reporter: Reporter = SILENT,
 ) -> list[Shipped]:
     """Go back to the previous version, at all `places` at once; one result a place."""
-    return _at_all_places(places, lambda place, remote: _rollback(place, remote, options, _to(tell, place)))
+    return _at_all_places(places, lambda place, remote: _rollback(place, remote, options, _at(place, reporter)))
 
 
-def preview(
+def plan_ship(
     bundle: Path, places: Sequence[Destination], options: ShipOptions = ShipOptions()
-) -> list[Preview | Shipped]:
+) -> list[PlannedStep | Shipped]:
     """What `ship` would do at each place, where nothing is changed. A failure gives a Shipped with its error."""
     with _open_bundle(bundle, options) as archive:
-        return _at_all_places(places, lambda place, remote: _preview(archive, place, remote, options))
+        return _at_all_places(places, lambda place, remote: _planned(archive, place, remote, options))
 
 
 def look(places: Sequence[Destination]) -> list[FolderReport | Shipped]:
@@ -163,8 +148,9 @@ def _open_bundle(bundle: Path, options: ShipOptions) -> Iterator[Archive]:
         yield archive
 
 
-def _to(tell: Callable[[Destination, str], None], place: Destination) -> Tell:
-    return lambda text: tell(place, text)
+def _at(place: Destination, reporter: Reporter) -> Reporter:
+    """A reporter whose notes name the place."""
+    return Reporter(note=lambda text: reporter.note(f"{place.text}: {text}"))
 
 
 def _at_all_places(places: Sequence[Destination], act: Callable[[Destination, Remote], Any]) -> list[Any]:
@@ -202,34 +188,36 @@ class _Replies:
     error: str | None = None
 
 
-def _retune_and_ship(archive: Archive, place: Destination, remote: Remote, options: ShipOptions, tell: Tell) -> Shipped:
+def _retune_and_ship(
+    archive: Archive, place: Destination, remote: Remote, options: ShipOptions, reporter: Reporter
+) -> Shipped:
     """Ship the bundle, with the thresholds chosen again on the device when the options say so."""
     if options.choice is None:
-        return _ship(archive, place, remote, options, tell)
+        return _ship(archive, place, remote, options, reporter)
     from mess_compile.ship.retune import retune
 
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mess-") as folder:
         path = Path(folder) / f"{archive.manifest.name}.mess"
-        changed, retuned = retune(archive, options.choice, options.target, remote, path, tell)
+        changed, retuned = retune(archive, options.choice, options.target, remote, path, reporter)
         if changed is None:
-            shipped = _ship(archive, place, remote, options, tell)
+            shipped = _ship(archive, place, remote, options, reporter)
         else:
             with closing(open_archive(changed)) as chosen:
-                shipped = _ship(chosen, place, remote, options, tell)
+                shipped = _ship(chosen, place, remote, options, reporter)
     return replace(shipped, retuned=retuned, seconds=time.monotonic() - start)
 
 
-def _ship(archive: Archive, place: Destination, remote: Remote, options: ShipOptions, tell: Tell) -> Shipped:
+def _ship(archive: Archive, place: Destination, remote: Remote, options: ShipOptions, reporter: Reporter) -> Shipped:
     start, sent_bytes = time.monotonic(), 0
     request = _request(archive, place, options)
     for _ in range(_ATTEMPTS):
         files = {file.sha256: archive.folder / name for name, file in archive.manifest.files.items()}
         pushing = time.monotonic()
-        pushed = _push(remote, files, f"{place.folder}/{FILES}", tell)
+        pushed = _push(remote, files, f"{place.folder}/{FILES}", reporter)
         took_s = time.monotonic() - pushing
         bytes_per_s = pushed / took_s if pushed > _LEAST_FOR_SPEED and took_s > 0 else None
-        replies, more = _run_action("ship", replace(request, bytes_per_s=bytes_per_s), place, remote, tell)
+        replies, more = _run_action("ship", replace(request, bytes_per_s=bytes_per_s), place, remote, reporter)
         sent_bytes += pushed + more
         if replies.done is not None:
             seconds = time.monotonic() - start
@@ -239,34 +227,39 @@ def _ship(archive: Archive, place: Destination, remote: Remote, options: ShipOpt
     raise RemoteError(f"{place.text}: files disappear after they arrive: is another program deleting files there?")
 
 
-def _rollback(place: Destination, remote: Remote, options: ShipOptions, tell: Tell) -> Shipped:
+def _rollback(place: Destination, remote: Remote, options: ShipOptions, reporter: Reporter) -> Shipped:
     start = time.monotonic()
     if _query(place, remote, ShipRequest(place.folder)).current is None:
         raise InputError(f"{place.text}: nothing was shipped there: see `mess-compile ship --list {place.text}`")
-    replies, sent_bytes = _run_action("rollback", ShipRequest(place.folder, target=options.target), place, remote, tell)
+    replies, sent_bytes = _run_action(
+        "rollback", ShipRequest(place.folder, target=options.target), place, remote, reporter
+    )
     if replies.done is None:
         raise RemoteError(f"{place.text} exited without output: run the command again", lost=True)
     return Shipped(place.text, sent_bytes, time.monotonic() - start, replies.done, tuple(replies.checks))
 
 
-def _preview(archive: Archive, place: Destination, remote: Remote, options: ShipOptions) -> Preview:
+def _planned(archive: Archive, place: Destination, remote: Remote, options: ShipOptions) -> PlannedStep:
     request, program = _request(archive, place, options), runtime_zip()
     report = _query(place, remote, replace(request, program=sha256(program).hexdigest()))
     sizes = {file.sha256: file.bytes for file in archive.manifest.files.values()}
     send_bytes = sum(sizes[name] for name in report.absent) + len(_text(request))
     send_bytes += 0 if report.program else len(program)
     full = f"{send_bytes} bytes to send, but only {report.free_bytes} are free"
-    no_space = full if send_bytes > report.free_bytes else None
-    return Preview(
-        place.text,
-        report.current,
-        send_bytes,
-        len(report.absent),
-        report.build,
-        _expected_s(report, send_bytes),
-        report.free_bytes,
-        report.signers,
-        report.refusal or no_space,
+    refusal = report.refusal or (full if send_bytes > report.free_bytes else None)
+    files, current = len(report.absent), report.current
+    what = (
+        f"ship {archive.manifest.name} to {place.text}, where {current or 'nothing'} is in use: send {send_bytes:,} "
+        f"bytes ({files} files beside manifest and program; {report.free_bytes / 2**20:,.0f} MiB free) and build "
+        f"{len(report.build)} engines"
+    )
+    if report.signers is not None:
+        what += f", check the signature against {report.signers}"
+    expected_s = _expected_s(report, send_bytes)
+    basis = "no earlier ship to this place" if expected_s is None else "the last ship to this place"
+    shipment = Shipment(current, send_bytes, files, report.build, report.free_bytes, report.signers, refusal)
+    return PlannedStep(
+        "ship", what, (place.text,), expected_s, basis, most_s=expected_s, place=place.text, shipment=shipment
     )
 
 
@@ -297,13 +290,13 @@ def _request(archive: Archive, place: Destination, options: ShipOptions) -> Ship
     )
 
 
-def _push(remote: Remote, files: dict[str, Path], folder: str, tell: Tell) -> int:
+def _push(remote: Remote, files: dict[str, Path], folder: str, reporter: Reporter) -> int:
     last = 0.0
 
     def progress(sent: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last > _REPORT_S:
-            tell(f"sending {size(total)}" + (f", {sent / total:.0%} done" if last else ""))
+            reporter.note(f"sending {size(total)}" + (f", {sent / total:.0%} done" if last else ""))
             last = time.monotonic()
 
     try:
@@ -316,18 +309,18 @@ def _push(remote: Remote, files: dict[str, Path], folder: str, tell: Tell) -> in
 
 
 def _run_action(
-    action: str, request: ShipRequest, place: Destination, remote: Remote, tell: Tell
+    action: str, request: ShipRequest, place: Destination, remote: Remote, reporter: Reporter
 ) -> tuple[_Replies, int]:
     """Run an action on the device; its replies, and the bytes that were sent for it."""
     programs = f"{place.folder}/{PROGRAMS}"
     with temporary_files(runtime_zip(), _text(request)) as paths:
         code, name = paths
-        sent_bytes = _push(remote, paths, programs, lambda text: None)
+        sent_bytes = _push(remote, paths, programs, SILENT)
     command = (place.host.python, "-u", f"{programs}/{code}", SHIP_PROGRAM)
     replies = _Replies()
     try:
         for line in remote.lines((*command, action, f"{programs}/{name}"), _pid_file(place)):
-            _receive(replies, line, place, tell)
+            _receive(replies, line, place, reporter)
     except RemoteError as failure:
         if replies.error is not None and not failure.lost:
             raise RemoteError(f"{place.text}: {replies.error}") from failure
@@ -353,7 +346,7 @@ def _query(place: Destination, remote: Remote, request: ShipRequest) -> FolderRe
         _tar({"program.zip": runtime_zip(), "request": _text(request)}),
     )
     for line in done.output.decode(errors="replace").splitlines():
-        _receive(replies, line, place, lambda text: None)
+        _receive(replies, line, place, SILENT)
     if replies.error is not None:
         raise RemoteError(f"{place.text}: {replies.error}")
     if replies.report is None:
@@ -362,7 +355,7 @@ def _query(place: Destination, remote: Remote, request: ShipRequest) -> FolderRe
     return replies.report
 
 
-def _receive(replies: _Replies, line: str, place: Destination, tell: Tell) -> None:
+def _receive(replies: _Replies, line: str, place: Destination, reporter: Reporter) -> None:
     message = protocol.message_from_line(line)
     if message is None:
         return
@@ -373,7 +366,7 @@ def _receive(replies: _Replies, line: str, place: Destination, tell: Tell) -> No
         elif kind == "check":
             replies.checks.append(decode.decode(Check, content, kind))
         elif kind == "step":
-            tell(_describe_step(decode.decode(Step, content, kind)))
+            reporter.note(_describe_step(decode.decode(Step, content, kind)))
         elif kind == "looked":
             replies.report = decode.decode(FolderReport, content, kind)
         elif kind == "done":
@@ -395,7 +388,7 @@ def size(count: int) -> str:
 
 
 def _text(request: ShipRequest) -> bytes:
-    return device_side.request_to_json(request).encode("utf-8")
+    return request_to_json(request).encode("utf-8")
 
 
 def _tar(contents: dict[str, bytes]) -> bytes:

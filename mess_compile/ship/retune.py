@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.bundle import write as bundles
+from mess_compile.array_types import Ints, Pixels
 from mess_compile.bundle.stage_costs import confidence_histograms
+from mess_compile.bundle.write import write_retuned
 from mess_compile.data.dataset import ALWAYS_IGNORED, Data, DataSet, Sample, open_dataset, samples
 from mess_compile.device.client import PythonSession
 from mess_compile.device.remote import Remote
-from mess_compile.evaluate.record import BLOCK, Image, countable
+from mess_compile.evaluate.record import BLOCK, countable
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, Gate
+from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import EngineError, InputError
 from mess_compile.runtime.bundle import manifest
 from mess_compile.runtime.bundle.archive import Archive
@@ -27,9 +29,6 @@ from mess_compile.search.hold_out import tuning_rows
 from mess_compile.search.metrics import exit_macs, exits_taken, mixture_miou, percentile
 from mess_compile.search.operating_points import thresholds_front
 from mess_compile.search.plan import Stage
-
-ExitCosts = NDArray[np.int64]
-"""The latency of an image that leaves at each exit, in ns."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Retuned:
 
 
 def retune(
-    opened: Archive, choice: Choice, target: str | None, remote: Remote, path: Path, tell: Callable[[str], None]
+    opened: Archive, choice: Choice, target: str | None, remote: Remote, path: Path, reporter: Reporter
 ) -> tuple[Path | None, Retuned]:
     """Run every exit of a bundle's plan (named by `target`) on the device, on the images that the plan was chosen on,
     and choose the thresholds again.
@@ -67,7 +66,7 @@ def retune(
     """
     plan = _plan(opened.manifest, choice.candidate, target)
     data = _images(choice.data, plan, opened.manifest)
-    statistics = _record_statistics(opened, plan, data, remote, tell)
+    statistics = _record_statistics(opened, plan, data, remote, reporter)
     stages = tuple(Stage(stage.exit_point, stage.head, stage.row, stage.cut) for stage in plan.stages)
     chosen = chosen_stages(statistics, plan, stages)
     found, new = (_figures(statistics, plan, each, choice.candidate) for each in (stages, chosen))
@@ -85,7 +84,7 @@ def retune(
     if opened.signature is not None and choice.key is None:
         raise InputError("the bundle is signed, and new thresholds change it: sign it again with --sign KEY")
     changed = _with_stages(plan, chosen, statistics, choice.candidate)
-    bundles.write_retuned(path, opened, changed, choice.key)
+    write_retuned(path, opened, changed, choice.key)
     return path, result
 
 
@@ -124,22 +123,22 @@ def _images(root: Data, plan: manifest.BundlePlan, described: manifest.Manifest)
 
 
 def _record_statistics(
-    opened: Archive, plan: manifest.BundlePlan, data: DataSet, remote: Remote, tell: Callable[[str], None]
+    opened: Archive, plan: manifest.BundlePlan, data: DataSet, remote: Remote, reporter: Reporter
 ) -> ExitStatistics:
     """Record the statistics of a plan's exits with the device's engines."""
     network, gate = opened.manifest.network, opened.manifest.gate
     thresholds, classes = np.array(gate.thresholds, np.float32), len(network.classes)
     blank = np.zeros((*network.input_hw, 3), np.uint8)
-    session = PythonSession(remote, plan.library, blank, thresholds, lambda what, done, total: None)
+    session = PythonSession(remote, plan.library, blank, thresholds, reporter.progress)
     jobs = {graph: (opened.folder / graph, plan.precisions[graph].used) for graph in plan.graphs()}
-    tell("building the engines of the exits")
+    reporter.note("building the engines of the exits")
     failed = session.build(jobs)
     if failed:
         raise EngineError(f"{next(iter(failed))} cannot be built on the device: {next(iter(failed.values()))}")
     scores: list[Score] = []
     items: list[Sample] = []
 
-    def counted(block: Sequence[Sample]) -> Iterator[tuple[Image, Image, NDArray[np.bool_]]]:
+    def counted(block: Sequence[Sample]) -> Iterator[tuple[Pixels, Pixels, NDArray[np.bool_]]]:
         for each in block:
             known = countable(each.id, each.frame, each.labels, classes, frozenset({ALWAYS_IGNORED}))
             yield each.frame, each.labels, known
@@ -149,7 +148,7 @@ def _record_statistics(
             block = list(samples(replace(data, items=data.items[start : start + BLOCK])))
             items += block
             scores += score(counted(block))
-            tell(f"scoring the exits: {len(scores)} of {len(data.items)} images")
+            reporter.note(f"scoring the exits: {len(scores)} of {len(data.items)} images")
     gated = [stage for stage in plan.stages if not stage.is_whole]
     return ExitStatistics(
         heads=tuple(stage.head for stage in gated),
@@ -213,14 +212,14 @@ class _Candidate:
     stages: tuple[Stage, ...]
 
 
-def _candidate(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: ExitCosts) -> _Candidate:
+def _candidate(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Ints) -> _Candidate:
     taken = exits_taken(statistics, stages)
     return _Candidate(
         int(costs[taken].sum()), mixture_miou(statistics, [stage.head for stage in stages], taken), stages
     )
 
 
-def _candidates(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: ExitCosts) -> Iterator[_Candidate]:
+def _candidates(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Ints) -> Iterator[_Candidate]:
     """The non-dominated thresholds for each subset of exits that images may leave at: all exits first, and the last one
     alone at the end. A smaller subset helps where an engine has become too confident."""
     early = range(len(stages) - 1)
@@ -235,9 +234,9 @@ def _candidates(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Ex
     yield _candidate(statistics, (*shut, stages[-1]), costs)
 
 
-def _costs(plan: manifest.BundlePlan) -> ExitCosts:
+def _costs(plan: manifest.BundlePlan) -> Ints:
     before = plan.upload_mean_ms + np.cumsum([cost.mean_ms for cost in plan.costs])
-    costs: ExitCosts = np.rint((before + [cost.report_mean_ms for cost in plan.costs]) * 1e6).astype(np.int64)
+    costs: Ints = np.rint((before + [cost.report_mean_ms for cost in plan.costs]) * 1e6).astype(np.int64)
     return costs
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 from mess_compile.data_folder import DataFolder
 from mess_compile.engines.prepare import RecipeBuild
 from mess_compile.network import Gate
+from mess_compile.planned_step import PlannedStep
 from mess_compile.report.collect import compare, report
 from mess_compile.reporter import Reporter
 from mess_compile.runtime.serve.verify import verify_bundle as verify
 from mess_compile.search.requirement import Requirement
-from mess_compile.ship.client import ShipOptions, parse_place, rollback, ship
+from mess_compile.ship.client import ShipOptions, parse_place, plan_ship, rollback, ship
 from mess_compile.ship.client import look as ships
-from mess_compile.ship.client import preview as plan_ship
 from mess_compile.steps.attach import Attached, AttachOptions, attach
 from mess_compile.steps.bench import BenchOptions, bench, bench_deadline, plan_bench
 from mess_compile.steps.build import EngineOptions, build, plan_build
 from mess_compile.steps.bundle import BundleOptions, bundle, plan_bundle
 from mess_compile.steps.devices import KnownDevice, devices, doctor, inspect
-from mess_compile.steps.dry_run import PlannedStep
 from mess_compile.steps.evaluate import EvaluateOptions, evaluate, plan_evaluate
 from mess_compile.steps.export import export
 from mess_compile.steps.profile import ProfileOptions, Subset, estimate, plan_profile, profile

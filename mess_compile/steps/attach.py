@@ -186,7 +186,7 @@ def _classes(opened: OpenedNetwork, options: AttachOptions, data: DataSet | None
         return ClassNames(names, tuple(default_colour(n - 1) for n in range(count)))
     if len(found.names) != count:
         raise InputError(
-            f"{where} has {len(found.names)} classes, but output {opened.end.output.name!r} of the network has {count}: "
+            f"{where} has {len(found.names)} classes, but output {opened.end.output.name!r} has {count}: "
             "name each, in the order of the network's channels, with --classes FILE"
         )
     return ClassNames(found.names, found.colours)

@@ -13,12 +13,12 @@ from mess_compile.engines.build import entries_in, refuse_without_engines, reusa
 from mess_compile.engines.prepare import RecipeBuild, engines_of, refuse_other_precisions, verified_graphs
 from mess_compile.engines.remote_build import build_there
 from mess_compile.network import GraphSet
+from mess_compile.planned_step import PlannedStep
 from mess_compile.profile.sparse import BUILDING_S
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.steps.device_choice import host_of, refuse_python_here, target_of
-from mess_compile.steps.dry_run import PlannedStep
 from mess_compile.targets import Target, refuse_unless_here
 from mess_compile.workspace import Workspace
 

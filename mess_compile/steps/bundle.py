@@ -14,8 +14,9 @@ from mess_compile import __version__, files
 from mess_compile.data import scenes
 from mess_compile.engines.prepare import engine_files, graphs_of_recipe
 from mess_compile.evaluate import statistics
-from mess_compile.latency.table import LatencyTable, check_current, content_sha256, read_latency_table
+from mess_compile.latency.table import LatencyTable, check_table_current, read_latency_table, table_content_sha256
 from mess_compile.network import GraphSet
+from mess_compile.planned_step import PlannedStep
 from mess_compile.reporter import SILENT, Progress, Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle.manifest import EngineFile, Manifest
@@ -23,7 +24,6 @@ from mess_compile.runtime.engines.engine import open_library
 from mess_compile.runtime.serve.versions import RELEASE
 from mess_compile.search.plan import Plan, check_plan_current, check_sources_current, read_result
 from mess_compile.steps.device_choice import target_of
-from mess_compile.steps.dry_run import PlannedStep
 from mess_compile.targets import Target, find_target
 from mess_compile.workspace import Workspace
 
@@ -45,6 +45,78 @@ class BundleOptions:
     release: int | None = None
 
 
+@dataclass(frozen=True)
+class _PlannedPart:
+    """A plan of a bundle, its target, and what it was made from (statistics None: deleted)."""
+
+    plan: Plan
+    target: Target
+    graph_set: GraphSet
+    table: LatencyTable
+    statistics: statistics.ExitStatistics | None
+
+
+@dataclass(frozen=True)
+class PlannedBundle:
+    """A bundle whose plans are checked against the workspace, and that may be written to `path`."""
+
+    workspace: Workspace
+    sources: tuple[Path, ...]
+    path: Path
+    options: BundleOptions
+    parts: tuple[_PlannedPart, ...]
+
+    @property
+    def steps(self) -> tuple[PlannedStep, ...]:
+        """What it does, for `--dry-run`."""
+        graphs = {
+            (graph.name, part.graph_set.identity): part.graph_set.spec(graph.name)
+            for part in self.parts
+            for graph in part.plan.graphs
+        }
+        size = sum(spec.bytes for spec in graphs.values()) / 2**20
+        what = (
+            f"bundle the plans {', '.join(map(str, self.sources))}: {len(graphs)} graphs with {size:.2f} MiB of weights"
+        )
+        replaced = [f"{self.path} exists, and would be replaced"] if self.path.exists() else []
+        notes = (*replaced, *(["missing engines would be built first"] if self.options.engines else []))
+        single = self.options.single_file
+        writes = (str(self.path), *([] if single is None else [str(single)]))
+        return (PlannedStep("bundle", what, writes, None, "no earlier timing", notes),)
+
+
+def plan_bundle(
+    workspace: Workspace,
+    plan_files: Sequence[Path | str] | None = None,
+    output: Path | None = None,
+    options: BundleOptions = BundleOptions(),
+) -> PlannedBundle:
+    """Check everything that `bundle` needs before anything is written. Raises InputError and StaleError."""
+    sources = [workspace.plan_named(plan) for plan in plan_files or ()]
+    sources = sources or [workspace.plan(target_of(workspace, None).name)]
+    chosen = [read_result(path).plan for path in sources]
+    path = output or workspace.bundle(chosen[0].device)
+    _check_outputs(sources, path, options.single_file)
+    parts = tuple(_planned_part(workspace, plan) for plan in chosen)
+    if options.engines:
+        for part in parts:
+            _refuse_without_engines(part.target)
+    return PlannedBundle(workspace, tuple(sources), path, options, parts)
+
+
+def _planned_part(workspace: Workspace, plan: Plan) -> _PlannedPart:
+    """Raises StaleError when the plan was made from other graphs, latencies or statistics."""
+    target = find_target(plan.device, workspace.root)
+    graph_set = graphs_of_recipe(workspace, plan.precision, plan.device)
+    check_plan_current(plan, graph_set)
+    table = read_latency_table(workspace.latency(plan.device))
+    sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
+    tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
+    known = tuning_statistics(table, plan.device, sources, tuning)
+    check_table_current(table, graph_set)
+    return _PlannedPart(plan, target, graph_set, table, known)
+
+
 def bundle(
     workspace: Workspace,
     plan_files: Sequence[Path | str] | None = None,
@@ -58,16 +130,16 @@ def bundle(
     """
     from mess_compile.bundle.write import write_bundle
 
-    _, path, chosen = _sources_of(workspace, plan_files, output, options)
+    planned = plan_bundle(workspace, plan_files, output, options)
     released = {} if options.release is None else {RELEASE: str(options.release)}
     with TemporaryDirectory(prefix="mess-") as folder:
         parts = [
-            _part(workspace, plan, Path(folder, str(number)), options, reporter.progress)
-            for number, plan in enumerate(chosen)
+            _part(planned, part, Path(folder, str(number)), reporter.progress)
+            for number, part in enumerate(planned.parts)
         ]
         first = parts[0].graph_set
         manifest = write_bundle(
-            path,
+            planned.path,
             parts,
             [scene.frame for scene in scenes.by_difficulty(first.candidate.input_hw, SCENES)],
             {"mess_compile": __version__, "golden_frames": "generated street scenes", **released},
@@ -78,73 +150,24 @@ def bundle(
     if options.single_file is not None:
         from mess_compile.bundle.single_file import write_single_file
 
-        write_single_file(path, manifest.plans[0].name, options.single_file)
-    return path, manifest
+        write_single_file(planned.path, manifest.plans[0].name, options.single_file)
+    return planned.path, manifest
 
 
-def _sources_of(
-    workspace: Workspace, plan_files: Sequence[Path | str] | None, output: Path | None, options: BundleOptions
-) -> tuple[list[Path], Path, list[Plan]]:
-    """The plans' files, the bundle's path, and the plans."""
-    sources = [workspace.plan_named(plan) for plan in plan_files or ()]
-    sources = sources or [workspace.plan(target_of(workspace, None).name)]
-    chosen = [read_result(path).plan for path in sources]
-    path = output or workspace.bundle(chosen[0].device)
-    _check_outputs(sources, path, options.single_file)
-    return sources, path, chosen
-
-
-def plan_bundle(
-    workspace: Workspace,
-    plan_files: Sequence[Path | str] | None = None,
-    output: Path | None = None,
-    options: BundleOptions = BundleOptions(),
-) -> tuple[PlannedStep, ...]:
-    """What `bundle` would write. Raises InputError and StaleError where it would."""
-    sources, path, chosen = _sources_of(workspace, plan_files, output, options)
-    graph_sets = [_basis(workspace, plan)[0] for plan in chosen]
-    if options.engines:
-        for plan in chosen:
-            _refuse_without_engines(find_target(plan.device, workspace.root))
-    names = {
-        (g.name, each.identity): each.spec(g.name)
-        for plan, each in zip(chosen, graph_sets, strict=True)
-        for g in plan.graphs
-    }
-    size = sum(spec.bytes for spec in names.values()) / 2**20
-    what = f"bundle the plans {', '.join(map(str, sources))}: {len(names)} graphs with {size:.2f} MiB of weights"
-    replaced = [f"{path} exists, and would be replaced"] if path.exists() else []
-    notes = (*replaced, *(["missing engines would be built first"] if options.engines else []))
-    writes = (str(path), *([] if options.single_file is None else [str(options.single_file)]))
-    return (PlannedStep("bundle", what, writes, None, "no earlier timing", notes),)
-
-
-def _part(workspace: Workspace, plan: Plan, folder: Path, options: BundleOptions, progress: Progress) -> Part:
+def _part(planned: PlannedBundle, part: _PlannedPart, folder: Path, progress: Progress) -> Part:
     """The bundle's part for a plan; graphs rewritten for its target go to `folder`.
 
-    Missing statistics leave its histograms empty; the latency table is required.
+    Missing statistics leave its histograms empty.
     """
     from mess_compile.bundle.stage_costs import device_costs
     from mess_compile.bundle.write import Part
 
-    target = find_target(plan.device, workspace.root)
-    graph_set, table, known = _basis(workspace, plan)
+    plan, target, graph_set = part.plan, part.target, part.graph_set
     folder.mkdir()
     forms = _forms(graph_set, plan, target, folder)
-    engines = _engines_to_take(workspace, target, plan, progress) if options.engines else {}
-    return Part(graph_set, plan, device_costs(plan, graph_set, table, known), target.device, forms, engines)
-
-
-def _basis(workspace: Workspace, plan: Plan) -> tuple[GraphSet, LatencyTable, statistics.ExitStatistics | None]:
-    """Graphs, table and statistics (None: deleted) of a plan. Raises StaleError when it was made from others."""
-    graph_set = graphs_of_recipe(workspace, plan.precision, plan.device)
-    check_plan_current(plan, graph_set)
-    table = read_latency_table(workspace.latency(plan.device))
-    sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
-    tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
-    known = tuning_statistics(table, plan.device, sources, tuning)
-    check_current(table, graph_set)
-    return graph_set, table, known
+    engines = _engines_to_take(planned.workspace, target, plan, progress) if planned.options.engines else {}
+    costs = device_costs(plan, graph_set, part.table, part.statistics)
+    return Part(graph_set, plan, costs, target.device, forms, engines)
 
 
 def _check_outputs(sources: Sequence[Path], bundle: Path, single_file: Path | None) -> None:
@@ -167,7 +190,6 @@ def _check_outputs(sources: Sequence[Path], bundle: Path, single_file: Path | No
 
 def _engines_to_take(workspace: Workspace, target: Target, plan: Plan, progress: Progress) -> dict[EngineFile, Path]:
     """The plan's engines, and for classic TensorRT the timing cache of their builds."""
-    _refuse_without_engines(target)
     from mess_compile.engines import build
     from mess_compile.runtime.engines.tensorrt_build import timing_cache_name
 
@@ -225,9 +247,9 @@ def tuning_statistics(
     Raises StaleError when their hash or that of the table is not among the plan's `known` sources.
     """
     files.recovered(tuning)
-    found, read = {"latency table": content_sha256(table)}, None
+    found, read = {"latency table": table_content_sha256(table)}, None
     if tuning.is_dir():
         read = statistics.read_statistics(tuning)
-        found["statistics"] = statistics.content_sha256(read)
+        found["statistics"] = statistics.statistics_content_sha256(read)
     check_sources_current(device, known, found)
     return read

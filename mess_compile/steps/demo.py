@@ -15,7 +15,7 @@ import click
 from mess_compile import extras, files
 from mess_compile.data import scenes
 from mess_compile.evaluate import statistics
-from mess_compile.latency.table import check_current, read_latency_table
+from mess_compile.latency.table import check_table_current, read_latency_table
 from mess_compile.network import read_graph_set, verify_graph_set
 from mess_compile.runtime.base.errors import InputError, MessError
 from mess_compile.runtime.serve.worker import describe_machine
@@ -48,7 +48,7 @@ def run_demo(folder: Path, program: click.Command, train: bool = False) -> None:
     current = _put_network(folder) if not train else False
     for line, what, is_there in _steps_before_search(folder, train):
         if is_there(Workspace(folder)):
-            click.echo(f"\nkept: {what} (remove {folder} to start over)" if not current else f"kept: {what}")
+            click.echo(f"\nunchanged: {what} (remove {folder} to start over)" if not current else f"unchanged: {what}")
             current = True
         else:
             _run(program, line)
@@ -95,7 +95,7 @@ def _put_network(folder: Path) -> bool:
     """Copy the included network to FOLDER/candidate; return whether one was there already, which is kept."""
     candidate = Workspace(folder).candidate
     if (candidate / "network.json").is_file():
-        click.echo(f"\nkept: the network in candidate/ (remove {folder} to start over)")
+        click.echo(f"\nunchanged: the network in candidate/ (remove {folder} to start over)")
         return True
     with files.replaced_folder(candidate) as temporary:
         shutil.copytree(NETWORK, temporary, dirs_exist_ok=True)
@@ -121,8 +121,8 @@ def _steps_before_search(folder: Path, train: bool) -> list[tuple[list[str], str
     return [
         *([training] if train else []),
         ([*here, "export"], "its graphs", _is_exported),
-        ([*here, "profile", "--device", "host", "--seconds", "0.3"], "their latencies on this machine", _is_profiled),
-        ([*here, "evaluate", "--data", data], "the statistics of every head", _is_evaluated),
+        ([*here, "profile", "--device", "cpu", "--seconds", "0.3"], "their latencies on this machine", _is_profiled),
+        ([*here, "evaluate", "--data", data], "an evaluation of every head", _is_evaluated),
     ]
 
 
@@ -156,7 +156,7 @@ def _is_profiled(workspace: Workspace) -> bool:
     """Whether this machine measured the current graphs, without much noise."""
     with suppress(MessError):
         table = read_latency_table(workspace.latency(HOST))
-        check_current(table, read_graph_set(workspace.graphs))
+        check_table_current(table, read_graph_set(workspace.graphs))
         environment = table.environment
         same = environment.get("identity") == describe_machine()["identity"]
         return same and environment.get("verdict") != "unstable"
@@ -166,7 +166,7 @@ def _is_profiled(workspace: Workspace) -> bool:
 def _is_evaluated(workspace: Workspace) -> bool:
     with suppress(MessError):
         found = statistics.read_statistics(workspace.statistics("val"))
-        statistics.check_current(found, read_graph_set(workspace.graphs))
+        statistics.check_statistics_current(found, read_graph_set(workspace.graphs))
         return workspace.memory().data is not None
     return False
 

@@ -22,14 +22,14 @@ def target_of(workspace: Workspace, device: str | None) -> Target:
             f"no device was measured in this workspace yet; only estimates exist ({', '.join(estimated)}): name one, "
             f"as in `search --device {estimated[0]}` or `bundle {estimated[0]}`"
         )
-    raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device host`")
+    raise InputError("no device was profiled in this workspace yet: run `mess-compile profile --device cpu`")
 
 
 def host_of(workspace: Workspace, target: Target) -> str | None:
     """The remembered host of the target; None when this machine is the target, or no host is known."""
     if targets_here((target,), machine.this_machine()):
         return None
-    return workspace.memory().hosts.get(target.name)
+    return workspace.known_host(target.name)
 
 
 def refuse_python_here(python: str | None) -> None:

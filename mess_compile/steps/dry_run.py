@@ -1,46 +1,17 @@
-"""What `--dry-run` prints: the steps that a command would take, what they write and how long they take."""
+"""Plans evaluations and benches for `--dry-run`: what they would do, what they write and how long they take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from mess_compile.latency.table import LatencyTable, mean_ms_of, read_latency_table
 from mess_compile.network import BASELINE_ALONE, GraphSet, head_graph_name, segment_name
+from mess_compile.planned_step import PlannedStep
 from mess_compile.runtime.base.errors import InputError
 
 _UNSCORED = "without reading and scoring images"
-_OF_GRAPHS = ("device", "precision", "place", "graphs", "there", "most_s")
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """A step that would be taken: `what` it would do, and the files and folders that it `writes`.
-
-    It takes at least `least_s`, an estimate by `basis`; None where there is no basis, and `basis` says why. Steps on
-    graphs (build, profile) have a `device`, a `precision`, a `place` and at most `most_s`; of their `graphs` so many
-    are `there` already (None: only the device knows).
-    """
-
-    step: str
-    what: str
-    writes: tuple[str, ...]
-    least_s: float | None
-    basis: str
-    notes: tuple[str, ...] = ()
-    most_s: float | None = None
-    device: str | None = None
-    precision: str | None = None
-    place: str | None = None
-    graphs: int | None = None
-    there: int | None = None
-
-    def content(self) -> dict[str, Any]:
-        """As JSON."""
-        return {key: value for key, value in asdict(self).items() if self.graphs is not None or key not in _OF_GRAPHS}
 
 
 def of_evaluation(

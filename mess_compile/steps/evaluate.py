@@ -24,13 +24,13 @@ from mess_compile.engines.prepare import (
 from mess_compile.engines.remote_build import forms_there
 from mess_compile.evaluate import statistics
 from mess_compile.network import CandidateNetwork, GraphSet, read_graph_set, verify_graph_set
+from mess_compile.planned_step import PlannedStep
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.checks import check_threads
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.engines.engine import FP32, PRECISIONS, open_library
 from mess_compile.steps import dry_run
 from mess_compile.steps.device_choice import host_of, refuse_python_here
-from mess_compile.steps.dry_run import PlannedStep
 from mess_compile.targets import Target, find_target, refuse_unless_here
 from mess_compile.workspace import HOST, Workspace
 
@@ -63,7 +63,7 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class _Request:
+class _EvaluateRequest:
     """An evaluation of known data: by a target's own engines, at `host` or here, or (None) by ONNX Runtime here."""
 
     workspace: Workspace
@@ -79,25 +79,26 @@ class _Request:
         return lambda done: self.reporter.progress("evaluate", min(done, images), images)
 
 
-def _request(workspace: Workspace, options: EvaluateOptions, reporter: Reporter = SILENT) -> _Request:
+def _request(workspace: Workspace, options: EvaluateOptions, reporter: Reporter = SILENT) -> _EvaluateRequest:
     """Raises InputError when options do not go together, or the device is neither here nor reachable."""
     check_threads(options.threads)
-    if options.host is None and options.device in (None, HOST):
+    target = None if options.device is None else find_target(options.device, workspace.root)
+    if options.host is None and (target is None or target.name == HOST):
         refuse_python_here(options.python)
-        return _Request(workspace, options, reporter, None, None)
-    if options.device is None:
+        return _EvaluateRequest(workspace, options, reporter, None, None)
+    if target is None:
         raise InputError(f"--host {options.host} needs --device NAME")
     if options.accelerator != "cpu" or (options.devices, options.nodes) != (1, 1) or options.threads is not None:
         raise InputError(
-            f"--device {options.device} says what runs the graphs: drop --accelerator, --devices, --nodes and --threads"
+            f"--device {options.device} chooses what runs the graphs: drop --accelerator, --devices, --nodes and "
+            "--threads"
         )
-    target = find_target(options.device, workspace.root)
     refuse_other_precisions(target, (options.precision,))
     host = options.host or host_of(workspace, target)
     if host is None:
         refuse_python_here(options.python)
         refuse_unless_here(target, workspace.root, _WAYS)
-    return _Request(workspace, options, reporter, target, host)
+    return _EvaluateRequest(workspace, options, reporter, target, host)
 
 
 def evaluate(
@@ -140,7 +141,7 @@ def plan_evaluate(workspace: Workspace, options: EvaluateOptions = EvaluateOptio
     return (dry_run.of_evaluation(graphs, len(folder.items), writes, workspace.latency(name), place, notes),)
 
 
-def _evaluated_here(request: _Request, graph_set: GraphSet) -> statistics.ExitStatistics | None:
+def _evaluated_here(request: _EvaluateRequest, graph_set: GraphSet) -> statistics.ExitStatistics | None:
     """By ONNX Runtime on this machine, which computes fp16 as a GPU would."""
     from mess_compile.engines import recipes
 
@@ -149,7 +150,7 @@ def _evaluated_here(request: _Request, graph_set: GraphSet) -> statistics.ExitSt
         return _evaluated(request, recipes.reference_files(graph_set, Path(folder)), library)
 
 
-def _evaluated(request: _Request, engines: EngineFiles, library: str) -> statistics.ExitStatistics | None:
+def _evaluated(request: _EvaluateRequest, engines: EngineFiles, library: str) -> statistics.ExitStatistics | None:
     from mess_compile.evaluate import record
 
     workspace, options = request.workspace, request.options
@@ -172,7 +173,7 @@ def _evaluated(request: _Request, engines: EngineFiles, library: str) -> statist
     return found
 
 
-def _evaluated_there(request: _Request, target: Target, host: str) -> statistics.ExitStatistics:
+def _evaluated_there(request: _EvaluateRequest, target: Target, host: str) -> statistics.ExitStatistics:
     from mess_compile.evaluate import record
 
     workspace, options, progress = request.workspace, request.options, request.reporter.progress
@@ -211,8 +212,9 @@ def _labelled(
 def _note_data(folder: DataSet, reporter: Reporter) -> None:
     """What is left out and what labels hold, once; labels that cannot be read are found before anything runs."""
     if not launcher.is_child():
-        for sentence in (*folder.notes, *survey_labels(folder).sentences()):
-            reporter.note(sentence)
+        for warning in folder.notes:
+            reporter.warn(warning)
+        survey_labels(folder).report(reporter)
 
 
 @contextmanager
@@ -237,7 +239,7 @@ def current_statistics(
     for place in dict.fromkeys((device, HOST)):
         try:
             found = statistics.read_statistics(workspace.statistics(split, graph_set.recipe, place))
-            statistics.check_current(found, graph_set)
+            statistics.check_statistics_current(found, graph_set)
             return found
         except (InputError, StaleError):
             if place == HOST and memory.data is None:
@@ -248,7 +250,7 @@ def current_statistics(
         f"no current evaluation of {split} in {graph_set.recipe}: evaluating first, on the "
         f"{len(folder.items)} images of {split} in {folder.root}"
     )
-    quiet = _Request(workspace, EvaluateOptions(split=split), Reporter(reporter.progress), None, None)
+    quiet = _EvaluateRequest(workspace, EvaluateOptions(split=split), Reporter(reporter.progress), None, None)
     made = _evaluated_here(quiet, graph_set)
     assert made is not None, "a search is one process"
     return made

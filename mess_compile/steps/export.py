@@ -38,7 +38,9 @@ def export(
         raise InputError(f"{exits} names tensors of a model: `mess-compile export MODEL.onnx --exits {exits}`")
     if source is not None and not source.exists():
         near = did_you_mean(source.name, sorted(path.name for path in source.parent.glob("*")))
-        raise InputError(f"{source} does not exist{near}: name an ONNX file, or the folder of a candidate network")
+        raise InputError(
+            f"{source} does not exist{near}: name an ONNX file, or the folder of a trained multi-exit network"
+        )
     source = source or workspace.candidate
     original = source / ORIGINAL
     if (source / NETWORK).is_file():

@@ -20,6 +20,7 @@ from mess_compile.engines.prepare import built_here, engine_files, precise_graph
 from mess_compile.engines.remote_build import forms_there
 from mess_compile.latency.table import LatencyTable, read_latency_table, write_latency_table
 from mess_compile.network import GraphSet, read_graph_set
+from mess_compile.planned_step import PlannedStep
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.engines.engine import FP32, open_library
@@ -30,7 +31,6 @@ from mess_compile.runtime.serve.worker import event_from_line
 from mess_compile.search.requirement import Requirement
 from mess_compile.steps.build import EngineOptions, planned_builds, planned_recipes
 from mess_compile.steps.device_choice import host_of, refuse_python_here, target_of
-from mess_compile.steps.dry_run import PlannedStep
 from mess_compile.steps.evaluate import current_statistics
 from mess_compile.targets import Target, find_target, known_targets, refuse_unless_here
 from mess_compile.workspace import Workspace
@@ -74,7 +74,7 @@ class ProfileOptions:
 
 
 @dataclass(frozen=True)
-class _Request:
+class _ProfileRequest:
     """A profile whose device, hosts and subset are known."""
 
     workspace: Workspace
@@ -103,7 +103,7 @@ def resolved(workspace: Workspace, target: Target, options: ProfileOptions) -> P
         raise InputError(f"--host {max(hosts, key=hosts.count)} is named twice: name each device once")
     subset = None if options.subset is not None and options.subset.by_default and not hosts else options.subset
     if subset and len(options.precisions) > 1 and any(each.setting == "anytime" for each in subset.requirements):
-        raise InputError("the anytime setting compares plans of one recipe: profile one --precision for it")
+        raise InputError("the anytime setting compares plans of one precision: profile one --precision for it")
     if not hosts:
         refuse_python_here(options.python)
     return replace(options, hosts=hosts, subset=subset)
@@ -124,7 +124,7 @@ def profile(
     started = time.monotonic()
     target = target_of(workspace, device)
     options = resolved(workspace, target, options)
-    request = _Request(workspace, target, options, reporter, started)
+    request = _ProfileRequest(workspace, target, options, reporter, started)
     table = _profile_there(request) if options.hosts else _profile_here(request)
     workspace.remember(device=target.name, host=options.hosts[0] if options.hosts else None)
     for host in options.hosts:
@@ -132,7 +132,7 @@ def profile(
     return table
 
 
-def _profile_here(request: _Request) -> LatencyTable:
+def _profile_here(request: _ProfileRequest) -> LatencyTable:
     from mess_compile.profile import backends
 
     workspace, target, options = request.workspace, request.target, request.options
@@ -147,7 +147,7 @@ def _profile_here(request: _Request) -> LatencyTable:
         return _measured(request, engines, backend)
 
 
-def _files_here(request: _Request) -> tuple[EngineFiles, ...]:
+def _files_here(request: _ProfileRequest) -> tuple[EngineFiles, ...]:
     """Engines of every graph; of a subset the ONNX files, engines are built as they are needed."""
     options, progress = request.options, request.reporter.progress
     if options.subset is None:
@@ -156,7 +156,7 @@ def _files_here(request: _Request) -> tuple[EngineFiles, ...]:
     return tuple(plain_files(each.graph_set) for each in made)
 
 
-def _profile_there(request: _Request) -> LatencyTable:
+def _profile_there(request: _ProfileRequest) -> LatencyTable:
     from mess_compile.profile import multi_device
 
     options, hosts = request.options, request.options.hosts
@@ -173,7 +173,7 @@ def _profile_there(request: _Request) -> LatencyTable:
         return _measured(request, engines, found[0])
 
 
-def _measured(request: _Request, engines: Sequence[EngineFiles], backend: Backend) -> LatencyTable:
+def _measured(request: _ProfileRequest, engines: Sequence[EngineFiles], backend: Backend) -> LatencyTable:
     from mess_compile.profile import full, sparse
 
     if request.options.subset is None:
@@ -182,13 +182,13 @@ def _measured(request: _Request, engines: Sequence[EngineFiles], backend: Backen
     return sparse.profile_subset(_subset_job(request, engines, backend))
 
 
-def _backend_at(request: _Request, remote: Remote, graph_set: GraphSet) -> Backend:
+def _backend_at(request: _ProfileRequest, remote: Remote, graph_set: GraphSet) -> Backend:
     """The device there, by its Python or by trtexec."""
     from mess_compile.latency.estimate import transfer_estimates
     from mess_compile.profile import backends
 
     workspace, target, reporter = request.workspace, request.target, request.reporter
-    session = device_session(workspace, remote, target, graph_set, reporter.progress, reporter.note)
+    session = device_session(workspace, remote, target, graph_set, reporter)
     if request.options.lock_clocks:
         session.lock_clocks_while_measuring()
     transfers = None
@@ -197,7 +197,7 @@ def _backend_at(request: _Request, remote: Remote, graph_set: GraphSet) -> Backe
     return backends.remote_backend(session, target.name, transfers)
 
 
-def _subset_job(request: _Request, forms: Sequence[EngineFiles], backend: Backend) -> SubsetJob:
+def _subset_job(request: _ProfileRequest, forms: Sequence[EngineFiles], backend: Backend) -> SubsetJob:
     from mess_compile.profile import sparse
 
     subset, reporter = request.options.subset, request.reporter
@@ -205,9 +205,9 @@ def _subset_job(request: _Request, forms: Sequence[EngineFiles], backend: Backen
     graph_sets = [each.graph_set for each in forms]
     subject = subject_of(request.workspace, request.target, graph_sets, requirements, reporter)
     if requirements and not subject.requirements:
-        reporter.note(
-            "no statistics, nor data to record them by (`mess-compile evaluate --data`): measuring a representative "
-            "subset"
+        reporter.warn(
+            "no evaluation, and no labelled images to make one (`mess-compile evaluate --data DIR`): measuring a "
+            "representative subset of the graphs, whatever the requirement"
         )
     effort = request.options.effort or measure.Effort()
     return sparse.SubsetJob(tuple(forms), backend, subject, request.path, reporter, request.in_time, effort)
@@ -332,8 +332,8 @@ def _planned(
         least_s=effort.warm_up_s + sum(steady_s[name] for name in measured),
         most_s=effort.warm_up_s + len(jobs) * effort.max_s,
         basis=(
-            f"{known} latencies measured before, {len(table.entries) - known} estimated; from all settling at once to "
-            "none"
+            f"{known} latencies measured before, {len(table.entries) - known} estimated; least if every "
+            "graph is steady at once"
         ),
         notes=notes,
         device=target.name,

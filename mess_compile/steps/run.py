@@ -57,7 +57,10 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """The prediction for one image, and the pictures written."""
+    """The prediction for one image, and the pictures written.
+
+    `needed` is the share of confident cells from which images leave there; None at the last exit, or with a deadline.
+    """
 
     image: Path
     exit: int
@@ -65,6 +68,7 @@ class ImageResult:
     confidence: float | None
     latency_ms: float
     pictures: tuple[Path, ...]
+    needed: float | None
 
 
 @dataclass(frozen=True)
@@ -200,8 +204,8 @@ def _images(source: Path, options: RunOptions, reporter: Reporter) -> Sequence[P
     if not source.is_dir():
         return [source]
     listing = listed_files(source)
-    for note in listing.notes:
-        reporter.note(note)
+    for warning in listing.notes:
+        reporter.warn(warning)
     if not listing.paths:
         raise InputError(f"{source} has no {', '.join(IMAGE_SUFFIXES)} files; its subfolders are not searched")
     return listing.paths[:: options.every][: options.limit]
@@ -233,7 +237,8 @@ def _run_image(cascade: Cascade, image: Path, output: Path, options: RunOptions)
         paths.append(output / f"{image.stem}.{kind}.png")
         pictures.save_picture(paths[-1], picture)
     return ImageResult(
-        image, prediction.exit, prediction.exit_point, prediction.confidence, prediction.latency_ms, tuple(paths)
+        *(image, prediction.exit, prediction.exit_point, prediction.confidence, prediction.latency_ms, tuple(paths)),
+        needed=prediction.needed if options.deadline_ms is None else None,
     )
 
 
@@ -250,9 +255,7 @@ def _panels(
     panels = [("input", frame)]
     for prediction in cascade.refine(frame):
         mark = " (taken)" if prediction.exit == taken else ""
-        caption = (
-            f"exit {prediction.exit}{mark}  {confidence_text(prediction.confidence)}{prediction.latency_ms:.1f} ms"
-        )
+        caption = f"stage {prediction.exit}{mark}  {_sure(prediction)}{prediction.latency_ms:.1f} ms"
         panels.append((caption, frames.overlay(frame, prediction.labels, network.colours)))
     if options.truth is not None:
         path = options.truth / f"{image.stem}.png"
@@ -384,9 +387,14 @@ def _attempted(action: Callable[[Any], Any], given: Any) -> Any:
 
 def _drawn(media: Any, cascade: Cascade, frame: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint8]:
     exits = len(cascade.plan.stages)
-    words = f"exit {prediction.exit} of {exits}  {confidence_text(prediction.confidence)}{prediction.latency_ms:.1f} ms"
+    words = f"stage {prediction.exit} of {exits}  {_sure(prediction)}{prediction.latency_ms:.1f} ms"
     picture: NDArray[np.uint8] = media.annotated(cascade.overlay(frame, prediction), prediction.exit, exits, words)
     return picture
+
+
+def _sure(prediction: Prediction) -> str:
+    text = confidence_text(prediction.confidence, prediction.needed)
+    return f"{text}  " if text else ""
 
 
 def _save_labels(path: Path, prediction: Prediction, cascade: Cascade) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile.engines.prepare import graphs_of_recipe
-from mess_compile.latency.table import LatencyTable, check_current, read_latency_table
+from mess_compile.latency.table import LatencyTable, check_table_current, read_latency_table
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError, RequirementError, StaleError, did_you_mean
 from mess_compile.runtime.machine import machine, power
@@ -241,7 +241,7 @@ def _evidences(
     evidences = []
     for recipe in map(known.__getitem__, precisions or known):
         graph_set = graphs_of_recipe(workspace, recipe, target.name)
-        check_current(table, graph_set)
+        check_table_current(table, graph_set)
         found = current_statistics(workspace, graph_set, target.name, split, reporter)
         evidences.append(Evidence(graph_set, table, found))
     return evidences

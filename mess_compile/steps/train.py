@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from mess_compile import extras, launcher
 from mess_compile.data.dataset import Data, DataFolder, DataSet, open_dataset
 from mess_compile.network import CandidateNetwork
+from mess_compile.planned_step import PlannedStep
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError
-from mess_compile.steps.dry_run import PlannedStep
 from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -60,20 +60,20 @@ class TrainOptions:
 def training_data(workspace: Workspace, data: Data, reporter: Reporter = SILENT) -> TrainingData:
     """Open the splits that a network is trained and validated on, by default read as before in this workspace.
 
-    Notes name files that are not read. Raises InputError where the folder is no data set, without a wait for
+    Warnings name files that are not read. Raises InputError where the folder is no data set, without a wait for
     PyTorch.
     """
     folder = workspace.data_folder(data)
     images = open_dataset(folder, "train")
     validation = open_dataset(folder, "val", images.classes)
     if not launcher.is_child():
-        for note in dict.fromkeys((*images.notes, *validation.notes)):
-            reporter.note(note)
+        for warning in dict.fromkeys((*images.notes, *validation.notes)):
+            reporter.warn(warning)
     return TrainingData(folder, images, validation)
 
 
 @dataclass(frozen=True)
-class _Request:
+class _TrainRequest:
     """A training whose data are open, and the folder that its network goes to."""
 
     data: TrainingData
@@ -83,34 +83,26 @@ class _Request:
     options: TrainOptions
 
 
-def _candidate_request(
+def _request(
     workspace: Workspace,
     data: Data | TrainingData,
     choice: NetworkChoice,
     recipe: Recipe,
     options: TrainOptions,
     reporter: Reporter,
-) -> _Request:
-    source = options.source
-    if source is not None and source.resolve() == workspace.candidate.resolve():
+    baseline: bool,
+) -> _TrainRequest:
+    """The training of a candidate network, or of the baseline alone for the sum of the epochs. Raises InputError."""
+    folder, source = workspace.baseline if baseline else workspace.candidate, options.source
+    if baseline:
+        if source is not None or options.teacher is not None:
+            raise InputError(
+                "a baseline is a single-exit network trained for the sum of the epochs: it has no --from or --teacher"
+            )
+        choice, recipe = replace(choice, exits=1, heads=()), replace(recipe, epochs=(sum(recipe.epochs), 0))
+    elif source is not None and source.resolve() == folder.resolve():
         raise InputError(f"--from {source} is where the result goes: copy or move that folder first")
-    return _Request(_opened(workspace, data, reporter), choice, recipe, workspace.candidate, options)
-
-
-def _baseline_request(
-    workspace: Workspace,
-    data: Data | TrainingData,
-    choice: NetworkChoice,
-    recipe: Recipe,
-    options: TrainOptions,
-    reporter: Reporter,
-) -> _Request:
-    if options.source is not None or options.teacher is not None:
-        raise InputError(
-            "a baseline is a whole network trained for the sum of the epochs: it has no --from or --teacher"
-        )
-    alone, budget = replace(choice, exits=1, heads=()), replace(recipe, epochs=(sum(recipe.epochs), 0))
-    return _Request(_opened(workspace, data, reporter), alone, budget, workspace.baseline, options)
+    return _TrainRequest(_opened(workspace, data, reporter), choice, recipe, folder, options)
 
 
 def _opened(workspace: Workspace, data: Data | TrainingData, reporter: Reporter) -> TrainingData:
@@ -129,7 +121,7 @@ def train(
 
     Of several processes the first returns the network, the others None.
     """
-    request = _candidate_request(workspace, data, choice, recipe, options, reporter)
+    request = _request(workspace, data, choice, recipe, options, reporter, baseline=False)
     candidate = _trained(request, reporter)
     if candidate is not None:
         workspace.remember(data=request.data.folder)
@@ -148,7 +140,7 @@ def train_baseline(
 
     `export` puts it beside the candidate network's final exit; plans are compared with the better of the two.
     """
-    return _trained(_baseline_request(workspace, data, choice, recipe, options, reporter), reporter)
+    return _trained(_request(workspace, data, choice, recipe, options, reporter, baseline=True), reporter)
 
 
 def plan_train(
@@ -160,22 +152,19 @@ def plan_train(
     baseline: bool = False,
 ) -> tuple[PlannedStep, ...]:
     """What `train` would do, or `train_baseline`. Raises InputError where they would."""
-    resolve = _baseline_request if baseline else _candidate_request
-    request = resolve(workspace, data, choice, recipe, options, SILENT)
+    request = _request(workspace, data, choice, recipe, options, SILENT, baseline)
     what, notes = extras.torch_module("training.train").planned(_job(request))
     basis = "the time of a batch is known after the first ones, and shown on the progress line"
     return (PlannedStep("train", what, (str(request.folder), str(workspace.file)), None, basis, notes),)
 
 
-def _trained(request: _Request, reporter: Reporter) -> CandidateNetwork | None:
+def _trained(request: _TrainRequest, reporter: Reporter) -> CandidateNetwork | None:
     job = _job(request)
-    network: CandidateNetwork | None = extras.torch_module("training.train").train(
-        job, reporter.note, reporter.progress
-    )
+    network: CandidateNetwork | None = extras.torch_module("training.train").train(job, reporter)
     return network
 
 
-def _job(request: _Request) -> TrainingJob:
+def _job(request: _TrainRequest) -> TrainingJob:
     train, parallel = extras.torch_module("training.train"), extras.torch_module("training.parallel")
     data, options = request.data, request.options
     job: TrainingJob = train.TrainingJob(

@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from PIL import Image
 
+from mess_compile.array_types import Pixels
 from mess_compile.data.dataset import ALWAYS_IGNORED, DataSet, Sample, read_sample
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.images import frames
@@ -23,7 +24,6 @@ from mess_compile.training.recipe import Recipe
 SCALE_RANGE = (0.5, 2.0)
 JITTER = 0.25
 _CACHED_BYTES = 1 << 30
-Image8 = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Batches:
             pieces.append((images, labels))
         return pieces
 
-    def _crop(self, number: int, place: int, image: int, hw: tuple[int, int]) -> tuple[Image8, Image8]:
+    def _crop(self, number: int, place: int, image: int, hw: tuple[int, int]) -> tuple[Pixels, Pixels]:
         sample = self._read(image)
         if not self._augment:
             return frames.resize(sample.frame, hw), frames.resize_labels(sample.labels, hw)
@@ -119,7 +119,7 @@ class Batches:
 
 def augmented(
     sample: Sample, input_hw: tuple[int, int], hw: tuple[int, int], rng: np.random.Generator
-) -> tuple[Image8, Image8]:
+) -> tuple[Pixels, Pixels]:
     """A random crop of size `hw`, flipped at random, colours disturbed, from the sample at a random scale.
 
     At scale 1 the whole sample has the network's input size. Pixels outside the sample are black and ignored.

@@ -43,7 +43,7 @@ def pretrain(
         restore_optimiser(optimiser, progress)
         if average is not None:
             average.load(progress.average)
-        run.report(f"continuing stage 1 after epoch {progress.epoch}")
+        run.reporter.note(f"continuing stage 1 after epoch {progress.epoch}")
     best = progress.best if progress is not None else {}
     names, epochs = [head.name for head in network.candidate.heads], run.recipe.epochs[0]
     for epoch in range(progress.epoch if progress else 0, epochs):
@@ -108,14 +108,14 @@ def _epoch(
     sums, counts = np.zeros(len(names)), np.zeros(len(names))
     steps = run.recipe.epochs[0] * len(run.batches)
     hw = run.recipe.crop(epoch, run.input_hw)
-    loop.tell_progress(run, 1, epoch * len(run.batches), steps)
+    loop.report_progress(run, 1, epoch * len(run.batches), steps)
     for index, pieces in enumerate(run.batches.epoch(epoch, hw)):
         step = epoch * len(run.batches) + index
         trained = trained_exits(run.recipe.order, step, len(names))
         backward = partial(_backward, network, [names[i] for i in trained], run)
         found = loop.computed(run, 1, epoch, index, pieces, backward)
         loop.take_step(optimiser, run, step, steps)
-        loop.tell_progress(run, 1, step + 1, steps)
+        loop.report_progress(run, 1, step + 1, steps)
         if average is not None:
             average.update(step)
         sums[trained] += found

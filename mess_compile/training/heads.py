@@ -83,12 +83,12 @@ def _epoch(
     steps = run.recipe.epochs[1] * len(run.batches)
     before, all_steps = group[0] * steps, group[1] * steps
     backward = partial(_backward, network, heads, points, run)
-    loop.tell_progress(run, 2, before + epoch * len(run.batches), all_steps)
+    loop.report_progress(run, 2, before + epoch * len(run.batches), all_steps)
     for index, pieces in enumerate(run.batches.epoch(run.recipe.epochs[0] + epoch, run.recipe.head_crop(run.input_hw))):
         found = loop.computed(run, 2, epoch, index, pieces, backward)
         step = epoch * len(run.batches) + index
         loop.take_step(optimiser, run, step, steps)
-        loop.tell_progress(run, 2, before + step + 1, all_steps)
+        loop.report_progress(run, 2, before + step + 1, all_steps)
         sums += found
     return sums / len(run.batches)
 

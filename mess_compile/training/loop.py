@@ -14,6 +14,7 @@ from torch import nn
 
 from mess_compile.data.dataset import DataSet
 from mess_compile.nets.network import SegmentationNetwork
+from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.training import losses
 from mess_compile.training.augment import Batches
@@ -39,9 +40,8 @@ class Run:
     validation: DataSet
     teacher: SegmentationNetwork | None  # of stage 2; the network's own final exit without one
     first_teacher: SegmentationNetwork | None  # of stage 1; labels alone without one
-    report: Callable[[str], None]
+    reporter: Reporter  # progress counts images
     save: Callable[[TrainingState], None]
-    trained: Callable[[str, int, int], None]  # of what, so many images of so many
 
 
 def optimiser_of(parts: Sequence[tuple[Sequence[nn.Parameter], float]], recipe: Recipe) -> torch.optim.AdamW:
@@ -81,9 +81,9 @@ def take_step(optimiser: torch.optim.Optimizer, run: Run, step: int, steps: int)
     optimiser.zero_grad()
 
 
-def tell_progress(run: Run, stage: int, step: int, steps: int) -> None:
+def report_progress(run: Run, stage: int, step: int, steps: int) -> None:
     """Report finished steps of a stage in images, so that the displayed speed is images per second."""
-    run.trained(f"stage {stage} of 2, images", step * run.batches.batch, steps * run.batches.batch)
+    run.reporter.progress(f"stage {stage} of 2, images", step * run.batches.batch, steps * run.batches.batch)
 
 
 def pieces_with_targets(run: Run, pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, losses.Targets]]:
@@ -158,7 +158,7 @@ def _what_fits(run: Run, piece: Piece, backward: Callable[[Sequence[Piece]], obj
 
 def finish_epoch(run: Run, line: str, network: nn.Module, progress: Callable[[], TrainingState]) -> None:
     """Report an epoch and save the state of the training. Raises InputError when its last step made weights NaN."""
-    run.report(line)
+    run.reporter.note(line)
     spoiled = not all(bool(value.isfinite().all()) for value in network.state_dict().values())
     message = f"the weights are not numbers after {line.split('  ')[0]}: {_EARLIER_EPOCHS}; start over with a smaller"
     refuse_if_any(run.fabric, spoiled, lambda: f"{message} --learning-rate")

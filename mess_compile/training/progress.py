@@ -12,9 +12,12 @@ from torch import nn
 
 from mess_compile import files
 from mess_compile.nets.checkpoint import load_state, write_tensors
+from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError
 
 _REMEDY = "remove the folder `training` in it to start over"
+
+_TENSORS = decode.matches(r"stage\d+-group\d+-epoch\d+[.]safetensors", "the name of a file of tensors")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,17 @@ class TrainingState:
     optimiser: dict[str, torch.Tensor]
     average: dict[str, torch.Tensor]
     best: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _ProgressDocument:
+    """The content of `progress.json`; `training` describes the training, which another one must equal."""
+
+    stage: int
+    group: int
+    epoch: int
+    tensors: str = field(metadata=decode.entry(check=_TENSORS))
+    training: dict[str, Any]
 
 
 def progress_of(
@@ -87,16 +101,16 @@ def read_progress(folder: Path, described: dict[str, Any]) -> TrainingState | No
     if not path.exists():
         return None
     content = files.read_json(path, "mess-training", 1, _REMEDY)
-    saved = content.get("training")
-    if not isinstance(saved, dict) or _changed(saved, described):
+    found: _ProgressDocument = files.decode_document(path, _ProgressDocument, content, _REMEDY)
+    if _changed(found.training, described):
         raise InputError(
-            f"{folder} holds an unfinished training that differs in {_difference(saved, described)}: {_REMEDY}"
+            f"{folder} holds an unfinished training that differs in {_difference(found.training, described)}: {_REMEDY}"
         )
-    state = load_state(path.parent / str(content["tensors"]))
+    state = load_state(path.parent / found.tensors)
     return TrainingState(
-        int(content["stage"]),
-        int(content["group"]),
-        int(content["epoch"]),
+        found.stage,
+        found.group,
+        found.epoch,
         _prefixed(state, "weights."),
         _prefixed(state, "optimiser."),
         _prefixed(state, "average."),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from mess_compile.nets.checkpoint import (
 )
 from mess_compile.nets.network import Architecture, OverprovisionedNetwork, with_final_head
 from mess_compile.network import CandidateNetwork, head_config_from_name
+from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.training import losses
 from mess_compile.training.augment import Batches, Shard
@@ -69,8 +69,7 @@ class _Networks:
 
 def train(
     options: TrainingJob,
-    report: Callable[[str], None],
-    progress_bar: Callable[[str, int, int], None] = lambda what, done, total: None,
+    reporter: Reporter = SILENT,
 ) -> CandidateNetwork | None:
     """Train both stages and write the candidate network to the folder; continues what an earlier call left there.
 
@@ -81,12 +80,10 @@ def train(
     """
     alone = files.used_alone(options.folder, _OTHER) if launcher.is_first() else nullcontext()
     with alone:
-        return _train(options, report, progress_bar)
+        return _train(options, reporter)
 
 
-def _train(
-    options: TrainingJob, report: Callable[[str], None], progress_bar: Callable[[str, int, int], None]
-) -> CandidateNetwork | None:
+def _train(options: TrainingJob, reporter: Reporter) -> CandidateNetwork | None:
     networks = _loaded(options)
     described = _described(options, networks)
     progress, counts = None, None
@@ -95,8 +92,8 @@ def _train(
         refuse_untrainable(surveyed)
         described["labels_sha256"], counts = surveyed.sha256, surveyed.pixels
         progress = read_progress(options.folder, described)
-        for sentence in (*surveyed.sentences(), *survey_labels(options.validation).sentences()):
-            report(sentence)
+        surveyed.report(reporter)
+        survey_labels(options.validation).report(reporter)
     fabric = launch(options.machines)
     first = fabric.global_rank == 0
     with lost_process_named(fabric):
@@ -112,14 +109,13 @@ def _train(
             validation=options.validation,
             teacher=networks.teacher.to(fabric.device) if networks.teacher else None,
             first_teacher=None,
-            report=report if first else lambda line: None,
+            reporter=reporter if first else SILENT,
             save=lambda found: save_progress(options.folder, found, described),
-            trained=progress_bar if first else lambda what, done, total: None,
         )
-        run.report(_opening(run, len(options.data.items)))
+        run.reporter.note(_opening(run, len(options.data.items)))
         network = _trained(options, run, progress, networks.source)
         fabric.barrier()
-    return _written(network, options.folder, report) if first else None
+    return _written(network, options.folder, reporter) if first else None
 
 
 def _loaded(options: TrainingJob) -> _Networks:
@@ -136,10 +132,10 @@ def _batches(options: TrainingJob, fabric: Fabric) -> Batches:
         return Batches(options.data, options.architecture.input_hw, options.recipe, shard, workers)
 
 
-def _written(network: OverprovisionedNetwork, folder: Path, report: Callable[[str], None]) -> CandidateNetwork:
+def _written(network: OverprovisionedNetwork, folder: Path, reporter: Reporter) -> CandidateNetwork:
     earlier = set_aside(folder)
     if earlier is not None:
-        report(f"the network that was in {folder} is kept in {earlier}")
+        reporter.note(f"the network that was in {folder} is kept in {earlier}")
     save_candidate(network, folder)
     remove_progress(folder)
     return network.candidate
@@ -218,13 +214,13 @@ def _trained(
     network = _with_all_heads(options.architecture, source)
     progress = progress or progress_of(2, 0, 0, network, None, {})
     if progress.group or progress.epoch:
-        run.report(f"continuing stage 2, group {progress.group + 1}, after epoch {progress.epoch}")
+        run.reporter.note(f"continuing stage 2, group {progress.group + 1}, after epoch {progress.epoch}")
         load_weights(network, progress.weights, SAVED)
     if recipe.epochs[1]:
         train_heads(network, run, progress)
     names = [head.name for head in network.candidate.heads]
     network.to(run.fabric.device)
-    run.report(miou_line(network.eval(), run.validation, names, run.fabric))
+    run.reporter.note(miou_line(network.eval(), run.validation, names, run.fabric))
     return network
 
 
@@ -261,7 +257,7 @@ def _check_stages(architecture: Architecture, recipe: Recipe, source: Overprovis
     """Check that nothing stays untrained, and that a given backbone fits the architecture. Raises InputError."""
     if (recipe.epochs[0] == 0) != (source is not None):
         raise InputError(
-            f"stage 1 has {recipe.epochs[0]} epochs: 0 requires --from, which names the candidate network whose "
+            f"stage 1 has {recipe.epochs[0]} epochs: 0 requires --from, which names the network whose "
             "backbone is used; without --from, stage 1 must train the backbone"
         )
     known = source.architecture if source else _bare_architecture(architecture, recipe)

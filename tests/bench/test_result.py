@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,4 +55,27 @@ class TestWhatBenchKeeps:
         path = tmp_path / "host.json"
         path.write_text('{"format": "mess-bench", "version": 3, "bench": {"split": 3}}')
         with pytest.raises(InputError, match=r"damaged.*bench BUNDLE --data DIR"):
+            result.read_bench(path)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda content: content["stages"][0].update(cut="18"), "stages[0].cut is '18', not an integer"),
+            (lambda content: content["bench"]["measured"].update(miou="good"), "bench.measured.miou is 'good', not a"),
+            (lambda content: content["bench"].pop("split"), "bench.split is missing"),
+            (lambda content: content.update(stage=[]), "stage is not a known entry (did you mean 'stages'?)"),
+        ],
+    )
+    def test_a_wrong_entry_is_named_with_its_value(
+        self, tmp_path: Path, change: Callable[[Any], None], message: str
+    ) -> None:
+        small_network.write_bundle(tmp_path / "street.mess")
+        opened = open_archive(tmp_path / "street.mess")
+        opened.close()
+        path = tmp_path / "host.json"
+        result.write_bench(path, self.found(), opened.manifest.plans[0])
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=re.escape(f"host.json is damaged ({message}")):
             result.read_bench(path)

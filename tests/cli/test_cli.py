@@ -144,6 +144,26 @@ def test_former_names_do_the_same_and_say_the_present_ones(
     assert not re.search(rf"(?<!\S){re.escape(former[-1].partition('=')[0])}\b", shown)
 
 
+def test_the_machine_itself_is_called_cpu_or_host(workspace: Path) -> None:
+    def shown(*arguments: str | Path) -> str:
+        return done("-C", workspace, *arguments).replace(" cpu", " host")
+
+    for command in (("inspect",), ("bundle", "--dry-run"), ("search", "--max-err", "1%", "--device")):
+        assert shown(*command, "cpu") == shown(*command, "host")
+    assert printed_json("-C", workspace, "verify", workspace / "host.mess", "--target", "cpu:fp32", *ANY_SPEED)[
+        "passed"
+    ]
+
+
+def test_a_profile_without_labelled_images_names_the_next_command(workspace: Path) -> None:
+    shutil.rmtree(workspace / "statistics")
+    edit(workspace / "workspace.json", lambda content: content.update(data=None))
+    shown = done("-C", workspace, "profile", "--device", "cpu", "--estimate")
+    assert shown.splitlines()[-1].startswith(
+        "hint: no labelled images are known yet: `mess-compile evaluate --data DIR`"
+    )
+
+
 def test_a_gate_without_its_edge_aware_step_is_exported(workspace: Path) -> None:
     assert printed_json("-C", workspace, "export", "--no-edge-aware")["gate"]["edge_aware"] is False
 
@@ -169,7 +189,10 @@ class TestNewWorkspace:
 def test_run_says_what_the_confidence_is_that_it_prints(workspace: Path) -> None:
     image = first(workspace / "data" / "test" / "images")
     shown = done("-C", workspace, "run", workspace / "host.mess", image, "-o", workspace / "predictions", "-v")
-    assert shown.count("confidence: the share of an exit's cells whose confidence reaches the plan's threshold") == 1
+    assert (
+        shown.count("confident cells: the share of a stage's cells whose confidence reaches the plan's threshold") == 1
+    )
+    assert re.search(r": stage 1, confident cells \d+ %( \(needs \d+ %\))?, |: stage [23], confident cells", shown)
 
 
 def test_every_command_is_covered_here() -> None:
@@ -369,7 +392,8 @@ class TestInspectPlan:
         shown = done("-C", workspace, "inspect", "plan")
         assert shown.startswith(f"plan for host, {plan['setting']}, fp32\n")
         for number, stage in enumerate(plan["stages"], start=1):
-            assert re.search(rf"^exit {number} +{re.escape(stage['head'])} ", shown, re.MULTILINE)
+            name = f"stage {number} = network exit {stage['head'][4]}"
+            assert re.search(rf"^{name} +{re.escape(stage['head'])} ", shown, re.MULTILINE)
         assert re.search(rf"^plan +{plan['predicted']['miou']:.2f} ", shown, re.MULTILINE)
 
 
@@ -539,7 +563,7 @@ class TestBench:
         assert bench["workload_ratio"] == pytest.approx(bench["baseline"]["gmacs"] / bench["measured"]["gmacs"])
 
 
-EFFORT = Effort(window_s=0.03, window_runs=2, max_s=0.2, warm_up_s=0.0)
+EFFORT = Effort(window_s=0.03, window_runs=2, max_s=0.09, warm_up_s=0.0)
 PROFILE = f"""
 import sys
 from pathlib import Path

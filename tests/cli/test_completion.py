@@ -66,7 +66,7 @@ def test_everything_that_the_workspace_knows_is_offered(place: Path) -> None:
     assert "mine" in known
     for line, offered in (
         ("se", ["search"]),
-        ("search --device ", known),
+        ("search --device ", sorted(["cpu", *known])),
         ("profile --device rtx", [name for name in known if name.startswith("rtx")]),
         ("profile --host ssh:", ["ssh://me@mine"]),
         ("evaluate --split ", ["night[:5]", "train"]),

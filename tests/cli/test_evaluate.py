@@ -88,6 +88,6 @@ def test_impossible_numbers_of_threads_are_refused(workspace: Path) -> None:
         "-C", workspace, "evaluate", "--threads", "100000"
     )
     device = ("--device", "xavier", "--host", "ssh://nowhere", "--threads", "2")
-    assert "says what runs the graphs: drop --accelerator, --devices, --nodes and --threads" in complaint(
+    assert "chooses what runs the graphs: drop --accelerator, --devices, --nodes and --threads" in complaint(
         "-C", workspace, "evaluate", *device
     )

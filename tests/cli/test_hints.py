@@ -26,10 +26,10 @@ MOST = 30
 
 
 def proposed(output: str) -> list[list[str]]:
-    """The arguments of the commands after `hint:`."""
+    """The arguments of the commands after `hint:`; a hint without a data folder is a sentence."""
     found, following = [], False
     for line in output.splitlines():
-        following = line.startswith("hint: ") or (following and line.startswith("      mess-compile "))
+        following = line.startswith("hint: mess-compile ") or (following and line.startswith("      mess-compile "))
         if following:
             found.append(shlex.split(line.removeprefix("hint: "))[1:])
     return found

@@ -124,7 +124,7 @@ class TestHoldOut:
         shown = done("-C", workspace, "search", "--max-err", "50%", "--hold-out", "33%", "-v")
         assert re.search(r"^measured latency, 9 images of val$", shown, re.MULTILINE)
         assert "held out, not used to choose the plan: 3 images of val, the last 33 % of each sequence" in shown
-        assert re.search(r"pp on the 9 images that it was chosen on, [+-][\d.]+ pp on the 3 held out", shown)
+        assert re.search(r"pp on the 9 images that the plan was chosen on, [+-][\d.]+ pp on the 3 held out", shown)
         done("-C", workspace, "bundle")
         bench = printed_json("-C", workspace, "bench", workspace / "host.mess", "--split", "val", "--passes", "1")
         assert (bench["tuned_on"], bench["images"]) == (9, 12)
@@ -152,7 +152,7 @@ class TestHoldOut:
 class TestEvidence:
     def test_no_images(self, workspace: Path) -> None:
         with_statistics(workspace, lambda found: found.select([]))
-        assert "the statistics hold no images: run `mess-compile evaluate`" in refused(workspace, "search")
+        assert "the evaluation has no images: run `mess-compile evaluate`" in refused(workspace, "search")
 
     def test_a_class_that_never_occurs_is_told(self, workspace: Path) -> None:
         def without(found: statistics.ExitStatistics) -> statistics.ExitStatistics:
@@ -428,9 +428,13 @@ def test_what_a_plan_rests_on_is_read_once(
 def test_a_plan_without_early_exits_shows_no_thresholds(workspace: Path) -> None:
     """Nothing is held against them: a reader would look for what they do."""
     gated = done("-C", workspace, "search", "--optimise", "accuracy", "-v")
-    assert "confidence threshold  cells needed" in gated
-    assert "threshold/cells" in gated
-    assert "cells needed" in done("inspect", workspace / "host.mess")
+    needed = re.findall(r" (\d+\.\d) % \((\d+) of (\d+)\) ", gated)
+    assert "confidence threshold  confident cells needed" in gated
+    assert needed
+    for percent, cut, cells in needed:
+        assert float(percent) == pytest.approx(100 * int(cut) / int(cells), abs=0.051)
+    assert "threshold/cells needed" in gated
+    assert "confident cells needed" in done("inspect", workspace / "host.mess")
     single = done("-C", workspace, "search", "--setting", "budgeted", "--optimise", "accuracy", "-v")
     assert "head  images" in single
     done("-C", workspace, "bundle")

@@ -296,8 +296,8 @@ def test_void_and_classes_that_never_occur_are_told(folder: Path) -> None:
         Image.fromarray(np.array([[0, 255, 255, 255]] * 6, np.uint8)).save(path)
     survey = survey_labels(open_dataset(folder, "val"))
     assert (survey.pixels.tolist(), survey.void) == ([2 * 6, 0], 2 * 18)
-    assert survey.sentences() == (
-        "75.0% of the pixels of val are void and are not counted",
+    assert survey.notes() == ("75.0% of the pixels of val are void and are not counted",)
+    assert survey.warnings() == (
         "car never occurs in the labels of val, and is left out of its mIoU",
         (
             "these labels carry little information: 255 is void; in masks of 0 and 255, car has to be stored as 1 "
@@ -307,7 +307,8 @@ def test_void_and_classes_that_never_occur_are_told(folder: Path) -> None:
 
 
 def test_labels_of_which_all_is_well_are_not_talked_about(folder: Path) -> None:
-    assert survey_labels(open_dataset(folder, "train")).sentences() == ()
+    survey = survey_labels(open_dataset(folder, "train"))
+    assert (survey.notes(), survey.warnings()) == ((), ())
 
 
 def test_the_digest_of_labels_is_that_of_their_meaning(folder: Path) -> None:

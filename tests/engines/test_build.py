@@ -17,20 +17,20 @@ import pytest
 
 from mess_compile import files
 from mess_compile.engines import build as building
-from mess_compile.engines.build import EngineEntry, build_engines
+from mess_compile.engines.build import build_engines
 from mess_compile.graph.cut import cut_network
 from mess_compile.nets.export import export_network
 from mess_compile.network import Gate, GraphSet, HeadConfig, read_graph_set, write_graph_set
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.targets import Target, find_target
 from tests.commands import printed_json, run
+from tests.engines.crashing import BROKEN, dies_at_one
 from tests.graph import tiny
 from tests.networks import random_network
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install mess-compile[rtx]")
 
 HEADS = ((1, HeadConfig("fcn", 4, 2, rdi=True)), (2, HeadConfig("sep", 8)))
-BROKEN = "head-exit1.fcn-crm4-b2-rdi"
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +161,6 @@ def test_a_weight_that_changed_after_export_is_never_built(graphs: GraphSet, tmp
         weight.write_bytes(bytes(weight.stat().st_size))
     found = build(graphs, tmp_path / "new")
     assert any("was changed after export" in str(entry.error) for entry in found.failed)
-
-
-def dies_at_one(job: building._Job) -> EngineEntry:
-    if job.graph == BROKEN:
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return EngineEntry(job.graph, "fp32", job.key, "", 0, 0.0, (), None)
 
 
 def test_a_builder_that_crashes_costs_its_graph_alone(

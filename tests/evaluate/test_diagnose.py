@@ -234,9 +234,9 @@ def test_several_heads_at_the_final_exit_are_no_early_ones() -> None:
 
 
 def test_what_cannot_be_diagnosed_is_named() -> None:
-    with pytest.raises(InputError, match=r"'head7' of the statistics is not named exitN\.NAME"):
+    with pytest.raises(InputError, match=r"'head7' of the evaluation is not named exitN\.NAME"):
         diagnose(dataclasses.replace(TINY, heads=("head7", "exit2.b")))
-    with pytest.raises(InputError, match="hold no heads"):
+    with pytest.raises(InputError, match="has no heads"):
         diagnose(dataclasses.replace(TINY, heads=()))
     for error in (-1.0, float("nan")):
         with pytest.raises(InputError, match="not negative"):
@@ -286,11 +286,21 @@ class TestInspect:
         shown = done("-C", place, "inspect", "statistics").splitlines()
         assert "not a test result" in shown[0]
         assert max(map(len, shown[: 2 + len(TINY.heads)])) <= 100  # test_cli.py has the sentences below it
-        names = ("head", "mIoU %", "sure", "coverage", "AUROC", "gate 1%", "oracle 1%", "gate 0.1%", "oracle 0.1%")
+        names = (
+            "head",
+            "mIoU %",
+            "confident",
+            "coverage",
+            "AUROC",
+            "rule 1%",
+            "ideal 1%",
+            "rule 0.1%",
+            "ideal 0.1%",
+        )
         assert shown[1].split() == " ".join(names).split()
         assert shown[2].split() == ["exit1.a", "39.53", "20%", "33.3%", "1.00", *["33.3%"] * 4]
         assert shown[3].split() == ["exit2.b", "66.67", "0%", *"------"]
-        assert "its gate lets 33%: better heads would help more than a better gate" in " ".join(shown)
+        assert "the exit rule lets 33%: better heads would help more than a better exit rule" in " ".join(shown)
 
     def test_programs_find_old_and_new_keys(self, place: Path) -> None:
         content = printed_json("-C", place, "inspect", "statistics")

@@ -20,7 +20,7 @@ from mess_compile.data import scenes
 from mess_compile.engines.files import EngineFiles, plain_files
 from mess_compile.evaluate import record
 from mess_compile.evaluate.record import LabelledImage, evaluate
-from mess_compile.evaluate.statistics import check_current, head_miou, merge
+from mess_compile.evaluate.statistics import check_statistics_current, head_miou, merge
 from mess_compile.network import GraphSet
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import Library, open_library
@@ -74,7 +74,7 @@ def test_counts_and_pixels_of_every_head_and_image(graphs: GraphSet, library: Li
         ignore=IGNORED,
         progress=lambda done: told.append(done),
     )
-    check_current(found, graphs)
+    check_statistics_current(found, graphs)
     for i, (_, _, frame, labels) in enumerate(images):
         for h, (counts, guess) in enumerate(small_network.expected(frame)):
             assert found.counts[i, h].tolist() == counts.tolist()
@@ -127,7 +127,7 @@ def test_the_baseline_trained_alone_is_scored_like_a_head(tmp_path: Path, librar
     graphs = small_network.graph_set(tmp_path, baseline_alone="a" * 64)
     images = [labelled_image(seed) for seed in range(3)]
     found = evaluate(plain_files(graphs), library, images, device="host", split="val", ignore=IGNORED)
-    check_current(found, graphs)
+    check_statistics_current(found, graphs)
     assert (found.baseline_alone, found.counts.shape) == ("a" * 64, (3, 2, 4))
     right, guessed, pixels = np.zeros(3), np.zeros(3), np.zeros(3)
     for i, (_, _, frame, labels) in enumerate(images):

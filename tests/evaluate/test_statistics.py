@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mess_compile.evaluate.statistics import (
     ExitStatistics,
-    check_current,
+    check_statistics_current,
     head_miou,
     merge,
     miou,
@@ -176,7 +176,7 @@ def test_arrays_that_do_not_fit_the_description_are_refused(tmp_path: Path) -> N
 
 def test_statistics_of_another_network_gate_or_heads_are_stale() -> None:
     current = statistics()
-    check_current(current, GRAPHS)
+    check_statistics_current(current, GRAPHS)
     for what, changed in {
         "network": dataclasses.replace(current, network="other"),
         "baseline": with_alone(current),
@@ -185,4 +185,4 @@ def test_statistics_of_another_network_gate_or_heads_are_stale() -> None:
         "classes": dataclasses.replace(current, classes=("a", "b", "c")),
     }.items():
         with pytest.raises(StaleError, match=rf"another {what} .* run `mess-compile evaluate`"):
-            check_current(changed, GRAPHS)
+            check_statistics_current(changed, GRAPHS)

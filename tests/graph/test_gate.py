@@ -161,3 +161,40 @@ def test_one_class_is_refused() -> None:
     model = empty_model([helper.make_tensor_value_info("logits", TensorProto.FLOAT, (1, 1, 4, 5))])
     with pytest.raises(InputError, match="at least 2 classes"):
         append_gate(model, Gate(), 1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from(CONFIDENCES),
+    st.booleans(),
+    st.sampled_from([(1, 1), (2, 2), (1, 3), (4, 2)]),
+    st.integers(0, 99),
+)
+def test_a_pooled_gate_counts_over_the_means_of_its_windows(
+    kind: str, edge_aware: bool, window: tuple[int, int], seed: int
+) -> None:
+    """The logits that the output graph reads stay as they are."""
+    height, width = 3, 4
+    hw = height * window[0], width * window[1]
+    logits = np.random.default_rng(seed).normal(0, 2, (3, *hw)).astype(np.float32)
+    gate = Gate(kind, edge_aware, (0.2, 0.5, 0.8))
+    thresholds = np.repeat(np.array(gate.thresholds, np.float32)[:, None], 3, axis=1)
+    model = empty_model([helper.make_tensor_value_info("map", TensorProto.FLOAT, (1, 3, *hw))])
+    add(model.graph, "Identity", ["map"], "logits")
+    model.graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, (1, 3, *hw)))
+    append_gate(model, gate, 3, (hw, (height, width)))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found, counts = session.run(["logits", "counts"], {"map": logits[None], "thresholds": thresholds})
+    np.testing.assert_array_equal(found[0], logits)
+    means = np.zeros((3, height, width))
+    for y in range(height):
+        for x in range(width):
+            rows = logits[:, y * window[0] : (y + 1) * window[0], x * window[1] : (x + 1) * window[1]]
+            means[:, y, x] = rows.astype(np.float64).mean(axis=(1, 2))
+    assert counts.tolist() == counts_by_cell(means, thresholds, gate)
+
+
+def test_a_gate_is_not_pooled_to_a_size_that_does_not_divide_the_logits() -> None:
+    model = empty_model([helper.make_tensor_value_info("logits", TensorProto.FLOAT, (1, 3, 8, 9))])
+    with pytest.raises(InputError, match=r"\(8, 9\) cannot be average-pooled to \(4, 4\)"):
+        append_gate(model, Gate(), 3, ((8, 9), (4, 4)))

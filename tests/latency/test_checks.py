@@ -134,7 +134,7 @@ def test_pages_and_the_readme_of_a_bundle_say_it_too(workspace: Path) -> None:
     for arguments in (("bundle",), ("report",), bench):
         result = run("-C", workspace, *arguments)
         assert (result.exit_code, result.stderr) == (0, ""), "it was printed where the plan was chosen"
-    assert "predicted latencies: latencies of host are noisy" in done("-C", workspace, *bench, "-v")
+    assert "predicted latencies: latencies of host are noisy" in run("-C", workspace, *bench, "-v").stderr
     done("-C", workspace, "report")
     done("-C", workspace, "compare", "host", "-o", workspace / "compare.html")
     report, compare = ((workspace / f"{name}.html").read_text("utf-8") for name in ("report", "compare"))

@@ -9,7 +9,7 @@ import pytest
 
 from mess_compile.latency.estimate import forecast, starting_calibration
 from mess_compile.latency.roofline import USUAL
-from mess_compile.latency.table import GraphFailure, LatencyTable, check_current
+from mess_compile.latency.table import GraphFailure, LatencyTable, check_table_current
 from mess_compile.network import GraphSet
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.targets import Target, find_target
@@ -39,7 +39,7 @@ def measured(table: LatencyTable, *names: str) -> LatencyTable:
 
 def test_every_entry_is_marked_and_says_by_how_much_it_may_be_wrong(graphs: GraphSet) -> None:
     table = table_of(graphs)
-    check_current(table, graphs)
+    check_table_current(table, graphs)
     assert {name for name, _ in table.entries} == {*graphs.graphs, *PSEUDO_GRAPHS}
     assert {entry.source for entry in table.entries.values()} == {table.source} == {"estimated"}
     assert all(entry.error is not None and entry.error > 1 and entry.runs == 0 for entry in table.entries.values())
@@ -66,7 +66,7 @@ def test_a_graph_that_failed_on_the_device_is_not_estimated_into_a_plan(graphs: 
     after = table_of(graphs, known)
     assert after.failed == {key: failure}
     assert key not in after.entries
-    check_current(after, graphs)
+    check_table_current(after, graphs)
 
 
 def test_nothing_measured_of_another_network_stays(graphs: GraphSet) -> None:

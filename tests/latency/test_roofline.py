@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from mess_compile.graph.node_builder import add, empty_model
+from mess_compile.graph.store import read_model
 from mess_compile.latency import roofline as estimate
 from mess_compile.latency.roofline import Features, Roofline, calibrate, calibrated, choose_calibration, roofline
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.targets import Peak, Target
-from tests import small_network
+from tests import skips, small_network
 from tests.graph.tiny import tiny_network
 
 HOST = Target("host", "a CPU", "onnxruntime", ("fp32",))
@@ -94,6 +95,16 @@ class TestFeatures:
         heads = (3072 + 128 + 1536) + 2 * (1152 + 192 + 384) + (1536 + 256 + 384)
         assert found.conv_bytes == stem + down + residual + wide + again + heads == 42656
         assert found.bytes_moved == 42656 + 24196
+
+    def test_a_segment_reads_and_writes_all_that_it_takes_and_gives(self, tmp_path: Path) -> None:
+        """Bytes of float32: enlarging 12 maps of 4x6 to 8x12, joining them with 8, convolving 20 to 12, pooling."""
+        graph_set = skips.imported(tmp_path)
+        found = estimate.graph_features("segment-2-3", read_model(graph_set.path("segment-2-3")))
+        exit2, exit1, up, skip1, exit3 = (4 * n for n in (12 * 24, 8 * 96, 12 * 96, 12 * 96, 12 * 24))
+        assert found.resampling_bytes == exit2 + up + 4 * 8, "with the four sizes in int64"
+        assert found.conv_bytes == (exit1 + up) + 4 * 12 * 20 * 9 + skip1
+        assert found.other_bytes == (up + exit1) + (exit1 + up) + skip1 + exit3
+        assert found.dense_macs + found.padded_macs == 96 * 12 * 180
 
     def test_every_graph_of_a_workspace(self, tmp_path: Path) -> None:
         found = estimate.features(small_network.graph_set(tmp_path))

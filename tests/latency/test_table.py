@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mess_compile.latency.table import (
-    check_current,
+    check_table_current,
     path_costs_ns,
     read_latency_table,
     stage_graphs,
@@ -52,24 +52,24 @@ def test_a_missing_table_names_the_command(tmp_path: Path) -> None:
 
 
 def test_graphs_that_changed_are_named() -> None:
-    check_current(TABLE, GRAPHS)
+    check_table_current(TABLE, GRAPHS)
     specs = dict(GRAPHS.graphs)
     specs["segment-1-2"] = dataclasses.replace(specs["segment-1-2"], sha256="another")
     with pytest.raises(StaleError, match=r"\(segment-1-2\): run `mess-compile profile --device host`"):
-        check_current(TABLE, dataclasses.replace(GRAPHS, graphs=specs))
+        check_table_current(TABLE, dataclasses.replace(GRAPHS, graphs=specs))
 
 
 def test_graphs_that_were_never_measured_are_named() -> None:
     entries = {key: entry for key, entry in TABLE.entries.items() if key[0] not in ("baseline", "null")}
     with pytest.raises(StaleError, match=r"lacks graphs \(baseline, null\)"):
-        check_current(dataclasses.replace(TABLE, entries=entries), GRAPHS)
+        check_table_current(dataclasses.replace(TABLE, entries=entries), GRAPHS)
     with pytest.raises(StaleError, match="and 9 more"):
-        check_current(dataclasses.replace(TABLE, entries={}), GRAPHS)
+        check_table_current(dataclasses.replace(TABLE, entries={}), GRAPHS)
 
 
 def test_a_table_of_another_network_is_stale() -> None:
     with pytest.raises(StaleError, match="another network"):
-        check_current(dataclasses.replace(TABLE, network="other"), GRAPHS)
+        check_table_current(dataclasses.replace(TABLE, network="other"), GRAPHS)
 
 
 def test_a_path_is_the_sum_of_what_it_runs() -> None:
@@ -90,5 +90,5 @@ def test_what_a_plan_needs_and_the_table_lacks_is_named() -> None:
 
 
 def test_exits_out_of_order_are_refused() -> None:
-    with pytest.raises(InputError, match="ever deeper"):
+    with pytest.raises(InputError, match="not in the order of their exit points"):
         stage_graphs(GRAPHS.candidate, HEADS[::-1])

@@ -88,6 +88,25 @@ def test_an_edited_description_is_refused(saved: Path, key: str, value: object) 
         load_candidate(saved)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("width", "wide", "width is 'wide', not a number"),
+        ("input_hw", [0, 96], "input_hw is [0, 96], not two sides from 1 to 16384"),
+        ("colours", [[1, 2]], "colours[0] has 2 entries, not 3"),
+        ("heads", ["fcn"], "heads[0] is 'fcn', not a head such as exit2.fcn-crm1-b0"),
+        ("weights", "../secret", "weights is '../secret', not the name of a file of weights"),
+        ("ouput_stride", 8, "ouput_stride is not a known entry (did you mean 'output_stride'?)"),
+    ],
+)
+def test_a_wrong_entry_is_named_with_its_value(saved: Path, key: str, value: object, message: str) -> None:
+    path = saved / "network.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError) as refused:
+        load_candidate(saved)
+    assert str(refused.value).startswith(f"{path} is damaged ({message}): train a candidate network")
+
+
 def test_another_architecture_is_named(saved: Path) -> None:
     path = saved / "network.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"heads": ["exit2.fcn-crm1-b0", "exit3.fcn-crm1-b0"]}))

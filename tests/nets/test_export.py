@@ -168,7 +168,7 @@ def test_a_baseline_of_another_architecture_is_refused_by_name(
     folders = saved(tmp_path / "candidate", network), saved(tmp_path / "baseline", unlike, **changes)
     with pytest.raises(InputError) as refusal:
         export_checkpoint(folders[0], tmp_path / "graphs", Gate(), frames, tiny.nothing, folders[1])
-    assert f"{folders[1]} does not fit the candidate network, it has {difference}: train" in str(refusal.value)
+    assert f"{folders[1]} does not fit the multi-exit network: it has {difference}: train" in str(refusal.value)
     assert f"(`mess-compile train --baseline`), or remove {folders[1]}" in str(refusal.value)
     assert not (tmp_path / "graphs").exists()
 

@@ -13,7 +13,7 @@ import pytest
 from mess_compile.engines.files import plain_files
 from mess_compile.engines.jobs import job_name
 from mess_compile.latency import estimate
-from mess_compile.latency.table import LatencyTable, check_current, read_latency_table
+from mess_compile.latency.table import LatencyTable, check_table_current, read_latency_table
 from mess_compile.network import BASELINE, BASELINE_ALONE, GraphSet
 from mess_compile.profile import multi_device, selection
 from mess_compile.profile.backends import Backend, Task, nothing_to_build
@@ -92,7 +92,7 @@ def test_every_graph_is_measured_on_one_and_each_table_holds_its_own(graphs: Gra
     assert own(table).keys() | own(other).keys() == {*graphs.graphs, *PSEUDO_GRAPHS}
     assert all(max(map(len, (own(table), own(other)))) < len(each.entries) for each in (table, other))
     for each, device in ((table, one), (other, two)):
-        check_current(each, graphs)
+        check_table_current(each, graphs)
         for name, ms in own(each).items():
             assert ms == pytest.approx(device.ms.get(name, device.ms.get(job_name(name, "fp32"))))
     assert not list(tmp_path.glob("*.samples.jsonl"))
@@ -144,7 +144,7 @@ def test_without_a_requirement_a_representative_subset_is_distributed(graphs: Gr
     table = shared(graphs, tmp_path / "host.json", one, two, everything=False)
     other = read_latency_table(tmp_path / "host@two.json")
     assert {"output-4x6", "segment-0-1", "segment-0-2"} <= own(table).keys() | own(other).keys()
-    check_current(table, graphs)
+    check_table_current(table, graphs)
 
 
 def test_one_device_by_two_names_is_refused(graphs: GraphSet, tmp_path: Path) -> None:

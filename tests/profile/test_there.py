@@ -27,7 +27,7 @@ from tests.commands import complaint, done, printed_json, refused, run
 from tests.conftest import EFFORT
 from tests.remote_device import Device, remote_device
 
-LONGER = measure.Effort(window_s=0.03, window_runs=2, max_s=0.2, warm_up_s=0.0)
+LONGER = measure.Effort(window_s=0.03, window_runs=2, max_s=0.09, warm_up_s=0.0)
 
 
 @pytest.fixture(scope="module")

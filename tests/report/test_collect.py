@@ -42,7 +42,7 @@ class TestNothingToShow:
         for name in ("latency", "plans", "workspace.json"):
             part = workspace / name
             shutil.rmtree(part) if part.is_dir() else part.unlink()
-        assert "run `mess-compile profile --device host`" in refused(workspace, "report")
+        assert "run `mess-compile profile --device cpu`" in refused(workspace, "report")
         (workspace / "graphs" / "index.json").unlink()
         assert "run `mess-compile export`" in refused(workspace, "report")
 

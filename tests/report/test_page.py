@@ -103,7 +103,10 @@ class TestTheReport:
             )
             assert f"{point['predicted']['miou']:.2f} %" in tiles(page)
             heads = page.value("[...document.querySelectorAll('#stages h3')].map((h) => h.textContent)")
-            assert heads == [f"Exit {i}: {stage['head']}" for i, stage in enumerate(point["stages"], start=1)]
+            assert heads == [
+                f"Stage {i} = network exit {stage['head'][4]}: {stage['head']}"
+                for i, stage in enumerate(point["stages"], start=1)
+            ]
         assert page.complaints == []
 
     def test_keys_move_the_slider_and_the_plan_with_it(self, page: Browser) -> None:
@@ -197,7 +200,9 @@ def test_estimates_are_told_apart_on_sight(window: Browser, benched: Path, tmp_p
     assert window.value("document.getElementById('segments-chart').layout.shapes.length") == 1
     patterns = window.value("document.getElementById('heads-chart').data[0].marker.pattern.shape")
     assert patterns.count("/") == 1
-    assert "estimated, may be wrong by 1.50x" in window.value("document.getElementById('costs-table').textContent")
+    assert "estimated, off by a factor of up to 1.50" in window.value(
+        "document.getElementById('costs-table').textContent"
+    )
     assert window.complaints == []
 
 
@@ -206,7 +211,7 @@ def test_a_plan_without_early_exits_shows_no_threshold(page: Browser) -> None:
     assert single >= 0, "the front should have a plan of one exit"
     page.value(f"show({single})")
     sure = page.value("document.getElementById('sure').innerText")
-    assert "no image is held against a threshold" in sure
+    assert "no image is compared with a threshold" in sure
     assert "confidence threshold" not in sure
     assert page.value("document.querySelectorAll('#sure .chart').length") == 0
     page.value("show(front.stops.findIndex((stop) => stop.stages.length > 1))")

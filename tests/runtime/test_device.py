@@ -108,7 +108,7 @@ def test_the_command_tells_what_a_bundle_is_and_that_it_works(
     assert command.main(["info", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "tiny: tiny, 3 classes, 8 x 12" in shown
-    assert "exit 2: exit2.fcn-crm1-b0" in shown
+    assert "stage 2: exit2.fcn-crm1-b0" in shown
     assert command.main(["verify", str(path)]) == 0
     assert capsys.readouterr().out.count("ok  ") == 5
 

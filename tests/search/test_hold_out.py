@@ -167,7 +167,7 @@ def test_no_loss_has_no_sign_of_one() -> None:
     assert "-0.00" not in held_out_sentence(dataclasses.replace(result, plan=plan), 1.0)
 
 
-def test_a_sparing_profile_asks_what_the_search_will_choose_by() -> None:
+def test_a_sparse_profile_asks_what_the_search_will_choose_by() -> None:
     about = next(each for each in map(with_another_plan, range(40)) if each is not None)
     case_, requirement, wanted = about
     subject = Subject((case_.graph_set,), {}, {"fp32": case_.statistics}, (requirement,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -279,6 +280,38 @@ def test_a_place_that_is_named_twice_is_listed_once_with_its_own_versions(
     monkeypatch.setattr(ship, "look", looked)
     told = printed_json("-C", tmp_path, "ship", "--list", "xavier:/a", "xavier:/a", "orin:/b")["places"]
     assert [(each["place"], each["current"]) for each in told] == [("xavier:/a", "/a"), ("orin:/b", "/b")]
+
+
+@pytest.mark.parametrize(
+    ("place", "bundles", "proposed"),
+    [
+        ("nv@xavier:/a", ("agx.mess", "orin.mess", "xavier.mess"), "xavier.mess"),
+        ("nv@xavier:/a", ("agx.mess", "orin.mess"), None),
+        ("other:/a", ("agx.mess", "zoo.mess", "orin.mess", "xavier.mess"), "zoo.mess"),
+        ("other:/a", ("orin.mess", "xavier.mess"), None),
+    ],
+)
+def test_what_a_list_proposes_to_ship_is_never_for_another_host(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    bundles: tuple[str, ...],
+    proposed: str | None,
+) -> None:
+    """Of bundles for that device its own, else the newest that is for no other host, here in the order of writing."""
+
+    def looked(places: Sequence[Destination]) -> list[FolderReport]:
+        return [FolderReport(place.folder, (), {}, 0, None, (), (), None, False) for place in places]
+
+    monkeypatch.setattr(ship, "look", looked)
+    workspace = Workspace(tmp_path)
+    for device, host in (("xavier", "ssh://nv@xavier"), ("orin", "ssh://nv@orin:2222")):
+        workspace.remember_host(device, host)
+    for age, name in enumerate(bundles):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1e9 + age, 1e9 + age))
+    shown = done("-C", tmp_path, "ship", "--list", place)
+    assert re.findall(r"ship \S*/(\S+\.mess) ", shown) == ([] if proposed is None else [proposed])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from mess_compile.bundle.write import write_retuned
 from mess_compile.device.remote import Remote, parse_host
 from mess_compile.evaluate.statistics import ExitStatistics, read_statistics
+from mess_compile.reporter import SILENT
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle import archive, manifest
 from mess_compile.runtime.serve.verify import verify_bundle
@@ -21,7 +22,6 @@ from mess_compile.search.plan import Stage
 from mess_compile.ship.retune import Choice, chosen_stages, retune
 from tests import small_network
 from tests.commands import ANY_SPEED, printed_json
-from tests.conftest import quiet
 from tests.remote_device import Device, remote_device
 from tests.search import cases
 from tests.shipping import keys
@@ -204,7 +204,7 @@ def test_one_of_several_plans_must_be_named(several: Path, tmp_path: Path) -> No
     with closing(archive.open_archive(several)) as opened:
         for target in (None, "host", "xavier"):
             with pytest.raises(InputError, match=r"has the plans host:fp16, host:fp32: .* --target host:fp16"):
-                retune(opened, choice, target, remote, tmp_path / "never.mess", quiet)
+                retune(opened, choice, target, remote, tmp_path / "never.mess", SILENT)
 
 
 @pytest.fixture(scope="module")

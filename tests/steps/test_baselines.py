@@ -29,7 +29,7 @@ from tests.networks import random_network
 
 HW = (64, 96)
 NAMES = scenes.SCENE_CLASSES.names
-EFFORT = Effort(window_s=0.0, window_runs=1, windows=1, warm_up_s=0.0)
+EFFORT = Effort(window_s=0.0, window_runs=1, windows=1, max_s=0.001, warm_up_s=0.0)
 
 
 def quiet(*told: object) -> None:
@@ -125,7 +125,7 @@ class TestStronger:
     def test_a_stated_miou_is_what_the_error_counts_from_and_its_own_stays(self, workspace: Path) -> None:
         own = printed_json("-C", workspace, "search", "--max-err", "100%")["plan"]["baseline"]["miou"]
         shown = done("-C", workspace, "search", "--max-err", "1%", "--baseline", "1.5%")
-        assert "baseline-alone  " in shown
+        assert "baseline (separately trained network)  " in shown
         assert " pp vs. --baseline 1.50 %" in shown
         plan = printed_json("-C", workspace, "inspect", "plan")["plan"]
         assert (plan["baseline"]["miou"], plan["reference_miou"]) == (own, 1.5)
@@ -144,17 +144,15 @@ class TestStronger:
 
     def test_the_reader_is_told_which_one_it_is(self, strong: Path) -> None:
         shown = done("-C", strong, "bench", strong / "host.mess", "--split", "test", "--passes", "1", "-v")
-        assert "\nbaseline-alone  " in shown
-        assert "baseline-alone is the better baseline here: baseline has " in shown
-        assert shown.startswith("host.mess against baseline-alone on ")
-        assert "baseline-alone" in done("-C", strong, "inspect", strong / "host.mess")
+        assert "\nbaseline (separately trained network)  " in shown
+        assert "the separately trained network is the more accurate baseline here: the full network has " in shown
+        assert shown.startswith("host.mess against the separately trained network on ")
+        assert "separately trained network" in done("-C", strong, "inspect", strong / "host.mess")
         assert printed_json("inspect", strong / "host.mess")["plans"][0]["baseline_name"] == "baseline-alone"
 
     def test_inspect_shows_it(self, strong: Path) -> None:
         identity = load_candidate(strong / "baseline").candidate.identity
-        assert "baseline-alone, the single-exit network trained alone: 100.00 % mIoU" in done(
-            "-C", strong, "inspect", "statistics"
-        )
+        assert "separately trained network: 100.00 % mIoU" in done("-C", strong, "inspect", "statistics")
         scored = printed_json("-C", strong, "inspect", "statistics")["baseline_alone"]
         assert (scored["identity"], scored["miou"] > 98) == (identity, True)
         graphs = printed_json("-C", strong, "inspect", "graphs")
@@ -184,12 +182,15 @@ class TestAnother:
         shutil.rmtree(workspace / "baseline")
         save_random(workspace / "baseline", seed=2, exits=1)
         shown = done("-C", workspace, "export")
-        assert "baseline and baseline-alone: plans are compared with the more accurate one" in shown
+        assert (
+            "two baselines, full network and separately trained network: plans are compared with the more accurate one"
+            in shown
+        )
         assert "made from other graphs than these (baseline-alone)" in refused(workspace, "search")
         assert "another baseline" in refused(workspace, "bundle")
         steps.profile(Workspace(workspace), "host", steps.ProfileOptions(effort=EFFORT))
         edit(workspace / "workspace.json", lambda content: content.update(data=None))
-        assert "the statistics are of another baseline" in refused(workspace, "search")
+        assert "the evaluation is of another baseline" in refused(workspace, "search")
 
     def test_none_leaves_the_final_exit_alone(self, workspace: Path) -> None:
         shutil.rmtree(workspace / "baseline")

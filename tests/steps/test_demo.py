@@ -67,7 +67,7 @@ def test_a_second_demo_keeps_what_fits_and_makes_again_what_does_not(
     edit(table, lambda content: content["environment"].update(verdict="stable"))
     assert played(workspace, monkeypatch) == []
     told = capsys.readouterr().out
-    assert told.count("kept: ") == 4
+    assert told.count("unchanged: ") == 4
     assert f"(remove {workspace} to start over)" in told
     edit(table, lambda content: content["environment"].update(identity="another machine"))
     assert played(workspace, monkeypatch) == ["profile"]

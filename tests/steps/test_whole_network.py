@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from mess_compile.bench.run import CheckedPromise, Column, _checked, _Run
+from mess_compile.bench.run import CheckedPromise, Column, _checked, _MeasuredRun
 from mess_compile.bundle.single_file import write_single_file
 from mess_compile.graph.gate import append_sound
 from mess_compile.runtime.base.errors import InputError, NotFiniteError, StaleError
@@ -47,7 +47,7 @@ def test_its_labels_are_those_of_the_last_exit_and_it_claims_no_confidence(bundl
         assert (prediction.exit, prediction.exit_point, prediction.confidence) == (1, 2, None)
         assert [each.exit for each in refined] == [1]
         assert all((each.labels == wanted).all() for each in (*refined, *together))
-        with pytest.raises(InputError, match="has no gate and no confidence map"):
+        with pytest.raises(InputError, match="has no confidence map"):
             cascade.confidence_map(cascade(frame))
         assert cascade.metrics().exits == (5,)
 
@@ -57,7 +57,7 @@ def test_verify_compares_labels(bundle: Path, tmp_path: Path) -> None:
     golden = [check for check in checks if check.name.startswith("golden")]
     assert golden
     assert all(
-        check.passed and check.detail == "the whole network; 100.000 % of the labels are equal" for check in golden
+        check.passed and check.detail == "the full network; 100.000 % of the labels are equal" for check in golden
     )
 
 
@@ -132,7 +132,7 @@ def test_it_wins_where_cutting_costs_more_than_it_saves() -> None:
     assert (plan.predicted.latency_ms, plan.predicted.exit_rates) == (3.0, (1.0,))  # upload, one graph, download
     assert plan.predicted == plan.baseline
     assert kind_of_plan(plan) == (
-        "the plan is the whole network, uncut: no plan with exits does better under this requirement"
+        "the plan is the full network: no plan with early exits is better under this requirement"
     )
 
 
@@ -219,7 +219,7 @@ def test_a_saving_within_the_estimates_error_is_not_sold() -> None:
 
 def test_a_bench_holds_every_promise_against_what_it_measured() -> None:
     baseline, measured = Column(60.0, 10.0, 1.0, (1.0,)), Column(57.09, 6.0, 0.4, (0.5, 0.5))
-    run = _Run((1, 2), np.array([[[4.0, 8.0]], [[10.0, 10.0]]]), 57.09, 60.0)
+    run = _MeasuredRun((1, 2), np.array([[[4.0, 8.0]], [[10.0, 10.0]]]), 57.09, 60.0)
     asked = (
         manifest.Promise("err_pp", 2.0, False, 0.0),
         manifest.Promise("err_pp", 2.0, False, -1.0),  # counted from one point less than the baseline has

@@ -11,6 +11,7 @@ from mess_compile.data import scenes
 from mess_compile.data.dataset import open_dataset
 from mess_compile.nets.checkpoint import load_candidate
 from mess_compile.nets.network import Architecture, heads_from_names, with_final_head
+from mess_compile.reporter import Reporter
 from mess_compile.training.parallel import Machines
 from mess_compile.training.recipe import Recipe
 from mess_compile.training.train import TrainingJob, train
@@ -37,7 +38,7 @@ def trained(folder: Path, machines: Machines, recipe: Recipe) -> list[float]:
     lines: list[str] = []
     train(
         TrainingJob(shape, data, data, folder / f"{machines.accelerator}-{machines.precision}", recipe, None, machines),
-        lines.append,
+        Reporter(note=lines.append),
     )
     found = [line.split("exit ")[1].split("  ")[0] for line in lines if line.startswith("stage 1")]
     return [sum(float(word) for word in words.split()) for words in found]

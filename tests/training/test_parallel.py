@@ -21,6 +21,7 @@ from mess_compile.data import scenes
 from mess_compile.data.dataset import open_dataset
 from mess_compile.nets.checkpoint import load_candidate
 from mess_compile.nets.network import Architecture, heads_from_names, with_final_head
+from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.training import backbone, parallel
 from mess_compile.training.parallel import Machines
@@ -87,7 +88,10 @@ def first_gradient(folder: str, name: str, pieces: int = 1) -> None:
     shape = Architecture("mobilenetv2", data.classes.names, data.classes.colours, HW, blocks, heads, width=0.25)
     with suppress(Enough):
         machines = Machines(accumulate=pieces)
-        train(TrainingJob(shape, data, data, Path(folder) / "candidate", Recipe(batch=8), machines=machines), print)
+        train(
+            TrainingJob(shape, data, data, Path(folder) / "candidate", Recipe(batch=8), machines=machines),
+            Reporter(note=print),
+        )
 
 
 def as_torchrun_starts_it(rank: int, port: int, folder: str) -> None:

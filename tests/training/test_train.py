@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from mess_compile.data import scenes
 from mess_compile.data.dataset import DataSet, Sample, open_dataset
 from mess_compile.nets import network
 from mess_compile.nets.checkpoint import load_candidate
+from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.training import backbone, loop
 from mess_compile.training import heads as distilling
@@ -24,6 +27,7 @@ from mess_compile.training import train as stages
 from mess_compile.training.augment import Batches, Shard, augmented
 from mess_compile.training.backbone import trained_exits
 from mess_compile.training.heads import head_groups
+from mess_compile.training.progress import read_progress
 from mess_compile.training.recipe import Distillation, Recipe
 from mess_compile.training.train import TrainingJob, train
 from tests.networks import random_network
@@ -53,7 +57,7 @@ def architecture(data: DataSet) -> network.Architecture:
 
 def run(data: Path, folder: Path, recipe: Recipe = RECIPE, report: Callable[[str], None] = lambda line: None) -> None:
     images = open_dataset(data, "train")
-    train(TrainingJob(architecture(images), images, open_dataset(data, "val"), folder, recipe), report)
+    train(TrainingJob(architecture(images), images, open_dataset(data, "val"), folder, recipe), Reporter(note=report))
 
 
 class Killed(BaseException):
@@ -135,6 +139,25 @@ def test_a_training_that_an_older_release_left_goes_on(data: Path, tmp_path: Pat
     assert not any(line.startswith("stage 1, epoch 1 ") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"epoch": "one"}, "epoch is 'one', not an integer"),
+        ({"tensors": "../weights.safetensors"}, "tensors is '../weights.safetensors', not the name of a file of"),
+        ({"training": []}, "training is [], not an object"),
+        ({"ephoc": 1}, "ephoc is not a known entry (did you mean 'epoch'?)"),
+    ],
+)
+def test_a_wrong_entry_of_the_progress_is_named(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    path = tmp_path / "training" / "progress.json"
+    path.parent.mkdir()
+    content = {"format": "mess-training", "version": 1, "stage": 1, "group": 0, "epoch": 1}
+    content |= {"tensors": "stage1-group0-epoch1.safetensors", "training": {}}
+    path.write_text(json.dumps(content | changed))
+    with pytest.raises(InputError, match=re.escape(f"progress.json is damaged ({message}")):
+        read_progress(tmp_path, {})
+
+
 def test_a_second_training_in_the_same_place_is_refused_and_leaves_the_first_alone(data: Path, tmp_path: Path) -> None:
     def second(text: str) -> None:
         if "epoch 2" in text:
@@ -152,7 +175,6 @@ def test_a_training_that_is_refused_leaves_no_folder(data: Path, tmp_path: Path)
     with pytest.raises(InputError):
         train(
             TrainingJob(architecture(few), few, open_dataset(data, "val"), tmp_path / "candidate", RECIPE),
-            lambda line: None,
         )
     assert not (tmp_path / "candidate").exists()
 
@@ -320,7 +342,10 @@ def test_a_network_of_one_exit_is_the_baseline_trained_alone(data: Path, tmp_pat
     images = open_dataset(data, "train")
     alone = replace(architecture(images), exit_blocks=("features.17",), heads=network.with_final_head((), 1))
     lines: list[str] = []
-    train(TrainingJob(alone, images, images, tmp_path / "baseline", replace(RECIPE, epochs=(2, 0))), lines.append)
+    train(
+        TrainingJob(alone, images, images, tmp_path / "baseline", replace(RECIPE, epochs=(2, 0))),
+        Reporter(note=lines.append),
+    )
     assert [h.name for h in load_candidate(tmp_path / "baseline").candidate.heads] == ["exit1.fcn-crm1-b0"]
     assert not any("stage 2" in line for line in lines)
 
@@ -330,10 +355,11 @@ def test_heads_are_added_to_a_backbone_that_stays(data: Path, tmp_path: Path) ->
     bare = replace(
         architecture(images), heads=network.with_final_head(network.heads_from_names(("fcn-crm1-b0",), 3), 3)
     )
-    train(TrainingJob(bare, images, images, tmp_path / "bare", replace(RECIPE, epochs=(2, 0))), print)
+    train(TrainingJob(bare, images, images, tmp_path / "bare", replace(RECIPE, epochs=(2, 0))), Reporter(note=print))
     recipe = replace(RECIPE, epochs=(0, 2))
     train(
-        TrainingJob(architecture(images), images, images, tmp_path / "grown", recipe, source=tmp_path / "bare"), print
+        TrainingJob(architecture(images), images, images, tmp_path / "grown", recipe, source=tmp_path / "bare"),
+        Reporter(note=print),
     )
     before, after = (load_candidate(tmp_path / name) for name in ("bare", "grown"))
     assert len(after.candidate.heads) > len(before.candidate.heads)
@@ -360,7 +386,7 @@ def test_nothing_stays_untrained(
     with pytest.raises(InputError, match=words):
         train(
             TrainingJob(architecture(images), images, images, tmp_path, replace(RECIPE, epochs=epochs), source=source),
-            print,
+            Reporter(note=print),
         )
 
 
@@ -370,7 +396,10 @@ def test_the_final_exit_alone_leaves_no_untrained_heads_behind(data: Path, tmp_p
         architecture(images), heads=network.with_final_head(network.heads_from_names(("fcn-crm1-b0",), 3), 3)
     )
     with pytest.raises(InputError, match="nothing would train exit1"):
-        train(TrainingJob(bare, images, images, tmp_path, replace(RECIPE, epochs=(1, 0), order="final")), print)
+        train(
+            TrainingJob(bare, images, images, tmp_path, replace(RECIPE, epochs=(1, 0), order="final")),
+            Reporter(note=print),
+        )
 
 
 def test_another_network_teaches(data: Path, tmp_path: Path, finished: Path) -> None:
@@ -380,7 +409,7 @@ def test_another_network_teaches(data: Path, tmp_path: Path, finished: Path) -> 
     run(data, tmp_path / "own", recipe)
     train(
         TrainingJob(architecture(images), images, images, tmp_path / "taught", recipe, teacher=finished / "candidate"),
-        print,
+        Reporter(note=print),
     )
     own, taught = (load_candidate(tmp_path / name).state_dict() for name in ("own", "taught"))
     changed = {key.split(".")[0] for key in own if not torch.equal(own[key], taught[key])}
@@ -391,7 +420,9 @@ def test_a_teacher_of_other_classes_is_refused(data: Path, tmp_path: Path, finis
     images = open_dataset(data, "train")
     other = replace(architecture(images), classes=("a", "b"), colours=((0, 0, 0), (1, 1, 1)))
     with pytest.raises(InputError, match="same classes"):
-        train(TrainingJob(other, images, images, tmp_path, RECIPE, teacher=finished / "candidate"), print)
+        train(
+            TrainingJob(other, images, images, tmp_path, RECIPE, teacher=finished / "candidate"), Reporter(note=print)
+        )
 
 
 def test_weights_that_a_last_step_spoiled_are_not_saved(
@@ -419,7 +450,10 @@ def test_a_backbone_of_another_architecture_is_named(data: Path, tmp_path: Path,
     images = open_dataset(data, "train")
     recipe = replace(RECIPE, epochs=(0, 2))
     with pytest.raises(InputError, match=r"--from names a network whose (input_hw|exit_blocks) is .* asked for"):
-        train(TrainingJob(architecture(images), images, images, tmp_path, recipe, source=finished / "candidate"), print)
+        train(
+            TrainingJob(architecture(images), images, images, tmp_path, recipe, source=finished / "candidate"),
+            Reporter(note=print),
+        )
 
 
 def test_a_loss_that_is_not_a_number_names_the_batch_and_keeps_the_last_epoch(
@@ -488,7 +522,7 @@ def test_two_images_are_the_least_and_few_are_called_few(data: Path, tmp_path: P
         chosen = open_dataset(data, images)
         train(
             TrainingJob(architecture(chosen), chosen, open_dataset(data, "val"), tmp_path / folder, RECIPE),
-            lines.append,
+            Reporter(note=lines.append),
         )
         return next(line for line in lines if line.startswith("training on"))
 

@@ -21,10 +21,10 @@ function frontsChart() {
 
 function ratesChart() {
   const exits = Math.max(...plans.map((plan) => plan.heads.length)), names = plans.map((plan) => plain(plan.name));
-  const traces = [...Array(exits).keys()].map((exit) => ({ type: "bar", orientation: "h", name: `exit ${exit + 1}`, y: names, x: plans.map((plan) => 100 * (plan.predicted.exit_rates[exit] ?? 0)),
-    text: plans.map((plan) => plan.heads[exit] ? plain(plan.heads[exit]) : ""), textposition: "none", marker: { color: exitColour(exit) }, hovertemplate: `exit ${exit + 1}: %{x:.1f} %<br>%{text}<extra></extra>` }));
+  const traces = [...Array(exits).keys()].map((exit) => ({ type: "bar", orientation: "h", name: `stage ${exit + 1}`, y: names, x: plans.map((plan) => 100 * (plan.predicted.exit_rates[exit] ?? 0)),
+    text: plans.map((plan) => plan.heads[exit] ? plain(plan.heads[exit]) : ""), textposition: "none", marker: { color: exitColour(exit) }, hovertemplate: `stage ${exit + 1}: %{x:.1f} %<br>%{text}<extra></extra>` }));
   return [traces, { barmode: "stack", height: 120 + 36 * plans.length, xaxis: { title: { text: "images, %" }, range: [0, 100] }, yaxis: { autorange: "reversed" } },
-    "Images per exit: " + plans.map((plan) => `${plan.name} ${plan.predicted.exit_rates.map(percent).join(", ")}`).join("; ")];
+    "Images per stage: " + plans.map((plan) => `${plan.name} ${plan.predicted.exit_rates.map(percent).join(", ")}`).join("; ")];
 }
 
 drawing("fronts", frontsChart)();

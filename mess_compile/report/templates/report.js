@@ -8,7 +8,7 @@ function show(index) {
   at = index;
   const stop = shown(), slider = document.getElementById("stop"), figures = stop.predicted;
   const sentence = `${stop.chosen ? "The chosen plan. " : ""}${ms(figures.latency_ms)} (${speed(stop.latency_ratio)}), `
-    + `${figures.miou.toFixed(2)} % mIoU (${signed(-stop.max_err_pp)} pp), images per exit ${rates(stop)}: ${stop.heads}`;
+    + `${figures.miou.toFixed(2)} % mIoU (${signed(-stop.max_err_pp)} pp), images per stage ${rates(stop)}: ${stop.heads}`;
   slider.value = index;
   slider.setAttribute("aria-valuetext", `${stop.max_err}: ${ms(figures.latency_ms)}, ${figures.miou.toFixed(2)} % mIoU`);
   document.getElementById("stop-value").textContent = stop.max_err;
@@ -27,7 +27,7 @@ function showTiles(stop) {
   const figures = stop.predicted, baseline = front.baseline;
   const tiles = [
     ["latency, mean", ms(figures.latency_ms), `${speed(stop.latency_ratio)}, ${figures.source}`],
-    ["mIoU", figures.miou.toFixed(2) + " %", `${signed(-stop.max_err_pp)} pp of ${baseline.name}`],
+    ["mIoU", figures.miou.toFixed(2) + " %", `${signed(-stop.max_err_pp)} pp vs. the ${baseline.name}`],
     ["workload", figures.gmacs.toFixed(3) + " GMACs", work(stop.workload_ratio)],
     ["p95, worst case", ms(figures.p95_ms), "worst " + ms(figures.worst_ms)],
     ["memory", (figures.memory_bytes / 1048576).toFixed(1) + " MiB", `baseline ${(baseline.memory_bytes / 1048576).toFixed(1)} MiB`],
@@ -39,13 +39,13 @@ function showTiles(stop) {
 
 function showPoints(stop) {
   document.getElementById("points-table").replaceChildren(table("Operating points of the plan shown: other thresholds on the same graphs",
-    ["", "latency ms", "p95 ms", "mIoU %", "images per exit"], stop.operating_points.map((point) => [point.name,
+    ["", "latency ms", "p95 ms", "mIoU %", "images per stage"], stop.operating_points.map((point) => [point.name,
       point.predicted.latency_ms.toFixed(2), point.predicted.p95_ms.toFixed(2), point.predicted.miou.toFixed(2), point.predicted.exit_rates.map(percent).join(", ")])));
 }
 
 /* ---- the front ---- */
 const hovered = (stop) => `<b>--max-err ${stop.max_err}</b>${stop.chosen ? ", chosen" : ""}${stop.on_front ? "" : ", not on the front"}<br>${ms(stop.predicted.latency_ms)} ${stop.predicted.source}, `
-  + `${stop.predicted.miou.toFixed(2)} % mIoU<br>images per exit ${rates(stop)}<br>${plain(stop.heads)}`;
+  + `${stop.predicted.miou.toFixed(2)} % mIoU<br>images per stage ${rates(stop)}<br>${plain(stop.heads)}`;
 
 function frontChart() {
   const stops = front.stops, baseline = front.baseline, point = shown();
@@ -59,7 +59,7 @@ function frontChart() {
     { type: "scatter", mode: "lines", showlegend: false, hoverinfo: "skip", line: { color: colour("accent"), width: 1 },
       x: onFront.map((stop) => stop.predicted.latency_ms), y: onFront.map((stop) => stop.predicted.miou) },
     dots("plans", stops.map(own), hovered, { customdata: stops.map((_, i) => i), marker: { ...marker("circle", colour("accent"), 8), symbol: stops.map((stop) => stop.predicted.source === "estimated" ? "circle-open" : "circle") } }),
-    dots("operating points", others, (one) => `<b>operating point ${plain(one.name)}</b><br>${ms(one.x)}, ${one.y.toFixed(2)} % mIoU<br>images per exit ${one.predicted.exit_rates.map(percent).join(", ")}`,
+    dots("operating points", others, (one) => `<b>operating point ${plain(one.name)}</b><br>${ms(one.x)}, ${one.y.toFixed(2)} % mIoU<br>images per stage ${one.predicted.exit_rates.map(percent).join(", ")}`,
       { marker: marker("diamond-open", colour("exit3"), 10) }),
     dots("baseline", [{ x: baseline.latency_ms, y: baseline.miou }], (one) => `<b>${plain(baseline.name)}</b><br>${ms(one.x)}, ${one.y.toFixed(2)} % mIoU`,
       { marker: marker("square", colour("text"), 11) }),
@@ -82,20 +82,22 @@ function frontChart() {
 function ratesChart() {
   const stops = front.stops, exits = Math.max(...stops.map((stop) => stop.stages.length));
   const traces = [...Array(exits).keys()].map((exit) => ({
-    type: "bar", name: `exit ${exit + 1}`, x: stops.map((_, i) => i), y: stops.map((stop) => 100 * (stop.predicted.exit_rates[exit] ?? 0)),
+    type: "bar", name: `stage ${exit + 1}`, x: stops.map((_, i) => i), y: stops.map((stop) => 100 * (stop.predicted.exit_rates[exit] ?? 0)),
     marker: { color: exitColour(exit), opacity: stops.map((_, i) => i === at ? 1 : 0.45) },
     text: stops.map((stop) => stop.stages[exit] ? plain(stop.stages[exit].head) : ""), textposition: "none",
     customdata: stops.map((stop) => stop.max_err),
-    hovertemplate: `exit ${exit + 1}: %{y:.1f} %<br>%{text}<br>--max-err %{customdata}<extra></extra>`,
+    hovertemplate: `stage ${exit + 1}: %{y:.1f} %<br>%{text}<br>--max-err %{customdata}<extra></extra>`,
   }));
   const every = Math.ceil(stops.length / Math.max(2, Math.floor(innerWidth / 120))), marks = stops.map((_, i) => i).filter((i) => i % every === 0);
   return [traces, { barmode: "stack", bargap: 0.1, height: 300,
     xaxis: { title: { text: "--max-err that allows the plan" }, tickvals: marks, ticktext: marks.map((i) => stops[i].max_err) },
     yaxis: { title: { text: "images, %" }, range: [0, 100] },
-  }, `Images per exit of the plan shown: ${rates(shown())}. Those of all plans are in the table of plans.`];
+  }, `Images per stage of the plan shown: ${rates(shown())}. Those of all plans are in the table of plans.`];
 }
 
 /* ---- the cascade ---- */
+const stageOf = (stage) => { const point = /^exit(\d+)\./.exec(stage.head); return point ? `Stage ${stage.exit} = network exit ${point[1]}` : `Stage ${stage.exit}`; };
+const needed = (stage) => stage.sure ? `${(100 * stage.cut / stage.sure.cells).toFixed(1)} % of its cells are confident` : `${stage.cut} cells are confident`;
 const PARTS = [["segment", "accent"], ["head", "exit2"], ["decision", "text"], ["labels", "exit3"]];
 
 function showCascade(stop) {
@@ -103,14 +105,14 @@ function showCascade(stop) {
   let start = stop.upload_ms;
   document.getElementById("stages").replaceChildren(...stop.stages.map((stage, index) => {
     const times = stage.times, lines = [["reached by", percent(stage.arriving)]];
-    lines.push(["leaves when", stage.cut === null ? (anytime ? "always reports" : "always, it is the last") : `${stage.cut}${stage.sure ? ` of ${stage.sure.cells}` : ""} cells are ${stage.threshold.toFixed(2)} sure`]);
+    lines.push(["leaves when", stage.cut === null ? (anytime ? "always reports" : "always, it is the last") : `${needed(stage)} (confidence of ${stage.threshold.toFixed(2)} or more)`]);
     if (anytime && stop.reports[index]) lines.push(["mIoU by then", stop.reports[index].miou.toFixed(2) + " %"]);
     if (times) {
       lines.push([times.segment, ms(times.segment_ms)], ["head and gate", ms(times.head_ms)]);
       if (times.decision_ms) lines.push(["decision", ms(times.decision_ms)]);
       lines.push(["labels out", ms(times.leave_ms)]);
     }
-    const card = element("div", { class: "stage", style: `--stage: var(--exit${index % 3 + 1})` }, element("h3", {}, `Exit ${stage.exit}: ${stage.head}`),
+    const card = element("div", { class: "stage", style: `--stage: var(--exit${index % 3 + 1})` }, element("h3", {}, `${stageOf(stage)}: ${stage.head}`),
       element("dl", {}, element("dt", {}, anytime ? "ends here" : "images leave"), element("dd", { class: "big" }, percent(stage.leaving)),
         ...(times ? [element("dt", {}, "answer after"), element("dd", { class: "big" }, ms(times.done_ms))] : []),
         ...lines.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)])));
@@ -165,14 +167,14 @@ const withThresholds = (stop) => stop.stages.length > 1 ? stop.stages.filter((st
 function showSure(stop) {
   const host = document.getElementById("sure-charts");
   for (const chart of host.querySelectorAll(".chart")) Plotly.purge(chart);
-  const known = withThresholds(stop), none = stop.stages.length === 1 ? "This plan has no early exit: no image is held against a threshold." : "No statistics of this plan's recipe are here.";
+  const known = withThresholds(stop), none = stop.stages.length === 1 ? "This plan has no early exit, so no image is compared with a threshold." : "There is no current evaluation of this plan's precision.";
   for (const id of ["sure-note", "sure-details"]) document.getElementById(id).hidden = !known.length;
   host.replaceChildren(...(known.length ? known : [null]).map((stage) => stage
-    ? element("figure", {}, element("h3", {}, `Exit ${stage.exit}: ${stage.head}`), element("div", { class: "chart", id: `sure-${stage.exit}` }))
+    ? element("figure", {}, element("h3", {}, `${stageOf(stage)}: ${stage.head}`), element("div", { class: "chart", id: `sure-${stage.exit}` }))
     : element("p", { class: stop.stages.length === 1 ? "quiet" : "missing" }, none)));
   document.getElementById("sure-tables").replaceChildren(...known.map((stage) => table(
-    `Exit ${stage.exit}, images by share of sure cells` + (stage.sure.cut === null ? "" : `; they leave from ${(100 * stage.sure.cut).toFixed(1)} % on`),
-    ["sure cells", "left here", "went on"],
+    `Stage ${stage.exit}, images by share of confident cells` + (stage.sure.cut === null ? "" : ` (needs ${(100 * stage.sure.cut).toFixed(1)} %)`),
+    ["confident cells", "left here", "went on"],
     stage.sure.left.map((count, i) => [binned(stage.sure, i), count, stage.sure.went_on[i]]).filter((row) => row[1] + row[2]))));
 }
 
@@ -185,11 +187,11 @@ function drawSure() {
       marker: { color, line: { color: colour("page"), width: 1 } }, hovertemplate: "%{text}: %{y} images<extra>%{fullData.name}</extra>" });
     const host = document.getElementById(`sure-${stage.exit}`);
     host.setAttribute("role", "img");
-    host.setAttribute("aria-label", `Exit ${stage.exit}: images by share of cells sure at ${stage.threshold.toFixed(2)}` + (cut === null ? "" : `; they leave from ${cut.toFixed(1)} % on`));
+    host.setAttribute("aria-label", `Stage ${stage.exit}: images by share of cells with a confidence of ${stage.threshold.toFixed(2)} or more` + (cut === null ? "" : ` (needs ${cut.toFixed(1)} %)`));
     Plotly.react(host, [bars("leave here", sure.left, exitColour(stage.exit - 1)), bars("go on", sure.went_on, colour("band"))], styled({
-      barmode: "stack", height: 260, xaxis: { title: { text: `cells sure at ${stage.threshold.toFixed(2)}, %` } }, yaxis: { title: { text: "images" } },
+      barmode: "stack", height: 260, xaxis: { title: { text: `confident cells, %` } }, yaxis: { title: { text: "images" } },
       shapes: cut === null ? [] : [{ type: "line", yref: "paper", y0: 0, y1: 1, x0: cut, x1: cut, line: { color: colour("text"), width: 2, dash: "dash" } }],
-      annotations: cut === null ? [] : [{ x: cut, yref: "paper", y: 1, yanchor: "bottom", text: `${cut.toFixed(1)} %`, showarrow: false }],
+      annotations: cut === null ? [] : [{ x: cut, yref: "paper", y: 1, yanchor: "bottom", text: `needs ${cut.toFixed(1)} %`, showarrow: false }],
       legend: { orientation: "h", y: -0.35, x: 0, traceorder: "normal" },
     }, host.clientWidth), { displayModeBar: false });
   }
@@ -197,7 +199,7 @@ function drawSure() {
 
 /* ---- the latency table ---- */
 const told = (cost) => (cost.source === "estimated" ? "≈ " : "") + cost.mean_ms.toFixed(cost.mean_ms < 1 ? 3 : 2);
-const sourced = (cost) => cost.source === "estimated" ? "estimated" + (cost.error === null ? "" : `, may be wrong by ${cost.error.toFixed(2)}x`)
+const sourced = (cost) => cost.source === "estimated" ? "estimated" + (cost.error === null ? "" : `, off by a factor of up to ${cost.error.toFixed(2)}`)
   : "measured" + (cost.shared_with === null ? "" : `, of ${cost.shared_with}`);
 const costText = (cost) => `<b>${plain(cost.graph)}</b> (${cost.precision})<br>mean ${ms(cost.mean_ms)}, p99 ${ms(cost.p99_ms)}<br>${plain(sourced(cost))}`;
 

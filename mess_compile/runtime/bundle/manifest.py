@@ -439,10 +439,16 @@ def _bring_up_to_date(content: Dict[str, Any]) -> None:
         if not isinstance(plan, dict):
             continue
         plan.setdefault("promises", [])
-        points = plan.get("operating_points")
-        points = points if isinstance(points, list) else []
-        more = [point.get("predicted") for point in points if isinstance(point, dict)]
-        for figures in (plan.get("predicted"), plan.get("baseline"), *more):
+        complete_figures(plan)
+
+
+def complete_figures(plan: Dict[str, Any]) -> None:
+    """Add the `error` that the figures of an earlier release lack to a plan's content."""
+    points = plan.get("operating_points")
+    places = [plan, plan.get("hold_out"), *(points if isinstance(points, list) else [])]
+    for place in places:
+        for name in ("predicted", "baseline"):
+            figures = place.get(name) if isinstance(place, dict) else None
             if isinstance(figures, dict):
                 figures.setdefault("error", None)
 

@@ -7,7 +7,8 @@ from typing import Iterator, List, Optional, Tuple
 from mess_compile.runtime.base.errors import EngineError, InputError
 from mess_compile.runtime.bundle.manifest import BundlePlan, DeviceMatch, Manifest
 from mess_compile.runtime.engines.engine import LIBRARIES, Library, open_library
-from mess_compile.runtime.machine import machine as machines
+from mess_compile.runtime.machine import machine
+from mess_compile.runtime.machine.device_names import stored_name
 from mess_compile.runtime.machine.machine import Machine, dotted
 
 
@@ -29,9 +30,12 @@ def matching_plans(manifest: Manifest, target: Optional[str], library: Optional[
 
 
 def named_plans(plans: Tuple[BundlePlan, ...], target: str) -> List[BundlePlan]:
-    """The plan with that name, or all of a target; the precision alone names a recipe, too: fp16 for fp16-1f2e3d."""
+    """The plan with that name, or all of a target; fp16 also names a recipe such as fp16-1f2e3d, and
+    cpu the host."""
     exactly = [plan for plan in plans if plan.name == target]
     about = [p for p in plans if target in (p.target, f"{p.target}:{p.precision.partition('-')[0]}")]
+    if not exactly and not about and stored_name(target) != target:
+        return named_plans(plans, stored_name(target))
     return exactly or about
 
 
@@ -40,8 +44,8 @@ def _listed(plans: Tuple[BundlePlan, ...]) -> str:
 
 
 def _for_this_machine(plans: List[BundlePlan], bundle: str) -> List[BundlePlan]:
-    machine = machines.this_machine()
-    differences = {plan.target: list(device_differences(plan.device, machine)) for plan in plans}
+    here = machine.this_machine()
+    differences = {plan.target: list(device_differences(plan.device, here)) for plan in plans}
     fitting = [plan for plan in plans if not differences[plan.target]]
     if not fitting:
         found = "; ".join(f"not {target}: {', '.join(words)}" for target, words in differences.items())

@@ -40,8 +40,8 @@ from mess_compile.runtime.cascade.fallback import FallbackChain, FrameRun, safer
 from mess_compile.runtime.cascade.metrics import Metrics, Recorder
 from mess_compile.runtime.cascade.stream import Stream
 from mess_compile.runtime.engines.engine import Library
-from mess_compile.runtime.images import frames as pictures
-from mess_compile.runtime.images.confidence import confidence_map
+from mess_compile.runtime.images import frames
+from mess_compile.runtime.images.confidence import confidence_map, exit_text
 from mess_compile.runtime.images.resize_times import MappingTimes
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Prediction:
     `confidence` is the share of confident cells at that exit, None for a whole network. `latency_ms` runs from upload
     to download; in a refinement from its first `next` until these labels are available. After a fallback to a plan with
     other exits, `exit` is the plan's last one that is no deeper. `palette` has the name and colour of every label.
+    `needed` is the share of confident cells from which frames leave there, None at the last exit.
     """
 
     labels: np.ndarray
@@ -69,17 +70,17 @@ class Prediction:
     confidence: Optional[float]
     latency_ms: float
     palette: Palette = field(default=(), repr=False, compare=False)
+    needed: Optional[float] = None
 
     def __repr__(self) -> str:
-        sure = "" if self.confidence is None else f", {self.confidence:.0%} of its cells confident"
-        return f"<labels {self.labels.shape} of exit {self.exit}{sure}, {self.latency_ms:.2f} ms>"
+        words = exit_text(self.exit, self.confidence, self.needed)
+        return f"<labels {self.labels.shape} of {words}, {self.latency_ms:.2f} ms>"
 
     def _repr_html_(self) -> str:
         from mess_compile.runtime.images.notebook import labels_html, text_html
 
-        sure = "" if self.confidence is None else f"{self.confidence:.0%} of its cells confident,  "
-        words = f"exit {self.exit}, {sure}{self.latency_ms:.2f} ms"
-        return text_html(words) + labels_html(self.labels, self.palette)
+        words = exit_text(self.exit, self.confidence, self.needed)
+        return text_html(f"{words}, {self.latency_ms:.2f} ms") + labels_html(self.labels, self.palette)
 
 
 class Cascade:
@@ -255,7 +256,7 @@ class Cascade:
 
     def overlay(self, frame: np.ndarray, prediction: Prediction, opacity: float = 0.5) -> np.ndarray:
         """Blend the labels' colours over the frame: uint8 (H, W, 3). Raises InputError when they do not fit."""
-        return pictures.overlay(frame, prediction.labels, self.manifest.network.colours, opacity)
+        return frames.overlay(frame, prediction.labels, self.manifest.network.colours, opacity)
 
     def confidence_map(self, prediction: Prediction) -> np.ndarray:
         """The confidence of each pixel at the exit taken: float32 (H, W) in 0..1, each cell's value over its pixels.
@@ -272,10 +273,10 @@ class Cascade:
             if last is None or last[0] is not prediction or not self._holds(last[1]):
                 raise InputError("only the last prediction has a confidence map: request it before the next frame")
             if prediction.confidence is None:
-                raise InputError("the plan runs the whole network, which has no gate and no confidence map")
+                raise InputError("the plan runs the full network, which has no confidence map")
             logits = last[1].logits()
-        cells = pictures.resize_labels(confidence_map(logits, self.manifest.gate.confidence), network.input_hw)
-        return pictures.from_input(cells, prediction.labels.shape, network.resize)
+        cells = frames.resize_labels(confidence_map(logits, self.manifest.gate.confidence), network.input_hw)
+        return frames.from_input(cells, prediction.labels.shape, network.resize)
 
     def metrics(self) -> Metrics:
         """Exits taken, latencies, deadlines missed, failures and drift since loading."""
@@ -286,7 +287,7 @@ class Cascade:
 
     def _image(self, frame: Any) -> np.ndarray:
         network = self.manifest.network
-        return pictures.to_input(pictures.check_frame(frame), network.input_hw, network.resize)[None]
+        return frames.to_input(frames.check_frame(frame), network.input_hw, network.resize)[None]
 
     def _own_image(self, frame: Any) -> np.ndarray:
         """An image that a safer engine can start from after the caller has reused the frame's buffer."""
@@ -374,7 +375,7 @@ class Cascade:
         if labels.shape == hw:
             return labels
         start = time.perf_counter_ns()
-        labels = pictures.from_input(labels, hw, self.manifest.network.resize)
+        labels = frames.from_input(labels, hw, self.manifest.network.resize)
         self._mapping.took(hw, (time.perf_counter_ns() - start) / 1e6)
         return labels
 
@@ -385,7 +386,8 @@ class Cascade:
     def _prediction(self, run: FrameRun, labels: np.ndarray, latency_ms: float) -> Prediction:
         stage, count = run.stage, run.count
         sure = None if count is None else count / stage.cells
-        return Prediction(labels, self._exit(run), stage.exit_point, sure, latency_ms, self._palette)
+        needed = None if run.cut is None else run.cut / stage.cells
+        return Prediction(labels, self._exit(run), stage.exit_point, sure, latency_ms, self._palette, needed)
 
     def close(self) -> None:
         """End the streams, wait for the current frame, then release everything; also done when the process ends."""

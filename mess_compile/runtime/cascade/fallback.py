@@ -228,6 +228,11 @@ class FrameRun:
         return None if self.stage.is_whole else int(self.counts[-1][self._decisions[self.depth - 1].row])
 
     @property
+    def cut(self) -> Optional[int]:
+        """The confident cells that are needed to exit at the last stage passed; None at the plan's last."""
+        return None if self.stage.is_whole else self._decisions[self.depth - 1].cut
+
+    @property
     def is_last(self) -> bool:
         return self.depth == len(self._decisions)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Set, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -38,6 +38,12 @@ class _Step:
     engine: Engine
     reads: Tuple[str, ...]
     releases: Tuple[str, ...]
+
+    def run(self, live: Live) -> Live:
+        feeds = {}
+        for name in self.reads:  # in chains one; a comprehension would cost more
+            feeds[name] = live[name]
+        return self.engine.run(feeds)
 
 
 @dataclass(frozen=True)
@@ -89,27 +95,24 @@ class Stages:
         )
 
     def upload(self, image: np.ndarray) -> Live:
-        """The live tensors before the first stage."""
-        return {_IMAGE: self.library.upload(image)}
+        """The live tensors before the first stage; the thresholds are alive throughout."""
+        return {_IMAGE: self.library.upload(image), _THRESHOLDS: self._thresholds}
 
     def advance(self, index: int, live: Live) -> Tuple[Tensor, np.ndarray]:
         """Logits and counts (T,) of a stage; turns the tensors that are live before it into those after it. A whole
         network returns its labels in place of logits, and no counts. Raises EngineError.
         """
         stage = self._stages[index]
-        segment = stage.segment
-        found = segment.engine.run({name: live[name] for name in segment.reads})
+        found = stage.segment.run(live)
         if stage.head is None:
             self._check_sound(stage, int(self.library.download(found[_SOUND])[0]) == stage.cells)
             live.clear()
             return found["labels"], _NO_COUNTS
         live.update(found)
         del found  # a released tensor has no other reference
-        for name in segment.releases:
+        for name in stage.segment.releases:
             del live[name]
-        feeds = {name: live[name] for name in stage.head.reads}
-        feeds[_THRESHOLDS] = self._thresholds
-        gated = stage.head.engine.run(feeds)
+        gated = stage.head.run(live)
         for name in stage.head.releases:
             del live[name]
         counts = self.library.download(gated["counts"])
@@ -147,17 +150,12 @@ def _unused_row(plan: BundlePlan, row_count: int) -> Optional[int]:
 
 def _steps(engines: Sequence[Engine]) -> List[_Step]:
     """The segments and heads of a plan in their order, and when each tensor is released."""
-    read_later: Set[str] = set()
-    later: List[Set[str]] = []
-    for engine in reversed(engines):
-        later.append(set(read_later))
-        read_later |= set(engine.inputs)
     live, steps = {_IMAGE}, []
-    for engine, still_read in zip(engines, reversed(later)):
+    for number, engine in enumerate(engines, 1):
+        read_later = {name for later in engines[number:] for name in later.inputs}
         live |= set(engine.outputs) - _OF_HEADS
-        reads = tuple(name for name in engine.inputs if name != _THRESHOLDS)
-        steps.append(_Step(engine, reads, tuple(live - still_read)))
-        live &= still_read
+        steps.append(_Step(engine, tuple(engine.inputs), tuple(live - read_later)))
+        live &= read_later
     return steps
 
 

@@ -39,7 +39,7 @@ class Stream:
         except TypeError as error:
             raise InputError(f"frames is {frames!r:.80}, not a list or an iterator of frames") from error
         self._process = os.getpid()
-        self._state = _State(source, segment, ahead)
+        self._state = _StreamState(source, segment, ahead)
         threads = [threading.Thread(target=_lane, args=(self._state,), daemon=True) for _ in range(LANES)]
         self._close = fork_guard.finalizer(self, _stop, self._state, threads)
         for thread in threads:
@@ -70,7 +70,7 @@ class Stream:
         self.close()
 
 
-class _State:
+class _StreamState:
     """State that the lanes share. They hold no reference to the stream, which otherwise would never be dropped."""
 
     def __init__(self, source: Iterator[Any], segment: Callable[[Any], Prediction], ahead: int) -> None:
@@ -81,7 +81,7 @@ class _State:
         self.ended = False
 
 
-def _lane(state: _State) -> None:
+def _lane(state: _StreamState) -> None:
     """Process frames from the source, one after the other."""
     for place, frame in iter(lambda: _take(state), None):
         try:
@@ -90,7 +90,7 @@ def _lane(state: _State) -> None:
             place.set_exception(error)
 
 
-def _take(state: _State) -> Optional[Tuple[Future[Prediction], Any]]:
+def _take(state: _StreamState) -> Optional[Tuple[Future[Prediction], Any]]:
     """The next frame, with its place among the results; None at the end."""
     state.room.acquire()
     with state.turn:
@@ -111,7 +111,7 @@ def _take(state: _State) -> Optional[Tuple[Future[Prediction], Any]]:
     return None
 
 
-def _stop(state: _State, threads: List[threading.Thread]) -> None:
+def _stop(state: _StreamState, threads: List[threading.Thread]) -> None:
     state.ended = True
     state.room.release()
     state.places.put(None)

@@ -8,20 +8,30 @@ from typing import Optional
 import numpy as np
 
 LEGEND = (
-    "confidence: the share of an exit's cells whose confidence reaches the plan's threshold; early exits decide by "
-    "it, unless a deadline does; the last exit only reports it"
+    "stage: an exit of the plan, counted from 1; confident cells: the share of a stage's cells whose confidence "
+    "reaches the plan's threshold; an image leaves at the first stage with the share needed (with --deadline, at the "
+    "last one in time), else at the last stage"
 )
 """Explains figures of confidence below them."""
 
 
-def confidence_text(confidence: Optional[float]) -> str:
-    """The share of confident cells, for a caption; empty for a whole network."""
-    return "" if confidence is None else f"confident {confidence:.0%}  "
+def confidence_text(confidence: Optional[float], needed: Optional[float] = None) -> str:
+    """The share of confident cells and, where that decides, the share needed to leave; empty for a full network."""
+    if confidence is None:
+        return ""
+    if needed is None:
+        return f"confident cells {percent(confidence)}"
+    digits = int(confidence < needed and percent(confidence) == percent(needed))
+    return f"confident cells {percent(confidence, digits)} (needs {percent(needed, digits)})"
 
 
-def exit_text(number: int, confidence: Optional[float]) -> str:
-    """The exit that a frame took and its confidence there; a whole network has no confidence."""
-    return "the whole network" if confidence is None else f"exit {number}, confidence {confidence:.3f}"
+def percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def exit_text(number: int, confidence: Optional[float], needed: Optional[float] = None) -> str:
+    """The stage at which a frame left and its confidence there; a full network has no confidence."""
+    return "the full network" if confidence is None else f"stage {number}, {confidence_text(confidence, needed)}"
 
 
 def confidence_map(logits: np.ndarray, kind: str) -> np.ndarray:

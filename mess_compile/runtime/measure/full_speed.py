@@ -1,4 +1,4 @@
-"""Tells from ticks whether the machine ran at full speed; a tick is a short run of one graph before or after a window.
+"""Checks by ticks whether the machine ran at full speed; a tick is a short run of one graph before or after a window.
 
 A core of a shared or hot machine can be slower by half for seconds at a time. Times measured then do not compare with
 times measured before.

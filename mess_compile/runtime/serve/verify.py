@@ -130,7 +130,7 @@ def _golden(cascade: Cascade, golden: Golden, frame: np.ndarray) -> Check:
     cells, precision = cascade.plan.stages[prediction.exit - 1].cells, cascade.plan.boldest
     passed = prediction.exit == golden.exit and equal >= LABELS_EQUAL_PERCENT[precision]
     if prediction.confidence is None:
-        return Check(golden.frame, passed, f"the whole network; {equal:.3f} % of the labels are equal")
+        return Check(golden.frame, passed, f"the full network; {equal:.3f} % of the labels are equal")
     count = round(prediction.confidence * cells)
     passed = passed and abs(count - golden.count) <= 1 + COUNT_TOLERANCE[precision] * cells
     detail = (

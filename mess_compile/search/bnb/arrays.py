@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mess_compile.array_types import Array
 from mess_compile.latency.table import Quantity, graph_cost_ns
 from mess_compile.network import head_graph_name, segment_name
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
@@ -20,7 +19,6 @@ from mess_compile.search.objectives import Bound, bounds_of
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.space import CUTS
 
-Array = NDArray[Any]
 Cuts = tuple[tuple[tuple[int, ...], ...], ...]
 """The cuts by head and threshold row."""
 UNBOUNDED = np.iinfo(np.int64).max

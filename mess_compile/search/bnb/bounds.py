@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import numpy as np
 from numba import get_num_threads
 
+from mess_compile.array_types import Array
 from mess_compile.search.bnb import kernels
-from mess_compile.search.bnb.arrays import PLACES, UNBOUNDED, Array, Problem
+from mess_compile.search.bnb.arrays import PLACES, UNBOUNDED, Problem
 from mess_compile.search.bnb.incumbent import BoundedChains, Incumbent
 from mess_compile.search.bnb.kernels.values import Cutoff, PairGroup, Relaxation, TripleGroup
 from mess_compile.search.deadline import Clock, check_time
@@ -31,9 +34,16 @@ class Bounds:
 
     def of_chains(self, chains: Array) -> Array:
         """Lower bounds (m,) of the plans of each of the chains (m, 4), by an envelope for each."""
-        problem, slope = self._problem, self.slope
-        prices = in_order(problem.weight * problem.costs(problem.priced, *chains.T).T, np.float64)  # (m, 4)
-        chains, table = in_order(chains, np.int64), problem.table
+        return self._of_priced(chains, self._prices(chains))
+
+    def _prices(self, chains: Array) -> Array:
+        """What an image costs that leaves at each exit (m, 4) of the chains (m, 4), weighed against mIoU."""
+        problem = self._problem
+        return in_order(problem.weight * problem.costs(problem.priced, *chains.T).T, np.float64)
+
+    def _of_priced(self, chains: Array, prices: Array) -> Array:
+        slope, table = self.slope, self._problem.table
+        chains = in_order(chains, np.int64)
         least = np.empty(len(chains))
         for part, found in shared(
             len(chains), lambda part: kernels.bound_chains(chains[part], prices[part], slope, table)
@@ -72,11 +82,11 @@ class Bounds:
         def dual(slope: float) -> tuple[float, float, Array]:
             check_time(self._clock)
             self.slope = slope
-            least = self.of_chains(sample)
+            least = self._of_priced(sample, prices)
             return float(least.min()) + slope * self._incumbent.min_miou, slope, least
 
         for factor in factors:
-            middle = self.slope
+            middle, prices = self.slope, self._prices(sample)
             tried = (dual(middle * each) for each in (1 / factor, 1, factor))
             _, self.slope, least = max(tried, key=lambda each: each[0])
             sample = sample[np.argsort(least, kind="stable")[: max(BATCH, len(sample) // 4)]]
@@ -139,8 +149,19 @@ def shared(count: int, work: Callable[[Array], Found]) -> list[tuple[Array, Foun
     """The results of `work` on `count` things, given the indices of some of them: a part for each core."""
     cores = get_num_threads()
     parts = [np.arange(first, count, cores) for first in range(min(cores, count))]
-    with ThreadPoolExecutor(cores) as pool:
-        return list(zip(parts, pool.map(work, parts), strict=True))
+    others = [_threads(os.getpid(), cores).submit(work, part) for part in parts[1:]]
+    try:
+        found = [work(part) for part in parts[:1]]
+    finally:
+        wait(others)
+    return list(zip(parts, [*found, *(other.result() for other in others)], strict=True))
+
+
+@functools.lru_cache(maxsize=1)
+def _threads(process: int, cores: int) -> ThreadPoolExecutor:
+    """The threads of this process: to start some for each call would take longer than most calls. A forked process has
+    none of its parent's."""
+    return ThreadPoolExecutor(cores)
 
 
 def in_order(array: Array, dtype: type) -> Array:

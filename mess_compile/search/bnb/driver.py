@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numba import get_num_threads
 
+from mess_compile.array_types import Array
 from mess_compile.network import is_whole
 from mess_compile.search.bnb import bounds, kernels
-from mess_compile.search.bnb.arrays import PLACES, Array, Problem, Whole, problem_of
+from mess_compile.search.bnb.arrays import PLACES, Problem, Whole, problem_of
 from mess_compile.search.bnb.bounds import Bounds, in_order, joined, shared
 from mess_compile.search.bnb.incumbent import BestPlan, BoundedChains, Incumbent
 from mess_compile.search.bnb.kernels.values import ChainBatch, Cutoff

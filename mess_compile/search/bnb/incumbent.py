@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from mess_compile.array_types import Array
 from mess_compile.network import is_whole
-from mess_compile.search.bnb.arrays import UNBOUNDED, Array, Problem
+from mess_compile.search.bnb.arrays import UNBOUNDED, Problem
 
 _TOLERANCE = 1e-9
 

@@ -22,7 +22,7 @@ _FRONT_POINTS, _FRONT_SIZE = 12, 2e13
 """So many points of the front are searched for, where the space (plans times images) is no larger."""
 
 
-def search(evidence: Evidence, context: SearchContext) -> SearchResult:
+def bounded_search(evidence: Evidence, context: SearchContext) -> SearchResult:
     """The optimum, or when the context's clock was up the best plan so far and what a better one could still gain.
 
     The front is made of plans that no other beats in mean latency and mIoU: in a space of moderate size a dozen from

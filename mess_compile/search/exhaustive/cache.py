@@ -1,4 +1,4 @@
-"""Plan tables cached between searches, for they do not depend on bounds: a folder per key, used only when intact."""
+"""Plan tables cached between searches, since they do not depend on bounds: a folder per key, used only when intact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,21 @@ def _key(evidence: Evidence, requirement: Requirement) -> str:
     )
 
 
+_AGAIN = "it is computed again"
+
+
+@dataclass(frozen=True)
+class _IndexDocument:
+    """The content of `index.json`: `heads` by their number in the chains, `sha256` by array, `seal` over the rest."""
+
+    key: str
+    heads: tuple[str, ...]
+    space: int
+    evaluated: int
+    sha256: dict[str, str]
+    seal: str
+
+
 def _store(folder: Path, key: str, found: PlanTable) -> None:
     if found.plans.nbytes > MOST_BYTES // 2:
         return
@@ -107,14 +122,14 @@ def _npy(array: NDArray[Any]) -> bytes:
 def _load(folder: Path, key: str, evidence: Evidence) -> PlanTable | None:
     """What `_store` wrote under this key; None when it is missing, damaged or of other evidence."""
     try:
-        content = files.read_json(folder / "index.json", FORMAT, VERSION, "it is computed again")
-        sealed = {name: content[name] for name in ("key", "heads", "space", "evaluated", "sha256")}
-        if content["key"] != key or content["seal"] != files.sha256_of_json(sealed):
+        content = files.read_json(folder / "index.json", FORMAT, VERSION, _AGAIN)
+        index: _IndexDocument = files.decode_document(folder / "index.json", _IndexDocument, content, _AGAIN)
+        sealed = {name: value for name, value in asdict(index).items() if name != "seal"}
+        if index.key != key or index.seal != files.sha256_of_json(sealed):
             return None
-        plans, chains = (_array(folder / f"{name}.npy", content["sha256"][name]) for name in ("plans", "chains"))
-        heads = [tuple(content["heads"][i] for i in line if i != NO_OPTION) for line in chains.tolist()]
-        options = HeadDecisions(evidence)
-        found = PlanTable(tuple(heads), options, plans, int(content["space"]), int(content["evaluated"]))
+        plans, chains = (_array(folder / f"{name}.npy", index.sha256[name]) for name in ("plans", "chains"))
+        heads = [tuple(index.heads[i] for i in line if i != NO_OPTION) for line in chains.tolist()]
+        found = PlanTable(tuple(heads), HeadDecisions(evidence), plans, index.space, index.evaluated)
         return found if plans.dtype == PLAN_DTYPE and _agrees(evidence, found) else None
     except (InputError, OSError, KeyError, TypeError, ValueError, IndexError):
         return None

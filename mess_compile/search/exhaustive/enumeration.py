@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile.array_types import Floats, Index, Ints
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.search.space import Decisions
 
 STATES = 8192
 UNTHREADED_SIZE = 1 << 18
-Floats = NDArray[np.float64]
-Index = NDArray[np.intp]
-Ints = NDArray[np.int64]
 
 
 class Scores:

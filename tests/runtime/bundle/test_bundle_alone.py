@@ -71,7 +71,8 @@ def test_the_bundle_segments_pictures_there(python: Path, bundle: Path, tmp_path
     for seed, frame in enumerate(frames):
         results = small_network.expected(frame)
         counts, labels = results[0] if results[0][0][2] >= 18 else results[1]
-        assert f"{seed}.png: exit {1 if results[0][0][2] >= 18 else 2}, confidence {counts[2] / 24:.3f}" in done.stdout
+        stage, needs = (1, " (needs 75 %)") if results[0][0][2] >= 18 else (2, "")
+        assert f"{seed}.png: stage {stage}, confident cells {100 * counts[2] / 24:.0f} %{needs}, " in done.stdout
         picture = Image.open(tmp_path / "out" / f"{seed}.labels.png")
         np.testing.assert_array_equal(np.asarray(picture), labels)
         palette = picture.getpalette()
@@ -125,17 +126,19 @@ def test_under_a_deadline_every_exit_reports_there_and_misses_are_told(
     done = run(python, bundle, "run", tmp_path / "1.png", "-o", tmp_path, "--deadline", "60000 ms")
     assert (done.returncode, done.stderr) == (0, "")
     first, last, legend, told = done.stdout.splitlines()
-    assert legend.startswith("confidence: the share of an exit's cells")
+    assert legend.startswith("stage: an exit of the plan")
     (counts, _), (deeper, labels) = small_network.expected(frame)
-    assert f"1.png: exit 1, confidence {counts[2] / 24:.3f}, " in first
-    assert f"1.png: exit 2, confidence {deeper[2] / 24:.3f}, " in last
+    assert f"1.png: stage 1, confident cells {100 * counts[2] / 24:.0f} %, " in first, (
+        "no share is needed: time decides"
+    )
+    assert f"1.png: stage 2, confident cells {100 * deeper[2] / 24:.0f} %, " in last
     assert "too late" not in first + last
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "1.labels.png")), labels)
     assert told == "deadline 60000 ms: of 1 pictures the first result came too late for 0, a later one for 0"
     first, _, told = run(
         python, bundle, "run", tmp_path / "1.png", "-o", tmp_path, "--deadline", ".001ms"
     ).stdout.splitlines()
-    assert "exit 1" in first
+    assert "stage 1" in first
     assert ", too late -> " in first
     assert told == "deadline 0.001 ms: of 1 pictures the first result came too late for 1, a later one for 0"
 

@@ -60,6 +60,16 @@ def test_every_exit_gives_what_the_network_gives_run_whole(cascade: Cascade) -> 
     assert set(Counter(map(exit_taken, range(30)))) == {1, 2, 3}
 
 
+def test_the_networks_own_end_has_a_confidence_map(cascade: Cascade) -> None:
+    """Of its logits as they are: the softmax maximum of each cell, over the cell's pixels."""
+    seed = next(seed for seed in range(30) if exit_taken(seed) == 3)
+    found = cascade.confidence_map(cascade(skips.frame(seed)))
+    logits = skips.tensors(skips.frame(seed))["logits:exit3.own"][0]
+    odds = np.exp(logits - logits.max(axis=0))
+    wanted = (odds.max(axis=0) / odds.sum(axis=0)).repeat(2, axis=0).repeat(2, axis=1)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_so_do_a_refinement_a_batch_and_a_stream(cascade: Cascade) -> None:
     for seed in range(3):
         for exit_, prediction in enumerate(cascade.refine(skips.frame(seed)), start=1):

@@ -79,3 +79,40 @@ def test_the_cache_is_beside_the_kernels_unless_the_user_names_a_folder(
     folder = compiled.cache_folder()
     assert folder is not None
     assert folder.parent == tmp_path / "mess-compile" / "kernels"
+
+
+@pytest.fixture
+def older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What other sources left beside kernels whose own folder does not exist yet."""
+    monkeypatch.setattr(compiled, "sources", lambda: ())
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    monkeypatch.setattr(compiled._CONFIG, "CACHE_DIR", "")
+    folder = tmp_path / "__pycache__" / "numba-0123456789abcdef"
+    folder.mkdir(parents=True)
+    (folder / "kernel.nbc").write_bytes(b"compiled")
+    return folder
+
+
+def test_a_new_folder_takes_the_place_of_those_of_other_sources(older: Path) -> None:
+    """Every change would leave megabytes behind for good."""
+    folder = compiled.cache_folder()
+    assert folder is not None
+    assert list(older.parent.iterdir()) == [folder]
+
+
+def test_a_folder_that_is_there_already_removes_no_other(older: Path) -> None:
+    older.rename(older.parent / "put aside")
+    compiled.cache_folder()
+    (older.parent / "put aside").rename(older)
+    compiled.cache_folder()
+    assert older.exists()
+
+
+def test_other_installations_share_a_folder_that_the_user_names(older: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = older.parent.rename(older.parent.with_name("named"))
+    monkeypatch.setattr(compiled._CONFIG, "CACHE_DIR", str(named))
+    older, unused = named / older.name, named / "numba-unused"
+    unused.mkdir()
+    os.utime(unused, (0, 0))
+    compiled.cache_folder()
+    assert (older.exists(), unused.exists()) == (True, False)

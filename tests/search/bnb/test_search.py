@@ -18,7 +18,7 @@ from mess_compile.search import solver
 from mess_compile.search.bnb import bounds, kernels
 from mess_compile.search.bnb.arrays import Problem, problem_of
 from mess_compile.search.bnb.kernels.values import Cutoff, PairGroup, Relaxation, TripleGroup
-from mess_compile.search.bnb.search import search
+from mess_compile.search.bnb.search import bounded_search
 from mess_compile.search.context import SearchContext, SearchProgress, no_progress
 from mess_compile.search.deadline import Clock, UnfinishedError
 from mess_compile.search.metrics import Evidence, figures_of_stages
@@ -45,7 +45,7 @@ RELAXED = list(HealthCheck)
 def searched(
     case: Evidence, requirement: Requirement, clock: Clock | None = None, progress: SearchProgress = no_progress
 ) -> SearchResult:
-    return search(case, SearchContext(requirement, progress=progress, clock=clock))
+    return bounded_search(case, SearchContext(requirement, progress=progress, clock=clock))
 
 
 @dataclasses.dataclass(frozen=True)

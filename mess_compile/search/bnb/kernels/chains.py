@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mess_compile.search.bnb.kernels.compiled import kernel
+from mess_compile.search.bnb.kernels.compiled import inlined, kernel
 from mess_compile.search.bnb.kernels.sums import additions, envelope, remainder, sums_of_leaving, sums_of_staying
 from mess_compile.search.bnb.kernels.triples import PARTS, from_hardest, is_easy, parts_of_options
 from mess_compile.search.bnb.kernels.values import INFINITE, Array, HeadTable
@@ -34,7 +34,7 @@ def scores_of(head: int, last: int, table: HeadTable) -> Array:
     return table.scores[last if head == table.scores.shape[0] else head]
 
 
-@kernel
+@inlined
 def bound_chain(chain: Array, prices: Array, slope: float, table: HeadTable) -> ChainBound:
     rows, n = table.passed.shape[1:]
     steps, alone = np.empty((3, n)), np.empty((rows, CUTS))
@@ -53,7 +53,7 @@ def bound_chains(chains: Array, prices: Array, slope: float, table: HeadTable) -
     return least
 
 
-@kernel
+@inlined
 def _steps_of(chain: Array, prices: Array, slope: float, table: HeadTable, steps: Array) -> float:
     """Fills `steps` (3, n) as in `ChainBound`; returns its `base`."""
     last = table.scores[chain[3]]
@@ -78,7 +78,7 @@ def _steps_of(chain: Array, prices: Array, slope: float, table: HeadTable, steps
     return float(n * prices[3] - slope * (added[3].sum() + remainder(low, high, table.labelled, coefficients)))
 
 
-@kernel
+@inlined
 def _lows_of_rows(chain: Array, steps: Array, alone: Array, table: HeadTable) -> Array:
     """The `lows` of a `ChainBound`."""
     rows, most = alone.shape
@@ -106,7 +106,7 @@ def _lows_of_rows(chain: Array, steps: Array, alone: Array, table: HeadTable) ->
     return lows
 
 
-@kernel
+@inlined
 def _up_to_third(chain: Array, steps: Array, saved: Array, alone: Array, table: HeadTable, before: Array) -> None:
     """Fills `before` (rows, rows, cuts): what options of the second head come to up to the third with the best of each
     row of the first; an image that leaves at the first alone also adds what it has `saved` (n,)."""
@@ -130,7 +130,7 @@ def _up_to_third(chain: Array, steps: Array, saved: Array, alone: Array, table: 
                     before[row1, row2, cut2] = min(before[row1, row2, cut2], low)
 
 
-@kernel
+@inlined
 def _from_third(chain: Array, added: tuple[Array, Array, Array], among: Array, table: HeadTable, after: Array) -> None:
     """Fills `after` (rows, rows, cuts): what options of the second head come to from the third on, with the best in
     each row of those `among` (rows, cuts) the third's.

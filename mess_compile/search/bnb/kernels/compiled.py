@@ -10,7 +10,9 @@ import fcntl
 import functools
 import hashlib
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +25,8 @@ from mess_compile.search import space
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _LOCK = "compiling.lock"
+_SHARED_UNUSED_S = 30 * 24 * 3600.0
+"""How old a folder of other sources may become where several installations have their folders."""
 _CONFIG: Any = numba.config
 _NJIT: Any = numba.njit
 
@@ -42,13 +46,31 @@ def sources_sha256() -> str:
 def cache_folder() -> Path | None:
     """Where compiled kernels are stored, created if need be; None when no folder can be written.
 
-    It is in NUMBA_CACHE_DIR where that is set, else beside the kernels, else in the user's cache.
+    It is in NUMBA_CACHE_DIR where that is set, else beside the kernels, else in the user's cache. A new folder takes
+    the place of those that other sources had.
     """
     own, user = Path(__file__).parent / "__pycache__", user_dirs.cache()
     chosen = _CONFIG.CACHE_DIR
     parents = [Path(chosen)] if chosen else [own, *([user / "mess-compile" / "kernels"] if user else [])]
     name = f"numba-{sources_sha256()[:16]}"
-    return next((parent / name for parent in parents if _is_writable(parent / name)), None)
+    for folder in (parent / name for parent in parents):
+        is_new = not folder.exists()
+        if _is_writable(folder):
+            if is_new:
+                _remove_others(folder, unused_s=0.0 if folder.parent == own else _SHARED_UNUSED_S)
+            return folder
+    return None
+
+
+def _remove_others(folder: Path, unused_s: float) -> None:
+    """Remove the folders of other sources beside `folder` that nothing was stored in for `unused_s` seconds.
+
+    Only where other installations have their folders, too, does one that is not this one's matter.
+    """
+    for other in folder.parent.glob("numba-*"):
+        with suppress(OSError):
+            if other != folder and time.time() - other.stat().st_mtime >= unused_s:
+                shutil.rmtree(other)
 
 
 def _is_writable(folder: Path) -> bool:
@@ -63,7 +85,7 @@ def _is_writable(folder: Path) -> bool:
 FOLDER = cache_folder()
 
 
-def kernel(function: Function | None = None, /, **options: bool) -> Any:
+def kernel(function: Function | None = None, /, **options: bool | str) -> Any:
     """Compile a function when it is first called, as `numba.njit` does, and store the result in FOLDER."""
     if function is None:
         return functools.partial(kernel, **options)
@@ -75,6 +97,11 @@ def kernel(function: Function | None = None, /, **options: bool) -> Any:
         return _NJIT(cache=True, **options)(function)
     finally:
         _CONFIG.CACHE_DIR = chosen
+
+
+inlined = kernel(inline="always")
+"""Compile a function into the kernels that call it. As a kernel of its own it would be optimised once by itself, and
+once more in each kernel above it."""
 
 
 def compiled_once(function: Any) -> Any:

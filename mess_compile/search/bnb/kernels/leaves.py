@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mess_compile.search.bnb.kernels.chains import bound_chain, scores_of
-from mess_compile.search.bnb.kernels.compiled import kernel
+from mess_compile.search.bnb.kernels.compiled import inlined, kernel
 from mess_compile.search.bnb.kernels.sums import sums_of_staying, sums_of_staying_at_three
 from mess_compile.search.bnb.kernels.values import INFINITE, Array, ChainBatch, Constraints, Cutoff, HeadTable
 
@@ -47,7 +47,7 @@ def mean_iou(sums: Array, labelled: Array) -> float:
     return float(100.0 * (total / classes))
 
 
-@kernel
+@inlined
 def percentile_cost(costs: Array, leaving: Array, rank: int) -> int:
     """The smallest of the costs that at least `rank` images do not exceed; `leaving` counts those that pay each."""
     found = -1
@@ -61,7 +61,7 @@ def percentile_cost(costs: Array, leaving: Array, rank: int) -> int:
     return found
 
 
-@kernel
+@inlined
 def satisfies(costs: Array, leaving: Array, constraints: Constraints) -> bool:
     """Whether a plan with `leaving` (4,) images at its exits, at `costs` (q, 4) each, satisfies the bounds."""
     for quantity in range(costs.shape[0]):
@@ -74,7 +74,7 @@ def satisfies(costs: Array, leaving: Array, constraints: Constraints) -> bool:
     return percentile_cost(costs[0], leaving, rank) <= constraints.percentile[1]
 
 
-@kernel
+@inlined
 def is_before(goal: int, miou: float, chain: Array, options: Array, table: HeadTable, found: Array) -> bool:
     """Whether a plan comes before the one found: by objective, mIoU, the texts of rows, then those of cuts.
 
@@ -113,7 +113,7 @@ def evaluate_chains(
     return found, evaluated
 
 
-@kernel
+@inlined
 def _evaluate_chain(
     batch: ChainBatch, m: int, cutoff: Cutoff, constraints: Constraints, table: HeadTable, found: Array
 ) -> int:
@@ -123,10 +123,10 @@ def _evaluate_chain(
     lows = bound.base + bound.lows
     fixed = bound.base + bound.steps[1].sum() + bound.steps[2].sum()
     evaluated = 0
-    for index in np.argsort(lows.reshape(-1)):
+    for index in range(n_rows**3):
         row1, row2, row3 = index // n_rows**2, index // n_rows % n_rows, index % n_rows
         if lows[row1, row2, row3] > ceiling or lows[row1, row2, row3] == INFINITE:
-            break
+            continue
         counts = (
             table.cut_counts[chain[0], row1],
             table.cut_counts[chain[1], row2],
@@ -146,7 +146,7 @@ def _evaluate_chain(
     return evaluated
 
 
-@kernel
+@inlined
 def _sums_of_rows(
     chain: Array, rows: tuple[int, int, int], counts: tuple[int, int, int], steps: Array, table: HeadTable
 ) -> tuple[Array, Array]:
@@ -160,7 +160,7 @@ def _sums_of_rows(
     return pairs, triples
 
 
-@kernel
+@inlined
 def _evaluate_leaves(leaves: Leaves, constraints: Constraints, table: HeadTable, found: Array) -> int:
     """Evaluates plans, and fills `found` (8,) with one that is better; returns how many were evaluated."""
     chain, (row1, row2, row3), costs = leaves.chain, leaves.rows, leaves.costs
@@ -193,7 +193,7 @@ def _evaluate_leaves(leaves: Leaves, constraints: Constraints, table: HeadTable,
     return evaluated
 
 
-@kernel
+@inlined
 def _leaving(leaves: Leaves, table: HeadTable) -> Leaving:
     chain, (row1, row2, row3) = leaves.chain, leaves.rows
     last, first = table.scores[chain[3]], scores_of(chain[0], chain[3], table)

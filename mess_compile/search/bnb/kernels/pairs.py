@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mess_compile.search.bnb.kernels.compiled import kernel
+from mess_compile.search.bnb.kernels.compiled import inlined, kernel
 from mess_compile.search.bnb.kernels.sums import (
     column_sums_of_leaving,
     max_miou,
@@ -74,7 +74,7 @@ def min_over_rows(
             least[cut, last] = min(least[cut, last], best[last])
 
 
-@kernel
+@inlined
 def _bound_pair(first: int, second: SecondHead, alone: Array, limits: Array, table: HeadTable, least: Array) -> None:
     """Lower bounds `least` (lasts,) on any options of two early heads, for each of some last heads.
 
@@ -106,7 +106,7 @@ def _bound_pair(first: int, second: SecondHead, alone: Array, limits: Array, tab
                 least[last] = min(least[last], alone[row1, cut] + with_second[cut, last])
 
 
-@kernel
+@inlined
 def _second_head(
     head: int, lasts: Array, further: Array, relaxation: Relaxation, table: HeadTable
 ) -> tuple[SecondHead, Array]:
@@ -175,7 +175,7 @@ def bound_pairs(group: PairGroup, relaxation: Relaxation, table: HeadTable, leas
             least[first][close] = others[close] + found
 
 
-@kernel
+@inlined
 def _first_alone(first: int, second: int, step: float, relaxation: Relaxation, table: HeadTable) -> Array:
     """Sums of u1 - u2 over A, (rows, cuts), by the first head's options; the second exit costs `step` more."""
     added, slope = relaxation.added, relaxation.cutoff.slope
@@ -186,7 +186,7 @@ def _first_alone(first: int, second: int, step: float, relaxation: Relaxation, t
     return alone
 
 
-@kernel
+@inlined
 def _fixed_part(group: PairGroup, first: int, error: Array, relaxation: Relaxation, table: HeadTable) -> Array:
     """The part (lasts,) of a plan's price that its options do not change."""
     n, others = relaxation.added.shape[1], np.empty(group.lasts.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from mess_compile.search.bnb.kernels.compiled import kernel
+from mess_compile.search.bnb.kernels.compiled import inlined, kernel
 from mess_compile.search.bnb.kernels.values import INFINITE, Array, HeadTable
 
 
@@ -129,7 +129,7 @@ def sums_of_staying(first: Array, second: Array, values: Array, sums: Array) -> 
             sums[cut1] += sums[cut1 - 1]
 
 
-@kernel
+@inlined
 def sums_of_staying_at_three(first: Array, second: Array, third: Array, values: Array, sums: Array) -> None:
     """As `sums_of_staying` for three rows; fills `sums` (cuts + 1, cuts + 1, cuts + 1)."""
     sums[:] = 0.0

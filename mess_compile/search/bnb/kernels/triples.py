@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mess_compile.search.bnb.kernels.compiled import kernel
+from mess_compile.search.bnb.kernels.compiled import inlined, kernel
 from mess_compile.search.bnb.kernels.pairs import min_over_rows
 from mess_compile.search.bnb.kernels.sums import (
     column_sums_of_leaving,
@@ -65,11 +65,18 @@ class ThirdHead(NamedTuple):
 @kernel
 def from_hardest(head: int, table: HeadTable) -> Array:
     """The place of each image (n,), from the one that a head is least sure of, over all rows."""
-    passed = np.zeros(table.passed.shape[2], np.int64)
-    for row in range(table.passed.shape[1]):
-        passed += table.passed[head, row]
-    places = np.empty(passed.size, np.int64)
-    places[np.argsort(passed, kind="mergesort")] = np.arange(passed.size)
+    rows, n = table.passed.shape[1:]
+    passed, places = np.zeros(n, np.int64), np.empty(n, np.int64)
+    starts = np.zeros(rows * CUTS + 2, np.int64)  # a counting sort: numba takes seconds to compile its own
+    for image in range(n):
+        for row in range(rows):
+            passed[image] += table.passed[head, row, image]
+        starts[passed[image] + 1] += 1
+    for count in range(1, starts.size):
+        starts[count] += starts[count - 1]
+    for image in range(n):
+        places[image] = starts[passed[image]]
+        starts[passed[image]] += 1
     return places
 
 
@@ -91,7 +98,7 @@ def parts_of_options(head: int, table: HeadTable) -> Array:
     return found
 
 
-@kernel
+@inlined
 def _best_before(
     group: TripleGroup, entering: Array, values: Array, behind: Array, relaxation: Relaxation, table: HeadTable
 ) -> tuple[Array, Array]:
@@ -127,7 +134,7 @@ def _best_before(
     return found, mass
 
 
-@kernel
+@inlined
 def _options_reversed(
     group: TripleGroup,
     first: int,
@@ -155,7 +162,7 @@ def _options_reversed(
     return mass
 
 
-@kernel
+@inlined
 def _best_after(second: int, third: ThirdHead, values: Array, table: HeadTable, found: Array) -> None:
     """What the options of a second head come to from the third on, with the best of some of the third's.
 
@@ -189,7 +196,7 @@ def _best_after(second: int, third: ThirdHead, values: Array, table: HeadTable, 
                 found[row2, cut, last] += fixed[last] + sums[row2, cut, last]
 
 
-@kernel
+@inlined
 def _split_steps(third: ThirdHead, values: Array) -> tuple[Array, Array, Array]:
     """What an image adds that leaves at the third head, what one adds that leaves at the second (n, lasts), and the sum
     of what each adds anyway (lasts,)."""
@@ -234,7 +241,7 @@ def bound_triples(group: TripleGroup, relaxation: Relaxation, table: HeadTable, 
                     least[first, third, last] = others - slope * tighter
 
 
-@kernel
+@inlined
 def _exit_prices(group: TripleGroup, relaxation: Relaxation, table: HeadTable) -> ExitPrices:
     prices, lasts, n = group.prices, group.lasts, relaxation.added.shape[1]
     entering = np.full(group.firsts.size, INFINITE)
@@ -253,7 +260,7 @@ def _exit_prices(group: TripleGroup, relaxation: Relaxation, table: HeadTable) -
     return ExitPrices(entering, further, widest, int(totals.argmin()))
 
 
-@kernel
+@inlined
 def _third_steps(group: TripleGroup, prices: ExitPrices, relaxation: Relaxation) -> ThirdSteps:
     thirds, lasts, further = group.thirds, group.lasts, prices.further
     added, slope = relaxation.added, relaxation.cutoff.slope
@@ -272,7 +279,7 @@ def _third_steps(group: TripleGroup, prices: ExitPrices, relaxation: Relaxation)
     return ThirdSteps(values, saving, mass)
 
 
-@kernel
+@inlined
 def _best_of_parts(
     group: TripleGroup, prices: ExitPrices, steps: ThirdSteps, relaxation: Relaxation, table: HeadTable
 ) -> tuple[Array, Array]:
@@ -309,7 +316,7 @@ def _best_of_parts(
     return best, entered
 
 
-@kernel
+@inlined
 def _lower(before: Array, after: Array, cut_counts: Array, best: Array) -> None:
     """Lowers `best` (lasts,) to the least of `before` (rows, cuts) + `after` (rows, cuts, lasts)."""
     for row in range(cut_counts.size):

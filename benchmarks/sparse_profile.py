@@ -1,7 +1,7 @@
-"""How little the sparing profile measures, and whether the plan is the one that all measurements give.
+"""How little a sparse profile measures, and whether the plan is the one that all measurements give.
 
     mess-compile -C WORKSPACE profile --device host
-    python benchmarks/sparing.py WORKSPACE [--device host] [--split 'val[:50]']
+    python benchmarks/sparse_profile.py WORKSPACE [--device host] [--split 'val[:50]']
 
 Pretends that nothing was measured, and replays the entries of the latency table when they are asked for. Plans are
 compared by exits, heads and thresholds, or by their refusal. Exit code 1 unless every requirement gets the same answer
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mess_compile.evaluate.statistics import ExitStatistics, read_statistics
 from mess_compile.latency import roofline
-from mess_compile.latency.table import LatencyTable, check_current, read_latency_table
+from mess_compile.latency.table import LatencyTable, check_table_current, read_latency_table
 from mess_compile.network import GraphSet, read_graph_set
 from mess_compile.profile import selection
 from mess_compile.profile.selection import Subject
@@ -86,7 +86,7 @@ def main() -> None:
     graph_set = read_graph_set(workspace.graphs)
     statistics = read_statistics(workspace.statistics(given.split))
     whole = read_latency_table(workspace.latency(given.table or given.device))
-    check_current(whole, graph_set)
+    check_table_current(whole, graph_set)
     graphs = roofline.features(graph_set) | roofline.pseudo_features(graph_set.candidate)
     priors = {"fp32": roofline.roofline(graphs, find_target(given.device, workspace.root), "fp32")}
     twins, good = selection.twins(graph_set), True
