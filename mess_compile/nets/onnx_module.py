@@ -172,6 +172,9 @@ def _conv(inputs: list[Any], attributes: Attributes) -> Any:
     x, weight, *bias = inputs
     symmetric = _text(attributes.get("auto_pad"), "NOTSET") in ("NOTSET", "VALID")
     pads = list(attributes.get("pads", [0, 0, 0, 0]))
+    dilation = _dilation_of_depthwise(x, weight, attributes)
+    if dilation > 1 and symmetric and pads == [dilation] * 4:
+        return _dilated_depthwise(x, weight, bias[0] if bias else None, dilation)
     padding: Any = 0
     if symmetric and pads[:2] == pads[2:]:
         padding = tuple(pads[:2])
@@ -186,6 +189,27 @@ def _conv(inputs: list[Any], attributes: Attributes) -> Any:
         attributes.get("dilations", 1),
         attributes.get("group", 1),
     )
+
+
+def _dilation_of_depthwise(x: Tensor, weight: Tensor, attributes: Attributes) -> int:
+    """The dilation of a 3 x 3 depthwise convolution of stride 1; 1 for every other."""
+    dilations, strides = attributes.get("dilations", [1, 1]), attributes.get("strides", [1, 1])
+    depthwise = weight.shape[1:] == (1, 3, 3) and attributes.get("group", 1) == x.shape[1] == weight.shape[0]
+    return dilations[0] if depthwise and dilations[0] == dilations[1] and list(strides) == [1, 1] else 1
+
+
+def _dilated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """As dilation^2 convolutions without dilation, of every dilation-th row and column: on CPUs the gradients of
+    torch's dilated one take several times longer.
+    """
+    n, channels, height, width = x.shape
+    rows, columns = -(-height // dilation), -(-width // dilation)
+    x = functional.pad(x, (0, columns * dilation - width, 0, rows * dilation - height))
+    parts = x.reshape(n, channels, rows, dilation, columns, dilation).permute(0, 3, 5, 1, 2, 4)
+    parts = parts.reshape(n * dilation**2, channels, rows, columns)
+    made = functional.conv2d(parts, weight, bias, padding=1, groups=channels)
+    made = made.reshape(n, dilation, dilation, channels, rows, columns).permute(0, 3, 4, 1, 5, 2)
+    return made.reshape(n, channels, rows * dilation, columns * dilation)[:, :, :height, :width]
 
 
 def _conv_transpose(inputs: list[Any], attributes: Attributes) -> Any:
@@ -381,8 +405,10 @@ def _gather(inputs: list[Any], attributes: Attributes) -> Any:
 
 
 def _clip(inputs: list[Any], attributes: Attributes) -> Any:
-    low, high = ((inputs[i] if len(inputs) > i else None) for i in (1, 2))
-    return torch.clamp(inputs[0], None if low is None else float(low), None if high is None else float(high))
+    low, high = (None if len(inputs) <= i or inputs[i] is None else float(inputs[i]) for i in (1, 2))
+    if low is not None and high is not None:
+        return functional.hardtanh(inputs[0], low, high)  # its gradient is three times faster than clamp's
+    return torch.clamp(inputs[0], low, high)
 
 
 def _prelu(inputs: list[Any], attributes: Attributes) -> Any:
