@@ -11,13 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 from torch import nn
 
 from mess_compile.graph.cut import logits_name
+from mess_compile.graph.normalise import prune
+from mess_compile.graph.recompose_check import shares_of_allowed
+from mess_compile.graph.store import read_whole_model
+from mess_compile.graph.workload import activations
 from mess_compile.nets.heads import build_head
 from mess_compile.nets.network import SegmentationNetwork, count_macs
 from mess_compile.nets.onnx_module import OnnxModule, open_module
 from mess_compile.network import CandidateNetwork, Head, HeadConfig, head_config_from_name
+from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import open_library
 
 BACKBONE_RATE = 0.1
@@ -85,6 +91,56 @@ def outputs_of(candidate: CandidateNetwork) -> list[str]:
 def open_trainable(path: Path, candidate: CandidateNetwork) -> OnnxModule:
     """The network's graph as a torch module. Raises InputError naming a node that cannot be trained."""
     return open_module(path, outputs_of(candidate))
+
+
+def check_trainable(module: OnnxModule, path: Path, frames: NDArray[np.uint8]) -> None:
+    """Compare the module with ONNX Runtime, which runs the ONNX `path`, on frames (n, H, W, 3) of two images or more.
+
+    Raises InputError naming the first node whose result differs.
+    """
+    expected = _by_runtime(path, module.outputs, frames)
+    if _first_difference(module.outputs, module, frames, expected) is None:
+        return
+    model = read_whole_model(path)
+    shapes = activations(model)
+    names = [name for node in model.graph.node for name in node.output if name in shapes]
+    names = [name for name in dict.fromkeys(names) if shapes[name].dtype == "float32"]
+    prune(model, [helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name].shape) for name in names])
+    probe = path.with_name("probe.onnx")
+    try:
+        probe.write_bytes(model.SerializeToString())
+        wrong = _first_difference(names, OnnxModule(model, names), frames, _by_runtime(probe, names, frames))
+    finally:
+        probe.unlink(missing_ok=True)
+    makers = {name: node for node in model.graph.node for name in node.output}
+    node = makers[wrong] if wrong in makers else model.graph.node[-1]
+    raise InputError(
+        f"node {node.name or node.output[0]!r} ({node.op_type}) computes something else when it is trained: attach "
+        "with frozen weights (--epochs 0 N), and please report this as a bug of mess-compile"
+    )
+
+
+def _by_runtime(path: Path, names: Sequence[str], frames: NDArray[np.uint8]) -> list[list[NDArray[np.float32]]]:
+    graph = FrozenGraph(path, names)
+    try:
+        return [[part.numpy() for part in graph(torch.from_numpy(frame[None]))] for frame in frames]
+    finally:
+        graph.close()
+
+
+def _first_difference(
+    names: Sequence[str], module: OnnxModule, frames: NDArray[np.uint8], expected: list[list[NDArray[np.float32]]]
+) -> str | None:
+    """The first tensor that the module, which gets all frames as one batch, makes differently."""
+    with torch.inference_mode():
+        found = [part.numpy() for part in module(torch.from_numpy(frames))]
+    for index, name in enumerate(names):
+        parts = (
+            np.split(found[index], len(frames)) if len(found[index]) == len(frames) else [found[index]] * len(frames)
+        )
+        if any(shares_of_allowed(part, values[index]) > 1 for part, values in zip(parts, expected, strict=True)):
+            return name
+    return None
 
 
 def with_early_heads(candidate: CandidateNetwork, heads: Sequence[tuple[int, HeadConfig]]) -> CandidateNetwork:

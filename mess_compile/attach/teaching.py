@@ -17,6 +17,7 @@ from mess_compile import files, launcher
 from mess_compile.attach.network import (
     AttachedNetwork,
     FrozenGraph,
+    check_trainable,
     open_trainable,
     outputs_of,
     with_early_heads,
@@ -27,6 +28,7 @@ from mess_compile.nets.network import SegmentationNetwork
 from mess_compile.nets.onnx_module import OnnxModule
 from mess_compile.network import CandidateNetwork, HeadConfig, head_config_from_name
 from mess_compile.reporter import Reporter
+from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.images import frames
 from mess_compile.training import losses
 from mess_compile.training.augment import Batches, Shard
@@ -42,6 +44,7 @@ MOST_CHANGED = 0.02
 """The share of held-back pixels that the trained end may label otherwise than the network as it came."""
 MOST_LOST_PP = 0.3
 """The points of mIoU that it may lose where there are labels."""
+CHECKED_IMAGES = 2
 _SCORE = "score"
 _OTHER = "another attach is running there: wait until it has ended, or use another workspace (-C DIR)"
 
@@ -52,7 +55,7 @@ class TeachingJob:
     configuration) on labelled images. `labelled`: the labels are the user's, not the network's own output.
 
     Stage 1 trains the network's weights as well; with 0 epochs they stay frozen. `folder` keeps the progress; `source`
-    identifies the network.
+    identifies the network. With `may_freeze`, a network that cannot be trained stays frozen, with a warning.
     """
 
     graph: Path
@@ -65,6 +68,7 @@ class TeachingJob:
     folder: Path
     source: str
     machines: Machines = field(default_factory=Machines)
+    may_freeze: bool = False
 
     @property
     def frozen(self) -> bool:
@@ -101,7 +105,7 @@ def _teach(job: TeachingJob, frozen: FrozenGraph, reporter: Reporter) -> Taught:
     fabric = launch(job.machines)
     run = _run(job, fabric, frozen, pixels, described, reporter)
     torch.manual_seed(job.recipe.seed)
-    before = None if job.frozen else open_trainable(job.graph, job.candidate)
+    before = None if job.frozen else _trainable(job, reporter)
     start = AttachedNetwork(job.candidate, frozen if before is None else before)
     if before is not None and (progress is None or progress.stage == 1):
         start = _first_stage(job, run, frozen, progress)
@@ -118,6 +122,22 @@ def _teach(job: TeachingJob, frozen: FrozenGraph, reporter: Reporter) -> Taught:
     miou = validate(network, job.validation, [head.name for head in network.candidate.heads], fabric)
     weights = {} if before is None else _changed_weights(before, network.backbone)
     return Taught(network, miou, weights, _changed(network, frozen, job) if weights else 0.0)
+
+
+def _trainable(job: TeachingJob, reporter: Reporter) -> OnnxModule | None:
+    """The network's graph as a torch module, checked on images. Raises InputError naming a node, unless it may be
+    frozen: then None.
+    """
+    hw, few = job.candidate.input_hw, replace(job.validation, items=job.validation.items[:CHECKED_IMAGES])
+    try:
+        module = open_trainable(job.graph, job.candidate)
+        check_trainable(module, job.graph, np.stack([frames.resize(sample.frame, hw) for sample in samples(few)]))
+    except InputError as error:
+        if not job.may_freeze:
+            raise
+        reporter.warn(f"{error}; its weights stay as they came")
+        return None
+    return module
 
 
 def _first_stage(job: TeachingJob, run: Run, frozen: FrozenGraph, progress: TrainingState | None) -> AttachedNetwork:

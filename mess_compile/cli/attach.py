@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mess_compile.cli.console import print_hint, print_json, print_table, reporting, say
 from mess_compile.cli.options import FILE, FOLDER, gathered, json_option, picked, size
-from mess_compile.runtime.base.errors import InputError
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace
@@ -45,7 +45,8 @@ class AttachArguments:
 @click.option(
     "--preprocess",
     metavar="NAME",
-    help="How the network wants its input: imagenet, 0-1, -1-1, 0-255, caffe-bgr, or a TOML file with [input].",
+    help="How the network wants its input: imagenet, 0-1, -1-1, 0-255, caffe-bgr, or a TOML file with [input]. "
+    "By default the one with the best mIoU, if there are labels.",
 )
 @click.option(
     "--exits", default=5, show_default=True, type=click.IntRange(2), help="Exits, the network's end included."
@@ -80,11 +81,7 @@ def attach(workspace: Workspace, source: Path, arguments: AttachArguments) -> No
     """
     from mess_compile import extras, steps
 
-    if arguments.preprocess is None:
-        raise InputError(
-            "--preprocess is missing: how does the network want its input? imagenet, 0-1, -1-1, 0-255, caffe-bgr, or a "
-            "TOML file with [input]"
-        )
+    source_of = click.get_current_context().get_parameter_source
     with reporting(arguments.as_json) as reporter:
         recipe = _recipe(extras.torch_module("training.recipe"), arguments)
         parallel = extras.torch_module("training.parallel")
@@ -98,6 +95,7 @@ def attach(workspace: Workspace, source: Path, arguments: AttachArguments) -> No
             classes=arguments.classes,
             output=arguments.output,
             input_hw=size(arguments.input_hw) if arguments.input_hw else None,
+            may_freeze=source_of("epochs") == ParameterSource.DEFAULT,
             machines=parallel.Machines(**picked(arguments, "accelerator threads")),
         )
         attached = steps.attach(workspace, source, recipe, options, reporter)

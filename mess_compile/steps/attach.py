@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from mess_compile import extras, files
 from mess_compile.attach.checked import check_whole_form
 from mess_compile.attach.opened import OpenedNetwork, open_network
 from mess_compile.attach.own_labels import find_images, split_images, write_own_labels
+from mess_compile.attach.preparation import CLEARLY_PP, prepared_miou
 from mess_compile.attach.whole_form import ClassNames, WholeForm, early_frontiers, whole_form
 from mess_compile.data.class_list import default_colour, read_class_list
 from mess_compile.data.dataset import DataSet, open_dataset, read_frame
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 CHECKED_FRAMES = 3
 _BASE = "base.onnx"
+ATTACHED = "attached.json"
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ class AttachOptions:
     `images` is a folder of images without labels, `data` a labelled data set; one of them is needed. `preprocess` names
     how the network wants its input, or a TOML file with a table [input]. `exits` counts exit points with the network's
     own end; `exits_at` names tensors instead. `heads` are configurations at every early exit point, or `exitN.NAME`.
+    With `may_freeze`, a network that cannot be trained keeps its weights.
     """
 
-    preprocess: str
+    preprocess: str | None = None
     images: Path | None = None
     data: Data | None = None
     exits: int = 5
@@ -57,6 +60,7 @@ class AttachOptions:
     output: str | None = None
     input_hw: tuple[int, int] | None = None
     machines: Machines | None = None
+    may_freeze: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ def attach(
         folder=workspace.attaching,
         source=files.sha256_of_file(source),
         machines=options.machines or parallel.Machines(),
+        may_freeze=options.may_freeze,
     )
     taught = teaching.teach(job, reporter)
     _set_aside(workspace.candidate, reporter)
@@ -118,6 +123,7 @@ def attach(
         shutil.copyfile(prepared.base, folder / _BASE)
         written.write_candidate(taught.network, taught.weights, folder / _BASE, folder)
         drop_unread_weights(folder)
+        files.write_json(folder / ATTACHED, "mess-attached", 1, _provenance(prepared, job, source, taught.weights))
     shutil.rmtree(workspace.attaching)
     own = "the user's labels" if job.labelled else "the network's own output"
     return Attached(
@@ -134,11 +140,14 @@ def _prepared(workspace: Workspace, source: Path, options: AttachOptions, report
     data = None if options.data is None else _labelled(workspace, options.data)
     notes = notes if data is None else tuple(dict.fromkeys((*data[0].notes, *data[1].notes)))
     for note in notes:
-        reporter.note(note)
+        reporter.warn(note)
     folder = workspace.attaching
     shutil.rmtree(folder / "weights", ignore_errors=True)
-    opened = open_network(source, _rule(options.preprocess), folder, options.output, options.input_hw)
+    rule = _rule(options.preprocess, data is not None)
+    opened = open_network(source, rule, folder, options.output, options.input_hw)
     classes = _classes(opened, options, None if data is None else data[0])
+    if data is not None:
+        opened = _well_prepared(opened, options.preprocess, folder, data[1], reporter)
     frontiers = opened.frontiers
     early = frontiers_at(frontiers, options.exits_at) if options.exits_at else early_frontiers(opened, options.exits)
     form = whole_form(opened, early, classes)
@@ -164,7 +173,14 @@ def _labelled(workspace: Workspace, data: Data) -> tuple[DataSet, DataSet]:
     return training, open_dataset(folder, "val", training.classes)
 
 
-def _rule(name: str) -> InputRule:
+def _rule(name: str | None, labelled: bool) -> InputRule:
+    if name is None and labelled:  # labels will show which is right
+        return PREPROCESSING["imagenet"]
+    if name is None:
+        raise InputError(
+            f"--preprocess is missing: how does the network want its input? {', '.join(PREPROCESSING)}, or a TOML file "
+            "with a table [input]"
+        )
     if name in PREPROCESSING:
         return PREPROCESSING[name]
     if Path(name).suffix == ".toml":
@@ -172,6 +188,37 @@ def _rule(name: str) -> InputRule:
     raise InputError(
         f"--preprocess {name!r} is not one of {', '.join(PREPROCESSING)}, and not a TOML file with a table [input]"
     )
+
+
+def _well_prepared(
+    opened: OpenedNetwork, asked: str | None, folder: Path, data: DataSet, reporter: Reporter
+) -> OpenedNetwork:
+    """The network with the preparation that labels show to be right, where none was asked for; else a warning."""
+    if opened.image.dtype == "uint8":
+        return opened
+    found = prepared_miou(opened, folder, data)
+    best = max(found, key=lambda name: found[name])
+    values = ", ".join(f"{name} {value:.1f} %" for name, value in found.items())
+    if asked is None:
+        reporter.note(f"--preprocess {best} gives the best mIoU on some labelled images ({values}): taken")
+        return replace(opened, rule=replace(PREPROCESSING[best], layout=opened.rule.layout))
+    if found[best] > found.get(asked, -1.0) + CLEARLY_PP and asked in found:
+        reporter.warn(f"--preprocess {asked} is likely wrong: mIoU on some labelled images is {values}; try {best}")
+    return opened
+
+
+def _provenance(prepared: _Prepared, job: Any, source: Path, weights: Any) -> dict[str, Any]:
+    """Where a candidate network comes from, and which images taught it."""
+    return {
+        "source": source.name,
+        "source_sha256": job.source,
+        "input": asdict(prepared.opened.rule),
+        "trained": bool(weights),
+        "epochs": list(job.recipe.epochs),
+        "labelled": job.labelled,
+        "split": prepared.training.split,
+        "image_ids": [item.id for item in prepared.training.items],
+    }
 
 
 def _classes(opened: OpenedNetwork, options: AttachOptions, data: DataSet | None) -> ClassNames:
