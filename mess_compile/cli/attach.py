@@ -110,6 +110,7 @@ def _recipe(recipes: Any, arguments: AttachArguments) -> Any:
         batch=arguments.batch,
         learning_rate=arguments.learning_rate,
         order="joint",
+        exit_weight=0.5,
         stage1_head=arguments.heads.split(",")[0].rpartition(".")[2],
         distillation=recipes.Distillation("kd"),
         class_power=0.0,

@@ -20,19 +20,27 @@ if TYPE_CHECKING:
 @click.option(
     "--classes", type=click.IntRange(2, 255), default=21, show_default=True, help="Classes, when THING is a backbone."
 )
-@click.option("--input", "input_hw", default="512x512", show_default=True, help="Input size, when THING is a backbone.")
-@click.option("--exits", default=6, show_default=True, help="Exit points, when THING is a backbone.")
+@click.option(
+    "--input", "input_hw", metavar="HxW", help="Input size: of a backbone (512x512), of a model with a dynamic one."
+)
+@click.option("--exits", type=click.IntRange(2), help="Exit points: of a backbone (6), of a model (5).")
 @click.option("--all", "whole_front", is_flag=True, help="All trade-offs, when THING is a plan.")
 @json_option
 @click.pass_obj
 def inspect(
-    workspace: Workspace, thing: str, classes: int, input_hw: str, exits: int, whole_front: bool, as_json: bool
+    workspace: Workspace,
+    thing: str,
+    classes: int,
+    input_hw: str | None,
+    exits: int | None,
+    whole_front: bool,
+    as_json: bool,
 ) -> None:
-    """Describe a backbone (resnet50, mobilenetv2), a bundle, a plan (its file or device), or the workspace's graphs,
-    statistics, latency or plan."""
+    """Describe a backbone (resnet50, mobilenetv2), a bundle, a plan (its file or device), where exits can attach to an
+    ONNX model, or the workspace's graphs, statistics, latency or plan."""
     from mess_compile.report import inspection
 
-    found = inspection.inspect(workspace, thing, classes, size(input_hw), exits, whole_front)
+    found = inspection.inspect(workspace, thing, classes, size(input_hw) if input_hw else None, exits, whole_front)
     if as_json:
         return print_json(found.content)
     print_inspection(found)
@@ -43,6 +51,8 @@ def _after_inspection(thing: str, content: dict[str, Any]) -> str | None:
     if thing in ("resnet50", "mobilenetv2"):
         known = hints.workspace_here().memory().data is not None
         return f"train --data {quoted(hints.data_root())} --backbone {thing}" if known else None
+    if "places" in content:
+        return None
     if "certificate" in content:
         return "bundle" if thing == "plan" else f"bundle {quoted(Path(thing))}"
     after = {"graphs": "profile --device cpu"}

@@ -123,6 +123,17 @@ def _follows(frontier: Frontier, before: Frontier) -> bool:
     return frontier.macs > before.macs and frontier.map not in alive
 
 
+def best_frontiers(frontiers: Frontiers) -> tuple[Frontier, ...]:
+    """The places worth attaching at: no other within half of NEAR has fewer bytes, or as many and comes later."""
+    feeding = [each for each in frontiers.found if each.feeds_heads]
+
+    def beaten(one: Frontier) -> bool:
+        near = (each for each in feeding if abs(each.macs - one.macs) <= NEAR / 2 * frontiers.macs)
+        return any((each.bytes, -each.position) < (one.bytes, -one.position) for each in near)
+
+    return tuple(each for each in feeding if not beaten(each))
+
+
 def frontiers_at(frontiers: Frontiers, names: Sequence[str]) -> tuple[Frontier, ...]:
     """The frontiers whose maps have these names, in running order. Raises InputError naming one that is no map."""
     last = {each.map.name: each for each in frontiers.found if each.feeds_heads}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -34,6 +35,8 @@ from mess_compile.search.plan import Plan, SearchResult, read_result, result_to_
 from mess_compile.workspace import Workspace
 
 BACKBONES = ("resnet50", "mobilenetv2")
+BACKBONE_HW, BACKBONE_EXITS, MODEL_EXITS = (512, 512), 6, 5
+"""What is described unless given: the paper's size and exit points of a backbone, and the exits of `attach`."""
 ARTEFACTS = ("graphs", "statistics", "latency", "plan")
 FRONT_ROWS = 15
 _CONCLUSIONS = {
@@ -66,14 +69,19 @@ class Inspection:
 
 
 def inspect(
-    workspace: Workspace, thing: str, classes: int, hw: tuple[int, int], exits: int, whole_front: bool = False
+    workspace: Workspace,
+    thing: str,
+    classes: int,
+    hw: tuple[int, int] | None,
+    exits: int | None,
+    whole_front: bool = False,
 ) -> Inspection:
-    """Describe a backbone or artefact of the workspace by name, a plan by file or device, or a bundle by path.
+    """Describe a backbone or artefact of the workspace by name, a plan by file or device, a bundle or model by path.
 
     Of a long front a part is in the table, unless it is asked for `whole_front`. Raises InputError.
     """
     if thing in BACKBONES:
-        return inspect_backbone(thing, classes, hw, exits)
+        return inspect_backbone(thing, classes, hw or BACKBONE_HW, exits or BACKBONE_EXITS)
     if thing == "graphs":
         return inspect_graphs(read_graph_set(workspace.graphs))
     if thing == "statistics":
@@ -93,7 +101,62 @@ def inspect(
     if not is_there:
         near = did_you_mean(thing, (*BACKBONES, *ARTEFACTS))
         raise InputError(f"{thing!r} is no file{near}, and none of {', '.join((*BACKBONES, *ARTEFACTS))}")
+    if thing.endswith(".onnx"):
+        return inspect_model(Path(thing), exits or MODEL_EXITS, hw)
     return inspect_bundle(Path(thing))
+
+
+def inspect_model(path: Path, exits: int, hw: tuple[int, int] | None) -> Inspection:
+    """The places of a trained single-exit ONNX model where exits can attach; those that `exits` would take are marked.
+
+    `hw` fixes an input of dynamic size. Raises InputError for a model that cannot be taken.
+    """
+    from mess_compile.attach.opened import open_network
+    from mess_compile.attach.whole_form import early_frontiers
+    from mess_compile.graph.exits_toml import PREPROCESSING
+    from mess_compile.graph.frontiers import best_frontiers
+
+    with tempfile.TemporaryDirectory(prefix="mess-") as folder:
+        opened = open_network(path, PREPROCESSING["0-1"], Path(folder), None, hw)
+    frontiers = opened.frontiers
+    chosen = early_frontiers(opened, exits)
+    places = sorted({*best_frontiers(frontiers), *chosen}, key=lambda each: each.position)
+    content = {
+        "input": asdict(opened.image),
+        "output": asdict(opened.end.output),
+        "logits": asdict(opened.end.logits),
+        "closing": list(opened.end.closing),
+        "classes": opened.end.classes,
+        "gmacs": _gmacs(frontiers.macs),
+        "places": [
+            {
+                "tensor": each.map.name,
+                "shape": list(each.map.shape),
+                "share": frontiers.share(each),
+                "gmacs": _gmacs(each.macs),
+                "carried": [asdict(tensor) for tensor in each.carried],
+                "bytes": each.bytes,
+                "chosen": each in chosen,
+            }
+            for each in places
+        ],
+    }
+    rows = tuple(
+        (
+            "yes" if each in chosen else "",
+            f"{frontiers.share(each):.0%}",
+            each.map.name,
+            " x ".join(map(str, each.map.shape[1:])),
+            str(len(each.carried)),
+            f"{each.bytes / 2**20:.2f}",
+        )
+        for each in places
+    )
+    title = f"places for exits in {path.name}, {_gmacs(frontiers.macs):.3f} GMACs with MatMul"
+    header = ("--exits " + str(exits), "work done", "tensor", "map", "carried", "MiB alive")
+    end = opened.end
+    notes = (f"logits: {end.logits.name} {end.logits.shape}, then {' '.join(end.closing) or 'nothing'}",)
+    return Inspection(content, (Table(title, header, rows),), notes)
 
 
 def inspect_backbone(backbone: str, classes: int, hw: tuple[int, int], exits: int) -> Inspection:
