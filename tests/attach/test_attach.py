@@ -1,0 +1,205 @@
+"""A trained network gets early exits from the command line, with and without labels, and runs from a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from mess_compile import steps
+from mess_compile.attach import own_labels
+from mess_compile.data import scenes
+from mess_compile.data.dataset import open_dataset
+from mess_compile.network import read_graph_set
+from mess_compile.runtime import load
+from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.images import frames
+from mess_compile.search.requirement import Requirement
+from mess_compile.training.recipe import Distillation, Recipe
+from mess_compile.workspace import Workspace
+from tests.attach import brought
+
+EXITS = steps.AttachOptions(preprocess="-1-1", exits=3, heads=("fcn-crm1-b0",))
+
+
+def recipe(first: int, second: int) -> Recipe:
+    return Recipe(
+        epochs=(first, second),
+        batch=4,
+        learning_rate=1e-3,
+        order="joint",
+        loss_resolution="cells",
+        distillation=Distillation("kd"),
+    )
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for number, scene in enumerate(scenes.by_difficulty(brought.HW, 15)):
+        Image.fromarray(scene.frame).save(root / f"{'abcde'[number % 5]}_{number:03}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return brought.saved(brought.unet("corners"), tmp_path_factory.mktemp("model"))
+
+
+def test_without_labels_the_network_itself_is_the_truth(
+    tmp_path: Path, model: Path, images: Path, brief_profile: None
+) -> None:
+    workspace = Workspace(tmp_path)
+    found = steps.attach(workspace, model, recipe(1, 1), steps.AttachOptions(**vars(EXITS) | {"images": images}))
+    assert [head.name for head in found.candidate.heads][-1] == "exit3.own"
+    assert found.truth == "the network's own output"
+    taught = json.loads((workspace.candidate / "attached.json").read_text())
+    held = {item.id for item in open_dataset(workspace.own_labels, "val").items}
+    assert len(held) == 3, "a fifth of 15 images"
+    assert len({name[0] for name in held}) == 1, "of one whole sequence"
+    assert not held & set(taught["image_ids"])
+    steps.export(workspace)
+    steps.evaluate(workspace, steps.EvaluateOptions(split="val"))
+    steps.profile(workspace, "host")
+    steps.search(workspace, (), None, Requirement(max_err_pp=100.0))
+    steps.bundle(workspace, None, None)
+    graph_set, frame = read_graph_set(workspace.graphs), brought.frame(5)
+    assert graph_set.baseline_alone is not None or found.changed == 0
+    with load(workspace.bundle("host")) as cascade:
+        assert cascade(frame).labels.shape == brought.HW
+
+
+def test_frozen_weights_stay_as_they_came(tmp_path: Path, model: Path, images: Path) -> None:
+    workspace, frame = Workspace(tmp_path), brought.frame(6)
+    found = steps.attach(workspace, model, recipe(0, 1), steps.AttachOptions(**vars(EXITS) | {"images": images}))
+    assert found.changed == 0
+    assert found.miou["exit3.own"] == pytest.approx(100.0, abs=8), "its truth is made by its own closing nodes"
+    assert steps.export(workspace).baselines == ("baseline",)
+    labels = own_labels_of(workspace, frame)
+    assert np.array_equal(labels, brought.own_labels(onnx.load(str(model)), frame))
+
+
+def own_labels_of(workspace: Workspace, frame: np.ndarray) -> np.ndarray:
+    import onnxruntime
+
+    path = workspace.graphs / "baseline.onnx"
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["labels"], {"image": frame[None]})[0][0])
+
+
+def test_with_labels_the_better_preparation_is_found(tmp_path: Path, images: Path) -> None:
+    """Labels made with one preparation of the input tell it from the others."""
+    model = brought.unet("corners", seed=8)
+    data = tmp_path / "data"
+    for split, start in (("train", 0), ("val", 12)):
+        for kind in ("images", "labels"):
+            (data / split / kind).mkdir(parents=True)
+        for path in sorted(images.iterdir())[start : start + 12]:
+            frame = np.asarray(Image.open(path))
+            (data / split / "images" / path.name).write_bytes(path.read_bytes())
+            Image.fromarray(brought.own_labels(model, frame).astype(np.uint8)).save(data / split / "labels" / path.name)
+    (data / "classes.txt").write_text("sky\nroad\ncar\n")
+    notes: list[str] = []
+    options = steps.AttachOptions(**vars(EXITS) | {"data": data, "preprocess": None})
+    found = steps.attach(
+        Workspace(tmp_path / "w"),
+        brought.saved(model, tmp_path),
+        recipe(0, 1),
+        options,
+        steps.Reporter(note=notes.append),
+    )
+    assert found.truth == "the user's labels"
+    assert any(note.startswith("--preprocess -1-1 gives the best mIoU") for note in notes)
+    warnings: list[str] = []
+    steps.attach(
+        Workspace(tmp_path / "v"),
+        source,
+        recipe(0, 1),
+        steps.AttachOptions(**vars(EXITS) | {"data": data, "preprocess": "0-255"}),
+        steps.Reporter(warning=warnings.append),
+    )
+    assert any("--preprocess 0-255 is likely wrong" in line and line.endswith("try -1-1") for line in warnings)
+
+
+def test_a_killed_attach_continues(tmp_path: Path, model: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mess_compile.attach import teaching
+
+    workspace, options = Workspace(tmp_path), steps.AttachOptions(**vars(EXITS) | {"images": images})
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(teaching, "train_heads", killed)
+    with pytest.raises(KeyboardInterrupt):
+        steps.attach(workspace, model, recipe(1, 1), options)
+    monkeypatch.undo()
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("stage 1 was done")
+
+    monkeypatch.setattr(teaching, "pretrain", never)
+    notes: list[str] = []
+    steps.attach(workspace, model, recipe(1, 1), options, steps.Reporter(note=notes.append))
+    assert "continuing with the heads after epoch 0" in notes
+
+
+def test_sequences_stay_together_and_a_single_one_is_cut_at_its_last_fifth() -> None:
+    paths = [Path(f"drive{drive}_{number:02}.png") for drive in range(10) for number in range(4)]
+    split = own_labels.split_images(paths)
+    assert len(split["val"]) == 8
+    assert not {path.stem[:6] for path in split["val"]} & {path.stem[:6] for path in split["train"]}
+    one = [Path(f"frame_{number:02}.png") for number in range(20)]
+    assert own_labels.split_images(one)["val"] == tuple(one[16:])
+
+
+def test_rare_classes_are_void_and_named(tmp_path: Path, images: Path) -> None:
+    """A class of a few pixels would swing mIoU by its whole weight."""
+
+    def labels(frame: np.ndarray) -> np.ndarray:
+        found = np.zeros((200, 200), np.uint8)
+        found[100:] = 1
+        found[0, :5] = 2
+        return found
+
+    paths, _ = own_labels.find_images(images)
+    splits = own_labels.split_images(paths)
+    left_out = own_labels.write_own_labels(tmp_path / "own", splits, ("a", "b", "c"), labels, steps.Reporter())
+    assert left_out == ("c",)
+    first = sorted((tmp_path / "own" / "val" / "labels").iterdir())[0]
+    values = np.unique(np.asarray(Image.open(first)))
+    assert values.tolist() in ([0, 1, 255], [0, 1])
+    taught = sorted((tmp_path / "own" / "train" / "labels").iterdir())[0]
+    assert frames.resize_labels(labels(np.zeros(0)), brought.HW).max() == np.asarray(Image.open(taught)).max()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give --images DIR, or --data DIR with labels"),
+        ({"images": Path("nowhere")}, "--images nowhere does not exist"),
+        ({"images": Path("."), "preprocess": "imagnet"}, r"--preprocess 'imagnet' is not one of imagenet, 0-1"),
+        ({"images": Path("."), "preprocess": None}, "--preprocess is missing: how does the network want its input"),
+        ({"images": Path("."), "exits_at": ("nothing",)}, "--exits-at nothing: no exit can be there"),
+        ({"images": Path("."), "exits": 60}, r"--exits 60: this network has places for \d+ before its end"),
+        ({"images": Path("."), "classes": Path("c.txt")}, r"c.txt has 2 classes, but output 'pixels' has 3"),
+    ],
+)
+def test_wrong_options_are_named(
+    tmp_path: Path,
+    model: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, object],
+    message: str,
+) -> None:
+    monkeypatch.chdir(images)
+    (tmp_path / "c.txt").write_text("a\nb\n")
+    if "classes" in options:
+        options = options | {"classes": tmp_path / "c.txt"}
+    with pytest.raises(InputError, match=message):
+        steps.attach(Workspace(tmp_path / "w"), model, recipe(0, 1), steps.AttachOptions(**vars(EXITS) | options))
+    assert not (tmp_path / "w" / "candidate").exists()
