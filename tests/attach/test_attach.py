@@ -105,13 +105,8 @@ def test_with_labels_the_better_preparation_is_found(tmp_path: Path, images: Pat
     (data / "classes.txt").write_text("sky\nroad\ncar\n")
     notes: list[str] = []
     options = steps.AttachOptions(**vars(EXITS) | {"data": data, "preprocess": None})
-    found = steps.attach(
-        Workspace(tmp_path / "w"),
-        brought.saved(model, tmp_path),
-        recipe(0, 1),
-        options,
-        steps.Reporter(note=notes.append),
-    )
+    source, reporter = brought.saved(model, tmp_path), steps.Reporter(note=notes.append)
+    found = steps.attach(Workspace(tmp_path / "w"), source, recipe(0, 1), options, reporter)
     assert found.truth == "the user's labels"
     assert any(note.startswith("--preprocess -1-1 gives the best mIoU") for note in notes)
     warnings: list[str] = []
