@@ -99,7 +99,7 @@ class TestData:
     def test_labels_of_another_size(self, workspace: Path, command: Any, places: tuple[Path, ...]) -> None:
         for place in places:
             for label in (place / "labels").iterdir():
-                save_image(label, np.eye(32, 48, dtype=np.uint8))
+                save_image(label, np.arange(32 * 48).reshape(32, 48).astype(np.uint8) % 8)  # of every class
         assert "64 x 96" in refused(workspace, *command)
 
     def test_labels_in_colours_that_are_no_classes(

@@ -43,7 +43,7 @@ class TestStale:
         done("-C", exported_again, "profile")
         edit(exported_again / "workspace.json", lambda content: content.update(data=None))
         message = refused(exported_again, "search")
-        assert "statistics are of another gate" in message
+        assert "the evaluation is of another gate" in message
         assert "mess-compile evaluate" in message
 
     def test_statistics_are_renewed_when_the_data_are_known(self, exported_again: Path) -> None:

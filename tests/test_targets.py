@@ -334,7 +334,7 @@ class TestDevices:
         assert all(bool(device["differences"]) != device["here"] for device in content["devices"])
         lines = done("-C", tmp_path, "devices").splitlines()
         assert {line.split()[0] for line in lines if " yes " in line} == {name, "host"}
-        assert f"profile --device {name}" in lines[-1]
+        assert f"profile --device {'cpu' if name == 'host' else name}" in lines[-1]
 
     def test_figures_are_listed(self, tmp_path: Path) -> None:
         lines = done("-C", tmp_path, "devices").splitlines()

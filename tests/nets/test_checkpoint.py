@@ -104,7 +104,7 @@ def test_a_wrong_entry_is_named_with_its_value(saved: Path, key: str, value: obj
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(InputError) as refused:
         load_candidate(saved)
-    assert str(refused.value).startswith(f"{path} is damaged ({message}): train a candidate network")
+    assert str(refused.value).startswith(f"{path} is damaged ({message}): train a multi-exit network")
 
 
 def test_another_architecture_is_named(saved: Path) -> None:

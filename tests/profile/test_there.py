@@ -62,7 +62,7 @@ def test_another_machine_does_not_take_the_place_of_this_one(
     here = {**worker.describe_machine(), "identity": "another"}
     monkeypatch.setattr(connect, "describe_machine", lambda: here)
     message = refused(workspace, "profile", "--device", "host", "--host", device.host)
-    assert f"{device.host} is another, whose latencies would replace those of this machine" in message
+    assert f"{device.host} is another one, whose latencies would replace those of this machine" in message
     assert "describe it in profiles/NAME.toml, and use --device NAME" in message
 
 

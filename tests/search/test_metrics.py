@@ -220,7 +220,7 @@ def test_evidence_without_images_or_of_other_graphs_is_refused() -> None:
 def test_recipes_that_saw_different_images_are_not_compared() -> None:
     case = by_hand()
     other = dataclasses.replace(case, statistics=case.statistics.select([0, 1]))
-    with pytest.raises(StaleError, match="statistics are of different images"):
+    with pytest.raises(StaleError, match="evaluations of the precisions are of different images"):
         search_recipes([case, other], Requirement())
 
 

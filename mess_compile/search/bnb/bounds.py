@@ -157,11 +157,15 @@ def shared(count: int, work: Callable[[Array], Found]) -> list[tuple[Array, Foun
     return list(zip(parts, [*found, *(other.result() for other in others)], strict=True))
 
 
+THREADS = "bounds"
+"""What the names of the search's threads begin with."""
+
+
 @functools.lru_cache(maxsize=1)
 def _threads(process: int, cores: int) -> ThreadPoolExecutor:
     """The threads of this process: to start some for each call would take longer than most calls. A forked process has
     none of its parent's."""
-    return ThreadPoolExecutor(cores)
+    return ThreadPoolExecutor(cores, thread_name_prefix=THREADS)
 
 
 def in_order(array: Array, dtype: type) -> Array:

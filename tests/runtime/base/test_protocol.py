@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mess_compile.device.remote import parse_host
+from mess_compile.reporter import SILENT
 from mess_compile.runtime.base import decode, protocol
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.ship.client import Destination, _receive, _Replies
@@ -70,7 +71,7 @@ def test_a_device_that_sends_nonsense_is_named() -> None:
     place = Destination("ssh://xavier:/opt/street", parse_host("xavier"), "/opt/street")
     step = {"what": "verify", "number": 1, "total": 1, "expected_s": 10**400}
     with pytest.raises(InputError, match="ssh://xavier:/opt/street sent an unexpected reply"):
-        _receive(_Replies(), json.dumps({"step": step}), place, lambda text: None)
+        _receive(_Replies(), json.dumps({"step": step}), place, SILENT)
 
 
 @pytest.mark.parametrize(

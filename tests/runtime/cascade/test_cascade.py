@@ -29,6 +29,7 @@ from tests import small_network
 from tests.runtime.clock import Clock, cheap
 from tests.runtime.faults import FaultyLibrary
 from tests.small_network import CELLS_HW, CLASSES, HW, ROWS, frame
+from tests.threads import own_threads
 
 ROW = 2
 
@@ -197,7 +198,7 @@ def test_values_out_of_range_are_refused_by_name(cascade: Cascade, bundle: Path)
     prediction = cascade(frame(0))
     for opacity in (2.0, -0.1, float("nan"), "x"):
         refused(f"opacity is {opacity!r}", lambda o=opacity: cascade.overlay(frame(0), prediction, o))
-    assert threading.active_count() == 1
+    assert own_threads() == 1
 
 
 def test_what_a_program_has_to_name_is_where_it_looks(cascade: Cascade) -> None:

@@ -20,6 +20,7 @@ from mess_compile.runtime.engines.engine import open_library
 from tests import small_network
 from tests.runtime.faults import FaultyLibrary
 from tests.small_network import frame
+from tests.threads import own_threads
 
 Frame = NDArray[np.uint8]
 
@@ -45,7 +46,7 @@ def cascade(bundle: Path, request: pytest.FixtureRequest) -> Iterator[Cascade]:
     library = FaultyLibrary(open_library("onnxruntime", threads=1), alone, concurrent=request.param)
     with runtime.load(bundle, library=library) as loaded:
         yield loaded
-    assert threading.active_count() == 1
+    assert own_threads() == 1
 
 
 def is_of(prediction: runtime.Prediction, seed: int) -> bool:
@@ -157,12 +158,12 @@ def test_a_stream_that_is_closed_or_dropped_early_ends_its_threads(cascade: Casc
     next(endless)
     endless.close()
     endless.close()
-    assert threading.active_count() == 1
+    assert own_threads() == 1
     assert list(endless) == []
     for _ in cascade.stream(itertools.cycle([frame(0)])):
         break
     gc.collect()
-    assert threading.active_count() == 1
+    assert own_threads() == 1
     assert is_of(cascade(frame(3)), 3)
 
 
@@ -170,7 +171,7 @@ def test_closing_the_cascade_ends_its_streams(cascade: Cascade) -> None:
     stream = cascade.stream(itertools.cycle([frame(0)]))
     next(stream)
     cascade.close()
-    assert threading.active_count() == 1
+    assert own_threads() == 1
     assert list(stream) == []
 
 
