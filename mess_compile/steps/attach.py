@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,10 @@ from mess_compile.attach.own_labels import find_images, split_images, write_own_
 from mess_compile.attach.preparation import CLEARLY_PP, prepared_miou
 from mess_compile.attach.whole_form import ClassNames, WholeForm, early_frontiers, whole_form
 from mess_compile.data.class_list import default_colour, read_class_list
-from mess_compile.data.dataset import DataSet, open_dataset, read_frame
+from mess_compile.data.dataset import DataSet, open_dataset, read_frame, samples
 from mess_compile.data_folder import Data, DataFolder
+from mess_compile.evaluate.statistics import miou
+from mess_compile.graph.cut import NETWORK
 from mess_compile.graph.exits_toml import PREPROCESSING, InputRule, read_input_rule
 from mess_compile.graph.frontiers import frontiers_at
 from mess_compile.graph.store import drop_unread_weights, write_model
@@ -125,10 +127,23 @@ def attach(
         drop_unread_weights(folder)
         files.write_json(folder / ATTACHED, "mess-attached", 1, _provenance(prepared, job, source, taught.weights))
     shutil.rmtree(workspace.attaching)
-    own = "the user's labels" if job.labelled else "the network's own output"
-    return Attached(
-        taught.network.candidate, taught.miou, own, len(prepared.validation.items), taught.changed, prepared.left_out
-    )
+    candidate, truth = taught.network.candidate, "the user's labels" if job.labelled else "the network's own output"
+    own = _own_end_miou(workspace.candidate / NETWORK, candidate, prepared.validation)
+    found = {**taught.miou, candidate.baseline: own}
+    return Attached(candidate, found, truth, len(prepared.validation.items), taught.changed, prepared.left_out)
+
+
+def _own_end_miou(network: Path, candidate: CandidateNetwork, data: DataSet) -> float:
+    """mIoU in percent of the network's own end, whose own nodes make its labels."""
+    classes, confusion = len(candidate.classes), np.zeros((3, len(candidate.classes)), np.int64)
+    with _labels_by(network, candidate) as labels_of:
+        for sample in samples(data):
+            hw = sample.labels.shape[0], sample.labels.shape[1]
+            guess, known = frames.resize_labels(labels_of(sample.frame), hw), sample.labels < classes
+            guess, truth = guess[known], sample.labels[known]
+            counted = (truth[truth == guess], guess, truth)
+            confusion += np.stack([np.bincount(values, minlength=classes) for values in counted])
+    return miou(*confusion)
 
 
 def _prepared(workspace: Workspace, source: Path, options: AttachOptions, reporter: Reporter) -> _Prepared:
@@ -254,15 +269,24 @@ def _label_by_network(
     workspace: Workspace, base: Path, candidate: CandidateNetwork, paths: Sequence[Path], reporter: Reporter
 ) -> tuple[str, ...]:
     """Write the data set whose truth is the network's own output."""
+    with _labels_by(base, candidate) as labels_of:
+        return write_own_labels(workspace.own_labels, split_images(paths), candidate.classes, labels_of, reporter)
+
+
+@contextmanager
+def _labels_by(
+    network: Path, candidate: CandidateNetwork
+) -> Iterator[Callable[[NDArray[np.uint8]], NDArray[np.uint8]]]:
+    """A function from a frame (H, W, 3) of any size to the labels, at the network's input size, of its own end."""
     name = str(candidate.heads[-1].labels)
-    with closing(open_library("onnxruntime")) as library, closing(library.load(base)) as engine:
+    with closing(open_library("onnxruntime")) as library, closing(library.load(network)) as engine:
 
         def labels(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
             outputs = engine.run({"image": library.upload(frames.resize(frame, candidate.input_hw)[None])})
             found: NDArray[np.uint8] = library.download(outputs[name])[0]
             return found
 
-        return write_own_labels(workspace.own_labels, split_images(paths), candidate.classes, labels, reporter)
+        yield labels
 
 
 def _set_aside(folder: Path, reporter: Reporter) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -62,7 +63,7 @@ def unet(end: str = "corners", seed: int = 3, opset: int = 17, dynamic: bool = F
         g.nodes,
         "unet",
         [helper.make_tensor_value_info("input", TensorProto.FLOAT, size)],
-        [helper.make_tensor_value_info(output, kind, None if dynamic else shape)],
+        [helper.make_tensor_value_info(output, kind, _free(shape) if dynamic else shape)],
         g.weights,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
@@ -87,6 +88,10 @@ def _ended(g: _Graph, scores: str, end: str, channels: int) -> tuple[str, tuple[
     return g.add("ArgMax", [odds], "index", axis=1, keepdims=0), (1, *HW), TensorProto.INT64
 
 
+def _free(shape: tuple[int, ...]) -> tuple[int | str, ...]:
+    return tuple(f"d{axis}" for axis in range(len(shape)))
+
+
 def saved(model: onnx.ModelProto, folder: Path) -> Path:
     path = folder / "model.onnx"
     onnx.save(model, str(path))
@@ -94,14 +99,16 @@ def saved(model: onnx.ModelProto, folder: Path) -> Path:
 
 
 def own_labels(model: onnx.ModelProto, frame: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Labels (h, w) of the model as it came, from its own output alone; of "small" ends at their size."""
+    """Labels (H, W) of the model as it came, from its own output alone; small scores are enlarged by OpenCV."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (output,) = session.run(None, {"input": (frame.transpose(2, 0, 1)[None] / 127.5 - 1).astype(np.float32)})
     if output.ndim == 3:
         return np.asarray(output[0])
     if output.shape[1] == 1:
         return (output[0, 0] > 0.5).astype(np.int64)
-    return np.asarray(output[0].argmax(axis=2 if output.shape[3] == CLASSES else 0))
+    planes = output[0].transpose(2, 0, 1) if output.shape[3] == CLASSES else output[0]
+    larger = np.stack([cv2.resize(plane, HW[::-1], interpolation=cv2.INTER_LINEAR) for plane in planes])
+    return np.asarray(larger.argmax(axis=0))
 
 
 def frame(seed: int, hw: tuple[int, int] = HW) -> NDArray[np.uint8]:

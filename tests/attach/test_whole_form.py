@@ -49,14 +49,10 @@ def run(path: Path, frame: NDArray[np.uint8]) -> dict[str, NDArray[np.generic]]:
 def test_the_last_exit_gives_the_labels_of_the_network_as_it_came(tmp_path: Path, end: str) -> None:
     model, frame = brought.unet(end), brought.frame(1)
     graph_set = cut(formed(opened(model, tmp_path)), tmp_path)
-    found = run(graph_set.path("network") if "network" in graph_set.graphs else graph_set.root / "network.onnx", frame)
+    found = run(graph_set.root / "network.onnx", frame)
     labels = found[f"labels:{graph_set.candidate.baseline}"][0]
     wanted = brought.own_labels(model, frame)
-    if end in ("small", "channels-last"):  # smaller than the image: our output graph enlarges them
-        labels = labels[::2, ::2]
-        assert (labels == wanted).mean() > 0.9
-    else:
-        assert np.array_equal(labels, wanted)
+    assert np.array_equal(labels, wanted)
     assert len(np.unique(wanted)) > 1
 
     def logits(image: NDArray[np.uint8]) -> dict[str, NDArray[np.generic]]:
@@ -84,13 +80,10 @@ def test_a_fine_map_is_pooled_for_its_heads_and_passed_on_as_it_is(tmp_path: Pat
     assert [tensor.shape for tensor in first.carried] == [(1, 16, 16, 24)]
 
 
-@pytest.mark.parametrize("opset", [9, 11, 13, 18, 20])
+@pytest.mark.parametrize("opset", [9, 13, 18, 20])
 def test_other_opsets_are_taken(tmp_path: Path, opset: int) -> None:
-    end = "softmax" if opset >= 11 else "small"
+    end = "softmax" if opset >= 13 else "small"
     model, frame = brought.unet(end, opset=opset), brought.frame(2)
-    if opset < 11:
-        for node in model.graph.node:
-            assert node.op_type != "Resize"
     network = opened(model, tmp_path)
     form = formed(network)
     check_whole_form(network, form, tmp_path / "graphs", [frame])
