@@ -18,7 +18,10 @@ ROOMS = (
 """From the bottom; a room imports itself and those below. "" is the package's own files."""
 RUNTIME_ROOMS = ("base", "images", "machine", "engines", "measure", "bundle", "cascade", "serve", "")
 ALONE = {
-    "torch": ("nets", "training", "attach/network.py", "attach/teaching.py", "attach/written.py"),
+    "torch": (
+        *("nets", "training"),
+        *(f"attach/{name}.py" for name in ("network", "teaching", "torch_source", "written")),
+    ),
     "safetensors": ("nets", "training"),
     "tensorrt": ("runtime/engines",),
     "onnxruntime": ("runtime/engines", "graph/precision.py"),  # the latter for its quantiser

@@ -33,13 +33,15 @@ class AttachArguments:
     batch: int
     learning_rate: float
     seed: int
+    weights: Path | None
     accelerator: str
     threads: int | None
     as_json: bool
 
 
-@click.command(short_help="Give a trained single-exit ONNX network early exits.")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.command(short_help="Give a trained single-exit network early exits.")
+@click.argument("source")
+@click.option("--weights", type=FILE, help="Weights (.pth, .safetensors) for a torch module.")
 @click.option("--images", type=FOLDER, help="Folder of images without labels; the network's own output teaches.")
 @click.option("--data", type=FOLDER, help="Data set with labels, which teach beside the network's output.")
 @click.option(
@@ -51,7 +53,7 @@ class AttachArguments:
 @click.option(
     "--exits", default=5, show_default=True, type=click.IntRange(2), help="Exits, the network's end included."
 )
-@click.option("--exits-at", metavar="NAME,...", help="Tensors to attach at, instead of --exits.")
+@click.option("--exits-at", metavar="NAME,...", help="Tensors or submodules to attach at, instead of --exits.")
 @click.option("--heads", default="sep-crm1-b0,lra-crm1-b0", show_default=True, help="Heads at every early exit.")
 @click.option("--classes", type=FILE, help="File with a class name per line, in the order of the network's channels.")
 @click.option("--output", metavar="NAME", help="The output with the segmentation, if the network has several.")
@@ -73,11 +75,12 @@ class AttachArguments:
 @json_option
 @click.pass_obj
 @gathered(AttachArguments)
-def attach(workspace: Workspace, source: Path, arguments: AttachArguments) -> None:
+def attach(workspace: Workspace, source: str, arguments: AttachArguments) -> None:
     """Find exit points in a trained network, teach early heads there, and write the multi-exit network.
 
-    SOURCE is an ONNX file with one segmentation output. The network's own end stays its last exit. The same command
-    continues an interrupted one.
+    SOURCE is an ONNX file with one segmentation output, or package.module:factory, a function that returns a torch
+    module (--exits-at then names submodules). The network's own end stays its last exit. The same command continues an
+    interrupted one.
     """
     from mess_compile import extras, steps
 
@@ -96,6 +99,7 @@ def attach(workspace: Workspace, source: Path, arguments: AttachArguments) -> No
             output=arguments.output,
             input_hw=size(arguments.input_hw) if arguments.input_hw else None,
             may_freeze=source_of("epochs") == ParameterSource.DEFAULT,
+            weights=arguments.weights,
             machines=parallel.Machines(**picked(arguments, "accelerator threads")),
         )
         attached = steps.attach(workspace, source, recipe, options, reporter)

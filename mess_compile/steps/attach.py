@@ -34,6 +34,8 @@ from mess_compile.runtime.images import frames
 from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mess_compile.training.parallel import Machines
     from mess_compile.training.recipe import Recipe
 
@@ -49,7 +51,7 @@ class AttachOptions:
     `images` is a folder of images without labels, `data` a labelled data set; one of them is needed. `preprocess` names
     how the network wants its input, or a TOML file with a table [input]. `exits` counts exit points with the network's
     own end; `exits_at` names tensors instead. `heads` are configurations at every early exit point, or `exitN.NAME`.
-    With `may_freeze`, a network that cannot be trained keeps its weights.
+    `weights` are loaded into a torch module. With `may_freeze`, a network that cannot be trained keeps its weights.
     """
 
     preprocess: str | None = None
@@ -61,6 +63,7 @@ class AttachOptions:
     classes: Path | None = None
     output: str | None = None
     input_hw: tuple[int, int] | None = None
+    weights: Path | None = None
     machines: Machines | None = None
     may_freeze: bool = False
 
@@ -94,15 +97,22 @@ class _Prepared:
 
 
 def attach(
-    workspace: Workspace, source: Path, recipe: Recipe, options: AttachOptions, reporter: Reporter = SILENT
+    workspace: Workspace,
+    source: Path | str | nn.Module,
+    recipe: Recipe,
+    options: AttachOptions,
+    reporter: Reporter = SILENT,
 ) -> Attached:
-    """Attach exits to the ONNX `source` and teach them; writes the candidate network of the workspace.
+    """Attach exits to `source` and teach them; writes the candidate network of the workspace.
+
+    `source` is an ONNX file, a torch module, or `package.module:factory`, which returns one when it is called.
 
     With 0 epochs of stage 1 in `recipe` the network's own weights stay as they are. The same call continues an
     interrupted one. Raises InputError naming what cannot be taken and what to pass instead.
     """
     teaching, written = extras.torch_module("attach.teaching"), extras.torch_module("attach.written")
     parallel = extras.torch_module("training.parallel")
+    source, options = _as_onnx(workspace, source, options)
     prepared = _prepared(workspace, source, options, reporter)
     heads = _heads(options.heads, len(prepared.form.candidate.exit_points))
     job = teaching.TeachingJob(
@@ -144,6 +154,27 @@ def _own_end_miou(network: Path, candidate: CandidateNetwork, data: DataSet) -> 
             counted = (truth[truth == guess], guess, truth)
             confusion += np.stack([np.bincount(values, minlength=classes) for values in counted])
     return miou(*confusion)
+
+
+def _as_onnx(
+    workspace: Workspace, source: Path | str | nn.Module, options: AttachOptions
+) -> tuple[Path, AttachOptions]:
+    """The ONNX file of a source, and its options; a module's is written into the workspace, with its submodules
+    `exits_at` by name.
+    """
+    factory = isinstance(source, Path | str) and ":" in str(source) and not Path(source).exists()
+    if isinstance(source, Path | str) and not factory:
+        return Path(source), options
+    torch_source = extras.torch_module("attach.torch_source")
+    if factory and not torch_source.is_factory(str(source)):
+        raise InputError(f"{source} is neither a file nor of the form package.module:factory")
+    if options.input_hw is None:
+        raise InputError("--input is missing: a torch module needs the size of its input, such as --input 256x256")
+    module = torch_source.made_by(str(source), options.weights) if factory else source
+    workspace.attaching.mkdir(parents=True, exist_ok=True)
+    path = workspace.attaching / f"{str(source).rpartition(':')[2] if factory else type(source).__name__}.onnx"
+    torch_source.write_onnx(module, options.input_hw, options.exits_at, path)
+    return path, replace(options, output=torch_source.OUTPUT)
 
 
 def _prepared(workspace: Workspace, source: Path, options: AttachOptions, reporter: Reporter) -> _Prepared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +201,54 @@ def test_wrong_options_are_named(
     with pytest.raises(InputError, match=message):
         steps.attach(Workspace(tmp_path / "w"), model, recipe(0, 1), steps.AttachOptions(**vars(EXITS) | options))
     assert not (tmp_path / "w" / "candidate").exists()
+
+
+MODULE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU())
+        self.deep = nn.Sequential(nn.Conv2d(16, 24, 3, 1, 1), nn.ReLU(), nn.Conv2d(24, 24, 3, 1, 1), nn.ReLU())
+        self.end = nn.Conv2d(24, 3, 1)
+
+    def forward(self, x):
+        scores = self.end(self.deep(self.down(x)))
+        return {"out": nn.functional.interpolate(scores, x.shape[2:], mode="bilinear", align_corners=True)}
+
+def made():
+    torch.manual_seed(1)
+    return Net()
+
+def wrong():
+    return 3
+"""
+
+
+def test_a_torch_module_is_attached_at_its_submodules(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_network.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["", *sys.path])
+    options = steps.AttachOptions(**vars(EXITS) | {"images": images, "exits_at": ("down",)})
+    workspace = Workspace(tmp_path / "w")
+    with pytest.raises(InputError, match="--input is missing: a torch module needs the size of its input"):
+        steps.attach(workspace, "my_network:made", recipe(0, 1), options)
+    sized = steps.AttachOptions(**vars(options) | {"input_hw": brought.HW})
+    found = steps.attach(workspace, "my_network:made", recipe(0, 1), sized)
+    assert found.candidate.exit_points[0].block == "down"
+    assert found.candidate.backbone == "made"
+    steps.export(workspace)
+    for source, message in (
+        ("my_network:wrong", r"my_network:wrong returns int, not a torch.nn.Module"),
+        ("my_network:nothing", "my_network:nothing gives no module: "),
+        ("no.such:made", "no.such:made gives no module: "),
+    ):
+        with pytest.raises(InputError, match=message):
+            steps.attach(workspace, source, recipe(0, 1), sized)
+    other = steps.AttachOptions(**vars(sized) | {"exits_at": ("dwn",)})
+    with pytest.raises(InputError, match=r"--exits-at dwn: the module has no such submodule \(did you mean 'down'\?\)"):
+        steps.attach(workspace, "my_network:made", recipe(0, 1), other)
