@@ -34,8 +34,6 @@ from mess_compile.runtime.images import frames
 from mess_compile.workspace import Workspace
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from mess_compile.training.parallel import Machines
     from mess_compile.training.recipe import Recipe
 
@@ -98,7 +96,7 @@ class _Prepared:
 
 def attach(
     workspace: Workspace,
-    source: Path | str | nn.Module,
+    source: Any,
     recipe: Recipe,
     options: AttachOptions,
     reporter: Reporter = SILENT,
@@ -156,9 +154,7 @@ def _own_end_miou(network: Path, candidate: CandidateNetwork, data: DataSet) -> 
     return miou(*confusion)
 
 
-def _as_onnx(
-    workspace: Workspace, source: Path | str | nn.Module, options: AttachOptions
-) -> tuple[Path, AttachOptions]:
+def _as_onnx(workspace: Workspace, source: Any, options: AttachOptions) -> tuple[Path, AttachOptions]:
     """The ONNX file of a source, and its options; a module's is written into the workspace, with its submodules
     `exits_at` by name.
     """
