@@ -24,6 +24,7 @@ from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, one_line
 from mess_compile.runtime.base.lfs_pointers import refuse_pointer
 
+_ATTACHED = ("network.onnx", "original.onnx", "attached.json", "weights")
 _REMEDY = "train a multi-exit network with `mess-compile train`, or name the folder of one"
 
 
@@ -107,14 +108,22 @@ def save_candidate(network: OverprovisionedNetwork, folder: Path) -> None:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Copy a network that was trained in `folder` to the first free `folder-N`; returns that folder."""
+    """Keep a network that was trained in `folder`, or attached to, in the first free `folder-N`; returns that folder.
+
+    What `attach` wrote is moved, for `export` would take it first.
+    """
     weights = list(folder.glob("weights-*.safetensors"))
-    if not (folder / "network.json").exists() or not weights:
+    trained = [*weights, folder / "network.json"] if weights and (folder / "network.json").exists() else []
+    attached = [folder / name for name in _ATTACHED if (folder / name).exists()]
+    if not trained and not attached:
         return None
     place = next(path for n in itertools.count(1) if not (path := folder.with_name(f"{folder.name}-{n}")).exists())
     with files.replaced_folder(place) as temporary:
-        for path in (*weights, folder / "network.json"):
-            shutil.copyfile(path, temporary / path.name)
+        for path in (*trained, *attached):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, temporary / path.name)
+    for path in attached:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     return place
 
 

@@ -48,6 +48,11 @@ def test_a_network_that_is_replaced_is_kept(saved: Path) -> None:
     assert load_candidate(first).candidate.identity == identity
     assert load_candidate(second).candidate.identity == load_candidate(saved).candidate.identity != identity
     assert set_aside(saved.with_name("nowhere")) is None
+    (saved / "network.onnx").write_text("attached")  # export would take it before what is trained next
+    third = set_aside(saved)
+    assert third is not None
+    assert (third / "network.onnx").read_text() == "attached"
+    assert not (saved / "network.onnx").exists()
 
 
 def test_a_missing_checkpoint_says_how_to_make_one(tmp_path: Path) -> None:
