@@ -28,15 +28,15 @@ class UNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = block(3, 12, 2)
-        self.down1 = nn.Sequential(block(12, 24, 2), block(24, 24))
-        self.down2 = nn.Sequential(block(24, 48, 2), block(48, 48), block(48, 48))
-        self.deep = nn.Sequential(block(48, 96, 2), *(block(96, 96) for _ in range(4)))
-        self.up2 = nn.ConvTranspose2d(96, 48, 2, 2)
-        self.fuse2 = nn.Sequential(block(96, 48), block(48, 48))
-        self.up1 = nn.ConvTranspose2d(48, 24, 2, 2)
-        self.fuse1 = nn.Sequential(block(48, 24), block(24, 24))
-        self.classifier = nn.Conv2d(24, CLASSES, 1)
+        self.stem = block(3, 8, 2)
+        self.down1 = nn.Sequential(block(8, 16), block(16, 16))
+        self.down2 = nn.Sequential(block(16, 32, 2), block(32, 32))
+        self.deep = nn.Sequential(block(32, 64, 2), *(block(64, 64) for _ in range(3)))
+        self.up2 = nn.ConvTranspose2d(64, 32, 2, 2)
+        self.fuse2 = nn.Sequential(block(64, 32), block(32, 32))
+        self.up1 = nn.ConvTranspose2d(32, 16, 2, 2)
+        self.fuse1 = nn.Sequential(block(32, 16), block(16, 16))
+        self.classifier = nn.Conv2d(16, CLASSES, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         first = self.down1(self.stem(image))
