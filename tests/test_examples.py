@@ -171,6 +171,21 @@ def test_a_network_of_plain_pytorch_comes_to_labels(examples: Path, monkeypatch:
     assert list((examples / "06-own-network" / "predictions").glob("*.labels.png"))
 
 
+@pytest.mark.slow
+def test_a_trained_network_with_one_exit_comes_to_labels(
+    tmp_path: Path, brief_profile: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained so briefly, early heads are of no use: that every step works is what counts."""
+    shutil.copytree(EXAMPLES / "07-your-network", tmp_path / "examples" / "07-your-network")
+    lines = lines_of("07-your-network")
+    lines[0] += ["--steps", "30"]
+    lines = [[*line, "--epochs", "1", "1"] if "attach" in line else line for line in lines]
+    all_played(tmp_path / "examples", "07-your-network", monkeypatch, lines)
+    played = tmp_path / "examples" / "07-your-network"
+    assert json.loads((played / "candidate" / "attached.json").read_text())["labelled"] is False
+    assert list((played / "predictions").glob("*.labels.png"))
+
+
 @pytest.fixture
 def device(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     with remote_device(tmp_path_factory.mktemp("device")) as running:

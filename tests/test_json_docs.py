@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from mess_compile.data import scenes
+from tests.attach import brought
 from tests.commands import printed_json
 from tests.json_docs import differences
 
@@ -27,6 +30,18 @@ def test_what_options_add_is_documented_too(
 ) -> None:
     monkeypatch.chdir(workspace)
     assert differences(section, printed_json(*arguments)) == []
+
+
+def test_what_attach_and_inspect_print_of_a_model_is_documented(tmp_path: Path) -> None:
+    model = brought.saved(brought.unet(), tmp_path)
+    (tmp_path / "images").mkdir()
+    for number, scene in enumerate(scenes.by_difficulty(brought.HW, 10)):
+        Image.fromarray(scene.frame).save(tmp_path / "images" / f"{number}.png")
+    assert differences("inspect MODEL.onnx", printed_json("inspect", model)) == []
+    options = ("--preprocess", "-1-1", "--exits", "3", "--heads", "fcn-crm1-b0", "--epochs", "0", "1")
+    attached = printed_json("-C", tmp_path, "attach", model, "--images", tmp_path / "images", *options)
+    assert differences("attach", attached) == []
+    assert [point["carried"] == [] for point in attached["exit_points"]] == [False, False, True]
 
 
 def test_the_check_sees_what_is_new_gone_or_of_another_kind() -> None:
