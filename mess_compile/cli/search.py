@@ -203,19 +203,24 @@ def _after_search(workspace: Workspace, result: Any, requirement: Any, output: P
     """A safer search where the images held out ask for one, and the bundle of this plan."""
     name, safer = result.plan.device, _safer(result, requirement)
     by_name = "bundle" if workspace.memory().device == name else f"bundle {name}"
-    again = [] if safer is None else [hints.search_for(name, f"{safer:.2g}%")]
+    again = [] if safer is None else [f"{hints.for_device('search', name)} {safer}"]
     return [*again, by_name if output is None else f"bundle {quoted(output)}"]
 
 
-def _safer(result: Any, requirement: Any) -> float | None:
-    """The `--max-err` to try where more was lost on the images held out; None where the bound held, or is not alone."""
+def _safer(result: Any, requirement: Any) -> str | None:
+    """The option to try where more was lost or changed on the images held out; None where the bound held, or is not
+    alone."""
     from mess_compile.search.requirement import safer_max_err
 
-    plan, asked = result.plan, requirement.max_err_pp
-    if plan.hold_out is None or not asked or requirement != replace(type(requirement)(), max_err_pp=asked):
+    if result.plan.hold_out is None:
         return None
-    lost = plan.offset_pp + plan.hold_out.baseline.miou - plan.hold_out.predicted.miou
-    return None if lost <= asked else safer_max_err(asked, lost)
+    own, baseline = result.plan.hold_out.predicted, result.plan.hold_out.baseline
+    lost = {"max_err_pp": result.plan.offset_pp + baseline.miou - own.miou, "max_change": own.change or 0.0}
+    for name, option in (("max_err_pp", "--max-err"), ("max_change", "--max-change")):
+        asked = getattr(requirement, name)
+        if asked and lost[name] > asked and requirement == replace(type(requirement)(), **{name: asked}):
+            return f"{option} {safer_max_err(asked, lost[name]):.2g}%"
+    return None
 
 
 def _refuse_contradictions(arguments: SearchArguments) -> None:

@@ -110,7 +110,9 @@ def _on_new_images(result: SearchResult) -> str:
     plan, optimism = result.plan, result.plan.optimism
     if plan.hold_out is not None:
         held = plan.hold_out.predicted.miou - plan.hold_out.baseline.miou
-        return f"on the {plan.hold_out.predicted.images} held out {held:+.2f} pp"
+        change = plan.hold_out.predicted.change
+        changed = "" if change is None else f", changed pixels {change:.1f} %"
+        return f"on the {plan.hold_out.predicted.images} held out {held:+.2f} pp{changed}"
     if optimism is None:
         return "no estimate for new images" + (f" ({result.without_optimism})" if result.without_optimism else "")
     expected = f"{_difference(plan) - optimism.miou_pp:+.1f} pp"
