@@ -41,7 +41,7 @@ from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.search.guarantees import certify
 from mess_compile.search.metrics import Evidence, figures_of_stages
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.risk import Pairs, certified_in_turn, drops_pp, pairs_of_plans, risk_bound, stake_for
+from mess_compile.search.risk import Limits, Pairs, certified_in_turn, drops_pp, pairs_of_plans, risk_bound, stake_for
 from mess_compile.search.solver import search
 
 CONFIDENCE = 0.95
@@ -216,7 +216,7 @@ def family_draw(of: Family, sequences: int, bound_pp: float, seed: int) -> Draw:
     drops = drops_pp(of.pairs.pixels[drawn].sum(axis=0)[None])[0]
     lost = np.maximum(drops, 100 * of.pairs.risk[:, drawn].mean(axis=1))
     fastest = next((float(of.latency_ms[i]) for i in range(len(lost)) if lost[i] <= bound_pp), of.baseline_ms)
-    verdict = certified_in_turn(*parts, bound_pp, CONFIDENCE, seed)
+    verdict = certified_in_turn(*parts, Limits(bound_pp), CONFIDENCE, seed)
     passed = verdict.passed
     if passed is None:
         return Draw(None, None, 0.0, of.baseline_ms - fastest)

@@ -14,6 +14,7 @@ from mess_compile import files
 from mess_compile.data.class_list import ALWAYS_IGNORED, read_class_list
 from mess_compile.data.dataset import read_frame, read_labels
 from mess_compile.data.layouts import by_stem, listed_files, sequence_of
+from mess_compile.data.truth import write_mark
 from mess_compile.data_folder import IMAGES, LABELS
 from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import InputError
@@ -25,8 +26,6 @@ HELD_BACK = 0.2
 RARE = 0.001
 """Classes with a smaller share of the pixels are left out of mIoU."""
 FEWEST_IMAGES = 10
-MARK = "own-labels.json"
-"""The file that marks a data set whose truth is a network's own output."""
 
 Image8 = NDArray[np.uint8]
 
@@ -95,7 +94,7 @@ def write_own_labels(
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
         _blank(folder, rare)
         names = [classes[index] for index in rare]
-        files.write_json(folder / MARK, "mess-own-labels", 1, {"truth": "the network's own output", "left_out": names})
+        write_mark(folder, tuple(names))
     return tuple(names)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,14 @@ from mess_compile.array_types import Ints
 from mess_compile.data.dataset import DataSet, Sample, samples
 from mess_compile.engines.files import EngineFiles
 from mess_compile.evaluate.record import evaluate
-from mess_compile.evaluate.statistics import ExitStatistics, miou
+from mess_compile.evaluate.statistics import WHOLE, ExitStatistics, changed_share, miou
 from mess_compile.latency.table import LatencyTable
 from mess_compile.network import GraphSet
 from mess_compile.reporter import Progress
+from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle import manifest
-from mess_compile.runtime.bundle.manifest import Figures
+from mess_compile.runtime.bundle.manifest import LABELS, OWN_OUTPUT, TRUTHS, Figures
 from mess_compile.runtime.cascade.cascade import Cascade
 from mess_compile.runtime.engines.engine import Engine, Library
 from mess_compile.runtime.images import frames
@@ -29,16 +30,21 @@ from mess_compile.search.plan import Stage
 
 WARM_UP_FRAMES = 5
 _ROUNDING = 1e-9
+_TRUTH = decode.entry(optional=True, check=decode.one_of(TRUTHS))
 
 
 @dataclass(frozen=True)
 class Column:
-    """mIoU in percent, mean latency and workload of an image, and the share of images that leave at each exit."""
+    """mIoU in percent, mean latency and workload of an image, and the share of images that leave at each exit.
+
+    `change` is as in Figures.
+    """
 
     miou: float
     latency_ms: float
     gmacs: float
     exit_rates: tuple[float, ...]
+    change: float | None = field(default=None, metadata=decode.OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ class OtherBaseline:
 class CheckedPromise:
     """A bound of the plan's search, and the value found here; both in the unit of the `quantity`.
 
-    `held` is None for quantities that a bench does not measure (energy, memory).
+    `held` is None for quantities that a bench does not measure: energy and memory, and what is against another truth
+    than these images have.
     """
 
     quantity: str
@@ -86,6 +93,7 @@ class CheckedPromise:
 
 _QUANTITIES = {
     "err_pp": "{:.2f} pp of mIoU",
+    "change": "{:.2f} % of the pixels labelled otherwise than by the network",
     "latency_ms": "{:.2f} ms mean latency",
     "p95_ms": "{:.2f} ms p95 latency",
     "worst_ms": "{:.2f} ms on the deepest path (p99)",
@@ -102,6 +110,7 @@ class Bench:
     `baseline` is the graph `baseline_name`, the single-exit graph with the highest mIoU on these images. `tuned_on`
     counts the images that the plan was chosen on. `promises` compare the bounds of the plan's search with the
     measurement. `doubts` are the warnings about the latency table, which predicted and replayed latencies come from.
+    `truth` is what mIoU is against, `plan_truth` the same of the plan, and so of the column `predicted`.
     """
 
     bundle: str
@@ -124,6 +133,8 @@ class Bench:
     disagreements: tuple[NearCut, ...]
     promises: tuple[CheckedPromise, ...]
     doubts: tuple[str, ...]
+    truth: str = field(default=LABELS, metadata=_TRUTH)
+    plan_truth: str = field(default=LABELS, metadata=_TRUTH)
 
     def __repr__(self) -> str:
         from mess_compile.search.display import speed
@@ -147,6 +158,7 @@ class DeadlineBench:
     else of the first labels after it. `exit_rates` are shares of images by their last result. `missed_first` is the
     share of images without labels at the deadline, `missed_later` of those whose last result came after it. Times run
     from the raw frame to labels of its own size. `doubts` are the warnings about the latencies that refining uses.
+    `truth` is what mIoU is against.
     """
 
     bundle: str
@@ -162,6 +174,7 @@ class DeadlineBench:
     p50_ms: float
     p99_ms: float
     doubts: tuple[str, ...]
+    truth: str = field(default=LABELS, metadata=_TRUTH)
 
 
 class _Score:
@@ -169,6 +182,7 @@ class _Score:
 
     def __init__(self, classes: int) -> None:
         self._sums: Ints = np.zeros((3, classes), np.int64)
+        self._changed = self._images = 0
 
     def add(self, guess: NDArray[np.uint8], truth: NDArray[np.uint8]) -> None:
         classes = self._sums.shape[1]
@@ -176,10 +190,17 @@ class _Score:
         guessed, labels = guess[known], truth[known]
         for row, values in enumerate((labels[guessed == labels], guessed, labels)):
             self._sums[row] += np.bincount(values, minlength=classes)
+        self._changed += int(changed_share(int((guessed != labels).sum()), labels.size))
+        self._images += 1
 
     @property
     def miou(self) -> float:
         return miou(*self._sums)
+
+    @property
+    def change(self) -> float:
+        """The mean over images of the percentage of labelled pixels that are labelled otherwise."""
+        return 100 * self._changed / self._images / WHOLE
 
 
 class _Baseline:
@@ -224,6 +245,7 @@ def bench(
         images,
         device=table.device,
         split=data.split,
+        truth=data.truth,
         progress=lambda done: progress("replay", done, len(items)),
     )
     evidence = Evidence(graph_set, table, found)
@@ -273,6 +295,7 @@ def bench_deadline(
         p50_ms=float(np.percentile(last_ms, 50)),
         p99_ms=float(np.percentile(last_ms, 99)),
         doubts=cascade.plan.doubts,
+        truth=data.truth,
     )
 
 
@@ -306,6 +329,8 @@ class _MeasuredRun:
     latency_ms: NDArray[np.float64]  # (2, passes, n): cascade, baseline
     cascade_miou: float
     baseline_miou: float
+    cascade_change: float
+    baseline_change: float
 
 
 def _measure(
@@ -332,7 +357,7 @@ def _measure(
                 scores[0].add(prediction.labels, sample.labels)
                 scores[1].add(labels, sample.labels)
             progress("bench", number * len(items) + index + 1, passes * len(items))
-    return _MeasuredRun(tuple(exits), latency_ms, scores[0].miou, scores[1].miou)
+    return _MeasuredRun(tuple(exits), latency_ms, *(s.miou for s in scores), *(s.change for s in scores))
 
 
 def _compared(
@@ -349,8 +374,11 @@ def _compared(
     per_pass = run.latency_ms.mean(axis=2)  # (2, passes)
     ratios = per_pass[1] / per_pass[0]
     measured_ms, baseline_ms = (float(value) for value in run.latency_ms.mean(axis=(1, 2)))
-    measured = Column(run.cascade_miou, measured_ms, _mean_at(macs, run.exits) / 1e9, _rates(run.exits, len(stages)))
-    baseline = Column(run.baseline_miou, baseline_ms, candidate.baseline_macs / 1e9, (1.0,))
+    truth = evidence.statistics.truth
+    changes = (run.cascade_change, run.baseline_change) if truth == OWN_OUTPUT else (None, None)
+    gmacs, rates = _mean_at(macs, run.exits) / 1e9, _rates(run.exits, len(stages))
+    measured = Column(run.cascade_miou, measured_ms, gmacs, rates, changes[0])
+    baseline = Column(run.baseline_miou, baseline_ms, candidate.baseline_macs / 1e9, (1.0,), changes[1])
     return Bench(
         bundle=cascade.manifest.name,
         device=plan.target,
@@ -378,26 +406,32 @@ def _compared(
             for index, (sample, expected, real) in enumerate(zip(items, replayed_exits, run.exits, strict=True))
             if expected != real
         ),
-        promises=_checked(plan.promises, measured, baseline, run),
+        promises=_checked(plan, measured, baseline, run, truth),
         doubts=evidence.warnings,
+        truth=truth,
+        plan_truth=plan.truth,
     )
 
 
 def _checked(
-    promises: Sequence[manifest.Promise], measured: Column, baseline: Column, run: _MeasuredRun
+    plan: manifest.BundlePlan, measured: Column, baseline: Column, run: _MeasuredRun, truth: str
 ) -> tuple[CheckedPromise, ...]:
-    """Each promise with its measured value; relative bounds refer to the baseline of the same run."""
+    """Each promise with its measured value; relative bounds refer to the baseline of the same run.
+
+    An error against one truth says nothing about that against another.
+    """
     cascade_ms, single_ms = run.latency_ms
     deepest = cascade_ms[:, np.array(run.exits) == max(run.exits)]
     found = {
-        "err_pp": (baseline.miou - measured.miou, 0.0),
+        "err_pp": (baseline.miou - measured.miou if truth == plan.truth else None, 0.0),
+        "change": (measured.change, 0.0),
         "latency_ms": (measured.latency_ms, baseline.latency_ms),
         "p95_ms": (float(np.percentile(cascade_ms.mean(axis=0), 95)), baseline.latency_ms),
         "worst_ms": (float(np.percentile(deepest, 99)), float(np.percentile(single_ms, 99))),
         "gmacs": (measured.gmacs, baseline.gmacs),
     }
     checked = []
-    for promise in promises:
+    for promise in plan.promises:
         value, of_baseline = found.get(promise.quantity, (None, 0.0))
         asked = promise.limit * of_baseline if promise.relative else promise.limit
         if value is not None:
@@ -408,7 +442,7 @@ def _checked(
 
 
 def _column(figures: Figures) -> Column:
-    return Column(figures.miou, figures.latency_ms, figures.gmacs, figures.exit_rates)
+    return Column(figures.miou, figures.latency_ms, figures.gmacs, figures.exit_rates, figures.change)
 
 
 def _counts_from_cut(statistics: ExitStatistics, image: int, stages: Sequence[Stage]) -> int:

@@ -235,6 +235,7 @@ def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -
         environment=dict(costs.environment),
         sources={"latency table": plan.table_sha256, "statistics": plan.statistics_sha256},
         promises=plan.promises,
+        truth=plan.truth,
     )
 
 

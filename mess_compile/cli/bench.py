@@ -106,25 +106,31 @@ _COLUMNS = {
 
 
 def _print_bench(result: Bench, bundle: Path) -> None:
+    from mess_compile.runtime.bundle.manifest import against
     from mess_compile.search.display import baseline_label, network_label, speed, work
 
     say(
-        f"{bundle.name} against the {network_label(result.baseline_name)} on {result.images} images of {result.split}: "
-        f"{speed(result.latency_ratio)}, {work(result.workload_ratio)}, {result.miou_difference:+.2f} pp mIoU"
+        f"{bundle.name} against the {network_label(result.baseline_name)} on {result.images} images of {result.split}"
+        f"{against(result.truth)}: {speed(result.latency_ratio)}, {work(result.workload_ratio)}, "
+        f"{result.miou_difference:+.2f} pp mIoU"
     )
     columns = {baseline_label(result.baseline_name): result.baseline}
     columns |= {title: getattr(result, name) for name, title in _COLUMNS.items()}
+    changes = any(column.change is not None for column in columns.values())
     rows = [
         [
             name,
             f"{c.miou:.2f}",
             f"{c.latency_ms:.2f}",
             f"{c.gmacs:.3f}",
+            *([("-" if c.change is None else f"{c.change:.2f}")] if changes else []),
             rates(c.exit_rates) if len(c.exit_rates) > 1 else "",
         ]
         for name, c in columns.items()
     ]
-    print_table("", ["", "mIoU %", "latency ms", "GMACs", "exits"], rows)
+    print_table("", ["", "mIoU %", "latency ms", "GMACs", *(["changed %"] if changes else []), "exits"], rows)
+    if result.plan_truth != result.truth:
+        say(f"the column predicted is against {result.plan_truth}, the others are against {result.truth}")
     for promise in result.promises:
         say(promise.sentence)
     if result.disagreements:
@@ -160,6 +166,8 @@ def _exit_if_missed(result: Bench, strict: bool) -> None:
 
 
 _BOUNDS = {
+    "err_pp": "--max-err {:.4g}%",
+    "change": "--max-change {:.4g}%",
     "latency_ms": "--max-latency {:.4g}ms",
     "p95_ms": "--max-latency-p95 {:.4g}ms",
     "worst_ms": "--max-latency-worst {:.4g}ms",
@@ -178,12 +186,13 @@ def _after_bench(result: Bench, bundle: Path) -> list[str]:
     if not missed:
         return [report, *filter(None, [hints.ship_to_host(bundle, result.device)])]
     steps = []
-    if "err_pp" in missed and missed["err_pp"].asked > 0:  # nothing is safer than 0
-        lost = missed["err_pp"]
-        safer = safer_max_err(lost.asked, lost.found or 0.0)
-        others = [_BOUNDS[each.quantity].format(each.asked) for each in result.promises if each is not lost]
-        asked = hints.search_for(result.device, f"{safer:.2g}%")
-        steps.append(" ".join([asked, *others]))
+    asked = {each.quantity: each.asked for each in result.promises}
+    for name in ("err_pp", "change"):
+        if name in missed and asked[name] > 0:  # nothing is safer than 0
+            asked[name] = float(f"{safer_max_err(asked[name], missed[name].found or 0.0):.2g}")
+    if asked != {each.quantity: each.asked for each in result.promises}:
+        options = [_BOUNDS[name].format(value) for name, value in asked.items()]
+        steps.append(" ".join([hints.for_device("search", result.device), *options]))
     if set(missed) & {"latency_ms", "p95_ms", "worst_ms"}:
         steps.append(f"profile --device {result.device}")
     return [*steps, report]
@@ -197,6 +206,7 @@ def _bench_deadline(
     as_json: bool,
 ) -> None:
     from mess_compile import steps
+    from mess_compile.runtime.bundle.manifest import against
     from mess_compile.search.requirement import parse_milliseconds
 
     deadline_ms = parse_milliseconds(deadline)
@@ -205,8 +215,8 @@ def _bench_deadline(
     if as_json:
         return print_json(asdict(found))
     say(
-        f"{bundle.name} on {found.images} images of {found.split} with a deadline of {found.deadline_ms:g} ms: "
-        f"{found.miou:.2f} % mIoU"
+        f"{bundle.name} on {found.images} images of {found.split}{against(found.truth)} with a deadline of "
+        f"{found.deadline_ms:g} ms: {found.miou:.2f} % mIoU"
     )
     say(
         f"misses: {found.missed_first:.2%} of the images had no result in time, {found.missed_later:.2%} a later one "

@@ -92,6 +92,7 @@ def evaluate(workspace: Workspace, data: DataFolder | None, split: str | None, a
     """
     from mess_compile import steps
     from mess_compile.report import inspection
+    from mess_compile.runtime.bundle.manifest import LABELS
 
     as_json = arguments.as_json
     where = picked(arguments, "device host python precision accelerator devices nodes threads")
@@ -109,15 +110,18 @@ def evaluate(workspace: Workspace, data: DataFolder | None, split: str | None, a
         print_inspection(described)
     else:
         _print_summary(described)
-    return print_hint("search --max-err 1%")
+    return print_hint("search --max-err 1%" if found.truth == LABELS else "search --max-change 3%")
 
 
 def _print_summary(described: Any) -> None:
     """The final exit beside the best early head, and the warnings."""
+    from mess_compile.runtime.bundle.manifest import against
+
     found = described.content
     *early, final = found["heads"]
     best = max(early, key=lambda head: head["miou"], default=None)
-    say(f"{found['images']} images of {found['split']}, {found['library']} {found['precision']} on {found['device']}")
+    where = f"{found['library']} {found['precision']} on {found['device']}"
+    say(f"{found['images']} images of {found['split']}{against(found['truth'])}, {where}")
     rows = [[f"final exit ({final['name']})", f"{final['miou']:.2f}"]]
     rows += [] if best is None else [[f"best of {len(early)} early heads ({best['name']})", f"{best['miou']:.2f}"]]
     print_table("", ["", "mIoU %"], rows)

@@ -27,6 +27,7 @@ class SearchArguments:
     devices: tuple[str, ...]
     split: str | None
     max_err: str | None
+    max_change: str | None
     max_latency: str | None
     max_latency_p95: str | None
     max_latency_worst: str | None
@@ -62,6 +63,10 @@ class SearchArguments:
     "--split", shell_complete=completion.splits, help="The evaluated split to choose on; the last evaluated by default."
 )
 @click.option("--max-err", help="Most mIoU to lose against the baseline, in percentage points, such as 1%.")
+@click.option(
+    "--max-change",
+    help="Most pixels that may be labelled otherwise than by the network itself, such as 3% (mean over images).",
+)
 @click.option("--max-latency", help="Longest mean latency: 20ms, or 0.5x of the baseline's.")
 @click.option("--max-latency-p95", help="Longest 95th percentile of latency: 25ms, or 0.5x of the baseline's.")
 @click.option(
@@ -109,7 +114,7 @@ class SearchArguments:
 )
 @click.option(
     "--confidence",
-    help="Certify with this confidence, such as 95%, that --max-err holds on new images of the same kind.",
+    help="Certify with this confidence, such as 95%, that --max-err or --max-change holds on new images.",
 )
 @click.option(
     "--seed", type=click.IntRange(0), help="Seed for drawing the images that --confidence certifies on; 0 by default."
@@ -184,7 +189,7 @@ def _print_summary(result: Any, requirement: Any) -> None:
     from mess_compile.report import search_output
 
     say(search_output.headline(result.plan))
-    print_table("", *search_output.summary_table(result.plan, requirement))
+    print_table(search_output.summary_title(result.plan), *search_output.summary_table(result.plan, requirement))
     if result.plan.reports:
         say(search_output.reports_line(result.plan))
     say(f"{search_output.proof(result, requirement)} {search_output.expectation(result)}")
@@ -198,19 +203,24 @@ def _after_search(workspace: Workspace, result: Any, requirement: Any, output: P
     """A safer search where the images held out ask for one, and the bundle of this plan."""
     name, safer = result.plan.device, _safer(result, requirement)
     by_name = "bundle" if workspace.memory().device == name else f"bundle {name}"
-    again = [] if safer is None else [hints.search_for(name, f"{safer:.2g}%")]
+    again = [] if safer is None else [f"{hints.for_device('search', name)} {safer}"]
     return [*again, by_name if output is None else f"bundle {quoted(output)}"]
 
 
-def _safer(result: Any, requirement: Any) -> float | None:
-    """The `--max-err` to try where more was lost on the images held out; None where the bound held, or is not alone."""
+def _safer(result: Any, requirement: Any) -> str | None:
+    """The option to try where more was lost or changed on the images held out; None where the bound held, or is not
+    alone."""
     from mess_compile.search.requirement import safer_max_err
 
-    plan, asked = result.plan, requirement.max_err_pp
-    if plan.hold_out is None or not asked or requirement != replace(type(requirement)(), max_err_pp=asked):
+    if result.plan.hold_out is None:
         return None
-    lost = plan.offset_pp + plan.hold_out.baseline.miou - plan.hold_out.predicted.miou
-    return None if lost <= asked else safer_max_err(asked, lost)
+    own, baseline = result.plan.hold_out.predicted, result.plan.hold_out.baseline
+    lost = {"max_err_pp": result.plan.offset_pp + baseline.miou - own.miou, "max_change": own.change or 0.0}
+    for name, option in (("max_err_pp", "--max-err"), ("max_change", "--max-change")):
+        asked = getattr(requirement, name)
+        if asked and lost[name] > asked and requirement == replace(type(requirement)(), **{name: asked}):
+            return f"{option} {safer_max_err(asked, lost[name]):.2g}%"
+    return None
 
 
 def _refuse_contradictions(arguments: SearchArguments) -> None:
@@ -276,6 +286,7 @@ def requirement_of(arguments: SearchArguments) -> Any:
         setting=arguments.setting,
         objective=arguments.optimise,
         max_err_pp=parsed("max_err", requirement.parse_max_err),
+        max_change=parsed("max_change", requirement.parse_max_change),
         max_latency=parsed("max_latency", requirement.parse_max_latency),
         max_latency_p95=parsed("max_latency_p95", partial(requirement.parse_max_latency, option="--max-latency-p95")),
         max_latency_worst=parsed(

@@ -28,9 +28,11 @@ from mess_compile.data.layouts import (
     is_camvid,
 )
 from mess_compile.data.suggest import did_you_mean_folder, nearest_layout
+from mess_compile.data.truth import truth_of
 from mess_compile.data_folder import Data, DataFolder, data_folder
 from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.bundle.manifest import LABELS
 from mess_compile.runtime.images.pictures import read_picture
 
 __all__ = [
@@ -64,13 +66,17 @@ read_frame = read_picture
 
 @dataclass(frozen=True)
 class DataSet:
-    """One split of a folder of labelled images; `notes` are sentences about files there that are not read."""
+    """One split of a folder of labelled images; `notes` are sentences about files there that are not read.
+
+    `truth` says what the labels are: LABELS, or OWN_OUTPUT where a network made them.
+    """
 
     root: Path
     split: str
     classes: ClassList
     items: tuple[Item, ...]
     notes: tuple[str, ...] = ()
+    truth: str = LABELS
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ def open_dataset(data: Data, split: str, classes: ClassList | None = None) -> Da
             reason = f"the slice selects none of {len(found.items)}" if found.items else f"expected {layout.expected}"
             raise InputError(f"split {split!r} of {root} has no images: {reason}")
         _check_ids(root, items)
-        return DataSet(root, split, _class_list(folder, root, items, layout, classes), items, found.notes)
+        chosen = _class_list(folder, root, items, layout, classes)
+        return DataSet(root, split, chosen, items, found.notes, truth_of(root))
     except OSError as error:
         raise InputError(f"{root} cannot be listed ({error}): give yourself read access") from error
     except AstrayError as error:

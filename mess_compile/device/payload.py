@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import mess_compile
-from mess_compile.runtime.bundle.manifest import DOUBT, BundlePlan, EngineFile, Figures, Manifest
+from mess_compile.runtime.bundle.manifest import DOUBT, LABELS, BundlePlan, EngineFile, Figures, Manifest
 
 README = "README.txt"
 OWN_FILES_LAST = """\
@@ -137,6 +137,7 @@ def _plan_lines(plan: BundlePlan) -> str:
         "-" * len(title),
         f"{plan.library}, {plan.precision}, {plan.setting}; exits and thresholds chosen with {plan.tuned_by}.",
         f"Latencies are {plan.predicted.source} on {plan.target}{where}.",
+        *([] if plan.truth == LABELS else [f"Every mIoU is against {plan.truth}."]),
         *(f"Warning: {doubt}." for doubt in plan.doubts),
         f"plan: {_figures(plan.predicted)}",
         f"{plan.baseline_name}: {_figures(plan.baseline)}",
@@ -146,9 +147,11 @@ def _plan_lines(plan: BundlePlan) -> str:
 
 
 def _figures(figures: Figures) -> str:
+    changed = "" if figures.change is None else f", changed pixels {figures.change:.2f} %"
     return (
         f"{figures.latency_ms:.2f} ms (p95 {figures.p95_ms:.2f}, worst {figures.worst_ms:.2f}), {figures.miou:.2f} % "
-        f"mIoU, {figures.gmacs:.3f} GMACs, on the {figures.images} images of {figures.split} that it was chosen on"
+        f"mIoU{changed}, {figures.gmacs:.3f} GMACs, on the {figures.images} images of {figures.split} that it was "
+        "chosen on"
     )
 
 

@@ -28,6 +28,7 @@ from mess_compile.evaluate.statistics import (
 )
 from mess_compile.network import BASELINE_ALONE, head_graph_name, segment_name, threshold_table
 from mess_compile.runtime.base.errors import InputError, MessError
+from mess_compile.runtime.bundle.manifest import LABELS
 from mess_compile.runtime.engines.engine import Library
 from mess_compile.runtime.serve.scoring import HeadEngines, Score, ScoredExits, open_scorer
 
@@ -44,12 +45,13 @@ Scoring = Callable[[Iterable[tuple[Pixels, Pixels, NDArray[np.bool_]]]], Iterato
 
 @dataclass(frozen=True)
 class _Origin:
-    """The engines, library, device and split that statistics come from."""
+    """The engines, library, device, split and truth that statistics come from."""
 
     engines: EngineFiles
     library: str
     device: str
     split: str
+    truth: str = LABELS
 
 
 def evaluate(
@@ -59,17 +61,18 @@ def evaluate(
     *,
     device: str,
     split: str,
+    truth: str = LABELS,
     ignore: frozenset[int] = frozenset({255}),
     progress: Callable[[int], None] = lambda done: None,
 ) -> ExitStatistics:
     """Run every head that has engines, and the baseline trained alone if there is one, on labelled `images`.
 
     Frames are uint8 (H, W, 3) of any size, labels uint8 (H, W) of the same size; label values in `ignore` are not
-    scored. `progress` gets the number of images done. Raises InputError naming the image for labels that are out of
-    range or of another size, EngineError when a graph does not run.
+    scored; `truth` says what the labels are. `progress` gets the number of images done. Raises InputError naming the
+    image for labels that are out of range or of another size, EngineError when a graph does not run.
     """
     with _scoring_here(engines, library) as score:
-        return _evaluated(_Origin(engines, library.name, device, split), score, images, ignore, progress)
+        return _evaluated(_Origin(engines, library.name, device, split, truth), score, images, ignore, progress)
 
 
 def _evaluated(
@@ -115,6 +118,7 @@ def _evaluated(
         device=origin.device,
         library=origin.library,
         split=origin.split,
+        truth=origin.truth,
         baseline_alone=graph_set.baseline_alone if BASELINE_ALONE in origin.engines.paths else None,
     )
 
@@ -176,7 +180,7 @@ def evaluate_data(
     Several processes share the folder; the first one merges, the others return None. The bytes written do not depend
     on the number of processes. Raises what `evaluate` does.
     """
-    origin = _Origin(engines, library.name, device, data.split)
+    origin = _Origin(engines, library.name, device, data.split, data.truth)
     with _scoring_here(engines, library) as score:
         return _by_blocks(origin, score, data, folder, share, progress)
 
@@ -214,7 +218,7 @@ def evaluate_there(
     resumes after a broken connection. Raises what `evaluate` does, and RemoteError.
     """
     with session.scoring(_jobs(engines), _exits(engines)) as score:
-        origin = _Origin(engines, session.library, device, data.split)
+        origin = _Origin(engines, session.library, device, data.split, data.truth)
         found = _by_blocks(origin, score, data, folder, Share(), progress)
     assert found is not None, "the first of one process"
     return found
@@ -263,8 +267,8 @@ def _is_done(part: Path, items: Sequence[Item], origin: _Origin) -> bool:
         check_statistics_current(found, origin.engines.graph_set)
     except MessError:
         return False
-    expected = (tuple(item.id for item in items), origin.library, origin.device, origin.engines.heads)
-    return (found.image_id, found.library, found.device, found.heads) == expected
+    expected = (tuple(item.id for item in items), origin.library, origin.device, origin.engines.heads, origin.truth)
+    return (found.image_id, found.library, found.device, found.heads, found.truth) == expected
 
 
 def countable(image_id: str, frame: Pixels, labels: Pixels, classes: int, ignore: frozenset[int]) -> NDArray[np.bool_]:

@@ -17,7 +17,10 @@ from mess_compile.array_types import Ints
 from mess_compile.network import BASELINE, BASELINE_ALONE, Gate, GraphSet
 from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, StaleError
+from mess_compile.runtime.bundle.manifest import LABELS, TRUTHS
 
+WHOLE = 10**9
+"""Shares of pixels are counted in whole billionths, so that their sums are exact in any order."""
 _REMEDY = "run `mess-compile evaluate`"
 _BLOCK = 256
 _ARRAYS = {
@@ -38,7 +41,8 @@ class ExitStatistics:
     threshold; `intersection` and `predicted` (n, scored, K) and `labelled` (n, K) are pixels per class at the frame's
     own size, without ignored pixels. `group` is the image's sequence; `precision` names the recipe, `network` is the
     identity of its graphs, `baseline_alone` that of the baseline trained alone, or None. `final_head` is the head whose
-    labels the graph `BASELINE` gives; it is not stored, since it follows from the network.
+    labels the graph `BASELINE` gives; it is not stored, since it follows from the network. `truth` is what `labelled`
+    counts: LABELS, or OWN_OUTPUT.
     """
 
     heads: tuple[str, ...]
@@ -59,6 +63,7 @@ class ExitStatistics:
     split: str
     baseline_alone: str | None = None
     final_head: str | None = None
+    truth: str = LABELS
 
     def __repr__(self) -> str:
         return f"<exit statistics of {self.images} images of {self.split}: {len(self.heads)} heads, {self.precision}>"
@@ -113,6 +118,7 @@ class _StatisticsDocument:
     group: tuple[str, ...]
     gate: Gate
     sha256: dict[str, str]
+    truth: str = dataclasses.field(default=LABELS, metadata=decode.entry(optional=True, check=decode.one_of(TRUTHS)))
 
 
 def miou(intersection: Ints, predicted: Ints, labelled: Ints) -> float:
@@ -131,6 +137,19 @@ def miou(intersection: Ints, predicted: Ints, labelled: Ints) -> float:
     for k in present:
         total += float(intersection[k]) / float(predicted[k] + labelled[k] - intersection[k])
     return 100.0 * (total / present.size)
+
+
+def changed_share(wrong: Any, labelled: Any) -> Any:
+    """The share of `labelled` pixels that are `wrong`, in billionths, rounded half up; 0 without labelled pixels."""
+    whole = np.maximum(1, labelled)
+    return (wrong * WHOLE + whole // 2) // whole
+
+
+def changed_shares(statistics: ExitStatistics) -> Ints:
+    """The share (n, scored) of each image's labelled pixels that a head labels otherwise, in billionths."""
+    labelled = np.asarray(statistics.labelled).sum(axis=1, dtype=np.int64)[:, None]
+    shares: Ints = changed_share(labelled - np.asarray(statistics.intersection).sum(axis=2, dtype=np.int64), labelled)
+    return shares
 
 
 def head_miou(statistics: ExitStatistics, head: str) -> float:
@@ -152,7 +171,7 @@ def merge(shards: Sequence[ExitStatistics]) -> ExitStatistics:
         raise InputError("there are no statistics to merge")
     first = shards[0]
     for shard in shards[1:]:
-        for field in ("heads", "classes", "cells", "gate", "baseline_alone", *_TEXTS):
+        for field in ("heads", "classes", "cells", "gate", "baseline_alone", "truth", *_TEXTS):
             if getattr(shard, field) != getattr(first, field):
                 raise InputError(f"cannot merge statistics whose {field} differ; evaluate all shards alike")
     ids = [image for shard in shards for image in shard.image_id]
@@ -214,7 +233,8 @@ def _to_json(statistics: ExitStatistics, arrays: dict[str, str]) -> dict[str, An
     content: dict[str, Any] = {name: getattr(statistics, name) for name in (*_TEXTS, "baseline_alone")}
     for name in ("heads", "classes", "cells", "image_id", "group"):
         content[name] = list(getattr(statistics, name))
-    return {**content, "gate": asdict(statistics.gate), "sha256": arrays}
+    truth = {} if statistics.truth == LABELS else {"truth": statistics.truth}  # older plans name hashes without it
+    return {**content, **truth, "gate": asdict(statistics.gate), "sha256": arrays}
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> None:

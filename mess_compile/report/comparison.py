@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mess_compile.network import is_whole
 from mess_compile.runtime.bundle import manifest
-from mess_compile.runtime.bundle.manifest import Figures
+from mess_compile.runtime.bundle.manifest import LABELS, OWN_OUTPUT, Figures
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.search.display import NO_CELLS, network_label, speed, work
 from mess_compile.search.plan import HoldOut, Plan, SearchResult
@@ -43,6 +43,7 @@ class Compared:
     front: tuple[Point, ...]
     doubts: tuple[str, ...]
     held_out: str = "-"
+    truth: str = LABELS
 
     @property
     def what(self) -> str:
@@ -118,6 +119,7 @@ def _compared(
         front=front,
         doubts=plan.doubts,
         held_out=_held_out(plan.hold_out if isinstance(plan, Plan) else None),
+        truth=plan.truth,
     )
 
 
@@ -147,6 +149,8 @@ _ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
     ("confident cells needed", lambda one: "; ".join(one.decisions)),
     ("images per stage", lambda one: " ".join(f"{rate:.0%}" for rate in one.predicted.exit_rates)),
     ("mIoU %", lambda one: f"{one.predicted.miou:.2f}"),
+    ("mIoU is against", lambda one: one.truth),
+    ("changed pixels %", lambda one: "-" if one.predicted.change is None else f"{one.predicted.change:.2f}"),
     ("pp from its baseline", lambda one: f"{one.miou_pp:+.2f}"),
     ("latency ms", lambda one: f"{one.predicted.latency_ms:.2f} {one.predicted.source}"),
     ("baseline ms", lambda one: f"{one.baseline.latency_ms:.2f} ({network_label(one.baseline_name)})"),
@@ -165,7 +169,7 @@ _ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
 def rows(compared: Sequence[Compared]) -> tuple[tuple[str, ...], ...]:
     """A row for each figure: its name, then a cell for every plan."""
     found = tuple((label, *(cell(one) for one in compared)) for label, cell in _ROWS)
-    return tuple(row for row in found if set(row[1:]) != {"-"})
+    return tuple(row for row in found if set(row[1:]) not in ({"-"}, {LABELS}))
 
 
 def notes(compared: Sequence[Compared]) -> tuple[str, ...]:
@@ -175,12 +179,14 @@ def notes(compared: Sequence[Compared]) -> tuple[str, ...]:
         "networks": {one.network for one in compared if one.precision == FP32},  # a recipe has an identity of its own
         "images": {f"{one.predicted.images} images of {one.predicted.split}" for one in compared},
         "sources of latency": {one.predicted.source for one in compared},
+        "truths": {one.truth for one in compared},
     }
     meanings = {
         "devices": "latencies and memory are of different devices",
         "networks": "the networks differ, and with them what a plan could reach",
         "images": "mIoU and exit rates were taken on different images",
         "sources of latency": "some latencies are measured and some are estimated",
+        "truths": f"mIoU is against labels for some, and against {OWN_OUTPUT} for others",
     }
     return tuple(meanings[what] for what, found in differs.items() if len(found) > 1)
 

@@ -18,7 +18,7 @@ from mess_compile.network import BASELINE_ALONE, CandidateNetwork, GraphSet, hea
 from mess_compile.report.search_output import details
 from mess_compile.runtime.base.errors import InputError, MessError, did_you_mean
 from mess_compile.runtime.bundle.archive import read_manifest
-from mess_compile.runtime.bundle.manifest import MANIFEST, BundleStage, Figures
+from mess_compile.runtime.bundle.manifest import MANIFEST, BundleStage, Figures, against
 from mess_compile.runtime.images.notebook import table_html, text_html
 from mess_compile.runtime.machine.device_names import stored_name
 from mess_compile.search.display import (
@@ -270,6 +270,7 @@ def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
     content = {
         "split": found.split,
         "images": found.images,
+        "truth": found.truth,
         "device": found.device,
         "library": found.library,
         "precision": found.precision,
@@ -282,7 +283,7 @@ def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
     }
     title = (
         f"{found.images} images of {found.split}, {found.library} {found.precision} on {found.device}: "
-        "what search tunes on, not a test result"
+        f"what search tunes on, not a test result{against(found.truth)}"
     )
     table = _statistics_table(title, heads, diagnosed.max_errs_pp)
     notes = (*_legend(found, diagnosed), *map(_verdict_sentence, verdicts)) if verdicts else ()
@@ -439,7 +440,7 @@ def inspect_choice(result: SearchResult, cells: Mapping[str, int] = NO_CELLS) ->
         Table(title, columns, tuple(figures)),
     ]
     if plan.hold_out is not None:
-        held, columns, figures = held_out_table(plan.hold_out, plan.baseline_name)
+        held, columns, figures = held_out_table(plan.hold_out, plan.baseline_name, plan.truth)
         tables.append(Table(held, columns, tuple(figures)))
     asked = next((promise.limit for promise in plan.promises if promise.quantity == "err_pp"), None)
     notes = (held_out_sentence(result, asked), *details(result))
@@ -471,6 +472,7 @@ def _front_table(result: SearchResult, indices: Sequence[int], chosen: int | Non
         for point in (result.front[index],)
     )
     title = f"front for {result.plan.device} by {', '.join(result.front_by)}, {result.plan.predicted.source} latency"
+    title += against(result.plan.truth)
     header = ("plan", "precision", "latency ms", "mIoU %", "GMACs", "memory MiB", "exits", "heads")
     return Table(title, header, rows)
 
@@ -497,7 +499,7 @@ def points_tables(plan: Plan, cells: Mapping[str, int] = NO_CELLS) -> tuple[Tabl
         )
         for point in plan.operating_points
     )
-    title = "operating points: the same graphs, switched at run time"
+    title = f"operating points: the same graphs, switched at run time{against(plan.truth)}"
     return (Table(title, ("", "latency ms", "p95 ms", "mIoU %", "exits", "threshold/cells needed"), rows),)
 
 
@@ -554,7 +556,8 @@ def inspect_bundle(path: Path) -> Inspection:
         figures = plan.predicted
         title = (
             f"{plan.target}, {plan.library} {plan.precision}, {plan.setting}: predicted {figures.latency_ms:.2f} ms, "
-            f"{figures.miou:.2f} % mIoU ({figures.source}, {figures.images} images of {figures.split}); "
+            f"{figures.miou:.2f} % mIoU ({figures.source}, {figures.images} images of {figures.split}"
+            f"{against(plan.truth)}); "
             f"{network_label(plan.baseline_name)} {plan.baseline.latency_ms:.2f} ms, {plan.baseline.miou:.2f} %"
         )
         thresholds = [min(row) for row in manifest.gate.thresholds] if len(plan.stages) > 1 else ()

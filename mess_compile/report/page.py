@@ -18,7 +18,9 @@ from mess_compile.report.comparison import Compared, notes, rows, warnings
 from mess_compile.report.model import Benched, Missing, Picture, Report, SearchFound
 from mess_compile.report.published import paper_rows
 from mess_compile.report.views import Classes, GraphCosts, PlanView
+from mess_compile.runtime.bundle.manifest import LABELS, against
 from mess_compile.search.display import network_label, sentences_of, speed
+from mess_compile.search.plan import Plan
 
 _COMMAND = re.compile(r"`([^`]+)`")
 
@@ -26,8 +28,18 @@ _COMMAND = re.compile(r"`([^`]+)`")
 def report_page(report: Report) -> str:
     """The page of `mess-compile report`."""
     found = report.search.result if isinstance(report.search, SearchFound) else None
-    sentences = () if found is None else (*sentences_of(found.plan), *filter(None, [found.what_would_cut]))
+    sentences = () if found is None else (*_truth(found.plan), *sentences_of(found.plan), found.what_would_cut)
+    sentences = tuple(filter(None, sentences))
     return _rendered("report.html.j2", report=report, sentences=sentences, data=report_data(report))
+
+
+def _truth(plan: Plan) -> tuple[str, ...]:
+    """What all mIoU of the plan is against, where that is not labels, and how much it changes."""
+    if plan.truth == LABELS:
+        return ()
+    change = plan.predicted.change
+    changed = "" if change is None else f"; the plan labels {change:.2f} % of the pixels otherwise"
+    return (f"every mIoU of the plan is against {plan.truth}{changed}",)
 
 
 def compare_page(compared: tuple[Compared, ...]) -> str:
@@ -49,6 +61,7 @@ def _rendered(template: str, **content: Any) -> str:
     environment.globals["verbatim"] = lambda name: Markup(loader.get_source(environment, name)[0])
     environment.filters.update(commands=_commands, data_uri=_data_uri, json=_json, max_err=max_err_text)
     environment.filters.update(speed=speed, network=network_label, capital=lambda text: text[:1].upper() + text[1:])
+    environment.filters["against"] = against
     environment.tests["missing"] = lambda part: isinstance(part, Missing)
     plotting = Markup(plotly.offline.get_plotlyjs())
     return environment.get_template(template).render(version=__version__, plotting=plotting, **content)

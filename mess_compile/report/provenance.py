@@ -5,6 +5,7 @@ from __future__ import annotations
 from mess_compile import __version__
 from mess_compile.latency.table import LatencyTable
 from mess_compile.report.model import Missing
+from mess_compile.report.search_output import certified_bounds
 from mess_compile.search.display import expected_on_new_images, network_label
 from mess_compile.search.hold_out import held_out_sentence
 from mess_compile.search.plan import Guarantee, SearchResult
@@ -57,8 +58,5 @@ def _proof(result: SearchResult) -> str:
 
 def _certified(found: Guarantee) -> str:
     return (
-        f"pixel error on average at most {found.risk_limit_pp:g} pp above the baseline's (bound "
-        f"{found.risk_bound_pp:.2f} pp, {found.risk_method}); mIoU at most {found.miou_drop_limit_pp:g} pp below "
-        f"(bound {found.miou_drop_bound_pp:.2f} pp, {found.miou_method}); on {found.images_certified} images "
-        f"that it was not chosen on; {found.assumption}"
+        f"{certified_bounds(found)}; on {found.images_certified} images that it was not chosen on; {found.assumption}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from mess_compile.runtime.bundle.manifest import Figures
+from mess_compile.runtime.bundle.manifest import LABELS, Figures
 from mess_compile.search.display import (
     by_name,
     estimate_sentence,
@@ -25,6 +25,7 @@ _FIGURES: tuple[_Column, ...] = (
     ("GMACs", lambda one: f"{one.gmacs:.3f}"),
 )
 _WORST: _Column = ("worst ms", lambda one: f"{one.worst_ms:.2f}")
+_CHANGE: _Column = ("changed %", lambda one: "-" if one.change is None else f"{one.change:.2f}")
 _MEMORY: _Column = ("memory MiB", lambda one: f"{one.memory_bytes / 2**20:.1f}")
 _ENERGY: _Column = ("mJ", lambda one: "-" if one.energy_mj is None else f"{one.energy_mj:.1f}")
 
@@ -52,6 +53,8 @@ def _changes(plan: Plan) -> list[str]:
     found = [] if plan.is_whole else [speed(ratio), f"{_difference(plan):+.2f} pp mIoU"]
     if plan.reference_miou is not None:
         found.append(f"{plan.predicted.miou - plan.reference_miou:+.2f} pp vs. --baseline {plan.reference_miou:.2f} %")
+    if plan.predicted.change is not None:
+        found.append(f"changed pixels {plan.predicted.change:.1f} %")
     return found
 
 
@@ -59,10 +62,16 @@ def _difference(plan: Plan) -> float:
     return plan.predicted.miou - plan.baseline.miou
 
 
+def summary_title(plan: Plan) -> str:
+    """What the table's mIoU is against, where that is not labels."""
+    return "" if plan.truth == LABELS else f"mIoU is against {plan.truth}"
+
+
 def summary_table(plan: Plan, requirement: Requirement) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and the rows of baseline and plan, with the columns that the requirement is about."""
     memory = requirement.max_memory_bytes is not None or requirement.objective == "memory"
     more = [*([] if requirement.max_latency_worst is None else [_WORST]), *([_MEMORY] if memory else [])]
+    more += [] if plan.predicted.change is None else [_CHANGE]
     columns = (*_FIGURES, *more, *([] if plan.predicted.energy_mj is None else [_ENERGY]))
     exits = {"plan": " ".join(f"{rate:.0%}" for rate in plan.predicted.exit_rates)}
     rows = [(name, *(cell(one) for _, cell in columns), exits.get(name, "")) for name, one in by_name(plan)]
@@ -87,10 +96,13 @@ def expectation(result: SearchResult) -> str:
     plan = result.plan
     if plan.guarantee is not None:
         found = plan.guarantee
-        return (
-            f"Certified at {100 * found.confidence:g} % on {found.images_certified} other images: at most "
-            f"{found.miou_drop_limit_pp:g} pp of mIoU lost (bound {found.miou_drop_bound_pp:.2f} pp)."
-        )
+        limits = []
+        if found.miou_drop_limit_pp is not None:
+            limits.append(f"{found.miou_drop_limit_pp:g} pp of mIoU lost (bound {found.miou_drop_bound_pp:.2f} pp)")
+        if found.change_limit is not None:
+            limits.append(f"{found.change_limit:g} % of the pixels changed (bound {found.change_bound:.2f} %)")
+        certified = f"Certified at {100 * found.confidence:g} % on {found.images_certified} other images"
+        return f"{certified}: at most {' and '.join(limits)}."
     return f"Chosen on {plan.predicted.images} images of {plan.predicted.split}; {_on_new_images(result)}."
 
 
@@ -98,7 +110,9 @@ def _on_new_images(result: SearchResult) -> str:
     plan, optimism = result.plan, result.plan.optimism
     if plan.hold_out is not None:
         held = plan.hold_out.predicted.miou - plan.hold_out.baseline.miou
-        return f"on the {plan.hold_out.predicted.images} held out {held:+.2f} pp"
+        change = plan.hold_out.predicted.change
+        changed = "" if change is None else f", changed pixels {change:.1f} %"
+        return f"on the {plan.hold_out.predicted.images} held out {held:+.2f} pp{changed}"
     if optimism is None:
         return "no estimate for new images" + (f" ({result.without_optimism})" if result.without_optimism else "")
     expected = f"{_difference(plan) - optimism.miou_pp:+.1f} pp"
@@ -159,11 +173,25 @@ def _searched(result: SearchResult) -> str:
 def _certified(found: Guarantee) -> str:
     return (
         f"certified at {100 * found.confidence:g} % on {found.images_certified} images ({found.groups} independent "
-        f"ones) that it was not chosen on: pixel error on average at most {found.risk_limit_pp:g} pp above the "
-        f"baseline's (bound {found.risk_bound_pp:.2f} pp, {found.risk_method}); mIoU at most "
-        f"{found.miou_drop_limit_pp:g} pp below (bound {found.miou_drop_bound_pp:.2f} pp, {found.miou_method}); "
-        f"{found.assumption}"
+        f"ones) that it was not chosen on: {certified_bounds(found)}; {found.assumption}"
     )
+
+
+def certified_bounds(found: Guarantee) -> str:
+    """What was certified, with bounds, limits and methods."""
+    parts = []
+    if found.risk_limit_pp is not None:
+        parts.append(
+            f"pixel error on average at most {found.risk_limit_pp:g} pp above the baseline's (bound "
+            f"{found.risk_bound_pp:.2f} pp, {found.risk_method}); mIoU at most {found.miou_drop_limit_pp:g} pp below "
+            f"(bound {found.miou_drop_bound_pp:.2f} pp, {found.miou_method})"
+        )
+    if found.change_limit is not None:
+        parts.append(
+            f"changed pixels on average at most {found.change_limit:g} % (bound {found.change_bound:.2f} %, "
+            f"{found.risk_method})"
+        )
+    return "; ".join(parts)
 
 
 def warnings_of_plan(plan: Plan, requirement: Requirement) -> tuple[str, ...]:
@@ -171,7 +199,8 @@ def warnings_of_plan(plan: Plan, requirement: Requirement) -> tuple[str, ...]:
     tail = None if plan.setting == "anytime" else tail_sentence(plan)
     found = [*plan.doubts, *filter(None, [estimate_sentence(plan), tail])]
     lost = -_difference(plan)
-    if requirement.max_err_pp is None and requirement.objective != "accuracy" and lost > 1:
+    bounded = requirement.max_err_pp is not None or requirement.max_change is not None
+    if not bounded and requirement.objective != "accuracy" and lost > 1:
         found.append(f"the plan loses {lost:.1f} pp of mIoU, and no --max-err was given: add --max-err 1%")
     if plan.absent_classes:
         absent = ", ".join(plan.absent_classes)
@@ -183,4 +212,10 @@ def warnings_of_plan(plan: Plan, requirement: Requirement) -> tuple[str, ...]:
                 f"more than {requirement.max_err_pp:.4g} pp is lost on the images held out: evaluate more images, or "
                 "give a smaller --max-err"
             )
+    changed = None if plan.hold_out is None else plan.hold_out.predicted.change
+    if changed is not None and requirement.max_change is not None and changed > requirement.max_change:
+        found.append(
+            f"{changed:.2f} % of the pixels are changed on the images held out: evaluate more images, or give a "
+            "smaller --max-change"
+        )
     return tuple(found)

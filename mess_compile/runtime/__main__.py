@@ -15,7 +15,7 @@ import numpy as np
 from mess_compile.runtime.base import terminal
 from mess_compile.runtime.base.errors import InputError, MessError, PlaceError, one_line
 from mess_compile.runtime.bundle.archive import open_archive
-from mess_compile.runtime.bundle.manifest import Manifest
+from mess_compile.runtime.bundle.manifest import Manifest, against
 from mess_compile.runtime.bundle.signature import Signers, installed_signers
 from mess_compile.runtime.cascade.cascade import Cascade, Prediction, load
 from mess_compile.runtime.images.confidence import LEGEND, exit_text
@@ -171,7 +171,8 @@ def lines_of(manifest: Manifest) -> List[str]:
         figures, baseline = plan.predicted, plan.baseline
         lines.append(
             f"{plan.target} ({plan.library}, {plan.precision}, {plan.setting}): {figures.latency_ms:.2f} ms, "
-            f"{figures.miou:.2f} % mIoU, {figures.source}; baseline {baseline.latency_ms:.2f} ms, {baseline.miou:.2f} %"
+            f"{figures.miou:.2f} % mIoU{against(plan.truth)}, {figures.source}; "
+            f"baseline {baseline.latency_ms:.2f} ms, {baseline.miou:.2f} %"
         )
         lines += [f"  warning: {doubt}" for doubt in plan.doubts]
         lines += [f"  stage {number}: {stage.head}" for number, stage in enumerate(plan.stages, 1)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mess_compile.network import BASELINE, BASELINE_ALONE, is_whole
-from mess_compile.runtime.bundle.manifest import Figures
+from mess_compile.runtime.bundle.manifest import Figures, against
 from mess_compile.runtime.images.notebook import table_html, text_html
 from mess_compile.search.plan import FEW_IMAGES, Optimism, Plan, SearchResult
 from mess_compile.search.requirement import Requirement
@@ -159,8 +159,8 @@ def figures_table(plan: Plan) -> tuple[str, tuple[str, ...], list[tuple[str, ...
         (*figures_row(name, figures), *(("-" if figures.energy_mj is None else f"{figures.energy_mj:.1f}",) * energy))
         for name, figures in by_name(plan)
     ]
-    title = f"{source}, {plan.predicted.images} images of {plan.predicted.split}"
-    return title, (*FIGURES, *(("mJ",) * energy)), rows
+    title = f"{source}, {plan.predicted.images} images of {plan.predicted.split}{against(plan.truth)}"
+    return title, (*figure_names(plan.predicted), *(("mJ",) * energy)), rows
 
 
 def expected_on_new_images(optimism: Optimism) -> str:
@@ -193,7 +193,7 @@ def plan_text(plan: Plan) -> str:
     return (
         f"plan for {plan.device} ({plan.precision}): {exits}; {own.latency_ms:.2f} ms {own.source}, {speed(ratio)}, "
         f"{own.miou:.2f} % mIoU ({own.miou - other.miou:+.2f} pp of the {network_label(plan.baseline_name)}) on "
-        f"{own.images} images of {own.split}"
+        f"{own.images} images of {own.split}{against(plan.truth)}"
     )
 
 
@@ -215,8 +215,9 @@ def plan_html(plan: Plan) -> str:
             *exits_table(plan),
         )
         + table_html(
-            f"{' and '.join(sources)} latency, {plan.predicted.images} images of {plan.predicted.split}",
-            FIGURES,
+            f"{' and '.join(sources)} latency, {plan.predicted.images} images of {plan.predicted.split}"
+            f"{against(plan.truth)}",
+            figure_names(plan.predicted),
             figures,
         )
         + text_html(*sentences_of(plan), *(f"warning: {each}" for each in plan.doubts))
@@ -235,8 +236,13 @@ def _proof_in_short(result: SearchResult) -> str:
     return f"{found} over {certificate.space:,} plans; {trade_offs}"
 
 
+def figure_names(figures: Figures) -> tuple[str, ...]:
+    """The names of a row of figures."""
+    return FIGURES if figures.change is None else (*FIGURES, "changed %")
+
+
 def figures_row(name: str, figures: Figures) -> tuple[str, ...]:
-    """The cells below FIGURES."""
+    """The cells below `figure_names`."""
     return (
         name,
         f"{figures.miou:.2f}",
@@ -245,4 +251,5 @@ def figures_row(name: str, figures: Figures) -> tuple[str, ...]:
         f"{figures.worst_ms:.2f}",
         f"{figures.gmacs:.3f}",
         f"{figures.memory_bytes / 2**20:.1f}",
+        *([] if figures.change is None else [f"{figures.change:.2f}"]),
     )

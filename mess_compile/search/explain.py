@@ -166,6 +166,9 @@ def _moved_bounds(requirement: Requirement) -> Iterator[tuple[str, str, Requirem
         step = err * STEP or STEP
         moved = _replaced(requirement, "max_err_pp", max(0.0, err - step), err + step)
         yield "max_err", _limit_text(requirement, "max_err"), *moved
+    if requirement.max_change is not None:
+        shares = (requirement.max_change * share for share in (1 - STEP, 1 + STEP))
+        yield "max_change", _limit_text(requirement, "max_change"), *_replaced(requirement, "max_change", *shares)
     for name in _LIMITS:
         limit: Limit | None = getattr(requirement, name)
         if limit is not None:
@@ -190,6 +193,8 @@ def _limit_text(requirement: Requirement, name: str) -> str:
     """A bound as its option is written."""
     if name == "max_err":
         return f"{requirement.max_err_pp:.4g}%"
+    if name == "max_change":
+        return f"{requirement.max_change:.4g}%"
     if name == "max_memory":
         return f"{(requirement.max_memory_bytes or 0) / (1 << 20):.4g}MiB"
     limit: Limit = getattr(requirement, name)

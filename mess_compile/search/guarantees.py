@@ -17,10 +17,24 @@ from mess_compile.array_types import Floats, Index
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.runtime.base.errors import InputError, RequirementError
 from mess_compile.search.context import SearchContext, SearchProgress, no_progress
-from mess_compile.search.metrics import Evidence, evidence_of_plan, figures_of_stages, refuse_different_images
+from mess_compile.search.metrics import (
+    Evidence,
+    evidence_of_plan,
+    figures_of_stages,
+    refuse_different_images,
+    refuse_without_own_output,
+)
 from mess_compile.search.plan import FRONT_BY, Guarantee, Optimism, Plan, SearchResult
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.risk import RESAMPLES, Certified, certified_in_turn, drops_pp, numbered_groups, pairs_of_plans
+from mess_compile.search.risk import (
+    RESAMPLES,
+    Certified,
+    Limits,
+    certified_in_turn,
+    drops_pp,
+    numbered_groups,
+    pairs_of_plans,
+)
 from mess_compile.search.solver import search_without_points
 
 FOLDS = 5
@@ -148,7 +162,8 @@ def certify(
     front_by: tuple[str, ...] = FRONT_BY,
     cache_folder: Path | None = None,
 ) -> SearchResult:
-    """The fastest plan whose error is certified to stay within `max_err_pp`; its guarantee says on what grounds.
+    """The fastest plan whose error is certified to stay within `max_err_pp`, and its change within `max_change`; its
+    guarantee says on what grounds.
 
     Plans are chosen on one part of the sequences, drawn by `seed`, and tested on the other in a fixed order until one
     fails. The result's front and certificate are those of the first part; the plan has no operating point but the
@@ -156,22 +171,22 @@ def certify(
     nothing to certify or the images are too few, RequirementError when no plan passes.
     """
     refuse_different_images(evidences)
-    limit_pp = _limit_pp(requirement, confidence)
-    rows = certification_split(evidences[0].statistics, limit_pp, confidence, seed)
+    limits = _limits(evidences, requirement, confidence)
+    rows = certification_split(evidences[0].statistics, limits, confidence, seed)
     chosen, held = ([evidence.of_images(part) for evidence in evidences] for part in rows)
     context = SearchContext(requirement, front_by, progress, cache_folder)
     result = search_without_points(chosen, context)
     plans = _from_fastest(chosen, context, result)
     baseline = _baseline(chosen)
     first, second = (pairs_of_plans(part, chosen, plans, baseline) for part in (chosen, held))
-    verdict = certified_in_turn(first, second, limit_pp, confidence, seed)
+    verdict = certified_in_turn(first, second, limits, confidence, seed)
     images, groups = (chosen[0].statistics.images, held[0].statistics.images), second.risk.shape[1]
-    test = _Test(confidence, seed, limit_pp, images, groups)
+    test = _Test(confidence, seed, limits, images, groups)
     if verdict.passed is None:
         raise RequirementError(
-            f"no plan can be certified within {limit_pp:.4g} pp at {100 * confidence:.4g} % on {groups} {test.unit} "
-            f"that it was not chosen on: the bounds of the safest are {verdict.risk_bound_pp:.2f} pp of pixel error "
-            f"and {verdict.drop_bound_pp:.2f} pp of mIoU; raise --max-err, or evaluate more images"
+            f"no plan can be certified within {_text_of(limits)} at {100 * confidence:.4g} % on {groups} {test.unit} "
+            f"that it was not chosen on: the bounds of the safest are {_bounds_text(verdict)}; raise "
+            f"{_options(limits)}, or evaluate more images"
         )
     whole = {evidence.graph_set.recipe: evidence.statistics_sha256 for evidence in evidences}
     front = tuple(replace(plan, statistics_sha256=whole[plan.precision]) for plan in result.front)
@@ -190,7 +205,7 @@ class _Test:
 
     confidence: float
     seed: int
-    limit_pp: float
+    limits: Limits
     images: tuple[int, int]
     groups: int
 
@@ -207,15 +222,17 @@ def _guarantee(verdict: Certified, test: _Test, candidates: int) -> Guarantee:
         images_certified=test.images[1],
         groups=test.groups,
         risk_bound_pp=verdict.risk_bound_pp,
-        risk_limit_pp=test.limit_pp,
+        risk_limit_pp=test.limits.err_pp,
         risk_method="Learn-then-Test in a fixed sequence, p-values by betting (finite sample)",
         miou_drop_bound_pp=verdict.drop_bound_pp,
-        miou_drop_limit_pp=test.limit_pp,
+        miou_drop_limit_pp=test.limits.err_pp,
         miou_method=f"paired bootstrap over {test.unit}, {RESAMPLES} resamples (no guarantee)",
         assumption=f"the {test.unit} certified on are independent draws of what the device will see",
         tested=verdict.tested,
         place=(verdict.passed or 0) + 1,
         candidates=candidates,
+        change_bound=verdict.change_bound,
+        change_limit=test.limits.change,
     )
 
 
@@ -224,20 +241,40 @@ def least_sequences(limit_pp: float, confidence: float) -> int:
     return math.ceil(math.log(1 - confidence) / math.log1p(-limit_pp / 100))
 
 
-def _limit_pp(requirement: Requirement, confidence: float) -> float:
+def _text_of(limits: Limits) -> str:
+    err = [] if limits.err_pp is None else [f"{limits.err_pp:.4g} pp"]
+    return " and ".join(err + ([] if limits.change is None else [f"{limits.change:.4g} % of changed pixels"]))
+
+
+def _bounds_text(verdict: Certified) -> str:
+    err = [] if verdict.risk_bound_pp is None else [f"{verdict.risk_bound_pp:.2f} pp of pixel error"]
+    change = [] if verdict.change_bound is None else [f"{verdict.change_bound:.2f} % of changed pixels"]
+    return " and ".join([*err, *change, f"{verdict.drop_bound_pp:.2f} pp of mIoU"])
+
+
+def _options(limits: Limits) -> str:
+    options = {"--max-err": limits.err_pp, "--max-change": limits.change}
+    return " or ".join(option for option, limit in options.items() if limit is not None)
+
+
+def _limits(evidences: Sequence[Evidence], requirement: Requirement, confidence: float) -> Limits:
     if not 0.5 <= confidence < 1:
         raise InputError(f"a confidence of {confidence:.4g} is not from 0.5 to below 1")
-    if requirement.max_err_pp is None:
+    limits = Limits(requirement.max_err_pp, requirement.max_change)
+    if limits.err_pp is None and limits.change is None:
         raise InputError("--confidence certifies --max-err on unseen images: give --max-err 1% too")
+    if limits.change is not None:
+        refuse_without_own_output(evidences[0])
     if requirement.baseline_miou is not None:
         raise InputError("--confidence compares with the baseline image by image: leave --baseline out")
-    if not 0 < requirement.max_err_pp < 100:
-        raise InputError(f"no number of images can certify --max-err {requirement.max_err_pp:.4g}%: give --max-err 1%")
-    return requirement.max_err_pp
+    for option, limit in (("--max-err", limits.err_pp), ("--max-change", limits.change)):
+        if limit is not None and not 0 < limit < 100:
+            raise InputError(f"no number of images can certify {option} {limit:.4g}%: give {option} 1%")
+    return limits
 
 
 def certification_split(
-    statistics: ExitStatistics, limit_pp: float, confidence: float, seed: int
+    statistics: ExitStatistics, limits: Limits, confidence: float, seed: int
 ) -> tuple[Index, Index]:
     """The labelled images to choose by and those to certify on; no sequence has images in both.
 
@@ -246,15 +283,16 @@ def certification_split(
     labelled = np.flatnonzero(statistics.labelled.any(axis=1))
     groups = [statistics.group[i] for i in labelled]
     names, group = numbered_groups(groups)
-    least = least_sequences(limit_pp, confidence)
+    least = least_sequences(limits.least, confidence)
     if len(names) < least + LEAST_CHOSEN:
+        option = "--max-err" if limits.least == limits.err_pp else "--max-change"
         single = _unit(groups) == "images"
         have = "independent images" if single else f"images of {len(names)} independent sequences"
         raise InputError(
-            f"{len(labelled)} labelled {have} are too few to certify --max-err {limit_pp:.4g}% at "
+            f"{len(labelled)} labelled {have} are too few to certify {option} {limits.least:.4g}% at "
             f"--confidence {100 * confidence:.4g}%: it takes at least "
             f"{least + LEAST_CHOSEN} ({least} to certify on, where a plan without any error just passes, and "
-            f"{LEAST_CHOSEN} to choose by); evaluate more, or raise --max-err"
+            f"{LEAST_CHOSEN} to choose by); evaluate more, or raise {option}"
         )
     certified = max(least, round(CERTIFIED_SHARE * len(names)))
     held = np.isin(group, np.random.default_rng(seed).permutation(len(names))[:certified])
@@ -270,6 +308,7 @@ def _from_fastest(parts: Sequence[Evidence], context: SearchContext, result: Sea
         setting=requirement.setting,
         objective=requirement.objective,
         max_err_pp=requirement.max_err_pp,
+        max_change=requirement.max_change,
         max_memory_bytes=requirement.max_memory_bytes,
         max_workload=requirement.max_workload,
         max_exits=requirement.max_exits,
@@ -280,7 +319,10 @@ def _from_fastest(parts: Sequence[Evidence], context: SearchContext, result: Sea
         some = np.linspace(0, len(careful) - 1, min(len(careful), MOST_CAREFUL)).round().astype(int)
         return plans + [careful[i] for i in some]
     for share in _SHARES:
-        tighter = replace(requirement, max_err_pp=share * (requirement.max_err_pp or 0.0))
+        err_pp, change = (
+            None if bound is None else share * bound for bound in (requirement.max_err_pp, requirement.max_change)
+        )
+        tighter = replace(requirement, max_err_pp=err_pp, max_change=change)
         try:
             alone = SearchContext(tighter, (), cache_folder=context.cache_folder)
             plans.append(search_without_points(parts, alone).plan)

@@ -17,7 +17,8 @@ import numpy as np
 from mess_compile.array_types import Index
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.runtime.base.errors import InputError
-from mess_compile.search.display import FIGURES, baseline_label, figures_row, network_label
+from mess_compile.runtime.bundle.manifest import LABELS, against
+from mess_compile.search.display import baseline_label, figure_names, figures_row, network_label
 from mess_compile.search.metrics import Evidence, baseline_figures, evidence_of_plan, figures_of_stages
 from mess_compile.search.plan import FEW_IMAGES, HoldOut, SearchResult, share_of
 from mess_compile.search.risk import numbered_groups
@@ -144,13 +145,15 @@ def _lacking(evidence: Evidence, held: Index) -> str:
     return ""
 
 
-def held_out_table(hold_out: HoldOut, baseline_name: str) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+def held_out_table(
+    hold_out: HoldOut, baseline_name: str, truth: str = LABELS
+) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
     """Title, header and rows: the plan and the baseline on images that it was not chosen on."""
     images = f"{hold_out.predicted.images} images of {hold_out.predicted.split}"
-    title = f"held out, not used to choose the plan: {images}, {hold_out.rule}"
+    title = f"held out, not used to choose the plan: {images}, {hold_out.rule}{against(truth)}"
     return (
         title,
-        FIGURES,
+        figure_names(hold_out.predicted),
         [figures_row(baseline_label(baseline_name), hold_out.baseline), figures_row("plan", hold_out.predicted)],
     )
 

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.evaluate.statistics import (
+    WHOLE,
     ExitStatistics,
+    changed_shares,
     check_statistics_current,
     head_miou,
     miou,
@@ -31,7 +33,7 @@ from mess_compile.latency.table import (
 )
 from mess_compile.network import BASELINE, CandidateNetwork, GraphSet, Head, head_graph_name, is_whole
 from mess_compile.runtime.base.errors import InputError, StaleError
-from mess_compile.runtime.bundle.manifest import Figures
+from mess_compile.runtime.bundle.manifest import OWN_OUTPUT, Figures
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.search.plan import AnytimeReport, Plan, PlanGraph, Stage, default_point
@@ -181,7 +183,13 @@ def evidence_of_plan(evidences: Sequence[Evidence], plan: Plan) -> Evidence:
 
 
 def refuse_different_images(evidences: Sequence[Evidence]) -> None:
-    """Raises StaleError when the recipes' statistics are not of the same images."""
+    """Raises StaleError when the recipes' statistics are not of the same images, or not against the same truth."""
+    if len({evidence.statistics.truth for evidence in evidences}) > 1:
+        named = ", ".join(f"{each.graph_set.recipe} against {each.statistics.truth}" for each in evidences)
+        raise StaleError(
+            f"the evaluations of the precisions cannot be compared ({named}): run `mess-compile evaluate --precision "
+            "...` on the same data for each"
+        )
     if len({evidence.statistics.image_id for evidence in evidences}) > 1:
         raise StaleError(
             "the evaluations of the precisions are of different images, so their figures cannot be compared: run "
@@ -222,7 +230,31 @@ def figures_of_stages(evidence: Evidence, setting: str, stages: Sequence[Stage])
         source=evidence.source(plan_graphs(evidence.candidate, heads)),
         energy_mj=_energy_mj(evidence, setting, heads, exits),
         error=evidence.error(plan_graphs(evidence.candidate, heads)),
+        change=change_of(statistics, setting, heads, exits),
     )
+
+
+def change_of(statistics: ExitStatistics, setting: str, heads: Sequence[str], exits: NDArray[np.intp]) -> float | None:
+    """The mean over images of the percentage of pixels that are labelled otherwise than by the network itself; in the
+    anytime setting at the best report. None where the truth is labels."""
+    if statistics.truth != OWN_OUTPUT:
+        return None
+    if setting == "anytime":
+        best = max(range(len(heads)), key=lambda i: head_miou(statistics, heads[i]))
+        exits = np.full(statistics.images, best, np.intp)
+    index = np.array([statistics.head_index(head) for head in heads])[exits]
+    changed = changed_shares(statistics)[np.arange(statistics.images), index]
+    return 100 * int(changed.sum()) / statistics.images / WHOLE
+
+
+def refuse_without_own_output(evidence: Evidence) -> None:
+    """Raises InputError when the evaluation cannot say what changes of the network's own output."""
+    if evidence.statistics.truth != OWN_OUTPUT:
+        raise InputError(
+            "--max-change counts pixels that are labelled otherwise than by the network itself, but the evaluation is "
+            "against labels: use --max-err, or evaluate on images that the network labelled "
+            "(`mess-compile attach MODEL.onnx --images DIR`)"
+        )
 
 
 def _energy_mj(evidence: Evidence, setting: str, heads: Sequence[str], exits: NDArray[np.intp]) -> float | None:
@@ -359,4 +391,5 @@ def plan_of_stages(evidence: Evidence, setting: str, stages: tuple[Stage, ...], 
         reports=anytime_reports(evidence, [stage.head for stage in stages]) if anytime else (),
         absent_classes=evidence.absent_classes,
         doubts=evidence.warnings,
+        truth=evidence.statistics.truth,
     )

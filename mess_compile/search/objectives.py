@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile.evaluate.statistics import WHOLE
 from mess_compile.runtime.bundle.manifest import Figures, Promise
-from mess_compile.search.metrics import Evidence, worst_ns
+from mess_compile.search.metrics import Evidence, refuse_without_own_output, worst_ns
 from mess_compile.search.plan import Plan
 from mess_compile.search.requirement import Limit, Requirement
 
@@ -51,6 +54,8 @@ MEASURES = {
     "energy": Measure("energy", "energy_nj", "energy_mj", "mJ", 1e6, is_sum=True),
 }
 """The possible objectives."""
+CHANGE = Measure("changed pixels", "changed", "change", "%", WHOLE / 100, is_sum=True)
+"""The share of pixels that are labelled otherwise than by the network itself."""
 _LIMITED = {
     "max_latency": MEASURES["latency"],
     "max_latency_p95": Measure("p95 latency", "p95_ns", "p95_ms", "ms", 1e6),
@@ -103,6 +108,9 @@ def bounds_of(evidence: Evidence, requirement: Requirement) -> dict[str, Bound]:
     if requirement.max_err_pp is not None:
         reference = requirement.counts_from(evidence.baseline_miou(evidence.baseline))
         bounds["max_err_pp"] = Bound(MEASURES["accuracy"], reference - requirement.max_err_pp, images)
+    if requirement.max_change is not None:
+        refuse_without_own_output(evidence)
+        bounds["max_change"] = Bound(CHANGE, most_changed(requirement.max_change, images), images)
     for field, measure in _LIMITED.items():
         limit: Limit | None = getattr(requirement, field)
         if limit is not None:
@@ -113,11 +121,18 @@ def bounds_of(evidence: Evidence, requirement: Requirement) -> dict[str, Bound]:
     return bounds
 
 
+def most_changed(max_change: float, images: int) -> int:
+    """A bound in percent as the sum over images of shares in billionths."""
+    return math.floor(Fraction(str(max_change)) * images * WHOLE / 100)
+
+
 def promises_of(requirement: Requirement, plan: Plan) -> tuple[Promise, ...]:
     """The bounds that a plan was required to satisfy, as a bundle carries them."""
     found = []
     if requirement.max_err_pp is not None:
         found.append(Promise("err_pp", requirement.max_err_pp, False, plan.offset_pp))
+    if requirement.max_change is not None:
+        found.append(Promise(CHANGE.figure, requirement.max_change, False, 0.0))
     for field, measure in _LIMITED.items():
         limit: Limit | None = getattr(requirement, field)
         if limit is not None:

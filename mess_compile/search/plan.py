@@ -14,8 +14,10 @@ from mess_compile.network import BASELINE, Gate, GraphSet, is_whole
 from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.bundle.manifest import (
+    LABELS,
     PROMISED,
     SOURCES,
+    TRUTHS,
     Decision,
     Figures,
     OperatingPoint,
@@ -37,6 +39,7 @@ of 40 one of 0.3 pp (docs/guarantees.md), and `--max-err` is about a point."""
 _FRONT_FIELDS = (
     *("precision", "network", "stages", "graphs", "predicted", "baseline", "baseline_name", "reference_miou"),
     *("statistics_sha256", "operating_points", "reports", "optimism", "guarantee", "doubts", "promises", "hold_out"),
+    *("truth",),
 )
 _REMEDY = "run `mess-compile search`"
 _SHA256 = decode.entry(check=decode.SHA256)
@@ -86,9 +89,10 @@ class Guarantee:
 
     `risk_bound_pp` bounds the mean per-image risk by `risk_method`, which holds in finite samples, `miou_drop_bound_pp`
     the drop of mIoU below the baseline by `miou_method`, a bootstrap; the limits are those that were asked for.
-    `tested` counts the plans that were tested in turn, `groups` the sequences that the images certified on belong to.
-    Of `candidates`, from the fastest to the safest where they were chosen, this plan is number `place`; 1 is the
-    optimum there.
+    `change_bound` bounds the percentage of pixels that are labelled otherwise than by the network, as the risk is. What
+    was not asked for has no limit (None). `tested` counts the plans that were tested in turn, `groups` the sequences
+    that the images certified on belong to. Of `candidates`, from the fastest to the safest where they were chosen, this
+    plan is number `place`; 1 is the optimum there.
     """
 
     confidence: float
@@ -96,16 +100,18 @@ class Guarantee:
     images_chosen: int
     images_certified: int
     groups: int
-    risk_bound_pp: float
-    risk_limit_pp: float
+    risk_bound_pp: float | None
+    risk_limit_pp: float | None
     risk_method: str
     miou_drop_bound_pp: float
-    miou_drop_limit_pp: float
+    miou_drop_limit_pp: float | None
     miou_method: str
     assumption: str
     tested: int
     place: int
     candidates: int
+    change_bound: float | None = field(default=None, metadata=decode.OPTIONAL)
+    change_limit: float | None = field(default=None, metadata=decode.OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ class Plan:
     empty but for the anytime setting. `reference_miou` (percent) replaces the baseline's own as what the error counts
     from: a figure that was given, or the baseline of another recipe. `doubts` are warnings about its latencies,
     `promises` the bounds that it was required to satisfy. `hold_out` are the images that were held out of the search;
-    `predicted` is of the others.
+    `predicted` is of the others. `truth` is what every mIoU of the plan is against.
     """
 
     device: str
@@ -180,6 +186,7 @@ class Plan:
     doubts: tuple[str, ...] = ()
     promises: tuple[Promise, ...] = field(default=(), metadata=decode.OPTIONAL)
     hold_out: HoldOut | None = field(default=None, metadata=decode.OPTIONAL)
+    truth: str = field(default=LABELS, metadata=decode.entry(optional=True, check=decode.one_of(TRUTHS)))
 
     @property
     def is_whole(self) -> bool:

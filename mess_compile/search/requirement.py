@@ -45,7 +45,9 @@ class Requirement:
     `max_latency_p95` (over images) and `max_latency_worst` (deepest path at p99) in ms or relative; `max_workload` in
     GMACs or relative; `max_energy` in mJ (mean over images) or relative; `baseline_miou` (percent) replaces the
     measured one. `objective` is latency unless given; the anytime setting has its own: the area under mIoU over time,
-    or with `deadline_ms` the mIoU at that time. Raises InputError for values that contradict each other.
+    or with `deadline_ms` the mIoU at that time. `max_change` is a percentage: the mean over images of the share of
+    pixels that are labelled otherwise than by the network itself. Raises InputError for values that contradict each
+    other.
     """
 
     setting: str = "input-dependent"
@@ -60,6 +62,7 @@ class Requirement:
     max_latency_p95: Limit | None = None
     max_latency_worst: Limit | None = None
     max_energy: Limit | None = None
+    max_change: float | None = None
 
     def __post_init__(self) -> None:
         if self.setting not in SETTINGS:
@@ -70,9 +73,11 @@ class Requirement:
             raise InputError("the anytime setting optimises mIoU over time: give --deadline 20ms, not an objective")
         if self.setting != "anytime" and self.deadline_ms is not None:
             raise InputError(f"the {self.setting} setting has no deadline: use --max-latency, or the anytime setting")
+        if self.setting == "anytime" and self.max_change is not None:
+            raise InputError("the anytime setting has several results for each image: use --max-err, not --max-change")
         if not 0 <= self.max_exits <= MAX_EXITS:
             raise InputError(f"--max-exits {self.max_exits}: the search takes 0 to {MAX_EXITS} early exits")
-        for name in ("max_err_pp", "baseline_miou", "deadline_ms", "max_memory_bytes"):
+        for name in ("max_err_pp", "max_change", "baseline_miou", "deadline_ms", "max_memory_bytes"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise InputError(f"{name} is {value}: give a number that is not negative, or None for no bound")
@@ -102,6 +107,14 @@ def parse_max_err(text: str) -> float:
     value = _percent(text, "--max-err", "1% for one percentage point of mIoU below the baseline")
     if value > 100:
         raise InputError(f"--max-err {text}: no mIoU is more than 100 percentage points below another")
+    return value
+
+
+def parse_max_change(text: str) -> float:
+    """A percentage of pixels from `3%`. Raises InputError."""
+    value = _percent(text, "--max-change", "3% for three pixels in a hundred that may be labelled otherwise")
+    if value > 100:
+        raise InputError(f"--max-change {text}: no more than 100% of the pixels can be labelled otherwise")
     return value
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,12 +25,13 @@ class Pairs:
     """Plans and the baseline on the same images, summed up by sequence.
 
     `risk` (plans, sequences) is the mean over a sequence's images of the share of labelled pixels that the plan gets
-    wrong, less that of the baseline: -1 to 1. `pixels` (sequences, 3 + 2 * plans, classes) are labelled pixels, then
-    intersection and predicted pixels of the baseline and of each plan.
+    wrong, less that of the baseline: -1 to 1; `changed` the same of the plan's share alone. `pixels` (sequences, 3 +
+    2 * plans, classes) are labelled pixels, then intersection and predicted pixels of the baseline and of each plan.
     """
 
     risk: Floats
     pixels: Floats
+    changed: Floats = field(default_factory=lambda: np.zeros((0, 0)))
 
 
 def pairs_of_plans(
@@ -48,12 +49,34 @@ def pairs_of_plans(
         rows += [statistics.intersection[everyone, answer], statistics.predicted[everyone, answer]]
     stacked = np.stack(rows, axis=1).astype(np.float64)  # (n, 3 + 2 * plans, classes)
     right = stacked[:, 1::2].sum(axis=2)
-    risk = (right[:, :1] - right[:, 1:]) / np.maximum(1, stacked[:, :1].sum(axis=2))  # (n, plans)
+    labelled = np.maximum(1, stacked[:, :1].sum(axis=2))
+    risk = (right[:, :1] - right[:, 1:]) / labelled  # (n, plans)
+    changed = (stacked[:, :1].sum(axis=2) - right[:, 1:]) / labelled
     sums = np.zeros((len(names), *stacked.shape[1:]))
     np.add.at(sums, group, stacked)
-    means = np.zeros((len(names), len(plans)))
-    np.add.at(means, group, risk)
-    return Pairs((means / np.bincount(group)[:, None]).T, sums)
+    return Pairs(_means(risk, group), sums, _means(changed, group))
+
+
+def _means(values: Floats, group: Index) -> Floats:
+    """The means (plans, groups) of values (n, plans) over the images of each group."""
+    sizes = np.bincount(group)
+    sums = np.zeros((len(sizes), values.shape[1]))
+    np.add.at(sums, group, values)
+    means: Floats = (sums / sizes[:, None]).T
+    return means
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is certified: at most `err_pp` more pixels wrong and less mIoU than the baseline, and at most `change`
+    percent of the pixels changed. None: not certified."""
+
+    err_pp: float | None
+    change: float | None = None
+
+    @property
+    def least(self) -> float:
+        return min(limit for limit in (self.err_pp, self.change) if limit is not None)
 
 
 def _answers(part: Sequence[Evidence], chosen: Sequence[Evidence], plan: Plan) -> Index:
@@ -70,41 +93,60 @@ def _answers(part: Sequence[Evidence], chosen: Sequence[Evidence], plan: Plan) -
 
 @dataclass(frozen=True)
 class Certified:
-    """`passed` is the fastest plan that passed, None when not even the safest did; the bounds (pp) are of that plan."""
+    """`passed` is the fastest plan that passed, None when not even the safest did; the bounds (pp) are of that plan,
+    None where nothing was asked."""
 
     passed: int | None
     tested: int
-    risk_bound_pp: float
+    risk_bound_pp: float | None
     drop_bound_pp: float
+    change_bound: float | None
 
 
-def certified_in_turn(chosen: Pairs, held: Pairs, limit_pp: float, confidence: float, seed: int) -> Certified:
+def certified_in_turn(chosen: Pairs, held: Pairs, limits: Limits, confidence: float, seed: int) -> Certified:
     """Test plans, given from the fastest, on `held`, from the safest on until one fails; the order is from `chosen`.
 
-    A plan passes when the bound of its risk and the bootstrap bound of its mIoU drop are within the limit. Since each
-    is tested at the full level only after all before it passed, the chance that one with a risk above the limit passes
-    is at most 1 - confidence (Learn then Test, fixed-sequence testing).
+    A plan passes when the bound of its risk and the bootstrap bound of its mIoU drop are within the limit, and so is
+    the bound of what it changes. Since each is tested at the full level only after all before it passed, the chance
+    that one with a risk or change above the limit passes is at most 1 - confidence (Learn then Test, fixed-sequence
+    testing).
     """
-    order = safest_first(chosen)
+    order = safest_first(chosen, limits)
     columns = [0, 1, 2, *(row for plan in order for row in (3 + 2 * plan, 4 + 2 * plan))]
     drops = bootstrap_bounds_pp(held.pixels[:, columns], confidence, seed)
     verdict = None
     for tested, (plan, drop) in enumerate(zip(order, drops.tolist(), strict=True), start=1):
-        stake = stake_for(chosen.risk[plan], held.risk.shape[1], confidence)
-        risk_pp = 100 * risk_bound(held.risk[plan], stake, confidence)
-        if max(risk_pp, drop) > limit_pp:
-            return replace(verdict, tested=tested) if verdict else Certified(None, tested, risk_pp, drop)
-        verdict = Certified(plan, tested, risk_pp, drop)
+        risk_pp = _bound(chosen.risk[plan], held.risk[plan], confidence) if limits.err_pp is not None else None
+        change = _bound(chosen.changed[plan], held.changed[plan], confidence) if limits.change is not None else None
+        found = Certified(plan, tested, risk_pp, drop, change)
+        if not _within(found, limits):
+            return replace(verdict or replace(found, passed=None), tested=tested)
+        verdict = found
     assert verdict is not None, "there is a plan to test"
     return verdict
 
 
-def safest_first(chosen: Pairs) -> list[int]:
+def _bound(known: Floats, held: Floats, confidence: float) -> float:
+    """The upper bound in percent of the mean that `held` was drawn from, with a stake from values that are not held."""
+    return 100 * risk_bound(held, stake_for(known, held.size, confidence), confidence)
+
+
+def _within(found: Certified, limits: Limits) -> bool:
+    err = limits.err_pp is None or max(found.risk_bound_pp or 0.0, found.drop_bound_pp) <= limits.err_pp
+    return err and (limits.change is None or (found.change_bound or 0.0) <= limits.change)
+
+
+def safest_first(chosen: Pairs, limits: Limits) -> list[int]:
     """From the safest plan to the fastest, which comes first in `chosen`.
 
     Plans that are no safer there than a faster one are left out.
     """
-    lost = np.maximum(100 * chosen.risk.mean(axis=1), drops_pp(chosen.pixels.sum(axis=0)[None])[0])
+    lost = np.full(len(chosen.risk), -np.inf)  # as shares of the limits
+    if limits.err_pp is not None:
+        lost_pp = np.maximum(100 * chosen.risk.mean(axis=1), drops_pp(chosen.pixels.sum(axis=0)[None])[0])
+        lost = lost_pp / limits.err_pp
+    if limits.change is not None:
+        lost = np.maximum(lost, 100 * chosen.changed.mean(axis=1) / limits.change)
     safer = [plan for plan in range(len(lost)) if not plan or lost[plan] < lost[:plan].min()]
     return safer[::-1]
 

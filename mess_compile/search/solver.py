@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from mess_compile.runtime.bundle.manifest import OperatingPoint
 from mess_compile.search.context import SearchContext, SearchProgress, no_progress
 from mess_compile.search.deadline import Clock, UnfinishedError
 from mess_compile.search.exhaustive.cache import cached_plan_table
+from mess_compile.search.exhaustive.enumeration import BY_MIOU, Selection
 from mess_compile.search.exhaustive.plan_table import (
     PlanTable,
+    enumerate_plans,
     least_cost_of_plans,
     needs_branch_and_bound,
     plans_in_space,
@@ -75,17 +78,17 @@ def _search(evidence: Evidence, context: SearchContext) -> SearchResult:
         from mess_compile.search.bnb.search import bounded_search  # compiles when it is first used
 
         return bounded_search(evidence, context)
-    table = cached_plan_table(evidence, context)
-    bounds = bounds_of(evidence, requirement).values()
-    feasible = _feasible(table, bounds)
+    bounds = bounds_of(evidence, requirement)
+    table = cached_plan_table(evidence, context, _selection(bounds))
+    feasible = _feasible(table, bounds.values())
     if not feasible.any():
-        raise UnfinishedError() if table.skipped else RequirementError(_refusal(table, bounds))
+        raise UnfinishedError() if table.skipped else RequirementError(_refusal(evidence, context, table, bounds))
     objective = objective_of(table.plans, requirement)
     chosen = _best(evidence, table, np.flatnonzero(feasible), objective[feasible])
     if requirement.deadline_ms is not None and not objective[chosen]:
         raise RequirementError(_too_early(evidence, requirement, table))
     free = {_AXES[axis] for axis in front_by}
-    on_front = _feasible(table, [bound for bound in bounds if bound.measure.column not in free])
+    on_front = _feasible(table, [bound for bound in bounds.values() if bound.measure.column not in free])
     front = _front(evidence, table, on_front, front_by) if front_by else []
     plan = _plan_of_row(evidence, requirement, table, chosen)
     return SearchResult(
@@ -108,8 +111,9 @@ def _refined(evidence: Evidence, requirement: Requirement, plan: Plan) -> tuple[
     """The plan with cuts off the grid, where that is better; nothing is proved about it."""
     if plan.setting != "input-dependent" or len(plan.stages) == 1:
         return ()
-    table = plans_near(evidence, plan.stages)
-    feasible = _feasible(table, bounds_of(evidence, requirement).values())
+    bounds = bounds_of(evidence, requirement)
+    table = plans_near(evidence, plan.stages, _selection(bounds))
+    feasible = _feasible(table, bounds.values())
     best = _best(evidence, table, np.flatnonzero(feasible), objective_of(table.plans, requirement)[feasible])
     found = _plan_of_row(evidence, requirement, table, best)
     if _order(found, requirement)[:2] >= _order(plan, requirement)[:2]:
@@ -238,17 +242,33 @@ def _feasible(table: PlanTable, bounds: Collection[Bound]) -> Mask:
     return feasible
 
 
-def _refusal(table: PlanTable, bounds: Collection[Bound]) -> str:
-    required = " and ".join(map(str, bounds))
+def _selection(bounds: Mapping[str, Bound]) -> Selection:
+    """The plans that a table needs where changes are bounded."""
+    return Selection(int(bounds["max_change"].limit)) if "max_change" in bounds else BY_MIOU
+
+
+def _refusal(evidence: Evidence, context: SearchContext, table: PlanTable, bounds: Mapping[str, Bound]) -> str:
+    """The bounds, and for each the best value under the others; where that is none, the best without them."""
     reachable = []
-    for bound in bounds:
-        others = [other for other in bounds if other is not bound]
-        plans = table.plans[_feasible(table, others)]
+    for field, bound in bounds.items():
+        others = [other for other in bounds.values() if other is not bound]
+        known = _least_changed(evidence, context, bounds) if field == "max_change" else table
+        plans = known.plans[_feasible(known, others)]
         if plans.size:
             reachable.append(bound.best_of(plans) + (f" with {' and '.join(map(str, others))}" if others else ""))
     if not reachable:
-        reachable = [f"{bound.best_of(table.plans)} alone" for bound in bounds]
+        free = table if "max_change" not in bounds else enumerate_plans(evidence, context)
+        for field, bound in bounds.items():
+            known = _least_changed(evidence, context, {}) if field == "max_change" else free
+            reachable.append(f"{bound.best_of(known.plans)} alone")
+    required = " and ".join(map(str, bounds.values()))
     return f"no plan satisfies {required}; best reachable: {', or '.join(reachable)}"
+
+
+def _least_changed(evidence: Evidence, context: SearchContext, bounds: Mapping[str, Bound]) -> PlanTable:
+    """The plans that change least at their cost, within the bound on mIoU."""
+    floor = bounds["max_err_pp"].limit if "max_err_pp" in bounds else -math.inf
+    return enumerate_plans(evidence, context, Selection(least_changed=True, floor=floor))
 
 
 def _best(evidence: Evidence, table: PlanTable, among: NDArray[np.intp], objective: NDArray[Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -26,7 +27,7 @@ from mess_compile.runtime.bundle.archive import Archive
 from mess_compile.runtime.bundle.plan_choice import named_plans
 from mess_compile.runtime.serve.scoring import HeadEngines, Score, ScoredExits
 from mess_compile.search.hold_out import tuning_rows
-from mess_compile.search.metrics import exit_macs, exits_taken, mixture_miou, percentile
+from mess_compile.search.metrics import change_of, exit_macs, exits_taken, mixture_miou, percentile
 from mess_compile.search.operating_points import thresholds_front
 from mess_compile.search.plan import Stage
 
@@ -119,6 +120,10 @@ def _images(root: Data, plan: manifest.BundlePlan, described: manifest.Manifest)
             f"{plan.predicted.split}, and the plan was chosen on {plan.predicted.images} of "
             f"{len(described.network.classes)}: name the same data"
         )
+    if data.truth != plan.truth:
+        raise InputError(
+            f"{data.root} is against {data.truth}, and the plan was chosen against {plan.truth}: name the same data"
+        )
     return data
 
 
@@ -167,6 +172,7 @@ def _record_statistics(
         device=plan.target,
         library=plan.library,
         split=plan.predicted.split,
+        truth=plan.truth,
         baseline_alone=None if gated else network.identity,
         final_head=None if gated else BASELINE_ALONE,
     )
@@ -193,11 +199,16 @@ def chosen_stages(
     if plan.setting != "input-dependent" or len(stages) == 1:
         return stages
     present = _candidate(statistics, stages, costs)
+    most_changed = min((each.limit for each in plan.promises if each.quantity == "change"), default=math.inf)
     promised_ns = plan.predicted.latency_ms * (1 + 1e-6) * 1e6 * statistics.images
-    if present.miou >= plan.predicted.miou and present.cost_ns <= promised_ns:
+
+    def is_good(candidate: _Candidate) -> bool:
+        return candidate.miou >= plan.predicted.miou and candidate.change <= most_changed
+
+    if is_good(present) and present.cost_ns <= promised_ns:
         return stages
     candidates = list(_candidates(statistics, stages, costs))
-    good = [candidate for candidate in candidates if candidate.miou >= plan.predicted.miou]
+    good = [candidate for candidate in candidates if is_good(candidate)]
     if good:
         return min(good, key=lambda candidate: (candidate.cost_ns, -candidate.miou)).stages
     return min(candidates, key=lambda candidate: (-candidate.miou, candidate.cost_ns)).stages
@@ -205,18 +216,18 @@ def chosen_stages(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Stages with some thresholds: `cost_ns` is summed over images, `miou` in percent."""
+    """Stages with some thresholds: `cost_ns` is summed over images, `miou` and `change` in percent."""
 
     cost_ns: int
     miou: float
+    change: float
     stages: tuple[Stage, ...]
 
 
 def _candidate(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Ints) -> _Candidate:
-    taken = exits_taken(statistics, stages)
-    return _Candidate(
-        int(costs[taken].sum()), mixture_miou(statistics, [stage.head for stage in stages], taken), stages
-    )
+    taken, heads = exits_taken(statistics, stages), [stage.head for stage in stages]
+    change = change_of(statistics, "input-dependent", heads, taken) or 0.0
+    return _Candidate(int(costs[taken].sum()), mixture_miou(statistics, heads, taken), change, stages)
 
 
 def _candidates(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Ints) -> Iterator[_Candidate]:
@@ -227,10 +238,10 @@ def _candidates(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: In
     for used in (used for many in reversed(range(1, len(stages))) for used in combinations(early, many)):
         some = [stages[index] for index in used]
         front = thresholds_front(statistics, [*some, stages[-1]], [*(int(costs[i]) for i in used), int(costs[-1])])
-        for cost_ns, miou, members in zip(*front, strict=True):
+        for members in front[2]:
             decided = dict(zip(used, members, strict=False))
             whole = tuple(decided.get(index, shut[index]) for index in early)
-            yield _Candidate(int(cost_ns), float(miou), (*whole, stages[-1]))
+            yield _candidate(statistics, (*whole, stages[-1]), costs)
     yield _candidate(statistics, (*shut, stages[-1]), costs)
 
 
@@ -252,6 +263,7 @@ def _figures(
         miou=mixture_miou(statistics, heads, exits),
         gmacs=int(macs.sum()) / statistics.images / 1e9,
         exit_rates=tuple(int((exits == index).sum()) / statistics.images for index in range(len(stages))),
+        change=change_of(statistics, plan.setting, heads, exits),
     )
 
 

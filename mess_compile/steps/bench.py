@@ -21,6 +21,7 @@ from mess_compile.runtime.cascade.cascade import load
 from mess_compile.search.hold_out import tuning_rows
 from mess_compile.steps import dry_run
 from mess_compile.steps.bundle import tuning_statistics
+from mess_compile.steps.taught import refuse_taught
 from mess_compile.targets import Target, find_target, refuse_unless_here
 from mess_compile.workspace import Workspace
 
@@ -87,6 +88,7 @@ def plan_bench(
     if options.passes < 1:
         raise InputError(f"passes is {options.passes}: at least 1 is needed")
     folder = open_dataset(workspace.data_folder(options.data), options.split)
+    refuse_taught(folder)
     manifest = archive.read_manifest(bundle)
     plan, library = first_that_opens(matching_plans(manifest, options.target, None))
     library.close()

@@ -31,6 +31,7 @@ from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.engines.engine import FP32, PRECISIONS, open_library
 from mess_compile.steps import dry_run
 from mess_compile.steps.device_choice import host_of, refuse_python_here
+from mess_compile.steps.taught import refuse_taught
 from mess_compile.targets import Target, find_target, refuse_unless_here
 from mess_compile.workspace import HOST, Workspace
 
@@ -201,6 +202,7 @@ def _labelled(
     """The data folder, and its split, given or remembered. Raises InputError when its classes are not the network's."""
     root = workspace.data_folder(data)
     folder = open_dataset(root, split or workspace.memory().split or "val")
+    refuse_taught(folder)
     if folder.classes.names != candidate.classes:
         raise InputError(
             f"{root.root} has {len(folder.classes.names)} classes ({', '.join(folder.classes.names)}), the network "

@@ -52,7 +52,7 @@ class TestSummary:
         assert len(lines) <= 8
         assert lines[0].startswith("Plan for host (fp32): ")
         lost = plan.predicted.miou - plan.baseline.miou
-        assert lines[0].endswith("does better") or f", {lost:+.2f} pp mIoU" in lines[0]
+        assert lines[0].endswith("is better") or f", {lost:+.2f} pp mIoU" in lines[0]
         figures = {line.split()[0]: line.split()[1:3] for line in lines[2:4]}
         assert figures == {
             name: [f"{one.miou:.2f}", f"{one.latency_ms:.2f}"]

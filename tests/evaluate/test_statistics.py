@@ -14,15 +14,18 @@ from numpy.typing import NDArray
 
 from mess_compile.evaluate.statistics import (
     ExitStatistics,
+    changed_share,
     check_statistics_current,
     head_miou,
     merge,
     miou,
     read_statistics,
+    statistics_content_sha256,
     write_statistics,
 )
 from mess_compile.network import Gate, threshold_table
 from mess_compile.runtime.base.errors import InputError, StaleError
+from mess_compile.runtime.bundle.manifest import OWN_OUTPUT
 from tests.search.cases import candidate_network, exit_statistics, graph_set
 
 GRAPHS = graph_set(candidate_network((2, 1)), rows=3)
@@ -120,6 +123,8 @@ def test_what_cannot_be_merged_is_named() -> None:
         merge([whole.select([0]), dataclasses.replace(whole.select([1]), network="other")])
     with pytest.raises(InputError, match="baseline_alone differ"):
         merge([whole.select([0]), with_alone(whole).select([1])])
+    with pytest.raises(InputError, match="truth differ"):
+        merge([whole.select([0]), dataclasses.replace(whole.select([1]), truth=OWN_OUTPUT)])
     with pytest.raises(InputError, match="no statistics"):
         merge([])
 
@@ -141,6 +146,26 @@ def test_statistics_from_before_baselines_were_trained_alone_are_still_read(tmp_
     del content["baseline_alone"]
     index.write_text(json.dumps(content))
     assert read_statistics(tmp_path).baseline_alone is None
+
+
+def test_statistics_say_what_they_are_against(tmp_path: Path) -> None:
+    """Those against labels are written as earlier releases did: plans made then name a hash over all of it."""
+    own = dataclasses.replace(statistics(), truth=OWN_OUTPUT)
+    write_statistics(tmp_path / "own", own)
+    write_statistics(tmp_path / "labels", statistics())
+    assert read_statistics(tmp_path / "own").truth == "the network's own output"
+    assert read_statistics(tmp_path / "labels").truth == "labels"
+    assert "truth" not in json.loads((tmp_path / "labels" / "statistics.json").read_text())
+    assert statistics_content_sha256(own) != statistics_content_sha256(statistics())
+    index = tmp_path / "own" / "statistics.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"truth": "a guess"}))
+    with pytest.raises(InputError, match=r"truth is 'a guess', not one of labels, the network's own output"):
+        read_statistics(tmp_path / "own")
+
+
+def test_shares_of_changed_pixels_are_rounded_half_up_to_billionths() -> None:
+    wrong, labelled = np.array([0, 1, 2, 1, 5, 0]), np.array([3, 3, 3, 2 * 10**9, 5, 0])
+    assert changed_share(wrong, labelled).tolist() == [0, 333333333, 666666667, 1, 10**9, 0]
 
 
 def test_a_baseline_cannot_be_edited_in_or_out(tmp_path: Path) -> None:

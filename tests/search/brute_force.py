@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 from mess_compile.network import Head
 from mess_compile.search.metrics import Evidence
@@ -13,7 +14,8 @@ from mess_compile.search.metrics import Evidence
 
 @dataclass(frozen=True)
 class BrutePlan:
-    """A plan and its figures: sums over images but for `p95_ns` and `worst_ns`, which are of one; mIoU in percent."""
+    """A plan and its figures: sums over images but for `p95_ns` and `worst_ns`, which are of one; mIoU in percent,
+    `changed` in billionths of an image."""
 
     points: tuple[int, ...]
     heads: tuple[str, ...]
@@ -28,6 +30,7 @@ class BrutePlan:
     worst_ns: int
     energy_nj: int
     score: float = 0.0
+    changed: int = 0
 
     @property
     def text(self) -> tuple[tuple[str, ...], ...]:
@@ -84,6 +87,7 @@ def whole_plan(evidence: Evidence, name: str, anytime: tuple[int | None] | None)
         worst_ns=slowest(evidence, path),
         energy_nj=sum(ns(evidence, graph, "energy_mj") for graph in path) * images,
         score=score,
+        changed=changed_by(evidence, [scored] * images),
     )
 
 
@@ -151,6 +155,7 @@ def mixture_plan(evidence: Evidence, heads: tuple[Head, ...], chosen: tuple[tupl
         p95_ns=p95([path_cost(evidence, heads, taken) for taken in exits]),
         worst_ns=slowest(evidence, deepest_path(evidence, heads, every_report=False)),
         energy_nj=sum(path_cost(evidence, heads, taken, "energy_mj") for taken in exits),
+        changed=changed_by(evidence, [heads[taken].name for taken in exits]),
     )
 
 
@@ -257,6 +262,18 @@ def memory(evidence: Evidence, heads: tuple[Head, ...]) -> int:
         for tensor in spec.inputs + spec.outputs:
             buffers[tensor.name, tensor.shape] = math.prod(tensor.shape) * widths[tensor.dtype]
     return sum(spec.bytes for spec in specs) + max(spec.workspace_bytes for spec in specs) + sum(buffers.values())
+
+
+def changed_by(evidence: Evidence, head_of_image: list[str]) -> int:
+    """Of each image the share of labelled pixels that its head gets wrong, in billionths rounded half up; their sum."""
+    statistics, total = evidence.statistics, 0
+    scored = [*statistics.heads, "baseline-alone"]
+    for image, name in enumerate(head_of_image):
+        labelled = sum(int(pixels) for pixels in statistics.labelled[image])
+        right = sum(int(pixels) for pixels in statistics.intersection[image, scored.index(name)])
+        if labelled:
+            total += math.floor(Fraction((labelled - right) * 10**9, labelled) + Fraction(1, 2))
+    return total
 
 
 def miou_of(evidence: Evidence, head_of_image: list[str]) -> float:

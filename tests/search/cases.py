@@ -23,6 +23,7 @@ from mess_compile.network import (
     segment_name,
     threshold_table,
 )
+from mess_compile.runtime.bundle.manifest import OWN_OUTPUT
 from mess_compile.runtime.engines.engine import TensorSpec
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
 from mess_compile.search.metrics import Evidence
@@ -129,6 +130,11 @@ def with_baseline_alone(case: Evidence, mean_ms: float, seed: int = 0) -> Eviden
             baseline_alone="alone-identity",
         ),
     )
+
+
+def against_own_output(case: Evidence) -> Evidence:
+    """The same case, evaluated against the network's own output."""
+    return dataclasses.replace(case, statistics=dataclasses.replace(case.statistics, truth=OWN_OUTPUT))
 
 
 def exit_statistics(

@@ -23,8 +23,10 @@ from mess_compile.search.guarantees import (
     parse_confidence,
 )
 from mess_compile.search.metrics import Evidence, figures_of_stages
+from mess_compile.search.plan import Plan
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.risk import (
+    Limits,
     Pairs,
     bootstrap_bounds_pp,
     certified_in_turn,
@@ -36,7 +38,7 @@ from mess_compile.search.risk import (
 )
 from mess_compile.search.solver import search
 from tests.search.brute_force import BrutePlan, all_plans, baseline_of, cost_of_exit, miou_of
-from tests.search.cases import evidence, with_baseline_alone
+from tests.search.cases import against_own_output, evidence, with_baseline_alone
 from tests.search.test_solver import brute_identity, identity, key, satisfies
 
 BOLD = 5.0  # a stake above what any mean allows: all is bet
@@ -164,13 +166,13 @@ def test_no_sequence_is_chosen_on_and_certified_on(sequences: int, frames: int, 
     labelled = case.statistics.labelled.copy()
     labelled[3] = 0
     statistics = dataclasses.replace(case.statistics, group=tuple(map(str, group)), labelled=labelled)
-    chosen, held = certification_split(statistics, 2.0, 0.95, seed)
+    chosen, held = certification_split(statistics, Limits(2.0), 0.95, seed)
     assert not {statistics.group[i] for i in chosen} & {statistics.group[i] for i in held}
     assert sorted([*chosen, *held]) == [i for i in range(statistics.images) if labelled[i].any()]
     assert len({statistics.group[i] for i in held}) >= 149  # 0.98^149 is the first power below 0.05
-    again = certification_split(statistics, 2.0, 0.95, seed)
+    again = certification_split(statistics, Limits(2.0), 0.95, seed)
     assert [*map(list, again)] == [list(chosen), list(held)]
-    other = certification_split(statistics, 2.0, 0.95, seed + 1)
+    other = certification_split(statistics, Limits(2.0), 0.95, seed + 1)
     assert list(other[1]) != list(held)
 
 
@@ -371,20 +373,20 @@ def family_of(means: list[float], n: int, seed: int = 0, spread: float = 0.01) -
 
 def test_plans_are_tested_from_the_safest_and_the_first_failure_ends_it() -> None:
     chosen = family_of([0.004, 0.003, 0.002, 0.001], 1000)
-    assert safest_first(chosen) == [3, 2, 1, 0]
+    assert safest_first(chosen, Limits(1.0)) == [3, 2, 1, 0]
     held = family_of([0.001, 0.02, 0.002, 0.001], 1000, seed=1)  # the boldest would pass, but one before it fails
-    verdict = certified_in_turn(chosen, held, 1.0, 0.95, 0)
+    verdict = certified_in_turn(chosen, held, Limits(1.0), 0.95, 0)
     assert (verdict.passed, verdict.tested) == (2, 3)
     assert 0.2 < verdict.risk_bound_pp <= 1.0
-    everyone = certified_in_turn(chosen, chosen, 1.0, 0.95, 0)
+    everyone = certified_in_turn(chosen, chosen, Limits(1.0), 0.95, 0)
     assert (everyone.passed, everyone.tested) == (0, 4)
-    nobody = certified_in_turn(chosen, family_of([0.02] * 4, 1000), 1.0, 0.95, 0)
+    nobody = certified_in_turn(chosen, family_of([0.02] * 4, 1000), Limits(1.0), 0.95, 0)
     assert (nobody.passed, nobody.tested) == (None, 1)
     assert nobody.risk_bound_pp > 1.0
 
 
 def test_a_plan_that_is_neither_safer_nor_bolder_than_another_is_not_tested() -> None:
-    assert safest_first(family_of([0.03, 0.02, 0.05, 0.01, 0.01], 200, spread=0.0)) == [3, 1, 0]
+    assert safest_first(family_of([0.03, 0.02, 0.05, 0.01, 0.01], 200, spread=0.0), Limits(1.0)) == [3, 1, 0]
 
 
 def test_a_drop_of_miou_fails_a_plan_whose_pixels_are_right_on_average() -> None:
@@ -393,8 +395,8 @@ def test_a_drop_of_miou_fails_a_plan_whose_pixels_are_right_on_average() -> None
     rare = np.zeros((400, 5, 1))
     rare[:200] = np.array([1, 1, 1, 0, 0])[:, None]
     both = Pairs(held.risk, np.concatenate([held.pixels, rare], axis=2))
-    assert certified_in_turn(held, held, 1.0, 0.95, 0).passed == 0
-    verdict = certified_in_turn(both, both, 1.0, 0.95, 0)
+    assert certified_in_turn(held, held, Limits(1.0), 0.95, 0).passed == 0
+    verdict = certified_in_turn(both, both, Limits(1.0), 0.95, 0)
     assert verdict.passed is None
     assert verdict.risk_bound_pp < 1.0 < verdict.drop_bound_pp == pytest.approx(50.0)
 
@@ -448,7 +450,7 @@ def test_a_certified_plan_is_the_boldest_that_passed_and_says_on_what_grounds() 
     assert "bootstrap" in guarantee.miou_method
     assert "independent draws" in guarantee.assumption
     assert guarantee.tested >= 2
-    chosen, held = certification_split(case.statistics, 1.0, 0.95, 3)
+    chosen, held = certification_split(case.statistics, Limits(1.0), 0.95, 3)
     on_part = search(part(case, chosen.tolist()), requirement)
     assert plan.predicted == figures_of_stages(part(case, chosen.tolist()), plan.setting, plan.stages)
     assert [point.name for point in plan.operating_points] == ["default"], "others were not certified"
@@ -459,6 +461,40 @@ def test_a_certified_plan_is_the_boldest_that_passed_and_says_on_what_grounds() 
     assert drop < guarantee.miou_drop_bound_pp
     assert certify([case], requirement, 0.95, seed=3) == result
     assert certify([case], requirement, 0.95, seed=4) != result
+
+
+def test_what_changes_is_certified_without_a_bound_on_miou() -> None:
+    """The bound of the certified plan is the betting bound of its own changes, image by image."""
+    case = against_own_output(drawn())
+    result = certify([case], Requirement(max_change=30.0, max_exits=1), 0.95, seed=3)
+    guarantee, plan = result.plan.guarantee, result.plan
+    assert (guarantee.change_limit, guarantee.risk_limit_pp, guarantee.miou_drop_limit_pp) == (30.0, None, None)
+    assert guarantee.risk_bound_pp is None
+    chosen, held = certification_split(case.statistics, Limits(None, 30.0), 0.95, 3)
+    shares = [changed_shares_of(part(case, rows.tolist()), plan) for rows in (chosen, held)]
+    expected = 100 * risk_bound(shares[1], stake_for(shares[0], len(held), 0.95), 0.95)
+    assert guarantee.change_bound == pytest.approx(expected)
+    assert 100 * shares[1].mean() < guarantee.change_bound <= 30.0
+    with pytest.raises(RequirementError, match=r"within 17 % of changed pixels .* raise --max-change, or"):
+        certify([case], Requirement(max_change=17.0, max_latency=Limit(0.5, relative=True), max_exits=1), 0.95)
+
+
+def changed_shares_of(case: Evidence, plan: Plan) -> np.ndarray:
+    statistics, found = case.statistics, []
+    for image in range(statistics.images):
+        head = plan.stages[-1].head
+        for stage in plan.stages[:-1]:
+            if statistics.counts[image, statistics.heads.index(stage.head), stage.row] >= stage.cut:
+                head = stage.head
+                break
+        index, labelled = statistics.head_index(head), int(statistics.labelled[image].sum())
+        found.append((labelled - int(statistics.intersection[image, index].sum())) / labelled)
+    return np.array(found)
+
+
+def test_a_bound_on_changes_cannot_be_certified_against_labels() -> None:
+    with pytest.raises(InputError, match="the evaluation is against labels"):
+        certify([drawn()], Requirement(max_change=3.0), 0.95)
 
 
 def plans_to_test(case: Evidence, requirement: Requirement) -> list[BrutePlan]:
@@ -498,7 +534,7 @@ def test_every_objective_and_setting_can_be_certified(requirement: Requirement, 
     """The plan is the one at its place, and what it loses on the images that it was not chosen on is bounded."""
     requirement = dataclasses.replace(requirement, max_err_pp=8.0)
     case = with_groups(evidence((2, 1), 2, images=90, seed=seed), [f"image{i}" for i in range(90)])
-    chosen, held = (part(case, rows.tolist()) for rows in certification_split(case.statistics, 8.0, 0.95, 0))
+    chosen, held = (part(case, rows.tolist()) for rows in certification_split(case.statistics, Limits(8.0), 0.95, 0))
     plans = plans_to_test(chosen, requirement)
     plan = certify([case], requirement, 0.95).plan
     guarantee = plan.guarantee
@@ -532,7 +568,7 @@ def test_whatever_the_front_is_by_only_plans_that_keep_the_bounds_are_certified(
 ) -> None:
     """A front by memory holds plans beyond --max-memory, and plans that err no less and only take less memory."""
     case = with_groups(evidence((2, 1), 2, images=90, seed=seed), [f"image{i}" for i in range(90)])
-    chosen = part(case, certification_split(case.statistics, 8.0, 0.95, 0)[0].tolist())
+    chosen = part(case, certification_split(case.statistics, Limits(8.0), 0.95, 0)[0].tolist())
     plans = sorted(all_plans(chosen, "input-dependent", 1), key=lambda plan: (plan.cost_ns, -plan.miou))
     limit = sorted({plan.memory for plan in plans})[3]
     rising: list[BrutePlan] = []
@@ -549,7 +585,7 @@ def test_whatever_the_front_is_by_only_plans_that_keep_the_bounds_are_certified(
 
 def test_when_no_plan_passes_the_refusal_names_what_the_safest_reached() -> None:
     case = drawn()
-    chosen, _ = certification_split(case.statistics, 1.0, 0.95, 0)
+    chosen, _ = certification_split(case.statistics, Limits(1.0), 0.95, 0)
     optimum = search(part(case, chosen.tolist()), Requirement(max_err_pp=1.0, max_exits=1)).plan
     barely = Limit(optimum.predicted.latency_ms + 0.01)  # no plan that is more careful is fast enough
     with pytest.raises(RequirementError, match=r"no plan can be certified within 1 pp at 95 % on 450 images .* pp of"):

@@ -17,7 +17,7 @@ from mess_compile.search.metrics import Evidence, anytime_reports, baseline_figu
 from mess_compile.search.plan import AnytimeReport, Stage
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search_recipes
-from tests.search.cases import evidence
+from tests.search.cases import against_own_output, evidence
 
 HEADS = ("exit1.fcn-crm1-b0", "exit2.fcn-crm1-b0")
 STAGES = (Stage(1, HEADS[0], 0, 5), Stage(2, HEADS[1], 0, None))
@@ -222,6 +222,12 @@ def test_recipes_that_saw_different_images_are_not_compared() -> None:
     other = dataclasses.replace(case, statistics=case.statistics.select([0, 1]))
     with pytest.raises(StaleError, match="evaluations of the precisions are of different images"):
         search_recipes([case, other], Requirement())
+
+
+def test_recipes_of_different_truth_are_not_compared() -> None:
+    case = by_hand()
+    with pytest.raises(StaleError, match="fp32 against labels, fp32 against the network's own output"):
+        search_recipes([case, against_own_output(case)], Requirement())
 
 
 def test_a_target_that_has_no_plan_with_exits_runs_the_whole_network() -> None:

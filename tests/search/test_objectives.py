@@ -12,7 +12,7 @@ from mess_compile.search.metrics import Evidence
 from mess_compile.search.objectives import MEASURES, bounds_of
 from mess_compile.search.requirement import Limit, Requirement
 from tests.search.brute_force import BrutePlan, all_plans, baseline_of, ns, slowest
-from tests.search.cases import evidence
+from tests.search.cases import against_own_output, evidence
 
 IMAGES = 6
 LIMITS = ("max_latency", "max_latency_p95", "max_latency_worst", "max_energy", "max_workload")
@@ -36,9 +36,12 @@ def test_a_refusal_says_every_bound_as_it_was_asked_for() -> None:
         max_energy=Limit(50.0),
         max_workload=Limit(3.5),
         max_memory_bytes=64 << 20,
+        max_change=2.5,
     )
-    assert [str(bound) for bound in bounds_of(evidence((1, 2), 2, IMAGES, seed=1), requirement).values()] == [
+    case = against_own_output(evidence((1, 2), 2, IMAGES, seed=1))
+    assert [str(bound) for bound in bounds_of(case, requirement).values()] == [
         "mIoU >= 53.24 %",
+        "changed pixels <= 2.5 %",
         "latency <= 20 ms",
         "p95 latency <= 25 ms",
         "worst-case latency <= 30 ms",

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mess_compile.runtime.base.errors import RequirementError
+from mess_compile.runtime.base.errors import InputError, RequirementError
+from mess_compile.runtime.bundle.manifest import OWN_OUTPUT
 from mess_compile.search.deadline import Clock, UnfinishedError
 from mess_compile.search.metrics import Evidence, figures_of_stages
 from mess_compile.search.plan import Plan
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search
 from tests.search.brute_force import BrutePlan, all_plans, baseline_of, ns, slowest
-from tests.search.cases import evidence, with_baseline_alone
+from tests.search.cases import against_own_output, evidence, with_baseline_alone
 
 OBJECTIVES = {
     "latency": lambda plan: plan.cost_ns,
@@ -70,7 +72,8 @@ def cases(draw: st.DrawFn, most_heads: int = 2, most_images: int = 9) -> Evidenc
     rows = draw(st.integers(1, 3 if len(heads) < 3 else 2))
     images, seed, distinct = draw(st.integers(3, most_images)), draw(st.integers(0, 10**6)), draw(st.integers(2, 5))
     case = evidence(heads, rows, images, seed, distinct, twins=draw(st.booleans()))
-    return with_baseline_alone(case, draw(st.integers(1, 9)) / 1000, seed) if draw(st.booleans()) else case
+    case = with_baseline_alone(case, draw(st.integers(1, 9)) / 1000, seed) if draw(st.booleans()) else case
+    return against_own_output(case) if draw(st.booleans()) else case
 
 
 def requirement_about(
@@ -91,7 +94,11 @@ def requirement_about(
         limits[name] = data.draw(st.sampled_from([exact[name], exact[name], share]))
     objectives = [None] if setting == "anytime" else [None, "latency", "accuracy", "workload", "memory", "energy"]
     accurate = data.draw(st.booleans())
+    may_change = setting != "anytime" and case.statistics.truth == OWN_OUTPUT and data.draw(st.booleans())
+    most = Fraction(bounding.changed, n * 10**7)
+    percents = [round(most + Fraction(1, 10**8), 8), most / 2]
     return Requirement(
+        max_change=float(data.draw(st.sampled_from(percents))) if may_change else None,
         setting=setting,
         objective=data.draw(st.sampled_from(objectives)),
         max_err_pp=0.0 if accurate else None,
@@ -121,6 +128,8 @@ def satisfies(plan: BrutePlan, requirement: Requirement, case: Evidence) -> bool
             return False
     if requirement.max_memory_bytes is not None and plan.memory > requirement.max_memory_bytes:
         return False
+    if requirement.max_change is not None and plan.changed > Fraction(str(requirement.max_change)) * n * 10**7:
+        return False
     return requirement.max_err_pp is None or plan.miou >= (requirement.baseline_miou or 0.0)
 
 
@@ -147,6 +156,10 @@ def check_against_every_plan(case: Evidence, setting: str, data: st.DataObject) 
     assert (figures.latency_ms, figures.gmacs) == (best.cost_ns / n / 1e6, best.macs / n / 1e9)
     assert (figures.p95_ms, figures.worst_ms) == (best.p95_ns / 1e6, best.worst_ns / 1e6)
     assert figures.energy_mj == best.energy_nj / n / 1e6
+    if case.statistics.truth != OWN_OUTPUT:
+        assert figures.change is None
+    elif setting != "anytime":
+        assert figures.change == 100 * best.changed / n / 1e9
     assert result.certificate.space == len(plans)
     assert result.certificate.gap == 0.0
 
@@ -296,6 +309,33 @@ def test_a_refusal_names_the_bounds_and_the_best_reachable() -> None:
     with pytest.raises(RequirementError) as refusal:
         search(case, Requirement(max_err_pp=0.0, baseline_miou=best, max_latency=limit))
     assert f"latency {slowest.cost_ns / 6 / 1e6:.4g} ms with mIoU >= {best:.4g} %" in str(refusal.value)
+
+
+def test_a_refusal_names_the_least_that_can_change() -> None:
+    """Under the other bounds; the most accurate plans, which a table has without it, need not change least."""
+    case = against_own_output(evidence((1, 2), 2, images=6, seed=2))
+    plans = list(all_plans(case, "input-dependent", 2))
+    fastest = min(plan.cost_ns for plan in plans)
+    floor = sorted(plan.miou for plan in plans if plan.cost_ns == fastest)[0]
+    limit = Limit((fastest // 6 + 1) / 1e6)
+    within = [plan for plan in plans if plan.cost_ns <= round(limit.value * 1e6) * 6 and plan.miou >= floor]
+    least = min(plan.changed for plan in within) / 6 / 1e7
+    best = min(plan.cost_ns for plan in plans if plan.changed <= 0.9 * least * 6e7 and plan.miou >= floor)
+    with pytest.raises(RequirementError) as refusal:
+        search(case, Requirement(max_change=0.9 * least, max_latency=limit, max_err_pp=0.0, baseline_miou=floor))
+    others = f"mIoU >= {floor:.4g} % and latency <= {limit.value:.4g} ms"
+    assert f"changed pixels {least:.4g} % with {others}" in str(refusal.value)
+    assert f"latency {best / 6 / 1e6:.4g} ms with " in str(refusal.value)
+    with pytest.raises(RequirementError) as refusal:
+        search(case, Requirement(max_change=0.0, max_latency=Limit(1e-6)))
+    least = min(plan.changed for plan in plans) / 6 / 1e7
+    assert f"changed pixels {least:.4g} % alone, or latency {fastest / 6 / 1e6:.4g} ms alone" in str(refusal.value)
+
+
+def test_a_bound_on_changes_needs_the_network_s_own_output_as_truth() -> None:
+    for bound in (Requirement(max_change=3.0), Requirement(max_change=3.0, max_exits=3)):
+        with pytest.raises(InputError, match="the evaluation is against labels: use --max-err"):
+            search(evidence((1, 2, 1), 2, images=6, seed=2), bound)
 
 
 def test_a_relative_latency_bound_is_a_share_of_the_baseline() -> None:

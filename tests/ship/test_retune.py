@@ -134,6 +134,34 @@ def outcome(plan: manifest.BundlePlan, statistics: ExitStatistics, stages: tuple
     return sum(cost_ms(plan, exit_) for exit_ in taken), miou(statistics, list(statistics.heads), taken)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_thresholds_that_change_more_than_was_promised_are_not_chosen(
+    described: manifest.BundlePlan, seed: int
+) -> None:
+    """The last exit for every image changes as much as was promised; faster thresholds may change more."""
+    case = made(described, seed, 3)
+    statistics = replace(case.statistics, truth=manifest.OWN_OUTPUT)
+    limit = changed_percent(statistics, [2] * statistics.images)
+    plan = replace(
+        case.plan,
+        predicted=replace(case.plan.predicted, miou=0.0, latency_ms=0.0),
+        promises=(manifest.Promise("change", limit, False, 0.0),),
+    )
+    fastest = min(case.outcomes, key=lambda stages: case.outcomes[stages])
+    found = chosen_stages(statistics, plan, fastest)
+    assert changed_percent(statistics, exits_of(statistics, found)) <= limit + 1e-6
+    free = chosen_stages(statistics, replace(plan, promises=()), fastest)
+    assert outcome(plan, statistics, free)[0] <= outcome(plan, statistics, found)[0]
+
+
+def changed_percent(statistics: ExitStatistics, exits: list[int]) -> float:
+    shares = []
+    for image, exit_ in enumerate(exits):
+        labelled, right = (int(of.sum()) for of in (statistics.labelled[image], statistics.intersection[image, exit_]))
+        shares.append(round(10**9 * (labelled - right) / labelled) if labelled else 0)
+    return sum(shares) / len(shares) / 1e7
+
+
 @pytest.mark.parametrize(("seed", "exits"), [(seed, exits) for exits in (2, 3) for seed in range(4)])
 def test_the_fastest_thresholds_with_the_promised_miou_are_chosen(
     described: manifest.BundlePlan, seed: int, exits: int

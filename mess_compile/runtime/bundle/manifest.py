@@ -21,6 +21,9 @@ BESIDE = (MANIFEST, MANIFEST_HASH, SIGNATURE)
 """A bundle's files that its manifest does not list; the signature is there only if the bundle is signed."""
 SETTINGS = ("input-dependent", "budgeted", "anytime")
 SOURCES = ("measured", "estimated")
+LABELS, OWN_OUTPUT = "labels", "the network's own output"
+TRUTHS = (LABELS, OWN_OUTPUT)
+"""What mIoU is against."""
 RESIZES = ("stretch", "letterbox")
 DEFAULT_POINT = "default"
 HELD_OUT = "held_out"
@@ -44,6 +47,11 @@ _NAMES = {
 """These names become paths in a workspace."""
 _POINT = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def against(truth: str) -> str:
+    """What a title or sentence about mIoU adds: nothing where the truth is labels."""
+    return "" if truth == LABELS else f", against {truth}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,9 @@ class Figures:
     p99; `miou` in percent; `gmacs` the mean over images; `exit_rates` the share of images that leave at each exit;
     `source` is "measured" or "estimated", of the latencies; `energy_mj` is the mean over images, None where the latency
     table lacks the energy of a graph, and in a bundle. `error` is the factor by which estimated latencies may be too
-    low or too high (90 % of the graphs that were checked are within), None of measured ones.
+    low or too high (90 % of the graphs that were checked are within), None of measured ones. `change` is the mean over
+    images of the percentage of pixels that are labelled otherwise than by the network itself, None where the truth is
+    labels.
     """
 
     latency_ms: float
@@ -122,6 +132,7 @@ class Figures:
     source: str
     energy_mj: Optional[float] = field(default=None, metadata=decode.LOCAL)
     error: Optional[float] = None
+    change: Optional[float] = field(default=None, metadata=decode.OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ class Promise:
     offset_pp: float
 
 
-PROMISED = ("err_pp", "latency_ms", "p95_ms", "worst_ms", "gmacs", "energy_mj", "memory_bytes")
+PROMISED = ("err_pp", "change", "latency_ms", "p95_ms", "worst_ms", "gmacs", "energy_mj", "memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -204,7 +215,8 @@ class BundlePlan:
     `environment` what else their measurement depended on. The operating point "default" is that of the stages.
     `promises` are the bounds of its requirement. `costs` has an entry for each stage; so has `confidence`: the tuning
     images that reached the stage, by the share of its confident cells, in ten bins of equal width, or nothing if
-    unknown. `sources` are hashes of what the plan was searched from.
+    unknown. `sources` are hashes of what the plan was searched from. `truth`, one of TRUTHS, is what every mIoU is
+    against.
     """
 
     target: str
@@ -227,6 +239,7 @@ class BundlePlan:
     environment: Dict[str, str]
     sources: Dict[str, str]
     promises: Tuple[Promise, ...]
+    truth: str = field(default=LABELS, metadata=decode.entry(optional=True, check=decode.one_of(TRUTHS)))
 
     @property
     def name(self) -> str:
@@ -475,6 +488,8 @@ def _check_figures(figures: Figures, plan: BundlePlan, where: str) -> None:
     _need(figures.source in SOURCES, f"{where} has source {figures.source!r}")
     _need(len(figures.exit_rates) == len(plan.stages), f"{where}: exit_rates does not fit its stages")
     _need(figures.error is None or figures.error >= 1, f"{where}: error is {figures.error}, not a factor from 1")
+    change = figures.change
+    _need(change is None or 0 <= change <= 100, f"{where}: change is {change}, not a percentage")
 
 
 def _check_points(plan: BundlePlan, where: str, manifest: Manifest) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mess_compile.array_types import Array
+from mess_compile.evaluate.statistics import WHOLE, changed_shares
 from mess_compile.latency.table import Quantity, graph_cost_ns
 from mess_compile.network import head_graph_name, segment_name
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
@@ -22,6 +23,7 @@ from mess_compile.search.space import CUTS
 Cuts = tuple[tuple[tuple[int, ...], ...], ...]
 """The cuts by head and threshold row."""
 UNBOUNDED = np.iinfo(np.int64).max
+_LITTLE, _LEAST_PP, _MUCH_PP = 1e-4, 0.1, 1e6
 PLACES = 4
 """Of a chain: three early heads, and the last; the heads of a shorter chain are in the last places."""
 
@@ -59,12 +61,14 @@ class PathCosts:
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole network, uncut: what an image costs by each of the problem's `paths`, its mIoU (percent) and memory."""
+    """A whole network, uncut: what an image costs by each of the problem's `paths`, its mIoU (percent) and memory, and
+    what it changes, summed over images."""
 
     name: str
     costs: tuple[int, ...]
     miou: float
     memory: int
+    changed: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +79,7 @@ class Problem:
     whether they satisfy the bounds that do not depend on thresholds, `graphs` counts their graphs. `memory` is what
     chains (m, 4) of heads take in bytes, `max_memory` what they may, and `by_memory` whether it is the objective. One
     `unit` of any other objective (ms, GMACs, mJ) is so many of the integers. `wholes` are the whole networks, which end
-    at exit point `final`.
+    at exit point `final`. No plan that is allowed is charged more than the `allowance` (pp) for what it changes.
     """
 
     names: tuple[str, ...]
@@ -92,6 +96,12 @@ class Problem:
     unit: float
     wholes: tuple[Whole, ...]
     final: int
+    allowance: float = 0.0
+
+    @property
+    def charges_changes(self) -> bool:
+        """Whether bounds take into account that changes are bounded."""
+        return bool(self.table.charge_totals.any())
 
     @property
     def images(self) -> int:
@@ -144,12 +154,13 @@ class Problem:
 
 def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
     """The arrays of a search. Its bounds are in the integers that the search counts in, summed over images."""
-    table, cuts = _head_table(evidence)
+    bounds = bounds_of(evidence, requirement)
+    objective = requirement.objective or "latency"
+    price = _price_of_change(evidence, bounds, objective)
+    table, cuts = _head_table(evidence, "max_change" in bounds, price)
     paths = {"latency": _times(evidence, "mean_ms"), "workload": _workloads(evidence)}
     if requirement.needs_energy:
         paths["energy"] = _times(evidence, "energy_mj")
-    bounds = bounds_of(evidence, requirement)
-    objective = requirement.objective or "latency"
     return Problem(
         names=tuple(head.name for head in evidence.heads),
         points=_points(evidence),
@@ -165,14 +176,29 @@ def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
         unit=1e9 if objective == "workload" else 1e6,
         wholes=tuple(_whole(evidence, name, tuple(paths)) for name in evidence.baselines),
         final=len(evidence.candidate.exit_points),
+        allowance=price * bounds["max_change"].limit if price else 0.0,
     )
+
+
+def _price_of_change(evidence: Evidence, bounds: dict[str, Bound], objective: str) -> float:
+    """What a change costs in pp of mIoU, for the bounds of branch and bound: any price is right, a good one is tight.
+
+    Beside a floor of mIoU, what may change at most is worth the mIoU that may be lost. Without one it is worth so much
+    that mIoU hardly counts; where mIoU is the objective, the best plan so far sets a floor.
+    """
+    if "max_change" not in bounds:
+        return 0.0
+    most = max(bounds["max_change"].limit, _LITTLE * evidence.statistics.images * WHOLE)
+    if "max_err_pp" in bounds:
+        return max(_LEAST_PP, evidence.baseline_miou(evidence.baseline) - bounds["max_err_pp"].limit) / most
+    return 0.0 if objective == "accuracy" else _MUCH_PP / most
 
 
 def _points(evidence: Evidence) -> Array:
     return np.array([head.exit_point for head in evidence.heads])
 
 
-def _head_table(evidence: Evidence) -> tuple[HeadTable, Cuts]:
+def _head_table(evidence: Evidence, counts_changes: bool, price: float) -> tuple[HeadTable, Cuts]:
     statistics, points = evidence.statistics, _points(evidence)
     labelled = statistics.labelled.sum(axis=0)
     present = np.flatnonzero(labelled)
@@ -182,6 +208,10 @@ def _head_table(evidence: Evidence) -> tuple[HeadTable, Cuts]:
         right = statistics.intersection[:, head, present]
         score[:] = np.concatenate([right, statistics.predicted[:, head, present] - right], axis=1)
     passed, cut_counts, text_ranks, cuts = _thresholds(evidence)
+    changed = np.zeros(scores.shape[:2], np.int64)
+    if counts_changes:
+        changed[:] = changed_shares(statistics)[:, heads].T
+    charges = price * changed
     table = HeadTable(
         scores=scores,
         totals=scores.sum(axis=1, dtype=np.float64),
@@ -190,6 +220,9 @@ def _head_table(evidence: Evidence) -> tuple[HeadTable, Cuts]:
         cut_counts=cut_counts,
         text_ranks=text_ranks,
         labelled=labelled[present].astype(np.float64),
+        changed=changed,
+        charges=charges,
+        charge_totals=charges.sum(axis=1),
     )
     return table, cuts
 
@@ -199,6 +232,7 @@ def _constraints(bounds: dict[str, Bound], paths: tuple[str, ...], objective: st
         bounds=np.array([_max(bounds, f"max_{name}") for name in paths], np.int64),
         percentile=np.array([95, _max(bounds, "max_latency_p95")], np.int64),
         floor=bounds["max_err_pp"].limit if "max_err_pp" in bounds else -np.inf,
+        most_changed=_max(bounds, "max_change"),
         objective=paths.index(objective) if objective in paths else -1,
     )
 
@@ -211,7 +245,9 @@ def _whole(evidence: Evidence, name: str, paths: tuple[str, ...]) -> Whole:
     if "energy" in paths:
         costs["energy"] = exit_costs_ns(evidence, "budgeted", [name], "energy_mj")[-1]
     size = memory_bytes(evidence.graph_set, [name])
-    return Whole(name, tuple(costs[path] for path in paths), evidence.baseline_miou(name), size)
+    statistics = evidence.statistics
+    changed = int(changed_shares(statistics)[:, statistics.head_index(evidence.scored_as(name))].sum())
+    return Whole(name, tuple(costs[path] for path in paths), evidence.baseline_miou(name), size, changed)
 
 
 def _max(bounds: dict[str, Bound], field: str) -> int:

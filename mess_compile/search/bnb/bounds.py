@@ -26,7 +26,9 @@ _SAMPLE, _PAIRS = 2048, 512
 
 
 class Bounds:
-    """Bounds by one `slope`, the multiplier of the floor of mIoU or of the bound on the priced quantity."""
+    """Bounds by one `slope`, the multiplier of the floor of mIoU or of the bound on the priced quantity.
+
+    mIoU is less its charges for changes, and the floor less what may be charged at most."""
 
     def __init__(self, problem: Problem, incumbent: Incumbent, clock: Clock | None) -> None:
         self._problem, self._incumbent, self._clock = problem, incumbent, clock
@@ -75,7 +77,7 @@ class Bounds:
         """
         if not self._problem.weight or not len(sample):
             return sample
-        if not self._incumbent.min_miou:
+        if not self._incumbent.min_miou and not self._problem.charges_changes:
             self.slope *= self._problem.constraints.objective < 0  # without a floor or a plan any slope is as good
             return sample
 
@@ -83,7 +85,7 @@ class Bounds:
             check_time(self._clock)
             self.slope = slope
             least = self._of_priced(sample, prices)
-            return float(least.min()) + slope * self._incumbent.min_miou, slope, least
+            return float(least.min()) + slope * self._incumbent.min_charged, slope, least
 
         for factor in factors:
             middle, prices = self.slope, self._prices(sample)
@@ -128,6 +130,7 @@ class Bounds:
         added = np.zeros(scores.shape[:2])  # (heads, n)
         for head in heads:
             kernels.additions(scores[head], coefficients, added[head])
+            added[head] -= self._problem.table.charges[head]
         return Relaxation(Cutoff(self.slope, self._incumbent.ceiling(self.slope)), coefficients, added)
 
     def _envelope(self, heads: list[Array]) -> Array:

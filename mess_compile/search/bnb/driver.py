@@ -109,7 +109,7 @@ class _Driver:
     def _gap(self) -> float:
         """What a better plan could still gain in the objective, as a mean over images, in pp or in bytes; infinite when
         there is no plan yet, and there may be one."""
-        best, problem, min_miou = self.incumbent.best, self._problem, self.incumbent.min_miou
+        best, problem, least_charged = self.incumbent.best, self._problem, self.incumbent.min_charged
         if best is None:
             return np.inf if self._unknown or self._open else 0.0
         if problem.by_memory:
@@ -118,9 +118,9 @@ class _Driver:
             return float(best.goal - smallest)
         if problem.constraints.objective < 0:
             most = self.incumbent.max_price
-            gains = [((most - each.price(min_miou)) / each.slope).max(initial=0.0) for each in self._open]
+            gains = [((most - each.price(least_charged)) / each.slope).max(initial=0.0) for each in self._open]
             return float(100.0 - best.miou if self._unknown else max(gains, default=0.0))
-        least = [each.price(min_miou).min(initial=best.goal) for each in self._open]
+        least = [each.price(least_charged).min(initial=best.goal) for each in self._open]
         reached = problem.least_paid() if self._unknown else min(least, default=best.goal)
         return float((best.goal - max(reached, problem.least_paid())) / problem.images / problem.unit)
 
@@ -133,6 +133,7 @@ class _Driver:
         runs = np.array([path.step[0] >= 0 for path in problem.paths]).all(axis=0)
         mious = np.array([kernels.mean_iou(totals, problem.table.labelled) for totals in problem.table.totals])
         within = (costs * problem.images <= constraints.bounds[:, None]).all(axis=0)
+        within &= problem.table.changed.sum(axis=1) <= constraints.most_changed
         feasible = runs & within & (costs[0] <= constraints.percentile[1]) & (mious >= constraints.floor)
         for head in heads[feasible]:
             goal = self._goal(problem.chains(heads[[head]])[0], self._summed(costs[:, head]))
@@ -140,7 +141,8 @@ class _Driver:
         self._evaluated += int(runs.sum())
         for whole in problem.wholes:
             self._evaluate_whole(whole)
-        spread = max(0.1, float(mious.max() - np.median(mious)))
+        charged = mious - problem.table.charge_totals
+        spread = max(0.1, float(charged.max() - np.median(charged)))
         paid = float(costs[problem.priced, runs].mean()) * problem.images if problem.weight * runs.any() else 0.0
         self._bounds.slope = paid / spread if problem.weight * runs.any() else 1.0
 
@@ -148,6 +150,7 @@ class _Driver:
         constraints, costs = self._problem.constraints, np.array(whole.costs)
         self._evaluated += 1
         within = (costs * self._problem.images <= constraints.bounds).all()
+        within &= whole.changed <= constraints.most_changed
         if within and costs[0] <= constraints.percentile[1] and whole.miou >= constraints.floor:
             goal = whole.memory if self._problem.by_memory else self._summed(costs)
             self.incumbent.offer(BestPlan(goal, whole.miou, (whole.name,), ()))

@@ -75,6 +75,11 @@ class Incumbent:
         return max(constraints.floor, reached, 0.0)
 
     @property
+    def min_charged(self) -> float:
+        """What mIoU less its charges must reach: no plan that is allowed is charged more than the allowance."""
+        return self.min_miou - self._problem.allowance
+
+    @property
     def limit(self) -> int:
         """What a plan must not exceed of the priced quantity, summed over images."""
         bound = int(self._problem.constraints.bounds[self._problem.priced])
@@ -89,14 +94,15 @@ class Incumbent:
 
     def ceiling(self, slope: float) -> float:
         """What price - slope * mIoU of a plan must not exceed."""
-        return self._tolerated() - slope * self.min_miou
+        return self._tolerated(slope) - slope * self.min_charged
 
-    def _tolerated(self) -> float:
-        return self.max_price + _TOLERANCE * max(self.max_price, 1.0)
+    def _tolerated(self, slope: float) -> float:
+        charged = slope * float(self._problem.table.charge_totals.max(initial=0.0))
+        return self.max_price + _TOLERANCE * max(self.max_price, 1.0, charged)
 
     def may_lose_to(self, bounded: BoundedChains) -> Array:
         """Whether each of these chains may have a better plan, (m,)."""
-        within: Array = bounded.price(self.min_miou) <= self._tolerated()
+        within: Array = bounded.price(self.min_charged) <= self._tolerated(bounded.slope)
         found: Array = within & self.fits(bounded.chains)
         return found
 

@@ -22,6 +22,7 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.search import metrics, space
 from mess_compile.search.context import SearchContext
 from mess_compile.search.exhaustive import enumeration, plan_table
+from mess_compile.search.exhaustive.enumeration import BY_MIOU, Selection
 from mess_compile.search.exhaustive.plan_table import (
     NO_OPTION,
     PLAN_DTYPE,
@@ -40,7 +41,7 @@ _CODE = [Path(module.__file__ or "") for module in (enumeration, metrics, table,
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
-def cached_plan_table(evidence: Evidence, context: SearchContext) -> PlanTable:
+def cached_plan_table(evidence: Evidence, context: SearchContext, selection: Selection = BY_MIOU) -> PlanTable:
     """The result of `enumerate_plans`, from the context's folder where an earlier search stored it; stored there for
     later ones.
 
@@ -49,14 +50,14 @@ def cached_plan_table(evidence: Evidence, context: SearchContext) -> PlanTable:
     """
     requirement, folder = context.requirement, context.cache_folder
     if folder is None or requirement.setting == "anytime" or not requirement.early_exits:
-        return enumerate_plans(evidence, context)
-    key = _key(evidence, requirement)
+        return enumerate_plans(evidence, context, selection)
+    key = _key(evidence, requirement, selection)
     found = _load(folder / key, key, evidence)
     if found is not None:
         with suppress(OSError):
             os.utime(folder / key)  # the table that was used last is evicted last
         return found
-    found = enumerate_plans(evidence, context)
+    found = enumerate_plans(evidence, context, selection)
     with suppress(OSError):  # a folder that cannot be written only costs time
         if not found.skipped:
             _store(folder / key, key, found)
@@ -64,7 +65,7 @@ def cached_plan_table(evidence: Evidence, context: SearchContext) -> PlanTable:
     return found
 
 
-def _key(evidence: Evidence, requirement: Requirement) -> str:
+def _key(evidence: Evidence, requirement: Requirement, selection: Selection) -> str:
     """A hash over everything that a plan table depends on."""
     graph_set = evidence.graph_set
     return files.sha256_of_json(
@@ -76,6 +77,7 @@ def _key(evidence: Evidence, requirement: Requirement) -> str:
             "latency table": evidence.table_sha256,
             "statistics": evidence.statistics_sha256,
             "early exits": requirement.early_exits,
+            "selection": repr(selection),
         }
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,35 +10,62 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.array_types import Floats, Index, Ints
-from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.evaluate.statistics import ExitStatistics, changed_shares
 from mess_compile.search.space import Decisions
 
 STATES = 8192
 UNTHREADED_SIZE = 1 << 18
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which of several plans at the same cost a table has: those with at most `most_changed` (summed over images, None:
+    no bound), and of these the one of the greatest mIoU; or, with `least_changed`, of those with at least `floor` of
+    mIoU the one that changes least."""
+
+    most_changed: int | None = None
+    least_changed: bool = False
+    floor: float = -math.inf
+
+    @property
+    def counts_changes(self) -> bool:
+        return self.least_changed or self.most_changed is not None
+
+    def values(self, miou: Floats, changed: Floats) -> Floats:
+        """What is greatest for the plan to take, -inf for those that are not wanted."""
+        if self.least_changed:
+            return np.where(miou >= self.floor, -changed, -np.inf)
+        return miou if self.most_changed is None else np.where(changed <= self.most_changed, miou, -np.inf)
+
+
+BY_MIOU = Selection()
+
+
 class Scores:
     """Intersections and false positives of every head, (n, 2 * classes), of the classes that have labelled pixels.
 
-    They are integers below 2^53, so that float64 sums of them are exact in any order.
+    They are integers below 2^53, so that float64 sums of them are exact in any order. So is what each head changes, the
+    last column where the `selection` counts changes.
     """
 
-    def __init__(self, statistics: ExitStatistics) -> None:
+    def __init__(self, statistics: ExitStatistics, selection: Selection = BY_MIOU) -> None:
+        self.selection = selection
         labelled = statistics.labelled.sum(axis=0)
         present = np.flatnonzero(labelled)
         right = statistics.intersection[:, :, present]  # (n, heads, classes)
         wrong = statistics.predicted[:, :, present] - right
-        both = np.concatenate([right, wrong], axis=2).astype(np.float64)
+        parts = [right, wrong, *([changed_shares(statistics)[..., None]] if selection.counts_changes else [])]
+        both = np.concatenate(parts, axis=2).astype(np.float64)
         self.of_head = {head: np.ascontiguousarray(both[:, i]) for i, head in enumerate(statistics.heads)}
         self.labelled = labelled[present].astype(np.float64)[:, None]  # (classes, 1)
 
     def miou(self, sums: Floats) -> Floats:
-        """mIoU in percent (states,) of scores summed over images (2 * classes, states), which are overwritten.
+        """mIoU in percent (states,) of scores summed over images (columns, states), which are overwritten.
 
         Adds up class by class like `statistics.miou`, to the same last bit.
         """
         classes = len(self.labelled)
-        iou, union = sums[:classes], sums[classes:]
+        iou, union = sums[:classes], sums[classes : 2 * classes]
         union += self.labelled
         iou /= union
         total: Floats = iou[0].copy()
@@ -46,6 +74,10 @@ class Scores:
         total /= classes
         total *= 100.0
         return total
+
+    def changed(self, sums: Floats) -> Floats:
+        """What is changed (states,) by scores summed over images, 0 where changes are not counted."""
+        return sums[-1] if self.selection.counts_changes else np.zeros(sums.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,15 +99,20 @@ class States:
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """Evaluated decisions: options `taken` and images `at` each early exit (rows, exits), mIoU in percent (rows,)."""
+    """Evaluated decisions: options `taken` and images `at` each early exit (rows, exits), mIoU in percent (rows,), and
+    what is `changed` (rows,), summed over images."""
 
     taken: Index
     at: Ints
     miou: Floats
+    changed: Floats
+
+    def select(self, which: Index | NDArray[np.bool_]) -> Outcomes:
+        return Outcomes(self.taken[which], self.at[which], self.miou[which], self.changed[which])
 
     def of_last(self, early: int) -> Outcomes:
         """The same without the heads before the last `early` ones, which stand for no head."""
-        return Outcomes(self.taken[:, -early:], self.at[:, -early:], self.miou)
+        return Outcomes(self.taken[:, -early:], self.at[:, -early:], self.miou, self.changed)
 
 
 def states_of_pair(first: Decisions, second: Decisions) -> Iterator[States]:
@@ -127,7 +164,8 @@ def _words(masks: NDArray[np.bool_]) -> NDArray[np.uint64]:
 def best_outcomes(
     scores: Scores, early: tuple[str, str], last: str, first_leaves: NDArray[np.bool_], states: States
 ) -> Outcomes:
-    """The best state by mIoU, then by text, of each group, when images that leave at neither exit leave at `last`.
+    """The best state by the selection, then by text, of each group, when images that leave at neither exit leave at
+    `last`.
 
     `first_leaves` (options, n) says which images leave by each of the first head's options.
     """
@@ -135,13 +173,16 @@ def best_outcomes(
     sums = _product(scores.of_head[early[1]] - base, states.leaves)  # (2 * classes, states)
     fixed = _product(scores.of_head[early[0]] - base, first_leaves.T.astype(np.float64)) + base.sum(axis=0)[:, None]
     sums += fixed[:, states.first]
+    changed = scores.changed(sums)
     miou = scores.miou(sums)
-    best = np.maximum.reduceat(miou, states.starts)
-    at_best = np.flatnonzero(miou == np.repeat(best, np.diff(states.starts, append=len(miou))))
+    value = scores.selection.values(miou, changed)
+    best = np.maximum.reduceat(value, states.starts)
+    at_best = np.flatnonzero(value == np.repeat(best, np.diff(states.starts, append=len(value))))
     group = np.searchsorted(states.starts, at_best, side="right") - 1
     member = at_best[np.unique(group, return_index=True)[1]]
     taken = np.stack([states.first[member], states.second[member]], axis=1)
-    return Outcomes(taken, np.stack([states.at_first, states.at_second], axis=1), best)
+    at = np.stack([states.at_first, states.at_second], axis=1)
+    return Outcomes(taken, at, miou[member], changed[member]).select(best > -np.inf)
 
 
 def outcomes_of_three(scores: Scores, early: Sequence[str], last: str, options: Sequence[Decisions]) -> Outcomes:
@@ -149,7 +190,7 @@ def outcomes_of_three(scores: Scores, early: Sequence[str], last: str, options: 
     base = scores.of_head[last]
     first, second, third = options
     pairs = np.stack(np.divmod(np.arange(len(second.rows) * len(third.rows)), max(1, len(third.rows))), axis=1)
-    parts = [Outcomes(np.zeros((0, 3), np.intp), np.zeros((0, 3), np.int64), np.zeros(0))]
+    parts = [Outcomes(np.zeros((0, 3), np.intp), np.zeros((0, 3), np.int64), np.zeros(0), np.zeros(0))]
     for a, leaves in enumerate(first.leaves):
         at_second = second.leaves & ~leaves  # (options, n)
         at_third = (third.leaves & ~leaves & ~second.leaves[:, None]).reshape(len(pairs), -1)
@@ -158,7 +199,9 @@ def outcomes_of_three(scores: Scores, early: Sequence[str], last: str, options: 
         sums += ((scores.of_head[early[0]] - base)[leaves].sum(axis=0) + base.sum(axis=0))[:, None]
         counts = leaves.sum(), at_second.sum(axis=1)[pairs[:, 0]], at_third.sum(axis=1)
         taken, at = (np.stack(np.broadcast_arrays(*each), axis=1) for each in ((a, *pairs.T), counts))
-        parts.append(Outcomes(taken, at, scores.miou(sums)))
+        changed = scores.changed(sums)
+        found = Outcomes(taken, at, scores.miou(sums), changed)
+        parts.append(found.select(scores.selection.values(found.miou, changed) > -np.inf))
     return merged(parts)
 
 
@@ -178,21 +221,24 @@ def _product(weights: Floats, leaves: Floats) -> Floats:
 
 def merged(parts: list[Outcomes]) -> Outcomes:
     """The outcomes of several blocks of states as one."""
-    return Outcomes(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("taken", "at", "miou")))
+    names = ("taken", "at", "miou", "changed")
+    return Outcomes(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
-def undominated(outcomes: Outcomes) -> Outcomes:
-    """The outcomes of one or two early exits that are not dominated: no other has a greater mIoU while as many images
-    or more leave early.
+def undominated(outcomes: Outcomes, selection: Selection) -> Outcomes:
+    """The outcomes of one or two early exits that are not dominated: no other is better by the selection while as many
+    images or more leave early.
 
-    Where deeper exits cost no less, a dominated outcome has less mIoU at no less cost, so it can be neither optimal nor
+    Where deeper exits cost no less, a dominated outcome is worse at no less cost, so it can be neither optimal nor
     on the front. Equal outcomes stay, for the order by text decides between them.
     """
+    if not len(outcomes.miou):
+        return outcomes
+    value = selection.values(outcomes.miou, outcomes.changed)
     row, early = outcomes.at[:, :-1].sum(axis=1), outcomes.at.sum(axis=1)
     row -= row.min()
-    grid = np.full((int(row.max()) + 1, int(early.max()) + 1), -1.0)
-    np.maximum.at(grid, (row, early), outcomes.miou)
+    grid = np.full((int(row.max()) + 1, int(early.max()) + 1), -np.inf)
+    np.maximum.at(grid, (row, early), value)
     for axis in (0, 1):
         grid = np.flip(np.maximum.accumulate(np.flip(grid, axis), axis=axis), axis)
-    best = outcomes.miou >= grid[row, early]
-    return Outcomes(outcomes.taken[best], outcomes.at[best], outcomes.miou[best])
+    return outcomes.select(value >= grid[row, early])

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.evaluate.statistics import head_miou
+from mess_compile.evaluate.statistics import changed_shares, head_miou
 from mess_compile.latency.table import Quantity
 from mess_compile.network import segment_name
 from mess_compile.search.anytime import anytime_chains
 from mess_compile.search.context import SearchContext
 from mess_compile.search.deadline import ended_by_interrupt, is_up
 from mess_compile.search.exhaustive.enumeration import (
+    BY_MIOU,
     Outcomes,
     Scores,
+    Selection,
     best_outcomes,
     merged,
     outcomes_of_three,
@@ -52,6 +54,7 @@ PLAN_DTYPE = np.dtype(
         ("worst_ns", np.int64),
         ("memory_bytes", np.int64),
         ("graphs", np.int64),
+        ("changed", np.int64),  # sum over all images, in billionths of an image; 0 where it is not counted
         ("miou", np.float64),  # percent
         ("score", np.float64),  # what the anytime setting maximises
     ]
@@ -114,13 +117,16 @@ def needs_branch_and_bound(evidence: Evidence, early_exits: int) -> bool:
     return plans_in_space(evidence, early_exits) * evidence.statistics.images > ENUMERATED
 
 
-def enumerate_plans(evidence: Evidence, context: SearchContext) -> PlanTable:
-    """Evaluate every plan of the requirement's setting, or as many as the context's clock leaves time for."""
+def enumerate_plans(evidence: Evidence, context: SearchContext, selection: Selection = BY_MIOU) -> PlanTable:
+    """Evaluate every plan of the requirement's setting, or as many as the context's clock leaves time for.
+
+    Of plans at the same cost it has those of the `selection`.
+    """
     requirement = context.requirement
     if requirement.setting == "anytime":
         return _anytime_table(evidence, requirement)
     beginnings = tuple(chains(evidence.heads, len(evidence.candidate.exit_points), requirement.early_exits))
-    builder, done = _TableBuilder(evidence, HeadDecisions(evidence)), 0
+    builder, done = _TableBuilder(evidence, HeadDecisions(evidence), selection), 0
     with ended_by_interrupt(context.clock):
         for early in beginnings:
             builder.add(early, _lasts(evidence, early))
@@ -131,13 +137,13 @@ def enumerate_plans(evidence: Evidence, context: SearchContext) -> PlanTable:
     return builder.table(beginnings[done:])
 
 
-def plans_near(evidence: Evidence, stages: Sequence[Stage]) -> PlanTable:
+def plans_near(evidence: Evidence, stages: Sequence[Stage], selection: Selection) -> PlanTable:
     """The plan with these `stages`, and the plans that differ from it only in cuts between its neighbours on the
     grid."""
     early, last = [stage.head for stage in stages[:-1]], stages[-1].head
     most = NEAR if len(early) <= ENUMERATED_EXITS else NEAR_OF_THREE
     options = {s.head: options_near(evidence.statistics, s.head, s.row, s.cut or 0, most) for s in stages[:-1]}
-    builder = _TableBuilder(evidence, options)
+    builder = _TableBuilder(evidence, options, selection)
     builder.add(tuple(early), (last,))
     return builder.table()
 
@@ -167,7 +173,9 @@ def _anytime_table(evidence: Evidence, requirement: Requirement) -> PlanTable:
     return PlanTable(whole, HeadDecisions(evidence), plans, len(whole), len(whole))
 
 
-def _plans_of_chain(evidence: Evidence, index: int, heads: tuple[str, ...], found: Outcomes) -> NDArray[np.void]:
+def _plans_of_chain(
+    evidence: Evidence, index: int, heads: tuple[str, ...], found: Outcomes, selection: Selection
+) -> NDArray[np.void]:
     """Costs and mIoU of the plans in `found` of one chain of heads, without those that no requirement could choose."""
     statistics = evidence.statistics
     costs = {
@@ -177,10 +185,11 @@ def _plans_of_chain(evidence: Evidence, index: int, heads: tuple[str, ...], foun
     }
     early = len(heads) - 1
     if 0 < early <= ENUMERATED_EXITS and all(list(each) == sorted(each) for each in costs.values()):
-        found = undominated(found)
+        found = undominated(found, selection)
     plans = np.zeros(len(found.miou), PLAN_DTYPE)
     plans["chain"], plans["taken"], plans["miou"] = index, NO_OPTION, found.miou
     plans["taken"][:, :early] = found.taken
+    plans["changed"] = found.changed
     plans["memory_bytes"] = memory_bytes(evidence.graph_set, heads)
     plans["graphs"] = len(plan_graphs(evidence.candidate, heads))
     plans["worst_ns"] = worst_ns(evidence, "input-dependent", heads)
@@ -209,9 +218,9 @@ def _p95(leave: NDArray[np.int64], costs: NDArray[np.int64]) -> NDArray[np.int64
 class _TableBuilder:
     """Collects the plans of the budgeted and the input-dependent setting, chain by chain."""
 
-    def __init__(self, evidence: Evidence, options: dict[str, Decisions]) -> None:
+    def __init__(self, evidence: Evidence, options: dict[str, Decisions], selection: Selection) -> None:
         self._evidence = evidence
-        self._scores = Scores(evidence.statistics)
+        self._scores = Scores(evidence.statistics, selection)
         self._options = options
         self._nobody = nobody(evidence.statistics.images)
         self._plans: dict[tuple[str, ...], NDArray[np.void]] = {}
@@ -250,13 +259,18 @@ class _TableBuilder:
             self._add_outcomes((*early, last), merged(found).of_last(len(early)))
 
     def _add_single(self, head: str) -> None:
-        miou = np.array([head_miou(self._evidence.statistics, head)])
-        self._add_outcomes((head,), Outcomes(np.zeros((1, 0), np.intp), np.zeros((1, 0), np.int64), miou))
+        statistics = self._evidence.statistics
+        miou, changed = np.array([head_miou(statistics, head)]), np.zeros(1)
+        if self._scores.selection.counts_changes:
+            changed = changed_shares(statistics)[:, [statistics.head_index(head)]].sum(axis=0).astype(np.float64)
+        self._add_outcomes((head,), Outcomes(np.zeros((1, 0), np.intp), np.zeros((1, 0), np.int64), miou, changed))
         self._space += 1
         self._evaluated += 1
 
     def _add_outcomes(self, heads: tuple[str, ...], found: Outcomes) -> None:
-        self._plans[heads] = _plans_of_chain(self._evidence, len(self._plans), heads, found)
+        if not len(found.miou):
+            return
+        self._plans[heads] = _plans_of_chain(self._evidence, len(self._plans), heads, found, self._scores.selection)
 
     def table(self, skipped: tuple[tuple[str, ...], ...] = ()) -> PlanTable:
         plans = np.concatenate([np.zeros(0, PLAN_DTYPE), *self._plans.values()])

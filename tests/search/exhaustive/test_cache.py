@@ -13,11 +13,12 @@ import pytest
 from mess_compile.runtime.base.errors import RequirementError
 from mess_compile.search.context import SearchContext
 from mess_compile.search.exhaustive import cache, plan_table
+from mess_compile.search.exhaustive.enumeration import Selection
 from mess_compile.search.metrics import Evidence
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search
 from tests.commands import contents
-from tests.search.cases import evidence
+from tests.search.cases import against_own_output, evidence
 
 REQUIREMENTS = [
     Requirement(),
@@ -31,9 +32,9 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[Evidence]:
     """The evidence of every search that did not find its plan table in the cache."""
     searched: list[Evidence] = []
 
-    def enumerate_plans(evidence: Evidence, context: SearchContext) -> plan_table.PlanTable:
+    def enumerate_plans(evidence: Evidence, context: SearchContext, selection: Selection) -> plan_table.PlanTable:
         searched.append(evidence)
-        return plan_table.enumerate_plans(evidence, context)
+        return plan_table.enumerate_plans(evidence, context, selection)
 
     monkeypatch.setattr(cache, "enumerate_plans", enumerate_plans)
     return searched
@@ -47,6 +48,15 @@ def test_a_cached_plan_table_gives_the_same_result(
     search(case, dataclasses.replace(Requirement(), max_exits=requirement.max_exits), cache_folder=tmp_path)
     assert search(case, requirement, cache_folder=tmp_path) == search(case, requirement)
     assert len(searches) == 2, "one of them without a folder"
+
+
+def test_a_table_for_one_bound_on_changes_is_not_used_for_another(tmp_path: Path, searches: list[Evidence]) -> None:
+    """It lacks plans that only the looser bound allows."""
+    case = against_own_output(evidence((2, 1), 3, 9, seed=4))
+    for percent in (60.0, 80.0, None, 60.0):
+        requirement = Requirement(max_change=percent)
+        assert search(case, requirement, cache_folder=tmp_path) == search(case, requirement)
+    assert len(searches) == 3 + 4, "the last was stored, and four were without a folder"
 
 
 @pytest.mark.parametrize("setting", ["budgeted", "anytime"])

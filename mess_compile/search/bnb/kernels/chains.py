@@ -29,9 +29,15 @@ class ChainBound(NamedTuple):
 
 
 @kernel
+def place_of(head: int, last: int, table: HeadTable) -> int:
+    """The index of a head; of no head that of the last."""
+    return last if head == table.scores.shape[0] else head
+
+
+@kernel
 def scores_of(head: int, last: int, table: HeadTable) -> Array:
     """The scores (n, 2 * classes) of a head; of no head those of the last."""
-    return table.scores[last if head == table.scores.shape[0] else head]
+    return table.scores[place_of(head, last, table)]
 
 
 @inlined
@@ -71,6 +77,7 @@ def _steps_of(chain: Array, prices: Array, slope: float, table: HeadTable, steps
     added = np.empty((4, n))
     for place in range(4):
         additions(scores_of(chain[place], chain[3], table), coefficients, added[place])
+        added[place] -= table.charges[place_of(chain[place], chain[3], table)]
     for place in range(3):
         for image in range(n):
             gain = slope * (added[place, image] - added[place + 1, image])

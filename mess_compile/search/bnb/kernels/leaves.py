@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mess_compile.search.bnb.kernels.chains import bound_chain, scores_of
+from mess_compile.search.bnb.kernels.chains import bound_chain, place_of, scores_of
 from mess_compile.search.bnb.kernels.compiled import inlined, kernel
 from mess_compile.search.bnb.kernels.sums import sums_of_staying, sums_of_staying_at_three
 from mess_compile.search.bnb.kernels.values import INFINITE, Array, ChainBatch, Constraints, Cutoff, HeadTable
@@ -26,7 +26,8 @@ class Leaves(NamedTuple):
 class Leaving(NamedTuple):
     """Images and scores that leave, for one cut at the first head: there `at_first` images, and the scores of all if
     those beyond left at the last, `fixed`; at the second head `at_second` (cuts + 1,) and `second` by the cuts that an
-    image passes; at the third `at_third` (cuts + 1, cuts + 1) and `third` by both. Scores count from the last head's.
+    image passes; at the third `at_third` (cuts + 1, cuts + 1) and `third` by both. Scores count from the last head's;
+    behind them is what is changed.
     """
 
     at_first: int
@@ -182,6 +183,8 @@ def _evaluate_leaves(leaves: Leaves, constraints: Constraints, table: HeadTable,
             for column in range(columns):
                 second, third = leaving.second[cut2 + 1, column], leaving.third[cut2, cut3 + 1, column]
                 sums[column] = leaving.fixed[column] + second + third
+            if sums[columns - 1] > constraints.most_changed:
+                continue
             miou = mean_iou(sums, table.labelled)
             goal = 0
             for exit_ in range(4):
@@ -198,17 +201,23 @@ def _leaving(leaves: Leaves, table: HeadTable) -> Leaving:
     chain, (row1, row2, row3) = leaves.chain, leaves.rows
     last, first = table.scores[chain[3]], scores_of(chain[0], chain[3], table)
     second, third = scores_of(chain[1], chain[3], table), scores_of(chain[2], chain[3], table)
+    changed = table.changed
+    head1, head2 = place_of(chain[0], chain[3], table), place_of(chain[1], chain[3], table)
+    head3 = place_of(chain[2], chain[3], table)
     n, columns = last.shape
     cuts2, cuts3 = leaves.chosen.shape
-    second_sums = np.zeros((cuts2 + 1, columns))
-    third_sums = np.zeros((cuts2 + 1, cuts3 + 1, columns))
-    at_first, fixed = 0, table.totals[chain[3]].copy()
+    second_sums = np.zeros((cuts2 + 1, columns + 1))
+    third_sums = np.zeros((cuts2 + 1, cuts3 + 1, columns + 1))
+    at_first, fixed = 0, np.empty(columns + 1)
+    fixed[:columns] = table.totals[chain[3]]
+    fixed[columns] = changed[chain[3]].sum()
     at_second, at_third = np.zeros(cuts2 + 1, np.int64), np.zeros((cuts2 + 1, cuts3 + 1), np.int64)
     for image in range(n):
         if table.passed[chain[0], row1, image] > leaves.cut1:
             at_first += 1
             for column in range(columns):
                 fixed[column] += first[image, column] - last[image, column]
+            fixed[columns] += changed[head1, image] - changed[chain[3], image]
             continue
         passed2, passed3 = table.passed[chain[1], row2, image], table.passed[chain[2], row3, image]
         at_second[passed2] += 1
@@ -216,6 +225,8 @@ def _leaving(leaves: Leaves, table: HeadTable) -> Leaving:
         for column in range(columns):
             second_sums[passed2, column] += second[image, column] - last[image, column]
             third_sums[passed2, passed3, column] += third[image, column] - last[image, column]
+        second_sums[passed2, columns] += changed[head2, image] - changed[chain[3], image]
+        third_sums[passed2, passed3, columns] += changed[head3, image] - changed[chain[3], image]
     for cut2 in range(cuts2 - 1, -1, -1):
         at_second[cut2] += at_second[cut2 + 1]
         second_sums[cut2] += second_sums[cut2 + 1]

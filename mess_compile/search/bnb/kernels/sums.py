@@ -65,15 +65,15 @@ def additions(scores: Array, coefficients: Array, out: Array) -> None:
 
 @kernel
 def max_miou(last: int, spans: Array, table: HeadTable, coefficients: Array) -> float:
-    """What the `last` head adds for all images, and the remainder in the box that `spans` (2, 2 * classes) lie about
-    it."""
+    """What the `last` head adds for all images less its charges, and the remainder in the box that `spans` (2, 2 *
+    classes) lie about it."""
     low, high, linear = np.empty(coefficients.size), np.empty(coefficients.size), 0.0
     for column in range(coefficients.size):
         total = table.totals[last, column]
         linear += total * coefficients[column]
         high[column] = total + spans[0, column]
         low[column] = max(0.0, total - spans[1, column])
-    return float(linear + remainder(low, high, table.labelled, coefficients))
+    return float(linear - table.charge_totals[last] + remainder(low, high, table.labelled, coefficients))
 
 
 @kernel

@@ -17,6 +17,10 @@ class HeadTable(NamedTuple):
     `passed` (heads + 1, rows, n) counts the cuts that an image passes at a threshold row, `cut_counts` (heads + 1,
     rows) the cuts that there are, `text_ranks` (heads + 1, rows, cuts + 1) orders rows and cuts as text. The head after
     the last stands for no head.
+
+    `changed` (heads, n) are the shares of an image's pixels that a head labels otherwise than the network itself, in
+    integers. Where their sum is bounded, mIoU is charged for them: `charges` (heads, n) in pp, `charge_totals` (heads,)
+    their sums. What bounds then call mIoU is mIoU less its charges.
     """
 
     scores: Array
@@ -26,15 +30,19 @@ class HeadTable(NamedTuple):
     cut_counts: Array
     text_ranks: Array
     labelled: Array
+    changed: Array
+    charges: Array
+    charge_totals: Array
 
 
 class Constraints(NamedTuple):
     """What a plan must satisfy: `bounds` (q,) on sums of costs, `percentile` (percent, bound) of the first of these,
-    and the `floor` of mIoU. `objective` indexes the costs, -1 for mIoU."""
+    the `floor` of mIoU, and `most_changed` as a sum over images. `objective` indexes the costs, -1 for mIoU."""
 
     bounds: Array
     percentile: Array
     floor: float
+    most_changed: int
     objective: int
 
 
