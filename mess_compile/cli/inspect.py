@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--input", "input_hw", metavar="HxW", help="Input size: of a backbone (512x512), of a model with a dynamic one."
 )
-@click.option("--exits", type=click.IntRange(2), help="Exit points: of a backbone (6), of a model (5).")
+@click.option("--exits", type=click.IntRange(1), help="Exit points: of a backbone (6), of a model (5).")
 @click.option("--all", "whole_front", is_flag=True, help="All trade-offs, when THING is a plan.")
 @json_option
 @click.pass_obj

@@ -10,6 +10,7 @@ _UNCHANGED = "nothing was changed; the same command starts over"
 AFTER = {
     "demo": "finished steps are kept; the same command continues after them",
     "train": "finished epochs are kept; the same command continues after them",
+    "attach": "finished epochs are kept; the same command continues after them",
     "export": "the graphs are unchanged; the same command starts over",
     "evaluate": "recorded images are kept, in blocks of 32; the same command continues from there",
     "build": "finished engines are kept; the same command builds the others",
@@ -28,7 +29,7 @@ AFTER = {
     "inspect": _UNCHANGED,
     "completion": _UNCHANGED,
 }
-GRADUAL = frozenset({"train", "evaluate", "build", "profile"})
+GRADUAL = frozenset({"train", "attach", "evaluate", "build", "profile"})
 """Commands that keep finished work in the workspace."""
 NOTHING = "nothing was finished yet; the same command starts over"
 

@@ -98,7 +98,7 @@ def attach(
     workspace: Workspace,
     source: Any,
     recipe: Recipe,
-    options: AttachOptions,
+    options: AttachOptions = AttachOptions(),
     reporter: Reporter = SILENT,
 ) -> Attached:
     """Attach exits to `source` and teach them; writes the candidate network of the workspace.

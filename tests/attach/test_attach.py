@@ -22,6 +22,7 @@ from mess_compile.search.requirement import Requirement
 from mess_compile.training.recipe import Distillation, Recipe
 from mess_compile.workspace import Workspace
 from tests.attach import brought
+from tests.commands import done
 
 EXITS = steps.AttachOptions(preprocess="-1-1", exits=3, heads=("fcn-crm1-b0",))
 
@@ -81,6 +82,14 @@ def test_frozen_weights_stay_as_they_came(tmp_path: Path, model: Path, images: P
     assert steps.export(workspace).baselines == ("baseline",)
     labels = own_labels_of(workspace, frame)
     assert np.array_equal(labels, brought.own_labels(onnx.load(str(model)), frame))
+
+
+def test_the_command_prints_each_head_and_what_to_do_next(tmp_path: Path, model: Path, images: Path) -> None:
+    options = ("--images", images, "--preprocess=-1-1", "--exits", "3", "--heads", "fcn-crm1-b0", "--epochs", "0", "1")
+    shown = done("-C", tmp_path / "new", "attach", model, *options, "--batch", "4")
+    assert "mIoU against the network's own output, 3 images not taught on" in shown
+    assert "exit3.own" in shown
+    assert shown.endswith(f"hint: mess-compile -C {tmp_path / 'new'} export\n")
 
 
 def own_labels_of(workspace: Workspace, frame: np.ndarray) -> np.ndarray:

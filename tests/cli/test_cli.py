@@ -196,8 +196,8 @@ def test_run_says_what_the_confidence_is_that_it_prints(workspace: Path) -> None
 
 
 def test_every_command_is_covered_here() -> None:
-    """But for those that need a device: test_ship.py has these."""
-    assert set(main.commands) == {*KEYS, "demo", "completion", "ship"}
+    """But for those that need a device (test_ship.py has these) or a network of one's own (attach/test_attach.py)."""
+    assert set(main.commands) == {*KEYS, "demo", "completion", "ship", "attach"}
 
 
 def test_a_command_in_the_current_folder_proposes_commands_there(

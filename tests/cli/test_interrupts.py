@@ -16,6 +16,7 @@ from tests.commands import contents, run
 
 GIVEN = {
     "train": ("--data", "."),
+    "attach": ("model.onnx",),
     "run": ("host.mess", "a.png"),
     "bench": ("host.mess",),
     "verify": ("host.mess",),

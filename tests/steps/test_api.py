@@ -75,9 +75,9 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in steps.__all__ if name.islower()))
 def test_a_notebook_need_not_say_what_a_command_need_not(name: str) -> None:
-    """Only what a command asks for, too, has no default: data and what to train, a bundle, images, a plan, places."""
+    """Only what a command asks for, too, has no default: data, what to train, a bundle, images, a plan, places."""
     known = {"workspace", "data", "choice", "recipe", "bundle", "images", "things", "thing", "path", "deadline_ms"}
-    known |= {"split", "passes", "progress", "results", "sources", "places", "text"}
+    known |= {"split", "passes", "progress", "results", "source", "sources", "places", "text"}
     asked = {p.name for p in inspect.signature(getattr(steps, name)).parameters.values() if p.default is p.empty}
     assert asked <= known
     if name != "bench_deadline":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -219,7 +221,7 @@ def test_a_saving_within_the_estimates_error_is_not_sold() -> None:
 
 def test_a_bench_holds_every_promise_against_what_it_measured() -> None:
     baseline, measured = Column(60.0, 10.0, 1.0, (1.0,)), Column(57.09, 6.0, 0.4, (0.5, 0.5))
-    run = _MeasuredRun((1, 2), np.array([[[4.0, 8.0]], [[10.0, 10.0]]]), 57.09, 60.0)
+    run = _MeasuredRun((1, 2), np.array([[[4.0, 8.0]], [[10.0, 10.0]]]), 57.09, 60.0, 4.0, 0.0)
     asked = (
         manifest.Promise("err_pp", 2.0, False, 0.0),
         manifest.Promise("err_pp", 2.0, False, -1.0),  # counted from one point less than the baseline has
@@ -228,11 +230,13 @@ def test_a_bench_holds_every_promise_against_what_it_measured() -> None:
         manifest.Promise("worst_ms", 8.5, False, 0.0),
         manifest.Promise("energy_mj", 5.0, False, 0.0),
     )
-    found = _checked(asked, measured, baseline, run)
+    promising: Any = SimpleNamespace(promises=asked, truth="labels")
+    found = _checked(promising, measured, baseline, run, "labels")
     assert [each.held for each in found] == [False, True, False, True, True, None]
     assert found[0].sentence == "MISSED: at most 2 pp asked, 2.91 lost on these images"
     assert found[2].sentence == "MISSED: at most 5.00 ms mean latency asked, 6.00 measured"
     assert found[5] == CheckedPromise("energy_mj", 5.0, None, None)
+    assert _checked(promising, measured, baseline, run, "the network's own output")[0].held is None, "of another truth"
 
 
 def test_what_a_program_prints_is_short() -> None:
