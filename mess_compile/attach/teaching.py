@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.images import frames
 from mess_compile.training import losses
 from mess_compile.training.augment import Batches, Shard
-from mess_compile.training.backbone import SAVED, Judge, pretrain
+from mess_compile.training.backbone import SAVED, pretrain
 from mess_compile.training.heads import train_heads
 from mess_compile.training.loop import Run
 from mess_compile.training.parallel import Machines, launch, readers
-from mess_compile.training.progress import TrainingState, progress_of, read_progress, remove_progress, save_progress
+from mess_compile.training.progress import TrainingState, progress_of, read_progress, save_progress
 from mess_compile.training.recipe import Recipe
 from mess_compile.training.validate import validate
 
@@ -44,6 +45,10 @@ MOST_CHANGED = 0.02
 """The share of held-back pixels that the trained end may label otherwise than the network as it came."""
 MOST_LOST_PP = 0.3
 """The points of mIoU that it may lose where there are labels."""
+SHARES = (1.0, 0.5, 0.25)
+"""How far from the weights that came to the trained ones an epoch's weights may lie, tried in this order: weights
+between the two change the network's end less (Wortsman et al. 2022, Robust fine-tuning of zero-shot models).
+"""
 CHECKED_IMAGES = 2
 _SCORE = "score"
 _OTHER = "another attach is running there: wait until it has ended, or use another workspace (-C DIR)"
@@ -99,11 +104,11 @@ def teach(job: TeachingJob, reporter: Reporter) -> Taught:
 
 
 def _teach(job: TeachingJob, frozen: FrozenGraph, reporter: Reporter) -> Taught:
-    described = _described(job)
-    pixels = survey_labels(job.data).pixels
+    labels = survey_labels(job.data)
+    described = _described(job, labels.sha256)
     progress = read_progress(job.folder, described)
     fabric = launch(job.machines)
-    run = _run(job, fabric, frozen, pixels, described, reporter)
+    run = _run(job, fabric, frozen, labels.pixels, described, reporter)
     torch.manual_seed(job.recipe.seed)
     before = None if job.frozen else _trainable(job, reporter)
     start = AttachedNetwork(job.candidate, frozen if before is None else before)
@@ -121,7 +126,7 @@ def _teach(job: TeachingJob, frozen: FrozenGraph, reporter: Reporter) -> Taught:
     network.eval().to("cpu")
     miou = validate(network, job.validation, [head.name for head in network.candidate.heads], fabric)
     weights = {} if before is None else _changed_weights(before, network.backbone)
-    return Taught(network, miou, weights, _changed(network, frozen, job) if weights else 0.0)
+    return Taught(network, miou, weights, _changed(network, _own_labels(frozen, job), job) if weights else 0.0)
 
 
 def _trainable(job: TeachingJob, reporter: Reporter) -> OnnxModule | None:
@@ -149,7 +154,7 @@ def _first_stage(job: TeachingJob, run: Run, frozen: FrozenGraph, progress: Trai
     exits = range(1, len(job.candidate.exit_points))
     candidate = with_early_heads(job.candidate, [(number, config) for number in exits])
     network = AttachedNetwork(candidate, open_trainable(job.graph, job.candidate))
-    best = pretrain(network, run, progress, _judge(job, frozen, run))
+    best = pretrain(network, run, progress, _ExitJudge(job, frozen, run))
     if best:
         load_weights(network, {key: value for key, value in best.items() if key != _SCORE}, "the best epoch")
         return network
@@ -176,11 +181,6 @@ def _changed_weights(before: OnnxModule, after: nn.Module) -> dict[str, NDArray[
     return {name: values for name, values in after.weights().items() if not np.array_equal(values, known[name])}
 
 
-def finish(job: TeachingJob) -> None:
-    """Remove the saved progress, once the candidate network is written."""
-    remove_progress(job.folder)
-
-
 def _run(
     job: TeachingJob, fabric: Fabric, frozen: FrozenGraph, pixels: Any, described: dict[str, Any], reporter: Reporter
 ) -> Run:
@@ -202,7 +202,7 @@ def _run(
     )
 
 
-def _described(job: TeachingJob) -> dict[str, Any]:
+def _described(job: TeachingJob, labels_sha256: str) -> dict[str, Any]:
     """What identifies the teaching, for a later call to continue it."""
     return {
         "source": job.source,
@@ -210,7 +210,7 @@ def _described(job: TeachingJob) -> dict[str, Any]:
         "heads": [f"exit{number}.{config.name}" for number, config in job.heads],
         "recipe": asdict(job.recipe),
         "images": len(job.data.items),
-        "labels_sha256": survey_labels(job.data).sha256,
+        "labels_sha256": labels_sha256,
     }
 
 
@@ -222,38 +222,91 @@ def _labels_by(module: nn.Module, frame: NDArray[np.uint8], hw: tuple[int, int])
     return found
 
 
-def _changed(network: AttachedNetwork, frozen: FrozenGraph, job: TeachingJob) -> float:
-    """The share of the validation pixels that the network's end labels otherwise than the network as it came."""
-    shares, hw = [], job.candidate.input_hw
-    for sample in samples(job.validation):
-        frame = frames.resize(sample.frame, hw)
-        shares.append(float(np.mean(_labels_by(network.backbone, frame, hw) != _labels_by(frozen, frame, hw))))
-    return float(np.mean(shares))
+def _own_labels(frozen: FrozenGraph, job: TeachingJob) -> tuple[NDArray[np.int64], ...]:
+    """Labels (H, W) of every validation image, at the network's input size, by the network as it came."""
+    hw = job.candidate.input_hw
+    return tuple(_labels_by(frozen, frames.resize(sample.frame, hw), hw) for sample in samples(job.validation))
 
 
-def _judge(job: TeachingJob, frozen: FrozenGraph, run: Run) -> Judge:
-    """Keep the epoch with the best early exits among those that leave the network's own end as it was."""
-    own: list[float] = []
+def _changed(network: AttachedNetwork, own: Sequence[NDArray[np.int64]], job: TeachingJob) -> float:
+    """The share of the validation pixels that the network's end labels otherwise than `own`, an array an image."""
+    hw = job.candidate.input_hw
+    made = (_labels_by(network.backbone, frames.resize(sample.frame, hw), hw) for sample in samples(job.validation))
+    return float(np.mean([np.mean(labels != expected) for labels, expected in zip(made, own, strict=True)]))
 
-    def judge(
-        network: SegmentationNetwork, epoch: int, best: dict[str, torch.Tensor]
+
+@contextmanager
+def _mixed(module: nn.Module, came: Mapping[str, torch.Tensor], share: float) -> Iterator[None]:
+    """The module with its weights at `share` of the way from those that came to its own."""
+    if share == 1:
+        yield
+        return
+    trained = {key: value.detach().clone() for key, value in module.state_dict().items()}
+    floating = {key: value for key, value in trained.items() if value.is_floating_point()}
+    mixed = {key: torch.lerp(came[key].to(value), value, share) for key, value in floating.items()}
+    module.load_state_dict({**trained, **mixed})
+    try:
+        yield
+    finally:
+        module.load_state_dict(trained)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """An epoch's weights at one share: mIoU of every exit in percent, changed pixels, and whether both are allowed."""
+
+    share: float
+    miou: tuple[float, ...]
+    changed: float
+    fits: bool
+
+    @property
+    def score(self) -> float:
+        return float(np.mean(self.miou[:-1] or self.miou))
+
+    def __str__(self) -> str:
+        values = " ".join(f"{value:.1f}" for value in self.miou)
+        where = "" if self.share == 1 else f" at {self.share:.0%} of the way"
+        return f"mIoU{where} {values}, the end changed {self.changed:.1%} of the pixels"
+
+
+class _ExitJudge:
+    """Keeps the weights with the best early exits among those that leave the network's own end as it was."""
+
+    def __init__(self, job: TeachingJob, frozen: FrozenGraph, run: Run) -> None:
+        self._job, self._frozen, self._run = job, frozen, run
+        self._came: dict[str, torch.Tensor] | None = None
+
+    def __call__(
+        self, network: SegmentationNetwork, epoch: int, best: dict[str, torch.Tensor]
     ) -> tuple[str, dict[str, torch.Tensor]]:
         assert isinstance(network, AttachedNetwork)
-        names = [head.name for head in network.candidate.heads]
-        if not own:
-            came = AttachedNetwork(job.candidate, frozen)
-            own.extend(validate(came, job.validation, names[-1:], run.fabric).values())
-        *early, end = validate(network, job.validation, names, run.fabric).values()
-        changed = _changed(network, frozen, job)
-        fits = own[0] - end <= MOST_LOST_PP if job.labelled else changed <= MOST_CHANGED
-        score = float(np.mean(early)) if early else end
-        values = " ".join(f"{value:.1f}" for value in (*early, end))
-        sentence = f"mIoU on {job.validation.split}: {values}; the end changed {changed:.1%} of the pixels"
-        if not fits:
-            return f"{sentence}, too many", best
-        if best and score <= float(best[_SCORE]):
-            return sentence, best
-        state = {key: value.detach().clone() for key, value in network.state_dict().items() if "num_batches" not in key}
-        return f"{sentence}: best epoch so far", {**state, _SCORE: torch.tensor(score)}
+        if self._came is None:
+            self._measure_own_end()
+        assert self._came is not None
+        said = []
+        for share in SHARES:
+            with _mixed(network.backbone, self._came, share):
+                verdict = self._verdict(network, share)
+                said.append(str(verdict))
+                if verdict.fits and not (best and verdict.score <= float(best[_SCORE])):
+                    kept = {k: v.detach().clone() for k, v in network.state_dict().items() if "num_batches" not in k}
+                    return f"{'; '.join(said)}: best epoch so far", {**kept, _SCORE: torch.tensor(verdict.score)}
+            if verdict.fits:
+                break
+        return "; ".join(said) + ("" if verdict.fits else ", too many"), best
 
-    return judge
+    def _measure_own_end(self) -> None:
+        job, end = self._job, [self._job.candidate.baseline]
+        self._came = open_trainable(job.graph, job.candidate).state_dict()
+        self._own = _own_labels(self._frozen, job)
+        (self._own_miou,) = validate(
+            AttachedNetwork(job.candidate, self._frozen), job.validation, end, self._run.fabric
+        ).values()
+
+    def _verdict(self, network: AttachedNetwork, share: float) -> _Verdict:
+        job, names = self._job, [head.name for head in network.candidate.heads]
+        miou = tuple(validate(network, job.validation, names, self._run.fabric).values())
+        changed = _changed(network, self._own, job)
+        fits = self._own_miou - miou[-1] <= MOST_LOST_PP if job.labelled else changed <= MOST_CHANGED
+        return _Verdict(share, miou, changed, fits)

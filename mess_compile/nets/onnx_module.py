@@ -87,7 +87,8 @@ class OnnxModule(nn.Module):
                 self.register_buffer(place, stored, persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.tensors(image)[name] for name in self.outputs)
+        made = self.tensors(image)
+        return tuple(made[name] for name in self.outputs)
 
     def tensors(self, image: Tensor) -> dict[str, Tensor]:
         """The outputs by name; other tensors are let go when nobody needs them any more."""

@@ -88,8 +88,9 @@ def report_progress(run: Run, stage: int, step: int, steps: int) -> None:
 
 def pieces_with_targets(run: Run, pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, losses.Targets]]:
     """Every piece of a batch with its targets, on the device; losses are means over the batch of all processes."""
-    if run.recipe.loss_resolution == "cells":
-        pieces = [(frames, losses.at_cells(labels, run.stride)) for frames, labels in pieces]
+    stride = {"labels": 1, "half": 2, "cells": run.stride}[run.recipe.loss_resolution]
+    if stride > 1:
+        pieces = [(frames, losses.at_cells(labels, stride)) for frames, labels in pieces]
     count = sum(losses.labelled_pixels(labels) for _, labels in pieces)
     mean = summed(run.fabric, count) / run.fabric.world_size
     for frames, labels in pieces:
