@@ -42,6 +42,11 @@ class OpenedNetwork:
     end: OwnEnd
     frontiers: Frontiers
 
+    def fitted(self, rule: InputRule) -> InputRule:
+        """Another rule for this network's input: in its layout, and grey where it has one channel."""
+        channels = "GREY" if self.rule.channels == "GREY" else rule.channels
+        return replace(rule, tensor=self.rule.tensor, layout=self.rule.layout, channels=channels)
+
 
 def open_network(
     source: Path, rule: InputRule, folder: Path, output: str | None = None, input_hw: tuple[int, int] | None = None

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from mess_compile.attach.opened import OpenedNetwork
-from mess_compile.data.dataset import DataSet, Sample, samples
-from mess_compile.evaluate.statistics import miou
+from mess_compile.data.dataset import DataSet, samples
+from mess_compile.evaluate.statistics import label_counts, miou
 from mess_compile.graph.exits_toml import PREPROCESSING
 from mess_compile.graph.normalise import prune
 from mess_compile.graph.store import write_model
@@ -27,7 +27,7 @@ _IMAGES = 16
 
 
 def prepared_miou(opened: OpenedNetwork, folder: Path, data: DataSet) -> Mapping[str, float]:
-    """The network's mIoU in percent, at the size of its logits, on some images by the name of the preparation.
+    """The network's mIoU in percent, on some images by the name of the preparation.
 
     `folder` has the network's weights.
     """
@@ -41,25 +41,21 @@ def prepared_miou(opened: OpenedNetwork, folder: Path, data: DataSet) -> Mapping
     try:
         with closing(open_library("onnxruntime")) as library, closing(library.load(path)) as engine:
             for name, rule in PREPROCESSING.items():
-                fitted = replace(rule, layout=opened.rule.layout)
+                fitted = opened.fitted(rule)
                 confusion = np.zeros((3, opened.end.classes), np.int64)
                 for image in images:
                     values = fitted.of_frame(frames.resize(image.frame, hw))
                     outputs = engine.run({opened.image.name: library.upload(values)})
-                    confusion += _counts(np.asarray(library.download(outputs[logits.name]))[0], image, opened)
+                    guess = _labels(np.asarray(library.download(outputs[logits.name]))[0], opened)
+                    confusion += label_counts(guess, image.labels, opened.end.classes)
                 found[name] = miou(*confusion)
     finally:
         path.unlink(missing_ok=True)
     return found
 
 
-def _counts(scores: NDArray[np.float32], image: Sample, opened: OpenedNetwork) -> NDArray[np.int64]:
-    """Intersection, predicted and labelled cells of each class, (3, K)."""
-    classes = opened.end.classes
+def _labels(scores: NDArray[np.float32], opened: OpenedNetwork) -> NDArray[np.uint8]:
+    """Labels (h, w) of the scores of an image, in the layout of the network's end."""
     planes = scores if opened.end.layout == "NCHW" else scores.transpose(2, 0, 1)
-    guess = planes.argmax(axis=0) if len(planes) > 1 else (planes[0] > 0).astype(np.int64)
-    truth = frames.resize_labels(image.labels, opened.end.hw)
-    known = truth < classes
-    guess, truth = guess[known], truth[known].astype(np.int64)
-    counted = (truth[truth == guess], guess, truth)
-    return np.stack([np.bincount(values, minlength=classes) for values in counted])
+    found: NDArray[np.uint8] = (planes.argmax(axis=0) if len(planes) > 1 else planes[0] > 0).astype(np.uint8)
+    return found

@@ -18,6 +18,7 @@ from mess_compile.network import BASELINE, BASELINE_ALONE, Gate, GraphSet
 from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.bundle.manifest import LABELS, TRUTHS
+from mess_compile.runtime.serve.scoring import score_predictions
 
 WHOLE = 10**9
 """Shares of pixels are counted in whole billionths, so that their sums are exact in any order."""
@@ -137,6 +138,12 @@ def miou(intersection: Ints, predicted: Ints, labelled: Ints) -> float:
     for k in present:
         total += float(intersection[k]) / float(predicted[k] + labelled[k] - intersection[k])
     return 100.0 * (total / present.size)
+
+
+def label_counts(found: NDArray[np.uint8], labels: NDArray[np.uint8], classes: int) -> Ints:
+    """Intersection, predicted and labelled pixels of each class, (3, K), of labels found at any size."""
+    score = score_predictions([(None, found)], labels, labels < classes, classes)
+    return np.stack([score.intersection[0], score.predicted[0], score.labelled])
 
 
 def changed_share(wrong: Any, labelled: Any) -> Any:

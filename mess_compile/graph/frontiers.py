@@ -8,6 +8,7 @@ from math import prod
 
 import onnx
 
+from mess_compile.graph.normalise import nodes_to
 from mess_compile.graph.workload import activations
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.engines.engine import TensorSpec
@@ -75,7 +76,7 @@ def find_frontiers(model: onnx.ModelProto, image: str, hw: tuple[int, int], end:
     Nodes that `end` does not need are not counted. Raises InputError when no tensor on the way is a map to attach to.
     """
     shapes = activations(model)
-    nodes = _nodes_to(model, end)
+    nodes = nodes_to(model, [end])
     last_use = {name: step for step, node in enumerate(nodes, start=1) for name in node.input if name in shapes}
     work = {node.output[0]: node_macs(node, shapes, model) for node in nodes}
     behind = _work_behind(nodes, work)
@@ -157,7 +158,7 @@ def map_form(spec: TensorSpec, hw: tuple[int, int]) -> MapForm | None:
         forms = [MapForm("tokens", spec.shape[2], size) for size in _sizes(hw) if prod(size) == spec.shape[1]]
     else:
         forms = []
-    return next((form for form in forms if _covers(form, hw)), None)
+    return next((form for form in forms if min(form.hw) > 1 and _covers(form, hw)), None)
 
 
 def _sizes(hw: tuple[int, int]) -> Iterable[tuple[int, int]]:
@@ -169,12 +170,14 @@ def _sizes(hw: tuple[int, int]) -> Iterable[tuple[int, int]]:
 
 def _covers(form: MapForm, hw: tuple[int, int]) -> bool:
     """Whether it is a map of the whole image, not coarser than a head can use."""
-    (height, width), (full_height, full_width) = form.hw, hw
-    if min(form.hw) < 2 or height > full_height or width > full_width:
+    return covers_image(form.hw, hw) and min(hw[0] / form.hw[0], hw[1] / form.hw[1]) < COARSEST_STRIDE + 2
+
+
+def covers_image(hw: tuple[int, int], full: tuple[int, int]) -> bool:
+    """Whether a map of height and width `hw` shows a whole image of size `full`: not larger, of its proportions."""
+    if min(hw) < 1 or hw[0] > full[0] or hw[1] > full[1]:
         return False
-    rows, columns = full_height / height, full_width / width
-    near = 1 / _ASPECT <= rows / columns <= _ASPECT
-    return near and min(rows, columns) < COARSEST_STRIDE + 2
+    return 1 / _ASPECT <= hw[0] * full[1] / (hw[1] * full[0]) <= _ASPECT
 
 
 def _frontier(
@@ -191,16 +194,6 @@ def _frontier(
     name = max(forms, key=lambda each: (behind[each], order[each]))
     carried = tuple(spec for other, spec in alive.items() if other != name)
     return Frontier(alive[name], forms[name], carried, done, position)
-
-
-def _nodes_to(model: onnx.ModelProto, end: str) -> list[onnx.NodeProto]:
-    """The nodes that `end` needs, in running order."""
-    wanted, nodes = {end}, []
-    for node in reversed(model.graph.node):
-        if wanted.intersection(node.output):
-            nodes.append(node)
-            wanted.update(node.input)
-    return nodes[::-1]
 
 
 def _work_behind(nodes: Sequence[onnx.NodeProto], work: dict[str, int]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,14 +98,21 @@ def name_outputs(model: onnx.ModelProto, exits: ExitsFile) -> None:
     prune(model, [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(named.values()) if name in made])
 
 
+def nodes_to(model: onnx.ModelProto, outputs: Iterable[str]) -> list[onnx.NodeProto]:
+    """The nodes that the tensors `outputs` need, in running order."""
+    wanted, nodes = set(outputs), []
+    for node in reversed(model.graph.node):
+        if wanted.intersection(node.output):
+            nodes.append(node)
+            wanted.update(name for name in node.input if name)
+    return nodes[::-1]
+
+
 def prune(model: onnx.ModelProto, outputs: Sequence[onnx.ValueInfoProto]) -> None:
     """Let the model end in `outputs`, and drop nodes, weights and inputs that none of them needs."""
-    graph, wanted, remaining = model.graph, {value.name for value in outputs}, []
-    for node in reversed(graph.node):
-        if wanted.intersection(node.output):
-            remaining.append(node)
-            wanted.update(name for name in node.input if name)
-    keep(graph.node, remaining[::-1])
+    graph, needed = model.graph, nodes_to(model, [value.name for value in outputs])
+    wanted = {value.name for value in outputs} | {name for node in needed for name in node.input if name}
+    keep(graph.node, needed)
     keep(graph.output, outputs)
     for field in (graph.initializer, graph.input):  # in place: weights may fill half the memory
         for index in reversed(range(len(field))):

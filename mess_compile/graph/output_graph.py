@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
+from mess_compile.graph.frontiers import covers_image
 from mess_compile.graph.node_builder import add, constant, empty_model
 from mess_compile.runtime.base.errors import InputError
 
@@ -59,7 +60,7 @@ def append_labels(
     """
     name, size = output, hw
     if dtype == "float32" and len(shape) == 4:
-        if not _covers(shape[2:], hw) and _covers(shape[1:3], hw):
+        if not covers_image(shape[2:], hw) and covers_image(shape[1:3], hw):
             name = add(graph, "Transpose", [name], f"{labels}/planes", perm=[0, 3, 1, 2])
             shape = (1, shape[3], *shape[1:3])
         name = _index_of_scores(graph, name, shape, hw, labels, threshold)
@@ -75,14 +76,6 @@ def append_labels(
         first = constant(graph, f"{labels}/first", [1], "int64")
         name = add(graph, "Squeeze", [name, first], f"{labels}/value")
     add(graph, "Cast", [name], labels, to=TensorProto.UINT8)
-
-
-def _covers(size: tuple[int, ...], hw: tuple[int, int]) -> bool:
-    """Whether a map of this size could be of an image of size `hw`: of its proportions, and no larger."""
-    return (
-        all(1 < side <= full for side, full in zip(size, hw, strict=True))
-        and 0.8 <= size[0] * hw[1] / (size[1] * hw[0]) <= 1.25
-    )
 
 
 def _index_of_scores(

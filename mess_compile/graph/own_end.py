@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx
 
+from mess_compile.graph.frontiers import covers_image
 from mess_compile.graph.workload import activations
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.engines.engine import TensorSpec
@@ -110,8 +111,6 @@ def _map_of(spec: TensorSpec, hw: tuple[int, int]) -> str | None:
         return None
     for layout in ("NCHW", "NHWC"):
         size = spec.shape[layout.index("H")], spec.shape[layout.index("W")]
-        ratio = hw[0] / size[0] / (hw[1] / size[1])
-        covers = all(side <= full for side, full in zip(size, hw, strict=True)) and 0.8 <= ratio <= 1.25
-        if covers and (layout == "NCHW" or spec.shape[3] <= MOST_CLASSES):
+        if covers_image(size, hw) and (layout == "NCHW" or spec.shape[3] <= MOST_CLASSES):
             return layout
     return None

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.nn import functional
 
+from mess_compile.graph.normalise import nodes_to
 from mess_compile.graph.store import read_whole_model
 from mess_compile.runtime.base.errors import InputError
 
@@ -45,7 +46,7 @@ class OnnxModule(nn.Module):
     def __init__(self, model: onnx.ModelProto, outputs: Sequence[str]) -> None:
         super().__init__()
         self.outputs = tuple(outputs)
-        self._nodes = _nodes_to(model, outputs)
+        self._nodes = nodes_to(model, outputs)
         unknown = [node for node in self._nodes if node.op_type not in _OPERATORS]
         if unknown:
             raise InputError(
@@ -121,15 +122,6 @@ class OnnxModule(nn.Module):
 def open_module(path: Path, outputs: Sequence[str]) -> OnnxModule:
     """The module of an ONNX file whose weights are in the store beside it."""
     return OnnxModule(read_whole_model(path), outputs)
-
-
-def _nodes_to(model: onnx.ModelProto, outputs: Sequence[str]) -> list[onnx.NodeProto]:
-    wanted, nodes = set(outputs), []
-    for node in reversed(model.graph.node):
-        if wanted.intersection(node.output):
-            nodes.append(node)
-            wanted.update(node.input)
-    return nodes[::-1]
 
 
 def _biases(nodes: Sequence[onnx.NodeProto]) -> set[str]:

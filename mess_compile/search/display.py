@@ -55,7 +55,7 @@ def baseline_label(name: str) -> str:
 
 def network_label(name: str) -> str:
     """A single-exit network in words."""
-    return {BASELINE: "full network", BASELINE_ALONE: "separately trained network"}.get(name, name)
+    return {BASELINE: "full network", BASELINE_ALONE: "separate single-exit network"}.get(name, name)
 
 
 def speed(ratio: float) -> str:

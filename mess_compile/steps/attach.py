@@ -21,7 +21,7 @@ from mess_compile.attach.whole_form import ClassNames, WholeForm, early_frontier
 from mess_compile.data.class_list import default_colour, read_class_list
 from mess_compile.data.dataset import DataSet, open_dataset, read_frame, samples
 from mess_compile.data_folder import Data, DataFolder
-from mess_compile.evaluate.statistics import miou
+from mess_compile.evaluate.statistics import label_counts, miou
 from mess_compile.graph.cut import NETWORK
 from mess_compile.graph.exits_toml import PREPROCESSING, InputRule, read_input_rule
 from mess_compile.graph.frontiers import frontiers_at
@@ -146,11 +146,7 @@ def _own_end_miou(network: Path, candidate: CandidateNetwork, data: DataSet) -> 
     classes, confusion = len(candidate.classes), np.zeros((3, len(candidate.classes)), np.int64)
     with _labels_by(network, candidate) as labels_of:
         for sample in samples(data):
-            hw = sample.labels.shape[0], sample.labels.shape[1]
-            guess, known = frames.resize_labels(labels_of(sample.frame), hw), sample.labels < classes
-            guess, truth = guess[known], sample.labels[known]
-            counted = (truth[truth == guess], guess, truth)
-            confusion += np.stack([np.bincount(values, minlength=classes) for values in counted])
+            confusion += label_counts(labels_of(sample.frame), sample.labels, classes)
     return miou(*confusion)
 
 
@@ -243,7 +239,7 @@ def _well_prepared(
     values = ", ".join(f"{name} {value:.1f} %" for name, value in found.items())
     if asked is None:
         reporter.note(f"--preprocess {best} gives the best mIoU on some labelled images ({values}): taken")
-        return replace(opened, rule=replace(PREPROCESSING[best], layout=opened.rule.layout))
+        return replace(opened, rule=opened.fitted(PREPROCESSING[best]))
     if found[best] > found.get(asked, -1.0) + CLEARLY_PP and asked in found:
         reporter.warn(f"--preprocess {asked} is likely wrong: mIoU on some labelled images is {values}; try {best}")
     return opened

@@ -92,6 +92,15 @@ def _free(shape: tuple[int, ...]) -> tuple[int | str, ...]:
     return tuple(f"d{axis}" for axis in range(len(shape)))
 
 
+def grey(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with one input channel in place of three: the first of its stem's."""
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1
+    for tensor in model.graph.initializer:
+        if tensor.name == "stem.weight":
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[:, :1].copy(), tensor.name))
+    return model
+
+
 def saved(model: onnx.ModelProto, folder: Path) -> Path:
     path = folder / "model.onnx"
     onnx.save(model, str(path))

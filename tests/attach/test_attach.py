@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,18 +101,32 @@ def own_labels_of(workspace: Workspace, frame: np.ndarray) -> np.ndarray:
     return np.asarray(session.run(["labels"], {"image": frame[None]})[0][0])
 
 
-def test_with_labels_the_better_preparation_is_found(tmp_path: Path, images: Path) -> None:
-    """Labels made with one preparation of the input tell it from the others."""
-    model = brought.unet("corners", seed=8)
-    data = tmp_path / "data"
+def labelled_by(labels_of: Callable[[np.ndarray], np.ndarray], images: Path, data: Path) -> Path:
+    """A data set of 12 training and 3 validation images with labels by a function of the frame."""
     for split, start in (("train", 0), ("val", 12)):
         for kind in ("images", "labels"):
             (data / split / kind).mkdir(parents=True)
         for path in sorted(images.iterdir())[start : start + 12]:
             frame = np.asarray(Image.open(path))
             (data / split / "images" / path.name).write_bytes(path.read_bytes())
-            Image.fromarray(brought.own_labels(model, frame).astype(np.uint8)).save(data / split / "labels" / path.name)
+            Image.fromarray(labels_of(frame).astype(np.uint8)).save(data / split / "labels" / path.name)
     (data / "classes.txt").write_text("sky\nroad\ncar\n")
+    return data
+
+
+def test_a_grey_network_is_taught_by_labels(tmp_path: Path, images: Path) -> None:
+    data = labelled_by(lambda frame: (frame[..., 0] > 128).astype(int), images, tmp_path / "data")
+    source = brought.saved(brought.grey(brought.unet("corners")), tmp_path)
+    options = steps.AttachOptions(**vars(EXITS) | {"data": data, "preprocess": None})
+    found = steps.attach(Workspace(tmp_path / "w"), source, recipe(0, 1), options)
+    assert len(found.candidate.exit_points) == 3
+    assert steps.export(Workspace(tmp_path / "w")).baselines == ("baseline",)
+
+
+def test_with_labels_the_better_preparation_is_found(tmp_path: Path, images: Path) -> None:
+    """Labels made with one preparation of the input tell it from the others."""
+    model = brought.unet("corners", seed=8)
+    data = labelled_by(lambda frame: brought.own_labels(model, frame), images, tmp_path / "data")
     notes: list[str] = []
     options = steps.AttachOptions(**vars(EXITS) | {"data": data, "preprocess": None})
     source, reporter = brought.saved(model, tmp_path), steps.Reporter(note=notes.append)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from mess_compile.nets import onnx_module
 from mess_compile.nets.onnx_module import OnnxModule
 from mess_compile.runtime.base.errors import InputError
 
@@ -112,6 +113,20 @@ def test_an_operator_that_cannot_be_trained_is_named() -> None:
     made.graph.node[-1].op_type = "Det"
     with pytest.raises(InputError, match=r"node 'the-node' \(Det\) cannot be trained.*--epochs 0 N"):
         OnnxModule(made, ["y"])
+
+
+def test_each_node_runs_once_however_many_outputs_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+
+    def counted(inputs: list[Any], attributes: dict[str, Any]) -> Any:
+        runs.append("Relu")
+        return inputs[0].relu()
+
+    made = model("Relu", [], {})
+    made.graph.node.append(helper.make_node("Relu", ["y"], ["z"]))
+    monkeypatch.setitem(onnx_module._OPERATORS, "Relu", counted)
+    y, z = OnnxModule(made, ["y", "z"])(torch.zeros((1, *HW, 3), dtype=torch.uint8))
+    assert (len(runs), y.shape) == (2, z.shape)
 
 
 def test_a_weight_of_two_nodes_is_one_parameter() -> None:

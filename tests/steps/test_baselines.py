@@ -125,7 +125,7 @@ class TestStronger:
     def test_a_stated_miou_is_what_the_error_counts_from_and_its_own_stays(self, workspace: Path) -> None:
         own = printed_json("-C", workspace, "search", "--max-err", "100%")["plan"]["baseline"]["miou"]
         shown = done("-C", workspace, "search", "--max-err", "1%", "--baseline", "1.5%")
-        assert "baseline (separately trained network)  " in shown
+        assert "baseline (separate single-exit network)  " in shown
         assert " pp vs. --baseline 1.50 %" in shown
         plan = printed_json("-C", workspace, "inspect", "plan")["plan"]
         assert (plan["baseline"]["miou"], plan["reference_miou"]) == (own, 1.5)
@@ -144,15 +144,15 @@ class TestStronger:
 
     def test_the_reader_is_told_which_one_it_is(self, strong: Path) -> None:
         shown = done("-C", strong, "bench", strong / "host.mess", "--split", "test", "--passes", "1", "-v")
-        assert "\nbaseline (separately trained network)  " in shown
-        assert "the separately trained network is the more accurate baseline here: the full network has " in shown
-        assert shown.startswith("host.mess against the separately trained network on ")
-        assert "separately trained network" in done("-C", strong, "inspect", strong / "host.mess")
+        assert "\nbaseline (separate single-exit network)  " in shown
+        assert "the separate single-exit network is the more accurate baseline here: the full network has " in shown
+        assert shown.startswith("host.mess against the separate single-exit network on ")
+        assert "separate single-exit network" in done("-C", strong, "inspect", strong / "host.mess")
         assert printed_json("inspect", strong / "host.mess")["plans"][0]["baseline_name"] == "baseline-alone"
 
     def test_inspect_shows_it(self, strong: Path) -> None:
         identity = load_candidate(strong / "baseline").candidate.identity
-        assert "separately trained network: 100.00 % mIoU" in done("-C", strong, "inspect", "statistics")
+        assert "separate single-exit network: 100.00 % mIoU" in done("-C", strong, "inspect", "statistics")
         scored = printed_json("-C", strong, "inspect", "statistics")["baseline_alone"]
         assert (scored["identity"], scored["miou"] > 98) == (identity, True)
         graphs = printed_json("-C", strong, "inspect", "graphs")
@@ -182,10 +182,8 @@ class TestAnother:
         shutil.rmtree(workspace / "baseline")
         save_random(workspace / "baseline", seed=2, exits=1)
         shown = done("-C", workspace, "export")
-        assert (
-            "two baselines, full network and separately trained network: plans are compared with the more accurate one"
-            in shown
-        )
+        both = "two baselines, full network and separate single-exit network"
+        assert f"{both}: plans are compared with the more accurate one" in shown
         assert "made from other graphs than these (baseline-alone)" in refused(workspace, "search")
         assert "another baseline" in refused(workspace, "bundle")
         steps.profile(Workspace(workspace), "host", steps.ProfileOptions(effort=EFFORT))
