@@ -48,8 +48,8 @@ def own_frontier(opened: OpenedNetwork, after: Sequence[Frontier] = ()) -> Front
 
 
 def early_frontiers(opened: OpenedNetwork, exits: int) -> tuple[Frontier, ...]:
-    """Where `exits` exits are placed, without the last, which is the network's own end. Raises InputError."""
-    return choose_frontiers(opened.frontiers, exits - 1)
+    """Where up to `exits` exits are placed, without the last, which is the network's own end. Raises InputError."""
+    return choose_frontiers(opened.frontiers, exits - 1, own_frontier(opened))
 
 
 @dataclass(frozen=True)

@@ -97,24 +97,29 @@ def find_frontiers(model: onnx.ModelProto, image: str, hw: tuple[int, int], end:
     return Frontiers(tuple(found), done)
 
 
-def choose_frontiers(frontiers: Frontiers, count: int) -> tuple[Frontier, ...]:
-    """`count` frontiers before the network's own end, near equal steps of the workload, as the paper places exits.
+def choose_frontiers(frontiers: Frontiers, count: int, before: Frontier) -> tuple[Frontier, ...]:
+    """Up to `count` frontiers ahead of `before`, near equal steps of the workload, as the paper places exits.
 
     Of those within NEAR of a step the one with fewest bytes wins, then the nearest, then the last in running order.
-    Raises InputError when the network has fewer.
+    A step gets none if there is none within the length of a step of it. Raises InputError when no step has one.
     """
     chosen: list[Frontier] = []
-    feeding = [each for each in frontiers.found if each.feeds_heads]
+    feeding = [each for each in frontiers.found if each.feeds_heads and _follows(before, each)]
     for number in range(1, count + 1):
         step = frontiers.macs * number / (count + 1)
         later = [each for each in feeding if not chosen or _follows(each, chosen[-1])]
-        if not later:
-            places = len({each.map.name for each in feeding})
-            raise InputError(f"--exits {count + 1}: this network has places for {places} before its end; ask for fewer")
-        near = [each for each in later if abs(each.macs - step) <= NEAR * frontiers.macs]
-        least = min(abs(each.macs - step) for each in later)
-        near = near or [each for each in later if abs(each.macs - step) == least]
+        distances = [abs(each.macs - step) for each in later]
+        far = min(distances, default=float("inf"))
+        if far > frontiers.macs / (count + 1):
+            continue
+        within = max(far, NEAR * frontiers.macs)
+        near = [each for each, distance in zip(later, distances, strict=True) if distance <= within]
         chosen.append(min(near, key=lambda each: (each.bytes, abs(each.macs - step), -each.position)))
+    if not chosen:
+        raise InputError(
+            f"--exits {count + 1}: no map lies near {'a step' if count > 1 else 'the step'} of 1/{count + 1} of the "
+            "work: name tensors with --exits-at; `mess-compile inspect MODEL.onnx` lists the places"
+        )
     return tuple(chosen)
 
 

@@ -188,6 +188,11 @@ def _prepared(workspace: Workspace, source: Path, options: AttachOptions, report
         opened = _well_prepared(opened, options.preprocess, folder, data[1], reporter)
     frontiers = opened.frontiers
     early = frontiers_at(frontiers, options.exits_at) if options.exits_at else early_frontiers(opened, options.exits)
+    if not options.exits_at and len(early) + 1 < options.exits:
+        reporter.warn(
+            f"{len(early) + 1} exits instead of {options.exits}: no map lies near the other steps of the work; "
+            "`mess-compile inspect MODEL.onnx` lists the places, --exits-at chooses others"
+        )
     form = whole_form(opened, early, classes)
     images = list(paths) if data is None else [item.image for item in data[0].items]
     check_whole_form(opened, form, folder, _some_frames(images, opened.hw))

@@ -80,6 +80,23 @@ def test_a_fine_map_is_pooled_for_its_heads_and_passed_on_as_it_is(tmp_path: Pat
     assert [tensor.shape for tensor in first.carried] == [(1, 16, 16, 24)]
 
 
+def test_exits_leave_a_place_for_the_end_when_most_work_is_in_its_last_node(tmp_path: Path) -> None:
+    """As in SegFormer, whose decoder is one convolution: nothing lies between that and the logits."""
+    model = brought.unet("logits")
+    for tensor in model.graph.initializer:
+        if tensor.name == "fused.weight":
+            wide = np.random.default_rng(2).standard_normal((512, *tensor.dims[1:])) * 0.01
+            tensor.CopyFrom(numpy_helper.from_array(wide.astype(np.float32), tensor.name))
+        if tensor.name == "scores.weight":
+            wide = np.random.default_rng(3).standard_normal((brought.CLASSES, 512, 1, 1)) * 0.01
+            tensor.CopyFrom(numpy_helper.from_array(wide.astype(np.float32), tensor.name))
+    network = opened(model, tmp_path)
+    early = early_frontiers(network, 5)
+    assert 1 <= len(early) < 4
+    assert all(network.frontiers.share(each) < 0.9 for each in early)
+    assert whole_form(network, early, ClassNames(("a", "b", "c"), ((0, 0, 0),) * 3)).candidate.exit_points
+
+
 @pytest.mark.parametrize("opset", [9, 13, 18, 20])
 def test_other_opsets_are_taken(tmp_path: Path, opset: int) -> None:
     end = "softmax" if opset >= 13 else "small"
