@@ -181,6 +181,7 @@ def _prepared(workspace: Workspace, source: Path, options: AttachOptions, report
         reporter.warn(note)
     folder = workspace.attaching
     shutil.rmtree(folder / "weights", ignore_errors=True)
+    (folder / "weights").mkdir(parents=True)
     rule = _rule(options.preprocess, data is not None)
     opened = open_network(source, rule, folder, options.output, options.input_hw)
     classes = _classes(opened, options, None if data is None else data[0])

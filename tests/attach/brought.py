@@ -101,6 +101,15 @@ def grey(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def with_weights_in_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with a Constant node in place of each initializer, as PaddlePaddle writes it."""
+    nodes = [helper.make_node("Constant", [], [each.name], value=each) for each in model.graph.initializer]
+    nodes += model.graph.node
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
 def saved(model: onnx.ModelProto, folder: Path) -> Path:
     path = folder / "model.onnx"
     onnx.save(model, str(path))

@@ -85,6 +85,14 @@ def test_frozen_weights_stay_as_they_came(tmp_path: Path, model: Path, images: P
     assert np.array_equal(labels, brought.own_labels(onnx.load(str(model)), frame))
 
 
+def test_weights_in_constant_nodes_are_taken(tmp_path: Path, images: Path) -> None:
+    source = brought.saved(brought.with_weights_in_nodes(brought.unet("corners")), tmp_path)
+    workspace, frame = Workspace(tmp_path / "w"), brought.frame(6)
+    steps.attach(workspace, source, recipe(0, 1), steps.AttachOptions(**vars(EXITS) | {"images": images}))
+    steps.export(workspace)
+    assert np.array_equal(own_labels_of(workspace, frame), brought.own_labels(onnx.load(str(source)), frame))
+
+
 def test_the_command_prints_each_head_and_what_to_do_next(tmp_path: Path, model: Path, images: Path) -> None:
     options = ("--images", images, "--preprocess=-1-1", "--exits", "3", "--heads", "fcn-crm1-b0", "--epochs", "0", "1")
     shown = done("-C", tmp_path / "new", "attach", model, *options, "--batch", "4")
