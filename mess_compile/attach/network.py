@@ -26,8 +26,10 @@ from mess_compile.network import CandidateNetwork, Head, HeadConfig, head_config
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import open_library
 
-BACKBONE_RATE = 0.1
-"""The learning rate of a network's own weights relative to that of new heads: BatchNorm is folded in most of them."""
+TAUGHT_RATE, BACKBONE_RATE = 0.3, 0.03
+"""Learning rates, relative to that of new heads, of heads that have learnt and of a network's own weights with them:
+BatchNorm is folded in most of these.
+"""
 
 
 class AttachedNetwork(SegmentationNetwork):
@@ -56,7 +58,7 @@ class AttachedNetwork(SegmentationNetwork):
         return self.own_end if head == self.candidate.baseline else self.heads[head.replace(".", "/")]
 
     def parts(self) -> tuple[tuple[list[nn.Parameter], float], ...]:
-        return (list(self.heads.parameters()), 1.0), (list(self.backbone.parameters()), BACKBONE_RATE)
+        return (list(self.heads.parameters()), TAUGHT_RATE), (list(self.backbone.parameters()), BACKBONE_RATE)
 
 
 class FrozenGraph(nn.Module):

@@ -27,7 +27,7 @@ from mess_compile.data.dataset import DataSet, samples, survey_labels
 from mess_compile.nets.checkpoint import load_weights
 from mess_compile.nets.network import SegmentationNetwork
 from mess_compile.nets.onnx_module import OnnxModule
-from mess_compile.network import CandidateNetwork, HeadConfig, head_config_from_name
+from mess_compile.network import CandidateNetwork, HeadConfig
 from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.images import frames
@@ -50,6 +50,8 @@ SHARES = (1.0, 0.5, 0.25)
 between the two change the network's end less (Wortsman et al. 2022, Robust fine-tuning of zero-shot models).
 """
 CHECKED_IMAGES = 2
+NETWORK, HEADS = 1, 2
+"""The stages of `pretrain` and `train_heads`, here in the other order: heads first, which is cheap."""
 _SCORE = "score"
 _OTHER = "another attach is running there: wait until it has ended, or use another workspace (-C DIR)"
 
@@ -59,8 +61,9 @@ class TeachingJob:
     """What to teach: the network in `graph` (whole-network form, one head: its own end) and heads (exit point from 1,
     configuration) on labelled images. `labelled`: the labels are the user's, not the network's own output.
 
-    Stage 1 trains the network's weights as well; with 0 epochs they stay frozen. `folder` keeps the progress; `source`
-    identifies the network. With `may_freeze`, a network that cannot be trained stays frozen, with a warning.
+    The heads learn first, then the network's own weights together with them; with 0 epochs these stay frozen. `folder`
+    keeps the progress; `source` identifies the network. With `may_freeze`, a network that cannot be trained stays
+    frozen, with a warning.
     """
 
     graph: Path
@@ -110,23 +113,28 @@ def _teach(job: TeachingJob, frozen: FrozenGraph, reporter: Reporter) -> Taught:
     fabric = launch(job.machines)
     run = _run(job, fabric, frozen, labels.pixels, described, reporter)
     torch.manual_seed(job.recipe.seed)
-    before = None if job.frozen else _trainable(job, reporter)
-    start = AttachedNetwork(job.candidate, frozen if before is None else before)
-    if before is not None and (progress is None or progress.stage == 1):
-        start = _first_stage(job, run, frozen, progress)
+    trainable = None if job.frozen else _trainable(job, reporter)
+    network = AttachedNetwork(with_early_heads(job.candidate, job.heads), frozen)
+    if progress is None or progress.stage == HEADS:
+        _teach_heads(network, run, progress)
         progress = None
-    network = _with_all_heads(job, start)
+    if trainable is not None:
+        network = _teach_together(job, run, network, frozen, progress)
+    network.eval().to("cpu")
+    miou = validate(network, job.validation, [head.name for head in network.candidate.heads], fabric)
+    weights = {} if trainable is None else _changed_weights(trainable, network.backbone)
+    return Taught(network, miou, weights, _changed(network, _own_labels(frozen, job), job) if weights else 0.0)
+
+
+def _teach_heads(network: AttachedNetwork, run: Run, progress: TrainingState | None) -> None:
+    """Teach the heads on the network as it came, in place."""
     if progress is None:
-        progress = progress_of(2, 0, 0, network, None, {})
+        progress = progress_of(HEADS, 0, 0, network, None, {})
         run.save(progress)
     else:
         load_weights(network, progress.weights, SAVED)
-        reporter.note(f"continuing with the heads after epoch {progress.epoch}")
-    train_heads(network, replace(run, first_teacher=None), progress)
-    network.eval().to("cpu")
-    miou = validate(network, job.validation, [head.name for head in network.candidate.heads], fabric)
-    weights = {} if before is None else _changed_weights(before, network.backbone)
-    return Taught(network, miou, weights, _changed(network, _own_labels(frozen, job), job) if weights else 0.0)
+        run.reporter.note(f"continuing with the heads after epoch {progress.epoch}")
+    train_heads(network, run, progress)
 
 
 def _trainable(job: TeachingJob, reporter: Reporter) -> OnnxModule | None:
@@ -145,32 +153,30 @@ def _trainable(job: TeachingJob, reporter: Reporter) -> OnnxModule | None:
     return module
 
 
-def _first_stage(job: TeachingJob, run: Run, frozen: FrozenGraph, progress: TrainingState | None) -> AttachedNetwork:
-    """The network with one head at every early exit after stage 1, at its best epoch.
+def _teach_together(
+    job: TeachingJob, run: Run, taught: AttachedNetwork, frozen: FrozenGraph, progress: TrainingState | None
+) -> AttachedNetwork:
+    """The network at its best epoch after its own weights have learnt together with the heads of `taught`.
 
-    If no epoch left the network's own end as it was, its weights are those that came.
+    That is `taught` itself if no epoch made the early exits better and left the network's own end as it was.
     """
-    config = head_config_from_name(job.recipe.stage1_head)
-    exits = range(1, len(job.candidate.exit_points))
-    candidate = with_early_heads(job.candidate, [(number, config) for number in exits])
-    network = AttachedNetwork(candidate, open_trainable(job.graph, job.candidate))
-    best = pretrain(network, run, progress, _ExitJudge(job, frozen, run))
-    if best:
-        load_weights(network, {key: value for key, value in best.items() if key != _SCORE}, "the best epoch")
-        return network
-    allowed = f"{MOST_LOST_PP} pp of mIoU" if job.labelled else f"{MOST_CHANGED:.0%} of changed pixels"
-    run.reporter.note(
-        f"no epoch kept the network's own end within {allowed}: its weights stay as they came; try a smaller "
-        "--learning-rate"
-    )
-    return AttachedNetwork(job.candidate, open_trainable(job.graph, job.candidate))
-
-
-def _with_all_heads(job: TeachingJob, start: AttachedNetwork) -> AttachedNetwork:
-    """The network with every head, of which those that `start` has begin as they are there."""
-    network = AttachedNetwork(with_early_heads(job.candidate, job.heads), start.backbone)
-    for name in start.heads.keys() & network.heads.keys():
-        network.heads[name].load_state_dict(start.heads[name].state_dict())
+    network = AttachedNetwork(taught.candidate, open_trainable(job.graph, job.candidate))
+    network.heads.load_state_dict(taught.heads.state_dict())
+    network.to(run.fabric.device)
+    judge = _ExitJudge(job, frozen, run)
+    if progress is None:
+        progress = progress_of(NETWORK, 0, 0, network, None, {}, judge.start(network))
+        run.save(progress)
+    early = len(job.candidate.exit_points) - 1
+    recipe = replace(job.recipe, exit_weight=job.recipe.exit_weight * early / len(job.heads))
+    best = pretrain(network, replace(run, recipe=recipe), progress, judge)
+    load_weights(network, {key: value for key, value in best.items() if key != _SCORE}, "the best epoch")
+    if all(torch.equal(best[f"backbone.{key}"].cpu(), value) for key, value in judge.came.items()):
+        allowed = f"{MOST_LOST_PP} pp of mIoU" if job.labelled else f"{MOST_CHANGED:.0%} of changed pixels"
+        run.reporter.note(
+            f"no epoch made the early exits better and kept the network's own end within {allowed}: its weights stay "
+            "as they came"
+        )
     return network
 
 
@@ -199,6 +205,7 @@ def _run(
         first_teacher=teacher,
         save=lambda found: save_progress(job.folder, found, described),
         reporter=reporter,
+        stages=("network", "heads"),
     )
 
 
@@ -274,35 +281,28 @@ class _ExitJudge:
     """Keeps the weights with the best early exits among those that leave the network's own end as it was."""
 
     def __init__(self, job: TeachingJob, frozen: FrozenGraph, run: Run) -> None:
-        self._job, self._frozen, self._run = job, frozen, run
-        self._came: dict[str, torch.Tensor] | None = None
+        self._job, self._run = job, run
+        self.came = open_trainable(job.graph, job.candidate).state_dict()
+        self._own = _own_labels(frozen, job)
+        own, end = AttachedNetwork(job.candidate, frozen), [job.candidate.baseline]
+        (self._own_miou,) = validate(own, job.validation, end, run.fabric).values()
+
+    def start(self, network: AttachedNetwork) -> dict[str, torch.Tensor]:
+        """The weights to beat: those before the first epoch."""
+        return _scored(network, self._verdict(network.eval(), 1.0))
 
     def __call__(
         self, network: SegmentationNetwork, epoch: int, best: dict[str, torch.Tensor]
     ) -> tuple[str, dict[str, torch.Tensor]]:
         assert isinstance(network, AttachedNetwork)
-        if self._came is None:
-            self._measure_own_end()
-        assert self._came is not None
-        said = []
         for share in SHARES:
-            with _mixed(network.backbone, self._came, share):
+            with _mixed(network.backbone, self.came, share):
                 verdict = self._verdict(network, share)
-                said.append(str(verdict))
-                if verdict.fits and not (best and verdict.score <= float(best[_SCORE])):
-                    kept = {k: v.detach().clone() for k, v in network.state_dict().items() if "num_batches" not in k}
-                    return f"{'; '.join(said)}: best epoch so far", {**kept, _SCORE: torch.tensor(verdict.score)}
+                if verdict.fits and verdict.score > float(best[_SCORE]):
+                    return f"{verdict}: best epoch so far", _scored(network, verdict)
             if verdict.fits:
-                break
-        return "; ".join(said) + ("" if verdict.fits else ", too many"), best
-
-    def _measure_own_end(self) -> None:
-        job, end = self._job, [self._job.candidate.baseline]
-        self._came = open_trainable(job.graph, job.candidate).state_dict()
-        self._own = _own_labels(self._frozen, job)
-        (self._own_miou,) = validate(
-            AttachedNetwork(job.candidate, self._frozen), job.validation, end, self._run.fabric
-        ).values()
+                return str(verdict), best
+        return f"{verdict}, too many", best
 
     def _verdict(self, network: AttachedNetwork, share: float) -> _Verdict:
         job, names = self._job, [head.name for head in network.candidate.heads]
@@ -310,3 +310,8 @@ class _ExitJudge:
         changed = _changed(network, self._own, job)
         fits = self._own_miou - miou[-1] <= MOST_LOST_PP if job.labelled else changed <= MOST_CHANGED
         return _Verdict(share, miou, changed, fits)
+
+
+def _scored(network: AttachedNetwork, verdict: _Verdict) -> dict[str, torch.Tensor]:
+    state = {key: value.detach().clone() for key, value in network.state_dict().items() if "num_batches" not in key}
+    return {**state, _SCORE: torch.tensor(verdict.score)}

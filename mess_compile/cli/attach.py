@@ -63,12 +63,12 @@ class AttachArguments:
     nargs=2,
     type=click.IntRange(0),
     metavar="NETWORK HEADS",
-    default=(6, 6),
+    default=(6, 20),
     show_default=True,
-    help="Epochs that train the network with one head an exit, then all heads; 0 N leaves the network as it is.",
+    help="Epochs of the network together with its heads, which first learn alone; 0 N leaves the network as it is.",
 )
 @click.option("--batch", default=8, show_default=True, help="Images a step.")
-@click.option("--learning-rate", default=1e-3, show_default=True, help="Of heads; the network's own is a tenth.")
+@click.option("--learning-rate", default=3e-3, show_default=True, help="Of new heads; the network's own is 3 % of it.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--accelerator", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; by default OMP_NUM_THREADS, else all cores.")
@@ -115,10 +115,9 @@ def _recipe(recipes: Any, arguments: AttachArguments) -> Any:
         learning_rate=arguments.learning_rate,
         order="joint",
         exit_weight=0.5,
-        stage1_head=arguments.heads.split(",")[0].rpartition(".")[2],
         distillation=recipes.Distillation("kd"),
         class_power=0.0,
-        loss_resolution="half",  # logits are coarser than that: a quarter of the time, the same gradients
+        loss_resolution="cells",
         seed=arguments.seed,
     )
 

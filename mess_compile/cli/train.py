@@ -149,7 +149,7 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--loss-resolution",
-            type=click.Choice(["labels", "half", "cells"]),
+            type=click.Choice(["labels", "cells"]),
             default="labels",
             show_default=True,
             help="Compute losses at the resolution of labels, or of the head's cells.",

@@ -43,14 +43,15 @@ def pretrain(
         restore_optimiser(optimiser, progress)
         if average is not None:
             average.load(progress.average)
-        run.reporter.note(f"continuing stage 1 after epoch {progress.epoch}")
+        if progress.epoch:
+            run.reporter.note(f"continuing {run.stages[0]} after epoch {progress.epoch}")
     best = progress.best if progress is not None else {}
     names, epochs = [head.name for head in network.candidate.heads], run.recipe.epochs[0]
     for epoch in range(progress.epoch if progress else 0, epochs):
         started = time.monotonic()
         loop.seed_epoch(run, 1, 0, epoch)
         mean = _epoch(network.train(), names, optimiser, run, epoch, average)
-        line = f"stage 1 epoch {epoch + 1}/{epochs}  loss per exit {loop.values_text(mean)}"
+        line = f"{run.stages[0]} epoch {epoch + 1}/{epochs}  loss per exit {loop.values_text(mean)}"
         if judge is not None:
             sentence, best = judge(network.eval(), epoch + 1, best)
             line += f"  {sentence}"
@@ -108,14 +109,14 @@ def _epoch(
     sums, counts = np.zeros(len(names)), np.zeros(len(names))
     steps = run.recipe.epochs[0] * len(run.batches)
     hw = run.recipe.crop(epoch, run.input_hw)
-    loop.report_progress(run, 1, epoch * len(run.batches), steps)
+    loop.report_progress(run, run.stages[0], epoch * len(run.batches), steps)
     for index, pieces in enumerate(run.batches.epoch(epoch, hw)):
         step = epoch * len(run.batches) + index
         trained = trained_exits(run.recipe.order, step, len(names))
         backward = partial(_backward, network, [names[i] for i in trained], run)
         found = loop.computed(run, 1, epoch, index, pieces, backward)
         loop.take_step(optimiser, run, step, steps)
-        loop.report_progress(run, 1, step + 1, steps)
+        loop.report_progress(run, run.stages[0], step + 1, steps)
         if average is not None:
             average.update(step)
         sums[trained] += found

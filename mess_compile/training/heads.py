@@ -62,7 +62,8 @@ def _train_group(
         started = time.monotonic()
         loop.seed_epoch(run, 2, number, epoch)
         mean = _epoch(network, names, modules, run, epoch, optimiser, (number, groups))
-        line = f"stage 2 group {number + 1}/{groups} epoch {epoch + 1}/{epochs}  loss per head {loop.values_text(mean)}"
+        place = f"{run.stages[1]} group {number + 1}/{groups} epoch {epoch + 1}/{epochs}"
+        line = f"{place}  loss per head {loop.values_text(mean)}"
         saved = partial(progress_of, 2, number, epoch + 1, network, optimiser, {})
         loop.finish_epoch(run, f"{line}  {time.monotonic() - started:.0f} s", network, saved)
     modules.requires_grad_(False).eval()
@@ -83,12 +84,12 @@ def _epoch(
     steps = run.recipe.epochs[1] * len(run.batches)
     before, all_steps = group[0] * steps, group[1] * steps
     backward = partial(_backward, network, heads, points, run)
-    loop.report_progress(run, 2, before + epoch * len(run.batches), all_steps)
+    loop.report_progress(run, run.stages[1], before + epoch * len(run.batches), all_steps)
     for index, pieces in enumerate(run.batches.epoch(run.recipe.epochs[0] + epoch, run.recipe.head_crop(run.input_hw))):
         found = loop.computed(run, 2, epoch, index, pieces, backward)
         step = epoch * len(run.batches) + index
         loop.take_step(optimiser, run, step, steps)
-        loop.report_progress(run, 2, before + step + 1, all_steps)
+        loop.report_progress(run, run.stages[1], before + step + 1, all_steps)
         sums += found
     return sums / len(run.batches)
 

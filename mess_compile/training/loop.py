@@ -42,6 +42,7 @@ class Run:
     first_teacher: SegmentationNetwork | None  # of stage 1; labels alone without one
     reporter: Reporter  # progress counts images
     save: Callable[[TrainingState], None]
+    stages: tuple[str, str] = ("stage 1", "stage 2")  # what messages call them
 
 
 def optimiser_of(parts: Sequence[tuple[Sequence[nn.Parameter], float]], recipe: Recipe) -> torch.optim.AdamW:
@@ -81,16 +82,15 @@ def take_step(optimiser: torch.optim.Optimizer, run: Run, step: int, steps: int)
     optimiser.zero_grad()
 
 
-def report_progress(run: Run, stage: int, step: int, steps: int) -> None:
+def report_progress(run: Run, stage: str, step: int, steps: int) -> None:
     """Report finished steps of a stage in images, so that the displayed speed is images per second."""
-    run.reporter.progress(f"stage {stage} of 2, images", step * run.batches.batch, steps * run.batches.batch)
+    run.reporter.progress(f"{stage}, images", step * run.batches.batch, steps * run.batches.batch)
 
 
 def pieces_with_targets(run: Run, pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, losses.Targets]]:
     """Every piece of a batch with its targets, on the device; losses are means over the batch of all processes."""
-    stride = {"labels": 1, "half": 2, "cells": run.stride}[run.recipe.loss_resolution]
-    if stride > 1:
-        pieces = [(frames, losses.at_cells(labels, stride)) for frames, labels in pieces]
+    if run.recipe.loss_resolution == "cells":
+        pieces = [(frames, losses.at_cells(labels, run.stride)) for frames, labels in pieces]
     count = sum(losses.labelled_pixels(labels) for _, labels in pieces)
     mean = summed(run.fabric, count) / run.fabric.world_size
     for frames, labels in pieces:

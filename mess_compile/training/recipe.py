@@ -9,7 +9,7 @@ from mess_compile.runtime.base.errors import InputError
 
 DISTILLATIONS = ("pfd", "kd", "none")
 ORDERS = ("round-robin", "joint", "final")
-LOSS_RESOLUTIONS = ("labels", "half", "cells")
+LOSS_RESOLUTIONS = ("labels", "cells")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,11 @@ def test_fewer_exits_than_asked_are_warned_of(tmp_path: Path, model: Path, image
     assert f"{len(found.candidate.exit_points)} exits instead of 60: no map lies near" in warnings[0]
 
 
+def exported(workspace: Workspace) -> Workspace:
+    steps.export(workspace)
+    return workspace
+
+
 def own_labels_of(workspace: Workspace, frame: np.ndarray) -> np.ndarray:
     import onnxruntime
 
@@ -167,18 +173,33 @@ def test_a_killed_attach_continues(tmp_path: Path, model: Path, images: Path, mo
     def killed(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(teaching, "train_heads", killed)
+    monkeypatch.setattr(teaching, "pretrain", killed)
     with pytest.raises(KeyboardInterrupt):
         steps.attach(workspace, model, recipe(1, 1), options)
     monkeypatch.undo()
 
     def never(*arguments: object) -> None:
-        raise AssertionError("stage 1 was done")
+        raise AssertionError("the heads were taught")
 
-    monkeypatch.setattr(teaching, "pretrain", never)
+    monkeypatch.setattr(teaching, "train_heads", never)
+    found = steps.attach(workspace, model, recipe(1, 1), options)
+    assert (workspace.candidate / "network.onnx").exists()
+    assert found.miou["exit3.own"] > 90
+    assert not workspace.attaching.exists()
+
+
+def test_the_network_learns_only_where_that_pays(tmp_path: Path, model: Path, images: Path) -> None:
+    """Its own weights stay as they came unless an epoch makes early exits better and leaves its end as it was."""
     notes: list[str] = []
-    steps.attach(workspace, model, recipe(1, 1), options, steps.Reporter(note=notes.append))
-    assert "continuing with the heads after epoch 0" in notes
+    options = steps.AttachOptions(**vars(EXITS) | {"images": images})
+    wild = replace(recipe(1, 1), learning_rate=10.0)
+    found = steps.attach(Workspace(tmp_path), model, wild, options, steps.Reporter(note=notes.append))
+    assert found.changed == 0
+    assert any(note.startswith("no epoch made the early exits better and kept the network's own end") for note in notes)
+    assert np.array_equal(
+        own_labels_of(exported(Workspace(tmp_path)), brought.frame(6)),
+        brought.own_labels(onnx.load(str(model)), brought.frame(6)),
+    )
 
 
 def test_sequences_stay_together_and_a_single_one_is_cut_at_its_last_fifth() -> None:

@@ -504,7 +504,7 @@ def test_other_failures_of_a_step_are_not_called_memory() -> None:
         {"learning_rate": 0.0},
         {"head_memory_mib": 0},
         {"order": "random"},
-        {"loss_resolution": "quarter"},
+        {"loss_resolution": "half"},
         {"ema": 1.0},
         {"lovasz": -1.0},
         {"stage1_head": "fcn"},
