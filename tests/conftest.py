@@ -21,7 +21,7 @@ from mess_compile.network import Gate
 from mess_compile.runtime.measure import measure
 from mess_compile.search.requirement import Requirement
 from mess_compile.workspace import Workspace
-from tests.slow_fifth import falls_to
+from tests.slow_fifth import fifth_of
 
 wait_without_spinning()  # test modules import torch themselves
 sys.dont_write_bytecode = False  # hundreds of processes would compile every module again
@@ -45,9 +45,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     commit = config.getoption("--slow-fifth")
     if commit is not None:
         slow = [item for item in items if item.get_closest_marker("slow")]
-        left_out = [item for item in slow if not falls_to(commit, item.nodeid)]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+        left_out = {id(item) for item in slow} - {id(item) for item in fifth_of(commit, slow)}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
+        items[:] = [item for item in items if id(item) not in left_out]
 
 
 def pytest_collection_finish() -> None:
