@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import json
 import os
 import resource
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +24,7 @@ from mess_compile.network import Gate
 from mess_compile.runtime.measure import measure
 from mess_compile.search.requirement import Requirement
 from mess_compile.workspace import Workspace
+from tests.commands import printed_json
 from tests.slow_fifth import fifth_of
 
 wait_without_spinning()  # test modules import torch themselves
@@ -31,6 +35,19 @@ HW = (64, 96)
 EFFORT = measure.Effort(window_s=0.002, window_runs=2, windows=2, max_s=0.004, warm_up_s=0.0)
 """A graph is given up after four windows: beside other tests the machine is never at full speed for long."""
 CHOICE = steps.NetworkChoice("mobilenetv2", HW, exits=3, heads=("fcn-crm1-b0", "fcn-crm2-b1"), width=0.25)
+RTX = "rtx-4090"
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What `build --json` wrote to a workspace's `engines`, and `printed`."""
+
+    folder: Path
+    printed: dict[str, Any]
+
+    def add_to(self, workspace: Path) -> None:
+        """As if they had been built in a workspace that has the same graphs."""
+        shutil.copytree(self.folder, workspace / "engines", copy_function=os.link)
 
 
 def quiet(*told: object) -> None:
@@ -113,6 +130,20 @@ def workspace(finished: Path, tmp_path: Path) -> Iterator[Path]:
     before = states(finished)
     yield Path(shutil.copytree(finished, tmp_path / "workspace", copy_function=os.link))
     assert states(finished) == before, "a file was changed where it lies: a killed command would leave half of it"
+
+
+def build_engines(workspace: Path, folder: Path) -> None:
+    copy = shutil.copytree(workspace, folder / "workspace", copy_function=os.link)
+    printed = printed_json("-C", copy, "build", "--device", RTX)
+    (folder / "printed.json").write_text(json.dumps(printed))
+
+
+@pytest.fixture(scope="session")
+def engines(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """Engines of every graph of the finished workspace for RTX, in fp32."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: `pip install 'mess-compile[rtx]'`")
+    folder = made_once(tmp_path_factory, "engines", lambda folder: build_engines(finished, folder))
+    return Engines(folder / "workspace" / "engines", json.loads((folder / "printed.json").read_text()))
 
 
 @pytest.fixture
