@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import importlib
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,12 @@ EFFORT = measure.Effort(window_s=0.002, window_runs=2, windows=2, max_s=0.004, w
 """A graph is given up after four windows: beside other tests the machine is never at full speed for long."""
 CHOICE = steps.NetworkChoice("mobilenetv2", HW, exits=3, heads=("fcn-crm1-b0", "fcn-crm2-b1"), width=0.25)
 RTX = "rtx-4090"
+HALVES = (
+    ("mess_compile.training.train", "mess_compile.nets.export"),
+    ("mess_compile.search.bnb.search", "onnxruntime", "hypothesis.strategies", "tensorrt_rtx"),
+)
+LOCKS = ("conftest.py", "__init__.py")
+"""Files whose locks a worker holds while it imports a half."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,21 @@ def quiet(*told: object) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow-fifth", metavar="COMMIT", help="with -m '': of the slow tests, the fifth of this commit")
+
+
+def pytest_configure() -> None:
+    """Import what every worker imports one worker at a time: the first compiles it to bytecode for the others.
+
+    Workers begin with different halves, so that none waits long.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        for place in (0, 1) if int(worker.removeprefix("gw")) % 2 == 0 else (1, 0):
+            with (Path(__file__).parent / LOCKS[place]).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                for module in HALVES[place]:
+                    with suppress(ImportError):
+                        importlib.import_module(module)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
