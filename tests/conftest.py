@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import importlib
+import json
 import os
 import resource
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +26,8 @@ from mess_compile.network import Gate
 from mess_compile.runtime.measure import measure
 from mess_compile.search.requirement import Requirement
 from mess_compile.workspace import Workspace
-from tests.slow_fifth import falls_to
+from tests.commands import printed_json
+from tests.slow_fifth import fifth_of
 
 wait_without_spinning()  # test modules import torch themselves
 sys.dont_write_bytecode = False  # hundreds of processes would compile every module again
@@ -31,6 +37,25 @@ HW = (64, 96)
 EFFORT = measure.Effort(window_s=0.002, window_runs=2, windows=2, max_s=0.004, warm_up_s=0.0)
 """A graph is given up after four windows: beside other tests the machine is never at full speed for long."""
 CHOICE = steps.NetworkChoice("mobilenetv2", HW, exits=3, heads=("fcn-crm1-b0", "fcn-crm2-b1"), width=0.25)
+RTX = "rtx-4090"
+HALVES = (
+    ("mess_compile.training.train", "mess_compile.nets.export"),
+    ("mess_compile.search.bnb.search", "onnxruntime", "hypothesis.strategies", "tensorrt_rtx"),
+)
+LOCKS = ("conftest.py", "__init__.py")
+"""Files whose locks a worker holds while it imports a half."""
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What `build --json` wrote to a workspace's `engines`, and `printed`."""
+
+    folder: Path
+    printed: dict[str, Any]
+
+    def add_to(self, workspace: Path) -> None:
+        """As if they had been built in a workspace that has the same graphs."""
+        shutil.copytree(self.folder, workspace / "engines", copy_function=os.link)
 
 
 def quiet(*told: object) -> None:
@@ -41,13 +66,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow-fifth", metavar="COMMIT", help="with -m '': of the slow tests, the fifth of this commit")
 
 
+def pytest_configure() -> None:
+    """Import what every worker imports one worker at a time: the first compiles it to bytecode for the others.
+
+    Workers begin with different halves, so that none waits long.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        for place in (0, 1) if int(worker.removeprefix("gw")) % 2 == 0 else (1, 0):
+            with (Path(__file__).parent / LOCKS[place]).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                for module in HALVES[place]:
+                    with suppress(ImportError):
+                        importlib.import_module(module)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     commit = config.getoption("--slow-fifth")
     if commit is not None:
         slow = [item for item in items if item.get_closest_marker("slow")]
-        left_out = [item for item in slow if not falls_to(commit, item.nodeid)]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+        left_out = {id(item) for item in slow} - {id(item) for item in fifth_of(commit, slow)}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
+        items[:] = [item for item in items if id(item) not in left_out]
 
 
 def pytest_collection_finish() -> None:
@@ -113,6 +153,20 @@ def workspace(finished: Path, tmp_path: Path) -> Iterator[Path]:
     before = states(finished)
     yield Path(shutil.copytree(finished, tmp_path / "workspace", copy_function=os.link))
     assert states(finished) == before, "a file was changed where it lies: a killed command would leave half of it"
+
+
+def build_engines(workspace: Path, folder: Path) -> None:
+    copy = shutil.copytree(workspace, folder / "workspace", copy_function=os.link)
+    printed = printed_json("-C", copy, "build", "--device", RTX)
+    (folder / "printed.json").write_text(json.dumps(printed))
+
+
+@pytest.fixture(scope="session")
+def engines(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """Engines of every graph of the finished workspace for RTX, in fp32."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: `pip install 'mess-compile[rtx]'`")
+    folder = made_once(tmp_path_factory, "engines", lambda folder: build_engines(finished, folder))
+    return Engines(folder / "workspace" / "engines", json.loads((folder / "printed.json").read_text()))
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ cd {home} || exit 1
 shell=$(cat {folder}/shell)
 exec env -i HOME={home} PATH="$(cat {folder}/path)" LANG=C.UTF-8 SHELL="$shell" "$shell" -c "$SSH_ORIGINAL_COMMAND"
 """
+# SHLVL: a login shell that is bash would read the ~/.bashrc of whoever runs the tests in every session.
 DAEMON = """Port {port}
 ListenAddress 127.0.0.1
 HostKey {folder}/host_key
@@ -42,6 +43,7 @@ KbdInteractiveAuthentication no
 UsePAM no
 StrictModes no
 PrintMotd no
+SetEnv SHLVL=1
 Banner {folder}/banner
 ForceCommand {folder}/entry
 """

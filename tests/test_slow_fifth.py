@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests import conftest
-from tests.slow_fifth import falls_to
+from tests.slow_fifth import fifth_of
 
 COMMIT = "ba6f2604c1f6c1d8cdd1b6a4e0a7a1c1b2d3e4f5"
 TESTS = [f"tests/device/test_remote.py::test_{number}" for number in range(1000)]
@@ -18,13 +18,17 @@ def following(number: int) -> str:
 
 
 def test_five_consecutive_numbers_take_every_slow_test_once() -> None:
-    for test in TESTS:
-        assert [falls_to(following(number), test) for number in range(5)].count(True) == 1
+    taken = [test for number in range(5) for test in fifth_of(following(number), TESTS)]
+    assert sorted(taken) == sorted(TESTS)
 
 
-def test_each_takes_about_a_fifth() -> None:
+def test_each_takes_a_fifth_of_all_and_of_the_parts_of_each_test() -> None:
+    """Parts of one test are neighbours, wherever the first of them stands."""
     for number in range(5):
-        assert 150 < sum(falls_to(following(number), test) for test in TESTS) < 250
+        taken = set(fifth_of(following(number), TESTS))
+        assert len(taken) == 200
+        for start in (0, 3, 777):
+            assert len(taken.intersection(TESTS[start : start + 10])) == 2
 
 
 def collected(commit: str | None) -> tuple[set[str], set[str]]:
@@ -44,7 +48,7 @@ def collected(commit: str | None) -> tuple[set[str], set[str]]:
 @pytest.mark.parametrize("number", range(5))
 def test_a_run_has_the_quick_tests_and_its_fifth(number: int) -> None:
     kept, left_out = collected(following(number))
-    assert kept == {"quick", *(test for test in TESTS if falls_to(following(number), test))}
+    assert kept == {"quick", *fifth_of(following(number), TESTS)}
     assert left_out == {"quick", *TESTS} - kept
 
 

@@ -54,8 +54,8 @@ KEYS = {
 
 
 @pytest.fixture
-def arguments(workspace: Path) -> Callable[[str], tuple[str | Path, ...]]:
-    """How a user would call each command in the finished workspace."""
+def arguments(workspace: Path, request: pytest.FixtureRequest) -> Callable[[str], tuple[str | Path, ...]]:
+    """How a user would call each command in the finished workspace; `build` finds engines that are there."""
     image = first(workspace / "data" / "test" / "images")
     extra: dict[str, tuple[str | Path, ...]] = {
         "train": (*TRAIN[1:], "--data", workspace / "data"),
@@ -67,7 +67,13 @@ def arguments(workspace: Path) -> Callable[[str], tuple[str | Path, ...]]:
         "inspect": ("graphs",),
         "compare": ("host", workspace / "host.mess"),
     }
-    return lambda command: ("-C", workspace, command, *extra.get(command, ()))
+
+    def call(command: str) -> tuple[str | Path, ...]:
+        if command == "build":
+            request.getfixturevalue("engines").add_to(workspace)
+        return ("-C", workspace, command, *extra.get(command, ()))
+
+    return call
 
 
 @pytest.mark.parametrize("command", KEYS)

@@ -17,7 +17,7 @@ from mess_compile.graph import precision_progress
 from mess_compile.network import read_graph_set
 from mess_compile.runtime.engines.engine import PRECISIONS
 from tests.commands import done, printed_json, run
-from tests.conftest import HW
+from tests.conftest import HW, Engines
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install mess-compile[rtx]")
 
@@ -27,12 +27,13 @@ def build(workspace: Path, precision: str) -> list[dict[str, object]]:
     return [each["engines"] for each in content["builds"]]
 
 
-def test_each_precision_has_its_engines_and_is_settled_once(workspace: Path) -> None:
+def test_each_precision_has_its_engines_and_is_settled_once(workspace: Path, engines: Engines) -> None:
+    engines.add_to(workspace)
     names = set(read_graph_set(workspace / "graphs").graphs)
     plain, half, whole = build(workspace, "fp32,fp16,int8")
-    for engines, recipe in ((plain, "fp32"), (half, "fp16"), (whole, "int8")):
-        assert engines["recipe"] == recipe
-        entries = engines["entries"]
+    for each, recipe in ((plain, "fp32"), (half, "fp16"), (whole, "int8")):
+        assert each["recipe"] == recipe
+        entries = each["entries"]
         assert isinstance(entries, list)
         assert {entry["graph"] for entry in entries} == names
         assert not [entry["error"] for entry in entries if entry["error"]]
@@ -43,7 +44,7 @@ def test_each_precision_has_its_engines_and_is_settled_once(workspace: Path) -> 
     assert {spec.precision for spec in specs.values()} == {"fp16", "fp32"}, "output graphs have nothing to convert"
     assert (settled["judged_frames"], settled["calibration_frames"]) == (12, 0)
     before = (workspace / "recipes" / "fp16" / "recipe.json").stat().st_mtime_ns
-    assert [engines["built"] for engines in build(workspace, "fp32,fp16")] == [0, 0]
+    assert [each["built"] for each in build(workspace, "fp32,fp16")] == [0, 0]
     assert (workspace / "recipes" / "fp16" / "recipe.json").stat().st_mtime_ns == before
     damaged = workspace / "recipes" / "fp16" / "index.json"
     damaged.write_text(damaged.read_text().replace("fp16", "fp8", 3))

@@ -18,8 +18,9 @@ from mess_compile.graph.recompose_check import check_baseline_alone, check_stage
 from mess_compile.nets.checkpoint import load_candidate, save_candidate
 from mess_compile.nets.export import export_checkpoint, export_network, torch_reference
 from mess_compile.nets.network import OverprovisionedNetwork
-from mess_compile.network import Gate, HeadConfig, read_graph_set
+from mess_compile.network import Gate, GraphSet, HeadConfig, read_graph_set
 from mess_compile.runtime.base.errors import InputError
+from tests.commands import contents
 from tests.graph import tiny
 from tests.networks import random_network
 
@@ -40,6 +41,14 @@ def network() -> OverprovisionedNetwork:
 def frames() -> list[np.ndarray]:
     generator = np.random.default_rng(5)
     return [generator.integers(0, 256, (64, 96, 3), dtype=np.uint8) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, network: OverprovisionedNetwork) -> GraphSet:
+    """The network as ONNX, and its graphs. Look only."""
+    folder = tmp_path_factory.mktemp("exported")
+    export_network(network, folder)
+    return cut_network(folder, Gate(), tiny.nothing)
 
 
 def torch_logits(network: OverprovisionedNetwork, frame: np.ndarray) -> dict[str, np.ndarray]:
@@ -63,8 +72,8 @@ def test_onnx_and_torch_agree_on_every_exit(tmp_path: Path, backbone: str, frame
         assert np.abs(found[f"logits:{name}"] - logits).max() <= 1e-4 * max(1, np.abs(logits).max())
 
 
-def test_the_file_is_opset_17_and_describes_itself(tmp_path: Path, network: OverprovisionedNetwork) -> None:
-    path = export_network(network, tmp_path)
+def test_the_file_is_opset_17_and_describes_itself(exported: GraphSet, network: OverprovisionedNetwork) -> None:
+    path = exported.root / "network.onnx"
     model = onnx.load(str(path), load_external_data=False)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
     assert candidate_from_metadata(model, path) == network.candidate
@@ -73,15 +82,12 @@ def test_the_file_is_opset_17_and_describes_itself(tmp_path: Path, network: Over
     assert [node.op_type for node in model.graph.node][:2] == ["Cast", "Transpose"]  # TensorRT: no Transpose of uint8
 
 
-def test_the_same_network_gives_the_same_bytes(tmp_path: Path, network: OverprovisionedNetwork) -> None:
-    contents = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        export_network(network, tmp_path / name)
-        cut_network(tmp_path / name, Gate(), tiny.nothing)
-        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
-        contents.append([(path.relative_to(tmp_path / name), path.read_bytes()) for path in files])
-    assert contents[0] == contents[1]
+def test_the_same_network_gives_the_same_bytes(
+    tmp_path: Path, exported: GraphSet, network: OverprovisionedNetwork
+) -> None:
+    export_network(network, tmp_path)
+    cut_network(tmp_path, Gate(), tiny.nothing)
+    assert contents(tmp_path) == contents(exported.root)
 
 
 def test_a_checkpoint_becomes_checked_graphs(
@@ -114,13 +120,25 @@ def saved(folder: Path, network: OverprovisionedNetwork, **changes: Any) -> Path
     return folder
 
 
+@pytest.fixture(scope="module")
+def beside_alone(
+    tmp_path_factory: pytest.TempPathFactory,
+    network: OverprovisionedNetwork,
+    alone: OverprovisionedNetwork,
+    frames: list[np.ndarray],
+) -> tuple[GraphSet, OverprovisionedNetwork]:
+    """Graphs of the network and of one trained alone, and the latter as its checkpoint has it. Look only."""
+    root = tmp_path_factory.mktemp("beside alone")
+    folders = saved(root / "candidate", network), saved(root / "baseline", alone)
+    graph_set = export_checkpoint(folders[0], root / "graphs", Gate(), frames, tiny.nothing, folders[1])
+    return graph_set, load_candidate(folders[1])
+
+
 def test_the_baseline_trained_alone_becomes_one_graph_that_agrees_with_torch(
-    tmp_path: Path, network: OverprovisionedNetwork, alone: OverprovisionedNetwork, frames: list[np.ndarray]
+    beside_alone: tuple[GraphSet, OverprovisionedNetwork], frames: list[np.ndarray]
 ) -> None:
-    folders = saved(tmp_path / "candidate", network), saved(tmp_path / "baseline", alone)
-    graph_set = export_checkpoint(folders[0], tmp_path / "graphs", Gate(), frames, tiny.nothing, folders[1])
-    rounded = load_candidate(folders[1])
-    assert graph_set == read_graph_set(tmp_path / "graphs")
+    graph_set, rounded = beside_alone
+    assert graph_set == read_graph_set(graph_set.root)
     assert graph_set.baselines == ("baseline", "baseline-alone")
     assert graph_set.baseline_alone == rounded.candidate.identity
     assert graph_set.graphs["baseline-alone"].macs == graph_set.graphs["baseline"].macs
@@ -131,16 +149,15 @@ def test_the_baseline_trained_alone_becomes_one_graph_that_agrees_with_torch(
         labels = session.run(["labels"], {"image": frame[None]})[0]
         chosen = np.take_along_axis(pixels, labels.astype(np.int64), axis=0)[0]
         assert (pixels.max(axis=0) - chosen).max() <= 2e-4 * np.abs(logits).max()
-    assert {path.suffix for path in (tmp_path / "graphs").iterdir()} == {".onnx", ".json", ""}
-    assert not (tmp_path / "graphs" / "alone.onnx").exists()
+    assert {path.suffix for path in graph_set.root.iterdir()} == {".onnx", ".json", ""}
+    assert not (graph_set.root / "alone.onnx").exists()
 
 
 def test_another_networks_labels_from_the_baseline_are_seen(
-    tmp_path: Path, network: OverprovisionedNetwork, alone: OverprovisionedNetwork, frames: list[np.ndarray]
+    beside_alone: tuple[GraphSet, OverprovisionedNetwork], frames: list[np.ndarray]
 ) -> None:
-    folders = saved(tmp_path / "candidate", network), saved(tmp_path / "baseline", alone)
-    graph_set = export_checkpoint(folders[0], tmp_path / "graphs", Gate(), frames, tiny.nothing, folders[1])
-    check_baseline_alone(graph_set, torch_reference(load_candidate(folders[1])), frames)
+    graph_set, rounded = beside_alone
+    check_baseline_alone(graph_set, torch_reference(rounded), frames)
     with pytest.raises(InputError, match=r"baseline-alone: \d+ labels of frame 0 are not those of the network"):
         check_baseline_alone(graph_set, torch_reference(random_network((), seed=2, exits=1)), frames)
 
@@ -173,9 +190,8 @@ def test_a_baseline_of_another_architecture_is_refused_by_name(
     assert not (tmp_path / "graphs").exists()
 
 
-def test_swapped_heads_are_seen(tmp_path: Path, network: OverprovisionedNetwork, frames: list[np.ndarray]) -> None:
-    export_network(network, tmp_path)
-    graph_set = cut_network(tmp_path, Gate(), tiny.nothing)
+def test_swapped_heads_are_seen(exported: GraphSet, network: OverprovisionedNetwork, frames: list[np.ndarray]) -> None:
+    graph_set = replace(exported, graphs=dict(exported.graphs))
     check_stages(graph_set, torch_reference(network), frames, tiny.nothing)
     one, other = (graph_set.graphs[f"head-exit1.{name}"] for name in ("fcn-crm4-b2-rdi", "fcn-crm1-b1"))
     graph_set.graphs[one.name] = replace(one, path=other.path)

@@ -15,6 +15,7 @@ from mess_compile.runtime.measure import measure
 from mess_compile.runtime.serve import worker
 from mess_compile.workspace import Workspace
 from tests.commands import TRAIN, contents, done, edit, printed_json, refused, run
+from tests.conftest import RTX, Engines
 from tests.json_docs import differences
 
 NOWHERE = "ssh://nobody@192.0.2.1"
@@ -59,11 +60,11 @@ def test_a_device_elsewhere_is_not_asked(workspace: Path) -> None:
     assert everything[1]["notes"] == []
 
 
-def test_engines_that_are_there_are_counted(workspace: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: `pip install 'mess-compile[rtx]'`")
-    given = ("build", "--device", "rtx-4090")
+def test_engines_that_are_there_are_counted(workspace: Path, engines: Engines) -> None:
+    given = ("build", "--device", RTX)
     (before,) = foreseen(workspace, *given)
-    (built,) = printed_json("-C", workspace, *given)["builds"]
+    (built,) = engines.printed["builds"]
+    engines.add_to(workspace)
     (after,) = foreseen(workspace, *given)
     assert (before["there"], before["graphs"]) == (0, built["engines"]["built"])
     assert (after["there"], after["least_s"]) == (before["graphs"], 0)

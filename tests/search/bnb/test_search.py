@@ -40,6 +40,8 @@ from tests.search.test_solver import (
 
 CHANGES = st.sets(st.sampled_from(["few costs", "cheap below", "failed", "absent class", "undecided", "alike"]))
 RELAXED = list(HealthCheck)
+PARTS = 10
+"""Of tests of thousands of cases: a fifth of the slow tests takes a fifth of the cases. Each part draws its own."""
 
 
 def searched(
@@ -149,9 +151,10 @@ def test_the_plan_and_the_front_are_those_of_all_plans(hard: Hard, data: st.Data
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=None, suppress_health_check=RELAXED)
-@given(hard_cases(cases(most_heads=3, most_images=12)), st.data())
-def test_thousands_of_larger_cases(hard: Hard, data: st.DataObject) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+@settings(max_examples=3000 // PARTS, deadline=None, suppress_health_check=RELAXED)
+@given(hard=hard_cases(cases(most_heads=3, most_images=12)), data=st.data())
+def test_thousands_of_larger_cases(part: int, hard: Hard, data: st.DataObject) -> None:
     check_against_every_plan(hard, data)
 
 
@@ -178,9 +181,10 @@ def test_three_early_exits_are_proved_as_two_are(hard: Hard, data: st.DataObject
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None, suppress_health_check=RELAXED)
-@given(hard_cases(deep_cases()), st.data())
-def test_a_thousand_cases_of_three_early_exits(hard: Hard, data: st.DataObject) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+@settings(max_examples=1500 // PARTS, deadline=None, suppress_health_check=RELAXED)
+@given(hard=hard_cases(deep_cases()), data=st.data())
+def test_a_thousand_cases_of_three_early_exits(part: int, hard: Hard, data: st.DataObject) -> None:
     check_three_early_exits(hard, data)
 
 
