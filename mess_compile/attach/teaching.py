@@ -289,7 +289,9 @@ class _ExitJudge:
 
     def start(self, network: AttachedNetwork) -> dict[str, torch.Tensor]:
         """The weights to beat: those before the first epoch."""
-        return _scored(network, self._verdict(network.eval(), 1.0))
+        verdict = self._verdict(network.eval(), 1.0)
+        self._run.reporter.note(f"heads on the network as it came: {verdict}")
+        return _scored(network, verdict)
 
     def __call__(
         self, network: SegmentationNetwork, epoch: int, best: dict[str, torch.Tensor]
