@@ -366,7 +366,7 @@ def interval_summary(draws: Sequence[IntervalDraw]) -> dict[str, float]:
 
 def show_intervals(groups: int, frames: int, level: float, row: dict[str, float]) -> None:
     print(
-        f"{groups} groups of {frames}, {row['draws']:.0f} draws, --max-err 1%: truly lost {row['lost_pp']:.2f} pp (mean)"
+        f"{groups} groups of {frames}, {row['draws']:.0f} draws, --max-err 1%: loses {row['lost_pp']:.2f} pp (mean)"
     )
     print(
         f"  95 % interval: covers {row['covered']:.1f} %, worse than its end {row['worse']:.1f} %, median width "

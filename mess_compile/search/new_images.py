@@ -222,6 +222,8 @@ def with_expected(
     result: SearchResult, part: HoldOutSplit, requirement: Requirement, searches: FoldSearches
 ) -> SearchResult:
     """The result of a search of `part` and its folds, with what to expect on new images."""
+    if len(set(part.whole[0].statistics.group)) == 1:
+        return replace(result, without_expected=ONE_GROUP)
     bootstrap = bootstrap_of(part.chosen, part.whole, requirement, choice_and_front(result), searches)
     if reason := why_not(part.whole[0].statistics.group, bootstrap.whole):
         return replace(result, without_expected=reason)
