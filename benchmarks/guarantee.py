@@ -365,9 +365,7 @@ def interval_summary(draws: Sequence[IntervalDraw]) -> dict[str, float]:
 
 
 def show_intervals(groups: int, frames: int, level: float, row: dict[str, float]) -> None:
-    print(
-        f"{groups} groups of {frames}, {row['draws']:.0f} draws, --max-err 1%: loses {row['lost_pp']:.2f} pp (mean)"
-    )
+    print(f"{groups} groups of {frames}, {row['draws']:.0f} draws, --max-err 1%: loses {row['lost_pp']:.2f} pp (mean)")
     print(
         f"  95 % interval: covers {row['covered']:.1f} %, worse than its end {row['worse']:.1f} %, median width "
         f"{row['width_pp']:.2f} pp; with the choice left out {row['fixed']:.1f} %"

@@ -529,7 +529,7 @@ def test_safety_is_refused_beside_what_it_contradicts(workspace: Path, options: 
 
 
 def test_a_safe_plan_says_what_it_keeps(workspace: Path) -> None:
-    options = ("--max-err", "90%", "--max-exits", "1", "--safety", "60%")
+    options = ("--max-err", "90%", "--max-exits", "1", "--safety", "60%", "--group-by", "[0-9]+")
     printed = done("-C", workspace, "search", *options)
     plan = read_result(workspace / "plans" / "host.json").plan
     assert plan.safety is not None
