@@ -3,10 +3,13 @@
 A fixed family of plans, chosen once on images apart, is certified on each draw: how often is the certified plan's true
 risk, or its true mIoU drop, above the bound? Then the hard cases: mIoU never binds; a plan lies just above the bound;
 a plan fails rarely but totally. Then fewer draws of the whole: split, search, certification, beside a search without
-confidence. Last, the bound by betting beside Hoeffding-Bentkus. The population's front is about the paper's: 1 pp
-of mIoU saves 42 % of the latency, 0.1 pp 34 % (MESS on MobileNetV2: 42 % and 39 %).
+confidence. Then the bound by betting beside Hoeffding-Bentkus. With --intervals instead: how often the interval that
+every search prints contains the chosen plan's true difference to the baseline, and how often --safety keeps --max-err.
+The population's front is about the paper's: 1 pp of mIoU saves 42 % of the latency, 0.1 pp 34 % (MESS on MobileNetV2:
+42 % and 39 %).
 
 Usage: python benchmarks/guarantee.py [--draws 2000] [--whole 20] [--images 2000] [--population 200000] [--frames 1]
+       python benchmarks/guarantee.py --intervals 400 [--groups 100] [--frames 1] [--population 20000] [--safety 90]
 """
 
 from __future__ import annotations
@@ -38,11 +41,25 @@ from mess_compile.network import (
 )
 from mess_compile.runtime.base.errors import RequirementError
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
-from mess_compile.search.guarantees import certify
+from mess_compile.search.context import SearchContext
+from mess_compile.search.guarantees import certify, fold_searches
 from mess_compile.search.metrics import Evidence, figures_of_stages
+from mess_compile.search.new_images import bootstrap_of, expected_of, expected_of_one
+from mess_compile.search.plan import Candidate, Expected
+from mess_compile.search.pool import Tightened, candidate_of, sums_of
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.risk import Limits, Pairs, certified_in_turn, drops_pp, pairs_of_plans, risk_bound, stake_for
-from mess_compile.search.solver import search
+from mess_compile.search.risk import (
+    Limits,
+    Pairs,
+    certified_in_turn,
+    drops_pp,
+    numbered_groups,
+    pairs_of_plans,
+    risk_bound,
+    stake_for,
+)
+from mess_compile.search.safety import safe_choice
+from mess_compile.search.solver import optimum_and_front, search
 
 CONFIDENCE = 0.95
 BOUNDS_PP = (0.5, 1.0, 2.0)
@@ -282,6 +299,86 @@ def bounds_compared(of: Family, n: int, draws: int = 20) -> tuple[float, float]:
     return float(np.median(betting)), float(np.median(classic))
 
 
+@dataclass(frozen=True)
+class IntervalDraw:
+    """What one draw came to, in pp: the interval of the chosen plan, the same with the choice left out, and the truth;
+    the true loss with `--safety` (None: no plan), and what each saves."""
+
+    low: float
+    high: float
+    fixed_low: float
+    fixed_high: float
+    truth: float
+    safe_lost: float | None
+    saving_ms: float
+    safe_saving_ms: float
+
+
+def interval_draw(
+    graphs: GraphSet, table: LatencyTable, known: Population, truth: Evidence, groups: int, seed: int, level: float
+) -> IntervalDraw:
+    """Search at `--max-err 1%` with one early exit, its folds and the bootstrap, as the product runs them."""
+    requirement, baseline = Requirement(max_err_pp=1.0, max_exits=1), (0, truth.candidate.baseline)
+    evidence = known.evidence(
+        graphs, table, known.drawn(np.random.default_rng([7, groups, seed]), groups * known.frames)
+    )
+    plan, front = optimum_and_front([evidence], SearchContext(requirement))
+    searches = fold_searches([evidence], requirement)
+    bootstrap = bootstrap_of([evidence], [evidence], requirement, (candidate_of(plan), front), searches)
+    drawn = bootstrap.drawn(0, Tightened(requirement.max_err_pp, None))
+    interval = expected_of(drawn, evidence.statistics, groups, None)
+    fixed = expected_of_one([evidence], candidate_of(plan), baseline, None)
+    assert isinstance(fixed, Expected), "the images differ"
+    true_drop, saving = _truth_of(truth, candidate_of(plan))
+    safe_lost, safe_saving = None, 0.0
+    if level:
+        best = safe_choice(bootstrap, requirement, level)
+        if best.keeps(requirement):
+            safe_lost, safe_saving = _truth_of(truth, bootstrap.pool.plans[best.drawn.place])
+    ends = (interval.low_pp, interval.high_pp, fixed.low_pp, fixed.high_pp)
+    return IntervalDraw(*ends, -true_drop, safe_lost, saving, safe_saving)
+
+
+def _truth_of(truth: Evidence, plan: Candidate) -> tuple[float, float]:
+    """What a plan loses in the population, and the milliseconds that it saves there."""
+    sums = sums_of([truth], [truth], [plan], (0, truth.candidate.baseline), numbered_groups(truth.statistics.group)[0])
+    figures = figures_of_stages(truth, plan.setting, plan.stages)
+    lost = drops_pp(sums.pixels.sum(axis=0)[None])[0, 0]
+    return float(lost), truth.baseline_cost_ns() / 1e6 - figures.latency_ms
+
+
+def interval_summary(draws: Sequence[IntervalDraw]) -> dict[str, float]:
+    """Shares in percent, widths in pp."""
+    safe = [draw.safe_lost for draw in draws if draw.safe_lost is not None]
+    return {
+        "draws": len(draws),
+        "covered": 100 * sum(draw.low <= draw.truth <= draw.high for draw in draws) / len(draws),
+        "worse": 100 * sum(draw.truth < draw.low for draw in draws) / len(draws),
+        "fixed": 100 * sum(draw.fixed_low <= draw.truth <= draw.fixed_high for draw in draws) / len(draws),
+        "width_pp": float(np.median([draw.high - draw.low for draw in draws])),
+        "lost_pp": float(np.mean([-draw.truth for draw in draws])),
+        "kept": 100 * sum(-draw.truth <= 1.0 for draw in draws) / len(draws),
+        "safe": 100 * len(safe) / len(draws),
+        "safe_kept": 100 * sum(lost <= 1.0 for lost in safe) / max(1, len(safe)),
+        "saving_kept": 100 * sum(draw.safe_saving_ms for draw in draws) / sum(draw.saving_ms for draw in draws),
+    }
+
+
+def show_intervals(groups: int, frames: int, level: float, row: dict[str, float]) -> None:
+    print(f"{groups} groups of {frames}, {row['draws']:.0f} draws, --max-err 1%: loses {row['lost_pp']:.2f} pp (mean)")
+    print(
+        f"  95 % interval: covers {row['covered']:.1f} %, worse than its end {row['worse']:.1f} %, median width "
+        f"{row['width_pp']:.2f} pp; with the choice left out {row['fixed']:.1f} %"
+    )
+    print(f"  --max-err kept {row['kept']:.1f} %", end="")
+    print(
+        f"; with --safety {100 * level:g}%: a plan in {row['safe']:.1f} %, of these kept {row['safe_kept']:.1f} %, "
+        f"saving kept {row['saving_kept']:.1f} %"
+        if level
+        else ""
+    )
+
+
 def just_below(truths: NDArray[np.float64]) -> list[float]:
     """For each bound the nearest true value, less a thousandth: its plan is the hardest to tell from a good one."""
     return [0.999 * float(min(truths, key=lambda truth, bound=bound: abs(truth - bound))) for bound in BOUNDS_PP]
@@ -315,12 +412,20 @@ def show(title: str, rows: Sequence[dict[str, float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = (("draws", 2000), ("whole", 20), ("images", 2000), ("population", 200_000), ("frames", 1))
+    sizes += (("intervals", 0), ("groups", 100), ("safety", 90))
     for name, default in sizes:
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     start = time.perf_counter()
     graphs, table = made_up_graphs()
     known = population(graphs, asked.population, asked.frames)
+    if asked.intervals:
+        truth, level = known.evidence(graphs, table, np.arange(asked.population)), asked.safety / 100
+        draws = range(asked.intervals)
+        found = [interval_draw(graphs, table, known, truth, asked.groups, seed, level) for seed in draws]
+        show_intervals(asked.groups, asked.frames, level, interval_summary(found))
+        print(f"{time.perf_counter() - start:.0f} s")
+        return
     of = family(graphs, table, known)
     print(f"{asked.population:,} images in sequences of {asked.frames}; {asked.images:,} images a draw")
     print("a fixed family of plans, on the whole population:")

@@ -45,7 +45,7 @@ class Memory:
     `read_as` maps data folders to options of `DataFolder`: the names of their folders of images and labels, and where
     labels begin; a folder that is missing is read by default. `hosts` maps devices to the hosts over which they were
     reached, `pythons` maps hosts to a Python that is not their python3; `ships` are the places that a bundle was
-    shipped to.
+    shipped to, and `group_by` is the pattern by which `search` named groups of images.
     """
 
     device: str | None = field(default=None, metadata=decode.OPTIONAL)
@@ -55,6 +55,7 @@ class Memory:
     hosts: dict[str, str] = field(default_factory=dict, metadata=decode.OPTIONAL)
     pythons: dict[str, str] = field(default_factory=dict, metadata=decode.OPTIONAL)
     ships: tuple[str, ...] = field(default=(), metadata=decode.OPTIONAL)
+    group_by: str | None = field(default=None, metadata=decode.OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,12 @@ class Workspace:
         if python is not None and self.file.exists() and known.pythons.get(host) != python:
             memory = replace(known, pythons={**known.pythons, host: python})
             files.write_json(self.file, "mess-workspace", 1, asdict(memory))
+
+    def remember_groups(self, pattern: str | None) -> None:
+        """Remember the pattern that names groups of images; None forgets it."""
+        known = self.memory()
+        if known.group_by != pattern:
+            files.write_json(self.file, "mess-workspace", 1, asdict(replace(known, group_by=pattern)))
 
     def remember_ships(self, places: Sequence[str]) -> None:
         """Remember where a bundle was shipped to; does nothing outside a workspace, since one ships from anywhere."""

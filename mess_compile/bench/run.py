@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,10 @@ from mess_compile.runtime.bundle.manifest import LABELS, OWN_OUTPUT, TRUTHS, Fig
 from mess_compile.runtime.cascade.cascade import Cascade
 from mess_compile.runtime.engines.engine import Engine, Library
 from mess_compile.runtime.images import frames
+from mess_compile.search.groups import ENVIRONMENT_KEY, grouped
 from mess_compile.search.metrics import Evidence, exit_macs, replay
-from mess_compile.search.plan import Stage
+from mess_compile.search.new_images import expected_of_one
+from mess_compile.search.plan import Candidate, Expected, Stage
 
 WARM_UP_FRAMES = 5
 _ROUNDING = 1e-9
@@ -110,7 +113,9 @@ class Bench:
     `baseline` is the graph `baseline_name`, the single-exit graph with the highest mIoU on these images. `tuned_on`
     counts the images that the plan was chosen on. `promises` compare the bounds of the plan's search with the
     measurement. `doubts` are the warnings about the latency table, which predicted and replayed latencies come from.
-    `truth` is what mIoU is against, `plan_truth` the same of the plan, and so of the column `predicted`.
+    `truth` is what mIoU is against, `plan_truth` the same of the plan, and so of the column `predicted`. `expected` is
+    the difference to the baseline on new images, by what these make of the plan; `without_expected` says why there is
+    none.
     """
 
     bundle: str
@@ -135,6 +140,8 @@ class Bench:
     doubts: tuple[str, ...]
     truth: str = field(default=LABELS, metadata=_TRUTH)
     plan_truth: str = field(default=LABELS, metadata=_TRUTH)
+    expected: Expected | None = field(default=None, metadata=decode.OPTIONAL)
+    without_expected: str = field(default="not computed", metadata=decode.OPTIONAL)
 
     def __repr__(self) -> str:
         from mess_compile.search.display import speed
@@ -410,6 +417,19 @@ def _compared(
         doubts=evidence.warnings,
         truth=truth,
         plan_truth=plan.truth,
+        **_on_new_images(evidence, plan.setting, stages, plan.environment.get(ENVIRONMENT_KEY)),
+    )
+
+
+def _on_new_images(evidence: Evidence, setting: str, stages: tuple[Stage, ...], pattern: str | None) -> dict[str, Any]:
+    """What to expect of the plan on new images, by a bootstrap over the groups of these; it was chosen on others."""
+    evidence = replace(evidence, statistics=grouped(evidence.statistics, pattern))
+    baseline = (0, evidence.scored_as(evidence.baseline))
+    found = expected_of_one([evidence], Candidate(evidence.graph_set.recipe, setting, stages), baseline, pattern)
+    return (
+        {"expected": None, "without_expected": found}
+        if isinstance(found, str)
+        else {"expected": found, "without_expected": ""}
     )
 
 

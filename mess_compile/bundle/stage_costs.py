@@ -10,6 +10,7 @@ from mess_compile.latency.table import LatencyTable, StageGraphs, graph_cost_ns,
 from mess_compile.network import GraphSet, is_whole
 from mess_compile.runtime.bundle import manifest
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
+from mess_compile.search.groups import ENVIRONMENT_KEY
 from mess_compile.search.hold_out import tuning_part
 from mess_compile.search.metrics import exits_taken
 from mess_compile.search.plan import Plan, Stage
@@ -35,13 +36,13 @@ def device_costs(
     """
     graphs = stage_graphs(graph_set.candidate, [stage.head for stage in plan.stages])
     pairs = zip(plan.stages, graphs, strict=True)
-    tuned = None if statistics is None else tuning_part(statistics, plan.hold_out)
+    tuned = None if statistics is None else tuning_part(statistics, plan.hold_out, plan.group_by)
     return DeviceCosts(
         costs=tuple(_cost(table, graph_set, names, stage) for stage, names in pairs),
         upload_mean_ms=table.cost_ns(UPLOAD) / 1e6,
         upload_p99_ms=table.cost_ns(UPLOAD, quantity="p99_ms") / 1e6,
         confidence=((),) * len(plan.stages) if tuned is None else confidence_histograms(plan.stages, tuned),
-        environment={**table.environment, "library_version": table.library_version, **_doubts(plan), **_held_out(plan)},
+        environment={**table.environment, "library_version": table.library_version, **_doubts(plan), **_images(plan)},
     )
 
 
@@ -49,10 +50,12 @@ def _doubts(plan: Plan) -> dict[str, str]:
     return {f"{manifest.DOUBT}_{number}": doubt for number, doubt in enumerate(plan.doubts, start=1)}
 
 
-def _held_out(plan: Plan) -> dict[str, str]:
+def _images(plan: Plan) -> dict[str, str]:
+    """What names the groups of images, and which images the plan was not chosen on."""
+    groups = {} if plan.group_by is None else {ENVIRONMENT_KEY: plan.group_by}
     if plan.guarantee is not None:
-        return {manifest.CERTIFIED: f"{plan.guarantee.confidence:g}"}
-    return {} if plan.hold_out is None else {manifest.HELD_OUT: plan.hold_out.share}
+        return {**groups, manifest.CERTIFIED: f"{plan.guarantee.confidence:g}"}
+    return groups if plan.hold_out is None else {**groups, manifest.HELD_OUT: plan.hold_out.share}
 
 
 def _cost(table: LatencyTable, graph_set: GraphSet, graphs: StageGraphs, stage: Stage) -> manifest.StageCost:

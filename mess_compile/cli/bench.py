@@ -107,7 +107,7 @@ _COLUMNS = {
 
 def _print_bench(result: Bench, bundle: Path) -> None:
     from mess_compile.runtime.bundle.manifest import against
-    from mess_compile.search.display import baseline_label, network_label, speed, work
+    from mess_compile.search.display import baseline_label, interval_sentence, network_label, speed, work
 
     say(
         f"{bundle.name} against the {network_label(result.baseline_name)} on {result.images} images of {result.split}"
@@ -131,6 +131,7 @@ def _print_bench(result: Bench, bundle: Path) -> None:
     print_table("", ["", "mIoU %", "latency ms", "GMACs", *(["changed %"] if changes else []), "exits"], rows)
     if result.plan_truth != result.truth:
         say(f"the column predicted is against {result.plan_truth}, the others are against {result.truth}")
+    say(interval_sentence(result.expected, result.without_expected))
     for promise in result.promises:
         say(promise.sentence)
     if result.disagreements:

@@ -44,6 +44,8 @@ class SearchArguments:
     time_limit: str | None
     hold_out: str | None
     confidence: str | None
+    safety: str | None
+    group_by: str | None
     seed: int | None
     output: Path | None
     explain: bool
@@ -117,6 +119,16 @@ class SearchArguments:
     help="Certify with this confidence, such as 95%, that --max-err or --max-change holds on new images.",
 )
 @click.option(
+    "--safety",
+    help="Take the fastest plan that keeps --max-err or --max-change on new images with this probability, such as 90%; "
+    "for sets that are too small for --confidence.",
+)
+@click.option(
+    "--group-by",
+    help="Regular expression that names the group of an image by its id, such as '^[0-9]+': images of one group belong "
+    "together. Remembered; `none` uses the names of sequences.",
+)
+@click.option(
     "--seed", type=click.IntRange(0), help="Seed for drawing the images that --confidence certifies on; 0 by default."
 )
 @click.option("-o", "--output", type=FILE, help="File for the plan; plans/DEVICE.json in the workspace by default.")
@@ -169,9 +181,11 @@ def search(workspace: Workspace, /, arguments: SearchArguments) -> None:
 
 def _search_options(arguments: SearchArguments) -> Any:
     from mess_compile import steps
+    from mess_compile.search.groups import checked_pattern
     from mess_compile.search.guarantees import parse_confidence
     from mess_compile.search.hold_out import parse_hold_out
     from mess_compile.search.requirement import parse_front, parse_seconds
+    from mess_compile.search.safety import parse_safety
 
     precision, time_limit, confidence = arguments.precision, arguments.time_limit, arguments.confidence
     return steps.SearchOptions(
@@ -182,6 +196,8 @@ def _search_options(arguments: SearchArguments) -> Any:
         seed=arguments.seed or 0,
         output=arguments.output,
         hold_out=None if arguments.hold_out is None else parse_hold_out(arguments.hold_out),
+        safety=None if arguments.safety is None else parse_safety(arguments.safety),
+        group_by=None if arguments.group_by is None else checked_pattern(arguments.group_by),
     )
 
 
@@ -234,6 +250,12 @@ def _refuse_contradictions(arguments: SearchArguments) -> None:
         raise click.UsageError("--time-limit cannot be combined with --confidence: drop one of them.")
     if certified and arguments.explain:
         raise click.UsageError("--explain cannot be combined with --confidence: drop one of them.")
+    if certified and arguments.safety is not None:
+        raise click.UsageError("--safety is for sets that are too small for --confidence: drop one of them.")
+    if arguments.safety is not None and arguments.time_limit is not None:
+        raise click.UsageError("--safety repeats the whole search in five folds: drop --time-limit.")
+    if arguments.safety is not None and arguments.explain:
+        raise click.UsageError("--explain cannot be combined with --safety: drop one of them.")
     if arguments.time_limit is not None and arguments.explain:
         raise click.UsageError("--explain compares plans that are proved optimal: drop --time-limit.")
     if arguments.setting == "budgeted" and arguments.max_exits is not None:

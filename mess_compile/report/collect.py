@@ -157,7 +157,7 @@ def _evidence(workspace: Workspace, plan: Plan, table: LatencyTable) -> Evidence
     sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
     found = {"latency table": evidence.table_sha256, "statistics": evidence.statistics_sha256}
     check_sources_current(plan.device, sources, found)
-    return replace(evidence, statistics=tuning_part(evidence.statistics, plan.hold_out))
+    return replace(evidence, statistics=tuning_part(evidence.statistics, plan.hold_out, plan.group_by))
 
 
 def _benched(workspace: Workspace, plan: Plan) -> Benched:

@@ -19,8 +19,8 @@ from mess_compile.report.model import Benched, Missing, Picture, Report, SearchF
 from mess_compile.report.published import paper_rows
 from mess_compile.report.views import Classes, GraphCosts, PlanView
 from mess_compile.runtime.bundle.manifest import LABELS, against
-from mess_compile.search.display import network_label, sentences_of, speed
-from mess_compile.search.plan import Plan
+from mess_compile.search.display import interval_sentence, network_label, sentences_of, speed
+from mess_compile.search.plan import Plan, SearchResult
 
 _COMMAND = re.compile(r"`([^`]+)`")
 
@@ -28,9 +28,15 @@ _COMMAND = re.compile(r"`([^`]+)`")
 def report_page(report: Report) -> str:
     """The page of `mess-compile report`."""
     found = report.search.result if isinstance(report.search, SearchFound) else None
-    sentences = () if found is None else (*_truth(found.plan), *sentences_of(found.plan), found.what_would_cut)
+    sentences = () if found is None else _sentences(found)
     sentences = tuple(filter(None, sentences))
     return _rendered("report.html.j2", report=report, sentences=sentences, data=report_data(report))
+
+
+def _sentences(found: SearchResult) -> tuple[str, ...]:
+    """What stands above the charts."""
+    interval = interval_sentence(found.plan.expected, found.without_expected)
+    return (*_truth(found.plan), *sentences_of(found.plan), found.what_would_cut, interval)
 
 
 def _truth(plan: Plan) -> tuple[str, ...]:
@@ -62,6 +68,7 @@ def _rendered(template: str, **content: Any) -> str:
     environment.filters.update(commands=_commands, data_uri=_data_uri, json=_json, max_err=max_err_text)
     environment.filters.update(speed=speed, network=network_label, capital=lambda text: text[:1].upper() + text[1:])
     environment.filters["against"] = against
+    environment.filters["interval"] = lambda found: interval_sentence(found.expected, found.without_expected)
     environment.tests["missing"] = lambda part: isinstance(part, Missing)
     plotting = Markup(plotly.offline.get_plotlyjs())
     return environment.get_template(template).render(version=__version__, plotting=plotting, **content)

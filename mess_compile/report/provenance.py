@@ -6,7 +6,7 @@ from mess_compile import __version__
 from mess_compile.latency.table import LatencyTable
 from mess_compile.report.model import Missing
 from mess_compile.report.search_output import certified_bounds
-from mess_compile.search.display import expected_on_new_images, network_label
+from mess_compile.search.display import expected_on_new_images, interval_sentence, network_label
 from mess_compile.search.hold_out import held_out_sentence
 from mess_compile.search.plan import Guarantee, SearchResult
 
@@ -42,15 +42,25 @@ def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
         origins.append(("on new images of this kind", expected_on_new_images(plan.optimism)))
     elif result.without_optimism:
         origins.append(("on new images of this kind", f"no estimate: {result.without_optimism}"))
+    origins.append(("interval", _interval(result)))
     if plan.guarantee is not None:
         origins.append((f"certified at {100 * plan.guarantee.confidence:g} %", _certified(plan.guarantee)))
     return origins
+
+
+def _interval(result: SearchResult) -> str:
+    expected = result.plan.expected
+    if expected is None:
+        return interval_sentence(None, result.without_expected)
+    return f"{interval_sentence(expected, '')}: {expected.method}"
 
 
 def _proof(result: SearchResult) -> str:
     proof, held = result.certificate, result.plan.guarantee
     if proof.gap > 0:
         return f"best found of {proof.space:,} plans; a better one could gain up to {proof.gap:.3g} in the objective"
+    if result.plan.safety is not None:
+        return f"the best of {result.plan.safety.candidates:,} plans found by search and folds that --safety allows"
     if held is not None and held.place > 1:
         return f"candidate {held.place} of {held.candidates}, fastest to safest, over {proof.space:,} plans"
     return f"proved optimal over {proof.space:,} plans"

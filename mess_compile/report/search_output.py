@@ -10,11 +10,13 @@ from mess_compile.search.display import (
     by_name,
     estimate_sentence,
     expected_on_new_images,
+    interval_sentence,
+    interval_text,
     sentences_of,
     speed,
     tail_sentence,
 )
-from mess_compile.search.plan import REFINED_POINT, Guarantee, Plan, SearchResult
+from mess_compile.search.plan import FEW_IMAGES, ONE_GROUP, REFINED_POINT, Guarantee, Plan, Safety, SearchResult
 from mess_compile.search.requirement import Requirement
 
 _Column = tuple[str, Callable[[Figures], str]]
@@ -85,6 +87,8 @@ def proof(result: SearchResult, requirement: Requirement) -> str:
     if certificate.gap > 0:
         gain = f"{certificate.gap:.3g} {unit_of(requirement)}"
         return f"Best found of {space}, not proved optimal: a better one could gain up to {gain}."
+    if result.plan.safety is not None:
+        return f"The best of {result.plan.safety.candidates:,} found by search and folds that --safety allows."
     if guarantee is not None and guarantee.place > 1:
         place = f"Candidate {guarantee.place} of {guarantee.candidates}, fastest to safest"
         return f"{place}; the optimum over {space} could not be certified."
@@ -102,8 +106,20 @@ def expectation(result: SearchResult) -> str:
         if found.change_limit is not None:
             limits.append(f"{found.change_limit:g} % of the pixels changed (bound {found.change_bound:.2f} %)")
         certified = f"Certified at {100 * found.confidence:g} % on {found.images_certified} other images"
-        return f"{certified}: at most {' and '.join(limits)}."
-    return f"Chosen on {plan.predicted.images} images of {plan.predicted.split}; {_on_new_images(result)}."
+        interval = "" if plan.expected is None else f"; {interval_sentence(plan.expected, '')}"
+        return f"{certified}: at most {' and '.join(limits)}{interval}."
+    safety = "" if plan.safety is None else f" {_kept(plan.safety)}"
+    return f"Chosen on {plan.predicted.images} images of {plan.predicted.split}; {_on_new_images(result)}.{safety}"
+
+
+def _kept(found: Safety) -> str:
+    """What `--safety` keeps."""
+    limits = []
+    if found.loss_limit_pp is not None:
+        limits.append(f"{found.loss_limit_pp:g} pp lost (bound {found.loss_bound_pp:.2f} pp)")
+    if found.change_limit is not None:
+        limits.append(f"{found.change_limit:g} % of the pixels changed (bound {found.change_bound:.2f} %)")
+    return f"Kept at {100 * found.level:.4g} %, by a bootstrap: at most {' and '.join(limits)}."
 
 
 def _on_new_images(result: SearchResult) -> str:
@@ -112,10 +128,17 @@ def _on_new_images(result: SearchResult) -> str:
         held = plan.hold_out.predicted.miou - plan.hold_out.baseline.miou
         change = plan.hold_out.predicted.change
         changed = "" if change is None else f", changed pixels {change:.1f} %"
-        return f"on the {plan.hold_out.predicted.images} held out {held:+.2f} pp{changed}"
+        interval = interval_sentence(plan.expected, result.without_expected)
+        return f"on the {plan.hold_out.predicted.images} held out {held:+.2f} pp{changed}; {interval}"
+    if plan.expected is not None:
+        if plan.predicted.images >= FEW_IMAGES:
+            return interval_sentence(plan.expected, "")
+        return f"too few images: a rough estimate for new ones is {interval_text(plan.expected)}"
+    if result.without_expected == ONE_GROUP:
+        return ONE_GROUP
     if optimism is None:
         return "no estimate for new images" + (f" ({result.without_optimism})" if result.without_optimism else "")
-    expected = f"{_difference(plan) - optimism.miou_pp:+.1f} pp"
+    expected = f"{_difference(plan) - optimism.miou_pp:+.1f} pp, interval {result.without_expected}"
     if optimism.few:
         return f"too few images: a rough estimate for new ones is {expected}"
     return f"on new images of this kind expect {expected} (spread over folds {optimism.spread_pp:.1f} pp)"
@@ -156,6 +179,7 @@ def details(result: SearchResult) -> tuple[str, ...]:
         *refined,
         f"tuning-split figures ({plan.tuned_by}), not a test result",
         *([] if optimism is None else [f"on new images of this kind: {expected_on_new_images(optimism)}"]),
+        *([] if plan.expected is None else [f"{interval_sentence(plan.expected, '')}: {plan.expected.method}"]),
         *([] if plan.guarantee is None else [_certified(plan.guarantee)]),
         *filter(None, [result.what_would_cut]),
     )

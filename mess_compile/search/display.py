@@ -9,7 +9,7 @@ from types import MappingProxyType
 from mess_compile.network import BASELINE, BASELINE_ALONE, is_whole
 from mess_compile.runtime.bundle.manifest import Figures, against
 from mess_compile.runtime.images.notebook import table_html, text_html
-from mess_compile.search.plan import FEW_IMAGES, Optimism, Plan, SearchResult
+from mess_compile.search.plan import FEW_IMAGES, ONE_GROUP, Expected, Optimism, Plan, SearchResult
 from mess_compile.search.requirement import Requirement
 
 NO_CELLS: Mapping[str, int] = MappingProxyType({})
@@ -183,6 +183,20 @@ def expected_on_new_images(optimism: Optimism) -> str:
         f"expect {0.0 - optimism.miou_pp:+.2f} pp of mIoU relative to the baseline (spread over folds {spread:.2f} pp) "
         f"and {latency:+.1f} % latency: {basis}"
     )
+
+
+def interval_text(expected: Expected) -> str:
+    """The difference to the baseline to expect on new images, with its interval and the groups that it rests on."""
+    figures = (expected.low_pp, expected.miou_pp, expected.high_pp)
+    low, miou, high = (f"{round(value, 1) + 0.0:+.1f}" for value in figures)
+    return f"{miou} pp against the baseline ({100 * expected.confidence:g} %: {low} to {high}; {expected.rule})"
+
+
+def interval_sentence(expected: Expected | None, without: str) -> str:
+    """A sentence with the interval, or with the reason why there is none."""
+    if expected is None:
+        return without if without == ONE_GROUP else f"no interval for new images ({without})"
+    return f"on new images expect {interval_text(expected)}"
 
 
 def plan_text(plan: Plan) -> str:

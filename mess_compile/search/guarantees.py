@@ -19,12 +19,15 @@ from mess_compile.runtime.base.errors import InputError, RequirementError
 from mess_compile.search.context import SearchContext, SearchProgress, no_progress
 from mess_compile.search.metrics import (
     Evidence,
+    best_baseline,
     evidence_of_plan,
     figures_of_stages,
     refuse_different_images,
     refuse_without_own_output,
 )
-from mess_compile.search.plan import FRONT_BY, Guarantee, Optimism, Plan, SearchResult
+from mess_compile.search.new_images import expected_of_one
+from mess_compile.search.plan import FRONT_BY, Candidate, Guarantee, Optimism, Plan, SearchResult
+from mess_compile.search.pool import candidate_of
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.risk import (
     RESAMPLES,
@@ -35,7 +38,7 @@ from mess_compile.search.risk import (
     numbered_groups,
     pairs_of_plans,
 )
-from mess_compile.search.solver import search_without_points
+from mess_compile.search.solver import optimum_and_front, search_without_points
 
 FOLDS = 5
 LEAST_CHOSEN = 20  # sequences to choose a plan by: fewer say next to nothing
@@ -52,6 +55,57 @@ def parse_confidence(text: str) -> float:
     return float(match[1]) / 100
 
 
+@dataclass(frozen=True, eq=False)
+class FoldSearches:
+    """What a search finds without each of the `parts` (images by index); None: no plan satisfies, or nothing there is
+    labelled. `method` says in words what the parts are, `baseline` names an evidence and its head."""
+
+    parts: tuple[Index, ...]
+    method: str
+    baseline: tuple[int, str]
+    found: tuple[_Fold | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Fold:
+    """A plan chosen on the other folds: mIoU above the baseline's (pp) and latency as predicted there, and as replayed
+    on this fold; and the front that it stands on."""
+
+    predicted_gain: float
+    held_gain: float
+    predicted_ms: float
+    held_ms: float
+    pixels: Floats  # (5, classes), as in Pairs, summed over the images held
+    images: int
+    choice: Candidate
+    front: tuple[Candidate, ...]
+
+
+def fold_searches(
+    evidences: Sequence[Evidence],
+    requirement: Requirement,
+    folds: int = FOLDS,
+    progress: SearchProgress = no_progress,
+    cache_folder: Path | None = None,
+) -> FoldSearches:
+    """Search under `requirement` without each fold of the images in turn.
+
+    `evidences` are of the recipes searched, as for `search_recipes`. `progress` is called with (folds done, folds);
+    `cache_folder` is as for `search_recipes`. Gates that are fitted to images would be fitted anew in each fold, before
+    its search. Raises RequirementError where there is one image.
+    """
+    refuse_different_images(evidences)
+    parts, method = cross_validation_folds(evidences[0].statistics.group, folds)
+    if len(parts) < 2:
+        raise RequirementError(f"{evidences[0].statistics.images} image is too few for cross-validation")
+    baseline, context = best_baseline(evidences), SearchContext(requirement, cache_folder=cache_folder)
+    found = []
+    for done, held in enumerate(parts, start=1):
+        found.append(_searched_fold(evidences, held, baseline, context))
+        progress(done, len(parts))
+    return FoldSearches(tuple(parts), method, baseline, tuple(found))
+
+
 def optimism(
     evidences: Sequence[Evidence],
     requirement: Requirement,
@@ -61,21 +115,17 @@ def optimism(
 ) -> Optimism:
     """By how much the figures of a plan searched under `requirement` are too good, by cross-validation over sequences.
 
-    `evidences` are of the recipes searched, as for `search_recipes`. For each fold a plan is chosen on the others and
-    replayed on it; folds on which that is impossible (no plan satisfies, no labelled pixel) are left out. Raises
-    RequirementError with the reason when fewer than two remain. `progress` is called with (folds done, folds);
-    `cache_folder` is as for `search_recipes`.
+    As `optimism_of` the `fold_searches` with these arguments.
     """
-    refuse_different_images(evidences)
-    parts, method = cross_validation_folds(evidences[0].statistics.group, folds)
-    if len(parts) < 2:
-        raise RequirementError(f"{evidences[0].statistics.images} image is too few for cross-validation")
-    baseline, context = _baseline(evidences), SearchContext(requirement, (), cache_folder=cache_folder)
-    found = []
-    for done, held in enumerate(parts, start=1):
-        fold = _replayed_fold(evidences, held, baseline, context)
-        found += [fold] if fold else []
-        progress(done, len(parts))
+    return optimism_of(evidences, fold_searches(evidences, requirement, folds, progress, cache_folder))
+
+
+def optimism_of(evidences: Sequence[Evidence], searches: FoldSearches) -> Optimism:
+    """By how much a plan's figures are too good, where each fold is replayed with the plan chosen on the others.
+
+    Folds on which that is impossible are left out. Raises RequirementError with the reason when fewer than two remain.
+    """
+    found, parts, method = [fold for fold in searches.found if fold], searches.parts, searches.method
     if len(found) < 2:
         raise RequirementError(
             f"cross-validation found a plan for only {len(found)} of {len(parts)} folds: evaluate more images, or ask "
@@ -95,20 +145,7 @@ def optimism(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Fold:
-    """A plan chosen on the other folds: mIoU above the baseline's (pp) and latency as predicted there, and as replayed
-    on this fold."""
-
-    predicted_gain: float
-    held_gain: float
-    predicted_ms: float
-    held_ms: float
-    pixels: Floats  # (5, classes), as in Pairs, summed over the images held
-    images: int
-
-
-def _replayed_fold(
+def _searched_fold(
     evidences: Sequence[Evidence], held: Index, baseline: tuple[int, str], context: SearchContext
 ) -> _Fold | None:
     rest = np.setdiff1d(np.arange(evidences[0].statistics.images), held)
@@ -116,7 +153,7 @@ def _replayed_fold(
     if not chosen[0].statistics.labelled.any() or not unseen[0].statistics.labelled.any():
         return None
     try:
-        plan = search_without_points(chosen, context).plan
+        plan, front = optimum_and_front(chosen, context)
     except RequirementError:
         return None
     predicted, pixels = (pairs_of_plans(part, chosen, [plan], baseline).pixels.sum(axis=0) for part in (chosen, unseen))
@@ -128,6 +165,8 @@ def _replayed_fold(
         held_ms=figures.latency_ms,
         pixels=pixels,
         images=len(held),
+        choice=candidate_of(plan),
+        front=front,
     )
 
 
@@ -161,13 +200,15 @@ def certify(
     progress: SearchProgress = no_progress,
     front_by: tuple[str, ...] = FRONT_BY,
     cache_folder: Path | None = None,
+    group_by: str | None = None,
 ) -> SearchResult:
     """The fastest plan whose error is certified to stay within `max_err_pp`, and its change within `max_change`; its
     guarantee says on what grounds.
 
     Plans are chosen on one part of the sequences, drawn by `seed`, and tested on the other in a fixed order until one
     fails. The result's front and certificate are those of the first part; the plan has no operating point but the
-    certified one. `front_by` and `cache_folder` are as for `search_recipes`. Raises InputError when the requirement has
+    certified one. `front_by` and `cache_folder` are as for `search_recipes`; `group_by` is the pattern that
+    named the groups. Raises InputError when the requirement has
     nothing to certify or the images are too few, RequirementError when no plan passes.
     """
     refuse_different_images(evidences)
@@ -177,7 +218,7 @@ def certify(
     context = SearchContext(requirement, front_by, progress, cache_folder)
     result = search_without_points(chosen, context)
     plans = _from_fastest(chosen, context, result)
-    baseline = _baseline(chosen)
+    baseline = best_baseline(chosen)
     first, second = (pairs_of_plans(part, chosen, plans, baseline) for part in (chosen, held))
     verdict = certified_in_turn(first, second, limits, confidence, seed)
     images, groups = (chosen[0].statistics.images, held[0].statistics.images), second.risk.shape[1]
@@ -191,12 +232,14 @@ def certify(
     whole = {evidence.graph_set.recipe: evidence.statistics_sha256 for evidence in evidences}
     front = tuple(replace(plan, statistics_sha256=whole[plan.precision]) for plan in result.front)
     plan = plans[verdict.passed]
+    expected = expected_of_one(held, candidate_of(plan), baseline, group_by)
     plan = replace(
         plan,
         statistics_sha256=whole[plan.precision],
         guarantee=_guarantee(verdict, test, len(plans)),
+        expected=None if isinstance(expected, str) else expected,
     )
-    return replace(result, plan=plan, front=front)
+    return replace(result, plan=plan, front=front, without_expected=expected if isinstance(expected, str) else "")
 
 
 @dataclass(frozen=True)
@@ -344,9 +387,3 @@ def _more_careful(result: SearchResult, requirement: Requirement) -> list[Plan]:
 
 def _unit(groups: Sequence[str]) -> str:
     return "images" if len(set(groups)) == len(groups) else "sequences"
-
-
-def _baseline(evidences: Sequence[Evidence]) -> tuple[int, str]:
-    """The best single-exit network on these images: the place of its evidence, and its name among what is scored."""
-    place = max(range(len(evidences)), key=lambda i: evidences[i].baseline_miou(evidences[i].baseline))
-    return place, evidences[place].scored_as(evidences[place].baseline)

@@ -19,6 +19,7 @@ from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle.manifest import LABELS, against
 from mess_compile.search.display import baseline_label, figure_names, figures_row, network_label
+from mess_compile.search.groups import grouped
 from mess_compile.search.metrics import Evidence, baseline_figures, evidence_of_plan, figures_of_stages
 from mess_compile.search.plan import FEW_IMAGES, HoldOut, SearchResult, share_of
 from mess_compile.search.risk import numbered_groups
@@ -72,9 +73,11 @@ def tuning_rows(groups: Sequence[str], share: str | None) -> Index:
     return everything if share is None else np.delete(everything, held_rows(groups, share_of(share))[0])
 
 
-def tuning_part(statistics: ExitStatistics, hold_out: HoldOut | None) -> ExitStatistics:
-    """The statistics of the images that a plan with this record was chosen on."""
-    return statistics if hold_out is None else statistics.select(tuning_rows(statistics.group, hold_out.share).tolist())
+def tuning_part(statistics: ExitStatistics, hold_out: HoldOut | None, group_by: str | None = None) -> ExitStatistics:
+    """The statistics of the images that a plan with this record was chosen on; `group_by` named their groups."""
+    if hold_out is None:
+        return statistics
+    return statistics.select(tuning_rows(grouped(statistics, group_by).group, hold_out.share).tolist())
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,7 @@ from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.bundle.manifest import OWN_OUTPUT, Figures
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
-from mess_compile.search.plan import AnytimeReport, Plan, PlanGraph, Stage, default_point
+from mess_compile.search.plan import AnytimeReport, Candidate, Plan, PlanGraph, Stage, default_point
 from mess_compile.search.space import Grids, cut_grids
 
 
@@ -177,9 +177,15 @@ def _refuse_no_numbers(table: LatencyTable) -> None:
             )
 
 
-def evidence_of_plan(evidences: Sequence[Evidence], plan: Plan) -> Evidence:
+def evidence_of_plan(evidences: Sequence[Evidence], plan: Plan | Candidate) -> Evidence:
     """The evidence of the recipe that `plan` was searched in."""
     return next(evidence for evidence in evidences if evidence.graph_set.recipe == plan.precision)
+
+
+def best_baseline(evidences: Sequence[Evidence]) -> tuple[int, str]:
+    """The best single-exit network on these images: the place of its evidence, and its name among what is scored."""
+    place = max(range(len(evidences)), key=lambda i: evidences[i].baseline_miou(evidences[i].baseline))
+    return place, evidences[place].scored_as(evidences[place].baseline)
 
 
 def refuse_different_images(evidences: Sequence[Evidence]) -> None:

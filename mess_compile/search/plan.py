@@ -36,10 +36,12 @@ _READABLE = (5, VERSION)
 FEW_IMAGES = 40
 """With fewer images cross-validation is a rough estimate: of 20 images its figure had a standard deviation of 0.7 pp,
 of 40 one of 0.3 pp (docs/guarantees.md), and `--max-err` is about a point."""
+ONE_GROUP = "one group of images: expect this of more of this sequence; other places are not covered"
+"""Why there is no interval where all images belong together."""
 _FRONT_FIELDS = (
     *("precision", "network", "stages", "graphs", "predicted", "baseline", "baseline_name", "reference_miou"),
     *("statistics_sha256", "operating_points", "reports", "optimism", "guarantee", "doubts", "promises", "hold_out"),
-    *("truth",),
+    *("truth", "expected", "safety", "group_by"),
 )
 _REMEDY = "run `mess-compile search`"
 _SHA256 = decode.entry(check=decode.SHA256)
@@ -115,6 +117,52 @@ class Guarantee:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """The difference of mIoU to the baseline to expect on new images, in pp, with an interval; docs/guarantees.md.
+
+    With the probability `confidence` the difference on the images that the groups were drawn from is from `low_pp` to
+    `high_pp`. It is based on `images` of so many independent `groups`, which `rule` names with what made them, by
+    `method`. `optimism_pp` was taken off the difference on these images, since the plan was chosen on them.
+    """
+
+    miou_pp: float
+    low_pp: float
+    high_pp: float
+    confidence: float
+    images: int
+    groups: int
+    rule: str
+    optimism_pp: float
+    method: str
+
+
+@dataclass(frozen=True)
+class Safety:
+    """What `--safety` asked for: with the probability `level` at most `loss_bound_pp` of mIoU is lost against the
+    baseline and `change_bound` percent of the pixels changed, by a bootstrap that repeats the choice.
+
+    The limits are those that were asked for; what was not asked for is None. Of the `candidates` in the pool it is the
+    fastest (or what else was optimised) whose bounds are within the limits.
+    """
+
+    level: float
+    loss_bound_pp: float | None
+    loss_limit_pp: float | None
+    change_bound: float | None
+    change_limit: float | None
+    candidates: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan by its stages, and the recipe whose statistics they refer to; its figures are not computed."""
+
+    precision: str
+    setting: str
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
 class HoldOut:
     """The images of the searched split that a plan was not chosen on, and its figures there.
 
@@ -158,7 +206,8 @@ class Plan:
     empty but for the anytime setting. `reference_miou` (percent) replaces the baseline's own as what the error counts
     from: a figure that was given, or the baseline of another recipe. `doubts` are warnings about its latencies,
     `promises` the bounds that it was required to satisfy. `hold_out` are the images that were held out of the search;
-    `predicted` is of the others. `truth` is what every mIoU of the plan is against.
+    `predicted` is of the others. `truth` is what every mIoU of the plan is against. `expected` is what to expect on new
+    images, `group_by` the pattern that named the groups of images (None: those of the evaluation).
     """
 
     device: str
@@ -187,6 +236,9 @@ class Plan:
     promises: tuple[Promise, ...] = field(default=(), metadata=decode.OPTIONAL)
     hold_out: HoldOut | None = field(default=None, metadata=decode.OPTIONAL)
     truth: str = field(default=LABELS, metadata=decode.entry(optional=True, check=decode.one_of(TRUTHS)))
+    expected: Expected | None = field(default=None, metadata=decode.OPTIONAL)
+    safety: Safety | None = field(default=None, metadata=decode.OPTIONAL)
+    group_by: str | None = field(default=None, metadata=decode.OPTIONAL)
 
     @property
     def is_whole(self) -> bool:
@@ -237,8 +289,9 @@ class Certificate:
 class SearchResult:
     """The chosen plan, the front of latency and mIoU (and what else `front_by` names) it stands on, and the proof.
 
-    `front_complete` says whether the front has all its points, `without_optimism` and `without_hold_out` why the plan
-    has no such figures, `what_would_cut` what would let a plan with exits win where the whole network did.
+    `front_complete` says whether the front has all its points, `without_optimism`, `without_hold_out` and
+    `without_expected` why the plan has no such figures, `what_would_cut` what would let a plan with exits win where the
+    whole network did.
     """
 
     plan: Plan
@@ -249,6 +302,7 @@ class SearchResult:
     without_optimism: str = ""
     without_hold_out: str = field(default="", metadata=decode.OPTIONAL)
     what_would_cut: str = field(default="", metadata=decode.OPTIONAL)
+    without_expected: str = field(default="not computed", metadata=decode.OPTIONAL)
 
     def __repr__(self) -> str:
         from mess_compile.search.display import result_text
@@ -311,6 +365,7 @@ def result_to_json(result: SearchResult) -> dict[str, Any]:
         "without_optimism": result.without_optimism,
         "without_hold_out": result.without_hold_out,
         "what_would_cut": result.what_would_cut,
+        "without_expected": result.without_expected,
     }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from mess_compile.array_types import Floats, Index
 from mess_compile.evaluate.statistics import head_miou
 from mess_compile.search.metrics import Evidence, evidence_of_plan, exits_taken
-from mess_compile.search.plan import Plan
+from mess_compile.search.plan import Candidate, Plan
 
 RESAMPLES = 2000
 _WEIGHTS = 1 << 22
@@ -80,15 +80,22 @@ class Limits:
 
 
 def _answers(part: Sequence[Evidence], chosen: Sequence[Evidence], plan: Plan) -> Index:
-    """The index (n,) of the head whose labels each image ends with; in the anytime setting that of the best report."""
+    """The index (n,) of the head whose labels each image ends with."""
     statistics = evidence_of_plan(part, plan).statistics
-    heads = [stage.head for stage in plan.stages]
-    index = np.array([statistics.head_index(head) for head in heads])
+    index = np.array([statistics.head_index(stage.head) for stage in plan.stages])
+    answers: Index = index[final_exits(part, chosen, plan)]
+    return answers
+
+
+def final_exits(part: Sequence[Evidence], chosen: Sequence[Evidence], plan: Plan | Candidate) -> Index:
+    """The exit (n,), from 0, whose labels each image ends with; in the anytime setting that of the best report on the
+    images of `chosen`."""
+    statistics = evidence_of_plan(part, plan).statistics
     if plan.setting == "anytime":
         known = evidence_of_plan(chosen, plan).statistics
-        best = max(range(len(heads)), key=lambda i: head_miou(known, heads[i]))
-        return np.full(statistics.images, index[best])
-    return index[exits_taken(statistics, plan.stages)]
+        best = max(range(len(plan.stages)), key=lambda i: head_miou(known, plan.stages[i].head))
+        return np.full(statistics.images, best, np.intp)
+    return exits_taken(statistics, plan.stages)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from mess_compile.search.metrics import (
 from mess_compile.search.objectives import MEASURES, Bound, bounds_of, objective_of
 from mess_compile.search.operating_points import operating_points
 from mess_compile.search.pareto import front_groups
-from mess_compile.search.plan import FRONT_BY, REFINED_POINT, Certificate, Plan, SearchResult, decisions_of
+from mess_compile.search.plan import FRONT_BY, REFINED_POINT, Candidate, Certificate, Plan, SearchResult, decisions_of
 from mess_compile.search.requirement import Requirement
 
 _AXES = {"latency": "cost_ns", "miou": "miou", "memory": "memory_bytes"}
@@ -78,6 +79,21 @@ def _search(evidence: Evidence, context: SearchContext) -> SearchResult:
         from mess_compile.search.bnb.search import bounded_search  # compiles when it is first used
 
         return bounded_search(evidence, context)
+    table, chosen = _enumerated(evidence, context)
+    front = _rows_of_front(evidence, context, table) if front_by else []
+    plan = _plan_of_row(evidence, requirement, table, chosen)
+    return SearchResult(
+        plan=plan,
+        front=tuple(_plan_of_row(evidence, requirement, table, index) for index in front),
+        certificate=_certificate(evidence, requirement, table, plan),
+        front_by=front_by or FRONT_BY,
+        front_complete=bool(front_by) and not table.skipped,
+    )
+
+
+def _enumerated(evidence: Evidence, context: SearchContext) -> tuple[PlanTable, int]:
+    """The table of all plans, and the row of the optimum."""
+    requirement = context.requirement
     bounds = bounds_of(evidence, requirement)
     table = cached_plan_table(evidence, context, _selection(bounds))
     feasible = _feasible(table, bounds.values())
@@ -87,17 +103,39 @@ def _search(evidence: Evidence, context: SearchContext) -> SearchResult:
     chosen = _best(evidence, table, np.flatnonzero(feasible), objective[feasible])
     if requirement.deadline_ms is not None and not objective[chosen]:
         raise RequirementError(_too_early(evidence, requirement, table))
-    free = {_AXES[axis] for axis in front_by}
-    on_front = _feasible(table, [bound for bound in bounds.values() if bound.measure.column not in free])
-    front = _front(evidence, table, on_front, front_by) if front_by else []
-    plan = _plan_of_row(evidence, requirement, table, chosen)
-    return SearchResult(
-        plan=plan,
-        front=tuple(_plan_of_row(evidence, requirement, table, index) for index in front),
-        certificate=_certificate(evidence, requirement, table, plan),
-        front_by=front_by or FRONT_BY,
-        front_complete=bool(front_by) and not table.skipped,
-    )
+    return table, chosen
+
+
+def _rows_of_front(evidence: Evidence, context: SearchContext, table: PlanTable) -> list[int]:
+    """The front under the bounds on what it is not by."""
+    free = {_AXES[axis] for axis in context.front_by}
+    bounds = bounds_of(evidence, context.requirement).values()
+    on_front = _feasible(table, [bound for bound in bounds if bound.measure.column not in free])
+    return _front(evidence, table, on_front, context.front_by)
+
+
+def optimum_and_front(evidences: Sequence[Evidence], context: SearchContext) -> tuple[Plan, tuple[Candidate, ...]]:
+    """The plan that `search_recipes` chooses, and the plans of every recipe's front.
+
+    Figures of the front's plans, which take most of the time of a small search, are not computed. A space that is not
+    enumerated, and the anytime setting, have the optimum alone. Raises RequirementError when no plan satisfies.
+    """
+    requirement = _of_recipes(evidences, context.requirement)
+    context, plans, front = replace(context, requirement=requirement), [], list[Candidate]()
+    for evidence in evidences:
+        with suppress(RequirementError):
+            if requirement.setting == "anytime" or needs_branch_and_bound(evidence, requirement.early_exits):
+                plans.append(_search(evidence, replace(context, front_by=())).plan)
+                continue
+            table, chosen = _enumerated(evidence, context)
+            plans.append(_plan_of_row(evidence, requirement, table, chosen))
+            for row in _rows_of_front(evidence, context, table):
+                stages = stages_of_row(evidence, table, table.plans[row])
+                front.append(Candidate(evidence.graph_set.recipe, requirement.setting, stages))
+    if not plans:
+        raise RequirementError("no plan satisfies the requirement on these images")
+    plan = min(plans, key=lambda plan: _order(plan, requirement))
+    return plan, tuple(front)
 
 
 def _with_points(evidence: Evidence, requirement: Requirement, result: SearchResult) -> SearchResult:

@@ -26,6 +26,7 @@ from mess_compile.runtime.bundle import manifest
 from mess_compile.runtime.bundle.archive import Archive
 from mess_compile.runtime.bundle.plan_choice import named_plans
 from mess_compile.runtime.serve.scoring import HeadEngines, Score, ScoredExits
+from mess_compile.search.groups import ENVIRONMENT_KEY, groups_of_ids
 from mess_compile.search.hold_out import tuning_rows
 from mess_compile.search.metrics import change_of, exit_macs, exits_taken, mixture_miou, percentile
 from mess_compile.search.operating_points import thresholds_front
@@ -112,7 +113,10 @@ def _images(root: Data, plan: manifest.BundlePlan, described: manifest.Manifest)
             "it without --data, or ship a plan that was searched without --confidence"
         )
     data = open_dataset(root, plan.predicted.split)
-    tuning = tuning_rows([item.group for item in data.items], plan.environment.get(manifest.HELD_OUT))
+    groups, pattern = [item.group for item in data.items], plan.environment.get(ENVIRONMENT_KEY)
+    if pattern is not None:
+        groups = list(groups_of_ids([item.id for item in data.items], pattern))
+    tuning = tuning_rows(groups, plan.environment.get(manifest.HELD_OUT))
     data = replace(data, items=tuple(data.items[index] for index in tuning))
     if data.classes.names != described.network.classes or len(data.items) != plan.predicted.images:
         raise InputError(

@@ -18,6 +18,7 @@ from mess_compile.runtime.bundle import archive
 from mess_compile.runtime.bundle.manifest import HELD_OUT, BundlePlan
 from mess_compile.runtime.bundle.plan_choice import first_that_opens, matching_plans
 from mess_compile.runtime.cascade.cascade import load
+from mess_compile.search.groups import ENVIRONMENT_KEY, grouped
 from mess_compile.search.hold_out import tuning_rows
 from mess_compile.steps import dry_run
 from mess_compile.steps.bundle import tuning_statistics
@@ -107,8 +108,11 @@ def _comparison(workspace: Workspace, plan: BundlePlan, network: str) -> _Compar
     if network == graph_set.candidate.identity:  # otherwise `bench` refuses the bundle
         tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
         known = tuning_statistics(table, plan.target, plan.sources, tuning)
-    rows = tuning_rows(known.group, plan.environment.get(HELD_OUT)) if known else ()
-    return _Comparison(table, graph_set, frozenset(known.image_id[row] for row in rows) if known else frozenset())
+    if known is None:
+        return _Comparison(table, graph_set, frozenset())
+    groups = grouped(known, plan.environment.get(ENVIRONMENT_KEY)).group
+    rows = tuning_rows(groups, plan.environment.get(HELD_OUT))
+    return _Comparison(table, graph_set, frozenset(known.image_id[row] for row in rows))
 
 
 def bench(

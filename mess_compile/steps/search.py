@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -40,7 +40,9 @@ class SearchOptions:
     `precisions` restrict it to these (None: all that were profiled), `front_by` names the axes of the front,
     `time_limit_s` ends it early. With `confidence` (such as 0.95) the plan is certified on sequences drawn by `seed`.
     `output` is the plan's file, for one device. `hold_out` is the share of images that the plan is judged by and not
-    chosen on: None for a third where there are enough, 0 for none.
+    chosen on: None for a third where there are enough, 0 for none. With `safety` (such as 0.9) it is the fastest plan
+    that keeps the bounds on new images with this probability. `group_by` is the pattern that names groups of images,
+    `none` for those of the evaluation, None for what the workspace remembers.
     """
 
     precisions: tuple[str, ...] | None = None
@@ -50,6 +52,8 @@ class SearchOptions:
     seed: int = 0
     output: Path | None = None
     hold_out: Fraction | None = None
+    safety: float | None = None
+    group_by: str | None = None
 
 
 def search(
@@ -108,36 +112,74 @@ def _found(
     targets = [target_of(workspace, device) for device in dict.fromkeys(devices or (None,))]
     _refuse_to_overwrite(options.output, len(targets))
     clock = Clock(math.inf if options.time_limit_s is None else options.time_limit_s)
-    whole = {t.name: _evidences(workspace, t, split, options, reporter) for t in targets}
+    pattern = _pattern(workspace, options)
+    as_recorded = {t.name: _evidences(workspace, t, split, options, reporter) for t in targets}
+    whole = {name: _grouped(each, pattern, reporter) for name, each in as_recorded.items()}
     parts = {name: _split(each, options) for name, each in whole.items()}
     evidences = {name: part.chosen for name, part in parts.items()}
     results = []
     for name, each in evidences.items():
         try:
-            found = _searched(
-                each, requirement, options, workspace.searches, partial(reporter.progress, "search"), clock
-            )
-            results.append(replace(found, plan=replace(found.plan, promises=promises_of(requirement, found.plan))))
+            found = _searched(each, requirement, options, workspace.searches, reporter, clock, pattern)
+            plan = replace(found.plan, promises=promises_of(requirement, found.plan), group_by=pattern)
+            found = replace(found, plan=plan)
+            if options.safety is not None:
+                found = _safest(each, found, requirement, options, workspace.searches, reporter)
+            results.append(found)
         except RequirementError as error:
             raise RequirementError(f"{name}: {error}" if len(evidences) > 1 else str(error)) from error
     results = [part.evaluated(result) for part, result in zip(parts.values(), results, strict=True)]
+    recorded = list(as_recorded.values())
     results = [
         replace(result, what_would_cut=what_would_cut(result, requirement, len(each[0].table.failed)))
         if result.plan.is_whole
         else result
         for result, each in zip(results, evidences.values(), strict=True)
     ]
+    results = [_with_sources(result, each) for result, each in zip(results, recorded, strict=True)]
     _write(workspace, results, options.output)
-    if options.confidence is None:
-        results = list(_expected(list(evidences.values()), results, requirement, options, workspace.searches, reporter))
+    if options.confidence is None and options.safety is None:
+        results = list(_expected(list(parts.values()), results, requirement, options, workspace.searches, reporter))
         _write(workspace, results, options.output)
+    workspace.remember_groups(pattern)
     return results, list(evidences.values())
+
+
+def _pattern(workspace: Workspace, options: SearchOptions) -> str | None:
+    """What names groups of images: the pattern given, or the one remembered."""
+    from mess_compile.search.groups import NO_PATTERN, checked_pattern
+
+    pattern = workspace.memory().group_by if options.group_by is None else options.group_by
+    return None if pattern in (None, NO_PATTERN) else checked_pattern(pattern)
+
+
+def _grouped(evidences: Sequence[Evidence], pattern: str | None, reporter: Reporter) -> list[Evidence]:
+    """The evidence with the groups that the pattern names."""
+    from mess_compile.search.groups import grouped, unmatched
+
+    if pattern is None:
+        return list(evidences)
+    found = [replace(each, statistics=grouped(each.statistics, pattern)) for each in evidences]
+    alone = unmatched(found[0].statistics)
+    if alone:
+        reporter.note(f"--group-by {pattern!r} does not match {alone} images: each is a group of its own")
+    return found
+
+
+def _with_sources(result: SearchResult, evidences: Sequence[Evidence]) -> SearchResult:
+    """The result with the hashes of the statistics as they were recorded: a search may name other groups."""
+    known = {each.graph_set.recipe: each.statistics_sha256 for each in evidences}
+    plan = replace(result.plan, statistics_sha256=known[result.plan.precision])
+    front = tuple(replace(each, statistics_sha256=known[each.precision]) for each in result.front)
+    return replace(result, plan=plan, front=front)
 
 
 def _split(evidences: Sequence[Evidence], options: SearchOptions) -> HoldOutSplit:
     """The images to choose by and those to judge by; `--confidence` splits the images itself."""
     from mess_compile.search import hold_out
 
+    if options.safety is not None and options.hold_out is None:
+        return hold_out.HoldOutSplit(evidences, evidences, without="--safety chooses by five folds of all images")
     if options.confidence is None:
         return hold_out.split_images(evidences, options.hold_out)
     return hold_out.HoldOutSplit(evidences, evidences, without="--confidence tests on images of its own")
@@ -170,43 +212,72 @@ def _searched(
     evidences: Sequence[Evidence],
     requirement: Requirement,
     options: SearchOptions,
-    kept: Path,
-    progress: Callable[[int, int], None],
+    cache: Path,
+    reporter: Reporter,
     clock: Clock,
+    pattern: str | None,
 ) -> SearchResult:
     from mess_compile.search.guarantees import certify
+    from mess_compile.search.safety import refuse_unsafe
     from mess_compile.search.solver import search_recipes
 
+    if options.safety is not None:
+        refuse_unsafe(evidences, requirement)
+    progress = partial(reporter.progress, "search")
     if options.confidence is None:
-        return search_recipes(evidences, requirement, progress, options.front_by, kept, clock)
-    return certify(evidences, requirement, options.confidence, options.seed, progress, options.front_by, kept)
+        return search_recipes(evidences, requirement, progress, options.front_by, cache, clock)
+    return certify(evidences, requirement, options.confidence, options.seed, progress, options.front_by, cache, pattern)
+
+
+def _safest(
+    evidences: Sequence[Evidence],
+    result: SearchResult,
+    requirement: Requirement,
+    options: SearchOptions,
+    cache: Path,
+    reporter: Reporter,
+) -> SearchResult:
+    """The result with the plan that `--safety` takes, and what to expect of it."""
+    from mess_compile.search.guarantees import fold_searches
+    from mess_compile.search.safety import safest
+
+    assert options.safety is not None, "only with --safety"
+    progress = partial(reporter.progress, "cross-validation")
+    searches = fold_searches(evidences, requirement, progress=progress, cache_folder=cache / "folds")
+    return safest(evidences, requirement, result, searches, options.safety)
 
 
 def _expected(
-    evidences: Sequence[Sequence[Evidence]],
+    parts: Sequence[HoldOutSplit],
     results: Sequence[SearchResult],
     requirement: Requirement,
     options: SearchOptions,
     cache: Path,
     reporter: Reporter,
 ) -> Iterator[SearchResult]:
-    """The results with what to expect on new images, by cross-validation, or the reason why there is no estimate."""
-    from mess_compile.search.guarantees import optimism
+    """The results with what to expect on new images, by cross-validation and a bootstrap, or the reason why there is no
+    estimate."""
+    from mess_compile.search.guarantees import fold_searches, optimism_of
+    from mess_compile.search.new_images import with_expected, with_held_out
 
     progress, without = partial(reporter.progress, "cross-validation"), ""
     if options.time_limit_s is not None:
         without = "no cross-validation under --time-limit"
-    for each, result in zip(evidences, results, strict=True):
+    for part, result in zip(parts, results, strict=True):
         if not without and result.certificate.gap > 0:
             without = "no cross-validation: the search was stopped"
         try:
-            expected = None if without else optimism(each, requirement, progress=progress, cache_folder=cache / "folds")
-            yield replace(result, plan=replace(result.plan, optimism=expected), without_optimism=without)
+            if not without:
+                searches = fold_searches(part.chosen, requirement, progress=progress, cache_folder=cache / "folds")
+                found = replace(result, plan=replace(result.plan, optimism=optimism_of(part.chosen, searches)))
+                yield with_expected(found, part, requirement, searches)
+                continue
+            reason = without
         except RequirementError as error:
-            yield replace(result, without_optimism=str(error))
+            reason = str(error)
         except KeyboardInterrupt:
-            without = "the cross-validation was stopped"
-            yield replace(result, without_optimism=without)
+            reason = without = "the cross-validation was stopped"
+        yield with_held_out(replace(result, without_optimism=reason, without_expected=reason), part)
 
 
 def shared(workspace: Workspace, results: Sequence[SearchResult]) -> SharedGraphs:

@@ -449,7 +449,10 @@ def test_a_plan_without_early_exits_shows_no_thresholds(workspace: Path) -> None
 
 
 def test_an_estimate_from_few_images_is_called_rough(workspace: Path) -> None:
-    shown = done("-C", workspace, "search", "--max-err", "100%", "-v")
+    assert "one group of images: expect this of more of this sequence; other places are not covered." in done(
+        "-C", workspace, "search", "--max-err", "100%"
+    )
+    shown = done("-C", workspace, "search", "--max-err", "100%", "-v", "--group-by", "[0-9]+")
     told = printed_json("-C", workspace, "search", "--max-err", "100%")["plan"]["optimism"]
     assert told["images"] == 12
     assert "too few images: a rough estimate for new ones is " in shown
@@ -472,3 +475,65 @@ def test_an_expectation_says_what_it_rests_on(images: int, groups: int, says: st
     text = expected_on_new_images(Optimism(1.26, 3.4, 5, 0.52, "by folds", images, groups))
     assert says in text
     assert text.endswith(says) == (images == 400)
+
+
+def test_groups_named_by_a_pattern_go_from_search_to_bundle(workspace: Path) -> None:
+    """`bench` must count the same images as tuned on; a user who forgets the pattern must not get other groups."""
+    options = ("--max-err", "100%", "--max-exits", "1", "--hold-out", "33%")
+    plan = printed_json("-C", workspace, "search", *options, "--group-by", "[0-4]$")["plan"]
+    assert plan["group_by"] == "[0-4]$"
+    assert plan["expected"]["rule"].endswith("groups by --group-by '[0-4]$'")
+    assert plan["expected"]["low_pp"] <= plan["expected"]["miou_pp"] <= plan["expected"]["high_pp"]
+    known = statistics.statistics_content_sha256(statistics.read_statistics(Workspace(workspace).statistics("val")))
+    assert plan["statistics_sha256"] == known  # as recorded: the pattern is none of their content
+    printed = done("-C", workspace, "search", *options)
+    assert "pp against the baseline (95 %: " in printed
+    assert "groups by --group-by '[0-4]$'" in printed
+    done("-C", workspace, "bundle")
+    environment = printed_json("inspect", workspace / "host.mess")["plans"][0]["environment"]
+    assert (environment["group_by"], environment["held_out"]) == ("[0-4]$", "33/100")
+    assert "groups by --group-by" in done("-C", workspace, "inspect", "plan")
+    assert printed_json("-C", workspace, "search", *options, "--group-by", "none")["plan"]["group_by"] is None
+    assert Workspace(workspace).memory().group_by is None
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--safety", "100%"), "--safety '100%' is not understood: write 90% (above 50% and below 100%)"),
+        (("--safety", "0"), "--safety '0' is not understood: write 90%"),
+        (("--group-by", "("), "--group-by '(' is not a regular expression"),
+        (("--group-by", "no such image"), "--group-by 'no such image' matches no image id"),
+        (("--safety", "90%", "--max-err", "1%", "--group-by", "^."), "one group of images"),
+    ],
+)
+def test_groups_and_safety_that_mean_nothing_are_refused_in_a_line(
+    workspace: Path, options: tuple[str, ...], says: str
+) -> None:
+    assert says in complaint("-C", workspace, "search", *options)
+    assert Workspace(workspace).memory().group_by is None
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--confidence", "95%"), "drop one of them"),
+        (("--time-limit", "5s"), "drop --time-limit"),
+        (("--explain",), "drop one of them"),
+    ],
+)
+def test_safety_is_refused_beside_what_it_contradicts(workspace: Path, options: tuple[str, ...], says: str) -> None:
+    found = run("-C", workspace, "search", "--max-err", "1%", "--safety", "90%", *options)
+    assert found.exit_code == 2
+    assert says in found.stderr
+
+
+def test_a_safe_plan_says_what_it_keeps(workspace: Path) -> None:
+    options = ("--max-err", "90%", "--max-exits", "1", "--safety", "60%", "--group-by", "[0-9]+")
+    printed = done("-C", workspace, "search", *options)
+    plan = read_result(workspace / "plans" / "host.json").plan
+    assert plan.safety is not None
+    bound = f"at most 90 pp lost (bound {plan.safety.loss_bound_pp:.2f} pp)"
+    assert f"Kept at 60 %, by a bootstrap: {bound}." in printed
+    assert len(printed.splitlines()) <= 8
+    assert "that --safety allows" in printed
