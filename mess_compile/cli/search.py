@@ -43,6 +43,7 @@ class SearchArguments:
     front: str
     time_limit: str | None
     hold_out: str | None
+    policy: str | None
     confidence: str | None
     seed: int | None
     output: Path | None
@@ -113,6 +114,12 @@ class SearchArguments:
     "third of each sequence, if there are 60 images or more.",
 )
 @click.option(
+    "--policy",
+    help="How a gate's counts become decisions: some of plain (one threshold), class (a threshold for each class), "
+    "learned (by the last exit's accuracy on these images) and agreement (cells beside no other label), such as "
+    "plain,class. By default all that the evaluation has counts for.",
+)
+@click.option(
     "--confidence",
     help="Certify with this confidence, such as 95%, that --max-err or --max-change holds on new images.",
 )
@@ -169,6 +176,7 @@ def search(workspace: Workspace, /, arguments: SearchArguments) -> None:
 
 def _search_options(arguments: SearchArguments) -> Any:
     from mess_compile import steps
+    from mess_compile.evaluate.policies import parse_policies
     from mess_compile.search.guarantees import parse_confidence
     from mess_compile.search.hold_out import parse_hold_out
     from mess_compile.search.requirement import parse_front, parse_seconds
@@ -182,6 +190,7 @@ def _search_options(arguments: SearchArguments) -> Any:
         seed=arguments.seed or 0,
         output=arguments.output,
         hold_out=None if arguments.hold_out is None else parse_hold_out(arguments.hold_out),
+        policies=None if arguments.policy is None else parse_policies(arguments.policy),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from mess_compile.runtime.base.policy import LEARNED, named_row
 from mess_compile.runtime.bundle.manifest import LABELS, Figures
 from mess_compile.search.display import (
     by_name,
@@ -91,6 +92,12 @@ def proof(result: SearchResult, requirement: Requirement) -> str:
     return f"Proved optimal over {space}."
 
 
+def _out_of_fold(plan: Plan) -> str:
+    """What to add to figures of images that a learned gate was fitted to."""
+    rows = [named_row(plan.policy_rows, stage.head, stage.row) for stage in plan.stages]
+    return ", learned gates out of fold" if any(row is not None and row.policy == LEARNED for row in rows) else ""
+
+
 def expectation(result: SearchResult) -> str:
     """What to expect on new images: certified, from the images held out, by cross-validation, or unknown."""
     plan = result.plan
@@ -103,7 +110,8 @@ def expectation(result: SearchResult) -> str:
             limits.append(f"{found.change_limit:g} % of the pixels changed (bound {found.change_bound:.2f} %)")
         certified = f"Certified at {100 * found.confidence:g} % on {found.images_certified} other images"
         return f"{certified}: at most {' and '.join(limits)}."
-    return f"Chosen on {plan.predicted.images} images of {plan.predicted.split}; {_on_new_images(result)}."
+    images = f"{plan.predicted.images} images of {plan.predicted.split}{_out_of_fold(plan)}"
+    return f"Chosen on {images}; {_on_new_images(result)}."
 
 
 def _on_new_images(result: SearchResult) -> str:
@@ -154,7 +162,7 @@ def details(result: SearchResult) -> tuple[str, ...]:
         *fallbacks,
         _searched(result),
         *refined,
-        f"tuning-split figures ({plan.tuned_by}), not a test result",
+        f"tuning-split figures ({plan.tuned_by}{_out_of_fold(plan)}), not a test result",
         *([] if optimism is None else [f"on new images of this kind: {expected_on_new_images(optimism)}"]),
         *([] if plan.guarantee is None else [_certified(plan.guarantee)]),
         *filter(None, [result.what_would_cut]),

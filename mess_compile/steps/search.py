@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile.engines.prepare import graphs_of_recipe
+from mess_compile.evaluate.policies import FITTED_POLICIES, possible_policies, with_policies, with_rows
+from mess_compile.evaluate.statistics import ExitStatistics, read_statistics, statistics_content_sha256
 from mess_compile.latency.table import LatencyTable, check_table_current, read_latency_table
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError, RequirementError, StaleError, did_you_mean
+from mess_compile.runtime.base.policy import AGREEMENT, PLAIN
 from mess_compile.runtime.machine import machine, power
 from mess_compile.search.deadline import Clock
-from mess_compile.search.plan import FRONT_BY, SearchResult, read_result, source_of, write_result
+from mess_compile.search.plan import FRONT_BY, Plan, SearchResult, read_result, source_of, write_result
 from mess_compile.search.requirement import Requirement
 from mess_compile.steps.device_choice import target_of
 from mess_compile.steps.evaluate import current_statistics
@@ -40,7 +43,8 @@ class SearchOptions:
     `precisions` restrict it to these (None: all that were profiled), `front_by` names the axes of the front,
     `time_limit_s` ends it early. With `confidence` (such as 0.95) the plan is certified on sequences drawn by `seed`.
     `output` is the plan's file, for one device. `hold_out` is the share of images that the plan is judged by and not
-    chosen on: None for a third where there are enough, 0 for none.
+    chosen on: None for a third where there are enough, 0 for none. `policies` say how counts become decisions: None for
+    all that were recorded.
     """
 
     precisions: tuple[str, ...] | None = None
@@ -50,6 +54,7 @@ class SearchOptions:
     seed: int = 0
     output: Path | None = None
     hold_out: Fraction | None = None
+    policies: tuple[str, ...] | None = None
 
 
 def search(
@@ -109,7 +114,9 @@ def _found(
     _refuse_to_overwrite(options.output, len(targets))
     clock = Clock(math.inf if options.time_limit_s is None else options.time_limit_s)
     whole = {t.name: _evidences(workspace, t, split, options, reporter) for t in targets}
-    parts = {name: _split(each, options) for name, each in whole.items()}
+    parts = {
+        name: _with_policies(_split(each, options), requirement, options, reporter) for name, each in whole.items()
+    }
     evidences = {name: part.chosen for name, part in parts.items()}
     results = []
     for name, each in evidences.items():
@@ -121,6 +128,7 @@ def _found(
         except RequirementError as error:
             raise RequirementError(f"{name}: {error}" if len(evidences) > 1 else str(error)) from error
     results = [part.evaluated(result) for part, result in zip(parts.values(), results, strict=True)]
+    results = [_of_recorded(result, workspace) for result in results]
     results = [
         replace(result, what_would_cut=what_would_cut(result, requirement, len(each[0].table.failed)))
         if result.plan.is_whole
@@ -132,6 +140,19 @@ def _found(
         results = list(_expected(list(evidences.values()), results, requirement, options, workspace.searches, reporter))
         _write(workspace, results, options.output)
     return results, list(evidences.values())
+
+
+def _of_recorded(result: SearchResult, workspace: Workspace) -> SearchResult:
+    """The result, whose plans name the statistics as they were recorded, without rows of policies."""
+    recorded: dict[str, str] = {}
+
+    def named(plan: Plan) -> Plan:
+        if plan.precision not in recorded:
+            folder = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
+            recorded[plan.precision] = statistics_content_sha256(read_statistics(folder))
+        return replace(plan, statistics_sha256=recorded[plan.precision])
+
+    return replace(result, plan=named(result.plan), front=tuple(map(named, result.front)))
 
 
 def _split(evidences: Sequence[Evidence], options: SearchOptions) -> HoldOutSplit:
@@ -245,6 +266,45 @@ def _evidences(
         found = current_statistics(workspace, graph_set, target.name, split, reporter)
         evidences.append(Evidence(graph_set, table, found))
     return evidences
+
+
+def _with_policies(
+    part: HoldOutSplit, requirement: Requirement, options: SearchOptions, reporter: Reporter
+) -> HoldOutSplit:
+    """The images with the rows of the policies that the options name, by default of all that there are counts for.
+
+    They are fitted to the images that the plan is chosen by. `--confidence` tests on some of these, so that by default
+    it takes only policies that nothing is fitted for.
+    """
+    fitted = [name for name in options.policies or () if name in FITTED_POLICIES]
+    if fitted and options.confidence is not None:
+        raise InputError(
+            f"--policy {','.join(fitted)} is fitted to images that --confidence certifies on: drop --confidence, or "
+            f"search with --policy {PLAIN},{AGREEMENT}"
+        )
+    wanted = options.policies
+    chosen, held = [], list(part.held)
+    for index, evidence in enumerate(part.chosen):
+        policies = wanted or possible_policies(evidence.statistics)
+        if requirement.setting != "input-dependent":
+            policies = (PLAIN,)
+        elif options.confidence is not None:
+            policies = tuple(name for name in policies if name not in FITTED_POLICIES)
+        made = with_policies(evidence.statistics, policies)
+        _note_without(made, wanted or (), reporter)
+        chosen.append(replace(evidence, statistics=made))
+        if held:
+            held[index] = replace(held[index], statistics=with_rows(held[index].statistics, made.policy_rows))
+    return replace(part, chosen=chosen, held=tuple(held))
+
+
+def _note_without(made: ExitStatistics, wanted: Sequence[str], reporter: Reporter) -> None:
+    without = [name for name in wanted if name not in (PLAIN, *(row.policy for row in made.policy_rows))]
+    if without:
+        reporter.note(
+            f"nothing to learn for the policy {', '.join(without)} from these {made.images} images: they are too "
+            "alike, or too few; the thresholds decide"
+        )
 
 
 def _check_power_mode(table: LatencyTable, target: Target) -> None:
