@@ -55,7 +55,7 @@ def main() -> None:
             live = {**uploaded, **segment.run({"image": uploaded["image"]})}
             found = engine.run({name: live[name] for name in engine.inputs})
             logits.append(np.array(library.download(found["logits"])[0]))
-            counts.append(int(library.download(found["counts"])[row]))
+            counts.append(int(library.download(found["counts"])[row].sum()))
         kind = "median" if cut is None else "plan's"
         cut = int(np.ceil(np.median(counts))) if cut is None else cut
         limit = gate.thresholds[row]

@@ -160,12 +160,14 @@ class Head:
 class Gate:
     """How a head's logits become counts of confident cells: see docs/definitions.md, Gate.
 
-    `thresholds` are the plain pixel thresholds of the T rows; `edge_aware` switches Eq. 2-3 on.
+    `thresholds` are the plain pixel thresholds of the T rows; `edge_aware` switches Eq. 2-3 on. Graphs count
+    `by_class`, (T + 2, K), but for those that earlier releases exported: these give the sums (T,).
     """
 
     confidence: str = "top1"
     edge_aware: bool = True
     thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
+    by_class: bool = field(default=False, metadata=decode.OPTIONAL)
 
     def __post_init__(self) -> None:
         if self.confidence not in CONFIDENCES:

@@ -32,7 +32,7 @@ HW, CELLS_HW, CLASSES = (16, 24), (4, 6), 4
 HEADS = ("exit1.small", "exit2.small", "exit3.own")
 LOGITS_HW = {"exit1.small": (8, 12), "exit2.small": (4, 6), "exit3.own": (8, 12)}
 LABELS = "labels:exit3.own"
-GATE = Gate("top1", False, (0.3, 0.45, 0.6, 0.9))
+GATE = Gate("top1", False, (0.3, 0.45, 0.6, 0.9), by_class=True)
 IMAGE = {"name": "image", "dtype": "uint8", "shape": [1, *HW, 3]}
 FIRST = {"name": "exit1", "dtype": "float32", "shape": [1, 8, 8, 12]}
 SKIP = {"name": "skip1", "dtype": "float32", "shape": [1, 12, 8, 12]}

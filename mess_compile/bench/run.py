@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mess_compile.array_types import Ints
 from mess_compile.data.dataset import DataSet, Sample, samples
 from mess_compile.engines.files import EngineFiles
+from mess_compile.evaluate.policies import with_rows
 from mess_compile.evaluate.record import evaluate
 from mess_compile.evaluate.statistics import WHOLE, ExitStatistics, changed_share, miou
 from mess_compile.latency.table import LatencyTable
@@ -255,7 +256,7 @@ def bench(
         truth=data.truth,
         progress=lambda done: progress("replay", done, len(items)),
     )
-    evidence = Evidence(graph_set, table, found)
+    evidence = Evidence(graph_set, table, with_rows(found, cascade.plan.policy_rows))
     with closing(cascade.library.load(engines.path(evidence.baseline))) as engine:
         single = _Baseline(engine, cascade.library, cascade.manifest.network)
         run = _measure(cascade, single, items, passes, progress)

@@ -16,8 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from mess_compile import files
 from mess_compile.graph.store import read_model
 from mess_compile.runtime.base.errors import InputError
+from mess_compile.runtime.base.policy import LEARNED, PolicyRow, named_row
 from mess_compile.runtime.bundle.archive import Archive, open_archive
-from mess_compile.runtime.bundle.manifest import BundlePlan, Golden
+from mess_compile.runtime.bundle.manifest import BundlePlan, BundleStage, Golden
 from mess_compile.runtime.engines.engine import Engine, Library, open_library
 from mess_compile.runtime.images.frames import from_input, to_input
 
@@ -106,9 +107,8 @@ class _Writer:
             return nodes + self._stage(index + 1, live, prefix)
         gated, outputs = self._graph(stage.head_graph, f"{place}/head", {**live, "thresholds": "thresholds"})
         nodes += gated
-        row = self._constant(f"{place}/row", np.array([stage.row], np.int64))
         count = f"{place}/count"
-        nodes.append(helper.make_node("Gather", [outputs["counts"], row], [count], axis=0))  # (1,)
+        nodes += self._count(stage, outputs["counts"], count)
         if stage.cut is None:
             return nodes + self._leave(index, outputs["logits"], count, prefix)
         cut = self._constant(f"{place}/cut", np.array([stage.cut], np.int32))
@@ -121,10 +121,54 @@ class _Writer:
         names = [prefix + name for name in _OUTPUTS]
         return [*nodes, helper.make_node("If", [sure], names, then_branch=leaves, else_branch=goes_on)]
 
+    def _count(self, stage: BundleStage, counts: str, count: str) -> list[onnx.NodeProto]:
+        """`count` (1,) int32, the integer of the stage's row of `counts`, (T,) or by class (T + 2, K)."""
+        policy_row = named_row(self._plan.policy_rows, stage.head, stage.row)
+        if policy_row is not None:
+            return self._policy_count(policy_row, counts, count)
+        row = self._constant(f"{count}/row", np.array([stage.row], np.int64))
+        if not self._manifest.gate.by_class:
+            return [helper.make_node("Gather", [counts, row], [count], axis=0)]
+        classes = self._constant(f"{count}/classes", np.array([1], np.int64))
+        return [
+            helper.make_node("Gather", [counts, row], [f"{count}/by-class"], axis=0),  # (1, K)
+            helper.make_node("ReduceSum", [f"{count}/by-class", classes], [count], keepdims=0),
+        ]
+
+    def _policy_count(self, row: PolicyRow, counts: str, count: str) -> list[onnx.NodeProto]:
+        """As a sum of all counts by class, each times the weight that the row gives it; of a learned row its level."""
+        values = row.weights(len(self._manifest.gate.thresholds), len(self._manifest.network.classes))
+        weights = self._constant(f"{count}/weights", values)
+        axes = self._constant(f"{count}/axes", np.array([0, 1], np.int64))
+        one = self._constant(f"{count}/one", np.array([1], np.int64))
+        nodes = [
+            helper.make_node("Cast", [counts], [f"{count}/counts"], to=TensorProto.INT64),
+            helper.make_node("Mul", [f"{count}/counts", weights], [f"{count}/weighted"]),
+            helper.make_node("ReduceSum", [f"{count}/weighted", axes], [f"{count}/sum"], keepdims=0),
+            helper.make_node("Reshape", [f"{count}/sum", one], [f"{count}/score"]),  # (1,)
+        ]
+        level = self._level(row, f"{count}/score", count, nodes) if row.policy == LEARNED else f"{count}/score"
+        return [*nodes, helper.make_node("Cast", [level], [count], to=TensorProto.INT32)]
+
+    def _level(self, row: PolicyRow, score: str, count: str, nodes: list[onnx.NodeProto]) -> str:
+        """The level of a score: the first, and the rise at each step that the score reaches."""
+        steps = self._constant(f"{count}/steps", np.array(row.steps, np.int64))
+        rises = self._constant(f"{count}/rises", np.diff(np.array(row.levels, np.int64)))
+        first = self._constant(f"{count}/first", np.array(row.levels[:1], np.int64))
+        axes = self._constant(f"{count}/step-axes", np.array([0], np.int64))
+        nodes += [
+            helper.make_node("GreaterOrEqual", [score, steps], [f"{count}/reached"]),
+            helper.make_node("Cast", [f"{count}/reached"], [f"{count}/reached-steps"], to=TensorProto.INT64),
+            helper.make_node("Mul", [f"{count}/reached-steps", rises], [f"{count}/risen"]),
+            helper.make_node("ReduceSum", [f"{count}/risen", axes], [f"{count}/rise"], keepdims=1),
+            helper.make_node("Add", [f"{count}/rise", first], [f"{count}/level"]),
+        ]
+        return f"{count}/level"
+
     def _leave(self, index: int, logits: str, count: str, prefix: str) -> list[onnx.NodeProto]:
         stage, place = self._plan.stages[index], f"exit{index + 1}"
         nodes, made = self._graph(str(stage.output), f"{place}/output", {"logits": logits})
-        cells = self._constant(f"{place}/cells", np.array([stage.cells], np.float32))
+        cells = self._constant(f"{place}/cells", np.array([self._plan.top(stage)], np.float32))
         number = self._constant(f"{place}/number", np.array([index + 1], np.int32))
         share = f"{place}/sure-cells"
         return [
@@ -192,7 +236,7 @@ def _check_golden(
     found = {name: library.download(value) for name, value in engine.run({"image": library.upload(image)}).items()}
     labels = from_input(found["labels"][0], frame.shape[:2], network.resize)
     exit_ = int(found["exit"][0])
-    count = round(float(np.nan_to_num(found["confidence"][0])) * plan.stages[exit_ - 1].cells)
+    count = round(float(np.nan_to_num(found["confidence"][0])) * plan.top(plan.stages[exit_ - 1]))
     if (exit_, count) != (golden.exit, golden.count) or not np.array_equal(labels, wanted):
         raise InputError(
             f"{path} is not written: on {golden.frame} the single file leaves at exit {exit_} with {count} confident "

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mess_compile.evaluate.policies import with_rows
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.latency.table import LatencyTable, StageGraphs, graph_cost_ns, stage_graphs
 from mess_compile.network import GraphSet, is_whole
+from mess_compile.runtime.base.policy import named_row
 from mess_compile.runtime.bundle import manifest
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.search.groups import ENVIRONMENT_KEY
@@ -36,7 +38,11 @@ def device_costs(
     """
     graphs = stage_graphs(graph_set.candidate, [stage.head for stage in plan.stages])
     pairs = zip(plan.stages, graphs, strict=True)
-    tuned = None if statistics is None else tuning_part(statistics, plan.hold_out, plan.group_by)
+    tuned = (
+        None
+        if statistics is None
+        else with_rows(tuning_part(statistics, plan.hold_out, plan.group_by), plan.policy_rows)
+    )
     return DeviceCosts(
         costs=tuple(_cost(table, graph_set, names, stage) for stage, names in pairs),
         upload_mean_ms=table.cost_ns(UPLOAD) / 1e6,
@@ -86,8 +92,10 @@ def confidence_histograms(stages: Sequence[Stage], statistics: ExitStatistics) -
 
 def _histogram(statistics: ExitStatistics, stage: Stage, images: list[int]) -> tuple[int, ...]:
     head = statistics.head_index(stage.head)
+    row = named_row(statistics.policy_rows, stage.head, stage.row)
+    top = statistics.cells[head] if row is None else row.top(statistics.cells[head])
     bins = [0] * manifest.CONFIDENCE_BINS
     for image in images:
-        sure = int(statistics.counts[image, head, stage.row]) * manifest.CONFIDENCE_BINS // statistics.cells[head]
+        sure = int(statistics.counts[image, head, stage.row]) * manifest.CONFIDENCE_BINS // top
         bins[min(sure, manifest.CONFIDENCE_BINS - 1)] += 1
     return tuple(bins)

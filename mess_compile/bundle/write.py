@@ -207,7 +207,8 @@ def _add_graphs(part: Part, names: Sequence[StageGraphs], sources: _Sources) -> 
 def _gate(graph_set: GraphSet) -> manifest.BundleGate:
     gate = graph_set.gate
     thresholds = threshold_table(gate, len(graph_set.candidate.classes))
-    return manifest.BundleGate(gate.confidence, gate.edge_aware, tuple(tuple(map(float, row)) for row in thresholds))
+    rows = tuple(tuple(map(float, row)) for row in thresholds)
+    return manifest.BundleGate(gate.confidence, gate.edge_aware, rows, gate.by_class)
 
 
 def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -> manifest.BundlePlan:
@@ -236,6 +237,7 @@ def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -
         sources={"latency table": plan.table_sha256, "statistics": plan.statistics_sha256},
         promises=plan.promises,
         truth=plan.truth,
+        policy_rows=plan.policy_rows,
     )
 
 
@@ -289,7 +291,7 @@ def _golden(
             progress("golden frames", len(runs), len(frames))
         for run in _chosen(runs):
             exit_, array = run.prediction.exit, npy.content_of(run.frame)
-            confident = round((run.prediction.confidence or 0.0) * loaded.plan.stages[exit_ - 1].cells)
+            confident = round((run.prediction.confidence or 0.0) * loaded.plan.top(loaded.plan.stages[exit_ - 1]))
             number = next(number for number in count() if sources.has_room(f"golden/{number}.npy", array))
             place = sources.add(f"golden/{number}.npy", array)
             labels = sources.add(f"golden/{number}.labels.npy", npy.content_of(run.prediction.labels))
@@ -301,8 +303,9 @@ def _run(loaded: cascade.Cascade, frame: NDArray[np.uint8]) -> _GoldenRun:
     for stage, prediction in zip(loaded.plan.stages, loaded.refine(frame), strict=False):
         if stage.cut is None or prediction.confidence is None:
             continue
-        margins.append(abs(prediction.confidence - stage.cut / stage.cells))
-        if prediction.confidence >= stage.cut / stage.cells:
+        needed = stage.cut / loaded.plan.top(stage)
+        margins.append(abs(prediction.confidence - needed))
+        if prediction.confidence >= needed:
             break
     return _GoldenRun(frame, prediction, min(margins, default=1.0))
 

@@ -134,7 +134,7 @@ def _of_image(result: ImageResult, verbose: bool) -> str:
     from mess_compile.runtime.images.confidence import exit_text
 
     written = f" -> {', '.join(str(path) for path in result.pictures)}" if verbose else ""
-    words = exit_text(result.exit, result.confidence, result.needed)
+    words = exit_text(result.exit, result.confidence, result.needed, result.policy)
     return f"{result.image}: {words}, {result.latency_ms:.2f} ms{written}"
 
 

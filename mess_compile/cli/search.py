@@ -43,6 +43,7 @@ class SearchArguments:
     front: str
     time_limit: str | None
     hold_out: str | None
+    policy: str
     confidence: str | None
     safety: str | None
     group_by: str | None
@@ -115,6 +116,14 @@ class SearchArguments:
     "third of each sequence, if there are 60 images or more.",
 )
 @click.option(
+    "--policy",
+    default="plain",
+    show_default=True,
+    help="How a gate's counts become decisions: some of plain (one threshold), class (a threshold for each class), "
+    "learned (by the last exit's accuracy on these images) and agreement (cells beside no other label), such as "
+    "plain,class. Each multiplies the plans to search, and the more there are, the better they fit these images alone.",
+)
+@click.option(
     "--confidence",
     help="Certify with this confidence, such as 95%, that --max-err or --max-change holds on new images.",
 )
@@ -181,6 +190,7 @@ def search(workspace: Workspace, /, arguments: SearchArguments) -> None:
 
 def _search_options(arguments: SearchArguments) -> Any:
     from mess_compile import steps
+    from mess_compile.evaluate.policies import parse_policies
     from mess_compile.search.groups import checked_pattern
     from mess_compile.search.guarantees import parse_confidence
     from mess_compile.search.hold_out import parse_hold_out
@@ -198,6 +208,7 @@ def _search_options(arguments: SearchArguments) -> Any:
         hold_out=None if arguments.hold_out is None else parse_hold_out(arguments.hold_out),
         safety=None if arguments.safety is None else parse_safety(arguments.safety),
         group_by=None if arguments.group_by is None else checked_pattern(arguments.group_by),
+        policies=parse_policies(arguments.policy),
     )
 
 

@@ -308,6 +308,14 @@ def _gate_curve(swap: _Swap, counts: NDArray[np.int32]) -> Floats:
     return best
 
 
+def leaving_shares(
+    statistics: ExitStatistics, head: str, final: str, counts: NDArray[np.int32], max_errs_pp: Sequence[float]
+) -> tuple[float, ...]:
+    """The share of images that may leave at `head` within each error, by the best column of `counts` (n, rows)."""
+    curve = _gate_curve(_swap(statistics, head, final), counts)
+    return tuple(_largest_share(curve, error) for error in max_errs_pp)
+
+
 def _largest_share(curve: Floats, max_err_pp: float) -> float:
     """The largest share within the error. `curve[0]` is the final exit's mIoU: no image leaves early."""
     return int(np.flatnonzero(curve >= curve[0] - max_err_pp)[-1]) / (len(curve) - 1)

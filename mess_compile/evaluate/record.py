@@ -24,6 +24,7 @@ from mess_compile.evaluate.statistics import (
     check_statistics_current,
     merge,
     read_statistics,
+    stacked_counts,
     write_statistics,
 )
 from mess_compile.network import BASELINE_ALONE, head_graph_name, segment_name, threshold_table
@@ -106,7 +107,7 @@ def _evaluated(
         classes=candidate.classes,
         cells=tuple(candidate.cells(candidate.head(head)) for head in heads),
         thresholds=threshold_table(graph_set.gate, classes),
-        counts=np.stack([each.counts for each in scores]),
+        **stacked_counts([each.counts for each in scores]),
         intersection=np.stack([each.intersection for each in scores]),
         predicted=np.stack([each.predicted for each in scores]),
         labelled=np.stack([each.labelled for each in scores]),
@@ -149,6 +150,7 @@ def _exits(engines: EngineFiles) -> ScoredExits:
             HeadEngines(head_graph_name(head.name), head.exit_point, candidate.output_of(head)) for head in heads
         ),
         alone=BASELINE_ALONE if BASELINE_ALONE in engines.paths else None,
+        by_class=graph_set.gate.by_class,
     )
 
 

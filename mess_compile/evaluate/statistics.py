@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mess_compile.array_types import Ints
 from mess_compile.network import BASELINE, BASELINE_ALONE, Gate, GraphSet
 from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, StaleError
+from mess_compile.runtime.base.policy import MORE_ROWS, PolicyRow, plain_values
 from mess_compile.runtime.bundle.manifest import LABELS, TRUTHS
 from mess_compile.runtime.serve.scoring import score_predictions
 
@@ -31,6 +32,8 @@ _ARRAYS = {
     "predicted": np.int64,
     "labelled": np.int64,
 }
+CLASS_COUNTS = "class_counts"
+"""The array that evaluations by the gates of earlier releases lack."""
 _TEXTS = ("network", "precision", "device", "library", "split")
 
 
@@ -39,11 +42,13 @@ class ExitStatistics:
     """The confidences and scores of one recipe's exits, per image.
 
     `cells` is each head's feature-map size, `thresholds` (T, K); `counts` (n, heads, T) are the confident cells per
-    threshold; `intersection` and `predicted` (n, scored, K) and `labelled` (n, K) are pixels per class at the frame's
-    own size, without ignored pixels. `group` is the image's sequence; `precision` names the recipe, `network` is the
-    identity of its graphs, `baseline_alone` that of the baseline trained alone, or None. `final_head` is the head whose
-    labels the graph `BASELINE` gives; it is not stored, since it follows from the network. `truth` is what `labelled`
-    counts: LABELS, or OWN_OUTPUT.
+    threshold, `class_counts` (n, heads, T + 2, K) what the gate counts by class, in uint16 where the cells fit, or None
+    of a gate that counts sums; `intersection` and `predicted` (n, scored, K) and `labelled` (n, K) are pixels per class
+    at the frame's own size, without ignored pixels. `group` is the image's sequence; `precision` names the recipe,
+    `network` is the identity of its graphs, `baseline_alone` that of the baseline trained alone, or None. `final_head`
+    is the head whose labels the graph `BASELINE` gives; it is not stored, since it follows from the network. `truth` is
+    what `labelled` counts: LABELS, or OWN_OUTPUT. For a search `counts` also has the `policy_rows`, each at its number:
+    see `policies`.
     """
 
     heads: tuple[str, ...]
@@ -65,6 +70,8 @@ class ExitStatistics:
     baseline_alone: str | None = None
     final_head: str | None = None
     truth: str = LABELS
+    class_counts: NDArray[Any] | None = None
+    policy_rows: tuple[PolicyRow, ...] = ()
 
     def __repr__(self) -> str:
         return f"<exit statistics of {self.images} images of {self.split}: {len(self.heads)} heads, {self.precision}>"
@@ -94,6 +101,7 @@ class ExitStatistics:
         return dataclasses.replace(
             self,
             counts=self.counts[chosen],
+            class_counts=None if self.class_counts is None else self.class_counts[chosen],
             intersection=self.intersection[chosen],
             predicted=self.predicted[chosen],
             labelled=self.labelled[chosen],
@@ -188,6 +196,7 @@ def merge(shards: Sequence[ExitStatistics]) -> ExitStatistics:
     return dataclasses.replace(
         first,
         counts=np.concatenate([shard.counts for shard in shards]),
+        class_counts=_merged_class_counts(shards),
         intersection=np.concatenate([shard.intersection for shard in shards]),
         predicted=np.concatenate([shard.predicted for shard in shards]),
         labelled=np.concatenate([shard.labelled for shard in shards]),
@@ -196,10 +205,25 @@ def merge(shards: Sequence[ExitStatistics]) -> ExitStatistics:
     )
 
 
+def _merged_class_counts(shards: Sequence[ExitStatistics]) -> NDArray[Any] | None:
+    counts = [shard.class_counts for shard in shards if shard.class_counts is not None]
+    return np.concatenate(counts) if len(counts) == len(shards) else None
+
+
+def stacked_counts(counts: Sequence[NDArray[np.int32]]) -> dict[str, Any]:
+    """The counts of images, (heads, T) or by class (heads, T + 2, K), as arguments of `ExitStatistics`."""
+    whole = np.stack(counts)
+    if whole.ndim < 4:
+        return {"counts": whole}
+    narrow = np.uint16 if whole.max(initial=0) <= np.iinfo(np.uint16).max else np.int32
+    return {"counts": plain_values(whole), CLASS_COUNTS: whole.astype(narrow)}
+
+
 def check_statistics_current(statistics: ExitStatistics, graph_set: GraphSet) -> None:
     """Raises StaleError when `statistics` are of another network, recipe, baseline, gate or heads than `graph_set`.
 
-    They may lack heads that have no engine on the device, and on a device other than this machine the baseline.
+    They may lack heads that have no engine on the device, and on a device other than this machine the baseline. A gate
+    of an earlier release counts the same cells, without classes.
     """
     candidate = graph_set.candidate
     differs = {
@@ -207,7 +231,7 @@ def check_statistics_current(statistics: ExitStatistics, graph_set: GraphSet) ->
         "network": statistics.network != graph_set.identity,
         "baseline": statistics.baseline_alone != graph_set.baseline_alone
         and not (statistics.baseline_alone is None and statistics.device != "host"),
-        "gate": statistics.gate != graph_set.gate,
+        "gate": replace(statistics.gate, by_class=graph_set.gate.by_class) != graph_set.gate,
         "heads": statistics.heads != tuple(h.name for h in candidate.heads if h.name in statistics.heads),
         "classes": statistics.classes != candidate.classes,
     }
@@ -220,20 +244,26 @@ def write_statistics(folder: Path, statistics: ExitStatistics) -> None:
     """Write `statistics.json` and one `.npy` per array; the old folder is replaced when the new one is complete."""
     with files.replaced_folder(folder) as temporary:
         arrays = {}
-        for name, dtype in _ARRAYS.items():
+        for name, array in _arrays(statistics):
             path = temporary / f"{name}.npy"
-            _write_array(path, np.ascontiguousarray(getattr(statistics, name), dtype=dtype))
+            _write_array(path, array)
             arrays[name] = files.sha256_of_file(path)
         files.write_json(temporary / "statistics.json", "mess-statistics", 1, _to_json(statistics, arrays))
 
 
 def statistics_content_sha256(statistics: ExitStatistics) -> str:
     """A hash of all that the statistics hold."""
-    arrays = {
-        name: hashlib.sha256(np.ascontiguousarray(getattr(statistics, name), dtype=dtype).data).hexdigest()
-        for name, dtype in _ARRAYS.items()
-    }
-    return files.sha256_of_json(_to_json(statistics, arrays))
+    arrays = {name: hashlib.sha256(array.data).hexdigest() for name, array in _arrays(statistics)}
+    rows = {"policy_rows": [asdict(row) for row in statistics.policy_rows]} if statistics.policy_rows else {}
+    return files.sha256_of_json({**_to_json(statistics, arrays), **rows})
+
+
+def _arrays(statistics: ExitStatistics) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Each array that is stored, with its name."""
+    for name, dtype in _ARRAYS.items():
+        yield name, np.ascontiguousarray(getattr(statistics, name), dtype=dtype)
+    if statistics.class_counts is not None:
+        yield CLASS_COUNTS, np.ascontiguousarray(statistics.class_counts)
 
 
 def _to_json(statistics: ExitStatistics, arrays: dict[str, str]) -> dict[str, Any]:
@@ -241,7 +271,10 @@ def _to_json(statistics: ExitStatistics, arrays: dict[str, str]) -> dict[str, An
     for name in ("heads", "classes", "cells", "image_id", "group"):
         content[name] = list(getattr(statistics, name))
     truth = {} if statistics.truth == LABELS else {"truth": statistics.truth}  # older plans name hashes without it
-    return {**content, **truth, "gate": asdict(statistics.gate), "sha256": arrays}
+    gate = asdict(statistics.gate)
+    if not statistics.gate.by_class:
+        del gate["by_class"]
+    return {**content, **truth, "gate": gate, "sha256": arrays}
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> None:
@@ -256,7 +289,8 @@ def read_statistics(folder: Path) -> ExitStatistics:
     path = folder / "statistics.json"
     content = files.read_json(path, "mess-statistics", 1, _REMEDY)
     document: _StatisticsDocument = files.decode_document(path, _StatisticsDocument, content, _REMEDY)
-    arrays = {name: _read_array(folder / f"{name}.npy", document.sha256) for name in _ARRAYS}
+    names = (*_ARRAYS, *([CLASS_COUNTS] if document.gate.by_class else ()))
+    arrays = {name: _read_array(folder / f"{name}.npy", document.sha256) for name in names}
     statistics: ExitStatistics = files.decoded(path, _REMEDY, lambda: _checked_statistics(document, arrays))
     return statistics
 
@@ -292,11 +326,25 @@ def _check_shapes(statistics: ExitStatistics) -> None:
         array = getattr(statistics, name)
         if array.shape != shape or array.dtype != _ARRAYS[name]:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, not {np.dtype(_ARRAYS[name])} {shape}")
+    _check_class_counts(statistics)
     if len(statistics.group) != n or len(statistics.cells) != heads:
         raise ValueError("the numbers of image ids and groups, or of heads and cells, differ")
     if min(statistics.cells, default=1) < 1:
         raise ValueError(f"cells {statistics.cells} are not positive")
     _check_values(statistics)
+
+
+def _check_class_counts(statistics: ExitStatistics) -> None:
+    found = statistics.class_counts
+    if found is None:
+        return
+    shape = (*statistics.counts.shape[:2], len(statistics.gate.thresholds) + MORE_ROWS, len(statistics.classes))
+    if found.shape != shape or found.dtype not in (np.uint16, np.int32):
+        raise ValueError(f"{CLASS_COUNTS} is {found.dtype} {found.shape}, not uint16 or int32 {shape}")
+    for start in range(0, statistics.images, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        if (found[part] < 0).any() or (plain_values(found[part]) != statistics.counts[part]).any():
+            raise ValueError("the counts by class do not add up to the confident cells")
 
 
 def _check_values(statistics: ExitStatistics) -> None:

@@ -163,6 +163,7 @@ def cut_network(folder: Path, gate: Gate, progress: Progress) -> GraphSet:
         candidate = replace(candidate, identity=files.sha256_of_file(folder / NETWORK))
     if 0 in [point.macs for point in candidate.exit_points] + [head.macs for head in candidate.heads]:
         candidate = _with_counted_macs(candidate, network)
+    gate = replace(gate, by_class=True)
     jobs = _jobs(network, candidate, gate)
     specs: dict[str, GraphSpec] = {}
     for done, (name, macs, make) in enumerate(jobs, start=1):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
+from mess_compile.graph.gate import CLASS_COUNTS
 from mess_compile.graph.lint import CLASSIC, Parser, builds_for_turing, is_before, is_zero
 from mess_compile.graph.node_builder import keep
 from mess_compile.runtime.base.errors import InputError
@@ -135,6 +136,31 @@ def _dequantised(weight: TensorProto, scale: TensorProto, node: NodeProto) -> Te
         axis = next((part.i for part in node.attribute if part.name == "axis"), 1)
         steps = steps.reshape([-1 if place == axis % values.ndim else 1 for place in range(values.ndim)])
     return numpy_helper.from_array(values * steps, f"{node.output[0]}/float")
+
+
+def count_by_products(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Let the gate count by class with elementwise products and a sum, which give equal counts: TensorRT-RTX builds no
+    matrix product in fp32 for SM75.
+    """
+    parts: list[NodeProto] = []
+    for node in model.graph.node:
+        parts += _products(node) if node.output[0] == CLASS_COUNTS and node.op_type == "Gemm" else [node]
+    if len(parts) == len(model.graph.node):
+        return model
+    changed = _with_nodes(model, parts)
+    for name, axis in ((f"{CLASS_COUNTS}/behind", 1), (f"{CLASS_COUNTS}/cells", 2)):
+        changed.graph.initializer.append(numpy_helper.from_array(np.array([axis]), name))
+    return changed
+
+
+def _products(node: NodeProto) -> list[NodeProto]:
+    """(rows, cells) and (classes, cells) -> (rows, classes)."""
+    name, (chosen, of_class) = node.output[0], node.input
+    return [
+        helper.make_node("Unsqueeze", [chosen, f"{name}/behind"], [f"{name}/rows"], name=f"{name}/rows"),
+        helper.make_node("Mul", [f"{name}/rows", of_class], [f"{name}/products"], name=f"{name}/products"),
+        helper.make_node("ReduceSum", [f"{name}/products", f"{name}/cells"], [name], name=name, keepdims=0),
+    ]
 
 
 def group_depthwise(model: onnx.ModelProto, channels: int) -> onnx.ModelProto:
@@ -292,6 +318,7 @@ def _turing_in_others(parser: Parser, precision: str) -> bool:
 
 
 PASSES = (
+    Pass("counts by products", lambda parser, _: builds_for_turing(parser), count_by_products),
     Pass("uint8 through float", lambda parser, _: parser.library == CLASSIC, cast_bytes_through_float),
     Pass("weights quantised in the graph", _in_tensorrt_8, quantise_weights_in_graph),
     Pass("depthwise in groups of 4", _turing_in_others, partial(group_depthwise, channels=4)),

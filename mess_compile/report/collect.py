@@ -18,6 +18,7 @@ from mess_compile.data.dataset import Sample, open_dataset, read_sample
 from mess_compile.engines.prepare import graphs_of_recipe
 from mess_compile.evaluate import statistics
 from mess_compile.evaluate.diagnose import weak_final_exit
+from mess_compile.evaluate.policies import with_rows
 from mess_compile.latency.checks import known_warnings
 from mess_compile.latency.table import LatencyTable, read_latency_table
 from mess_compile.network import is_whole
@@ -27,6 +28,7 @@ from mess_compile.report.model import Benched, Missing, Report, SearchFound, Str
 from mess_compile.report.provenance import provenance_of
 from mess_compile.reporter import SILENT, Progress
 from mess_compile.runtime.base.errors import InputError, MessError, StaleError
+from mess_compile.runtime.base.policy import PolicyRow
 from mess_compile.runtime.bundle import archive
 from mess_compile.runtime.bundle.manifest import MANIFEST
 from mess_compile.runtime.cascade.cascade import Cascade, load
@@ -139,8 +141,11 @@ def _evidences(
     if isinstance(table, Missing):
         return {}, table
     evidences, unseen = {}, None
-    for plan in {plan.precision: plan for plan in (*result.front, result.plan)}.values():
-        found = _tried(partial(_evidence, workspace, plan, table))
+    plans = (*result.front, result.plan)
+    for plan in {plan.precision: plan for plan in plans}.values():
+        alike = [each for each in plans if each.precision == plan.precision]
+        rows = {(row.head, row.row): row for each in alike for row in each.policy_rows}
+        found = _tried(partial(_evidence, workspace, plan, table, tuple(rows.values())))
         if isinstance(found, Missing):
             unseen = found
         else:
@@ -148,8 +153,8 @@ def _evidences(
     return evidences, unseen
 
 
-def _evidence(workspace: Workspace, plan: Plan, table: LatencyTable) -> Evidence:
-    """The evidence of a plan. Raises StaleError where it has changed since the search."""
+def _evidence(workspace: Workspace, plan: Plan, table: LatencyTable, rows: tuple[PolicyRow, ...]) -> Evidence:
+    """The evidence of a plan, with all these policy rows. Raises StaleError where it has changed since the search."""
     graph_set = graphs_of_recipe(workspace, plan.precision, plan.device)
     check_plan_current(plan, graph_set)
     tuning = workspace.tuning_statistics(plan.predicted.split, plan.precision, plan.tuned_by)
@@ -157,7 +162,8 @@ def _evidence(workspace: Workspace, plan: Plan, table: LatencyTable) -> Evidence
     sources = {"latency table": plan.table_sha256, "statistics": plan.statistics_sha256}
     found = {"latency table": evidence.table_sha256, "statistics": evidence.statistics_sha256}
     check_sources_current(plan.device, sources, found)
-    return replace(evidence, statistics=tuning_part(evidence.statistics, plan.hold_out, plan.group_by))
+    tuned = tuning_part(evidence.statistics, plan.hold_out, plan.group_by)
+    return replace(evidence, statistics=with_rows(tuned, rows))
 
 
 def _benched(workspace: Workspace, plan: Plan) -> Benched:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mess_compile.network import is_whole
+from mess_compile.runtime.base.policy import named_row
 from mess_compile.runtime.bundle import manifest
 from mess_compile.runtime.bundle.manifest import LABELS, OWN_OUTPUT, Figures
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.search.display import NO_CELLS, network_label, speed, work
-from mess_compile.search.plan import HoldOut, Plan, SearchResult
+from mess_compile.search.plan import HoldOut, Plan, SearchResult, Stage
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,9 @@ def _compared(
         setting=plan.setting,
         network=network,
         heads=tuple(stage.head for stage in plan.stages),
-        decisions=tuple(_decision(thresholds[stage.row], stage.cut, cells.get(stage.head)) for stage in plan.stages),
+        decisions=tuple(
+            _decision(_row_name(plan, stage, thresholds), stage.cut, _top(plan, stage, cells)) for stage in plan.stages
+        ),
         predicted=plan.predicted,
         baseline=plan.baseline,
         baseline_name=plan.baseline_name,
@@ -132,11 +135,23 @@ def _held_out(held_out: HoldOut | None) -> str:
     )
 
 
-def _decision(threshold: float, cut: int | None, cells: int | None) -> str:
+def _row_name(
+    plan: Plan | manifest.BundlePlan, stage: Stage | manifest.BundleStage, thresholds: Sequence[float]
+) -> str:
+    found = named_row(plan.policy_rows, stage.head, stage.row)
+    return f"{thresholds[stage.row]:.2f}" if found is None else found.name
+
+
+def _top(plan: Plan | manifest.BundlePlan, stage: Stage | manifest.BundleStage, cells: Mapping[str, int]) -> int | None:
+    found, known = named_row(plan.policy_rows, stage.head, stage.row), cells.get(stage.head)
+    return found.top(known or 0) or None if found is not None else known
+
+
+def _decision(threshold: str, cut: int | None, cells: int | None) -> str:
     """The share of cells with that confidence from which images leave, or their number."""
     if cut is None:
         return "takes the rest"
-    return f"{cut} at {threshold:.2f}" if cells is None else f"{100 * cut / cells:.1f} % at {threshold:.2f}"
+    return f"{cut} at {threshold}" if cells is None else f"{100 * cut / cells:.1f} % at {threshold}"
 
 
 _ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (

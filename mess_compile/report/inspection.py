@@ -12,13 +12,15 @@ from typing import Any
 
 from mess_compile import extras
 from mess_compile.evaluate import diagnose, statistics
+from mess_compile.evaluate.policy_gates import PolicyGate, policy_gates
 from mess_compile.latency.checks import known_warnings
 from mess_compile.latency.table import LatencyTable, read_latency_table
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, GraphSet, head_grid, read_graph_set, segment_name
 from mess_compile.report.search_output import details
 from mess_compile.runtime.base.errors import InputError, MessError, did_you_mean
+from mess_compile.runtime.base.policy import named_row
 from mess_compile.runtime.bundle.archive import read_manifest
-from mess_compile.runtime.bundle.manifest import MANIFEST, BundleStage, Figures, against
+from mess_compile.runtime.bundle.manifest import MANIFEST, BundlePlan, BundleStage, Figures, against
 from mess_compile.runtime.images.notebook import table_html, text_html
 from mess_compile.runtime.machine.device_names import stored_name
 from mess_compile.search.display import (
@@ -28,6 +30,7 @@ from mess_compile.search.display import (
     needed_text,
     network_label,
     stage_text,
+    top_of,
 )
 from mess_compile.search.explain import Explanation, Outcome
 from mess_compile.search.hold_out import held_out_sentence, held_out_table
@@ -265,6 +268,7 @@ def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
     early = {one.head: one for one in diagnosed.heads}
     heads = [_head_content(found, head, early.get(head), diagnosed.max_errs_pp) for head in found.heads]
     verdicts = diagnose.limiting_factors(diagnosed)
+    policies = policy_gates(found, diagnosed)
     alone = None if found.baseline_alone is None else statistics.head_miou(found, BASELINE_ALONE)
     weak = diagnose.weak_final_exit(found)
     content = {
@@ -277,6 +281,7 @@ def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
         "threshold": found.gate.thresholds[_middle_row(found)],
         "tolerance_pp": diagnosed.tolerance_pp,
         "heads": heads,
+        "policies": [asdict(one) for one in policies],
         "limits": [_verdict_content(verdict) for verdict in verdicts],
         "baseline_alone": _identified(found.baseline_alone, miou=alone),
         "weak_final": None if weak is None else asdict(weak),
@@ -289,7 +294,34 @@ def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
     notes = (*_legend(found, diagnosed), *map(_verdict_sentence, verdicts)) if verdicts else ()
     if alone is not None:
         notes = (f"{network_label(BASELINE_ALONE)}: {alone:.2f} % mIoU", *notes)
-    return Inspection(content, (table,), notes, () if weak is None else (weak.sentence,))
+    return Inspection(
+        content, (table, *_policies_table(policies, diagnosed)), notes, () if weak is None else (weak.sentence,)
+    )
+
+
+def _policies_table(found: Sequence[PolicyGate], diagnosed: diagnose.Diagnosis) -> tuple[Table, ...]:
+    """Each policy, as means over the early heads; none where only one was recorded."""
+    rows = []
+    for policy in dict.fromkeys(one.policy for one in found):
+        own = [one for one in found if one.policy == policy]
+        areas = [one.auroc for one in own if one.auroc is not None]
+        shares = [sum(one.gate_share[index] for one in own) / len(own) for index in range(len(diagnosed.max_errs_pp))]
+        area = f"{sum(areas) / len(areas):.2f}" if areas else "-"
+        rows.append((policy, area, *(f"{share:.1%}" for share in shares)))
+    if len(rows) < 2:
+        return ()
+    ideal = [
+        sum(one.oracle_share[index] for one in diagnosed.heads) / len(diagnosed.heads)
+        for index in range(len(diagnosed.max_errs_pp))
+    ]
+    rows.append(("ideal", "1.00", *(f"{share:.1%}" for share in ideal)))
+    title = (
+        "policies, mean over early heads (AUROC of pixel accuracy within a point of the last exit's; learned: out of "
+        "fold)"
+    )
+    return (
+        Table(title, ("", "AUROC", *(f"leave within {error:g} pp" for error in diagnosed.max_errs_pp)), tuple(rows)),
+    )
 
 
 def _identified(identity: str | None, **figures: float | None) -> dict[str, Any] | None:
@@ -493,7 +525,9 @@ def points_tables(plan: Plan, cells: Mapping[str, int] = NO_CELLS) -> tuple[Tabl
             f"{point.predicted.miou:.2f}",
             _rates(point.predicted),
             " ".join(
-                "-" if d.cut is None else f"{plan.gate.thresholds[d.row]:.2f}/{_needed(d.cut, cells.get(stage.head))}"
+                "-"
+                if d.cut is None
+                else f"{plan.row_name(stage.head, d.row)}/{_needed(d.cut, top_of(plan, stage.head, d.row, cells))}"
                 for stage, d in zip(plan.stages, point.decisions, strict=True)
             ),
         )
@@ -535,6 +569,17 @@ def inspect_explanation(found: Explanation) -> Inspection:
     if helps:
         columns = ("if", "gain", found.objective, "latency ms", "mIoU %", "heads")
         tables.append(Table("what would help most", columns, helps))
+    worths = tuple(
+        (
+            " + ".join(each.policies),
+            "-" if each.gain is None else f"{each.gain:+.1%}",
+            *_outcome_cells(each.outcome, found),
+        )
+        for each in found.policies
+    )
+    if worths:
+        columns = ("policies", "gain", found.objective, "latency ms", "mIoU %", "heads")
+        tables.append(Table("what each policy is worth", columns, worths))
     warnings = () if found.weak_final is None else (found.weak_final.sentence,)
     return Inspection(asdict(found), tuple(tables), warnings=warnings)
 
@@ -562,7 +607,7 @@ def inspect_bundle(path: Path) -> Inspection:
         )
         thresholds = [min(row) for row in manifest.gate.thresholds] if len(plan.stages) > 1 else ()
         decided = ("confidence threshold", "confident cells needed") if thresholds else ()
-        tables.append(Table(title, ("", "head", *decided), _stage_rows(plan.stages, thresholds)))
+        tables.append(Table(title, ("", "head", *decided), _stage_rows(plan, thresholds)))
         notes += [
             f"{path} runs in {found.used}: in {found.wanted} it lost too much"
             for path, found in plan.precisions.items()
@@ -571,11 +616,17 @@ def inspect_bundle(path: Path) -> Inspection:
     return Inspection(asdict(manifest), tuple(tables), tuple(notes), tuple(dict.fromkeys(warnings)))
 
 
-def _stage_rows(stages: Sequence[BundleStage], thresholds: Sequence[float]) -> tuple[tuple[str, ...], ...]:
+def _stage_rows(plan: BundlePlan, thresholds: Sequence[float]) -> tuple[tuple[str, ...], ...]:
     """A row for each exit of a plan, with its decision where there are `thresholds`, of each row of the gate."""
-    rows = ((stage_text(number, stage.head), stage) for number, stage in enumerate(stages, 1))
+    rows = ((stage_text(number, stage.head), stage) for number, stage in enumerate(plan.stages, 1))
     if not thresholds:
         return tuple((name, stage.head) for name, stage in rows)
     return tuple(
-        (name, stage.head, f"{thresholds[stage.row]:.2f}", needed_text(stage.cut, stage.cells)) for name, stage in rows
+        (name, stage.head, _row_name(plan, stage, thresholds), needed_text(stage.cut, plan.top(stage)))
+        for name, stage in rows
     )
+
+
+def _row_name(plan: BundlePlan, stage: BundleStage, thresholds: Sequence[float]) -> str:
+    found = named_row(plan.policy_rows, stage.head, stage.row)
+    return f"{thresholds[stage.row]:.2f}" if found is None else found.name

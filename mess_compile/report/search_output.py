@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from mess_compile.runtime.base.policy import LEARNED, named_row
 from mess_compile.runtime.bundle.manifest import LABELS, Figures
 from mess_compile.search.display import (
     by_name,
@@ -95,6 +96,12 @@ def proof(result: SearchResult, requirement: Requirement) -> str:
     return f"Proved optimal over {space}."
 
 
+def _out_of_fold(plan: Plan) -> str:
+    """What to add to figures of images that a learned gate was fitted to."""
+    rows = [named_row(plan.policy_rows, stage.head, stage.row) for stage in plan.stages]
+    return ", learned gates out of fold" if any(row is not None and row.policy == LEARNED for row in rows) else ""
+
+
 def expectation(result: SearchResult) -> str:
     """What to expect on new images: certified, from the images held out, by cross-validation, or unknown."""
     plan = result.plan
@@ -109,7 +116,8 @@ def expectation(result: SearchResult) -> str:
         interval = "" if plan.expected is None else f"; {interval_sentence(plan.expected, '')}"
         return f"{certified}: at most {' and '.join(limits)}{interval}."
     safety = "" if plan.safety is None else f" {_kept(plan.safety)}"
-    return f"Chosen on {plan.predicted.images} images of {plan.predicted.split}; {_on_new_images(result)}.{safety}"
+    images = f"{plan.predicted.images} images of {plan.predicted.split}{_out_of_fold(plan)}"
+    return f"Chosen on {images}; {_on_new_images(result)}.{safety}"
 
 
 def _kept(found: Safety) -> str:
@@ -177,7 +185,7 @@ def details(result: SearchResult) -> tuple[str, ...]:
         *fallbacks,
         _searched(result),
         *refined,
-        f"tuning-split figures ({plan.tuned_by}), not a test result",
+        f"tuning-split figures ({plan.tuned_by}{_out_of_fold(plan)}), not a test result",
         *([] if optimism is None else [f"on new images of this kind: {expected_on_new_images(optimism)}"]),
         *([] if plan.expected is None else [f"{interval_sentence(plan.expected, '')}: {plan.expected.method}"]),
         *([] if plan.guarantee is None else [_certified(plan.guarantee)]),

@@ -34,7 +34,7 @@ def strip_of(
     colours = cascade.manifest.network.colours
     for prediction in cascade.refine(frame):
         mark = ", taken" if prediction.exit == taken else ""
-        sure = confidence_text(prediction.confidence, prediction.needed)
+        sure = confidence_text(prediction.confidence, prediction.needed, prediction.policy)
         caption = f"stage {prediction.exit}{mark}{': ' if sure else ''}{sure}"
         caption += "" if truth is None else _right(prediction.labels, truth)
         described = f"labels of stage {prediction.exit} laid over {name}"

@@ -12,6 +12,7 @@ from mess_compile.array_types import Ints
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.latency.table import LatencyTable, graph_cost_ns, stage_graphs
 from mess_compile.network import is_whole
+from mess_compile.runtime.base.policy import named_row
 from mess_compile.runtime.bundle.manifest import Figures, OperatingPoint
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.search.metrics import Evidence, exit_costs_ns, exits_taken
@@ -52,7 +53,8 @@ class StageView:
 
     exit: int
     head: str
-    threshold: float
+    threshold: float | None
+    row: str
     cut: int | None
     arriving: float
     leaving: float
@@ -162,7 +164,8 @@ def _stage_view(plan: Plan, index: int, evidence: Evidence | None, exits: NDArra
     return StageView(
         exit=index + 1,
         head=stage.head,
-        threshold=plan.gate.thresholds[stage.row],
+        threshold=plan.gate.thresholds[stage.row] if stage.row < len(plan.gate.thresholds) else None,
+        row=plan.row_name(stage.head, stage.row),
         cut=stage.cut,
         arriving=max(0.0, 1.0 - sum(rates[:index])) if plan.setting != "anytime" else 1.0,
         leaving=rates[index],
@@ -194,7 +197,8 @@ def _histogram(statistics: ExitStatistics, stage: Stage, index: int, exits: NDAr
     if is_whole(stage.head):
         return None
     head = statistics.head_index(stage.head)
-    cells = statistics.cells[head]
+    row = named_row(statistics.policy_rows, stage.head, stage.row)
+    cells = statistics.cells[head] if row is None else row.top(statistics.cells[head])
     counts = statistics.counts[:, head, stage.row].astype(np.int64)
     here = counts[exits >= index]
     if not here.size:

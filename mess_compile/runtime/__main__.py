@@ -229,11 +229,9 @@ def _run_picture(cascade: Cascade, path: Path, options: argparse.Namespace) -> N
 
 def _words(prediction: Prediction, deadline_ms: Optional[float]) -> str:
     late = deadline_ms is not None and prediction.latency_ms > deadline_ms
-    return (
-        f"{exit_text(prediction.exit, prediction.confidence, prediction.needed if deadline_ms is None else None)}, "
-        f"{prediction.latency_ms:.2f} ms"
-        f"{', too late' if late else ''}"
-    )
+    needed = prediction.needed if deadline_ms is None else None
+    words = exit_text(prediction.exit, prediction.confidence, needed, prediction.policy)
+    return f"{words}, {prediction.latency_ms:.2f} ms{', too late' if late else ''}"
 
 
 def _misses(cascade: Cascade, deadline_ms: float) -> str:

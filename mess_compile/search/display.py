@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mess_compile.network import BASELINE, BASELINE_ALONE, is_whole
+from mess_compile.runtime.base.policy import named_row
 from mess_compile.runtime.bundle.manifest import Figures, against
 from mess_compile.runtime.images.notebook import table_html, text_html
-from mess_compile.search.plan import FEW_IMAGES, ONE_GROUP, Expected, Optimism, Plan, SearchResult
+from mess_compile.search.plan import FEW_IMAGES, ONE_GROUP, Expected, Optimism, Plan, SearchResult, Stage
 from mess_compile.search.requirement import Requirement
 
 NO_CELLS: Mapping[str, int] = MappingProxyType({})
@@ -26,7 +27,7 @@ def exits_table(plan: Plan, cells: Mapping[str, int] = NO_CELLS) -> tuple[tuple[
         (
             stage_text(number, stage.head),
             stage.head,
-            *((f"{plan.gate.thresholds[stage.row]:.2f}", needed_text(stage.cut, cells.get(stage.head))) * gated),
+            *(_decision(plan, stage, cells) * gated),
             f"{rate:.0%}",
         )
         for number, (stage, rate) in enumerate(zip(plan.stages, plan.predicted.exit_rates, strict=True), start=1)
@@ -34,11 +35,22 @@ def exits_table(plan: Plan, cells: Mapping[str, int] = NO_CELLS) -> tuple[tuple[
     return ("", "head", *(("confidence threshold", "confident cells needed") * gated), "images"), rows
 
 
+def _decision(plan: Plan, stage: Stage, cells: Mapping[str, int]) -> tuple[str, str]:
+    needed = needed_text(stage.cut, top_of(plan, stage.head, stage.row, cells))
+    return plan.row_name(stage.head, stage.row), needed
+
+
 def stage_text(number: int, head: str) -> str:
     """An exit of a plan, and which of the network's exits it is."""
     if is_whole(head):
         return "full network"
     return f"stage {number} = network exit {head.partition('.')[0].removeprefix('exit')}"
+
+
+def top_of(plan: Plan, head: str, row: int, cells: Mapping[str, int]) -> int | None:
+    """The greatest count of a row: the number of cells, if it is known; of a learned row that of its levels."""
+    found, known = named_row(plan.policy_rows, head, row), cells.get(head)
+    return found.top(known or 0) or None if found is not None else known
 
 
 def needed_text(cut: int | None, cells: int | None) -> str:

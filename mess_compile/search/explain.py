@@ -10,9 +10,11 @@ import numpy as np
 
 from mess_compile.array_types import Ints
 from mess_compile.evaluate.diagnose import WeakFinalExit, weak_final_exit
+from mess_compile.evaluate.policies import only
 from mess_compile.evaluate.statistics import ExitStatistics, miou
 from mess_compile.latency.table import Latency, LatencyTable, stage_graphs
 from mess_compile.runtime.base.errors import RequirementError
+from mess_compile.runtime.base.policy import PLAIN
 from mess_compile.search.context import SearchProgress, no_progress
 from mess_compile.search.metrics import Evidence, evidence_of_plan, exit_costs_ns, exit_macs, exits_taken
 from mess_compile.search.objectives import MEASURES
@@ -70,6 +72,16 @@ class BoundCost:
 
 
 @dataclass(frozen=True)
+class PolicyWorth:
+    """The best plan with the rows of some policies alone, None where none satisfies the requirement, and the share of
+    the objective that it gains over the thresholds alone."""
+
+    policies: tuple[str, ...]
+    outcome: Outcome | None
+    gain: float | None
+
+
+@dataclass(frozen=True)
 class Help:
     """A change, the best plan after it, and the share of the objective that it gains."""
 
@@ -88,6 +100,7 @@ class Explanation:
     bounds: tuple[BoundCost, ...]
     helps: tuple[Help, ...]
     weak_final: WeakFinalExit | None
+    policies: tuple[PolicyWorth, ...] = ()
 
 
 def explain(
@@ -104,7 +117,8 @@ def explain(
     called with (searches done, in all).
     """
     bounds, changes = list(_moved_bounds(requirement)), list(_changes(evidences, requirement, plan))
-    total = 2 * len(bounds) + len(changes)
+    sets = _sets_of_policies(evidences)
+    total = 2 * len(bounds) + len(changes) + len(sets)
     costs, helps = [], []
     for number, (name, limit, tighter, looser) in enumerate(bounds):
         progress(2 * number, total)
@@ -118,10 +132,36 @@ def explain(
         if outcome is not None:
             better = outcome.value - value if _is_maximised(requirement) else value - outcome.value
             helps.append(Help(what, outcome, better / abs(value) if value else 0.0))
+    found_by_policy = []
+    for number, policies in enumerate(sets, start=2 * len(bounds) + len(changes)):
+        progress(number, total)
+        limited = [replace(each, statistics=only(each.statistics, policies)) for each in evidences]
+        found_by_policy.append((policies, _outcome(find_changed, limited, requirement)))
+    worth = _worths(found_by_policy, _is_maximised(requirement))
     ordered = sorted(helps, key=lambda each: -each.gain)
     evidence = evidence_of_plan(evidences, plan)
     weak = weak_final_exit(evidence.statistics)
-    return Explanation(_objective(requirement), value, _exit_shares(evidence, plan), tuple(costs), tuple(ordered), weak)
+    return Explanation(
+        _objective(requirement), value, _exit_shares(evidence, plan), tuple(costs), tuple(ordered), weak, worth
+    )
+
+
+def _sets_of_policies(evidences: Sequence[Evidence]) -> tuple[tuple[str, ...], ...]:
+    """The thresholds alone, and with each other policy that there are rows of; nothing where there are none."""
+    others = dict.fromkeys(row.policy for each in evidences for row in each.statistics.policy_rows)
+    return ((PLAIN,), *((PLAIN, policy) for policy in others)) if others else ()
+
+
+def _worths(found: Sequence[tuple[tuple[str, ...], Outcome | None]], is_maximised: bool) -> tuple[PolicyWorth, ...]:
+    plain = found[0][1] if found else None
+    worths = []
+    for policies, outcome in found:
+        gain = None
+        if plain is not None and outcome is not None:
+            better = outcome.value - plain.value if is_maximised else plain.value - outcome.value
+            gain = better / abs(plain.value) if plain.value else 0.0
+        worths.append(PolicyWorth(policies, outcome, gain))
+    return tuple(worths)
 
 
 def _objective(requirement: Requirement) -> str:

@@ -36,7 +36,7 @@ from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.bundle.manifest import OWN_OUTPUT, Figures
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
-from mess_compile.search.plan import AnytimeReport, Candidate, Plan, PlanGraph, Stage, default_point
+from mess_compile.search.plan import AnytimeReport, Candidate, Plan, PlanGraph, Stage, default_point, rows_in_use
 from mess_compile.search.space import Grids, cut_grids
 
 
@@ -398,4 +398,5 @@ def plan_of_stages(evidence: Evidence, setting: str, stages: tuple[Stage, ...], 
         absent_classes=evidence.absent_classes,
         doubts=evidence.warnings,
         truth=evidence.statistics.truth,
+        policy_rows=rows_in_use(evidence.statistics.policy_rows, stages),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from mess_compile.search.exhaustive.enumeration import (
 from mess_compile.search.metrics import Evidence, exit_costs_ns, exits_taken, figures_of_stages
 from mess_compile.search.pareto import front_groups
 from mess_compile.search.plan import POINT_NAMES, Stage, decisions_of, default_point
-from mess_compile.search.space import ENUMERATED_EXITS, Decisions, Grids, cut_grids, head_options, nobody
+from mess_compile.search.space import ENUMERATED_EXITS, Decisions, Grids, cut_grids, head_options, nobody, row_text
 
 Front = tuple[Ints, NDArray[np.float64], list[tuple[Stage, ...]]]
 """The Pareto front of the thresholds of some heads, from the fastest to the most accurate: cost in ns, summed over
@@ -88,7 +89,8 @@ def thresholds_front(statistics: ExitStatistics, stages: Sequence[Stage], costs:
         return (*decided, last)
 
     groups = front_groups(cost_ns, found.miou)
-    members = [min((member(int(index)) for index in group), key=_text) for group in groups]
+    text = partial(_text, plain=len(statistics.gate.thresholds))
+    members = [min((member(int(index)) for index in group), key=text) for group in groups]
     firsts = np.array([group[0] for group in groups], np.intp)
     return cost_ns[firsts], found.miou[firsts], members
 
@@ -111,5 +113,5 @@ def _outcomes(scores: Scores, early: Sequence[str], last: str, options: Sequence
     return merged(found).of_last(len(early))
 
 
-def _text(stages: Sequence[Stage]) -> tuple[list[str], list[str]]:
-    return [str(stage.row) for stage in stages], [str(stage.cut) for stage in stages]
+def _text(stages: Sequence[Stage], plain: int) -> tuple[list[str], list[str]]:
+    return [row_text(stage.row, plain) for stage in stages], [str(stage.cut) for stage in stages]

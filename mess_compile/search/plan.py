@@ -13,6 +13,7 @@ from mess_compile import files
 from mess_compile.network import BASELINE, Gate, GraphSet, is_whole
 from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, StaleError
+from mess_compile.runtime.base.policy import PolicyRow, check_rows, named_row
 from mess_compile.runtime.bundle.manifest import (
     LABELS,
     PROMISED,
@@ -31,8 +32,8 @@ FRONT_BY = ("latency", "miou")
 DEFAULT_POINT = "default"
 REFINED_POINT = "refined"
 POINT_NAMES = ("fastest", "fast", DEFAULT_POINT, "accurate", "most-accurate", REFINED_POINT)
-VERSION = 6
-_READABLE = (5, VERSION)
+VERSION = 7
+_READABLE = (5, 6, VERSION)
 FEW_IMAGES = 40
 """With fewer images cross-validation is a rough estimate: of 20 images its figure had a standard deviation of 0.7 pp,
 of 40 one of 0.3 pp (docs/guarantees.md), and `--max-err` is about a point."""
@@ -41,7 +42,7 @@ ONE_GROUP = "one group of images: expect this of more of this sequence; other pl
 _FRONT_FIELDS = (
     *("precision", "network", "stages", "graphs", "predicted", "baseline", "baseline_name", "reference_miou"),
     *("statistics_sha256", "operating_points", "reports", "optimism", "guarantee", "doubts", "promises", "hold_out"),
-    *("truth", "expected", "safety", "group_by"),
+    *("truth", "expected", "safety", "group_by", "policy_rows"),
 )
 _REMEDY = "run `mess-compile search`"
 _SHA256 = decode.entry(check=decode.SHA256)
@@ -51,9 +52,9 @@ _SHA256 = decode.entry(check=decode.SHA256)
 class Stage:
     """One exit of a plan.
 
-    An image leaves here when the count of row `row` (an index into the gate's threshold rows, from 0) is at least
-    `cut`; `cut` is None where no decision is made: at the last exit, and at every exit in the anytime setting. There
-    `row` only says which row's confidence is reported.
+    An image leaves here when the count of row `row` (an index into the gate's threshold rows, from 0, or the number of
+    one of the plan's policy rows, beyond them) is at least `cut`; `cut` is None where no decision is made: at the last
+    exit, and at every exit in the anytime setting. There `row` only says which row's confidence is reported.
     """
 
     exit_point: int
@@ -207,7 +208,8 @@ class Plan:
     from: a figure that was given, or the baseline of another recipe. `doubts` are warnings about its latencies,
     `promises` the bounds that it was required to satisfy. `hold_out` are the images that were held out of the search;
     `predicted` is of the others. `truth` is what every mIoU of the plan is against. `expected` is what to expect on new
-    images, `group_by` the pattern that named the groups of images (None: those of the evaluation).
+    images, `group_by` the pattern that named the groups of images (None: those of the evaluation). `policy_rows` are
+    the rows beyond the gate's thresholds that its stages and operating points name.
     """
 
     device: str
@@ -239,11 +241,17 @@ class Plan:
     expected: Expected | None = field(default=None, metadata=decode.OPTIONAL)
     safety: Safety | None = field(default=None, metadata=decode.OPTIONAL)
     group_by: str | None = field(default=None, metadata=decode.OPTIONAL)
+    policy_rows: tuple[PolicyRow, ...] = field(default=(), metadata=decode.OPTIONAL)
 
     @property
     def is_whole(self) -> bool:
         """Whether it is the single-exit network as one graph, uncut."""
         return is_whole(self.stages[0].head)
+
+    def row_name(self, head: str, row: int) -> str:
+        """A row of a head in tables: its threshold, or what the policy calls it."""
+        found = named_row(self.policy_rows, head, row)
+        return f"{self.gate.thresholds[row]:.2f}" if found is None else found.name
 
     @property
     def offset_pp(self) -> float:
@@ -339,8 +347,20 @@ def check_plan_current(plan: Plan, graph_set: GraphSet) -> None:
     for stage in plan.stages:
         if graph_set.candidate.point_of(stage.head) != stage.exit_point:
             raise InputError(f"the plan for {plan.device} has {stage.head} at exit point {stage.exit_point}: {_REMEDY}")
-        if not 0 <= stage.row < len(plan.gate.thresholds):
+        is_policy = named_row(plan.policy_rows, stage.head, stage.row) is not None
+        if not 0 <= stage.row < len(plan.gate.thresholds) and not is_policy:
             raise InputError(f"the plan for {plan.device} has row {stage.row}, which its gate lacks: {_REMEDY}")
+
+
+def rows_in_use(
+    rows: Sequence[PolicyRow], stages: Sequence[Stage], points: Sequence[OperatingPoint] = ()
+) -> tuple[PolicyRow, ...]:
+    """Those of `rows` that stages, or operating points with the same heads, decide by."""
+    used = {(stage.head, stage.row) for stage in stages}
+    used |= {
+        (stage.head, decision.row) for point in points for stage, decision in zip(stages, point.decisions, strict=True)
+    }
+    return tuple(row for row in rows if (row.head, row.row) in used)
 
 
 def check_sources_current(device: str, known: Mapping[str, str], found: Mapping[str, str]) -> None:
@@ -430,6 +450,10 @@ def _check_result(document: SearchResult) -> None:
 
 def _check_plan(plan: Plan, where: str) -> None:
     """Raises InputError when stages and operating points do not fit together."""
+    try:
+        check_rows(plan.policy_rows, len(plan.gate.thresholds), None, where)
+    except decode.DecodeError as error:
+        raise InputError(str(error)) from error
     if not plan.stages or plan.stages[-1].cut is not None:
         raise InputError(f"{where}.stages do not end in a stage without cut")
     names = [point.name for point in plan.operating_points]

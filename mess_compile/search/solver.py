@@ -40,7 +40,16 @@ from mess_compile.search.metrics import (
 from mess_compile.search.objectives import MEASURES, Bound, bounds_of, objective_of
 from mess_compile.search.operating_points import operating_points
 from mess_compile.search.pareto import front_groups
-from mess_compile.search.plan import FRONT_BY, REFINED_POINT, Candidate, Certificate, Plan, SearchResult, decisions_of
+from mess_compile.search.plan import (
+    FRONT_BY,
+    REFINED_POINT,
+    Candidate,
+    Certificate,
+    Plan,
+    SearchResult,
+    decisions_of,
+    rows_in_use,
+)
 from mess_compile.search.requirement import Requirement
 
 _AXES = {"latency": "cost_ns", "miou": "miou", "memory": "memory_bytes"}
@@ -142,7 +151,8 @@ def _with_points(evidence: Evidence, requirement: Requirement, result: SearchRes
     plan = result.plan
     points = operating_points(evidence, plan.setting, plan.stages, plan.predicted)
     refined = _refined(evidence, requirement, plan)
-    return replace(result, plan=replace(plan, operating_points=points + refined))
+    rows = rows_in_use(evidence.statistics.policy_rows, plan.stages, points + refined)
+    return replace(result, plan=replace(plan, operating_points=points + refined, policy_rows=rows))
 
 
 def _refined(evidence: Evidence, requirement: Requirement, plan: Plan) -> tuple[OperatingPoint, ...]:
@@ -314,7 +324,8 @@ def _best(evidence: Evidence, table: PlanTable, among: NDArray[np.intp], objecti
     among = among[objective == objective.min()]
     among = among[table.plans["miou"][among] == table.plans["miou"][among].max()]
     among = among[table.plans["graphs"][among] == table.plans["graphs"][among].min()]
-    return min(map(int, among), key=lambda i: text_of_stages(stages_of_row(evidence, table, table.plans[i])))
+    plain = len(evidence.statistics.gate.thresholds)
+    return min(map(int, among), key=lambda i: text_of_stages(stages_of_row(evidence, table, table.plans[i]), plain))
 
 
 def _front(evidence: Evidence, table: PlanTable, feasible: Mask, front_by: tuple[str, ...]) -> list[int]:

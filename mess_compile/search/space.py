@@ -39,6 +39,11 @@ class Decisions:
         return np.cumsum(np.diff(self.rows, prepend=self.rows[:1]) != 0)
 
 
+def row_text(row: int, plain: int) -> str:
+    """A row as text, by which equal plans are ordered: of the `plain` threshold rows its number, others after these."""
+    return str(row) if row < plain else f"~{row:02d}"
+
+
 def nobody(images: int) -> Decisions:
     """The one decision by which no image leaves: it stands for a missing early head."""
     return Decisions(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros((1, images), np.bool_), 1)
@@ -47,9 +52,10 @@ def nobody(images: int) -> Decisions:
 def head_options(statistics: ExitStatistics, head: str, grids: Grids) -> Decisions:
     """All pairs of a threshold row and a cut of `head`, of its `grids`, without duplicates in effect."""
     counts = np.asarray(statistics.counts[:, statistics.head_index(head)])  # (n, rows)
+    plain = len(statistics.gate.thresholds)
     decisions = [(row, cut) for row, grid in enumerate(grids) for cut in grid]
     first_of: dict[bytes, tuple[int, int]] = {}
-    for row, cut in sorted(decisions, key=lambda decision: (str(decision[0]), str(decision[1]))):
+    for row, cut in sorted(decisions, key=lambda decision: (row_text(decision[0], plain), str(decision[1]))):
         first_of.setdefault(np.packbits(counts[:, row] >= cut).tobytes(), (row, cut))
     rows = np.array([row for row, _ in first_of.values()], np.int64)
     cuts = np.array([cut for _, cut in first_of.values()], np.int64)

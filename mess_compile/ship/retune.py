@@ -17,8 +17,9 @@ from mess_compile.bundle.write import write_retuned
 from mess_compile.data.dataset import ALWAYS_IGNORED, Data, DataSet, Sample, open_dataset, samples
 from mess_compile.device.client import PythonSession
 from mess_compile.device.remote import Remote
+from mess_compile.evaluate.policies import with_rows
 from mess_compile.evaluate.record import BLOCK, countable
-from mess_compile.evaluate.statistics import ExitStatistics
+from mess_compile.evaluate.statistics import ExitStatistics, stacked_counts
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, Gate
 from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import EngineError, InputError
@@ -68,7 +69,7 @@ def retune(
     """
     plan = _plan(opened.manifest, choice.candidate, target)
     data = _images(choice.data, plan, opened.manifest)
-    statistics = _record_statistics(opened, plan, data, remote, reporter)
+    statistics = with_rows(_record_statistics(opened, plan, data, remote, reporter), plan.policy_rows)
     stages = tuple(Stage(stage.exit_point, stage.head, stage.row, stage.cut) for stage in plan.stages)
     chosen = chosen_stages(statistics, plan, stages)
     found, new = (_figures(statistics, plan, each, choice.candidate) for each in (stages, chosen))
@@ -152,7 +153,7 @@ def _record_statistics(
             known = countable(each.id, each.frame, each.labels, classes, frozenset({ALWAYS_IGNORED}))
             yield each.frame, each.labels, known
 
-    with session.scoring(jobs, _exits(plan, network)) as score:
+    with session.scoring(jobs, _exits(plan, network, gate.by_class)) as score:
         for start in range(0, len(data.items), BLOCK):
             block = list(samples(replace(data, items=data.items[start : start + BLOCK])))
             items += block
@@ -164,14 +165,14 @@ def _record_statistics(
         classes=network.classes,
         cells=tuple(stage.cells for stage in gated),
         thresholds=thresholds,
-        counts=np.stack([each.counts for each in scores]),
+        **stacked_counts([each.counts for each in scores]),
         intersection=np.stack([each.intersection for each in scores]),
         predicted=np.stack([each.predicted for each in scores]),
         labelled=np.stack([each.labelled for each in scores]),
         image_id=tuple(each.id for each in items),
         group=tuple(each.group for each in items),
         network=network.identity,
-        gate=Gate(gate.confidence, gate.edge_aware, tuple(row[0] for row in gate.thresholds)),
+        gate=Gate(gate.confidence, gate.edge_aware, tuple(row[0] for row in gate.thresholds), gate.by_class),
         precision=plan.precision,
         device=plan.target,
         library=plan.library,
@@ -182,9 +183,9 @@ def _record_statistics(
     )
 
 
-def _exits(plan: manifest.BundlePlan, network: manifest.Network) -> ScoredExits:
+def _exits(plan: manifest.BundlePlan, network: manifest.Network, by_class: bool) -> ScoredExits:
     if plan.stages[0].is_whole:
-        return ScoredExits(network.input_hw, len(network.classes), (), (), plan.stages[0].segment)
+        return ScoredExits(network.input_hw, len(network.classes), (), (), plan.stages[0].segment, by_class)
     points = [0, *(stage.exit_point for stage in plan.stages)]
     return ScoredExits(
         network.input_hw,
@@ -192,6 +193,7 @@ def _exits(plan: manifest.BundlePlan, network: manifest.Network) -> ScoredExits:
         tuple((a, b, stage.segment) for a, b, stage in zip(points, points[1:], plan.stages, strict=False)),
         tuple(HeadEngines(str(stage.head_graph), stage.exit_point, str(stage.output)) for stage in plan.stages),
         None,
+        by_class,
     )
 
 
@@ -211,7 +213,7 @@ def chosen_stages(
 
     if is_good(present) and present.cost_ns <= promised_ns:
         return stages
-    candidates = list(_candidates(statistics, stages, costs))
+    candidates = list(_candidates(statistics, plan, stages, costs))
     good = [candidate for candidate in candidates if is_good(candidate)]
     if good:
         return min(good, key=lambda candidate: (candidate.cost_ns, -candidate.miou)).stages
@@ -234,11 +236,13 @@ def _candidate(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Int
     return _Candidate(int(costs[taken].sum()), mixture_miou(statistics, heads, taken), change, stages)
 
 
-def _candidates(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Ints) -> Iterator[_Candidate]:
+def _candidates(
+    statistics: ExitStatistics, plan: manifest.BundlePlan, stages: tuple[Stage, ...], costs: Ints
+) -> Iterator[_Candidate]:
     """The non-dominated thresholds for each subset of exits that images may leave at: all exits first, and the last one
     alone at the end. A smaller subset helps where an engine has become too confident."""
     early = range(len(stages) - 1)
-    shut = tuple(replace(stage, cut=statistics.cells[statistics.head_index(stage.head)] + 1) for stage in stages[:-1])
+    shut = tuple(replace(stage, cut=plan.top(own) + 1) for own, stage in zip(plan.stages, stages[:-1], strict=False))
     for used in (used for many in reversed(range(1, len(stages))) for used in combinations(early, many)):
         some = [stages[index] for index in used]
         front = thresholds_front(statistics, [*some, stages[-1]], [*(int(costs[i]) for i in used), int(costs[-1])])

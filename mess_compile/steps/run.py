@@ -60,6 +60,7 @@ class ImageResult:
     """The prediction for one image, and the pictures written.
 
     `needed` is the share of confident cells from which images leave there; None at the last exit, or with a deadline.
+    `policy` says what `confidence` is a share of: see `Prediction`.
     """
 
     image: Path
@@ -69,6 +70,7 @@ class ImageResult:
     latency_ms: float
     pictures: tuple[Path, ...]
     needed: float | None
+    policy: str
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,7 @@ def _run_image(cascade: Cascade, image: Path, output: Path, options: RunOptions)
     return ImageResult(
         *(image, prediction.exit, prediction.exit_point, prediction.confidence, prediction.latency_ms, tuple(paths)),
         needed=prediction.needed if options.deadline_ms is None else None,
+        policy=prediction.policy,
     )
 
 
@@ -393,7 +396,7 @@ def _drawn(media: Any, cascade: Cascade, frame: NDArray[np.uint8], prediction: P
 
 
 def _sure(prediction: Prediction) -> str:
-    text = confidence_text(prediction.confidence, prediction.needed)
+    text = confidence_text(prediction.confidence, prediction.needed, prediction.policy)
     return f"{text}  " if text else ""
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile.engines.prepare import graphs_of_recipe
+from mess_compile.evaluate.policies import FITTED_POLICIES, with_policies, with_rows
+from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.latency.table import LatencyTable, check_table_current, read_latency_table
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError, RequirementError, StaleError, did_you_mean
+from mess_compile.runtime.base.policy import AGREEMENT, PLAIN
 from mess_compile.runtime.machine import machine, power
 from mess_compile.search.deadline import Clock
 from mess_compile.search.plan import FRONT_BY, SearchResult, read_result, source_of, write_result
@@ -43,6 +46,7 @@ class SearchOptions:
     chosen on: None for a third where there are enough, 0 for none. With `safety` (such as 0.9) it is the fastest plan
     that keeps the bounds on new images with this probability. `group_by` is the pattern that names groups of images,
     `none` for those of the evaluation, None for what the workspace remembers.
+    `policies` say how counts become decisions.
     """
 
     precisions: tuple[str, ...] | None = None
@@ -54,6 +58,7 @@ class SearchOptions:
     hold_out: Fraction | None = None
     safety: float | None = None
     group_by: str | None = None
+    policies: tuple[str, ...] = (PLAIN,)
 
 
 def search(
@@ -115,7 +120,9 @@ def _found(
     pattern = _pattern(workspace, options)
     as_recorded = {t.name: _evidences(workspace, t, split, options, reporter) for t in targets}
     whole = {name: _grouped(each, pattern, reporter) for name, each in as_recorded.items()}
-    parts = {name: _split(each, options) for name, each in whole.items()}
+    parts = {
+        name: _with_policies(_split(each, options), requirement, options, reporter) for name, each in whole.items()
+    }
     evidences = {name: part.chosen for name, part in parts.items()}
     results = []
     for name, each in evidences.items():
@@ -316,6 +323,40 @@ def _evidences(
         found = current_statistics(workspace, graph_set, target.name, split, reporter)
         evidences.append(Evidence(graph_set, table, found))
     return evidences
+
+
+def _with_policies(
+    part: HoldOutSplit, requirement: Requirement, options: SearchOptions, reporter: Reporter
+) -> HoldOutSplit:
+    """The images with the rows of the policies that the options name.
+
+    They are fitted to the images that the plan is chosen by. `--confidence` tests on some of these, so that it takes
+    only policies that nothing is fitted for.
+    """
+    fitted = [name for name in options.policies if name in FITTED_POLICIES]
+    if fitted and options.confidence is not None:
+        raise InputError(
+            f"--policy {','.join(fitted)} is fitted to images that --confidence certifies on: drop --confidence, or "
+            f"search with --policy {PLAIN},{AGREEMENT}"
+        )
+    policies = options.policies if requirement.setting == "input-dependent" else (PLAIN,)
+    chosen, held = [], list(part.held)
+    for index, evidence in enumerate(part.chosen):
+        made = with_policies(evidence.statistics, policies)
+        _note_without(made, policies, reporter)
+        chosen.append(replace(evidence, statistics=made))
+        if held:
+            held[index] = replace(held[index], statistics=with_rows(held[index].statistics, made.policy_rows))
+    return replace(part, chosen=chosen, held=tuple(held))
+
+
+def _note_without(made: ExitStatistics, wanted: Sequence[str], reporter: Reporter) -> None:
+    without = [name for name in wanted if name not in (PLAIN, *(row.policy for row in made.policy_rows))]
+    if without:
+        reporter.note(
+            f"nothing to learn for the policy {', '.join(without)} from these {made.images} images: they are too "
+            "alike, or too few; the thresholds decide"
+        )
 
 
 def _check_power_mode(table: LatencyTable, target: Target) -> None:

@@ -268,7 +268,11 @@ class TestExplain:
         for title in ("why: what each exit brings", "what each requirement costs (now accuracy", "max_latency"):
             assert title in shown
         content = printed_json(*arguments)["explanation"]
-        assert content.keys() == {"objective", "value", "exits", "bounds", "helps", "weak_final"}
+        assert content.keys() == {"objective", "value", "exits", "bounds", "helps", "weak_final", "policies"}
+        worths = [tuple(each["policies"]) for each in content["policies"]]
+        assert worths == [("plain",), ("plain", "class"), ("plain", "agreement")]
+        best = max(each["outcome"]["value"] for each in content["policies"])
+        assert best <= content["value"], "with all of them together it is no worse"
         rates = [share["coverage"] for share in content["exits"]]
         assert rates == printed_json("-C", workspace, "inspect", "plan")["plan"]["predicted"]["exit_rates"]
         assert [bound["tighter_limit"] for bound in content["bounds"]] == ["2.7x"]
@@ -537,3 +541,52 @@ def test_a_safe_plan_says_what_it_keeps(workspace: Path) -> None:
     assert f"Kept at 60 %, by a bootstrap: {bound}." in printed
     assert len(printed.splitlines()) <= 8
     assert "that --safety allows" in printed
+
+
+class TestPolicies:
+    def test_plans_name_the_rows_that_they_use_and_the_recorded_statistics(self, workspace: Path) -> None:
+        """The bundle, the report and the device find what they decide by."""
+        folder = Workspace(workspace).statistics("val")
+        recorded = statistics.statistics_content_sha256(statistics.read_statistics(folder))
+        for policies in ("plain", "class", "agreement", "plain,class,learned,agreement"):
+            done("-C", workspace, "search", "--policy", policies, "--optimise", "accuracy")
+            result = read_result(workspace / "plans" / "host.json")
+            for plan in (result.plan, *result.front):
+                assert plan.statistics_sha256 == recorded
+                decisions = [(stage.head, stage.row) for stage in plan.stages if stage.cut is not None]
+                rows = {(row.head, row.row): row.policy for row in plan.policy_rows}
+                used = {rows.get(decision, "plain") for decision in decisions}
+                assert used <= set(policies.split(","))
+        done("-C", workspace, "bundle")
+        assert "passed" in done("-C", workspace, "verify", workspace / "host.mess", "--latency-factor", "1000")
+
+    def test_plain_alone_is_what_an_earlier_evaluation_gives(self, workspace: Path) -> None:
+        done("-C", workspace, "search", "--policy", "plain")
+        plain = read_result(workspace / "plans" / "host.json")
+        gate = dataclasses.replace(plain.plan.gate, by_class=False)
+        with_statistics(workspace, lambda known: dataclasses.replace(known, class_counts=None, gate=gate))
+        done("-C", workspace, "search")
+        again = read_result(workspace / "plans" / "host.json")
+        assert (again.plan.stages, again.plan.predicted) == (plain.plan.stages, plain.plan.predicted)
+        assert again.certificate == plain.certificate
+        message = refused(workspace, "search", "--policy", "class")
+        assert "policy class needs counts by class, which the evaluation of val lacks: run `mess-compile" in message
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (
+                ("--policy", "classes"),
+                "--policy 'classes' is not one of plain, class, learned, agreement",
+            ),
+            (("--policy", "class", "--confidence", "80%", "--max-err", "90%"), "class is fitted to images that"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, workspace: Path, options: tuple[str, ...], words: str) -> None:
+        assert words in refused(workspace, "search", *options)
+
+    def test_images_alike_have_nothing_to_learn(self, workspace: Path) -> None:
+        """It says so, and the thresholds decide."""
+        result = run("-C", workspace, "search", "--policy", "plain,learned")
+        assert "nothing to learn for the policy learned from these 12 images" in result.stderr + result.stdout
+        assert read_result(workspace / "plans" / "host.json").plan.policy_rows == ()

@@ -26,7 +26,7 @@ from mess_compile.evaluate.statistics import (
 from mess_compile.network import Gate, threshold_table
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.bundle.manifest import OWN_OUTPUT
-from tests.search.cases import candidate_network, exit_statistics, graph_set
+from tests.search.cases import by_class, candidate_network, exit_statistics, graph_set
 
 GRAPHS = graph_set(candidate_network((2, 1)), rows=3)
 
@@ -197,6 +197,40 @@ def test_arrays_that_do_not_fit_the_description_are_refused(tmp_path: Path) -> N
     index.write_text(index.read_text().replace('"image0",', ""))
     with pytest.raises(InputError, match="counts is int32"):
         read_statistics(tmp_path)
+
+
+def test_statistics_by_a_gate_without_classes_stay_readable_and_current(tmp_path: Path) -> None:
+    """A gate of an earlier release counts the same cells: what was recorded need not be recorded again."""
+    write_statistics(tmp_path, statistics())
+    content = json.loads((tmp_path / "statistics.json").read_text())
+    assert "by_class" not in content["gate"], "plans name hashes of it"
+    exported = dataclasses.replace(GRAPHS, gate=dataclasses.replace(GRAPHS.gate, by_class=True))
+    check_statistics_current(read_statistics(tmp_path), exported)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_counts_by_class_are_read_back_and_add_up(tmp_path: Path, dtype: type) -> None:
+    found = by_class(statistics())
+    found = dataclasses.replace(found, class_counts=found.class_counts.astype(dtype))
+    write_statistics(tmp_path, found)
+    read = read_statistics(tmp_path)
+    np.testing.assert_array_equal(read.class_counts, found.class_counts)
+    assert (read.class_counts.dtype, type(read.class_counts)) == (dtype, np.memmap)
+    assert statistics_content_sha256(read) == statistics_content_sha256(found)
+    other = found.class_counts.copy()
+    other[3, 1, 2, 0] += 1
+    write_statistics(tmp_path, dataclasses.replace(found, class_counts=other))
+    with pytest.raises(InputError, match="counts by class do not add up to the confident cells"):
+        read_statistics(tmp_path)
+    (tmp_path / "class_counts.npy").unlink()
+    with pytest.raises(InputError, match=r"class_counts\.npy does not exist: run `mess-compile evaluate`"):
+        read_statistics(tmp_path)
+
+
+def test_counts_by_class_are_merged_and_selected_with_their_images() -> None:
+    found = by_class(statistics())
+    merged = merge([found.select(range(3, 7)), found.select(range(3))])
+    np.testing.assert_array_equal(merged.class_counts, found.class_counts[[3, 4, 5, 6, 0, 1, 2]])
 
 
 def test_statistics_of_another_network_gate_or_heads_are_stale() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from hypothesis import given, settings
@@ -12,25 +13,37 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from mess_compile.graph.gate import append_gate
+from mess_compile.graph.lint import Parser
 from mess_compile.graph.node_builder import add, empty_model
+from mess_compile.graph.rewrite import rewritten
 from mess_compile.network import CONFIDENCES, Gate
 from mess_compile.runtime.base.errors import InputError
 
 
-def gate_session(gate: Gate, classes: int, hw: tuple[int, int]) -> onnxruntime.InferenceSession:
+def gate_model(gate: Gate, classes: int, hw: tuple[int, int]) -> onnx.ModelProto:
     model = empty_model([helper.make_tensor_value_info("map", TensorProto.FLOAT, (1, classes, *hw))])
     add(model.graph, "Identity", ["map"], "logits")
     append_gate(model, gate, classes)
+    return model
+
+
+def gate_session(gate: Gate, classes: int, hw: tuple[int, int]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    model = gate_model(gate, classes, hw)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def run_gate(gate: Gate, logits: np.ndarray, thresholds: np.ndarray) -> list[int]:
+def class_counts(gate: Gate, logits: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     session = gate_session(gate, logits.shape[0], logits.shape[1:])
     (counts,) = session.run(["counts"], {"map": logits[None], "thresholds": thresholds})
-    assert counts.dtype == np.int32
-    return counts.tolist()
+    assert (counts.dtype, counts.shape) == (np.int32, (len(thresholds) + 2, len(logits)))
+    return counts
+
+
+def run_gate(gate: Gate, logits: np.ndarray, thresholds: np.ndarray) -> list[int]:
+    """The confident cells of each row, of all classes together."""
+    return class_counts(gate, logits, thresholds)[:-2].sum(axis=1).tolist()
 
 
 def confidence_of_cell(cell: list[float], kind: str) -> float:
@@ -51,8 +64,9 @@ def around(values: list[list[float]], y: int, x: int, reach: int) -> list[float]
     return [value for row in rows for value in row[max(0, x - reach) : x + reach + 1]]
 
 
-def counts_by_cell(logits: np.ndarray, thresholds: np.ndarray, gate: Gate) -> list[int]:
-    """Cell by cell, with sorted medians (the upper one of an even number).
+def counts_by_cell(logits: np.ndarray, thresholds: np.ndarray, gate: Gate) -> list[list[int]]:
+    """Of each row and class cell by cell, with sorted medians (the upper one of an even number); then the cells beside
+    another label, and all cells.
 
     The median is of confidences where a row holds one threshold, of votes where each class has its own.
     """
@@ -64,14 +78,19 @@ def counts_by_cell(logits: np.ndarray, thresholds: np.ndarray, gate: Gate) -> li
     for limits in thresholds.tolist():
         votes = [[float(v >= limits[k]) for v, k in zip(*rows, strict=True)] for rows in zip(c, label, strict=True)]
         values, limit = (c, limits[0]) if len(set(limits)) == 1 else (votes, 0.5)
-        total = 0
+        total = [0] * len(logits)
         for y in range(height):
             for x in range(width):
                 edge = gate.edge_aware and len(set(around(label, y, x, 1))) > 1
                 window = sorted(around(values, y, x, 2)) if edge else [values[y][x]]
-                total += window[len(window) // 2] >= limit
+                total[label[y][x]] += window[len(window) // 2] >= limit
         counts.append(total)
-    return counts
+    edges, every = [0] * len(logits), [0] * len(logits)
+    for y in range(height):
+        for x in range(width):
+            edges[label[y][x]] += len(set(around(label, y, x, 1))) > 1
+            every[label[y][x]] += 1
+    return [*counts, edges, every]
 
 
 def between(logits: np.ndarray, gate: Gate, quantiles: list[float]) -> list[float]:
@@ -102,7 +121,9 @@ def test_the_gate_counts_what_the_equations_say(
     gate = Gate(kind, edge_aware, (0.1, 0.5, 0.9))
     quantiles = random.random((3, classes)) if by_class else np.repeat(random.random((3, 1)), classes, axis=1)
     thresholds = np.array([between(logits, gate, row) for row in quantiles.tolist()], np.float32)
-    assert run_gate(gate, logits, thresholds) == counts_by_cell(logits, thresholds, gate)
+    found = class_counts(gate, logits, thresholds)
+    assert found.tolist() == counts_by_cell(logits, thresholds, gate)
+    assert tensorrt_counts(gate, logits, thresholds).tolist() == found.tolist()
 
 
 @pytest.mark.parametrize("kind", CONFIDENCES)
@@ -142,10 +163,33 @@ def test_edges_inherit_the_confidence_of_their_neighbours() -> None:
     assert run_gate(Gate("top1", False, (0.9,)), logits, thresholds) == [7 * 6]
 
 
+def tensorrt_counts(gate: Gate, logits: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """By the form that engines of TensorRT are built from, which has no matrix product."""
+    model = gate_model(gate, logits.shape[0], logits.shape[1:])
+    changed, names = rewritten(model, Parser("tensorrt_rtx", "1.1", 20, (7, 5)), "fp32")
+    assert (names, {node.op_type for node in changed.graph.node} & {"Gemm", "MatMul"}) == (
+        ("counts by products",),
+        set(),
+    )
+    session = onnxruntime.InferenceSession(changed.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(["counts"], {"map": logits[None], "thresholds": thresholds})[0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_cell_that_is_no_number_is_missing_from_the_last_row(bad: float) -> None:
+    """Wherever it is: a user would else get wrong labels with a confident face."""
+    logits = np.zeros((3, 4, 5), np.float32)
+    logits[1] = 8.0
+    logits[0, 2, 3] = bad
+    counts = class_counts(Gate("top1", True, (0.9,)), logits, np.full((1, 3), 0.9, np.float32))
+    assert counts[-1].sum() == 4 * 5 - 1
+
+
 def test_every_node_is_one_that_tensorrt_8_5_takes() -> None:
     allowed = {
-        "Add", "ArgMax", "AveragePool", "Cast", "Div", "Equal", "Exp", "Gather", "Greater", "GreaterOrEqual",
-        "Identity", "Log", "MaxPool", "Mul", "Neg", "ReduceMax", "ReduceSum", "Squeeze", "Sub", "Transpose", "Where",
+        "Add", "ArgMax", "AveragePool", "Cast", "Concat", "Div", "Equal", "Exp", "Gather", "Gemm", "Greater",
+        "GreaterOrEqual", "Identity", "Log", "MaxPool", "Mul", "Neg", "ReduceMax", "ReduceSum", "Reshape", "Squeeze",
+        "Sub", "Transpose", "Where",
     }  # fmt: skip
     for kind in CONFIDENCES:
         model = empty_model([helper.make_tensor_value_info("map", TensorProto.FLOAT, (1, 3, 4, 5))])

@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mess_compile.graph.cut import cut_network
+from mess_compile.graph.gate import CLASS_COUNTS
 from mess_compile.graph.lint import Parser, lint, operators
 from mess_compile.graph.precision import MIN_CALIBRATION_FRAMES, to_fp16, to_int8
 from mess_compile.graph.rewrite import rewritten
@@ -80,7 +81,8 @@ def test_every_graph_of_ours_passes_on_every_target(graph_set: GraphSet, parser:
     for name in graph_set.graphs:
         graph, _ = rewritten(read_whole_model(graph_set.path(name)), parser, "fp32")
         assert lint(graph, name, parser) == ()
-        assert lint(read_model(graph_set.path(name)), name, parser) == (), "weights are not asked for"
+        plain = [each.node for each in lint(read_model(graph_set.path(name)), name, parser)]
+        assert plain == ([CLASS_COUNTS] if parser == RTX_2080 and name.startswith("head-") else [])
 
 
 def converted(graph: onnx.ModelProto, precision: str) -> onnx.ModelProto:

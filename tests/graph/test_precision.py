@@ -120,7 +120,7 @@ def test_the_gate_counts_every_cell_in_every_precision(library: engine.Library, 
     x = np.where(RANDOM.random((1, 1, *CELLS)) > 0.5, 1, -1).astype(np.float32)
     feed = {"x": x, "thresholds": np.full((1, 2), 0.9, np.float32)}
     for converted in (to_fp16(model), to_int8(model, [feed] * MIN_CALIBRATION_FRAMES)):
-        assert output(library, converted, feed, tmp_path)["counts"].tolist() == [CELLS[0] * CELLS[1]]
+        assert output(library, converted, feed, tmp_path)["counts"][0].sum() == CELLS[0] * CELLS[1]
 
 
 def nodes_after_logits(model: onnx.ModelProto) -> list[bytes]:
@@ -235,8 +235,9 @@ def test_every_kind_of_graph_builds_in_every_precision(
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install mess-compile[rtx]")
     from tests.graph.test_tensorrt import build
 
+    parser = {"SM75": RTX_2080, "SM86": RTX_3080}[capability]
     copy = onnx.ModelProto()
-    copy.CopyFrom(forms[2][precision])
+    copy.CopyFrom(rewritten(forms[2][precision], parser, precision)[0])
     write_graph(copy, tmp_path, "graph", 1)
     assert build(tmp_path / "graph.onnx", capability) > 0
 

@@ -30,6 +30,7 @@ RTX_2080 = Parser("tensorrt_rtx", "1.7.1.116", 17, (7, 5))
 RTX_3080 = Parser("tensorrt_rtx", "1.7.1.116", 17, (8, 6))
 HEADS = ((1, HeadConfig("fcn", 4, 1)), (1, HeadConfig("sep", 4)), (2, HeadConfig("lra", 2)), (2, HeadConfig("dlb", 8)))
 FOURS, EIGHTS, FLOAT = "depthwise in groups of 4", "depthwise in groups of 8", "uint8 through float"
+PRODUCTS = "counts by products"
 IN_FOUR, IN_EIGHT, PAIRS = "images in 4 channels", "images in 8 channels", "weights quantised in the graph"
 Arrays = dict[str, NDArray[np.generic]]
 node, info, weight = helper.make_node, helper.make_tensor_value_info, numpy_helper.from_array
@@ -332,7 +333,7 @@ def test_every_exported_graph_computes_the_same_for_every_target(graph_set: Grap
             used.update((parser, each) for each in names)
             if names:
                 check_equal(graph, after, feeds(graph))
-    assert used == {(RTX_2080, name) for name in (FOURS, EIGHTS, IN_FOUR, IN_EIGHT)}, (
+    assert used == {(RTX_2080, name) for name in (FOURS, EIGHTS, IN_FOUR, IN_EIGHT, PRODUCTS)}, (
         "our graphs are already as TensorRT 8.5 takes them"
     )
 
@@ -373,5 +374,5 @@ def test_the_engine_of_a_first_segment_holds_no_empty_image(precision: str) -> N
 
 
 def test_every_pass_has_a_name_of_its_own() -> None:
-    assert {each.name for each in PASSES} == {FOURS, EIGHTS, IN_FOUR, IN_EIGHT, FLOAT, PAIRS}
-    assert len(PASSES) == 6
+    assert {each.name for each in PASSES} == {FOURS, EIGHTS, IN_FOUR, IN_EIGHT, FLOAT, PAIRS, PRODUCTS}
+    assert len(PASSES) == 7

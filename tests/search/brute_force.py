@@ -31,10 +31,16 @@ class BrutePlan:
     energy_nj: int
     score: float = 0.0
     changed: int = 0
+    thresholds: int = 0
+    """The number of the gate's thresholds; rows from there on are of other policies, and come after them."""
 
     @property
     def text(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(map(str, self.points)), self.heads, tuple(map(str, self.rows)), tuple(map(str, self.cuts))
+        return tuple(map(str, self.points)), self.heads, self.row_texts, tuple(map(str, self.cuts))
+
+    @property
+    def row_texts(self) -> tuple[str, ...]:
+        return tuple(str(row) if row < self.thresholds else f"policy {row:02d}" for row in self.rows)
 
 
 def all_plans(evidence: Evidence, setting: str, max_exits: int, deadline_ns: int | None = None) -> Iterator[BrutePlan]:
@@ -156,6 +162,7 @@ def mixture_plan(evidence: Evidence, heads: tuple[Head, ...], chosen: tuple[tupl
         worst_ns=slowest(evidence, deepest_path(evidence, heads, every_report=False)),
         energy_nj=sum(path_cost(evidence, heads, taken, "energy_mj") for taken in exits),
         changed=changed_by(evidence, [heads[taken].name for taken in exits]),
+        thresholds=len(evidence.graph_set.gate.thresholds),
     )
 
 

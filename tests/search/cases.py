@@ -23,6 +23,7 @@ from mess_compile.network import (
     segment_name,
     threshold_table,
 )
+from mess_compile.runtime.base.policy import PolicyRow
 from mess_compile.runtime.bundle.manifest import OWN_OUTPUT
 from mess_compile.runtime.engines.engine import TensorSpec
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
@@ -138,15 +139,16 @@ def against_own_output(case: Evidence) -> Evidence:
 
 
 def exit_statistics(
-    graphs: GraphSet, images: int, seed: int = 0, distinct: int = 6, twins: bool = False
+    graphs: GraphSet, images: int, seed: int = 0, distinct: int = 6, twins: bool = False, more: int = 0
 ) -> ExitStatistics:
-    """Random statistics; counts take `distinct` values, pixels few, so that ties are frequent.
+    """Random statistics; counts take `distinct` values, pixels few, so that ties are frequent. There are so many `more`
+    rows than thresholds, of other policies.
 
     Of `twins`, every second image has the pixels of the one before: which of them leaves makes no difference.
     """
     rng = np.random.default_rng(seed)
     candidate = graphs.candidate
-    heads, classes, rows = len(candidate.heads), len(candidate.classes), len(graphs.gate.thresholds)
+    heads, classes, rows = len(candidate.heads), len(candidate.classes), len(graphs.gate.thresholds) + more
     labelled = rng.integers(0, 5, (images, classes))
     labelled[0, 0] += 1
     intersection = np.minimum(rng.integers(0, 5, (images, heads, classes)), labelled[:, None])
@@ -173,11 +175,44 @@ def exit_statistics(
         device="host",
         library="onnxruntime",
         split="val",
+        policy_rows=tuple(
+            PolicyRow(head.name, row, "agreement", f"row {row}")
+            for head in candidate.heads
+            for row in range(rows - more, rows)
+        ),
+    )
+
+
+def by_class(found: ExitStatistics, seed: int = 0) -> ExitStatistics:
+    """Random counts by class, of every image and head fewer cells in every row, and the sums that belong to them."""
+    rng = np.random.default_rng(seed)
+    thresholds, classes = found.thresholds.shape
+    shape = (found.images, len(found.heads), classes)
+    cells = rng.integers(0, 9, shape)
+    cells[..., 0] += np.array(found.cells)[:, None].repeat(found.images, 1).T - cells.sum(axis=2)
+    edges = rng.integers(0, cells + 1)
+    sure = [cells]
+    for _ in range(thresholds):
+        sure.append(rng.integers(sure[-1] // 2, sure[-1] + 1))
+    counts = np.stack([*sure[1:], edges, cells], axis=2)
+    return dataclasses.replace(
+        found,
+        counts=counts[:, :, :thresholds].sum(axis=3).astype(np.int32),
+        class_counts=counts.astype(np.uint16),
+        gate=dataclasses.replace(found.gate, by_class=True),
     )
 
 
 def evidence(
-    heads_per_point: tuple[int, ...], rows: int, images: int, seed: int, distinct: int = 6, twins: bool = False
+    heads_per_point: tuple[int, ...],
+    rows: int,
+    images: int,
+    seed: int,
+    distinct: int = 6,
+    twins: bool = False,
+    more: int = 0,
 ) -> Evidence:
-    graphs = graph_set(candidate_network(heads_per_point, seed=seed), rows, seed)
-    return Evidence(graphs, latency_table(graphs, seed), exit_statistics(graphs, images, seed, distinct, twins))
+    """A case with so many `rows` a head, the last `more` of them of other policies than the thresholds."""
+    graphs = graph_set(candidate_network(heads_per_point, seed=seed), rows - more, seed)
+    statistics = exit_statistics(graphs, images, seed, distinct, twins, more)
+    return Evidence(graphs, latency_table(graphs, seed), statistics)

@@ -71,7 +71,8 @@ def cases(draw: st.DrawFn, most_heads: int = 2, most_images: int = 9) -> Evidenc
     heads = tuple(draw(st.lists(st.integers(1, most_heads), min_size=1, max_size=3)))
     rows = draw(st.integers(1, 3 if len(heads) < 3 else 2))
     images, seed, distinct = draw(st.integers(3, most_images)), draw(st.integers(0, 10**6)), draw(st.integers(2, 5))
-    case = evidence(heads, rows, images, seed, distinct, twins=draw(st.booleans()))
+    more = draw(st.integers(0, rows - 1))
+    case = evidence(heads, rows, images, seed, distinct, draw(st.booleans()), more)
     case = with_baseline_alone(case, draw(st.integers(1, 9)) / 1000, seed) if draw(st.booleans()) else case
     return against_own_output(case) if draw(st.booleans()) else case
 

@@ -117,7 +117,7 @@ def test_a_bundle_of_the_last_release_reads_as_before(tmp_path: Path) -> None:
             del figures["error"]
     assert manifest.manifest_from_json(json.dumps(content)) == written
     content["version"] = 4
-    with pytest.raises(archive.BundleError, match="has version 4; this release reads 5 and 6"):
+    with pytest.raises(archive.BundleError, match="has version 4; this release reads 5, 6 and 7"):
         manifest.manifest_from_json(json.dumps(content))
 
 

@@ -98,6 +98,7 @@ function ratesChart() {
 /* ---- the cascade ---- */
 const stageOf = (stage) => { const point = /^exit(\d+)\./.exec(stage.head); return point ? `Stage ${stage.exit} = network exit ${point[1]}` : `Stage ${stage.exit}`; };
 const needed = (stage) => stage.sure ? `${(100 * stage.cut / stage.sure.cells).toFixed(1)} % of its cells are confident` : `${stage.cut} cells are confident`;
+const ruleOf = (stage) => stage.threshold === null ? `policy ${stage.row}` : `confidence of ${stage.threshold.toFixed(2)} or more`;
 const PARTS = [["segment", "accent"], ["head", "exit2"], ["decision", "text"], ["labels", "exit3"]];
 
 function showCascade(stop) {
@@ -105,7 +106,7 @@ function showCascade(stop) {
   let start = stop.upload_ms;
   document.getElementById("stages").replaceChildren(...stop.stages.map((stage, index) => {
     const times = stage.times, lines = [["reached by", percent(stage.arriving)]];
-    lines.push(["leaves when", stage.cut === null ? (anytime ? "always reports" : "always, it is the last") : `${needed(stage)} (confidence of ${stage.threshold.toFixed(2)} or more)`]);
+    lines.push(["leaves when", stage.cut === null ? (anytime ? "always reports" : "always, it is the last") : `${needed(stage)} (${ruleOf(stage)})`]);
     if (anytime && stop.reports[index]) lines.push(["mIoU by then", stop.reports[index].miou.toFixed(2) + " %"]);
     if (times) {
       lines.push([times.segment, ms(times.segment_ms)], ["head and gate", ms(times.head_ms)]);
@@ -187,7 +188,7 @@ function drawSure() {
       marker: { color, line: { color: colour("page"), width: 1 } }, hovertemplate: "%{text}: %{y} images<extra>%{fullData.name}</extra>" });
     const host = document.getElementById(`sure-${stage.exit}`);
     host.setAttribute("role", "img");
-    host.setAttribute("aria-label", `Stage ${stage.exit}: images by share of cells with a confidence of ${stage.threshold.toFixed(2)} or more` + (cut === null ? "" : ` (needs ${cut.toFixed(1)} %)`));
+    host.setAttribute("aria-label", `Stage ${stage.exit}: images by ${stage.threshold === null ? `the policy ${stage.row}` : `share of cells with a ${ruleOf(stage)}`}` + (cut === null ? "" : ` (needs ${cut.toFixed(1)} %)`));
     Plotly.react(host, [bars("leave here", sure.left, exitColour(stage.exit - 1)), bars("go on", sure.went_on, colour("band"))], styled({
       barmode: "stack", height: 260, xaxis: { title: { text: `confident cells, %` } }, yaxis: { title: { text: "images" } },
       shapes: cut === null ? [] : [{ type: "line", yref: "paper", y0: 0, y1: 1, x0: cut, x1: cut, line: { color: colour("text"), width: 2, dash: "dash" } }],

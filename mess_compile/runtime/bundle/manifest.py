@@ -9,11 +9,12 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import BundleError
+from mess_compile.runtime.base.policy import PolicyRow, check_rows, named_row
 from mess_compile.runtime.engines.engine import PRECISIONS
 
 FORMAT = "mess-bundle"
-VERSION = 6
-READABLE = (5, VERSION)
+VERSION = 7
+READABLE = (5, 6, VERSION)
 MANIFEST = "manifest.json"
 MANIFEST_HASH = f"{MANIFEST}.sha256"
 SIGNATURE = f"{MANIFEST}.sig"
@@ -73,17 +74,20 @@ class Network:
 
 @dataclass(frozen=True)
 class BundleGate:
-    """`thresholds` is the (T, K) input of every head graph."""
+    """`thresholds` is the (T, K) input of every head graph. Heads count `by_class`, (T + 2, K), but for those that
+    earlier releases exported: these give the sums (T,)."""
 
     confidence: str
     edge_aware: bool
     thresholds: Tuple[Tuple[float, ...], ...]
+    by_class: bool = field(default=False, metadata=decode.OPTIONAL)
 
 
 @dataclass(frozen=True)
 class BundleStage:
-    """One exit: its graphs as paths in the bundle, and the decision `counts[row] >= cut` over `cells` cells.
+    """One exit: its graphs as paths in the bundle, and the decision: leave where the count of `row` is at least `cut`.
 
+    `row` is one of the gate's thresholds, or a policy row of the plan beyond them; the map has so many `cells`.
     `cut` is None where nothing is decided: at the last exit, and everywhere in the anytime setting. A whole network,
     uncut, is one `segment` from image to labels, without head graph, output graph or confidence.
     """
@@ -216,7 +220,7 @@ class BundlePlan:
     `promises` are the bounds of its requirement. `costs` has an entry for each stage; so has `confidence`: the tuning
     images that reached the stage, by the share of its confident cells, in ten bins of equal width, or nothing if
     unknown. `sources` are hashes of what the plan was searched from. `truth`, one of TRUTHS, is what every mIoU is
-    against.
+    against. `policy_rows` are the rows beyond the gate's thresholds that stages and operating points name.
     """
 
     target: str
@@ -240,6 +244,7 @@ class BundlePlan:
     sources: Dict[str, str]
     promises: Tuple[Promise, ...]
     truth: str = field(default=LABELS, metadata=decode.entry(optional=True, check=decode.one_of(TRUTHS)))
+    policy_rows: Tuple[PolicyRow, ...] = field(default=(), metadata=decode.OPTIONAL)
 
     @property
     def name(self) -> str:
@@ -256,6 +261,12 @@ class BundlePlan:
         """The boldest precision that any of the graphs computes in."""
         return min((found.used for found in self.precisions.values()), key=PRECISIONS.index)
 
+    def top(self, stage: BundleStage, row: Optional[int] = None) -> int:
+        """The greatest count that a row of a stage can have, by default the stage's own: the number of cells, but for
+        policies whose integers are no cells."""
+        found = named_row(self.policy_rows, stage.head, stage.row if row is None else row)
+        return stage.cells if found is None else found.top(stage.cells)
+
     def graphs(self) -> Tuple[str, ...]:
         """Paths of the graphs, each once, in the order of their first run."""
         return tuple(dict.fromkeys(path for stage in self.stages for path in stage.graphs))
@@ -265,7 +276,7 @@ class BundlePlan:
 class Golden:
     """A frame (.npy, uint8 (H, W, 3)) and the expected result of the plan named `plan`.
 
-    `labels` (.npy, uint8 (H, W)), `exit` from 1, `count` in the exit's row, 0 for a whole network.
+    `labels` (.npy, uint8 (H, W)), `exit` from 1, `count` in the exit's row, at most its `top`, 0 for a whole network.
     """
 
     plan: str
@@ -340,7 +351,7 @@ def manifest_from_json(text: str) -> Manifest:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BundleError(f"{MANIFEST} does not have the format {FORMAT}")
     if content.get("version") not in READABLE or isinstance(content["version"], bool):
-        known, remedy = " and ".join(map(str, READABLE)), "update mess-compile, or write the bundle again"
+        known, remedy = "5, 6 and 7", "update mess-compile, or write the bundle again"
         raise BundleError(f"{MANIFEST} has version {content.get('version')!r}; this release reads {known}: {remedy}")
     if content["version"] == 5:
         _bring_up_to_date(content)
@@ -432,6 +443,9 @@ def _check_plan(plan: BundlePlan, manifest: Manifest) -> None:
     _need(points == sorted(set(points)) and points[0] >= 1, f"{where} has exit points {points}, not ascending from 1")
     _need(plan.baseline.source in SOURCES, f"{where} has source {plan.baseline.source!r}")
     _check_figures(plan.predicted, plan, where)
+    check_rows(plan.policy_rows, len(manifest.gate.thresholds), len(manifest.network.classes), where)
+    by_class = manifest.gate.by_class or not plan.policy_rows
+    _need(by_class, f"{where} has policy_rows, and its gate does not count by class")
     for stage in plan.stages:
         _check_stage(stage, plan, f"{where}, exit point {stage.exit_point}", manifest)
     _check_points(plan, where, manifest)
@@ -478,10 +492,11 @@ def _check_stage(stage: BundleStage, plan: BundlePlan, where: str, manifest: Man
 
 def _check_decision(decision: Decision, stage: BundleStage, plan: BundlePlan, where: str, manifest: Manifest) -> None:
     row, cut = decision.row, decision.cut
-    _need(0 <= row < len(manifest.gate.thresholds), f"{where}: row is {row}")
+    is_policy = named_row(plan.policy_rows, stage.head, row) is not None
+    _need(0 <= row < len(manifest.gate.thresholds) or is_policy, f"{where}: row is {row}")
     decides = plan.setting != "anytime" and stage is not plan.stages[-1]
     _need((cut is not None) == decides, f"{where}: cut is {cut}")
-    _need(cut is None or 0 <= cut <= stage.cells + 1, f"{where}: cut is {cut}")
+    _need(cut is None or 0 <= cut <= plan.top(stage, row) + 1, f"{where}: cut is {cut}")
 
 
 def _check_figures(figures: Figures, plan: BundlePlan, where: str) -> None:
@@ -525,8 +540,8 @@ def _check_golden(golden: Golden, where: str, manifest: Manifest) -> None:
     plans = [plan for plan in manifest.plans if plan.name == golden.plan]
     _need(bool(plans), f"{where}: there is no plan {golden.plan!r}")
     _need(1 <= golden.exit <= len(plans[0].stages), f"{where}: exit is {golden.exit}")
-    cells = plans[0].stages[golden.exit - 1].cells
-    _need(0 <= golden.count <= cells, f"{where}: count is {golden.count}, not 0 to {cells}")
+    top = plans[0].top(plans[0].stages[golden.exit - 1])
+    _need(0 <= golden.count <= top, f"{where}: count is {golden.count}, not 0 to {top}")
 
 
 def _check_engine(engine: EngineFile, where: str, manifest: Manifest) -> None:

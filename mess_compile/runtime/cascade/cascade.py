@@ -30,6 +30,7 @@ import numpy as np
 from mess_compile.runtime.base import fork_guard
 from mess_compile.runtime.base.checks import check_deadline, check_threads
 from mess_compile.runtime.base.errors import BatchError, EngineError, InputError, did_you_mean
+from mess_compile.runtime.base.policy import PLAIN
 from mess_compile.runtime.bundle.archive import Archive, open_archive
 from mess_compile.runtime.bundle.engines_inside import adopt
 from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, BundlePlan
@@ -61,7 +62,8 @@ class Prediction:
     `confidence` is the share of confident cells at that exit, None for a whole network. `latency_ms` runs from upload
     to download; in a refinement from its first `next` until these labels are available. After a fallback to a plan with
     other exits, `exit` is the plan's last one that is no deeper. `palette` has the name and colour of every label.
-    `needed` is the share of confident cells from which frames leave there, None at the last exit.
+    `needed` is the share of confident cells from which frames leave there, None at the last exit. If the `policy` there
+    is "agreement" or "learned", both are shares of what it compares: of agreeing cells, or of the highest score.
     """
 
     labels: np.ndarray
@@ -71,15 +73,16 @@ class Prediction:
     latency_ms: float
     palette: Palette = field(default=(), repr=False, compare=False)
     needed: Optional[float] = None
+    policy: str = PLAIN
 
     def __repr__(self) -> str:
-        words = exit_text(self.exit, self.confidence, self.needed)
+        words = exit_text(self.exit, self.confidence, self.needed, self.policy)
         return f"<labels {self.labels.shape} of {words}, {self.latency_ms:.2f} ms>"
 
     def _repr_html_(self) -> str:
         from mess_compile.runtime.images.notebook import labels_html, text_html
 
-        words = exit_text(self.exit, self.confidence, self.needed)
+        words = exit_text(self.exit, self.confidence, self.needed, self.policy)
         return text_html(f"{words}, {self.latency_ms:.2f} ms") + labels_html(self.labels, self.palette)
 
 
@@ -365,7 +368,7 @@ class Cascade:
         for stage, counts in zip(self.plan.stages, run.counts):
             if stage.is_whole:
                 break
-            found.append(int(counts[stage.row]) / stage.cells)
+            found.append(int(counts[stage.row]) / self.plan.top(stage))
             if run.point != DEFAULT_POINT or leaves(counts, stage):
                 break
         return found
@@ -385,9 +388,11 @@ class Cascade:
 
     def _prediction(self, run: FrameRun, labels: np.ndarray, latency_ms: float) -> Prediction:
         stage, count = run.stage, run.count
-        sure = None if count is None else count / stage.cells
-        needed = None if run.cut is None else run.cut / stage.cells
-        return Prediction(labels, self._exit(run), stage.exit_point, sure, latency_ms, self._palette, needed)
+        sure = None if count is None else count / run.top
+        needed = None if run.cut is None else run.cut / run.top
+        return Prediction(
+            labels, self._exit(run), stage.exit_point, sure, latency_ms, self._palette, needed, run.policy
+        )
 
     def close(self) -> None:
         """End the streams, wait for the current frame, then release everything; also done when the process ends."""

@@ -10,7 +10,8 @@ from mess_compile.runtime.bundle.manifest import BundleStage, Decision
 
 
 def leaves(counts: np.ndarray, decision: Union[Decision, BundleStage]) -> bool:
-    """Whether the confident cells at the decision's threshold row reach its cut; `counts` (T,) has one per row.
+    """Whether the integer of the decision's row reaches its cut; `counts` has one per row, of thresholds confident
+    cells.
 
     A decision without a cut never lets an image leave. Source: docs/definitions.md, Gate.
     """

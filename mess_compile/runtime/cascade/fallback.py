@@ -10,6 +10,7 @@ from typing import Callable, Iterator, List, Optional, Tuple, TypeVar
 import numpy as np
 
 from mess_compile.runtime.base.errors import EngineError, MessError
+from mess_compile.runtime.base.policy import PLAIN, named_row
 from mess_compile.runtime.bundle.manifest import DEFAULT_POINT, BundlePlan, BundleStage, Decision, Manifest
 from mess_compile.runtime.cascade.exit_policy import leaves
 from mess_compile.runtime.cascade.metrics import Recorder
@@ -190,7 +191,7 @@ class FrameRun:
 
     def __init__(self, chain: FallbackChain, image: np.ndarray, point: str, recorder: Recorder) -> None:
         self.counts: List[np.ndarray] = []
-        """The counts (T,) of every passed stage."""
+        """The integer of each row, of every passed stage."""
         self.depth = 0
         self.point = point
         self._image, self._recorder = image, recorder
@@ -224,12 +225,23 @@ class FrameRun:
 
     @property
     def count(self) -> Optional[int]:
-        """The confident cells of the last stage passed, at its decision's threshold; None for a whole network."""
+        """The integer of the last stage passed in its decision's row; None for a whole network."""
         return None if self.stage.is_whole else int(self.counts[-1][self._decisions[self.depth - 1].row])
 
     @property
+    def top(self) -> int:
+        """The greatest that `count` can be."""
+        return self.plan.top(self.stage, self._decisions[self.depth - 1].row)
+
+    @property
+    def policy(self) -> str:
+        """The policy of the last stage passed."""
+        found = named_row(self.plan.policy_rows, self.stage.head, self._decisions[self.depth - 1].row)
+        return PLAIN if found is None else found.policy
+
+    @property
     def cut(self) -> Optional[int]:
-        """The confident cells that are needed to exit at the last stage passed; None at the plan's last."""
+        """The `count` that is needed to exit at the last stage passed; None at the plan's last."""
         return None if self.stage.is_whole else self._decisions[self.depth - 1].cut
 
     @property

@@ -13,6 +13,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from mess_compile.runtime.base.errors import BundleError, NotFiniteError
+from mess_compile.runtime.base.policy import CELLS, MORE_ROWS, RowValues
 from mess_compile.runtime.bundle.manifest import BundlePlan, BundleStage, Manifest
 from mess_compile.runtime.engines.engine import Engine, Library, Tensor, TensorSpec
 from mess_compile.runtime.engines.engine_cache import loadable
@@ -53,14 +54,16 @@ class _LoadedStage:
     head: Optional[_Step]
     output: Optional[Engine]
     cells: int
+    values: RowValues
 
 
 class Stages:
     """Engines for every graph of `plan`; `close` leaves the library open.
 
-    A row of thresholds that no operating point uses is set so low that every cell reaches it: if its count misses a
-    cell, the logits hold NaN or infinities. This detects them at no cost, but for a few scattered cells: at edges the
-    gate takes the majority of 5 x 5. A whole network has no gate, and counts such cells itself.
+    The last row of a gate's counts has the cells with finite logits: if it misses one, the logits hold NaN or
+    infinities. Gates of earlier releases lack it. There a row of thresholds that no operating point uses is set so low
+    that every cell reaches it, which finds all but a few scattered cells: at edges the gate takes the majority of
+    5 x 5. A whole network has no gate, and counts such cells itself.
     """
 
     def __init__(self, manifest: Manifest, plan: BundlePlan, library: Library, folder: Path) -> None:
@@ -71,7 +74,8 @@ class Stages:
                 self._engines[path] = library.load(loadable(library, folder / path, plan.precisions[path].used))
             self._stages = self._loaded(manifest, plan)
             thresholds = np.array(manifest.gate.thresholds, np.float32)
-            self._guard = _unused_row(plan, len(thresholds))
+            self._by_class = manifest.gate.by_class
+            self._guard = None if self._by_class else _unused_row(plan, len(thresholds))
             if self._guard is not None:
                 thresholds[self._guard] = _BELOW_ALL
             self._thresholds = library.upload(thresholds)
@@ -82,6 +86,7 @@ class Stages:
     def _loaded(self, manifest: Manifest, plan: BundlePlan) -> Tuple[_LoadedStage, ...]:
         _check_graphs(plan, self._engines, manifest)
         order = [path for stage in plan.stages for path in (stage.segment, stage.head_graph) if path is not None]
+        shape = len(manifest.gate.thresholds), len(manifest.network.classes)
         steps = iter(_steps([self._engines[path] for path in order]))
         return tuple(
             _LoadedStage(
@@ -90,6 +95,7 @@ class Stages:
                 None if stage.head_graph is None else next(steps),
                 None if stage.output is None else self._engines[stage.output],
                 stage.cells,
+                RowValues([row for row in plan.policy_rows if row.head == stage.head], *shape),
             )
             for stage in plan.stages
         )
@@ -99,8 +105,8 @@ class Stages:
         return {_IMAGE: self.library.upload(image), _THRESHOLDS: self._thresholds}
 
     def advance(self, index: int, live: Live) -> Tuple[Tensor, np.ndarray]:
-        """Logits and counts (T,) of a stage; turns the tensors that are live before it into those after it. A whole
-        network returns its labels in place of logits, and no counts. Raises EngineError.
+        """Logits of a stage, and the integer of every row; turns the tensors that are live before it into those after
+        it. A whole network returns its labels in place of logits, and no integers. Raises EngineError.
         """
         stage = self._stages[index]
         found = stage.segment.run(live)
@@ -116,6 +122,9 @@ class Stages:
         for name in stage.head.releases:
             del live[name]
         counts = self.library.download(gated["counts"])
+        if self._by_class:
+            self._check_sound(stage, int(counts[CELLS].sum()) == stage.cells)
+            return gated["logits"], stage.values(counts)
         if self._guard is None:
             sound = bool(np.isfinite(self.library.download(gated["logits"])).all())
         else:
@@ -186,7 +195,8 @@ def _check_head(
     row_count, classes = len(manifest.gate.thresholds), len(manifest.network.classes)
     thresholds: _Pair = ("float32", (row_count, classes))
     _expect_reads(head_path, head, {**known, _THRESHOLDS: thresholds}, needed=_THRESHOLDS)
-    _expect(head_path, head.outputs, {"logits": None, "counts": ("int32", (row_count,))})
+    counted = (row_count + MORE_ROWS, classes) if manifest.gate.by_class else (row_count,)
+    _expect(head_path, head.outputs, {"logits": None, "counts": ("int32", counted)})
     logits = head.outputs["logits"]
     size = int(np.prod(logits.shape[2:]))
     # The last gate, which decides nothing, may count over average-pooled logits.

@@ -15,23 +15,29 @@ LEGEND = (
 """Explains figures of confidence below them."""
 
 
-def confidence_text(confidence: Optional[float], needed: Optional[float] = None) -> str:
-    """The share of confident cells and, where that decides, the share needed to leave; empty for a full network."""
+_MEASURES = {"agreement": "agreeing cells", "learned": "learned score"}
+"""What a policy compares, where it is not the confident cells."""
+
+
+def confidence_text(confidence: Optional[float], needed: Optional[float] = None, policy: str = "") -> str:
+    """What the policy compares and, where that decides, how much is needed to leave; empty for a full network."""
     if confidence is None:
         return ""
+    measure = _MEASURES.get(policy, "confident cells")
     if needed is None:
-        return f"confident cells {percent(confidence)}"
+        return f"{measure} {percent(confidence)}"
     digits = int(confidence < needed and percent(confidence) == percent(needed))
-    return f"confident cells {percent(confidence, digits)} (needs {percent(needed, digits)})"
+    return f"{measure} {percent(confidence, digits)} (needs {percent(needed, digits)})"
 
 
 def percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def exit_text(number: int, confidence: Optional[float], needed: Optional[float] = None) -> str:
+def exit_text(number: int, confidence: Optional[float], needed: Optional[float] = None, policy: str = "") -> str:
     """The stage at which a frame left and its confidence there; a full network has no confidence."""
-    return "the full network" if confidence is None else f"stage {number}, {confidence_text(confidence, needed)}"
+    words = confidence_text(confidence, needed, policy)
+    return "the full network" if confidence is None else f"stage {number}, {words}"
 
 
 def confidence_map(logits: np.ndarray, kind: str) -> np.ndarray:

@@ -24,6 +24,7 @@ from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, 
 import numpy as np
 
 from mess_compile.runtime.base.errors import EngineError, InputError
+from mess_compile.runtime.base.policy import plain_values
 from mess_compile.runtime.engines.engine import Engine, Library, Tensor, Timing
 from mess_compile.runtime.images.frames import check_frame
 from mess_compile.runtime.measure import full_speed
@@ -406,7 +407,12 @@ class _WindowTimer:
             raise InputError(f"job {job.name}: nothing produces {source}; give it a predecessor that does")
         if job.name == DOWNLOAD:
             return lambda produced: library.download(produced[source])
-        return lambda produced: int(library.download(produced[source])[0]) >= 1
+        return lambda produced: _is_decided(library.download(produced[source]))
+
+
+def _is_decided(counts: np.ndarray) -> bool:
+    """What a cascade does at an exit, with counts by class or, of an earlier release's gate, without."""
+    return int((counts if counts.ndim == 1 else plain_values(counts))[0]) >= 1
 
 
 def _is_full(runs: int, spent_s: float, effort: Effort) -> bool:

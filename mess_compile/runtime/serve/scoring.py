@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import zipfile
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 
 import numpy as np
 
 from mess_compile.runtime.base import decode
+from mess_compile.runtime.base.policy import MORE_ROWS
 from mess_compile.runtime.engines.engine import Engine, Library, Tensor
 from mess_compile.runtime.images import frames
 
@@ -34,7 +35,7 @@ class ScoredExits:
     """The engines, by name, that run on every image.
 
     `segments` are (from, to, engine) in the order in which they run, 0 being the image; `alone` is the separately
-    trained baseline, None without one. Labels have this number of `classes`.
+    trained baseline, None without one. Labels have this number of `classes`; heads count `by_class`, or sums.
     """
 
     input_hw: Tuple[int, int]
@@ -42,6 +43,7 @@ class ScoredExits:
     segments: Tuple[Tuple[int, int, str], ...]
     heads: Tuple[HeadEngines, ...]
     alone: Optional[str]
+    by_class: bool = field(default=False, metadata=decode.OPTIONAL)
 
     @property
     def engines(self) -> Tuple[str, ...]:
@@ -53,8 +55,9 @@ class ScoredExits:
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """The heads' results on one image: int32 `counts` (heads, T), and in pixels, int64, `intersection` and `predicted`
-    (heads, K) and `labelled` (K,). The separately trained baseline comes last."""
+    """The heads' results on one image: int32 `counts` (heads, T + 2, K), or (heads, T) where gates do not count by
+    class, and in pixels, int64, `intersection` and `predicted` (heads, K) and `labelled` (K,). The separately trained
+    baseline comes last."""
 
     counts: np.ndarray
     intersection: np.ndarray
@@ -72,7 +75,7 @@ class Scorer:
         self._thresholds = library.upload(thresholds)
 
     def run(self, frame: np.ndarray) -> Iterator[Tuple[Optional[np.ndarray], np.ndarray]]:
-        """Yield counts (T,) and labels, at the network's input size, of every head in the network's order.
+        """Yield counts (T + 2, K), or (T,), and labels, at the network's input size, of every head in order.
 
         The labels of the separately trained baseline come last, without counts. Raises EngineError.
         """
@@ -140,13 +143,18 @@ def read_images(path: Path) -> Iterator[Tuple[np.ndarray, np.ndarray]]:
             yield arrays[f"frame{index}"], arrays[f"labels{index}"]
 
 
+_SUMS = Tuple[Tuple[int, ...], ...]
+_BY_CLASS = Tuple[_SUMS, ...]
+
+
 @dataclass(frozen=True)
 class ScoreMessage:
-    """The content of a message with a score: of image number `image` in the file `block`."""
+    """The content of a message with a score: of image number `image` in the file `block`; `counts` are _SUMS or
+    _BY_CLASS."""
 
     block: str
     image: int
-    counts: Tuple[Tuple[int, ...], ...]
+    counts: Any
     intersection: Tuple[Tuple[int, ...], ...]
     predicted: Tuple[Tuple[int, ...], ...]
     labelled: Tuple[int, ...]
@@ -166,9 +174,11 @@ def score_from_message(
     Raises DecodeError when it is not possible for this image.
     """
     message: ScoreMessage = decode.decode(ScoreMessage, content, "scored")
+    counted = (thresholds + MORE_ROWS, exits.classes) if exits.by_class else (thresholds,)
+    counts = decode.decode(_BY_CLASS if exits.by_class else _SUMS, message.counts, "scored.counts")
     heads, compared = len(exits.heads), len(exits.heads) + (exits.alone is not None)
     score = Score(
-        _numbers("counts", message.counts, (heads, thresholds)).astype(np.int32),
+        _numbers("counts", counts, (heads, *counted)).astype(np.int32),
         _numbers("intersection", message.intersection, (compared, exits.classes)),
         _numbers("predicted", message.predicted, (compared, exits.classes)),
         _numbers("labelled", message.labelled, (exits.classes,)),

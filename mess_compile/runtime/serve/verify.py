@@ -127,12 +127,12 @@ def _golden(cascade: Cascade, golden: Golden, frame: np.ndarray) -> Check:
     if prediction.labels.shape != labels.shape:
         return Check(golden.frame, False, f"labels are {prediction.labels.shape}, expected {labels.shape}")
     equal = 100.0 * float(np.mean(prediction.labels == labels))
-    cells, precision = cascade.plan.stages[prediction.exit - 1].cells, cascade.plan.boldest
+    top, precision = cascade.plan.top(cascade.plan.stages[prediction.exit - 1]), cascade.plan.boldest
     passed = prediction.exit == golden.exit and equal >= LABELS_EQUAL_PERCENT[precision]
     if prediction.confidence is None:
         return Check(golden.frame, passed, f"the full network; {equal:.3f} % of the labels are equal")
-    count = round(prediction.confidence * cells)
-    passed = passed and abs(count - golden.count) <= 1 + COUNT_TOLERANCE[precision] * cells
+    count = round(prediction.confidence * top)
+    passed = passed and abs(count - golden.count) <= 1 + COUNT_TOLERANCE[precision] * top
     detail = (
         f"exit {prediction.exit}, expected {golden.exit}; {count} confident cells, expected {golden.count}; "
         f"{equal:.3f} % of the labels are equal"

@@ -18,7 +18,7 @@ from mess_compile.search.memory import memory_of_chains
 from mess_compile.search.metrics import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs, worst_ns
 from mess_compile.search.objectives import Bound, bounds_of
 from mess_compile.search.requirement import Requirement
-from mess_compile.search.space import CUTS
+from mess_compile.search.space import CUTS, row_text
 
 Cuts = tuple[tuple[tuple[int, ...], ...], ...]
 """The cuts by head and threshold row."""
@@ -79,7 +79,8 @@ class Problem:
     whether they satisfy the bounds that do not depend on thresholds, `graphs` counts their graphs. `memory` is what
     chains (m, 4) of heads take in bytes, `max_memory` what they may, and `by_memory` whether it is the objective. One
     `unit` of any other objective (ms, GMACs, mJ) is so many of the integers. `wholes` are the whole networks, which end
-    at exit point `final`. No plan that is allowed is charged more than the `allowance` (pp) for what it changes.
+    at exit point `final`. The first `plain` rows are those of
+    thresholds. No plan that is allowed is charged more than the `allowance` (pp) for what it changes.
     """
 
     names: tuple[str, ...]
@@ -96,6 +97,7 @@ class Problem:
     unit: float
     wholes: tuple[Whole, ...]
     final: int
+    plain: int
     allowance: float = 0.0
 
     @property
@@ -176,6 +178,7 @@ def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
         unit=1e9 if objective == "workload" else 1e6,
         wholes=tuple(_whole(evidence, name, tuple(paths)) for name in evidence.baselines),
         final=len(evidence.candidate.exit_points),
+        plain=len(evidence.statistics.gate.thresholds),
         allowance=price * bounds["max_change"].limit if price else 0.0,
     )
 
@@ -300,7 +303,7 @@ def _thresholds(evidence: Evidence) -> tuple[Array, Array, Array, Cuts]:
     cut_counts = np.zeros((len(heads) + 1, rows), np.int64)
     cut_counts[-1, 0] = 1  # no head has one cut, which no image passes
     text_ranks = np.zeros((len(heads) + 1, rows, CUTS + 1), np.int64)
-    by_text = sorted(range(rows), key=str)
+    by_text = sorted(range(rows), key=lambda row: row_text(row, len(statistics.gate.thresholds)))
     for h, head in enumerate(heads):
         counts = np.asarray(statistics.counts[:, statistics.head_index(head)])  # (n, rows)
         texts = sorted({str(cut) for cuts in evidence.cuts[head] for cut in cuts})

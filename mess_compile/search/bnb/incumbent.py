@@ -10,6 +10,7 @@ import numpy as np
 from mess_compile.array_types import Array
 from mess_compile.network import is_whole
 from mess_compile.search.bnb.arrays import UNBOUNDED, Problem
+from mess_compile.search.space import row_text
 
 _TOLERANCE = 1e-9
 
@@ -63,7 +64,8 @@ class Incumbent:
         """By objective, mIoU (greatest), number of graphs and text (docs/definitions.md, search order)."""
         known = self._problem
         points = [str(known.final if is_whole(head) else known.points[known.index(head)]) for head in plan.heads]
-        rows, cuts = ([str(decision[i]) for decision in plan.decisions] for i in (0, 1))
+        rows = [row_text(row, known.plain) for row, _ in plan.decisions]
+        cuts = [str(cut) for _, cut in plan.decisions]
         return plan.goal, -plan.miou, known.graphs(plan.heads), points, plan.heads, rows, cuts
 
     @property

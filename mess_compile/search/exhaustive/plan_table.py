@@ -40,6 +40,7 @@ from mess_compile.search.space import (
     last_heads,
     nobody,
     options_near,
+    row_text,
 )
 
 NO_OPTION = -1
@@ -290,13 +291,13 @@ def stages_of_row(evidence: Evidence, table: PlanTable, plan: Any) -> tuple[Stag
     return tuple(stages)
 
 
-def text_of_stages(stages: Sequence[Stage]) -> tuple[tuple[str, ...], ...]:
-    """What decides between equal plans: exit points, head names, threshold rows, cuts, as text (docs/definitions.md,
-    search order)."""
+def text_of_stages(stages: Sequence[Stage], plain: int) -> tuple[tuple[str, ...], ...]:
+    """What decides between equal plans: exit points, head names, threshold rows (`plain` many, others after them),
+    cuts, as text (docs/definitions.md, search order)."""
     early = [stage for stage in stages if stage.cut is not None]
     return (
         tuple(str(stage.exit_point) for stage in stages),
         tuple(stage.head for stage in stages),
-        tuple(str(stage.row) for stage in early),
+        tuple(row_text(stage.row, plain) for stage in early),
         tuple(str(stage.cut) for stage in early),
     )

@@ -46,7 +46,7 @@ def gates(tmp_path_factory: pytest.TempPathFactory, library: Library) -> dict[st
 def lowest_count(gate: Engine, library: Library, logits: np.ndarray) -> int:
     thresholds = np.repeat(np.array([[0.5], [-1.0]], np.float32), CLASSES, axis=1)
     feeds = {"logits": library.upload(logits), "thresholds": library.upload(thresholds)}
-    return int(library.download(gate.run(feeds)["counts"])[1])
+    return int(library.download(gate.run(feeds)["counts"])[1].sum())
 
 
 @settings(max_examples=60, deadline=None)
@@ -70,7 +70,8 @@ def test_every_cell_of_sound_logits_reaches_the_lowest_row(
 def test_nine_bad_cells_are_seen_among_sound_ones(
     library: Library, gates: dict[str, Engine], kind: str, seed: int, row: int, column: int, label: int, bad: float
 ) -> None:
-    """What a NaN feature becomes behind a 3 x 3 convolution and the classifier, or one class that overflows."""
+    """As gates of earlier releases find them: what a NaN feature becomes behind a 3 x 3 convolution and the classifier,
+    or one class that overflows."""
     logits = np.random.default_rng(seed).normal(0, 0.1, (1, CLASSES, *HW)).astype(np.float32)
     classes = slice(None) if np.isnan(bad) else label
     logits[0, classes, row : row + 3, column : column + 3] = bad

@@ -27,7 +27,7 @@ def test_as_many_cells_reach_a_threshold_as_the_gate_counts(tmp_path: Path, kind
     library = open_library("onnxruntime", threads=1)
     thresholds = np.repeat(np.array(ROWS, np.float32)[:, None], CLASSES, axis=1)
     feeds = {"logits": library.upload(logits), "thresholds": library.upload(thresholds)}
-    counts = library.download(library.load(tmp_path / "gate.onnx").run(feeds)["counts"])
+    counts = library.download(library.load(tmp_path / "gate.onnx").run(feeds)["counts"])[:-2].sum(axis=1)
     found = confidence_map(logits[0], kind)
     assert found.shape == HW
     assert found.dtype == np.float32

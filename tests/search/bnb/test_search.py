@@ -163,7 +163,9 @@ def deep_cases(draw: st.DrawFn) -> Evidence:
     """Cases of four or five exit points, with few cuts: the plans with three early exits can still be enumerated."""
     heads = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 1, 1, 1), (1, 2, 1, 1)]))
     rows, images = draw(st.integers(1, 2)), draw(st.integers(3, 9))
-    case = evidence(heads, rows, images, draw(st.integers(0, 10**6)), draw(st.integers(2, 4)), draw(st.booleans()))
+    more = draw(st.integers(0, rows - 1))
+    seed, distinct = draw(st.integers(0, 10**6)), draw(st.integers(2, 4))
+    case = evidence(heads, rows, images, seed, distinct, draw(st.booleans()), more)
     return against_own_output(case) if draw(st.booleans()) else case
 
 
