@@ -32,6 +32,8 @@ IMAGE = "image"
 """The tensor that every network begins with: uint8 (1, H, W, 3)."""
 _OWN_NAMES = re.compile(r"thresholds|logits|counts|labels|sound|(logits:|gate/|output/|sound/).*", re.DOTALL)
 """Names that heads, gates and output graphs give to their own tensors; no tensor at an exit point has one."""
+OWN = "own"
+"""The configuration of a head that is the own end of a network with one exit."""
 _GRAPHS_REMEDY = "run `mess-compile export`"
 
 

@@ -17,12 +17,9 @@ from mess_compile.graph.node_builder import add, constant, keep
 from mess_compile.graph.normalise import prune
 from mess_compile.graph.output_graph import append_labels
 from mess_compile.graph.own_end import OwnEnd
-from mess_compile.network import CandidateNetwork, ExitPoint, Head
+from mess_compile.network import OWN, CandidateNetwork, ExitPoint, Head
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.engines.engine import TensorSpec
-
-OWN = "own"
-"""The configuration of the head that is the network's own end."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mess_compile.array_types import Floats, Ints, Mask
 from mess_compile.evaluate.statistics import ExitStatistics, head_miou
+from mess_compile.network import OWN
 from mess_compile.runtime.base.errors import InputError
 
 MAX_ERRS_PP = (1.0, 0.1)
@@ -138,10 +139,18 @@ class WeakFinalExit:
 
     @property
     def sentence(self) -> str:
-        return (
+        compared = (
             f"the final exit ({self.final}, {self.final_miou:.2f} % mIoU) does worse than the early head {self.better} "
-            f"({self.better_miou:.2f} %): was it trained long enough (`train --epochs`), from a trained backbone "
-            "(`--weights`)? Every plan compared with it looks better than it is"
+            f"({self.better_miou:.2f} %)"
+        )
+        if self.final.endswith(f".{OWN}"):
+            return (
+                f"{compared}: that head has learnt from labels like these, the network itself has not; it may do "
+                "better once it is trained on them, and every plan compared with it looks better than it is"
+            )
+        return (
+            f"{compared}: was it trained long enough (`train --epochs`), from a trained backbone (`--weights`)? Every "
+            "plan compared with it looks better than it is"
         )
 
 

@@ -333,6 +333,12 @@ class TestWeakFinalExit:
         assert weak.better_miou == pytest.approx(100 * 18 / 22)
         assert "exit2.c, 42.86 % mIoU) does worse than the early head exit1.b (81.82 %)" in weak.sentence
 
+    def test_the_end_of_a_network_that_was_brought_did_not_learn_from_these_labels(self) -> None:
+        weak = weak_final_exit(one_class([[8, 6], [8, 6]], [[[1], [1]]] * 2, ("exit1.a", "exit2.own")))
+        assert weak is not None
+        assert "the network itself has not" in weak.sentence
+        assert "train --epochs" not in weak.sentence
+
     def test_is_none_that_is_the_best_or_hardly_worse(self) -> None:
         assert weak_final_exit(one_class([[8, 9]], [[[1], [1]]])) is None
         assert weak_final_exit(one_class([[9, 9]], [[[1], [1]]])) is None
