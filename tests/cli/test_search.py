@@ -264,6 +264,7 @@ class TestTwice:
 class TestExplain:
     def test_in_words_and_as_json(self, workspace: Path) -> None:
         arguments = ("-C", workspace, "search", "--optimise", "accuracy", "--max-latency", "3x", "--explain")
+        arguments += ("--policy", "plain,class,learned,agreement")
         shown = done(*arguments)
         for title in ("why: what each exit brings", "what each requirement costs (now accuracy", "max_latency"):
             assert title in shown
