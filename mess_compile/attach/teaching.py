@@ -119,7 +119,7 @@ def _teach(job: TeachingJob, frozen: FrozenGraph, reporter: Reporter) -> Taught:
         _teach_heads(network, run, progress)
         progress = None
     if trainable is not None:
-        network = _teach_together(job, run, network, frozen, progress)
+        network = _teach_together(job, run, network, frozen, trainable, progress)
     network.eval().to("cpu")
     miou = validate(network, job.validation, [head.name for head in network.candidate.heads], fabric)
     weights = {} if trainable is None else _changed_weights(trainable, network.backbone)
@@ -154,16 +154,22 @@ def _trainable(job: TeachingJob, reporter: Reporter) -> OnnxModule | None:
 
 
 def _teach_together(
-    job: TeachingJob, run: Run, taught: AttachedNetwork, frozen: FrozenGraph, progress: TrainingState | None
+    job: TeachingJob,
+    run: Run,
+    taught: AttachedNetwork,
+    frozen: FrozenGraph,
+    came: OnnxModule,
+    progress: TrainingState | None,
 ) -> AttachedNetwork:
     """The network at its best epoch after its own weights have learnt together with the heads of `taught`.
 
-    That is `taught` itself if no epoch made the early exits better and left the network's own end as it was.
+    That is `taught` itself if no epoch made the early exits better and left the network's own end as it was. `came` has
+    the weights before.
     """
     network = AttachedNetwork(taught.candidate, open_trainable(job.graph, job.candidate))
     network.heads.load_state_dict(taught.heads.state_dict())
     network.to(run.fabric.device)
-    judge = _ExitJudge(job, frozen, run)
+    judge = _ExitJudge(job, frozen, run, came.state_dict())
     if progress is None:
         progress = progress_of(NETWORK, 0, 0, network, None, {}, judge.start(network))
         run.save(progress)
@@ -171,7 +177,7 @@ def _teach_together(
     recipe = replace(job.recipe, exit_weight=job.recipe.exit_weight * early / len(job.heads))
     best = pretrain(network, replace(run, recipe=recipe), progress, judge)
     load_weights(network, {key: value for key, value in best.items() if key != _SCORE}, "the best epoch")
-    if all(torch.equal(best[f"backbone.{key}"].cpu(), value) for key, value in judge.came.items()):
+    if not _changed_weights(came, network.backbone):
         allowed = f"{MOST_LOST_PP} pp of mIoU" if job.labelled else f"{MOST_CHANGED:.0%} of changed pixels"
         run.reporter.note(
             f"no epoch made the early exits better and kept the network's own end within {allowed}: its weights stay "
@@ -280,9 +286,8 @@ class _Verdict:
 class _ExitJudge:
     """Keeps the weights with the best early exits among those that leave the network's own end as it was."""
 
-    def __init__(self, job: TeachingJob, frozen: FrozenGraph, run: Run) -> None:
-        self._job, self._run = job, run
-        self.came = open_trainable(job.graph, job.candidate).state_dict()
+    def __init__(self, job: TeachingJob, frozen: FrozenGraph, run: Run, came: Mapping[str, torch.Tensor]) -> None:
+        self._job, self._run, self._came = job, run, came
         self._own = _own_labels(frozen, job)
         own, end = AttachedNetwork(job.candidate, frozen), [job.candidate.baseline]
         (self._own_miou,) = validate(own, job.validation, end, run.fabric).values()
@@ -298,7 +303,7 @@ class _ExitJudge:
     ) -> tuple[str, dict[str, torch.Tensor]]:
         assert isinstance(network, AttachedNetwork)
         for share in SHARES:
-            with _mixed(network.backbone, self.came, share):
+            with _mixed(network.backbone, self._came, share):
                 verdict = self._verdict(network, share)
                 if verdict.fits and verdict.score > float(best[_SCORE]):
                     return f"{verdict}: best epoch so far", _scored(network, verdict)

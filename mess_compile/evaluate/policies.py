@@ -109,6 +109,19 @@ def with_rows(statistics: ExitStatistics, rows: Sequence[PolicyRow]) -> ExitStat
     return replace(statistics, counts=counts, class_counts=None, policy_rows=rows)
 
 
+def with_rows_of(statistics: ExitStatistics, fitted: ExitStatistics) -> ExitStatistics:
+    """The evaluation with the rows of another that policies were fitted to, of some of these images perhaps: those keep
+    their counts, which are out of fold."""
+    found = with_rows(statistics, fitted.policy_rows)
+    place = {name: index for index, name in enumerate(fitted.image_id)}
+    same = [(index, place[name]) for index, name in enumerate(found.image_id) if name in place]
+    if not same or not fitted.policy_rows:
+        return found
+    counts, (own, others) = found.counts.copy(), np.array(same).T
+    counts[own] = fitted.counts[others]
+    return replace(found, counts=counts)
+
+
 def only(statistics: ExitStatistics, policies: Sequence[str]) -> ExitStatistics:
     """The evaluation of a search with the rows of these policies alone: the others are 0 throughout."""
     counts = statistics.counts.copy()

@@ -115,7 +115,7 @@ def choose_frontiers(frontiers: Frontiers, count: int, before: Frontier) -> tupl
         within = max(far, NEAR * frontiers.macs)
         near = [each for each, distance in zip(later, distances, strict=True) if distance <= within]
         chosen.append(min(near, key=lambda each: (each.bytes, abs(each.macs - step), -each.position)))
-    if not chosen:
+    if count and not chosen:
         raise InputError(
             f"--exits {count + 1}: no map lies near {'a step' if count > 1 else 'the step'} of 1/{count + 1} of the "
             "work: name tensors with --exits-at; `mess-compile inspect MODEL.onnx` lists the places"

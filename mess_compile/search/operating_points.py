@@ -22,12 +22,19 @@ from mess_compile.search.exhaustive.enumeration import (
 )
 from mess_compile.search.metrics import Evidence, exit_costs_ns, exits_taken, figures_of_stages
 from mess_compile.search.pareto import front_groups
-from mess_compile.search.plan import POINT_NAMES, Stage, decisions_of, default_point
+from mess_compile.search.plan import POINT_NAMES, Plan, Stage, decisions_of, default_point, rows_in_use
 from mess_compile.search.space import ENUMERATED_EXITS, Decisions, Grids, cut_grids, head_options, nobody, row_text
 
 Front = tuple[Ints, NDArray[np.float64], list[tuple[Stage, ...]]]
 """The Pareto front of the thresholds of some heads, from the fastest to the most accurate: cost in ns, summed over
 images, mIoU in percent, and the stages."""
+
+
+def with_operating_points(evidence: Evidence, plan: Plan, refined: tuple[OperatingPoint, ...] = ()) -> Plan:
+    """The plan with its operating points, then those that are `refined`, and the policies' rows that they decide by."""
+    points = operating_points(evidence, plan.setting, plan.stages, plan.predicted) + refined
+    rows = rows_in_use(evidence.statistics.policy_rows, plan.stages, points)
+    return replace(plan, operating_points=points, policy_rows=rows)
 
 
 def operating_points(

@@ -23,7 +23,7 @@ from mess_compile.search.new_images import (
     expected_of,
     why_not,
 )
-from mess_compile.search.operating_points import operating_points
+from mess_compile.search.operating_points import with_operating_points
 from mess_compile.search.plan import ONE_GROUP, Plan, Safety, SearchResult
 from mess_compile.search.pool import Tightened
 from mess_compile.search.requirement import Requirement
@@ -138,8 +138,7 @@ def _plan(
     plan = plan_of_stages(evidence, candidate.setting, candidate.stages, optimum.reference_miou)
     groups = bootstrap.groups
     return replace(
-        plan,
-        operating_points=operating_points(evidence, plan.setting, plan.stages, plan.predicted),
+        with_operating_points(evidence, plan),
         promises=optimum.promises,
         group_by=optimum.group_by,
         expected=expected_of(best.drawn, evidence.statistics, groups, optimum.group_by),

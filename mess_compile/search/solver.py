@@ -38,7 +38,7 @@ from mess_compile.search.metrics import (
     refuse_without_energy,
 )
 from mess_compile.search.objectives import MEASURES, Bound, bounds_of, objective_of
-from mess_compile.search.operating_points import operating_points
+from mess_compile.search.operating_points import with_operating_points
 from mess_compile.search.pareto import front_groups
 from mess_compile.search.plan import (
     FRONT_BY,
@@ -48,7 +48,6 @@ from mess_compile.search.plan import (
     Plan,
     SearchResult,
     decisions_of,
-    rows_in_use,
 )
 from mess_compile.search.requirement import Requirement
 
@@ -148,11 +147,8 @@ def optimum_and_front(evidences: Sequence[Evidence], context: SearchContext) -> 
 
 
 def _with_points(evidence: Evidence, requirement: Requirement, result: SearchResult) -> SearchResult:
-    plan = result.plan
-    points = operating_points(evidence, plan.setting, plan.stages, plan.predicted)
-    refined = _refined(evidence, requirement, plan)
-    rows = rows_in_use(evidence.statistics.policy_rows, plan.stages, points + refined)
-    return replace(result, plan=replace(plan, operating_points=points + refined, policy_rows=rows))
+    refined = _refined(evidence, requirement, result.plan)
+    return replace(result, plan=with_operating_points(evidence, result.plan, refined))
 
 
 def _refined(evidence: Evidence, requirement: Requirement, plan: Plan) -> tuple[OperatingPoint, ...]:

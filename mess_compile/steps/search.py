@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile.engines.prepare import graphs_of_recipe
-from mess_compile.evaluate.policies import FITTED_POLICIES, with_policies, with_rows
+from mess_compile.evaluate.policies import FITTED_POLICIES, with_policies, with_rows_of
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.latency.table import LatencyTable, check_table_current, read_latency_table
 from mess_compile.reporter import SILENT, Reporter
@@ -340,14 +340,17 @@ def _with_policies(
             f"search with --policy {PLAIN},{AGREEMENT}"
         )
     policies = options.policies if requirement.setting == "input-dependent" else (PLAIN,)
-    chosen, held = [], list(part.held)
-    for index, evidence in enumerate(part.chosen):
-        made = with_policies(evidence.statistics, policies)
-        _note_without(made, policies, reporter)
-        chosen.append(replace(evidence, statistics=made))
-        if held:
-            held[index] = replace(held[index], statistics=with_rows(held[index].statistics, made.policy_rows))
-    return replace(part, chosen=chosen, held=tuple(held))
+    made = [with_policies(evidence.statistics, policies) for evidence in part.chosen]
+    for each in made:
+        _note_without(each, policies, reporter)
+    chosen = [replace(one, statistics=each) for one, each in zip(part.chosen, made, strict=True)]
+    if not part.held:
+        return replace(part, chosen=chosen, whole=chosen)
+    held, whole = (
+        [replace(one, statistics=with_rows_of(one.statistics, each)) for one, each in zip(images, made, strict=True)]
+        for images in (part.held, part.whole)
+    )
+    return replace(part, chosen=chosen, whole=whole, held=held)
 
 
 def _note_without(made: ExitStatistics, wanted: Sequence[str], reporter: Reporter) -> None:

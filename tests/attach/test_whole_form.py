@@ -97,6 +97,10 @@ def test_exits_leave_a_place_for_the_end_when_most_work_is_in_its_last_node(tmp_
     assert whole_form(network, early, ClassNames(("a", "b", "c"), ((0, 0, 0),) * 3)).candidate.exit_points
 
 
+def test_a_network_with_its_own_end_alone_has_no_early_exits(tmp_path: Path) -> None:
+    assert early_frontiers(opened(brought.unet("logits"), tmp_path), 1) == ()
+
+
 @pytest.mark.parametrize("opset", [9, 13, 18, 20])
 def test_other_opsets_are_taken(tmp_path: Path, opset: int) -> None:
     end = "softmax" if opset >= 13 else "small"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 
 import numpy as np
@@ -15,7 +16,7 @@ from mess_compile.search.plan import SearchResult
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.safety import parse_safety, refuse_unsafe, safest
 from mess_compile.search.solver import search
-from tests.search.cases import against_own_output
+from tests.search.cases import against_own_output, evidence
 from tests.search.test_new_images import of_groups
 
 
@@ -77,3 +78,24 @@ def test_what_cannot_be_kept_is_refused_before_the_search(requirement: Requireme
     assert parse_safety("90%") == 0.9
     with pytest.raises(InputError, match=says):
         refuse_unsafe([of_groups(12, groups)], requirement)
+
+
+def test_a_safe_plan_names_the_rows_that_its_operating_points_decide_by() -> None:
+    """The bundle of a plan that names fewer cannot be loaded."""
+    named = 0
+    for seed in range(12):
+        case = evidence((1, 1), 6, images=40, seed=seed, more=4)
+        groups = tuple(f"group{index}" for index in range(40))
+        case = dataclasses.replace(case, statistics=dataclasses.replace(case.statistics, group=groups))
+        requirement = Requirement(max_err_pp=80.0, objective="accuracy")
+        searches = fold_searches([case], requirement)
+        plan = safest([case], requirement, search(case, requirement), searches, 0.6).plan
+        used = {
+            (stage.head, decision.row)
+            for point in plan.operating_points
+            for stage, decision in zip(plan.stages, point.decisions, strict=True)
+            if decision.cut is not None and decision.row >= len(plan.gate.thresholds)
+        }
+        assert used <= {(row.head, row.row) for row in plan.policy_rows}
+        named += len(used)
+    assert named, "some plan has such rows"
