@@ -9,7 +9,7 @@ from mess_compile.evaluate.policies import with_rows
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.latency.table import LatencyTable, StageGraphs, graph_cost_ns, stage_graphs
 from mess_compile.network import GraphSet, is_whole
-from mess_compile.runtime.base.policy import named_row
+from mess_compile.runtime.base.policy import top_of_row
 from mess_compile.runtime.bundle import manifest
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.search.groups import ENVIRONMENT_KEY
@@ -92,8 +92,7 @@ def confidence_histograms(stages: Sequence[Stage], statistics: ExitStatistics) -
 
 def _histogram(statistics: ExitStatistics, stage: Stage, images: list[int]) -> tuple[int, ...]:
     head = statistics.head_index(stage.head)
-    row = named_row(statistics.policy_rows, stage.head, stage.row)
-    top = statistics.cells[head] if row is None else row.top(statistics.cells[head])
+    top = top_of_row(statistics.policy_rows, stage.head, stage.row, statistics.cells[head])
     bins = [0] * manifest.CONFIDENCE_BINS
     for image in images:
         sure = int(statistics.counts[image, head, stage.row]) * manifest.CONFIDENCE_BINS // top

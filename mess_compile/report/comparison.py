@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mess_compile.network import is_whole
-from mess_compile.runtime.base.policy import named_row
+from mess_compile.runtime.base.policy import name_of_row
 from mess_compile.runtime.bundle import manifest
 from mess_compile.runtime.bundle.manifest import LABELS, OWN_OUTPUT, Figures
 from mess_compile.runtime.engines.engine import FP32
-from mess_compile.search.display import NO_CELLS, network_label, speed, work
-from mess_compile.search.plan import HoldOut, Plan, SearchResult, Stage
+from mess_compile.search.display import NO_CELLS, network_label, speed, top_of, work
+from mess_compile.search.plan import HoldOut, Plan, SearchResult
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,12 @@ def _compared(
         network=network,
         heads=tuple(stage.head for stage in plan.stages),
         decisions=tuple(
-            _decision(_row_name(plan, stage, thresholds), stage.cut, _top(plan, stage, cells)) for stage in plan.stages
+            _decision(
+                name_of_row(plan.policy_rows, stage.head, stage.row, thresholds),
+                stage.cut,
+                top_of(plan, stage.head, stage.row, cells),
+            )
+            for stage in plan.stages
         ),
         predicted=plan.predicted,
         baseline=plan.baseline,
@@ -133,18 +138,6 @@ def _held_out(held_out: HoldOut | None) -> str:
         if held_out is None
         else f"{held_out.predicted.miou - held_out.baseline.miou:+.2f} ({held_out.predicted.images} images)"
     )
-
-
-def _row_name(
-    plan: Plan | manifest.BundlePlan, stage: Stage | manifest.BundleStage, thresholds: Sequence[float]
-) -> str:
-    found = named_row(plan.policy_rows, stage.head, stage.row)
-    return f"{thresholds[stage.row]:.2f}" if found is None else found.name
-
-
-def _top(plan: Plan | manifest.BundlePlan, stage: Stage | manifest.BundleStage, cells: Mapping[str, int]) -> int | None:
-    found, known = named_row(plan.policy_rows, stage.head, stage.row), cells.get(stage.head)
-    return found.top(known or 0) or None if found is not None else known
 
 
 def _decision(threshold: str, cut: int | None, cells: int | None) -> str:

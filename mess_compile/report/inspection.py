@@ -18,9 +18,9 @@ from mess_compile.latency.table import LatencyTable, read_latency_table
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, GraphSet, head_grid, read_graph_set, segment_name
 from mess_compile.report.search_output import details
 from mess_compile.runtime.base.errors import InputError, MessError, did_you_mean
-from mess_compile.runtime.base.policy import named_row
+from mess_compile.runtime.base.policy import is_learned, name_of_row
 from mess_compile.runtime.bundle.archive import read_manifest
-from mess_compile.runtime.bundle.manifest import MANIFEST, BundlePlan, BundleStage, Figures, against
+from mess_compile.runtime.bundle.manifest import MANIFEST, BundlePlan, Figures, against
 from mess_compile.runtime.images.notebook import table_html, text_html
 from mess_compile.runtime.machine.device_names import stored_name
 from mess_compile.search.display import (
@@ -622,11 +622,11 @@ def _stage_rows(plan: BundlePlan, thresholds: Sequence[float]) -> tuple[tuple[st
     if not thresholds:
         return tuple((name, stage.head) for name, stage in rows)
     return tuple(
-        (name, stage.head, _row_name(plan, stage, thresholds), needed_text(stage.cut, plan.top(stage)))
+        (
+            name,
+            stage.head,
+            name_of_row(plan.policy_rows, stage.head, stage.row, thresholds),
+            needed_text(stage.cut, plan.top(stage), is_learned(plan.policy_rows, stage.head, stage.row)),
+        )
         for name, stage in rows
     )
-
-
-def _row_name(plan: BundlePlan, stage: BundleStage, thresholds: Sequence[float]) -> str:
-    found = named_row(plan.policy_rows, stage.head, stage.row)
-    return f"{thresholds[stage.row]:.2f}" if found is None else found.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from mess_compile.runtime.base.policy import LEARNED, named_row
+from mess_compile.runtime.base.policy import is_learned
 from mess_compile.runtime.bundle.manifest import LABELS, Figures
 from mess_compile.search.display import (
     by_name,
@@ -98,8 +98,8 @@ def proof(result: SearchResult, requirement: Requirement) -> str:
 
 def _out_of_fold(plan: Plan) -> str:
     """What to add to figures of images that a learned gate was fitted to."""
-    rows = [named_row(plan.policy_rows, stage.head, stage.row) for stage in plan.stages]
-    return ", learned gates out of fold" if any(row is not None and row.policy == LEARNED for row in rows) else ""
+    learned = any(is_learned(plan.policy_rows, stage.head, stage.row) for stage in plan.stages)
+    return ", learned gates out of fold" if learned else ""
 
 
 def expectation(result: SearchResult) -> str:

@@ -12,7 +12,7 @@ from mess_compile.array_types import Ints
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.latency.table import LatencyTable, graph_cost_ns, stage_graphs
 from mess_compile.network import is_whole
-from mess_compile.runtime.base.policy import named_row
+from mess_compile.runtime.base.policy import top_of_row
 from mess_compile.runtime.bundle.manifest import Figures, OperatingPoint
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
 from mess_compile.search.metrics import Evidence, exit_costs_ns, exits_taken
@@ -197,8 +197,7 @@ def _histogram(statistics: ExitStatistics, stage: Stage, index: int, exits: NDAr
     if is_whole(stage.head):
         return None
     head = statistics.head_index(stage.head)
-    row = named_row(statistics.policy_rows, stage.head, stage.row)
-    cells = statistics.cells[head] if row is None else row.top(statistics.cells[head])
+    cells = top_of_row(statistics.policy_rows, stage.head, stage.row, statistics.cells[head])
     counts = statistics.counts[:, head, stage.row].astype(np.int64)
     here = counts[exits >= index]
     if not here.size:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mess_compile.network import BASELINE, BASELINE_ALONE, is_whole
-from mess_compile.runtime.base.policy import named_row
-from mess_compile.runtime.bundle.manifest import Figures, against
+from mess_compile.runtime.base.policy import is_learned, top_of_row
+from mess_compile.runtime.bundle.manifest import BundlePlan, Figures, against
 from mess_compile.runtime.images.notebook import table_html, text_html
 from mess_compile.search.plan import FEW_IMAGES, ONE_GROUP, Expected, Optimism, Plan, SearchResult, Stage
 from mess_compile.search.requirement import Requirement
@@ -36,7 +36,8 @@ def exits_table(plan: Plan, cells: Mapping[str, int] = NO_CELLS) -> tuple[tuple[
 
 
 def _decision(plan: Plan, stage: Stage, cells: Mapping[str, int]) -> tuple[str, str]:
-    needed = needed_text(stage.cut, top_of(plan, stage.head, stage.row, cells))
+    learned = is_learned(plan.policy_rows, stage.head, stage.row)
+    needed = needed_text(stage.cut, top_of(plan, stage.head, stage.row, cells), learned)
     return plan.row_name(stage.head, stage.row), needed
 
 
@@ -47,16 +48,18 @@ def stage_text(number: int, head: str) -> str:
     return f"stage {number} = network exit {head.partition('.')[0].removeprefix('exit')}"
 
 
-def top_of(plan: Plan, head: str, row: int, cells: Mapping[str, int]) -> int | None:
+def top_of(plan: Plan | BundlePlan, head: str, row: int, cells: Mapping[str, int]) -> int | None:
     """The greatest count of a row: the number of cells, if it is known; of a learned row that of its levels."""
-    found, known = named_row(plan.policy_rows, head, row), cells.get(head)
-    return found.top(known or 0) or None if found is not None else known
+    return top_of_row(plan.policy_rows, head, row, cells.get(head, 0)) or None
 
 
-def needed_text(cut: int | None, cells: int | None) -> str:
-    """The confident cells that an image needs to leave; their share where the number of cells is known."""
+def needed_text(cut: int | None, cells: int | None, learned: bool = False) -> str:
+    """The confident cells, or the learned score, that an image needs to leave; their share where the number of cells is
+    known."""
     if cut is None:
         return "-"
+    if learned:
+        return f"score {cut} of {cells}"
     return str(cut) if cells is None else f"{100 * cut / cells:.1f} % ({cut} of {cells})"
 
 
@@ -116,19 +119,33 @@ def what_would_cut(result: SearchResult, requirement: Requirement, failed: int =
         what = "a shorter --deadline" if requirement.deadline_ms is not None else "a --deadline"
         return f"{what} below {plan.predicted.latency_ms:.2f} ms, or cheaper heads (`--heads`), would change that"
     faster = [p for p in result.front if not p.is_whole and p.predicted.latency_ms < plan.predicted.latency_ms]
+    if not faster and requirement.max_change is not None:
+        return (
+            f"no plan with exits that keeps --max-change {requirement.max_change:g}% is faster on {plan.device}: a "
+            "larger one, or heads that are taught better, would change that"
+        )
     if not faster:
         return (
             f"no plan with exits is faster on {plan.device}: cheaper heads (`--heads`), larger images or a deeper "
             "network would change that"
         )
-    counted_from = plan.baseline.miou + plan.offset_pp
-    nearest = max(faster, key=lambda each: each.predicted.miou)
-    lost = max(0.0, math.ceil(round(10 * (counted_from - nearest.predicted.miou), 6)) / 10)
+    by_change = requirement.max_change is not None
+    nearest = max(faster, key=lambda each: -(each.predicted.change or 0.0) if by_change else each.predicted.miou)
+    lost = _tenths(plan.baseline.miou + plan.offset_pp - nearest.predicted.miou)
+    changed = _tenths(nearest.predicted.change or 0.0)
     options = [] if requirement.objective in (None, "latency") else ["--optimise latency"]
-    if requirement.max_err_pp is None or lost > requirement.max_err_pp:
+    if requirement.max_change is not None and changed > requirement.max_change:
+        options.append(f"--max-change {changed:.1f}%")
+    allowed = requirement.max_err_pp
+    if (allowed is None and not by_change) or (allowed is not None and lost > allowed):
         options.append(f"--max-err {lost:.1f}%")
     ratio = plan.predicted.latency_ms / nearest.predicted.latency_ms
     return f"{' '.join(options)} would allow a plan with exits that is {speed(ratio)}"
+
+
+def _tenths(value: float) -> float:
+    """A figure that is asked for, rounded up to tenths, at least 0."""
+    return max(0.0, math.ceil(round(10 * value, 6)) / 10)
 
 
 def tail_sentence(plan: Plan) -> str | None:

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.runtime.base.errors import InputError
@@ -32,7 +33,10 @@ json.dump(names, sys.stdout)
 
 
 def checked_pattern(pattern: str) -> str:
-    """The pattern of `--group-by`. Raises InputError when it does not compile, or is longer than any name needs."""
+    """The pattern of `--group-by`. Raises InputError when it is empty, does not compile, or is longer than any name
+    needs."""
+    if not pattern:
+        raise InputError(f"--group-by is empty: give a pattern such as '^[0-9]+', or {NO_PATTERN}")
     if len(pattern) > _MOST_CHARACTERS:
         raise InputError(
             f"--group-by {pattern[:40]!r}... has {len(pattern)} characters: give a pattern of at most "
@@ -53,7 +57,7 @@ def groups_of_ids(ids: Sequence[str], pattern: str) -> tuple[str, ...]:
     An id that the pattern does not match is a group of its own. Raises InputError when it matches none, does not
     compile, or takes longer than SECONDS.
     """
-    names = _matched(ids, checked_pattern(pattern))
+    names = _matched(tuple(ids), checked_pattern(pattern))
     if not any(names):
         example = f" (the first of {len(ids)} is {ids[0]!r})" if ids else ""
         raise InputError(
@@ -62,13 +66,14 @@ def groups_of_ids(ids: Sequence[str], pattern: str) -> tuple[str, ...]:
     return tuple(name or own for name, own in zip(names, ids, strict=True))
 
 
-def _matched(ids: Sequence[str], pattern: str) -> list[str | None]:
+@lru_cache(maxsize=8)
+def _matched(ids: tuple[str, ...], pattern: str) -> tuple[str | None, ...]:
     command = [sys.executable, "-I", "-S", "-c", _MATCHER]
     try:
         done = subprocess.run(
-            command, input=json.dumps([pattern, list(ids)]), capture_output=True, text=True, timeout=SECONDS
+            command, input=json.dumps([pattern, ids]), capture_output=True, text=True, timeout=SECONDS
         )
-        names: list[str | None] = json.loads(done.stdout)
+        names: tuple[str | None, ...] = tuple(json.loads(done.stdout))
     except subprocess.TimeoutExpired:
         raise InputError(
             f"--group-by {pattern!r} takes more than {SECONDS:g} s on {len(ids)} image ids: give a simpler pattern, "
@@ -86,9 +91,9 @@ def grouped(statistics: ExitStatistics, pattern: str | None) -> ExitStatistics:
     return dataclasses.replace(statistics, group=groups_of_ids(statistics.image_id, pattern))
 
 
-def unmatched(statistics: ExitStatistics) -> int:
-    """How many images of grouped statistics are groups of their own because the pattern did not match them."""
-    return sum(group == name for group, name in zip(statistics.group, statistics.image_id, strict=True))
+def unmatched(statistics: ExitStatistics, pattern: str) -> int:
+    """How many images the pattern does not match: each is a group of its own."""
+    return sum(not name for name in _matched(statistics.image_id, pattern))
 
 
 def rule_of(groups: Sequence[str], pattern: str | None) -> str:

@@ -207,9 +207,9 @@ def certify(
 
     Plans are chosen on one part of the sequences, drawn by `seed`, and tested on the other in a fixed order until one
     fails. The result's front and certificate are those of the first part; the plan has no operating point but the
-    certified one. `front_by` and `cache_folder` are as for `search_recipes`; `group_by` is the pattern that
-    named the groups. Raises InputError when the requirement has
-    nothing to certify or the images are too few, RequirementError when no plan passes.
+    certified one. `front_by` and `cache_folder` are as for `search_recipes`; `group_by` is the pattern that named the
+    groups. Raises InputError when the requirement has nothing to certify or the images are too few, RequirementError
+    when no plan passes.
     """
     refuse_different_images(evidences)
     limits = _limits(evidences, requirement, confidence)

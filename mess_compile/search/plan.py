@@ -13,7 +13,7 @@ from mess_compile import files
 from mess_compile.network import BASELINE, Gate, GraphSet, is_whole
 from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, StaleError
-from mess_compile.runtime.base.policy import PolicyRow, check_rows, named_row
+from mess_compile.runtime.base.policy import PolicyRow, check_rows, name_of_row, named_row
 from mess_compile.runtime.bundle.manifest import (
     LABELS,
     PROMISED,
@@ -250,8 +250,7 @@ class Plan:
 
     def row_name(self, head: str, row: int) -> str:
         """A row of a head in tables: its threshold, or what the policy calls it."""
-        found = named_row(self.policy_rows, head, row)
-        return f"{self.gate.thresholds[row]:.2f}" if found is None else found.name
+        return name_of_row(self.policy_rows, head, row, self.gate.thresholds)
 
     @property
     def offset_pp(self) -> float:

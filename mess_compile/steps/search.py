@@ -167,7 +167,7 @@ def _grouped(evidences: Sequence[Evidence], pattern: str | None, reporter: Repor
     if pattern is None:
         return list(evidences)
     found = [replace(each, statistics=grouped(each.statistics, pattern)) for each in evidences]
-    alone = unmatched(found[0].statistics)
+    alone = unmatched(found[0].statistics, pattern)
     if alone:
         reporter.note(f"--group-by {pattern!r} does not match {alone} images: each is a group of its own")
     return found

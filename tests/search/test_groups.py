@@ -33,6 +33,7 @@ def test_a_group_is_the_first_group_of_the_pattern_or_the_whole_match(pattern: s
     ("pattern", "says"),
     [
         ("[", "is not a regular expression"),
+        ("", "--group-by is empty"),
         ("^drive", "matches no image id (the first of 4 is '00_3e9d')"),
         ("a" * 201, "has 201 characters"),
         ("(a{99999999999})", "is not a regular expression"),
@@ -63,7 +64,8 @@ def test_the_same_pattern_finds_the_images_that_a_plan_was_chosen_on() -> None:
     hold_out = HoldOut("1/3", "", "0" * 64, figures, figures)  # type: ignore[arg-type]
     chosen = tuning_part(statistics, hold_out, "image[0-9]")
     assert chosen.image_id != tuning_part(statistics, hold_out).image_id
-    assert unmatched(grouped(statistics, "1")) == 9
+    assert unmatched(statistics, "1") == 9
+    assert unmatched(statistics, ".*") == 0, "a group for each image, by the pattern"
     assert rule_of(by_digit.group, "[0-9]") == "10 groups by --group-by '[0-9]'"
     assert rule_of(statistics.image_id, None) == "12 groups, one an image"
     assert rule_of(statistics.group, None) == "2 sequences by image name"

@@ -158,6 +158,11 @@ def test_what_would_let_a_cut_plan_win_is_told() -> None:
     by_memory = Requirement(max_err_pp=5.0, objective="memory")  # the error asked for is not what stands in the way
     assert what_would_cut(either, by_memory) == f"--optimise latency{ends}"
     assert what_would_cut(either, Requirement(objective="accuracy")) == f"--optimise latency --max-err 3.1%{ends}"
+    changed = replace(either, front=(replace(faster, predicted=replace(faster.predicted, change=4.21)), result.plan))
+    assert what_would_cut(changed, Requirement(max_change=4.0)) == f"--max-change 4.3%{ends}"
+    assert what_would_cut(cheap, Requirement(max_change=0.5)).startswith(
+        "no plan with exits that keeps --max-change 0.5% is faster on host"
+    )
     anytime = replace(either, plan=replace(result.plan, setting="anytime"))
     told = what_would_cut(anytime, Requirement(setting="anytime", deadline_ms=20.0))
     assert told.startswith(f"a shorter --deadline below {result.plan.predicted.latency_ms:.2f} ms")

@@ -111,6 +111,24 @@ def named_row(rows: Sequence[PolicyRow], head: str, row: int) -> Optional[Policy
     return next((each for each in rows if (each.head, each.row) == (head, row)), None)
 
 
+def is_learned(rows: Sequence[PolicyRow], head: str, row: int) -> bool:
+    """Whether the integer of a row is a learned score, and no number of cells."""
+    found = named_row(rows, head, row)
+    return found is not None and found.policy == LEARNED
+
+
+def name_of_row(rows: Sequence[PolicyRow], head: str, row: int, thresholds: Sequence[float]) -> str:
+    """A row of a head in tables: its threshold, or what its policy calls it."""
+    found = named_row(rows, head, row)
+    return f"{thresholds[row]:.2f}" if found is None else found.name
+
+
+def top_of_row(rows: Sequence[PolicyRow], head: str, row: int, cells: int) -> int:
+    """The greatest integer of a row: the number of cells, but for policies whose integers are no cells."""
+    found = named_row(rows, head, row)
+    return cells if found is None else found.top(cells)
+
+
 def check_rows(rows: Sequence[PolicyRow], thresholds: int, classes: Optional[int], where: str) -> None:
     """Raises DecodeError for rows that counts of so many thresholds and classes (None: any) cannot give."""
     numbers = [(row.head, row.row) for row in rows]

@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import BundleError
-from mess_compile.runtime.base.policy import PolicyRow, check_rows, named_row
+from mess_compile.runtime.base.policy import PolicyRow, check_rows, named_row, top_of_row
 from mess_compile.runtime.engines.engine import PRECISIONS
 
 FORMAT = "mess-bundle"
@@ -264,8 +264,7 @@ class BundlePlan:
     def top(self, stage: BundleStage, row: Optional[int] = None) -> int:
         """The greatest count that a row of a stage can have, by default the stage's own: the number of cells, but for
         policies whose integers are no cells."""
-        found = named_row(self.policy_rows, stage.head, stage.row if row is None else row)
-        return stage.cells if found is None else found.top(stage.cells)
+        return top_of_row(self.policy_rows, stage.head, stage.row if row is None else row, stage.cells)
 
     def graphs(self) -> Tuple[str, ...]:
         """Paths of the graphs, each once, in the order of their first run."""

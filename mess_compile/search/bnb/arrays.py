@@ -79,8 +79,8 @@ class Problem:
     whether they satisfy the bounds that do not depend on thresholds, `graphs` counts their graphs. `memory` is what
     chains (m, 4) of heads take in bytes, `max_memory` what they may, and `by_memory` whether it is the objective. One
     `unit` of any other objective (ms, GMACs, mJ) is so many of the integers. `wholes` are the whole networks, which end
-    at exit point `final`. The first `plain` rows are those of
-    thresholds. No plan that is allowed is charged more than the `allowance` (pp) for what it changes.
+    at exit point `final`. The first `plain` rows are those of thresholds. No plan that is allowed is charged more than
+    the `allowance` (pp) for what it changes.
     """
 
     names: tuple[str, ...]
