@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.array_types import Ints
+from mess_compile.array_types import Floats, Ints
 from mess_compile.data.dataset import DataSet, Sample, samples
 from mess_compile.engines.files import EngineFiles
 from mess_compile.evaluate.policies import with_rows
 from mess_compile.evaluate.record import evaluate
-from mess_compile.evaluate.statistics import WHOLE, ExitStatistics, changed_share, miou
+from mess_compile.evaluate.statistics import WHOLE, ExitStatistics, changed_share, class_iou, miou
 from mess_compile.latency.table import LatencyTable
 from mess_compile.network import GraphSet
 from mess_compile.reporter import Progress
 from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle import manifest
-from mess_compile.runtime.bundle.manifest import LABELS, OWN_OUTPUT, TRUTHS, Figures
+from mess_compile.runtime.bundle.manifest import CLASS_ERR, LABELS, OWN_OUTPUT, TRUTHS, Figures
 from mess_compile.runtime.cascade.cascade import Cascade
 from mess_compile.runtime.engines.engine import Engine, Library
 from mess_compile.runtime.images import frames
@@ -81,6 +81,7 @@ class CheckedPromise:
     asked: float
     found: float | None
     held: bool | None
+    class_name: str = field(default="", metadata=decode.OPTIONAL)
 
     @property
     def sentence(self) -> str:
@@ -91,6 +92,9 @@ class CheckedPromise:
         if self.quantity == "err_pp":
             lost = f"{self.found:.2f} lost" if self.found >= 0 else f"{-self.found:.2f} gained"
             return f"{verdict}: at most {self.asked:g} pp asked, {lost} on these images"
+        if self.quantity == CLASS_ERR:
+            lost = f"{self.found:.2f} pp lost" if self.found >= 0 else f"{-self.found:.2f} pp gained"
+            return f"{verdict}: IoU of {self.class_name}: at most {self.asked:g} pp asked, {lost} on these images"
         asked, found = (_QUANTITIES[self.quantity].format(value) for value in (self.asked, self.found))
         return f"{verdict}: at most {asked} asked, {found.partition(' ')[0]} measured"
 
@@ -98,6 +102,7 @@ class CheckedPromise:
 _QUANTITIES = {
     "err_pp": "{:.2f} pp of mIoU",
     "change": "{:.2f} % of the pixels labelled otherwise than by the network",
+    CLASS_ERR: "{:.2f} pp of a class's IoU",
     "latency_ms": "{:.2f} ms mean latency",
     "p95_ms": "{:.2f} ms p95 latency",
     "worst_ms": "{:.2f} ms on the deepest path (p99)",
@@ -204,6 +209,11 @@ class _Score:
     @property
     def miou(self) -> float:
         return miou(*self._sums)
+
+    @property
+    def class_iou(self) -> Floats:
+        """IoU in percent (classes,); nan for a class without labelled pixels."""
+        return class_iou(*self._sums)
 
     @property
     def change(self) -> float:
@@ -339,6 +349,7 @@ class _MeasuredRun:
     baseline_miou: float
     cascade_change: float
     baseline_change: float
+    class_losses: NDArray[np.float64]  # (classes,), IoU of the baseline less that of the cascade, in pp
 
 
 def _measure(
@@ -365,7 +376,15 @@ def _measure(
                 scores[0].add(prediction.labels, sample.labels)
                 scores[1].add(labels, sample.labels)
             progress("bench", number * len(items) + index + 1, passes * len(items))
-    return _MeasuredRun(tuple(exits), latency_ms, *(s.miou for s in scores), *(s.change for s in scores))
+    return _MeasuredRun(
+        exits=tuple(exits),
+        latency_ms=latency_ms,
+        cascade_miou=scores[0].miou,
+        baseline_miou=scores[1].miou,
+        cascade_change=scores[0].change,
+        baseline_change=scores[1].change,
+        class_losses=scores[1].class_iou - scores[0].class_iou,
+    )
 
 
 def _compared(
@@ -414,7 +433,7 @@ def _compared(
             for index, (sample, expected, real) in enumerate(zip(items, replayed_exits, run.exits, strict=True))
             if expected != real
         ),
-        promises=_checked(plan, measured, baseline, run, truth),
+        promises=_checked(cascade, measured, baseline, run, truth),
         doubts=evidence.warnings,
         truth=truth,
         plan_truth=plan.truth,
@@ -435,12 +454,13 @@ def _on_new_images(evidence: Evidence, setting: str, stages: tuple[Stage, ...], 
 
 
 def _checked(
-    plan: manifest.BundlePlan, measured: Column, baseline: Column, run: _MeasuredRun, truth: str
+    cascade: Cascade, measured: Column, baseline: Column, run: _MeasuredRun, truth: str
 ) -> tuple[CheckedPromise, ...]:
     """Each promise with its measured value; relative bounds refer to the baseline of the same run.
 
     An error against one truth says nothing about that against another.
     """
+    plan, classes = cascade.plan, cascade.manifest.network.classes
     cascade_ms, single_ms = run.latency_ms
     deepest = cascade_ms[:, np.array(run.exits) == max(run.exits)]
     found = {
@@ -454,11 +474,14 @@ def _checked(
     checked = []
     for promise in plan.promises:
         value, of_baseline = found.get(promise.quantity, (None, 0.0))
+        if promise.quantity == CLASS_ERR and truth == plan.truth:
+            lost = run.class_losses[classes.index(promise.class_name)]
+            value = None if np.isnan(lost) else float(lost)
         asked = promise.limit * of_baseline if promise.relative else promise.limit
         if value is not None:
             value += promise.offset_pp
         within = None if value is None else value <= asked + _ROUNDING
-        checked.append(CheckedPromise(promise.quantity, asked, value, within))
+        checked.append(CheckedPromise(promise.quantity, asked, value, within, promise.class_name))
     return tuple(checked)
 
 

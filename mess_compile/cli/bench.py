@@ -169,6 +169,7 @@ def _exit_if_missed(result: Bench, strict: bool) -> None:
 _BOUNDS = {
     "err_pp": "--max-err {:.4g}%",
     "change": "--max-change {:.4g}%",
+    "class_err_pp": "--max-class-err {name}={:.4g}%",
     "latency_ms": "--max-latency {:.4g}ms",
     "p95_ms": "--max-latency-p95 {:.4g}ms",
     "worst_ms": "--max-latency-worst {:.4g}ms",
@@ -177,24 +178,27 @@ _BOUNDS = {
     "memory_bytes": "--max-memory {:.0f}B",
 }
 """The option of `search` for each bound that a bench checks."""
+_LOSSES = ("err_pp", "change", "class_err_pp")
 
 
 def _after_bench(result: Bench, bundle: Path) -> list[str]:
     """The commands that follow: a safer search or a new profile where a bound was missed, else report and ship."""
     from mess_compile.search.requirement import safer_max_err
 
-    missed, report = {each.quantity: each for each in result.missed}, hints.for_device("report", result.device)
-    if not missed:
+    report = hints.for_device("report", result.device)
+    if not result.missed:
         return [report, *filter(None, [hints.ship_to_host(bundle, result.device)])]
     steps = []
-    asked = {each.quantity: each.asked for each in result.promises}
-    for name in ("err_pp", "change"):
-        if name in missed and asked[name] > 0:  # nothing is safer than 0
-            asked[name] = float(f"{safer_max_err(asked[name], missed[name].found or 0.0):.2g}")
-    if asked != {each.quantity: each.asked for each in result.promises}:
-        options = [_BOUNDS[name].format(value) for name, value in asked.items()]
+    safer = {
+        each: float(f"{safer_max_err(each.asked, each.found or 0.0):.2g}")
+        for each in result.missed
+        if each.quantity in _LOSSES and each.asked > 0  # nothing is safer than 0
+    }
+    if safer:
+        bounds = [(each, safer.get(each, each.asked)) for each in result.promises]
+        options = [_BOUNDS[each.quantity].format(value, name=each.class_name) for each, value in bounds]
         steps.append(" ".join([hints.for_device("search", result.device), *options]))
-    if set(missed) & {"latency_ms", "p95_ms", "worst_ms"}:
+    if {each.quantity for each in result.missed} & {"latency_ms", "p95_ms", "worst_ms"}:
         steps.append(f"profile --device {result.device}")
     return [*steps, report]
 

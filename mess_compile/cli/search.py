@@ -28,6 +28,7 @@ class SearchArguments:
     split: str | None
     max_err: str | None
     max_change: str | None
+    max_class_err: tuple[str, ...]
     max_latency: str | None
     max_latency_p95: str | None
     max_latency_worst: str | None
@@ -69,6 +70,11 @@ class SearchArguments:
 @click.option(
     "--max-change",
     help="Most pixels that may be labelled otherwise than by the network itself, such as 3% (mean over images).",
+)
+@click.option(
+    "--max-class-err",
+    multiple=True,
+    help="Most IoU to lose of one class against the baseline: crack=0.5%; repeat it for several classes.",
 )
 @click.option("--max-latency", help="Longest mean latency: 20ms, or 0.5x of the baseline's.")
 @click.option("--max-latency-p95", help="Longest 95th percentile of latency: 25ms, or 0.5x of the baseline's.")
@@ -320,6 +326,7 @@ def requirement_of(arguments: SearchArguments) -> Any:
         objective=arguments.optimise,
         max_err_pp=parsed("max_err", requirement.parse_max_err),
         max_change=parsed("max_change", requirement.parse_max_change),
+        max_class_err=tuple(map(requirement.parse_class_bound, arguments.max_class_err)),
         max_latency=parsed("max_latency", requirement.parse_max_latency),
         max_latency_p95=parsed("max_latency_p95", partial(requirement.parse_max_latency, option="--max-latency-p95")),
         max_latency_worst=parsed(

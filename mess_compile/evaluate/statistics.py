@@ -148,6 +148,12 @@ def miou(intersection: Ints, predicted: Ints, labelled: Ints) -> float:
     return 100.0 * (total / present.size)
 
 
+def class_iou(intersection: Ints, predicted: Ints, labelled: Ints) -> NDArray[np.float64]:
+    """IoU in percent (K,) of pixel sums (K,) over a set; nan for a class without labelled pixels."""
+    union = np.where(labelled > 0, predicted + labelled - intersection, 1).astype(np.float64)
+    return np.where(labelled > 0, 100.0 * (intersection / union), np.nan)
+
+
 def label_counts(found: NDArray[np.uint8], labels: NDArray[np.uint8], classes: int) -> Ints:
     """Intersection, predicted and labelled pixels of each class, (3, K), of labels found at any size."""
     score = score_predictions([(None, found)], labels, labels < classes, classes)
@@ -171,6 +177,16 @@ def head_miou(statistics: ExitStatistics, head: str) -> float:
     """mIoU in percent when every image leaves at `head`, or runs on the baseline trained alone."""
     index = statistics.head_index(head)
     return miou(
+        statistics.intersection[:, index].sum(axis=0),
+        statistics.predicted[:, index].sum(axis=0),
+        statistics.labelled.sum(axis=0),
+    )
+
+
+def head_class_iou(statistics: ExitStatistics, head: str) -> NDArray[np.float64]:
+    """IoU in percent (K,) when every image leaves at `head`, or runs on the baseline trained alone."""
+    index = statistics.head_index(head)
+    return class_iou(
         statistics.intersection[:, index].sum(axis=0),
         statistics.predicted[:, index].sum(axis=0),
         statistics.labelled.sum(axis=0),

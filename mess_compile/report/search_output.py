@@ -77,8 +77,17 @@ def summary_table(plan: Plan, requirement: Requirement) -> tuple[tuple[str, ...]
     more += [] if plan.predicted.change is None else [_CHANGE]
     columns = (*_FIGURES, *more, *([] if plan.predicted.energy_mj is None else [_ENERGY]))
     exits = {"plan": " ".join(f"{rate:.0%}" for rate in plan.predicted.exit_rates)}
-    rows = [(name, *(cell(one) for _, cell in columns), exits.get(name, "")) for name, one in by_name(plan)]
-    return ("", *(title for title, _ in columns), "exits"), rows
+    classes = [each for each in plan.class_iou if each.name in {bound.name for bound in requirement.max_class_err}]
+    rows = [
+        (
+            name,
+            *(cell(one) for _, cell in columns),
+            *(f"{each.plan if name == 'plan' else each.baseline:.2f}" for each in classes),
+            exits.get(name, ""),
+        )
+        for name, one in by_name(plan)
+    ]
+    return ("", *(title for title, _ in columns), *(f"IoU of {each.name} (%)" for each in classes), "exits"), rows
 
 
 def proof(result: SearchResult, requirement: Requirement) -> str:

@@ -209,6 +209,10 @@ def _moved_bounds(requirement: Requirement) -> Iterator[tuple[str, str, Requirem
     if requirement.max_change is not None:
         shares = (requirement.max_change * share for share in (1 - STEP, 1 + STEP))
         yield "max_change", _limit_text(requirement, "max_change"), *_replaced(requirement, "max_change", *shares)
+    for place, bound in enumerate(requirement.max_class_err):
+        step = bound.most_pp * STEP or STEP
+        tighter, looser = (_with_class(requirement, place, max(0.0, bound.most_pp + each)) for each in (-step, step))
+        yield "max_class_err", f"{bound.name}={bound.most_pp:.4g}%", tighter, looser
     for name in _LIMITS:
         limit: Limit | None = getattr(requirement, name)
         if limit is not None:
@@ -222,6 +226,13 @@ def _moved_bounds(requirement: Requirement) -> Iterator[tuple[str, str, Requirem
     if requirement.max_memory_bytes is not None:
         sizes = (round(requirement.max_memory_bytes * share) for share in (1 - STEP, 1 + STEP))
         yield "max_memory", _limit_text(requirement, "max_memory"), *_replaced(requirement, "max_memory_bytes", *sizes)
+
+
+def _with_class(requirement: Requirement, place: int, most_pp: float) -> Requirement:
+    """The requirement with another bound on the class at this place."""
+    bounds = list(requirement.max_class_err)
+    bounds[place] = replace(bounds[place], most_pp=most_pp)
+    return replace(requirement, max_class_err=tuple(bounds))
 
 
 def _replaced(requirement: Requirement, name: str, tighter: Any, looser: Any) -> tuple[Requirement, Requirement]:

@@ -308,6 +308,10 @@ def _limits(evidences: Sequence[Evidence], requirement: Requirement, confidence:
         raise InputError("--confidence certifies --max-err on unseen images: give --max-err 1% too")
     if limits.change is not None:
         refuse_without_own_output(evidences[0])
+    if requirement.max_class_err:
+        raise InputError(
+            "--confidence certifies means over images, not the IoU of one class: leave --max-class-err out"
+        )
     if requirement.baseline_miou is not None:
         raise InputError("--confidence compares with the baseline image by image: leave --baseline out")
     for option, limit in (("--max-err", limits.err_pp), ("--max-change", limits.change)):

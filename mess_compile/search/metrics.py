@@ -10,11 +10,14 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from mess_compile.array_types import Floats, Ints
 from mess_compile.evaluate.statistics import (
     WHOLE,
     ExitStatistics,
     changed_shares,
     check_statistics_current,
+    class_iou,
+    head_class_iou,
     head_miou,
     miou,
     statistics_content_sha256,
@@ -36,7 +39,16 @@ from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.bundle.manifest import OWN_OUTPUT, Figures
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
-from mess_compile.search.plan import AnytimeReport, Candidate, Plan, PlanGraph, Stage, default_point, rows_in_use
+from mess_compile.search.plan import (
+    AnytimeReport,
+    Candidate,
+    ClassIou,
+    Plan,
+    PlanGraph,
+    Stage,
+    default_point,
+    rows_in_use,
+)
 from mess_compile.search.space import Grids, cut_grids
 
 
@@ -319,9 +331,21 @@ def exit_macs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[int, .
 
 def mixture_miou(statistics: ExitStatistics, heads: Sequence[str], exits: NDArray[np.intp]) -> float:
     """mIoU in percent when image i leaves at `heads[exits[i]]`: the IoU of the summed intersections and unions."""
+    return miou(*_mixture_pixels(statistics, heads, exits))
+
+
+def mixture_class_iou(statistics: ExitStatistics, heads: Sequence[str], exits: NDArray[np.intp]) -> Floats:
+    """IoU in percent (K,) when image i leaves at `heads[exits[i]]`; nan for a class without labelled pixels."""
+    return class_iou(*_mixture_pixels(statistics, heads, exits))
+
+
+def _mixture_pixels(
+    statistics: ExitStatistics, heads: Sequence[str], exits: NDArray[np.intp]
+) -> tuple[Ints, Ints, Ints]:
+    """Intersection, predicted and labelled pixels (K,) when image i leaves at `heads[exits[i]]`."""
     images = np.arange(statistics.images)
     index = np.array([statistics.head_index(head) for head in heads])[exits]
-    return miou(
+    return (
         statistics.intersection[images, index].sum(axis=0),
         statistics.predicted[images, index].sum(axis=0),
         statistics.labelled.sum(axis=0),
@@ -399,4 +423,17 @@ def plan_of_stages(evidence: Evidence, setting: str, stages: tuple[Stage, ...], 
         doubts=evidence.warnings,
         truth=evidence.statistics.truth,
         policy_rows=rows_in_use(evidence.statistics.policy_rows, stages),
+        class_iou=() if anytime else class_iou_of(evidence, stages),
+    )
+
+
+def class_iou_of(evidence: Evidence, stages: Sequence[Stage]) -> tuple[ClassIou, ...]:
+    """IoU of each class with labelled pixels, by the plan with these `stages` and by the baseline."""
+    statistics = evidence.statistics
+    own = mixture_class_iou(statistics, [stage.head for stage in stages], exits_taken(statistics, stages))
+    of_baseline = head_class_iou(statistics, evidence.scored_as(evidence.baseline))
+    return tuple(
+        ClassIou(name, float(plan), float(baseline))
+        for name, plan, baseline in zip(statistics.classes, own, of_baseline, strict=True)
+        if not np.isnan(plan)
     )

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.evaluate.statistics import WHOLE
-from mess_compile.runtime.bundle.manifest import Figures, Promise
+from mess_compile.runtime.bundle.manifest import CLASS_ERR, Figures, Promise
+from mess_compile.search.class_floors import ClassFloor, class_floors
 from mess_compile.search.metrics import Evidence, refuse_without_own_output, worst_ns
 from mess_compile.search.plan import Plan
 from mess_compile.search.requirement import Limit, Requirement
@@ -56,6 +57,8 @@ MEASURES = {
 """The possible objectives."""
 CHANGE = Measure("changed pixels", "changed", "change", "%", WHOLE / 100, is_sum=True)
 """The share of pixels that are labelled otherwise than by the network itself."""
+CLASSES = Measure("IoU above the least allowed", "class_margin", "", "pp", 1)
+"""By how much the IoU of classes with a bound is above it, of the class that is nearest to it."""
 _LIMITED = {
     "max_latency": MEASURES["latency"],
     "max_latency_p95": Measure("p95 latency", "p95_ns", "p95_ms", "ms", 1e6),
@@ -68,16 +71,18 @@ _LIMITED = {
 
 @dataclass(frozen=True)
 class Bound:
-    """A bound on a measure in the unit of its column, over `images` images: at least `limit` for mIoU, else at most."""
+    """A bound on a measure in the unit of its column, over `images` images: at least `limit` for mIoU and classes, else
+    at most. `floors` are those of classes."""
 
     measure: Measure
     limit: float
     images: int
+    floors: tuple[ClassFloor, ...] = ()
 
     @property
     def sign(self) -> int:
         """1 where less is better, else -1."""
-        return -1 if self.measure is MEASURES["accuracy"] else 1
+        return -1 if self.measure in (MEASURES["accuracy"], CLASSES) else 1
 
     @property
     def objective(self) -> str | None:
@@ -91,9 +96,15 @@ class Bound:
 
     def best_of(self, plans: NDArray[np.void]) -> str:
         """The best value of what is bounded among these rows of a plan table."""
-        return self._text((self.sign * plans[self.measure.column]).min() * self.sign)
+        best = (self.sign * plans[self.measure.column]).min() * self.sign
+        if self.floors:
+            names = " and ".join(floor.name for floor in self.floors)
+            return f"IoU of {names} {max(0.0, -best):.3g} pp below" if best < 0 else f"IoU of {names} as required"
+        return self._text(best)
 
     def __str__(self) -> str:
+        if self.floors:
+            return " and ".join(map(str, self.floors))
         return self._text(self.limit, " >=" if self.sign < 0 else " <=")
 
     def _text(self, value: float, relation: str = "") -> str:
@@ -111,6 +122,9 @@ def bounds_of(evidence: Evidence, requirement: Requirement) -> dict[str, Bound]:
     if requirement.max_change is not None:
         refuse_without_own_output(evidence)
         bounds["max_change"] = Bound(CHANGE, most_changed(requirement.max_change, images), images)
+    floors = class_floors(evidence.statistics, evidence.scored_as(evidence.baseline), requirement.max_class_err)
+    if floors:
+        bounds["max_class_err"] = Bound(CLASSES, 0.0, images, floors)
     for field, measure in _LIMITED.items():
         limit: Limit | None = getattr(requirement, field)
         if limit is not None:
@@ -133,6 +147,10 @@ def promises_of(requirement: Requirement, plan: Plan) -> tuple[Promise, ...]:
         found.append(Promise("err_pp", requirement.max_err_pp, False, plan.offset_pp))
     if requirement.max_change is not None:
         found.append(Promise(CHANGE.figure, requirement.max_change, False, 0.0))
+    iou = {each.name: each.baseline for each in plan.class_iou}
+    for bound in requirement.max_class_err:
+        reference = iou[bound.name] if bound.baseline_iou is None else bound.baseline_iou
+        found.append(Promise(CLASS_ERR, bound.most_pp, False, 0.0, bound.name, reference - bound.most_pp))
     for field, measure in _LIMITED.items():
         limit: Limit | None = getattr(requirement, field)
         if limit is not None:

@@ -95,11 +95,11 @@ def thresholds_front(statistics: ExitStatistics, stages: Sequence[Stage], costs:
         ]
         return (*decided, last)
 
-    groups = front_groups(cost_ns, found.miou)
+    groups = front_groups(cost_ns, found.scores.miou)
     text = partial(_text, plain=len(statistics.gate.thresholds))
     members = [min((member(int(index)) for index in group), key=text) for group in groups]
     firsts = np.array([group[0] for group in groups], np.intp)
-    return cost_ns[firsts], found.miou[firsts], members
+    return cost_ns[firsts], found.scores.miou[firsts], members
 
 
 def _grids(statistics: ExitStatistics, stage: Stage, early: int) -> Grids:

@@ -42,7 +42,7 @@ ONE_GROUP = "one group of images: expect this of more of this sequence; other pl
 _FRONT_FIELDS = (
     *("precision", "network", "stages", "graphs", "predicted", "baseline", "baseline_name", "reference_miou"),
     *("statistics_sha256", "operating_points", "reports", "optimism", "guarantee", "doubts", "promises", "hold_out"),
-    *("truth", "expected", "safety", "group_by", "policy_rows"),
+    *("truth", "expected", "safety", "group_by", "policy_rows", "class_iou"),
 )
 _REMEDY = "run `mess-compile search`"
 _SHA256 = decode.entry(check=decode.SHA256)
@@ -187,6 +187,15 @@ class AnytimeReport:
 
 
 @dataclass(frozen=True)
+class ClassIou:
+    """IoU in percent of the class `name`, of the plan and of its baseline."""
+
+    name: str
+    plan: float
+    baseline: float
+
+
+@dataclass(frozen=True)
 class PlanGraph:
     """A graph of a plan, the precision that it runs in, and the one that its recipe asked for."""
 
@@ -209,7 +218,8 @@ class Plan:
     `promises` the bounds that it was required to satisfy. `hold_out` are the images that were held out of the search;
     `predicted` is of the others. `truth` is what every mIoU of the plan is against. `expected` is what to expect on new
     images, `group_by` the pattern that named the groups of images (None: those of the evaluation). `policy_rows` are
-    the rows beyond the gate's thresholds that its stages and operating points name.
+    the rows beyond the gate's thresholds that its stages and operating points name. `class_iou` is of the classes with
+    labelled pixels; it is empty in the anytime setting.
     """
 
     device: str
@@ -242,6 +252,7 @@ class Plan:
     safety: Safety | None = field(default=None, metadata=decode.OPTIONAL)
     group_by: str | None = field(default=None, metadata=decode.OPTIONAL)
     policy_rows: tuple[PolicyRow, ...] = field(default=(), metadata=decode.OPTIONAL)
+    class_iou: tuple[ClassIou, ...] = field(default=(), metadata=decode.OPTIONAL)
 
     @property
     def is_whole(self) -> bool:

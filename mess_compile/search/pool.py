@@ -17,7 +17,7 @@ from mess_compile.runtime.bundle.manifest import OWN_OUTPUT
 from mess_compile.search.metrics import Evidence, evidence_of_plan, exit_costs_ns, exit_macs, memory_bytes, worst_ns
 from mess_compile.search.objectives import MEASURES, bounds_of
 from mess_compile.search.plan import Candidate, Plan
-from mess_compile.search.requirement import Requirement
+from mess_compile.search.requirement import ClassBound, Requirement
 from mess_compile.search.risk import drops_pp, final_exits
 
 MOST_PLANS = 2000
@@ -154,7 +154,7 @@ class Chooser:
 
     `sums` are of the images that plans are chosen on. Bounds and objective refer to costs `per_exit` (plans, EXITS) of
     an image at each exit, and to `fixed` values (plans,), by the column of a plan table; `most` are the bounds for one
-    image (plans,).
+    image (plans,), `classes` those on single classes, by their numbers.
     """
 
     requirement: Requirement
@@ -162,6 +162,7 @@ class Chooser:
     per_exit: dict[str, Floats]
     fixed: dict[str, Floats]
     most: dict[str, Floats] = field(default_factory=dict)
+    classes: tuple[tuple[int, ClassBound], ...] = ()
 
     def choices(self, weights: Floats, drops: Floats, front: Index, tightened: Tightened) -> Index:
         """The place (sets,) of the plan of the `front` that is chosen on each set of groups, with weights (sets,
@@ -193,7 +194,17 @@ class Chooser:
         met = np.ones((len(weights), len(front)), np.bool_)
         for column, most in self.most.items():
             met &= self._column(column, weights, front) <= most[front] * (1 + _ROUNDING)
+        for index, bound in self.classes:
+            met &= self._class_losses(index, weights, front) <= bound.most_pp + _ROUNDING
         return met
+
+    def _class_losses(self, index: int, weights: Floats, front: Index) -> Floats:
+        """IoU of the baseline less that of each plan, in pp, of one class; 0 where it has no labelled pixel."""
+        pixels = weights @ self.sums.pixels[:, :, index]  # (sets, 3 + 2 * plans)
+        labelled, right, predicted = pixels[:, :1], pixels[:, 1::2], pixels[:, 2::2]
+        iou = 100 * right / np.maximum(1, labelled + predicted - right)
+        losses: Floats = np.where(labelled > 0, iou[:, :1] - iou[:, 1:][:, front], 0.0)
+        return losses
 
     def _objective(self, weights: Floats, drops: Floats, front: Index) -> Floats:
         objective = self.requirement.objective or "latency"
@@ -229,7 +240,9 @@ def chooser_of(
     most = {recipe: dict(_most(each, requirement)) for recipe, each in of_recipe.items()}
     columns = next(iter(most.values()))
     limits = {name: np.array([most[plan.precision][name] for plan in plans]) for name in columns}
-    return Chooser(requirement, sums, per_exit, fixed, limits)
+    names = evidences[0].statistics.classes
+    classes = tuple((names.index(bound.name), bound) for bound in requirement.max_class_err)
+    return Chooser(requirement, sums, per_exit, fixed, limits, classes)
 
 
 def _costs(evidence: Evidence, plan: Candidate) -> tuple[dict[str, Floats], dict[str, float]]:
@@ -244,7 +257,7 @@ def _costs(evidence: Evidence, plan: Candidate) -> tuple[dict[str, Floats], dict
 
 
 def _most(evidence: Evidence, requirement: Requirement) -> Iterator[tuple[str, float]]:
-    """The bounds for one image by column, but for those on mIoU and on changes."""
+    """The bounds for one image by column, but for those on mIoU, classes and changes."""
     for name, bound in bounds_of(evidence, requirement).items():
-        if name not in ("max_err_pp", "max_change"):
+        if name not in ("max_err_pp", "max_change", "max_class_err"):
             yield bound.measure.column, bound.limit / (bound.images if bound.measure.is_sum else 1)

@@ -38,6 +38,23 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class ClassBound:
+    """A bound on the IoU of the class `name`: at most `most_pp` percentage points below the baseline's, or below
+    `baseline_iou` (percent) where that is given.
+
+    Raises InputError when `most_pp` is not from 0 to 100.
+    """
+
+    name: str
+    most_pp: float
+    baseline_iou: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.most_pp <= 100:
+            raise InputError(f"--max-class-err {self.name}={self.most_pp:g}%: give from 0% to 100%")
+
+
+@dataclass(frozen=True)
 class Requirement:
     """Bounds and objective of a search. None: not bounded.
 
@@ -46,8 +63,8 @@ class Requirement:
     GMACs or relative; `max_energy` in mJ (mean over images) or relative; `baseline_miou` (percent) replaces the
     measured one. `objective` is latency unless given; the anytime setting has its own: the area under mIoU over time,
     or with `deadline_ms` the mIoU at that time. `max_change` is a percentage: the mean over images of the share of
-    pixels that are labelled otherwise than by the network itself. Raises InputError for values that contradict each
-    other.
+    pixels that are labelled otherwise than by the network itself. `max_class_err` bounds the IoU of single classes.
+    Raises InputError for values that contradict each other.
     """
 
     setting: str = "input-dependent"
@@ -63,6 +80,7 @@ class Requirement:
     max_latency_worst: Limit | None = None
     max_energy: Limit | None = None
     max_change: float | None = None
+    max_class_err: tuple[ClassBound, ...] = ()
 
     def __post_init__(self) -> None:
         if self.setting not in SETTINGS:
@@ -75,6 +93,12 @@ class Requirement:
             raise InputError(f"the {self.setting} setting has no deadline: use --max-latency, or the anytime setting")
         if self.setting == "anytime" and self.max_change is not None:
             raise InputError("the anytime setting has several results for each image: use --max-err, not --max-change")
+        if self.setting == "anytime" and self.max_class_err:
+            raise InputError("the anytime setting has several results for each image: leave --max-class-err out")
+        names = [bound.name for bound in self.max_class_err]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"--max-class-err names {twice!r} twice: give one bound for each class")
         if not 0 <= self.max_exits <= MAX_EXITS:
             raise InputError(f"--max-exits {self.max_exits}: the search takes 0 to {MAX_EXITS} early exits")
         for name in ("max_err_pp", "max_change", "baseline_miou", "deadline_ms", "max_memory_bytes"):
@@ -116,6 +140,15 @@ def parse_max_change(text: str) -> float:
     if value > 100:
         raise InputError(f"--max-change {text}: no more than 100% of the pixels can be labelled otherwise")
     return value
+
+
+def parse_class_bound(text: str) -> ClassBound:
+    """A bound on one class from `crack=0.5%`. Raises InputError."""
+    name, equals, value = text.rpartition("=")
+    if not equals or not name.strip():
+        raise InputError(f"--max-class-err {_shortened(text)!r} names no class: write crack=0.5%")
+    example = f"{name.strip()}=0.5% for half a percentage point of this class's IoU below the baseline's"
+    return ClassBound(name.strip(), _percent(value, f"--max-class-err {name.strip()}", example))
 
 
 def parse_baseline(text: str) -> float:

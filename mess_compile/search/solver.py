@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,11 @@ from mess_compile.array_types import Mask
 from mess_compile.latency.table import Quantity
 from mess_compile.runtime.base.errors import InputError, RequirementError
 from mess_compile.runtime.bundle.manifest import OperatingPoint
+from mess_compile.search.class_floors import with_baseline
 from mess_compile.search.context import SearchContext, SearchProgress, no_progress
 from mess_compile.search.deadline import Clock, UnfinishedError
 from mess_compile.search.exhaustive.cache import cached_plan_table
-from mess_compile.search.exhaustive.enumeration import BY_MIOU, Selection
+from mess_compile.search.exhaustive.enumeration import Selection
 from mess_compile.search.exhaustive.plan_table import (
     PlanTable,
     enumerate_plans,
@@ -32,6 +33,7 @@ from mess_compile.search.exhaustive.plan_table import (
 )
 from mess_compile.search.metrics import (
     Evidence,
+    best_baseline,
     evidence_of_plan,
     plan_of_stages,
     refuse_different_images,
@@ -52,6 +54,8 @@ from mess_compile.search.plan import (
 from mess_compile.search.requirement import Requirement
 
 _AXES = {"latency": "cost_ns", "miou": "miou", "memory": "memory_bytes"}
+_SELECTED: dict[str, Literal["changed", "margin"]] = {"max_change": "changed", "max_class_err": "margin"}
+"""What plans at the same cost are chosen by where the bound of this field cannot be satisfied."""
 _COUNTS = ("space", "evaluated", "duplicates", "bounded")
 
 
@@ -254,10 +258,14 @@ def _joint_certificate(
 
 
 def _of_recipes(evidences: Sequence[Evidence], requirement: Requirement) -> Requirement:
-    """The error of several recipes counts from the best baseline."""
-    if requirement.baseline_miou is not None or len(evidences) == 1:
+    """The error of several recipes counts from the best baseline, and so does that of a class."""
+    if len(evidences) == 1:
         return requirement
-    return replace(requirement, baseline_miou=max(each.baseline_miou(each.baseline) for each in evidences))
+    place, name = best_baseline(evidences)
+    miou = evidences[place].baseline_miou(evidences[place].baseline)
+    bounds = with_baseline(evidences[place].statistics, name, requirement.max_class_err)
+    given = requirement.baseline_miou
+    return replace(requirement, baseline_miou=miou if given is None else given, max_class_err=bounds)
 
 
 def _order(plan: Plan, requirement: Requirement) -> tuple[float, float, int]:
@@ -287,8 +295,10 @@ def _feasible(table: PlanTable, bounds: Collection[Bound]) -> Mask:
 
 
 def _selection(bounds: Mapping[str, Bound]) -> Selection:
-    """The plans that a table needs where changes are bounded."""
-    return Selection(int(bounds["max_change"].limit)) if "max_change" in bounds else BY_MIOU
+    """The plans that a table needs where changes, or the IoU of classes, are bounded."""
+    most = int(bounds["max_change"].limit) if "max_change" in bounds else None
+    classes = bounds["max_class_err"].floors if "max_class_err" in bounds else ()
+    return Selection(most, classes)
 
 
 def _refusal(evidence: Evidence, context: SearchContext, table: PlanTable, bounds: Mapping[str, Bound]) -> str:
@@ -296,23 +306,24 @@ def _refusal(evidence: Evidence, context: SearchContext, table: PlanTable, bound
     reachable = []
     for field, bound in bounds.items():
         others = [other for other in bounds.values() if other is not bound]
-        known = _least_changed(evidence, context, bounds) if field == "max_change" else table
+        known = _best_in(field, evidence, context, bounds) if field in _SELECTED else table
         plans = known.plans[_feasible(known, others)]
         if plans.size:
             reachable.append(bound.best_of(plans) + (f" with {' and '.join(map(str, others))}" if others else ""))
     if not reachable:
-        free = table if "max_change" not in bounds else enumerate_plans(evidence, context)
+        free = enumerate_plans(evidence, context) if bounds.keys() & _SELECTED.keys() else table
         for field, bound in bounds.items():
-            known = _least_changed(evidence, context, {}) if field == "max_change" else free
+            alone = {field: bound}
+            known = _best_in(field, evidence, context, alone) if field in _SELECTED else free
             reachable.append(f"{bound.best_of(known.plans)} alone")
     required = " and ".join(map(str, bounds.values()))
     return f"no plan satisfies {required}; best reachable: {', or '.join(reachable)}"
 
 
-def _least_changed(evidence: Evidence, context: SearchContext, bounds: Mapping[str, Bound]) -> PlanTable:
-    """The plans that change least at their cost, within the bound on mIoU."""
+def _best_in(field: str, evidence: Evidence, context: SearchContext, bounds: Mapping[str, Bound]) -> PlanTable:
+    """The plans that are best at their cost by what `field` bounds, within the other bounds of a selection."""
     floor = bounds["max_err_pp"].limit if "max_err_pp" in bounds else -math.inf
-    return enumerate_plans(evidence, context, Selection(least_changed=True, floor=floor))
+    return enumerate_plans(evidence, context, replace(_selection(bounds), best=_SELECTED[field], floor=floor))
 
 
 def _best(evidence: Evidence, table: PlanTable, among: NDArray[np.intp], objective: NDArray[Any]) -> int:

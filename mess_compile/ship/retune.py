@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.array_types import Ints, Pixels
+from mess_compile.array_types import Floats, Ints, Pixels
 from mess_compile.bundle.stage_costs import confidence_histograms
 from mess_compile.bundle.write import write_retuned
 from mess_compile.data.dataset import ALWAYS_IGNORED, Data, DataSet, Sample, open_dataset, samples
@@ -29,7 +29,14 @@ from mess_compile.runtime.bundle.plan_choice import named_plans
 from mess_compile.runtime.serve.scoring import HeadEngines, Score, ScoredExits
 from mess_compile.search.groups import ENVIRONMENT_KEY, groups_of_ids
 from mess_compile.search.hold_out import tuning_rows
-from mess_compile.search.metrics import change_of, exit_macs, exits_taken, mixture_miou, percentile
+from mess_compile.search.metrics import (
+    change_of,
+    exit_macs,
+    exits_taken,
+    mixture_class_iou,
+    mixture_miou,
+    percentile,
+)
 from mess_compile.search.operating_points import thresholds_front
 from mess_compile.search.plan import Stage
 
@@ -206,10 +213,16 @@ def chosen_stages(
         return stages
     present = _candidate(statistics, stages, costs)
     most_changed = min((each.limit for each in plan.promises if each.quantity == "change"), default=math.inf)
+    floors = [
+        (statistics.classes.index(each.class_name), each.least_iou)
+        for each in plan.promises
+        if each.least_iou is not None
+    ]
     promised_ns = plan.predicted.latency_ms * (1 + 1e-6) * 1e6 * statistics.images
 
     def is_good(candidate: _Candidate) -> bool:
-        return candidate.miou >= plan.predicted.miou and candidate.change <= most_changed
+        enough = candidate.miou >= plan.predicted.miou and candidate.change <= most_changed
+        return enough and all(candidate.class_iou[index] >= least for index, least in floors)
 
     if is_good(present) and present.cost_ns <= promised_ns:
         return stages
@@ -222,18 +235,20 @@ def chosen_stages(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Stages with some thresholds: `cost_ns` is summed over images, `miou` and `change` in percent."""
+    """Stages with some thresholds: `cost_ns` is summed over images; `miou`, `change`, `class_iou` (K,) in percent."""
 
     cost_ns: int
     miou: float
     change: float
+    class_iou: Floats
     stages: tuple[Stage, ...]
 
 
 def _candidate(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Ints) -> _Candidate:
     taken, heads = exits_taken(statistics, stages), [stage.head for stage in stages]
     change = change_of(statistics, "input-dependent", heads, taken) or 0.0
-    return _Candidate(int(costs[taken].sum()), mixture_miou(statistics, heads, taken), change, stages)
+    iou = mixture_class_iou(statistics, heads, taken)
+    return _Candidate(int(costs[taken].sum()), mixture_miou(statistics, heads, taken), change, iou, stages)
 
 
 def _candidates(

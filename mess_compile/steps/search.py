@@ -111,6 +111,7 @@ def _found(
     reporter: Reporter,
 ) -> tuple[list[SearchResult], list[Sequence[Evidence]]]:
     """For each device the result, and the evidence it was found from."""
+    from mess_compile.search.class_floors import refuse_unlabelled
     from mess_compile.search.display import what_would_cut
     from mess_compile.search.objectives import promises_of
 
@@ -124,6 +125,8 @@ def _found(
         name: _with_policies(_split(each, options), requirement, options, reporter) for name, each in whole.items()
     }
     evidences = {name: part.chosen for name, part in parts.items()}
+    for each in evidences.values():
+        refuse_unlabelled(each[0].statistics, requirement.max_class_err)
     results = []
     for name, each in evidences.items():
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from mess_compile.network import Head
@@ -31,6 +31,7 @@ class BrutePlan:
     energy_nj: int
     score: float = 0.0
     changed: int = 0
+    class_ious: dict[str, float] = field(default_factory=dict)
     thresholds: int = 0
     """The number of the gate's thresholds; rows from there on are of other policies, and come after them."""
 
@@ -89,6 +90,7 @@ def whole_plan(evidence: Evidence, name: str, anytime: tuple[int | None] | None)
         memory=spec.bytes + spec.workspace_bytes + 3 * pixels + pixels,  # an RGB frame in, a label a pixel out
         graphs=1,
         miou=miou,
+        class_ious=class_ious_of(evidence, [scored] * images),
         p95_ns=time,
         worst_ns=slowest(evidence, path),
         energy_nj=sum(ns(evidence, graph, "energy_mj") for graph in path) * images,
@@ -158,6 +160,7 @@ def mixture_plan(evidence: Evidence, heads: tuple[Head, ...], chosen: tuple[tupl
         memory=memory(evidence, heads),
         graphs=len(graphs_of(evidence, heads)),
         miou=miou_of(evidence, [heads[taken].name for taken in exits]),
+        class_ious=class_ious_of(evidence, [heads[taken].name for taken in exits]),
         p95_ns=p95([path_cost(evidence, heads, taken) for taken in exits]),
         worst_ns=slowest(evidence, deepest_path(evidence, heads, every_report=False)),
         energy_nj=sum(path_cost(evidence, heads, taken, "energy_mj") for taken in exits),
@@ -284,10 +287,16 @@ def changed_by(evidence: Evidence, head_of_image: list[str]) -> int:
 
 
 def miou_of(evidence: Evidence, head_of_image: list[str]) -> float:
+    ious = list(class_ious_of(evidence, head_of_image).values())
+    return 100.0 * (sum(ious) / len(ious))
+
+
+def class_ious_of(evidence: Evidence, head_of_image: list[str]) -> dict[str, float]:
+    """IoU, from 0 to 1, of each class that has labelled pixels."""
     statistics = evidence.statistics
     scored = [*statistics.heads, "baseline-alone"]
     head_of_image = [evidence.candidate.baseline if name == "baseline" else name for name in head_of_image]
-    ious = []
+    ious = {}
     for k in range(len(statistics.classes)):
         labelled = sum(int(pixels) for pixels in statistics.labelled[:, k])
         if labelled == 0:
@@ -296,5 +305,5 @@ def miou_of(evidence: Evidence, head_of_image: list[str]) -> float:
         for image, name in enumerate(head_of_image):
             intersection += int(statistics.intersection[image, scored.index(name), k])
             predicted += int(statistics.predicted[image, scored.index(name), k])
-        ious.append(intersection / (predicted + labelled - intersection))
-    return 100.0 * (sum(ious) / len(ious))
+        ious[statistics.classes[k]] = intersection / (predicted + labelled - intersection)
+    return ious

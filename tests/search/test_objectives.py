@@ -10,7 +10,7 @@ from mess_compile.search.context import SearchContext
 from mess_compile.search.exhaustive.plan_table import PLAN_DTYPE, enumerate_plans
 from mess_compile.search.metrics import Evidence
 from mess_compile.search.objectives import MEASURES, bounds_of
-from mess_compile.search.requirement import Limit, Requirement
+from mess_compile.search.requirement import ClassBound, Limit, Requirement
 from tests.search.brute_force import BrutePlan, all_plans, baseline_of, ns, slowest
 from tests.search.cases import against_own_output, evidence
 
@@ -37,11 +37,13 @@ def test_a_refusal_says_every_bound_as_it_was_asked_for() -> None:
         max_workload=Limit(3.5),
         max_memory_bytes=64 << 20,
         max_change=2.5,
+        max_class_err=(ClassBound("class1", 0.5, baseline_iou=40.0),),
     )
     case = against_own_output(evidence((1, 2), 2, IMAGES, seed=1))
     assert [str(bound) for bound in bounds_of(case, requirement).values()] == [
         "mIoU >= 53.24 %",
         "changed pixels <= 2.5 %",
+        "IoU of class1 >= 39.5 %",
         "latency <= 20 ms",
         "p95 latency <= 25 ms",
         "worst-case latency <= 30 ms",

@@ -9,9 +9,11 @@ import pytest
 
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.search.requirement import (
+    ClassBound,
     Limit,
     Requirement,
     parse_baseline,
+    parse_class_bound,
     parse_front,
     parse_max_energy,
     parse_max_err,
@@ -30,6 +32,8 @@ from mess_compile.search.requirement import (
         (parse_max_err, " 0.1 % ", 0.1),
         (parse_max_err, "0%", 0.0),
         (parse_baseline, "54.24%", 54.24),
+        (parse_class_bound, "crack=0.5%", ClassBound("crack", 0.5)),
+        (parse_class_bound, "a=b = 2 %", ClassBound("a=b", 2.0)),
         (parse_milliseconds, "20ms", 20.0),
         (parse_max_latency, "20 ms", Limit(20.0)),
         (parse_max_latency, "0.5x", Limit(0.5, relative=True)),
@@ -56,6 +60,10 @@ def test_values_are_read_in_their_units(parse: Callable[[str], Any], text: str, 
     [
         (parse_max_err, "1", "has no unit: write 1% for one percentage point of mIoU"),
         (parse_max_err, "-1", "is negative: write 1%"),
+        (parse_class_bound, "crack", "names no class: write crack=0.5%"),
+        (parse_class_bound, "=1%", "names no class: write crack=0.5%"),
+        (parse_class_bound, "crack=0.5", "--max-class-err crack '0.5' has no unit: write crack=0.5%"),
+        (parse_class_bound, "crack=101%", "--max-class-err crack=101%: give from 0% to 100%"),
         (parse_max_err, "-1%", "is negative: write 1%"),
         (parse_max_err, "nan%", "write 1%"),
         (parse_baseline, "154%", "at most 100%"),

@@ -15,9 +15,9 @@ from mess_compile.runtime.bundle.manifest import OWN_OUTPUT
 from mess_compile.search.deadline import Clock, UnfinishedError
 from mess_compile.search.metrics import Evidence, figures_of_stages
 from mess_compile.search.plan import Plan
-from mess_compile.search.requirement import Limit, Requirement
+from mess_compile.search.requirement import ClassBound, Limit, Requirement
 from mess_compile.search.solver import search
-from tests.search.brute_force import BrutePlan, all_plans, baseline_of, ns, slowest
+from tests.search.brute_force import BrutePlan, all_plans, baseline_of, class_ious_of, ns, slowest
 from tests.search.cases import against_own_output, evidence, with_baseline_alone
 
 OBJECTIVES = {
@@ -99,6 +99,7 @@ def requirement_about(
     most = Fraction(bounding.changed, n * 10**7)
     percents = [round(most + Fraction(1, 10**8), 8), most / 2]
     return Requirement(
+        max_class_err=data.draw(class_bounds(bounding, case)) if setting != "anytime" else (),
         max_change=float(data.draw(st.sampled_from(percents))) if may_change else None,
         setting=setting,
         objective=data.draw(st.sampled_from(objectives)),
@@ -109,6 +110,18 @@ def requirement_about(
         deadline_ms=data.draw(st.sampled_from([None, 0.004, 0.015, 0.03])) if setting == "anytime" else None,
         **limits,
     )
+
+
+@st.composite
+def class_bounds(draw: st.DrawFn, bounding: BrutePlan, case: Evidence) -> tuple[ClassBound, ...]:
+    """Bounds on up to two classes, met by the plan `bounding` with equality (or nearly), or hard to meet."""
+    known = bounding.class_ious
+    of_baseline = class_ious_of(case, [baseline_of(case)[0]] * case.statistics.images)
+    bounds = []
+    for name in draw(st.sets(st.sampled_from(sorted(known)), max_size=2)) if draw(st.booleans()) else ():
+        lost = max(0.0, 100 * of_baseline[name] - 100 * known[name])
+        bounds.append(ClassBound(name, draw(st.sampled_from([lost, min(100.0, lost + 1e-6), lost / 2]))))
+    return tuple(bounds)
 
 
 def satisfies(plan: BrutePlan, requirement: Requirement, case: Evidence) -> bool:
@@ -131,6 +144,10 @@ def satisfies(plan: BrutePlan, requirement: Requirement, case: Evidence) -> bool
         return False
     if requirement.max_change is not None and plan.changed > Fraction(str(requirement.max_change)) * n * 10**7:
         return False
+    of_baseline = class_ious_of(case, [name] * n)
+    for bound in requirement.max_class_err:
+        if 100 * plan.class_ious[bound.name] < 100 * of_baseline[bound.name] - bound.most_pp:
+            return False
     return requirement.max_err_pp is None or plan.miou >= (requirement.baseline_miou or 0.0)
 
 
@@ -331,6 +348,27 @@ def test_a_refusal_names_the_least_that_can_change() -> None:
         search(case, Requirement(max_change=0.0, max_latency=Limit(1e-6)))
     least = min(plan.changed for plan in plans) / 6 / 1e7
     assert f"changed pixels {least:.4g} % alone, or latency {fastest / 6 / 1e6:.4g} ms alone" in str(refusal.value)
+
+
+def test_a_refusal_names_what_is_lost_of_a_class() -> None:
+    """Under the other bounds; the most accurate plans need not be best in one class."""
+    case = evidence((1, 2), 2, images=6, seed=2)
+    plans = list(all_plans(case, "input-dependent", 2))
+    limit = Limit((min(plan.cost_ns for plan in plans) // 6 + 1) / 1e6)
+    within = [plan for plan in plans if plan.cost_ns <= round(limit.value * 1e6) * 6]
+    best = max(100 * plan.class_ious["class1"] for plan in within)
+    bound = ClassBound("class1", 5.0, baseline_iou=best + 10)
+    with pytest.raises(RequirementError) as refusal:
+        search(case, Requirement(max_class_err=(bound,), max_latency=limit))
+    assert f"IoU of class1 >= {best + 5:.4g} %" in str(refusal.value)
+    assert "IoU of class1 5 pp below with latency <= " in str(refusal.value)
+
+
+def test_a_bound_on_a_class_needs_one_that_is_there() -> None:
+    for most_exits in (2, 3):
+        requirement = Requirement(max_class_err=(ClassBound("clas1", 1.0),), max_exits=most_exits)
+        with pytest.raises(InputError, match=r"there is no class 'clas1' \(did you mean 'class1'\?\)"):
+            search(evidence((1, 2, 1), 2, images=6, seed=2), requirement)
 
 
 def test_a_bound_on_changes_needs_the_network_s_own_output_as_truth() -> None:

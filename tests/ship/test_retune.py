@@ -154,6 +154,32 @@ def test_thresholds_that_change_more_than_was_promised_are_not_chosen(
     assert outcome(plan, statistics, free)[0] <= outcome(plan, statistics, found)[0]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_thresholds_that_lose_more_of_a_class_than_was_promised_are_not_chosen(
+    described: manifest.BundlePlan, seed: int
+) -> None:
+    """The last exit for every image has just the IoU that was promised; faster thresholds may have less."""
+    case = made(described, seed, 3)
+    least = class_iou_percent(case.statistics, [2] * case.statistics.images, 0)
+    name = case.statistics.classes[0]
+    plan = replace(
+        case.plan,
+        predicted=replace(case.plan.predicted, miou=0.0, latency_ms=0.0),
+        promises=(manifest.Promise("class_err_pp", 0.5, False, 0.0, name, least),),
+    )
+    fastest = min(case.outcomes, key=lambda stages: case.outcomes[stages])
+    found = chosen_stages(case.statistics, plan, fastest)
+    assert class_iou_percent(case.statistics, exits_of(case.statistics, found), 0) >= least
+    free = chosen_stages(case.statistics, replace(plan, promises=()), fastest)
+    assert outcome(plan, case.statistics, free)[0] <= outcome(plan, case.statistics, found)[0]
+
+
+def class_iou_percent(statistics: ExitStatistics, exits: list[int], k: int) -> float:
+    right = sum(int(statistics.intersection[image, exit_, k]) for image, exit_ in enumerate(exits))
+    predicted = sum(int(statistics.predicted[image, exit_, k]) for image, exit_ in enumerate(exits))
+    return 100 * (right / (predicted + int(statistics.labelled[:, k].sum()) - right))
+
+
 def changed_percent(statistics: ExitStatistics, exits: list[int]) -> float:
     shares = []
     for image, exit_ in enumerate(exits):

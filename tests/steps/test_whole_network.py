@@ -226,7 +226,8 @@ def test_a_saving_within_the_estimates_error_is_not_sold() -> None:
 
 def test_a_bench_holds_every_promise_against_what_it_measured() -> None:
     baseline, measured = Column(60.0, 10.0, 1.0, (1.0,)), Column(57.09, 6.0, 0.4, (0.5, 0.5))
-    run = _MeasuredRun((1, 2), np.array([[[4.0, 8.0]], [[10.0, 10.0]]]), 57.09, 60.0, 4.0, 0.0)
+    lost = np.array([np.nan, 0.75])
+    run = _MeasuredRun((1, 2), np.array([[[4.0, 8.0]], [[10.0, 10.0]]]), 57.09, 60.0, 4.0, 0.0, lost)
     asked = (
         manifest.Promise("err_pp", 2.0, False, 0.0),
         manifest.Promise("err_pp", 2.0, False, -1.0),  # counted from one point less than the baseline has
@@ -234,10 +235,15 @@ def test_a_bench_holds_every_promise_against_what_it_measured() -> None:
         manifest.Promise("latency_ms", 7.0, False, 0.0),
         manifest.Promise("worst_ms", 8.5, False, 0.0),
         manifest.Promise("energy_mj", 5.0, False, 0.0),
+        manifest.Promise("class_err_pp", 0.5, False, 0.0, "crack", 39.5),
+        manifest.Promise("class_err_pp", 0.5, False, 0.0, "good", 89.5),
     )
-    promising: Any = SimpleNamespace(promises=asked, truth="labels")
+    network = SimpleNamespace(classes=("good", "crack"))
+    plan = SimpleNamespace(promises=asked, truth="labels")
+    promising: Any = SimpleNamespace(plan=plan, manifest=SimpleNamespace(network=network))
     found = _checked(promising, measured, baseline, run, "labels")
-    assert [each.held for each in found] == [False, True, False, True, True, None]
+    assert [each.held for each in found] == [False, True, False, True, True, None, False, None]
+    assert found[6].sentence == "MISSED: IoU of crack: at most 0.5 pp asked, 0.75 pp lost on these images"
     assert found[0].sentence == "MISSED: at most 2 pp asked, 2.91 lost on these images"
     assert found[2].sentence == "MISSED: at most 5.00 ms mean latency asked, 6.00 measured"
     assert found[5] == CheckedPromise("energy_mj", 5.0, None, None)

@@ -144,16 +144,20 @@ class Promise:
     """A bound that the plan must keep, in the unit of its `quantity`: one of PROMISED.
 
     If it is `relative`, `limit` is a share of the baseline's; `err_pp` always counts from the baseline's mIoU, plus
-    `offset_pp` if the error was counted from another mIoU.
+    `offset_pp` if the error was counted from another mIoU. `class_err_pp` is IoU of `class_name` below the baseline's;
+    on the images that the plan was chosen on it leaves `least_iou` (percent).
     """
 
     quantity: str
     limit: float
     relative: bool
     offset_pp: float
+    class_name: str = field(default="", metadata=decode.OPTIONAL)
+    least_iou: Optional[float] = field(default=None, metadata=decode.OPTIONAL)
 
 
-PROMISED = ("err_pp", "change", "latency_ms", "p95_ms", "worst_ms", "gmacs", "energy_mj", "memory_bytes")
+CLASS_ERR = "class_err_pp"
+PROMISED = ("err_pp", "change", CLASS_ERR, "latency_ms", "p95_ms", "worst_ms", "gmacs", "energy_mj", "memory_bytes")
 
 
 @dataclass(frozen=True)

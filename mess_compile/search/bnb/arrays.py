@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from mess_compile.array_types import Array
-from mess_compile.evaluate.statistics import WHOLE, changed_shares
+from mess_compile.evaluate.statistics import WHOLE, ExitStatistics, changed_shares, head_class_iou
 from mess_compile.latency.table import Quantity, graph_cost_ns
 from mess_compile.network import head_graph_name, segment_name
 from mess_compile.runtime.measure.job_pool import DOWNLOAD, NULL, UPLOAD
@@ -61,14 +61,15 @@ class PathCosts:
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole network, uncut: what an image costs by each of the problem's `paths`, its mIoU (percent) and memory, and
-    what it changes, summed over images."""
+    """A whole network, uncut: what an image costs by each of the problem's `paths`, its mIoU (percent) and memory, what
+    it changes, summed over images, and the IoU (percent) of each class."""
 
     name: str
     costs: tuple[int, ...]
     miou: float
     memory: int
     changed: int
+    class_iou: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ class Problem:
 
     @property
     def charges_changes(self) -> bool:
-        """Whether bounds take into account that changes are bounded."""
+        """Whether lower bounds take into account that changes are bounded, or the IoU of classes."""
         return bool(self.table.charge_totals.any())
 
     @property
@@ -158,8 +159,8 @@ def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
     """The arrays of a search. Its bounds are in the integers that the search counts in, summed over images."""
     bounds = bounds_of(evidence, requirement)
     objective = requirement.objective or "latency"
-    price = _price_of_change(evidence, bounds, objective)
-    table, cuts = _head_table(evidence, "max_change" in bounds, price)
+    charges = _charges(evidence, bounds, objective)
+    table, cuts = _head_table(evidence, "max_change" in bounds, charges.of_heads)
     paths = {"latency": _times(evidence, "mean_ms"), "workload": _workloads(evidence)}
     if requirement.needs_energy:
         paths["energy"] = _times(evidence, "energy_mj")
@@ -169,7 +170,7 @@ def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
         table=table,
         cuts=cuts,
         paths=tuple(paths.values()),
-        constraints=_constraints(bounds, tuple(paths), objective),
+        constraints=_constraints(evidence, bounds, tuple(paths), objective),
         allowed=lambda chain: _is_allowed(evidence, bounds, chain),
         graphs=lambda chain: len(plan_graphs(evidence.candidate, chain)),
         memory=memory_of_chains(evidence),
@@ -179,29 +180,62 @@ def problem_of(evidence: Evidence, requirement: Requirement) -> Problem:
         wholes=tuple(_whole(evidence, name, tuple(paths)) for name in evidence.baselines),
         final=len(evidence.candidate.exit_points),
         plain=len(evidence.statistics.gate.thresholds),
-        allowance=price * bounds["max_change"].limit if price else 0.0,
+        allowance=charges.allowance,
     )
 
 
-def _price_of_change(evidence: Evidence, bounds: dict[str, Bound], objective: str) -> float:
-    """What a change costs in pp of mIoU, for the bounds of branch and bound: any price is right, a good one is tight.
+@dataclass(frozen=True, eq=False)
+class _Charges:
+    """What each image costs in pp of mIoU at each head, (heads, n), and what no plan that is allowed exceeds, summed
+    over images."""
 
-    Beside a floor of mIoU, what may change at most is worth the mIoU that may be lost. Without one it is worth so much
+    of_heads: Array
+    allowance: float
+
+
+def _charges(evidence: Evidence, bounds: dict[str, Bound], objective: str) -> _Charges:
+    """Charges for changes, and for what is lost of classes, that tighten lower bounds: any price is right, a good one
+    is tight.
+
+    Beside a floor of mIoU, what may be lost at most is worth the mIoU that may be lost. Without one it is worth so much
     that mIoU hardly counts; where mIoU is the objective, the best plan so far sets a floor.
     """
-    if "max_change" not in bounds:
-        return 0.0
-    most = max(bounds["max_change"].limit, _LITTLE * evidence.statistics.images * WHOLE)
+    statistics = evidence.statistics
+    heads = [statistics.head_index(head.name) for head in evidence.heads]
+    charged, allowance = np.zeros((len(heads), statistics.images)), 0.0
+    worth_pp = 0.0 if objective == "accuracy" else _MUCH_PP
     if "max_err_pp" in bounds:
-        return max(_LEAST_PP, evidence.baseline_miou(evidence.baseline) - bounds["max_err_pp"].limit) / most
-    return 0.0 if objective == "accuracy" else _MUCH_PP / most
+        worth_pp = max(_LEAST_PP, evidence.baseline_miou(evidence.baseline) - bounds["max_err_pp"].limit)
+    if not worth_pp:
+        return _Charges(charged, allowance)
+    for lost, most, scale in _bounded_losses(statistics, heads, bounds):
+        charged += worth_pp / scale * lost
+        allowance += worth_pp / scale * most
+    return _Charges(charged, allowance)
+
+
+def _bounded_losses(
+    statistics: ExitStatistics, heads: list[int], bounds: dict[str, Bound]
+) -> Iterator[tuple[Array, float, float]]:
+    """What each image loses at each head (heads, n), not below 0, the most that a plan may lose in all, and the scale
+    of that."""
+    if "max_change" in bounds:
+        most = bounds["max_change"].limit
+        yield changed_shares(statistics)[:, heads].T, most, max(most, _LITTLE * statistics.images * WHOLE)
+    for floor in bounds["max_class_err"].floors if "max_class_err" in bounds else ():
+        right = statistics.intersection[:, heads, floor.index].T.astype(np.float64)  # (heads, n)
+        wrong = statistics.predicted[:, heads, floor.index].T - right
+        best, least = right.max(axis=0), max(0.0, floor.least_iou / 100)
+        lost = best - right + least * wrong  # IoU >= least where right - least * wrong >= least * labelled
+        most = float(best.sum() - least * statistics.labelled[:, floor.index].sum())
+        yield lost, most, max(most - lost.sum(axis=1).min(), _LITTLE * abs(most), 1.0)
 
 
 def _points(evidence: Evidence) -> Array:
     return np.array([head.exit_point for head in evidence.heads])
 
 
-def _head_table(evidence: Evidence, counts_changes: bool, price: float) -> tuple[HeadTable, Cuts]:
+def _head_table(evidence: Evidence, counts_changes: bool, charges: Array) -> tuple[HeadTable, Cuts]:
     statistics, points = evidence.statistics, _points(evidence)
     labelled = statistics.labelled.sum(axis=0)
     present = np.flatnonzero(labelled)
@@ -214,7 +248,6 @@ def _head_table(evidence: Evidence, counts_changes: bool, price: float) -> tuple
     changed = np.zeros(scores.shape[:2], np.int64)
     if counts_changes:
         changed[:] = changed_shares(statistics)[:, heads].T
-    charges = price * changed
     table = HeadTable(
         scores=scores,
         totals=scores.sum(axis=1, dtype=np.float64),
@@ -230,12 +263,16 @@ def _head_table(evidence: Evidence, counts_changes: bool, price: float) -> tuple
     return table, cuts
 
 
-def _constraints(bounds: dict[str, Bound], paths: tuple[str, ...], objective: str) -> Constraints:
+def _constraints(evidence: Evidence, bounds: dict[str, Bound], paths: tuple[str, ...], objective: str) -> Constraints:
+    least_iou = np.full(len(evidence.statistics.classes), -np.inf)
+    for floor in bounds["max_class_err"].floors if "max_class_err" in bounds else ():
+        least_iou[floor.index] = floor.least_iou
     return Constraints(
         bounds=np.array([_max(bounds, f"max_{name}") for name in paths], np.int64),
         percentile=np.array([95, _max(bounds, "max_latency_p95")], np.int64),
         floor=bounds["max_err_pp"].limit if "max_err_pp" in bounds else -np.inf,
         most_changed=_max(bounds, "max_change"),
+        least_iou=least_iou[np.flatnonzero(evidence.statistics.labelled.sum(axis=0))],
         objective=paths.index(objective) if objective in paths else -1,
     )
 
@@ -250,7 +287,9 @@ def _whole(evidence: Evidence, name: str, paths: tuple[str, ...]) -> Whole:
     size = memory_bytes(evidence.graph_set, [name])
     statistics = evidence.statistics
     changed = int(changed_shares(statistics)[:, statistics.head_index(evidence.scored_as(name))].sum())
-    return Whole(name, tuple(costs[path] for path in paths), evidence.baseline_miou(name), size, changed)
+    class_iou = head_class_iou(statistics, evidence.scored_as(name))
+    class_iou = class_iou[np.flatnonzero(statistics.labelled.sum(axis=0))]
+    return Whole(name, tuple(costs[path] for path in paths), evidence.baseline_miou(name), size, changed, class_iou)
 
 
 def _max(bounds: dict[str, Bound], field: str) -> int:

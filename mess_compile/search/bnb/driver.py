@@ -134,6 +134,8 @@ class _Driver:
         mious = np.array([kernels.mean_iou(totals, problem.table.labelled) for totals in problem.table.totals])
         within = (costs * problem.images <= constraints.bounds[:, None]).all(axis=0)
         within &= problem.table.changed.sum(axis=1) <= constraints.most_changed
+        labelled, least_iou = problem.table.labelled, constraints.least_iou
+        within &= [kernels.keeps_classes(totals, labelled, least_iou) for totals in problem.table.totals]
         feasible = runs & within & (costs[0] <= constraints.percentile[1]) & (mious >= constraints.floor)
         for head in heads[feasible]:
             goal = self._goal(problem.chains(heads[[head]])[0], self._summed(costs[:, head]))
@@ -151,6 +153,7 @@ class _Driver:
         self._evaluated += 1
         within = (costs * self._problem.images <= constraints.bounds).all()
         within &= whole.changed <= constraints.most_changed
+        within &= bool((whole.class_iou >= constraints.least_iou).all())
         if within and costs[0] <= constraints.percentile[1] and whole.miou >= constraints.floor:
             goal = whole.memory if self._problem.by_memory else self._summed(costs)
             self.incumbent.offer(BestPlan(goal, whole.miou, (whole.name,), ()))

@@ -5,37 +5,61 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mess_compile.array_types import Floats, Index, Ints
 from mess_compile.evaluate.statistics import ExitStatistics, changed_shares
+from mess_compile.search.class_floors import ClassFloor
 from mess_compile.search.space import Decisions
 
 STATES = 8192
 UNTHREADED_SIZE = 1 << 18
 
 
+class PlanScores(NamedTuple):
+    """Of plans (plans,): mIoU in percent, what is `changed`, summed over images, and the `margin`: by how much the IoU
+    of a class with a floor is above it, in pp, of the class that is nearest to it. 0 for what is not counted."""
+
+    miou: Floats
+    changed: Floats
+    margin: Floats
+
+    def select(self, which: Index | NDArray[np.bool_]) -> PlanScores:
+        return PlanScores(*(values[which] for values in self))
+
+
 @dataclass(frozen=True)
 class Selection:
-    """Which of several plans at the same cost a table has: those with at most `most_changed` (summed over images, None:
-    no bound), and of these the one of the greatest mIoU; or, with `least_changed`, of those with at least `floor` of
-    mIoU the one that changes least."""
+    """Which of several plans at the same cost a table has: of those that satisfy the bounds the best by what is
+    `best`.
+
+    Bounds are `floor` (percent of mIoU), `most_changed` (summed over images, None: no bound) and the floors of
+    `classes`; that on what is best itself is left out.
+    """
 
     most_changed: int | None = None
-    least_changed: bool = False
+    classes: tuple[ClassFloor, ...] = ()
+    best: Literal["miou", "changed", "margin"] = "miou"
     floor: float = -math.inf
 
     @property
     def counts_changes(self) -> bool:
-        return self.least_changed or self.most_changed is not None
+        return self.best == "changed" or self.most_changed is not None
 
-    def values(self, miou: Floats, changed: Floats) -> Floats:
+    def values(self, found: PlanScores) -> Floats:
         """What is greatest for the plan to take, -inf for those that are not wanted."""
-        if self.least_changed:
-            return np.where(miou >= self.floor, -changed, -np.inf)
-        return miou if self.most_changed is None else np.where(changed <= self.most_changed, miou, -np.inf)
+        wanted = np.ones(len(found.miou), np.bool_)
+        if self.best != "miou":
+            wanted &= found.miou >= self.floor
+        if self.best != "changed" and self.most_changed is not None:
+            wanted &= found.changed <= self.most_changed
+        if self.best != "margin":
+            wanted &= found.margin >= 0
+        value = {"miou": found.miou, "changed": -found.changed, "margin": found.margin}[self.best]
+        return np.where(wanted, value, -np.inf)
 
 
 BY_MIOU = Selection()
@@ -56,14 +80,17 @@ class Scores:
         wrong = statistics.predicted[:, :, present] - right
         parts = [right, wrong, *([changed_shares(statistics)[..., None]] if selection.counts_changes else [])]
         both = np.concatenate(parts, axis=2).astype(np.float64)
-        self.of_head = {head: np.ascontiguousarray(both[:, i]) for i, head in enumerate(statistics.heads)}
+        self.of_head = {head: np.ascontiguousarray(both[:, i]) for i, head in enumerate(statistics.scored)}
         self.labelled = labelled[present].astype(np.float64)[:, None]  # (classes, 1)
+        place = {int(index): row for row, index in enumerate(present)}
+        self._floors = [(place[floor.index], floor.least_iou) for floor in selection.classes if floor.index in place]
 
-    def miou(self, sums: Floats) -> Floats:
-        """mIoU in percent (states,) of scores summed over images (columns, states), which are overwritten.
+    def of_plans(self, sums: Floats) -> PlanScores:
+        """The scores of plans (states,) from sums over images (columns, states), which are overwritten.
 
-        Adds up class by class like `statistics.miou`, to the same last bit.
+        mIoU adds up class by class like `statistics.miou`, to the same last bit.
         """
+        changed = sums[-1].copy() if self.selection.counts_changes else np.zeros(sums.shape[1])
         classes = len(self.labelled)
         iou, union = sums[:classes], sums[classes : 2 * classes]
         union += self.labelled
@@ -73,11 +100,14 @@ class Scores:
             total += row
         total /= classes
         total *= 100.0
-        return total
+        return PlanScores(total, changed, self._margin(iou))
 
-    def changed(self, sums: Floats) -> Floats:
-        """What is changed (states,) by scores summed over images, 0 where changes are not counted."""
-        return sums[-1] if self.selection.counts_changes else np.zeros(sums.shape[1])
+    def _margin(self, iou: Floats) -> Floats:
+        """The margin (states,) of IoU (classes, states) from 0 to 1."""
+        if not self._floors:
+            return np.zeros(iou.shape[1])
+        least: Floats = np.min([100.0 * iou[row] - floor for row, floor in self._floors], axis=0)
+        return least
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,20 +129,18 @@ class States:
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """Evaluated decisions: options `taken` and images `at` each early exit (rows, exits), mIoU in percent (rows,), and
-    what is `changed` (rows,), summed over images."""
+    """Evaluated decisions: options `taken` and images `at` each early exit (rows, exits), and `scores` (rows,)."""
 
     taken: Index
     at: Ints
-    miou: Floats
-    changed: Floats
+    scores: PlanScores
 
     def select(self, which: Index | NDArray[np.bool_]) -> Outcomes:
-        return Outcomes(self.taken[which], self.at[which], self.miou[which], self.changed[which])
+        return Outcomes(self.taken[which], self.at[which], self.scores.select(which))
 
     def of_last(self, early: int) -> Outcomes:
         """The same without the heads before the last `early` ones, which stand for no head."""
-        return Outcomes(self.taken[:, -early:], self.at[:, -early:], self.miou, self.changed)
+        return Outcomes(self.taken[:, -early:], self.at[:, -early:], self.scores)
 
 
 def states_of_pair(first: Decisions, second: Decisions) -> Iterator[States]:
@@ -173,16 +201,15 @@ def best_outcomes(
     sums = _product(scores.of_head[early[1]] - base, states.leaves)  # (2 * classes, states)
     fixed = _product(scores.of_head[early[0]] - base, first_leaves.T.astype(np.float64)) + base.sum(axis=0)[:, None]
     sums += fixed[:, states.first]
-    changed = scores.changed(sums)
-    miou = scores.miou(sums)
-    value = scores.selection.values(miou, changed)
+    rated = scores.of_plans(sums)
+    value = scores.selection.values(rated)
     best = np.maximum.reduceat(value, states.starts)
     at_best = np.flatnonzero(value == np.repeat(best, np.diff(states.starts, append=len(value))))
     group = np.searchsorted(states.starts, at_best, side="right") - 1
     member = at_best[np.unique(group, return_index=True)[1]]
     taken = np.stack([states.first[member], states.second[member]], axis=1)
     at = np.stack([states.at_first, states.at_second], axis=1)
-    return Outcomes(taken, at, miou[member], changed[member]).select(best > -np.inf)
+    return Outcomes(taken, at, rated.select(member)).select(best > -np.inf)
 
 
 def outcomes_of_three(scores: Scores, early: Sequence[str], last: str, options: Sequence[Decisions]) -> Outcomes:
@@ -190,7 +217,8 @@ def outcomes_of_three(scores: Scores, early: Sequence[str], last: str, options: 
     base = scores.of_head[last]
     first, second, third = options
     pairs = np.stack(np.divmod(np.arange(len(second.rows) * len(third.rows)), max(1, len(third.rows))), axis=1)
-    parts = [Outcomes(np.zeros((0, 3), np.intp), np.zeros((0, 3), np.int64), np.zeros(0), np.zeros(0))]
+    nothing = PlanScores(np.zeros(0), np.zeros(0), np.zeros(0))
+    parts = [Outcomes(np.zeros((0, 3), np.intp), np.zeros((0, 3), np.int64), nothing)]
     for a, leaves in enumerate(first.leaves):
         at_second = second.leaves & ~leaves  # (options, n)
         at_third = (third.leaves & ~leaves & ~second.leaves[:, None]).reshape(len(pairs), -1)
@@ -199,9 +227,8 @@ def outcomes_of_three(scores: Scores, early: Sequence[str], last: str, options: 
         sums += ((scores.of_head[early[0]] - base)[leaves].sum(axis=0) + base.sum(axis=0))[:, None]
         counts = leaves.sum(), at_second.sum(axis=1)[pairs[:, 0]], at_third.sum(axis=1)
         taken, at = (np.stack(np.broadcast_arrays(*each), axis=1) for each in ((a, *pairs.T), counts))
-        changed = scores.changed(sums)
-        found = Outcomes(taken, at, scores.miou(sums), changed)
-        parts.append(found.select(scores.selection.values(found.miou, changed) > -np.inf))
+        found = Outcomes(taken, at, scores.of_plans(sums))
+        parts.append(found.select(scores.selection.values(found.scores) > -np.inf))
     return merged(parts)
 
 
@@ -221,8 +248,8 @@ def _product(weights: Floats, leaves: Floats) -> Floats:
 
 def merged(parts: list[Outcomes]) -> Outcomes:
     """The outcomes of several blocks of states as one."""
-    names = ("taken", "at", "miou", "changed")
-    return Outcomes(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    taken, at = (np.concatenate([getattr(part, name) for part in parts]) for name in ("taken", "at"))
+    return Outcomes(taken, at, PlanScores(*map(np.concatenate, zip(*(part.scores for part in parts), strict=True))))
 
 
 def undominated(outcomes: Outcomes, selection: Selection) -> Outcomes:
@@ -232,9 +259,9 @@ def undominated(outcomes: Outcomes, selection: Selection) -> Outcomes:
     Where deeper exits cost no less, a dominated outcome is worse at no less cost, so it can be neither optimal nor
     on the front. Equal outcomes stay, for the order by text decides between them.
     """
-    if not len(outcomes.miou):
+    if not len(outcomes.at):
         return outcomes
-    value = selection.values(outcomes.miou, outcomes.changed)
+    value = selection.values(outcomes.scores)
     row, early = outcomes.at[:, :-1].sum(axis=1), outcomes.at.sum(axis=1)
     row -= row.min()
     grid = np.full((int(row.max()) + 1, int(early.max()) + 1), -np.inf)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.evaluate.statistics import changed_shares, head_miou
 from mess_compile.latency.table import Quantity
 from mess_compile.network import segment_name
 from mess_compile.search.anytime import anytime_chains
@@ -57,6 +56,7 @@ PLAN_DTYPE = np.dtype(
         ("graphs", np.int64),
         ("changed", np.int64),  # sum over all images, in billionths of an image; 0 where it is not counted
         ("miou", np.float64),  # percent
+        ("class_margin", np.float64),  # pp of IoU above its floor, of the class nearest to it; 0 without floors
         ("score", np.float64),  # what the anytime setting maximises
     ]
 )
@@ -187,10 +187,10 @@ def _plans_of_chain(
     early = len(heads) - 1
     if 0 < early <= ENUMERATED_EXITS and all(list(each) == sorted(each) for each in costs.values()):
         found = undominated(found, selection)
-    plans = np.zeros(len(found.miou), PLAN_DTYPE)
-    plans["chain"], plans["taken"], plans["miou"] = index, NO_OPTION, found.miou
+    plans = np.zeros(len(found.at), PLAN_DTYPE)
+    plans["chain"], plans["taken"], plans["miou"] = index, NO_OPTION, found.scores.miou
     plans["taken"][:, :early] = found.taken
-    plans["changed"] = found.changed
+    plans["changed"], plans["class_margin"] = found.scores.changed, found.scores.margin
     plans["memory_bytes"] = memory_bytes(evidence.graph_set, heads)
     plans["graphs"] = len(plan_graphs(evidence.candidate, heads))
     plans["worst_ns"] = worst_ns(evidence, "input-dependent", heads)
@@ -260,16 +260,14 @@ class _TableBuilder:
             self._add_outcomes((*early, last), merged(found).of_last(len(early)))
 
     def _add_single(self, head: str) -> None:
-        statistics = self._evidence.statistics
-        miou, changed = np.array([head_miou(statistics, head)]), np.zeros(1)
-        if self._scores.selection.counts_changes:
-            changed = changed_shares(statistics)[:, [statistics.head_index(head)]].sum(axis=0).astype(np.float64)
-        self._add_outcomes((head,), Outcomes(np.zeros((1, 0), np.intp), np.zeros((1, 0), np.int64), miou, changed))
+        sums = self._scores.of_head[self._evidence.scored_as(head)].sum(axis=0)[:, None]
+        found = Outcomes(np.zeros((1, 0), np.intp), np.zeros((1, 0), np.int64), self._scores.of_plans(sums))
+        self._add_outcomes((head,), found)
         self._space += 1
         self._evaluated += 1
 
     def _add_outcomes(self, heads: tuple[str, ...], found: Outcomes) -> None:
-        if not len(found.miou):
+        if not len(found.at):
             return
         self._plans[heads] = _plans_of_chain(self._evidence, len(self._plans), heads, found, self._scores.selection)
 

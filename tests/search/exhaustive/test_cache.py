@@ -15,7 +15,7 @@ from mess_compile.search.context import SearchContext
 from mess_compile.search.exhaustive import cache, plan_table
 from mess_compile.search.exhaustive.enumeration import Selection
 from mess_compile.search.metrics import Evidence
-from mess_compile.search.requirement import Limit, Requirement
+from mess_compile.search.requirement import ClassBound, Limit, Requirement
 from mess_compile.search.solver import search
 from tests.commands import contents
 from tests.search.cases import against_own_output, evidence
@@ -57,6 +57,15 @@ def test_a_table_for_one_bound_on_changes_is_not_used_for_another(tmp_path: Path
         requirement = Requirement(max_change=percent)
         assert search(case, requirement, cache_folder=tmp_path) == search(case, requirement)
     assert len(searches) == 3 + 4, "the last was stored, and four were without a folder"
+
+
+def test_a_table_for_one_bound_on_a_class_is_not_used_for_another(tmp_path: Path, searches: list[Evidence]) -> None:
+    case = evidence((2, 1), 3, 9, seed=4)
+    name = case.statistics.classes[0]
+    for most_pp in (40.0, 80.0, 40.0):
+        requirement = Requirement(max_class_err=(ClassBound(name, most_pp),))
+        assert search(case, requirement, cache_folder=tmp_path) == search(case, requirement)
+    assert len(searches) == 2 + 3, "the last was stored, and three were without a folder"
 
 
 @pytest.mark.parametrize("setting", ["budgeted", "anytime"])

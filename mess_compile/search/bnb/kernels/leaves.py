@@ -48,6 +48,16 @@ def mean_iou(sums: Array, labelled: Array) -> float:
     return float(100.0 * (total / classes))
 
 
+@kernel
+def keeps_classes(sums: Array, labelled: Array, least_iou: Array) -> bool:
+    """Whether the IoU of every class is at least its own least, in percent."""
+    classes = labelled.size
+    kept = True
+    for k in range(classes):
+        kept &= 100.0 * (sums[k] / (sums[classes + k] + labelled[k])) >= least_iou[k]
+    return kept
+
+
 @inlined
 def percentile_cost(costs: Array, leaving: Array, rank: int) -> int:
     """The smallest of the costs that at least `rank` images do not exceed; `leaving` counts those that pay each."""
@@ -184,6 +194,8 @@ def _evaluate_leaves(leaves: Leaves, constraints: Constraints, table: HeadTable,
                 second, third = leaving.second[cut2 + 1, column], leaving.third[cut2, cut3 + 1, column]
                 sums[column] = leaving.fixed[column] + second + third
             if sums[columns - 1] > constraints.most_changed:
+                continue
+            if not keeps_classes(sums, table.labelled, constraints.least_iou):
                 continue
             miou = mean_iou(sums, table.labelled)
             goal = 0

@@ -19,8 +19,8 @@ class HeadTable(NamedTuple):
     the last stands for no head.
 
     `changed` (heads, n) are the shares of an image's pixels that a head labels otherwise than the network itself, in
-    integers. Where their sum is bounded, mIoU is charged for them: `charges` (heads, n) in pp, `charge_totals` (heads,)
-    their sums. What bounds then call mIoU is mIoU less its charges.
+    integers. Where their sum is bounded, or the IoU of a class, mIoU is charged for what is lost: `charges` (heads, n)
+    in pp, `charge_totals` (heads,) their sums. What bounds then call mIoU is mIoU less its charges.
     """
 
     scores: Array
@@ -37,12 +37,14 @@ class HeadTable(NamedTuple):
 
 class Constraints(NamedTuple):
     """What a plan must satisfy: `bounds` (q,) on sums of costs, `percentile` (percent, bound) of the first of these,
-    the `floor` of mIoU, and `most_changed` as a sum over images. `objective` indexes the costs, -1 for mIoU."""
+    the `floor` of mIoU, `most_changed` as a sum over images, and the `least_iou` (classes,) of each class in percent,
+    -inf where it is not bounded. `objective` indexes the costs, -1 for mIoU."""
 
     bounds: Array
     percentile: Array
     floor: float
     most_changed: int
+    least_iou: Array
     objective: int
 
 
