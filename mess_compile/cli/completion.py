@@ -25,7 +25,7 @@ from mess_compile.package_files import profiles
 PRECISIONS = ("fp32", "fp16", "int8")
 _SPLITS = ("train", "val", "test")
 _MANIFEST = "manifest.json"
-_INSPECTED = ("resnet50", "mobilenetv2", "graphs", "statistics", "latency", "plan")
+_INSPECTED = ("mobilenetv2", "resnet50", "efficientnet-lite0", "graphs", "statistics", "latency", "plan")
 _VARIABLE = "_MESS_COMPILE_COMPLETE"
 _BASH = """\
 %(complete_func)s() {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mess_compile import extras, launcher
 from mess_compile.data.dataset import Data, DataFolder, DataSet, open_dataset
-from mess_compile.network import CandidateNetwork
+from mess_compile.network import EFFICIENTNET_LITE0, CandidateNetwork
 from mess_compile.planned_step import PlannedStep
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError
@@ -47,14 +47,16 @@ class TrainingData:
 class TrainOptions:
     """Where a training starts from, and on what it runs.
 
-    `imagenet` are weights of the backbone. `source` is the folder of a candidate network that stage 2 alone starts
-    from; `teacher` that of one whose final exit teaches instead of the network's own.
+    `imagenet` are weights of the backbone; `pretrained` takes those that a package brings. `source` is the folder of a
+    candidate network that stage 2 alone starts from; `teacher` that of one whose final exit teaches instead of the
+    network's own.
     """
 
     imagenet: Path | None = None
     machines: Machines | None = None
     source: Path | None = None
     teacher: Path | None = None
+    pretrained: bool = False
 
 
 def training_data(workspace: Workspace, data: Data, reporter: Reporter = SILENT) -> TrainingData:
@@ -94,6 +96,7 @@ def _request(
 ) -> _TrainRequest:
     """The training of a candidate network, or of the baseline alone for the sum of the epochs. Raises InputError."""
     folder, source = workspace.baseline if baseline else workspace.candidate, options.source
+    options = replace(options, imagenet=_imagenet(choice, options))
     if baseline:
         if source is not None or options.teacher is not None:
             raise InputError(
@@ -103,6 +106,22 @@ def _request(
     elif source is not None and source.resolve() == folder.resolve():
         raise InputError(f"--from {source} is where the result goes: copy or move that folder first")
     return _TrainRequest(_opened(workspace, data, reporter), choice, recipe, folder, options)
+
+
+def _imagenet(choice: NetworkChoice, options: TrainOptions) -> Path | None:
+    """The file of the backbone's ImageNet weights, None without. Raises InputError where two starts are asked for."""
+    if not options.pretrained:
+        return options.imagenet
+    if choice.backbone != EFFICIENTNET_LITE0:
+        raise InputError(
+            f"--pretrained has weights of {EFFICIENTNET_LITE0} alone, not of {choice.backbone}: give torchvision's "
+            "file with --weights FILE"
+        )
+    others = {"--weights": options.imagenet, "--from": options.source}
+    for option, given in others.items():
+        if given is not None:
+            raise InputError(f"--pretrained and {option} {given} both say where to start from: drop one of them")
+    return extras.pretrained_weights()
 
 
 def _opened(workspace: Workspace, data: Data | TrainingData, reporter: Reporter) -> TrainingData:
