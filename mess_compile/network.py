@@ -17,8 +17,6 @@ from mess_compile.runtime.base import decode
 from mess_compile.runtime.base.errors import InputError, did_you_mean
 from mess_compile.runtime.engines.engine import FP32, PRECISIONS, TensorSpec
 
-EFFICIENTNET_LITE0 = "efficientnet-lite0"
-BACKBONES = ("mobilenetv2", "resnet50", EFFICIENTNET_LITE0)
 CRM_DIVISORS = (1, 2, 4, 8)
 MAX_BLOCKS = 3
 HEAD_KINDS = ("fcn", "dlb", "sep", "lra")

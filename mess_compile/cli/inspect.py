@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mess_compile.backbone_names import BACKBONES
 from mess_compile.cli import completion, hints
 from mess_compile.cli.console import print_json, quoted
 from mess_compile.cli.options import json_option, print_inspection, size
-from mess_compile.network import BACKBONES
 
 if TYPE_CHECKING:
     from mess_compile.workspace import Workspace

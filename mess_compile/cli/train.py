@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mess_compile.backbone_names import BACKBONES
 from mess_compile.cli.console import print_hint, print_json, reporting, say, warn
 from mess_compile.cli.options import (
     FILE,
@@ -24,7 +25,6 @@ from mess_compile.cli.options import (
     size,
 )
 from mess_compile.data_folder import DataFolder
-from mess_compile.network import BACKBONES
 from mess_compile.runtime.base.errors import InputError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
+from mess_compile.backbone_names import EFFICIENTNET_LITE0
 from mess_compile.nets.efficientnet import EfficientNetLite0, own_names, take_input_of
-from mess_compile.network import EFFICIENTNET_LITE0
 from mess_compile.runtime.base.errors import InputError
 
 OUTPUT_STRIDES = (8, 16)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mess_compile import extras
+from mess_compile.backbone_names import BACKBONES
 from mess_compile.evaluate import diagnose, statistics
 from mess_compile.evaluate.policy_gates import PolicyGate, policy_gates
 from mess_compile.latency.checks import known_warnings
 from mess_compile.latency.table import LatencyTable, read_latency_table
 from mess_compile.network import (
-    BACKBONES,
     BASELINE_ALONE,
     CandidateNetwork,
     GraphSet,

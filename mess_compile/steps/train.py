@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile import extras, launcher
+from mess_compile.backbone_names import EFFICIENTNET_LITE0
 from mess_compile.data.dataset import Data, DataFolder, DataSet, open_dataset
-from mess_compile.network import EFFICIENTNET_LITE0, CandidateNetwork
+from mess_compile.network import CandidateNetwork
 from mess_compile.planned_step import PlannedStep
 from mess_compile.reporter import SILENT, Reporter
 from mess_compile.runtime.base.errors import InputError
@@ -109,18 +110,18 @@ def _request(
 
 
 def _imagenet(choice: NetworkChoice, options: TrainOptions) -> Path | None:
-    """The file of the backbone's ImageNet weights, None without. Raises InputError where two starts are asked for."""
+    """The file of the backbone's ImageNet weights, None without. Raises InputError where two starts are named."""
+    starts = {"--weights": options.imagenet, "--from": options.source}
+    given = [f"{option} {path}" for option, path in starts.items() if path] + ["--pretrained"] * options.pretrained
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} both say where to start from: drop one of them")
     if not options.pretrained:
         return options.imagenet
     if choice.backbone != EFFICIENTNET_LITE0:
         raise InputError(
-            f"--pretrained has weights of {EFFICIENTNET_LITE0} alone, not of {choice.backbone}: give torchvision's "
-            "file with --weights FILE"
+            f"--pretrained has weights of {EFFICIENTNET_LITE0}, not of {choice.backbone}: give torchvision's file with "
+            "--weights FILE"
         )
-    others = {"--weights": options.imagenet, "--from": options.source}
-    for option, given in others.items():
-        if given is not None:
-            raise InputError(f"--pretrained and {option} {given} both say where to start from: drop one of them")
     return extras.pretrained_weights()
 
 

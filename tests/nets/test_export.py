@@ -13,12 +13,13 @@ import onnxruntime
 import pytest
 import torch
 
+from mess_compile.backbone_names import BACKBONES
 from mess_compile.graph.cut import candidate_from_metadata, cut_network
 from mess_compile.graph.recompose_check import check_baseline_alone, check_stages
 from mess_compile.nets.checkpoint import load_candidate, save_candidate
 from mess_compile.nets.export import export_checkpoint, export_network, torch_reference
 from mess_compile.nets.network import OverprovisionedNetwork
-from mess_compile.network import BACKBONES, Gate, GraphSet, HeadConfig, read_graph_set
+from mess_compile.network import Gate, GraphSet, HeadConfig, read_graph_set
 from mess_compile.runtime.base.errors import InputError
 from tests.commands import contents
 from tests.graph import tiny

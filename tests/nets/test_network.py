@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from mess_compile.backbone_names import BACKBONES
 from mess_compile.nets import network
 from mess_compile.nets.heads import build_head
-from mess_compile.network import BACKBONES, HeadConfig, head_config_from_name, head_grid
+from mess_compile.network import HeadConfig, head_config_from_name, head_grid
 from mess_compile.runtime.base.errors import InputError
 
 
