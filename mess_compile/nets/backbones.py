@@ -1,16 +1,26 @@
-"""Builds dilated ResNet-50 and MobileNetV2 with torchvision's parameter names, as a chain of blocks."""
+"""Builds dilated backbones as chains of blocks; ResNet-50 and MobileNetV2, here, have torchvision's parameter names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
+from mess_compile.backbone_names import EFFICIENTNET_LITE0
+from mess_compile.nets.efficientnet import EfficientNetLite0, own_names, take_input_of
 from mess_compile.runtime.base.errors import InputError
 
 OUTPUT_STRIDES = (8, 16)
-_CLASSIFIERS = {"resnet50": ("fc.",), "mobilenetv2": ("features.18.", "classifier.")}
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""The input of every backbone: pixels of 0 to 1, without the mean and deviation of ImageNet."""
+_CLASSIFIERS = {
+    "mobilenetv2": ("features.18.", "classifier."),
+    "resnet50": ("fc.",),
+    EFFICIENTNET_LITE0: ("conv_head.", "bn1.", "fc."),
+}
 
 
 class Bottleneck(nn.Module):
@@ -140,27 +150,31 @@ def _round_to_8(channels: float) -> int:
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-def build_backbone(name: str, output_stride: int = 8, width: float = 1.0) -> ResNet50 | MobileNetV2:
+Backbone: TypeAlias = ResNet50 | MobileNetV2 | EfficientNetLite0
+
+
+def build_backbone(name: str, output_stride: int = 8, width: float = 1.0) -> Backbone:
     """A backbone with random weights. Raises InputError for an unknown name, stride or width."""
     if output_stride not in OUTPUT_STRIDES:
         raise InputError(f"output stride {output_stride} is not supported: choose one of {OUTPUT_STRIDES}")
-    if name == "resnet50":
-        if width != 1.0:
-            raise InputError(f"resnet50 has no width {width}: only mobilenetv2 takes one")
-        return ResNet50(output_stride)
     if name == "mobilenetv2":
         if not 0.1 <= width <= 4:
             raise InputError(f"width {width} of mobilenetv2 is not between 0.1 and 4")
         return MobileNetV2(output_stride, width)
-    raise InputError(f"unknown backbone {name!r}: choose one of {', '.join(_CLASSIFIERS)}")
+    if name not in _CLASSIFIERS:
+        raise InputError(f"unknown backbone {name!r}: choose one of {', '.join(_CLASSIFIERS)}")
+    if width != 1.0:
+        raise InputError(f"{name} has no width {width}: only mobilenetv2 takes one")
+    return ResNet50(output_stride) if name == "resnet50" else EfficientNetLite0(output_stride)
 
 
-def load_imagenet(backbone: nn.Module, name: str, state: dict[str, torch.Tensor]) -> None:
-    """Load a torchvision ImageNet state dict; its classifier (and MobileNetV2's 1280-channel layer) is ignored.
+def load_imagenet(backbone: Backbone, name: str, state: dict[str, torch.Tensor]) -> None:
+    """Load an ImageNet state dict of torchvision, or for EfficientNet-Lite0 of efficientnet_lite_pytorch; its
+    classifier and a 1280-channel layer before it are ignored.
 
     Raises InputError naming every parameter that is missing, extra or of another shape.
     """
-    wanted = backbone.state_dict()
+    wanted, state = backbone.state_dict(), own_names(state) if name == EFFICIENTNET_LITE0 else state
     given = {key: value for key, value in state.items() if not key.startswith(_CLASSIFIERS[name])}
     missing = [key for key in wanted if key not in given and not key.endswith("num_batches_tracked")]
     extra = [key for key in given if key not in wanted]
@@ -175,6 +189,8 @@ def load_imagenet(backbone: nn.Module, name: str, state: dict[str, torch.Tensor]
             f"other shape {_few(shapes)}"
         )
     backbone.load_state_dict(given, strict=False)
+    if isinstance(backbone, EfficientNetLite0):
+        take_input_of(backbone, MEAN, STD)
 
 
 def _few(names: list[str]) -> str:

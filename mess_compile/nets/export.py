@@ -22,9 +22,11 @@ from mess_compile.graph.constant_fold import fold_constants
 from mess_compile.graph.cut import METADATA_KEY, NETWORK, add_baseline_alone, cut_network, logits_name
 from mess_compile.graph.node_builder import OPSET, keep
 from mess_compile.graph.recompose_check import Reference, check_baseline_alone, check_stages
+from mess_compile.graph.shapes import fold_shapes
 from mess_compile.graph.store import read_model, store_weight, write_model
+from mess_compile.nets.backbones import MEAN, STD
 from mess_compile.nets.checkpoint import load_candidate
-from mess_compile.nets.network import MEAN, STD, Architecture, OverprovisionedNetwork, normalise
+from mess_compile.nets.network import Architecture, OverprovisionedNetwork, normalise
 from mess_compile.network import BASELINE_ALONE, Gate, GraphSet, read_graph_set
 from mess_compile.reporter import Progress
 from mess_compile.runtime.base.errors import InputError
@@ -135,6 +137,9 @@ def module_as_onnx(
     _write_structure(module.eval(), inputs, outputs, path)
     model = read_model(path)
     fold_constants(model)
+    if _join_pads(model.graph):
+        del model.graph.value_info[:]  # the tracer knows no sizes after a Pad
+        fold_shapes(model)
     _attach_weights(model, module.state_dict(), path.parent)
     keep(model.graph.input, [value for value in model.graph.input if value.name in inputs])
     return model
@@ -156,6 +161,28 @@ def _write_structure(module: nn.Module, inputs: Mapping[str, torch.Tensor], outp
             do_constant_folding=False,
             training=torch.onnx.TrainingMode.PRESERVE,
         )
+
+
+def _join_pads(graph: onnx.GraphProto) -> bool:
+    """Make every Pad of zeros, in height and width alone, part of the convolution that reads it: no map is copied.
+
+    Returns whether there was one.
+    """
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    pads = {node.output[0]: node for node in graph.node if node.op_type == "Pad" and not any(node.input[2:])}
+    for conv in graph.node:
+        pad = pads.get(conv.input[0]) if conv.op_type == "Conv" else None
+        added = values[pad.input[1]].tolist() if pad is not None else []
+        if pad is None or added[:2] != [0, 0] or added[4:6] != [0, 0]:
+            continue
+        own = next(attribute for attribute in conv.attribute if attribute.name == "pads")
+        own.ints[:] = [a + b for a, b in zip(own.ints, (*added[2:4], *added[6:]), strict=True)]
+        conv.input[0] = pad.input[0]
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    keep(graph.node, [node for node in graph.node if node.op_type != "Pad" or node.output[0] in read])
+    used = {name for node in graph.node for name in node.input}
+    keep(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in used])
+    return bool(pads)
 
 
 def _attach_weights(model: onnx.ModelProto, state: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -10,13 +10,11 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from mess_compile.nets.backbones import build_backbone
+from mess_compile.nets.backbones import MEAN, STD, build_backbone
 from mess_compile.nets.heads import build_head
 from mess_compile.network import CandidateNetwork, ExitPoint, Head, HeadConfig, head_config_from_name, head_grid
 from mess_compile.runtime.base.errors import InputError
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 FINAL_HEAD = HeadConfig("fcn")
 """The paper's baseline exit, always present at the final exit point."""
 

@@ -11,11 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from mess_compile import extras
+from mess_compile.backbone_names import BACKBONES
 from mess_compile.evaluate import diagnose, statistics
 from mess_compile.evaluate.policy_gates import PolicyGate, policy_gates
 from mess_compile.latency.checks import known_warnings
 from mess_compile.latency.table import LatencyTable, read_latency_table
-from mess_compile.network import BASELINE_ALONE, CandidateNetwork, GraphSet, head_grid, read_graph_set, segment_name
+from mess_compile.network import (
+    BASELINE_ALONE,
+    CandidateNetwork,
+    GraphSet,
+    head_grid,
+    read_graph_set,
+    segment_name,
+)
 from mess_compile.report.search_output import details
 from mess_compile.runtime.base.errors import InputError, MessError, did_you_mean
 from mess_compile.runtime.base.policy import is_learned, name_of_row
@@ -37,7 +45,6 @@ from mess_compile.search.hold_out import held_out_sentence, held_out_table
 from mess_compile.search.plan import Plan, SearchResult, read_result, result_to_json
 from mess_compile.workspace import Workspace
 
-BACKBONES = ("resnet50", "mobilenetv2")
 BACKBONE_HW, BACKBONE_EXITS, MODEL_EXITS = (512, 512), 6, 5
 """What is described unless given: the paper's size and exit points of a backbone, and the exits of `attach`."""
 ARTEFACTS = ("graphs", "statistics", "latency", "plan")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mess_compile import extras, launcher
+from mess_compile.backbone_names import EFFICIENTNET_LITE0
 from mess_compile.data.dataset import Data, DataFolder, DataSet, open_dataset
 from mess_compile.network import CandidateNetwork
 from mess_compile.planned_step import PlannedStep
@@ -47,14 +48,16 @@ class TrainingData:
 class TrainOptions:
     """Where a training starts from, and on what it runs.
 
-    `imagenet` are weights of the backbone. `source` is the folder of a candidate network that stage 2 alone starts
-    from; `teacher` that of one whose final exit teaches instead of the network's own.
+    `imagenet` are weights of the backbone; `pretrained` takes those that a package brings. `source` is the folder of a
+    candidate network that stage 2 alone starts from; `teacher` that of one whose final exit teaches instead of the
+    network's own.
     """
 
     imagenet: Path | None = None
     machines: Machines | None = None
     source: Path | None = None
     teacher: Path | None = None
+    pretrained: bool = False
 
 
 def training_data(workspace: Workspace, data: Data, reporter: Reporter = SILENT) -> TrainingData:
@@ -94,6 +97,7 @@ def _request(
 ) -> _TrainRequest:
     """The training of a candidate network, or of the baseline alone for the sum of the epochs. Raises InputError."""
     folder, source = workspace.baseline if baseline else workspace.candidate, options.source
+    options = replace(options, imagenet=_imagenet(choice, options))
     if baseline:
         if source is not None or options.teacher is not None:
             raise InputError(
@@ -103,6 +107,22 @@ def _request(
     elif source is not None and source.resolve() == folder.resolve():
         raise InputError(f"--from {source} is where the result goes: copy or move that folder first")
     return _TrainRequest(_opened(workspace, data, reporter), choice, recipe, folder, options)
+
+
+def _imagenet(choice: NetworkChoice, options: TrainOptions) -> Path | None:
+    """The file of the backbone's ImageNet weights, None without. Raises InputError where two starts are named."""
+    starts = {"--weights": options.imagenet, "--from": options.source}
+    given = [f"{option} {path}" for option, path in starts.items() if path] + ["--pretrained"] * options.pretrained
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} both say where to start from: drop one of them")
+    if not options.pretrained:
+        return options.imagenet
+    if choice.backbone != EFFICIENTNET_LITE0:
+        raise InputError(
+            f"--pretrained has weights of {EFFICIENTNET_LITE0}, not of {choice.backbone}: give torchvision's file with "
+            "--weights FILE"
+        )
+    return extras.pretrained_weights()
 
 
 def _opened(workspace: Workspace, data: Data | TrainingData, reporter: Reporter) -> TrainingData:

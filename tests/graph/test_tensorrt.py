@@ -67,6 +67,14 @@ def test_every_graph_builds(graph_set: GraphSet, capability: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+def test_convolutions_with_tensorflows_padding_build(tmp_path: Path, capability: str) -> None:
+    export_network(random_network(HEADS, "efficientnet-lite0"), tmp_path)
+    graph_set = cut_network(tmp_path, Gate(), tiny.nothing)
+    for name in ("segment-0-1", "segment-1-2", "baseline"):
+        assert build(graph_set.path(name), capability) > 0
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 @pytest.mark.parametrize("edge_aware", [True, False])
 def test_every_gate_builds(network: Path, tmp_path: Path, confidence: str, edge_aware: bool, capability: str) -> None:

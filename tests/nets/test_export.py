@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
+from mess_compile.backbone_names import BACKBONES
 from mess_compile.graph.cut import candidate_from_metadata, cut_network
 from mess_compile.graph.recompose_check import check_baseline_alone, check_stages
 from mess_compile.nets.checkpoint import load_candidate, save_candidate
@@ -59,7 +60,7 @@ def torch_logits(network: OverprovisionedNetwork, frame: np.ndarray) -> dict[str
     return {name: values.numpy() for name, values in logits.items()}
 
 
-@pytest.mark.parametrize("backbone", ["mobilenetv2", "resnet50"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_onnx_and_torch_agree_on_every_exit(tmp_path: Path, backbone: str, frames: list[np.ndarray]) -> None:
     network = random_network(HEADS, backbone, seed=1)
     path = export_network(network, tmp_path)
@@ -80,6 +81,17 @@ def test_the_file_is_opset_17_and_describes_itself(exported: GraphSet, network: 
     kinds = {node.op_type for node in model.graph.node}
     assert kinds == {"Cast", "Transpose", "Sub", "Div", "Conv", "Clip", "Relu", "Add", "ReduceMean", "Expand", "Concat"}
     assert [node.op_type for node in model.graph.node][:2] == ["Cast", "Transpose"]  # TensorRT: no Transpose of uint8
+
+
+def test_tensorflows_padding_is_part_of_the_convolutions(tmp_path: Path) -> None:
+    """A Pad node would copy the largest maps in every run."""
+    model = onnx.load(str(export_network(random_network(HEADS, "efficientnet-lite0"), tmp_path)))
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    attributes = [
+        {a.name: list(a.ints) for a in node.attribute if a.name in ("pads", "strides")} for node in convolutions
+    ]
+    assert "Pad" not in {node.op_type for node in model.graph.node}
+    assert [a["pads"] for a in attributes if a["strides"] == [2, 2]] == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 2, 2]]
 
 
 def test_the_same_network_gives_the_same_bytes(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from mess_compile.backbone_names import BACKBONES
 from mess_compile.nets import network
 from mess_compile.nets.heads import build_head
 from mess_compile.network import HeadConfig, head_config_from_name, head_grid
@@ -83,7 +84,7 @@ def test_the_papers_head_space() -> None:
 
 
 def test_exits_are_about_equidistant_in_workload() -> None:
-    for backbone in ("resnet50", "mobilenetv2"):
+    for backbone in BACKBONES:
         points = candidate(backbone).exit_points
         blocks = network.block_workloads(backbone, (512, 512))
         step = max(b.macs - a.macs for a, b in pairwise(blocks))
