@@ -116,7 +116,7 @@ class Bench:
     measurement. `doubts` are the warnings about the latency table, which predicted and replayed latencies come from.
     `truth` is what mIoU is against, `plan_truth` the same of the plan, and so of the column `predicted`. `expected` is
     the difference to the baseline on new images, by what these make of the plan; `without_expected` says why there is
-    none.
+    none. `retrained` is whether `attach` trained the network further; `baseline-alone` is then the network as it came.
     """
 
     bundle: str
@@ -143,6 +143,7 @@ class Bench:
     plan_truth: str = field(default=LABELS, metadata=_TRUTH)
     expected: Expected | None = field(default=None, metadata=decode.OPTIONAL)
     without_expected: str = field(default="not computed", metadata=decode.OPTIONAL)
+    retrained: bool = field(default=False, metadata=decode.OPTIONAL)
 
     def __repr__(self) -> str:
         from mess_compile.search.display import speed
@@ -395,6 +396,7 @@ def _compared(
         tuned_on=sum(sample.id in tuned_on for sample in items),
         passes=run.latency_ms.shape[1],
         baseline_name=evidence.baseline,
+        retrained=evidence.graph_set.retrained,
         baseline=baseline,
         other_baselines=tuple(
             OtherBaseline(name, evidence.baseline_miou(name))

@@ -13,6 +13,7 @@ from mess_compile.search.display import (
     expected_on_new_images,
     interval_sentence,
     interval_text,
+    network_label,
     sentences_of,
     speed,
     tail_sentence,
@@ -44,7 +45,7 @@ def headline(plan: Plan) -> str:
 
 def _kind(plan: Plan) -> str:
     if plan.is_whole:
-        return "the full network: no plan with early exits is better"
+        return f"the {network_label(plan.stages[0].head, plan.retrained)}: no plan with early exits is better"
     if plan.only_exit is not None:
         return f"a shorter network, ending at {plan.stages[plan.only_exit - 1].head}"
     return f"{len(plan.stages)} exits"

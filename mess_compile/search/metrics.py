@@ -399,4 +399,5 @@ def plan_of_stages(evidence: Evidence, setting: str, stages: tuple[Stage, ...], 
         doubts=evidence.warnings,
         truth=evidence.statistics.truth,
         policy_rows=rows_in_use(evidence.statistics.policy_rows, stages),
+        retrained=evidence.graph_set.retrained,
     )

@@ -209,7 +209,8 @@ class Plan:
     `promises` the bounds that it was required to satisfy. `hold_out` are the images that were held out of the search;
     `predicted` is of the others. `truth` is what every mIoU of the plan is against. `expected` is what to expect on new
     images, `group_by` the pattern that named the groups of images (None: those of the evaluation). `policy_rows` are
-    the rows beyond the gate's thresholds that its stages and operating points name.
+    the rows beyond the gate's thresholds that its stages and operating points name. `retrained` is whether `attach`
+    trained the network further; `baseline-alone` is then the network as it came.
     """
 
     device: str
@@ -242,6 +243,7 @@ class Plan:
     safety: Safety | None = field(default=None, metadata=decode.OPTIONAL)
     group_by: str | None = field(default=None, metadata=decode.OPTIONAL)
     policy_rows: tuple[PolicyRow, ...] = field(default=(), metadata=decode.OPTIONAL)
+    retrained: bool = field(default=False, metadata=decode.OPTIONAL)
 
     @property
     def is_whole(self) -> bool:
