@@ -91,13 +91,15 @@ class CheckedPromise:
         if self.quantity == "err_pp":
             lost = f"{self.found:.2f} lost" if self.found >= 0 else f"{-self.found:.2f} gained"
             return f"{verdict}: at most {self.asked:g} pp asked, {lost} on these images"
+        if self.quantity == "change":
+            return f"{verdict}: {self.found:.2f} % of the pixels changed, at most {self.asked:g} % asked"
         asked, found = (_QUANTITIES[self.quantity].format(value) for value in (self.asked, self.found))
         return f"{verdict}: at most {asked} asked, {found.partition(' ')[0]} measured"
 
 
 _QUANTITIES = {
     "err_pp": "{:.2f} pp of mIoU",
-    "change": "{:.2f} % of the pixels labelled otherwise than by the network",
+    "change": "{:.2f} % of the pixels changed",
     "latency_ms": "{:.2f} ms mean latency",
     "p95_ms": "{:.2f} ms p95 latency",
     "worst_ms": "{:.2f} ms on the deepest path (p99)",

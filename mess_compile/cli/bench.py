@@ -129,7 +129,7 @@ def _print_bench(result: Bench, bundle: Path) -> None:
         ]
         for name, c in columns.items()
     ]
-    print_table("", ["", "mIoU %", "latency ms", "GMACs", *(["changed %"] if changes else []), "exits"], rows)
+    print_table("", ["", "mIoU %", "latency ms", "GMACs", *(["changed %"] if changes else []), "images per exit"], rows)
     if result.plan_truth != result.truth:
         say(f"the column predicted is against {result.plan_truth}, the others are against {result.truth}")
     say(interval_sentence(result.expected, result.without_expected))
@@ -148,8 +148,8 @@ def _print_details(result: Bench) -> None:
         say(f"{result.passes} passes of baseline and plan in turn: the slowest pass {low}, the fastest {high}")
     for other in result.other_baselines:
         say(
-            f"the {network_label(result.baseline_name, result.retrained)} is the more accurate baseline here: the "
-            f"{network_label(other.name, result.retrained)} has {other.miou:.2f} % mIoU"
+            f"the {network_label(other.name, result.retrained)} has {other.miou:.2f} % mIoU, less than the baseline: "
+            f"the {network_label(result.baseline_name, result.retrained)}"
         )
     for near in result.disagreements:
         say(

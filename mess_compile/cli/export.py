@@ -64,5 +64,5 @@ def export(
         say(f"{segments} segments, {heads} heads, {weights / 2**20:.1f} MiB of weights")
     if graph_set.baseline_alone is not None:
         names = " and ".join(network_label(name, graph_set.retrained) for name in graph_set.baselines)
-        say(f"two baselines, {names}: plans are compared with the more accurate one")
+        say(f"search compares plans with the more accurate of {names}")
     return print_hint("profile --device cpu")

@@ -546,7 +546,7 @@ def points_tables(plan: Plan, cells: Mapping[str, int] = NO_CELLS) -> tuple[Tabl
         for point in plan.operating_points
     )
     title = f"operating points: the same graphs, switched at run time{against(plan.truth)}"
-    return (Table(title, ("", "latency ms", "p95 ms", "mIoU %", "exits", "threshold/cells needed"), rows),)
+    return (Table(title, ("", "latency ms", "p95 ms", "mIoU %", "images per exit", "threshold/cells needed"), rows),)
 
 
 def _needed(cut: int, cells: int | None) -> str:

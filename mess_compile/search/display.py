@@ -223,10 +223,17 @@ def expected_on_new_images(optimism: Optimism) -> str:
 
 
 def interval_text(expected: Expected) -> str:
-    """The difference to the baseline to expect on new images, with its interval and the groups that it rests on."""
+    """What to expect on new images, with its interval and its groups: the share of changed pixels where the truth is
+    the network's own output, and the difference of mIoU to the baseline."""
     figures = (expected.low_pp, expected.miou_pp, expected.high_pp)
     low, miou, high = (f"{round(value, 1) + 0.0:+.1f}" for value in figures)
-    return f"{miou} pp against the baseline ({100 * expected.confidence:g} %: {low} to {high}; {expected.rule})"
+    confidence = f"{100 * expected.confidence:g} %"
+    if expected.change is None or expected.change_low is None or expected.change_high is None:
+        return f"{miou} pp mIoU against the baseline ({confidence}: {low} to {high}; {expected.rule})"
+    return (
+        f"{expected.change:.1f} % of the pixels changed ({confidence}: {expected.change_low:.1f} to "
+        f"{expected.change_high:.1f}) and {miou} pp mIoU ({low} to {high}; {expected.rule})"
+    )
 
 
 def interval_sentence(expected: Expected | None, without: str) -> str:
@@ -244,7 +251,8 @@ def plan_text(plan: Plan) -> str:
     return (
         f"plan for {plan.device} ({plan.precision}): {exits}; {own.latency_ms:.2f} ms {own.source}, {speed(ratio)}, "
         f"{own.miou:.2f} % mIoU ({own.miou - other.miou:+.2f} pp of the "
-        f"{network_label(plan.baseline_name, plan.retrained)}) on {own.images} images of {own.split}{against(plan.truth)}"
+        f"{network_label(plan.baseline_name, plan.retrained)}) on {own.images} images of {own.split}"
+        f"{against(plan.truth)}"
     )
 
 

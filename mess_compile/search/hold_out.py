@@ -170,7 +170,8 @@ def held_out_sentence(result: SearchResult, max_err_pp: float | None) -> str:
     tuned, held = (figures.predicted.miou - figures.baseline.miou for figures in (plan, hold_out))
     words = (
         f"mIoU against the {network_label(plan.baseline_name, plan.retrained)}: {tuned:+.2f} pp on "
-        f"the {plan.predicted.images} images that the plan was chosen on, {held:+.2f} pp on the {hold_out.predicted.images} held out"
+        f"the {plan.predicted.images} images that the plan was chosen on, {held:+.2f} pp on the "
+        f"{hold_out.predicted.images} held out"
     )
     if max_err_pp is None or plan.offset_pp - held <= max_err_pp:
         return words

@@ -36,8 +36,20 @@ from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.bundle.manifest import OWN_OUTPUT, Figures
 from mess_compile.runtime.engines.engine import FP32
 from mess_compile.runtime.measure.job_pool import PSEUDO_GRAPHS
-from mess_compile.search.plan import AnytimeReport, Candidate, Plan, PlanGraph, Stage, default_point, rows_in_use
+from mess_compile.search.plan import (
+    AnytimeReport,
+    Candidate,
+    FadedClass,
+    Plan,
+    PlanGraph,
+    Stage,
+    default_point,
+    rows_in_use,
+)
 from mess_compile.search.space import Grids, cut_grids
+
+FADED = 0.5
+"""A class has nearly vanished that a plan gives a smaller share of the pixels that the network itself gives."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,6 +265,17 @@ def change_of(statistics: ExitStatistics, setting: str, heads: Sequence[str], ex
     return 100 * int(changed.sum()) / statistics.images / WHOLE
 
 
+def faded_classes(statistics: ExitStatistics, setting: str, stages: Sequence[Stage]) -> tuple[FadedClass, ...]:
+    """The classes that a plan gives less than FADED of the pixels that the network itself gives."""
+    if statistics.truth != OWN_OUTPUT or setting == "anytime":
+        return ()
+    index = np.array([statistics.head_index(stage.head) for stage in stages])[exits_taken(statistics, stages)]
+    given = statistics.predicted[np.arange(statistics.images), index].sum(axis=0)
+    own = statistics.labelled.sum(axis=0)
+    shares = [(name, int(n) / int(m)) for name, n, m in zip(statistics.classes, given, own, strict=True) if m]
+    return tuple(FadedClass(name, share) for name, share in shares if share < FADED)
+
+
 def refuse_without_own_output(evidence: Evidence) -> None:
     """Raises InputError when the evaluation cannot say what changes of the network's own output."""
     if evidence.statistics.truth != OWN_OUTPUT:
@@ -400,4 +423,5 @@ def plan_of_stages(evidence: Evidence, setting: str, stages: tuple[Stage, ...], 
         truth=evidence.statistics.truth,
         policy_rows=rows_in_use(evidence.statistics.policy_rows, stages),
         retrained=evidence.graph_set.retrained,
+        faded_classes=faded_classes(evidence.statistics, setting, stages),
     )
