@@ -327,7 +327,7 @@ def interval_draw(
     searches = fold_searches([evidence], requirement)
     bootstrap = bootstrap_of([evidence], [evidence], requirement, (candidate_of(plan), front), searches)
     drawn = bootstrap.drawn(0, Tightened(requirement.max_err_pp, None))
-    interval = expected_of(drawn, evidence.statistics, groups, None)
+    interval = expected_of(drawn, evidence.statistics, bootstrap.whole, None)
     fixed = expected_of_one([evidence], candidate_of(plan), baseline, None)
     assert isinstance(fixed, Expected), "the images differ"
     true_drop, saving = _truth_of(truth, candidate_of(plan))

@@ -395,6 +395,11 @@ class GraphSet:
         return hashlib.sha256("\n".join([self.candidate.identity, self.recipe, *parts]).encode()).hexdigest()
 
     @property
+    def retrained(self) -> bool:
+        """Whether `attach` trained the network's own end further, so that BASELINE_ALONE is the network as it came."""
+        return self.baseline_alone is not None and self.candidate.head(self.candidate.baseline).labels is not None
+
+    @property
     def baselines(self) -> tuple[str, ...]:
         """The graphs that plans are compared with: image to labels, one exit, no gate, all of one workload."""
         return (BASELINE,) if self.baseline_alone is None else (BASELINE, BASELINE_ALONE)

@@ -279,7 +279,7 @@ class _Verdict:
 
     def __str__(self) -> str:
         values = " ".join(f"{value:.1f}" for value in self.miou)
-        where = "" if self.share == 1 else f" at {self.share:.0%} of the way"
+        where = "" if self.share == 1 else f" with {self.share:.0%} of the change in weights"
         return f"mIoU{where} {values}, the end changed {self.changed:.1%} of the pixels"
 
 

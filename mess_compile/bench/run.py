@@ -95,13 +95,15 @@ class CheckedPromise:
         if self.quantity == CLASS_ERR:
             lost = f"{self.found:.2f} pp lost" if self.found >= 0 else f"{-self.found:.2f} pp gained"
             return f"{verdict}: IoU of {self.class_name}: at most {self.asked:g} pp asked, {lost} on these images"
+        if self.quantity == "change":
+            return f"{verdict}: {self.found:.2f} % of the pixels changed, at most {self.asked:g} % asked"
         asked, found = (_QUANTITIES[self.quantity].format(value) for value in (self.asked, self.found))
         return f"{verdict}: at most {asked} asked, {found.partition(' ')[0]} measured"
 
 
 _QUANTITIES = {
     "err_pp": "{:.2f} pp of mIoU",
-    "change": "{:.2f} % of the pixels labelled otherwise than by the network",
+    "change": "{:.2f} % of the pixels changed",
     CLASS_ERR: "{:.2f} pp of a class's IoU",
     "latency_ms": "{:.2f} ms mean latency",
     "p95_ms": "{:.2f} ms p95 latency",
@@ -121,7 +123,7 @@ class Bench:
     measurement. `doubts` are the warnings about the latency table, which predicted and replayed latencies come from.
     `truth` is what mIoU is against, `plan_truth` the same of the plan, and so of the column `predicted`. `expected` is
     the difference to the baseline on new images, by what these make of the plan; `without_expected` says why there is
-    none.
+    none. `retrained` is whether `attach` trained the network further; `baseline-alone` is then the network as it came.
     """
 
     bundle: str
@@ -148,6 +150,7 @@ class Bench:
     plan_truth: str = field(default=LABELS, metadata=_TRUTH)
     expected: Expected | None = field(default=None, metadata=decode.OPTIONAL)
     without_expected: str = field(default="not computed", metadata=decode.OPTIONAL)
+    retrained: bool = field(default=False, metadata=decode.OPTIONAL)
 
     def __repr__(self) -> str:
         from mess_compile.search.display import speed
@@ -414,6 +417,7 @@ def _compared(
         tuned_on=sum(sample.id in tuned_on for sample in items),
         passes=run.latency_ms.shape[1],
         baseline_name=evidence.baseline,
+        retrained=evidence.graph_set.retrained,
         baseline=baseline,
         other_baselines=tuple(
             OtherBaseline(name, evidence.baseline_miou(name))

@@ -238,6 +238,7 @@ def _plan(part: Part, names: Sequence[StageGraphs], places: Mapping[str, str]) -
         promises=plan.promises,
         truth=plan.truth,
         policy_rows=plan.policy_rows,
+        retrained=plan.retrained,
     )
 
 

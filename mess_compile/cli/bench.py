@@ -110,11 +110,12 @@ def _print_bench(result: Bench, bundle: Path) -> None:
     from mess_compile.search.display import baseline_label, interval_sentence, network_label, speed, work
 
     say(
-        f"{bundle.name} against the {network_label(result.baseline_name)} on {result.images} images of {result.split}"
-        f"{against(result.truth)}: {speed(result.latency_ratio)}, {work(result.workload_ratio)}, "
+        f"{bundle.name} against the {network_label(result.baseline_name, result.retrained)} on "
+        f"{result.images} images of {result.split}{against(result.truth)}: {speed(result.latency_ratio)}, "
+        f"{work(result.workload_ratio)}, "
         f"{result.miou_difference:+.2f} pp mIoU"
     )
-    columns = {baseline_label(result.baseline_name): result.baseline}
+    columns = {baseline_label(result.baseline_name, result.retrained): result.baseline}
     columns |= {title: getattr(result, name) for name, title in _COLUMNS.items()}
     changes = any(column.change is not None for column in columns.values())
     rows = [
@@ -128,7 +129,7 @@ def _print_bench(result: Bench, bundle: Path) -> None:
         ]
         for name, c in columns.items()
     ]
-    print_table("", ["", "mIoU %", "latency ms", "GMACs", *(["changed %"] if changes else []), "exits"], rows)
+    print_table("", ["", "mIoU %", "latency ms", "GMACs", *(["changed %"] if changes else []), "images per exit"], rows)
     if result.plan_truth != result.truth:
         say(f"the column predicted is against {result.plan_truth}, the others are against {result.truth}")
     say(interval_sentence(result.expected, result.without_expected))
@@ -147,8 +148,8 @@ def _print_details(result: Bench) -> None:
         say(f"{result.passes} passes of baseline and plan in turn: the slowest pass {low}, the fastest {high}")
     for other in result.other_baselines:
         say(
-            f"the {network_label(result.baseline_name)} is the more accurate baseline here: the "
-            f"{network_label(other.name)} has {other.miou:.2f} % mIoU"
+            f"the {network_label(other.name, result.retrained)} has {other.miou:.2f} % mIoU, less than the baseline: "
+            f"the {network_label(result.baseline_name, result.retrained)}"
         )
     for near in result.disagreements:
         say(

@@ -63,6 +63,6 @@ def export(
         segments, heads = len(candidate.segments()), len(candidate.heads)
         say(f"{segments} segments, {heads} heads, {weights / 2**20:.1f} MiB of weights")
     if graph_set.baseline_alone is not None:
-        names = " and ".join(map(network_label, graph_set.baselines))
-        say(f"two baselines, {names}: plans are compared with the more accurate one")
+        names = " and ".join(network_label(name, graph_set.retrained) for name in graph_set.baselines)
+        say(f"search compares plans with the more accurate of {names}")
     return print_hint("profile --device cpu")

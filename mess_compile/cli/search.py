@@ -172,7 +172,7 @@ def search(workspace: Workspace, /, arguments: SearchArguments) -> None:
         if explain:
             explained = steps.search_and_explain(workspace, devices, split, requirement, how, reporter)
             results = tuple(result for result, _ in explained)
-            reasons = [inspection.inspect_explanation(reason) for _, reason in explained]
+            reasons = [inspection.inspect_explanation(reason, each.plan.retrained) for each, reason in explained]
         else:
             results = steps.search(workspace, devices, split, requirement, how, reporter)
     common = steps.shared(workspace, results) if len(results) > 1 else None

@@ -32,6 +32,7 @@ from mess_compile.runtime.base.policy import PolicyRow
 from mess_compile.runtime.bundle import archive
 from mess_compile.runtime.bundle.manifest import MANIFEST
 from mess_compile.runtime.cascade.cascade import Cascade, load
+from mess_compile.search.display import network_label
 from mess_compile.search.hold_out import tuning_part
 from mess_compile.search.metrics import Evidence
 from mess_compile.search.plan import Plan, SearchResult, Stage, check_plan_current, check_sources_current, read_result
@@ -214,8 +215,8 @@ def _extreme_samples(
             chosen = [known.image_id[index] for index in strips.extremes(_confidences(known, first))]
             samples = [read_sample(items[name], data.classes) for name in chosen]
             truths = [each.labels if (each.labels < VOID).any() else None for each in samples]
-            whole = is_whole(first.head)
-            by = "accuracy of the full network" if whole else "confidence of the first exit"
+            whole = f"accuracy of the {network_label(first.head, plan.retrained)}"
+            by = whole if is_whole(first.head) else "confidence of the first exit"
             return f"Images of {known.split}, by {by}.", list(zip(samples, truths, strict=True))
         except (InputError, KeyError):
             pass  # the data may have moved or changed since; generated scenes show the same cascade

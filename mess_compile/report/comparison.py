@@ -45,12 +45,13 @@ class Compared:
     doubts: tuple[str, ...]
     held_out: str = "-"
     truth: str = LABELS
+    retrained: bool = False
 
     @property
     def what(self) -> str:
         """What kind of network the plan is."""
         if is_whole(self.heads[0]):
-            return "the full network"
+            return f"the {network_label(self.heads[0], self.retrained)}"
         alone = self.setting != "anytime" and max(self.predicted.exit_rates) == 1
         return "a shorter network: all images leave at one exit" if alone else f"a cascade of {len(self.heads)} exits"
 
@@ -128,6 +129,7 @@ def _compared(
         doubts=plan.doubts,
         held_out=_held_out(plan.hold_out if isinstance(plan, Plan) else None),
         truth=plan.truth,
+        retrained=plan.retrained,
     )
 
 
@@ -161,7 +163,7 @@ _ROWS: tuple[tuple[str, Callable[[Compared], str]], ...] = (
     ("changed pixels %", lambda one: "-" if one.predicted.change is None else f"{one.predicted.change:.2f}"),
     ("pp from its baseline", lambda one: f"{one.miou_pp:+.2f}"),
     ("latency ms", lambda one: f"{one.predicted.latency_ms:.2f} {one.predicted.source}"),
-    ("baseline ms", lambda one: f"{one.baseline.latency_ms:.2f} ({network_label(one.baseline_name)})"),
+    ("baseline ms", lambda one: f"{one.baseline.latency_ms:.2f} ({network_label(one.baseline_name, one.retrained)})"),
     ("speed", lambda one: speed(one.latency_ratio)),
     ("p95 ms", lambda one: f"{one.predicted.p95_ms:.2f}"),
     ("worst ms", lambda one: f"{one.predicted.worst_ms:.2f}"),

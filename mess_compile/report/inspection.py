@@ -18,6 +18,7 @@ from mess_compile.latency.checks import known_warnings
 from mess_compile.latency.table import LatencyTable, read_latency_table
 from mess_compile.network import (
     BASELINE_ALONE,
+    OWN,
     CandidateNetwork,
     GraphSet,
     head_grid,
@@ -33,6 +34,7 @@ from mess_compile.runtime.images.notebook import table_html, text_html
 from mess_compile.runtime.machine.device_names import stored_name
 from mess_compile.search.display import (
     NO_CELLS,
+    baseline_label,
     exits_table,
     figures_table,
     needed_text,
@@ -300,7 +302,8 @@ def inspect_statistics(found: statistics.ExitStatistics) -> Inspection:
     table = _statistics_table(title, heads, diagnosed.max_errs_pp)
     notes = (*_legend(found, diagnosed), *map(_verdict_sentence, verdicts)) if verdicts else ()
     if alone is not None:
-        notes = (f"{network_label(BASELINE_ALONE)}: {alone:.2f} % mIoU", *notes)
+        retrained = found.heads[-1].endswith(f".{OWN}")
+        notes = (f"{network_label(BASELINE_ALONE, retrained)}: {alone:.2f} % mIoU", *notes)
     return Inspection(
         content, (table, *_policies_table(policies, diagnosed)), notes, () if weak is None else (weak.sentence,)
     )
@@ -479,7 +482,9 @@ def inspect_choice(result: SearchResult, cells: Mapping[str, int] = NO_CELLS) ->
         Table(title, columns, tuple(figures)),
     ]
     if plan.hold_out is not None:
-        held, columns, figures = held_out_table(plan.hold_out, plan.baseline_name, plan.truth)
+        held, columns, figures = held_out_table(
+            plan.hold_out, baseline_label(plan.baseline_name, plan.retrained), plan.truth
+        )
         tables.append(Table(held, columns, tuple(figures)))
     asked = next((promise.limit for promise in plan.promises if promise.quantity == "err_pp"), None)
     notes = (held_out_sentence(result, asked), *details(result))
@@ -541,18 +546,19 @@ def points_tables(plan: Plan, cells: Mapping[str, int] = NO_CELLS) -> tuple[Tabl
         for point in plan.operating_points
     )
     title = f"operating points: the same graphs, switched at run time{against(plan.truth)}"
-    return (Table(title, ("", "latency ms", "p95 ms", "mIoU %", "exits", "threshold/cells needed"), rows),)
+    return (Table(title, ("", "latency ms", "p95 ms", "mIoU %", "images per exit", "threshold/cells needed"), rows),)
 
 
 def _needed(cut: int, cells: int | None) -> str:
     return str(cut) if cells is None else f"{100 * cut / cells:.1f}%"
 
 
-def inspect_explanation(found: Explanation) -> Inspection:
-    """Why a plan was chosen: what its exits gain, what its requirement costs, what would help most."""
+def inspect_explanation(found: Explanation, retrained: bool = False) -> Inspection:
+    """Why a plan was chosen, of a network that is `retrained` by `attach` or not: what its exits gain, what its
+    requirement costs, what would help most."""
     exits = tuple(
         (
-            stage_text(share.exit, share.head),
+            stage_text(share.exit, share.head, retrained),
             share.head,
             f"{share.coverage:.0%}",
             *("-" if value is None else f"{value:.2f}" for value in (share.miou, share.baseline_miou)),
@@ -610,7 +616,8 @@ def inspect_bundle(path: Path) -> Inspection:
             f"{plan.target}, {plan.library} {plan.precision}, {plan.setting}: predicted {figures.latency_ms:.2f} ms, "
             f"{figures.miou:.2f} % mIoU ({figures.source}, {figures.images} images of {figures.split}"
             f"{against(plan.truth)}); "
-            f"{network_label(plan.baseline_name)} {plan.baseline.latency_ms:.2f} ms, {plan.baseline.miou:.2f} %"
+            f"{network_label(plan.baseline_name, plan.retrained)} {plan.baseline.latency_ms:.2f} ms, "
+            f"{plan.baseline.miou:.2f} %"
         )
         thresholds = [min(row) for row in manifest.gate.thresholds] if len(plan.stages) > 1 else ()
         decided = ("confidence threshold", "confident cells needed") if thresholds else ()
@@ -625,7 +632,7 @@ def inspect_bundle(path: Path) -> Inspection:
 
 def _stage_rows(plan: BundlePlan, thresholds: Sequence[float]) -> tuple[tuple[str, ...], ...]:
     """A row for each exit of a plan, with its decision where there are `thresholds`, of each row of the gate."""
-    rows = ((stage_text(number, stage.head), stage) for number, stage in enumerate(plan.stages, 1))
+    rows = ((stage_text(number, stage.head, plan.retrained), stage) for number, stage in enumerate(plan.stages, 1))
     if not thresholds:
         return tuple((name, stage.head) for name, stage in rows)
     return tuple(

@@ -66,12 +66,17 @@ def _rendered(template: str, **content: Any) -> str:
     )
     environment.globals["verbatim"] = lambda name: Markup(loader.get_source(environment, name)[0])
     environment.filters.update(commands=_commands, data_uri=_data_uri, json=_json, max_err=max_err_text)
-    environment.filters.update(speed=speed, network=network_label, capital=lambda text: text[:1].upper() + text[1:])
+    environment.filters.update(speed=speed, network=_network, capital=lambda text: text[:1].upper() + text[1:])
     environment.filters["against"] = against
     environment.filters["interval"] = lambda found: interval_sentence(found.expected, found.without_expected)
     environment.tests["missing"] = lambda part: isinstance(part, Missing)
     plotting = Markup(plotly.offline.get_plotlyjs())
     return environment.get_template(template).render(version=__version__, plotting=plotting, **content)
+
+
+def _network(found: Any) -> str:
+    """What a plan or a bench calls its baseline."""
+    return network_label(found.baseline_name, found.retrained)
 
 
 def _commands(text: str) -> Markup:
@@ -106,7 +111,7 @@ def report_data(report: Report) -> dict[str, Any]:
     if isinstance(report.bench, Benched):
         bench = report.bench.bench
         columns = [{"name": name, **asdict(column)} for name, column in bench.columns.items()]
-        content["bench"] = {"baseline_name": network_label(bench.found.baseline_name), "columns": columns}
+        content["bench"] = {"baseline_name": _network(bench.found), "columns": columns}
     return content
 
 
@@ -114,7 +119,7 @@ def _front_data(found: SearchFound) -> dict[str, Any]:
     plan = found.result.plan
     return {
         "setting": plan.setting,
-        "baseline": {"name": network_label(plan.baseline_name), **asdict(plan.baseline)},
+        "baseline": {"name": _network(plan), **asdict(plan.baseline)},
         "stops": [_stop_data(view) for view in found.views],
         "paper": [asdict(row) for row in paper_rows()],
     }

@@ -27,7 +27,7 @@ def _origin_of(result: SearchResult) -> list[tuple[str, str]]:
     origins = [
         ("network", plan.network),
         ("gate", f"{plan.gate.confidence}, {'edge-aware' if plan.gate.edge_aware else 'plain'}"),
-        ("baseline", network_label(plan.baseline_name)),
+        ("baseline", network_label(plan.baseline_name, plan.retrained)),
         ("chosen on", f"{plan.predicted.images} images of {plan.predicted.split} ({plan.tuned_by})"),
         ("held out", held_out_sentence(result, None)),
         ("latency table, SHA-256", plan.table_sha256),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mess_compile.runtime.base.policy import is_learned
 from mess_compile.runtime.bundle.manifest import LABELS, Figures
@@ -13,12 +13,14 @@ from mess_compile.search.display import (
     expected_on_new_images,
     interval_sentence,
     interval_text,
+    network_label,
     sentences_of,
     speed,
     tail_sentence,
 )
 from mess_compile.search.plan import FEW_IMAGES, ONE_GROUP, REFINED_POINT, Guarantee, Plan, Safety, SearchResult
 from mess_compile.search.requirement import Requirement
+from mess_compile.search.safety import FEW_GROUPS
 
 _Column = tuple[str, Callable[[Figures], str]]
 _FIGURES: tuple[_Column, ...] = (
@@ -44,7 +46,7 @@ def headline(plan: Plan) -> str:
 
 def _kind(plan: Plan) -> str:
     if plan.is_whole:
-        return "the full network: no plan with early exits is better"
+        return f"the {network_label(plan.stages[0].head, plan.retrained)}: no plan with early exits is better"
     if plan.only_exit is not None:
         return f"a shorter network, ending at {plan.stages[plan.only_exit - 1].head}"
     return f"{len(plan.stages)} exits"
@@ -87,7 +89,12 @@ def summary_table(plan: Plan, requirement: Requirement) -> tuple[tuple[str, ...]
         )
         for name, one in by_name(plan)
     ]
-    return ("", *(title for title, _ in columns), *(f"IoU of {each.name} (%)" for each in classes), "exits"), rows
+    return (
+        "",
+        *(title for title, _ in columns),
+        *(f"IoU of {each.name} (%)" for each in classes),
+        "images per exit",
+    ), rows
 
 
 def proof(result: SearchResult, requirement: Requirement) -> str:
@@ -98,7 +105,8 @@ def proof(result: SearchResult, requirement: Requirement) -> str:
         gain = f"{certificate.gap:.3g} {unit_of(requirement)}"
         return f"Best found of {space}, not proved optimal: a better one could gain up to {gain}."
     if result.plan.safety is not None:
-        return f"The best of {result.plan.safety.candidates:,} found by search and folds that --safety allows."
+        best = "fastest" if (requirement.objective or "latency") == "latency" else "best"
+        return f"The {best} of the {result.plan.safety.candidates:,} candidate plans that satisfy --safety."
     if guarantee is not None and guarantee.place > 1:
         place = f"Candidate {guarantee.place} of {guarantee.candidates}, fastest to safest"
         return f"{place}; the optimum over {space} could not be certified."
@@ -177,7 +185,7 @@ def reports_line(plan: Plan) -> str:
 
 def details(result: SearchResult) -> tuple[str, ...]:
     """The sentences that `search --verbose` and `inspect plan` print beside their tables."""
-    plan, optimism = result.plan, result.plan.optimism
+    plan = result.plan
     fallbacks = (
         f"{graph.name} runs in {graph.precision}: in {graph.wanted} it lost too much"
         for graph in plan.graphs
@@ -195,11 +203,21 @@ def details(result: SearchResult) -> tuple[str, ...]:
         _searched(result),
         *refined,
         f"tuning-split figures ({plan.tuned_by}{_out_of_fold(plan)}), not a test result",
-        *([] if optimism is None else [f"on new images of this kind: {expected_on_new_images(optimism)}"]),
-        *([] if plan.expected is None else [f"{interval_sentence(plan.expected, '')}: {plan.expected.method}"]),
+        *_beyond_these_images(result),
         *([] if plan.guarantee is None else [_certified(plan.guarantee)]),
         *filter(None, [result.what_would_cut]),
     )
+
+
+def _beyond_these_images(result: SearchResult) -> list[str]:
+    """What to expect on new images: the interval where there is one, else the reason, else what cross-validation
+    found."""
+    plan = result.plan
+    if plan.expected is not None:
+        return [f"{interval_sentence(plan.expected, '')}: {plan.expected.method}"]
+    if result.without_expected == ONE_GROUP:
+        return [ONE_GROUP]
+    return [] if plan.optimism is None else [f"on new images of this kind: {expected_on_new_images(plan.optimism)}"]
 
 
 def _searched(result: SearchResult) -> str:
@@ -235,17 +253,40 @@ def certified_bounds(found: Guarantee) -> str:
     return "; ".join(parts)
 
 
+def _in_short(doubts: Sequence[str]) -> list[str]:
+    """The first warning about the latencies, and how many more there are."""
+    more = f" ({len(doubts) - 1} more: `mess-compile inspect latency`)" if len(doubts) > 1 else ""
+    return [f"{doubt}{more}" for doubt in doubts[:1]]
+
+
+def _named(names: Sequence[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most + 1} more" if len(names) > most else ""
+    return ", ".join(names[: most - 1] if more else names) + more
+
+
 def warnings_of_plan(plan: Plan, requirement: Requirement) -> tuple[str, ...]:
     """Why the plan's figures may be wrong, or the plan another than was meant."""
     tail = None if plan.setting == "anytime" else tail_sentence(plan)
-    found = [*plan.doubts, *filter(None, [estimate_sentence(plan), tail])]
+    found = [*_in_short(plan.doubts), *filter(None, [estimate_sentence(plan), tail])]
     lost = -_difference(plan)
     bounded = requirement.max_err_pp is not None or requirement.max_change is not None
     if not bounded and requirement.objective != "accuracy" and lost > 1:
         found.append(f"the plan loses {lost:.1f} pp of mIoU, and no --max-err was given: add --max-err 1%")
+    if plan.safety is not None and plan.expected is not None and plan.expected.groups < FEW_GROUPS:
+        found.append(
+            f"--safety rests on {plan.expected.groups} groups of images: with fewer than {FEW_GROUPS} the interval is "
+            "wide, and how often it holds is untested; evaluate images of more places"
+        )
     if plan.absent_classes:
-        absent = ", ".join(plan.absent_classes)
+        absent = _named(plan.absent_classes)
         found.append(f"no image has a labelled pixel of {absent}: mIoU is over the other classes")
+    if plan.faded_classes:
+        faded = _named([f"{each.name} ({each.share:.0%})" for each in plan.faded_classes])
+        found.append(
+            f"the plan gives {faded} less than half of the pixels that the network gives: lower the bound, or bound "
+            "--max-err too"
+        )
     if plan.hold_out is not None and requirement.max_err_pp is not None:
         held = plan.hold_out.predicted.miou - plan.hold_out.baseline.miou
         if plan.offset_pp - held > requirement.max_err_pp:

@@ -25,7 +25,7 @@ def exits_table(plan: Plan, cells: Mapping[str, int] = NO_CELLS) -> tuple[tuple[
     gated = len(plan.stages) > 1
     rows = [
         (
-            stage_text(number, stage.head),
+            stage_text(number, stage.head, plan.retrained),
             stage.head,
             *(_decision(plan, stage, cells) * gated),
             f"{rate:.0%}",
@@ -41,10 +41,10 @@ def _decision(plan: Plan, stage: Stage, cells: Mapping[str, int]) -> tuple[str, 
     return plan.row_name(stage.head, stage.row), needed
 
 
-def stage_text(number: int, head: str) -> str:
+def stage_text(number: int, head: str, retrained: bool = False) -> str:
     """An exit of a plan, and which of the network's exits it is."""
     if is_whole(head):
-        return "full network"
+        return network_label(head, retrained)
     return f"stage {number} = network exit {head.partition('.')[0].removeprefix('exit')}"
 
 
@@ -63,14 +63,21 @@ def needed_text(cut: int | None, cells: int | None, learned: bool = False) -> st
     return str(cut) if cells is None else f"{100 * cut / cells:.1f} % ({cut} of {cells})"
 
 
-def baseline_label(name: str) -> str:
+def baseline_label(name: str, retrained: bool = False) -> str:
     """What tables call the baseline that a plan is compared with."""
-    return f"{name.partition('-')[0]} ({network_label(name)})" if name == BASELINE_ALONE else name
+    if name == BASELINE_ALONE or retrained:
+        return f"baseline ({network_label(name, retrained)})"
+    return name
 
 
-def network_label(name: str) -> str:
-    """A single-exit network in words."""
-    return {BASELINE: "full network", BASELINE_ALONE: "separate single-exit network"}.get(name, name)
+def network_label(name: str, retrained: bool = False) -> str:
+    """A single-exit network in words; `retrained` by `attach`, the two are the network before and after."""
+    both = (
+        ("network after attach", "network as it came")
+        if retrained
+        else ("full network", "separate single-exit network")
+    )
+    return dict(zip((BASELINE, BASELINE_ALONE), both, strict=True)).get(name, name)
 
 
 def speed(ratio: float) -> str:
@@ -95,7 +102,8 @@ def _percent_more(ratio: float) -> str:
 def kind_of_plan(plan: Plan) -> str | None:
     """One sentence where early exit adds nothing to a plan; None where images leave at several exits."""
     if plan.is_whole:
-        return "the plan is the full network: no plan with early exits is better under this requirement"
+        label = network_label(plan.stages[0].head, plan.retrained)
+        return f"the plan is the {label}: no plan with early exits is better under this requirement"
     if plan.only_exit is None:
         return None
     shorter = f"the plan is a shorter network: every image leaves at {plan.stages[plan.only_exit - 1].head}"
@@ -176,7 +184,7 @@ def sentences_of(plan: Plan) -> tuple[str, ...]:
 
 def by_name(plan: Plan) -> tuple[tuple[str, Figures], tuple[str, Figures]]:
     """The figures of baseline and plan."""
-    return (baseline_label(plan.baseline_name), plan.baseline), ("plan", plan.predicted)
+    return (baseline_label(plan.baseline_name, plan.retrained), plan.baseline), ("plan", plan.predicted)
 
 
 def figures_table(plan: Plan) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
@@ -215,10 +223,17 @@ def expected_on_new_images(optimism: Optimism) -> str:
 
 
 def interval_text(expected: Expected) -> str:
-    """The difference to the baseline to expect on new images, with its interval and the groups that it rests on."""
+    """What to expect on new images, with its interval and its groups: the share of changed pixels where the truth is
+    the network's own output, and the difference of mIoU to the baseline."""
     figures = (expected.low_pp, expected.miou_pp, expected.high_pp)
     low, miou, high = (f"{round(value, 1) + 0.0:+.1f}" for value in figures)
-    return f"{miou} pp against the baseline ({100 * expected.confidence:g} %: {low} to {high}; {expected.rule})"
+    confidence = f"{100 * expected.confidence:g} %"
+    if expected.change is None or expected.change_low is None or expected.change_high is None:
+        return f"{miou} pp mIoU against the baseline ({confidence}: {low} to {high}; {expected.rule})"
+    return (
+        f"{expected.change:.1f} % of the pixels changed ({confidence}: {expected.change_low:.1f} to "
+        f"{expected.change_high:.1f}) and {miou} pp mIoU ({low} to {high}; {expected.rule})"
+    )
 
 
 def interval_sentence(expected: Expected | None, without: str) -> str:
@@ -235,8 +250,9 @@ def plan_text(plan: Plan) -> str:
     ratio = other.latency_ms / own.latency_ms if own.latency_ms else math.inf
     return (
         f"plan for {plan.device} ({plan.precision}): {exits}; {own.latency_ms:.2f} ms {own.source}, {speed(ratio)}, "
-        f"{own.miou:.2f} % mIoU ({own.miou - other.miou:+.2f} pp of the {network_label(plan.baseline_name)}) on "
-        f"{own.images} images of {own.split}{against(plan.truth)}"
+        f"{own.miou:.2f} % mIoU ({own.miou - other.miou:+.2f} pp of the "
+        f"{network_label(plan.baseline_name, plan.retrained)}) on {own.images} images of {own.split}"
+        f"{against(plan.truth)}"
     )
 
 
@@ -248,7 +264,7 @@ def result_text(result: SearchResult) -> str:
 def plan_html(plan: Plan) -> str:
     """Where images leave, and the figures of baseline and operating points."""
     figures = [
-        figures_row(baseline_label(plan.baseline_name), plan.baseline),
+        figures_row(baseline_label(plan.baseline_name, plan.retrained), plan.baseline),
         *(figures_row(p.name, p.predicted) for p in plan.operating_points),
     ]
     sources = sorted({plan.baseline.source, plan.predicted.source})

@@ -18,7 +18,7 @@ from mess_compile.array_types import Index
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.runtime.bundle.manifest import LABELS, against
-from mess_compile.search.display import baseline_label, figure_names, figures_row, network_label
+from mess_compile.search.display import figure_names, figures_row, network_label
 from mess_compile.search.groups import grouped
 from mess_compile.search.metrics import Evidence, baseline_figures, evidence_of_plan, figures_of_stages
 from mess_compile.search.plan import FEW_IMAGES, HoldOut, SearchResult, share_of
@@ -149,15 +149,15 @@ def _lacking(evidence: Evidence, held: Index) -> str:
 
 
 def held_out_table(
-    hold_out: HoldOut, baseline_name: str, truth: str = LABELS
+    hold_out: HoldOut, baseline: str, truth: str = LABELS
 ) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
-    """Title, header and rows: the plan and the baseline on images that it was not chosen on."""
+    """Title, header and rows: the plan and the baseline, called so, on images that it was not chosen on."""
     images = f"{hold_out.predicted.images} images of {hold_out.predicted.split}"
     title = f"held out, not used to choose the plan: {images}, {hold_out.rule}{against(truth)}"
     return (
         title,
         figure_names(hold_out.predicted),
-        [figures_row(baseline_label(baseline_name), hold_out.baseline), figures_row("plan", hold_out.predicted)],
+        [figures_row(baseline, hold_out.baseline), figures_row("plan", hold_out.predicted)],
     )
 
 
@@ -169,8 +169,9 @@ def held_out_sentence(result: SearchResult, max_err_pp: float | None) -> str:
         return f"nothing was held out{why}: all figures are of the images that the plan was chosen on"
     tuned, held = (figures.predicted.miou - figures.baseline.miou for figures in (plan, hold_out))
     words = (
-        f"mIoU against the {network_label(plan.baseline_name)}: {tuned:+.2f} pp on the {plan.predicted.images} images "
-        f"that the plan was chosen on, {held:+.2f} pp on the {hold_out.predicted.images} held out"
+        f"mIoU against the {network_label(plan.baseline_name, plan.retrained)}: {tuned:+.2f} pp on "
+        f"the {plan.predicted.images} images that the plan was chosen on, {held:+.2f} pp on the "
+        f"{hold_out.predicted.images} held out"
     )
     if max_err_pp is None or plan.offset_pp - held <= max_err_pp:
         return words

@@ -43,6 +43,7 @@ from mess_compile.search.plan import (
     AnytimeReport,
     Candidate,
     ClassIou,
+    FadedClass,
     Plan,
     PlanGraph,
     Stage,
@@ -50,6 +51,9 @@ from mess_compile.search.plan import (
     rows_in_use,
 )
 from mess_compile.search.space import Grids, cut_grids
+
+FADED = 0.5
+"""A class has nearly vanished that a plan gives a smaller share of the pixels that the network itself gives."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,6 +269,17 @@ def change_of(statistics: ExitStatistics, setting: str, heads: Sequence[str], ex
     return 100 * int(changed.sum()) / statistics.images / WHOLE
 
 
+def faded_classes(statistics: ExitStatistics, setting: str, stages: Sequence[Stage]) -> tuple[FadedClass, ...]:
+    """The classes that a plan gives less than FADED of the pixels that the network itself gives."""
+    if statistics.truth != OWN_OUTPUT or setting == "anytime":
+        return ()
+    index = np.array([statistics.head_index(stage.head) for stage in stages])[exits_taken(statistics, stages)]
+    given = statistics.predicted[np.arange(statistics.images), index].sum(axis=0)
+    own = statistics.labelled.sum(axis=0)
+    shares = [(name, int(n) / int(m)) for name, n, m in zip(statistics.classes, given, own, strict=True) if m]
+    return tuple(FadedClass(name, share) for name, share in shares if share < FADED)
+
+
 def refuse_without_own_output(evidence: Evidence) -> None:
     """Raises InputError when the evaluation cannot say what changes of the network's own output."""
     if evidence.statistics.truth != OWN_OUTPUT:
@@ -423,6 +438,8 @@ def plan_of_stages(evidence: Evidence, setting: str, stages: tuple[Stage, ...], 
         doubts=evidence.warnings,
         truth=evidence.statistics.truth,
         policy_rows=rows_in_use(evidence.statistics.policy_rows, stages),
+        retrained=evidence.graph_set.retrained,
+        faded_classes=faded_classes(evidence.statistics, setting, stages),
         class_iou=() if anytime else class_iou_of(evidence, stages),
     )
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from mess_compile.array_types import Floats, Index
 from mess_compile.evaluate.statistics import WHOLE, ExitStatistics
+from mess_compile.runtime.bundle.manifest import OWN_OUTPUT
 from mess_compile.search.groups import rule_of
 from mess_compile.search.metrics import Evidence, best_baseline
 from mess_compile.search.plan import ONE_GROUP, Candidate, Expected, SearchResult
@@ -228,7 +229,7 @@ def with_expected(
     if reason := why_not(part.whole[0].statistics.group, bootstrap.whole):
         return replace(result, without_expected=reason)
     found = bootstrap.drawn(0, Tightened(requirement.max_err_pp, requirement.max_change))
-    expected = expected_of(found, part.whole[0].statistics, bootstrap.groups, result.plan.group_by)
+    expected = expected_of(found, part.whole[0].statistics, bootstrap.whole, result.plan.group_by)
     return replace(result, plan=replace(result.plan, expected=expected), without_expected="")
 
 
@@ -249,25 +250,51 @@ def resampled(groups: int, seed: int) -> Floats:
     return drawn.astype(np.float64)
 
 
-def expected_of(found: Drawn, statistics: ExitStatistics, groups: int, pattern: str | None) -> Expected:
-    """The interval of the difference to the baseline on new images."""
-    lost = [found.lost + share * found.optimism for share in SHARES]
-    ends = [bound_pp(each, found.errors, groups, tail) for each, tail in zip(sorted(lost), _TAILS, strict=True)]
+def expected_of(found: Drawn, statistics: ExitStatistics, sums: Sums, pattern: str | None) -> Expected:
+    """The interval of the difference to the baseline on new images, from the sums of these."""
+    groups = len(sums.images)
     optimism = sum(SHARES) / 2 * found.optimism
+    low, lost, high = _interval(found.lost, found.optimism, found.errors, groups, possible_loss(sums, statistics.truth))
+    change: tuple[float | None, ...] = (None, None, None)
+    if statistics.truth == OWN_OUTPUT:
+        change = _interval(found.changed, found.change_optimism, found.change_errors, groups, _POSSIBLE_CHANGE)
     return Expected(
-        miou_pp=-(found.lost + optimism),
-        low_pp=-ends[1],
-        high_pp=-ends[0],
+        miou_pp=-lost,
+        low_pp=-high,
+        high_pp=-low,
         confidence=CONFIDENCE,
         images=statistics.images,
         groups=groups,
         rule=rule_of(statistics.group, pattern),
         optimism_pp=optimism,
         method=METHOD,
+        change_low=change[0],
+        change=change[1],
+        change_high=change[2],
     )
 
 
 _TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+_POSSIBLE_CHANGE = (0.0, 100.0)
+
+
+def possible_loss(sums: Sums, truth: str) -> tuple[float, float]:
+    """The least and most mIoU (pp) that a plan can lose: nothing is gained on a baseline that is itself the truth."""
+    labelled, right, predicted = (sums.pixels[:, row] for row in range(3))
+    is_truth = truth == OWN_OUTPUT and bool((labelled == right).all() and (labelled == predicted).all())
+    return (0.0 if is_truth else -100.0), 100.0
+
+
+def _interval(
+    found: float, optimism: float, errors: Floats, groups: int, possible: tuple[float, float]
+) -> tuple[float, float, float]:
+    """The lower end, the estimate and the upper end on new images of what is `found` on these; all of them possible."""
+    ends = sorted(found + share * optimism for share in SHARES)
+    low, high = (bound_pp(each, errors, groups, tail) for each, tail in zip(ends, _TAILS, strict=True))
+    first, middle, last = (
+        min(max(each, possible[0]), possible[1]) for each in (low, found + sum(SHARES) / 2 * optimism, high)
+    )
+    return first, middle, last
 
 
 def expected_of_one(
@@ -281,10 +308,17 @@ def expected_of_one(
     if reason := why_not(statistics.group, sums):
         return reason
     images = statistics.images
-    lost = float(sums.drops(np.ones((1, groups)))[0, 0])
-    errors = sums.drops(resampled(groups, 0))[:, 0]
-    least, most = (bound_pp(lost, errors - errors.mean(), groups, tail) for tail in _TAILS)
-    return Expected(-lost, -most, -least, CONFIDENCE, images, groups, rule, 0.0, FIXED)
+    weights = resampled(groups, 0)
+    lost, errors = float(sums.drops(np.ones((1, groups)))[0, 0]), sums.drops(weights)[:, 0]
+    possible = possible_loss(sums, statistics.truth)
+    least, lost, most = _interval(lost, 0.0, errors - errors.mean(), groups, possible)
+    change: tuple[float | None, ...] = (None, None, None)
+    if statistics.truth == OWN_OUTPUT:
+        changed = _PERCENT * float(sums.changed.sum() / sums.images.sum())
+        means = _PERCENT * (weights @ sums.changed[:, 0]) / (weights @ sums.images)
+        change = _interval(changed, 0.0, means - means.mean(), groups, _POSSIBLE_CHANGE)
+    low, middle, high = change
+    return Expected(-lost, -most, -least, CONFIDENCE, images, groups, rule, 0.0, FIXED, middle, low, high)
 
 
 def bound_pp(lost: float, errors: Floats, groups: int, level: float) -> float:

@@ -123,7 +123,9 @@ class Expected:
 
     With the probability `confidence` the difference on the images that the groups were drawn from is from `low_pp` to
     `high_pp`. It is based on `images` of so many independent `groups`, which `rule` names with what made them, by
-    `method`. `optimism_pp` was taken off the difference on these images, since the plan was chosen on them.
+    `method`. `optimism_pp` was taken off the difference on these images, since the plan was chosen on them. `change` is
+    the percentage of pixels labelled otherwise than by the network itself, from `change_low` to `change_high`; None
+    where the truth is labels.
     """
 
     miou_pp: float
@@ -135,6 +137,9 @@ class Expected:
     rule: str
     optimism_pp: float
     method: str
+    change: float | None = field(default=None, metadata=decode.OPTIONAL)
+    change_low: float | None = field(default=None, metadata=decode.OPTIONAL)
+    change_high: float | None = field(default=None, metadata=decode.OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,14 @@ class ClassIou:
 
 
 @dataclass(frozen=True)
+class FadedClass:
+    """A class, and how many pixels a plan gives it, as a share of those that the network itself gives."""
+
+    name: str
+    share: float
+
+
+@dataclass(frozen=True)
 class PlanGraph:
     """A graph of a plan, the precision that it runs in, and the one that its recipe asked for."""
 
@@ -218,8 +231,10 @@ class Plan:
     `promises` the bounds that it was required to satisfy. `hold_out` are the images that were held out of the search;
     `predicted` is of the others. `truth` is what every mIoU of the plan is against. `expected` is what to expect on new
     images, `group_by` the pattern that named the groups of images (None: those of the evaluation). `policy_rows` are
-    the rows beyond the gate's thresholds that its stages and operating points name. `class_iou` is of the classes with
-    labelled pixels; it is empty in the anytime setting.
+    the rows beyond the gate's thresholds that its stages and operating points name. `retrained` is whether `attach`
+    trained the network further; `baseline-alone` is then the network as it came. Against the network's own output,
+    `faded_classes` are those that the plan gives less than half of the pixels that the network gives. `class_iou` is of
+    the classes with labelled pixels; it is empty in the anytime setting.
     """
 
     device: str
@@ -253,6 +268,8 @@ class Plan:
     group_by: str | None = field(default=None, metadata=decode.OPTIONAL)
     policy_rows: tuple[PolicyRow, ...] = field(default=(), metadata=decode.OPTIONAL)
     class_iou: tuple[ClassIou, ...] = field(default=(), metadata=decode.OPTIONAL)
+    retrained: bool = field(default=False, metadata=decode.OPTIONAL)
+    faded_classes: tuple[FadedClass, ...] = field(default=(), metadata=decode.OPTIONAL)
 
     @property
     def is_whole(self) -> bool:

@@ -28,6 +28,8 @@ from mess_compile.search.plan import ONE_GROUP, Plan, Safety, SearchResult
 from mess_compile.search.pool import Tightened
 from mess_compile.search.requirement import Requirement
 
+FEW_GROUPS = 8
+"""With fewer groups the interval is wide, and how often it holds was not tested (docs/guarantees.md)."""
 _STEPS = 64
 """The bounds are tightened in so many equal steps, down to the least that any plan of the pool loses."""
 
@@ -40,10 +42,17 @@ def parse_safety(text: str) -> float:
     return float(match[1]) / 100
 
 
+_ONE = "these are one"
+_OTHER_IMAGES = (
+    "run `mess-compile evaluate --data DIR --split SPLIT` on images of other places, name groups with --group-by, or "
+    "leave --safety out"
+)
+
+
 def refuse_unsafe(evidences: Sequence[Evidence], requirement: Requirement) -> None:
     """Raises InputError for a requirement that `--safety` cannot keep, or images that allow no bound."""
     if len(set(evidences[0].statistics.group)) == 1:
-        raise InputError(f"--safety cannot be kept ({ONE_GROUP}): evaluate other images too, or leave it out")
+        raise InputError(f"--safety needs two groups of images or more; {_ONE} ({ONE_GROUP}): {_OTHER_IMAGES}")
     if requirement.max_err_pp is None and requirement.max_change is None:
         raise InputError("--safety keeps --max-err or --max-change on new images: give --max-err 1% too")
     if requirement.baseline_miou is not None:
@@ -84,9 +93,7 @@ def safest(
     """
     bootstrap = bootstrap_of(evidences, evidences, requirement, choice_and_front(result), searches)
     if reason := why_not(evidences[0].statistics.group, bootstrap.whole):
-        raise InputError(
-            f"--safety {100 * level:.4g}% cannot be kept ({reason}): evaluate other images too, or leave it out"
-        )
+        raise InputError(f"--safety {100 * level:.4g}% needs images that differ ({reason}): {_OTHER_IMAGES}")
     best = safe_choice(bootstrap, requirement, level)
     if not best.keeps(requirement):
         raise RequirementError(_refusal(requirement, best, level, len(bootstrap.pool.plans)))
@@ -120,8 +127,8 @@ def _choice(bootstrap: Bootstrap, requirement: Requirement, step: float, level: 
     drawn = bootstrap.drawn(place, tightened)
     most = max(share * drawn.optimism for share in SHARES)
     most_changed = max(share * drawn.change_optimism for share in SHARES)
-    loss = bound_pp(drawn.lost + most, drawn.errors, bootstrap.groups, level)
-    changed = bound_pp(drawn.changed + most_changed, drawn.change_errors, bootstrap.groups, level)
+    loss = min(100.0, bound_pp(drawn.lost + most, drawn.errors, bootstrap.groups, level))
+    changed = min(100.0, bound_pp(drawn.changed + most_changed, drawn.change_errors, bootstrap.groups, level))
     return SafeChoice(drawn, None if err is None else loss, None if change is None else changed)
 
 
@@ -136,12 +143,11 @@ def _plan(
     candidate = bootstrap.pool.plans[best.drawn.place]
     evidence = evidence_of_plan(evidences, candidate)
     plan = plan_of_stages(evidence, candidate.setting, candidate.stages, optimum.reference_miou)
-    groups = bootstrap.groups
     return replace(
         with_operating_points(evidence, plan),
         promises=optimum.promises,
         group_by=optimum.group_by,
-        expected=expected_of(best.drawn, evidence.statistics, groups, optimum.group_by),
+        expected=expected_of(best.drawn, evidence.statistics, bootstrap.whole, optimum.group_by),
         safety=Safety(
             level=level,
             loss_bound_pp=best.loss,

@@ -10,7 +10,9 @@ import pytest
 
 from mess_compile.latency.table import (
     check_table_current,
+    graph_cost_ns,
     path_costs_ns,
+    path_p99_ns,
     read_latency_table,
     stage_graphs,
     write_latency_table,
@@ -92,3 +94,20 @@ def test_what_a_plan_needs_and_the_table_lacks_is_named() -> None:
 def test_exits_out_of_order_are_refused() -> None:
     with pytest.raises(InputError, match="not in the order of their exit points"):
         stage_graphs(GRAPHS.candidate, HEADS[::-1])
+
+
+def test_graphs_of_equal_work_share_their_measurements() -> None:
+    """A network before and after its weights were trained further: what differs between them is noise, so that no plan
+    may win by it."""
+    spec = dataclasses.replace(GRAPHS.spec("baseline"), name="baseline-alone")
+    both = dataclasses.replace(GRAPHS, graphs={**GRAPHS.graphs, spec.name: spec}, baseline_alone="as it came")
+    entries = {**TABLE.entries}
+    for name, mean_ms, p99_ms in (("baseline", 2.0, 3.0), ("baseline-alone", 2.1, 3.4)):
+        entry = dataclasses.replace(TABLE.latency("baseline"), graph=name, mean_ms=mean_ms, p99_ms=p99_ms)
+        entries[name, "fp32"] = entry
+    table = dataclasses.replace(TABLE, entries=entries)
+    assert [graph_cost_ns(table, both, name) for name in both.baselines] == [2_050_000, 2_050_000]
+    assert [graph_cost_ns(table, both, name, "p99_ms") for name in both.baselines] == [3_200_000, 3_200_000]
+    assert path_p99_ns(table, both, ["baseline"]) == path_p99_ns(table, both, ["baseline-alone"])
+    other = dataclasses.replace(both, graphs={**both.graphs, spec.name: dataclasses.replace(spec, macs=1)})
+    assert [graph_cost_ns(table, other, name) for name in other.baselines] == [2_000_000, 2_100_000]

@@ -13,8 +13,15 @@ from mess_compile.latency.table import GraphFailure, Latency, LatencyTable
 from mess_compile.network import CandidateNetwork, ExitPoint, Gate, GraphSet, GraphSpec, Head
 from mess_compile.runtime.base.errors import InputError, StaleError
 from mess_compile.runtime.engines.engine import TensorSpec
-from mess_compile.search.metrics import Evidence, anytime_reports, baseline_figures, figures_of_stages, replay
-from mess_compile.search.plan import AnytimeReport, Stage
+from mess_compile.search.metrics import (
+    Evidence,
+    anytime_reports,
+    baseline_figures,
+    faded_classes,
+    figures_of_stages,
+    replay,
+)
+from mess_compile.search.plan import AnytimeReport, FadedClass, Stage
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search_recipes
 from tests.search.cases import against_own_output, evidence
@@ -238,3 +245,17 @@ def test_a_target_that_has_no_plan_with_exits_runs_the_whole_network() -> None:
     for setting in ("input-dependent", "anytime"):
         plan = search_recipes([lacking], Requirement(setting=setting, max_exits=3)).plan
         assert [graph.name for graph in plan.graphs] == ["baseline"]
+
+
+def test_a_class_that_nearly_vanishes_is_named_with_what_is_left_of_it() -> None:
+    """3 % of changed pixels may be all of a rare class."""
+    case = against_own_output(by_hand())
+    statistics, early = case.statistics, case.statistics.head_index(HEADS[0])
+    predicted = statistics.predicted.copy()
+    predicted[:, early] = statistics.labelled
+    predicted[:, early, 1] = [0, 0, 1, 0]
+    changed = dataclasses.replace(statistics, predicted=predicted)
+    own = int(statistics.labelled[:, 1].sum())
+    alone = (Stage(1, HEADS[0], 0, None),)
+    assert faded_classes(changed, "budgeted", alone) == (FadedClass(statistics.classes[1], 1 / own),)
+    assert faded_classes(dataclasses.replace(changed, truth="labels"), "budgeted", alone) == ()

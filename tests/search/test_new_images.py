@@ -14,6 +14,7 @@ import pytest
 from benchmarks import guarantee as benchmark
 from mess_compile.evaluate.statistics import ExitStatistics
 from mess_compile.search import new_images
+from mess_compile.search.display import interval_sentence
 from mess_compile.search.guarantees import FoldSearches, fold_searches
 from mess_compile.search.hold_out import HoldOutSplit
 from mess_compile.search.metrics import Evidence
@@ -21,12 +22,13 @@ from mess_compile.search.new_images import (
     Bootstrap,
     bootstrap_of,
     choice_and_front,
+    expected_of_one,
     resampled,
     t_quantile,
     with_expected,
 )
-from mess_compile.search.plan import ONE_GROUP, Candidate, SearchResult, read_result, write_result
-from mess_compile.search.pool import Tightened
+from mess_compile.search.plan import ONE_GROUP, Candidate, Expected, SearchResult, read_result, write_result
+from mess_compile.search.pool import Tightened, candidate_of
 from mess_compile.search.requirement import Limit, Requirement
 from mess_compile.search.solver import search
 from tests.search.brute_force import miou_of
@@ -129,6 +131,49 @@ def test_changed_pixels_bound_the_choice_in_each_resample_too() -> None:
     drawn = bootstrap.drawn(0, Tightened(None, 60.0))
     assert drawn.changed == pytest.approx(result.plan.predicted.change, abs=1e-6)
     assert drawn.change_errors.std() > 0
+
+
+def of_its_own(case: Evidence) -> Evidence:
+    """The case with the baseline's labels as truth."""
+    found, own = case.statistics, case.statistics.head_index(case.candidate.baseline)
+    intersection, predicted = found.intersection.copy(), found.predicted.copy()
+    intersection[:, own] = predicted[:, own] = found.labelled
+    return dataclasses.replace(
+        against_own_output(case),
+        statistics=dataclasses.replace(
+            against_own_output(case).statistics, intersection=intersection, predicted=predicted
+        ),
+    )
+
+
+def test_the_interval_holds_possible_values_and_that_of_changed_pixels() -> None:
+    """+143.8 pp of mIoU against the network itself is no interval that anybody can plan with."""
+    case = of_its_own(of_groups(6, 3))
+    result, searches, _ = found_in(case, Requirement(max_change=60.0))
+    expected = with_expected(result, HoldOutSplit([case], [case]), Requirement(max_change=60.0), searches).plan.expected
+    assert expected is not None
+    assert -100 <= expected.low_pp <= expected.miou_pp <= expected.high_pp <= 0
+    assert expected.change is not None
+    assert expected.change_low is not None
+    assert expected.change_high is not None
+    assert 0 <= expected.change_low <= expected.change <= expected.change_high <= 100
+    assert f"on new images expect {expected.change:.1f} % of the pixels changed (95 %: " in interval_sentence(
+        expected, ""
+    )
+
+
+def test_the_interval_of_changed_pixels_is_about_their_mean_over_images() -> None:
+    case = of_its_own(of_groups(18, 6))
+    plan = candidate_of(search(case, Requirement(max_change=60.0)).plan)
+    found = expected_of_one([case], plan, (0, case.candidate.baseline), None)
+    assert isinstance(found, Expected)
+    statistics = case.statistics
+    taken = [statistics.heads.index(head_taken(statistics, plan, image)) for image in range(18)]
+    shares = [
+        1 - statistics.intersection[i, head].sum() / statistics.labelled[i].sum() if statistics.labelled[i].sum() else 0
+        for i, head in enumerate(taken)
+    ]
+    assert found.change == pytest.approx(100 * float(np.mean(shares)), abs=1e-6)
 
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (10, 2.2281), (99, 1.9842)])

@@ -70,7 +70,7 @@ def test_other_than_a_percentage_is_refused_in_a_line(text: str) -> None:
         (Requirement(), 6, "give --max-err 1% too"),
         (Requirement(max_err_pp=1.0, baseline_miou=50.0), 6, "leave --baseline out"),
         (Requirement(max_err_pp=1.0, setting="anytime"), 6, "anytime setting has none"),
-        (Requirement(max_err_pp=1.0), 1, "one group of images"),
+        (Requirement(max_err_pp=1.0), 1, "needs two groups of images or more"),
         (Requirement(max_change=1.0), 6, "against labels"),
     ],
 )

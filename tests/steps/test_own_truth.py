@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_every_command_says_what_miou_is_against(own: Path) -> None:
         assert f"Every mIoU is {AGAINST}." in bundle.read("README.txt").decode()
     measured = done("bench", "host.mess", "--split", "test", "--passes", "1")
     assert f"6 images of test, {AGAINST}" in measured
-    assert "held: at most 95.00 % of the pixels labelled otherwise than by the network asked, " in measured
+    assert re.search(r"held: \d+\.\d\d % of the pixels changed, at most 95 % asked", measured)
     done("report", "-o", "report.html")
     assert f"very mIoU of the plan is {AGAINST}" in Path("report.html").read_text().replace("&#39;", "'")
 
@@ -80,7 +81,7 @@ def test_a_bench_on_labels_compares_no_error_with_one_against_the_network(own: P
     shown = done("bench", "host.mess", "--split", "test", "--passes", "1", "--strict")
     assert "the column predicted is against the network's own output, the others are against labels" in shown
     assert "not measured here: 95.00 pp of mIoU" in shown
-    assert "not measured here: 95.00 % of the pixels labelled otherwise" in shown
+    assert "not measured here: 95.00 % of the pixels changed" in shown
 
 
 def test_images_that_were_taught_on_are_refused(own: Path) -> None:

@@ -17,11 +17,21 @@ from onnx import TensorProto, helper
 from mess_compile.bench.run import CheckedPromise, Column, _checked, _MeasuredRun
 from mess_compile.bundle.single_file import write_single_file
 from mess_compile.graph.gate import append_sound
+from mess_compile.report.search_output import headline
 from mess_compile.runtime.base.errors import InputError, NotFiniteError, StaleError
 from mess_compile.runtime.bundle import archive, manifest
 from mess_compile.runtime.cascade.cascade import load
 from mess_compile.runtime.serve.verify import verify_bundle
-from mess_compile.search.display import estimate_sentence, kind_of_plan, speed, tail_sentence, what_would_cut, work
+from mess_compile.search.display import (
+    by_name,
+    estimate_sentence,
+    exits_table,
+    kind_of_plan,
+    speed,
+    tail_sentence,
+    what_would_cut,
+    work,
+)
 from mess_compile.search.objectives import promises_of
 from mess_compile.search.plan import Plan, read_result, write_result
 from mess_compile.search.requirement import Limit, Requirement
@@ -136,6 +146,19 @@ def test_it_wins_where_cutting_costs_more_than_it_saves() -> None:
     assert kind_of_plan(plan) == (
         "the plan is the full network: no plan with early exits is better under this requirement"
     )
+
+
+def test_a_network_before_and_after_attach_has_two_names() -> None:
+    """Both were called the full network, so that nobody knew whether the plan is the network that they brought."""
+    plan = slow_parts()
+    after = replace(plan, retrained=True, baseline_name="baseline-alone")
+    came = replace(after, stages=(replace(plan.stages[0], head="baseline-alone"),))
+    for each, name in ((after, "network after attach"), (came, "network as it came")):
+        assert f"the {name}: no plan" in headline(each)
+        assert f"the plan is the {name}: " in str(kind_of_plan(each))
+        assert exits_table(each)[1][0][0] == name
+        assert by_name(each)[0][0] == "baseline (network as it came)"
+        assert "full network" not in repr(each)
 
 
 def test_what_would_let_a_cut_plan_win_is_told() -> None:

@@ -224,7 +224,8 @@ class BundlePlan:
     `promises` are the bounds of its requirement. `costs` has an entry for each stage; so has `confidence`: the tuning
     images that reached the stage, by the share of its confident cells, in ten bins of equal width, or nothing if
     unknown. `sources` are hashes of what the plan was searched from. `truth`, one of TRUTHS, is what every mIoU is
-    against. `policy_rows` are the rows beyond the gate's thresholds that stages and operating points name.
+    against. `policy_rows` are the rows beyond the gate's thresholds that stages and operating points name. `retrained`
+    is whether the network was trained further by `attach`; `baseline-alone` is then the network as it came.
     """
 
     target: str
@@ -249,6 +250,7 @@ class BundlePlan:
     promises: Tuple[Promise, ...]
     truth: str = field(default=LABELS, metadata=decode.entry(optional=True, check=decode.one_of(TRUTHS)))
     policy_rows: Tuple[PolicyRow, ...] = field(default=(), metadata=decode.OPTIONAL)
+    retrained: bool = field(default=False, metadata=decode.OPTIONAL)
 
     @property
     def name(self) -> str:

@@ -128,16 +128,23 @@ def _golden(cascade: Cascade, golden: Golden, frame: np.ndarray) -> Check:
         return Check(golden.frame, False, f"labels are {prediction.labels.shape}, expected {labels.shape}")
     equal = 100.0 * float(np.mean(prediction.labels == labels))
     top, precision = cascade.plan.top(cascade.plan.stages[prediction.exit - 1]), cascade.plan.boldest
-    passed = prediction.exit == golden.exit and equal >= LABELS_EQUAL_PERCENT[precision]
+    least = LABELS_EQUAL_PERCENT[precision]
     if prediction.confidence is None:
+        passed = prediction.exit == golden.exit and equal >= least
         return Check(golden.frame, passed, f"the full network; {equal:.3f} % of the labels are equal")
     count = round(prediction.confidence * top)
-    passed = passed and abs(count - golden.count) <= 1 + COUNT_TOLERANCE[precision] * top
+    most = 1 + COUNT_TOLERANCE[precision] * top
     detail = (
         f"exit {prediction.exit}, expected {golden.exit}; {count} confident cells, expected {golden.count}; "
         f"{equal:.3f} % of the labels are equal"
     )
-    return Check(golden.frame, passed, detail)
+    wrong = {
+        "the exit": prediction.exit != golden.exit,
+        f"the confident cells, by more than {most:g}": abs(count - golden.count) > most,
+        f"the labels: at least {least:g} % must be equal": equal < least,
+    }
+    differs = [name for name, is_wrong in wrong.items() if is_wrong]
+    return Check(golden.frame, not differs, f"{detail}{'; what differs: ' * bool(differs)}{' and '.join(differs)}")
 
 
 def _latency(cascade: Cascade, frames: Sequence[np.ndarray], factor: float, progress: Progress) -> Check:
@@ -152,7 +159,8 @@ def _latency(cascade: Cascade, frames: Sequence[np.ndarray], factor: float, prog
         return Check("latency", True, f"{found}; not judged: the plan's latencies are estimates")
     if math.isinf(factor):
         return Check("latency", True, f"{found}; not judged")
-    return Check("latency", ratio <= factor, f"{found}, at most {factor:g}x")
+    enough = "" if ratio <= factor else f"; --latency-factor {math.ceil(11 * ratio) / 10:g} would pass"
+    return Check("latency", ratio <= factor, f"{found}, at most {factor:g}x{enough}")
 
 
 def _timed(cascade: Cascade, frames: Sequence[np.ndarray], progress: Progress) -> List[List[Prediction]]:
