@@ -26,7 +26,7 @@ from mess_compile.cli.progress import ProgressLines, rate
 from mess_compile.runtime.base import terminal
 from mess_compile.runtime.base.errors import MessError
 
-_BAR = 18
+_BAR = 15
 """Columns of the bar: with label, amount, rate and time left, a line of 80."""
 _RATE_OVER_S = 600.0
 """The time that the rate is averaged over; an engine can take minutes."""
@@ -317,7 +317,7 @@ def progress_bar(as_json: bool = False) -> Iterator[Callable[[str, int, int], No
     with (
         ExitStack() as stack,
         Progress(
-            TextColumn("{task.description:<24.24}"),
+            TextColumn("{task.description:<27.27}"),
             BarColumn(_BAR),
             TextColumn("{task.fields[amount]}"),
             TextColumn("{task.fields[rate]}"),

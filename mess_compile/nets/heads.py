@@ -35,7 +35,8 @@ class ImagePooling(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pooled: torch.Tensor = self.conv(x.mean((2, 3), keepdim=True))
-        return pooled.expand(-1, -1, x.shape[2], x.shape[3])
+        spread = pooled.expand(-1, -1, x.shape[2], x.shape[3])
+        return spread.contiguous(memory_format=torch.channels_last) if self.training else spread  # for a fast concat
 
 
 class AsppHead(nn.Module):

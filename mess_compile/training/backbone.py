@@ -15,7 +15,6 @@ from mess_compile.nets.checkpoint import load_weights
 from mess_compile.nets.network import SegmentationNetwork
 from mess_compile.training import loop, losses
 from mess_compile.training.loop import Piece, Run
-from mess_compile.training.parallel import synchronise_norms
 from mess_compile.training.progress import TrainingState, progress_of, restore_optimiser
 from mess_compile.training.validate import miou_line
 
@@ -35,7 +34,7 @@ def pretrain(
     Returns the best weights by `judge`, empty without one.
     """
     network.to(run.fabric.device)
-    synchronise_norms(network)
+    loop.prepare_modules(network)
     optimiser = loop.optimiser_of(network.parts(), run.recipe)
     average = _average_of(network, run.recipe.ema)
     if progress is not None:
@@ -109,14 +108,15 @@ def _epoch(
     sums, counts = np.zeros(len(names)), np.zeros(len(names))
     steps = run.recipe.epochs[0] * len(run.batches)
     hw = run.recipe.crop(epoch, run.input_hw)
-    loop.report_progress(run, run.stages[0], epoch * len(run.batches), steps)
+    place = f"{run.stages[0]} epoch {epoch + 1}/{run.recipe.epochs[0]}"
+    loop.report_progress(run, place, epoch * len(run.batches), steps)
     for index, pieces in enumerate(run.batches.epoch(epoch, hw)):
         step = epoch * len(run.batches) + index
         trained = trained_exits(run.recipe.order, step, len(names))
         backward = partial(_backward, network, [names[i] for i in trained], run)
         found = loop.computed(run, 1, epoch, index, pieces, backward)
         loop.take_step(optimiser, run, step, steps)
-        loop.report_progress(run, run.stages[0], step + 1, steps)
+        loop.report_progress(run, place, step + 1, steps)
         if average is not None:
             average.update(step)
         sums[trained] += found

@@ -14,7 +14,6 @@ from torch import nn
 from mess_compile.nets.network import SegmentationNetwork
 from mess_compile.training import loop, losses
 from mess_compile.training.loop import Piece, Run
-from mess_compile.training.parallel import synchronise_norms
 from mess_compile.training.progress import TrainingState, progress_of, restore_optimiser
 
 _BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, fp32
@@ -52,7 +51,7 @@ def _train_group(
 ) -> None:
     modules = nn.ModuleList(network.head_module(name) for name in names)
     modules.requires_grad_(True).train()
-    synchronise_norms(modules)
+    loop.prepare_modules(modules)
     optimiser = loop.optimiser_of(((list(modules.parameters()), 1.0),), run.recipe)
     first = progress.epoch if number == progress.group else 0
     if first:
@@ -62,11 +61,16 @@ def _train_group(
         started = time.monotonic()
         loop.seed_epoch(run, 2, number, epoch)
         mean = _epoch(network, names, modules, run, epoch, optimiser, (number, groups))
-        place = f"{run.stages[1]} group {number + 1}/{groups} epoch {epoch + 1}/{epochs}"
+        place = _place(run, (number, groups), epoch)
         line = f"{place}  loss per head {loop.values_text(mean)}"
         saved = partial(progress_of, 2, number, epoch + 1, network, optimiser, {})
         loop.finish_epoch(run, f"{line}  {time.monotonic() - started:.0f} s", network, saved)
     modules.requires_grad_(False).eval()
+
+
+def _place(run: Run, group: tuple[int, int], epoch: int) -> str:
+    number, groups = group
+    return f"{run.stages[1]} group {number + 1}/{groups} epoch {epoch + 1}/{run.recipe.epochs[1]}"
 
 
 def _epoch(
@@ -84,12 +88,13 @@ def _epoch(
     steps = run.recipe.epochs[1] * len(run.batches)
     before, all_steps = group[0] * steps, group[1] * steps
     backward = partial(_backward, network, heads, points, run)
-    loop.report_progress(run, run.stages[1], before + epoch * len(run.batches), all_steps)
+    place = _place(run, group, epoch)
+    loop.report_progress(run, place, before + epoch * len(run.batches), all_steps)
     for index, pieces in enumerate(run.batches.epoch(run.recipe.epochs[0] + epoch, run.recipe.head_crop(run.input_hw))):
         found = loop.computed(run, 2, epoch, index, pieces, backward)
         step = epoch * len(run.batches) + index
         loop.take_step(optimiser, run, step, steps)
-        loop.report_progress(run, run.stages[1], before + step + 1, all_steps)
+        loop.report_progress(run, place, before + step + 1, all_steps)
         sums += found
     return sums / len(run.batches)
 

@@ -18,7 +18,8 @@ from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import InputError
 from mess_compile.training import losses
 from mess_compile.training.augment import Batches
-from mess_compile.training.parallel import average_gradients, refuse_if_any, summed
+from mess_compile.training.convolutions import use_fast_convolutions
+from mess_compile.training.parallel import average_gradients, refuse_if_any, summed, synchronise_norms
 from mess_compile.training.progress import TrainingState
 from mess_compile.training.recipe import Recipe
 
@@ -56,7 +57,13 @@ def optimiser_of(parts: Sequence[tuple[Sequence[nn.Parameter], float]], recipe: 
         )
         if chosen or factor == 1
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
+
+
+def prepare_modules(module: nn.Module) -> None:
+    """Make what is trained compute over the images of all processes, and fast, under the same names of its state."""
+    synchronise_norms(module)
+    use_fast_convolutions(module)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -82,9 +89,12 @@ def take_step(optimiser: torch.optim.Optimizer, run: Run, step: int, steps: int)
     optimiser.zero_grad()
 
 
-def report_progress(run: Run, stage: str, step: int, steps: int) -> None:
-    """Report finished steps of a stage in images, so that the displayed speed is images per second."""
-    run.reporter.progress(f"{stage}, images", step * run.batches.batch, steps * run.batches.batch)
+def report_progress(run: Run, place: str, step: int, steps: int) -> None:
+    """Report finished steps of a stage in images, so that the displayed speed is images per second.
+
+    `place` names the stage and the epoch.
+    """
+    run.reporter.progress(f"{place}, images", step * run.batches.batch, steps * run.batches.batch)
 
 
 def pieces_with_targets(run: Run, pieces: Sequence[Piece]) -> Iterator[tuple[torch.Tensor, losses.Targets]]:

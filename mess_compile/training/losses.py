@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -75,7 +76,8 @@ def distilled(targets: Targets, teacher: torch.Tensor, distillation: Distillatio
 
 def loss_of(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Sum over labelled pixels / `targets.pixels`, without the teacher's own entropy, which is constant."""
-    full = upsampled(logits.float(), (targets.labels.shape[1], targets.labels.shape[2]))
+    hw, cells = (targets.labels.shape[1], targets.labels.shape[2]), logits.float()
+    full = _upsampled_by_products(cells, hw, 0, 1)
     logs = full.log_softmax(1)
     loss = targets.hard * functional.nll_loss(
         logs, targets.labels, targets.weights, ignore_index=ALWAYS_IGNORED, reduction="sum"
@@ -85,10 +87,30 @@ def loss_of(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
         loss = loss - (targets.soft * warm).sum()
     loss = loss / targets.pixels
     if targets.lovasz:
-        middle = LOVASZ_STRIDE // 2
-        seen = (..., slice(middle, None, LOVASZ_STRIDE), slice(middle, None, LOVASZ_STRIDE))
-        loss = loss + targets.lovasz * lovasz_softmax(logs[seen].exp(), targets.labels[seen])
+        first = LOVASZ_STRIDE // 2
+        seen = _upsampled_by_products(cells, hw, first, LOVASZ_STRIDE).softmax(1)
+        loss = loss + targets.lovasz * lovasz_softmax(
+            seen, targets.labels[:, first::LOVASZ_STRIDE, first::LOVASZ_STRIDE]
+        )
     return loss
+
+
+def _upsampled_by_products(logits: torch.Tensor, hw: tuple[int, int], first: int, stride: int) -> torch.Tensor:
+    """Every `stride`-th row and column of `upsampled`, from `first` on, by two matrix products: their gradient takes a
+    fraction of the time of the interpolation's on a CPU."""
+    down, across = (
+        _interpolation(cells, pixels, logits.device)[:, first::stride]
+        for cells, pixels in zip(logits.shape[2:], hw, strict=True)
+    )
+    found: torch.Tensor = down.T @ (logits.contiguous() @ across)
+    return found
+
+
+@lru_cache(maxsize=32)
+def _interpolation(cells: int, pixels: int, device: torch.device) -> torch.Tensor:
+    """The matrix (cells, pixels) of a linear interpolation with half-pixel centres."""
+    unit = torch.eye(cells, device=device)[:, None]
+    return functional.interpolate(unit, pixels, mode="linear", align_corners=False)[:, 0]
 
 
 def lovasz_softmax(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -96,14 +118,16 @@ def lovasz_softmax(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.T
 
     The Jaccard loss of all these pixels together, extended to probabilities; 0 when nothing is labelled.
     """
-    classes = probabilities.shape[1]
     known = labels != ALWAYS_IGNORED
-    p = probabilities.movedim(1, 3)[known]  # (pixels, K)
-    truth = functional.one_hot(labels[known], classes).to(p.dtype)
-    errors, order = (truth - p).abs().sort(0, descending=True)
-    truth = truth.gather(0, order)
-    total = truth.sum(0)
-    jaccard = 1 - (total - truth.cumsum(0)) / (total + (1 - truth).cumsum(0))
-    steps = torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
-    present = (total > 0).to(p.dtype)
-    return ((errors * steps).sum(0) * present).sum() / present.sum().clamp(min=1)
+    found = labels[known]  # (pixels,)
+    present = torch.bincount(found).nonzero()  # (present classes, 1)
+    if not len(present):
+        return probabilities.sum() * 0
+    p = torch.stack([probabilities[:, k][known] for (k,) in present.tolist()])  # (present classes, pixels)
+    truth = (found == present).to(p.dtype)
+    errors, order = (truth - p).abs().sort(1, descending=True)
+    truth = truth.gather(1, order)
+    total = truth.sum(1, keepdim=True)
+    jaccard = 1 - (total - truth.cumsum(1)) / (total + (1 - truth).cumsum(1))
+    steps = torch.cat([jaccard[:, :1], jaccard[:, 1:] - jaccard[:, :-1]], dim=1)
+    return (errors * steps).sum(1).mean()

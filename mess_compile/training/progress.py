@@ -67,9 +67,13 @@ def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def restore_optimiser(optimiser: torch.optim.Optimizer, progress: TrainingState) -> None:
+    """Load the saved state, each moment in the memory layout of its parameter: the fused step takes it for granted."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in progress.optimiser.items():
         index, name = key.split(".", 1)
+        if value.ndim:
+            value = torch.empty_like(parameters[int(index)], requires_grad=False).copy_(value)
         state.setdefault(int(index), {})[name] = value
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 

@@ -88,12 +88,14 @@ def _train(options: TrainingJob, reporter: Reporter) -> CandidateNetwork | None:
     described = _described(options, networks)
     progress, counts = None, None
     if not launcher.is_child():  # before other processes start, so that an error is reported once
+        reporter.progress("read labels", 0, 0)
         surveyed = survey_labels(options.data)
         refuse_untrainable(surveyed)
         described["labels_sha256"], counts = surveyed.sha256, surveyed.pixels
         progress = read_progress(options.folder, described)
         surveyed.report(reporter)
         survey_labels(options.validation).report(reporter)
+        reporter.progress("prepare the network", 0, 0)
     fabric = launch(options.machines)
     first = fabric.global_rank == 0
     with lost_process_named(fabric):

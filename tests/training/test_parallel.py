@@ -23,7 +23,7 @@ from mess_compile.nets.checkpoint import load_candidate
 from mess_compile.nets.network import Architecture, heads_from_names, with_final_head
 from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import InputError
-from mess_compile.training import backbone, parallel
+from mess_compile.training import loop, parallel
 from mess_compile.training.parallel import Machines
 from mess_compile.training.recipe import Recipe
 from mess_compile.training.train import TrainingJob, train
@@ -80,7 +80,7 @@ def first_gradient(folder: str, name: str, pieces: int = 1) -> None:
 
     torch.optim.AdamW.step = stop  # type: ignore[assignment, method-assign]
     nn.functional.dropout = lambda x, *rest, **more: x  # type: ignore[assignment]
-    backbone.synchronise_norms = lambda module: None  # type: ignore[assignment]
+    loop.synchronise_norms = lambda module: None  # type: ignore[assignment]
     nn.BatchNorm2d.forward = lambda norm, x: 3 * x  # type: ignore[assignment, method-assign]
     data = open_dataset(Path(folder) / "data", "train")
     blocks = ("features.6", "features.17")

@@ -1,0 +1,90 @@
+"""A training that takes half as long must be the same training: same results, gradients, names of the state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mess_compile.nets.backbones import build_backbone
+from mess_compile.training.convolutions import DilatedDepthwiseConv2d, use_fast_convolutions
+
+
+def convolution(channels: int, dilation: int) -> nn.Sequential:
+    layer = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, groups=channels, bias=False)
+    return nn.Sequential(layer).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def by_definition(x: np.ndarray, weight: np.ndarray, dilation: int) -> np.ndarray:
+    h, w = x.shape[2:]
+    padded = np.pad(x, ((0, 0), (0, 0), (dilation, dilation), (dilation, dilation)))
+    return sum(
+        weight[:, 0, i, j, None, None] * padded[:, :, i * dilation : i * dilation + h, j * dilation : j * dilation + w]
+        for i in range(3)
+        for j in range(3)
+    )
+
+
+@pytest.mark.parametrize("hw", [(8, 12), (7, 10), (3, 2)])
+@pytest.mark.parametrize("dilation", [2, 4, 5, 12])
+def test_a_fast_convolution_is_the_convolution_by_its_definition(dilation: int, hw: tuple[int, int]) -> None:
+    module = convolution(4, dilation)
+    use_fast_convolutions(module)
+    assert isinstance(module[0], DilatedDepthwiseConv2d)
+    x = torch.randn(2, 4, *hw)
+    weight = module[0].weight.detach().double().numpy()
+    assert np.allclose(module(x).detach().numpy(), by_definition(x.double().numpy(), weight, dilation), atol=1e-5)
+
+
+@pytest.mark.parametrize("hw", [(8, 12), (7, 10), (3, 2)])
+@pytest.mark.parametrize("dilation", [2, 3, 5, 12])
+def test_fast_gradients_are_those_of_pytorch(dilation: int, hw: tuple[int, int]) -> None:
+    module, x = convolution(4, dilation), torch.randn(2, 4, *hw, requires_grad=True)
+    upstream = torch.randn(2, 4, *hw)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(module(x), (x, module[0].weight), upstream)
+
+    expected = gradients()
+    use_fast_convolutions(module)
+    for found, wanted in zip(gradients(), expected, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False),
+        lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2, bias=False),
+        lambda: nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4),
+        lambda: nn.Conv2d(4, 4, 3, stride=2, padding=2, dilation=2, groups=4, bias=False),
+        lambda: nn.Conv2d(4, 4, 5, padding=4, dilation=2, groups=4, bias=False),
+        lambda: nn.Conv2d(4, 4, 3, padding=1, dilation=2, groups=4, bias=False),
+    ],
+)
+def test_other_convolutions_stay_as_they_are(other: Callable[[], nn.Module]) -> None:
+    module = nn.Sequential(other())
+    use_fast_convolutions(module)
+    assert type(module[0]) is nn.Conv2d
+
+
+def test_a_fast_backbone_computes_the_same_and_keeps_the_names_of_its_state() -> None:
+    backbone = build_backbone("mobilenetv2", 8, 0.25)
+    names, images = list(backbone.state_dict()), torch.randn(2, 3, 64, 64)
+
+    def last_map() -> torch.Tensor:
+        x = backbone.stem(images)
+        for _, block in backbone.blocks():
+            x = block(x)
+        return x
+
+    expected = last_map()
+    use_fast_convolutions(backbone)
+    assert list(backbone.state_dict()) == names
+    assert (
+        sum(isinstance(layer, DilatedDepthwiseConv2d) for layer in backbone.modules()) == 10
+    )  # all of strides 16 and 32, which dilation replaced, but one
+    assert torch.allclose(last_map(), expected, atol=1e-4)
