@@ -11,6 +11,7 @@ import click
 from mess_compile.cli import completion, hints
 from mess_compile.cli.console import print_hint, print_json, print_table, reporting, say, warn
 from mess_compile.cli.options import (
+    BOUNDS,
     BUNDLE,
     TARGET,
     data_options,
@@ -167,19 +168,6 @@ def _exit_if_missed(result: Bench, strict: bool) -> None:
         raise click.exceptions.Exit(MISSED)
 
 
-_BOUNDS = {
-    "err_pp": "--max-err {:.4g}%",
-    "change": "--max-change {:.4g}%",
-    "latency_ms": "--max-latency {:.4g}ms",
-    "p95_ms": "--max-latency-p95 {:.4g}ms",
-    "worst_ms": "--max-latency-worst {:.4g}ms",
-    "gmacs": "--max-workload {:.4g}",
-    "energy_mj": "--max-energy {:.4g}mJ",
-    "memory_bytes": "--max-memory {:.0f}B",
-}
-"""The option of `search` for each bound that a bench checks."""
-
-
 def _after_bench(result: Bench, bundle: Path) -> list[str]:
     """The commands that follow: a safer search or a new profile where a bound was missed, else report and ship."""
     from mess_compile.search.requirement import safer_max_err
@@ -193,7 +181,7 @@ def _after_bench(result: Bench, bundle: Path) -> list[str]:
         if name in missed and asked[name] > 0:  # nothing is safer than 0
             asked[name] = float(f"{safer_max_err(asked[name], missed[name].found or 0.0):.2g}")
     if asked != {each.quantity: each.asked for each in result.promises}:
-        options = [_BOUNDS[name].format(value) for name, value in asked.items()]
+        options = [BOUNDS[name].format(value) for name, value in asked.items()]
         steps.append(" ".join([hints.for_device("search", result.device), *options]))
     if set(missed) & {"latency_ms", "p95_ms", "worst_ms"}:
         steps.append(f"profile --device {result.device}")
