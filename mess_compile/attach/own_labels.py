@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,11 +46,15 @@ def find_images(folder: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     return found.paths, found.notes
 
 
-def split_images(paths: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
-    """The images to teach on (train), and a fifth in whole sequences that is never taught on (val).
+def split_images(paths: Sequence[Path], hold_back: str | None = None) -> dict[str, tuple[Path, ...]]:
+    """The images to teach on (train), and those that are never taught on (val): those whose names match the pattern
+    `hold_back`, by default a fifth in whole sequences.
 
     Images whose names differ in their last number are a sequence. A single one is cut where its last fifth begins.
+    Raises InputError for a pattern that matches no image, or leaves too few.
     """
+    if hold_back is not None:
+        return _held_by(paths, hold_back)
     groups: dict[str, list[Path]] = {}
     for path in paths:
         groups.setdefault(sequence_of(path.stem), []).append(path)
@@ -61,6 +66,44 @@ def split_images(paths: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
         held += groups[name]
     rest = [path for path in paths if path not in set(held)]
     return {"train": tuple(rest), "val": tuple(held)}
+
+
+def _held_by(paths: Sequence[Path], hold_back: str) -> dict[str, tuple[Path, ...]]:
+    try:
+        pattern = re.compile(hold_back)
+    except re.error as error:
+        raise InputError(f"--hold-back {hold_back!r} is not a regular expression: {error}") from error
+    held = tuple(path for path in paths if pattern.search(path.name))
+    rest = tuple(path for path in paths if not pattern.search(path.name))
+    some = ", ".join(path.name for path in paths[:3])
+    if not hold_back or not held:
+        raise InputError(f"--hold-back {hold_back!r} matches no file name of --images, such as {some}")
+    if len(rest) < FEWEST_IMAGES:
+        raise InputError(
+            f"--hold-back {hold_back!r} leaves {len(rest)} of {len(paths)} images to teach on: {FEWEST_IMAGES} or more "
+            f"are needed; names are such as {some}"
+        )
+    return {"train": rest, "val": held}
+
+
+def held_back_text(splits: dict[str, tuple[Path, ...]], hold_back: str | None = None) -> str:
+    """Which images are never taught on, by some names, and how to choose others."""
+    held, total = splits["val"], sum(map(len, splits.values()))
+    names = sorted({sequence_of(path.stem) for path in held})
+    if (
+        hold_back is None
+        and len(names) < len(held)
+        and not set(names) & {sequence_of(path.stem) for path in splits["train"]}
+    ):
+        which = f"the sequences {_some(names)}"
+    else:
+        which = _some([path.name for path in held])
+    how = "--hold-back REGEX chooses others" if hold_back is None else f"--hold-back {hold_back}"
+    return f"held back, never taught on: {len(held)} of {total} images, {which} ({how})"
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def write_own_labels(

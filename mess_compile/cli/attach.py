@@ -21,6 +21,7 @@ class AttachArguments:
     """The options of `attach`."""
 
     images: Path | None
+    hold_back: str | None
     data: Path | None
     preprocess: str | None
     exits: int
@@ -43,6 +44,11 @@ class AttachArguments:
 @click.argument("source")
 @click.option("--weights", type=FILE, help="Weights (.pth, .safetensors) for a torch module.")
 @click.option("--images", type=FOLDER, help="Folder of images without labels; the network's own output teaches.")
+@click.option(
+    "--hold-back",
+    metavar="REGEX",
+    help="Images whose file names match are never taught on, but evaluated; by default a fifth, in whole sequences.",
+)
 @click.option("--data", type=FOLDER, help="Data set with labels, which teach beside the network's output.")
 @click.option(
     "--preprocess",
@@ -67,8 +73,14 @@ class AttachArguments:
     show_default=True,
     help="Epochs of the network together with its heads, which first learn alone; 0 N leaves the network as it is.",
 )
-@click.option("--batch", default=8, show_default=True, help="Images a step.")
-@click.option("--learning-rate", default=3e-3, show_default=True, help="Of new heads; the network's own is 3 % of it.")
+@click.option("--batch", type=click.IntRange(2), default=8, show_default=True, help="Images a step.")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=3e-3,
+    show_default=True,
+    help="Of new heads; the network's own is 3 % of it.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--accelerator", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; by default OMP_NUM_THREADS, else all cores.")
@@ -84,6 +96,10 @@ def attach(workspace: Workspace, source: str, arguments: AttachArguments) -> Non
     """
     from mess_compile import extras, steps
 
+    if sum(arguments.epochs) == 0:
+        raise click.UsageError("--epochs 0 0 teaches nothing: give 0 20 to leave the network as it is, or 6 20.")
+    if not arguments.learning_rate <= 1:
+        raise click.UsageError("--learning-rate is not a number from above 0 to 1, such as 3e-3.")
     source_of = click.get_current_context().get_parameter_source
     with reporting(arguments.as_json) as reporter:
         recipe = _recipe(extras.torch_module("training.recipe"), arguments)
@@ -91,9 +107,10 @@ def attach(workspace: Workspace, source: str, arguments: AttachArguments) -> Non
         options = steps.AttachOptions(
             preprocess=arguments.preprocess,
             images=arguments.images,
+            hold_back=arguments.hold_back,
             data=arguments.data,
             exits=arguments.exits,
-            exits_at=tuple(arguments.exits_at.split(",")) if arguments.exits_at else (),
+            exits_at=_names(arguments.exits_at),
             heads=tuple(arguments.heads.split(",")),
             classes=arguments.classes,
             output=arguments.output,
@@ -106,6 +123,14 @@ def attach(workspace: Workspace, source: str, arguments: AttachArguments) -> Non
     if arguments.as_json:
         return print_json(_content(workspace, attached))
     return _print(workspace, attached)
+
+
+def _names(exits_at: str | None) -> tuple[str, ...]:
+    """The tensors or submodules of --exits-at. Raises UsageError for an empty name."""
+    names = () if exits_at is None else tuple(name.strip() for name in exits_at.split(","))
+    if "" in names:
+        raise click.UsageError("--exits-at names tensors or submodules, such as layer2,layer3: one of these is empty.")
+    return names
 
 
 def _recipe(recipes: Any, arguments: AttachArguments) -> Any:

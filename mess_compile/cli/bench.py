@@ -11,6 +11,7 @@ import click
 from mess_compile.cli import completion, hints
 from mess_compile.cli.console import print_hint, print_json, print_table, reporting, say, warn
 from mess_compile.cli.options import (
+    BOUNDS,
     BUNDLE,
     TARGET,
     data_options,
@@ -167,18 +168,6 @@ def _exit_if_missed(result: Bench, strict: bool) -> None:
         raise click.exceptions.Exit(MISSED)
 
 
-_BOUNDS = {
-    "err_pp": "--max-err {:.4g}%",
-    "change": "--max-change {:.4g}%",
-    "class_err_pp": "--max-class-err {name}={:.4g}%",
-    "latency_ms": "--max-latency {:.4g}ms",
-    "p95_ms": "--max-latency-p95 {:.4g}ms",
-    "worst_ms": "--max-latency-worst {:.4g}ms",
-    "gmacs": "--max-workload {:.4g}",
-    "energy_mj": "--max-energy {:.4g}mJ",
-    "memory_bytes": "--max-memory {:.0f}B",
-}
-"""The option of `search` for each bound that a bench checks."""
 _LOSSES = ("err_pp", "change", "class_err_pp")
 
 
@@ -197,7 +186,7 @@ def _after_bench(result: Bench, bundle: Path) -> list[str]:
     }
     if safer:
         bounds = [(each, safer.get(each, each.asked)) for each in result.promises]
-        options = [_BOUNDS[each.quantity].format(value, name=each.class_name) for each, value in bounds]
+        options = [BOUNDS[each.quantity].format(value, name=each.class_name) for each, value in bounds]
         steps.append(" ".join([hints.for_device("search", result.device), *options]))
     if {each.quantity for each in result.missed} & {"latency_ms", "p95_ms", "worst_ms"}:
         steps.append(f"profile --device {result.device}")

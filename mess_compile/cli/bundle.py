@@ -10,9 +10,18 @@ import click
 
 from mess_compile.cli import completion, hints
 from mess_compile.cli.console import print_json, reporting, say
-from mess_compile.cli.options import FILE, dry_run_option, gathered, json_option, print_plan, verbose_option
+from mess_compile.cli.options import (
+    FILE,
+    dry_run_option,
+    gathered,
+    json_option,
+    print_plan,
+    promise_option,
+    verbose_option,
+)
 
 if TYPE_CHECKING:
+    from mess_compile.runtime.bundle.manifest import BundlePlan
     from mess_compile.workspace import Workspace
 
 
@@ -83,7 +92,23 @@ def bundle(workspace: Workspace, plans: tuple[str, ...], output: Path | None, ar
         return print_json({**content, "doubts": doubts})
     frames = len({golden.frame for golden in manifest.golden})
     say(f"{path}: {size / 2**20:.2f} MiB for {', '.join(plan.name for plan in manifest.plans)}")
+    for plan in manifest.plans:
+        say(f"{plan.name}: {_plan_line(plan)}")
+    if arguments.single_file is not None:
+        say(f"{arguments.single_file}: {manifest.plans[0].name} as one ONNX file")
     if arguments.verbose:
         say(f"{len(manifest.files)} files, {frames} golden frames that `verify` runs")
         say("the first plan that fits a device runs there")
     return hints.after_a_bundle(path, manifest.plans)
+
+
+def _plan_line(plan: BundlePlan) -> str:
+    """A plan and the requirement that it was made for."""
+    from mess_compile.search.display import speed
+
+    own, other = plan.predicted, plan.baseline
+    heads = ", ".join(f"{stage.head} {rate:.0%}" for stage, rate in zip(plan.stages, own.exit_rates, strict=True))
+    ratio = other.latency_ms / own.latency_ms if own.latency_ms else float("inf")
+    bounds = [promise_option(promise) for promise in plan.promises]
+    asked = f"searched with {' '.join(bounds)}" if bounds else "searched without bounds"
+    return f"{heads}; {speed(ratio)}, {own.miou - other.miou:+.2f} pp mIoU; {asked}"

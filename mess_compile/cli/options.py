@@ -193,3 +193,27 @@ def rates(rates: Any) -> str:
 def picked(arguments: object, names: str) -> dict[str, Any]:
     """Some fields of the arguments of a command, by name."""
     return {name: getattr(arguments, name) for name in names.split()}
+
+
+BOUNDS = {
+    "err_pp": "--max-err {:.4g}%",
+    "change": "--max-change {:.4g}%",
+    "class_err_pp": "--max-class-err {name}={:.4g}%",
+    "latency_ms": "--max-latency {:.4g}ms",
+    "p95_ms": "--max-latency-p95 {:.4g}ms",
+    "worst_ms": "--max-latency-worst {:.4g}ms",
+    "gmacs": "--max-workload {:.4g}",
+    "energy_mj": "--max-energy {:.4g}mJ",
+    "memory_bytes": "--max-memory {:.0f}B",
+}
+"""The option of `search` for each bound of a plan."""
+
+
+def promise_option(promise: Any) -> str:
+    """The option of `search` that a bound came from."""
+    option = BOUNDS.get(promise.quantity, f"{promise.quantity} {{:g}}")
+    return (
+        f"{option.split()[0]} {promise.limit:.4g}x"
+        if promise.relative
+        else option.format(promise.limit, name=promise.class_name)
+    )

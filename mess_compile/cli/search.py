@@ -220,9 +220,13 @@ def _search_options(arguments: SearchArguments) -> Any:
 
 def _print_summary(result: Any, requirement: Any) -> None:
     from mess_compile.report import search_output
+    from mess_compile.search.display import policies_sentence
 
     say(search_output.headline(result.plan))
     print_table(search_output.summary_title(result.plan), *search_output.summary_table(result.plan, requirement))
+    policies = policies_sentence(result.plan)
+    if policies is not None:
+        say(policies)
     if result.plan.reports:
         say(search_output.reports_line(result.plan))
     say(f"{search_output.proof(result, requirement)} {search_output.expectation(result)}")

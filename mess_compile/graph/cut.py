@@ -44,7 +44,10 @@ from mess_compile.runtime.base.errors import InputError
 
 NETWORK = "network.onnx"
 METADATA_KEY = "mess"
-_REMEDY = f"name its tensors with --exits exits.toml, or see docs/own-network.md for the content of {METADATA_KEY!r}"
+_REMEDY = (
+    "`mess-compile attach MODEL.onnx --images DIR` gives a network with one exit early ones; name the tensors of one "
+    f"with several by --exits exits.toml, or see docs/own-network.md for the content of {METADATA_KEY!r}"
+)
 
 
 def logits_name(head: str) -> str:

@@ -141,14 +141,14 @@ def best_frontiers(frontiers: Frontiers) -> tuple[Frontier, ...]:
 
 
 def frontiers_at(frontiers: Frontiers, names: Sequence[str]) -> tuple[Frontier, ...]:
-    """The frontiers whose maps have these names, in running order. Raises InputError naming one that is no map."""
+    """The frontiers whose maps have these names, in running order. Raises InputError naming those that are no map."""
     last = {each.map.name: each for each in frontiers.found if each.feeds_heads}
-    for name in names:
-        if name not in last:
-            raise InputError(
-                f"--exits-at {name}: no exit can be there{did_you_mean(name, last)}; `mess-compile inspect MODEL.onnx` "
-                "lists the places"
-            )
+    wrong = [name for name in dict.fromkeys(names) if name not in last]
+    if wrong:
+        named = ", ".join(f"{name}{did_you_mean(name, last)}" for name in wrong)
+        raise InputError(
+            f"--exits-at {named}: no exit can be there; `mess-compile inspect MODEL.onnx` lists the places"
+        )
     return tuple(sorted({last[name] for name in names}, key=lambda each: each.position))
 
 

@@ -57,7 +57,10 @@ def name_output(model: onnx.ModelProto, name: str | None) -> str:
     made = [output for node in model.graph.node for output in node.output if output]
     if name is not None:
         if name not in made:
-            raise InputError(f"--output {name}: the model has no such tensor{did_you_mean(name, made)}")
+            raise InputError(
+                f"--output {name}: the model has no such tensor{did_you_mean(name, made)}; its outputs are "
+                f"{', '.join(names[:8])}"
+            )
         return name
     if len(names) != 1:
         raise InputError(

@@ -35,7 +35,9 @@ def read_model(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(str(path), format="protobuf", load_external_data=False)
     except DecodeError as error:
-        raise InputError(f"{path} is not an ONNX model, or is truncated: {error}") from error
+        raise InputError(
+            f"{path} is not an ONNX model, or is truncated: export the network again, or copy the whole file"
+        ) from error
     if not model.graph.node:
         raise InputError(f"{path} is not an ONNX model, or has no nodes")
     return model

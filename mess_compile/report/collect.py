@@ -70,11 +70,11 @@ def _first_step(workspace: Workspace) -> str:
         return f"no device was profiled; name one that was estimated: `mess-compile report --device {estimated[0]}`"
     if (workspace.graphs / "index.json").is_file():
         return "no device was profiled; run `mess-compile profile --device cpu`"
-    if (workspace.candidate / "network.json").is_file():
+    if any((workspace.candidate / name).is_file() for name in ("network.json", "network.onnx")):
         return "the network is not exported; run `mess-compile export`"
     return (
-        "this workspace has no network; train one with `mess-compile train --data DIR`, take one from "
-        "`mess-compile export MODEL.onnx`, or see the whole flow with `mess-compile demo`"
+        "this workspace has no network; train one with `mess-compile train --data DIR`, give one early exits with "
+        "`mess-compile attach MODEL.onnx --images DIR`, or see the whole flow with `mess-compile demo`"
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mess_compile.network import BASELINE, BASELINE_ALONE, is_whole
-from mess_compile.runtime.base.policy import is_learned, top_of_row
+from mess_compile.runtime.base.policy import PLAIN, is_learned, top_of_row
 from mess_compile.runtime.bundle.manifest import BundlePlan, Figures, against
 from mess_compile.runtime.images.notebook import table_html, text_html
 from mess_compile.search.plan import FEW_IMAGES, ONE_GROUP, Expected, Optimism, Plan, SearchResult, Stage
@@ -32,13 +32,27 @@ def exits_table(plan: Plan, cells: Mapping[str, int] = NO_CELLS) -> tuple[tuple[
         )
         for number, (stage, rate) in enumerate(zip(plan.stages, plan.predicted.exit_rates, strict=True), start=1)
     ]
-    return ("", "head", *(("confidence threshold", "confident cells needed") * gated), "images"), rows
+    return ("", "head", *(("policy", "confidence threshold", "confident cells needed") * gated), "images"), rows
 
 
-def _decision(plan: Plan, stage: Stage, cells: Mapping[str, int]) -> tuple[str, str]:
+def _decision(plan: Plan, stage: Stage, cells: Mapping[str, int]) -> tuple[str, str, str]:
     learned = is_learned(plan.policy_rows, stage.head, stage.row)
     needed = needed_text(stage.cut, top_of(plan, stage.head, stage.row, cells), learned)
-    return plan.row_name(stage.head, stage.row), needed
+    policy = "-" if stage.cut is None else policy_of(plan, stage.head, stage.row)
+    return policy, plan.row_name(stage.head, stage.row), needed
+
+
+def policy_of(plan: Plan | BundlePlan, head: str, row: int) -> str:
+    """The policy that a row of a head belongs to."""
+    return next((each.policy for each in plan.policy_rows if (each.head, each.row) == (head, row)), PLAIN)
+
+
+def policies_sentence(plan: Plan) -> str | None:
+    """Which policy decides at each early exit, where it is not plain at all of them."""
+    found = [(stage.head, policy_of(plan, stage.head, stage.row)) for stage in plan.stages if stage.cut is not None]
+    if all(policy == PLAIN for _, policy in found):
+        return None
+    return f"decided by {', '.join(f'{policy} at {head}' for head, policy in found)}"
 
 
 def stage_text(number: int, head: str, retrained: bool = False) -> str:

@@ -210,6 +210,8 @@ def _limit(text: str, units: Collection[str], option: str, example: str) -> Limi
 def _percent(text: str, option: str, example: str) -> float:
     match = re.fullmatch(rf"{_NUMBER} *%", text.strip())
     if match is None or float(match[1]) > _MOST:
+        if re.fullmatch(_NUMBER, text.strip()) and float(text) <= 100:
+            example = f"{text.strip()}%"
         raise _refusal(text, option, example)
     return float(match[1])
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mess_compile.runtime.base.errors import InputError, RequirementError
+from mess_compile.runtime.bundle.manifest import OWN_OUTPUT
 from mess_compile.search.guarantees import FoldSearches
 from mess_compile.search.metrics import Evidence, evidence_of_plan, plan_of_stages, refuse_without_own_output
 from mess_compile.search.new_images import (
@@ -38,21 +39,27 @@ def parse_safety(text: str) -> float:
     """A probability from `90%`. Raises InputError."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*%", text.strip())
     if match is None or not 50 < float(match[1]) < 100:
-        raise InputError(f"--safety {text!r:.40} is not understood: write 90% (above 50% and below 100%)")
+        bare = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)", text.strip())
+        wanted = f"{bare[1]}%" if bare and 50 < float(bare[1]) < 100 else "90%"
+        raise InputError(f"--safety {text!r:.40} is not understood: write {wanted} (above 50% and below 100%)")
     return float(match[1]) / 100
 
 
-_ONE = "these are one"
-_OTHER_IMAGES = (
-    "run `mess-compile evaluate --data DIR --split SPLIT` on images of other places, name groups with --group-by, or "
-    "leave --safety out"
-)
+def _other_images(evidence: Evidence) -> str:
+    """What to do where the images allow no bound."""
+    more = "run `mess-compile evaluate --data DIR --split SPLIT` on images of other places"
+    if evidence.statistics.truth == OWN_OUTPUT:
+        more = "run `mess-compile attach MODEL.onnx --images DIR --hold-back REGEX` to hold back images of more places"
+    return f"{more}, name groups with --group-by, or leave --safety out"
 
 
 def refuse_unsafe(evidences: Sequence[Evidence], requirement: Requirement) -> None:
     """Raises InputError for a requirement that `--safety` cannot keep, or images that allow no bound."""
     if len(set(evidences[0].statistics.group)) == 1:
-        raise InputError(f"--safety needs two groups of images or more; {_ONE} ({ONE_GROUP}): {_OTHER_IMAGES}")
+        raise InputError(
+            f"--safety needs two groups of images or more, and there is {ONE_GROUP.partition(':')[0]}: "
+            f"{_other_images(evidences[0])}"
+        )
     if requirement.max_err_pp is None and requirement.max_change is None:
         raise InputError("--safety keeps --max-err or --max-change on new images: give --max-err 1% too")
     if requirement.baseline_miou is not None:
@@ -93,7 +100,9 @@ def safest(
     """
     bootstrap = bootstrap_of(evidences, evidences, requirement, choice_and_front(result), searches)
     if reason := why_not(evidences[0].statistics.group, bootstrap.whole):
-        raise InputError(f"--safety {100 * level:.4g}% needs images that differ ({reason}): {_OTHER_IMAGES}")
+        raise InputError(
+            f"--safety {100 * level:.4g}% needs images that differ ({reason}): {_other_images(evidences[0])}"
+        )
     best = safe_choice(bootstrap, requirement, level)
     if not best.keeps(requirement):
         raise RequirementError(_refusal(requirement, best, level, len(bootstrap.pool.plans)))

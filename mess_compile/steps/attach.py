@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mess_compile import extras, files
 from mess_compile.attach.checked import check_whole_form
 from mess_compile.attach.opened import OpenedNetwork, open_network
-from mess_compile.attach.own_labels import find_images, split_images, write_own_labels
+from mess_compile.attach.own_labels import find_images, held_back_text, split_images, write_own_labels
 from mess_compile.attach.preparation import CLEARLY_PP, prepared_miou
 from mess_compile.attach.whole_form import ClassNames, WholeForm, early_frontiers, whole_form
 from mess_compile.data.class_list import default_colour, read_class_list
@@ -50,6 +50,7 @@ class AttachOptions:
     how the network wants its input, or a TOML file with a table [input]. `exits` counts exit points with the network's
     own end; `exits_at` names tensors instead. `heads` are configurations at every early exit point, or `exitN.NAME`.
     `weights` are loaded into a torch module. With `may_freeze`, a network that cannot be trained keeps its weights.
+    `hold_back` is a pattern of the names of `images` that are never taught on; by default a fifth is not.
     """
 
     preprocess: str | None = None
@@ -64,6 +65,7 @@ class AttachOptions:
     weights: Path | None = None
     machines: Machines | None = None
     may_freeze: bool = False
+    hold_back: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class _Prepared:
     training: DataSet
     validation: DataSet
     left_out: tuple[str, ...]
+    hold_back: str | None = None
 
 
 def attach(
@@ -174,6 +177,8 @@ def _prepared(workspace: Workspace, source: Path, options: AttachOptions, report
         raise InputError("attach teaches exits on images: give --images DIR, or --data DIR with labels")
     if options.data is not None and options.images is not None:
         raise InputError("--images DIR is for images without labels, --data DIR for those with labels: give one")
+    if options.data is not None and options.hold_back is not None:
+        raise InputError("--hold-back chooses among --images; with --data the split val is never taught on: drop it")
     paths, notes = ((), ()) if options.images is None else find_images(options.images)
     data = None if options.data is None else _labelled(workspace, options.data)
     notes = notes if data is None else tuple(dict.fromkeys((*data[0].notes, *data[1].notes)))
@@ -202,13 +207,15 @@ def _prepared(workspace: Workspace, source: Path, options: AttachOptions, report
     drop_unread_weights(folder)
     left_out: tuple[str, ...] = ()
     if data is None:
-        left_out = _label_by_network(workspace, base, form.candidate, paths, reporter)
+        splits = split_images(paths, options.hold_back)
+        reporter.note(held_back_text(splits, options.hold_back))
+        left_out = _label_by_network(workspace, base, form.candidate, splits, reporter)
         root = DataFolder(workspace.own_labels)
         data = open_dataset(root, "train"), open_dataset(root, "val")
         workspace.remember(data=root)
     else:
         workspace.remember(data=workspace.data_folder(options.data))
-    return _Prepared(opened, form, base, *data, left_out)
+    return _Prepared(opened, form, base, *data, left_out, options.hold_back)
 
 
 def _labelled(workspace: Workspace, data: Data) -> tuple[DataSet, DataSet]:
@@ -262,6 +269,8 @@ def _provenance(prepared: _Prepared, job: Any, source: Path, weights: Any) -> di
         "labelled": job.labelled,
         "split": prepared.training.split,
         "image_ids": [item.id for item in prepared.training.items],
+        "held_back": [item.id for item in prepared.validation.items],
+        "hold_back": prepared.hold_back,
     }
 
 
@@ -295,11 +304,15 @@ def _some_frames(paths: Sequence[Path], hw: tuple[int, int]) -> list[NDArray[np.
 
 
 def _label_by_network(
-    workspace: Workspace, base: Path, candidate: CandidateNetwork, paths: Sequence[Path], reporter: Reporter
+    workspace: Workspace,
+    base: Path,
+    candidate: CandidateNetwork,
+    splits: dict[str, tuple[Path, ...]],
+    reporter: Reporter,
 ) -> tuple[str, ...]:
     """Write the data set whose truth is the network's own output."""
     with _labels_by(base, candidate) as labels_of:
-        return write_own_labels(workspace.own_labels, split_images(paths), candidate.classes, labels_of, reporter)
+        return write_own_labels(workspace.own_labels, splits, candidate.classes, labels_of, reporter)
 
 
 @contextmanager

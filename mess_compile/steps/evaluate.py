@@ -157,6 +157,7 @@ def _evaluated(request: _EvaluateRequest, engines: EngineFiles, library: str) ->
     workspace, options = request.workspace, request.options
     root, folder = request.split_of(engines.graph_set.candidate)
     _note_data(folder, request.reporter)
+    _warn_of_other_images(workspace, folder, request.reporter)
     device = HOST if request.target is None else request.target.name
     with _shared(options) as share:
         threads = options.threads or share_of_cores(options.devices)
@@ -180,6 +181,7 @@ def _evaluated_there(request: _EvaluateRequest, target: Target, host: str) -> st
     workspace, options, progress = request.workspace, request.options, request.reporter.progress
     root, folder = request.split_of(read_graph_set(workspace.graphs).candidate)
     _note_data(folder, request.reporter)
+    _warn_of_other_images(workspace, folder, request.reporter)
     with remote_for(workspace, host, options.python) as remote:
         (forms,) = forms_there(workspace, target, (options.precision,), options.data, progress)
         session = python_session(remote, target, forms.graph_set, progress)
@@ -219,6 +221,23 @@ def _note_data(folder: DataSet, reporter: Reporter) -> None:
         survey_labels(folder).report(reporter)
 
 
+def _warn_of_other_images(workspace: Workspace, folder: DataSet, reporter: Reporter) -> None:
+    """A slice such as val[:12] selects other images when files were added to the folder, or removed."""
+    if "[" not in folder.split or launcher.is_child():
+        return
+    try:
+        known = set(statistics.read_statistics(workspace.statistics(folder.split)).image_id)
+    except (InputError, StaleError):
+        return
+    new = [item.id for item in folder.items if item.id not in known]
+    if new or len(known) != len(folder.items):
+        some = f", such as {new[0]}" if new else ""
+        reporter.warn(
+            f"{folder.split} now selects other images than when it was evaluated before: {len(new)} of "
+            f"{len(folder.items)} are new{some}; earlier plans were chosen on the former ones: search again"
+        )
+
+
 @contextmanager
 def _shared(options: EvaluateOptions) -> Iterator[Share]:
     from mess_compile.evaluate.record import Share
@@ -252,6 +271,7 @@ def current_statistics(
         f"no current evaluation of {split} in {graph_set.recipe}: evaluating first, on the "
         f"{len(folder.items)} images of {split} in {folder.root}"
     )
+    _warn_of_other_images(workspace, folder, reporter)
     quiet = _EvaluateRequest(workspace, EvaluateOptions(split=split), Reporter(reporter.progress), None, None)
     made = _evaluated_here(quiet, graph_set)
     assert made is not None, "a search is one process"

@@ -24,7 +24,7 @@ from mess_compile.search.requirement import Requirement
 from mess_compile.training.recipe import Distillation, Recipe
 from mess_compile.workspace import Workspace
 from tests.attach import brought
-from tests.commands import done
+from tests.commands import done, run
 
 EXITS = steps.AttachOptions(preprocess="-1-1", exits=3, heads=("fcn-crm1-b0",))
 
@@ -96,7 +96,10 @@ def test_weights_in_constant_nodes_are_taken(tmp_path: Path, images: Path) -> No
 
 def test_the_command_prints_each_head_and_what_to_do_next(tmp_path: Path, model: Path, images: Path) -> None:
     options = ("--images", images, "--preprocess=-1-1", "--exits", "3", "--heads", "fcn-crm1-b0", "--epochs", "0", "1")
-    shown = done("-C", tmp_path / "new", "attach", model, *options, "--batch", "4")
+    shown = done("-C", tmp_path / "new", "attach", model, *options, "--batch", "4", "--hold-back", "^a")
+    assert "held back, never taught on: 3 of 15 images, a_000.png, a_005.png, a_010.png (--hold-back ^a)" in shown
+    taught = json.loads((tmp_path / "new" / "candidate" / "attached.json").read_text())
+    assert (taught["held_back"], taught["hold_back"]) == (["a_000", "a_005", "a_010"], "^a")
     assert "mIoU against the network's own output, 3 images not taught on" in shown
     assert "exit3.own" in shown
     assert shown.endswith(f"hint: mess-compile -C {tmp_path / 'new'} export\n")
@@ -211,6 +214,52 @@ def test_sequences_stay_together_and_a_single_one_is_cut_at_its_last_fifth() -> 
     assert own_labels.split_images(one)["val"] == tuple(one[16:])
 
 
+def test_a_user_chooses_which_images_are_held_back_and_reads_which_they_are() -> None:
+    paths = [Path(f"{place}_{number:02}.png") for place in ("mill", "yard", "dock") for number in range(6)]
+    split = own_labels.split_images(paths, "^dock")
+    assert [path.name for path in split["val"]] == [f"dock_{number:02}.png" for number in range(6)]
+    assert len(split["train"]) == 12
+    text = "held back, never taught on: 6 of 18 images, dock_00.png, dock_01.png, dock_02.png, dock_03.png and 2 more"
+    assert own_labels.held_back_text(split, "^dock") == f"{text} (--hold-back ^dock)"
+    many = [Path(f"drive{drive}_{number:02}.png") for drive in range(10) for number in range(4)]
+    by_default = own_labels.held_back_text(own_labels.split_images(many))
+    assert by_default == (
+        "held back, never taught on: 8 of 40 images, the sequences drive0, drive5 (--hold-back REGEX chooses others)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("(", "is not a regular expression"),
+        ("nowhere", "matches no file name of --images, such as mill_00.png"),
+        ("", "matches no file name"),
+        ("mill|yard", "leaves 6 of 18 images to teach on"),
+    ],
+)
+def test_a_pattern_that_holds_back_none_or_too_many_is_named(pattern: str, says: str) -> None:
+    paths = [Path(f"{place}_{number:02}.png") for place in ("mill", "yard", "dock") for number in range(6)]
+    with pytest.raises(InputError, match=says):
+        own_labels.split_images(paths, pattern)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--exits-at", ""), "one of these is empty"),
+        (("--epochs", "0", "0"), "--epochs 0 0 teaches nothing"),
+        (("--batch", "0"), "0 is not in the range x>=2"),
+        (("--learning-rate", "nan"), "--learning-rate is not a number"),
+    ],
+)
+def test_each_option_that_cannot_be_has_a_sentence_of_its_own(
+    model: Path, images: Path, options: tuple[str, ...], says: str
+) -> None:
+    found = run("attach", model, "--images", images, "--preprocess=-1-1", *options)
+    assert found.exit_code == 2
+    assert says in found.stderr
+
+
 def test_rare_classes_are_void_and_named(tmp_path: Path, images: Path) -> None:
     """A class of a few pixels would swing mIoU by its whole weight."""
 
@@ -241,7 +290,8 @@ def values(split: Path) -> list[int]:
         ({"images": Path("nowhere")}, "--images nowhere does not exist"),
         ({"images": Path("."), "preprocess": "imagnet"}, r"--preprocess 'imagnet' is not one of imagenet, 0-1"),
         ({"images": Path("."), "preprocess": None}, "--preprocess is missing: how does the network want its input"),
-        ({"images": Path("."), "exits_at": ("nothing",)}, "--exits-at nothing: no exit can be there"),
+        ({"images": Path("."), "exits_at": ("nothing", "deep", "no")}, "--exits-at nothing, no: no exit can be there"),
+        ({"images": Path("."), "output": "nope"}, "--output nope: .*; its outputs are pixels"),
         ({"images": Path("."), "classes": Path("c.txt")}, r"c.txt has 2 classes, but output 'pixels' has 3"),
     ],
 )

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from benchmarks import guarantee as benchmark
+from mess_compile.report.search_output import warnings_of_plan
 from mess_compile.runtime.base.errors import InputError, RequirementError
 from mess_compile.search.guarantees import FoldSearches, fold_searches
 from mess_compile.search.metrics import Evidence
 from mess_compile.search.plan import SearchResult
-from mess_compile.search.requirement import Requirement
+from mess_compile.search.requirement import Requirement, parse_max_change
 from mess_compile.search.safety import parse_safety, refuse_unsafe, safest
 from mess_compile.search.solver import search
 from tests.search.cases import against_own_output, evidence
-from tests.search.test_new_images import of_groups
+from tests.search.test_new_images import found_in, of_groups
 
 
 @cache
@@ -78,6 +79,24 @@ def test_what_cannot_be_kept_is_refused_before_the_search(requirement: Requireme
     assert parse_safety("90%") == 0.9
     with pytest.raises(InputError, match=says):
         refuse_unsafe([of_groups(12, groups)], requirement)
+
+
+def test_a_number_without_its_sign_is_repeated_with_it() -> None:
+    with pytest.raises(InputError, match="write 80%"):
+        parse_safety("80")
+    with pytest.raises(InputError, match="write 10%"):
+        parse_max_change("10")
+
+
+def test_of_few_groups_the_interval_is_called_wide() -> None:
+    """Where nobody tested how often it holds, nobody should plan with it as if it did."""
+    for groups, is_few in ((6, True), (12, False)):
+        case = of_groups(24, groups)
+        requirement = Requirement(max_err_pp=60.0)
+        result, searches, _ = found_in(case, requirement)
+        plan = safest([case], requirement, result, searches, 0.9).plan
+        warned = any("the interval is wide" in each for each in warnings_of_plan(plan, requirement))
+        assert warned == is_few
 
 
 def test_a_safe_plan_names_the_rows_that_its_operating_points_decide_by() -> None:
