@@ -113,7 +113,9 @@ def play(folder: Path, line: list[str]) -> str:
 @pytest.fixture
 def examples(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brief_profile: None) -> Path:
     """The examples without CamVid, with a finished workspace where 01 leaves its demo."""
-    shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("02-camvid", "08-inspection", "demo"))
+    shutil.copytree(
+        EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("02-camvid", "08-inspection", "demo")
+    )
     shutil.copytree(finished, tmp_path / "examples" / "01-quickstart" / "demo", copy_function=os.link)
     return tmp_path / "examples"
 

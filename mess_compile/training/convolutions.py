@@ -1,4 +1,4 @@
-"""Computes dilated depthwise 3x3 convolutions fast on a CPU: PyTorch's own take several times as long to train."""
+"""Computes dilated depthwise convolutions fast on a CPU: PyTorch's own take several times as long to train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_DIRECT = 4
 
 
 def use_fast_convolutions(module: nn.Module) -> None:
-    """Turn every dilated depthwise 3x3 convolution below `module` into one that trains fast on a CPU.
+    """Turn every dilated depthwise convolution below `module` into one that trains fast on a CPU.
 
     The state's names and the results stay the same, up to the order in which sums round.
     """
@@ -23,9 +23,10 @@ def use_fast_convolutions(module: nn.Module) -> None:
 
 
 def _is_dilated_depthwise(layer: nn.Conv2d) -> bool:
-    """Whether it has stride 1, no bias, and a map of the same size as its input."""
-    d = layer.dilation[0]
-    same_size = layer.kernel_size == (3, 3) and layer.stride == (1, 1) and layer.padding == layer.dilation == (d, d)
+    """Whether it has a square kernel, stride 1, no bias, and a map of the same size as its input."""
+    d, k = layer.dilation[0], layer.kernel_size[0]
+    square = layer.dilation == (d, d) and layer.kernel_size == (k, k) and k % 2 == 1
+    same_size = square and layer.stride == (1, 1) and layer.padding == (d * (k // 2), d * (k // 2))
     depthwise = layer.groups == layer.in_channels == layer.out_channels
     return depthwise and same_size and d > 1 and layer.bias is None and layer.padding_mode == "zeros"
 
@@ -41,7 +42,7 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
 
 
 class _DilatedDepthwise(torch.autograd.Function):
-    """(n, C, h, w), (C, 1, 3, 3), dilation -> (n, C, h, w)."""
+    """(n, C, h, w), (C, 1, k, k), dilation -> (n, C, h, w)."""
 
     @staticmethod
     def forward(context: Any, x: torch.Tensor, weight: torch.Tensor, dilation: int) -> torch.Tensor:
@@ -58,11 +59,11 @@ class _DilatedDepthwise(torch.autograd.Function):
 
 
 def _convolved(x: torch.Tensor, weight: torch.Tensor, dilation: int) -> torch.Tensor:
-    channels = weight.shape[0]
+    channels, reach = weight.shape[0], weight.shape[2] // 2
     if dilation <= _MOST_DIRECT:
-        return functional.conv2d(x, weight, None, 1, dilation, dilation, channels)
+        return functional.conv2d(x, weight, None, 1, dilation * reach, dilation, channels)
     n, _, h, w = x.shape
-    apart = functional.conv2d(_apart(x, dilation), weight, None, 1, 1, 1, channels)
+    apart = functional.conv2d(_apart(x, dilation), weight, None, 1, reach, 1, channels)
     return _together(apart, dilation, (n, h, w))
 
 
@@ -86,24 +87,24 @@ def _together(apart: torch.Tensor, dilation: int, nhw: tuple[int, int, int]) -> 
 
 def _weight_gradient(x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, dilation: int) -> torch.Tensor:
     if dilation > _MOST_DIRECT:
-        return _summed_taps(x, gradient, dilation)
+        return _summed_taps(x, gradient, weight, dilation)
     parts = _apart(gradient, dilation), _apart(x, dilation)
-    one, channels = [1, 1], weight.shape[0]
+    one, channels, reach = [1, 1], weight.shape[0], [weight.shape[2] // 2] * 2
     wanted = [False, True, False]  # of the input, the weight, the bias
-    found = torch.ops.aten.convolution_backward(*parts, weight, None, one, one, one, False, [0, 0], channels, wanted)
+    found = torch.ops.aten.convolution_backward(*parts, weight, None, one, reach, one, False, [0, 0], channels, wanted)
     return found[1]  # type: ignore[no-any-return]
 
 
-def _summed_taps(x: torch.Tensor, gradient: torch.Tensor, dilation: int) -> torch.Tensor:
-    """(C, 1, 3, 3): for each of the nine taps, the sum of the products of a shifted input and the gradient.
+def _summed_taps(x: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor, dilation: int) -> torch.Tensor:
+    """(C, 1, k, k): for each tap, the sum of the products of a shifted input and the gradient.
 
     `_apart` would make many images of a few pixels, for which oneDNN is slow.
     """
     h, w = x.shape[2:]
-    found = x.new_zeros(x.shape[1], 1, 3, 3)
-    for row in range(3):
-        for column in range(3):
-            down, right = (row - 1) * dilation, (column - 1) * dilation
+    found, taps = torch.zeros_like(weight), weight.shape[2]
+    for row in range(taps):
+        for column in range(taps):
+            down, right = (row - taps // 2) * dilation, (column - taps // 2) * dilation
             if abs(down) < h and abs(right) < w:
                 seen = x[:, :, _overlap(h, down), _overlap(w, right)]
                 met = gradient[:, :, _overlap(h, -down), _overlap(w, -right)]

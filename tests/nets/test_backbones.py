@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from mess_compile.backbone_names import BACKBONES
 from mess_compile.nets.backbones import build_backbone, load_imagenet
-from mess_compile.nets.efficientnet import EfficientNetLite0, SameConv, own_names
+from mess_compile.nets.efficientnet import EfficientNetLite0, own_names, same_conv
 from mess_compile.runtime.base.errors import InputError
 
 
@@ -68,7 +68,7 @@ def test_dilation_replaces_stride_as_torchvision_does_it() -> None:
 @pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 2, 1), (5, 2, 1), (3, 1, 2), (5, 1, 4)])
 def test_padding_is_tensorflows_same_for_even_and_odd_sides(side: int, kernel: int, stride: int, dilation: int) -> None:
     """TensorFlow: output i sums the taps of input i * stride - before, `before` the smaller half of all padding."""
-    layer = SameConv(2, 2, kernel, stride, dilation, groups=2)
+    layer = same_conv(2, 2, kernel, stride, dilation, groups=2)
     taps = torch.arange(1.0, kernel + 1)  # kernel[row, column] = row + column * 100
     layer.weight.data[:] = taps.view(-1, 1) + 100 * taps
     x = torch.rand(side, side, generator=torch.Generator().manual_seed(side))
