@@ -530,3 +530,22 @@ def test_two_images_are_the_least_and_few_are_called_few(data: Path, tmp_path: P
         trained("train[:1]", "one")
     assert trained("train[:2]", "two").endswith("too few to learn from")
     assert "too few" not in trained("train", "all")
+
+
+def test_progress_names_stage_and_epoch_and_counts_images(data: Path, tmp_path: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    images = open_dataset(data, "train")
+    job = TrainingJob(architecture(images), images, open_dataset(data, "val"), tmp_path, replace(RECIPE, epochs=(2, 1)))
+    train(job, Reporter(progress=lambda *call: calls.append(call)))
+    stages = [call for call in calls if call[2]]
+    assert stages == [
+        ("stage 1 epoch 1/2, images", 0, 16),
+        ("stage 1 epoch 1/2, images", 4, 16),
+        ("stage 1 epoch 1/2, images", 8, 16),
+        ("stage 1 epoch 2/2, images", 8, 16),
+        ("stage 1 epoch 2/2, images", 12, 16),
+        ("stage 1 epoch 2/2, images", 16, 16),
+        ("stage 2 group 1/1 epoch 1/1, images", 0, 8),
+        ("stage 2 group 1/1 epoch 1/1, images", 4, 8),
+        ("stage 2 group 1/1 epoch 1/1, images", 8, 8),
+    ]
