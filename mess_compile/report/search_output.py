@@ -158,7 +158,8 @@ def _on_new_images(result: SearchResult) -> str:
     if plan.expected is not None:
         if plan.predicted.images >= FEW_IMAGES:
             return interval_sentence(plan.expected, "")
-        return f"too few images: a rough estimate for new ones is {interval_text(plan.expected)}"
+        rough = f"too few images: a rough estimate for new ones is {interval_text(plan.expected)}"
+        return f"{rough}; evaluate {FEW_IMAGES} images or more"
     if result.without_expected == ONE_GROUP:
         return ONE_GROUP
     if optimism is None:

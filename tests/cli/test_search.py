@@ -461,7 +461,7 @@ def test_an_estimate_from_few_images_is_called_rough(workspace: Path) -> None:
     told = printed_json("-C", workspace, "search", "--max-err", "100%")["plan"]["optimism"]
     assert told["images"] == 12
     assert "too few images: a rough estimate for new ones is " in shown
-    assert "on new images of this kind: too few images (12): a rough estimate is " in shown
+    assert "on new images of this kind: too few images" not in shown, "beside the interval that would be two figures"
     assert "evaluate 40 images or more" in shown
     provenance = provenance_of(read_result(workspace / "plans" / "host.json"), Missing("no table"))
     assert dict(provenance)["on new images of this kind"].startswith("too few images (12)")
@@ -492,7 +492,7 @@ def test_groups_named_by_a_pattern_go_from_search_to_bundle(workspace: Path) -> 
     known = statistics.statistics_content_sha256(statistics.read_statistics(Workspace(workspace).statistics("val")))
     assert plan["statistics_sha256"] == known  # as recorded: the pattern is none of their content
     printed = done("-C", workspace, "search", *options)
-    assert "pp against the baseline (95 %: " in printed
+    assert "pp mIoU against the baseline (95 %: " in printed
     assert "groups by --group-by '[0-4]$'" in printed
     done("-C", workspace, "bundle")
     environment = printed_json("inspect", workspace / "host.mess")["plans"][0]["environment"]
