@@ -108,7 +108,7 @@ def counts_of_features(thresholds: int, classes: int) -> np.ndarray:
 
 def named_row(rows: Sequence[PolicyRow], head: str, row: int) -> Optional[PolicyRow]:
     """The row of a head by its number; None for one of the thresholds."""
-    return next((each for each in rows if (each.head, each.row) == (head, row)), None)
+    return next((each for each in rows if (each.head, each.row) == (head, row)), None) if rows else None
 
 
 def is_learned(rows: Sequence[PolicyRow], head: str, row: int) -> bool:

@@ -387,9 +387,9 @@ class Cascade:
         return self._prediction(run, self._mapped(labels, (frame.shape[0], frame.shape[1])), latency_ms)
 
     def _prediction(self, run: FrameRun, labels: np.ndarray, latency_ms: float) -> Prediction:
-        stage, count = run.stage, run.count
-        sure = None if count is None else count / run.top
-        needed = None if run.cut is None else run.cut / run.top
+        stage, count, cut, top = run.stage, run.count, run.cut, run.top
+        sure = None if count is None else count / top
+        needed = None if cut is None else cut / top
         return Prediction(
             labels, self._exit(run), stage.exit_point, sure, latency_ms, self._palette, needed, run.policy
         )
