@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import onnxruntime
 import pytest
 from PIL import Image
 
@@ -31,7 +32,7 @@ def commands(readme: Path, title: str) -> list[list[str]]:
     """The commands of the indented block below a heading."""
     section = re.split(r"^## ", readme.read_text(), flags=re.MULTILINE)
     body = next(part for part in section if part.startswith(title))
-    return [line.split("#")[0].split()[1:] for line in body.splitlines() if line.startswith("    mess-compile")]
+    return [shlex.split(line, comments=True)[1:] for line in body.splitlines() if line.startswith("    mess-compile")]
 
 
 def run(folder: Path, arguments: list[str]) -> str:
@@ -240,6 +241,48 @@ def test_missed_defects_are_counted_of_a_bundle_and_its_full_network(finished: P
     assert played.returncode == 1
     assert played.stderr.startswith("error: there is no bundle gone.mess")
     assert played.stderr.count("\n") == 1
+
+
+def test_one_class_defect_is_the_greatest_of_those_that_it_merges(finished: Path, tmp_path: Path) -> None:
+    """Which pixels are good must not change: the bundle of the merged network passes the same parts."""
+    source = finished / "graphs" / "network.onnx"
+    script("one_class").merge_outputs(source, tmp_path / "defect.onnx")
+    logits = []
+    for path in (source, tmp_path / "defect.onnx"):
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        image = np.random.default_rng(1).integers(0, 256, session.get_inputs()[0].shape, dtype=np.uint8)
+        names = [output.name for output in session.get_outputs() if output.name.startswith("logits:")]
+        logits.append(dict(zip(names, session.run(names, {"image": image}), strict=True)))
+    assert logits[0].keys() == logits[1].keys()
+    for name, values in logits[0].items():
+        wanted = np.concatenate([values[:, :1], values[:, 1:].max(1, keepdims=True)], 1)
+        assert np.array_equal(logits[1][name], wanted)
+    done("-C", tmp_path / "merged", "export", tmp_path / "defect.onnx")
+    described = json.loads(done("-C", tmp_path / "merged", "inspect", "graphs", "--json"))
+    assert described["classes"] == 2
+
+
+def test_the_inspection_network_fits_a_repository_and_is_the_one_described() -> None:
+    size = sum(path.stat().st_size for path in INSPECTION.rglob("*") if path.is_file())
+    assert size <= 14e6
+    described = json.loads(run(INSPECTION, ["inspect", "statistics", "--json"]))
+    heads = {head["name"]: head["miou"] for head in described["heads"]}
+    for head in ("exit1.lra-crm1-b0", "exit2.lra-crm1-b0", "exit3.sep-crm1-b0", "exit4.fcn-crm1-b0"):
+        assert f"| {heads[head]:.2f} |" in (INSPECTION / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_inspection_example_works_without_the_data(tmp_path: Path) -> None:
+    shutil.copytree(INSPECTION, tmp_path / "inspection", ignore=shutil.ignore_patterns("__pycache__"))
+    lines = commands(INSPECTION / "README.md", "Without the data")
+    for line in lines:
+        line[:] = ["0.02" if before == "--seconds" else word for before, word in zip(["", *line], line, strict=False)]
+        run(tmp_path / "inspection", [*line, *(ANY_SPEED if line[0] == "verify" else ())])
+    assert [line[0] for line in lines] == ["export", "profile", "search", "bundle", "verify"]
+    plan = json.loads((tmp_path / "inspection" / "plans" / "host.json").read_text())["plan"]
+    assert plan["predicted"]["miou"] >= plan["baseline"]["miou"] - 1
+    assert plan["predicted"]["latency_ms"] < plan["baseline"]["latency_ms"] / 3
+    assert len(plan["stages"]) > 1
 
 
 def test_parts_with_a_defect_are_added_for_training(tmp_path: Path) -> None:
