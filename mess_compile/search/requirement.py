@@ -136,7 +136,8 @@ def parse_max_err(text: str) -> float:
 
 def parse_max_change(text: str) -> float:
     """A percentage of pixels from `3%`. Raises InputError."""
-    value = _percent(text, "--max-change", "3% for three pixels in a hundred that may be labelled otherwise")
+    meant = f"{text.strip()}%" if re.fullmatch(_NUMBER, text.strip()) else "3%"
+    value = _percent(text, "--max-change", f"{meant} for the pixels that may be labelled otherwise")
     if value > 100:
         raise InputError(f"--max-change {text}: no more than 100% of the pixels can be labelled otherwise")
     return value
@@ -210,8 +211,6 @@ def _limit(text: str, units: Collection[str], option: str, example: str) -> Limi
 def _percent(text: str, option: str, example: str) -> float:
     match = re.fullmatch(rf"{_NUMBER} *%", text.strip())
     if match is None or float(match[1]) > _MOST:
-        if re.fullmatch(_NUMBER, text.strip()) and float(text) <= 100:
-            example = f"{text.strip()}%"
         raise _refusal(text, option, example)
     return float(match[1])
 

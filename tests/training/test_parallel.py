@@ -87,7 +87,7 @@ def first_gradient(folder: str, name: str, pieces: int = 1) -> None:
     heads = with_final_head(heads_from_names(("fcn-crm1-b0",), 2), 2)
     shape = Architecture("mobilenetv2", data.classes.names, data.classes.colours, HW, blocks, heads, width=0.25)
     with suppress(Enough):
-        machines = Machines(accumulate=pieces)
+        machines = Machines(accumulate=pieces, threads=1)  # more round otherwise
         train(
             TrainingJob(shape, data, data, Path(folder) / "candidate", Recipe(batch=8), machines=machines),
             Reporter(note=print),
@@ -127,7 +127,7 @@ def test_processes_and_pieces_step_by_the_gradient_of_the_whole_batch(folder: Pa
     assert whole.norm() > 0
     assert torch.equal(parts[0], parts[1])
     for part in parts:
-        assert (part - whole).norm() < 0.02 * whole.norm()  # the order of additions, made large by many layers
+        assert (part - whole).norm() < 1e-4 * whole.norm()  # the order of additions, made large by many layers
 
 
 @pytest.mark.slow
