@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mess_compile.network import BASELINE, BASELINE_ALONE, is_whole
-from mess_compile.runtime.base.policy import PLAIN, is_learned, top_of_row
+from mess_compile.runtime.base.policy import PLAIN, is_learned, named_row, top_of_row
 from mess_compile.runtime.bundle.manifest import BundlePlan, Figures, against
 from mess_compile.runtime.images.notebook import table_html, text_html
 from mess_compile.search.plan import FEW_IMAGES, ONE_GROUP, Expected, Optimism, Plan, SearchResult, Stage
@@ -44,7 +44,8 @@ def _decision(plan: Plan, stage: Stage, cells: Mapping[str, int]) -> tuple[str, 
 
 def policy_of(plan: Plan | BundlePlan, head: str, row: int) -> str:
     """The policy that a row of a head belongs to."""
-    return next((each.policy for each in plan.policy_rows if (each.head, each.row) == (head, row)), PLAIN)
+    found = named_row(plan.policy_rows, head, row)
+    return PLAIN if found is None else found.policy
 
 
 def policies_sentence(plan: Plan) -> str | None:

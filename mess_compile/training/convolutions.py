@@ -35,7 +35,8 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
     """A convolution as `_is_dilated_depthwise` describes it, computed by other operations where that is faster."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        other = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        if other or torch.onnx.is_in_onnx_export():
             return super().forward(x)
         y: torch.Tensor = _DilatedDepthwise.apply(x, self.weight, self.dilation[0])  # type: ignore[no-untyped-call]
         return y

@@ -104,8 +104,9 @@ def test_warnings_travel_with_every_figure(workspace: Path, change: Callable[[di
     unstable, parts = doubts
     assert "latencies of host are noisy (heat (91 C)); profile again" in unstable
     assert "(50% less)" in parts
+    searched = " ".join(run("-C", workspace, "search", "--optimise", "accuracy").stderr.split())
+    assert f"{unstable} (1 more: `mess-compile inspect latency`)" in searched
     shown = {
-        "search": run("-C", workspace, "search", "--optimise", "accuracy").stderr,
         "compare": run("-C", workspace, "compare", "host", workspace / "host.mess").stderr,
         "inspect latency": run("-C", workspace, "inspect", "latency").stderr,
         "inspect": run("inspect", workspace / "host.mess").stderr,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from mess_compile.nets.backbones import build_backbone
+from mess_compile.nets.export import module_as_onnx
 from mess_compile.training.convolutions import DilatedDepthwiseConv2d, use_fast_convolutions
 
 
@@ -92,3 +94,11 @@ def test_a_fast_backbone_computes_the_same_and_keeps_the_names_of_its_state() ->
         sum(isinstance(layer, DilatedDepthwiseConv2d) for layer in backbone.modules()) == 10
     )  # all of strides 16 and 32, which dilation replaced, but one
     assert torch.allclose(last_map(), expected, atol=1e-4)
+
+
+def test_a_module_that_was_trained_is_exported_with_plain_convolutions(tmp_path: Path) -> None:
+    """`attach` exports the heads that it trained; BatchNorm is folded into the convolution before it."""
+    module = nn.Sequential(*convolution(4, 3, 12), nn.BatchNorm2d(4), *convolution(4, 3, 2))
+    use_fast_convolutions(module)
+    exported = module_as_onnx(module, {"x": torch.zeros(1, 4, 8, 12)}, ["y"], tmp_path / "module.onnx")
+    assert [node.op_type for node in exported.graph.node] == ["Conv", "Conv"]
