@@ -60,14 +60,14 @@ def camvid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "02-camvid", play_camvid)
 
 
-def test_the_camvid_example_works_without_the_data(camvid: Path) -> None:
+def check_the_camvid_plan(camvid: Path) -> None:
     plan = json.loads((camvid / "plans" / "host.json").read_text())["plan"]
     assert plan["predicted"]["miou"] >= plan["baseline"]["miou"] - 1
     assert plan["predicted"]["latency_ms"] < plan["baseline"]["latency_ms"]
     assert plan["predicted"]["images"] == 50
 
 
-def test_the_camvid_network_is_the_one_promised(camvid: Path) -> None:
+def check_the_camvid_network(camvid: Path) -> None:
     shown = run(camvid, ["inspect", "graphs", "--json"])
     graphs = json.loads(shown)
     early = {head["exit_point"] for head in graphs["heads"]} - {len(graphs["exit_points"])}
@@ -77,10 +77,17 @@ def test_the_camvid_network_is_the_one_promised(camvid: Path) -> None:
     assert sum(path.stat().st_size for path in (camvid / "candidate").iterdir()) <= 25e6
 
 
-def test_the_final_exit_is_worth_leaving_early_from(camvid: Path) -> None:
+def check_the_camvid_exits(camvid: Path) -> None:
     shown = run(camvid, ["inspect", "statistics", "--json"])
     heads = {head["name"]: head["miou"] for head in json.loads(shown)["heads"]}
     assert heads["exit5.fcn-crm1-b0"] >= 62
+
+
+@pytest.mark.slow
+def test_the_camvid_example_works_without_the_data_and_is_the_one_promised(camvid: Path) -> None:
+    check_the_camvid_plan(camvid)
+    check_the_camvid_network(camvid)
+    check_the_camvid_exits(camvid)
 
 
 def test_the_example_keeps_no_image_and_no_place_of_its_makers() -> None:
