@@ -31,7 +31,7 @@ import numpy as np
 from mess_compile import steps
 from mess_compile.bench.run import WARM_UP_FRAMES
 from mess_compile.data.dataset import DataSet, open_dataset, samples
-from mess_compile.evaluate.statistics import miou
+from mess_compile.evaluate.statistics import label_counts, miou
 from mess_compile.nets.checkpoint import load_candidate, read_architecture
 from mess_compile.nets.network import Architecture
 from mess_compile.reporter import Reporter
@@ -154,7 +154,8 @@ def compared(contenders: Sequence[Contender], data: DataSet, passes: int) -> lis
     items = list(samples(data))
     took = {each.name: np.zeros((passes, len(items))) for each in contenders}
     exits: dict[str, list[int]] = {each.name: [] for each in contenders}
-    confusion = {each.name: np.zeros((len(data.classes.names),) * 2, np.int64) for each in contenders}
+    classes = len(data.classes.names)
+    pixels = {each.name: np.zeros((3, classes), np.int64) for each in contenders}
     with ExitStack() as stack:
         cascades = {each.name: stack.enter_context(load(each.bundle)) for each in contenders}
         warm_up(cascades, [item.frame for item in items[:WARM_UP_FRAMES]])
@@ -165,8 +166,8 @@ def compared(contenders: Sequence[Contender], data: DataSet, passes: int) -> lis
                     took[name][number, index] = prediction.latency_ms
                     if number == 0:
                         exits[name].append(prediction.exit)
-                        count(confusion[name], prediction.labels, item.labels)
-    return [line_of(each, took[each.name], exits[each.name], confusion[each.name]) for each in contenders]
+                        pixels[name] += label_counts(prediction.labels, item.labels, classes)
+    return [line_of(each, took[each.name], exits[each.name], pixels[each.name]) for each in contenders]
 
 
 def warm_up(cascades: dict[str, Cascade], frames: Sequence[np.ndarray]) -> None:
@@ -175,22 +176,14 @@ def warm_up(cascades: dict[str, Cascade], frames: Sequence[np.ndarray]) -> None:
             cascade(frame)
 
 
-def count(confusion: np.ndarray, guess: np.ndarray, truth: np.ndarray) -> None:
-    """Add the labelled pixels of an image, by truth and guess."""
-    classes = len(confusion)
-    known = truth < classes
-    pairs = truth[known].astype(np.int64) * classes + guess[known]
-    confusion += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
-
-def line_of(contender: Contender, took: np.ndarray, exits: Sequence[int], confusion: np.ndarray) -> Line:
+def line_of(contender: Contender, took: np.ndarray, exits: Sequence[int], pixels: np.ndarray) -> Line:
     a_pass = took.mean(axis=1).tolist()
     return Line(
         name=contender.name,
         latency_ms=statistics.mean(a_pass),
         spread_ms=statistics.stdev(a_pass) / len(a_pass) ** 0.5 if len(a_pass) > 1 else 0.0,
         gmacs=sum(contender.macs[number - 1] for number in exits) / len(exits) / 1e9,
-        miou=miou(confusion.diagonal(), confusion.sum(0), confusion.sum(1)),
+        miou=miou(*pixels),
         exit_rates={head: exits.count(number) / len(exits) for number, head in enumerate(contender.heads, start=1)},
     )
 

@@ -175,18 +175,18 @@ def changed_shares(statistics: ExitStatistics) -> Ints:
 
 def head_miou(statistics: ExitStatistics, head: str) -> float:
     """mIoU in percent when every image leaves at `head`, or runs on the baseline trained alone."""
-    index = statistics.head_index(head)
-    return miou(
-        statistics.intersection[:, index].sum(axis=0),
-        statistics.predicted[:, index].sum(axis=0),
-        statistics.labelled.sum(axis=0),
-    )
+    return miou(*_head_pixels(statistics, head))
 
 
 def head_class_iou(statistics: ExitStatistics, head: str) -> NDArray[np.float64]:
     """IoU in percent (K,) when every image leaves at `head`, or runs on the baseline trained alone."""
+    return class_iou(*_head_pixels(statistics, head))
+
+
+def _head_pixels(statistics: ExitStatistics, head: str) -> tuple[Ints, Ints, Ints]:
+    """Intersection, predicted and labelled pixels (K,) of one head on all images."""
     index = statistics.head_index(head)
-    return class_iou(
+    return (
         statistics.intersection[:, index].sum(axis=0),
         statistics.predicted[:, index].sum(axis=0),
         statistics.labelled.sum(axis=0),

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from mess_compile.array_types import Floats, Ints
+from mess_compile.array_types import Ints
 from mess_compile.evaluate.statistics import (
     WHOLE,
     ExitStatistics,
@@ -273,9 +273,8 @@ def faded_classes(statistics: ExitStatistics, setting: str, stages: Sequence[Sta
     """The classes that a plan gives less than FADED of the pixels that the network itself gives."""
     if statistics.truth != OWN_OUTPUT or setting == "anytime":
         return ()
-    index = np.array([statistics.head_index(stage.head) for stage in stages])[exits_taken(statistics, stages)]
-    given = statistics.predicted[np.arange(statistics.images), index].sum(axis=0)
-    own = statistics.labelled.sum(axis=0)
+    heads = [stage.head for stage in stages]
+    _, given, own = mixture_pixels(statistics, heads, exits_taken(statistics, stages))
     shares = [(name, int(n) / int(m)) for name, n, m in zip(statistics.classes, given, own, strict=True) if m]
     return tuple(FadedClass(name, share) for name, share in shares if share < FADED)
 
@@ -346,15 +345,10 @@ def exit_macs(candidate: CandidateNetwork, heads: Sequence[str]) -> tuple[int, .
 
 def mixture_miou(statistics: ExitStatistics, heads: Sequence[str], exits: NDArray[np.intp]) -> float:
     """mIoU in percent when image i leaves at `heads[exits[i]]`: the IoU of the summed intersections and unions."""
-    return miou(*_mixture_pixels(statistics, heads, exits))
+    return miou(*mixture_pixels(statistics, heads, exits))
 
 
-def mixture_class_iou(statistics: ExitStatistics, heads: Sequence[str], exits: NDArray[np.intp]) -> Floats:
-    """IoU in percent (K,) when image i leaves at `heads[exits[i]]`; nan for a class without labelled pixels."""
-    return class_iou(*_mixture_pixels(statistics, heads, exits))
-
-
-def _mixture_pixels(
+def mixture_pixels(
     statistics: ExitStatistics, heads: Sequence[str], exits: NDArray[np.intp]
 ) -> tuple[Ints, Ints, Ints]:
     """Intersection, predicted and labelled pixels (K,) when image i leaves at `heads[exits[i]]`."""
@@ -447,7 +441,8 @@ def plan_of_stages(evidence: Evidence, setting: str, stages: tuple[Stage, ...], 
 def class_iou_of(evidence: Evidence, stages: Sequence[Stage]) -> tuple[ClassIou, ...]:
     """IoU of each class with labelled pixels, by the plan with these `stages` and by the baseline."""
     statistics = evidence.statistics
-    own = mixture_class_iou(statistics, [stage.head for stage in stages], exits_taken(statistics, stages))
+    heads = [stage.head for stage in stages]
+    own = class_iou(*mixture_pixels(statistics, heads, exits_taken(statistics, stages)))
     of_baseline = head_class_iou(statistics, evidence.scored_as(evidence.baseline))
     return tuple(
         ClassIou(name, float(plan), float(baseline))

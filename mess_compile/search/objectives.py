@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -133,6 +134,11 @@ def bounds_of(evidence: Evidence, requirement: Requirement) -> dict[str, Bound]:
     if requirement.max_memory_bytes is not None:
         bounds["max_memory_bytes"] = Bound(MEASURES["memory"], requirement.max_memory_bytes, images)
     return bounds
+
+
+def floors_of(bounds: Mapping[str, Bound]) -> tuple[ClassFloor, ...]:
+    """The floors of classes among bounds."""
+    return bounds["max_class_err"].floors if "max_class_err" in bounds else ()
 
 
 def most_changed(max_change: float, images: int) -> int:

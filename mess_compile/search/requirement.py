@@ -136,8 +136,7 @@ def parse_max_err(text: str) -> float:
 
 def parse_max_change(text: str) -> float:
     """A percentage of pixels from `3%`. Raises InputError."""
-    meant = f"{text.strip()}%" if re.fullmatch(_NUMBER, text.strip()) else "3%"
-    value = _percent(text, "--max-change", f"{meant} for the pixels that may be labelled otherwise")
+    value = _percent(text, "--max-change", f"{as_percentage(text, '3%')} for the pixels that may be labelled otherwise")
     if value > 100:
         raise InputError(f"--max-change {text}: no more than 100% of the pixels can be labelled otherwise")
     return value
@@ -206,6 +205,11 @@ def _limit(text: str, units: Collection[str], option: str, example: str) -> Limi
     example = f"{example}, or 0.5x of the baseline"
     value, unit = _positive(text, (*units, "x"), option, example)
     return Limit(value, relative=unit == "x")
+
+
+def as_percentage(text: str, otherwise: str) -> str:
+    """A number that lacks its % with it, for messages; `otherwise` where the text is none."""
+    return f"{text.strip()}%" if re.fullmatch(_NUMBER, text.strip()) else otherwise
 
 
 def _percent(text: str, option: str, example: str) -> float:

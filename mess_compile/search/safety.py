@@ -37,11 +37,11 @@ _STEPS = 64
 
 def parse_safety(text: str) -> float:
     """A probability from `90%`. Raises InputError."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*%", text.strip())
-    if match is None or not 50 < float(match[1]) < 100:
-        bare = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)", text.strip())
-        wanted = f"{bare[1]}%" if bare and 50 < float(bare[1]) < 100 else "90%"
-        raise InputError(f"--safety {text!r:.40} is not understood: write {wanted} (above 50% and below 100%)")
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text.strip())
+    within = match is not None and 50 < float(match[1]) < 100
+    if match is None or not within or not match[2]:
+        meant = f"{match[1]}%" if match is not None and within else "90%"
+        raise InputError(f"--safety {text!r:.40} is not understood: write {meant} (above 50% and below 100%)")
     return float(match[1]) / 100
 
 

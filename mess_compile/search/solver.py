@@ -39,7 +39,7 @@ from mess_compile.search.metrics import (
     refuse_different_images,
     refuse_without_energy,
 )
-from mess_compile.search.objectives import MEASURES, Bound, bounds_of, objective_of
+from mess_compile.search.objectives import MEASURES, Bound, bounds_of, floors_of, objective_of
 from mess_compile.search.operating_points import with_operating_points
 from mess_compile.search.pareto import front_groups
 from mess_compile.search.plan import (
@@ -297,8 +297,7 @@ def _feasible(table: PlanTable, bounds: Collection[Bound]) -> Mask:
 def _selection(bounds: Mapping[str, Bound]) -> Selection:
     """The plans that a table needs where changes, or the IoU of classes, are bounded."""
     most = int(bounds["max_change"].limit) if "max_change" in bounds else None
-    classes = bounds["max_class_err"].floors if "max_class_err" in bounds else ()
-    return Selection(most, classes)
+    return Selection(most, floors_of(bounds))
 
 
 def _refusal(evidence: Evidence, context: SearchContext, table: PlanTable, bounds: Mapping[str, Bound]) -> str:

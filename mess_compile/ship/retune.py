@@ -19,7 +19,7 @@ from mess_compile.device.client import PythonSession
 from mess_compile.device.remote import Remote
 from mess_compile.evaluate.policies import with_rows
 from mess_compile.evaluate.record import BLOCK, countable
-from mess_compile.evaluate.statistics import ExitStatistics, stacked_counts
+from mess_compile.evaluate.statistics import ExitStatistics, class_iou, miou, stacked_counts
 from mess_compile.network import BASELINE_ALONE, CandidateNetwork, Gate
 from mess_compile.reporter import Reporter
 from mess_compile.runtime.base.errors import EngineError, InputError
@@ -29,14 +29,7 @@ from mess_compile.runtime.bundle.plan_choice import named_plans
 from mess_compile.runtime.serve.scoring import HeadEngines, Score, ScoredExits
 from mess_compile.search.groups import ENVIRONMENT_KEY, groups_of_ids
 from mess_compile.search.hold_out import tuning_rows
-from mess_compile.search.metrics import (
-    change_of,
-    exit_macs,
-    exits_taken,
-    mixture_class_iou,
-    mixture_miou,
-    percentile,
-)
+from mess_compile.search.metrics import change_of, exit_macs, exits_taken, mixture_miou, mixture_pixels, percentile
 from mess_compile.search.operating_points import thresholds_front
 from mess_compile.search.plan import Stage
 
@@ -247,8 +240,8 @@ class _Candidate:
 def _candidate(statistics: ExitStatistics, stages: tuple[Stage, ...], costs: Ints) -> _Candidate:
     taken, heads = exits_taken(statistics, stages), [stage.head for stage in stages]
     change = change_of(statistics, "input-dependent", heads, taken) or 0.0
-    iou = mixture_class_iou(statistics, heads, taken)
-    return _Candidate(int(costs[taken].sum()), mixture_miou(statistics, heads, taken), change, iou, stages)
+    pixels = mixture_pixels(statistics, heads, taken)
+    return _Candidate(int(costs[taken].sum()), miou(*pixels), change, class_iou(*pixels), stages)
 
 
 def _candidates(

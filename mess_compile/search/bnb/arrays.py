@@ -16,7 +16,7 @@ from mess_compile.search.bnb import kernels
 from mess_compile.search.bnb.kernels.values import Constraints, HeadTable
 from mess_compile.search.memory import memory_of_chains
 from mess_compile.search.metrics import Evidence, exit_costs_ns, exit_macs, memory_bytes, plan_graphs, worst_ns
-from mess_compile.search.objectives import Bound, bounds_of
+from mess_compile.search.objectives import Bound, bounds_of, floors_of
 from mess_compile.search.requirement import Requirement
 from mess_compile.search.space import CUTS, row_text
 
@@ -222,7 +222,7 @@ def _bounded_losses(
     if "max_change" in bounds:
         most = bounds["max_change"].limit
         yield changed_shares(statistics)[:, heads].T, most, max(most, _LITTLE * statistics.images * WHOLE)
-    for floor in bounds["max_class_err"].floors if "max_class_err" in bounds else ():
+    for floor in floors_of(bounds):
         right = statistics.intersection[:, heads, floor.index].T.astype(np.float64)  # (heads, n)
         wrong = statistics.predicted[:, heads, floor.index].T - right
         best, least = right.max(axis=0), max(0.0, floor.least_iou / 100)
@@ -265,7 +265,7 @@ def _head_table(evidence: Evidence, counts_changes: bool, charges: Array) -> tup
 
 def _constraints(evidence: Evidence, bounds: dict[str, Bound], paths: tuple[str, ...], objective: str) -> Constraints:
     least_iou = np.full(len(evidence.statistics.classes), -np.inf)
-    for floor in bounds["max_class_err"].floors if "max_class_err" in bounds else ():
+    for floor in floors_of(bounds):
         least_iou[floor.index] = floor.least_iou
     return Constraints(
         bounds=np.array([_max(bounds, f"max_{name}") for name in paths], np.int64),
